@@ -1,0 +1,55 @@
+"""Attention over a (possibly cached) key/value sequence, with one switch for the implementation.
+
+Shapes: B batch, T query tokens, S key tokens, H query heads, G key/value heads, C head width.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from absl import logging
+
+IMPLEMENTATIONS = ("auto", "einsum", "xla", "cudnn")
+
+
+@functools.lru_cache
+def choose(requested: str, backend: str, dtype: str) -> str:
+    """Resolves `auto` for a backend ("cpu", "gpu", "tpu") and logs the choice once.
+
+    `einsum` is the plain form with fp32 softmax, fastest on CPU; `xla` is `jax.nn.dot_product_attention`; `cudnn` the same
+    function on cuDNN's fused kernel, which takes half precision only.
+    """
+    if requested not in IMPLEMENTATIONS:
+        raise ValueError(f"model.attention={requested!r} is unknown; choose one of {', '.join(IMPLEMENTATIONS)}")
+    if requested != "auto":
+        choice = requested
+    elif backend == "gpu" and dtype in ("bfloat16", "float16"):
+        choice = "cudnn"
+    else:
+        choice = "einsum" if backend == "cpu" else "xla"
+    logging.info("attention: %s (requested %s, backend %s, dtype %s)", choice, requested, backend, dtype)
+    return choice
+
+
+def attend(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array, implementation: str = "auto") -> jax.Array:
+    """Grouped-query attention.
+
+    Args:
+      query: [B, T, H, C].
+      key, value: [B, S, G, C], H a multiple of G.
+      mask: bool [B, T, S], True where a query may look. A query row with no True entry gives the mean of the values.
+      implementation: one of `IMPLEMENTATIONS`.
+
+    Returns:
+      [B, T, H, C] in the dtype of `query`.
+    """
+    implementation = choose(implementation, jax.default_backend(), query.dtype.name)
+    if implementation != "einsum":
+        return jax.nn.dot_product_attention(query, key, value, mask=mask[:, None], implementation=implementation)
+    B, T, H, C = query.shape
+    G = key.shape[2]
+    query = query.reshape(B, T, G, H // G, C) * C**-0.5
+    scores = jnp.einsum("btghc,bsgc->bghts", query, key, preferred_element_type=jnp.float32)
+    scores = jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min)
+    weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
+    return jnp.einsum("bghts,bsgc->btghc", weights, value).reshape(B, T, H, C)
