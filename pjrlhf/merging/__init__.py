@@ -1,0 +1,1 @@
+"""Weighted sums of parameter pytrees: arrays in, arrays out."""

@@ -1,13 +1,12 @@
 """The adapter bank: K low-rank (LoRA, arXiv 2106.09685) or full-parameter policies over one frozen base.
 
-Every leaf of a bank has the leading axis K, whatever it holds, so ingredient k is `tree_map(lambda x: x[k], bank)`, an optimizer
-for K independent policies is `jax.vmap` of one, and a soup is a weighted sum over axis 0.
+Every leaf of a bank has the leading axis K, whatever it holds, so ingredient k is `tree_map(lambda x: x[k], bank)`,
+an optimizer for K independent policies is `jax.vmap` of one, and a soup is a weighted sum over axis 0.
 
 `mix` rows say which policy an example sees: zeros are the base, one-hot k is ingredient k, anything else is a soup.
 """
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -22,7 +21,9 @@ TARGETS = {"attention": ("query", "key", "value", "output"), "mlp": ("gate", "up
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AdapterConfig:
-    """`rank` 0 means full parameters: the bank then holds K complete parameter trees. `alpha / rank` scales the update."""
+    """`rank` 0 means full parameters: the bank then holds K complete parameter trees. `alpha / rank` scales the
+    update.
+    """
 
     rank: int = 8
     alpha: float = 16.0
@@ -35,8 +36,8 @@ class AdapterConfig:
 def init_bank(base: Params, adapter: AdapterConfig, count: int, key: jax.Array, dtype: Any = jnp.float32) -> Params:
     """A bank of `count` policies, all equal to the base.
 
-    LoRA: `a` [K, L, in, R] ~ N(0, 1/in), the same for all K (one shared key, which is what makes averaging factors across
-    ingredients meaningful, arXiv 2310.11564), and `b` [K, L, R, out] zero. Full parameters: K copies of `base`.
+    LoRA: `a` [K, L, in, R] ~ N(0, 1/in), the same for all K (one shared key, which is what makes averaging factors
+    across ingredients meaningful, arXiv 2310.11564), and `b` [K, L, R, out] zero. Full parameters: K copies of `base`.
     """
     if not adapter.rank:
         return jax.tree.map(lambda x: jnp.broadcast_to(x, (count, *x.shape)).astype(dtype), base)
@@ -66,7 +67,8 @@ def bank_size(bank: Params) -> int:
 def mixed_params(base: Params | None, bank: Params, mix: jax.Array) -> Params:
     """Full-parameter soups: base + sum_k mix[g, k] (theta_k - base) for every row of `mix` [G, K]; leaves [G, ...].
 
-    With `base` None the rows of `mix` must sum to 1. A one-hot row returns theta_k exactly, a zero row the base exactly.
+    With `base` None the rows of `mix` must sum to 1. A one-hot row returns theta_k exactly, a zero row the base
+    exactly.
     """
     rest = 1.0 - mix.sum(1)
 
@@ -81,48 +83,73 @@ def mixed_params(base: Params | None, bank: Params, mix: jax.Array) -> Params:
     return jax.tree.map(one, bank, base)
 
 
-def bind(
-    model: Decoder, adapter: AdapterConfig, base: Params | None, bank: Params | None, mix: jax.Array | None
-) -> Callable[..., tuple[jax.Array, Cache | None]]:
-    """The policies named by `mix` as one function `(tokens, valid, cache=None, offset=0) -> (hidden, cache)`.
+class Policies:
+    """The policies named by the rows of `mix`, ready to run: hidden states by a call, logits by `logits`.
 
     Args:
       model, adapter: static description.
       base: parameter tree of the frozen base; may be None for a full-parameter bank whose `mix` rows sum to 1.
       bank: adapter bank, or None for the base alone.
-      mix: float [G, K], or None for the base alone; examples come in G equal consecutive groups of B / G, and group g uses
-        `mix[g]`. G = B gives every example its own row. A full-parameter bank materialises G parameter trees: keep G small.
-
-    The returned function takes what `Decoder.__call__` takes and raises ValueError where B is no multiple of G.
+      mix: float [G, K], or None for the base alone; examples come in G equal consecutive groups of B / G, and group
+      g uses
+        `mix[g]`. G = B gives every example its own row. A full-parameter bank materialises G parameter trees: keep G
+        small.
     """
-    if bank is None or mix is None:
-        return lambda tokens, valid, cache=None, offset=0: model.apply(
-            {"params": base}, tokens, valid, cache=cache, offset=offset
-        )
-    G = mix.shape[0]
-    low_rank = is_low_rank(bank)
-    params = None if low_rank else mixed_params(base, bank, mix)
 
-    def run(tokens, valid, cache=None, offset=0):
+    def __init__(
+        self, model: Decoder, adapter: AdapterConfig, base: Params | None, bank: Params | None, mix: jax.Array | None
+    ):
+        self.model = model
+        self.groups = 0  # groups of examples with parameters of their own
+        self.rows = None
+        if bank is None or mix is None:
+            self.variables = {"params": base}
+        elif is_low_rank(bank):
+            self.variables = {"params": base, "adapters": bank}
+            self.rows = mix * adapter.scale
+        else:
+            self.variables = {"params": mixed_params(base, bank, mix)}
+            self.groups = mix.shape[0]
+
+    def _split(self, x: jax.Array, axis: int = 0) -> jax.Array:
+        B = x.shape[axis]
+        if B % self.groups:
+            raise ValueError(f"{B} examples cannot be split into {self.groups} equal groups, one per row of mix")
+        return x.reshape(*x.shape[:axis], self.groups, B // self.groups, *x.shape[axis + 1 :])
+
+    def __call__(
+        self, tokens: jax.Array, valid: jax.Array, cache: Cache | None = None, offset: jax.Array | int = 0
+    ) -> tuple[jax.Array, Cache | None]:
+        """Hidden states [B, T, D] and the cache; arguments as in `Decoder.__call__`. ValueError where B is no
+        multiple of G.
+        """
         B = tokens.shape[0]
-        if B % G:
-            raise ValueError(f"{B} examples cannot be split into {G} equal groups, one per row of mix")
-        if low_rank:
-            rows = jnp.repeat(mix * adapter.scale, B // G, axis=0, total_repeat_length=B)
-            variables = {"params": base, "adapters": bank}
-            return model.apply(variables, tokens, valid, mix=rows, cache=cache, offset=offset)
+        if not self.groups:
+            rows = None
+            if self.rows is not None:
+                if B % len(self.rows):
+                    raise ValueError(
+                        f"{B} examples cannot be split into {len(self.rows)} equal groups, one per row of mix"
+                    )
+                rows = jnp.repeat(self.rows, B // len(self.rows), axis=0, total_repeat_length=B)
+            return self.model.apply(self.variables, tokens, valid, mix=rows, cache=cache, offset=offset)
 
-        def group(params, tokens, valid, cache):
-            return model.apply({"params": params}, tokens, valid, cache=cache, offset=offset)
+        def group(variables, tokens, valid, cache):
+            return self.model.apply(variables, tokens, valid, cache=cache, offset=offset)
 
         # Cache leaves are [L, B, ...]: their batch axis is 1.
-        if cache is not None:
-            cache = jax.tree.map(lambda x: x.reshape(x.shape[0], G, B // G, *x.shape[2:]), cache)
+        cache = jax.tree.map(lambda x: self._split(x, 1), cache)
         hidden, cache = jax.vmap(group, in_axes=(0, 0, 0, 1), out_axes=(0, 1))(
-            params, tokens.reshape(G, B // G, -1), valid.reshape(G, B // G, -1), cache
+            self.variables, self._split(tokens), self._split(valid), cache
         )
-        if cache is not None:
-            cache = jax.tree.map(lambda x: x.reshape(x.shape[0], B, *x.shape[3:]), cache)
+        cache = jax.tree.map(lambda x: x.reshape(x.shape[0], B, *x.shape[3:]), cache)
         return hidden.reshape(B, *hidden.shape[2:]), cache
 
-    return run
+    def logits(self, hidden: jax.Array) -> jax.Array:
+        """Float32 logits [B, T, V] of hidden states [B, T, D]."""
+        if not self.groups:
+            return self.model.apply(self.variables, hidden, method="logits")
+        logits = jax.vmap(lambda variables, h: self.model.apply(variables, h, method="logits"))(
+            self.variables, self._split(hidden)
+        )
+        return logits.reshape(hidden.shape[0], *logits.shape[2:])

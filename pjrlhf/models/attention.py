@@ -16,8 +16,8 @@ IMPLEMENTATIONS = ("auto", "einsum", "xla", "cudnn")
 def choose(requested: str, backend: str, dtype: str) -> str:
     """Resolves `auto` for a backend ("cpu", "gpu", "tpu") and logs the choice once.
 
-    `einsum` is the plain form with fp32 softmax, fastest on CPU; `xla` is `jax.nn.dot_product_attention`; `cudnn` the same
-    function on cuDNN's fused kernel, which takes half precision only.
+    `einsum` is the plain form with fp32 softmax, fastest on CPU; `xla` is `jax.nn.dot_product_attention`; `cudnn`
+    the same function on cuDNN's fused kernel, which takes half precision only.
     """
     if requested not in IMPLEMENTATIONS:
         raise ValueError(f"model.attention={requested!r} is unknown; choose one of {', '.join(IMPLEMENTATIONS)}")
@@ -31,7 +31,9 @@ def choose(requested: str, backend: str, dtype: str) -> str:
     return choice
 
 
-def attend(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array, implementation: str = "auto") -> jax.Array:
+def attend(
+    query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array, implementation: str = "auto"
+) -> jax.Array:
     """Grouped-query attention.
 
     Args:

@@ -3,8 +3,8 @@
 Shapes: B batch, T tokens, S cache slots, D model width, V vocabulary, L layers, H query heads, G key/value heads,
 C head width, F feed-forward width, K adapters, R adapter rank.
 
-The base lives in the collection `params` (layer leaves stacked `[L, ...]`), the bank in `adapters` (leaves `[K, L, ...]`).
-A linear layer computes `x W + scale * sum_k mix[b, k] x A_k B_k` as one wide low-rank product.
+The base lives in the collection `params` (layer leaves stacked `[L, ...]`), the bank in `adapters` (leaves `[K, L,
+...]`). A linear layer computes `x W + scale * sum_k mix[b, k] x A_k B_k` as one wide low-rank product.
 """
 
 from typing import Any
@@ -26,7 +26,9 @@ REMAT_POLICIES = {
 
 
 def rope_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None) -> jax.Array:
-    """Angular frequencies of rotary embeddings (RoFormer, eq. 15; Llama-3 scaling), float32 [C / 2], radians per token."""
+    """Angular frequencies of rotary embeddings (RoFormer, eq. 15; Llama-3 scaling), float32 [C / 2], radians per
+    token.
+    """
     frequencies = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
     if scaling is None:
         return frequencies
@@ -39,7 +41,9 @@ def rope_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None) -
 
 
 def apply_rope(x: jax.Array, positions: jax.Array, frequencies: jax.Array) -> jax.Array:
-    """Rotates `x` [B, T, H, C] by `positions` [B, T]; first and second half of the head form the pairs (Hugging Face order)."""
+    """Rotates `x` [B, T, H, C] by `positions` [B, T]; first and second half of the head form the pairs (Hugging Face
+    order).
+    """
     angles = positions[:, :, None, None].astype(jnp.float32) * frequencies
     cos, sin = jnp.cos(angles), jnp.sin(angles)
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
@@ -55,9 +59,7 @@ class Linear(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, mix: jax.Array | None) -> jax.Array:
-        kernel = self.param(
-            "kernel", nn.initializers.lecun_normal(), (x.shape[-1], self.features), self.param_dtype
-        )
+        kernel = self.param("kernel", nn.initializers.lecun_normal(), (x.shape[-1], self.features), self.param_dtype)
         y = x @ kernel.astype(self.dtype)
         if mix is not None and self.has_variable("adapters", "a"):
             a = self.get_variable("adapters", "a").astype(self.dtype)
@@ -153,7 +155,8 @@ class FeedForward(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Tokens to hidden states; `logits` maps hidden states to the vocabulary, so that callers choose which tokens to score.
+    """Tokens to hidden states; `logits` maps hidden states to the vocabulary, so that callers choose which tokens to
+    score.
 
     Attributes:
       config: dimensions.
@@ -206,7 +209,8 @@ class Decoder(nn.Module):
 
         Args:
           tokens: int32 [B, T].
-          valid: bool [B, S], False on padding. Without a cache S = T; with one, S is the number of cache slots and `valid`
+          valid: bool [B, S], False on padding. Without a cache S = T; with one, S is the number of cache slots and
+          `valid`
             covers the whole cache including the T new tokens, which go to slots offset .. offset + T - 1.
           mix: float [B, K], weights of the adapters per example, or None for the base alone.
           cache: from `init_cache`, or None.

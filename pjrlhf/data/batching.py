@@ -1,0 +1,203 @@
+"""Rows to padded arrays, in an order that a checkpoint can continue exactly."""
+
+import hashlib
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from pjrlhf.errors import UserError
+
+Row = Mapping[str, Any]
+Batch = dict[str, Any]  # arrays [B, ...], or dicts of them
+Length = int | Sequence[int]  # one length, or buckets of which the smallest that holds a batch is taken
+
+
+def pad_left(rows: Sequence[Sequence[int]], length: int, pad_id: int) -> tuple[np.ndarray, np.ndarray]:
+    """(tokens int32 [B, length], valid bool [B, length]) rows at the right edge; ValueError if one is longer."""
+    tokens, valid = pad_right([row[::-1] for row in rows], length, pad_id)
+    return tokens[:, ::-1], valid[:, ::-1]
+
+
+def pad_right(rows: Sequence[Sequence[int]], length: int, pad_id: int) -> tuple[np.ndarray, np.ndarray]:
+    """(tokens int32 [B, length], valid bool [B, length]) rows at the left edge; ValueError if one is longer."""
+    counts = np.array([len(row) for row in rows])
+    if counts.max(initial=0) > length:
+        raise ValueError(f"a row of {counts.max()} tokens does not fit into {length}")
+    valid = np.arange(length)[None, :] < counts[:, None]
+    tokens = np.full(valid.shape, pad_id, np.int32)
+    tokens[valid] = np.concatenate(rows) if len(rows) else []
+    return tokens, valid
+
+
+def buckets(lengths: Sequence[int] | np.ndarray, sizes: Sequence[int]) -> np.ndarray:
+    """The smallest of `sizes` that holds each length, int64 [...]: few shapes, so few compiled programs.
+
+    Raises:
+      ValueError: a length is beyond the largest size.
+    """
+    sizes = np.sort(np.asarray(sizes, np.int64))
+    found = np.searchsorted(sizes, lengths)
+    if np.max(found, initial=0) == len(sizes):
+        raise ValueError(f"length {np.max(lengths)} is beyond the largest bucket, {sizes[-1]}")
+    return sizes[found]
+
+
+def collate_prompt(rows: Sequence[Row], *, prompt_length: Length, pad_id: int) -> Batch:
+    """{"prompt" int32 [B, P] padded left, "valid" bool [B, P], "index" int32 [B]}."""
+    prompt, valid = pad_left(*_fitted(rows, ("prompt",), prompt_length), pad_id)
+    return {"prompt": prompt, "valid": valid, "index": np.array([row["index"] for row in rows], np.int32)}
+
+
+def collate_completion(
+    rows: Sequence[Row],
+    *,
+    prompt_length: Length,
+    completion_length: Length,
+    pad_id: int,
+    users: Mapping[str, int] | None = None,
+    objectives: Sequence[str] = (),
+) -> Batch:
+    """{"tokens" int32, "valid" bool, "loss_mask" bool, each [B, P + C]} and the extras of `collate_preference`.
+
+    The prompt is padded on its left and the completion on its right, so they meet at column P; `loss_mask` marks
+    the tokens of the completion.
+    """
+    prompt = pad_left(*_fitted(rows, ("prompt",), prompt_length), pad_id)
+    completion = pad_right(*_fitted(rows, ("completion",), completion_length), pad_id)
+    return _joined(prompt, completion) | _extras(rows, users, objectives)
+
+
+def collate_preference(
+    rows: Sequence[Row],
+    *,
+    prompt_length: Length,
+    completion_length: Length,
+    pad_id: int,
+    users: Mapping[str, int] | None = None,
+    objectives: Sequence[str] = (),
+) -> Batch:
+    """{"chosen": {...}, "rejected": {...}}, each as in `collate_completion` and of one shape, and extras.
+
+    Extras: "index" int32 [B], the row of the table; "user" int32 [B], by `users`, 0 where that is unknown or absent;
+    "objective" int32 [B], the place in `objectives` (0 where none are given); "margin" float32 [B], 0 where absent.
+
+    Raises:
+      UserError: a row's objective is not one of `objectives`.
+    """
+    prompt = pad_left(*_fitted(rows, ("prompt",), prompt_length), pad_id)
+    answers, length = _fitted(rows, ("chosen", "rejected"), completion_length)
+    halves = {"chosen": answers[: len(rows)], "rejected": answers[len(rows) :]}
+    batch = {name: _joined(prompt, pad_right(half, length, pad_id)) for name, half in halves.items()}
+    margin = np.array([row["margin"] or 0.0 for row in rows], np.float32)
+    return batch | _extras(rows, users, objectives) | {"margin": margin}
+
+
+def _fitted(rows: Sequence[Row], names: Sequence[str], length: Length) -> tuple[list[np.ndarray], int]:
+    """The ids of the columns, one after another, and the length to pad them to."""
+    ids = [row[name] for name in names for row in rows]
+    if not isinstance(length, int):
+        length = int(buckets([max(map(len, ids))], length)[0])
+    return ids, length
+
+
+def _joined(prompt: tuple[np.ndarray, np.ndarray], completion: tuple[np.ndarray, np.ndarray]) -> Batch:
+    tokens, valid = (np.concatenate(pair, axis=1) for pair in zip(prompt, completion, strict=True))
+    return {"tokens": tokens, "valid": valid, "loss_mask": valid & (np.arange(valid.shape[1]) >= prompt[0].shape[1])}
+
+
+def _extras(rows: Sequence[Row], users: Mapping[str, int] | None, objectives: Sequence[str]) -> Batch:
+    place = {name: k for k, name in enumerate(objectives)}
+    for row in rows:
+        if objectives and row["objective"] not in place:
+            raise UserError(
+                f"{row['where']}: objective {row['objective']!r} is not one of {list(objectives)}; "
+                "mend the record or name it in --config.objectives"
+            )
+    return {
+        "index": np.array([row["index"] for row in rows], np.int32),
+        "user": np.array([(users or {}).get(row["user_id"], 0) for row in rows], np.int32),
+        "objective": np.array([place.get(row["objective"], 0) for row in rows], np.int32),
+    }
+
+
+def batches(
+    table: Sequence[Row],
+    batch_size: int,
+    *,
+    seed: int,
+    collate: Callable[[Sequence[Row]], Batch],
+    shuffle: bool = True,
+    epochs: int | None = None,
+    drop_remainder: bool = True,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> Iterator[Batch]:
+    """A grain iterator over batches; `get_state()` is a small dict fit for JSON, `set_state(state)` continues exactly.
+
+    Every epoch has its own order, fixed by `seed`. A batch is collated whole and each process keeps its own rows of it,
+    so what is trained on, and the bucket of every batch, do not depend on the number of processes.
+
+    Args:
+      table: a random-access sequence of rows.
+      batch_size: rows of a batch over all processes.
+      collate: rows -> batch.
+      epochs: passes over the table; endless by default. Batches run on over the end of an epoch.
+      drop_remainder: leave out the last, partial batch. If False, that batch is filled up with copies of its first row,
+        and every batch has "real", bool [B], False for the copies.
+      process_index, process_count: which part of each batch this process gets.
+
+    Raises:
+      UserError: the table is empty or smaller than a batch that must be full, or the processes cannot share a batch.
+    """
+    import grain
+
+    if not len(table) or (drop_remainder and batch_size > len(table)):
+        raise UserError(
+            f"batch_size {batch_size}: the data set has only {len(table)} rows; lower the batch size or add data"
+        )
+    if batch_size % process_count:
+        raise UserError(
+            f"batch_size {batch_size}: {process_count} processes cannot share it; make it a multiple of them"
+        )
+    share = batch_size // process_count
+    mine = slice(process_index * share, (process_index + 1) * share)
+
+    def build(rows: Sequence[Row]) -> Batch:
+        rows, count = list(rows), len(rows)
+        batch = collate(rows + [rows[0]] * (batch_size - count))
+        return _rows_of(batch if drop_remainder else batch | {"real": np.arange(batch_size) < count}, mine)
+
+    dataset = grain.MapDataset.source(table)
+    if shuffle:
+        dataset = dataset.shuffle(seed=seed)
+    dataset = dataset.repeat(epochs).batch(batch_size, drop_remainder=drop_remainder, batch_fn=build)
+    # The rows are in memory: threads would only contend for the interpreter.
+    return iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)))
+
+
+def _rows_of(batch: Batch, rows: slice) -> Batch:
+    return {name: _rows_of(value, rows) if isinstance(value, dict) else value[rows] for name, value in batch.items()}
+
+
+def split_by(keys: Sequence[Hashable], share: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """(train, held out) row numbers, int64, such that rows of one key (a user, a prompt) are never on both sides.
+
+    The keys are ordered by a hash of key and seed, and the first `share` of them (at least one, never all) are held
+    out: the same on every machine, and independent of the order of the rows.
+
+    Raises:
+      UserError: `share` is not between 0 and 1, a key is None, or there are fewer than two keys.
+    """
+    if not 0 < share < 1:
+        raise UserError(f"held-out share {share}: not between 0 and 1; choose for example 0.1")
+    keys = list(keys)
+    if None in keys:
+        raise UserError(f"row {keys.index(None)}: it has no key to split by; give every row one or split by another")
+    names = [str(key) for key in keys]
+    groups = sorted(set(names), key=lambda name: hashlib.sha256(f"{seed}\0{name}".encode()).digest())
+    if len(groups) < 2:
+        raise UserError(f"split by key: all {len(names)} rows have the same key; split by another one")
+    held = set(groups[: min(max(round(share * len(groups)), 1), len(groups) - 1)])
+    is_held = np.array([name in held for name in names])
+    return np.flatnonzero(~is_held), np.flatnonzero(is_held)

@@ -1,0 +1,284 @@
+"""What a record means: TRL's prompt, completion and preference columns, and the ones personalization adds.
+
+A conversation is a list of messages `{"role": ..., "content": ...}`. Answers are always plain text: where the prompt is
+a conversation, an answer is the content of the one assistant message after it; where it is text, what follows it.
+"""
+
+import dataclasses
+import math
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from pjrlhf.data.records import BadRecords, RecordError, plain
+from pjrlhf.errors import UserError
+
+KINDS = ("prompt", "completion", "preference")
+COLUMNS = (
+    *("prompt", "chosen", "rejected", "completion", "messages", "text"),
+    *("user_id", "user_text", "objective", "preference_weights", "rewards", "margin"),
+)
+ASSISTANT_MARKER = "\n\nAssistant:"  # turns of the HH-RLHF transcripts
+
+Message = dict[str, Any]
+Prompt = str | list[Message]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Example:
+    """A validated record: text is never blank, numbers are finite, `preference_weights` is a point of the simplex."""
+
+    prompt: Prompt  # "" only for a completion without a prompt
+    chosen: str | None = None
+    rejected: str | None = None
+    completion: str | None = None
+    user_id: str | None = None
+    user_text: str | None = None
+    objective: str | None = None
+    preference_weights: dict[str, float] | list[float] | None = None
+    rewards: dict[str, float] | None = None
+    margin: float | None = None
+    extra: dict[str, Any] = dataclasses.field(default_factory=dict)  # every other column, for reward functions
+    where: str = ""  # "train.jsonl line 17"
+
+
+def validate(
+    records: Sequence[Mapping[str, Any]],
+    kind: str,
+    *,
+    source_name: str | None = None,
+    columns: Mapping[str, str] | None = None,
+    max_bad_share: float = 0.01,
+) -> tuple[list[Example], BadRecords]:
+    """Parses every record; bad ones are named, counted and left out.
+
+    Args:
+      records: a `Source`, or any sequence of mappings.
+      kind: "prompt", "completion" or "preference".
+      source_name: what to call the source in messages; by default its own name.
+      columns: our column name -> theirs.
+      max_bad_share: the largest share of bad records that is let pass.
+
+    Raises:
+      UserError: more than `max_bad_share` of the records are bad, or none is left; an unknown kind or column name.
+    """
+    name = source_name or getattr(records, "name", "records")
+    name_row = getattr(records, "where", lambda i: f"{name} row {i}")
+    examples, bad = [], BadRecords(name, len(records))
+    for i in range(len(records)):
+        try:
+            examples.append(parse(records[i], kind, columns=columns, where=name_row(i)))
+        except RecordError as error:
+            bad.add(name_row(i), error)
+    bad.check(max_bad_share)
+    return examples, bad
+
+
+def parse(
+    record: Mapping[str, Any], kind: str, *, columns: Mapping[str, str] | None = None, where: str = ""
+) -> Example:
+    """One record as an `Example`.
+
+    kind "prompt":     `prompt`.
+    kind "completion": `prompt` and `completion`; or `messages`, the last of which is the completion; or `text`.
+    kind "preference": `chosen` and `rejected` with `prompt`, or without it where both answers repeat the prompt.
+      The implicit prompt of two conversations is their longest common run of messages; that of two texts ends with
+      their last common "\\n\\nAssistant:" (HH-RLHF), or else before the last white space of their common prefix, so
+      that a space stays with the word after it.
+
+    Accepted too: a conversation whose answers are text; a text prompt whose answers are conversations (it is the one
+    user turn); answers that repeat an explicit conversation.
+
+    Raises:
+      RecordError: the record cannot be used.
+      UserError: `kind` or a key of `columns` is unknown.
+    """
+    if kind not in KINDS:
+        raise UserError(f"kind {kind!r}: not one of {', '.join(KINDS)}; choose one of them")
+    if not isinstance(record, Mapping):
+        raise RecordError("not a record", f"a {type(record).__name__}, not an object with named columns")
+    values, extra = _rename(plain(record), columns or {})
+    fields = {"prompt": _prompt, "completion": _completion, "preference": _preference}[kind](values, list(record))
+    return Example(
+        **fields,
+        user_id=_user_id(values.get("user_id")),
+        user_text=_optional_text(values, "user_text"),
+        objective=_optional_text(values, "objective"),
+        preference_weights=_weights(values.get("preference_weights")),
+        rewards=_named_numbers(values.get("rewards"), "rewards"),
+        margin=None if values.get("margin") is None else _number(values["margin"], "margin"),
+        extra=extra,
+        where=where,
+    )
+
+
+def shared_length(a: Sequence[Any], b: Sequence[Any]) -> int:
+    """How many first items two sequences share."""
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+
+
+def _rename(record: dict[str, Any], columns: Mapping[str, str]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(our columns that hold a value, all other columns)."""
+    if unknown := sorted(set(columns) - set(COLUMNS)):
+        raise UserError(f"columns {unknown}: not columns of ours; map only {', '.join(COLUMNS)}")
+    taken = set(columns.values())
+    theirs = {ours: ours for ours in COLUMNS if ours not in columns and ours not in taken} | dict(columns)
+    values = {ours: record[name] for ours, name in theirs.items() if record.get(name) is not None}
+    used = set(theirs.values())
+    return values, {name: value for name, value in record.items() if name not in used}
+
+
+def _need(values: dict[str, Any], names: Sequence[str], found: list[str], what: str) -> None:
+    missing = [name for name in names if name not in values]
+    if missing:
+        ways = " ".join(f"--config.data.columns.{name}=<yours>" for name in missing)
+        raise RecordError(f"missing {' and '.join(missing)}", f"{what}; found columns {found}; map them with {ways}")
+
+
+def _prompt(values: dict[str, Any], found: list[str]) -> dict[str, Any]:
+    _need(values, ["prompt"], found, "prompt data needs prompt")
+    return {"prompt": _read_prompt(values["prompt"])}
+
+
+def _completion(values: dict[str, Any], found: list[str]) -> dict[str, Any]:
+    if "completion" not in values and "messages" in values:
+        messages = _messages(values["messages"], "messages")
+        return {"prompt": _read_prompt(messages[:-1]), "completion": _answer(messages[-1:], "messages")}
+    if "completion" not in values and "text" in values:
+        return {"prompt": "", "completion": _text(values["text"], "text")}
+    _need(values, ["prompt", "completion"], found, "completion data needs prompt and completion, or messages, or text")
+    prompt, (completion,) = _explicit(values["prompt"], {"completion": values["completion"]})
+    return {"prompt": prompt, "completion": completion}
+
+
+def _preference(values: dict[str, Any], found: list[str]) -> dict[str, Any]:
+    _need(
+        values,
+        ["chosen", "rejected"],
+        found,
+        "preference data needs chosen and rejected, and prompt unless both repeat it",
+    )
+    answers = {name: values[name] for name in ("chosen", "rejected")}
+    if answers["chosen"] == answers["rejected"]:
+        raise RecordError("chosen equals rejected")
+    if isinstance(answers["chosen"], str) != isinstance(answers["rejected"], str):
+        raise RecordError("chosen and rejected differ in kind", "one is text, the other a conversation")
+    prompt, (chosen, rejected) = _explicit(values["prompt"], answers) if "prompt" in values else _implicit(answers)
+    if chosen == rejected:
+        raise RecordError("chosen equals rejected")
+    return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+
+
+def _explicit(prompt: Any, answers: dict[str, Any]) -> tuple[Prompt, list[str]]:
+    if all(isinstance(answer, str) for answer in answers.values()):
+        return _read_prompt(prompt), [_text(answer, name) for name, answer in answers.items()]
+    if isinstance(prompt, str):  # answers are conversations: so is the prompt, of one turn
+        prompt = [{"role": "user", "content": prompt}]
+    prompt = _read_prompt(prompt)
+    texts = []
+    for name, answer in answers.items():
+        messages = _messages(answer, name)
+        texts.append(_answer(messages[len(prompt) :] if messages[: len(prompt)] == prompt else messages, name))
+    return prompt, texts
+
+
+def _implicit(answers: dict[str, Any]) -> tuple[Prompt, list[str]]:
+    if isinstance(answers["chosen"], str):
+        texts = [_text(answer, name) for name, answer in answers.items()]
+        common = texts[0][: shared_length(*texts)]
+        if ASSISTANT_MARKER in common:
+            end = common.rindex(ASSISTANT_MARKER) + len(ASSISTANT_MARKER)
+        else:
+            gap = re.search(r"\s+\S*$", common)
+            end = gap.start() if gap else 0
+        if not common[:end].strip():
+            raise RecordError(
+                "no shared prompt", "chosen and rejected have no first words in common; give a prompt column"
+            )
+        return common[:end], [_text(text[end:], name) for text, name in zip(texts, answers, strict=True)]
+    conversations = [_messages(answer, name) for name, answer in answers.items()]
+    shared = conversations[0][: shared_length(*conversations)]
+    if not shared:
+        raise RecordError("no shared prompt", "chosen and rejected share no first message; give a prompt column")
+    return _read_prompt(shared), [
+        _answer(c[len(shared) :], name) for c, name in zip(conversations, answers, strict=True)
+    ]
+
+
+def _read_prompt(value: Any) -> Prompt:
+    if isinstance(value, str):
+        return _text(value, "prompt")
+    messages = _messages(value, "prompt")
+    if messages[-1]["role"] == "assistant":
+        raise RecordError("prompt ends with the assistant", "the last message of a prompt is the one to answer")
+    return messages
+
+
+def _messages(value: Any, name: str) -> list[Message]:
+    """A conversation, also from the column form `{"role": [...], "content": [...]}` (tfds); absent (None) keys go."""
+    if isinstance(value, Mapping) and all(isinstance(column, list) for column in value.values()):
+        value = [dict(zip(value, row, strict=False)) for row in zip(*value.values(), strict=False)]
+    if not isinstance(value, list):
+        raise RecordError(f"{name} is not text", f"a {type(value).__name__}, neither text nor a list of messages")
+    if not value:
+        raise RecordError(f"empty {name}")
+    messages = []
+    for message in value:
+        if not isinstance(message, Mapping) or not all(
+            isinstance(message.get(key), str) for key in ("role", "content")
+        ):
+            raise RecordError(f"{name} is not a conversation", "every message needs a role and a content, both text")
+        messages.append({key: item for key, item in message.items() if item is not None})
+    return messages
+
+
+def _answer(messages: list[Message], name: str) -> str:
+    if len(messages) != 1 or messages[0]["role"] != "assistant":
+        roles = [message["role"] for message in messages]
+        raise RecordError(f"{name} is not one answer", f"after the prompt come {roles}, not one assistant message")
+    return _text(messages[0]["content"], name)
+
+
+def _text(value: Any, name: str) -> str:
+    if not isinstance(value, str):
+        raise RecordError(f"{name} is not text", f"a {type(value).__name__}")
+    if not value.strip():
+        raise RecordError(f"empty {name}")
+    return value
+
+
+def _optional_text(values: dict[str, Any], name: str) -> str | None:
+    return _text(values[name], name) if name in values else None
+
+
+def _user_id(value: Any) -> str | None:
+    is_number = isinstance(value, int) and not isinstance(value, bool)
+    return None if value is None else _text(str(value) if is_number else value, "user_id")
+
+
+def _number(value: Any, name: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise RecordError(f"bad {name}", f"{value!r} is not a finite number")
+    return float(value)
+
+
+def _named_numbers(value: Any, name: str) -> dict[str, float] | None:
+    """Numbers by name; an absent (None) one is left out, since columnar files give every record all names."""
+    if value is None:
+        return None
+    if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
+        raise RecordError(f"bad {name}", f"a {type(value).__name__}, not numbers by name")
+    return {key: _number(item, f"{name}") for key, item in value.items() if item is not None}
+
+
+def _weights(value: Any) -> dict[str, float] | list[float] | None:
+    name = "preference_weights"
+    if isinstance(value, list):
+        weights = [_number(item, name) for item in value]
+        numbers = weights
+    else:
+        weights = _named_numbers(value, name)
+        numbers = list((weights or {}).values())
+    if weights is not None and (min(numbers, default=-1) < 0 or abs(sum(numbers) - 1) > 1e-3):
+        raise RecordError(f"bad {name}", f"{numbers} are not shares: none below 0, their sum 1")
+    return weights

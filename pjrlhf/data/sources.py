@@ -1,0 +1,181 @@
+"""Where records come from: random-access sequences of plain dicts that can name every row."""
+
+import gzip
+import json
+import pathlib
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from etils import epath
+
+from pjrlhf.data.records import RecordError, plain
+from pjrlhf.errors import UserError
+
+_FORMATS = {"jsonl": "json", "json": "json", "csv": "csv", "parquet": "parquet", "arrow": "arrow"}
+
+
+class Source(Sequence):
+    """Any random-access sequence of records under a name; reading a bad row raises `RecordError`."""
+
+    def __init__(self, name: str, records: Sequence[Mapping[str, Any]], rows: range | None = None):
+        """`rows` picks rows of `records` (all of them by default)."""
+        self.name = name
+        self._records = records
+        self._rows = range(len(records)) if rows is None else rows
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, i: int) -> dict[str, Any]:
+        return plain(self._records[self._rows[i]])
+
+    def where(self, i: int) -> str:
+        """The row in words; it counts from 0 in the whole split, before any slice."""
+        return f"{self.name} row {self._rows[i]}"
+
+
+class JsonLines(Source):
+    """The objects of a `.jsonl` or `.jsonl.gz` file, local or gs://; blank lines are skipped, bad ones raise."""
+
+    def __init__(self, path: str):
+        file = epath.Path(path)
+        if not file.is_file():
+            raise UserError(f"{path}: there is no such file; check --config.data.path")
+        try:
+            with file.open("rb") as raw, gzip.open(raw, "rb") if file.suffix == ".gz" else raw as lines:
+                self._lines = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
+        except (gzip.BadGzipFile, EOFError) as error:
+            raise UserError(f"{path}: not a whole gzip file ({error}); unpack it or copy it again") from error
+        super().__init__(file.name, self._lines)
+
+    def __getitem__(self, i: int) -> dict[str, Any]:
+        try:
+            record = json.loads(self._lines[i][1].decode("utf-8-sig"))
+        except UnicodeDecodeError as error:
+            raise RecordError("not UTF-8", str(error)) from error
+        except json.JSONDecodeError as error:
+            raise RecordError("bad JSON", str(error)) from error
+        if not isinstance(record, dict):
+            raise RecordError("bad JSON", f"a {type(record).__name__}, not an object")
+        return record
+
+    def where(self, i: int) -> str:
+        return f"{self.name} line {self._lines[i][0]}"
+
+
+def open_source(spec: Mapping[str, Any]) -> Source:
+    """Opens what `spec` (a mapping or a ConfigDict) describes by its `kind`.
+
+    "jsonl":    `path` of a .jsonl or .jsonl.gz file.
+    "datasets": `path` of a folder written by `save_to_disk`, of a data file or a folder of them, or a name on the hub;
+                `name` of the configuration; `split`, "train" by default, may be sliced: "train[:1000]", "train[90%:]".
+    "tfds":     `name`, `split` (as above) and `data_dir` of a data set prepared in a format with random access.
+    "records":  `records`, any random-access sequence of mappings, and a `name` for messages.
+
+    Raises:
+      UserError: the kind is unknown, or there is no such file, data set or split.
+    """
+    kinds = {"jsonl": _jsonl, "datasets": _datasets, "tfds": _tfds, "records": _records}
+    kind = spec.get("kind")
+    if kind not in kinds:
+        raise UserError(f"data kind {kind!r}: not one of {', '.join(kinds)}; set --config.data.kind")
+    return kinds[kind](spec)
+
+
+def _required(spec: Mapping[str, Any], key: str) -> Any:
+    if spec.get(key) is None:
+        raise UserError(f"data kind {spec['kind']!r}: it needs {key!r}; set --config.data.{key}")
+    return spec[key]
+
+
+def _jsonl(spec: Mapping[str, Any]) -> Source:
+    return JsonLines(_required(spec, "path"))
+
+
+def _records(spec: Mapping[str, Any]) -> Source:
+    return Source(spec.get("name") or "records", _required(spec, "records"))
+
+
+def _datasets(spec: Mapping[str, Any]) -> Source:
+    import datasets
+
+    path, name = str(_required(spec, "path")), spec.get("name")
+    split, cut = _split(spec.get("split") or "train")
+    local = pathlib.Path(path).expanduser()
+    suffixes = [part for part in local.name.split(".")[1:] if part in _FORMATS]
+    try:
+        if (local / "state.json").is_file():
+            data = datasets.load_from_disk(str(local))
+        elif (local / "dataset_dict.json").is_file():
+            splits = datasets.load_from_disk(str(local))
+            if split not in splits:
+                raise UserError(
+                    f"{path}: there is no split {split!r}; set --config.data.split to one of {list(splits)}"
+                )
+            data = splits[split]
+        elif local.is_file() and suffixes:
+            data = datasets.load_dataset(_FORMATS[suffixes[-1]], data_files={split: str(local)}, split=split)
+        elif not local.exists() and (suffixes or path.startswith(("/", "~", ".")) or path.count("/") > 1):
+            raise UserError(f"{path}: there is no such file or folder; check --config.data.path")
+        else:
+            data = datasets.load_dataset(path, name, split=split)
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(
+            f"{path}: `datasets` cannot open split {split!r} ({_one_line(error)}); check --config.data.path, "
+            "--config.data.name and --config.data.split, and the network where it is a name on the hub"
+        ) from error
+    return Source(f"{local.name} [{split}]", data, cut(len(data)))
+
+
+def _tfds(spec: Mapping[str, Any]) -> Source:
+    import tensorflow_datasets as tfds
+
+    name, data_dir = _required(spec, "name"), spec.get("data_dir")
+    split, cut = _split(spec.get("split") or "train")
+    prepare = (
+        f"prepare it once with tfds.builder({name!r}, data_dir=..., file_format='array_record').download_and_prepare() "
+        "and set --config.data.data_dir"
+    )
+    try:
+        builder = tfds.builder(name, data_dir=data_dir)
+    except tfds.core.DatasetNotFoundError as error:
+        raise UserError(
+            f"{name}: tfds knows no such data set under {data_dir or 'its default folder'}; {prepare}"
+        ) from error
+    if split not in builder.info.splits:  # none at all where nothing was prepared
+        found = list(builder.info.splits)
+        way = f"set --config.data.split to one of {found}" if found else prepare
+        raise UserError(f"{name}: there is no split {split!r} in {builder.data_dir}; {way}")
+    try:
+        data = builder.as_data_source(split=split)
+    except (NotImplementedError, ImportError) as error:
+        raise UserError(
+            f"{name}: its files in {builder.data_dir} have no random access without TensorFlow; {prepare}"
+        ) from error
+    # Slices are cut here because parquet builders ignore them without a word.
+    return Source(f"{name} [{split}]", data, cut(len(data)))
+
+
+def _split(text: str):
+    """("train", number of rows -> range) from "train", "train[10:20]", "train[:5%]"."""
+    match = re.fullmatch(r"([^\[\]]+)(?:\[(-?\d+%?)?:(-?\d+%?)?\])?", text)
+    if not match:
+        raise UserError(f"split {text!r}: not understood; write --config.data.split=train, train[:1000] or train[90%:]")
+    name, start, stop = match.groups()
+
+    def cut(rows: int) -> range:
+        def edge(part: str | None) -> int | None:
+            if part is None:
+                return None
+            return round(rows * int(part[:-1]) / 100) if part.endswith("%") else int(part)
+
+        return range(rows)[edge(start) : edge(stop)]
+
+    return name, cut
+
+
+def _one_line(error: BaseException) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

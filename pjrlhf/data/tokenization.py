@@ -1,0 +1,301 @@
+"""Text to token ids, once: templates, one BOS, one EOS, the boundary of prompt and answer found among the tokens."""
+
+import dataclasses
+import functools
+import json
+import os
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from absl import logging
+
+from pjrlhf.data.records import BadRecords, RecordError
+from pjrlhf.data.schema import Example, Prompt, shared_length
+from pjrlhf.errors import UserError
+
+ANSWERS = {
+    "prompt": (),
+    "completion": ("completion",),
+    "preference": ("chosen", "rejected"),
+}  # text fields after the prompt
+
+
+class Tokenizer:
+    """A Hugging Face tokenizer with the rules of this project around it.
+
+    Ids of padding never decide what is scored or attended to (masks do), so `pad_id` may equal `eos_id`.
+    """
+
+    def __init__(self, backend: Any, *, eos_token: str | None = None, add_bos: bool | None = None):
+        """
+        Args:
+          backend: a `transformers` tokenizer.
+          eos_token: the end-of-sequence token where the backend has none, or another one of its vocabulary.
+          add_bos: whether text starts with BOS; by default what the backend does by itself.
+
+        Raises:
+          UserError: there is no EOS, or `eos_token` is not in the vocabulary.
+        """
+        vocabulary = backend.get_vocab()
+        if eos_token is not None:
+            if eos_token not in vocabulary:
+                raise UserError(f"eos_token {eos_token!r}: not in the tokenizer's vocabulary; name one of its tokens")
+            backend.add_special_tokens({"eos_token": eos_token})
+        if backend.eos_token_id is None:
+            raise UserError(
+                f"tokenizer {backend.name_or_path or type(backend).__name__}: it has no end-of-sequence token, so no "
+                "answer could end; name one of its tokens with --config.model.eos_token=..."
+            )
+        self.backend = backend
+        self.eos_id: int = backend.eos_token_id
+        self.bos_id: int | None = backend.bos_token_id
+        self.vocab_size = max(vocabulary.values()) + 1
+        self.has_chat_template = bool(backend.chat_template)
+        others = [i for i in (backend.pad_token_id, backend.unk_token_id) if i is not None and i != self.eos_id]
+        self.pad_id: int = others[0] if others else self.eos_id
+        if self.pad_id != backend.pad_token_id:
+            logging.info(
+                "the tokenizer has no padding token of its own; padding with %r", self.decode([self.pad_id], False)
+            )
+        if add_bos is None:
+            add_bos = self.bos_id is not None and backend("")["input_ids"][:1] == [self.bos_id]
+        self._add_bos = add_bos
+
+    @property
+    def start_id(self) -> int:
+        """What the first token is conditioned on where neither tokenizer nor prompt puts a token before it."""
+        return self.eos_id if self.bos_id is None else self.bos_id
+
+    def encode_prompt(self, prompt: Prompt) -> list[int]:
+        """Ids of a prompt, ready to be answered: a conversation ends with the generation prompt of the chat template.
+
+        A text starts with exactly one BOS where the tokenizer uses one; in a conversation the template decides. At
+        least one token always comes out.
+
+        Raises:
+          RecordError: the template refuses the conversation.
+          UserError: a conversation, but the tokenizer has no chat template.
+        """
+        (ids,) = self._encode([self._render(prompt)], bos=isinstance(prompt, str))
+        return ids or [self.start_id]
+
+    def encode_pair(self, prompt: Prompt, completion: str, *, append_eos: bool = True) -> tuple[list[int], list[int]]:
+        """(prompt ids, completion ids): see `encode_answers`."""
+        prompt_ids, (completion_ids,) = self.encode_answers(prompt, [completion], append_eos=append_eos)
+        return prompt_ids, completion_ids
+
+    def encode_answers(
+        self, prompt: Prompt, answers: Sequence[str], *, append_eos: bool = True
+    ) -> tuple[list[int], list[list[int]]]:
+        """Ids of one prompt and of answers to it: prompt + answer are the ids of the whole text, then exactly one EOS.
+
+        The boundary is where the prompt ends, or the first token before that in which a text differs from the prompt
+        alone: a token that straddles the boundary belongs to the answer and is scored.
+
+        Raises:
+          RecordError: an answer has no token, or holds an EOS before its end; the template refuses the conversation.
+          UserError: a conversation, but the tokenizer has no chat template.
+        """
+        texts = [self._render(prompt), *(self._render(prompt, answer) for answer in answers)]
+        alone, *whole = self._encode(texts, bos=isinstance(prompt, str))
+        boundary = min(shared_length(alone, ids) for ids in whole)
+        if boundary < len(alone) and not isinstance(prompt, str):
+            logging.log_first_n(
+                logging.WARNING,
+                "the chat template does not write its generation prompt before an answer: in training prompts end with "
+                "%r, in generation with %r",
+                1,
+                self.decode(alone[:boundary], False)[-40:],
+                self.decode(alone, False)[-40:],
+            )
+        answer_ids = [ids[boundary:] for ids in whole]
+        for ids in answer_ids:
+            if not ids:
+                raise RecordError("answer without tokens")
+            if self.eos_id in ids:
+                raise RecordError(
+                    "end-of-sequence inside an answer", f"the token {self.backend.eos_token!r} before its end"
+                )
+        ending = [self.eos_id] if append_eos else []
+        return alone[:boundary] or [self.start_id], [ids + ending for ids in answer_ids]
+
+    def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
+        return self.backend.decode(
+            [int(i) for i in ids], skip_special_tokens=skip_special, clean_up_tokenization_spaces=False
+        )
+
+    def save(self, folder: str | os.PathLike) -> None:
+        """Writes the files that `load_tokenizer` and `transformers` read."""
+        self.backend.save_pretrained(str(folder))
+
+    def _render(self, prompt: Prompt, answer: str | None = None) -> str:
+        """The text the model reads: the prompt ready to be answered, or prompt and answer without a terminal EOS."""
+        if isinstance(prompt, str):
+            return prompt if answer is None else prompt + self._without_eos(answer)
+        if not self.has_chat_template:
+            raise UserError(
+                "the prompt is a conversation but the tokenizer has no chat template; add chat_template to "
+                "tokenizer_config.json, or give prompts as text"
+            )
+        from jinja2 import TemplateError
+
+        messages = prompt if answer is None else [*prompt, {"role": "assistant", "content": answer}]
+        try:
+            text = self.backend.apply_chat_template(messages, tokenize=False, add_generation_prompt=answer is None)
+        except TemplateError as error:
+            raise RecordError("refused by the chat template", str(error)) from error
+        return text if answer is None else self._without_eos(text)
+
+    def _without_eos(self, text: str) -> str:
+        """Templates, and some data sets, end with EOS (and a line feed) already."""
+        while (cut := text.rstrip()).endswith(self.backend.eos_token):
+            text = cut.removesuffix(self.backend.eos_token)
+        return text
+
+    def _encode(self, texts: list[str], *, bos: bool) -> list[list[int]]:
+        rows = self.backend(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+        if not self._add_bos:
+            return rows
+        return [[self.bos_id] * (bos or ids[:1] == [self.bos_id]) + _drop_leading(ids, self.bos_id) for ids in rows]
+
+
+def _drop_leading(ids: list[int], token: int) -> list[int]:
+    return ids[next((i for i, x in enumerate(ids) if x != token), len(ids)) :]
+
+
+def load_tokenizer(folder: str | os.PathLike, *, eos_token: str | None = None) -> Tokenizer:
+    """The tokenizer of a Hugging Face folder, of which `tokenizer.json` alone is enough; no code of the folder is run.
+
+    Raises:
+      UserError: the folder has no tokenizer `transformers` can load, or one without EOS (see `Tokenizer`).
+    """
+    from transformers import AutoTokenizer
+
+    folder = pathlib.Path(folder)
+    if not folder.is_dir():
+        raise UserError(f"tokenizer {folder}: there is no such folder; give one with a tokenizer.json")
+    try:
+        backend = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
+    except (OSError, ValueError, ImportError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"tokenizer {folder}: {reason}; give a folder with a tokenizer.json") from error
+    settings = folder / "tokenizer_config.json"
+    # transformers 5 forgets this setting for classes it replaces by its own.
+    add_bos = json.loads(settings.read_text()).get("add_bos_token") if settings.is_file() else None
+    return Tokenizer(backend, eos_token=eos_token, add_bos=add_bos if backend.bos_token_id is not None else False)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Lengths:
+    """How many tokens prompts (with BOS) and completions (with EOS) may have, and what to do with longer ones."""
+
+    prompt: int
+    completion: int
+    context: int | None = None  # of the model
+    long_prompt: str = "drop"  # "drop", "truncate_left" (the end stays, and BOS), or "error"
+    long_completion: str = "drop"  # "drop", or "truncate" (the start stays, without EOS)
+
+    def __post_init__(self):
+        if min(self.prompt, self.completion) < 1:
+            raise UserError(
+                f"lengths: prompt {self.prompt} and completion {self.completion} must be at least 1; raise them"
+            )
+        if self.context is not None and self.prompt + self.completion > self.context:
+            raise UserError(
+                f"lengths: prompt {self.prompt} + completion {self.completion} tokens are more than the model's "
+                f"context of {self.context}; shorten one of them"
+            )
+        for name, choices in (
+            ("long_prompt", ("drop", "truncate_left", "error")),
+            ("long_completion", ("drop", "truncate")),
+        ):
+            if getattr(self, name) not in choices:
+                raise UserError(f"{name} {getattr(self, name)!r}: not one of {', '.join(choices)}; choose one of them")
+
+
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class TokenTable(Sequence):
+    """Tokenised examples, in order.
+
+    A row is a dict: `index` (its place in this table), `prompt` and the answers of `kind` (int32 arrays of ids), and
+    `user_id`, `objective`, `margin`, `where`. `examples[index]` has the text and every other column.
+    """
+
+    kind: str
+    examples: tuple[Example, ...]
+    tokens: dict[str, tuple[np.ndarray, ...]]  # "prompt", "chosen", ... -> one int32 array per example
+    bad: BadRecords
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def __getitem__(self, i: int) -> dict[str, Any]:
+        example = self.examples[i]
+        row = {name: getattr(example, name) for name in ("user_id", "objective", "margin", "where")}
+        return row | {name: ids[i] for name, ids in self.tokens.items()} | {"index": range(len(self))[i]}
+
+    def lengths(self, name: str) -> np.ndarray:
+        """Token counts of a column, int64 [rows]."""
+        return np.array([len(ids) for ids in self.tokens[name]], dtype=np.int64)
+
+    def select(self, rows: Sequence[int]) -> "TokenTable":
+        """The table of some rows; `index` counts anew."""
+        tokens = {name: tuple(ids[i] for i in rows) for name, ids in self.tokens.items()}
+        return dataclasses.replace(self, examples=tuple(self.examples[i] for i in rows), tokens=tokens)
+
+
+def tokenize(
+    examples: Sequence[Example],
+    kind: str,
+    tokenizer: Tokenizer,
+    lengths: Lengths,
+    *,
+    source_name: str = "examples",
+    max_bad_share: float = 0.01,
+) -> TokenTable:
+    """Tokenises examples of one kind; those that do not fit are left out, counted and named in the table's `bad`.
+
+    Raises:
+      UserError: more than `max_bad_share` do not fit, or none does; a prompt is too long and the policy is "error".
+    """
+    kept, rows, bad = [], [], BadRecords(source_name, len(examples))
+    for example in examples:
+        try:
+            rows.append(_fit(example, kind, tokenizer, lengths))
+            kept.append(example)
+        except RecordError as error:
+            bad.add(example.where, error)
+    bad.check(max_bad_share)
+    columns = zip(*rows, strict=True)
+    as_ids = functools.partial(np.asarray, dtype=np.int32)
+    tokens = {name: tuple(map(as_ids, ids)) for name, ids in zip(("prompt", *ANSWERS[kind]), columns, strict=True)}
+    return TokenTable(kind, tuple(kept), tokens, bad)
+
+
+def _fit(example: Example, kind: str, tokenizer: Tokenizer, lengths: Lengths) -> list[list[int]]:
+    """Ids of the prompt and of each answer, within the lengths."""
+    names = ANSWERS[kind]
+    if names:
+        prompt, answers = tokenizer.encode_answers(example.prompt, [getattr(example, name) for name in names])
+    else:
+        prompt, answers = tokenizer.encode_prompt(example.prompt), []
+    if len(prompt) > lengths.prompt:
+        detail = f"{len(prompt)} tokens, the limit is {lengths.prompt}"
+        if lengths.long_prompt == "drop":
+            raise RecordError("prompt too long", detail)
+        if lengths.long_prompt == "error":
+            raise UserError(
+                f"{example.where}: prompt too long ({detail}); raise --config.data.max_prompt, or leave such prompts "
+                "out or shorten them with --config.data.long_prompt=drop or truncate_left"
+            )
+        start = prompt[:1] if prompt[0] == tokenizer.bos_id and lengths.prompt > 1 else []
+        prompt = start + prompt[len(prompt) - lengths.prompt + len(start) :]
+    for name, ids in zip(names, answers, strict=True):
+        if len(ids) > lengths.completion and lengths.long_completion == "drop":
+            raise RecordError(f"{name} too long", f"{len(ids)} tokens, the limit is {lengths.completion}")
+    answers = [ids[: lengths.completion] for ids in answers]
+    if kind == "preference" and answers[0] == answers[1]:
+        raise RecordError("chosen equals rejected", f"in the first {len(answers[0])} tokens")
+    return [prompt, *answers]

@@ -1,0 +1,204 @@
+"""The report of an evaluation: summary.json for programs, index.html for people, tables for the terminal.
+
+Layout of `summary` (every section may be absent, every number may be nan or None):
+
+    title                 str
+    config                {name: value}, may nest
+    stage_seconds         {stage: seconds};  total_seconds: float
+    reward_models         {preference: {accuracy, pairs, mean, std}}
+    ingredients           {preference: {win_rate_vs_base: rate, kl, length, score, base_score}}
+    win_rate              {method: {opponent: rate}}, over all combinations
+    win_rate_average      {method: rate}, against all others
+    combos                {"P1A+P2A+P3A": {method: {opponent: rate}}}
+    sweep                 {dimension: {low, high: preference; weights: [of high]; scores: {preference: [...]};
+                          length: [...]; spearman: {preference: x}; chord_gap: {preference: {mean, min, max}}}}
+    position_consistency  share of comparisons judged alike in both orders
+    notes                 [str]
+
+`rate` is a `winrate.Rate` or a mapping with its fields: rate, rate_half, low, high, wins, losses, ties.
+A sample is {combo, prompt, answers: {method: text}}.
+"""
+
+import base64
+import dataclasses
+import json
+import math
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jinja2
+import rich.console
+import rich.table
+import rich.text
+
+from pjrlhf.evaluation import plots
+
+MISSING = "\N{EN DASH}"
+
+
+def write_report(
+    folder: str | pathlib.Path,
+    summary: Mapping[str, Any],
+    samples: Sequence[Mapping[str, Any]] = (),
+    metrics: str | pathlib.Path | None = None,
+) -> pathlib.Path:
+    """Writes summary.json, one PNG per figure and the self-contained index.html into `folder`.
+
+    Args:
+      folder: made if absent.
+      summary: see the module docstring.
+      samples: answers to show beside each other.
+      metrics: metrics.jsonl of the run, for training curves.
+
+    Returns:
+      The path of index.html. Each file is replaced whole: a reader never sees half of one.
+    """
+    folder = pathlib.Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    summary = clean(summary)
+    _write(folder / "summary.json", (json.dumps(summary, indent=1, allow_nan=False) + "\n").encode())
+    images = plots.figures(summary, metrics)
+    for name, png in images.items():
+        _write(folder / f"{name}.png", png)
+    page = _template().render(
+        summary=summary,
+        samples=clean(samples),
+        images={name: base64.b64encode(png).decode() for name, png in images.items()},
+        config=flatten(summary.get("config") or {}),
+        opponents=plots.opponents,
+        by_combo=_by_combo(summary.get("combos") or {}),
+    )
+    _write(folder / "index.html", page.encode())
+    return folder / "index.html"
+
+
+def clean(value: Any) -> Any:
+    """`value` in JSON types: dataclasses and mappings as dicts, arrays as lists, nan and inf None, the rest as text."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        value = dataclasses.asdict(value)
+    if hasattr(value, "tolist"):  # numpy and jax, arrays and scalars
+        value = value.tolist()
+    if isinstance(value, Mapping):
+        return {str(key): clean(item) for key, item in value.items()}
+    if isinstance(value, list | tuple | set | frozenset):
+        return [clean(item) for item in value]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return value if value is None or isinstance(value, bool | int | str) else str(value)
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as one level with dotted names."""
+    flat = {}
+    for key, value in tree.items():
+        if isinstance(value, Mapping) and value:
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def _by_combo(combos: Mapping[str, Any]) -> dict[str, dict[str, dict[str, Any]]]:
+    """{combo: {method: rate}} against all opponents together, from the counts."""
+    return {combo: {method: _pooled(row.values()) for method, row in table.items()} for combo, table in combos.items()}
+
+
+def _pooled(rates) -> dict[str, Any]:
+    rates = list(rates)
+    total = {key: sum(rate.get(key) or 0 for rate in rates) for key in ("wins", "losses", "ties")}
+    decided = total["wins"] + total["losses"]
+    return total | {"rate": total["wins"] / decided if decided else None}
+
+
+def _write(path: pathlib.Path, content: bytes) -> None:
+    partial = path.with_name(f".{path.name}.tmp")
+    partial.write_bytes(content)
+    partial.replace(path)
+
+
+def _template() -> jinja2.Template:
+    loader = jinja2.FileSystemLoader(pathlib.Path(__file__).parent)
+    environment = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    environment.filters |= {"percent": percent, "number": number, "duration": duration, "interval": interval}
+    return environment.get_template("report.html")
+
+
+# Numbers as people read them; what is no number is a dash.
+
+
+def percent(share: float | None) -> str:
+    return MISSING if not isinstance(share, int | float) else f"{100 * share:.1f}"
+
+
+def interval(rate: Mapping[str, Any] | None) -> str:
+    """The interval of a rate in percent, "52.1 to 62.0"."""
+    if not rate or rate.get("low") is None or rate.get("high") is None:
+        return ""
+    return f"{percent(rate['low'])} to {percent(rate['high'])}"
+
+
+def number(value: float | None, digits: int = 2) -> str:
+    if not isinstance(value, int | float):
+        return MISSING
+    return str(value) if isinstance(value, int) else f"{value:.{digits}f}"
+
+
+def duration(seconds: float | None) -> str:
+    if not isinstance(seconds, int | float):
+        return MISSING
+    minutes, rest = divmod(seconds, 60)
+    return f"{int(minutes)} min {rest:.0f} s" if minutes else f"{rest:.1f} s"
+
+
+def print_tables(summary: Mapping[str, Any], console: rich.console.Console | None = None) -> None:
+    """The closing tables of a run: win rates, ingredients, sweep and time, each where the summary has it."""
+    console = console or rich.console.Console()
+    summary = clean(summary)
+    average, pairs = summary.get("win_rate_average") or {}, summary.get("win_rate") or {}
+    against = plots.opponents(pairs)
+    rows = [
+        [method, _cell(average.get(method)), *(_cell(pairs.get(method, {}).get(opponent)) for opponent in against)]
+        for method in dict.fromkeys([*average, *pairs])
+    ]
+    _print(console, "Win rate, % (95% interval)", ["method", "all others", *against], rows)
+
+    reward_models, ingredients = summary.get("reward_models") or {}, summary.get("ingredients") or {}
+    rows = []
+    for name in dict.fromkeys([*ingredients, *reward_models]):
+        one, model = ingredients.get(name, {}), reward_models.get(name, {})
+        rate = _cell(one.get("win_rate_vs_base"))
+        rows.append([name, rate, percent(model.get("accuracy")), number(one.get("kl")), number(one.get("length"), 1)])
+    _print(console, "Ingredients", ["preference", "win rate vs base", "reward model, %", "KL, nats", "length"], rows)
+
+    rows = [
+        [dimension, name, number(value), number((one.get("chord_gap") or {}).get(name, {}).get("mean"), 3)]
+        for dimension, one in (summary.get("sweep") or {}).items()
+        for name, value in (one.get("spearman") or {}).items()
+    ]
+    _print(console, "Sweep between opposites", ["dimension", "score", "Spearman", "above the line"], rows)
+
+    seconds = summary.get("stage_seconds") or {}
+    rows = [[stage, duration(value)] for stage, value in seconds.items()]
+    if rows and summary.get("total_seconds") is not None:
+        rows.append(["total", duration(summary["total_seconds"])])
+    _print(console, "Time", ["stage", "time"], rows)
+
+
+def _cell(rate: Mapping[str, Any] | None) -> str:
+    if not rate or rate.get("rate") is None:
+        return MISSING
+    if rate.get("low") is None or rate.get("high") is None:
+        return percent(rate["rate"])
+    return f"{percent(rate['rate'])}\n{100 * rate['low']:.0f}-{100 * rate['high']:.0f}"
+
+
+def _print(console: rich.console.Console, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    if not rows:
+        return
+    table = rich.table.Table(title=title, title_justify="left", title_style="bold")
+    for i, column in enumerate(columns):
+        table.add_column(rich.text.Text(column), justify="right" if i else "left")
+    for row in rows:
+        table.add_row(*(rich.text.Text(cell) for cell in row))
+    console.print(table)

@@ -1,0 +1,69 @@
+"""Starts a run: `python -m pjrlhf.main --config=configs/soups.py --workdir=runs/mine --config.seed=1`."""
+
+import json
+import os
+import pathlib
+import sys
+
+from absl import app, flags, logging
+from ml_collections import config_flags
+
+from pjrlhf.errors import UserError
+
+FLAGS = flags.FLAGS
+_CONFIG = config_flags.DEFINE_config_file("config", None, "What to run: a file of configs/, optionally with :variant.")
+_WORKDIR = flags.DEFINE_string("workdir", None, "Run directory; runs/<name of the config> where not given.")
+
+
+def compilation_cache() -> None:
+    """Keeps compiled programs in the user's cache folder, so that a second run starts at once."""
+    import jax
+
+    if jax.config.jax_compilation_cache_dir is None:
+        root = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
+        jax.config.update("jax_compilation_cache_dir", str(pathlib.Path(root) / "pjrlhf" / "jax"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+def default_workdir(config_path: str) -> str:
+    """configs/soups.py:hf -> runs/soups-hf."""
+    path, _, variant = config_path.partition(":")
+    name = pathlib.Path(path).stem
+    return str(pathlib.Path("runs") / (f"{name}-{variant}" if variant else name))
+
+
+def main(_: list[str]) -> None:
+    # Libraries below report their own bookkeeping at this level; ours is what a user asked for.
+    logging.get_absl_handler().addFilter(
+        lambda r: r.levelno > logging.converter.STANDARD_INFO or "pjrlhf" in r.pathname
+    )
+    config = _CONFIG.value
+    if config is None:
+        raise UserError("--config: not given; for example --config=configs/soups.py")
+    compilation_cache()
+    from pjrlhf import stages
+    from pjrlhf.training.workdir import Workdir
+
+    workdir = Workdir(_WORKDIR.value or default_workdir(FLAGS["config"].config_filename))
+    workdir.write_config(config.to_dict(), ignore=("log_every", "checkpoint_every", "evaluate", "stages", "title"))
+    stages.run(config, workdir)
+    summary = workdir.path / "report" / "summary.json"
+    if summary.is_file():
+        from pjrlhf.evaluation.report import print_tables
+
+        print_tables(json.loads(summary.read_text(encoding="utf-8")))
+        print(f"report: {summary.with_name('index.html')}")
+
+
+def run() -> None:
+    """The entry point: a mistake a person can mend ends in one line, not in a traceback."""
+    try:
+        app.run(main)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    run()

@@ -1,0 +1,145 @@
+"""Sums of low-rank updates (LoRA, arXiv 2106.09685): the update of a kernel [..., in, out] is `scale * a @ b`.
+
+An adapter is a nested dict whose innermost dicts are pairs {'a': [..., in, R], 'b': [..., R, out]} with equal leading
+axes (layers). `scale` is alpha / rank, or alpha / sqrt(rank) where rank-stabilised, and belongs to one adapter.
+
+`merge_dense` and `concatenate` are exact for any ranks, scales and weights. `average_factors` is not: see there.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from pjrlhf.merging import trees
+
+Tree = Any
+
+
+def delta(a: jax.Array, b: jax.Array, scale: float | jax.Array) -> jax.Array:
+    """The dense update `scale * a @ b`, [..., in, out], at least float32 whatever the dtype of the factors."""
+    wide = trees.wide_dtype(jnp.promote_types(a.dtype, b.dtype))
+    return scale * jnp.matmul(a.astype(wide), b.astype(wide), precision=jax.lax.Precision.HIGHEST)
+
+
+def merge_dense(kernels: Tree, adapters: Sequence[Tree], scales: Sequence[float], weights: Sequence[float]) -> Tree:
+    """`kernels` + sum_i weights[i] * scales[i] * a_i @ b_i, in the dtypes of `kernels`.
+
+    Args:
+      kernels: nested dicts, the whole model or a part of it; a pair at `path` updates the leaf `path/kernel`.
+      adapters: any ranks; each may touch its own subset of the kernels.
+      scales, weights: one number per adapter.
+
+    Raises ValueError for a wrong number of weights or scales, weights that are not finite, and pairs that fit no
+    kernel.
+    """
+    _check_numbers(adapters, scales, weights)
+    updates = {}
+    for adapter, scale, weight in zip(adapters, scales, weights, strict=True):
+        for path, pair in _pairs(adapter).items():
+            updates.setdefault(f"{path}/kernel", []).append((pair, weight * scale))
+
+    def add(path, kernel):
+        total = kernel.astype(trees.wide_dtype(kernel.dtype))
+        for pair, factor in updates.pop(_name(path), ()):
+            update = delta(pair["a"], pair["b"], factor)
+            if update.shape != kernel.shape:
+                raise ValueError(f"leaf {_name(path)!r} has shape {kernel.shape}, its update {update.shape}")
+            total = total + update.astype(total.dtype)
+        return total.astype(kernel.dtype)
+
+    merged = jax.tree.map_with_path(add, kernels)
+    if updates:
+        raise ValueError(f"adapters update {next(iter(updates))!r}, which the base does not have")
+    return merged
+
+
+def concatenate(adapters: Sequence[Tree], scales: Sequence[float], weights: Sequence[float]) -> Tree:
+    """One adapter of rank sum_i R_i and scale 1 with the update sum_i weights[i] * scales[i] * a_i @ b_i, exactly.
+
+    Weights and scales are folded into `b`; dtypes are those of the first adapter.
+    Raises ValueError for a wrong number of weights or scales, weights that are not finite, and adapters of different
+    kernels.
+    """
+    _check_numbers(adapters, scales, weights)
+    flat = [_pairs(adapter) for adapter in adapters]
+
+    def join(path, first):
+        pairs = [each[_name(path)] for each in flat]
+        folded = [_times(pair["b"], w * s) for pair, w, s in zip(pairs, weights, scales, strict=True)]
+        return {
+            "a": jnp.concatenate([pair["a"] for pair in pairs], axis=-1).astype(first["a"].dtype),
+            "b": jnp.concatenate(folded, axis=-2).astype(first["b"].dtype),
+        }
+
+    _check_alike(flat)
+    return jax.tree.map_with_path(join, adapters[0], is_leaf=_is_pair)
+
+
+def average_factors(adapters: Sequence[Tree], scales: Sequence[float], weights: Sequence[float]) -> Tree:
+    """Factor averaging, as the released code of Personalized Soups (arXiv 2310.11564) merges: an adapter of scale 1.
+
+    a = sum_i w_i a_i and b = sum_i w_i scale_i b_i, each on its own. The product of the two sums holds the cross terms
+    w_i w_j a_i b_j, so this is the weighted mean of the updates only where all adapters share `a` and the weights sum
+    to 1. Training from one shared draw of `a` keeps it close; from independent draws the mean turns and shrinks. It is
+    here to compare with published soups: use `concatenate` or `merge_dense` otherwise.
+
+    Raises ValueError as `concatenate` does, and where ranks differ.
+    """
+    _check_numbers(adapters, scales, weights)
+    trees.check_same(adapters, [f"adapter {i}" for i in range(len(adapters))])
+    flat = [_pairs(adapter) for adapter in adapters]
+
+    def average(path, first):
+        pairs = [each[_name(path)] for each in flat]
+        a = sum(_times(pair["a"], w) for pair, w in zip(pairs, weights, strict=True))
+        b = sum(_times(pair["b"], w * s) for pair, w, s in zip(pairs, weights, scales, strict=True))
+        return {"a": a.astype(first["a"].dtype), "b": b.astype(first["b"].dtype)}
+
+    return jax.tree.map_with_path(average, adapters[0], is_leaf=_is_pair)
+
+
+def _is_pair(node: Any) -> bool:
+    return isinstance(node, Mapping) and set(node) == {"a", "b"}
+
+
+def _name(path: Any) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def _times(x: jax.Array, factor: float | jax.Array) -> jax.Array:
+    return x.astype(trees.wide_dtype(x.dtype)) * factor
+
+
+def _pairs(adapter: Tree) -> dict[str, Mapping[str, jax.Array]]:
+    """The pairs of an adapter by their path; ValueError where a pair is incomplete or its factors do not multiply."""
+    found = {}
+    for path, pair in jax.tree.leaves_with_path(adapter, is_leaf=_is_pair):
+        if not _is_pair(pair):
+            raise ValueError(f"{_name(path)!r} is no part of a pair of factors 'a' and 'b'")
+        a, b = pair["a"].shape, pair["b"].shape
+        if a[:-2] != b[:-2] or a[-1] != b[-2]:
+            raise ValueError(f"pair {_name(path)!r}: a {a} and b {b} do not multiply")
+        found[_name(path)] = pair
+    return found
+
+
+def _check_numbers(adapters: Sequence[Tree], scales: Sequence[float], weights: Sequence[float]) -> None:
+    if not adapters:
+        raise ValueError("no adapter to merge")
+    trees.check_weights(weights, len(adapters))
+    if len(scales) != len(adapters):
+        raise ValueError(f"{len(scales)} scales for {len(adapters)} adapters")
+
+
+def _check_alike(flat: Sequence[Mapping[str, Any]]) -> None:
+    """ValueError where adapters update different kernels or kernels of different shapes."""
+    for i, pairs in enumerate(flat):
+        for path in [*flat[0], *pairs]:
+            if path not in pairs or path not in flat[0]:
+                has, lacks = (0, i) if path in flat[0] else (i, 0)
+                raise ValueError(f"adapter {has} updates {path!r} but adapter {lacks} does not; merge them densely")
+            shapes = [(*x[path]["a"].shape[:-1], x[path]["b"].shape[-1]) for x in (pairs, flat[0])]
+            if shapes[0] != shapes[1]:
+                raise ValueError(f"adapter {i} updates {path!r} by {shapes[0]}, adapter 0 by {shapes[1]}")

@@ -1,0 +1,135 @@
+"""Weighted sums of parameter pytrees (rewarded soups, arXiv 2306.04488, eq. 1; task arithmetic, arXiv 2212.04089).
+
+Sums are taken in float32 (float64 where the leaves are float64) and cast back. Weights may be negative and need not sum
+to 1.
+"""
+
+import functools
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+Tree = Any
+
+
+def check_weights(weights: Sequence[float] | np.ndarray | jax.Array, count: int) -> Any:
+    """`weights` as given, if there are `count` of them and all are finite; ValueError otherwise.
+
+    The values of weights traced by `jax.jit` or `jax.grad` cannot be seen and are not checked.
+    """
+    if len(weights) != count:
+        raise ValueError(f"{_counted(len(weights), 'weight')} for {_counted(count, 'ingredient')}")
+    for i, weight in enumerate(weights):
+        if not isinstance(weight, jax.core.Tracer) and not math.isfinite(weight):
+            raise ValueError(f"weight {i} is {weight}; weights must be finite")
+    return weights
+
+
+def check_same(trees: Sequence[Tree], names: Sequence[str] | None = None) -> None:
+    """ValueError, naming the leaf, where a tree differs from the first in structure or shape or holds non-floats."""
+    names = names or [f"ingredient {i}" for i in range(len(trees))]
+    flat = [
+        {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in jax.tree.leaves_with_path(tree)}
+        for tree in trees
+    ]
+    for name, leaves in zip(names, flat, strict=True):
+        for path in [*flat[0], *leaves]:
+            if path not in leaves or path not in flat[0]:
+                has, lacks = (names[0], name) if path in flat[0] else (name, names[0])
+                raise ValueError(f"leaf {path!r} is in {has} but not in {lacks}")
+            if leaves[path].shape != flat[0][path].shape:
+                raise ValueError(
+                    f"leaf {path!r} has shape {leaves[path].shape} in {name} but {flat[0][path].shape} in {names[0]}"
+                )
+            if not jnp.issubdtype(leaves[path].dtype, jnp.floating):
+                raise ValueError(f"leaf {path!r} of {name} is {leaves[path].dtype}; only floats are merged")
+
+
+def accumulate(total: Tree | None, tree: Tree, weight: float | jax.Array) -> Tree:
+    """`total + weight * tree`, for one ingredient at a time; None starts the sum.
+
+    The result is float32 (or float64); `total` is donated, so at most one ingredient and one running sum are alive.
+    """
+    if total is None:
+        return _scaled(tree, weight)
+    check_same([total, tree], ["the running sum", "the new ingredient"])
+    return _added(total, tree, weight)
+
+
+def weighted_sum(trees: Sequence[Tree], weights: Sequence[float] | np.ndarray | jax.Array) -> Tree:
+    """sum_i weights[i] * trees[i], in the dtypes of the first tree.
+
+    Raises ValueError for no tree, a wrong number of weights, weights that are not finite, and trees that do not match.
+    """
+    if not trees:
+        raise ValueError("no ingredient to sum")
+    check_weights(weights, len(trees))
+    check_same(trees)
+    return _cast(_total(None, trees, weights), trees[0])
+
+
+def soup(base: Tree, trees: Sequence[Tree], weights: Sequence[float] | np.ndarray | jax.Array) -> Tree:
+    """base + sum_i weights[i] * (trees[i] - base), in the dtypes of `base`.
+
+    Computed as (1 - sum_i w_i) base + sum_i w_i tree_i: one-hot weights return that tree exactly, zeros the base.
+    Raises as `weighted_sum` does.
+    """
+    check_weights(weights, len(trees))
+    check_same([base, *trees], ["the base", *(f"ingredient {i}" for i in range(len(trees)))])
+    return _cast(_total(accumulate(None, base, 1.0 - sum(weights)), trees, weights), base)
+
+
+def weighted_sum_stacked(bank: Tree, weights: Sequence[float] | np.ndarray | jax.Array) -> Tree:
+    """sum_k weights[k] * leaf[k] for leaves [K, ...], in the dtypes of the bank; leaves lose their leading axis.
+
+    Raises ValueError for a wrong number of weights and weights that are not finite.
+    """
+    (count, *others) = {leaf.shape[0] for leaf in jax.tree.leaves(bank)}
+    if others:
+        raise ValueError(f"the leaves of a stacked bank disagree on their leading axis: {sorted([count, *others])}")
+    check_weights(weights, count)
+
+    def one(leaf):
+        wide = wide_dtype(leaf.dtype)
+        row = jnp.asarray(weights, wide)
+        return jnp.tensordot(row, leaf.astype(wide), axes=1, precision=jax.lax.Precision.HIGHEST).astype(leaf.dtype)
+
+    return jax.tree.map(one, bank)
+
+
+def wide_dtype(dtype: Any) -> Any:
+    """The dtype sums are taken in: at least float32."""
+    return jnp.promote_types(dtype, jnp.float32)
+
+
+def _counted(count: int, noun: str) -> str:
+    return f"{count} {noun}{'' if count == 1 else 's'}"
+
+
+def _total(total: Tree | None, trees: Sequence[Tree], weights: Any) -> Tree:
+    for tree, weight in zip(trees, weights, strict=True):
+        total = accumulate(total, tree, weight)
+    return total
+
+
+def _cast(total: Tree, like: Tree) -> Tree:
+    return jax.tree.map(lambda x, origin: x.astype(origin.dtype), total, like)
+
+
+def _times(x: jax.Array, weight: jax.Array) -> jax.Array:
+    wide = wide_dtype(x.dtype)
+    return x.astype(wide) * jnp.asarray(weight).astype(wide)
+
+
+@jax.jit
+def _scaled(tree: Tree, weight: jax.Array) -> Tree:
+    return jax.tree.map(lambda x: _times(x, weight), tree)
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _added(total: Tree, tree: Tree, weight: jax.Array) -> Tree:
+    return jax.tree.map(lambda x, y: x + _times(y, weight).astype(x.dtype), total, tree)

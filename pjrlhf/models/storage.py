@@ -1,0 +1,36 @@
+"""Pytrees of arrays in one safetensors file, with a note of JSON values beside them."""
+
+import json
+import os
+import pathlib
+from typing import Any
+
+import flax.traverse_util
+import jax
+import jax.numpy as jnp
+import numpy as np
+from safetensors import safe_open
+from safetensors.numpy import save_file
+
+from pjrlhf.errors import UserError
+
+
+def save_tree(path: str | os.PathLike, tree: Any, note: dict[str, Any] | None = None) -> None:
+    """Writes a nested dict of arrays; a reader sees the whole file or none."""
+    path = pathlib.Path(path)
+    half = path.with_name(f".{path.name}.tmp")
+    flat = flax.traverse_util.flatten_dict(jax.device_get(tree), sep="/")
+    # safetensors writes the bytes of a view in storage order, so every array is made contiguous first.
+    flat = {name: np.ascontiguousarray(x) for name, x in flat.items()}
+    save_file(flat, half, metadata={"note": json.dumps(note or {})})
+    os.replace(half, path)
+
+
+def load_tree(path: str | os.PathLike) -> tuple[Any, dict[str, Any]]:
+    """The tree (jax arrays) and the note written by `save_tree`. Raises UserError where there is no such file."""
+    if not pathlib.Path(path).is_file():
+        raise UserError(f"{path}: there is no such file; run the stage that writes it first")
+    with safe_open(path, framework="numpy") as file:
+        flat = {name: jnp.asarray(file.get_tensor(name)) for name in file.keys()}  # noqa: SIM118 (not a dict)
+        note = json.loads((file.metadata() or {}).get("note", "{}"))
+    return flax.traverse_util.unflatten_dict(flat, sep="/"), note

@@ -1,0 +1,123 @@
+"""Policy-gradient maths on arrays: rewards per token, advantages, PPO losses, KL estimates.
+
+Shapes: B examples, T response tokens; `mask` [B, T] is 1 on real response tokens up to and including EOS, which are
+contiguous from slot 0. Every mean is over masked tokens. Leading axes may be added with `jax.vmap`, for example one
+for K objectives.
+"""
+
+import jax
+import jax.numpy as jnp
+
+
+def masked_mean(x: jax.Array, mask: jax.Array) -> jax.Array:
+    """Mean of `x` where `mask`; 0 for an empty mask."""
+    return (x * mask).sum() / jnp.maximum(mask.sum(), 1)
+
+
+def kl_estimate(logps: jax.Array, reference: jax.Array, kind: str = "k1") -> jax.Array:
+    """Per-token estimate of KL(policy || reference) on samples of the policy (Schulman 2020).
+
+    k1 = log p - log q is unbiased but may be negative; k2 = k1^2 / 2; k3 = exp(-k1) - 1 + k1 is non-negative with
+    low variance.
+    """
+    k1 = logps - reference
+    if kind == "k1":
+        return k1
+    if kind == "k2":
+        return 0.5 * k1**2
+    if kind == "k3":
+        return jnp.expm1(-k1) + k1
+    raise ValueError(f"KL estimate {kind!r} is unknown; choose one of k1, k2, k3")
+
+
+def last_token(mask: jax.Array) -> jax.Array:
+    """One-hot float [B, T] of the last real token of each row, zeros for an empty row; found from the mask, never
+    from ids.
+    """
+    following = jnp.pad(mask[:, 1:], ((0, 0), (0, 1)))
+    return (mask.astype(jnp.float32)) * (1 - following.astype(jnp.float32))
+
+
+def token_rewards(score: jax.Array, kl: jax.Array, mask: jax.Array, beta: jax.Array | float) -> jax.Array:
+    """r_t = -beta KL_t + 1[t last real token] score (Ziegler et al. 2019, eq. 2); [B, T] from score [B], kl [B, T]."""
+    return (-beta * kl) * mask + score[:, None] * last_token(mask)
+
+
+def gae(
+    rewards: jax.Array, values: jax.Array, mask: jax.Array, gamma: float = 1.0, lam: float = 0.95
+) -> tuple[jax.Array, jax.Array]:
+    """Generalised advantage estimation (arXiv 1506.02438, eq. 16) over masked tokens.
+
+    Args:
+      rewards, values, mask: [B, T]; values[t] is the value of the state before token t. The state after the last
+      real token is
+        terminal, worth 0.
+
+    Returns:
+      advantages, returns = advantages + values: [B, T], zero outside the mask. Not whitened.
+    """
+    mask = mask.astype(rewards.dtype)
+    following = jnp.pad(mask[:, 1:], ((0, 0), (0, 1)))
+    next_values = jnp.pad(values[:, 1:], ((0, 0), (0, 1)))
+    delta = (rewards + gamma * following * next_values - values) * mask
+
+    def backward(carry, x):
+        delta_t, following_t = x
+        carry = delta_t + gamma * lam * following_t * carry
+        return carry, carry
+
+    _, advantages = jax.lax.scan(backward, jnp.zeros_like(rewards[:, 0]), (delta.T, following.T), reverse=True)
+    advantages = advantages.T * mask
+    return advantages, (advantages + values) * mask
+
+
+def whiten(x: jax.Array, mask: jax.Array, shift_mean: bool = True) -> jax.Array:
+    """(x - mean) / std over the mask (population variance), zero outside it; `shift_mean=False` puts the mean back."""
+    mean = masked_mean(x, mask)
+    variance = masked_mean((x - mean) ** 2, mask)
+    white = (x - mean) * jax.lax.rsqrt(variance + 1e-8)
+    return (white if shift_mean else white + mean) * mask
+
+
+def ppo_policy_loss(
+    logps: jax.Array, old_logps: jax.Array, advantages: jax.Array, mask: jax.Array, clip: float = 0.2
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Clipped surrogate of PPO (arXiv 1707.06347, eq. 7), averaged over the masked tokens of the whole batch.
+
+    Returns:
+      the loss, and masked means `policy/approxkl_avg` (half the mean squared log-ratio), `policy/clipfrac_avg`,
+      `val/ratio`.
+    """
+    log_ratio = jnp.clip(logps - old_logps, -20.0, 20.0)
+    ratio = jnp.exp(log_ratio)
+    unclipped, clipped = ratio * advantages, jnp.clip(ratio, 1 - clip, 1 + clip) * advantages
+    loss = masked_mean(-jnp.minimum(unclipped, clipped), mask)
+    return loss, {
+        "policy/approxkl_avg": masked_mean(0.5 * log_ratio**2, mask),
+        "policy/clipfrac_avg": masked_mean((clipped < unclipped).astype(jnp.float32), mask),
+        "val/ratio": masked_mean(ratio, mask),
+    }
+
+
+def value_loss(
+    values: jax.Array, old_values: jax.Array, returns: jax.Array, mask: jax.Array, clip: float = 0.2
+) -> tuple[jax.Array, jax.Array]:
+    """Clipped value loss of PPO: half the larger of the squared errors with and without clipping; and the share
+    clipped.
+    """
+    clipped = old_values + jnp.clip(values - old_values, -clip, clip)
+    plain, limited = (values - returns) ** 2, (clipped - returns) ** 2
+    return 0.5 * masked_mean(jnp.maximum(plain, limited), mask), masked_mean(
+        (limited > plain).astype(jnp.float32), mask
+    )
+
+
+def adapt_kl_coefficient(
+    beta: jax.Array, kl: jax.Array, target: float, samples: jax.Array | int, horizon: float
+) -> jax.Array:
+    """Adaptive controller (Ziegler et al. 2019, section 2.2): beta (1 + clip(KL / target - 1, -0.2, 0.2) samples /
+    horizon).
+
+    `kl` is the mean per-sequence KL of the last batch in nats, `samples` its number of sequences.
+    """
+    return beta * (1 + jnp.clip(kl / target - 1, -0.2, 0.2) * samples / horizon)

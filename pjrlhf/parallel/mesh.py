@@ -1,0 +1,97 @@
+"""The device mesh and where arrays live on it: the one list of rules that every stage uses.
+
+Axes: `data` (copies of the model, rows split), `fsdp` (rows split and parameters split), `tensor` (parameters split
+within a layer). Rows of a batch are split over data x fsdp.
+"""
+
+import math
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from pjrlhf.errors import UserError
+
+AXES = ("data", "fsdp", "tensor")
+
+# (pattern on the "/"-joined path, spec of the last axes of the leaf); the first match counts, no match is
+# replicated. Leading axes (layers, adapters) are never split.
+RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
+    (r"embed/embedding$", ("tensor", "fsdp")),
+    (r"(query|key|value|gate|up|head)/kernel$", ("fsdp", "tensor")),
+    (r"(output|down)/kernel$", ("tensor", "fsdp")),
+    (r"(query|key|value|gate|up)/a$", ("fsdp", None)),
+    (r"(query|key|value|gate|up)/b$", (None, "tensor")),
+    (r"(output|down)/a$", ("tensor", None)),
+    (r"(output|down)/b$", (None, "fsdp")),
+)
+
+
+def make_mesh(sizes: Mapping[str, int]) -> Mesh:
+    """A mesh over all devices; one size may be -1 for "the rest".
+
+    Raises:
+      UserError: unknown axis, more than one -1, or sizes that do not multiply to the number of devices.
+    """
+    count = jax.device_count()
+    unknown = set(sizes) - set(AXES)
+    if unknown:
+        raise UserError(f"mesh: unknown axis {sorted(unknown)[0]!r}; the axes are {', '.join(AXES)}")
+    shape = [int(sizes.get(axis, 1)) for axis in AXES]
+    if shape.count(-1) > 1:
+        raise UserError(f"mesh: more than one axis is -1 in {dict(sizes)}; give all sizes but one")
+    if -1 in shape:
+        known = -math.prod(shape)
+        shape[shape.index(-1)] = count // known if known > 0 and count % known == 0 else 0
+    if min(shape) < 1 or math.prod(shape) != count:
+        raise UserError(f"mesh: {dict(sizes)} does not fit {count} devices; the sizes must multiply to {count}")
+    return jax.make_mesh(tuple(shape), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def leaf_sharding(mesh: Mesh, path: str, shape: tuple[int, ...]) -> NamedSharding:
+    """Where the parameter (or optimizer moment) at `path` lives; an axis that does not divide evenly stays whole."""
+    for pattern, last in RULES:
+        if re.search(pattern, path) and len(shape) >= len(last):
+            spec = [None] * (len(shape) - len(last)) + [
+                axis if axis and size % mesh.shape[axis] == 0 else None
+                for axis, size in zip(last, shape[-len(last) :], strict=True)
+            ]
+            return NamedSharding(mesh, P(*spec))
+    return NamedSharding(mesh, P())
+
+
+def shard_params(mesh: Mesh, tree: Any) -> Any:
+    """Places parameters, adapter banks, heads or optimizer state by `RULES`."""
+    if mesh.size == 1:
+        return jax.tree.map(jax.numpy.asarray, tree)
+
+    def place(path, leaf):
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        return jax.device_put(leaf, leaf_sharding(mesh, name, np.shape(leaf)))
+
+    return jax.tree_util.tree_map_with_path(place, tree)
+
+
+def shard_batch(mesh: Mesh, batch: Any) -> Any:
+    """Splits axis 0 of every array over data x fsdp.
+
+    Raises:
+      UserError: the rows cannot be split evenly.
+    """
+    if mesh.size == 1:
+        return batch
+    parts = mesh.shape["data"] * mesh.shape["fsdp"]
+
+    def place(x):
+        if x.shape[0] % parts:
+            raise UserError(
+                f"batch of {x.shape[0]} rows: cannot be split over data x fsdp = {parts} devices; "
+                f"make it a multiple of {parts}"
+            )
+        return jax.device_put(x, NamedSharding(mesh, P(("data", "fsdp"))))
+
+    return jax.tree.map(place, batch)

@@ -1,0 +1,113 @@
+"""Sampling with a key/value cache: one jitted prefill and a decode loop that stops when every row is done.
+
+Shapes: B rows, P prompt slots (left-padded), N new tokens, V vocabulary, K adapters, G rows of `mix`.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from pjrlhf.models.adapters import Policies
+from pjrlhf.models.decoder import init_cache
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How to sample.
+
+    `temperature` 0 is greedy. `top_k` 0 and `top_p` 1 are off; both are for serving and evaluation: a policy trained
+    on samples of a truncated distribution but scored on the full one sees wrong ratios.
+    """
+
+    max_new_tokens: int
+    eos_id: int
+    pad_id: int
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+
+    @property
+    def truncated(self) -> bool:
+        return self.top_k > 0 or self.top_p < 1.0
+
+
+def truncate(logits: jax.Array, top_k: int, top_p: float) -> jax.Array:
+    """Keeps the `top_k` likeliest tokens and the smallest set of probability at least `top_p` (arXiv 1904.09751);
+    [B, V].
+    """
+    if top_k > 0:
+        kth = jax.lax.top_k(logits, min(top_k, logits.shape[-1]))[0][:, -1:]
+        logits = jnp.where(logits < kth, -jnp.inf, logits)
+    if top_p < 1.0:
+        ordered = -jnp.sort(-logits, axis=-1)
+        probabilities = jax.nn.softmax(ordered, axis=-1)
+        # A token stays while the mass before it is below top_p, so at least one always does.
+        keep = jnp.cumsum(probabilities, axis=-1) - probabilities < top_p
+        threshold = jnp.min(jnp.where(keep, ordered, jnp.inf), axis=-1, keepdims=True)
+        logits = jnp.where(logits < threshold, -jnp.inf, logits)
+    return logits
+
+
+def generate(
+    policies: Policies, sampling: Sampling, prompt: jax.Array, prompt_valid: jax.Array, key: jax.Array
+) -> dict[str, jax.Array]:
+    """Samples one continuation per row; call it inside `jax.jit`.
+
+    Args:
+      policies: what to sample from, with a row of `mix` per group of rows.
+      sampling: static.
+      prompt, prompt_valid: int32 and bool [B, P], left-padded.
+      key: PRNG key.
+
+    Returns:
+      tokens: int32 [B, N], pad after EOS; valid: bool [B, N], True up to and including EOS; logps: float32 [B, N],
+      log-probability of each token under softmax(logits / temperature) before any truncation, 0 outside `valid`.
+    """
+    B, P = prompt.shape
+    N = sampling.max_new_tokens
+    config = policies.model.config
+    slots = jnp.concatenate([prompt_valid, jnp.zeros((B, N), bool)], axis=1)
+    cache = init_cache(config, B, P + N, policies.model.dtype)
+    # Prefill looks at P slots only; the decode loop pays for all P + N.
+    small = jax.tree.map(lambda x: x[:, :, :P], cache)
+    hidden, small = policies(prompt, prompt_valid, small, 0)
+    cache = jax.tree.map(lambda x, y: jax.lax.dynamic_update_slice_in_dim(x, y, 0, 2), cache, small)
+
+    def draw(hidden, key):
+        logits = policies.logits(hidden[:, -1:])[:, 0]
+        if sampling.temperature == 0:
+            token = jnp.argmax(logits, axis=-1)
+        else:
+            logits = logits / sampling.temperature
+            token = jax.random.categorical(key, truncate(logits, sampling.top_k, sampling.top_p), axis=-1)
+        logp = jnp.take_along_axis(jax.nn.log_softmax(logits), token[:, None], axis=-1)[:, 0]
+        return token.astype(jnp.int32), logp
+
+    def step(carry):
+        i, hidden, cache, slots, done, tokens, valid, logps = carry
+        token, logp = draw(hidden, jax.random.fold_in(key, i))
+        token = jnp.where(done, sampling.pad_id, token)
+        tokens = tokens.at[:, i].set(token)
+        valid = valid.at[:, i].set(~done)
+        logps = logps.at[:, i].set(jnp.where(done, 0.0, logp))
+        slots = jax.lax.dynamic_update_slice_in_dim(slots, ~done[:, None], P + i, 1)
+        done = done | (token == sampling.eos_id)
+        hidden, cache = policies(token[:, None], slots, cache, P + i)
+        return i + 1, hidden, cache, slots, done, tokens, valid, logps
+
+    def unfinished(carry):
+        return (carry[0] < N) & ~carry[4].all()
+
+    start = (
+        jnp.int32(0),
+        hidden[:, -1:],
+        cache,
+        slots,
+        jnp.zeros((B,), bool),
+        jnp.full((B, N), sampling.pad_id, jnp.int32),
+        jnp.zeros((B, N), bool),
+        jnp.zeros((B, N), jnp.float32),
+    )
+    _, _, _, _, _, tokens, valid, logps = jax.lax.while_loop(unfinished, step, start)
+    return {"tokens": tokens, "valid": valid, "logps": logps}

@@ -1,0 +1,77 @@
+"""Comparisons as in Personalized Soups: two answers of the base per prompt, one label per preference from the judge."""
+
+import json
+import random
+from typing import Any
+
+import jax
+import numpy as np
+
+from pjrlhf.data import preferences
+from pjrlhf.rollout.experience import sample
+from pjrlhf.stages.context import Run
+from pjrlhf.training.progress import progress
+from pjrlhf.training.workdir import disk_errors
+
+FILE = "comparisons.jsonl"
+
+
+def stated_sets(run: Run, count: int, rng: random.Random) -> list[tuple[str, ...]]:
+    """For each of `count` answers, which preferences its prompt states: none, or one each of some dimensions."""
+    if run.config.prompt_preference == "never":
+        return [()] * count
+    groups = list(preferences.dimensions(run.registry, run.objectives).values())
+    return [tuple(rng.choice(group) for group in groups if rng.random() < 0.5) for _ in range(count)]
+
+
+def sample_base(run: Run, prompts: list[Any], key: jax.Array, stage: str) -> list[str]:
+    """One answer of the base to each prompt, `config.sample_rows` rows at a time."""
+    rows = run.config.sample_rows
+    draw = jax.jit(sample, static_argnums=(0, 1, 2))
+    texts: list[str] = []
+    chunks = [prompts[i : i + rows] for i in range(0, len(prompts), rows)]
+    with progress(stage, len(chunks), ()) as bar:
+        for i, chunk in enumerate(chunks):
+            # The last chunk is filled up so that one program serves all.
+            arrays = run.encode(chunk + [chunk[0]] * (rows - len(chunk)))
+            out = draw(run.model, run.adapter, run.sampling(), run.base, None, None, arrays, jax.random.fold_in(key, i))
+            texts += run.decode(out["tokens"], out["valid"])[: len(chunk)]
+            bar.update(i + 1, {})
+    return texts
+
+
+def run(run: Run) -> dict[str, Any]:
+    """Writes <workdir>/comparisons/comparisons.jsonl: TRL preference records with an `objective` each; counts ties
+    per objective.
+
+    Prompts are the plain requests, whatever sentences were stated when the answers were sampled: a reward model is
+    that of one preference and needs no sentence to know it.
+    """
+    config = run.config.comparisons
+    rng = random.Random(run.config.seed)
+    requests = [run.requests[0][i % len(run.requests[0])] for i in range(config.pairs)]
+    stated = stated_sets(run, 2 * config.pairs, rng)
+    prompts = [run.ask(request, names) for request, names in zip(requests * 2, stated, strict=True)]
+    texts = sample_base(run, prompts, jax.random.fold_in(run.key, 10), "comparisons")
+    first, second = texts[: config.pairs], texts[config.pairs :]
+
+    records, ties, unusable = [], dict.fromkeys(run.rewards, 0), 0
+    for request, a, b in zip(requests, first, second, strict=True):
+        if not a or not b:
+            unusable += 1
+            continue
+        for name in run.rewards:
+            gap = run.score(request, a, name) - run.score(request, b, name)
+            if abs(gap) <= 1e-9:
+                ties[name] += 1
+                continue
+            chosen, rejected = (a, b) if gap > 0 else (b, a)
+            record = {"prompt": run.ask(request), "chosen": chosen, "rejected": rejected, "objective": name}
+            if run.config.data.chat:
+                record |= {side: [{"role": "assistant", "content": record[side]}] for side in ("chosen", "rejected")}
+            records.append(record | {"request": request})
+    path = run.workdir.stage("comparisons") / FILE
+    with disk_errors(path):
+        path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+    lengths = [len(text.split()) for text in texts]
+    return {"pairs": config.pairs, "ties": ties, "empty_answers": unusable, "mean_words": float(np.mean(lengths))}

@@ -1,0 +1,213 @@
+"""What the stages of one run share: config, folder, mesh, tokenizer, base model, prompts and judge.
+
+A stage reads the results of earlier stages from the run directory and writes its own there, so that any prefix of a
+run can be continued in a new process.
+"""
+
+import functools
+import pathlib
+import random
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pjrlhf.data import preferences, world
+from pjrlhf.data.batching import pad_left, split_by
+from pjrlhf.data.preferences import Preference, Registry
+from pjrlhf.data.schema import validate
+from pjrlhf.data.sources import open_source
+from pjrlhf.data.tokenization import Lengths, Tokenizer, load_tokenizer
+from pjrlhf.errors import UserError
+from pjrlhf.evaluation import judges
+from pjrlhf.models.adapters import AdapterConfig
+from pjrlhf.models.config import ModelConfig
+from pjrlhf.models.decoder import Decoder, init_params
+from pjrlhf.models.huggingface import load_params, read_config
+from pjrlhf.parallel.mesh import leaf_sharding, make_mesh
+from pjrlhf.rollout.sampler import Sampling
+from pjrlhf.training.workdir import Workdir
+
+
+class Run:
+    """One run of a pipeline of stages."""
+
+    def __init__(self, config: Any, workdir: Workdir):
+        self.config = config
+        self.workdir = workdir
+        self.mesh = make_mesh(config.mesh)
+        self.key = jax.random.key(config.seed)
+
+    # ---- people and their preferences
+
+    @functools.cached_property
+    def registry(self) -> Registry:
+        """Preference id -> dimension and sentence."""
+        named = {"world": world.PREFERENCES, "paper": preferences.PAPER}
+        wanted = self.config.preferences
+        if isinstance(wanted, str):
+            if wanted not in named:
+                raise UserError(
+                    f"preferences {wanted!r}: unknown; choose {' or '.join(named)}, or define them in the config"
+                )
+            registry = named[wanted]
+        else:
+            registry = {name: Preference(**fields) for name, fields in wanted.items()}
+        missing = [name for name in self.config.objectives if name not in registry]
+        if missing:
+            raise UserError(f"objective {missing[0]!r}: not among the preferences {', '.join(registry)}; define it")
+        return registry
+
+    @property
+    def objectives(self) -> tuple[str, ...]:
+        """The preferences that get an ingredient each."""
+        return tuple(self.config.objectives)
+
+    @property
+    def rewards(self) -> tuple[str, ...]:
+        """What there is a reward model and a policy for: the preferences, and the general reward of RLHF if any."""
+        return self.objectives + ((self.config.general,) if self.config.general else ())
+
+    @functools.cached_property
+    def score(self) -> Callable[[str, str, str], float]:
+        """The judge's score of (prompt, answer, criterion), on plain requests."""
+        if self.config.judge == "world":
+            return world.score
+        criteria = dict(self.config.judge)
+        missing = [name for name in self.rewards if name not in criteria]
+        if missing:
+            raise UserError(f"judge: no scorer for {missing[0]!r}; add it to --config.judge")
+        scorers = {name: judges.scorer(spec) for name, spec in criteria.items()}
+        return lambda prompt, text, criterion: scorers[criterion](prompt, text)
+
+    def ask(self, request: str, stated: Sequence[str] = ()) -> Any:
+        """The prompt that puts `request`, and the sentences of the stated preferences after it, to the model."""
+        text = " ".join(filter(None, [request, preferences.sentences(self.registry, stated)]))
+        return [{"role": "user", "content": text}] if self.config.data.chat else text
+
+    # ---- models
+
+    @property
+    def base_folder(self) -> pathlib.Path:
+        """Where the frozen base lives: the result of supervised fine-tuning where the run has such a stage."""
+        return self.workdir.path / "sft" / "model" if "sft" in self.config.stages else self.start_folder
+
+    @property
+    def start_folder(self) -> pathlib.Path:
+        """The model the run starts from; without `model.path`, the folder of a new tokenizer."""
+        if self.config.model.path:
+            return pathlib.Path(self.config.model.path)
+        if "sft" not in self.config.stages:
+            raise UserError(
+                "model.path: not set, and there is no stage sft to train a base; name a Hugging Face folder"
+            )
+        folder = self.workdir.stage("tokenizer")
+        if not (folder / "tokenizer.json").is_file():
+            world.write_tokenizer(folder)
+        return folder
+
+    @functools.cached_property
+    def tokenizer(self) -> Tokenizer:
+        return load_tokenizer(self.start_folder, eos_token=self.config.model.eos_token or None)
+
+    @functools.cached_property
+    def model_config(self) -> ModelConfig:
+        """Dimensions of the base, from its folder or (trained from scratch) from the config."""
+        m = self.config.model
+        if m.path:
+            return read_config(m.path)
+        return ModelConfig(
+            vocab_size=self.tokenizer.vocab_size,
+            hidden_size=m.hidden_size,
+            intermediate_size=m.intermediate_size,
+            num_layers=m.num_layers,
+            num_heads=m.num_heads,
+            num_kv_heads=m.num_kv_heads,
+            head_dim=m.hidden_size // m.num_heads,
+            max_length=m.max_length,
+        )
+
+    @functools.cached_property
+    def model(self) -> Decoder:
+        m = self.config.model
+        return Decoder(self.model_config, dtype=jnp.dtype(m.dtype), remat=m.remat, attention=m.attention)
+
+    @property
+    def adapter(self) -> AdapterConfig:
+        return AdapterConfig(rank=self.config.adapter.rank, alpha=float(self.config.adapter.alpha))
+
+    def start_params(self) -> Any:
+        """Parameters to start from: read from `model.path`, or random."""
+        if self.config.model.path:
+            return self._read(self.start_folder)
+        return init_params(self.model, jax.random.fold_in(self.key, 0))
+
+    @functools.cached_property
+    def base(self) -> Any:
+        """Parameters of the frozen base, on the mesh."""
+        return self._read(self.base_folder)
+
+    def _read(self, folder: pathlib.Path) -> Any:
+        def put(path: str, array: np.ndarray) -> jax.Array:
+            return jax.device_put(array, leaf_sharding(self.mesh, path, array.shape))
+
+        return load_params(folder, dtype=jnp.dtype(self.config.model.param_dtype), put=put)
+
+    @property
+    def lengths(self) -> Lengths:
+        d = self.config.data
+        return Lengths(
+            prompt=d.max_prompt,
+            completion=d.max_completion,
+            context=self.model_config.max_length,
+            long_prompt=d.long_prompt,
+            long_completion=d.long_completion,
+        )
+
+    def sampling(self, **changes: Any) -> Sampling:
+        """How this run samples; `changes` override."""
+        t = self.tokenizer
+        settings = {"max_new_tokens": self.config.data.max_completion, "temperature": float(self.config.temperature)}
+        return Sampling(**{"eos_id": t.eos_id, "pad_id": t.pad_id, **settings, **changes})
+
+    # ---- data
+
+    @functools.cached_property
+    def requests(self) -> tuple[list[str], list[str]]:
+        """(train, held out) plain requests, split by prompt and never by row."""
+        d = self.config.data
+        if d.prompts == "world":
+            texts = world.prompts()
+        else:
+            source = open_source(d.prompts)
+            examples, _ = validate(source, "prompt", columns=d.get("columns"), max_bad_share=d.max_bad_share)
+            texts = []
+            for example in examples:
+                if not isinstance(example.prompt, str):
+                    raise UserError(f"{example.where}: the prompt is a conversation; requests must be text here")
+                texts.append(example.prompt)
+            texts = list(dict.fromkeys(texts))
+        train, held = split_by(texts, d.heldout_share, self.config.seed)
+        # A fixed order that no longer follows the file: chunks of the list are then fair samples of it.
+        held = random.Random(self.config.seed).sample(list(held), len(held))
+        return [texts[i] for i in train], [texts[i] for i in held]
+
+    def encode(self, prompts: Sequence[Any]) -> dict[str, np.ndarray]:
+        """{"prompt" int32, "valid" bool [B, P]} of prompts made by `ask`, left-padded to `data.max_prompt`."""
+        P = self.lengths.prompt
+        ids = [self.tokenizer.encode_prompt(prompt) for prompt in prompts]
+        longest = max(range(len(ids)), key=lambda i: len(ids[i]))
+        if len(ids[longest]) > P:
+            raise UserError(
+                f"prompt {str(prompts[longest])[:60]!r}: {len(ids[longest])} tokens, more than data.max_prompt={P}; "
+                "raise it"
+            )
+        tokens, valid = pad_left(ids, P, self.tokenizer.pad_id)
+        return {"prompt": tokens, "valid": valid}
+
+    def decode(self, tokens: Any, valid: Any) -> list[str]:
+        """Texts of sampled rows, without special tokens."""
+        rows = zip(np.asarray(tokens), np.asarray(valid), strict=True)
+        return [self.tokenizer.decode([int(i) for i in ids[mask]]).strip() for ids, mask in rows]

@@ -1,0 +1,280 @@
+"""The evaluation of Personalized Soups (arXiv 2310.11564, section 5) on held-out prompts, and the report.
+
+Per kind of person (a combination of one preference per dimension): pairwise judgements, one criterion at a time and in
+both orders, among the base, the base told the preferences (preference prompting), RLHF on one general reward, and the
+soup with equal weights; each ingredient on its own criterion; and a sweep of the weights between opposite preferences.
+"""
+
+import dataclasses
+import functools
+import itertools
+import json
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from pjrlhf.data import preferences
+from pjrlhf.evaluation.judges import BothOrders, ScoreJudge
+from pjrlhf.evaluation.report import write_report
+from pjrlhf.evaluation.statistics import chord_gap, spearman
+from pjrlhf.evaluation.winrate import aggregate, combo_outcomes, win_rate
+from pjrlhf.models.adapters import is_low_rank
+from pjrlhf.rollout.experience import sample
+from pjrlhf.stages import policy
+from pjrlhf.stages.context import Run
+from pjrlhf.training.progress import progress
+from pjrlhf.training.workdir import disk_errors
+
+TIE = 1e-9  # scores closer than this are equal up to rounding
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One answer to sample: what is asked, what is told in the prompt, and the weights of the policies."""
+
+    request: str
+    stated: tuple[str, ...]
+    mix: tuple[float, ...]
+
+
+class Sampler:
+    """Answers of soups to requests; rows of one batch may all have different weights, LoRA banks are never merged."""
+
+    def __init__(self, run: Run, bank: Any):
+        self.run, self.bank = run, bank
+        self._draw = jax.jit(sample, static_argnums=(0, 1, 2))
+
+    def __call__(self, rows: Sequence[Row], seed: int) -> list[str]:
+        """One answer per row."""
+        low_rank = is_low_rank(self.bank)
+        # Full parameters are merged once per distinct weight vector, so there rows of one vector go together.
+        order = sorted(range(len(rows)), key=lambda i: (0.0,) if low_rank else rows[i].mix)
+        groups = [order] if low_rank else [list(g) for _, g in itertools.groupby(order, key=lambda i: rows[i].mix)]
+        size = self.run.config.sample_rows
+        chunks = [group[i : i + size] for group in groups for i in range(0, len(group), size)]
+        texts = [""] * len(rows)
+        with progress("evaluate", len(chunks), ()) as bar:
+            for number, chunk in enumerate(chunks):
+                padded = chunk + [chunk[0]] * (size - len(chunk))
+                arrays = self.run.encode([self.run.ask(rows[i].request, rows[i].stated) for i in padded])
+                mix = np.array([rows[i].mix for i in (padded if low_rank else padded[:1])], np.float32)
+                key = jax.random.fold_in(jax.random.fold_in(self.run.key, seed), number)
+                sampling = self.run.sampling()
+                out = self._draw(self.run.model, self.run.adapter, sampling, self.run.base, self.bank, mix, arrays, key)
+                for i, text in zip(chunk, self.run.decode(out["tokens"], out["valid"]), strict=False):
+                    texts[i] = text
+                bar.update(number + 1, {})
+        return texts
+
+
+class Evaluation:
+    """Everything the report says about one run."""
+
+    def __init__(self, run: Run):
+        self.run, self.config = run, run.config.evaluate
+        self.names = run.rewards
+        self.requests = run.requests[1]
+        self.sample = Sampler(run, policy.load_bank(run))
+        self.scorer = ScoreJudge(run.score, TIE)
+        self.judge = BothOrders(self.scorer)
+        self.combos = preferences.combinations(run.registry, run.objectives)
+        self.rate = functools.partial(win_rate, resamples=self.config.resamples, seed=run.config.seed)
+
+    def weights(self, **given: float) -> tuple[float, ...]:
+        """A row of `mix` with the named policies' weights."""
+        return tuple(float(given.get(name, 0.0)) for name in self.names)
+
+    def scores(self, texts: Sequence[str], criterion: str) -> float:
+        """Mean score of answers to the held-out requests (repeated as often as needed)."""
+        repeats = len(texts) // len(self.requests)
+        return float(self.scorer.scores(self.requests * repeats, texts, criterion).mean())
+
+    # ---- eight kinds of people
+
+    def methods(self, combo: tuple[str, ...]) -> dict[str, tuple[tuple[str, ...], tuple[float, ...]]]:
+        """Method -> (what its prompt states, weights of the policies) for one kind of person."""
+        share = self.config.weight_scale / len(combo)
+        soup = self.weights(**dict.fromkeys(combo, share))
+        weights = {"base": self.weights(), "prompting": self.weights(), "soups": soup, "soups_untold": soup}
+        if self.run.config.general:
+            weights["rlhf"] = self.weights(**{self.run.config.general: 1.0})
+        told = {"prompting", *self.config.told}
+        if "soups" not in told:
+            del weights["soups_untold"]
+        if not preferences.sentences(self.run.registry, combo).strip():
+            # Nothing can be said to this model, so prompting is the base.
+            del weights["prompting"]
+        return {name: (combo if name in told else (), mix) for name, mix in weights.items()}
+
+    def people(self) -> dict[str, Any]:
+        """The sections win_rate, win_rate_average, combos, ablation and position_consistency, and sample answers."""
+        repeats = self.config.samples_per_prompt
+        plans = {combo: self.methods(combo) for combo in self.combos}
+        keys = [(combo, method) for combo in self.combos for method in plans[combo]]
+        rows = [
+            Row(request, *plans[combo][method])
+            for combo, method in keys
+            for _ in range(repeats)
+            for request in self.requests
+        ]
+        texts = self.sample(rows, 40)
+        size = repeats * len(self.requests)
+        answers = {key: texts[i * size : (i + 1) * size] for i, key in enumerate(keys)}
+
+        methods = list(plans[self.combos[0]])
+        outcomes: dict[tuple[str, str], list[np.ndarray]] = {}
+        combos: dict[str, Any] = {}
+        for combo in self.combos:
+            table: dict[str, Any] = {method: {} for method in methods if method != "soups_untold"}
+            for a, b in itertools.combinations(methods, 2):
+                verdicts = combo_outcomes(
+                    self.judge, self.requests * repeats, answers[combo, a], answers[combo, b], combo
+                )
+                result = aggregate(verdicts).reshape(repeats, len(self.requests)).T  # the prompt comes first
+                outcomes.setdefault((a, b), []).append(result)
+                outcomes.setdefault((b, a), []).append(-result)
+                if a in table and b in table:
+                    table[a][b], table[b][a] = self.rate(result), self.rate(-result)
+            combos["+".join(combo)] = table
+        pooled = {pair: np.concatenate(parts, axis=1) for pair, parts in outcomes.items()}
+        shown = [method for method in methods if method != "soups_untold"]
+        rates = {a: {b: self.rate(pooled[a, b]) for b in shown if b != a} for a in shown}
+        average = {
+            a: self.rate(np.concatenate([pooled[a, b] for b in shown if b != a], axis=1))
+            for a in shown
+            if len(shown) > 1
+        }
+        samples = [
+            {
+                "combo": "+".join(combo),
+                "prompt": request,
+                "answers": {method: answers[combo, method][i] for method in shown},
+            }
+            for combo in self.combos
+            for i, request in enumerate(self.requests[: self.config.shown])
+        ]
+        sections = {
+            "win_rate": rates,
+            "win_rate_average": average,
+            "combos": combos,
+            "position_consistency": self.judge.consistency,
+        }
+        if "soups_untold" in methods:
+            sections["ablation"] = {"soups_untold": {b: self.rate(pooled["soups_untold", b]) for b in shown}}
+        return {"sections": sections, "samples": samples}
+
+    # ---- ingredients
+
+    def ingredients(self) -> dict[str, Any]:
+        """Each policy alone against the base by its own criterion, two plain answers per held-out request."""
+        requests = self.requests * 2
+        rows = [Row(request, (), self.weights()) for request in requests]
+        for name in self.names:
+            rows += [Row(request, (), self.weights(**{name: 1.0})) for request in requests]
+        texts = self.sample(rows, 41)
+        size = len(requests)
+        base = texts[:size]
+        kl = _last_values(self.run, "objective/kl")
+        found = {}
+        for k, name in enumerate(self.names):
+            own = texts[(k + 1) * size : (k + 2) * size]
+            verdicts = combo_outcomes(self.judge, requests, own, base, (name,))[:, 0]
+            found[name] = {
+                "win_rate_vs_base": self.rate(verdicts.reshape(2, -1).T),
+                "kl": kl.get(name),
+                "length": float(np.mean([len(text.split()) for text in own])),
+                "score": self.scores(own, name),
+                "base_score": self.scores(base, name),
+            }
+        return found
+
+    # ---- weights
+
+    def sweep(self) -> dict[str, Any]:
+        """From one end of every two-sided dimension to the other in equal steps, the prompt telling nothing."""
+        grid = np.linspace(0.0, 1.0, self.config.sweep_points)
+        groups = preferences.dimensions(self.run.registry, self.run.objectives)
+        pairs = {dimension: ends for dimension, ends in groups.items() if len(ends) == 2}
+        rows = [
+            Row(request, (), self.weights(**{low: 1.0 - w, high: w}))
+            for low, high in pairs.values()
+            for w in grid
+            for request in self.requests
+        ]
+        texts = iter(self.sample(rows, 42)) if rows else iter(())
+        found = {}
+        for dimension, (low, high) in pairs.items():
+            answers = [list(itertools.islice(texts, len(self.requests))) for _ in grid]
+            scores = {name: [self.scores(at, name) for at in answers] for name in (low, high)}
+            # Each score is set against the weight of its own preference.
+            own = {low: 1.0 - grid, high: grid}
+            found[dimension] = {
+                "low": low,
+                "high": high,
+                "weights": grid.tolist(),
+                "scores": scores,
+                "length": [float(np.mean([len(text.split()) for text in at])) for at in answers],
+                "spearman": {name: spearman(own[name], scores[name]) for name in scores},
+                "chord_gap": {name: chord_gap(own[name], scores[name]) for name in scores},
+            }
+        return found
+
+
+def _last_values(run: Run, metric: str, count: int = 3) -> dict[str, float]:
+    """Mean of the last `count` logged values of a per-ingredient metric of the policy stage."""
+    values: dict[str, list[float]] = {name: [] for name in run.rewards}
+    with open(run.workdir.path / "metrics.jsonl", encoding="utf-8") as file:
+        for line in file:
+            record = json.loads(line)
+            if record["stage"] == "policy":
+                for name, seen in values.items():
+                    if (value := record.get(f"{metric}/{name}")) is not None:
+                        seen.append(value)
+    return {name: float(np.mean(seen[-count:])) for name, seen in values.items() if seen}
+
+
+def _notes(sweep: dict[str, Any]) -> list[str]:
+    """Where the soups lie against the straight line between their ends, in words."""
+    notes = []
+    for dimension, part in sweep.items():
+        for name, gap in part["chord_gap"].items():
+            side = "above" if gap["mean"] > 0 else "below"
+            notes.append(
+                f"{dimension}, {name}: the soups lie on average {abs(gap['mean']):.3f} {side} the straight line "
+                f"between their ends ({gap['min']:+.3f} to {gap['max']:+.3f})."
+            )
+    return notes
+
+
+def run(run: Run) -> dict[str, Any]:
+    """Evaluates the run on its held-out prompts; writes <workdir>/report."""
+    started = time.perf_counter()
+    evaluation = Evaluation(run)
+    people = evaluation.people()
+    ingredients = evaluation.ingredients()
+    sweep = evaluation.sweep()
+    stages = {name: run.workdir.finished(name) for name in run.config.stages}
+    seconds = {name: info["seconds"] for name, info in stages.items() if info}
+    seconds["evaluate"] = time.perf_counter() - started
+    models = (stages.get("reward") or {}).get("models", {})
+    summary = {
+        "title": run.config.title,
+        "config": {name: run.config[name] for name in ("seed", "objectives", "general", "adapter")},
+        "stage_seconds": seconds,
+        "total_seconds": sum(seconds.values()),
+        "held_out_prompts": len(evaluation.requests),
+        "reward_models": models,
+        "ingredients": ingredients,
+        **people["sections"],
+        "sweep": sweep,
+        "notes": _notes(sweep),
+    }
+    summary["config"] = json.loads(json.dumps(summary["config"], default=lambda x: x.to_dict()))
+    with disk_errors(run.workdir.path / "report"):
+        write_report(
+            run.workdir.path / "report", summary, people["samples"], metrics=run.workdir.path / "metrics.jsonl"
+        )
+    return {"held_out_prompts": len(evaluation.requests)}

@@ -1,0 +1,312 @@
+"""Merges finished models into one: a weighted sum of Hugging Face folders and LoRA folders.
+
+Weights are streamed tensor by tensor, one ingredient at a time, and summed in float32; adapters, being small, are held
+whole. What does not fit together is refused, and a refused merge leaves no folder behind.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import hashlib
+import json
+import math
+import pathlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import flax.traverse_util
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pjrlhf import __version__
+from pjrlhf.errors import UserError
+from pjrlhf.merging import lora, trees
+from pjrlhf.models.config import ModelConfig
+from pjrlhf.models.families import get_family, is_ignorable, leaf_shapes, tensor_slots
+from pjrlhf.models.folders import new_folder, open_tensors, read_json, weight_files
+from pjrlhf.models.huggingface import TOKEN_IDS, TOKENIZER_FILES, fingerprint, read_config, save_params
+from pjrlhf.models.peft import CONFIG as ADAPTER_CONFIG
+from pjrlhf.models.peft import WEIGHTS as ADAPTER_WEIGHTS
+from pjrlhf.models.peft import load_peft, save_peft
+
+MANIFEST = "merge_manifest.json"
+SPACES = ("delta", "factors", "concat")
+# How safetensors spells the dtypes that can be merged.
+DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+
+
+@dataclasses.dataclass
+class Ingredient:
+    """One folder to merge; `adapter` (leaves [L, in, R] and [L, R, out]) is None for a full model."""
+
+    folder: pathlib.Path
+    weight: float
+    adapter: Any = None
+    rank: int = 0
+    alpha: float = 0.0
+
+    @property
+    def scale(self) -> float:
+        return self.alpha / self.rank
+
+    def entry(self) -> dict[str, Any]:
+        """What the manifest says of it."""
+        if self.adapter is None:
+            kind, content = "full", fingerprint(self.folder)
+        else:
+            files = [(self.folder / name).read_bytes() for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS)]
+            kind, content = "lora", hashlib.sha256(b"".join(files)).hexdigest()[:16]
+        return {"folder": str(self.folder), "hash": content, "kind": kind, "weight": self.weight}
+
+
+def merge(config: Any, workdir: Any = None) -> dict[str, Any]:
+    """Writes the merged folder and returns its manifest (also written there, as merge_manifest.json).
+
+    Args:
+      config: the section `merge` of configs/merge.py.
+      workdir: the run directory; the output goes to <workdir>/export/soup where `config.output` is not set.
+
+    Raises UserError on ingredients that do not fit each other, the base or the weights, naming what differs.
+    """
+    weights = _read_weights(config)
+    if config.space not in SPACES:
+        raise UserError(f"merge.space: {config.space!r} is unknown; choose one of {', '.join(SPACES)}")
+    if config.dtype and config.dtype not in DTYPES.values():
+        raise UserError(f"merge.dtype: {config.dtype!r} is unknown; choose one of {', '.join(DTYPES.values())}")
+    output = _output_folder(config, workdir)
+    base = pathlib.Path(config.base) if config.base else None
+    model_type = read_json(base / "config.json").get("model_type") if base else "llama"
+    ingredients = [_open(pathlib.Path(f), w, model_type) for f, w in zip(config.ingredients, weights, strict=True)]
+    _check_kinds(base, ingredients, config.space)
+    _check_tokenizers([*([base] if base else []), *(ingredient.folder for ingredient in ingredients)])
+    base_hash = _check_bases(base, ingredients)
+    with new_folder(output, marker=MANIFEST) as work:
+        if config.space == "concat":
+            dtype = _write_adapter(work, base, ingredients, config.dtype or "float32", model_type)
+        else:
+            dtype = _write_model(work, base, ingredients, config.dtype, config.space)
+        manifest = {
+            "package": "pjrlhf",
+            "version": __version__,
+            "space": config.space,
+            "dtype": dtype,
+            "base": {"folder": str(base) if base else None, "hash": base_hash},
+            "ingredients": [ingredient.entry() for ingredient in ingredients],
+        }
+        (work / MANIFEST).write_text(json.dumps(manifest, indent=2))
+    return manifest
+
+
+def run(context: Any) -> dict[str, Any]:
+    """The stage: merges as `config.merge` says; one process writes."""
+    if jax.process_index() > 0:
+        return {}
+    return merge(context.config.merge, context.workdir.path)
+
+
+def _read_weights(config: Any) -> list[float]:
+    try:
+        weights = [float(weight) for weight in config.weights]
+        trees.check_weights(weights, len(config.ingredients))
+    except (TypeError, ValueError) as e:
+        raise UserError(f"merge.weights: {e}; give one finite number per ingredient") from e
+    if not weights:
+        raise UserError("merge.ingredients: there are none; name the folders to merge")
+    return weights
+
+
+def _output_folder(config: Any, workdir: Any) -> pathlib.Path:
+    if not config.output and not workdir:
+        raise UserError("merge.output: no folder to write to; set it, or give --workdir")
+    output = pathlib.Path(config.output) if config.output else pathlib.Path(workdir) / "export" / "soup"
+    if output.exists() and not (output.is_dir() and not any(output.iterdir())):
+        raise UserError(f"{output}: exists and is not empty; choose another merge.output")
+    return output
+
+
+def _open(folder: pathlib.Path, weight: float, model_type: str) -> Ingredient:
+    if (folder / ADAPTER_CONFIG).is_file():
+        return Ingredient(folder, weight, *load_peft(folder, model_type))
+    if (folder / "config.json").is_file():
+        return Ingredient(folder, weight)
+    raise UserError(f"{folder}: holds neither config.json nor {ADAPTER_CONFIG}; name a Hugging Face or PEFT folder")
+
+
+def _check_kinds(base: pathlib.Path | None, ingredients: Sequence[Ingredient], space: str) -> None:
+    full = [ingredient for ingredient in ingredients if ingredient.adapter is None]
+    if full and space != "delta":
+        raise UserError(f"{full[0].folder}: a full model has no low-rank factors; use merge.space='delta'")
+    if base is None and space != "concat":
+        if len(full) < len(ingredients):
+            raise UserError("merge.base: LoRA folders need the model they adapt; set it, or use merge.space='concat'")
+        total = math.fsum(ingredient.weight for ingredient in full)
+        if abs(total - 1) > 1e-6:
+            raise UserError(f"merge.weights: they sum to {total:g}, not 1; make them sum to 1, or set merge.base")
+
+
+def _check_tokenizers(folders: Sequence[pathlib.Path]) -> None:
+    """UserError where two folders hold different tokenizers; a folder without one fits any."""
+    seen = {}
+    for folder in folders:
+        if (folder / "tokenizer.json").is_file():
+            content = read_json(folder / "tokenizer.json")
+            # Left behind by whoever tokenised last; they name no token.
+            for setting in ("padding", "truncation"):
+                content.pop(setting, None)
+            seen[folder] = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    for folder, digest in seen.items():
+        first = next(iter(seen))
+        if digest != seen[first]:
+            raise UserError(f"{folder}: tokenizer.json differs from that of {first}; merge models of one tokenizer")
+
+
+def _check_bases(base: pathlib.Path | None, ingredients: Sequence[Ingredient]) -> str | None:
+    """The hash of the base, given or recorded by an adapter; UserError where an adapter recorded another."""
+    owner, known = base, fingerprint(base) if base else None
+    for ingredient in ingredients:
+        if ingredient.adapter is None or not (ingredient.folder / MANIFEST).is_file():
+            continue
+        recorded = read_json(ingredient.folder / MANIFEST).get("base", {}).get("hash")
+        if recorded and not known:
+            owner, known = ingredient.folder, recorded
+        if recorded and recorded != known:
+            raise UserError(
+                f"{ingredient.folder}: was made for the base {recorded}, not for that of {owner} ({known}); "
+                "merge adapters of one base"
+            )
+    return known
+
+
+def _check_config(folder: pathlib.Path, source: pathlib.Path) -> None:
+    here, there = (
+        {"model_type": read_json(f / "config.json").get("model_type"), **dataclasses.asdict(read_config(f))}
+        for f in (folder, source)
+    )
+    for name, value in here.items():
+        if value != there[name]:
+            raise UserError(f"{folder}: {name} is {value} but {there[name]} in {source}; merge models of one shape")
+
+
+def _check_tensors(folder: pathlib.Path, files: dict[str, Any], slots: dict[str, Any], ignored: Callable) -> None:
+    for name in sorted({*files, *slots}):
+        if name not in files:
+            raise UserError(f"{folder}: {name} is missing from the weights; export the model again")
+        if name not in slots:
+            if not ignored(name):
+                raise UserError(f"{folder}: {name} has no place in the model; merge models of one shape")
+            continue
+        view = files[name].get_slice(name)
+        shape, expected = tuple(view.get_shape()), slots[name].shape
+        if shape != expected:
+            raise UserError(f"{folder}: {name} has shape {shape}, the model {expected}; merge models of one shape")
+        if view.get_dtype() not in DTYPES:
+            raise UserError(
+                f"{folder}: {name} is stored as {view.get_dtype()}; store it as {', '.join(DTYPES.values())}"
+            )
+
+
+def _check_adapter(ingredient: Ingredient, config: ModelConfig, base: pathlib.Path) -> None:
+    for path, leaf in flax.traverse_util.flatten_dict(ingredient.adapter, sep="/").items():
+        module, _, factor = path.rpartition("/")
+        L, inputs, outputs = leaf_shapes(config)[f"{module}/kernel"]
+        expected = (L, inputs, ingredient.rank) if factor == "a" else (L, ingredient.rank, outputs)
+        if leaf.shape != expected:
+            raise UserError(
+                f"{ingredient.folder}: {path} has shape {leaf.shape}, {base} needs {expected}; "
+                "merge adapters made for this base"
+            )
+
+
+def _combine(function: Callable, adapters: Sequence[Ingredient]) -> Any:
+    """`lora.concatenate` or `lora.average_factors` of the ingredients."""
+    try:
+        return function([x.adapter for x in adapters], [x.scale for x in adapters], [x.weight for x in adapters])
+    except ValueError as e:
+        raise UserError(f"merge.ingredients: {e}; use merge.space='delta'") from e
+
+
+def _write_adapter(
+    work: pathlib.Path, base: pathlib.Path | None, ingredients: Sequence[Ingredient], dtype: str, model_type: str
+) -> str:
+    """Writes the rank-concatenated adapter; returns its dtype."""
+    base_name = str(base) if base else read_json(ingredients[0].folder / ADAPTER_CONFIG).get("base_model_name_or_path")
+    if base:
+        for ingredient in ingredients:
+            _check_adapter(ingredient, read_config(base), base)
+    adapter = jax.tree.map(lambda x: np.asarray(x, jnp.dtype(dtype)), _combine(lora.concatenate, ingredients))
+    rank = sum(ingredient.rank for ingredient in ingredients)
+    save_peft(work, adapter, rank, rank, base_name, model_type)
+    return dtype
+
+
+@dataclasses.dataclass
+class _Leaf:
+    """A parameter whose layers are computed as they are written: as much of an array as `save_params` asks for."""
+
+    shape: tuple[int, ...]
+    dtype: Any
+    layer: Callable[[int | tuple[()]], np.ndarray]
+
+    def __getitem__(self, index: int | tuple[()]) -> np.ndarray:
+        return self.layer(index)
+
+
+def _write_model(
+    work: pathlib.Path, base: pathlib.Path | None, ingredients: Sequence[Ingredient], dtype: str | None, space: str
+) -> str:
+    """Writes the dense model; returns the dtype of its embedding."""
+    full = [(x.folder, x.weight) for x in ingredients if x.adapter is None]
+    adapters = [x for x in ingredients if x.adapter is not None]
+    if base:
+        # base + sum_i w_i (theta_i - base), in the form that returns theta_i exactly for one-hot weights.
+        full.insert(0, (base, 1.0 - math.fsum(weight for _, weight in full)))
+    source = full[0][0]
+    raw, config = read_json(source / "config.json"), read_config(source)
+    family = get_family(raw["model_type"], source)
+    slots = tensor_slots(family, config)
+    for folder, _ in full[1:]:
+        _check_config(folder, source)
+    for ingredient in adapters:
+        _check_adapter(ingredient, config, source)
+    updates = [(flax.traverse_util.flatten_dict(x.adapter, sep="/"), x.scale, x.weight) for x in adapters]
+    if space == "factors":
+        updates = [(flax.traverse_util.flatten_dict(_combine(lora.average_factors, adapters), sep="/"), 1.0, 1.0)]
+
+    with contextlib.ExitStack() as stack:
+        opened = [(stack.enter_context(open_tensors(weight_files(folder))), weight) for folder, weight in full]
+        for (folder, _), (files, _) in zip(full, opened, strict=True):
+            _check_tensors(folder, files, slots, functools.partial(is_ignorable, family, config))
+        names = {(slot.path, slot.index): name for name, slot in slots.items()}
+
+        def layer(path: str, index: int | tuple[()]) -> np.ndarray:
+            name, total = names[path, index], None
+            for files, weight in opened:
+                if weight:
+                    # Waiting lets go of this tensor before the next one is read.
+                    total = jax.block_until_ready(trees.accumulate(total, files[name].get_tensor(name), weight))
+            total = total.T if slots[name].transpose else total
+            module = path.removesuffix("/kernel")
+            for adapter, scale, weight in updates:
+                if f"{module}/a" in adapter:
+                    update = lora.delta(adapter[f"{module}/a"][index], adapter[f"{module}/b"][index], scale)
+                    total = trees.accumulate(total, update, weight)
+            return np.asarray(total)
+
+        stored = {slot.path: DTYPES[opened[0][0][n].get_slice(n).get_dtype()] for n, slot in slots.items()}
+        leaves = {
+            path: _Leaf(shape, jnp.dtype(stored[path]), functools.partial(layer, path))
+            for path, shape in leaf_shapes(config).items()
+        }
+        folders = [source, *(ingredient.folder for ingredient in ingredients)]
+        tokenizers = [f for f in folders if any((f / name).is_file() for name in TOKENIZER_FILES)]
+        save_params(
+            work,
+            config,
+            flax.traverse_util.unflatten_dict(leaves, sep="/"),
+            model_type=raw["model_type"],
+            dtype=dtype,
+            tokenizer_folder=tokenizers[0] if tokenizers else None,
+            token_ids={name: raw.get(name) for name in TOKEN_IDS},
+        )
+    return dtype or stored["embed/embedding"]

@@ -1,0 +1,255 @@
+"""Reward models: one Bradley-Terry adapter with a scalar head per preference, all K trained in one program on the
+frozen base.
+"""
+
+import functools
+import json
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from pjrlhf.data.batching import batches, collate_preference, split_by
+from pjrlhf.data.schema import validate
+from pjrlhf.data.sources import open_source
+from pjrlhf.data.tokenization import TokenTable, tokenize
+from pjrlhf.errors import UserError
+from pjrlhf.models.adapters import AdapterConfig, Policies, init_bank
+from pjrlhf.models.decoder import Decoder
+from pjrlhf.models.storage import load_tree, save_tree
+from pjrlhf.objectives.preference import accuracy, bradley_terry_loss
+from pjrlhf.parallel.mesh import shard_batch, shard_params
+from pjrlhf.rollout import scoring
+from pjrlhf.rollout.experience import sample
+from pjrlhf.stages.comparisons import FILE
+from pjrlhf.stages.context import Run
+from pjrlhf.training import loop
+from pjrlhf.training.metrics import Metrics
+from pjrlhf.training.optimizer import make_optimizer, per_ingredient
+from pjrlhf.training.state import State
+
+MODEL = "model.safetensors"
+
+
+class Grouped(Sequence):
+    """Row i holds one row of every table, so that a batch has equally many rows of each objective.
+
+    Its length is that of the longest table; shorter ones are gone through again, each time in another order.
+    """
+
+    def __init__(self, tables: Sequence[Sequence[Any]], seed: int):
+        self.tables = tables
+        self.seed = seed
+
+    def __len__(self) -> int:
+        return max(len(table) for table in self.tables)
+
+    def __getitem__(self, i: int) -> list[Any]:
+        return [table[self._place(len(table), i)] for table in self.tables]
+
+    def _place(self, size: int, i: int) -> int:
+        return int(_order(size, self.seed, i // size)[i % size])
+
+
+@functools.lru_cache(maxsize=256)
+def _order(size: int, seed: int, turn: int) -> np.ndarray:
+    return np.random.default_rng((seed, turn)).permutation(size)
+
+
+def pair_rewards(
+    model: Decoder, adapter: AdapterConfig, trainable: Any, base: Any, batch: Any
+) -> tuple[jax.Array, jax.Array]:
+    """Raw rewards (chosen, rejected), each [K, n].
+
+    Args:
+      trainable: {"bank", "heads"} of K reward models.
+      batch: {"tokens", "valid"} [2 K n, S]: for each model its n chosen, then its n rejected rows.
+    """
+    K = trainable["heads"]["bias"].shape[0]
+    mix = jnp.eye(K)
+    policies = Policies(model, adapter, base, trainable["bank"], mix)
+    rewards = scoring.rewards(policies, trainable["heads"], mix, batch["tokens"], batch["valid"]).reshape(K, 2, -1)
+    return rewards[:, 0], rewards[:, 1]
+
+
+def reward_loss(
+    model: Decoder, adapter: AdapterConfig, trainable: Any, base: Any, batch: Any
+) -> tuple[jax.Array, Metrics]:
+    """Sum over the K models of their mean Bradley-Terry losses, with margins where the records have them; metrics
+    [K].
+    """
+    chosen, rejected = pair_rewards(model, adapter, trainable, base, batch)
+    losses = jax.vmap(bradley_terry_loss)(chosen, rejected, batch["margin"])
+    count = jnp.full(losses.shape, chosen.shape[1], jnp.float32)
+    metrics = {
+        "loss": (losses * count, count),
+        "rewards/accuracies": (accuracy(chosen, rejected).sum(1), count),
+        "rewards/margins": ((chosen - rejected).sum(1), count),
+        "rewards/chosen": (chosen.sum(1), count),
+        "rewards/rejected": (rejected.sum(1), count),
+    }
+    return losses.sum(), metrics
+
+
+class Reward:
+    """The method for `training.loop.run`."""
+
+    def __init__(self, run: Run):
+        self.run, config = run, run.config.reward
+        self.optimizer = per_ingredient(make_optimizer(config.optimizer.to_dict(), config.steps))
+        self.train, self.heldout = self._tables()
+        source = Grouped(self.train, run.config.seed)
+        self.batches = batches(source, config.batch_size, seed=run.config.seed, collate=self.collate)
+        self._update = jax.jit(self._step, donate_argnums=0)
+
+    def _tables(self) -> tuple[list[TokenTable], list[TokenTable]]:
+        """Per objective: training and held-out rows, split by prompt."""
+        run, data = self.run, self.run.config.data
+        spec = run.config.reward.data
+        if spec == "comparisons":
+            spec = {"kind": "jsonl", "path": str(run.workdir.path / "comparisons" / FILE)}
+        source = open_source(spec)
+        share = data.max_bad_share
+        examples, _ = validate(source, "preference", columns=data.get("columns"), max_bad_share=share)
+        table = tokenize(
+            examples, "preference", run.tokenizer, run.lengths, source_name=source.name, max_bad_share=share
+        )
+        known = set(run.rewards)
+        for example in table.examples:
+            if example.objective not in known:
+                raise UserError(
+                    f"{example.where}: objective {example.objective!r} is not one of {', '.join(run.rewards)}; "
+                    "mend the record or add it to --config.objectives"
+                )
+        keys = [json.dumps(example.prompt) for example in table.examples]
+        sides = split_by(keys, run.config.reward.heldout_share, run.config.seed)
+        tables = []
+        for side, name in zip(sides, ("training", "held-out"), strict=True):
+            of = {objective: [i for i in side if table.examples[i].objective == objective] for objective in run.rewards}
+            empty = [objective for objective, rows in of.items() if not rows]
+            if empty:
+                raise UserError(
+                    f"{source.name}: no {name} pair for objective {empty[0]!r}; add comparisons, or leave it out of "
+                    "--config.objectives"
+                )
+            tables.append([table.select(rows) for rows in of.values()])
+        return tables[0], tables[1]
+
+    def collate(self, rows: Sequence[Sequence[Any]]) -> Any:
+        """n lists of K rows -> {"tokens", "valid" [n, K, 2, S] with chosen before rejected, "margin" [n, K]}."""
+        run, shape = self.run, (len(rows), len(rows[0]))
+        batch = collate_preference(
+            [row for each in rows for row in each],
+            prompt_length=run.lengths.prompt,
+            completion_length=run.lengths.completion,
+            pad_id=run.tokenizer.pad_id,
+        )
+
+        def stack(name):
+            return np.stack([batch[side][name].reshape(*shape, -1) for side in ("chosen", "rejected")], axis=2)
+
+        return {"tokens": stack("tokens"), "valid": stack("valid"), "margin": batch["margin"].reshape(shape)}
+
+    def init(self) -> State:
+        run, K = self.run, len(self.run.rewards)
+        trainable = {
+            "bank": init_bank(run.base, run.adapter, K, jax.random.fold_in(run.key, 20)),
+            "heads": scoring.init_heads(K, run.model_config.hidden_size, jax.random.fold_in(run.key, 21)),
+        }
+        return State.create(jax.random.fold_in(run.key, 22), shard_params(run.mesh, trainable), self.optimizer)
+
+    def place(self, batch: Any) -> Any:
+        """Device arrays as `pair_rewards` takes them: [n, K, 2, S] -> [2 K n, S], the rows of one model together."""
+        rows = {name: np.moveaxis(batch[name], 0, 2) for name in ("tokens", "valid")}
+        rows = {name: x.reshape(-1, x.shape[-1]) for name, x in rows.items()}
+        return shard_batch(self.run.mesh, rows) | {"margin": batch["margin"].T}
+
+    def _step(self, state: State, base: Any, batch: Any) -> tuple[State, Metrics]:
+        loss = functools.partial(reward_loss, self.run.model, self.run.adapter)
+        (_, metrics), gradient = jax.value_and_grad(loss, has_aux=True)(state.trainable, base, batch)
+        updates, opt_state = self.optimizer.update(gradient, state.opt_state, state.trainable)
+        trainable = optax.apply_updates(state.trainable, updates)
+        return state.replace(step=state.step + 1, trainable=trainable, opt_state=opt_state), metrics
+
+    def step(self, state: State, batch: Any) -> tuple[State, Metrics]:
+        return self._update(state, self.run.base, self.place(batch))
+
+    def evaluate(self, trainable: Any) -> dict[str, dict[str, float]]:
+        """Held-out accuracy and number of pairs per objective."""
+        run, n = self.run, self.run.config.reward.batch_size
+        score = jax.jit(functools.partial(pair_rewards, run.model, run.adapter))
+        longest = max(len(table) for table in self.heldout)
+        hits: list[list[float]] = [[] for _ in self.heldout]
+        for start in range(0, longest, n):
+            rows = [[table[i % len(table)] for table in self.heldout] for i in range(start, start + n)]
+            chosen, rejected = score(trainable, run.base, self.place(self.collate(rows)))
+            better = np.asarray(accuracy(chosen, rejected))
+            for k, table in enumerate(self.heldout):
+                hits[k] += better[k, : max(0, len(table) - start)].tolist()
+        found = {name: (np.mean(h), len(h)) for name, h in zip(run.rewards, hits, strict=True)}
+        bad = [name for name, (share, _) in found.items() if not np.isfinite(share)]
+        if bad:
+            raise UserError(f"reward: the model of {bad[0]!r} gives NaN on held-out pairs; lower its learning rate")
+        return {name: {"accuracy": float(share), "pairs": count} for name, (share, count) in found.items()}
+
+    def calibrate(self, trainable: Any) -> tuple[jax.Array, jax.Array]:
+        """Mean and standard deviation [K] of raw rewards on samples of the base for training prompts, measured once."""
+        run, rows = self.run, self.run.config.sample_rows
+        K = len(run.rewards)
+        draw = jax.jit(sample, static_argnums=(0, 1, 2))
+
+        @jax.jit
+        def score(trainable, base, prompt, response):
+            tokens = scoring.join(prompt["prompt"], response["tokens"])
+            valid = scoring.join(prompt["valid"], response["valid"])
+            tokens, valid = (jnp.tile(x, (K, 1)) for x in (tokens, valid))
+            mix = jnp.eye(K)
+            policies = Policies(run.model, run.adapter, base, trainable["bank"], mix)
+            return scoring.rewards(policies, trainable["heads"], mix, tokens, valid).reshape(K, -1)
+
+        found = []
+        requests = run.requests[0]
+        for i in range(max(1, run.config.reward.calibration_samples // rows)):
+            chosen = [requests[(i * rows + j) % len(requests)] for j in range(rows)]
+            prompt = run.encode([run.ask(request) for request in chosen])
+            key = jax.random.fold_in(jax.random.fold_in(run.key, 23), i)
+            out = draw(run.model, run.adapter, run.sampling(), run.base, None, None, prompt, key)
+            found.append(np.asarray(score(trainable, run.base, prompt, out)))
+        raw = np.concatenate(found, axis=1)
+        return jnp.asarray(raw.mean(1)), jnp.asarray(np.maximum(raw.std(1), 1e-6))
+
+
+def run(run: Run) -> dict[str, Any]:
+    """Trains, tests and calibrates the reward models; writes <workdir>/reward/model.safetensors."""
+    config = run.config.reward
+    method = Reward(run)
+    state = loop.run(
+        method,
+        run.workdir,
+        "reward",
+        steps=config.steps,
+        checkpoint_every=run.config.checkpoint_every,
+        log_every=run.config.log_every,
+        ingredients=run.rewards,
+        show=("loss", "rewards/accuracies"),
+    )
+    models = method.evaluate(state.trainable)
+    mean, std = method.calibrate(state.trainable)
+    for k, name in enumerate(run.rewards):
+        models[name] |= {"mean": float(mean[k]), "std": float(std[k]), "train_pairs": len(method.train[k])}
+    tree = {**state.trainable, "mean": mean, "std": std}
+    save_tree(run.workdir.stage("reward") / MODEL, tree, {"rewards": list(run.rewards), "models": models})
+    return {"models": models}
+
+
+def load(run: Run) -> Any:
+    """The reward models of this run: {"bank", "heads", "mean", "std"}, one per name in `run.rewards`, on the mesh."""
+    path = pathlib.Path(run.config.reward.path) if run.config.reward.path else run.workdir.path / "reward" / MODEL
+    tree, note = load_tree(path)
+    if note.get("rewards") != list(run.rewards):
+        raise UserError(f"{path}: holds reward models for {note.get('rewards')}, this run needs {list(run.rewards)}")
+    return shard_params(run.mesh, tree)

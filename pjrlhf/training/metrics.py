@@ -1,0 +1,140 @@
+"""Metrics as (sum, count) pairs, which average correctly over micro-batches and groups, and where they are written.
+
+    metrics = {"loss": (sum of losses, number of losses), "rewards/accuracies": (hits [K], comparisons [K])}
+
+The value is sum / count. A pair of [K] arrays holds one value per ingredient.
+"""
+
+import importlib
+import json
+import logging
+import math
+import os
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pjrlhf.errors import UserError
+from pjrlhf.training.workdir import Workdir, disk_errors
+
+Metrics = Mapping[str, tuple[jax.Array, jax.Array]]
+log = logging.getLogger(__name__)
+LOGGERS = {"tensorboard": "tensorboardX", "wandb": "wandb"}  # extra -> module
+
+
+def masked(values: jax.Array, mask: jax.Array, axis: int | Sequence[int] | None = None) -> tuple[jax.Array, jax.Array]:
+    """The pair for the mean of `values` where `mask` (broadcast against it) is true or by its weights, over `axis`."""
+    mask = jnp.broadcast_to(mask, values.shape).astype(jnp.float32)
+    # where, not a product: a masked value may be infinite
+    return jnp.where(mask > 0, values * mask, 0.0).sum(axis), mask.sum(axis)
+
+
+def reduce(metrics: Metrics, axis: int = 0) -> Metrics:
+    """Adds up micro-batches stacked on `axis` (what `jax.lax.scan` returns): the pairs of the whole batch."""
+    return jax.tree.map(lambda x: x.sum(axis), metrics)
+
+
+def to_floats(metrics: Metrics, ingredients: Sequence[str] = ()) -> dict[str, float]:
+    """Values as Python floats; a pair without any count is left out.
+
+    Args:
+      metrics: pairs of scalars, or of [K] arrays.
+      ingredients: K names; a [K] pair becomes `name/<ingredient>`. Empty: pooled over the ingredients.
+    """
+    values: dict[str, float] = {}
+    for name, pair in jax.device_get(dict(metrics)).items():
+        total, count = np.broadcast_arrays(*(np.asarray(x, np.float64) for x in pair))
+        if ingredients and total.ndim:
+            named = {f"{name}/{k}": (t, c) for k, t, c in zip(ingredients, total, count, strict=True)}
+        else:
+            named = {name: (total.sum(), count.sum())}
+        values |= {key: float(t / c) for key, (t, c) in named.items() if c != 0}
+    return values
+
+
+class MetricWriter:
+    """Appends one JSON line per step to `<workdir>/metrics.jsonl`, and to the optional loggers. Process 0 writes.
+
+    Args:
+      loggers: any of "tensorboard", "wandb".
+      after: the stage continues from this step; its later lines, and any line cut short by a crash, are dropped.
+
+    Raises:
+      UserError: unknown logger or one that is not installed; disk full or unwritable.
+    """
+
+    def __init__(self, workdir: Workdir, stage: str, *, loggers: Collection[str] = (), after: int = 0):
+        self.path = workdir.path / "metrics.jsonl"
+        self.stage = stage
+        modules = {name: _import(name) for name in loggers}
+        self._active = jax.process_index() == 0
+        self._tensorboard = self._wandb = None
+        if not self._active:
+            return
+        with disk_errors(self.path):
+            self._drop_after(after)
+            self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 (open as long as the stage runs)
+        if "tensorboard" in modules:
+            folder = str(workdir.path / "tensorboard" / stage)
+            self._tensorboard = modules["tensorboard"].SummaryWriter(folder, purge_step=after + 1)
+        if "wandb" in modules:
+            name = workdir.path.name
+            self._wandb = modules["wandb"].init(
+                project="pjrlhf", name=name, id=name, resume="allow", dir=str(workdir.path)
+            )
+            # Stages count their steps from 1, so each is its own axis.
+            self._wandb.define_metric(f"{stage}/*", step_metric=f"{stage}/step")
+
+    def _drop_after(self, after: int) -> None:
+        lines = self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else []
+        kept = []
+        for line in lines:
+            try:
+                row = json.loads(line)
+            except ValueError:
+                log.warning("%s: dropped a line that a crash cut short", self.path)
+                continue
+            if row["stage"] != self.stage or row["step"] <= after:
+                kept.append(line)
+        if kept != lines:
+            half = self.path.with_name(f".{self.path.name}.tmp")
+            half.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+            os.replace(half, self.path)
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """One line; NaN and infinity become null, which JSON has."""
+        if not self._active:
+            return
+        row: dict[str, Any] = {"stage": self.stage, "step": step}
+        row |= {name: value if math.isfinite(value) else None for name, value in values.items()}
+        with disk_errors(self.path):
+            self._file.write(json.dumps(row) + "\n")
+            self._file.flush()
+        if self._tensorboard:
+            for name, value in values.items():
+                self._tensorboard.add_scalar(name, value, step)
+        if self._wandb:
+            self._wandb.log({f"{self.stage}/{name}": value for name, value in (values | {"step": step}).items()})
+
+    def close(self) -> None:
+        if self._active:
+            with disk_errors(self.path):
+                self._file.close()
+        if self._tensorboard:
+            self._tensorboard.close()
+        if self._wandb:
+            self._wandb.finish()
+
+
+def _import(logger: str) -> Any:
+    if logger not in LOGGERS:
+        raise UserError(f"loggers: {logger!r} is unknown; use any of {', '.join(LOGGERS)}")
+    try:
+        return importlib.import_module(LOGGERS[logger])
+    except ImportError as error:
+        raise UserError(
+            f"loggers: {logger!r} needs {LOGGERS[logger]}, which is not installed; pip install 'pjrlhf[{logger}]'"
+        ) from error

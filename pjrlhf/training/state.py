@@ -1,0 +1,32 @@
+"""What a training stage carries from step to step and what a checkpoint holds. The frozen base is no part of it."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import struct
+
+
+@struct.dataclass
+class State:
+    """A pytree.
+
+    Attributes:
+      step: int32 scalar, updates done so far. `method.step` adds 1.
+      rng: typed PRNG key, `jax.random.key(...)`.
+      trainable: the parameters being trained (adapter bank, heads, user tables, or full parameters).
+      opt_state: state of the optimizer over `trainable`.
+      extra: whatever else must survive a restart as arrays (KL controller, reward normalisers); may be empty.
+    """
+
+    step: jax.Array
+    rng: jax.Array
+    trainable: Any
+    opt_state: Any
+    extra: dict[str, Any]
+
+    @classmethod
+    def create(cls, rng: jax.Array, trainable: Any, optimizer: optax.GradientTransformation, **extra: Any) -> "State":
+        """The state before the first step."""
+        return cls(jnp.zeros((), jnp.int32), rng, trainable, optimizer.init(trainable), extra)

@@ -1,0 +1,135 @@
+"""The run directory: its config, which stages are finished, and files that are either whole or absent."""
+
+import contextlib
+import errno
+import json
+import os
+import pathlib
+from collections.abc import Collection, Iterator, Mapping
+from typing import Any
+
+import jax
+
+from pjrlhf.errors import UserError
+
+_DISK = {
+    errno.ENOSPC: "the disk is full; free some space",
+    errno.EDQUOT: "the disk quota is used up; free some space",
+    errno.EACCES: "no permission to write there; mend it or choose another --workdir",
+    errno.EPERM: "no permission to write there; mend it or choose another --workdir",
+    errno.EROFS: "the file system is read-only; choose another --workdir",
+    errno.ENOTDIR: "a file stands where a folder is needed; choose another --workdir",
+    errno.EEXIST: "a file stands where a folder is needed; choose another --workdir",
+}
+
+
+@contextlib.contextmanager
+def disk_errors(path: str | os.PathLike) -> Iterator[None]:
+    """Turns a full or unwritable disk met while writing `path` into one UserError; other errors pass through."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        for code, remedy in _DISK.items():
+            # Checkpoint libraries pass the system's message on in errors of their own kind.
+            if (isinstance(error, OSError) and error.errno == code) or os.strerror(code) in str(error):
+                raise UserError(f"{path}: cannot be written, {remedy}") from error
+        raise
+
+
+def write_json(path: pathlib.Path, value: Any) -> None:
+    """Writes `value` to `path` in one stroke: a reader sees the old file or the new one, never a part.
+
+    Raises:
+      UserError: the disk is full or unwritable.
+    """
+    half = path.with_name(f".{path.name}.tmp")
+    with disk_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(half, "w", encoding="utf-8") as file:
+            json.dump(value, file, indent=1)
+            file.write("\n")
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(half, path)
+
+
+def _read_json(path: pathlib.Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        raise UserError(f"{path}: not readable as JSON ({error}); delete it, or choose another --workdir") from error
+
+
+def _flat(config: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested mappings -> dotted keys."""
+    if not isinstance(config, Mapping) or (prefix and not config):
+        return {prefix: config}
+    flat = {}
+    for key, value in config.items():
+        flat |= _flat(value, f"{prefix}.{key}" if prefix else str(key))
+    return flat
+
+
+class Workdir:
+    """The folder of one run. Create it after JAX's distributed start-up: only process 0 writes the shared files.
+
+    Raises:
+      UserError: the folder cannot be created.
+    """
+
+    def __init__(self, path: str | os.PathLike):
+        self.path = pathlib.Path(path).absolute()
+        with disk_errors(self.path):
+            self.path.mkdir(parents=True, exist_ok=True)
+
+    def stage(self, name: str) -> pathlib.Path:
+        """The folder of stage `name`, created if absent."""
+        folder = self.path / name
+        with disk_errors(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+        return folder
+
+    def write_config(self, config: Mapping[str, Any], ignore: Collection[str] = ()) -> None:
+        """Stores the resolved config as config.json, after checking that it continues the run already here.
+
+        Args:
+          config: nested mapping of JSON values.
+          ignore: dotted keys (or sections) that do not influence training, such as how often to log.
+
+        Raises:
+          UserError: another key differs from the stored config; the message lists old and new values.
+        """
+        path = self.path / "config.json"
+        config = json.loads(json.dumps(config))  # tuples become lists, as in the stored file
+        stored = _read_json(path)
+        if stored is not None:
+            old, new = _flat(stored), _flat(config)
+            changed = [
+                f"{key}: {json.dumps(old[key]) if key in old else '(absent)'} -> "
+                f"{json.dumps(new[key]) if key in new else '(absent)'}"
+                for key in sorted(old.keys() | new.keys())
+                if (key not in old or key not in new or old[key] != new[key])
+                and not any(key == name or key.startswith(f"{name}.") for name in ignore)
+            ]
+            if changed:
+                raise UserError(
+                    f"{self.path}: holds a run with another config ({'; '.join(changed)}); "
+                    "undo the change, choose another --workdir, or delete the folder to start over"
+                )
+        if jax.process_index() == 0:
+            write_json(path, config)
+
+    def finished(self, stage: str) -> dict[str, Any] | None:
+        """What `mark_finished` recorded for `stage`, or None while it is unfinished."""
+        return (_read_json(self.path / "manifest.json") or {}).get("stages", {}).get(stage)
+
+    def mark_finished(self, stage: str, seconds: float, **info: Any) -> None:
+        """Records in manifest.json that `stage` is complete, how long it took, and any JSON values in `info`."""
+        if jax.process_index() == 0:
+            manifest = _read_json(self.path / "manifest.json") or {"stages": {}}
+            manifest["stages"][stage] = {"seconds": seconds, **info}
+            write_json(self.path / "manifest.json", manifest)

@@ -1,0 +1,199 @@
+"""Shapes and masks, an order that resumes exactly and does not know the number of processes, splits without leaks."""
+
+import functools
+import itertools
+import json
+
+import numpy as np
+import pytest
+
+from pjrlhf.data.batching import (
+    batches,
+    buckets,
+    collate_completion,
+    collate_preference,
+    collate_prompt,
+    pad_left,
+    pad_right,
+    split_by,
+)
+from pjrlhf.errors import UserError
+
+PAD = 0
+
+
+def make_row(i, prompt=(5, 6), chosen=(7, 8, 9), rejected=(7,), completion=(3, 2), **columns):
+    ids = {"prompt": prompt, "chosen": chosen, "rejected": rejected, "completion": completion}
+    columns = {"user_id": None, "objective": None, "margin": None, "where": f"row {i}"} | columns
+    return {"index": i} | {name: np.array(value, np.int32) for name, value in ids.items()} | columns
+
+
+ROWS = [make_row(i, prompt=range(1, 2 + i % 5)) for i in range(23)]
+PROMPTS = functools.partial(collate_prompt, prompt_length=8, pad_id=PAD)
+
+
+def indices(iterator, count=None):
+    return [batch["index"].tolist() for batch in itertools.islice(iterator, count)]
+
+
+def test_padding():
+    rows = [[1, 2, 3], [4], []]
+    tokens, valid = pad_left(rows, 4, 9)
+    assert tokens.tolist() == [[9, 1, 2, 3], [9, 9, 9, 4], [9, 9, 9, 9]]
+    assert valid.tolist() == [[False, True, True, True], [False, False, False, True], [False] * 4]
+    mirrored, mirrored_valid = pad_right([row[::-1] for row in rows], 4, 9)
+    assert (mirrored[:, ::-1] == tokens).all() and (mirrored_valid[:, ::-1] == valid).all()
+    assert (tokens.dtype, valid.dtype) == (np.int32, np.bool_)
+    with pytest.raises(ValueError, match="3 tokens does not fit into 2"):
+        pad_right(rows, 2, 9)
+
+
+def test_mask_comes_from_lengths_not_ids():
+    tokens, valid = pad_right([[9, 1, 9]], 4, 9)  # an answer may hold the padding id
+    assert valid.tolist() == [[True, True, True, False]] and tokens.tolist() == [[9, 1, 9, 9]]
+
+
+def test_buckets_round_up():
+    assert buckets([1, 16, 17, 64], (64, 16, 32)).tolist() == [16, 16, 32, 64]
+    with pytest.raises(ValueError, match="65"):
+        buckets([3, 65], (16, 64))
+
+
+def test_completion_batch():
+    rows = [make_row(4, prompt=(5,)), make_row(7, completion=(3, 4, 2))]
+    batch = collate_completion(rows, prompt_length=3, completion_length=4, pad_id=PAD)
+    assert batch["tokens"].tolist() == [[0, 0, 5, 3, 2, 0, 0], [0, 5, 6, 3, 4, 2, 0]]
+    assert batch["valid"].tolist() == (batch["tokens"] != PAD).tolist()
+    assert [np.flatnonzero(row).tolist() for row in batch["loss_mask"]] == [[3, 4], [3, 4, 5]]
+    assert batch["index"].tolist() == [4, 7]
+    assert batch["user"].tolist() == batch["objective"].tolist() == [0, 0]
+
+
+def test_preference_batch():
+    rows = [make_row(0, user_id="ann", objective="b", margin=0.5), make_row(1, user_id="eve", objective="a")]
+    batch = collate_preference(
+        rows, prompt_length=2, completion_length=(2, 4), pad_id=PAD, users={"ann": 3}, objectives=("a", "b")
+    )
+    assert batch["chosen"]["tokens"].tolist() == [[5, 6, 7, 8, 9, 0]] * 2  # the bucket of both answers is 4
+    assert batch["rejected"]["tokens"].tolist() == [[5, 6, 7, 0, 0, 0]] * 2
+    assert batch["chosen"]["loss_mask"].sum() == 6 and batch["rejected"]["loss_mask"].sum() == 2
+    assert (batch["user"].tolist(), batch["objective"].tolist()) == ([3, 0], [1, 0])
+    assert batch["margin"].tolist() == [0.5, 0.0] and batch["margin"].dtype == np.float32
+
+
+@pytest.mark.parametrize("objective", [None, "c"])
+def test_row_of_another_objective_is_named(objective):
+    with pytest.raises(UserError, match=rf"row 3: objective {objective!r} is not one of \['a', 'b'\]"):
+        collate_preference(
+            [make_row(3, objective=objective)], prompt_length=2, completion_length=4, pad_id=PAD, objectives=("a", "b")
+        )
+
+
+def test_epochs_hold_every_row_once_in_new_orders():
+    seen = [i for batch in indices(batches(ROWS, 4, seed=1, collate=PROMPTS), 23 * 2) for i in batch]
+    epochs = [seen[start : start + 23] for start in range(0, 184, 23)]
+    assert all(sorted(epoch) == list(range(23)) for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) == len(epochs)
+    assert indices(batches(ROWS, 4, seed=1, collate=PROMPTS), 8) != indices(
+        batches(ROWS, 4, seed=2, collate=PROMPTS), 8
+    )
+    plain = batches(ROWS, 4, seed=1, shuffle=False, epochs=1, collate=PROMPTS)
+    assert indices(plain) == np.arange(20).reshape(5, 4).tolist()
+
+
+def test_resume_is_exact_from_any_step():
+    def make():
+        return batches(ROWS, 4, seed=3, epochs=3, collate=PROMPTS)
+
+    whole = indices(make())
+    assert len(whole) == 23 * 3 // 4
+    for step in (0, 1, 6, len(whole)):
+        first = make()
+        head = indices(first, step)
+        state = json.loads(json.dumps(first.get_state()))
+        second = make()
+        second.set_state(state)
+        assert head + indices(second) == whole
+        assert indices(first) == whole[step:]  # looking at the state moves nothing
+
+
+@pytest.mark.parametrize("drop_remainder", [True, False])
+def test_processes_together_read_what_one_reads(drop_remainder):
+    collate = functools.partial(collate_preference, prompt_length=(2, 4, 8), completion_length=4, pad_id=PAD)
+
+    def make(index, count):
+        return batches(
+            ROWS,
+            6,
+            seed=5,
+            epochs=2,
+            collate=collate,
+            drop_remainder=drop_remainder,
+            process_index=index,
+            process_count=count,
+        )
+
+    alone, parts = list(make(0, 1)), list(zip(make(0, 2), make(1, 2), strict=True))
+    assert len(alone) == len(parts) == (7 if drop_remainder else 8)
+    for one, (left, right) in zip(alone, parts, strict=True):
+        assert left["index"].shape == right["index"].shape == (3,)
+        for get in (lambda b: b["chosen"]["tokens"], lambda b: b["rejected"]["loss_mask"], lambda b: b["index"]):
+            np.testing.assert_array_equal(np.concatenate([get(left), get(right)]), get(one))
+
+
+def test_last_batch_is_filled_up_and_marked():
+    last = list(batches(ROWS, 8, seed=0, shuffle=False, epochs=1, collate=PROMPTS, drop_remainder=False))[-1]
+    assert last["index"].tolist() == [16, 17, 18, 19, 20, 21, 22, 16]
+    assert last["real"].tolist() == [True] * 7 + [False]
+    small = list(batches(ROWS[:2], 4, seed=0, epochs=1, collate=PROMPTS, drop_remainder=False))
+    assert [batch["real"].tolist() for batch in small] == [[True, True, False, False]]
+
+
+@pytest.mark.parametrize(
+    ("rows", "change", "message"),
+    [
+        (ROWS, {"batch_size": 24}, "batch_size 24: the data set has only 23 rows"),
+        ([], {"batch_size": 1, "drop_remainder": False}, "only 0 rows"),
+        (ROWS, {"batch_size": 5, "process_count": 2}, "2 processes cannot share it"),
+    ],
+)
+def test_batches_that_cannot_be(rows, change, message):
+    with pytest.raises(UserError, match=message):
+        batches(rows, seed=0, collate=PROMPTS, **change)
+
+
+def test_split_never_parts_a_group():
+    rng = np.random.default_rng(0)
+    keys = [f"user {i}" for i in rng.integers(0, 40, 500)]
+    train, held = split_by(keys, 0.2, seed=1)
+    assert sorted([*train, *held]) == list(range(500))
+    train_keys, held_keys = {keys[i] for i in train}, {keys[i] for i in held}
+    assert not train_keys & held_keys
+    assert len(held_keys) == 8
+    order = rng.permutation(500)
+    _, again = split_by([keys[i] for i in order], 0.2, seed=1)
+    assert {keys[order[i]] for i in again} == held_keys
+    assert {keys[i] for i in split_by(keys, 0.2, seed=2)[1]} != held_keys
+
+
+def test_split_is_the_same_on_every_machine():
+    assert [split_by("abcdefghij", 0.3, seed=seed)[1].tolist() for seed in (0, 1)] == [[2, 3, 5], [0, 7, 8]]
+
+
+def test_small_split_holds_out_one_group():
+    for share in (0.01, 0.99):
+        train, held = split_by(["a", "a", "b"], share, seed=0)
+        assert len(train) and len(held)
+
+
+@pytest.mark.parametrize(
+    ("keys", "share", "message"),
+    [
+        (["a", "b"], 1.0, "held-out share 1.0"),
+        (["a", None], 0.5, "row 1: it has no key"),
+        (["a", "a"], 0.5, "all 2 rows have the same key"),
+    ],
+)
+def test_splits_that_cannot_be(keys, share, message):
+    with pytest.raises(UserError, match=message):
+        split_by(keys, share, seed=0)

@@ -1,0 +1,204 @@
+"""Records are read as TRL's columns say, or refused with a reason that names them."""
+
+import gzip
+import json
+import math
+
+import numpy as np
+import pytest
+
+from pjrlhf.data import schema
+from pjrlhf.data.records import RecordError
+from pjrlhf.data.schema import parse, validate
+from pjrlhf.errors import UserError
+
+PAIR = {"prompt": "Sky?", "chosen": " blue", "rejected": " green"}
+
+
+def user(text):
+    return {"role": "user", "content": text}
+
+
+def assistant(text):
+    return {"role": "assistant", "content": text}
+
+
+def test_explicit_prompt_and_personal_columns():
+    record = PAIR | {
+        "user_id": 7,
+        "user_text": "likes blue",
+        "objective": "style",
+        "preference_weights": [0.25, 0.75],
+        "rewards": {"style": np.float32(0.5), "length": None},
+        "margin": 2,
+        "source": b"caf\xc3\xa9",
+    }
+    example = parse(record, "preference", where="row 0")
+    assert (example.prompt, example.chosen, example.rejected) == ("Sky?", " blue", " green")
+    assert (example.user_id, example.user_text, example.objective) == ("7", "likes blue", "style")
+    assert (example.preference_weights, example.rewards, example.margin) == ([0.25, 0.75], {"style": 0.5}, 2.0)
+    assert (example.extra, example.where) == ({"source": "café"}, "row 0")
+
+
+def test_every_form_of_a_pair_of_conversations_is_one_example():
+    turns = [user("Sky?"), assistant("Blue."), user("Why?")]
+    forms = [
+        {"prompt": turns, "chosen": [assistant("Light.")], "rejected": [assistant("Paint.")]},
+        {"prompt": turns, "chosen": [*turns, assistant("Light.")], "rejected": [*turns, assistant("Paint.")]},
+        {"chosen": [*turns, assistant("Light.")], "rejected": [*turns, assistant("Paint.")]},
+        {"prompt": turns, "chosen": "Light.", "rejected": "Paint."},
+        {
+            "prompt": {"role": [t["role"] for t in turns], "content": [t["content"].encode() for t in turns]},
+            "chosen": [assistant("Light.") | {"name": None}],
+            "rejected": [assistant("Paint.")],
+        },
+    ]
+    for form in forms:
+        example = parse(form, "preference")
+        assert (example.prompt, example.chosen, example.rejected) == (turns, "Light.", "Paint.")
+
+
+@pytest.mark.parametrize("repeat", [False, True])
+def test_text_prompt_of_conversations_is_one_user_turn(repeat):
+    opening = [user("Sky?")] if repeat else []
+    record = {
+        "prompt": "Sky?",
+        "chosen": [*opening, assistant("Blue.")],
+        "rejected": [*opening, assistant("Green.")],
+    }
+    example = parse(record, "preference")
+    assert (example.prompt, example.chosen, example.rejected) == ([user("Sky?")], "Blue.", "Green.")
+
+
+@pytest.mark.parametrize(
+    ("chosen", "rejected", "prompt"),
+    [
+        ("The sky is blue", "The sky is bright", "The sky is"),
+        ("Q: hi", "Q: hi there", "Q:"),
+        ("Sky?\n\nIt is blue", "Sky?\n\nNo idea", "Sky?"),
+        ("Sky?\n\nIt is blue", "Sky?\n\nIt was", "Sky?\n\nIt"),
+        (
+            "\n\nHuman: Sky?\n\nAssistant: It is",
+            "\n\nHuman: Sky?\n\nAssistant: It was",
+            "\n\nHuman: Sky?\n\nAssistant:",
+        ),
+        (
+            "\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant: d",
+            "\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant: e",
+            "\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant:",
+        ),
+    ],
+)
+def test_implicit_prompt_of_texts(chosen, rejected, prompt):
+    example = parse({"chosen": chosen, "rejected": rejected}, "preference")
+    assert example.prompt == prompt
+    assert (prompt + example.chosen, prompt + example.rejected) == (chosen, rejected)
+
+
+def test_forms_of_a_completion():
+    turns = [user("Sky?"), assistant("Blue.")]
+    assert parse({"prompt": "Sky?", "completion": " Blue."}, "completion").completion == " Blue."
+    assert parse({"messages": turns}, "completion") == parse(
+        {"prompt": turns[:1], "completion": turns[1:]}, "completion"
+    )
+    assert parse({"messages": turns}, "completion").completion == "Blue."
+    text = parse({"text": "Sky."}, "completion")
+    assert (text.prompt, text.completion) == ("", "Sky.")
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"chosen": None}, "missing chosen"),
+        ({"chosen": " \n"}, "empty chosen"),
+        ({"rejected": ""}, "empty rejected"),
+        ({"prompt": ""}, "empty prompt"),
+        ({"prompt": []}, "empty prompt"),
+        ({"rejected": " blue"}, "chosen equals rejected"),
+        ({"chosen": 3, "rejected": 4}, "chosen is not text"),
+        ({"chosen": [assistant(" blue")]}, "chosen and rejected differ in kind"),
+        ({"prompt": 5}, "prompt is not text"),
+        ({"prompt": [{"role": "user"}]}, "prompt is not a conversation"),
+        ({"prompt": [user("a"), assistant("b")]}, "prompt ends with the assistant"),
+        ({"chosen": [user("b")], "rejected": [assistant("c")]}, "chosen is not one answer"),
+        ({"chosen": [assistant("")], "rejected": [assistant("c")]}, "empty chosen"),
+        ({"prompt": None}, "no shared prompt"),
+        ({"prompt": None, "chosen": [user("a"), assistant("b")], "rejected": [user("c")]}, "no shared prompt"),
+        ({"margin": math.nan}, "bad margin"),
+        ({"margin": "1"}, "bad margin"),
+        ({"margin": True}, "bad margin"),
+        ({"rewards": {"a": math.nan}}, "bad rewards"),
+        ({"rewards": {"a": "high"}}, "bad rewards"),
+        ({"rewards": [1.0]}, "bad rewards"),
+        ({"preference_weights": [0.5, 0.6]}, "bad preference_weights"),
+        ({"preference_weights": {"a": 1.5, "b": -0.5}}, "bad preference_weights"),
+        ({"preference_weights": []}, "bad preference_weights"),
+        ({"user_id": True}, "user_id is not text"),
+        ({"user_id": ""}, "empty user_id"),
+        ({"objective": 1}, "objective is not text"),
+        ({"chosen": b"\xff"}, "not UTF-8"),
+    ],
+)
+def test_bad_record_has_a_reason(change, reason):
+    with pytest.raises(RecordError) as error:
+        parse(PAIR | change, "preference")
+    assert error.value.reason == reason
+
+
+def test_missing_column_says_what_was_found_and_how_to_map_it():
+    record = {"question": "Sky?", "chosen": "a", "loser": "b"}
+    with pytest.raises(
+        RecordError, match=r"found columns \['question', 'chosen', 'loser'\].*columns\.rejected=<yours>"
+    ):
+        parse(record, "preference")
+    example = parse(record, "preference", columns={"prompt": "question", "rejected": "loser"})
+    assert (example.prompt, example.chosen, example.rejected, example.extra) == ("Sky?", "a", "b", {})
+
+
+def test_mapped_column_wins_over_one_of_our_name():
+    example = parse(PAIR | {"text": "Sea?"}, "preference", columns={"prompt": "text"})
+    assert (example.prompt, example.extra) == ("Sea?", {"prompt": "Sky?"})
+    swapped = parse(PAIR, "preference", columns={"chosen": "rejected", "rejected": "chosen"})
+    assert (swapped.chosen, swapped.rejected) == (" green", " blue")
+
+
+@pytest.mark.parametrize(("kind", "columns"), [("pairs", None), ("preference", {"choosen": "a"})])
+def test_unknown_kind_or_column_is_a_user_error(kind, columns):
+    with pytest.raises(UserError, match=r"pairs|choosen"):
+        parse(PAIR, kind, columns=columns)
+
+
+def test_bad_records_are_named_counted_and_bounded():
+    records = [PAIR] * 97 + [PAIR | {"chosen": ""}, PAIR | {"chosen": ""}, PAIR | {"rejected": " blue"}]
+    examples, report = validate(records, "preference", source_name="train", max_bad_share=0.03)
+    assert len(examples) == 97 and report.total == 100
+    assert report.counts == {"empty chosen": 2, "chosen equals rejected": 1}
+    assert [where for where, _, _ in report.items] == ["train row 97", "train row 98", "train row 99"]
+    with pytest.raises(UserError, match=r"3 of 100 .*2 empty chosen.*train row 97: empty chosen.*max_bad_share"):
+        validate(records, "preference", source_name="train", max_bad_share=0.029)
+
+
+def test_nothing_left_is_an_error_whatever_the_share():
+    with pytest.raises(UserError, match="1 of 1"):
+        validate([{"prompt": ""}], "prompt", max_bad_share=1.0)
+    with pytest.raises(UserError, match="no records"):
+        validate([], "prompt")
+
+
+@pytest.mark.real_data
+def test_real_pairs_map_by_columns(shared):
+    path = shared / "data" / "alpaca_eval" / "style_pairs.jsonl.gz"
+    with gzip.open(path, "rt", encoding="utf-8") as lines:
+        records = [json.loads(line) for line in lines]
+    columns = {"chosen": "verbose", "rejected": "concise"}
+    examples, report = validate(records, "preference", columns=columns, max_bad_share=0.05)
+    assert len(examples) + len(report.items) == len(records) == 4799
+    assert set(report.counts) <= {"chosen equals rejected", "empty chosen", "empty rejected"}
+    longer = sum(len(e.chosen) > len(e.rejected) for e in examples) / len(examples)
+    assert longer > 0.9  # a swapped mapping would give 0.06
+
+
+def test_shared_length():
+    assert schema.shared_length("abc", "abd") == 2
+    assert schema.shared_length([1], [1, 2]) == 1
+    assert schema.shared_length([], [1]) == 0

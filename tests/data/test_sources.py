@@ -1,0 +1,164 @@
+"""Every kind of source gives the same plain records and can say where each stood."""
+
+import gzip
+import json
+
+import ml_collections
+import pytest
+
+from pjrlhf.data.records import RecordError
+from pjrlhf.data.schema import validate
+from pjrlhf.data.sources import Source, open_source
+from pjrlhf.errors import UserError
+
+RECORDS = [{"prompt": f"question {i} é\u2028?", "n": i} for i in range(10)]
+
+
+def write_lines(path, lines):
+    data = "\n".join(lines).encode()
+    path.write_bytes(gzip.compress(data) if path.suffix == ".gz" else data)
+    return str(path)
+
+
+@pytest.mark.parametrize("name", ["train.jsonl", "train.jsonl.gz"])
+def test_json_lines(tmp_path, name):
+    lines = [json.dumps(record, ensure_ascii=False) for record in RECORDS]
+    lines.insert(3, "")  # a blank line moves the line numbers, not the records
+    source = open_source({"kind": "jsonl", "path": write_lines(tmp_path / name, lines)})
+    assert list(source) == RECORDS
+    assert [source.where(i) for i in (0, 3, -1)] == [f"{name} line {n}" for n in (1, 5, 11)]
+
+
+def test_bad_lines_are_bad_records(tmp_path):
+    lines = ["\ufeff" + json.dumps(RECORDS[0]), '{"prompt": "cut', "[1]", json.dumps(RECORDS[1])]
+    source = open_source({"kind": "jsonl", "path": write_lines(tmp_path / "train.jsonl", lines)})
+    with pytest.raises(RecordError, match="bad JSON"):
+        source[1]
+    examples, report = validate(source, "prompt", max_bad_share=0.5)
+    assert [example.prompt for example in examples] == [RECORDS[0]["prompt"], RECORDS[1]["prompt"]]
+    assert [where for where, _, _ in report.items] == ["train.jsonl line 2", "train.jsonl line 3"]
+    assert report.counts == {"bad JSON": 2}
+
+
+def test_line_that_is_not_utf8_is_a_bad_record(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(b'{"prompt": "\xff"}\n')
+    with pytest.raises(RecordError) as error:
+        open_source({"kind": "jsonl", "path": str(tmp_path / "a.jsonl")})[0]
+    assert error.value.reason == "not UTF-8"
+
+
+def test_truncated_gzip_is_a_user_error(tmp_path):
+    path = tmp_path / "a.jsonl.gz"
+    path.write_bytes(gzip.compress(json.dumps(RECORDS).encode())[:-12])
+    with pytest.raises(UserError, match="gzip"):
+        open_source({"kind": "jsonl", "path": str(path)})
+
+
+def test_records_in_memory_of_any_sequence():
+    class Squares:
+        def __len__(self):
+            return 3
+
+        def __getitem__(self, i):
+            return {"prompt": f"{i * i}"}
+
+    source = open_source({"kind": "records", "name": "squares", "records": Squares()})
+    assert [source[i]["prompt"] for i in range(3)] == ["0", "1", "4"]
+    assert (source.name, source.where(2)) == ("squares", "squares row 2")
+
+
+@pytest.mark.parametrize("form", ["folder", "folder of splits", "file"])
+@pytest.mark.parametrize(
+    ("split", "rows"),
+    [("train", range(10)), ("train[2:5]", range(2, 5)), ("train[:30%]", range(3)), ("train[-1:]", [9])],
+)
+def test_datasets_forms_and_slices(tmp_path, monkeypatch, form, split, rows):
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    datasets.disable_progress_bars()
+    data = datasets.Dataset.from_list(RECORDS)
+    if form == "file":
+        path = write_lines(tmp_path / "data.jsonl", map(json.dumps, RECORDS))
+    else:
+        path = str(tmp_path / "data")
+        (data if form == "folder" else datasets.DatasetDict({"train": data})).save_to_disk(path)
+    source = open_source(ml_collections.ConfigDict({"kind": "datasets", "path": path, "split": split}))
+    assert list(source) == [RECORDS[i] for i in rows]
+    assert source.where(0).endswith(f"[train] row {rows[0]}")
+
+
+@pytest.fixture(scope="module", params=["array_record", "parquet"])
+def tfds_folder(request, tmp_path_factory):
+    tfds = pytest.importorskip("tensorflow_datasets")
+    tfds.disable_progress_bar()
+
+    class PjrlhfToy(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+        VERSION = tfds.core.Version("1.0.0")
+
+        def _info(self):
+            turn = {"role": tfds.features.Text(), "content": tfds.features.Text()}
+            columns = {"prompt": tfds.features.Sequence(turn), "n": tfds.features.Text()}
+            return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(columns))
+
+        def _split_generators(self, dl_manager):
+            return {"train": self._generate_examples()}
+
+        def _generate_examples(self):
+            for i in range(10):
+                yield i, {"prompt": [{"role": "user", "content": f"é {i}"}], "n": str(i)}
+
+    folder = str(tmp_path_factory.mktemp("tfds"))
+    PjrlhfToy(data_dir=folder, file_format=request.param).download_and_prepare()
+    return folder
+
+
+def test_tfds_without_tensorflow(tfds_folder):
+    spec = {"kind": "tfds", "name": "pjrlhf_toy", "data_dir": tfds_folder}
+    whole = open_source(spec | {"split": "train"})
+    part = open_source(spec | {"split": "train[7:9]"})
+    assert sorted(record["n"] for record in whole) == [str(i) for i in range(10)]
+    assert list(part) == [whole[7], whole[8]]  # parquet builders ignore slices by themselves
+    assert part.where(0) == "pjrlhf_toy [train] row 7"
+    examples, _ = validate(part, "prompt")
+    assert examples[0].prompt == [{"role": "user", "content": f"é {whole[7]['n']}"}]
+    with pytest.raises(UserError, match=r"no split 'test'.*\['train'\]"):
+        open_source(spec | {"split": "test"})
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ({"kind": "csv"}, "'csv': not one of jsonl, datasets, tfds, records"),
+        ({"kind": "jsonl"}, "--config.data.path"),
+        ({"kind": "jsonl", "path": "/nowhere/a.jsonl"}, "/nowhere/a.jsonl: there is no such file"),
+        ({"kind": "datasets", "path": "/nowhere/data"}, "/nowhere/data: there is no such file or folder"),
+        ({"kind": "datasets", "path": "data.parquet"}, "data.parquet: there is no such file or folder"),
+        ({"kind": "datasets", "path": "/nowhere", "split": "train[a:b]"}, "split 'train.a:b.': not understood"),
+        ({"kind": "records"}, "--config.data.records"),
+    ],
+)
+def test_user_errors_name_the_thing_and_the_way_out(spec, message):
+    with pytest.raises(UserError, match=message):
+        open_source(spec)
+
+
+def test_absent_split_of_a_folder_names_those_there_are(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    datasets.disable_progress_bars()
+    datasets.DatasetDict({"train": datasets.Dataset.from_list(RECORDS)}).save_to_disk(str(tmp_path))
+    with pytest.raises(UserError, match=r"no split 'test'.*\['train'\]"):
+        open_source({"kind": "datasets", "path": str(tmp_path), "split": "test"})
+
+
+@pytest.mark.parametrize("name", ["pjrlhf_absent", "imdb_reviews"])
+def test_tfds_that_is_not_prepared_says_how(tmp_path, name):
+    pytest.importorskip("tensorflow_datasets")
+    with pytest.raises(UserError, match="array_record"):
+        open_source({"kind": "tfds", "name": name, "data_dir": str(tmp_path)})
+
+
+def test_source_gives_plain_values():
+    source = Source("bytes", [{"prompt": b"caf\xc3\xa9"}, {"prompt": b"\xff"}])
+    assert source[0] == {"prompt": "café"}
+    _, report = validate(source, "prompt", max_bad_share=0.5)
+    assert report.counts == {"not UTF-8": 1}

@@ -1,0 +1,321 @@
+"""Token rows hold what the text says: one BOS, one EOS, and a boundary that no character of an answer crosses."""
+
+import gzip
+import logging
+import random
+
+import numpy as np
+import pytest
+import tokenizers
+import transformers
+
+from pjrlhf.data.records import RecordError
+from pjrlhf.data.schema import Example
+from pjrlhf.data.tokenization import Lengths, Tokenizer, load_tokenizer, tokenize
+from pjrlhf.errors import UserError
+
+CHATML = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+SPECIAL = ["<|pad|>", "<|bos|>", "<|im_start|>", "<|im_end|>"]
+PAD, BOS, START, END = range(4)
+CORPUS = "the cat sat on the mat, and then the cat ate the rat.\n\nAnswer: the rat sat on the hat! " * 3
+HELLO = [{"role": "user", "content": "Hi"}]
+ROOMY = Lengths(prompt=50, completion=50)
+
+
+def backend(*, bos=False, template=None, vocab_size=0, **special):
+    """A byte-level BPE tokenizer; its merges, learnt from CORPUS, freely cross spaces and punctuation."""
+    model = tokenizers.Tokenizer(tokenizers.models.BPE())
+    model.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    model.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=SPECIAL,
+        initial_alphabet=sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    model.train_from_iterator([CORPUS[i : i + 40] for i in range(0, len(CORPUS), 7)], trainer)
+    if bos:
+        model.post_processor = tokenizers.processors.TemplateProcessing(
+            single="<|bos|> $A", special_tokens=[("<|bos|>", BOS)]
+        )
+    special = {"bos_token": "<|bos|>", "eos_token": "<|im_end|>", "pad_token": "<|pad|>"} | special
+    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=model, **special)
+    fast.chat_template = template
+    return fast
+
+
+def codes(text):
+    """Ids of ASCII text where every character is a token."""
+    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    return [len(SPECIAL) + alphabet.index({" ": "Ġ", "\n": "Ċ"}.get(c, c)) for c in text]
+
+
+@pytest.fixture(scope="module")
+def deepseek(shared, tmp_path_factory):
+    source, folder = shared / "tokenizers" / "deepseek_r1", tmp_path_factory.mktemp("deepseek")
+    (folder / "tokenizer_config.json").write_bytes((source / "tokenizer_config.json").read_bytes())
+    (folder / "tokenizer.json").write_bytes(gzip.decompress((source / "tokenizer.json.gz").read_bytes()))
+    return load_tokenizer(folder)
+
+
+@pytest.fixture(scope="module")
+def gpt2(shared):
+    return load_tokenizer(shared / "tokenizers" / "gpt2")
+
+
+@pytest.fixture(scope="module")
+def stories(shared):
+    return load_tokenizer(shared / "models" / "stories260K")
+
+
+def test_golden_rows_of_a_chatml_template():
+    tokenizer = Tokenizer(backend(template=CHATML))
+    prompt = [START, *codes("user\nHi"), END, *codes("\n"), START, *codes("assistant\n")]
+    assert tokenizer.encode_prompt(HELLO) == prompt
+    assert tokenizer.encode_pair(HELLO, "Yo") == (prompt, [*codes("Yo"), END])
+    assert tokenizer.encode_pair(HELLO, "Yo<|im_end|>\n") == (prompt, [*codes("Yo"), END])
+    assert tokenizer.encode_pair(HELLO, "Yo", append_eos=False) == (prompt, codes("Yo"))
+    assert tokenizer.decode(prompt) == "user\nHi\nassistant\n"
+    assert tokenizer.decode(prompt[:2], skip_special=False) == "<|im_start|>u"
+    assert (tokenizer.vocab_size, tokenizer.has_chat_template) == (4 + 256, True)
+
+
+@pytest.mark.real_data
+def test_golden_rows_of_deepseek(deepseek):
+    assert (deepseek.bos_id, deepseek.eos_id, deepseek.pad_id, deepseek.vocab_size) == (0, 1, 1, 128815)
+    assert deepseek.encode_prompt(HELLO) == [0, 128803, 23166, 128804]
+    assert deepseek.encode_pair(HELLO, "Hello world") == ([0, 128803, 23166, 128804], [19923, 2058, 1])
+    assert deepseek.encode_pair(HELLO, "<think>no</think>Hello world")[1] == [19923, 2058, 1]
+    two_turns = [*HELLO, {"role": "assistant", "content": "Hello world"}, {"role": "user", "content": "Hi"}]
+    first = [0, 128803, 23166, 128804, 19923, 2058, 1]
+    assert deepseek.encode_pair(two_turns, "Hello") == ([*first, 128803, 23166, 128804], [19923, 1])
+    assert deepseek.encode_pair("Hello", " world") == ([0, 19923], [2058, 1])  # its settings ask for a BOS
+
+
+@pytest.mark.real_data
+def test_golden_rows_of_gpt2(gpt2):
+    assert (gpt2.bos_id, gpt2.eos_id, gpt2.pad_id, gpt2.vocab_size) == (50256, 50256, 50256, 50257)
+    assert gpt2.encode_pair("Hello", " world") == ([15496], [995, 50256])
+    assert gpt2.encode_pair("Hello", " world<|endoftext|>") == ([15496], [995, 50256])
+    assert gpt2.encode_pair("Hello ", "world") == ([15496], [995, 50256])  # the space belongs to " world"
+    assert gpt2.encode_pair("", "Hello world") == ([50256], [15496, 995, 50256])
+    assert gpt2.encode_prompt("") == [50256]
+
+
+@pytest.mark.real_data
+def test_golden_rows_of_stories(stories):
+    assert (stories.bos_id, stories.eos_id, stories.pad_id, stories.vocab_size) == (1, 2, 0, 512)
+    prompt, completion = stories.encode_pair("Once upon a time", ", there was")
+    assert (prompt, completion) == ([1, 403, 407, 261, 378], [432, 383, 286, 2])
+    assert stories.encode_prompt("<s>Once upon a time")[:2] == [1, 403]
+    assert stories.decode(prompt + completion) == "Once upon a time, there was"
+    with pytest.raises(UserError, match="no chat template"):
+        stories.encode_prompt(HELLO)
+
+
+def check_boundary(tokenizer, text, cut):
+    prompt, completion = tokenizer.encode_pair(text[:cut], text[cut:])
+    alone, whole = tokenizer.encode_prompt(text[:cut]), tokenizer.encode_prompt(text)
+    assert completion[-1] == tokenizer.eos_id and completion.count(tokenizer.eos_id) == 1
+    if prompt == [tokenizer.start_id] and alone[0] != whole[0]:
+        prompt = []  # nothing of the prompt survives: a start token stands in for it
+    assert prompt + completion == [*whole, tokenizer.eos_id]
+    assert alone[: len(prompt)] == prompt
+    assert len(prompt) == len(alone) or alone[len(prompt)] != completion[0]
+    return len(prompt) < len(alone)
+
+
+@pytest.mark.parametrize("bos", [False, True])
+def test_boundary_of_any_cut(bos):
+    tokenizer = Tokenizer(backend(bos=bos, vocab_size=400))
+    assert (tokenizer.encode_prompt("the")[0] == BOS) is bos
+    rng = random.Random(0)
+    straddling = 0
+    for _ in range(300):
+        start = rng.randrange(len(CORPUS) - 60)
+        text = CORPUS[start : start + rng.randint(4, 60)] + rng.choice(["", "é", "\n", " \u2028x", "."])
+        cut = rng.randrange(1, len(text))
+        if text[cut:].strip():
+            straddling += check_boundary(tokenizer, text, cut)
+    assert straddling > 50  # else the test would say nothing about merges across the boundary
+
+
+@pytest.mark.real_data
+@pytest.mark.parametrize("name", ["gpt2", "deepseek", "stories"])
+def test_boundary_of_any_cut_with_real_tokenizers(request, name):
+    tokenizer = request.getfixturevalue(name)
+    text = "Once upon a time, there was a girl;\n\n she didn't like 12345 naïve  people. 你好 \U0001f642 Okay?\n"
+    straddling = sum(check_boundary(tokenizer, text[i:], k) for i in (0, 5, 30) for k in range(1, len(text[i:]) - 2))
+    assert straddling > 5
+
+
+def test_pair_shares_the_shorter_prompt():
+    tokenizer = Tokenizer(backend(vocab_size=400))
+    merged, apart = next(
+        (text, text[:-1] + "Z")
+        for text in ("the cat", "the rat")
+        if len(tokenizer.encode_pair(text[:-1], text[-1])[1]) == 2
+    )
+    alone = tokenizer.encode_prompt(merged[:-1])
+    assert tokenizer.encode_pair(apart[:-1], apart[-1])[0] == alone
+    prompt, (chosen, rejected) = tokenizer.encode_answers(merged[:-1], [merged[-1], apart[-1]])
+    assert len(prompt) < len(alone) or prompt == [tokenizer.start_id]
+    for text, ids in ((merged, chosen), (apart, rejected)):
+        assert tokenizer.decode(prompt + ids) == text
+
+
+def test_bos_comes_once_whoever_writes_it():
+    twice = Tokenizer(backend(bos=True, template="<|bos|>{{ messages[0]['content'] }}"))
+    assert twice.encode_prompt([{"role": "user", "content": "a"}]) == [BOS, *codes("a")]
+    assert twice.encode_prompt("<|bos|>a") == twice.encode_prompt("a") == [BOS, *codes("a")]
+    assert twice.encode_prompt("") == [BOS]
+    never = Tokenizer(backend(bos=True, template=CHATML))
+    assert BOS not in never.encode_prompt(HELLO) + never.encode_pair(HELLO, "Yo")[0]  # the template decides
+    without = Tokenizer(backend(bos_token=None))
+    assert without.bos_id is None
+    assert (without.encode_prompt("a"), without.encode_prompt("")) == (codes("a"), [END])
+
+
+@pytest.mark.parametrize(
+    ("special", "pad"),
+    [
+        ({}, PAD),
+        ({"pad_token": "<|im_end|>"}, END),
+        ({"pad_token": "<|im_end|>", "unk_token": "<|im_start|>"}, START),
+        ({"pad_token": None, "unk_token": "<|im_start|>"}, START),
+        ({"pad_token": None, "unk_token": "<|im_end|>"}, END),
+    ],
+)
+def test_padding_token(special, pad):
+    assert Tokenizer(backend(**special)).pad_id == pad
+
+
+def test_end_of_sequence_is_required_and_can_be_named():
+    with pytest.raises(UserError, match=r"no end-of-sequence token.*--config\.model\.eos_token"):
+        Tokenizer(backend(eos_token=None))
+    with pytest.raises(UserError, match=r"'</s>': not in the tokenizer's vocabulary"):
+        Tokenizer(backend(eos_token=None), eos_token="</s>")
+    tokenizer = Tokenizer(backend(), eos_token="!")
+    assert tokenizer.encode_pair("a", "b") == (codes("a"), codes("b!"))
+    assert tokenizer.decode(codes("ab!")) == "ab"
+
+
+def test_load_and_save(tmp_path):
+    first = Tokenizer(backend(bos=True, template=CHATML, vocab_size=300))
+    first.save(tmp_path / "whole")
+    again = load_tokenizer(tmp_path / "whole")
+    assert again.encode_pair(HELLO, CORPUS) == first.encode_pair(HELLO, CORPUS)
+    assert again.encode_pair("the", "cat") == first.encode_pair("the", "cat")
+
+    (tmp_path / "bare").mkdir()
+    (tmp_path / "bare" / "tokenizer.json").write_bytes((tmp_path / "whole" / "tokenizer.json").read_bytes())
+    with pytest.raises(UserError, match="eos_token"):
+        load_tokenizer(tmp_path / "bare")
+    bare = load_tokenizer(tmp_path / "bare", eos_token="<|im_end|>")
+    assert (bare.bos_id, bare.encode_pair("the", "cat")[1][-1]) == (None, END)
+    with pytest.raises(UserError, match="no such folder"):
+        load_tokenizer(tmp_path / "absent")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match=r"tokenizer\.json"):
+        load_tokenizer(tmp_path / "empty")
+
+
+@pytest.mark.parametrize(
+    ("answer", "reason"),
+    [("<|im_end|>", "answer without tokens"), ("a<|im_end|>b", "end-of-sequence inside an answer")],
+)
+def test_answers_without_tokens_or_that_end_twice(answer, reason):
+    tokenizer = Tokenizer(backend(template=CHATML))
+    for prompt in ("Hi", HELLO):
+        with pytest.raises(RecordError) as error:
+            tokenizer.encode_pair(prompt, answer)
+        assert error.value.reason == reason
+
+
+def test_template_that_refuses_is_a_bad_record():
+    tokenizer = Tokenizer(backend(template="{{ raise_exception('no system turn, please') }}"))
+    with pytest.raises(RecordError, match=r"refused by the chat template \(no system turn, please\)"):
+        tokenizer.encode_prompt(HELLO)
+
+
+def test_template_with_a_longer_generation_prompt_than_it_writes(caplog):
+    tokenizer = Tokenizer(backend(template=CHATML.replace("assistant\n' }}{% endif", "assistant\n<think>' }}{% endif")))
+    with caplog.at_level(logging.WARNING, logger="absl"):
+        prompt, completion = tokenizer.encode_pair(HELLO, "Yo")
+    assert (tokenizer.decode(prompt), completion) == ("user\nHi\nassistant\n", [*codes("Yo"), END])
+    assert "does not write its generation prompt" in caplog.text
+
+
+def pair(prompt, chosen="yes", rejected="no", **columns):
+    return Example(prompt=prompt, chosen=chosen, rejected=rejected, where=f"t.jsonl line {len(prompt)}", **columns)
+
+
+def test_table_rows():
+    tokenizer = Tokenizer(backend())
+    examples = [pair("abc", user_id="u", objective="o", margin=0.5, extra={"n": 1}), pair("de", chosen="maybe")]
+    table = tokenize(examples, "preference", tokenizer, ROOMY)
+    assert len(table) == 2 and not table.bad.items
+    row = table[0]
+    assert row["chosen"].dtype == np.int32 and row["chosen"].tolist() == [*codes("yes"), END]
+    assert (row["prompt"].tolist(), row["rejected"].tolist()) == (codes("abc"), [*codes("no"), END])
+    assert {name: row[name] for name in ("index", "user_id", "objective", "margin", "where")} == {
+        "index": 0,
+        "user_id": "u",
+        "objective": "o",
+        "margin": 0.5,
+        "where": "t.jsonl line 3",
+    }
+    assert table.examples[0].extra == {"n": 1}
+    assert table.lengths("chosen").tolist() == [4, 6]
+    second = table.select([1])
+    assert (len(second), second[0]["index"], second[0]["prompt"].tolist()) == (1, 0, codes("de"))
+    prompts = tokenize(examples, "prompt", tokenizer, ROOMY)
+    assert prompts[-1]["prompt"].tolist() == codes("de") and prompts[-1]["index"] == 1 and "chosen" not in prompts[0]
+
+
+def test_long_prompts_are_dropped_shortened_or_refused():
+    tokenizer = Tokenizer(backend(bos=True))
+    examples = [pair("abcdefgh"), pair("abc")]
+    dropped = tokenize(examples, "preference", tokenizer, Lengths(prompt=5, completion=9), max_bad_share=0.5)
+    assert [row["prompt"].tolist() for row in dropped] == [[BOS, *codes("abc")]]
+    assert dropped.bad.items[0][:2] == ("t.jsonl line 8", "prompt too long")
+    with pytest.raises(
+        UserError, match=r"t.jsonl line 8: prompt too long \(9 tokens, the limit is 5\); .*max_bad_share"
+    ):
+        tokenize(examples, "preference", tokenizer, Lengths(prompt=5, completion=9))
+    cut = tokenize(examples, "prompt", tokenizer, Lengths(prompt=5, completion=9, long_prompt="truncate_left"))
+    assert cut[0]["prompt"].tolist() == [BOS, *codes("efgh")]
+    with pytest.raises(UserError, match=r"t.jsonl line 8: prompt too long \(9 tokens, the limit is 5\)"):
+        tokenize(examples, "prompt", tokenizer, Lengths(prompt=5, completion=9, long_prompt="error"))
+
+
+def test_long_completions_are_dropped_or_cut_but_never_empty():
+    tokenizer = Tokenizer(backend())
+    examples = [pair("a", "yesterday", "no"), pair("a", "yes", "no")]
+    dropped = tokenize(examples, "preference", tokenizer, Lengths(prompt=5, completion=4), max_bad_share=0.5)
+    assert len(dropped) == 1 and dropped.bad.counts == {"chosen too long": 1}
+    cut = tokenize(examples, "preference", tokenizer, Lengths(prompt=5, completion=1, long_completion="truncate"))
+    assert cut[0]["chosen"].tolist() == codes("y") and cut[0]["rejected"].tolist() == codes("n")
+    same = [*examples, pair("a", "yes, it is", "yes, it was")]
+    table = tokenize(
+        same, "preference", tokenizer, Lengths(prompt=5, completion=5, long_completion="truncate"), max_bad_share=0.5
+    )
+    assert len(table) == 2 and table.bad.counts == {"chosen equals rejected": 1}
+    assert table[0]["chosen"].tolist() == codes("yeste") and table[1]["chosen"].tolist() == [*codes("yes"), END]
+
+
+@pytest.mark.parametrize(
+    ("lengths", "message"),
+    [
+        ({"prompt": 6, "completion": 5, "context": 10}, "prompt 6 .* completion 5 .* context of 10"),
+        ({"prompt": 0, "completion": 5}, "at least 1"),
+        ({"prompt": 1, "completion": 5, "long_prompt": "cut"}, "long_prompt 'cut': not one of"),
+        ({"prompt": 1, "completion": 5, "long_completion": "error"}, "long_completion 'error': not one of"),
+    ],
+)
+def test_lengths_that_cannot_be(lengths, message):
+    with pytest.raises(UserError, match=message):
+        Lengths(**lengths)

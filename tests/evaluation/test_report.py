@@ -1,0 +1,216 @@
+"""The report: complete, partial and hostile summaries."""
+
+import html.parser
+import io
+import json
+import math
+import re
+
+import numpy as np
+import pytest
+import rich.console
+
+from pjrlhf.evaluation import plots, report
+from pjrlhf.evaluation.winrate import win_rate
+
+METHODS = ("Soups", "Prompted", "Base")
+COMBOS = ("P1A+P2A", "P1A+P2B")
+RATE = win_rate(np.array([1, 1, 1, -1, 0]), resamples=50)
+TABLE = {a: {b: RATE for b in METHODS if b != a} for a in METHODS}
+WEIGHTS = np.linspace(0, 1, 3)
+SUMMARY = {
+    "title": "Soups & <b>spoons</b>",
+    "config": {"model": {"layers": 2}, "seed": 0, "lr": 1e-3, "empty": {}},
+    "stage_seconds": {"sft": 1.5, "policy": 75.0},
+    "total_seconds": 76.5,
+    "reward_models": {p: {"accuracy": 0.9, "pairs": 64, "mean": math.nan, "std": 1.0} for p in ("P1A", "P1B")},
+    "ingredients": {
+        p: {"win_rate_vs_base": RATE, "kl": 1.25, "length": 7.0, "score": np.float32(0.5), "base_score": None}
+        for p in ("P1A", "P1B")
+    },
+    "win_rate": TABLE,
+    "win_rate_average": {method: RATE for method in METHODS},
+    "combos": {combo: TABLE for combo in COMBOS},
+    "sweep": {
+        "expertise": {
+            "low": "P1A",
+            "high": "P1B",
+            "weights": WEIGHTS,
+            "scores": {"P1A": 1 - WEIGHTS, "P1B": WEIGHTS**2},
+            "length": [5, 6, 7],
+            "spearman": {"P1A": -1.0, "P1B": 1.0},
+            "chord_gap": {"P1B": {"mean": -0.25, "min": -0.25, "max": -0.25}},
+        }
+    },
+    "position_consistency": 0.98,
+    "notes": ["A note."],
+}
+SAMPLES = [
+    {"combo": ("P1A", "P2A"), "prompt": "Why <i>so</i>?", "answers": {"Soups": "<script>alert('x')</script> & more"}},
+    {"prompt": "No combination", "answers": {"Base": "an answer"}},
+]
+
+
+class Page(html.parser.HTMLParser):
+    """Tags with attributes, visible text, and a check that tags are closed in order."""
+
+    VOID = frozenset({"meta", "img", "br"})
+
+    def __init__(self, text):
+        super().__init__()
+        self.tags, self.open, self.text = [], [], []
+        self.feed(text)
+        self.close()
+        assert not self.open
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text.append(data)
+
+    def ids(self):
+        return {attributes["id"] for tag, attributes in self.tags if tag == "section"}
+
+
+def printed(summary, width=100):
+    console = rich.console.Console(file=io.StringIO(), width=width)
+    report.print_tables(summary, console)
+    return console.file.getvalue()
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    run = tmp_path_factory.mktemp("run")
+    lines = [
+        {"stage": "policy", "step": s, "samples": 8 * s, "objective/scores/P1A": 0.1 * s, "objective/kl/P1A": None}
+        for s in range(4)
+    ]
+    (run / "metrics.jsonl").write_text("\n".join(json.dumps(line) for line in lines) + '\n{"stage": "poli')
+    report.write_report(run / "report", SUMMARY, SAMPLES, run / "metrics.jsonl")
+    return run / "report"
+
+
+def test_the_folder_holds_the_files_and_no_leftovers(written):
+    names = {"win_rate.png", "ingredients.png", "sweep.png", "training.png", "summary.json", "index.html"}
+    assert {path.name for path in written.iterdir()} == names
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in written.glob("*.png"))
+
+
+def test_summary_is_json_with_null_for_what_is_no_number(written):
+    def refuse(name):
+        raise AssertionError(f"{name} is not JSON")
+
+    summary = json.loads((written / "summary.json").read_text(), parse_constant=refuse)
+    assert summary["reward_models"]["P1A"]["mean"] is None
+    assert summary["sweep"]["expertise"]["weights"] == [0.0, 0.5, 1.0]
+    assert summary["win_rate"]["Soups"]["Base"]["rate"] == 0.75
+    assert list(summary["win_rate"]) == list(METHODS)
+
+
+def test_the_page_stands_alone(written):
+    page = Page((written / "index.html").read_text())
+    links = [value for _, attributes in page.tags for key, value in attributes.items() if key in ("src", "href")]
+    assert len(links) == 4 and all(link.startswith("data:image/png;base64,") for link in links)
+    assert not {"script", "link", "iframe"} & {tag for tag, _ in page.tags}
+    assert not re.search(r"url\(|@import|https?:", (written / "index.html").read_text())
+
+
+def test_text_is_shown_and_never_run(written):
+    source = (written / "index.html").read_text()
+    page = Page(source)
+    assert "<script" not in source and "<i>so</i>" not in source and "<b>spoons" not in source
+    text = "".join(page.text)
+    assert "<script>alert('x')</script> & more" in text
+    assert "Soups & <b>spoons</b>" in text and "P1A+P2A" in text
+
+
+def test_the_page_tells_the_numbers(written):
+    text = "".join(Page((written / "index.html").read_text()).text)
+    for expected in ("75.0", "98.0 %", "1 min 16 s", "model.layers", "A note.", "-0.250", "No combination"):
+        assert expected in text, expected
+    assert "nan" not in text.lower() and "None" not in text
+
+
+@pytest.mark.parametrize("kept", [(), *[(key,) for key in SUMMARY]])
+def test_sections_may_be_missing(tmp_path, kept):
+    summary = {key: SUMMARY[key] for key in kept}
+    report.write_report(tmp_path, summary)
+    sections = {
+        "win_rate": "win-rate",
+        "win_rate_average": "win-rate",
+        "combos": "combos",
+        "sweep": "sweep",
+        "ingredients": "ingredients",
+        "reward_models": "reward-models",
+        "stage_seconds": "run",
+        "config": "run",
+        "notes": "run",
+    }
+    page = Page((tmp_path / "index.html").read_text())
+    assert page.ids() == {sections[key] for key in kept if key in sections}
+    printed(summary)
+
+
+def test_numbers_may_be_missing(tmp_path):
+    undecided = win_rate(np.zeros(4))
+    summary = {
+        "ingredients": {"short": {"win_rate_vs_base": undecided}, "long": {"score": math.nan}, "odd": {}},
+        "reward_models": {"short": {}},
+        "win_rate": {"Soup": {"Base": {"rate": 0.5}}, "Base": {"Soup": {}}},
+        "win_rate_average": {"Soup": {}},
+        "sweep": {"length": {"weights": [0, 1], "scores": {"short": [math.nan, 1.0]}}, "empty": {}},
+        "combos": {"short": {"Soup": {"Base": undecided}}},
+        "stage_seconds": {"sft": None},
+    }
+    path = report.write_report(tmp_path, summary, [{"prompt": "p"}], tmp_path / "absent.jsonl")
+    assert "nan" not in "".join(Page(path.read_text()).text).lower()
+    assert "nan" not in printed(summary).lower()
+
+
+def test_writing_again_replaces_the_report(tmp_path):
+    report.write_report(tmp_path, {"title": "first"})
+    path = report.write_report(str(tmp_path), {"title": "second"})
+    assert path == tmp_path / "index.html"
+    assert "second" in path.read_text() and "first" not in (tmp_path / "summary.json").read_text()
+
+
+def test_pooled_combinations_count_comparisons(tmp_path):
+    few, many = win_rate(np.array([1])), win_rate(np.repeat([1, -1], [1, 8]))
+    report.write_report(tmp_path, {"combos": {"P1A": {"Soups": {"A": few, "B": many}}}})
+    assert "20.0" in "".join(Page((tmp_path / "index.html").read_text()).text)
+
+
+def test_tables_fit_a_terminal_and_keep_brackets():
+    text = printed(SUMMARY | {"win_rate_average": {"[bold]Soups[/bold]": RATE}}, width=80)
+    assert max(len(line) for line in text.splitlines()) <= 80
+    assert "[bold]Soups[/bold]" in text
+    for expected in ("75.0", "90.0", "1.25", "-1.00", "1 min 16 s"):
+        assert expected in text, expected
+
+
+def test_training_curves_are_read_by_stage_and_policy(tmp_path):
+    rows = [
+        {"stage": "policy", "step": 1, "samples": 8, "objective/scores/P1A": 0.0, "rewards/accuracies": 1.0},
+        {"stage": "policy", "step": 2, "samples": 16, "objective/scores/P1A": None},
+        {"stage": "policy", "step": 3, "samples": 24, "objective/scores/P1A": 1.0, "objective/scores/P1B": 2.0},
+        {"stage": "morl", "step": 3, "objective/kl": 0.5},
+        {"stage": "sft", "step": 1, "loss": 2.0},
+    ]
+    path = tmp_path / "metrics.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"stage"')
+    curves = plots.training_curves(path)
+    assert set(curves) == {("policy", "scores", "samples"), ("morl", "kl", "step")}
+    scores = curves["policy", "scores", "samples"]
+    np.testing.assert_array_equal(scores["P1A"], [[8, 16, 24], [0, math.nan, 1]])
+    assert scores["P1B"].tolist() == [[24], [2]]
+    assert curves["morl", "kl", "step"]["all"].tolist() == [[3], [0.5]]
+
+
+def test_methods_come_before_opponents_without_a_row():
+    assert plots.opponents({"A": {"C": 1, "B": 1}, "B": {"A": 1}}) == ["A", "B", "C"]

@@ -1,0 +1,280 @@
+"""The decoder computes one function, however it is compiled, padded, cached, mixed or sharded."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from pjrlhf.models.adapters import TARGETS, AdapterConfig, Policies, init_bank
+from pjrlhf.models.config import ModelConfig, RopeScaling
+from pjrlhf.models.decoder import Decoder, init_cache, init_params, rope_frequencies
+
+CONFIG = ModelConfig(
+    vocab_size=40,
+    hidden_size=16,
+    intermediate_size=24,
+    num_layers=2,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=6,
+    rope_theta=100.0,
+    tie_embeddings=False,
+)
+ADAPTER = AdapterConfig(rank=3, alpha=5.0)
+MODEL = Decoder(CONFIG)
+B, T, K = 8, 10, 3
+LENGTHS = np.array([10, 7, 1, 4, 10, 9, 2, 5])
+
+
+def noise(tree, seed, scale=0.1):
+    """`tree` plus noise on every leaf, so that no scale is one and no factor zero."""
+    leaves, treedef = jax.tree.flatten(tree)
+    rng = np.random.default_rng(seed)
+    return treedef.unflatten([x + scale * rng.standard_normal(x.shape).astype(x.dtype) for x in leaves])
+
+
+@functools.cache
+def base():
+    return noise(init_params(MODEL, jax.random.key(0)), 1)
+
+
+@functools.cache
+def lora_bank():
+    return noise(init_bank(base(), ADAPTER, K, jax.random.key(1)), 2)
+
+
+@functools.cache
+def full_bank():
+    return noise(init_bank(base(), AdapterConfig(rank=0), K, jax.random.key(1)), 3)
+
+
+def texts():
+    """Tokens [B, T] and valid [B, T], right-padded."""
+    tokens = np.random.default_rng(4).integers(0, CONFIG.vocab_size, (B, T)).astype(np.int32)
+    return tokens, np.arange(T) < LENGTHS[:, None]
+
+
+def padded(left, right):
+    """The same texts: at the right end with `left` more slots before, or at the left end with `right` more after."""
+    tokens, valid = texts()
+    if left:
+        tokens = np.stack([np.roll(row, T - n) for row, n in zip(tokens, LENGTHS, strict=True)])
+        valid = valid[:, ::-1]
+    pad = ((0, 0), (left, right))
+    return np.pad(tokens, pad, constant_values=7), np.pad(valid, pad)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def forward(model, params, tokens, valid, mix=None, bank=None):
+    """Logits [B, T, V]."""
+    variables = {"params": params} if bank is None else {"params": params, "adapters": bank}
+    hidden, _ = model.apply(variables, tokens, valid, mix=mix)
+    return model.apply(variables, hidden, method="logits")
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def policy(model, adapter, params, bank, mix, tokens, valid):
+    policies = Policies(model, adapter, params, bank, mix)
+    return policies.logits(policies(tokens, valid)[0])
+
+
+@functools.cache
+def loss_and_gradient(model):
+    tokens, valid = texts()
+
+    @jax.jit
+    def run(params):
+        def loss(params):
+            logits = forward(model, params, tokens, valid)
+            return jnp.mean(jnp.where(valid[..., None], jnp.tanh(logits), 0.0))
+
+        return jax.value_and_grad(loss)(params)
+
+    return run(base())
+
+
+def merged(weights):
+    """Base plus the weighted dense updates of the LoRA bank, in float64 numpy."""
+    params = jax.tree.map(np.asarray, base())
+    bank = jax.tree.map(lambda x: np.asarray(x, np.float64), lora_bank())
+    layers = {name: dict(block) for name, block in params["layers"].items()}
+    for block, names in TARGETS.items():
+        for name in names:
+            pair = bank["layers"][block][name]
+            update = sum(w * pair["a"][k] @ pair["b"][k] for k, w in enumerate(weights))
+            kernel = params["layers"][block][name]["kernel"] + ADAPTER.alpha / ADAPTER.rank * update
+            layers[block][name] = {"kernel": kernel.astype(np.float32)}
+    return {**params, "layers": layers}
+
+
+def assert_close(got, want, tolerance=1e-5):
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=tolerance, atol=tolerance), got, want)
+
+
+VARIANTS = {
+    "unrolled": Decoder(CONFIG, scan_layers=False),
+    "remat full": Decoder(CONFIG, remat="full"),
+    "remat dots": Decoder(CONFIG, remat="dots"),
+    "xla attention": Decoder(CONFIG, attention="xla"),
+}
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_compilation_choices_change_neither_loss_nor_gradient(name):
+    assert_close(loss_and_gradient(VARIANTS[name]), loss_and_gradient(MODEL))
+
+
+def test_all_variants_create_the_same_parameters():
+    wanted = jax.eval_shape(lambda: init_params(MODEL, jax.random.key(0)))
+    for model in VARIANTS.values():
+        assert jax.eval_shape(lambda m=model: init_params(m, jax.random.key(0))) == wanted
+
+
+@pytest.mark.parametrize("left, right", [(0, 6), (1, 0), (6, 0)])
+def test_padding_side_and_amount_do_not_matter(left, right):
+    tokens, valid = texts()
+    want = forward(MODEL, base(), tokens, valid)[valid]
+    tokens, valid = padded(left, right)
+    assert_close(forward(MODEL, base(), tokens, valid)[valid], want)
+
+
+def test_a_token_sees_no_later_token():
+    tokens, valid = texts()
+    changed = np.where(np.arange(T) < 6, tokens, 3)
+    want = forward(MODEL, base(), tokens, valid)
+    got = forward(MODEL, base(), changed, valid)
+    np.testing.assert_array_equal(got[:, :6], want[:, :6])
+    assert not np.allclose(got[0, 6:], want[0, 6:])
+
+
+def test_rows_do_not_see_each_other():
+    tokens, valid = texts()
+    order = np.random.default_rng(5).permutation(B)
+    mix = np.random.default_rng(6).standard_normal((B, K)).astype(np.float32)
+    want = policy(MODEL, ADAPTER, base(), lora_bank(), mix, tokens, valid)
+    got = policy(MODEL, ADAPTER, base(), lora_bank(), mix[order], tokens[order], valid[order])
+    assert_close(got, want[order])
+
+
+@pytest.mark.parametrize("kind", ["lora", "full"])
+def test_cached_decoding_equals_the_full_forward(kind):
+    """Left-padded: prefill six tokens, then one by one, with two slots never used."""
+    slots = T + 3
+    tokens, valid = padded(1, 0)
+    bank = {"lora": lora_bank(), "full": full_bank()}[kind]
+    groups = 2 if kind == "full" else B
+    mix = np.random.default_rng(7).dirichlet(np.ones(K), groups).astype(np.float32)
+
+    @jax.jit
+    def step(tokens, valid, cache, offset):
+        policies = Policies(MODEL, ADAPTER, base(), bank, mix)
+        hidden, cache = policies(tokens, valid, cache, offset)
+        return policies.logits(hidden), cache
+
+    want = policy(MODEL, ADAPTER, base(), bank, mix, tokens, valid)
+    cache, got = init_cache(CONFIG, B, slots, jnp.float32), []
+    start = 0
+    for size in (6, 1, 1, 1, 1, 1):
+        end = start + size
+        seen = np.pad(valid[:, :end], ((0, 0), (0, slots - end)))
+        logits, cache = step(tokens[:, start:end], seen, cache, start)
+        got.append(logits)
+        start = end
+    assert start == tokens.shape[1]
+    assert_close(np.concatenate(got, 1)[valid], want[valid])
+
+
+def test_mix_zero_is_the_base_bit_for_bit():
+    tokens, valid = texts()
+    want = forward(MODEL, base(), tokens, valid)
+    for adapter, bank in ((ADAPTER, lora_bank()), (AdapterConfig(rank=0), full_bank())):
+        got = policy(MODEL, adapter, base(), bank, np.zeros((1, K), np.float32), tokens, valid)
+        np.testing.assert_array_equal(got, want)
+
+
+def test_a_fresh_bank_is_the_base_bit_for_bit():
+    tokens, valid = texts()
+    bank = init_bank(base(), ADAPTER, K, jax.random.key(1))
+    got = policy(MODEL, ADAPTER, base(), bank, np.eye(K, dtype=np.float32)[np.arange(B) % K], tokens, valid)
+    np.testing.assert_array_equal(got, forward(MODEL, base(), tokens, valid))
+
+
+def test_one_hot_rows_are_the_base_plus_their_update():
+    tokens, valid = texts()
+    rows = np.arange(B) % K
+    got = policy(MODEL, ADAPTER, base(), lora_bank(), np.eye(K, dtype=np.float32)[rows], tokens, valid)
+    for k in range(K):
+        want = forward(MODEL, merged(np.eye(K)[k]), tokens, valid)
+        assert_close(got[rows == k], want[rows == k])
+        assert np.abs(want - forward(MODEL, base(), tokens, valid)).max() > 0.1
+
+
+@pytest.mark.parametrize("weights", [(0.2, 0.5, 0.3), (1.5, -0.7, 0.0)])
+def test_a_soup_by_mix_is_the_merged_model(weights):
+    tokens, valid = texts()
+    got = policy(MODEL, ADAPTER, base(), lora_bank(), np.array([weights], np.float32), tokens, valid)
+    assert_close(got, forward(MODEL, merged(weights), tokens, valid))
+
+
+def test_full_parameter_soups_are_weighted_sums_per_group():
+    tokens, valid = texts()
+    full = AdapterConfig(rank=0)
+    mix = np.array([[0, 1, 0], [0.2, 0.5, 0.3], [0.5, -0.2, 0.3], [0, 0, 0]], np.float32)
+    got = policy(MODEL, full, base(), full_bank(), mix, tokens, valid)
+    for g, weights in enumerate(mix):
+        soup = jax.tree.map(
+            lambda origin, theta, w=weights: origin * (1 - w.sum()) + np.tensordot(w, theta, 1), base(), full_bank()
+        )
+        rows = slice(g * B // len(mix), (g + 1) * B // len(mix))
+        assert_close(got[rows], forward(MODEL, soup, tokens, valid)[rows])
+    # On the simplex the base is not needed.
+    assert_close(policy(MODEL, full, None, full_bank(), mix[:2], tokens, valid)[: B // 4], got[: B // 4])
+
+
+def test_batch_sharded_over_eight_devices():
+    assert jax.device_count() == 8
+    mesh = Mesh(np.array(jax.devices()), ("data",))
+    tokens, valid = texts()
+    mix = np.random.default_rng(8).dirichlet(np.ones(K), B).astype(np.float32)
+    want = policy(MODEL, ADAPTER, base(), lora_bank(), mix, tokens, valid)
+    rows, whole = NamedSharding(mesh, PartitionSpec("data")), NamedSharding(mesh, PartitionSpec())
+    params, bank = jax.device_put((base(), lora_bank()), whole)
+    got = policy(MODEL, ADAPTER, params, bank, *jax.device_put((mix, tokens, valid), rows))
+    assert got.sharding.is_equivalent_to(rows, got.ndim)
+    assert_close(got, want)
+
+
+def test_tied_head_is_the_embedding():
+    model = Decoder(CONFIG.replace(tie_embeddings=True))
+    tokens, valid = texts()
+    params = {k: v for k, v in base().items() if k != "head"}
+    untied = {**params, "head": {"kernel": params["embed"]["embedding"].T}}
+    assert_close(forward(model, params, tokens, valid), forward(MODEL, untied, tokens, valid))
+
+
+def test_rope_scaling_keeps_short_and_divides_long_wavelengths():
+    scaling = RopeScaling(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position=64)
+    plain = np.asarray(rope_frequencies(16, 10_000.0, None))
+    scaled = np.asarray(rope_frequencies(16, 10_000.0, scaling))
+    wavelength = 2 * np.pi / plain
+    short, long = wavelength < 64 / 4, wavelength > 64
+    np.testing.assert_allclose(scaled[short], plain[short], rtol=1e-6)
+    np.testing.assert_allclose(scaled[long], plain[long] / 8, rtol=1e-6)
+    between = ~short & ~long
+    assert short.any() and long.any() and between.any()
+    assert np.all((scaled[between] < plain[between]) & (scaled[between] > plain[between] / 8))
+
+
+def test_mistakes_are_named():
+    tokens, valid = texts()
+    with pytest.raises(ValueError, match="remat='some'"):
+        init_params(Decoder(CONFIG, remat="some"), jax.random.key(0))
+    with pytest.raises(ValueError, match="8 examples cannot be split into 3"):
+        policy(MODEL, ADAPTER, base(), lora_bank(), np.eye(K, dtype=np.float32), tokens, valid)
+    with pytest.raises(ValueError, match="head_dim=5 is odd"):
+        CONFIG.replace(head_dim=5)
+    with pytest.raises(ValueError, match="num_heads=4 is not a multiple of num_kv_heads=3"):
+        CONFIG.replace(num_kv_heads=3)

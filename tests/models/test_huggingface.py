@@ -1,0 +1,249 @@
+"""Weights in and out of Hugging Face folders: numbers equal to `transformers`, every byte in place, mistakes named."""
+
+import functools
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from safetensors.numpy import load_file
+from tiny_llamas import SMALL, assert_equal_trees, change_weights, edit, golden, random_params, weights_of, write
+
+from pjrlhf.errors import UserError
+from pjrlhf.models.decoder import Decoder
+from pjrlhf.models.families import FAMILIES, leaf_shapes
+from pjrlhf.models.huggingface import load_params, read_config, save_params
+
+try:
+    import torch
+except ImportError:
+    torch = None
+
+needs_torch = pytest.mark.skipif(torch is None, reason="torch is not installed; the goldens are compared instead")
+
+
+@pytest.fixture(params=["llama3_untied", "default_tied"])
+def checkpoint(request, tmp_path):
+    """(golden, folder) of a tiny random Llama, written without any code under test."""
+    data = golden(request.param)
+    return data, write(tmp_path / "model", json.loads(str(data["config"])), weights_of(request.param))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def forward(config, params, tokens, valid):
+    model = Decoder(config)
+    hidden, _ = model.apply({"params": params}, tokens, valid)
+    return model.apply({"params": params}, hidden, method="logits")
+
+
+def torch_logits(folder, tokens, valid):
+    import transformers
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    mask = torch.tensor(valid)
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    with torch.no_grad():
+        return model(torch.tensor(tokens), attention_mask=mask.long(), position_ids=positions).logits.numpy()
+
+
+# --- numbers ---
+
+
+def test_logits_equal_transformers(checkpoint):
+    """320 positions, the second row left-padded by 41; short prompts could not reveal a mistake in the rotations."""
+    data, folder = checkpoint
+    config = read_config(folder)
+    logits = forward(config, load_params(folder), data["tokens"], data["valid"])
+    np.testing.assert_allclose(logits[:, data["positions"]], data["logits"], rtol=0, atol=1e-4)
+
+
+def test_the_golden_would_reveal_unscaled_rotations(tmp_path):
+    data = golden("llama3_untied")
+    folder = write(tmp_path / "model", json.loads(str(data["config"])), weights_of("llama3_untied"))
+    config = read_config(folder).replace(rope_scaling=None)
+    logits = forward(config, load_params(folder), data["tokens"], data["valid"])
+    assert data["tokens"].shape[1] == 320
+    assert np.abs(logits[:, data["positions"]] - data["logits"]).max() > 0.01
+
+
+@needs_torch
+def test_live_logits_equal_transformers(checkpoint, tmp_path):
+    data, folder = checkpoint
+    tokens, valid = data["tokens"], data["valid"]
+    config, params = read_config(folder), load_params(folder)
+    original = torch_logits(folder, tokens, valid)[valid]
+    np.testing.assert_allclose(forward(config, params, tokens, valid)[valid], original, rtol=0, atol=1e-4)
+    save_params(tmp_path / "out", config, params)
+    np.testing.assert_allclose(torch_logits(tmp_path / "out", tokens, valid)[valid], original, rtol=0, atol=1e-5)
+    # Something other than the file it came from: scaled norms change the function, and both sides must follow.
+    params["final_norm"]["scale"] = params["final_norm"]["scale"] * 0.5
+    save_params(tmp_path / "other", config, params, max_shard_bytes=20_000)
+    changed = torch_logits(tmp_path / "other", tokens, valid)[valid]
+    np.testing.assert_allclose(forward(config, params, tokens, valid)[valid], changed, rtol=0, atol=1e-4)
+    assert np.abs(changed - original).max() > 0.1
+
+
+@pytest.mark.real_data
+def test_stories260k(shared, tmp_path):
+    folder = shared / "models" / "stories260K"
+    config, params = read_config(folder), load_params(folder)
+    data = golden("stories260K")
+    tokens, valid = data["tokens"], np.ones_like(data["tokens"], bool)
+    assert tokens.shape[1] > 300
+    logits = forward(config, params, tokens, valid)
+    np.testing.assert_allclose(logits[:, data["positions"]], data["logits"], rtol=0, atol=1e-4)
+    save_params(tmp_path / "out", config, params, tokenizer_folder=folder)
+    assert_equal_trees(load_params(tmp_path / "out"), params)
+    if torch is not None:
+        original = torch_logits(folder, tokens, valid)
+        np.testing.assert_allclose(logits, original, rtol=0, atol=1e-4)
+        np.testing.assert_allclose(torch_logits(tmp_path / "out", tokens, valid), original, rtol=0, atol=1e-5)
+
+
+@pytest.mark.real_data
+def test_stories260k_tells_its_story(shared, tmp_path):
+    from transformers import PreTrainedTokenizerFast
+
+    folder = shared / "models" / "stories260K"
+    config, params = read_config(folder), load_params(folder)
+    save_params(tmp_path / "out", config, params, tokenizer_folder=folder)
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(tmp_path / "out")
+    assert tokenizer(str(golden("stories260K")["text"]))["input_ids"] == golden("stories260K")["tokens"][0].tolist()
+    prompt = tokenizer("Once upon a time")["input_ids"]
+    tokens = np.zeros((1, 64), np.int32)
+    tokens[0, : len(prompt)] = prompt
+    for n in range(len(prompt), tokens.shape[1]):
+        logits = forward(config, params, tokens, np.arange(tokens.shape[1])[None] < n)
+        tokens[0, n] = int(logits[0, n - 1].argmax())
+    story = (
+        "Once upon a time, there was a little girl named Lily. She loved to play outside in the park. "
+        "One day, she saw a big, red ball."
+    )
+    assert tokenizer.decode(tokens[0], skip_special_tokens=True).startswith(story)
+
+
+# --- weights ---
+
+
+def test_the_table_covers_the_decoder():
+    for family in FAMILIES.values():
+        paths = [entry.path for entry in family.entries]
+        assert sorted(paths) == sorted(leaf_shapes(SMALL.replace(tie_embeddings=False)))
+
+
+@pytest.mark.parametrize("max_shard_bytes", [2**30, 20_000, 1])
+def test_export_is_the_original_tensor_for_tensor(checkpoint, tmp_path, max_shard_bytes):
+    """Transposed kernels are views in memory, which safetensors would write in the wrong order."""
+    _, folder = checkpoint
+    config, params = read_config(folder), load_params(folder)
+    save_params(tmp_path / "out", config, params, max_shard_bytes=max_shard_bytes)
+    files = sorted((tmp_path / "out").glob("*.safetensors"))
+    written = {}
+    for file in files:
+        tensors = load_file(file)
+        assert len(tensors) == 1 or sum(x.nbytes for x in tensors.values()) <= max_shard_bytes
+        written |= tensors
+    original = load_file(folder / "model.safetensors")
+    assert written.keys() == original.keys()
+    for name in original:
+        np.testing.assert_array_equal(written[name], original[name], err_msg=name)
+    index = tmp_path / "out" / "model.safetensors.index.json"
+    assert index.exists() == (len(files) > 1) == (max_shard_bytes < 2**30)
+    if index.exists():
+        index = json.loads(index.read_text())
+        assert index["metadata"]["total_size"] == sum(x.nbytes for x in original.values())
+        assert index["weight_map"].keys() == original.keys()
+        assert set(index["weight_map"].values()) == {file.name for file in files}
+    assert read_config(tmp_path / "out") == config
+    assert_equal_trees(load_params(tmp_path / "out"), params)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_half_precision(tmp_path, dtype):
+    params = random_params(SMALL)
+    half = jax.tree.map(lambda x: x.astype(dtype), params)
+    save_params(tmp_path / "cast", SMALL, params, dtype=dtype)
+    save_params(tmp_path / "kept", SMALL, half)
+    assert json.loads((tmp_path / "cast" / "config.json").read_text())["dtype"] == jnp.dtype(dtype).name
+    for folder in ("cast", "kept"):
+        assert_equal_trees(load_params(tmp_path / folder), jax.tree.map(lambda x: x.astype(np.float32), half))
+        same = load_params(tmp_path / folder, dtype=dtype)
+        assert_equal_trees(same, half)
+        assert {x.dtype for x in jax.tree.leaves(same)} == {jnp.dtype(dtype)}
+
+
+def test_put_places_every_leaf(small):
+    mesh = Mesh(np.array(jax.devices()[:2]), ("model",))
+    seen = {}
+
+    def put(path, array):
+        assert isinstance(array, np.ndarray)
+        seen[path] = array.shape
+        spec = PartitionSpec(None, None, "model") if path.endswith("up/kernel") else PartitionSpec()
+        return jax.device_put(array, NamedSharding(mesh, spec))
+
+    params = load_params(small, put=put)
+    assert seen == leaf_shapes(read_config(small))
+    up = params["layers"]["mlp"]["up"]["kernel"]
+    assert up.addressable_shards[0].data.shape == (2, 8, 5)
+    # Sharded leaves export like any others.
+    save_params(small.with_name("again"), read_config(small), params)
+    assert_equal_trees(load_params(small.with_name("again")), load_params(small))
+
+
+def test_allowed_leftovers_are_ignored(tmp_path):
+    config = json.loads(str(golden("default_tied")["config"]))
+    weights = weights_of("default_tied")
+    want = load_params(write(tmp_path / "plain", config, weights))
+    weights["lm_head.weight"] = weights["model.embed_tokens.weight"]
+    weights["model.layers.1.self_attn.rotary_emb.inv_freq"] = np.ones(8, np.float32)
+    assert_equal_trees(load_params(write(tmp_path / "extra", config, weights)), want)
+
+
+def scale_to_int(weights):
+    weights["model.norm.weight"] = weights["model.norm.weight"].astype(np.int8)
+
+
+BROKEN_WEIGHTS = {
+    r"model\.layers\.1\.mlp\.up_proj\.weight is missing": change_weights(
+        lambda w: w.pop("model.layers.1.mlp.up_proj.weight")
+    ),
+    r"lm_head\.weight is missing": change_weights(lambda w: w.pop("lm_head.weight")),
+    r"model\.layers\.0\.self_attn\.q_proj\.bias in the weights has no place": change_weights(
+        lambda w: w.update({"model.layers.0.self_attn.q_proj.bias": np.ones(2, np.float32)})
+    ),
+    r"old\.lm_head\.weight in the weights has no place": lambda folder: (
+        edit(folder, tie_word_embeddings=True),
+        # Only the head of a tied model may be left over, not one under another name.
+        change_weights(lambda w: w.update({"old.lm_head.weight": w["lm_head.weight"]}))(folder),
+    ),
+    r"model\.embed_tokens\.weight has shape \(12, 8\) but config\.json asks for \(13, 8\)": lambda folder: edit(
+        folder, vocab_size=13
+    ),
+    r"model\.norm\.weight is stored as I8": change_weights(scale_to_int),
+    r"model\.safetensors: no such file": lambda folder: (folder / "model.safetensors").unlink(),
+    r"model\.safetensors: cannot be read": lambda folder: (folder / "model.safetensors").write_bytes(b"abcdefghi"),
+    r"model-1\.safetensors: no such file": lambda folder: (
+        (folder / "model.safetensors").unlink(),
+        (folder / "model.safetensors.index.json").write_text('{"weight_map": {"a": "model-1.safetensors"}}'),
+    ),
+}
+
+
+@pytest.mark.parametrize("message", BROKEN_WEIGHTS)
+def test_broken_weights_are_named(small, message):
+    load_params(small)
+    BROKEN_WEIGHTS[message](small)
+    with pytest.raises(UserError, match=message):
+        load_params(small)
+
+
+def test_params_that_do_not_fit_the_config_are_named(tmp_path):
+    params = random_params(SMALL)
+    with pytest.raises(UserError, match=r"cannot export head/kernel of shape None"):
+        save_params(tmp_path / "out", SMALL.replace(tie_embeddings=False), params)
+    with pytest.raises(UserError, match=r"embed/embedding of shape \(12, 8\) where the config asks for \(14, 8\)"):
+        save_params(tmp_path / "out", SMALL.replace(vocab_size=14), params)
+    assert list(tmp_path.iterdir()) == []

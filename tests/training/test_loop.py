@@ -1,0 +1,164 @@
+"""The loop: exact resume, signals, NaN, and what lands in the run directory."""
+
+import errno
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+from toy import STEPS, Linear
+
+from pjrlhf.errors import UserError
+from pjrlhf.training import loop
+from pjrlhf.training.workdir import Workdir
+
+TOY = pathlib.Path(__file__).with_name("toy.py")
+
+
+def train(folder, method=None, **options):
+    return loop.run(method or Linear(), Workdir(folder), "fit", **{"steps": STEPS, "checkpoint_every": 5, **options})
+
+
+def lines(folder):
+    return [json.loads(line) for line in (pathlib.Path(folder) / "metrics.jsonl").read_text().splitlines()]
+
+
+def bits(state):
+    return jax.tree.map(lambda x: np.asarray(x).tobytes(), state.replace(rng=jax.random.key_data(state.rng)))
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """An uninterrupted run: (final state as bytes, metric lines)."""
+    folder = tmp_path_factory.mktemp("whole")
+    return bits(train(folder)), lines(folder)
+
+
+class Stopping(Linear):
+    """Sends this process a signal during step `at`."""
+
+    def __init__(self, at, number):
+        super().__init__()
+        self.at, self.number = at, number
+
+    def step(self, state, batch):
+        if int(state.step) + 1 == self.at:
+            os.kill(os.getpid(), self.number)
+        return super().step(state, batch)
+
+
+class Crashing(Linear):
+    """Dies in step `at`."""
+
+    def __init__(self, at):
+        super().__init__()
+        self.at = at
+
+    def step(self, state, batch):
+        if int(state.step) + 1 == self.at:
+            raise RuntimeError("crash")
+        return super().step(state, batch)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_finishes_and_saves_the_step_and_the_rerun_is_bit_equal(tmp_path, whole, number, code):
+    before = signal.getsignal(number)
+    with pytest.raises(loop.Interrupted, match=f"step 7 of {STEPS}.*{tmp_path}") as stopped:
+        train(tmp_path, Stopping(7, number))
+    assert stopped.value.code == code
+    assert signal.getsignal(number) is before
+    assert (tmp_path / "fit/checkpoints/7").is_dir()
+    state = train(tmp_path)
+    assert (bits(state), lines(tmp_path)) == whole
+
+
+def test_a_crash_goes_back_to_the_last_checkpoint_without_duplicate_lines(tmp_path, whole):
+    with pytest.raises(RuntimeError, match="crash"):
+        train(tmp_path, Crashing(9))
+    assert [row["step"] for row in lines(tmp_path)] == list(range(1, 8))  # step 8 was never settled
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write('{"stage": "other", "step": 9}\n{"stage": "fit", "st')
+    state = train(tmp_path)
+    assert bits(state) == whole[0]
+    assert [row for row in lines(tmp_path) if row["stage"] == "fit"] == whole[1]
+    assert {"stage": "other", "step": 9} in lines(tmp_path)
+
+
+def test_sigterm_to_a_process(tmp_path, whole):
+    command = [sys.executable, str(TOY), str(tmp_path)]
+    env = {**os.environ, "PYTHONPATH": str(TOY.parents[2])}
+    process = subprocess.Popen([*command, "0.3"], env=env, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "metrics.jsonl").exists() or len(lines(tmp_path)) < 2:
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.02)
+    process.terminate()
+    process.communicate(timeout=60)
+    assert process.returncode == 143
+    saved = [int(path.name) for path in (tmp_path / "fit/checkpoints").iterdir()]
+    assert saved and max(saved) == lines(tmp_path)[-1]["step"] < STEPS
+    state = train(tmp_path)
+    assert (bits(state), lines(tmp_path)) == whole
+
+
+def test_a_finished_stage_returns_its_state_without_a_step(tmp_path, whole):
+    train(tmp_path)
+    assert bits(train(tmp_path, Crashing(1))) == whole[0]
+
+
+@pytest.mark.parametrize("step", [6, STEPS])
+def test_nan_stops_with_the_batch_saved_and_no_checkpoint_after_it(tmp_path, step):
+    method = Linear(poison=step - 1)
+    path = tmp_path / f"fit/nan_batch_{step}.npz"
+    with pytest.raises(UserError, match=f"fit: loss is nan at step {step}; its batch is in {path}"):
+        train(tmp_path, method, checkpoint_every=6)
+    saved = np.load(path)
+    assert saved["x"].shape == (4, 4) and np.isnan(saved["y"]).all()
+    assert not (tmp_path / f"fit/checkpoints/{step}").exists()
+
+
+def test_evaluation_joins_the_line_of_its_step(tmp_path):
+    seen = []
+    train(
+        tmp_path, log_every=4, eval_every=3, on_eval=lambda state, step: seen.append(int(state.step)) or {"held": step}
+    )
+    assert seen == [3, 6, 9, 12]
+    assert [row["step"] for row in lines(tmp_path)] == [1, 3, 4, 6, 8, 9, 12]
+    assert lines(tmp_path)[-1].keys() == {"stage", "step", "loss", "mean", "held"}
+
+
+def test_step_n_is_dispatched_before_the_metrics_of_the_step_before_are_fetched(tmp_path, monkeypatch):
+    events = []
+
+    class Recording(Linear):
+        def step(self, state, batch):
+            events.append("dispatch")
+            return super().step(state, batch)
+
+    fetch = jax.device_get
+    monkeypatch.setattr(loop.jax, "device_get", lambda x: events.append("fetch") or fetch(x))
+    monkeypatch.setattr(loop, "to_floats", lambda metrics, ingredients=(): {"loss": 1.0})
+    train(tmp_path, Recording(), steps=4, checkpoint_every=0)
+    assert events == ["dispatch", *["dispatch", "fetch"] * 3, "fetch"]
+
+
+def test_a_full_disk_is_one_clear_error(tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("orbax.checkpoint.v1.training.Checkpointer.save_checkpointables_async", full)
+    with pytest.raises(UserError, match="fit/checkpoints: cannot be written, the disk is full"):
+        train(tmp_path)
+
+
+def test_data_that_ends_early_is_reported(tmp_path):
+    method = Linear()
+    method.batches = iter([next(method.batches)])
+    with pytest.raises(UserError, match=f"data ended at step 1 of {STEPS}"):
+        train(tmp_path, method)
