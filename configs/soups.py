@@ -1,75 +1,28 @@
 """Personalized Soups (arXiv 2310.11564): one policy per preference by PPO, merged with each person's weights.
 
-    python -m pjrlhf.main --config=configs/soups.py                       the built-in world, from nothing
-    python -m pjrlhf.main --config=configs/soups.py:hf --config.model.path=FOLDER
-                                                                          any Hugging Face Llama, here two lengths
-                                                                          and dialogue
+The built-in world, from nothing:
 
-Built-in world, default seed, 2 CPU cores: about 2 minutes, compilation included. Figures to expect are in
-BUILD_NOTES.md.
+    python -m pjrlhf.main --config=configs/soups.py
+
+Any Hugging Face Llama, here with two lengths and a taste for dialogue as preferences, judged by rule:
+
+    python -m pjrlhf.main --config=configs/soups.py:hf --config.model.path=FOLDER
+
+Built-in world, default seed, 2 CPU cores: about 2 minutes, compilation included; figures in BUILD_NOTES.md.
 """
 
 import ml_collections
 
+from pjrlhf import config
+
 
 def get_config(variant: str = "world") -> ml_collections.ConfigDict:
-    c = ml_collections.ConfigDict()
+    c = config.base()
     c.title = "Personalized Soups on the built-in world"
-    c.seed = 0
     c.stages = ("sft", "comparisons", "reward", "policy", "evaluate")
-    c.mesh = {"data": -1, "fsdp": 1, "tensor": 1}  # devices per axis; -1 is the rest
-    c.checkpoint_every = 100  # steps; every stage also saves its last
-    c.log_every = 5
-
-    # Who is there to please. "world", "paper", or {id: {"dimension": ..., "sentence": ...}}.
-    c.preferences = "world"
-    c.objectives = ("P1A", "P1B", "P2A", "P2B", "P3A", "P3B")  # one ingredient each
     c.general = "helpful"  # the general reward of the RLHF baseline; "" leaves the baseline out
-    c.judge = "world"  # "world", or {criterion: scorer name}, see evaluation/judges.py
     c.prompt_preference = "half"  # does a policy's prompt state its preference in training: never, always, half
 
-    c.model = {
-        "path": "",  # Hugging Face folder to start from; "" trains a new model of the size below
-        "hidden_size": 64,
-        "intermediate_size": 192,
-        "num_layers": 2,
-        "num_heads": 4,
-        "num_kv_heads": 2,
-        "max_length": 128,
-        "dtype": "float32",  # of activations
-        "param_dtype": "float32",  # of the frozen base
-        "remat": "none",  # none, dots, full
-        "attention": "auto",  # auto, einsum, xla, cudnn
-        "eos_token": "",  # for tokenizers without one
-    }
-    c.adapter = {"rank": 8, "alpha": 16.0}  # rank 0: full parameters
-    c.temperature = 1.0  # of all sampling
-    c.sample_rows = 256  # rows sampled at once outside PPO
-
-    c.data = {
-        "prompts": "world",  # "world", or a source of prompt records: {"kind": "jsonl", "path": ...}
-        "chat": True,  # put requests through the chat template
-        "max_prompt": 24,  # tokens
-        "max_completion": 30,
-        "long_prompt": "drop",  # drop, truncate_left, error
-        "long_completion": "drop",  # drop, truncate
-        "heldout_share": 0.25,  # of the prompts; never trained on, used by evaluate
-        "max_bad_share": 0.01,  # more bad records than this stop the run
-    }
-    c.sft = {
-        "data": "world",  # "world", or a source of completion records
-        "records": 8000,  # of the built-in corpus
-        "steps": 400,
-        "batch_size": 64,
-        "adapter": {"rank": 0, "alpha": 16.0},
-        "optimizer": {
-            "learning_rate": 4e-3,
-            "schedule": "cosine",
-            "warmup_steps": 20,
-            "b2": 0.98,
-            "weight_decay": 0.01,
-        },
-    }
     c.comparisons = {"pairs": 768}  # two answers of the base each, labelled once per objective
     c.reward = {
         "data": "comparisons",  # "comparisons", or a source of preference records with `objective`
@@ -96,7 +49,7 @@ def get_config(variant: str = "world") -> ml_collections.ConfigDict:
         "samples_per_prompt": 1,
         "resamples": 2000,
         "shown": 2,  # sample answers per combination in the report
-        # Which methods are told the user's preferences in the prompt besides "prompting", as in the paper's evaluation.
+        # Which methods are told the user's preferences in the prompt besides "prompting", as in the paper.
         "told": ("soups",),
     }
     if variant == "hf":
@@ -107,26 +60,22 @@ def get_config(variant: str = "world") -> ml_collections.ConfigDict:
 
 
 def huggingface(c: ml_collections.ConfigDict) -> None:
-    """Two opposite lengths and a taste for dialogue, judged by rule, on a story model without instruction tuning."""
+    """Length and dialogue on a story model without instruction tuning, from the openings of stories."""
     c.title = "Personalized Soups on a Hugging Face model"
     c.stages = ("comparisons", "reward", "policy", "evaluate")
-    with c.unlocked():
+    dimensions = {"short": "length", "long": "length", "dialogue": "speech", "plain": "speech"}
+    with c.ignore_type():  # names of built-in things give way to descriptions
         c.preferences = ml_collections.ConfigDict(
-            {
-                "short": {"dimension": "length", "sentence": ""},
-                "long": {"dimension": "length", "sentence": ""},
-                "dialogue": {"dimension": "speech", "sentence": ""},
-                "plain": {"dimension": "speech", "sentence": ""},
-            }
+            {name: {"dimension": dimension, "sentence": ""} for name, dimension in dimensions.items()}
         )
-        c.judge = ml_collections.ConfigDict(
-            {"short": "short", "long": "long", "dialogue": "dialogue", "plain": "plain"}
-        )
+        c.judge = ml_collections.ConfigDict({name: name for name in dimensions})
         c.data.prompts = ml_collections.ConfigDict({"kind": "jsonl", "path": "configs/story_openings.jsonl"})
-    c.objectives = ("short", "long", "dialogue", "plain")
+    c.objectives = tuple(dimensions)
     c.general = ""
     c.prompt_preference = "never"
     c.data.chat = False
     c.data.max_prompt = 32
-    c.data.max_completion = 96
+    c.data.prompt_buckets = ()
+    c.data.max_completion = 128
+    c.data.long_completion = "truncate"  # answers cut off by the limit have no end to learn from
     c.evaluate.told = ()

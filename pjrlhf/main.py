@@ -3,12 +3,13 @@
 import json
 import os
 import pathlib
+import re
 import sys
 
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from pjrlhf.errors import UserError
+from pjrlhf.errors import UserError, missing_key
 
 FLAGS = flags.FLAGS
 _CONFIG = config_flags.DEFINE_config_file("config", None, "What to run: a file of configs/, optionally with :variant.")
@@ -33,14 +34,40 @@ def default_workdir(config_path: str) -> str:
     return str(pathlib.Path("runs") / (f"{name}-{variant}" if variant else name))
 
 
+def parse(argv: list[str]) -> list[str]:
+    """Reads the flags. Raises UserError where they, or the config file, cannot be understood."""
+    try:
+        rest = FLAGS(argv)
+        if _CONFIG.value is None:
+            raise UserError("--config: not given; for example --config=configs/soups.py")
+        _ = _CONFIG.value.keys  # a file that is not there is reported by the first look inside
+    except SystemExit:
+        sys.exit(0)  # --help; for absl that is an error
+    except flags.UnrecognizedFlagError as error:
+        if error.flagname.startswith("config."):
+            raise UserError("--config: not given; for example --config=configs/soups.py") from None
+        raise UserError(f"{error}; --help lists them, and settings of the config start with --config.") from None
+    except (flags.Error, OSError) as error:
+        reason = str(error).strip().splitlines()[-1].strip().removeprefix("ValueError: ")
+        raise UserError(f"--config: {reason}; check it" if isinstance(error, OSError) else reason) from None
+    except (AttributeError, KeyError) as error:
+        if not (missing := missing_key(error)):
+            raise
+        key, near = missing
+        given = next((arg for arg in argv if re.match(rf"--config\.(.*\.)?{key}\b", arg)), key)
+        hint = f"did you mean {near}?" if near else "see the config file"
+        raise UserError(f"{given}: the config has no {key}; {hint}") from None
+    if len(rest) > 1:
+        raise UserError(f"{rest[1]}: not a flag; settings of the config start with --config.")
+    return rest
+
+
 def main(_: list[str]) -> None:
     # Libraries below report their own bookkeeping at this level; ours is what a user asked for.
     logging.get_absl_handler().addFilter(
         lambda r: r.levelno > logging.converter.STANDARD_INFO or "pjrlhf" in r.pathname
     )
     config = _CONFIG.value
-    if config is None:
-        raise UserError("--config: not given; for example --config=configs/soups.py")
     compilation_cache()
     from pjrlhf import stages
     from pjrlhf.training.workdir import Workdir
@@ -59,10 +86,15 @@ def main(_: list[str]) -> None:
 def run() -> None:
     """The entry point: a mistake a person can mend ends in one line, not in a traceback."""
     try:
-        app.run(main)
+        app.run(main, flags_parser=parse)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except SystemExit as stop:
+        # Stopped by a signal: the message says how to go on, the code is the shell's.
+        if isinstance(stop.code, int) and stop.code > 128:
+            print(stop, file=sys.stderr)
+        raise
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Shared test set-up: eight CPU devices, a compilation cache, strict rank promotion, and the optional folder of real data."""
+"""Shared test set-up: eight CPU devices, a compilation cache, and the optional folder of real data."""
 
 import os
 import pathlib

@@ -7,7 +7,7 @@ change a method.
 import dataclasses
 import itertools
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -59,28 +59,27 @@ def combinations(registry: Registry, ids: Iterable[str]) -> list[tuple[str, ...]
     return list(itertools.product(*dimensions(registry, ids).values()))
 
 
-def sentences(registry: Registry, ids: Sequence[str]) -> str:
-    """The sentences of `ids`, joined by spaces; empty for no preference."""
-    return " ".join(registry[name].sentence for name in ids)
+def sentences(registry: Registry, ids: Iterable[str]) -> str:
+    """The sentences of `ids`, joined by spaces; empty where no preference has one."""
+    return " ".join(filter(None, (registry[name].sentence for name in ids)))
 
 
-def _normal(text: str) -> str:
-    return re.sub(r"[\s,.]+", " ", text).strip().lower()
+def _pattern(sentence: str) -> re.Pattern[str]:
+    """The sentence at the very end of a text, whatever its case, commas, full stops and spaces."""
+    words = re.split(r"[\s,.]+", sentence.strip(" \t\n,."))
+    return re.compile(r"(?<!\w)" + r"[\s,.]+".join(map(re.escape, words)) + r"[\s,.]*$", re.IGNORECASE)
 
 
 def split_sentences(registry: Registry, text: str) -> tuple[str, tuple[str, ...]]:
-    """Finds preference sentences at the end of `text`, whatever their commas and spaces.
+    """Takes the preference sentences off the end of `text`.
 
     Returns:
-      the text before the first of them, and the ids in order of appearance. Published data omits commas that the
-      released prompts contain, so an exact match would silently miss half of the preferences.
+      the text before them, and their ids in order of appearance. Published data omits commas that the released
+      prompts contain, so an exact match would silently miss half of the preferences.
     """
-    found = []
-    for name, preference in registry.items():
-        words = [re.escape(word) for word in _normal(preference.sentence).split()]
-        match = re.search(r"[\s,.]+".join(words) + r"[\s.]*", text, flags=re.IGNORECASE)
-        if match:
-            found.append((match.start(), name))
-    found.sort()
-    start = found[0][0] if found else len(text)
-    return text[:start].rstrip(), tuple(name for _, name in found)
+    patterns = {name: _pattern(preference.sentence) for name, preference in registry.items() if preference.sentence}
+    found: list[str] = []
+    while hit := next(((name, m) for name, p in patterns.items() if (m := p.search(text))), None):
+        found.append(hit[0])
+        text = text[: hit[1].start()]
+    return text.rstrip(), tuple(reversed(found))

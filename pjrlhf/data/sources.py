@@ -77,7 +77,7 @@ def open_source(spec: Mapping[str, Any]) -> Source:
       UserError: the kind is unknown, or there is no such file, data set or split.
     """
     kinds = {"jsonl": _jsonl, "datasets": _datasets, "tfds": _tfds, "records": _records}
-    kind = spec.get("kind")
+    kind = spec.get("kind") if hasattr(spec, "get") else spec
     if kind not in kinds:
         raise UserError(f"data kind {kind!r}: not one of {', '.join(kinds)}; set --config.data.kind")
     return kinds[kind](spec)

@@ -6,19 +6,19 @@ import itertools
 import json
 import math
 import pathlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#6B4C9A", "#555555")
-_INK, _GREY = "#1f2933", "#9aa5b1"
+INK, GREY = "#1f2933", "#9aa5b1"
 _CURVES = {"scores": "reward", "kl": "KL from the reference"}
 _STYLE = {
     "axes.axisbelow": True,
     "axes.edgecolor": "#c3cad2",
     "axes.grid": True,
-    "axes.labelcolor": _INK,
+    "axes.labelcolor": INK,
     "axes.spines.right": False,
     "axes.spines.top": False,
     "axes.titlelocation": "left",
@@ -27,9 +27,9 @@ _STYLE = {
     "font.size": 10,
     "grid.color": "#e9edf1",
     "legend.frameon": False,
-    "text.color": _INK,
-    "xtick.color": _INK,
-    "ytick.color": _INK,
+    "text.color": INK,
+    "xtick.color": INK,
+    "ytick.color": INK,
 }
 
 
@@ -40,19 +40,29 @@ def figures(summary: Mapping[str, Any], metrics: str | pathlib.Path | None = Non
       summary: as described in `report`, with None where a number is missing.
       metrics: path of a metrics.jsonl for the training curves.
     """
+    return draw(
+        {
+            "win_rate": lambda: _win_rate(summary.get("win_rate") or {}, summary.get("win_rate_average") or {}),
+            "ingredients": lambda: _ingredients(summary.get("ingredients") or {}),
+            "sweep": lambda: _sweep(summary.get("sweep") or {}),
+            "training": lambda: (
+                _training(training_curves(metrics)) if metrics and pathlib.Path(metrics).exists() else None
+            ),
+        }
+    )
+
+
+def draw(makers: Mapping[str, Callable[[], Any]]) -> dict[str, bytes]:
+    """PNG files by name of the figures that the functions make in the report's style; None makes no file."""
     import matplotlib
 
     with matplotlib.rc_context(_STYLE):
-        drawn = {
-            "win_rate": _win_rate(summary.get("win_rate") or {}, summary.get("win_rate_average") or {}),
-            "ingredients": _ingredients(summary.get("ingredients") or {}),
-            "sweep": _sweep(summary.get("sweep") or {}),
-            "training": _training(training_curves(metrics)) if metrics and pathlib.Path(metrics).exists() else None,
-        }
+        drawn = {name: make() for name, make in makers.items()}
         return {name: _png(figure) for name, figure in drawn.items() if figure is not None}
 
 
-def _figure(width: float, height: float, rows: int, columns: int):
+def new_figure(width: float, height: float, rows: int, columns: int):
+    """(figure of inches, axes [rows, columns])."""
     # A bare Figure draws with Agg and needs neither pyplot's global state nor a display.
     from matplotlib.figure import Figure
 
@@ -66,21 +76,21 @@ def _png(figure) -> bytes:
     return file.getvalue()
 
 
-def _number(value: float | None) -> float:
+def number_or_nan(value: float | None) -> float:
     return math.nan if value is None else float(value)
 
 
 def _rate_bars(axis, rates: Mapping[str, Mapping[str, Any]], title: str) -> None:
     """Horizontal bars of win rates in percent with their intervals, the first on top."""
     rate, low, high = (
-        np.array([100 * _number(one.get(key)) for one in rates.values()]) for key in ("rate", "low", "high")
+        np.array([100 * number_or_nan(one.get(key)) for one in rates.values()]) for key in ("rate", "low", "high")
     )
     # A BCa interval may leave its own estimate outside; an error bar cannot.
     errors = np.nan_to_num(np.maximum([rate - low, high - rate], 0))
     axis.barh(
-        range(len(rates)), rate, height=0.62, color=COLOURS[0], xerr=errors, error_kw={"ecolor": _INK, "capsize": 3}
+        range(len(rates)), rate, height=0.62, color=COLOURS[0], xerr=errors, error_kw={"ecolor": INK, "capsize": 3}
     )
-    axis.axvline(50, color=_GREY, linestyle="--", linewidth=1)
+    axis.axvline(50, color=GREY, linestyle="--", linewidth=1)
     axis.set(xlim=(0, 100), xlabel="win rate, %", title=title, yticks=range(len(rates)), yticklabels=list(rates))
     axis.grid(False, axis="y")
     axis.invert_yaxis()
@@ -91,20 +101,22 @@ def _win_rate(table: Mapping[str, Any], average: Mapping[str, Any]):
     panels = [name for name, drawn in (("average", average), ("table", len(table) > 2)) if drawn]
     if not panels:
         return None
-    figure, axes = _figure(5.2 * len(panels), 1.4 + 0.42 * max(len(table), len(average)), 1, len(panels))
+    figure, axes = new_figure(5.2 * len(panels), 1.4 + 0.42 * max(len(table), len(average)), 1, len(panels))
     axes = dict(zip(panels, axes[0], strict=True))
     if average:
         _rate_bars(axes["average"], average, "Against all others")
     if "table" in axes:
         axis = axes["table"]
         columns = opponents(table)
-        rates = [[100 * _number(row.get(opponent, {}).get("rate")) for opponent in columns] for row in table.values()]
+        rates = [
+            [100 * number_or_nan(row.get(opponent, {}).get("rate")) for opponent in columns] for row in table.values()
+        ]
         axis.imshow(np.array(rates), cmap=_diverging(), vmin=0, vmax=100, aspect="auto")
         for i, row in enumerate(rates):
             for j, rate in enumerate(row):
                 if not math.isnan(rate):
                     axis.text(
-                        j, i, f"{rate:.0f}", ha="center", va="center", color="white" if abs(rate - 50) > 30 else _INK
+                        j, i, f"{rate:.0f}", ha="center", va="center", color="white" if abs(rate - 50) > 30 else INK
                     )
         axis.set(title="Row against column, % won", yticks=range(len(table)), yticklabels=list(table))
         axis.set_xticks(range(len(columns)), columns, rotation=30, ha="right")
@@ -133,7 +145,7 @@ def _ingredients(ingredients: Mapping[str, Any]):
     panels = [part for part in (rates, kl) if part]
     if not panels:
         return None
-    figure, axes = _figure(5.2 * len(panels), 1.3 + 0.36 * len(ingredients), 1, len(panels))
+    figure, axes = new_figure(5.2 * len(panels), 1.3 + 0.36 * len(ingredients), 1, len(panels))
     if rates:
         _rate_bars(axes[0, 0], rates, "On its own criterion, against the base")
     if kl:
@@ -159,12 +171,12 @@ def _sweep(sweep: Mapping[str, Any]):
         ends = [name for name in (one.get("low"), one.get("high")) if name in one["scores"]]
         shown[dimension] = ends or list(one["scores"])
     rows = max(map(len, shown.values()))
-    figure, axes = _figure(max(3.3 * len(sweep), 4.6), 2.3 * rows + 0.4, rows, len(sweep))
+    figure, axes = new_figure(max(3.3 * len(sweep), 4.6), 2.3 * rows + 0.4, rows, len(sweep))
     for column, (dimension, one) in zip(axes.T, sweep.items(), strict=True):
         weights = np.array(one["weights"], np.float64)
         order = np.argsort(weights)
         for axis, colour, name in zip(column, itertools.cycle(COLOURS), shown[dimension], strict=False):
-            scores = np.array([_number(score) for score in one["scores"][name]])[order]
+            scores = np.array([number_or_nan(score) for score in one["scores"][name]])[order]
             axis.plot(weights[order], scores, "o-", color=colour, markersize=4)
             axis.plot(weights[order[[0, -1]]], scores[[0, -1]], "--", color=colour, linewidth=1, alpha=0.7)
             axis.set_ylabel(f"score of {name}")
@@ -183,7 +195,7 @@ def _training(curves: Mapping[tuple[str, str, str], Mapping[str, np.ndarray]]):
     if not curves:
         return None
     stages = list(dict.fromkeys(stage for stage, _, _ in curves))
-    figure, axes = _figure(10.4, 2.9 * len(stages), len(stages), 2)
+    figure, axes = new_figure(10.4, 2.9 * len(stages), len(stages), 2)
     for (stage, quantity, unit), lines in curves.items():
         axis = axes[stages.index(stage), int(quantity == "kl")]
         for i, (name, points) in enumerate(lines.items()):
@@ -210,7 +222,7 @@ def training_curves(path: str | pathlib.Path) -> dict[tuple[str, str, str], dict
             parts = key.split("/")
             if parts[0] == "objective" and parts[1:2] in (["scores"], ["kl"]) and len(parts) <= 3:
                 line = points[record["stage"], parts[1], unit][parts[2] if len(parts) == 3 else "all"]
-                line.append((record[unit], _number(value)))
+                line.append((record[unit], number_or_nan(value)))
     return {
         place: {name: np.array(line, np.float64).T for name, line in lines.items()} for place, lines in points.items()
     }

@@ -15,15 +15,28 @@ Layout of `summary` (every section may be absent, every number may be nan or Non
     position_consistency  share of comparisons judged alike in both orders
     notes                 [str]
 
+and of user models, where `accuracy` is the dict of `users.user_accuracy`:
+
+    accuracy              {model: accuracy and "generic": share of the same pairs that the generic user gets right}
+    ceiling               {majority_share: the best accuracy possible without knowing the person}
+    grid                  {model: {"seen_user_seen_prompt", "seen_user_unseen_prompt", "unseen_user_seen_prompt",
+                          "unseen_user_unseen_prompt": share, or a mapping with mean, low and high}}
+    length_matched        {model: the dict of `users.length_matched`}
+    cold_start            {model: the dict of `users.cold_start_curve`}
+    embedding             {model: {users, groups: [U] names; x, y: [U]}}, a map of the people
+    generation            {model: {user: {group, length, score: {name: x}}}}, means over the answers to each
+
 `rate` is a `winrate.Rate` or a mapping with its fields: rate, rate_half, low, high, wins, losses, ties.
-A sample is {combo, prompt, answers: {method: text}}.
+A sample is {combo, prompt, answers: {method: text}} or {model, prompt, answers: {user: text}}.
 """
 
 import base64
+import collections
 import dataclasses
 import json
 import math
 import pathlib
+import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -32,9 +45,9 @@ import rich.console
 import rich.table
 import rich.text
 
-from pjrlhf.evaluation import plots
-
-MISSING = "\N{EN DASH}"
+from pjrlhf.evaluation import plots, plots_users
+from pjrlhf.evaluation.formats import cell, duration, interval, mean_of, number, percent
+from pjrlhf.evaluation.plots_users import CELLS
 
 
 def write_report(
@@ -58,9 +71,10 @@ def write_report(
     folder.mkdir(parents=True, exist_ok=True)
     summary = clean(summary)
     _write(folder / "summary.json", (json.dumps(summary, indent=1, allow_nan=False) + "\n").encode())
-    images = plots.figures(summary, metrics)
+    images = plots.figures(summary, metrics) | plots_users.figures(summary)
     for name, png in images.items():
         _write(folder / f"{name}.png", png)
+    answers = _by_taste(summary.get("generation") or {})
     page = _template().render(
         summary=summary,
         samples=clean(samples),
@@ -68,6 +82,11 @@ def write_report(
         config=flatten(summary.get("config") or {}),
         opponents=plots.opponents,
         by_combo=_by_combo(summary.get("combos") or {}),
+        tastes=plots_users.tastes(summary),
+        by_taste=answers,
+        score_names=_score_names(answers),
+        cells=CELLS,
+        counts=_counts(summary.get("cold_start") or {}),
     )
     _write(folder / "index.html", page.encode())
     return folder / "index.html"
@@ -111,6 +130,39 @@ def _pooled(rates) -> dict[str, Any]:
     return total | {"rate": total["wins"] / decided if decided else None}
 
 
+def _by_taste(generation: Mapping[str, Any]) -> dict[str, dict[str, dict[str, Any]]]:
+    """{model: {taste: {"people", "length", "shortest", "longest", "score": {name: x}}}}, means over people."""
+    found = collections.defaultdict(dict)
+    for model, people in generation.items():
+        tastes = collections.defaultdict(list)
+        for one in people.values():
+            tastes[one.get("group") or "all"].append(one)
+        for taste, ones in tastes.items():
+            lengths = [one["length"] for one in ones if one.get("length") is not None]
+            scores = collections.defaultdict(list)
+            for one in ones:
+                for name, score in (one.get("score") or {}).items():
+                    if score is not None:
+                        scores[name].append(score)
+            found[model][taste] = {
+                "people": len(ones),
+                "length": statistics.fmean(lengths) if lengths else None,
+                "shortest": min(lengths, default=None),
+                "longest": max(lengths, default=None),
+                "score": {name: statistics.fmean(values) for name, values in scores.items()},
+            }
+    return found
+
+
+def _score_names(by_taste: Mapping[str, Any]) -> list[str]:
+    return list(dict.fromkeys(name for table in by_taste.values() for one in table.values() for name in one["score"]))
+
+
+def _counts(curves: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """The numbers of comparisons of all cold-start curves, rising."""
+    return sorted({k for curve in curves.values() for k in curve}, key=float)
+
+
 def _write(path: pathlib.Path, content: bytes) -> None:
     partial = path.with_name(f".{path.name}.tmp")
     partial.write_bytes(content)
@@ -120,35 +172,8 @@ def _write(path: pathlib.Path, content: bytes) -> None:
 def _template() -> jinja2.Template:
     loader = jinja2.FileSystemLoader(pathlib.Path(__file__).parent)
     environment = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {"percent": percent, "number": number, "duration": duration, "interval": interval}
+    environment.filters |= {function.__name__: function for function in (percent, number, duration, interval, mean_of)}
     return environment.get_template("report.html")
-
-
-# Numbers as people read them; what is no number is a dash.
-
-
-def percent(share: float | None) -> str:
-    return MISSING if not isinstance(share, int | float) else f"{100 * share:.1f}"
-
-
-def interval(rate: Mapping[str, Any] | None) -> str:
-    """The interval of a rate in percent, "52.1 to 62.0"."""
-    if not rate or rate.get("low") is None or rate.get("high") is None:
-        return ""
-    return f"{percent(rate['low'])} to {percent(rate['high'])}"
-
-
-def number(value: float | None, digits: int = 2) -> str:
-    if not isinstance(value, int | float):
-        return MISSING
-    return str(value) if isinstance(value, int) else f"{value:.{digits}f}"
-
-
-def duration(seconds: float | None) -> str:
-    if not isinstance(seconds, int | float):
-        return MISSING
-    minutes, rest = divmod(seconds, 60)
-    return f"{int(minutes)} min {rest:.0f} s" if minutes else f"{rest:.1f} s"
 
 
 def print_tables(summary: Mapping[str, Any], console: rich.console.Console | None = None) -> None:
@@ -158,7 +183,7 @@ def print_tables(summary: Mapping[str, Any], console: rich.console.Console | Non
     average, pairs = summary.get("win_rate_average") or {}, summary.get("win_rate") or {}
     against = plots.opponents(pairs)
     rows = [
-        [method, _cell(average.get(method)), *(_cell(pairs.get(method, {}).get(opponent)) for opponent in against)]
+        [method, cell(average.get(method)), *(cell(pairs.get(method, {}).get(opponent)) for opponent in against)]
         for method in dict.fromkeys([*average, *pairs])
     ]
     _print(console, "Win rate, % (95% interval)", ["method", "all others", *against], rows)
@@ -167,7 +192,7 @@ def print_tables(summary: Mapping[str, Any], console: rich.console.Console | Non
     rows = []
     for name in dict.fromkeys([*ingredients, *reward_models]):
         one, model = ingredients.get(name, {}), reward_models.get(name, {})
-        rate = _cell(one.get("win_rate_vs_base"))
+        rate = cell(one.get("win_rate_vs_base"))
         rows.append([name, rate, percent(model.get("accuracy")), number(one.get("kl")), number(one.get("length"), 1)])
     _print(console, "Ingredients", ["preference", "win rate vs base", "reward model, %", "KL, nats", "length"], rows)
 
@@ -177,6 +202,7 @@ def print_tables(summary: Mapping[str, Any], console: rich.console.Console | Non
         for name, value in (one.get("spearman") or {}).items()
     ]
     _print(console, "Sweep between opposites", ["dimension", "score", "Spearman", "above the line"], rows)
+    _print_users(console, summary)
 
     seconds = summary.get("stage_seconds") or {}
     rows = [[stage, duration(value)] for stage, value in seconds.items()]
@@ -185,12 +211,41 @@ def print_tables(summary: Mapping[str, Any], console: rich.console.Console | Non
     _print(console, "Time", ["stage", "time"], rows)
 
 
-def _cell(rate: Mapping[str, Any] | None) -> str:
-    if not rate or rate.get("rate") is None:
-        return MISSING
-    if rate.get("low") is None or rate.get("high") is None:
-        return percent(rate["rate"])
-    return f"{percent(rate['rate'])}\n{100 * rate['low']:.0f}-{100 * rate['high']:.0f}"
+def _print_users(console: rich.console.Console, summary: Mapping[str, Any]) -> None:
+    """The tables of user models."""
+    accuracy, matched = summary.get("accuracy") or {}, summary.get("length_matched") or {}
+    parts = ("micro", "generic", "worst_decile", "majority", "minority")
+    rows = []
+    for model in dict.fromkeys([*accuracy, *matched]):
+        one = accuracy.get(model) or {}
+        shares = [percent(one.get(part)) for part in parts]
+        rows.append([model, cell(one, "mean"), *shares, cell(matched.get(model), "mean")])
+    ceiling = (summary.get("ceiling") or {}).get("majority_share")
+    title = "Accuracy over people, % (95% interval)"
+    if ceiling is not None:
+        title += f"; without knowing the person at most {percent(ceiling)}"
+    columns = ["model", "mean", "per pair", "generic", "worst 10%", "majority", "minority", "like length"]
+    _print(console, title, columns, rows)
+
+    rows = [
+        [model, *(cell(mean_of(table.get(key)), "mean") for key in CELLS)]
+        for model, table in (summary.get("grid") or {}).items()
+    ]
+    _print(console, "Accuracy on known and new people and prompts, %", ["model", *CELLS.values()], rows)
+
+    curves = summary.get("cold_start") or {}
+    counts = _counts(curves)
+    rows = [[model, *(cell(curve.get(k), "mean") for k in counts)] for model, curve in curves.items()]
+    _print(console, "Accuracy on new people by number of their comparisons, %", ["model", *counts], rows)
+
+    tables = _by_taste(summary.get("generation") or {})
+    scores = _score_names(tables)
+    rows = [
+        [model, taste, number(one["people"]), number(one["length"], 1), *(number(one["score"].get(s)) for s in scores)]
+        for model, table in tables.items()
+        for taste, one in table.items()
+    ]
+    _print(console, "Answers by taste", ["model", "taste", "people", "mean length", *scores], rows)
 
 
 def _print(console: rich.console.Console, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from pjrlhf.models.decoder import Cache, Decoder
+from pjrlhf.models.users import reserve
 
 Params = Any
 # Projections that carry adapters: every linear layer of the block.
@@ -94,12 +95,20 @@ class Policies:
       g uses
         `mix[g]`. G = B gives every example its own row. A full-parameter bank materialises G parameter trees: keep G
         small.
+      user_tokens: float [B, U, D], one set per example, or None. Rows must have room for them: see `reserve`.
     """
 
     def __init__(
-        self, model: Decoder, adapter: AdapterConfig, base: Params | None, bank: Params | None, mix: jax.Array | None
+        self,
+        model: Decoder,
+        adapter: AdapterConfig,
+        base: Params | None,
+        bank: Params | None,
+        mix: jax.Array | None,
+        user_tokens: jax.Array | None = None,
     ):
         self.model = model
+        self.user_tokens = user_tokens
         self.groups = 0  # groups of examples with parameters of their own
         self.rows = None
         if bank is None or mix is None:
@@ -117,6 +126,12 @@ class Policies:
             raise ValueError(f"{B} examples cannot be split into {self.groups} equal groups, one per row of mix")
         return x.reshape(*x.shape[:axis], self.groups, B // self.groups, *x.shape[axis + 1 :])
 
+    def reserve(self, tokens: jax.Array, valid: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Rows [B, S] with slots for the user tokens, as a call takes them: [B, S + U]. Without any, the same rows."""
+        if self.user_tokens is None:
+            return tokens, valid
+        return reserve(tokens, valid, self.user_tokens.shape[1], self.model.user_offset)
+
     def __call__(
         self, tokens: jax.Array, valid: jax.Array, cache: Cache | None = None, offset: jax.Array | int = 0
     ) -> tuple[jax.Array, Cache | None]:
@@ -132,15 +147,18 @@ class Policies:
                         f"{B} examples cannot be split into {len(self.rows)} equal groups, one per row of mix"
                     )
                 rows = jnp.repeat(self.rows, B // len(self.rows), axis=0, total_repeat_length=B)
-            return self.model.apply(self.variables, tokens, valid, mix=rows, cache=cache, offset=offset)
+            return self.model.apply(
+                self.variables, tokens, valid, mix=rows, cache=cache, offset=offset, user_tokens=self.user_tokens
+            )
 
-        def group(variables, tokens, valid, cache):
-            return self.model.apply(variables, tokens, valid, cache=cache, offset=offset)
+        def group(variables, tokens, valid, cache, user_tokens):
+            return self.model.apply(variables, tokens, valid, cache=cache, offset=offset, user_tokens=user_tokens)
 
         # Cache leaves are [L, B, ...]: their batch axis is 1.
         cache = jax.tree.map(lambda x: self._split(x, 1), cache)
-        hidden, cache = jax.vmap(group, in_axes=(0, 0, 0, 1), out_axes=(0, 1))(
-            self.variables, self._split(tokens), self._split(valid), cache
+        user_tokens = None if self.user_tokens is None else self._split(self.user_tokens)
+        hidden, cache = jax.vmap(group, in_axes=(0, 0, 0, 1, 0), out_axes=(0, 1))(
+            self.variables, self._split(tokens), self._split(valid), cache, user_tokens
         )
         cache = jax.tree.map(lambda x: x.reshape(x.shape[0], B, *x.shape[3:]), cache)
         return hidden.reshape(B, *hidden.shape[2:]), cache

@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 from absl import logging
 
+from pjrlhf.errors import UserError
+
 IMPLEMENTATIONS = ("auto", "einsum", "xla", "cudnn")
 
 
@@ -20,7 +22,7 @@ def choose(requested: str, backend: str, dtype: str) -> str:
     the same function on cuDNN's fused kernel, which takes half precision only.
     """
     if requested not in IMPLEMENTATIONS:
-        raise ValueError(f"model.attention={requested!r} is unknown; choose one of {', '.join(IMPLEMENTATIONS)}")
+        raise UserError(f"model.attention={requested!r} is unknown; choose one of {', '.join(IMPLEMENTATIONS)}")
     if requested != "auto":
         choice = requested
     elif backend == "gpu" and dtype in ("bfloat16", "float16"):

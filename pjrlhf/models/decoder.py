@@ -13,6 +13,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from pjrlhf.errors import UserError
 from pjrlhf.models.attention import attend
 from pjrlhf.models.config import ModelConfig, RopeScaling
 
@@ -165,6 +166,7 @@ class Decoder(nn.Module):
       scan_layers: one compiled layer scanned over L (default), or unrolled; same parameters, same numbers.
       remat: "none", "full" or "dots" (keep matrix products).
       attention: see `pjrlhf.models.attention`.
+      user_offset: position of the first user token: 1, after BOS, or 0 for tokenizers without BOS.
     """
 
     config: ModelConfig
@@ -173,11 +175,12 @@ class Decoder(nn.Module):
     scan_layers: bool = True
     remat: str = "none"
     attention: str = "auto"
+    user_offset: int = 1
 
     def setup(self):
         c = self.config
         if self.remat not in REMAT_POLICIES:
-            raise ValueError(f"model.remat={self.remat!r} is unknown; choose one of {', '.join(REMAT_POLICIES)}")
+            raise UserError(f"model.remat={self.remat!r} is unknown; choose one of {', '.join(REMAT_POLICIES)}")
         self.embed = nn.Embed(c.vocab_size, c.hidden_size, dtype=self.dtype, param_dtype=self.param_dtype)
         layer = Layer
         if self.remat != "none":
@@ -204,6 +207,7 @@ class Decoder(nn.Module):
         mix: jax.Array | None = None,
         cache: Cache | None = None,
         offset: jax.Array | int = 0,
+        user_tokens: jax.Array | None = None,
     ) -> tuple[jax.Array, Cache | None]:
         """Runs the decoder.
 
@@ -215,6 +219,8 @@ class Decoder(nn.Module):
           mix: float [B, K], weights of the adapters per example, or None for the base alone.
           cache: from `init_cache`, or None.
           offset: int, first slot written; the same for every row (rows differ by left padding).
+          user_tokens: float [B, U, D], or None. They replace the embeddings at positions user_offset .. user_offset +
+            U - 1, counted from the first valid token, where `users.reserve` makes room for them.
 
         Returns:
           hidden: [B, T, D] after the final norm, in `dtype`; the cache with the new keys and values.
@@ -226,6 +232,11 @@ class Decoder(nn.Module):
         causal = jnp.arange(S)[None, :] <= (offset + jnp.arange(T))[:, None]
         mask = causal[None] & valid[:, None, :]
         x = self.embed(tokens)
+        if user_tokens is not None:
+            place = positions - self.user_offset
+            own = jnp.take_along_axis(user_tokens, jnp.clip(place, 0, user_tokens.shape[1] - 1)[..., None], axis=1)
+            is_user = (place >= 0) & (place < user_tokens.shape[1])
+            x = jnp.where(is_user[..., None], own.astype(x.dtype), x)
         x, cache = self.layers(x, cache, positions, mask, mix, offset)
         if self.is_initializing() and not self.config.tie_embeddings:
             self.head(x, None)

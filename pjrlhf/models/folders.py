@@ -4,7 +4,7 @@ import contextlib
 import json
 import pathlib
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -58,11 +58,14 @@ def open_tensors(files: Iterable[pathlib.Path]) -> Iterator[dict[str, Any]]:
         yield found
 
 
-def write_tensors(file: pathlib.Path, tensors: Iterable[tuple[str, np.ndarray]]) -> None:
+def write_tensors(
+    file: pathlib.Path, tensors: Iterable[tuple[str, np.ndarray]], metadata: Mapping[str, str] | None = None
+) -> None:
     """A safetensors file that torch reads. safetensors writes memory as it lies, so views are made contiguous first."""
     from safetensors.numpy import save_file
 
-    save_file({name: np.ascontiguousarray(x) for name, x in tensors}, file, metadata={"format": "pt"})
+    arrays = {name: np.ascontiguousarray(x) for name, x in tensors}
+    save_file(arrays, file, metadata={"format": "pt", **(metadata or {})})
 
 
 @contextlib.contextmanager

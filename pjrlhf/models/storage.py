@@ -8,11 +8,9 @@ from typing import Any
 import flax.traverse_util
 import jax
 import jax.numpy as jnp
-import numpy as np
-from safetensors import safe_open
-from safetensors.numpy import save_file
 
 from pjrlhf.errors import UserError
+from pjrlhf.models.folders import reading, write_tensors
 
 
 def save_tree(path: str | os.PathLike, tree: Any, note: dict[str, Any] | None = None) -> None:
@@ -20,17 +18,20 @@ def save_tree(path: str | os.PathLike, tree: Any, note: dict[str, Any] | None = 
     path = pathlib.Path(path)
     half = path.with_name(f".{path.name}.tmp")
     flat = flax.traverse_util.flatten_dict(jax.device_get(tree), sep="/")
-    # safetensors writes the bytes of a view in storage order, so every array is made contiguous first.
-    flat = {name: np.ascontiguousarray(x) for name, x in flat.items()}
-    save_file(flat, half, metadata={"note": json.dumps(note or {})})
+    write_tensors(half, flat.items(), {"note": json.dumps(note or {})})
     os.replace(half, path)
 
 
 def load_tree(path: str | os.PathLike) -> tuple[Any, dict[str, Any]]:
-    """The tree (jax arrays) and the note written by `save_tree`. Raises UserError where there is no such file."""
-    if not pathlib.Path(path).is_file():
+    """The tree (jax arrays) and the note written by `save_tree`. Raises UserError where there is no such file, or a
+    broken one.
+    """
+    from safetensors import safe_open
+
+    path = pathlib.Path(path)
+    if not path.is_file():
         raise UserError(f"{path}: there is no such file; run the stage that writes it first")
-    with safe_open(path, framework="numpy") as file:
+    with reading(path), safe_open(path, framework="np") as file:
         flat = {name: jnp.asarray(file.get_tensor(name)) for name in file.keys()}  # noqa: SIM118 (not a dict)
         note = json.loads((file.metadata() or {}).get("note", "{}"))
     return flax.traverse_util.unflatten_dict(flat, sep="/"), note

@@ -17,8 +17,8 @@ def masked_mean(x: jax.Array, mask: jax.Array) -> jax.Array:
 def kl_estimate(logps: jax.Array, reference: jax.Array, kind: str = "k1") -> jax.Array:
     """Per-token estimate of KL(policy || reference) on samples of the policy (Schulman 2020).
 
-    k1 = log p - log q is unbiased but may be negative; k2 = k1^2 / 2; k3 = exp(-k1) - 1 + k1 is non-negative with
-    low variance.
+    k1 = log p - log q is unbiased but may be negative; k2 = k1^2 / 2; k3 = exp(-k1) - 1 + k1 is unbiased and
+    non-negative, with low variance while the two are near each other.
     """
     k1 = logps - reference
     if kind == "k1":

@@ -65,9 +65,10 @@ def leaf_sharding(mesh: Mesh, path: str, shape: tuple[int, ...]) -> NamedShardin
 
 
 def shard_params(mesh: Mesh, tree: Any) -> Any:
-    """Places parameters, adapter banks, heads or optimizer state by `RULES`."""
-    if mesh.size == 1:
-        return jax.tree.map(jax.numpy.asarray, tree)
+    """Places parameters, adapter banks, heads or a whole training state by `RULES`.
+
+    On one device too: a step whose result lives elsewhere than its argument would be compiled twice.
+    """
 
     def place(path, leaf):
         name = jax.tree_util.keystr(path, simple=True, separator="/")

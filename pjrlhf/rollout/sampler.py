@@ -8,6 +8,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from pjrlhf.errors import UserError
 from pjrlhf.models.adapters import Policies
 from pjrlhf.models.decoder import init_cache
 
@@ -27,14 +28,22 @@ class Sampling:
     top_k: int = 0
     top_p: float = 1.0
 
+    def __post_init__(self):
+        if self.temperature < 0:
+            raise UserError(f"temperature {self.temperature}: below 0; choose 0 for greedy decoding, or above")
+        if self.top_k < 0:
+            raise UserError(f"top_k {self.top_k}: below 0; choose 0 to switch it off")
+        if not 0 < self.top_p <= 1:
+            raise UserError(f"top_p {self.top_p}: not in (0, 1]; choose 1 to switch it off")
+
     @property
     def truncated(self) -> bool:
         return self.top_k > 0 or self.top_p < 1.0
 
 
 def truncate(logits: jax.Array, top_k: int, top_p: float) -> jax.Array:
-    """Keeps the `top_k` likeliest tokens and the smallest set of probability at least `top_p` (arXiv 1904.09751);
-    [B, V].
+    """Keeps the `top_k` likeliest tokens and the smallest set of probability at least `top_p` (arXiv 1904.09751),
+    [B, V]; tokens tied with the last one kept stay too.
     """
     if top_k > 0:
         kth = jax.lax.top_k(logits, min(top_k, logits.shape[-1]))[0][:, -1:]
@@ -64,6 +73,7 @@ def generate(
       tokens: int32 [B, N], pad after EOS; valid: bool [B, N], True up to and including EOS; logps: float32 [B, N],
       log-probability of each token under softmax(logits / temperature) before any truncation, 0 outside `valid`.
     """
+    prompt, prompt_valid = policies.reserve(prompt, prompt_valid)
     B, P = prompt.shape
     N = sampling.max_new_tokens
     config = policies.model.config

@@ -1,5 +1,8 @@
 """Scoring of given sequences: log-probabilities, values and rewards of prompt + response rows.
 
+Rows come without slots for user tokens; the policies that have such tokens make the slots here. So a reference without
+user tokens sees the plain prompt, and a response is found at the end of a row either way.
+
 Shapes: B rows, P prompt slots (left-padded), N response slots (right-padded), D model width, K adapters.
 """
 
@@ -20,8 +23,9 @@ def response_states(policies: Policies, tokens: jax.Array, valid: jax.Array, pro
     """Hidden states that predict the response: [B, N, D] of rows [B, P + N]; entry t has seen everything before
     token t.
     """
-    hidden, _ = policies(tokens, valid)
-    return hidden[:, prompt_slots - 1 : -1]
+    N = tokens.shape[1] - prompt_slots
+    hidden, _ = policies(*policies.reserve(tokens, valid))
+    return hidden[:, -N - 1 : -1]
 
 
 def token_logps(
@@ -34,6 +38,19 @@ def token_logps(
     logps = jax.nn.log_softmax(policies.logits(states) / temperature)
     chosen = jnp.take_along_axis(logps, response[..., None], axis=-1)[..., 0]
     return chosen, -(jnp.exp(logps) * logps).sum(-1)
+
+
+def sequence_logps(
+    policies: Policies, tokens: jax.Array, valid: jax.Array, prompt_slots: int
+) -> tuple[jax.Array, jax.Array]:
+    """(summed log-probabilities, number of tokens) of the responses of rows [B, P + N], float32 [B], nats.
+
+    Padding, the prompt and user tokens are not scored.
+    """
+    mask = valid[:, prompt_slots:]
+    states = response_states(policies, tokens, valid, prompt_slots)
+    logps, _ = token_logps(policies, states, tokens[:, prompt_slots:])
+    return jnp.where(mask, logps, 0.0).sum(1), mask.sum(1).astype(jnp.float32)
 
 
 def init_heads(count: int, width: int, key: jax.Array | None = None) -> dict[str, jax.Array]:
@@ -57,6 +74,7 @@ def rewards(
     policies: Policies, heads: dict[str, jax.Array], mix: jax.Array, tokens: jax.Array, valid: jax.Array
 ) -> jax.Array:
     """Reward of each row, float32 [B]: the head at the last valid token of the whole row, found from `valid`."""
+    tokens, valid = policies.reserve(tokens, valid)
     hidden, _ = policies(tokens, valid)
     last = valid.shape[1] - 1 - jnp.argmax(valid[:, ::-1], axis=1)
     states = jnp.take_along_axis(hidden, last[:, None, None], axis=1)

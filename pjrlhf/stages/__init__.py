@@ -1,14 +1,32 @@
 """What a run does: each stage reads the results of earlier ones from the run directory and adds its own."""
 
+import contextlib
 import importlib
+import json
 import time
+from collections.abc import Iterator
 from typing import Any
 
 from absl import logging
 
-from pjrlhf.errors import UserError
+from pjrlhf.errors import UserError, missing_key
 
-STAGES = ("sft", "comparisons", "reward", "policy", "evaluate", "merge")
+STAGES = (
+    *("sft", "comparisons", "reward", "policy", "evaluate"),  # Personalized Soups
+    *("population", "preference", "evaluate_users"),  # P-RLHF
+    "merge",
+)
+
+
+@contextlib.contextmanager
+def _config_errors(where: str) -> Iterator[None]:
+    """Turns the lack of a key in the config into a UserError."""
+    try:
+        yield
+    except (AttributeError, KeyError) as error:
+        if not (missing := missing_key(error)):
+            raise
+        raise UserError(f"{where}: the config has no {missing[0]!r}; add it as in configs/") from error
 
 
 def run(config: Any, workdir: Any) -> None:
@@ -24,11 +42,17 @@ def run(config: Any, workdir: Any) -> None:
     unknown = [name for name in config.stages if name not in STAGES]
     if unknown:
         raise UserError(f"stages: {unknown[0]!r} is unknown; choose from {', '.join(STAGES)}")
-    context = Run(config, workdir)
+    with _config_errors("run"):
+        context = Run(config, workdir)
     for name in config.stages:
-        if workdir.finished(name):
+        section = config.get(name)
+        section = section and section.to_dict()
+        done = workdir.finished(name)
+        # Sections that may change between two runs of one folder (evaluate) make their stage run anew.
+        if done and done["config"] == json.loads(json.dumps(section)):
             logging.info("stage %s: finished before, skipped", name)
             continue
         started = time.perf_counter()
-        info = importlib.import_module(f"pjrlhf.stages.{name}").run(context) or {}
-        workdir.mark_finished(name, time.perf_counter() - started, **info)
+        with _config_errors(f"stage {name}"):
+            info = importlib.import_module(f"pjrlhf.stages.{name}").run(context) or {}
+        workdir.mark_finished(name, time.perf_counter() - started, config=section, **info)

@@ -8,6 +8,7 @@ import jax
 import numpy as np
 
 from pjrlhf.data import preferences
+from pjrlhf.errors import UserError
 from pjrlhf.rollout.experience import sample
 from pjrlhf.stages.context import Run
 from pjrlhf.training.progress import progress
@@ -35,7 +36,7 @@ def sample_base(run: Run, prompts: list[Any], key: jax.Array, stage: str) -> lis
             # The last chunk is filled up so that one program serves all.
             arrays = run.encode(chunk + [chunk[0]] * (rows - len(chunk)))
             out = draw(run.model, run.adapter, run.sampling(), run.base, None, None, arrays, jax.random.fold_in(key, i))
-            texts += run.decode(out["tokens"], out["valid"])[: len(chunk)]
+            texts += run.decode(arrays, out)[: len(chunk)]
             bar.update(i + 1, {})
     return texts
 
@@ -57,7 +58,7 @@ def run(run: Run) -> dict[str, Any]:
 
     records, ties, unusable = [], dict.fromkeys(run.rewards, 0), 0
     for request, a, b in zip(requests, first, second, strict=True):
-        if not a or not b:
+        if not a.strip() or not b.strip():
             unusable += 1
             continue
         for name in run.rewards:
@@ -70,6 +71,12 @@ def run(run: Run) -> dict[str, Any]:
             if run.config.data.chat:
                 record |= {side: [{"role": "assistant", "content": record[side]}] for side in ("chosen", "rejected")}
             records.append(record | {"request": request})
+    undecided = set(run.rewards) - {record["objective"] for record in records}
+    if undecided:
+        raise UserError(
+            f"comparisons: none of {config.pairs} pairs of answers differs by {min(undecided)!r}; train the base "
+            "longer or raise --config.comparisons.pairs"
+        )
     path = run.workdir.stage("comparisons") / FILE
     with disk_errors(path):
         path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")

@@ -5,9 +5,10 @@ run can be continued in a new process.
 """
 
 import functools
+import os
 import pathlib
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -15,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pjrlhf.data import preferences, world
-from pjrlhf.data.batching import pad_left, split_by
+from pjrlhf.data.batching import buckets, pad_left, split_by
 from pjrlhf.data.preferences import Preference, Registry
 from pjrlhf.data.schema import validate
 from pjrlhf.data.sources import open_source
@@ -37,8 +38,11 @@ class Run:
     def __init__(self, config: Any, workdir: Workdir):
         self.config = config
         self.workdir = workdir
-        self.mesh = make_mesh(config.mesh)
         self.key = jax.random.key(config.seed)
+
+    @functools.cached_property
+    def mesh(self) -> jax.sharding.Mesh:
+        return make_mesh(self.config.mesh)
 
     # ---- people and their preferences
 
@@ -88,6 +92,12 @@ class Run:
         return [{"role": "user", "content": text}] if self.config.data.chat else text
 
     # ---- models
+
+    @property
+    def cache_folder(self) -> pathlib.Path:
+        """For what depends on content and not on a run: the user's cache folder."""
+        root = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
+        return pathlib.Path(root) / "pjrlhf"
 
     @property
     def base_folder(self) -> pathlib.Path:
@@ -194,20 +204,46 @@ class Run:
         held = random.Random(self.config.seed).sample(list(held), len(held))
         return [texts[i] for i in train], [texts[i] for i in held]
 
+    @property
+    def prompt_lengths(self) -> tuple[int, ...]:
+        """The lengths prompts are padded to; every one is compiled once."""
+        return (*self.config.data.prompt_buckets, self.lengths.prompt)
+
+    @property
+    def completion_lengths(self) -> tuple[int, ...]:
+        """The same for completions."""
+        return (*self.config.data.completion_buckets, self.lengths.completion)
+
+    def pad_prompts(self, ids: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
+        """(tokens int32, valid bool) [B, P], left-padded to the smallest length that holds them all."""
+        length = int(buckets([max(map(len, ids))], self.prompt_lengths)[0])
+        return pad_left(ids, length, self.tokenizer.pad_id)
+
     def encode(self, prompts: Sequence[Any]) -> dict[str, np.ndarray]:
-        """{"prompt" int32, "valid" bool [B, P]} of prompts made by `ask`, left-padded to `data.max_prompt`."""
-        P = self.lengths.prompt
+        """{"prompt" int32, "valid" bool [B, P]} of prompts made by `ask`, left-padded to a bucket."""
+        limit = self.lengths.prompt
         ids = [self.tokenizer.encode_prompt(prompt) for prompt in prompts]
         longest = max(range(len(ids)), key=lambda i: len(ids[i]))
-        if len(ids[longest]) > P:
+        if len(ids[longest]) > limit:
             raise UserError(
-                f"prompt {str(prompts[longest])[:60]!r}: {len(ids[longest])} tokens, more than data.max_prompt={P}; "
-                "raise it"
+                f"prompt {str(prompts[longest])[:60]!r}: {len(ids[longest])} tokens, more than data.max_prompt={limit}"
+                "; raise it"
             )
-        tokens, valid = pad_left(ids, P, self.tokenizer.pad_id)
+        tokens, valid = self.pad_prompts(ids)
         return {"prompt": tokens, "valid": valid}
 
-    def decode(self, tokens: Any, valid: Any) -> list[str]:
-        """Texts of sampled rows, without special tokens."""
-        rows = zip(np.asarray(tokens), np.asarray(valid), strict=True)
-        return [self.tokenizer.decode([int(i) for i in ids[mask]]).strip() for ids, mask in rows]
+    def decode(self, prompt: Mapping[str, Any], response: Mapping[str, Any]) -> list[str]:
+        """Texts of sampled rows {"tokens", "valid" [B, N]} after `prompt` {"prompt", "valid" [B, P]}.
+
+        Where prompts are plain text, what follows them keeps its leading space: prompt + answer is the whole text.
+        """
+        arrays = (prompt["prompt"], prompt["valid"], response["tokens"], response["valid"])
+        texts = []
+        for before, before_valid, after, after_valid in zip(*map(np.asarray, arrays), strict=True):
+            ids = after[after_valid].tolist()
+            if self.config.data.chat:
+                texts.append(self.tokenizer.decode(ids).strip())
+            else:
+                start = before[before_valid].tolist()
+                texts.append(self.tokenizer.decode(start + ids)[len(self.tokenizer.decode(start)) :])
+        return texts

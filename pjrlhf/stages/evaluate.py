@@ -64,7 +64,7 @@ class Sampler:
                 key = jax.random.fold_in(jax.random.fold_in(self.run.key, seed), number)
                 sampling = self.run.sampling()
                 out = self._draw(self.run.model, self.run.adapter, sampling, self.run.base, self.bank, mix, arrays, key)
-                for i, text in zip(chunk, self.run.decode(out["tokens"], out["valid"]), strict=False):
+                for i, text in zip(chunk, self.run.decode(arrays, out), strict=False):
                     texts[i] = text
                 bar.update(number + 1, {})
         return texts

@@ -30,7 +30,7 @@ from pjrlhf.models.peft import CONFIG as ADAPTER_CONFIG
 from pjrlhf.models.peft import WEIGHTS as ADAPTER_WEIGHTS
 from pjrlhf.models.peft import load_peft, save_peft
 
-MANIFEST = "merge_manifest.json"
+MANIFEST = "manifest.json"
 SPACES = ("delta", "factors", "concat")
 # How safetensors spells the dtypes that can be merged.
 DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
@@ -61,7 +61,7 @@ class Ingredient:
 
 
 def merge(config: Any, workdir: Any = None) -> dict[str, Any]:
-    """Writes the merged folder and returns its manifest (also written there, as merge_manifest.json).
+    """Writes the merged folder and returns its manifest (also written there, as manifest.json).
 
     Args:
       config: the section `merge` of configs/merge.py.

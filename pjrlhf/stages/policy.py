@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from pjrlhf.data.batching import batches, pad_left
+from pjrlhf.data.batching import batches
 from pjrlhf.errors import UserError
 from pjrlhf.models.adapters import AdapterConfig, Policies, init_bank
 from pjrlhf.models.decoder import Decoder
@@ -24,10 +24,12 @@ from pjrlhf.rollout import scoring
 from pjrlhf.rollout.experience import ExperienceConfig, experience, reward_scores, sample
 from pjrlhf.stages import reward
 from pjrlhf.stages.context import Run
+from pjrlhf.stages.merge import MANIFEST
 from pjrlhf.training import loop
 from pjrlhf.training.metrics import Metrics
 from pjrlhf.training.optimizer import make_optimizer, per_ingredient
 from pjrlhf.training.state import State
+from pjrlhf.training.workdir import disk_errors, write_json
 
 BANK = "bank.safetensors"
 
@@ -171,15 +173,17 @@ class Policy:
         self._update = jax.jit(self._step, donate_argnums=0)
 
     def collate(self, rows: Sequence[Any]) -> Any:
-        """n rows of `Prompts` -> {"prompt", "valid", "reward_prompt", "reward_valid" [n, K, P]}, left-padded."""
-        P, pad, K = self.run.lengths.prompt, self.run.tokenizer.pad_id, len(self.run.rewards)
-        try:
-            prompt, valid = pad_left([ids for row in rows for ids in row["prompts"]], P, pad)
-            reward_prompt, reward_valid = pad_left([row["reward_prompt"] for row in rows for _ in range(K)], P, pad)
-        except ValueError as error:
-            raise UserError(f"prompts: {error} slots; raise --config.data.max_prompt") from error
+        """n rows of `Prompts` -> {"prompt", "valid" [n, K, P], "reward_prompt", "reward_valid" [n, K, Q]}."""
+        run, K = self.run, len(self.run.rewards)
+        prompts = [ids for row in rows for ids in row["prompts"]]
+        plain = [row["reward_prompt"] for row in rows for _ in range(K)]
+        longest = max(map(len, prompts + plain))
+        if longest > run.lengths.prompt:
+            raise UserError(f"prompts: one has {longest} tokens, more than data.max_prompt; raise it")
+        prompt, valid = run.pad_prompts(prompts)
+        reward_prompt, reward_valid = run.pad_prompts(plain)
         arrays = {"prompt": prompt, "valid": valid, "reward_prompt": reward_prompt, "reward_valid": reward_valid}
-        return {name: x.reshape(len(rows), K, P) for name, x in arrays.items()}
+        return {name: x.reshape(len(rows), K, -1) for name, x in arrays.items()}
 
     def init(self) -> State:
         run, K = self.run, len(self.run.rewards)
@@ -188,8 +192,8 @@ class Policy:
             "heads": scoring.init_heads(K, run.model_config.hidden_size),
         }
         beta = jnp.full((K,), float(run.config.policy.kl.coefficient))
-        trainable = shard_params(run.mesh, trainable)
-        return State.create(jax.random.fold_in(run.key, 31), trainable, self.optimizer, beta=beta)
+        state = State.create(jax.random.fold_in(run.key, 31), trainable, self.optimizer, beta=beta)
+        return shard_params(run.mesh, state)
 
     def _step(self, state: State, base: Any, rewarder: Any, batch: Any) -> tuple[State, Metrics]:
         kl, model, adapter = self.run.config.policy.kl, self.run.model, self.run.adapter
@@ -220,6 +224,8 @@ class Policy:
             count = rows["mask"].shape[1]
             beta = pg.adapt_kl_coefficient(beta, statistics["objective/kl"], kl.target, count, kl.horizon)
         metrics = {name: (x, jnp.ones_like(x)) for name, x in {**statistics, **metrics}.items()}
+        # The x axis that methods share: answers sampled so far, of all policies.
+        metrics["samples"] = ((state.step + 1.0) * rows["mask"].shape[0] * rows["mask"].shape[1], jnp.ones(()))
         state = state.replace(step=state.step + 1, trainable=trainable, opt_state=opt_state, extra={"beta": beta})
         return state, metrics
 
@@ -245,20 +251,29 @@ def run(run: Run) -> dict[str, Any]:
         show=("objective/scores", "objective/kl"),
         watch=("loss/policy_avg", "loss/value_avg", "objective/kl"),
     )
+    with disk_errors(run.workdir.path / "policy"):
+        base_hash = save(run, state.trainable["bank"])
+    return {"ingredients": list(run.rewards), "rollouts_per_policy": config.steps * config.rollouts, "base": base_hash}
+
+
+def save(run: Run, bank: Any) -> str:
+    """Writes the bank, and each policy as a folder of its own; returns the fingerprint of the base."""
     folder = run.workdir.stage("policy")
-    bank = jax.device_get(state.trainable["bank"])
-    save_tree(folder / BANK, state.trainable["bank"], {"rewards": list(run.rewards)})
+    bank = jax.device_get(bank)
+    save_tree(folder / BANK, bank, {"rewards": list(run.rewards)})
     base_hash = fingerprint(run.base_folder)
     for k, name in enumerate(run.rewards):
         one = jax.tree.map(lambda x, k=k: x[k], bank)
         target = folder / "ingredients" / name
         if run.adapter.rank:
             save_peft(target, one, run.adapter.rank, run.adapter.alpha, str(run.base_folder))
+            # By this the merge refuses an adapter that was trained on another base.
+            write_json(target / MANIFEST, {"base": {"folder": str(run.base_folder), "hash": base_hash}})
         else:
             t = run.tokenizer
             ids = {"bos_token_id": t.bos_id, "eos_token_id": t.eos_id, "pad_token_id": t.pad_id}
             save_params(target, run.model_config, one, tokenizer_folder=run.base_folder, token_ids=ids)
-    return {"ingredients": list(run.rewards), "rollouts_per_policy": config.steps * config.rollouts, "base": base_hash}
+    return base_hash
 
 
 def load_bank(run: Run) -> Any:

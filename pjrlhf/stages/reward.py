@@ -31,6 +31,7 @@ from pjrlhf.training import loop
 from pjrlhf.training.metrics import Metrics
 from pjrlhf.training.optimizer import make_optimizer, per_ingredient
 from pjrlhf.training.state import State
+from pjrlhf.training.workdir import disk_errors
 
 MODEL = "model.safetensors"
 
@@ -144,8 +145,8 @@ class Reward:
         run, shape = self.run, (len(rows), len(rows[0]))
         batch = collate_preference(
             [row for each in rows for row in each],
-            prompt_length=run.lengths.prompt,
-            completion_length=run.lengths.completion,
+            prompt_length=run.prompt_lengths,
+            completion_length=run.completion_lengths,
             pad_id=run.tokenizer.pad_id,
         )
 
@@ -160,7 +161,7 @@ class Reward:
             "bank": init_bank(run.base, run.adapter, K, jax.random.fold_in(run.key, 20)),
             "heads": scoring.init_heads(K, run.model_config.hidden_size, jax.random.fold_in(run.key, 21)),
         }
-        return State.create(jax.random.fold_in(run.key, 22), shard_params(run.mesh, trainable), self.optimizer)
+        return shard_params(run.mesh, State.create(jax.random.fold_in(run.key, 22), trainable, self.optimizer))
 
     def place(self, batch: Any) -> Any:
         """Device arrays as `pair_rewards` takes them: [n, K, 2, S] -> [2 K n, S], the rows of one model together."""
@@ -242,7 +243,9 @@ def run(run: Run) -> dict[str, Any]:
     for k, name in enumerate(run.rewards):
         models[name] |= {"mean": float(mean[k]), "std": float(std[k]), "train_pairs": len(method.train[k])}
     tree = {**state.trainable, "mean": mean, "std": std}
-    save_tree(run.workdir.stage("reward") / MODEL, tree, {"rewards": list(run.rewards), "models": models})
+    path = run.workdir.stage("reward") / MODEL
+    with disk_errors(path):
+        save_tree(path, tree, {"rewards": list(run.rewards), "models": models})
     return {"models": models}
 
 
@@ -252,4 +255,6 @@ def load(run: Run) -> Any:
     tree, note = load_tree(path)
     if note.get("rewards") != list(run.rewards):
         raise UserError(f"{path}: holds reward models for {note.get('rewards')}, this run needs {list(run.rewards)}")
+    if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(tree)):
+        raise UserError(f"{path}: holds numbers that are not finite; train the reward models again")
     return shard_params(run.mesh, tree)

@@ -25,6 +25,7 @@ from pjrlhf.training import loop
 from pjrlhf.training.metrics import Metrics, masked
 from pjrlhf.training.optimizer import make_optimizer, per_ingredient
 from pjrlhf.training.state import State
+from pjrlhf.training.workdir import disk_errors
 
 
 def sft_loss(
@@ -87,8 +88,8 @@ class Sft:
         if self.adapter.rank:
             self.base = shard_params(self.run.mesh, params)
             params = init_bank(self.base, self.adapter, 1, jax.random.fold_in(self.run.key, 1))
-        params = shard_params(self.run.mesh, params)
-        return State.create(jax.random.fold_in(self.run.key, 2), params, self.optimizer)
+        state = State.create(jax.random.fold_in(self.run.key, 2), params, self.optimizer)
+        return shard_params(self.run.mesh, state)
 
     def _step(self, state: State, base: Any, batch: Any) -> tuple[State, Metrics]:
         loss = functools.partial(sft_loss, self.run.model, self.adapter, self.prompt_slots)
@@ -124,11 +125,12 @@ def run(run: Run) -> dict[str, Any]:
         log_every=run.config.log_every,
     )
     t = run.tokenizer
-    save_params(
-        run.base_folder,
-        run.model_config,
-        jax.device_get(method.result(state)),
-        tokenizer_folder=run.start_folder,
-        token_ids={"bos_token_id": t.bos_id, "eos_token_id": t.eos_id, "pad_token_id": t.pad_id},
-    )
+    with disk_errors(run.base_folder):
+        save_params(
+            run.base_folder,
+            run.model_config,
+            jax.device_get(method.result(state)),
+            tokenizer_folder=run.start_folder,
+            token_ids={"bos_token_id": t.bos_id, "eos_token_id": t.eos_id, "pad_token_id": t.pad_id},
+        )
     return {"steps": config.steps}

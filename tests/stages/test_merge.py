@@ -185,7 +185,7 @@ def test_folder_holds_config_tokenizer_and_manifest(kitchen, tmp_path):
     assert read_config(tmp_path / "out") == CONFIG
     assert json.loads((tmp_path / "out" / "config.json").read_text())["eos_token_id"] == 2
     assert (tmp_path / "out" / "tokenizer.json").read_bytes() == (kitchen / "base" / "tokenizer.json").read_bytes()
-    assert json.loads((tmp_path / "out" / "merge_manifest.json").read_text()) == manifest
+    assert json.loads((tmp_path / "out" / "manifest.json").read_text()) == manifest
     assert manifest["base"] == {"folder": str(kitchen / "base"), "hash": fingerprint(kitchen / "base")}
     assert [entry["hash"] for entry in manifest["ingredients"]] == [fingerprint(kitchen / n) for n in ("one", "two")]
     assert [entry["weight"] for entry in manifest["ingredients"]] == [0.5, 0.5] and manifest["space"] == "delta"

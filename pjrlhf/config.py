@@ -1,0 +1,67 @@
+"""The settings every experiment shares; a file of configs/ adds its stages and its own sections to them."""
+
+import ml_collections
+
+
+def base() -> ml_collections.ConfigDict:
+    """Shared settings, at the size of the built-in world."""
+    c = ml_collections.ConfigDict()
+    c.title = ""
+    c.seed = 0
+    c.stages = ()
+    c.mesh = {"data": -1, "fsdp": 1, "tensor": 1}  # devices per axis; -1 is the rest
+    c.checkpoint_every = 100  # steps; every stage also saves its last
+    c.log_every = 5
+
+    # Who is there to please. "world", "paper", or {id: {"dimension": ..., "sentence": ...}}.
+    c.preferences = "world"
+    c.objectives = ("P1A", "P1B", "P2A", "P2B", "P3A", "P3B")  # one ingredient each
+    c.general = ""  # a general criterion beside them, such as the reward of RLHF; "" for none
+    c.judge = "world"  # "world", or {criterion: scorer name}, see evaluation/judges.py
+
+    c.model = {
+        "path": "",  # Hugging Face folder to start from; "" trains a new model of the size below
+        "hidden_size": 64,
+        "intermediate_size": 192,
+        "num_layers": 2,
+        "num_heads": 4,
+        "num_kv_heads": 2,
+        "max_length": 128,
+        "dtype": "float32",  # of activations
+        "param_dtype": "float32",  # of the frozen base
+        "remat": "none",  # none, dots, full
+        "attention": "auto",  # auto, einsum, xla, cudnn
+        "eos_token": "",  # what ends an answer, where it is not the tokenizer's own EOS
+    }
+    c.adapter = {"rank": 8, "alpha": 16.0}  # rank 0: full parameters
+    c.temperature = 1.0  # of all sampling
+    c.sample_rows = 256  # rows sampled at once outside training
+
+    c.data = {
+        "prompts": "world",  # "world", or a source of prompt records: {"kind": "jsonl", "path": ...}
+        "chat": True,  # put requests through the chat template
+        "columns": ml_collections.ConfigDict(),  # our column -> the name it has in your data
+        "max_prompt": 20,  # tokens
+        "prompt_buckets": (12,),  # shorter lengths to pad prompts to, each compiled once
+        "max_completion": 28,
+        "completion_buckets": (),
+        "long_prompt": "drop",  # drop, truncate_left, error
+        "long_completion": "drop",  # drop, truncate
+        "heldout_share": 0.25,  # of the prompts; never trained on, used to evaluate
+        "max_bad_share": 0.01,  # more bad records than this stop the run
+    }
+    c.sft = {
+        "data": "world",  # "world", or a source of completion records
+        "records": 8000,  # of the built-in corpus
+        "steps": 400,
+        "batch_size": 64,
+        "adapter": {"rank": 0, "alpha": 16.0},
+        "optimizer": {
+            "learning_rate": 4e-3,
+            "schedule": "cosine",
+            "warmup_steps": 20,
+            "b2": 0.98,
+            "weight_decay": 0.01,
+        },
+    }
+    return c

@@ -1,0 +1,240 @@
+"""The figures of user models: accuracy over people, new people, the map of people and the answers they get."""
+
+import collections
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+
+from pjrlhf.evaluation.formats import mean_of
+from pjrlhf.evaluation.plots import COLOURS, GREY, INK, draw, new_figure, number_or_nan
+
+CELLS = {
+    "seen_user_seen_prompt": "known people, known prompts",
+    "seen_user_unseen_prompt": "known people, new prompts",
+    "unseen_user_seen_prompt": "new people, known prompts",
+    "unseen_user_unseen_prompt": "new people, new prompts",
+}
+# Tastes start at another colour than models, for the two never share a figure.
+_TASTES = (*COLOURS[2:], *COLOURS[:2])
+_PARTS = {
+    "generic": ("generic user", "D"),
+    "majority": ("majority taste", "^"),
+    "minority": ("minority tastes", "v"),
+    "worst_decile": ("worst 10 % of people", "X"),
+}
+_NAMED = 45  # people whose names fit under an axis
+
+
+def figures(summary: Mapping[str, Any]) -> dict[str, bytes]:
+    """PNG files by name: accuracy, people, grid, cold_start, embedding and generation, each where there is something.
+
+    Args:
+      summary: as described in `report`, with None where a number is missing.
+    """
+    accuracy, ceiling = summary.get("accuracy") or {}, (summary.get("ceiling") or {}).get("majority_share")
+    people = tastes(summary)
+    each = {
+        model: {user: seen.get("accuracy") for user, seen in (one.get("users") or {}).items()}
+        for model, one in accuracy.items()
+    }
+    lengths = {
+        model: {user: seen.get("length") for user, seen in users.items()}
+        for model, users in (summary.get("generation") or {}).items()
+    }
+    return draw(
+        {
+            "accuracy": lambda: _accuracy(accuracy, summary.get("length_matched") or {}, ceiling),
+            "people": lambda: _strips(each, people, ceiling),
+            "grid": lambda: _grid(summary.get("grid") or {}),
+            "cold_start": lambda: _cold_start(summary.get("cold_start") or {}, ceiling),
+            "embedding": lambda: _embedding(summary.get("embedding") or {}),
+            "generation": lambda: _strips(lengths, people, bars=True),
+        }
+    )
+
+
+def tastes(summary: Mapping[str, Any]) -> dict[str, str]:
+    """{user: taste} from wherever the summary names it."""
+    found = {}
+    for section in ("accuracy", "generation"):
+        for one in (summary.get(section) or {}).values():
+            users = one.get("users") or {} if section == "accuracy" else one
+            found |= {user: seen["group"] for user, seen in users.items() if seen.get("group")}
+    return found
+
+
+def _estimates(shares: list[Any]) -> tuple[np.ndarray, np.ndarray]:
+    """Means [N] in percent and error bars [2, N] of shares, nan where one is missing."""
+    mean, low, high = (
+        np.array([100 * number_or_nan(mean_of(share).get(key)) for share in shares]) for key in ("mean", "low", "high")
+    )
+    # A BCa interval may leave its own estimate outside; an error bar cannot.
+    return mean, np.nan_to_num(np.maximum([mean - low, high - mean], 0))
+
+
+def _accuracy(accuracy: Mapping[str, Any], matched: Mapping[str, Any], ceiling: float | None):
+    """One row per model: the mean over people with its interval, its parts, and below it the pairs of like length."""
+    models = list(dict.fromkeys([*accuracy, *matched]))
+    if not models:
+        return None
+    figure, axes = new_figure(10.4, 1.3 + 0.55 * len(models), 1, 1)
+    axis, rows = axes[0, 0], np.arange(len(models))
+    style = {"linestyle": "none", "marker": "o", "markersize": 8, "capsize": 3, "zorder": 3}
+    for name, part, shift, fill in (
+        ("all pairs", accuracy, 0.0, None),
+        ("pairs of like length", matched, 0.26, "white"),
+    ):
+        mean, errors = _estimates([part.get(model) or {} for model in models])
+        if not np.isnan(mean).all():
+            axis.errorbar(mean, rows + shift, xerr=errors, color=COLOURS[0], markerfacecolor=fill, label=name, **style)
+    for key, colour in zip(_PARTS, (COLOURS[7], COLOURS[2], COLOURS[4], COLOURS[1]), strict=True):
+        name, marker = _PARTS[key]
+        shares = np.array([100 * number_or_nan((accuracy.get(model) or {}).get(key)) for model in models])
+        if not np.isnan(shares).all():
+            axis.scatter(shares, rows - 0.24, s=42, marker=marker, color=colour, label=name, zorder=3)
+    if ceiling is not None:
+        axis.axvline(100 * ceiling, color=INK, linestyle="--", linewidth=1.2, label="ceiling without the person")
+    axis.set(yticks=rows, yticklabels=models, ylim=(len(models) - 0.45, -0.55), xlabel="accuracy, %")
+    axis.set_xlim(right=101.5)
+    axis.grid(False, axis="y")
+    axis.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
+    return figure
+
+
+def _by_taste(values: Mapping[str, Mapping[str, Any]], people: Mapping[str, str]) -> dict[str, list[str]]:
+    """{taste: users}, the most common taste first, its users by rising mean over the models."""
+    seen = collections.defaultdict(list)
+    for users in values.values():
+        for user, value in users.items():
+            if value is not None:
+                seen[user].append(value)
+    found = collections.defaultdict(list)
+    for user in sorted(seen, key=lambda user: (np.mean(seen[user]), user)):
+        found[people.get(user, "")].append(user)
+    return dict(sorted(found.items(), key=lambda item: (not item[0], -len(item[1]), item[0])))
+
+
+def _strips(
+    values: Mapping[str, Mapping[str, Any]],
+    people: Mapping[str, str],
+    ceiling: float | None = None,
+    *,
+    bars: bool = False,
+):
+    """One row per model, a person at the same place in all: dots of accuracies, or bars of lengths."""
+    groups = _by_taste(values, people)
+    if not groups:
+        return None
+    models = [model for model, users in values.items() if any(value is not None for value in users.values())]
+    order = [user for users in groups.values() for user in users]
+    named, scale = len(order) <= _NAMED, 1 if bars else 100
+    figure, axes = new_figure(10.4, 1.0 + 1.35 * len(models) + 0.4 * named, len(models), 1)
+    top = 1.08 * scale * max((value for users in values.values() for value in users.values() if value), default=1)
+    for axis, model in zip(axes[:, 0], models, strict=True):
+        start = 0
+        for colour, (taste, users) in _coloured(groups):
+            y = scale * np.array([number_or_nan(values[model].get(user)) for user in users])
+            x = start + np.arange(len(users))
+            if bars:
+                axis.bar(x, y, width=0.8, color=colour, label=taste)
+            else:
+                axis.plot(x, y, "o", color=colour, label=taste, markersize=max(2.0, min(6.5, 330 / len(order))))
+            if not np.isnan(y).all():
+                axis.plot([start - 0.4, x[-1] + 0.4], [np.nanmean(y)] * 2, color=INK if bars else colour, linewidth=1.2)
+            start += len(users)
+        if ceiling is not None:
+            axis.axhline(100 * ceiling, color=INK, linestyle="--", linewidth=1.2, label="ceiling without the person")
+        axis.set(title=model, xlim=(-0.8, len(order) - 0.2), ylim=(0, top) if bars else (-5, 105), xticks=[])
+        axis.grid(False, axis="x")
+    if named:
+        axes[-1, 0].set_xticks(range(len(order)), order, rotation=90, fontsize=8)
+    figure.supylabel("mean length of an answer" if bars else "accuracy, %", fontsize=10)
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    if any(labels):
+        figure.legend(handles, labels, loc="outside upper right", ncols=min(6, len(labels)))
+    return figure
+
+
+def _coloured(groups: Mapping[str, Any]) -> Iterator[tuple[str, tuple[str, Any]]]:
+    """(colour, (taste, ...)); people without a taste are grey."""
+    for i, (taste, part) in enumerate(groups.items()):
+        yield (_TASTES[i % len(_TASTES)] if taste else GREY), (taste, part)
+
+
+def _grid(grid: Mapping[str, Any]):
+    grid = {model: table for model, table in grid.items() if any(table.get(key) is not None for key in CELLS)}
+    if not grid:
+        return None
+    figure, axes = new_figure(10.4, 3.4, 1, 1)
+    axis, step = axes[0, 0], 0.7 / len(grid)
+    for i, (model, table) in enumerate(grid.items()):
+        mean, errors = _estimates([table.get(key) for key in CELLS])
+        x = np.arange(len(CELLS)) + (i - (len(grid) - 1) / 2) * step
+        axis.errorbar(
+            x, mean, yerr=errors, color=COLOURS[i % len(COLOURS)], linestyle="none", marker="o", capsize=3, label=model
+        )
+    axis.set_xticks(range(len(CELLS)), [name.replace(", ", ",\n") for name in CELLS.values()])
+    axis.set(ylabel="accuracy, %", xlim=(-0.6, len(CELLS) - 0.4))
+    axis.grid(False, axis="x")
+    axis.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
+    return figure
+
+
+def _cold_start(curves: Mapping[str, Any], ceiling: float | None):
+    """Accuracy on new people against the number of their comparisons, spaced like log(1 + k)."""
+    curves = {model: curve for model, curve in curves.items() if curve}
+    if not curves:
+        return None
+    figure, axes = new_figure(10.4, 3.6, 1, 1)
+    axis, counts = axes[0, 0], set()
+    for i, (model, curve) in enumerate(curves.items()):
+        curve = sorted((float(k), share) for k, share in curve.items())
+        x, (mean, errors) = np.array([k for k, _ in curve]), _estimates([share for _, share in curve])
+        colour = COLOURS[i % len(COLOURS)]
+        axis.plot(x, mean, "o-", color=colour, markersize=5, label=model)
+        axis.fill_between(x, mean - errors[0], mean + errors[1], color=colour, alpha=0.15, linewidth=0)
+        counts |= set(x)
+    if ceiling is not None:
+        axis.axhline(100 * ceiling, color=INK, linestyle="--", linewidth=1.2, label="ceiling without the person")
+    axis.set_xscale("function", functions=(np.log1p, np.expm1))
+    axis.set_xticks(sorted(counts), [f"{k:g}" for k in sorted(counts)])
+    axis.set_xlim(*np.expm1([np.log1p(min(counts)) - 0.1, np.log1p(max(counts)) + 0.1]))
+    axis.set(xlabel="comparisons a new person has given", ylabel="accuracy, %")
+    axis.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
+    return figure
+
+
+def _embedding(maps: Mapping[str, Any]):
+    maps = {model: one for model, one in maps.items() if one.get("x") and one.get("y")}
+    if not maps:
+        return None
+    columns = min(3, len(maps))
+    rows = math.ceil(len(maps) / columns)
+    figure, axes = new_figure(3.45 * max(columns, 2), 3.4 * rows + 0.3, rows, columns)
+    groups = collections.Counter(taste or "" for one in maps.values() for taste in one.get("groups") or [])
+    groups = dict(sorted(groups.items(), key=lambda item: (not item[0], -item[1], item[0])))
+    colours = {taste: colour for colour, (taste, _) in _coloured(groups)}
+    for axis, (model, one) in zip(axes.flat, maps.items(), strict=False):
+        x, y = (np.array([number_or_nan(value) for value in one[name]]) for name in ("x", "y"))
+        own = np.array([taste or "" for taste in one.get("groups") or [""] * len(x)])
+        for taste in [name for name in (groups or {"": 0}) if (own == name).any()]:
+            chosen = own == taste
+            axis.scatter(x[chosen], y[chosen], s=34, color=colours.get(taste, GREY), alpha=0.8, linewidth=0)
+        if len(x) <= 15:
+            for name, *point in zip(one.get("users") or [], x, y, strict=False):
+                axis.annotate(name, point, xytext=(4, 4), textcoords="offset points", fontsize=8)
+        axis.margins(0.12)
+        axis.set_aspect("equal", "datalim")  # distances mean the same along both axes
+        axis.set_title(model)
+    for axis in axes.flat[len(maps) :]:
+        axis.set_visible(False)
+    if any(groups):
+        figure.legend(
+            [axes[0, 0].scatter([], [], color=colour) for colour in colours.values()],
+            [taste or "unknown" for taste in colours],
+            loc="outside upper right",
+            ncols=6,
+        )
+    return figure

@@ -1,0 +1,161 @@
+"""Statistics of user models (P-RLHF, arXiv 2402.05133): accuracy over people, new people, and a map of them."""
+
+import collections
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from pjrlhf.errors import UserError
+from pjrlhf.evaluation.statistics import bootstrap_interval
+
+
+def user_accuracy(
+    margins: np.ndarray,
+    users: np.ndarray,
+    *,
+    groups: Mapping[str, str] | None = None,
+    resamples: int = 2000,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Share of pairs whose chosen answer scores higher, per person and over people.
+
+    Args:
+      margins: float [N], score of the chosen answer less that of the rejected one; exactly 0 is no hit.
+      users: str [N], whose pair it is.
+      groups: the taste of every person in `users`; people beyond those count towards which taste is the largest.
+      resamples, seed: of the bootstrap over people.
+
+    Returns:
+      Shares in [0, 1]: "mean" over people (each weighs the same) with its 95 % interval "low" and "high", "micro" over
+      pairs, "worst" person, "worst_decile" (mean of the worst tenth of the people, rounded down, at least one),
+      "majority" and "minority" (mean over people of the largest taste and of all others; absent without groups, where
+      nobody is in it, or where two tastes are equally large), besides "pairs" = N and
+      "users": {user: {"accuracy", "pairs", "group" or None}} in order of name.
+
+    Raises:
+      UserError: nothing to count, margins that are nan, users that do not fit, or a person without a group.
+    """
+    margins, users = _pairs(margins, users)
+    names, index = np.unique(users, return_inverse=True)
+    pairs = np.bincount(index)
+    each = np.bincount(index, weights=margins > 0) / pairs
+    low, high = bootstrap_interval(each, resamples=resamples, seed=seed)
+    found = {
+        "mean": float(each.mean()),
+        "low": low,
+        "high": high,
+        "micro": float((margins > 0).mean()),
+        "worst": float(each.min()),
+        "worst_decile": float(np.sort(each)[: max(1, len(each) // 10)].mean()),
+    }
+    tastes = [None] * len(names)
+    if groups is not None:
+        if missing := [name for name in names if name not in groups]:
+            raise UserError(f"groups: no group for {len(missing)} people, first {str(missing[0])!r}; name one for each")
+        tastes = [groups[name] for name in names]
+        (largest, size), *others = collections.Counter(groups.values()).most_common()
+        if not others or others[0][1] < size:
+            inside = np.array([taste == largest for taste in tastes])
+            for name, members in (("majority", inside), ("minority", ~inside)):
+                if members.any():
+                    found[name] = float(each[members].mean())
+    people = {
+        str(name): {"accuracy": float(accuracy), "pairs": int(count), "group": taste}
+        for name, accuracy, count, taste in zip(names, each, pairs, tastes, strict=True)
+    }
+    return found | {"pairs": len(margins), "users": people}
+
+
+def length_matched(
+    margins: np.ndarray,
+    users: np.ndarray,
+    lengths_chosen: np.ndarray,
+    lengths_rejected: np.ndarray,
+    share: float = 0.25,
+    **options: Any,
+) -> dict[str, Any]:
+    """`user_accuracy` on the `share` of pairs whose answers differ least in length, where length can decide least.
+
+    Args:
+      margins, users: as for `user_accuracy`.
+      lengths_chosen, lengths_rejected: [N] in any one unit, not negative.
+      share: of the pairs to keep, rounded up. Pairs that differ as much as the last one kept are kept too, so the
+        result does not depend on the order of the pairs.
+      options: `groups`, `resamples`, `seed` of `user_accuracy`.
+
+    Returns:
+      As `user_accuracy`, and "max_difference": the largest |chosen - rejected| / longer among the pairs kept. People
+      without such a pair are absent.
+    """
+    margins, users = _pairs(margins, users)
+    chosen, rejected = (np.asarray(x, np.float64).ravel() for x in (lengths_chosen, lengths_rejected))
+    if not len(chosen) == len(rejected) == len(margins):
+        raise UserError(f"lengths: {len(chosen)} and {len(rejected)} for {len(margins)} pairs; give two per pair")
+    if not (np.isfinite(chosen).all() and np.isfinite(rejected).all() and min(chosen.min(), rejected.min()) >= 0):
+        raise UserError("lengths: some are negative or not finite; count the tokens or words of each answer")
+    if not 0 < share <= 1:
+        raise UserError(f"share {share}: not in (0, 1]; it is the part of the pairs to keep")
+    difference = np.abs(chosen - rejected) / np.maximum(np.maximum(chosen, rejected), 1e-12)
+    last = np.sort(difference)[math.ceil(share * len(difference)) - 1]
+    kept = difference <= last
+    return user_accuracy(margins[kept], users[kept], **options) | {"max_difference": float(last)}
+
+
+def cold_start_curve(
+    accuracies: Mapping[int, Sequence[float]], *, resamples: int = 2000, seed: int = 0
+) -> dict[str, dict[str, Any]]:
+    """How well new people are served after k comparisons of theirs.
+
+    Args:
+      accuracies: {k: accuracy of each new person}.
+
+    Returns:
+      {str(k): {"mean", "low", "high", "users"}} by rising k, with the 95 % bootstrap interval over people.
+
+    Raises:
+      UserError: a k with nobody, or an accuracy that is not finite.
+    """
+    curve = {}
+    for k in sorted(accuracies):
+        values = np.asarray(accuracies[k], np.float64)
+        if not values.size:
+            raise UserError(f"cold start with {k} comparisons: nobody was measured; leave this number out")
+        low, high = bootstrap_interval(values, resamples=resamples, seed=seed)
+        curve[str(k)] = {"mean": float(values.mean()), "low": low, "high": high, "users": values.size}
+    return curve
+
+
+def principal_axes(vectors: np.ndarray) -> np.ndarray:
+    """Coordinates on the two directions in which the rows differ most, float64 [U, 2] (principal components).
+
+    The sign of an axis is free; here its largest loading (the first of several within rounding) is positive.
+
+    Args:
+      vectors: [U, ...], flattened to [U, D']; an axis that does not exist (one user, D' = 1) is zeros.
+    """
+    vectors = np.asarray(vectors, np.float64)
+    if not np.isfinite(vectors).all():
+        raise UserError("vectors: some values are not finite; the user table holds nan or inf")
+    vectors = vectors.reshape(len(vectors), -1)
+    centred = vectors - vectors.mean(0)
+    _, _, axes = np.linalg.svd(centred, full_matrices=False)
+    axes = axes[:2]
+    size = np.abs(axes)
+    leading = np.argmax(size >= (1 - 1e-6) * size.max(1, keepdims=True), axis=1)
+    axes = axes * np.sign(axes[np.arange(len(axes)), leading])[:, None]
+    points = np.zeros((len(vectors), 2))
+    points[:, : len(axes)] = centred @ axes.T
+    return points
+
+
+def _pairs(margins, users) -> tuple[np.ndarray, np.ndarray]:
+    margins, users = np.asarray(margins, np.float64).ravel(), np.asarray(users, str).ravel()
+    if not len(margins):
+        raise UserError("margins: there are no pairs; accuracy needs at least one")
+    if len(users) != len(margins):
+        raise UserError(f"users: {len(users)} for {len(margins)} margins; name one per pair")
+    if bad := int(np.isnan(margins).sum()):
+        raise UserError(f"margins: {bad} of {len(margins)} are nan; look for the answers that could not be scored")
+    return margins, users

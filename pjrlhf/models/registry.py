@@ -1,0 +1,146 @@
+"""Who has which row: user names beside the tables of a user model, which people join and leave while it is in use."""
+
+import dataclasses
+import functools
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pjrlhf.errors import UserError
+
+Tree = Any  # leaves [U + 1, ...]: the table of a user model, optimizer moments of it, or both
+
+
+@dataclasses.dataclass(frozen=True)
+class UserRegistry:
+    """Names of the rows of user tables; immutable, changes return a new registry beside the new tables.
+
+    Row 0 is the generic user and has no name. Whatever happens to one user, rows of others keep every bit.
+
+    Attributes:
+      names: one per row, None on row 0 and on free rows.
+    """
+
+    names: tuple[str | None, ...]
+
+    @classmethod
+    def create(cls, users: Iterable[str], capacity: int = 0) -> "UserRegistry":
+        """Rows 1, 2, ... for `users` in their order, and free rows up to `capacity` users."""
+        users = tuple(users)
+        registry = cls((None,) * (1 + max(len(users), capacity)))
+        return dataclasses.replace(registry, names=registry._with(users))
+
+    @classmethod
+    def from_json(cls, value: Sequence[str | None]) -> "UserRegistry":
+        return cls(tuple(value))
+
+    def to_json(self) -> list[str | None]:
+        return list(self.names)
+
+    @functools.cached_property
+    def rows(self) -> dict[str, int]:
+        """Name -> row."""
+        return {name: i for i, name in enumerate(self.names) if name is not None}
+
+    @property
+    def capacity(self) -> int:
+        """U: users that the tables have rows for."""
+        return len(self.names) - 1
+
+    def indices(self, users: Iterable[str | None]) -> np.ndarray:
+        """Rows int32 [B]; 0, the generic user, for None and unknown names."""
+        return np.array([self.rows.get(user, 0) for user in users], np.int32)
+
+    def add_users(self, table: Tree, users: Sequence[str]) -> tuple["UserRegistry", Tree]:
+        """Gives each new user a free row, equal to the generic user's.
+
+        Raises:
+          UserError: a user exists already, or there are too few free rows (see `grow`).
+        """
+        new = UserRegistry(self._with(users))
+        rows = new.indices(users)
+        return new, self._map(lambda x: x.at[rows].set(x[0]), table)
+
+    def remove_users(self, tree: Tree, users: Sequence[str]) -> tuple["UserRegistry", Tree]:
+        """Forgets users: their rows become zero in every leaf of `tree`, which should hold the optimizer's moments
+        (`state["rows"]` of `lazy_adam`) as well as the table, and may be given to somebody else.
+
+        Raises:
+          UserError: there is no such user.
+        """
+        rows = self._rows_of(users)
+        names = tuple(None if i in rows else name for i, name in enumerate(self.names))
+        return UserRegistry(names), self._map(lambda x: x.at[rows].set(0), tree)
+
+    def grow(self, tree: Tree, count: int) -> tuple["UserRegistry", Tree]:
+        """Appends `count` free rows, zero in every leaf."""
+        grown = self._map(lambda x: jnp.concatenate([x, jnp.zeros((count, *x.shape[1:]), x.dtype)]), tree)
+        return UserRegistry(self.names + (None,) * count), grown
+
+    def export_users(self, table: Tree, users: Sequence[str]) -> dict[str, Any]:
+        """Name -> everything the table knows about the user, as JSON values that `import_users` takes exactly.
+
+        Raises:
+          UserError: there is no such user.
+        """
+        found = zip(users, self._rows_of(users).tolist(), strict=True)
+        return {user: self._map(lambda x, row=row: np.asarray(x[row]).tolist(), table) for user, row in found}
+
+    def import_users(self, table: Tree, exported: Mapping[str, Any]) -> tuple["UserRegistry", Tree]:
+        """Writes exported users to their rows, those that are new to free ones.
+
+        Raises:
+          UserError: a user of another kind or size of user model, or too few free rows (see `grow`).
+        """
+        new = UserRegistry(self._with([user for user in exported if user not in self.rows]))
+        for user, value in exported.items():
+            row = new.rows[user]
+            try:
+                table = self._map(lambda x, v, row=row: x.at[row].set(_shaped(v, x)), table, value)
+            except ValueError as error:
+                raise UserError(
+                    f"user {user!r}: does not fit the user table ({error}); import users of the same user model"
+                ) from error
+        return new, table
+
+    def _rows_of(self, users: Sequence[str]) -> np.ndarray:
+        for user in users:
+            if user not in self.rows:
+                raise UserError(f"user {user!r}: nobody has this name; known are {len(self.rows)} users")
+        return self.indices(users)
+
+    def _with(self, users: Sequence[str]) -> tuple[str | None, ...]:
+        """`names` with `users` on the first free rows."""
+        for i, user in enumerate(users):
+            if not isinstance(user, str) or not user:
+                raise UserError(f"user {user!r}: a name is a string of at least one character; give another one")
+            if user in self.rows or user in users[:i]:
+                raise UserError(f"user {user!r}: the name is taken; give another one or remove that user first")
+        free = [i for i, name in enumerate(self.names) if i and name is None]
+        if len(users) > len(free):
+            raise UserError(
+                f"user {users[len(free)]!r}: all {self.capacity} rows of the user table are taken; remove somebody or "
+                "grow the table"
+            )
+        names = list(self.names)
+        for row, user in zip(free, users, strict=False):  # rows may be left
+            names[row] = user
+        return tuple(names)
+
+    def _map(self, change: Any, tree: Tree, *others: Any) -> Tree:
+        def checked(leaf, *values):
+            if leaf.shape[0] != len(self.names):
+                raise ValueError(f"a user table of {leaf.shape[0]} rows beside a registry of {len(self.names)}")
+            return change(leaf, *values)
+
+        return jax.tree.map(checked, tree, *others)
+
+
+def _shaped(value: Any, leaf: jax.Array) -> np.ndarray:
+    row = np.asarray(value, leaf.dtype)
+    if row.shape != leaf.shape[1:]:
+        raise ValueError(f"shape {row.shape} instead of {leaf.shape[1:]}")
+    return row

@@ -1,0 +1,90 @@
+"""Log-probabilities of the frozen reference, computed once per data set and kept on disk.
+
+One cache serves every user, alpha and beta: user tokens never enter the reference pass, so its numbers belong to the
+text alone.
+"""
+
+import functools
+import hashlib
+import os
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from pjrlhf.data.batching import collate_preference
+from pjrlhf.data.tokenization import TokenTable
+from pjrlhf.models.adapters import AdapterConfig, Policies
+from pjrlhf.models.decoder import Decoder
+from pjrlhf.rollout import scoring
+
+SIDES = ("chosen", "rejected")
+_VERSION = 1  # of the computation; raise it where the same key would give other numbers
+
+
+def cache_key(table: TokenTable, base_hash: str, model: Decoder) -> str:
+    """Hex digest of everything the numbers depend on.
+
+    The token ids of every row stand for the data, its columns, the chat template, the tokenizer and the length
+    limits; the base by the hash of its files; the computation by its dtype and attention. Sums are stored beside
+    lengths, so that no loss normalisation is part of them.
+    """
+    digest = hashlib.sha256(repr((_VERSION, base_hash, str(model.dtype), model.attention, model.config)).encode())
+    for name in ("prompt", *SIDES):
+        for ids in table.tokens[name]:
+            digest.update(len(ids).to_bytes(8, "little"))
+            digest.update(np.asarray(ids, "<i4").tobytes())
+    return digest.hexdigest()[:32]
+
+
+def _sums(model: Decoder, adapter: AdapterConfig, base: Any, tokens: jax.Array, valid: jax.Array, prompt_slots: int):
+    return scoring.sequence_logps(Policies(model, adapter, base, None, None), tokens, valid, prompt_slots)[0]
+
+
+def reference_logps(
+    table: TokenTable,
+    model: Decoder,
+    adapter: AdapterConfig,
+    base: Any,
+    base_hash: str,
+    *,
+    prompt_lengths: Sequence[int],
+    completion_lengths: Sequence[int],
+    pad_id: int,
+    rows: int,
+    folder: pathlib.Path,
+) -> np.ndarray:
+    """float32 [N, 2]: summed log-probs of the chosen and rejected answer of every row of a preference table.
+
+    Args:
+      prompt_lengths, completion_lengths: buckets to pad to.
+      rows: pairs per batch.
+      folder: where the cache lies; a file there is used if and only if its key is that of these data and this base.
+    """
+    path = folder / f"{cache_key(table, base_hash, model)}.npy"
+    if path.is_file():
+        return np.load(path, allow_pickle=False)
+    score = jax.jit(functools.partial(_sums, model, adapter), static_argnames="prompt_slots")
+    # Rows of like length go together, so that padding is not what is computed.
+    lengths = sum(table.lengths(name) for name in ("prompt", *SIDES))
+    order = np.argsort(lengths, kind="stable")
+    found = np.zeros((len(table), 2), np.float32)
+    for start in range(0, len(order), rows):
+        index = order[start : start + rows]
+        padded = [table[int(i)] for i in [*index, *[index[0]] * (rows - len(index))]]
+        batch = collate_preference(
+            padded, prompt_length=list(prompt_lengths), completion_length=list(completion_lengths), pad_id=pad_id
+        )
+        for column, side in enumerate(SIDES):
+            part = batch[side]
+            prompt = int(np.argmax(part["loss_mask"].any(0)))
+            sums = score(base, part["tokens"], part["valid"], prompt_slots=prompt)
+            found[index, column] = np.asarray(sums)[: len(index)]
+    folder.mkdir(parents=True, exist_ok=True)
+    half = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with open(half, "wb") as file:
+        np.save(file, found)
+    os.replace(half, path)
+    return found

@@ -1,0 +1,327 @@
+"""P-DPO: a user model learned jointly with the policy from everybody's comparisons (P-RLHF, arXiv 2402.05133).
+
+Each entry of `preference.models` is one run of the same training on the same pairs with the same budget; the
+controls, pooled DPO and permuted user ids, are two more entries.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from pjrlhf.data.batching import batches, collate_preference, split_by
+from pjrlhf.data.schema import validate
+from pjrlhf.data.sources import open_source
+from pjrlhf.data.tokenization import TokenTable, tokenize
+from pjrlhf.errors import UserError
+from pjrlhf.models.adapters import AdapterConfig, Policies, init_bank
+from pjrlhf.models.decoder import Decoder
+from pjrlhf.models.huggingface import fingerprint
+from pjrlhf.models.registry import UserRegistry
+from pjrlhf.models.storage import load_tree, save_tree
+from pjrlhf.models.users import UserModel, gather_rows
+from pjrlhf.objectives import preference as losses
+from pjrlhf.parallel.mesh import shard_batch, shard_params
+from pjrlhf.rollout import scoring
+from pjrlhf.rollout.reference import reference_logps
+from pjrlhf.stages.context import Run
+from pjrlhf.training import loop
+from pjrlhf.training.lazy_adam import lazy_adam
+from pjrlhf.training.metrics import Metrics
+from pjrlhf.training.optimizer import make_optimizer, make_schedule, per_ingredient
+from pjrlhf.training.state import State
+
+SIDES = ("chosen", "rejected")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PreferenceConfig:
+    """The objective.
+
+    `loss` and `label_smoothing` as in `objectives.preference.pairwise_loss`; `alpha` is the share of the
+    user-specific term; `mixture` "exact" puts every pair in twice (its user, the generic user), "dropout" once with
+    the user dropped with probability 1 - alpha: the same gradient in expectation at half the cost.
+    """
+
+    loss: str = "sigmoid"
+    beta: float = 0.1
+    alpha: float = 0.5
+    mixture: str = "exact"
+    label_smoothing: float = 0.0
+    sft_weight: float = 0.0
+
+    def __post_init__(self):
+        if self.mixture not in ("exact", "dropout"):
+            raise UserError(f"preference.mixture {self.mixture!r}: unknown; choose exact or dropout")
+        if not 0 <= self.alpha <= 1:
+            raise UserError(f"preference.alpha {self.alpha}: not in [0, 1]; it is the share of the user-specific term")
+
+
+def answer_logps(
+    model: Decoder, adapter: AdapterConfig, users: UserModel, trainable: Any, base: Any, batch: Any
+) -> tuple[jax.Array, jax.Array]:
+    """(summed log-probs, token counts) float32 [2, B] of the chosen and rejected answers as each row's user's policy
+    sees them.
+
+    Args:
+      trainable: {"bank": the adapters, "users": parameters of the user model}.
+      batch: {"chosen", "rejected": {"tokens", "valid" [B, P + C]}, "user" int32 [B]}; P = `batch["prompt_slots"]`,
+      static.
+    """
+    tokens = jnp.concatenate([batch[side]["tokens"] for side in SIDES])
+    valid = jnp.concatenate([batch[side]["valid"] for side in SIDES])
+    user_tokens, mix = users.apply(trainable["users"], jnp.tile(batch["user"], 2))
+    if mix is None:
+        mix = jnp.ones((1, 1))
+    policies = Policies(model, adapter, base, trainable["bank"], mix, user_tokens)
+    sums, counts = scoring.sequence_logps(policies, tokens, valid, batch["prompt_slots"])
+    return sums.reshape(2, -1), counts.reshape(2, -1)
+
+
+def preference_loss(
+    model: Decoder,
+    adapter: AdapterConfig,
+    users: UserModel,
+    config: PreferenceConfig,
+    trainable: Any,
+    base: Any,
+    batch: Any,
+) -> tuple[jax.Array, Metrics]:
+    """The personalized loss of a batch, see `answer_logps`, with "generic" bool [B] and "reference" float32 [B, 2]
+    besides.
+
+    Where `generic` is None every row counts once, as in plain DPO.
+    """
+    logps, counts = answer_logps(model, adapter, users, trainable, base, batch)
+    reference = batch["reference"].T
+    known = losses.options(config.loss)
+    pairwise = losses.pairwise_loss(
+        config.loss,
+        *logps,
+        *reference,
+        config.beta,
+        label_smoothing=config.label_smoothing,
+        chosen_length=counts[0],
+        rejected_length=counts[1],
+        margin=batch["margin"] if "margin" in known else None,
+    )
+    if config.sft_weight:
+        pairwise = pairwise + config.sft_weight * losses.sft_term(logps[0], counts[0])
+    ones = jnp.ones_like(pairwise)
+    if batch["generic"] is None:
+        pair = (pairwise.sum(), ones.sum())
+    else:
+        pair = losses.mixture(pairwise, batch["generic"], config.alpha)
+    chosen, rejected = losses.implicit_rewards(*logps, *reference, config.beta)
+    counted = ones if batch["generic"] is None else 1.0 - batch["generic"]
+    metrics = {
+        "loss": pair,
+        "rewards/accuracies": ((losses.accuracy(chosen, rejected) * counted).sum(), counted.sum()),
+        "rewards/margins": (((chosen - rejected) * counted).sum(), counted.sum()),
+        "rewards/chosen": ((chosen * counted).sum(), counted.sum()),
+        "rewards/rejected": ((rejected * counted).sum(), counted.sum()),
+        "logps/chosen": ((logps[0] * counted).sum(), counted.sum()),
+        "logps/rejected": ((logps[1] * counted).sum(), counted.sum()),
+    }
+    return pair[0] / pair[1], metrics
+
+
+class Pairs:
+    """The comparisons of a run: tokens, reference log-probs, and who said so, in training and held-out parts."""
+
+    def __init__(self, run: Run):
+        self.run = run
+        data = run.config.preference.data
+        if data == "population":
+            folder = run.workdir.path / "population"
+            tables = {name: self._read({"kind": "jsonl", "path": str(folder / f"{name}.jsonl")}) for name in PARTS}
+        else:
+            table = self._read(data)
+            train, held = split_by(
+                [repr(e.prompt) for e in table.examples], run.config.preference.heldout_share, run.config.seed
+            )
+            tables = {"train": table.select(train), "heldout": table.select(held)}
+            self._check_split(tables)
+        self.tables = tables
+        names = [example.user_id for example in tables["train"].examples]
+        if None in names:
+            raise UserError(f"{tables['train'].examples[names.index(None)].where}: no user_id; give every record one")
+        self.registry = UserRegistry.create(dict.fromkeys(names))
+        self.base_hash = fingerprint(run.base_folder)
+        self.reference = {name: self._reference(table) for name, table in tables.items()}
+
+    def _read(self, spec: Mapping[str, Any]) -> TokenTable:
+        run, data = self.run, self.run.config.data
+        source = open_source(spec)
+        examples, _ = validate(source, "preference", columns=data.get("columns"), max_bad_share=data.max_bad_share)
+        return tokenize(
+            examples,
+            "preference",
+            run.tokenizer,
+            run.lengths,
+            source_name=source.name,
+            max_bad_share=data.max_bad_share,
+        )
+
+    def _check_split(self, tables: Mapping[str, TokenTable]) -> None:
+        shared = set.intersection(*({repr(e.prompt) for e in table.examples} for table in tables.values()))
+        if shared:
+            raise RuntimeError(f"{len(shared)} prompts are both trained on and held out")
+
+    def _reference(self, table: TokenTable) -> np.ndarray:
+        run = self.run
+        return reference_logps(
+            table,
+            run.model,
+            run.adapter,
+            run.base,
+            self.base_hash,
+            prompt_lengths=run.prompt_lengths,
+            completion_lengths=run.completion_lengths,
+            pad_id=run.tokenizer.pad_id,
+            rows=run.config.preference.batch_size,
+            folder=run.cache_folder / "reference",
+        )
+
+    def users(self, name: str) -> np.ndarray:
+        """Row in the user table of each pair's person, int32 [N]; 0 for people who were not trained on."""
+        return self.registry.indices([example.user_id for example in self.tables[name].examples])
+
+    def collate(self, name: str, users: np.ndarray, rows: Sequence[Any]) -> Any:
+        """A batch of pairs of part `name` with `users` [N] as the people who said so."""
+        run = self.run
+        batch = collate_preference(
+            rows,
+            prompt_length=list(run.prompt_lengths),
+            completion_length=list(run.completion_lengths),
+            pad_id=run.tokenizer.pad_id,
+        )
+        batch["user"] = users[batch["index"]]
+        batch["reference"] = self.reference[name][batch["index"]]
+        return batch
+
+
+PARTS = ("train", "heldout", "new_users")
+
+
+class Preference:
+    """The method for `training.loop.run`: one entry of `preference.models`."""
+
+    def __init__(self, run: Run, name: str, pairs: Pairs):
+        self.run, self.name, self.pairs = run, name, pairs
+        config = run.config.preference
+        self.settings = config.models[name]
+        self.objective = PreferenceConfig(
+            **{key: config[key] for key in ("loss", "beta", "alpha", "mixture", "label_smoothing", "sft_weight")}
+        )
+        self.users = UserModel(
+            kind=self.settings.kind,
+            num_users=pairs.registry.capacity,
+            width=run.model_config.hidden_size,
+            **{key: value for key, value in self.settings.items() if key not in ("kind", "permuted")},
+        )
+        self.personal = self.settings.kind != "uniform"
+        self.optimizer = per_ingredient(make_optimizer(config.optimizer.to_dict(), config.steps))
+        self.shared = make_optimizer(config.user_optimizer.to_dict(), config.steps)
+        self.lazy = lazy_adam(make_schedule(config.user_optimizer.to_dict(), config.steps))
+        users = pairs.users("train")
+        if self.settings.get("permuted"):
+            # The control: the same people and pairs, but nobody's pairs are their own.
+            users = np.random.default_rng(run.config.seed).permutation(users)
+        collate = functools.partial(pairs.collate, "train", users)
+        self.batches = batches(pairs.tables["train"], config.batch_size, seed=run.config.seed, collate=collate)
+        self._update = jax.jit(self._step, donate_argnums=0, static_argnames="prompt_slots")
+
+    def init(self) -> State:
+        run = self.run
+        key = jax.random.fold_in(run.key, 60)
+        bank = init_bank(run.base, run.adapter, 1, jax.random.fold_in(key, 0))
+        users = self.users.init(jax.random.fold_in(key, 1), run.base["embed"]["embedding"])
+        trainable = shard_params(run.mesh, {"bank": bank, "users": users})
+        opt_state = {
+            "bank": self.optimizer.init(trainable["bank"]),
+            "shared": self.shared.init(users.get("shared", {})),
+            "table": self.lazy.init(users["table"]) if self.personal else {},
+        }
+        return State(jnp.zeros((), jnp.int32), jax.random.fold_in(key, 2), trainable, opt_state, {})
+
+    def _step(self, state: State, base: Any, batch: Any, prompt_slots: int) -> tuple[State, Metrics]:
+        run, trainable, opt_state = self.run, state.trainable, state.opt_state
+        batch = {**batch, "generic": None}
+        if self.personal and self.objective.alpha < 1:
+            if self.objective.mixture == "exact":
+                # Each pair twice: as its user said it, and as the generic user.
+                B = batch["user"].shape[0]
+                doubled = jax.tree.map(
+                    lambda x: jnp.concatenate([x, x]), {k: v for k, v in batch.items() if k != "generic"}
+                )
+                generic = jnp.arange(2 * B) >= B
+                batch = {**doubled, "user": jnp.where(generic, 0, doubled["user"]), "generic": generic}
+            else:
+                key = jax.random.fold_in(state.rng, state.step)
+                batch["user"] = losses.user_dropout(key, batch["user"], self.objective.alpha)
+        small, indices = trainable["users"], None
+        if self.personal:
+            small, batch["user"], indices = gather_rows(trainable["users"], batch["user"])
+        batch["prompt_slots"] = prompt_slots
+        loss = functools.partial(preference_loss, run.model, run.adapter, self.users, self.objective)
+        grad = jax.grad(loss, has_aux=True)
+        gradient, metrics = grad({"bank": trainable["bank"], "users": small}, base, batch)
+        updates, bank_state = self.optimizer.update(gradient["bank"], opt_state["bank"], trainable["bank"])
+        users, new = dict(trainable["users"]), {"bank": bank_state, "shared": opt_state["shared"], "table": {}}
+        if "shared" in users:
+            moved, new["shared"] = self.shared.update(gradient["users"]["shared"], opt_state["shared"], users["shared"])
+            users["shared"] = optax.apply_updates(users["shared"], moved)
+        if self.personal:
+            users["table"], new["table"] = self.lazy.update(
+                indices, gradient["users"]["table"], opt_state["table"], users["table"]
+            )
+        trainable = {"bank": optax.apply_updates(trainable["bank"], updates), "users": users}
+        norm = optax.global_norm(gradient)
+        metrics = {**metrics, "grad_norm": (norm, jnp.ones_like(norm))}
+        return state.replace(step=state.step + 1, trainable=trainable, opt_state=new), metrics
+
+    def step(self, state: State, batch: Any) -> tuple[State, Metrics]:
+        arrays, slots = device_part(batch)
+        return self._update(state, self.run.base, shard_batch(self.run.mesh, arrays), prompt_slots=slots)
+
+
+def device_part(batch: Any) -> tuple[Any, int]:
+    """The arrays of a collated batch that a step reads, and P."""
+    arrays = {side: {name: batch[side][name] for name in ("tokens", "valid")} for side in SIDES}
+    arrays |= {name: batch[name] for name in ("user", "reference", "margin")}
+    return arrays, int(np.argmax(batch["chosen"]["loss_mask"].any(0)))
+
+
+def run(run: Run) -> dict[str, Any]:
+    """Trains every entry of `preference.models`; writes <workdir>/preference/<name>/model.safetensors with the
+    users' names.
+    """
+    config = run.config.preference
+    pairs = Pairs(run)
+    for name in config.models:
+        method = Preference(run, name, pairs)
+        state = loop.run(
+            method,
+            run.workdir,
+            f"preference/{name}",
+            steps=config.steps,
+            checkpoint_every=run.config.checkpoint_every,
+            log_every=run.config.log_every,
+            show=("loss", "rewards/accuracies"),
+        )
+        note = {"users": pairs.registry.to_json(), "kind": method.users.kind, "base": pairs.base_hash}
+        save_tree(run.workdir.stage(f"preference/{name}") / "model.safetensors", state.trainable, note)
+    counts = {name: len(table) for name, table in pairs.tables.items()}
+    return {"pairs": counts, "users": pairs.registry.capacity}
+
+
+def load(run: Run, name: str) -> Any:
+    """{"bank", "users"} of a trained entry, on the mesh."""
+    tree, _ = load_tree(run.workdir.path / "preference" / name / "model.safetensors")
+    return shard_params(run.mesh, {"users": {}, **tree})

@@ -1,0 +1,65 @@
+"""Adam on the touched rows of large tables: the others neither move nor cost anything."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+Table = Any  # leaves [U + 1, ...]
+
+
+class LazyAdam(NamedTuple):
+    """`init(table) -> state` and `update(indices, gradients, state, table) -> (table, state)`.
+
+    Unlike optax, `update` returns the new table, because an update of all rows is what is to be avoided; jit it with
+    `table` and `state` donated and they change in place. `state["rows"]` has leaves [U + 1, ...], as the table has.
+    """
+
+    init: Callable[[Table], Any]
+    update: Callable[[jax.Array, Any, Any, Table], tuple[Table, Any]]
+
+
+def lazy_adam(learning_rate: optax.ScalarOrSchedule, b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8) -> LazyAdam:
+    """Adam (arXiv 1412.6980) in which each row counts only the steps that touch it.
+
+    A row touched at every step moves as under dense Adam. A row not touched keeps every bit, moments and count
+    included, where dense Adam would still move it by its momentum.
+
+    `update` takes indices int32 [n] and gradients, leaves [n, ...]; gradients of equal indices are added up, and an
+    index that is no row (as `gather_rows` gives for empty places) is skipped. A schedule counts all updates.
+    """
+
+    def init(table: Table) -> Any:
+        count = jnp.zeros(jax.tree.leaves(table)[0].shape[0], jnp.int32)
+        moments = {"mu": jax.tree.map(jnp.zeros_like, table), "nu": jax.tree.map(jnp.zeros_like, table)}
+        return {"step": jnp.zeros((), jnp.int32), "rows": {"count": count, **moments}}
+
+    def update(indices: jax.Array, gradients: Any, state: Any, table: Table) -> tuple[Table, Any]:
+        n, rows = indices.shape[0], state["rows"]
+        nobody = rows["count"].shape[0]
+        indices = jnp.where(indices < 0, nobody, jnp.minimum(indices, nobody))
+        touched, place = jnp.unique(indices, size=n, fill_value=nobody, return_inverse=True)
+        gradients = jax.tree.map(lambda g: jax.ops.segment_sum(g, place.reshape(n), n), gradients)
+
+        def take(tree):
+            return jax.tree.map(lambda x: x.at[touched].get(mode="fill", fill_value=0), tree)
+
+        def put(tree, new):
+            return jax.tree.map(lambda x, y: x.at[touched].set(y, mode="drop"), tree, new)
+
+        count = take(rows["count"]) + 1
+        mu = jax.tree.map(lambda m, g: b1 * m + (1 - b1) * g, take(rows["mu"]), gradients)
+        nu = jax.tree.map(lambda v, g: b2 * v + (1 - b2) * g * g, take(rows["nu"]), gradients)
+        rate = learning_rate(state["step"]) if callable(learning_rate) else learning_rate
+
+        def moved(x, m, v):
+            steps = count.reshape(-1, *[1] * (x.ndim - 1))
+            return x - rate * (m / (1 - b1**steps)) / (jnp.sqrt(v / (1 - b2**steps)) + eps)
+
+        table = put(table, jax.tree.map(moved, take(table), mu, nu))
+        rows = {"count": put(rows["count"], count), "mu": put(rows["mu"], mu), "nu": put(rows["nu"], nu)}
+        return table, {"step": state["step"] + 1, "rows": rows}
+
+    return LazyAdam(init, update)

@@ -1,0 +1,71 @@
+"""Preference sentences are written from ids and read back, whatever happened to their commas."""
+
+import pytest
+
+from pjrlhf.data import world
+from pjrlhf.data.preferences import PAPER, Preference, combinations, dimensions, sentences, split_sentences
+
+REGISTRIES = {"paper": PAPER, "world": world.PREFERENCES}
+# As spelled in the released data of Personalized Soups, without the commas of its own prompts.
+RELEASED = {
+    "P2A": "Generate a response that is concise and to the point without being verbose.",
+    "P2B": "Generate a response that is very informative without missing any background information.",
+    "P3A": "Generate a response that is friendly witty funny and humorous like a close friend.",
+}
+
+
+@pytest.mark.parametrize("registry", REGISTRIES.values(), ids=REGISTRIES)
+def test_eight_kinds_of_people(registry):
+    assert list(dimensions(registry, registry)) == ["expertise", "informativeness", "style"]
+    found = combinations(registry, registry)
+    assert len(found) == len(set(found)) == 8
+    assert found[0] == ("P1A", "P2A", "P3A") and found[-1] == ("P1B", "P2B", "P3B")
+    assert combinations(registry, ["P3B", "P1A", "P3A"]) == [("P3B", "P1A"), ("P3A", "P1A")]
+
+
+@pytest.mark.parametrize("registry", REGISTRIES.values(), ids=REGISTRIES)
+def test_round_trip(registry):
+    request = "What is rain, really? Tell me. Now"
+    for ids in [*combinations(registry, registry), *((name,) for name in registry), ()]:
+        text = f"{request} {sentences(registry, ids)}"
+        assert split_sentences(registry, text) == (request, ids)
+        backwards = tuple(reversed(ids))
+        assert split_sentences(registry, f"{request} {sentences(registry, backwards)}")[1] == backwards
+
+
+@pytest.mark.parametrize("name", RELEASED)
+def test_missing_commas_are_forgiven(name):
+    for sentence in (RELEASED[name], RELEASED[name].lower().rstrip("."), RELEASED[name].replace(" ", "  ")):
+        assert split_sentences(PAPER, f"Explain rain. {sentence}\n") == ("Explain rain.", (name,))
+    both = f"Explain rain.\n{RELEASED[name]} {PAPER['P1B'].sentence}"
+    assert split_sentences(PAPER, both) == ("Explain rain.", (name, "P1B"))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "Explain rain.",
+        f"He wrote: {PAPER['P3B'].sentence} What did he mean?",  # quoted, not stated
+        f"Explain rain. {PAPER['P3B'].sentence[:-8]}",
+        f"Explain rain. {PAPER['P3B'].sentence[:-1]}ism.",
+        "Explain rain. Re" + PAPER["P3B"].sentence[0].lower() + PAPER["P3B"].sentence[1:],
+    ],
+)
+def test_other_texts_state_nothing(text):
+    assert split_sentences(PAPER, text) == (text, ())
+
+
+def test_a_preference_without_a_sentence_is_never_found_and_adds_no_space():
+    registry = {
+        "short": Preference(dimension="length", sentence=""),
+        "kind": Preference(dimension="tone", sentence="Be kind."),
+    }
+    assert sentences(registry, ["short", "kind", "short"]) == "Be kind."
+    assert sentences(registry, ["short", "short"]) == ""
+    assert split_sentences(registry, "Explain rain. Be kind.") == ("Explain rain.", ("kind",))
+
+
+def test_the_sentences_of_one_registry_differ():
+    for registry in REGISTRIES.values():
+        assert len({preference.sentence for preference in registry.values()}) == len(registry) == 6

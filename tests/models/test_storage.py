@@ -1,0 +1,61 @@
+"""Trees in one file."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from pjrlhf.errors import UserError
+from pjrlhf.models import storage
+from pjrlhf.models.storage import load_tree, save_tree
+
+
+def tree():
+    return {
+        "bank": {"layers": {"query": {"a": jnp.arange(6.0).reshape(2, 3), "b": jnp.ones((2, 2), jnp.bfloat16) / 3}}},
+        "view": np.arange(12, dtype=np.int32).reshape(3, 4).T[::2],
+        "flags": np.array([True, False]),
+        "mean": jnp.float32(0.5),
+    }
+
+
+def test_round_trip(tmp_path):
+    note = {"rewards": ["P1A", "müde"], "models": {"P1A": {"accuracy": 0.75}}}
+    save_tree(tmp_path / "x.safetensors", tree(), note)
+    got, found = load_tree(str(tmp_path / "x.safetensors"))
+    assert found == note
+    assert jax.tree.structure(got) == jax.tree.structure(tree())
+    for x, y in zip(jax.tree.leaves(got), jax.tree.leaves(tree()), strict=True):
+        assert isinstance(x, jax.Array) and x.dtype == y.dtype
+        np.testing.assert_array_equal(x, y)
+    assert [file.name for file in tmp_path.iterdir()] == ["x.safetensors"]
+
+
+def test_names_are_paths_and_a_file_of_others_has_no_note(tmp_path):
+    save_tree(tmp_path / "x.safetensors", tree())
+    assert "bank/layers/query/a" in load_file(tmp_path / "x.safetensors")
+    assert load_tree(tmp_path / "x.safetensors")[1] == {}
+
+
+def test_an_interrupted_save_leaves_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "x.safetensors"
+    save_tree(path, {"x": np.zeros(2)}, {"old": True})
+
+    def fail(file, tensors, metadata):
+        file.write_bytes(b"half")
+        raise OSError("no space")
+
+    monkeypatch.setattr(storage, "write_tensors", fail)
+    with pytest.raises(OSError, match="no space"):
+        save_tree(path, {"x": np.ones(2)})
+    assert load_tree(path)[1] == {"old": True}
+
+
+def test_missing_and_broken_files(tmp_path):
+    path = tmp_path / "x.safetensors"
+    with pytest.raises(UserError, match=r"x\.safetensors: there is no such file"):
+        load_tree(path)
+    path.write_bytes(b"\x00" * 20)
+    with pytest.raises(UserError, match=r"x\.safetensors: cannot be read"):
+        load_tree(path)

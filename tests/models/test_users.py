@@ -1,0 +1,240 @@
+"""User models, the rows a batch needs of them, and the registry of names."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pjrlhf.errors import UserError
+from pjrlhf.models.registry import UserRegistry
+from pjrlhf.models.users import KINDS, UserModel, gather_rows
+
+U, T, D, C, K, V = 6, 3, 4, 5, 2, 64
+EMBEDDING = np.random.default_rng(0).standard_normal((V, D)).astype(np.float32)
+USERS = np.array([4, 0, 2, 4, 1], np.int32)
+TABLES = ["individualized", "cluster", "soup"]
+
+
+def model_of(kind, **settings):
+    return UserModel(kind=kind, num_users=U, tokens=T, width=D, clusters=C, adapters=K, **settings)
+
+
+def noisy(kind):
+    """Parameters after some imagined training."""
+    params = model_of(kind).init(jax.random.key(0), EMBEDDING)
+    leaves, treedef = jax.tree.flatten(params)
+    rng = np.random.default_rng(1)
+    params = treedef.unflatten([x + rng.standard_normal(x.shape).astype(np.float32) for x in leaves])
+    if kind == "individualized":  # the generic user's row has no gradient
+        params["table"]["offset"] = params["table"]["offset"].at[0].set(0)
+    return params
+
+
+def output(kind, params, users):
+    """Whichever of tokens and mix the kind gives, [B, ...]."""
+    (found,) = [x for x in model_of(kind).apply(params, jnp.asarray(users)) if x is not None]
+    return found
+
+
+def test_uniform_has_neither_parameters_nor_output():
+    model = UserModel(kind="uniform", num_users=U)
+    params = model.init(jax.random.key(0))
+    assert jax.tree.leaves(params) == [] and model.slots == 0
+    assert model.apply(params, jnp.array([0, 3])) == (None, None)
+
+
+def test_individualized_is_the_generic_user_plus_an_offset():
+    params = noisy("individualized")
+    generic, offset = params["shared"]["generic"], params["table"]["offset"]
+    assert offset.shape == (U + 1, T, D)
+    params["table"]["offset"] = offset = offset.at[0].set(9)
+    got = output("individualized", params, USERS)
+    for row, user in zip(got, USERS, strict=True):
+        np.testing.assert_array_equal(row, generic + (offset[user] if user else 0))
+
+
+def test_cluster_users_are_points_of_a_simplex_shared_by_all_their_tokens():
+    params = noisy("cluster")
+    centers, w = (np.asarray(x, np.float64) for x in (params["shared"]["centers"], params["table"]["weights"]))
+    assert centers.shape == (C, T, D) and w.shape == (U + 1, C)
+    got = output("cluster", params, USERS)
+    for row, user in zip(got, USERS, strict=True):
+        weights = np.exp(w[user]) / np.exp(w[user]).sum()
+        np.testing.assert_allclose(row, sum(p * center for p, center in zip(weights, centers, strict=True)), rtol=1e-5)
+    # Equal centers: any point of the simplex gives them back, and nothing else does.
+    same = {**params, "shared": {"centers": jnp.broadcast_to(centers[:1], centers.shape).astype(jnp.float32)}}
+    np.testing.assert_allclose(output("cluster", same, USERS), np.tile(centers[:1], (5, 1, 1)), rtol=1e-5)
+    assert not np.allclose(got[1], got[0])  # the generic user has weights of its own
+
+
+def test_soup_weights_are_points_of_the_simplex():
+    params = noisy("soup")
+    mix = output("soup", params, USERS)
+    assert mix.shape == (5, K) and (mix > 0).all()
+    np.testing.assert_allclose(mix.sum(1), 1, rtol=1e-6)
+    np.testing.assert_allclose(mix, jax.nn.softmax(params["table"]["weights"])[USERS], rtol=1e-6)
+
+
+@pytest.mark.parametrize("kind", TABLES)
+def test_an_index_outside_the_table_is_the_generic_user(kind):
+    params, strangers = noisy(kind), jnp.array([U + 1, U + 2, -1, -U, 10**9, -(10**9)])
+    generic = output(kind, params, [0])
+    small, local, _ = gather_rows(params, strangers)
+    for row in (*output(kind, params, strangers), *output(kind, small, local)):
+        np.testing.assert_array_equal(row, generic[0])
+    assert not np.allclose(output(kind, params, [U]), generic)
+
+
+@pytest.mark.parametrize("kind", TABLES)
+def test_with_zero_offsets_everybody_starts_as_the_generic_user(kind):
+    everybody = np.arange(U + 1)
+    same = output(kind, model_of(kind).init(jax.random.key(0), EMBEDDING), everybody)
+    np.testing.assert_array_equal(same, np.broadcast_to(same[:1], same.shape))
+    params = model_of(kind, zero_offset=False).init(jax.random.key(0), EMBEDDING)
+    other = np.asarray(output(kind, params, everybody)).reshape(U + 1, -1)
+    assert len(np.unique(other, axis=0)) == U + 1
+
+
+def test_vocabulary_start_draws_with_replacement_for_any_number_of_users():
+    model = UserModel(kind="individualized", num_users=10_000, tokens=T, width=D, zero_offset=False)
+    params = model.init(jax.random.key(0), EMBEDDING)
+    words = {row.tobytes() for row in EMBEDDING}
+    vectors = np.concatenate([params["shared"]["generic"], *np.asarray(params["table"]["offset"])[1:]])
+    assert vectors.shape == (10_001 * T, D)
+    assert {row.tobytes() for row in vectors} == words
+    np.testing.assert_array_equal(params["table"]["offset"][0], np.zeros((T, D)))
+
+
+def test_normal_start_needs_no_embedding():
+    model = UserModel(kind="cluster", num_users=1, tokens=10, width=100, clusters=10, start="normal", std=0.5)
+    centers = model.init(jax.random.key(0))["shared"]["centers"]
+    assert abs(centers.std() - 0.5) < 0.02 and abs(centers.mean()) < 0.02
+
+
+@pytest.mark.parametrize("kind", TABLES)
+def test_absent_users_get_no_gradient(kind):
+    params = noisy(kind)
+    gradient = jax.grad(lambda p: (output(kind, p, USERS) ** 2).sum())(params)
+    (table,) = jax.tree.leaves(gradient["table"])
+    size = np.abs(table).reshape(U + 1, -1).sum(1)
+    present = np.isin(np.arange(U + 1), USERS)
+    assert (size[~present] == 0).all()
+    assert (size[present][1:] > 0).all()
+    # Offsets of the generic user do not exist; weights of it do.
+    assert (size[0] > 0) == (kind != "individualized")
+
+
+@pytest.mark.parametrize("kind", TABLES)
+@pytest.mark.parametrize("users", [USERS, np.array([3, 5, 3]), np.array([0, 0]), np.array([1, U + 1, -2])])
+def test_gathered_rows_are_the_model_itself(kind, users):
+    params, users = noisy(kind), jnp.asarray(users)
+    small, local, indices = jax.jit(gather_rows)(params, users)
+    assert jax.tree.leaves(small["table"])[0].shape[0] == len(indices) == len(users) + 1
+    np.testing.assert_array_equal(output(kind, small, local), output(kind, params, users))
+
+    def loss(params, users):
+        return (jnp.arange(1.0, len(users) + 1) @ output(kind, params, users).reshape(len(users), -1) ** 2).sum()
+
+    want = jax.grad(loss)(params, users)
+    got = jax.grad(loss)(small, local)
+    for name, table in want["table"].items():
+        dense = jnp.zeros_like(table).at[indices].add(got["table"][name], mode="drop")
+        np.testing.assert_allclose(dense, table, rtol=1e-5, atol=1e-6)
+    if "shared" in want:
+        jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5), got["shared"], want["shared"])
+    # A row is named once, and only if the batch has it.
+    real = np.where((users >= 0) & (users <= U), users, 0)
+    assert sorted(i for i in indices.tolist() if i <= U) == sorted(set(real.tolist()))
+
+
+def test_mistakes_are_named():
+    with pytest.raises(ValueError, match="user model 'personal' is unknown; choose one of uniform, individualized"):
+        model_of("personal")
+    with pytest.raises(ValueError, match="start='zeros'"):
+        model_of("cluster", start="zeros")
+    with pytest.raises(ValueError, match="adapters=0 of user model 'soup' must be at least 1"):
+        UserModel(kind="soup", num_users=3)
+    with pytest.raises(ValueError, match="no embedding is given"):
+        model_of("individualized").init(jax.random.key(0))
+    with pytest.raises(ValueError, match="width=4 of the user model is not the embedding's 3"):
+        model_of("individualized").init(jax.random.key(0), EMBEDDING[:, :3])
+    assert set(KINDS) == {"uniform", *TABLES}
+
+
+def others_keep_every_bit(old, new, rows):
+    def check(x, y):
+        keep = ~np.isin(np.arange(len(x)), rows)
+        np.testing.assert_array_equal(np.asarray(x)[keep].view(np.uint8), np.asarray(y)[: len(x)][keep].view(np.uint8))
+
+    jax.tree.map(check, old, new)
+
+
+@pytest.mark.parametrize("kind", TABLES)
+def test_a_user_comes_leaves_and_is_replaced(kind):
+    params = noisy(kind)
+    table = params["table"]
+    registry = UserRegistry.create(["ann", "bob", "eve"], capacity=U)
+    assert registry.indices(["eve", None, "zoe", "ann"]).tolist() == [3, 0, 0, 1]
+
+    registry, added = registry.add_users(table, ["zoe", "yan"])
+    assert registry.rows["zoe"] == 4 and registry.rows["yan"] == 5
+    others_keep_every_bit(table, added, [4, 5])
+    np.testing.assert_array_equal(output(kind, {**params, "table": added}, [4]), output(kind, params, [0]))
+
+    moments = {"mu": jax.tree.map(jnp.ones_like, added), "count": jnp.ones(U + 1, jnp.int32)}
+    registry, left = registry.remove_users({"table": added, "moments": moments}, ["bob"])
+    others_keep_every_bit({"table": added, "moments": moments}, left, [2])
+    assert all((np.asarray(x)[2] == 0).all() for x in jax.tree.leaves(left))
+    assert registry.indices(["bob"]) == [0]
+
+    registry, again = registry.add_users(left["table"], ["kim"])
+    assert registry.rows["kim"] == 2
+    others_keep_every_bit(left["table"], again, [2])
+
+
+@pytest.mark.parametrize("kind", TABLES)
+def test_users_travel_as_json_without_losing_a_bit(kind):
+    source, target = noisy(kind)["table"], model_of(kind).init(jax.random.key(0), EMBEDDING)["table"]
+    here = UserRegistry.create([f"user {i}" for i in range(U)])
+    there = UserRegistry.create(["user 4", "somebody"], capacity=U)
+    exported = json.loads(json.dumps(here.export_users(source, ["user 2", "user 4"])))
+    there = UserRegistry.from_json(json.loads(json.dumps(there.to_json())))
+    there, table = there.import_users(target, exported)
+    assert there.indices(["user 4", "somebody", "user 2"]).tolist() == [1, 2, 3]
+    others_keep_every_bit(target, table, [1, 3])
+    for user in ("user 2", "user 4"):
+        for x, y in zip(jax.tree.leaves(source), jax.tree.leaves(table), strict=True):
+            np.testing.assert_array_equal(y[there.rows[user]], x[here.rows[user]])
+
+
+def test_a_full_table_grows():
+    table = noisy("cluster")["table"]
+    registry = UserRegistry.create([f"user {i}" for i in range(U)])
+    with pytest.raises(UserError, match="user 'new': all 6 rows of the user table are taken"):
+        registry.add_users(table, ["new"])
+    registry, grown = registry.grow(table, 2)
+    others_keep_every_bit(table, grown, [])
+    assert registry.capacity == U + 2 and grown["weights"].shape == (U + 3, C)
+    registry, grown = registry.add_users(grown, ["new"])
+    np.testing.assert_array_equal(grown["weights"][registry.rows["new"]], table["weights"][0])
+
+
+def test_registry_mistakes_are_named():
+    table = noisy("cluster")["table"]
+    registry = UserRegistry.create(["ann"], capacity=U)
+    with pytest.raises(UserError, match="user 'ann': the name is taken"):
+        registry.add_users(table, ["ann"])
+    with pytest.raises(UserError, match="user 'bob': the name is taken"):
+        UserRegistry.create(["bob", "bob"])
+    with pytest.raises(UserError, match="user '': a name is a string"):
+        registry.add_users(table, [""])
+    with pytest.raises(UserError, match="user 'bob': nobody has this name"):
+        registry.remove_users(table, ["bob"])
+    with pytest.raises(UserError, match=r"user 'bob': does not fit the user table .*shape"):
+        registry.import_users(table, {"bob": {"weights": [0.0] * (C + 1)}})
+    with pytest.raises(UserError, match="user 'bob': does not fit the user table"):
+        registry.import_users(table, {"bob": {"offset": [[0.0]]}})
+    with pytest.raises(ValueError, match="a user table of 7 rows beside a registry of 3"):
+        UserRegistry.create(["ann", "bob"]).remove_users(table, ["ann"])

@@ -1,0 +1,249 @@
+"""Sampling draws from the distribution it is meant to, whatever the cache, the padding and the neighbours."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.stats
+from small_policies import ADAPTERS, CONFIG, EOS, MODEL, PAD, bank, base, close, prompts, wider
+
+from pjrlhf.errors import UserError
+from pjrlhf.models.adapters import Policies
+from pjrlhf.rollout import scoring
+from pjrlhf.rollout.sampler import Sampling, generate, truncate
+
+B, P, N, K = 8, 5, 7, 3
+ENDLESS = -1  # an EOS that never comes
+ONE_HOT = np.eye(K, dtype=np.float32)
+SOUPS = np.random.default_rng(0).dirichlet(np.ones(K), B).astype(np.float32)
+GREEDY = Sampling(max_new_tokens=N, eos_id=ENDLESS, pad_id=PAD, temperature=0.0)
+WARM = Sampling(max_new_tokens=N, eos_id=EOS, pad_id=PAD, temperature=0.7, top_k=6)
+MIXES = {
+    "base": ("lora", None),
+    "a soup per row": ("lora", SOUPS),
+    "base and ingredients": ("lora", np.concatenate([np.zeros((1, K), np.float32), ONE_HOT])),
+    "full parameters": ("full", np.concatenate([ONE_HOT[:1], SOUPS[:1]])),
+}
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _sample(kind, sampling, ids, base, bank, mix, prompt, key):
+    # One compiled program for every choice of EOS and padding.
+    sampling = dataclasses.replace(sampling, eos_id=ids[0], pad_id=ids[1])
+    return generate(Policies(MODEL, ADAPTERS[kind], base, bank, mix), sampling, prompt["prompt"], prompt["valid"], key)
+
+
+def sample(kind, sampling, mix, prompt, seed=0):
+    ids = sampling.eos_id, sampling.pad_id
+    sampling = dataclasses.replace(sampling, eos_id=0, pad_id=0)
+    rest = base(), None if mix is None else bank(kind, K), mix, prompt, jax.random.key(seed)
+    return jax.device_get(_sample(kind, sampling, ids, *rest))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def logits_of(kind, base, bank, mix, tokens, valid):
+    policies = Policies(MODEL, ADAPTERS[kind], base, bank, mix)
+    return policies.logits(policies(tokens, valid)[0])
+
+
+def greedy_loop(kind, mix, prompt, count):
+    lengths = np.asarray(prompt["valid"]).sum(1)
+    tokens = np.zeros((B, P + count), np.int32)
+    for b, n in enumerate(lengths):
+        tokens[b, :n] = prompt["prompt"][b, P - n :]
+    found = []
+    for _ in range(count):
+        valid = np.arange(P + count) < lengths[:, None]
+        logits = logits_of(kind, base(), None if mix is None else bank(kind, K), mix, tokens, valid)
+        new = np.argmax(np.asarray(logits)[np.arange(B), lengths - 1], -1)
+        tokens[np.arange(B), lengths] = new
+        lengths = lengths + 1
+        found.append(new)
+    return np.stack(found, 1)
+
+
+@pytest.mark.parametrize("name", MIXES)
+def test_greedy_decoding_is_the_argmax_of_the_full_forward(name):
+    prompt = prompts(B, P)
+    out = sample(MIXES[name][0], GREEDY, MIXES[name][1], prompt)
+    np.testing.assert_array_equal(out["tokens"], greedy_loop(*MIXES[name], prompt, N))
+    assert out["valid"].all() and out["tokens"].dtype == jnp.int32
+
+
+def test_the_policies_differ():
+    texts = [sample("lora", GREEDY, ONE_HOT[k : k + 1], prompts(B, P))["tokens"] for k in range(K)]
+    assert all((texts[i] != texts[j]).any(1).sum() > B / 2 for i in range(K) for j in range(i))
+
+
+@pytest.mark.parametrize("kind", ADAPTERS)
+def test_all_ingredients_in_one_batch_write_what_each_writes_alone(kind):
+    alone = prompts(B, P)
+    together = jax.tree.map(lambda x: jnp.tile(x, (K, 1)), alone)
+    got = sample(kind, GREEDY, ONE_HOT, together)["tokens"].reshape(K, B, N)
+    for k in range(K):
+        np.testing.assert_array_equal(got[k], sample(kind, GREEDY, ONE_HOT[k : k + 1], alone)["tokens"])
+
+
+def with_eos(tokens, eos, pad):
+    """What sampling should return where `tokens` come without end."""
+    ends = np.where((tokens == eos).any(1), np.argmax(tokens == eos, 1), N)
+    valid = np.arange(N) <= ends[:, None]
+    return np.where(valid, tokens, pad), valid
+
+
+@pytest.mark.parametrize("pad_is_eos", [False, True])
+def test_rows_end_with_eos_and_padding_follows(pad_is_eos):
+    """EOS is a token that the endless text happens to hold, in some rows early, in some never."""
+    prompt = prompts(B, P)
+    endless = np.asarray(sample("lora", GREEDY, SOUPS, prompt)["tokens"])
+    eos = max(set(endless.flat), key=lambda token: len({*map(int, with_eos(endless, token, PAD)[1].sum(1))}))
+    pad = int(eos) if pad_is_eos else PAD
+    sampling = Sampling(max_new_tokens=N, eos_id=int(eos), pad_id=pad, temperature=0.0)
+    out = sample("lora", sampling, SOUPS, prompt)
+    tokens, valid = with_eos(endless, eos, pad)
+    np.testing.assert_array_equal(out["tokens"], tokens)
+    np.testing.assert_array_equal(out["valid"], valid)
+    assert not np.asarray(out["logps"])[~valid].any()
+    assert len(set(valid.sum(1))) > 1 and (~valid).any()
+
+
+def test_log_probabilities_are_those_of_scoring():
+    prompt = prompts(B, P)
+    out = sample("lora", WARM, SOUPS, prompt)
+
+    @jax.jit
+    def score(base, bank, out):
+        policies = Policies(MODEL, ADAPTERS["lora"], base, bank, SOUPS)
+        tokens, valid = (scoring.join(prompt[a], out[b]) for a, b in (("prompt", "tokens"), ("valid", "valid")))
+        states = scoring.response_states(policies, tokens, valid, P)
+        return scoring.token_logps(policies, states, out["tokens"], WARM.temperature)[0]
+
+    close(out["logps"], np.where(out["valid"], score(base(), bank("lora", K), out), 0.0))
+    assert (out["logps"] < 0).any()
+
+
+def test_prompt_padding_changes_nothing():
+    prompt = prompts(B, P)
+    want = sample("lora", GREEDY, SOUPS, prompt)
+    got = sample("lora", GREEDY, SOUPS, wider(prompt, 6, fill=9))
+    np.testing.assert_array_equal(got["tokens"], want["tokens"])
+    close(got["logps"], want["logps"])
+
+
+def test_decoding_stops_when_every_row_has_ended():
+    """Counts the forward passes really made."""
+    calls = []
+
+    class Counted(Policies):
+        def __call__(self, tokens, *rest):
+            jax.debug.callback(lambda: calls.append(tokens.shape[1]))
+            return super().__call__(tokens, *rest)
+
+    # The same request twice, so that both rows end at the same time.
+    prompt = jax.tree.map(lambda x: jnp.tile(x, (2, 1)), prompts(1, P))
+
+    @jax.jit
+    def run(base, eos):
+        policies = Counted(MODEL, ADAPTERS["lora"], base, None, None)
+        sampling = Sampling(max_new_tokens=12, eos_id=eos, pad_id=PAD, temperature=0.0)
+        return generate(policies, sampling, prompt["prompt"], prompt["valid"], jax.random.key(0))
+
+    def passes(eos):
+        calls.clear()
+        out = jax.device_get(run(base(), eos))
+        jax.effects_barrier()
+        return out["tokens"][0], len(calls)
+
+    endless, most = passes(ENDLESS)
+    assert most >= 12
+    ends = list(endless).index(endless[5])
+    tokens, few = passes(endless[5])
+    assert 1 <= few <= ends + 2
+    np.testing.assert_array_equal(tokens, np.where(np.arange(12) <= ends, endless, PAD))
+
+
+# ---- drawing
+
+
+TABLE = np.log(np.array([[0.5, 0.25, 0.125, 0.125], [0.1, 0.2, 0.3, 0.4]], np.float32))
+
+
+@pytest.mark.parametrize(
+    "top_k, top_p, kept",
+    [
+        (0, 1.0, ["1111", "1111"]),
+        (1, 1.0, ["1000", "0001"]),
+        (2, 1.0, ["1100", "0011"]),
+        (3, 1.0, ["1111", "0111"]),  # equals of the last one stay with it
+        (9, 1.0, ["1111", "1111"]),
+        (0, 0.3, ["1000", "0001"]),
+        (0, 0.45, ["1000", "0011"]),
+        (0, 0.69, ["1100", "0011"]),
+        (0, 0.85, ["1111", "0111"]),  # a tie at the border
+        (0, 0.999, ["1111", "1111"]),
+        (0, 1e-6, ["1000", "0001"]),
+        (2, 0.6, ["1000", "0011"]),  # top-p over what top-k left: 2/3 and 4/7
+    ],
+)
+def test_truncation_keeps_the_smallest_set(top_k, top_p, kept):
+    got = np.asarray(truncate(TABLE, top_k, top_p))
+    want = np.array([[c == "1" for c in row] for row in kept])
+    np.testing.assert_array_equal(np.isfinite(got), want)
+    np.testing.assert_array_equal(got[want], TABLE[want])
+
+
+def test_top_1_is_greedy():
+    prompt = prompts(B, P)
+    hot = Sampling(max_new_tokens=N, eos_id=ENDLESS, pad_id=PAD, temperature=2.0, top_k=1)
+    np.testing.assert_array_equal(
+        sample("lora", hot, SOUPS, prompt)["tokens"], sample("lora", GREEDY, SOUPS, prompt)["tokens"]
+    )
+
+
+@pytest.mark.parametrize("top_k, top_p", [(0, 1.0), (6, 0.7)])
+def test_frequencies_are_those_of_the_softmax(top_k, top_p):
+    rows, temperature = 8192, 0.7
+    prompt = jax.tree.map(lambda x: jnp.repeat(x[:1], rows, axis=0), prompts(1, 3))
+    sampling = Sampling(max_new_tokens=1, eos_id=ENDLESS, pad_id=PAD, temperature=temperature, top_k=top_k, top_p=top_p)
+    tokens = np.asarray(sample("lora", sampling, None, prompt)["tokens"])[:, 0]
+    logits = logits_of("lora", base(), None, None, prompt["prompt"][:1], prompt["valid"][:1])[0, -1]
+
+    def surprise(temperature):
+        """p-value of the observed counts."""
+        expected = rows * np.asarray(jax.nn.softmax(truncate(logits[None] / temperature, top_k, top_p)[0]), np.float64)
+        counts = np.bincount(tokens, minlength=CONFIG.vocab_size)
+        assert not counts[expected == 0].any()
+        likely = expected > 5
+        counts, expected = (np.append(x[likely], x[~likely].sum()) for x in (counts, expected))
+        expected = np.maximum(expected, 1e-9)
+        return scipy.stats.chisquare(counts, expected * counts.sum() / expected.sum()).pvalue
+
+    assert surprise(temperature) > 1e-3
+    if not sampling.truncated:
+        assert surprise(1.0) < 1e-9  # the test can tell
+
+
+def test_draws_depend_on_the_key_alone():
+    first, again, other = (sample("lora", WARM, SOUPS, prompts(B, P), seed)["tokens"] for seed in (1, 1, 2))
+    np.testing.assert_array_equal(first, again)
+    assert (first != other).any()
+
+
+def test_rows_with_the_same_prompt_draw_independently():
+    prompt = jax.tree.map(lambda x: jnp.repeat(x[:1], B, axis=0), prompts(1, P))
+    tokens = sample("lora", dataclasses.replace(WARM, eos_id=ENDLESS), np.repeat(SOUPS[:1], B, axis=0), prompt)[
+        "tokens"
+    ]
+    assert len({tuple(map(int, row)) for row in tokens}) == B
+
+
+@pytest.mark.parametrize(
+    "setting, name",
+    [({"top_p": 0.0}, "top_p"), ({"top_p": 1.5}, "top_p"), ({"top_k": -1}, "top_k"), ({"temperature": -0.1}, "temp")],
+)
+def test_impossible_settings_are_refused(setting, name):
+    with pytest.raises(UserError, match=name):
+        Sampling(max_new_tokens=N, eos_id=EOS, pad_id=PAD, **setting)

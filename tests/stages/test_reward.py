@@ -1,0 +1,146 @@
+"""Reward models: equal shares of all objectives, K models in one program, and what is measured on held-out pairs."""
+
+import functools
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+
+from pjrlhf.models.adapters import AdapterConfig, init_bank
+from pjrlhf.models.storage import load_tree
+from pjrlhf.rollout import scoring
+from pjrlhf.stages.reward import Grouped, Reward, pair_rewards, reward_loss
+
+
+@pytest.fixture(scope="module")
+def method(finished):
+    return Reward(tiny.start(finished, tiny.settings()))
+
+
+@pytest.fixture(scope="module")
+def trained(finished):
+    return load_tree(finished / "reward" / "model.safetensors")[0]
+
+
+# ---- the source of batches
+
+
+def test_every_row_is_seen_equally_often_and_each_turn_has_its_own_order():
+    tables = [list(range(12)), list(range(4)), list(range(5))]
+    source = Grouped(tables, seed=0)
+    assert len(source) == 12
+    rows = np.array([source[i] for i in range(60)])
+    for column, table in zip(rows.T, tables, strict=True):
+        turns = column.reshape(-1, len(table))
+        assert (np.sort(turns) == np.array(table)).all()
+        assert len({tuple(turn) for turn in turns}) > 1
+    assert [source[i] for i in reversed(range(60))] == rows[::-1].tolist(), "the order of asking matters"
+    assert [Grouped(tables, seed=1)[i] for i in range(12)] != rows[:12].tolist()
+
+
+def test_a_batch_has_equally_many_rows_of_each_objective(method):
+    batch = next(method.batches)
+    n, K, S = 4, len(tiny.REWARDS), 30
+    assert batch["tokens"].shape == batch["valid"].shape == (n, K, 2, S)
+    assert batch["margin"].shape == (n, K)
+    texts = [{row["objective"] for row in table} for table in method.train]
+    assert texts == [{name} for name in tiny.REWARDS]
+
+
+def test_no_prompt_is_on_both_sides(method):
+    train, held = (
+        {json.dumps(example.prompt) for table in side for example in table.examples}
+        for side in (method.train, method.heldout)
+    )
+    assert train and held and not train & held
+
+
+# ---- the loss
+
+
+def noisy(tree, seed, scale=0.3):
+    leaves, structure = jax.tree.flatten(tree)
+    rng = np.random.default_rng(seed)
+    return structure.unflatten([x + scale * rng.standard_normal(x.shape).astype(x.dtype) for x in leaves])
+
+
+@pytest.mark.parametrize("rank", [2, 0])
+def test_k_models_in_one_program_equal_k_programs(method, rank):
+    run, K = method.run, len(tiny.REWARDS)
+    adapter = AdapterConfig(rank=rank, alpha=4.0)
+    width = run.model_config.hidden_size
+    trainable = noisy(
+        {"bank": init_bank(run.base, adapter, K, jax.random.key(0)), "heads": scoring.init_heads(K, width)}, seed=0
+    )
+    raw = next(method.batches)
+    raw["margin"] = np.linspace(0, 1, raw["margin"].size, dtype=np.float32).reshape(raw["margin"].shape)
+    grad = jax.jit(jax.value_and_grad(functools.partial(reward_loss, run.model, adapter), has_aux=True))
+    (total, metrics), whole = grad(trainable, run.base, method.place(raw))
+    losses = []
+    for k in range(K):
+        one = jax.tree.map(lambda x, k=k: x[k : k + 1], trainable)
+        (loss, _), alone = grad(one, run.base, method.place({name: x[:, k : k + 1] for name, x in raw.items()}))
+        losses.append(float(loss))
+        jax.tree.map(lambda x, y, k=k: np.testing.assert_allclose(x[k], y[0], atol=1e-5), whole, alone)
+        assert max(float(jnp.abs(x).max()) for x in jax.tree.leaves(alone)) > 1e-3
+    assert float(total) == pytest.approx(sum(losses), rel=1e-5)
+    mean, count = metrics["loss"]
+    np.testing.assert_allclose(mean / count, losses, rtol=1e-5)
+
+
+def test_the_rewards_are_those_of_the_pairs_one_by_one(method, trained):
+    run = method.run
+    raw = next(method.batches)
+    chosen, rejected = pair_rewards(run.model, run.adapter, trained, run.base, method.place(raw))
+    n, K = raw["margin"].shape
+    assert chosen.shape == rejected.shape == (K, n)
+    for k, i in ((0, 0), (K - 1, 1), (2, n - 1)):
+        single = {name: x[i : i + 1, k : k + 1] for name, x in raw.items()}
+        one = jax.tree.map(lambda x, k=k: x[k : k + 1], {name: trained[name] for name in ("bank", "heads")})
+        alone = pair_rewards(run.model, run.adapter, one, run.base, method.place(single))
+        np.testing.assert_allclose([alone[0][0, 0], alone[1][0, 0]], [chosen[k, i], rejected[k, i]], atol=1e-5)
+
+
+def test_heads_and_adapters_move_in_the_first_step(method):
+    state = method.init()
+    before = jax.tree.map(np.array, state.trainable)
+    after, metrics = method.step(state, next(method.batches))
+    moved = jax.tree.map(lambda x, y: np.abs(np.array(x) - y).reshape(len(y), -1).max(1), after.trainable, before)
+    assert (moved["heads"]["kernel"] > 0).all()
+    assert all((leaf["b"] > 0).all() for block in moved["bank"]["layers"].values() for leaf in block.values())
+    assert (np.array(metrics["rewards/accuracies"][1]) == 4).all()
+
+
+# ---- after training
+
+
+def test_each_held_out_pair_counts_once(finished, method, trained):
+    run = method.run
+    models = json.loads((finished / "manifest.json").read_text())["stages"]["reward"]["models"]
+    assert method.evaluate({name: trained[name] for name in ("bank", "heads")}) == {
+        name: {key: models[name][key] for key in ("accuracy", "pairs")} for name in tiny.REWARDS
+    }
+    for k, (name, table) in enumerate(zip(tiny.REWARDS, method.heldout, strict=True)):
+        assert len(table) == models[name]["pairs"]
+        hits = []
+        one = jax.tree.map(lambda x, k=k: x[k : k + 1], {part: trained[part] for part in ("bank", "heads")})
+        for row in table:
+            chosen, rejected = pair_rewards(
+                run.model, run.adapter, one, run.base, method.place(method.collate([[row]]))
+            )
+            hits.append(float(chosen[0, 0]) > float(rejected[0, 0]))
+        assert models[name]["accuracy"] == pytest.approx(np.mean(hits))
+
+
+def test_calibrated_rewards_of_the_base_have_mean_0_and_deviation_1(method, trained, monkeypatch):
+    seen = []
+    rewards = scoring.rewards
+    monkeypatch.setattr(scoring, "rewards", lambda *arguments: seen.append(rewards(*arguments)) or seen[-1])
+    with jax.disable_jit(False):
+        mean, std = method.calibrate({name: trained[name] for name in ("bank", "heads")})
+    np.testing.assert_allclose(mean, trained["mean"], atol=1e-5)
+    np.testing.assert_allclose(std, trained["std"], rtol=1e-4)
+    assert (np.asarray(std) > 1e-3).all()
