@@ -102,7 +102,7 @@ UNFRIENDLY = (
 # The first remarks open an answer, the others close it.
 OPENERS = 3
 
-# The longest answer the world itself gives: two remarks and every aspect, in words.
+# No answer of the world itself is longer: two remarks and every aspect, in words.
 MAX_WORDS = 5 + 5 + 5 * len(ASPECTS)
 
 

@@ -222,9 +222,6 @@ def _embedding(maps: Mapping[str, Any]):
         for taste in [name for name in (groups or {"": 0}) if (own == name).any()]:
             chosen = own == taste
             axis.scatter(x[chosen], y[chosen], s=34, color=colours.get(taste, GREY), alpha=0.8, linewidth=0)
-        if len(x) <= 15:
-            for name, *point in zip(one.get("users") or [], x, y, strict=False):
-                axis.annotate(name, point, xytext=(4, 4), textcoords="offset points", fontsize=8)
         axis.margins(0.12)
         axis.set_aspect("equal", "datalim")  # distances mean the same along both axes
         axis.set_title(model)

@@ -177,7 +177,7 @@ def _template() -> jinja2.Template:
 
 
 def print_tables(summary: Mapping[str, Any], console: rich.console.Console | None = None) -> None:
-    """The closing tables of a run: win rates, ingredients, sweep and time, each where the summary has it."""
+    """The closing tables of a run: win rates, ingredients, sweep, user models and time, where the summary has them."""
     console = console or rich.console.Console()
     summary = clean(summary)
     average, pairs = summary.get("win_rate_average") or {}, summary.get("win_rate") or {}

@@ -105,7 +105,8 @@ def value_loss(
     """Clipped value loss of PPO: half the larger of the squared errors with and without clipping; and the share
     clipped.
     """
-    clipped = old_values + jnp.clip(values - old_values, -clip, clip)
+    # Clipped this way round, values within the range stay what they are to the last bit, and count as not clipped.
+    clipped = jnp.clip(values, old_values - clip, old_values + clip)
     plain, limited = (values - returns) ** 2, (clipped - returns) ** 2
     return 0.5 * masked_mean(jnp.maximum(plain, limited), mask), masked_mean(
         (limited > plain).astype(jnp.float32), mask

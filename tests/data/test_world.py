@@ -1,12 +1,15 @@
 """The built-in world: a truth that never changes, an exact judge, and a corpus inside the vocabulary."""
 
+import importlib.util
 import itertools
+import pathlib
 import random
 
 import pytest
 
 from pjrlhf.data import world
 from pjrlhf.data.batching import split_by
+from pjrlhf.data.preferences import combinations, sentences
 from pjrlhf.data.tokenization import load_tokenizer
 
 PROMPT = "tell me about sun ."
@@ -145,7 +148,7 @@ def test_every_answer_of_the_corpus_is_sense_and_fits():
         parsed = world.parse(record["prompt"], record["completion"])
         assert parsed["junk"] == 0 and 0 < parsed["words"] <= world.MAX_WORDS, record
         lengths.add(parsed["words"])
-    assert max(lengths) > 0.9 * world.MAX_WORDS
+    assert max(lengths) >= 0.9 * world.MAX_WORDS
 
 
 def test_the_corpus_makes_mistakes_evades_and_mixes_but_not_always():
@@ -221,12 +224,15 @@ def test_the_chat_template_gives_one_bos_and_one_eos(tokenizer):
     assert tokenizer.decode(rest).strip() == answer
 
 
-def test_prompts_with_every_preference_fit_the_shipped_lengths(tokenizer):
-    """24 prompt slots and 30 for an answer, as in configs/soups.py."""
-    longest = [max(world.PREFERENCES[f"{d}{x}"].sentence for x in "AB") for d in ("P1", "P2", "P3")]
-    sizes = [
-        len(tokenizer.encode_prompt([{"role": "user", "content": " ".join([prompt, *longest])}]))
-        for prompt in world.prompts()
-    ]
-    assert max(sizes) <= 24
-    assert world.MAX_WORDS + 1 <= 31
+def test_prompts_and_answers_fit_the_lengths_of_the_shipped_config(tokenizer):
+    """Requests with one preference of each dimension, and answers with their EOS."""
+    spec = importlib.util.spec_from_file_location("soups", pathlib.Path(__file__).parents[2] / "configs" / "soups.py")
+    config = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(config)
+    data = config.get_config().data
+    people = combinations(world.PREFERENCES, world.PREFERENCES)
+    for prompt, ids in itertools.product(world.prompts(), people):
+        text = f"{prompt} {sentences(world.PREFERENCES, ids)}"
+        assert len(tokenizer.encode_prompt([{"role": "user", "content": text}])) <= data.max_prompt
+    longest = max(len(record["completion"].split()) for record in records())
+    assert longest + 1 <= data.max_completion

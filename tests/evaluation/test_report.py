@@ -1,17 +1,14 @@
 """The report: complete, partial and hostile summaries."""
 
-import html.parser
-import io
 import json
 import math
 import re
 
 import numpy as np
 import pytest
-import rich.console
+from pages import Page, printed
 
-from pjrlhf.evaluation import plots, plots_users, report
-from pjrlhf.evaluation.users import cold_start_curve, user_accuracy
+from pjrlhf.evaluation import plots, report
 from pjrlhf.evaluation.winrate import win_rate
 
 METHODS = ("Soups", "Prompted", "Base")
@@ -50,71 +47,6 @@ SAMPLES = [
     {"combo": ("P1A", "P2A"), "prompt": "Why <i>so</i>?", "answers": {"Soups": "<script>alert('x')</script> & more"}},
     {"prompt": "No combination", "answers": {"Base": "an answer"}},
 ]
-
-PEOPLE = {"ann": "short", "bob": "long & <i>wordy</i>", "<u>eve</u>": "short"}
-ACCURACY = user_accuracy(np.array([1, -1, 1, 1, 1.0]), list("aabbe"), resamples=50)
-ACCURACY["users"] = {
-    user: {"accuracy": right, "pairs": 2, "group": PEOPLE[user]}
-    for user, right in zip(PEOPLE, (0.5, 1.0, 1.0), strict=True)
-}
-MODELS = ("pooled", "one <b>each</b>")
-USER_MODELS = {
-    "accuracy": {model: ACCURACY | {"generic": 0.4321, "majority": 0.75, "minority": 1.0} for model in MODELS},
-    "ceiling": {"majority_share": 0.6789},
-    "grid": {
-        "pooled": {"seen_user_seen_prompt": 0.9876, "unseen_user_seen_prompt": None},
-        MODELS[1]: dict.fromkeys(plots_users.CELLS, ACCURACY),
-    },
-    "length_matched": {model: ACCURACY | {"mean": 0.5432, "max_difference": 0.0975} for model in MODELS},
-    "cold_start": {model: cold_start_curve({0: [0.5, 0.75], 2: [0.8, 0.6], 10: [1, 1]}) for model in MODELS},
-    "embedding": {
-        model: {"users": list(PEOPLE), "groups": list(PEOPLE.values()), "x": np.arange(3.0), "y": np.ones(3)}
-        for model in MODELS
-    },
-    "generation": {
-        model: {
-            user: {"group": group, "length": 10.0 * i, "score": {"P3A": 0.25 * i, "P3B": math.nan}}
-            for i, (user, group) in enumerate(PEOPLE.items(), 1)
-        }
-        for model in MODELS
-    },
-}
-USER_SAMPLES = [{"model": MODELS[1], "prompt": "Why?", "answers": {"bob": "<script>x</script>", "unheard": "so"}}]
-USER_SECTIONS = {"accuracy", "length-matched", "grid", "cold-start", "embedding", "generation"}
-USER_FIGURES = {"accuracy", "people", "grid", "cold_start", "embedding", "generation"}
-
-
-class Page(html.parser.HTMLParser):
-    """Tags with attributes, visible text, and a check that tags are closed in order."""
-
-    VOID = frozenset({"meta", "img", "br"})
-
-    def __init__(self, text):
-        super().__init__()
-        self.tags, self.open, self.text = [], [], []
-        self.feed(text)
-        self.close()
-        assert not self.open
-
-    def handle_starttag(self, tag, attributes):
-        self.tags.append((tag, dict(attributes)))
-        if tag not in self.VOID:
-            self.open.append(tag)
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
-
-    def handle_data(self, data):
-        self.text.append(data)
-
-    def ids(self):
-        return {attributes["id"] for tag, attributes in self.tags if tag == "section"}
-
-
-def printed(summary, width=100):
-    console = rich.console.Console(file=io.StringIO(), width=width)
-    report.print_tables(summary, console)
-    return console.file.getvalue()
 
 
 @pytest.fixture(scope="module")
@@ -247,84 +179,3 @@ def test_training_curves_are_read_by_stage_and_policy(tmp_path):
 
 def test_methods_come_before_opponents_without_a_row():
     assert plots.opponents({"A": {"C": 1, "B": 1}, "B": {"A": 1}}) == ["A", "B", "C"]
-
-
-@pytest.fixture(scope="module")
-def of_users(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("users")
-    report.write_report(folder, USER_MODELS, USER_SAMPLES)
-    return folder
-
-
-def test_user_models_have_their_sections_and_figures(of_users):
-    page = Page((of_users / "index.html").read_text())
-    assert page.ids() == USER_SECTIONS | {"samples"}
-    assert {path.stem for path in of_users.glob("*.png")} == USER_FIGURES
-    text = " ".join("".join(page.text).split())
-    for expected in ("43.2", "67.9 %", "98.8", "54.3", "9.8", "20.0 to 20.0", "10.0 to 30.0", "0.50", "83.3"):
-        assert expected in text, expected
-    assert "nan" not in text.lower() and "None" not in text
-    table = json.loads((of_users / "summary.json").read_text())
-    assert table["generation"]["pooled"]["ann"]["score"] == {"P3A": 0.25, "P3B": None}
-
-
-def test_names_of_people_models_and_tastes_are_text(of_users):
-    source = (of_users / "index.html").read_text()
-    page = Page(source)
-    assert not {"script", "link", "iframe", "i", "u"} & {tag for tag, attributes in page.tags if not attributes}
-    assert "one <b>each</b>" in "".join(page.text) and "one <b>each" not in source
-    assert "bob long & <i>wordy</i>" in " ".join("".join(page.text).split())
-    links = [value for _, attributes in page.tags for key, value in attributes.items() if key in ("src", "href")]
-    assert len(links) == len(USER_FIGURES) and all(link.startswith("data:image/png;base64,") for link in links)
-    assert not re.search(r"url\(|@import|https?:", source)
-
-
-@pytest.mark.parametrize("key", USER_MODELS)
-def test_sections_of_user_models_may_be_missing(tmp_path, key):
-    sections = {"length_matched": {"length-matched"}, "cold_start": {"cold-start"}, "ceiling": set()}
-    figures = {"accuracy": {"accuracy", "people"}, "length_matched": {"accuracy"}, "ceiling": set()}
-    for summary, here in (({key: USER_MODELS[key]}, True), ({**USER_MODELS, key: None}, False)):
-        page = Page(report.write_report(tmp_path / str(here), summary).read_text())
-        drawn = {path.stem for path in (tmp_path / str(here)).glob("*.png")}
-        own, own_figures = sections.get(key, {key}), figures.get(key, {key})
-        if here:
-            assert page.ids() == own and drawn == own_figures
-        else:
-            assert page.ids() == USER_SECTIONS - own
-            assert drawn == USER_FIGURES - (own_figures - {"accuracy"})
-        printed(summary)
-
-
-def test_numbers_of_user_models_may_be_missing(tmp_path):
-    summary = {
-        "accuracy": {"a": {}, "b": {"mean": math.nan, "users": {"ann": {}, "bob": {"accuracy": None}}}},
-        "ceiling": {},
-        "grid": {"a": {}, "b": {"seen_user_seen_prompt": math.nan}},
-        "length_matched": {"a": {"mean": 0.5}},
-        "cold_start": {"a": {}, "b": {"0": {"mean": None}, "4": {"mean": 0.5}}},
-        "embedding": {"a": {"x": [0.0, math.nan], "y": [1.0, 2.0]}, "b": {}},
-        "generation": {"a": {}, "b": {"ann": {}, "bob": {"length": 3}, "cleo": {"score": {"P3A": None}}}},
-    }
-    path = report.write_report(tmp_path, summary, [{"model": "a", "prompt": "p"}])
-    assert "nan" not in "".join(Page(path.read_text()).text).lower()
-    assert "nan" not in printed(summary).lower()
-
-
-def test_the_same_summary_makes_the_same_figures():
-    summary = report.clean(USER_MODELS)
-    assert plots_users.figures(summary) == plots_users.figures(summary)
-
-
-def test_the_ceiling_is_drawn_where_accuracies_are(of_users):
-    free = plots_users.figures(report.clean({**USER_MODELS, "ceiling": None}))
-    changed = {name for name, png in free.items() if png != (of_users / f"{name}.png").read_bytes()}
-    assert changed == {"accuracy", "people", "cold_start"}
-
-
-def test_tables_of_user_models_fit_a_terminal():
-    text = printed(USER_MODELS, width=80)
-    assert max(len(line) for line in text.splitlines()) <= 80
-    for expected in ("43.2", "67.9", "54.3", "98.8", "one <b>each", "20.0", "like"):
-        assert expected in text, expected
-    # Numbers of comparisons in order of size, not of spelling.
-    assert re.search(r"model\W+0\W+2\W+10\W", text)

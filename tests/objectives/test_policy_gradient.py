@@ -252,6 +252,16 @@ def test_value_loss_is_the_loop():
     assert 0 < clipped < mask.sum()
 
 
+def test_values_within_the_range_are_not_counted_as_clipped():
+    """Whatever the rounding of their distance to the old ones."""
+    shape = (200, T)
+    old, ones = draw(33, shape, 3.0), np.ones(shape, np.float32)
+    values = old + np.clip(draw(34, shape, 0.1), -0.29, 0.29)
+    loss, share = pg.value_loss(values, old, draw(35, shape), ones, 0.3)
+    assert share == 0
+    close(loss, 0.5 * np.square(values - draw(35, shape)).mean())
+
+
 def test_losses_ignore_what_is_masked():
     logps, old, advantages, mask = draw(29), draw(30), draw(31), masks(32)
     hidden = [np.where(mask, x, 7.0) for x in (logps, old, advantages)]
