@@ -37,7 +37,8 @@ def get_config(variant: str = "world") -> ml_collections.ConfigDict:
         "models": {
             "pooled": {"kind": "uniform"},
             "individualized": {"kind": "individualized", "tokens": 4},
-            "cluster": {"kind": "cluster", "tokens": 4, "clusters": 2, "zero_offset": False},
+            # The first half of the steps trains vectors of everybody's own, whose k-means are the centres.
+            "cluster": {"kind": "cluster", "tokens": 4, "clusters": 2, "warm_start": 0.5},
             "permuted": {"kind": "individualized", "tokens": 4, "permuted": True},
         },
         "loss": "sigmoid",  # see objectives/preference.py

@@ -16,6 +16,8 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from scipy.cluster.vq import kmeans2
 
 Params = Any
 Output = tuple[jax.Array | None, jax.Array | None]
@@ -152,6 +154,31 @@ KINDS = {
     "cluster": _Kind(_init_cluster, _apply_cluster, ("tokens", "width", "clusters")),
     "soup": _Kind(_init_soup, _apply_soup, ("adapters",)),
 }
+
+
+def clusters_of(model: UserModel, params: Params, count: int, key: jax.Array, sharpness: float = 4.0) -> Params:
+    """Parameters of a cluster model of `count` centres from those of a trained individualized one, by k-means.
+
+    Clusters trained from scratch tend to collapse: while the policy still ignores user tokens, nothing tells the
+    centres apart, the majority claims all of them, and the weights of the others then have nothing to choose. Vectors
+    of one's own separate at once, each pulled by its own user alone; their means are centres that the policy already
+    tells apart.
+
+    Args:
+      sharpness: logit of a user's own centre; those of the others are 0. The generic user starts from the shares of
+        the centres.
+    """
+    U = params["table"]["offset"].shape[0] - 1
+    vectors, _ = model.apply(params, jnp.arange(1, U + 1))
+    flat = np.asarray(vectors, np.float64).reshape(U, -1)
+    seed = int(jax.random.randint(key, (), 0, 2**31 - 1))
+    # More centres than people cannot be told apart; k-means++ picks distant starts.
+    centres, index = kmeans2(flat, min(count, U), minit="++", rng=np.random.default_rng(seed))
+    centres = np.concatenate([centres, np.repeat(flat.mean(0)[None], count - len(centres), 0)])
+    shares = np.bincount(index, minlength=count) / U
+    weights = np.concatenate([np.log(shares + 1e-3)[None], sharpness * np.eye(count)[index]])
+    shared = {"centers": jnp.asarray(centres.reshape(count, *vectors.shape[1:]), jnp.float32)}
+    return {"shared": shared, "table": {"weights": jnp.asarray(weights, jnp.float32)}}
 
 
 def gather_rows(params: Params, users: jax.Array) -> tuple[Params, jax.Array, jax.Array]:

@@ -10,8 +10,8 @@ import optax
 
 from pjrlhf.errors import UserError
 from pjrlhf.objectives import preference as losses
-from pjrlhf.stages.evaluate_users import Trained
 from pjrlhf.stages.preference import answer_logps, device_part
+from pjrlhf.stages.trained import Trained
 from pjrlhf.training.progress import progress
 
 

@@ -24,7 +24,7 @@ from pjrlhf.models.decoder import Decoder
 from pjrlhf.models.huggingface import fingerprint
 from pjrlhf.models.registry import UserRegistry
 from pjrlhf.models.storage import load_tree, save_tree
-from pjrlhf.models.users import UserModel, gather_rows
+from pjrlhf.models.users import UserModel, clusters_of, gather_rows
 from pjrlhf.objectives import preference as losses
 from pjrlhf.parallel.mesh import shard_batch, shard_params
 from pjrlhf.rollout import scoring
@@ -210,25 +210,34 @@ PARTS = ("train", "heldout", "new_users")
 
 
 class Preference:
-    """The method for `training.loop.run`: one entry of `preference.models`."""
+    """The method for `training.loop.run`: one entry of `preference.models`, or a part of its training.
 
-    def __init__(self, run: Run, name: str, pairs: Pairs):
-        self.run, self.name, self.pairs = run, name, pairs
+    Args:
+      kind: the kind of user model; that of the entry by default.
+      steps: of this part; all by default.
+      start: {"bank", "users"} to go on from.
+    """
+
+    def __init__(
+        self, run: Run, name: str, pairs: Pairs, *, kind: str | None = None, steps: int = 0, start: Any = None
+    ):
+        self.run, self.name, self.pairs, self.start = run, name, pairs, start
         config = run.config.preference
         self.settings = config.models[name]
+        steps = steps or config.steps
         self.objective = PreferenceConfig(
             **{key: config[key] for key in ("loss", "beta", "alpha", "mixture", "label_smoothing", "sft_weight")}
         )
         self.users = UserModel(
-            kind=self.settings.kind,
+            kind=kind or self.settings.kind,
             num_users=pairs.registry.capacity,
             width=run.model_config.hidden_size,
-            **{key: value for key, value in self.settings.items() if key not in ("kind", "permuted")},
+            **{key: value for key, value in self.settings.items() if key not in ("kind", "permuted", "warm_start")},
         )
-        self.personal = self.settings.kind != "uniform"
-        self.optimizer = per_ingredient(make_optimizer(config.optimizer.to_dict(), config.steps))
-        self.shared = make_optimizer(config.user_optimizer.to_dict(), config.steps)
-        self.lazy = lazy_adam(make_schedule(config.user_optimizer.to_dict(), config.steps))
+        self.personal = self.users.kind != "uniform"
+        self.optimizer = per_ingredient(make_optimizer(config.optimizer.to_dict(), steps))
+        self.shared = make_optimizer(config.user_optimizer.to_dict(), steps)
+        self.lazy = lazy_adam(make_schedule(config.user_optimizer.to_dict(), steps))
         users = pairs.users("train")
         if self.settings.get("permuted"):
             # The control: the same people and pairs, but nobody's pairs are their own.
@@ -240,9 +249,14 @@ class Preference:
     def init(self) -> State:
         run = self.run
         key = jax.random.fold_in(run.key, 60)
-        bank = init_bank(run.base, run.adapter, 1, jax.random.fold_in(key, 0))
-        users = self.users.init(jax.random.fold_in(key, 1), run.base["embed"]["embedding"])
-        trainable = shard_params(run.mesh, {"bank": bank, "users": users})
+        if self.start is None:
+            bank = init_bank(run.base, run.adapter, 1, jax.random.fold_in(key, 0))
+            users = self.users.init(jax.random.fold_in(key, 1), run.base["embed"]["embedding"])
+            trainable = shard_params(run.mesh, {"bank": bank, "users": users})
+        else:
+            # The step donates its state; what was given stays the caller's.
+            trainable = jax.tree.map(jnp.copy, self.start)
+        users = trainable["users"]
         opt_state = {
             "bank": self.optimizer.init(trainable["bank"]),
             "shared": self.shared.init(users.get("shared", {})),
@@ -304,19 +318,30 @@ def run(run: Run) -> dict[str, Any]:
     """
     config = run.config.preference
     pairs = Pairs(run)
-    for name in config.models:
-        method = Preference(run, name, pairs)
+
+    def train(method: Preference, stage: str, steps: int) -> Any:
         state = loop.run(
             method,
             run.workdir,
-            f"preference/{name}",
-            steps=config.steps,
+            stage,
+            steps=steps,
             checkpoint_every=run.config.checkpoint_every,
             log_every=run.config.log_every,
             show=("loss", "rewards/accuracies"),
         )
+        return state.trainable
+
+    for name, settings in config.models.items():
+        first, start = round(settings.get("warm_start", 0.0) * config.steps), None
+        if first:
+            method = Preference(run, name, pairs, kind="individualized", steps=first)
+            start = train(method, f"preference/{name}/individualized", first)
+            key = jax.random.fold_in(run.key, 61)
+            start = {**start, "users": clusters_of(method.users, start["users"], settings.clusters, key)}
+        method = Preference(run, name, pairs, steps=config.steps - first, start=start)
+        trainable = train(method, f"preference/{name}", config.steps - first)
         note = {"users": pairs.registry.to_json(), "kind": method.users.kind, "base": pairs.base_hash}
-        save_tree(run.workdir.stage(f"preference/{name}") / "model.safetensors", state.trainable, note)
+        save_tree(run.workdir.stage(f"preference/{name}") / "model.safetensors", trainable, note)
     counts = {name: len(table) for name, table in pairs.tables.items()}
     return {"pairs": counts, "users": pairs.registry.capacity}
 

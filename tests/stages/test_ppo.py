@@ -167,7 +167,7 @@ def test_minibatches_must_divide_the_rollouts():
 
 # ---- a bandit: one prompt, one token, a fixed reward per arm
 
-ARMS, PULLS, STEPS = 8, 128, 120
+ARMS, PULLS, STEPS = 8, 128, 80
 BANDIT = Decoder(
     ModelConfig(
         vocab_size=ARMS, hidden_size=32, intermediate_size=16, num_layers=1, num_heads=2, num_kv_heads=1, head_dim=8
@@ -235,6 +235,6 @@ def test_ppo_finds_the_optimum_of_a_bandit(rank, learning_rate):
         best = reference * np.exp(TABLE[k] / BETAS[k])
         best /= best.sum()
         assert distance(reference, best) > 0.15
-        assert distance(got[k], best) < 0.05
+        assert distance(got[k], best) < 0.02
         np.testing.assert_allclose(kl[-20:, k].mean(), (best * np.log(best / reference)).sum(), atol=0.05)
     assert reference[WORTH.argmax()] < 0.1 and got[2][WORTH.argmax()] > 0.9

@@ -1,0 +1,70 @@
+"""A trained entry of `preference.models`, ready to be asked."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pjrlhf.models.adapters import Policies
+from pjrlhf.objectives import preference as losses
+from pjrlhf.rollout.sampler import generate
+from pjrlhf.stages import preference
+from pjrlhf.stages.context import Run
+from pjrlhf.stages.preference import Pairs, Preference, answer_logps, device_part
+
+
+class Trained:
+    """One entry of `preference.models` after training."""
+
+    def __init__(self, run: Run, name: str, pairs: Pairs):
+        self.run, self.pairs = run, pairs
+        self.method = Preference(run, name, pairs)
+        self.trainable = preference.load(run, name)
+        self._margins = jax.jit(self._batch_margins, static_argnames="prompt_slots")
+        self._answers = jax.jit(self._sample)
+
+    def _batch_margins(self, trainable: Any, base: Any, batch: Any, prompt_slots: int) -> jax.Array:
+        batch = {**batch, "prompt_slots": prompt_slots}
+        logps, _ = answer_logps(self.run.model, self.run.adapter, self.method.users, trainable, base, batch)
+        chosen, rejected = losses.implicit_rewards(*logps, *batch["reference"].T, self.run.config.preference.beta)
+        return chosen - rejected
+
+    def margins(
+        self, part: str, users: np.ndarray, rows: Sequence[int] | None = None, trainable: Any = None
+    ) -> np.ndarray:
+        """Implicit reward margins beta Delta, float32, of `rows` of `part` as seen by `users` [N of the part]."""
+        table = self.pairs.tables[part]
+        rows = range(len(table)) if rows is None else rows
+        size, found = self.run.config.preference.batch_size, []
+        for start in range(0, len(rows), size):
+            index = [rows[i] for i in range(start, min(start + size, len(rows)))]
+            padded = [table[i] for i in index + [index[0]] * (size - len(index))]
+            arrays, slots = device_part(self.pairs.collate(part, users, padded))
+            margins = self._margins(trainable or self.trainable, self.run.base, arrays, prompt_slots=slots)
+            found.append(np.asarray(margins)[: len(index)])
+        return np.concatenate(found)
+
+    def _sample(self, trainable: Any, base: Any, prompt: Any, users: jax.Array, key: jax.Array) -> Any:
+        tokens, mix = self.method.users.apply(trainable["users"], users)
+        mix = jnp.ones((1, 1)) if mix is None else mix
+        policies = Policies(self.run.model, self.run.adapter, base, trainable["bank"], mix, tokens)
+        return generate(policies, self.run.sampling(), prompt["prompt"], prompt["valid"], key)
+
+    def answers(self, prompts: Sequence[Any], users: Sequence[int]) -> list[list[str]]:
+        """For each user, an answer to each prompt."""
+        asked = [prompt for _ in users for prompt in prompts]
+        who = np.repeat(np.asarray(users, np.int32), len(prompts))
+        arrays = self.run.encode(asked)
+        out = self._answers(self.trainable, self.run.base, arrays, who, jax.random.fold_in(self.run.key, 70))
+        texts = self.run.decode(arrays, out)
+        return [texts[i * len(prompts) : (i + 1) * len(prompts)] for i in range(len(users))]
+
+    def vectors(self) -> np.ndarray | None:
+        """What the user model knows about each user, [U, D'], or None."""
+        if not self.method.personal:
+            return None
+        rows = np.arange(1, self.pairs.registry.capacity + 1)
+        tokens, mix = self.method.users.apply(self.trainable["users"], rows)
+        return np.asarray(tokens if tokens is not None else mix).reshape(len(rows), -1)
