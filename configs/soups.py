@@ -77,5 +77,10 @@ def huggingface(c: ml_collections.ConfigDict) -> None:
     c.data.max_prompt = 32
     c.data.prompt_buckets = ()
     c.data.max_completion = 128
-    c.data.long_completion = "truncate"  # answers cut off by the limit have no end to learn from
+    # A pretrained model has more to lose than the small one above: shorter steps.
+    c.reward.optimizer.learning_rate = 2e-3
+    c.policy.optimizer.learning_rate = 1e-3
+    c.policy.kl.coefficient = 0.05
+    c.comparisons.pairs = 512
+    c.sample_rows = 128
     c.evaluate.told = ()

@@ -4,6 +4,7 @@ A stage reads the results of earlier stages from the run directory and writes it
 run can be continued in a new process.
 """
 
+import dataclasses
 import functools
 import os
 import pathlib
@@ -175,6 +176,11 @@ class Run:
             long_prompt=d.long_prompt,
             long_completion=d.long_completion,
         )
+
+    @property
+    def sampled_lengths(self) -> Lengths:
+        """The same for answers this run sampled itself: those cut off by the limit have no end, and get none."""
+        return dataclasses.replace(self.lengths, long_completion="truncate")
 
     def sampling(self, **changes: Any) -> Sampling:
         """How this run samples; `changes` override."""

@@ -17,7 +17,7 @@ import optax
 from pjrlhf.data.batching import batches, collate_preference, split_by
 from pjrlhf.data.schema import validate
 from pjrlhf.data.sources import open_source
-from pjrlhf.data.tokenization import TokenTable, tokenize
+from pjrlhf.data.tokenization import Lengths, TokenTable, tokenize
 from pjrlhf.errors import UserError
 from pjrlhf.models.adapters import AdapterConfig, Policies, init_bank
 from pjrlhf.models.decoder import Decoder
@@ -139,9 +139,10 @@ class Pairs:
         data = run.config.preference.data
         if data == "population":
             folder = run.workdir.path / "population"
-            tables = {name: self._read({"kind": "jsonl", "path": str(folder / f"{name}.jsonl")}) for name in PARTS}
+            specs = {name: {"kind": "jsonl", "path": str(folder / f"{name}.jsonl")} for name in PARTS}
+            tables = {name: self._read(spec, run.sampled_lengths) for name, spec in specs.items()}
         else:
-            table = self._read(data)
+            table = self._read(data, run.lengths)
             train, held = split_by(
                 [repr(e.prompt) for e in table.examples], run.config.preference.heldout_share, run.config.seed
             )
@@ -155,7 +156,7 @@ class Pairs:
         self.base_hash = fingerprint(run.base_folder)
         self.reference = {name: self._reference(table) for name, table in tables.items()}
 
-    def _read(self, spec: Mapping[str, Any]) -> TokenTable:
+    def _read(self, spec: Mapping[str, Any], lengths: Lengths) -> TokenTable:
         run, data = self.run, self.run.config.data
         source = open_source(spec)
         examples, _ = validate(source, "preference", columns=data.get("columns"), max_bad_share=data.max_bad_share)
@@ -163,7 +164,7 @@ class Pairs:
             examples,
             "preference",
             run.tokenizer,
-            run.lengths,
+            lengths,
             source_name=source.name,
             max_bad_share=data.max_bad_share,
         )

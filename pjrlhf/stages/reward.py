@@ -110,15 +110,14 @@ class Reward:
     def _tables(self) -> tuple[list[TokenTable], list[TokenTable]]:
         """Per objective: training and held-out rows, split by prompt."""
         run, data = self.run, self.run.config.data
-        spec = run.config.reward.data
+        spec, lengths = run.config.reward.data, run.lengths
         if spec == "comparisons":
             spec = {"kind": "jsonl", "path": str(run.workdir.path / "comparisons" / FILE)}
+            lengths = run.sampled_lengths
         source = open_source(spec)
         share = data.max_bad_share
         examples, _ = validate(source, "preference", columns=data.get("columns"), max_bad_share=share)
-        table = tokenize(
-            examples, "preference", run.tokenizer, run.lengths, source_name=source.name, max_bad_share=share
-        )
+        table = tokenize(examples, "preference", run.tokenizer, lengths, source_name=source.name, max_bad_share=share)
         known = set(run.rewards)
         for example in table.examples:
             if example.objective not in known:

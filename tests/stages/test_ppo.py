@@ -71,7 +71,14 @@ def gradient(kind, config, trainable, base, rows):
     return found, metrics
 
 
-@pytest.mark.parametrize("kind, optimizer", [("lora", "sgd"), ("lora", "adamw"), ("full", "sgd")])
+@pytest.mark.parametrize(
+    "kind, optimizer",
+    [
+        ("lora", "adamw"),
+        pytest.param("lora", "sgd", marks=pytest.mark.slow),
+        pytest.param("full", "sgd", marks=pytest.mark.slow),
+    ],
+)
 def test_policies_in_one_program_train_as_in_programs_of_their_own(kind, optimizer):
     """Two epochs of two minibatches, clipping active for one policy and idle for another."""
     rows, start = fabricated(np.array([0.05, 1.0, 300.0]), 0.05), trainable(kind, 0.05)
@@ -220,7 +227,10 @@ def distance(p, q):
     return 0.5 * np.abs(p - q).sum()
 
 
-@pytest.mark.parametrize("rank, learning_rate", [(4, 0.02), (0, 0.005)], ids=["lora", "full"])
+@pytest.mark.parametrize(
+    "rank, learning_rate",
+    [pytest.param(4, 0.02, id="lora"), pytest.param(0, 0.005, id="full", marks=pytest.mark.slow)],
+)
 def test_ppo_finds_the_optimum_of_a_bandit(rank, learning_rate):
     """With KL to the reference the best policy is pi_ref(a) exp(r(a) / beta) / Z, without it the best arm."""
     adapter = AdapterConfig(rank=rank, alpha=8.0)
