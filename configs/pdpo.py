@@ -8,8 +8,16 @@ same budget. Your own preference records with a `user_id` column, on any Hugging
     python -m pjrlhf.main --config=configs/pdpo.py:records --config.model.path=FOLDER \
         --config.preference.data.path=FILE.jsonl
 
+The conflicting-length experiment of the paper on real answers, with a small model trained from scratch on others
+($PJRLHF_TEST_DATA, ../shared by default, holds data/alpaca_eval/{style_pairs,responses}.jsonl.gz with the columns
+`prompt`, `concise`, `verbose` and `prompt`, `response`):
+
+    python -m pjrlhf.main --config=configs/pdpo.py:style_pairs --config.population.users=40
+
 Built-in world, 2 CPU cores: about 2 minutes, compilation included; figures in BUILD_NOTES.md.
 """
+
+import os
 
 import ml_collections
 
@@ -21,8 +29,9 @@ def get_config(variant: str = "world") -> ml_collections.ConfigDict:
     c.title = "P-DPO with ten people of the built-in world"
     c.stages = ("sft", "population", "preference", "evaluate_users")
 
-    # The built-in people: everybody has one taste and labels pairs of the base's answers by it.
+    # The built-in people: everybody has one taste and labels pairs of answers by it.
     c.population = {
+        "data": "base",  # two answers of the base, or a source of pairs: {"kind": "jsonl", ..., "columns": {...}}
         "users": 10,
         "new_users": 10,
         "tastes": ("P3A", "P3B"),
@@ -41,6 +50,7 @@ def get_config(variant: str = "world") -> ml_collections.ConfigDict:
             "cluster": {"kind": "cluster", "tokens": 4, "clusters": 2, "warm_start": 0.5},
             "permuted": {"kind": "individualized", "tokens": 4, "permuted": True},
         },
+        "bank": "",  # for models of kind soup: bank.safetensors of a stage policy on the same base
         "loss": "sigmoid",  # see objectives/preference.py
         "beta": 0.1,
         "alpha": 0.5,  # share of the user-specific term; the rest trains the generic user
@@ -68,6 +78,44 @@ def get_config(variant: str = "world") -> ml_collections.ConfigDict:
         c.evaluate_users.cold_start = ()
         with c.ignore_type():
             c.preference.data = ml_collections.ConfigDict({"kind": "jsonl", "path": ""})
+    elif variant == "style_pairs":
+        style_pairs(c)
     elif variant != "world":
-        raise ValueError(f"configs/pdpo.py:{variant}: unknown variant; use configs/pdpo.py or configs/pdpo.py:records")
+        raise ValueError(
+            f"configs/pdpo.py:{variant}: unknown variant; use configs/pdpo.py, or after it :records or :style_pairs"
+        )
     return c
+
+
+def style_pairs(c: ml_collections.ConfigDict) -> None:
+    """People who want longer and people who want shorter answers, on real answers that no judge has to read."""
+    folder = f"{os.environ.get('PJRLHF_TEST_DATA', '../shared')}/data/alpaca_eval"
+    pairs = {"kind": "jsonl", "path": f"{folder}/style_pairs.jsonl.gz"}
+    tastes = ("longer", "shorter")
+    c.title = "P-DPO with ten people who want longer or shorter answers"
+    with c.ignore_type():
+        c.preferences = ml_collections.ConfigDict({name: {"dimension": "length", "sentence": ""} for name in tastes})
+        c.judge = ml_collections.ConfigDict({name: name for name in tastes})
+        c.data.prompts = ml_collections.ConfigDict(pairs)
+        c.data.columns = ml_collections.ConfigDict({"completion": "response"})
+        c.sft.data = ml_collections.ConfigDict({"kind": "jsonl", "path": f"{folder}/responses.jsonl.gz"})
+        c.population.data = ml_collections.ConfigDict(
+            {**pairs, "columns": {"chosen": "concise", "rejected": "verbose"}}
+        )
+        c.model.tokenizer = ml_collections.ConfigDict({"kind": "bpe", "vocab_size": 2048, "texts": 5000})
+    c.objectives = tastes
+    c.model.update({"hidden_size": 96, "intermediate_size": 256, "max_length": 192})
+    c.adapter.rank = 0  # so small a model learns faster with all its parameters
+    # What does not fit is left out: most answers of the files are longer.
+    c.data.update({"max_prompt": 48, "prompt_buckets": (), "max_completion": 128, "max_bad_share": 0.95})
+    c.sft.update({"steps": 300, "batch_size": 16})
+    c.sft.optimizer.learning_rate = 3e-3
+    c.population.update({"tastes": tastes, "pairs_per_user": 150, "heldout_pairs_per_user": 60})
+    c.population.new_pairs_per_user = 40
+    c.preference.update({"mixture": "dropout", "batch_size": 16, "steps": 120})
+    c.preference.alpha = 1.0  # 0.5 trains the generic user besides and takes about twice the steps
+    c.preference.optimizer.learning_rate = 1e-3
+    c.preference.user_optimizer.learning_rate = 0.1
+    for model in ("individualized", "cluster", "permuted"):
+        c.preference.models[model].tokens = 10
+    c.evaluate_users.update({"generate_for": 8, "cold_start": ()})  # new people take minutes: (0, 4, 16)

@@ -23,11 +23,11 @@ def get_config(variant: str = "world") -> ml_collections.ConfigDict:
     c.general = "helpful"  # the general reward of the RLHF baseline; "" leaves the baseline out
     c.prompt_preference = "half"  # does a policy's prompt state its preference in training: never, always, half
 
-    c.comparisons = {"pairs": 768}  # two answers of the base each, labelled once per objective
+    c.comparisons = {"pairs": 1024}  # two answers of the base each, labelled once per objective
     c.reward = {
         "data": "comparisons",  # "comparisons", or a source of preference records with `objective`
         "path": "",  # reward models of another run to use instead of training them
-        "steps": 120,
+        "steps": 160,
         "batch_size": 8,  # pairs per objective
         "heldout_share": 0.2,  # of the prompts
         "calibration_samples": 256,
@@ -46,7 +46,8 @@ def get_config(variant: str = "world") -> ml_collections.ConfigDict:
     c.evaluate = {
         "weight_scale": 1.0,  # sum of a soup's weights; 1 gives w = 1/3 each for three criteria, as in the paper
         "sweep_points": 11,
-        "samples_per_prompt": 1,
+        "samples_per_prompt": 1,  # in the comparison of methods
+        "sweep_samples": 3,  # answers per prompt and point of a sweep
         "resamples": 2000,
         "shown": 2,  # sample answers per combination in the report
         # Which methods are told the user's preferences in the prompt besides "prompting", as in the paper.

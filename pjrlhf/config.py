@@ -21,6 +21,8 @@ def base() -> ml_collections.ConfigDict:
 
     c.model = {
         "path": "",  # Hugging Face folder to start from; "" trains a new model of the size below
+        # Of a new model: "world", or {"kind": "bpe", "vocab_size": ..., "texts": how many of the sft data to train on}.
+        "tokenizer": "world",
         "hidden_size": 64,
         "intermediate_size": 192,
         "num_layers": 2,

@@ -148,7 +148,7 @@ class Habits:
 
     obedience: float = 0.5  # chance that a stated preference decides its dimension
     error: float = 0.25  # chance that a fact is wrong
-    evasion: float = 0.12  # chance of remarks without a single fact
+    evasion: float = 0.2  # chance of remarks without a single fact
     specialist: float = 0.35  # share of specialist wording where no preference decides
     friendly: float = 0.3  # chance of a friendly answer where no preference decides
     unfriendly: float = 0.15
@@ -271,8 +271,8 @@ def parse(prompt: str, text: str) -> dict[str, float]:
 def score(prompt: str, text: str, criterion: str) -> float:
     """How well `text` answers `prompt` by one criterion, higher is better, about -2 to 1; nonsense costs by its share.
 
-    Criteria: the six preferences and "helpful" (two right facts and no wrong one are as good as it gets), which
-    plays the part of general helpfulness in RLHF. Raises KeyError for another criterion.
+    Criteria: the six preferences, and "helpful", what people agree on: two facts or more, none of them wrong, and
+    nothing rude. It plays the part of general helpfulness in RLHF. Raises KeyError for another criterion.
     """
     p = parse(prompt, text)
     facts = p["plain"] + p["specialist"]
@@ -285,7 +285,7 @@ def score(prompt: str, text: str, criterion: str) -> float:
         "P2B": p["aspects"] / len(ASPECTS),
         "P3A": warmth,
         "P3B": -warmth,
-        "helpful": (min(p["true"], 2.0) - p["false"]) / 2,
+        "helpful": (min(p["aspects"], 2.0) - p["unfriendly"]) / 2 - p["false"] / 4,
     }[criterion]
     return value - p["junk"]
 

@@ -139,9 +139,12 @@ def dialogue_share(text: str) -> float:
     return spoken / max(len(words(text)), 1)
 
 
+# "short" and "long" count words, "shorter" and "longer" characters.
 SCORERS: dict[str, Callable[[str, str], float]] = {
     "short": lambda prompt, text: -float(len(words(text))),
     "long": lambda prompt, text: float(len(words(text))),
+    "shorter": lambda prompt, text: -float(len(text)),
+    "longer": lambda prompt, text: float(len(text)),
     "dialogue": lambda prompt, text: dialogue_share(text),
     "plain": lambda prompt, text: -dialogue_share(text),
 }

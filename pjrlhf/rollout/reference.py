@@ -4,18 +4,21 @@ One cache serves every user, alpha and beta: user tokens never enter the referen
 text alone.
 """
 
+import contextlib
 import functools
 import hashlib
 import os
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
 import numpy as np
+from absl import logging
 
 from pjrlhf.data.batching import collate_preference
 from pjrlhf.data.tokenization import TokenTable
+from pjrlhf.errors import UserError
 from pjrlhf.models.adapters import AdapterConfig, Policies
 from pjrlhf.models.decoder import Decoder
 from pjrlhf.rollout import scoring
@@ -24,19 +27,47 @@ SIDES = ("chosen", "rejected")
 _VERSION = 1  # of the computation; raise it where the same key would give other numbers
 
 
-def cache_key(table: TokenTable, base_hash: str, model: Decoder) -> str:
+def cache_key(table: TokenTable, base_hash: str, param_dtype: Any, model: Decoder) -> str:
     """Hex digest of everything the numbers depend on.
 
     The token ids of every row stand for the data, its columns, the chat template, the tokenizer and the length
-    limits; the base by the hash of its files; the computation by its dtype and attention. Sums are stored beside
-    lengths, so that no loss normalisation is part of them.
+    limits; the base by the hash of its files and the dtype they are read as; the computation by its dtype, attention
+    and device. Log-probs are stored as sums, so that no loss normalisation is part of them.
     """
-    digest = hashlib.sha256(repr((_VERSION, base_hash, str(model.dtype), model.attention, model.config)).encode())
+    computation = (str(np.dtype(model.dtype)), model.attention, jax.default_backend(), model.config)
+    digest = hashlib.sha256(repr((_VERSION, base_hash, str(param_dtype), *computation)).encode())
     for name in ("prompt", *SIDES):
         for ids in table.tokens[name]:
             digest.update(len(ids).to_bytes(8, "little"))
             digest.update(np.asarray(ids, "<i4").tobytes())
     return digest.hexdigest()[:32]
+
+
+def _cached(path: pathlib.Path, shape: tuple[int, ...]) -> np.ndarray | None:
+    """The numbers in `path`; None where there is no such file, or one cut short or overwritten."""
+    if not path.is_file():
+        return None
+    try:
+        found = np.load(path, allow_pickle=False)
+        if (found.shape, found.dtype) == (shape, np.float32):
+            return found
+        reason = f"it holds {found.dtype} {list(found.shape)}"
+    except (OSError, ValueError, EOFError) as error:
+        reason = str(error)
+    logging.warning("%s: not a whole cache of reference log-probs (%s); computing them again", path, reason)
+    return None
+
+
+@contextlib.contextmanager
+def _written(folder: pathlib.Path) -> Iterator[None]:
+    """Turns a full or unwritable disk into a UserError."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"{folder}: reference log-probs cannot be kept there ({error.strerror}); make room, or choose another "
+            "cache folder with the environment variable XDG_CACHE_HOME"
+        ) from error
 
 
 def _sums(model: Decoder, adapter: AdapterConfig, base: Any, tokens: jax.Array, valid: jax.Array, prompt_slots: int):
@@ -62,10 +93,16 @@ def reference_logps(
       prompt_lengths, completion_lengths: buckets to pad to.
       rows: pairs per batch.
       folder: where the cache lies; a file there is used if and only if its key is that of these data and this base.
+
+    Raises:
+      UserError: the cache cannot be written.
     """
-    path = folder / f"{cache_key(table, base_hash, model)}.npy"
-    if path.is_file():
-        return np.load(path, allow_pickle=False)
+    path = folder / f"{cache_key(table, base_hash, jax.tree.leaves(base)[0].dtype, model)}.npy"
+    cached = _cached(path, (len(table), len(SIDES)))
+    if cached is not None:
+        return cached
+    with _written(folder):  # a folder that cannot be made is found out before the work, not after it
+        folder.mkdir(parents=True, exist_ok=True)
     score = jax.jit(functools.partial(_sums, model, adapter), static_argnames="prompt_slots")
     # Rows of like length go together, so that padding is not what is computed.
     lengths = sum(table.lengths(name) for name in ("prompt", *SIDES))
@@ -82,9 +119,9 @@ def reference_logps(
             prompt = int(np.argmax(part["loss_mask"].any(0)))
             sums = score(base, part["tokens"], part["valid"], prompt_slots=prompt)
             found[index, column] = np.asarray(sums)[: len(index)]
-    folder.mkdir(parents=True, exist_ok=True)
     half = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with open(half, "wb") as file:
-        np.save(file, found)
-    os.replace(half, path)
+    with _written(folder):
+        with open(half, "wb") as file:
+            np.save(file, found)
+        os.replace(half, path)
     return found

@@ -16,10 +16,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pjrlhf.data import preferences, world
+from pjrlhf.data import bpe, preferences, world
 from pjrlhf.data.batching import buckets, pad_left, split_by
 from pjrlhf.data.preferences import Preference, Registry
-from pjrlhf.data.schema import validate
+from pjrlhf.data.schema import Example, validate
 from pjrlhf.data.sources import open_source
 from pjrlhf.data.tokenization import Lengths, Tokenizer, load_tokenizer
 from pjrlhf.errors import UserError
@@ -116,8 +116,24 @@ class Run:
             )
         folder = self.workdir.stage("tokenizer")
         if not (folder / "tokenizer.json").is_file():
-            world.write_tokenizer(folder)
+            self._write_tokenizer(folder)
         return folder
+
+    def _write_tokenizer(self, folder: pathlib.Path) -> None:
+        spec = self.config.model.tokenizer
+        if spec == "world":
+            world.write_tokenizer(folder)
+            return
+        kind = spec if isinstance(spec, str) else spec.get("kind")
+        if kind != "bpe":
+            raise UserError(
+                f'model.tokenizer {kind!r}: unknown; choose "world" or {{"kind": "bpe", "vocab_size": ...}}'
+            )
+        examples = self.completions
+        texts = [e.prompt if isinstance(e.prompt, str) else e.prompt[-1]["content"] for e in examples]
+        texts = [f"{prompt}\n{e.completion}" for prompt, e in zip(texts, examples, strict=True)]
+        # Evenly spaced, for files are often ordered by origin.
+        bpe.write_tokenizer(folder, texts[:: max(1, len(texts) // spec.texts)], spec.vocab_size)
 
     @functools.cached_property
     def tokenizer(self) -> Tokenizer:
@@ -209,6 +225,28 @@ class Run:
         # A fixed order that no longer follows the file: chunks of the list are then fair samples of it.
         held = random.Random(self.config.seed).sample(list(held), len(held))
         return [texts[i] for i in train], [texts[i] for i in held]
+
+    @functools.cached_property
+    def completions(self) -> list[Example]:
+        """What the base is fine-tuned on: answers to requests that are not held out, asked as this run asks."""
+        config, d = self.config.sft, self.config.data
+        if config.data == "world":
+            records = [
+                {"messages": [*self.ask(record["prompt"]), {"role": "assistant", "content": record["completion"]}]}
+                for record in world.corpus(self.requests[0], config.records, self.config.seed)
+            ]
+            source = open_source({"kind": "records", "records": records, "name": "built-in world"})
+        else:
+            source = open_source(config.data)
+        examples, _ = validate(source, "completion", columns=d.get("columns"), max_bad_share=d.max_bad_share)
+        held, found = set(self.requests[1]), []
+        for example in examples:
+            if isinstance(example.prompt, str) and example.prompt:
+                if example.prompt in held:
+                    continue
+                example = dataclasses.replace(example, prompt=self.ask(example.prompt))
+            found.append(example)
+        return found
 
     @property
     def prompt_lengths(self) -> tuple[int, ...]:

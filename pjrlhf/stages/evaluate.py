@@ -202,12 +202,13 @@ class Evaluation:
             Row(request, (), self.weights(**{low: 1.0 - w, high: w}))
             for low, high in pairs.values()
             for w in grid
-            for request in self.requests
+            for request in self.requests * self.config.sweep_samples
         ]
         texts = iter(self.sample(rows, 42)) if rows else iter(())
+        size = len(self.requests) * self.config.sweep_samples
         found = {}
         for dimension, (low, high) in pairs.items():
-            answers = [list(itertools.islice(texts, len(self.requests))) for _ in grid]
+            answers = [list(itertools.islice(texts, size)) for _ in grid]
             scores = {name: [self.scores(at, name) for at in answers] for name in (low, high)}
             # Each score is set against the weight of its own preference.
             own = {low: 1.0 - grid, high: grid}

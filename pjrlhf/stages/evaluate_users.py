@@ -10,17 +10,16 @@ import numpy as np
 
 from pjrlhf.evaluation.report import write_report
 from pjrlhf.evaluation.users import cold_start_curve, length_matched, principal_axes, user_accuracy
-from pjrlhf.stages import preference
 from pjrlhf.stages.context import Run
 from pjrlhf.stages.new_users import fit_new_users
-from pjrlhf.stages.preference import Pairs
+from pjrlhf.stages.pairs import SIDES, Pairs
 from pjrlhf.stages.trained import Trained
 from pjrlhf.training.workdir import disk_errors
 
 
 def _lengths(pairs: Pairs, part: str) -> tuple[np.ndarray, np.ndarray]:
     examples = pairs.tables[part].examples
-    return tuple(np.array([len(getattr(e, side)) for e in examples]) for side in preference.SIDES)
+    return tuple(np.array([len(getattr(e, side)) for e in examples]) for side in SIDES)
 
 
 def run(run: Run) -> dict[str, Any]:

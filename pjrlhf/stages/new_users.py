@@ -10,7 +10,8 @@ import optax
 
 from pjrlhf.errors import UserError
 from pjrlhf.objectives import preference as losses
-from pjrlhf.stages.preference import answer_logps, device_part
+from pjrlhf.stages.pairs import device_part
+from pjrlhf.stages.preference import answer_logps
 from pjrlhf.stages.trained import Trained
 from pjrlhf.training.progress import progress
 

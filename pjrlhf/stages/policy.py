@@ -260,8 +260,9 @@ def save(run: Run, bank: Any) -> str:
     """Writes the bank, and each policy as a folder of its own; returns the fingerprint of the base."""
     folder = run.workdir.stage("policy")
     bank = jax.device_get(bank)
-    save_tree(folder / BANK, bank, {"rewards": list(run.rewards)})
     base_hash = fingerprint(run.base_folder)
+    note = {"rewards": list(run.rewards), "base": base_hash, "alpha": run.adapter.alpha}
+    save_tree(folder / BANK, bank, note)
     for k, name in enumerate(run.rewards):
         one = jax.tree.map(lambda x, k=k: x[k], bank)
         target = folder / "ingredients" / name

@@ -1,21 +1,28 @@
-"""A population with conflicting tastes: comparisons of the base's answers, each labelled by one person.
+"""A population with conflicting tastes: comparisons of two answers, each labelled by one person. The answers are the
+base's, or those of your own pairs.
 
 Every person draws one taste (a preference of the registry) once, as in the conflicting-length experiment of P-RLHF
 (arXiv 2402.05133, section 5.1), and labels pairs by it. Three files: people who are trained on, the same people on
 held-out prompts, and new people.
 """
 
+import dataclasses
 import json
 import random
 from typing import Any
 
 import jax
 
+from pjrlhf.data.schema import Example, validate
+from pjrlhf.data.sources import open_source
+from pjrlhf.data.tokenization import tokenize
+from pjrlhf.errors import UserError
 from pjrlhf.stages.comparisons import sample_base
 from pjrlhf.stages.context import Run
 from pjrlhf.training.workdir import disk_errors
 
 TRAIN, HELDOUT, NEW = "train.jsonl", "heldout.jsonl", "new_users.jsonl"
+Triple = tuple[str, str, str]  # a request and two answers
 
 
 def tastes(names: tuple[str, ...], shares: tuple[float, ...], count: int, rng: random.Random) -> list[str]:
@@ -25,9 +32,41 @@ def tastes(names: tuple[str, ...], shares: tuple[float, ...], count: int, rng: r
     return rng.sample(drawn, len(drawn))
 
 
+def given_pairs(run: Run) -> list[Triple]:
+    """The pairs of `population.data` whose prompt and answers fit into the lengths of the run and that some taste
+    decides; which answer the source calls chosen does not matter.
+    """
+    spec = run.config.population.data
+    share = run.config.data.max_bad_share
+    source = open_source(spec)
+    examples, _ = validate(source, "preference", columns=spec.get("columns"), max_bad_share=share)
+    examples = [dataclasses.replace(example, prompt=_text(example), extra={}) for example in examples]
+    asked = [dataclasses.replace(example, prompt=run.ask(example.prompt)) for example in examples]
+    # An answer that is cut off has no length to have a taste about.
+    lengths = dataclasses.replace(run.lengths, long_prompt="drop", long_completion="drop")
+    table = tokenize(asked, "preference", run.tokenizer, lengths, source_name=source.name, max_bad_share=share)
+    fits = {example.where for example in table.examples}
+    return [(e.prompt, e.chosen, e.rejected) for e in examples if e.where in fits]
+
+
+def _text(example: Example) -> str:
+    if not isinstance(example.prompt, str):
+        raise UserError(f"{example.where}: the prompt is a conversation; requests must be text here")
+    return example.prompt
+
+
+def _sampled(run: Run, requests: list[str], key: jax.Array) -> list[Triple]:
+    """Two answers of the base to every request."""
+    texts = sample_base(run, [run.ask(request) for request in requests] * 2, key, "population")
+    return list(zip(requests, texts[: len(requests)], texts[len(requests) :], strict=True))
+
+
 def run(run: Run) -> dict[str, Any]:
     """Writes <workdir>/population/{train,heldout,new_users}.jsonl: TRL preference records with `user_id` and
     `taste`.
+
+    Raises:
+      UserError: `population.data` cannot be used, or has no pair on one side of the split by prompt.
     """
     config = run.config.population
     rng = random.Random(run.config.seed + 1)
@@ -36,6 +75,7 @@ def run(run: Run) -> dict[str, Any]:
         f"new{i:02d}": taste for i, taste in enumerate(tastes(config.tastes, config.shares, config.new_users, rng))
     }
     train, held = run.requests
+    given = None if config.data == "base" else given_pairs(run)
     folder = run.workdir.stage("population")
     ties = {}
     plans = (
@@ -44,13 +84,23 @@ def run(run: Run) -> dict[str, Any]:
         (NEW, strangers, train + held, config.new_pairs_per_user),
     )
     for number, (name, crowd, requests, pairs) in enumerate(plans):
-        users = [user for user in crowd for _ in range(pairs)]
-        asked = [rng.choice(requests) for _ in users]
-        texts = sample_base(
-            run, [run.ask(request) for request in asked] * 2, jax.random.fold_in(run.key, 50 + number), "population"
-        )
+        if given is None:
+            users = [user for user in crowd for _ in range(pairs)]
+            triples = _sampled(run, [rng.choice(requests) for _ in users], jax.random.fold_in(run.key, 50 + number))
+        else:
+            known = set(requests)
+            usable = [triple for triple in given if triple[0] in known]
+            if not usable:
+                raise UserError(
+                    f"population.data: none of {len(given)} pairs belongs to {name}; its prompts must be those of "
+                    "data.prompts"
+                )
+            # Nobody labels a pair twice, so a small source gives fewer than asked for.
+            drawn = {user: rng.sample(usable, min(pairs, len(usable))) for user in crowd}
+            users = [user for user in crowd for _ in drawn[user]]
+            triples = [triple for user in crowd for triple in drawn[user]]
         records, ties[name] = [], 0
-        for user, request, a, b in zip(users, asked, texts[: len(users)], texts[len(users) :], strict=True):
+        for user, (request, a, b) in zip(users, triples, strict=True):
             gap = run.score(request, a, crowd[user]) - run.score(request, b, crowd[user])
             if abs(gap) <= 1e-9 or not a.strip() or not b.strip():
                 ties[name] += 1
@@ -62,4 +112,5 @@ def run(run: Run) -> dict[str, Any]:
             records.append(record | {"taste": crowd[user], "request": request, "held_out": request in held})
         with disk_errors(folder / name):
             (folder / name).write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
-    return {"people": people, "new_people": strangers, "ties": ties}
+    found = {"people": people, "new_people": strangers, "ties": ties}
+    return found if given is None else found | {"given_pairs": len(given)}

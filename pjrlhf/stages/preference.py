@@ -6,7 +6,6 @@ controls, pooled DPO and permuted user ids, are two more entries.
 
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -14,29 +13,22 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from pjrlhf.data.batching import batches, collate_preference, split_by
-from pjrlhf.data.schema import validate
-from pjrlhf.data.sources import open_source
-from pjrlhf.data.tokenization import Lengths, TokenTable, tokenize
+from pjrlhf.data.batching import batches
 from pjrlhf.errors import UserError
-from pjrlhf.models.adapters import AdapterConfig, Policies, init_bank
+from pjrlhf.models.adapters import AdapterConfig, Policies, bank_size, init_bank, is_low_rank
 from pjrlhf.models.decoder import Decoder
-from pjrlhf.models.huggingface import fingerprint
-from pjrlhf.models.registry import UserRegistry
 from pjrlhf.models.storage import load_tree, save_tree
 from pjrlhf.models.users import UserModel, clusters_of, gather_rows
 from pjrlhf.objectives import preference as losses
 from pjrlhf.parallel.mesh import shard_batch, shard_params
 from pjrlhf.rollout import scoring
-from pjrlhf.rollout.reference import reference_logps
 from pjrlhf.stages.context import Run
+from pjrlhf.stages.pairs import SIDES, Pairs, device_part
 from pjrlhf.training import loop
 from pjrlhf.training.lazy_adam import lazy_adam
 from pjrlhf.training.metrics import Metrics
 from pjrlhf.training.optimizer import make_optimizer, make_schedule, per_ingredient
 from pjrlhf.training.state import State
-
-SIDES = ("chosen", "rejected")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -56,6 +48,14 @@ class PreferenceConfig:
     sft_weight: float = 0.0
 
     def __post_init__(self):
+        try:
+            known = losses.options(self.loss)
+        except ValueError as error:
+            raise UserError(f"preference.loss: {error}") from error
+        if self.label_smoothing and "label_smoothing" not in known:
+            raise UserError(
+                f"preference.label_smoothing: loss {self.loss!r} has none; set it to 0 or choose another loss"
+            )
         if self.mixture not in ("exact", "dropout"):
             raise UserError(f"preference.mixture {self.mixture!r}: unknown; choose exact or dropout")
         if not 0 <= self.alpha <= 1:
@@ -131,6 +131,30 @@ def preference_loss(
     return pair[0] / pair[1], metrics
 
 
+def soup_bank(run: Run, base_hash: str) -> Any:
+    """The trained adapters that kind soup mixes, from `preference.bank`, on the mesh.
+
+    Raises:
+      UserError: no such file, or adapters that belong to another base or were scaled in another way.
+    """
+    path = run.config.preference.bank
+    if not path:
+        raise UserError(
+            "preference.bank: not set; name the bank.safetensors of a stage policy, whose policies soups mix"
+        )
+    bank, note = load_tree(path)
+    if not is_low_rank(bank):
+        raise UserError(f"{path}: holds full parameters, of which every pair would need a copy; train adapters instead")
+    rank = bank["layers"]["attention"]["query"]["a"].shape[-1]
+    found = {"base": note.get("base"), "rank": rank, "alpha": note.get("alpha")}
+    wanted = {"base": base_hash, "rank": run.adapter.rank, "alpha": run.adapter.alpha}
+    if found != wanted:
+        raise UserError(
+            f"{path}: its adapters have {found}, this run {wanted}; use the base and adapter settings of both"
+        )
+    return shard_params(run.mesh, bank)
+
+
 class Preference:
     """The method for `training.loop.run`: one entry of `preference.models`, or a part of its training.
 
@@ -150,12 +174,17 @@ class Preference:
         self.objective = PreferenceConfig(
             **{key: config[key] for key in ("loss", "beta", "alpha", "mixture", "label_smoothing", "sft_weight")}
         )
-        self.users = UserModel(
-            kind=kind or self.settings.kind,
-            num_users=pairs.registry.capacity,
-            width=run.model_config.hidden_size,
-            **{key: value for key, value in self.settings.items() if key not in ("kind", "permuted", "warm_start")},
-        )
+        kind = kind or self.settings.kind
+        # What the policies are made of beside the base but is not trained.
+        self.frozen = {"bank": soup_bank(run, pairs.base_hash)} if kind == "soup" else {}
+        sizes = {"num_users": pairs.registry.capacity, "width": run.model_config.hidden_size}
+        if self.frozen:
+            sizes["adapters"] = bank_size(self.frozen["bank"])
+        own = {key: value for key, value in self.settings.items() if key not in ("kind", "permuted", "warm_start")}
+        try:
+            self.users = UserModel(kind=kind, **sizes, **own)
+        except (TypeError, ValueError) as error:
+            raise UserError(f"preference.models.{name}: {error}") from error
         self.personal = self.users.kind != "uniform"
         self.optimizer = per_ingredient(make_optimizer(config.optimizer.to_dict(), steps))
         self.shared = make_optimizer(config.user_optimizer.to_dict(), steps)
@@ -172,22 +201,24 @@ class Preference:
         run = self.run
         key = jax.random.fold_in(run.key, 60)
         if self.start is None:
-            bank = init_bank(run.base, run.adapter, 1, jax.random.fold_in(key, 0))
             users = self.users.init(jax.random.fold_in(key, 1), run.base["embed"]["embedding"])
-            trainable = shard_params(run.mesh, {"bank": bank, "users": users})
+            trainable = {"users": users}
+            if not self.frozen:
+                trainable["bank"] = init_bank(run.base, run.adapter, 1, jax.random.fold_in(key, 0))
         else:
             # The step donates its state; what was given stays the caller's.
             trainable = jax.tree.map(jnp.copy, self.start)
         users = trainable["users"]
         opt_state = {
-            "bank": self.optimizer.init(trainable["bank"]),
+            "bank": self.optimizer.init(trainable["bank"]) if "bank" in trainable else {},
             "shared": self.shared.init(users.get("shared", {})),
             "table": self.lazy.init(users["table"]) if self.personal else {},
         }
-        return State(jnp.zeros((), jnp.int32), jax.random.fold_in(key, 2), trainable, opt_state, {})
+        state = State(jnp.zeros((), jnp.int32), jax.random.fold_in(key, 2), trainable, opt_state, {})
+        return shard_params(run.mesh, state)
 
-    def _step(self, state: State, base: Any, batch: Any, prompt_slots: int) -> tuple[State, Metrics]:
-        run, trainable, opt_state = self.run, state.trainable, state.opt_state
+    def _step(self, state: State, base: Any, frozen: Any, batch: Any, prompt_slots: int) -> tuple[State, Metrics]:
+        run, trainable, opt_state = self.run, dict(state.trainable), dict(state.opt_state)
         batch = {**batch, "generic": None}
         if self.personal and self.objective.alpha < 1:
             if self.objective.mixture == "exact":
@@ -201,30 +232,38 @@ class Preference:
             else:
                 key = jax.random.fold_in(state.rng, state.step)
                 batch["user"] = losses.user_dropout(key, batch["user"], self.objective.alpha)
-        small, indices = trainable["users"], None
+        users = dict(trainable["users"])
+        small, indices = users, None
         if self.personal:
-            small, batch["user"], indices = gather_rows(trainable["users"], batch["user"])
+            small, batch["user"], indices = gather_rows(users, batch["user"])
         batch["prompt_slots"] = prompt_slots
-        loss = functools.partial(preference_loss, run.model, run.adapter, self.users, self.objective)
-        grad = jax.grad(loss, has_aux=True)
-        gradient, metrics = grad({"bank": trainable["bank"], "users": small}, base, batch)
-        updates, bank_state = self.optimizer.update(gradient["bank"], opt_state["bank"], trainable["bank"])
-        users, new = dict(trainable["users"]), {"bank": bank_state, "shared": opt_state["shared"], "table": {}}
+
+        def loss(moving: Any) -> tuple[jax.Array, Metrics]:
+            policies = {**frozen, **moving}
+            return preference_loss(run.model, run.adapter, self.users, self.objective, policies, base, batch)
+
+        gradient, metrics = jax.grad(loss, has_aux=True)({**trainable, "users": small})
+        if "bank" in trainable:
+            updates, opt_state["bank"] = self.optimizer.update(gradient["bank"], opt_state["bank"], trainable["bank"])
+            trainable["bank"] = optax.apply_updates(trainable["bank"], updates)
         if "shared" in users:
-            moved, new["shared"] = self.shared.update(gradient["users"]["shared"], opt_state["shared"], users["shared"])
-            users["shared"] = optax.apply_updates(users["shared"], moved)
+            updates, opt_state["shared"] = self.shared.update(
+                gradient["users"]["shared"], opt_state["shared"], users["shared"]
+            )
+            users["shared"] = optax.apply_updates(users["shared"], updates)
         if self.personal:
-            users["table"], new["table"] = self.lazy.update(
+            users["table"], opt_state["table"] = self.lazy.update(
                 indices, gradient["users"]["table"], opt_state["table"], users["table"]
             )
-        trainable = {"bank": optax.apply_updates(trainable["bank"], updates), "users": users}
         norm = optax.global_norm(gradient)
         metrics = {**metrics, "grad_norm": (norm, jnp.ones_like(norm))}
-        return state.replace(step=state.step + 1, trainable=trainable, opt_state=new), metrics
+        trainable["users"] = users
+        return state.replace(step=state.step + 1, trainable=trainable, opt_state=opt_state), metrics
 
     def step(self, state: State, batch: Any) -> tuple[State, Metrics]:
         arrays, slots = device_part(batch)
-        return self._update(state, self.run.base, shard_batch(self.run.mesh, arrays), prompt_slots=slots)
+        arrays = shard_batch(self.run.mesh, arrays)
+        return self._update(state, self.run.base, self.frozen, arrays, prompt_slots=slots)
 
 
 def run(run: Run) -> dict[str, Any]:
@@ -256,7 +295,7 @@ def run(run: Run) -> dict[str, Any]:
         method = Preference(run, name, pairs, steps=config.steps - first, start=start)
         trainable = train(method, f"preference/{name}", config.steps - first)
         note = {"users": pairs.registry.to_json(), "kind": method.users.kind, "base": pairs.base_hash}
-        save_tree(run.workdir.stage(f"preference/{name}") / "model.safetensors", trainable, note)
+        save_tree(run.workdir.stage(f"preference/{name}") / "model.safetensors", {**method.frozen, **trainable}, note)
     counts = {name: len(table) for name, table in pairs.tables.items()}
     return {"pairs": counts, "users": pairs.registry.capacity}
 

@@ -9,10 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from pjrlhf.data import world
 from pjrlhf.data.batching import batches, collate_completion
-from pjrlhf.data.schema import validate
-from pjrlhf.data.sources import open_source
 from pjrlhf.data.tokenization import tokenize
 from pjrlhf.merging.lora import merge_dense
 from pjrlhf.models.adapters import AdapterConfig, Policies, init_bank
@@ -68,19 +65,13 @@ class Sft:
         self._update = jax.jit(self._step, donate_argnums=0)
 
     def _table(self) -> Any:
-        config, data = self.run.config.sft, self.run.config.data
-        if config.data == "world":
-            records = [
-                {"messages": [*self.run.ask(record["prompt"]), {"role": "assistant", "content": record["completion"]}]}
-                for record in world.corpus(self.run.requests[0], config.records, self.run.config.seed)
-            ]
-            source = open_source({"kind": "records", "records": records, "name": "built-in world"})
-        else:
-            source = open_source(config.data)
-        share = data.max_bad_share
-        examples, _ = validate(source, "completion", columns=data.get("columns"), max_bad_share=share)
         return tokenize(
-            examples, "completion", self.run.tokenizer, self.run.lengths, source_name=source.name, max_bad_share=share
+            self.run.completions,
+            "completion",
+            self.run.tokenizer,
+            self.run.lengths,
+            source_name="sft.data",
+            max_bad_share=self.run.config.data.max_bad_share,
         )
 
     def init(self) -> State:

@@ -12,7 +12,8 @@ from pjrlhf.objectives import preference as losses
 from pjrlhf.rollout.sampler import generate
 from pjrlhf.stages import preference
 from pjrlhf.stages.context import Run
-from pjrlhf.stages.preference import Pairs, Preference, answer_logps, device_part
+from pjrlhf.stages.pairs import Pairs, device_part
+from pjrlhf.stages.preference import Preference, answer_logps
 
 
 class Trained:

@@ -156,7 +156,7 @@ def test_the_corpus_makes_mistakes_evades_and_mixes_but_not_always():
     facts = [p for p in parsed if p["aspects"]]
     wrong = sum(p["false"] for p in facts) / sum(p["aspects"] for p in facts)
     assert 0.15 < wrong < 0.3
-    assert 0.05 < 1 - len(facts) / len(parsed) < 0.2
+    assert abs(1 - len(facts) / len(parsed) - world.Habits().evasion) < 0.03
     assert any(p["plain"] and p["specialist"] for p in facts)
     assert any(p["friendly"] for p in facts) and any(p["unfriendly"] for p in facts)
 

@@ -1,0 +1,52 @@
+"""A byte-level BPE tokenizer for models trained from scratch on text."""
+
+import json
+import pathlib
+from collections.abc import Iterable
+
+from pjrlhf.errors import UserError
+
+SPECIAL = ("<pad>", "<s>", "</s>", "<user>", "<assistant>")
+CHAT_TEMPLATE = (
+    "{{ bos_token }}{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
+def write_tokenizer(folder: pathlib.Path, texts: Iterable[str], vocab_size: int) -> None:
+    """Trains a tokenizer on `texts` and writes it into `folder` as Hugging Face files: tokenizer.json and
+    tokenizer_config.json.
+
+    Every byte is a token, so any text can be encoded and comes back unchanged. The same texts give the same files.
+
+    Raises:
+      UserError: `vocab_size` leaves no room for the bytes and the special tokens.
+    """
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    smallest = len(alphabet) + len(SPECIAL)
+    if vocab_size < smallest:
+        raise UserError(
+            f"model.tokenizer.vocab_size {vocab_size}: bytes and special tokens alone are {smallest}; raise it"
+        )
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    special = [AddedToken(name, special=True, normalized=False) for name in SPECIAL]
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": "<s>",
+        "eos_token": "</s>",
+        "pad_token": "<pad>",
+        "add_bos_token": True,
+        "clean_up_tokenization_spaces": False,
+        "chat_template": CHAT_TEMPLATE,
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2))

@@ -1,0 +1,191 @@
+"""The cache of reference log-probs: used when the numbers are the same, and only then."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from small_policies import ADAPTERS, MODEL, PAD, base
+
+from pjrlhf.data.records import BadRecords
+from pjrlhf.data.schema import Example
+from pjrlhf.data.tokenization import TokenTable
+from pjrlhf.errors import UserError
+from pjrlhf.models.adapters import Policies
+from pjrlhf.rollout import reference, scoring
+from pjrlhf.rollout.reference import cache_key, reference_logps
+
+COLUMNS = ("prompt", "chosen", "rejected")
+N = 5
+
+
+def table_of(tokens, user="ann"):
+    rows = len(tokens["prompt"])
+    examples = tuple(Example(where=f"line {i}", prompt="", user_id=user) for i in range(rows))
+    tokens = {name: tuple(np.asarray(ids, np.int32) for ids in tokens[name]) for name in COLUMNS}
+    return TokenTable("preference", examples, tokens, BadRecords("table", rows))
+
+
+def drawn():
+    rng = np.random.default_rng(0)
+    sizes = {"prompt": (2, 5), "chosen": (2, 4), "rejected": (1, 5)}
+    return {name: [rng.integers(2, 24, rng.integers(*sizes[name])) for _ in range(N)] for name in COLUMNS}
+
+
+def logps(table, folder, base_hash="b" * 16, **changes):
+    settings = {"prompt_lengths": (6,), "completion_lengths": (5,), "pad_id": PAD, "rows": 2} | changes
+    return reference_logps(table, MODEL, ADAPTERS["lora"], base(), base_hash, folder=folder, **settings)
+
+
+def test_sums_are_those_of_the_base_on_each_row_alone(tmp_path):
+    table = table_of(drawn())
+    found = logps(table, tmp_path)
+    assert found.shape == (N, 2) and found.dtype == np.float32
+    policy = Policies(MODEL, ADAPTERS["lora"], base(), None, None)
+
+    @jax.jit
+    def alone(tokens, valid):
+        return scoring.sequence_logps(policy, tokens, valid, 6)[0]
+
+    for row, sums in zip(table, found, strict=True):
+        for side, value in zip(("chosen", "rejected"), sums, strict=True):
+            tokens, valid = np.full((1, 11), PAD, np.int32), np.zeros((1, 11), bool)
+            place = slice(6 - len(row["prompt"]), 6 + len(row[side]))
+            tokens[0, place], valid[0, place] = np.concatenate([row["prompt"], row[side]]), True
+            assert value == pytest.approx(float(alone(tokens, valid)[0]), rel=1e-5)
+
+
+def no_computing(monkeypatch):
+    def refuse(*_, prompt_slots):
+        raise AssertionError("computed")
+
+    monkeypatch.setattr(reference, "_sums", refuse)
+
+
+def test_the_second_call_reads_the_file(tmp_path, monkeypatch):
+    first = logps(table_of(drawn()), tmp_path)
+    assert [path.suffix for path in tmp_path.iterdir()] == [".npy"]
+    no_computing(monkeypatch)
+    # Who said so, and how rows are put into batches, do not matter.
+    again = logps(table_of(drawn(), user="bob"), tmp_path, rows=3, prompt_lengths=(8,), pad_id=3)
+    assert first.tobytes() == again.tobytes()
+    with pytest.raises(AssertionError, match="computed"):
+        logps(table_of(drawn()), tmp_path, base_hash="c" * 16)
+
+
+def one_token(tokens):
+    tokens["chosen"][2][0] = (tokens["chosen"][2][0] + 1) % 24
+
+
+def other_tokenizer(tokens):
+    for ids in tokens.values():
+        ids[:] = [x[::-1] + 1 for x in ids]
+
+
+def boundary(tokens):
+    """The last token of a prompt becomes the first of both answers: the same texts, scored from elsewhere."""
+    for side in ("chosen", "rejected"):
+        tokens[side][0] = np.concatenate([tokens["prompt"][0][-1:], tokens[side][0]])
+    tokens["prompt"][0] = tokens["prompt"][0][:-1]
+
+
+def row_boundary(tokens):
+    """The same ids in a row, dealt out otherwise among two rows."""
+    tokens["prompt"][1] = np.concatenate([tokens["prompt"][0][-1:], tokens["prompt"][1]])
+    tokens["prompt"][0] = tokens["prompt"][0][:-1]
+
+
+def truncated(tokens):
+    tokens["rejected"] = [ids[:2] for ids in tokens["rejected"]]
+
+
+def swapped(tokens):
+    tokens["chosen"], tokens["rejected"] = tokens["rejected"], tokens["chosen"]
+
+
+def one_row_less(tokens):
+    for ids in tokens.values():
+        del ids[-1]
+
+
+CHANGES = [one_token, other_tokenizer, boundary, row_boundary, truncated, swapped, one_row_less]
+
+
+def key(tokens, base_hash="b" * 16, dtype=jnp.float32, model=MODEL):
+    return cache_key(table_of(tokens), base_hash, np.dtype(dtype), model)
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=[change.__name__ for change in CHANGES])
+def test_other_tokens_have_another_key(change):
+    tokens = drawn()
+    change(tokens)
+    assert key(tokens) != key(drawn()) == key(drawn())
+
+
+def test_another_computation_has_another_key():
+    others = [
+        dataclasses.replace(MODEL, **changes)
+        for changes in (
+            {"dtype": jnp.bfloat16},
+            {"attention": "einsum"},
+            {"config": dataclasses.replace(MODEL.config, rope_theta=5000.0)},
+        )
+    ]
+    keys = [key(drawn(), model=model) for model in (MODEL, *others)]
+    keys += [key(drawn(), base_hash="c" * 16), key(drawn(), dtype=jnp.bfloat16)]
+    assert len(set(keys)) == len(keys)
+    # Saving memory changes no number; a dtype has two spellings.
+    for changes in ({"remat": "full"}, {"dtype": np.dtype("float32")}):
+        assert key(drawn(), model=dataclasses.replace(MODEL, **changes)) == keys[0]
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[:-5])
+
+
+def emptied(path):
+    path.write_bytes(b"")
+
+
+def garbled(path):
+    path.write_bytes(b"no array at all")
+
+
+def of_other_rows(path):
+    np.save(path, np.zeros((N - 1, 2), np.float32))
+
+
+def of_other_type(path):
+    np.save(path, np.zeros((N, 2)))
+
+
+DAMAGES = [cut, emptied, garbled, of_other_rows, of_other_type]
+
+
+@pytest.mark.parametrize("damage", DAMAGES, ids=[damage.__name__ for damage in DAMAGES])
+def test_a_damaged_file_is_computed_again(tmp_path, monkeypatch, caplog, damage):
+    table = table_of(drawn())
+    first = logps(table, tmp_path)
+    (path,) = tmp_path.iterdir()
+    damage(path)
+    assert logps(table, tmp_path).tobytes() == first.tobytes()
+    assert f"{path}: not a whole cache" in caplog.text
+    no_computing(monkeypatch)
+    assert logps(table, tmp_path).tobytes() == first.tobytes()
+
+
+def test_a_cache_that_cannot_be_written(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    no_computing(monkeypatch)  # known before the work is done
+    with pytest.raises(UserError, match=r"reference: reference log-probs cannot be kept there .*XDG_CACHE_HOME"):
+        logps(table_of(drawn()), tmp_path / "file" / "reference")
+
+
+def test_a_full_disk(tmp_path, monkeypatch):
+    def full(file, array):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(reference.np, "save", full)
+    with pytest.raises(UserError, match=r"cannot be kept there \(No space left on device\); make room, or choose"):
+        logps(table_of(drawn()), tmp_path)
