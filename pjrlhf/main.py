@@ -73,7 +73,9 @@ def main(_: list[str]) -> None:
     from pjrlhf.training.workdir import Workdir
 
     workdir = Workdir(_WORKDIR.value or default_workdir(FLAGS["config"].config_filename))
-    workdir.write_config(config.to_dict(), ignore=("log_every", "checkpoint_every", "evaluate", "stages", "title"))
+    workdir.write_config(
+        config.to_dict(), ignore=("log_every", "checkpoint_every", "evaluate", "evaluate_users", "stages", "title")
+    )
     stages.run(config, workdir)
     summary = workdir.path / "report" / "summary.json"
     if summary.is_file():
