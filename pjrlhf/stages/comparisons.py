@@ -41,6 +41,14 @@ def sample_base(run: Run, prompts: list[Any], key: jax.Array, stage: str) -> lis
     return texts
 
 
+def preference_record(run: Run, request: str, chosen: str, rejected: str, **columns: Any) -> dict[str, Any]:
+    """A TRL preference record of answers to `request`: messages where this run chats, text where it does not."""
+    answers: dict[str, Any] = {"chosen": chosen, "rejected": rejected}
+    if run.config.data.chat:
+        answers = {side: [{"role": "assistant", "content": text}] for side, text in answers.items()}
+    return {"prompt": run.ask(request), **answers, **columns, "request": request}
+
+
 def run(run: Run) -> dict[str, Any]:
     """Writes <workdir>/comparisons/comparisons.jsonl: TRL preference records with an `objective` each; counts ties
     per objective.
@@ -67,10 +75,7 @@ def run(run: Run) -> dict[str, Any]:
                 ties[name] += 1
                 continue
             chosen, rejected = (a, b) if gap > 0 else (b, a)
-            record = {"prompt": run.ask(request), "chosen": chosen, "rejected": rejected, "objective": name}
-            if run.config.data.chat:
-                record |= {side: [{"role": "assistant", "content": record[side]}] for side in ("chosen", "rejected")}
-            records.append(record | {"request": request})
+            records.append(preference_record(run, request, chosen, rejected, objective=name))
     undecided = set(run.rewards) - {record["objective"] for record in records}
     if undecided:
         raise UserError(

@@ -17,7 +17,7 @@ from pjrlhf.data.schema import Example, validate
 from pjrlhf.data.sources import open_source
 from pjrlhf.data.tokenization import tokenize
 from pjrlhf.errors import UserError
-from pjrlhf.stages.comparisons import sample_base
+from pjrlhf.stages.comparisons import preference_record, sample_base
 from pjrlhf.stages.context import Run
 from pjrlhf.training.workdir import disk_errors
 
@@ -106,10 +106,8 @@ def run(run: Run) -> dict[str, Any]:
                 ties[name] += 1
                 continue
             chosen, rejected = (a, b) if gap > 0 else (b, a)
-            record = {"prompt": run.ask(request), "chosen": chosen, "rejected": rejected, "user_id": user}
-            if run.config.data.chat:
-                record |= {side: [{"role": "assistant", "content": record[side]}] for side in ("chosen", "rejected")}
-            records.append(record | {"taste": crowd[user], "request": request, "held_out": request in held})
+            columns = {"user_id": user, "taste": crowd[user], "held_out": request in held}
+            records.append(preference_record(run, request, chosen, rejected, **columns))
         with disk_errors(folder / name):
             (folder / name).write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
     found = {"people": people, "new_people": strangers, "ties": ties}
