@@ -34,7 +34,7 @@ def get_config(variant: str = "world") -> ml_collections.ConfigDict:
         "optimizer": {"learning_rate": 5e-3, "schedule": "cosine"},
     }
     c.policy = {
-        "steps": 40,
+        "steps": 60,
         "rollouts": 16,  # per policy and step
         "top_k": 0,
         "top_p": 1.0,
@@ -83,5 +83,7 @@ def huggingface(c: ml_collections.ConfigDict) -> None:
     c.policy.optimizer.learning_rate = 1e-3
     c.policy.kl.coefficient = 0.05
     c.comparisons.pairs = 512
+    c.reward.steps = 120
+    c.policy.steps = 40
     c.sample_rows = 128
     c.evaluate.told = ()
