@@ -21,7 +21,7 @@ from pjrlhf.data.batching import buckets, pad_left, split_by
 from pjrlhf.data.preferences import Preference, Registry
 from pjrlhf.data.schema import Example, validate
 from pjrlhf.data.sources import open_source
-from pjrlhf.data.tokenization import Lengths, Tokenizer, load_tokenizer
+from pjrlhf.data.tokenization import Lengths, Tokenizer, TokenTable, load_tokenizer, tokenize
 from pjrlhf.errors import UserError
 from pjrlhf.evaluation import judges
 from pjrlhf.models.adapters import AdapterConfig
@@ -39,7 +39,11 @@ class Run:
     def __init__(self, config: Any, workdir: Workdir):
         self.config = config
         self.workdir = workdir
-        self.key = jax.random.key(config.seed)
+
+    @functools.cached_property
+    def key(self) -> jax.Array:
+        """The PRNG key that every stage folds its own numbers into."""
+        return jax.random.key(self.config.seed)
 
     @functools.cached_property
     def mesh(self) -> jax.sharding.Mesh:
@@ -138,6 +142,12 @@ class Run:
     @functools.cached_property
     def tokenizer(self) -> Tokenizer:
         return load_tokenizer(self.start_folder, eos_token=self.config.model.eos_token or None)
+
+    @property
+    def token_ids(self) -> dict[str, int | None]:
+        """The special tokens as an exported model names them."""
+        t = self.tokenizer
+        return {"bos_token_id": t.bos_id, "eos_token_id": t.eos_id, "pad_token_id": t.pad_id}
 
     @functools.cached_property
     def model_config(self) -> ModelConfig:
@@ -247,6 +257,20 @@ class Run:
                 example = dataclasses.replace(example, prompt=self.ask(example.prompt))
             found.append(example)
         return found
+
+    def pairs(self, spec: Mapping[str, Any], lengths: Lengths) -> TokenTable:
+        """The preference records of a source, checked and tokenised."""
+        d = self.config.data
+        source = open_source(spec)
+        examples, _ = validate(source, "preference", columns=d.get("columns"), max_bad_share=d.max_bad_share)
+        return tokenize(
+            examples,
+            "preference",
+            self.tokenizer,
+            lengths,
+            source_name=source.name,
+            max_bad_share=d.max_bad_share,
+        )
 
     @property
     def prompt_lengths(self) -> tuple[int, ...]:

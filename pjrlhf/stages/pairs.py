@@ -6,9 +6,7 @@ from typing import Any
 import numpy as np
 
 from pjrlhf.data.batching import collate_preference, split_by
-from pjrlhf.data.schema import validate
-from pjrlhf.data.sources import open_source
-from pjrlhf.data.tokenization import Lengths, TokenTable, tokenize
+from pjrlhf.data.tokenization import TokenTable
 from pjrlhf.errors import UserError
 from pjrlhf.models.huggingface import fingerprint
 from pjrlhf.models.registry import UserRegistry
@@ -28,9 +26,9 @@ class Pairs:
         if data == "population":
             folder = run.workdir.path / "population"
             specs = {name: {"kind": "jsonl", "path": str(folder / f"{name}.jsonl")} for name in PARTS}
-            tables = {name: self._read(spec, run.sampled_lengths) for name, spec in specs.items()}
+            tables = {name: run.pairs(spec, run.sampled_lengths) for name, spec in specs.items()}
         else:
-            table = self._read(data, run.lengths)
+            table = run.pairs(data, run.lengths)
             train, held = split_by(
                 [repr(e.prompt) for e in table.examples], run.config.preference.heldout_share, run.config.seed
             )
@@ -43,19 +41,6 @@ class Pairs:
         self.registry = UserRegistry.create(dict.fromkeys(names))
         self.base_hash = fingerprint(run.base_folder)
         self.reference = {name: self._reference(table) for name, table in tables.items()}
-
-    def _read(self, spec: Mapping[str, Any], lengths: Lengths) -> TokenTable:
-        run, data = self.run, self.run.config.data
-        source = open_source(spec)
-        examples, _ = validate(source, "preference", columns=data.get("columns"), max_bad_share=data.max_bad_share)
-        return tokenize(
-            examples,
-            "preference",
-            run.tokenizer,
-            lengths,
-            source_name=source.name,
-            max_bad_share=data.max_bad_share,
-        )
 
     def _check_split(self, tables: Mapping[str, TokenTable]) -> None:
         shared = set.intersection(*({repr(e.prompt) for e in table.examples} for table in tables.values()))

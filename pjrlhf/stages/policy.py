@@ -271,9 +271,7 @@ def save(run: Run, bank: Any) -> str:
             # By this the merge refuses an adapter that was trained on another base.
             write_json(target / MANIFEST, {"base": {"folder": str(run.base_folder), "hash": base_hash}})
         else:
-            t = run.tokenizer
-            ids = {"bos_token_id": t.bos_id, "eos_token_id": t.eos_id, "pad_token_id": t.pad_id}
-            save_params(target, run.model_config, one, tokenizer_folder=run.base_folder, token_ids=ids)
+            save_params(target, run.model_config, one, tokenizer_folder=run.base_folder, token_ids=run.token_ids)
     return base_hash
 
 

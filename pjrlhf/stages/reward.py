@@ -14,9 +14,7 @@ import numpy as np
 import optax
 
 from pjrlhf.data.batching import batches, collate_preference, split_by
-from pjrlhf.data.schema import validate
-from pjrlhf.data.sources import open_source
-from pjrlhf.data.tokenization import TokenTable, tokenize
+from pjrlhf.data.tokenization import TokenTable
 from pjrlhf.errors import UserError
 from pjrlhf.models.adapters import AdapterConfig, Policies, init_bank
 from pjrlhf.models.decoder import Decoder
@@ -109,15 +107,12 @@ class Reward:
 
     def _tables(self) -> tuple[list[TokenTable], list[TokenTable]]:
         """Per objective: training and held-out rows, split by prompt."""
-        run, data = self.run, self.run.config.data
+        run = self.run
         spec, lengths = run.config.reward.data, run.lengths
         if spec == "comparisons":
             spec = {"kind": "jsonl", "path": str(run.workdir.path / "comparisons" / FILE)}
             lengths = run.sampled_lengths
-        source = open_source(spec)
-        share = data.max_bad_share
-        examples, _ = validate(source, "preference", columns=data.get("columns"), max_bad_share=share)
-        table = tokenize(examples, "preference", run.tokenizer, lengths, source_name=source.name, max_bad_share=share)
+        table = run.pairs(spec, lengths)
         known = set(run.rewards)
         for example in table.examples:
             if example.objective not in known:
@@ -133,7 +128,7 @@ class Reward:
             empty = [objective for objective, rows in of.items() if not rows]
             if empty:
                 raise UserError(
-                    f"{source.name}: no {name} pair for objective {empty[0]!r}; add comparisons, or leave it out of "
+                    f"{table.bad.source_name}: no {name} pair for objective {empty[0]!r}; add comparisons, or leave it out of "
                     "--config.objectives"
                 )
             tables.append([table.select(rows) for rows in of.values()])

@@ -115,13 +115,12 @@ def run(run: Run) -> dict[str, Any]:
         checkpoint_every=run.config.checkpoint_every,
         log_every=run.config.log_every,
     )
-    t = run.tokenizer
     with disk_errors(run.base_folder):
         save_params(
             run.base_folder,
             run.model_config,
             jax.device_get(method.result(state)),
             tokenizer_folder=run.start_folder,
-            token_ids={"bos_token_id": t.bos_id, "eos_token_id": t.eos_id, "pad_token_id": t.pad_id},
+            token_ids=run.token_ids,
         )
     return {"steps": config.steps}

@@ -243,3 +243,20 @@ def test_eight_devices_give_the_numbers_of_one(finished, tmp_path):
         for value in row.values()
         if value != row["stage"]
     )
+
+
+def test_the_merge_config_runs_as_a_stage(finished, tmp_path):
+    ingredients = finished / "policy" / "ingredients"
+    config = tiny.catalogue("merge").get_config()
+    config.merge.base = str(finished / "sft" / "model")
+    config.merge.ingredients = (str(ingredients / "P1A"), str(ingredients / "P2B"))
+    config.merge.weights = (0.7, -0.2)
+    workdir = Workdir(tmp_path / "merge")
+    stages.run(config, workdir)
+    direct = config.merge.copy_and_resolve_references()
+    direct.output = str(tmp_path / "direct")
+    merge.merge(direct)
+    assert (workdir.path / "export" / "soup" / "model.safetensors").read_bytes() == (
+        tmp_path / "direct" / "model.safetensors"
+    ).read_bytes()
+    assert workdir.finished("merge")["space"] == "delta"
