@@ -1,9 +1,9 @@
 """A byte-level BPE tokenizer for models trained from scratch on text."""
 
-import json
 import pathlib
 from collections.abc import Iterable
 
+from pjrlhf.data.tokenization import write_folder
 from pjrlhf.errors import UserError
 
 SPECIAL = ("<pad>", "<s>", "</s>", "<user>", "<assistant>")
@@ -38,15 +38,4 @@ def write_tokenizer(folder: pathlib.Path, texts: Iterable[str], vocab_size: int)
         vocab_size=vocab_size, special_tokens=special, initial_alphabet=alphabet, show_progress=False
     )
     tokenizer.train_from_iterator(texts, trainer)
-    folder.mkdir(parents=True, exist_ok=True)
-    tokenizer.save(str(folder / "tokenizer.json"))
-    config = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "bos_token": "<s>",
-        "eos_token": "</s>",
-        "pad_token": "<pad>",
-        "add_bos_token": True,
-        "clean_up_tokenization_spaces": False,
-        "chat_template": CHAT_TEMPLATE,
-    }
-    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2))
+    write_folder(folder, tokenizer, add_bos_token=True, chat_template=CHAT_TEMPLATE)

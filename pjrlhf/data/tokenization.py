@@ -187,6 +187,23 @@ def load_tokenizer(folder: str | os.PathLike, *, eos_token: str | None = None) -
     return Tokenizer(backend, eos_token=eos_token, add_bos=add_bos if backend.bos_token_id is not None else False)
 
 
+def write_folder(folder: pathlib.Path, tokenizer: Any, **settings: Any) -> None:
+    """Writes a `tokenizers` tokenizer with the tokens <s>, </s> and <pad> as a Hugging Face folder; `settings` go into
+    its tokenizer_config.json.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": "<s>",
+        "eos_token": "</s>",
+        "pad_token": "<pad>",
+        "clean_up_tokenization_spaces": False,
+        **settings,
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2))
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Lengths:
     """How many tokens prompts (with BOS) and completions (with EOS) may have, and what to do with longer ones."""

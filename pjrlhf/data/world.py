@@ -11,10 +11,10 @@ import collections
 import dataclasses
 import functools
 import hashlib
-import json
 import random
 
 from pjrlhf.data.preferences import Preference, Registry
+from pjrlhf.data.tokenization import write_folder
 
 PREFERENCES: Registry = {
     "P1A": Preference(dimension="expertise", sentence="use easy words ."),
@@ -317,15 +317,4 @@ def write_tokenizer(folder) -> None:
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer.decoder = decoders.WordPiece(prefix="##", cleanup=False)
     tokenizer.add_special_tokens([AddedToken(word, special=True) for word in SPECIAL])
-    folder.mkdir(parents=True, exist_ok=True)
-    tokenizer.save(str(folder / "tokenizer.json"))
-    config = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "bos_token": "<s>",
-        "eos_token": "</s>",
-        "pad_token": "<pad>",
-        "unk_token": "<unk>",
-        "clean_up_tokenization_spaces": False,
-        "chat_template": CHAT_TEMPLATE,
-    }
-    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2))
+    write_folder(folder, tokenizer, unk_token="<unk>", chat_template=CHAT_TEMPLATE)

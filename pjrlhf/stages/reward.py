@@ -128,8 +128,8 @@ class Reward:
             empty = [objective for objective, rows in of.items() if not rows]
             if empty:
                 raise UserError(
-                    f"{table.bad.source_name}: no {name} pair for objective {empty[0]!r}; add comparisons, or leave it out of "
-                    "--config.objectives"
+                    f"{table.bad.source_name}: no {name} pair for objective {empty[0]!r}; add comparisons, or leave it "
+                    "out of --config.objectives"
                 )
             tables.append([table.select(rows) for rows in of.values()])
         return tables[0], tables[1]
