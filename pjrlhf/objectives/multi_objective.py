@@ -1,0 +1,374 @@
+"""Several objectives at once, on arrays: rules that combine them, MOC, MODPO and the decoding of MOD.
+
+Shapes: B examples, T response tokens, N objectives (rewards), K heads or policies, G samples of a prompt, V vocabulary.
+Objectives lie on the last axis, and a user's preference weights beside them: [N], or one row per example. Weights are
+taken as they are, never renormalised. Everything is computed and returned in float32.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+# ---- combination rules: [..., N] -> [...], larger is better
+
+
+def weighted_sum(x: jax.Array, weights: jax.Array) -> jax.Array:
+    """sum_i w_i x_i, [...] from rewards or advantages [..., N] and weights [N] or [..., N].
+
+    With one-hot weights it is that objective to the last bit. Raises ValueError where the weights are not one per
+    objective.
+    """
+    x, weights = _fitting(x, weights)
+    return (x * weights).sum(-1)
+
+
+def sum_then_normalize(rewards: jax.Array, weights: jax.Array, mask: jax.Array | None = None) -> jax.Array:
+    """The weighted sum, standardised within each group: advantages [..., G] of GRPO (arXiv 2402.03300, section 4.1.2).
+
+    Args:
+      rewards: [..., G, N]; the G samples of a group answer one prompt.
+      weights: [N], or broadcast against `rewards`.
+      mask: [..., G], 0 leaves a sample out and gives it advantage 0; None counts every sample.
+
+    A large-scale reward drowns the others: `normalize_then_sum` mends that. Standardised is (x - mean) /
+    sqrt(variance + 1e-8) with the population variance, so a group of equal rewards, or of one sample, gives 0.
+    Raises ValueError for rewards without a group axis and for weights that do not fit.
+    """
+    rewards, mask = _groups(rewards, mask)
+    return _standardise(weighted_sum(rewards, weights), mask, axis=-1)
+
+
+def normalize_then_sum(rewards: jax.Array, weights: jax.Array, mask: jax.Array | None = None) -> jax.Array:
+    """Each objective standardised within its group, their weighted sum standardised over the whole batch: advantages
+    [..., G] of GDPO (arXiv 2601.05242).
+
+    The scale of a reward no longer matters, its weight does; the last step keeps the size of advantages independent of
+    the number of objectives. Arguments, standardisation and errors are those of `sum_then_normalize`; the batch is
+    every axis but the last of `rewards`, counted by samples rather than by tokens.
+    """
+    rewards, mask = _groups(rewards, mask)
+    return _standardise(weighted_sum(_standardise(rewards, mask[..., None], axis=-2), weights), mask, axis=None)
+
+
+def tchebycheff(rewards: jax.Array, weights: jax.Array, ideal: jax.Array, smoothing: float = 0.0) -> jax.Array:
+    """-max_i w_i (z_i - r_i), [...]: minus the weighted distance to the ideal point that is largest.
+
+    Its maximisers reach the parts of a front that bends inwards, where no weighted sum leads. With `smoothing` m > 0:
+    -m log sum_i exp(w_i (z_i - r_i) / m), differentiable and at most m log N lower (arXiv 2402.19078).
+
+    Args:
+      rewards: [..., N], on one scale (see `calibrate`).
+      weights: [N] or [..., N], not negative.
+      ideal: z, [N] or [..., N], at least the best reward of every objective; a reward beyond it counts as a negative
+        distance, so that more is never worse.
+      smoothing: not negative.
+
+    Raises ValueError for negative smoothing and for weights that do not fit.
+    """
+    if smoothing < 0:
+        raise ValueError(f"smoothing={smoothing} is negative; make it 0 for the exact maximum, or positive")
+    rewards, weights = _fitting(rewards, weights)
+    distance = weights * (jnp.asarray(ideal, jnp.float32) - rewards)
+    if smoothing == 0:
+        return -distance.max(-1)
+    return -smoothing * jax.nn.logsumexp(distance / smoothing, axis=-1)
+
+
+def pama(advantages: jax.Array, noon: bool = True) -> jax.Array:
+    """The point nearest 0 between the least and the largest of the N advantages, [...] from [..., N]: the min-norm
+    mixture of every token by itself (PAMA, arXiv 2508.07768).
+
+    Where objectives disagree in sign it is 0; where they agree, the one of smallest size. `noon`, as published, first
+    raises negative advantages to 0, and the mixture is max(min_i A_i, 0). There are no weights: it aims at no
+    particular trade-off.
+    """
+    advantages = jnp.asarray(advantages, jnp.float32)
+    if noon:
+        advantages = jnp.maximum(advantages, 0)
+    return jnp.clip(0.0, advantages.min(-1), advantages.max(-1))
+
+
+# ---- MOC: min-norm weights in the space of the policy
+
+
+def surrogate_gradients(
+    advantages: jax.Array, ratio: jax.Array, mask: jax.Array, clip: float | jax.Array = 0.2
+) -> jax.Array:
+    """g_k = mask 1[PPO's unclipped branch] rho A_k, [B, T, K]: gradient of objective k, summed over the tokens, in the
+    log-probs of the sampled tokens. A constant to the gradient.
+
+    With J the Jacobian of the log-probs in the parameters, the gradient there is J^T g_k, so ||sum_k c_k J^T g_k|| <=
+    ||J|| ||sum_k c_k g_k||: small on the right is small on the left, for one backward pass instead of K (the upper
+    bound of MGDA-UB, arXiv 1810.04650, moved to log-probs). PPO clips the mixture by the sign of the mixed advantage,
+    so the two agree exactly only while no token is clipped, as in the first minibatch.
+
+    Args:
+      advantages: [B, T, K].
+      ratio: rho = pi / pi_old, [B, T].
+      mask: [B, T]; whatever lies outside, NaN included, counts as 0.
+      clip: range of PPO.
+    """
+    advantages, ratio = jnp.asarray(advantages, jnp.float32), jnp.asarray(ratio, jnp.float32)[..., None]
+    unclipped = jnp.where(advantages > 0, ratio <= 1 + clip, ratio >= 1 - clip)
+    counted = (jnp.asarray(mask) > 0)[..., None] & unclipped
+    return jax.lax.stop_gradient(jnp.where(counted, ratio * advantages, 0.0))
+
+
+def gram_matrix(g: jax.Array, normalize: str = "none") -> jax.Array:
+    """M_kl = <g_k, g_l>, [K, K] from g [..., K], summed over all other axes.
+
+    The sums are plain, so for sharded g a jitted caller gets the matrix of the whole batch. `normalize="gradient"`
+    divides every g_k by its norm (GAPO, arXiv 2507.01915): without it the objective of smallest gradient gets most of
+    the weight. An objective without any gradient is a row of zeros either way, and then takes all the weight.
+    Raises ValueError for an unknown `normalize`.
+    """
+    if normalize not in ("none", "gradient"):
+        raise ValueError(f"Gram normalisation {normalize!r} is unknown; choose one of none, gradient")
+    g = jnp.asarray(g, jnp.float32)
+    axes = tuple(range(g.ndim - 1))
+    gram = jnp.tensordot(g, g, axes=(axes, axes), precision=jax.lax.Precision.HIGHEST)
+    if normalize == "none":
+        return gram
+    squares = jnp.diagonal(gram)
+    scale = jnp.where(squares == 0, 0.0, jax.lax.rsqrt(squares))
+    return gram * scale[:, None] * scale
+
+
+def min_norm_weights(gram: jax.Array, iterations: int = 50) -> jax.Array:
+    """argmin_c c^T M c over the simplex, [K] float32 (MGDA; Désidéri 2012): the convex mixture of gradients with the
+    least norm, whose ascent direction hurts no objective.
+
+    K = 2 has a closed form. Beyond, fully corrective Frank-Wolfe: a step towards the best vertex, then one towards the
+    optimum of the face that is reached, until twice the duality gap, a bound on c^T M c - min, is below
+    2e-6 sum_k c_k M_kk: a few iterations even for singular M. Where the minimiser is not unique it is one of them; for
+    M = 0 it is 1/K. A constant to the gradient. M that is not finite gives NaN.
+
+    Args:
+      gram: [K, K], symmetric and positive semi-definite, of any scale.
+      iterations: the most there may be.
+
+    Raises ValueError where it is not square.
+    """
+    if gram.ndim != 2 or gram.shape[0] != gram.shape[1]:
+        raise ValueError(f"gram has shape {gram.shape}; give one [K, K] matrix, and vmap over more")
+    gram = jax.lax.stop_gradient(jnp.asarray(gram, jnp.float32))
+    n, largest, tiny = gram.shape[0], jnp.diagonal(gram).max(), jnp.finfo(jnp.float32).tiny
+    m = gram / jnp.where(largest > 0, largest, 1.0)  # so that no scale of gradients underflows below
+    squares, identity = jnp.diagonal(m), jnp.eye(n)
+
+    def advance(c, d):
+        """To the least norm along d, which sums to 0, or to the edge of the simplex."""
+        room, slope = jnp.where(d < 0, -c / d, jnp.inf), (m * d).sum(-1)
+        size = jnp.minimum(-(c * slope).sum() / jnp.maximum((d * slope).sum(), tiny), room.min())
+        moved = jnp.where(room <= size, 0.0, jnp.maximum(c + size * d, 0))
+        return jnp.where((size > 0) & jnp.isfinite(moved).all(), moved, c)
+
+    def step(state):
+        i, c = state
+        c = advance(c, identity[(m * c).sum(-1).argmin()] - c)
+        face = c > 0
+        # M x = 1 on the face, whose multiple is its optimum; the ridge is for singular M.
+        x = jnp.linalg.solve(jnp.where(face[:, None] & face, m + 1e-6 * identity * squares, identity), face * 1.0)
+        d = x / x.sum() - c
+        c = advance(c, jnp.where(face, d - (d * face).sum() / face.sum(), 0.0))
+        return i + 1, c / c.sum()
+
+    def unfinished(state):
+        i, c = state
+        slope = (m * c).sum(-1)
+        return (i < iterations) & ((c * slope).sum() - slope.min() > 1e-6 * (c * squares).sum())
+
+    if n == 2:
+        width = squares.sum() - 2 * m[0, 1]  # ||g_1 - g_2||^2
+        first = jnp.where(width > 0, jnp.clip((m[1, 1] - m[0, 1]) / jnp.maximum(width, tiny), 0, 1), 0.5)
+        c = jnp.stack([first, 1 - first])
+    else:
+        _, c = jax.lax.while_loop(unfinished, step, (0, jnp.full(n, 1 / n, jnp.float32)))
+    return jax.lax.stop_gradient(jnp.where(jnp.isfinite(gram).all(), c, jnp.nan))
+
+
+# ---- MOC: control, rewards near the preference
+
+
+def calibrate(rewards: jax.Array, low: jax.Array, high: jax.Array) -> jax.Array:
+    """clip((R - low) / (high - low), 0, 1), [..., N]: rewards on the scale of preference weights.
+
+    `low` and `high` [N] are best quantiles of the starting policy's rewards, frozen for the whole of training. Raises
+    ValueError where high is not above low, as for a constant reward (seen only outside jit).
+    """
+    if _concrete(low, high) and not (np.asarray(high) > np.asarray(low)).all():
+        raise ValueError(f"high {high} is not above low {low} everywhere; leave out rewards that are constant")
+    low, high = jnp.asarray(low, jnp.float32), jnp.asarray(high, jnp.float32)
+    return jnp.clip((jnp.asarray(rewards, jnp.float32) - low) / (high - low), 0, 1)
+
+
+def target_map(p: jax.Array, kind: str = "identity") -> jax.Array:
+    """Calibrated rewards t(p) that preference weights p [..., N] ask for: p itself, p / ||p||_2 ("l2", as
+    Rewards-in-Context, arXiv 2402.10207) or p / max p ("max").
+
+    The targets of "identity" sum to 1 only: two equal weights ask for 1/2 each even where 1 is within reach. "max"
+    always asks for all of the favourite. Raises ValueError for an unknown kind.
+    """
+    p = jnp.asarray(p, jnp.float32)
+    if kind == "identity":
+        return p
+    if kind == "l2":
+        return p / jnp.sqrt((p * p).sum(-1, keepdims=True))
+    if kind == "max":
+        return p / p.max(-1, keepdims=True)
+    raise ValueError(f"target map {kind!r} is unknown; choose one of identity, l2, max")
+
+
+def control_reward(calibrated: jax.Array, p: jax.Array, target: str = "identity", sided: str = "two") -> jax.Array:
+    """-(1/N) sum_i (R_i - t_i(p))^2, [...] from calibrated rewards [..., N] and weights p [N] or [..., N].
+
+    "two" is the squared distance that MOC's reviews describe; it also pushes a reward down to its target. "hinge" is
+    -(1/N) sum_i max(0, t_i(p) - R_i)^2, content with more. Raises ValueError for unknown `target` or `sided`, and for
+    weights that do not fit.
+    """
+    calibrated, p = _fitting(calibrated, p)
+    short = target_map(p, target) - calibrated
+    if sided == "hinge":
+        short = jnp.maximum(short, 0)
+    elif sided != "two":
+        raise ValueError(f"control reward sided={sided!r} is unknown; choose one of two, hinge")
+    return -(short * short).mean(-1)
+
+
+def moc_heads(
+    calibrated: jax.Array, p: jax.Array, heads: str = "reward_sum+control", target: str = "identity", sided: str = "two"
+) -> jax.Array:
+    """Rewards of MOC's K heads, [..., K], from calibrated rewards [..., N] and preference weights p [N] or [..., N].
+
+    MOC (arXiv 2604.04497) trains one policy for all p, read in its prompt, on min-norm mixtures of objectives. Its full
+    text was not available: this is a reconstruction from the abstract and the public reviews of an earlier version.
+    Each head has its own values and advantages A_k; an update mixes them as
+    `weighted_sum(A, min_norm_weights(gram_matrix(surrogate_gradients(A, ratio, mask))))` and goes on as PPO.
+
+    The readings left open are settings:
+      heads: "reward_sum+control", K = 2: sum_i p_i R_i and the control reward; the default, because the reviews speak
+        of two weights, and because min-norm weights of bare rewards do not know p, they favour the smallest gradient.
+        "per_reward+control", K = N + 1: every R_i and the control reward; p enters through control only.
+      target: "identity" by default, because controllability is reported as the squared error of R against p itself.
+      sided: "two" by default, for the same reason. Where rewards end below what they could be, try "hinge" with "max".
+
+    Raises ValueError for unknown settings, and for weights that do not fit.
+    """
+    calibrated, p = _fitting(calibrated, p)
+    control = control_reward(calibrated, p, target, sided)[..., None]
+    if heads == "reward_sum+control":
+        return jnp.concatenate([weighted_sum(calibrated, p)[..., None], control], axis=-1)
+    if heads == "per_reward+control":
+        return jnp.concatenate([jnp.broadcast_to(calibrated, (*control.shape[:-1], calibrated.shape[-1])), control], -1)
+    raise ValueError(f"heads {heads!r} are unknown; choose one of reward_sum+control, per_reward+control")
+
+
+# ---- off-line, and at decoding time
+
+
+def modpo_loss(
+    chosen: jax.Array,
+    rejected: jax.Array,
+    ref_chosen: jax.Array,
+    ref_rejected: jax.Array,
+    beta: float,
+    *,
+    weights: jax.Array,
+    chosen_rewards: jax.Array,
+    rejected_rewards: jax.Array,
+    kind: str = "sigmoid",
+) -> jax.Array:
+    """Losses [B] of pairs labelled for objective 0, with the other objectives as margins (MODPO, arXiv 2310.03708).
+
+    h = (beta (log-ratio of chosen - of rejected) - sum_{i>0} w_i (r_i(chosen) - r_i(rejected))) / w_0, and the loss is
+    -log s(h), or max(0, 1 - h) for "hinge". With w_0 = 1 and the rest 0 it is `preference.sigmoid`, or `hinge`.
+
+    Args:
+      chosen, rejected, ref_chosen, ref_rejected: log-probs [B], float32, summed over the tokens of the answer.
+      beta: strength of the tie to the reference, positive.
+      weights: [N] or [B, N], that of the labelled objective first and positive.
+      chosen_rewards, rejected_rewards: rewards [B, N - 1] of the other objectives, in the units of Bradley-Terry
+        (a gap of 1 is odds of e), as are those of `preference.implicit_rewards`.
+      kind: "sigmoid" or "hinge".
+
+    Raises ValueError for an unknown kind, rewards that are not one fewer than weights, and a w_0 that is not positive
+    (seen only outside jit).
+    """
+    if kind not in ("sigmoid", "hinge"):
+        raise ValueError(f"MODPO loss {kind!r} is unknown; choose one of sigmoid, hinge")
+    if _concrete(weights) and not (np.asarray(weights)[..., 0] > 0).all():
+        raise ValueError(f"weights {weights} of MODPO start with one that is not positive; label pairs for another one")
+    gaps = jnp.asarray(chosen_rewards, jnp.float32) - jnp.asarray(rejected_rewards, jnp.float32)
+    weights = jnp.asarray(weights, jnp.float32)
+    margin = weighted_sum(gaps, weights[..., 1:])
+    h = (beta * ((chosen - ref_chosen) - (rejected - ref_rejected)) - margin) / weights[..., 0]
+    return -jax.nn.log_sigmoid(h) if kind == "sigmoid" else jax.nn.relu(1 - h)
+
+
+def combine_logps(
+    logps: jax.Array, weights: jax.Array, divergence: str = "reverse_kl", alpha: float | None = None
+) -> jax.Array:
+    """Normalised log-probs [..., V] of K policies mixed for decoding (MOD, arXiv 2406.18853).
+
+    The rule follows the divergence that tied the policies to their common reference:
+      reverse_kl: prod_k pi_k^{w_k}, the weighted geometric mean; RLHF and DPO. Weights may be negative.
+      forward_kl: 1 / sum_k (w_k / pi_k), the weighted harmonic mean.
+      alpha: (sum_k w_k pi_k^-alpha)^(-1/alpha); 1 is forward_kl, towards 0 it is reverse_kl, -1 the plain mixture.
+    One-hot weights give that policy, which no policy of weight 0 can disturb. Normalising per token, not per answer,
+    is an approximation; for all but reverse_kl adding to `logps` each policy's log-prob of the tokens so far is nearer.
+
+    Args:
+      logps: [..., K, V], log-probs of the next token.
+      weights: [K] or [..., K].
+      alpha: not 0, for "alpha" only.
+
+    Raises ValueError for an unknown divergence, an alpha missing, 0 or out of place, weights that do not fit, and
+    negative ones outside reverse_kl (seen only outside jit).
+    """
+    if divergence not in ("reverse_kl", "forward_kl", "alpha"):
+        raise ValueError(f"divergence {divergence!r} is unknown; choose one of reverse_kl, forward_kl, alpha")
+    if (divergence == "alpha") != (alpha is not None) or alpha == 0:
+        raise ValueError(f"alpha={alpha} with divergence {divergence!r}; give a number other than 0, for 'alpha' only")
+    if divergence != "reverse_kl" and _concrete(weights) and (np.asarray(weights) < 0).any():
+        raise ValueError(f"weights {weights} are negative for some policy; only reverse_kl takes such weights")
+    by_policy, weights = _fitting(jnp.swapaxes(logps, -1, -2), weights, spread=1)
+    # where, not a product alone: a policy of weight 0 may rule a token out with -inf
+    if divergence == "reverse_kl":
+        mixed = jnp.where(weights == 0, 0.0, weights * by_policy).sum(-1)
+    else:
+        alpha = 1.0 if alpha is None else alpha
+        terms = jnp.where(weights == 0, -jnp.inf, jnp.log(weights) - alpha * by_policy)
+        mixed = -jax.nn.logsumexp(terms, axis=-1) / alpha
+    return jax.nn.log_softmax(mixed, axis=-1)
+
+
+def _concrete(*arrays) -> bool:
+    """Whether the values are known, as they are outside jit."""
+    return not any(isinstance(x, jax.core.Tracer) for x in arrays)
+
+
+def _fitting(x: jax.Array, weights: jax.Array, spread: int = 0) -> tuple[jax.Array, jax.Array]:
+    """Both in float32, the weights with `spread` new axes before their last."""
+    x, weights = jnp.asarray(x, jnp.float32), jnp.asarray(weights, jnp.float32)
+    if x.ndim == 0 or weights.ndim == 0 or x.shape[-1] != weights.shape[-1]:
+        raise ValueError(f"weights of shape {weights.shape} do not fit {x.shape}; give one per objective, last axis")
+    return x, jnp.expand_dims(weights, tuple(range(-1 - spread, -1)))
+
+
+def _groups(rewards: jax.Array, mask: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+    """Rewards in float32 and the samples that count, as bool."""
+    rewards = jnp.asarray(rewards, jnp.float32)
+    if rewards.ndim < 2:
+        raise ValueError(f"rewards of shape {rewards.shape} have no groups; give [..., samples, objectives]")
+    mask = jnp.ones(rewards.shape[:-1], bool) if mask is None else jnp.asarray(mask) > 0
+    return rewards, mask
+
+
+def _standardise(x: jax.Array, mask: jax.Array, axis: int | None) -> jax.Array:
+    """(x - mean) / std over `axis` where `mask`, 0 elsewhere whatever stands there."""
+    count = jnp.maximum(mask.sum(axis, keepdims=True), 1)
+    x = jnp.where(mask, x, 0.0)
+    # Twice, as the first mean is rounded: what is left of equal values would be divided by nearly 0.
+    for _ in range(2):
+        x = jnp.where(mask, x - x.sum(axis, keepdims=True) / count, 0.0)
+    return x * jax.lax.rsqrt((x * x).sum(axis, keepdims=True) / count + 1e-8)
