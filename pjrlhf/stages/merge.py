@@ -1,7 +1,8 @@
-"""Merges finished models into one: a weighted sum of Hugging Face folders and LoRA folders.
+"""Merges finished models into one: a weighted sum, or a relative of it, of Hugging Face folders and LoRA folders.
 
-Weights are streamed tensor by tensor, one ingredient at a time, and summed in float32; adapters, being small, are held
-whole. What does not fit together is refused, and a refused merge leaves no folder behind.
+Weights are streamed tensor by tensor and merged in float32: sums one ingredient at a time, other methods with all
+ingredients' versions of one tensor at hand. Adapters, being small, are held whole. What does not fit together is
+refused, and a refused merge leaves no folder behind.
 """
 
 import contextlib
@@ -21,7 +22,7 @@ import numpy as np
 
 from pjrlhf import __version__
 from pjrlhf.errors import UserError
-from pjrlhf.merging import lora, trees
+from pjrlhf.merging import lora, methods, trees
 from pjrlhf.models.config import ModelConfig
 from pjrlhf.models.families import get_family, is_ignorable, leaf_shapes, tensor_slots
 from pjrlhf.models.folders import new_folder, open_tensors, read_json, weight_files
@@ -32,6 +33,17 @@ from pjrlhf.models.peft import load_peft, save_peft
 
 MANIFEST = "manifest.json"
 SPACES = ("delta", "factors", "concat")
+# The settings each method reads.
+SETTINGS = {
+    "linear": (),
+    "task_arithmetic": ("scale",),
+    "ties": ("density", "scale"),
+    "dare_linear": ("density", "scale", "seed"),
+    "dare_ties": ("density", "scale", "seed"),
+    "slerp": (),
+    "model_stock": (),
+}
+SUMS = ("linear", "task_arithmetic")
 # How safetensors spells the dtypes that can be merged.
 DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
@@ -74,6 +86,7 @@ def merge(config: Any, workdir: Any = None) -> dict[str, Any]:
         raise UserError(f"merge.space: {config.space!r} is unknown; choose one of {', '.join(SPACES)}")
     if config.dtype and config.dtype not in DTYPES.values():
         raise UserError(f"merge.dtype: {config.dtype!r} is unknown; choose one of {', '.join(DTYPES.values())}")
+    settings = _read_method(config, weights)
     output = _output_folder(config, workdir)
     base = pathlib.Path(config.base) if config.base else None
     model_type = read_json(base / "config.json").get("model_type") if base else "llama"
@@ -85,11 +98,13 @@ def merge(config: Any, workdir: Any = None) -> dict[str, Any]:
         if config.space == "concat":
             dtype = _write_adapter(work, base, ingredients, config.dtype or "float32", model_type)
         else:
-            dtype = _write_model(work, base, ingredients, config.dtype, config.space)
+            dtype = _write_model(work, base, ingredients, config.dtype, config.space, config.method, settings)
         manifest = {
             "package": "pjrlhf",
             "version": __version__,
             "space": config.space,
+            "method": config.method,
+            **settings,
             "dtype": dtype,
             "base": {"folder": str(base) if base else None, "hash": base_hash},
             "ingredients": [ingredient.entry() for ingredient in ingredients],
@@ -114,6 +129,31 @@ def _read_weights(config: Any) -> list[float]:
     if not weights:
         raise UserError("merge.ingredients: there are none; name the folders to merge")
     return weights
+
+
+def _read_method(config: Any, weights: Sequence[float]) -> dict[str, Any]:
+    """The settings that `config.method` reads; UserError where they, the weights, the base or the space do not suit."""
+    method = config.method
+    if method not in SETTINGS:
+        raise UserError(f"merge.method: {method!r} is unknown; choose one of {', '.join(SETTINGS)}")
+    if method != "linear" and config.space != "delta":
+        raise UserError(f"merge.space: {method!r} merges dense weights; use merge.space='delta'")
+    if method not in ("linear", "slerp") and not config.base:
+        raise UserError(f"merge.base: {method!r} merges what was learned since the base; set it")
+    if method == "slerp" and (len(weights) != 2 or abs(math.fsum(weights) - 1) > 1e-6):
+        raise UserError("merge.weights: 'slerp' goes from one ingredient to another; give it two weights that sum to 1")
+    if method == "model_stock" and (len(weights) < 2 or len(set(weights)) > 1):
+        raise UserError("merge.weights: 'model_stock' weighs by angles; give two or more ingredients equal weights")
+    for name in ("density", "scale", "seed"):
+        if config[name] is not None and name not in SETTINGS[method]:
+            raise UserError(f"merge.{name}: {method!r} does not read it; leave it out")
+    defaults = {"density": None, "scale": 1.0, "seed": 0}
+    settings = {name: defaults[name] if config[name] is None else config[name] for name in SETTINGS[method]}
+    if "density" in settings and (settings["density"] is None or not 0 < settings["density"] <= 1):
+        raise UserError(f"merge.density: is {settings['density']}; {method!r} needs one above 0 and up to 1")
+    if not math.isfinite(settings.get("scale", 1.0)):
+        raise UserError(f"merge.scale: is {settings['scale']}; give a finite number")
+    return settings
 
 
 def _output_folder(config: Any, workdir: Any) -> pathlib.Path:
@@ -253,9 +293,17 @@ class _Leaf:
 
 
 def _write_model(
-    work: pathlib.Path, base: pathlib.Path | None, ingredients: Sequence[Ingredient], dtype: str | None, space: str
+    work: pathlib.Path,
+    base: pathlib.Path | None,
+    ingredients: Sequence[Ingredient],
+    dtype: str | None,
+    space: str,
+    method: str,
+    settings: dict[str, Any],
 ) -> str:
     """Writes the dense model; returns the dtype of its embedding."""
+    if method == "task_arithmetic":
+        ingredients = [dataclasses.replace(x, weight=settings["scale"] * x.weight) for x in ingredients]
     full = [(x.folder, x.weight) for x in ingredients if x.adapter is None]
     adapters = [x for x in ingredients if x.adapter is not None]
     if base:
@@ -279,7 +327,7 @@ def _write_model(
             _check_tensors(folder, files, slots, functools.partial(is_ignorable, family, config))
         names = {(slot.path, slot.index): name for name, slot in slots.items()}
 
-        def layer(path: str, index: int | tuple[()]) -> np.ndarray:
+        def summed(path: str, index: int | tuple[()]) -> np.ndarray:
             name, total = names[path, index], None
             for files, weight in opened:
                 if weight:
@@ -293,6 +341,28 @@ def _write_model(
                     total = trees.accumulate(total, update, weight)
             return np.asarray(total)
 
+        def combined(path: str, index: int | tuple[()]) -> np.ndarray:
+            """By a method that needs all ingredients' versions of the tensor at once."""
+            name, module = names[path, index], path.removesuffix("/kernel")
+
+            def read(files):
+                x = files[name].get_tensor(name)
+                return (x.T if slots[name].transpose else x).astype(trees.wide_dtype(x.dtype))
+
+            def adapted(adapter, scale, _):
+                a, b = (adapter.get(f"{module}/{factor}") for factor in "ab")
+                return start if a is None else start + lora.delta(a[index], b[index], scale)
+
+            fulls, lows = (files for files, _ in opened), iter(updates)
+            start = read(next(fulls)) if base else None
+            leaves = [read(next(fulls)) if x.adapter is None else adapted(*next(lows)) for x in ingredients]
+            options = {setting: value for setting, value in settings.items() if setting != "seed"}
+            if "seed" in settings:
+                key = jax.random.key(settings["seed"])
+                options["key"] = methods.tensor_key(key, path, index if isinstance(index, int) else None)
+            return np.asarray(methods.METHODS[method](start, leaves, [x.weight for x in ingredients], **options))
+
+        layer = summed if method in SUMS else combined
         stored = {slot.path: DTYPES[opened[0][0][n].get_slice(n).get_dtype()] for n, slot in slots.items()}
         leaves = {
             path: _Leaf(shape, jnp.dtype(stored[path]), functools.partial(layer, path))

@@ -4,6 +4,7 @@ import importlib.util
 import json
 import pathlib
 import shutil
+import subprocess
 import weakref
 
 import flax.traverse_util
@@ -13,7 +14,7 @@ import numpy as np
 import pytest
 
 from pjrlhf.errors import UserError
-from pjrlhf.merging import trees
+from pjrlhf.merging import lora, methods, trees
 from pjrlhf.models.adapters import AdapterConfig, Policies, init_bank
 from pjrlhf.models.config import ModelConfig
 from pjrlhf.models.decoder import Decoder
@@ -166,6 +167,148 @@ def test_factors_average_each_factor(kitchen, tmp_path):
     np.testing.assert_allclose(kernels[0] - kernels[1], expected, atol=1e-6)
 
 
+# The settings of each method other than a plain sum, and the function of (base, ingredients, weights) it is.
+KEY = jax.random.key(3)
+LAYERS = {"stacked": ("layers",)}
+METHODS = {
+    "task_arithmetic": ({"scale": 0.7}, lambda b, x, w: methods.task_arithmetic(b, x, w, 0.7)),
+    "ties": ({"density": 0.3, "scale": 0.7}, lambda b, x, w: methods.ties(b, x, w, 0.3, scale=0.7, **LAYERS)),
+    "dare_linear": ({"density": 0.6, "seed": 3}, lambda b, x, w: methods.dare(b, x, w, 0.6, KEY, **LAYERS)),
+    "dare_ties": (
+        {"density": 0.6, "seed": 3, "scale": 2.0},
+        lambda b, x, w: methods.dare(b, x, w, 0.6, KEY, scale=2.0, sign=True, **LAYERS),
+    ),
+    "slerp": ({}, lambda b, x, w: methods.slerp(*x, w[1], **LAYERS)),
+    "model_stock": ({}, lambda b, x, w: methods.model_stock(b, x, **LAYERS)),
+}
+
+
+def weights_of(method):
+    return (0.5, 0.5) if method == "model_stock" else (0.3, 0.7)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("names", [("one", "two"), ("lora0", "two"), ("lora1", "lora0")], ids="-".join)
+def test_methods_equal_their_functions(kitchen, tmp_path, method, names):
+    options, function = METHODS[method]
+    weights = weights_of(method)
+    run(kitchen, tmp_path / "out", names, weights, base="base", method=method, **options)
+    base = load_params(kitchen / "base")
+    adapters = bank(kitchen / "base")
+    ingredients = [
+        lora.merge_dense(base, [jax.tree.map(lambda x, k=int(name[-1]): x[k], adapters)], [LORA.scale], [1.0])
+        if name.startswith("lora")
+        else load_params(kitchen / name)
+        for name in names
+    ]
+    merged = load_params(tmp_path / "out")
+    assert_close(merged, function(base, ingredients, weights), atol=1e-5)
+    kernels = [x["layers"]["mlp"]["up"]["kernel"] for x in (merged, trees.soup(base, ingredients, weights))]
+    assert np.abs(kernels[0] - kernels[1]).max() > 1e-3
+
+
+def test_slerp_needs_no_base(kitchen, tmp_path):
+    for base in (None, "base"):
+        run(kitchen, tmp_path / f"out-{base}", ("one", "two"), (0.3, 0.7), base=base, method="slerp")
+    assert_close(load_params(tmp_path / "out-None"), load_params(tmp_path / "out-base"))
+    run(kitchen, tmp_path / "end", ("one", "two"), (0, 1), method="slerp")
+    assert_close(load_params(tmp_path / "end"), load_params(kitchen / "two"))
+
+
+@pytest.mark.parametrize("method", ["ties", "slerp"])
+def test_methods_merge_sixteen_bit_models_in_float32(kitchen, tmp_path, method):
+    options, function = METHODS[method]
+    for name in ("base", "one", "two"):
+        save_params(tmp_path / name, CONFIG, load_params(kitchen / name), dtype="bfloat16")
+    names = (tmp_path / "one", tmp_path / "two")
+    wide = run(kitchen, tmp_path / "wide", names, (0.3, 0.7), tmp_path / "base", method=method, dtype="float32",
+               **options)  # fmt: skip
+    half = run(kitchen, tmp_path / "half", names, (0.3, 0.7), tmp_path / "base", method=method, **options)
+    assert (wide["dtype"], half["dtype"]) == ("float32", "bfloat16")
+    base, *ingredients = (load_params(tmp_path / name) for name in ("base", "one", "two"))
+    expected = function(base, ingredients, (0.3, 0.7))
+    assert_close(load_params(tmp_path / "wide"), expected, atol=1e-6)
+    rounded = jax.tree.map(lambda x: x.astype(jnp.bfloat16).astype(jnp.float32), load_params(tmp_path / "wide"))
+    assert_close(load_params(tmp_path / "half"), rounded)
+
+
+def test_draws_follow_the_seed(kitchen, tmp_path):
+    for name, seed in (("first", 0), ("again", None), ("other", 1)):
+        options = {"method": "dare_linear", "density": 0.5, "seed": seed}
+        run(kitchen, tmp_path / name, ("one", "two"), (0.5, 0.5), base="base", **options)
+    first, again, other = ((tmp_path / n / "model.safetensors").read_bytes() for n in ("first", "again", "other"))
+    assert first == again != other
+
+
+@pytest.mark.parametrize("method", ["linear", *METHODS])
+def test_the_manifest_names_the_method(kitchen, tmp_path, method):
+    options = METHODS[method][0] if method in METHODS else {}
+    manifest = run(kitchen, tmp_path / "out", ("one", "two"), weights_of(method), "base", method=method, **options)
+    assert json.loads((tmp_path / "out" / "manifest.json").read_text()) == manifest
+    defaults = {"scale": 1.0} if method.startswith("dare") else {}
+    recorded = {name: manifest[name] for name in ("method", "density", "scale", "seed") if name in manifest}
+    assert recorded == {"method": method, **defaults, **options}
+    assert [entry["weight"] for entry in manifest["ingredients"]] == [*weights_of(method)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("method", "theirs", "options"),
+    [
+        ("linear", {}, {}),
+        ("task_arithmetic", {"normalize": False, "lambda": 0.7}, {"scale": 0.7}),
+        ("ties", {"lambda": 0.7, "density": 0.3}, {"scale": 0.7, "density": 0.3}),
+        ("slerp", {"t": 0.7}, {}),
+        ("model_stock", {}, {}),
+        ("dare_linear", {"density": 0.5}, {"density": 0.5}),
+    ],
+)
+def test_mergekit_agrees(kitchen, tmp_path, method, theirs, options):
+    """Against the command `mergekit-yaml` on the same folders, all in float32."""
+    command = shutil.which("mergekit-yaml")
+    if not command:
+        pytest.skip("mergekit is not installed (pip install mergekit)")
+    # Fine-tuned models lie close to their base and to each other, as far as model_stock's cosines go.
+    base, step = (load_params(kitchen / name) for name in ("base", "one"))
+    folders = {"base": kitchen / "base"}
+    for seed, name in enumerate(("one", "two")):
+        folders[name] = tmp_path / name
+        tuned = trees.weighted_sum([base, step, draw(CONFIG, 10 + seed)], (1, 0.1, 0.05))
+        save_params(folders[name], CONFIG, tuned)
+    # One ingredient shows what DARE does to an entry; weights other than 1 would do the same to all.
+    weights = {"model_stock": (0.5, 0.5), "dare_linear": (1.0,)}.get(method, (0.3, 0.7))
+    names = ("one", "two")[: len(weights)]
+    recipe = {
+        "merge_method": method,
+        "dtype": "float32",
+        "parameters": theirs,
+        "models": [
+            {"model": str(folders[n]), "parameters": {"weight": w}} for n, w in zip(names, weights, strict=True)
+        ],
+    }
+    if method != "linear":
+        recipe["base_model"] = str(folders["one" if method == "slerp" else "base"])
+    (tmp_path / "recipe.yaml").write_text(json.dumps(recipe))  # JSON is YAML
+    quiet = ("--quiet", "--no-copy-tokenizer", "--no-write-model-card")
+    subprocess.run([command, str(tmp_path / "recipe.yaml"), str(tmp_path / "theirs"), *quiet], check=True)
+    run(kitchen, tmp_path / "ours", [folders[n] for n in names], weights, base="base", method=method, **options)
+    ours, theirs = (load_params(tmp_path / name) for name in ("ours", "theirs"))
+    if method != "dare_linear":
+        gap = jax.tree.map(lambda x, y: float(np.abs(x - y).max()), ours, theirs)
+        print(method, "largest difference", max(jax.tree.leaves(gap)))
+        assert max(jax.tree.leaves(gap)) < 1e-5
+        return
+    # The draws differ; the share kept and the factor of what is kept, the same for a whole tensor, can be compared.
+    tuned = load_params(folders["one"])
+    for merged in (ours, theirs):
+        start, end, now = (x["layers"]["mlp"]["up"]["kernel"][0] for x in (base, tuned, merged))
+        kept = np.abs(now - start) > 1e-6
+        factor = np.median((now - start)[kept] / (end - start)[kept])
+        print(method, "kept", kept.mean(), "factor", factor)
+        assert abs(kept.mean() - 0.5) < 0.1
+        np.testing.assert_allclose(factor, np.abs(end - start).sum() / np.abs(end - start)[kept].sum(), rtol=1e-3)
+
+
 def test_dtype_of_the_output(kitchen, tmp_path):
     manifest = run(kitchen, tmp_path / "half", ("one", "two"), (0.5, 0.5), dtype="bfloat16")
     assert manifest["dtype"] == "bfloat16"
@@ -305,6 +448,30 @@ def test_settings_of_whoever_tokenised_last_do_not_matter(kitchen, tmp_path):
         ((), (), {}, "merge.ingredients: there are none"),
         (("one",), (1,), {"space": "slerp"}, "merge.space: 'slerp' is unknown"),
         (("one",), (1,), {"dtype": "int8"}, "merge.dtype: 'int8' is unknown"),
+        (("one",), (1,), {"method": "mean"}, "merge.method: 'mean' is unknown; choose one of linear, task_arithmetic"),
+        (("lora0",), (1,), {"method": "ties", "space": "concat", "base": "base"}, "merge.space: 'ties' merges dense"),
+        (("lora0",), (1,), {"method": "ties", "space": "factors"}, "merge.space: 'ties' merges dense weights"),
+        *(
+            (("one", "two"), (0.5, 0.5), {"method": method}, f"merge.base: '{method}' merges what was learned since")
+            for method in ("task_arithmetic", "ties", "dare_linear", "dare_ties", "model_stock")
+        ),
+        (("one",), (1,), {"method": "slerp"}, "merge.weights: 'slerp' goes from one ingredient to another"),
+        (("one", "two"), (0.5, 0.6), {"method": "slerp", "base": "base"}, "merge.weights: 'slerp' goes from one"),
+        (("lora0", "one"), (0.5, 0.5), {"method": "slerp"}, "merge.base: LoRA folders need the model they adapt"),
+        (("one",), (1,), {"method": "model_stock", "base": "base"}, "merge.weights: 'model_stock' weighs by angles"),
+        (("one", "two"), (1, 2), {"method": "model_stock", "base": "base"}, "merge.weights: 'model_stock' weighs by"),
+        (("one",), (1,), {"method": "ties", "base": "base"}, "merge.density: is None; 'ties' needs one above 0"),
+        (("one",), (1,), {"method": "dare_ties", "base": "base", "density": 1.5}, "merge.density: is 1.5; 'dare_ties'"),
+        (("one",), (1,), {"method": "ties", "base": "base", "density": 0.0}, "merge.density: is 0.0; 'ties' needs"),
+        (("one",), (1,), {"density": 0.5}, "merge.density: 'linear' does not read it; leave it out"),
+        (("one",), (1,), {"scale": 2.0}, "merge.scale: 'linear' does not read it"),
+        (
+            ("one",),
+            (1,),
+            {"method": "task_arithmetic", "base": "base", "seed": 1},
+            "merge.seed: 'task_arithmetic' does",
+        ),
+        (("one",), (1,), {"method": "task_arithmetic", "base": "base", "scale": float("nan")}, "merge.scale: is nan"),
         (("one",), (1,), {"space": "concat"}, "one: a full model has no low-rank factors"),
         (("lora0", "one"), (1, 1), {"space": "factors", "base": "base"}, "one: a full model has no low-rank factors"),
         (("lora0",), (1,), {}, "merge.base: LoRA folders need the model they adapt"),

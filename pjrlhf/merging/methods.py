@@ -1,0 +1,332 @@
+"""Relatives of the weighted sum: TIES, DARE, SLERP, Model Stock on pytrees, and the coefficients of Bone Soups.
+
+With tau_i = theta_i - base, most are base + scale * sum_i w_i s(tau_i), where s thins an update out: task arithmetic
+(arXiv 2212.04089), TIES (2306.01708), DARE (2311.03099). They differ from a plain sum in what they do tensor by tensor,
+so a leaf is taken to be one tensor; where a leaf stacks one tensor per layer, name it in `stacked`.
+
+All compute in float32 (float64 where the leaves are float64) and cast back. Weights may be negative.
+"""
+
+import functools
+import itertools
+import math
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pjrlhf.merging import trees
+
+Tree = Any
+RESCALES = ("l1", "inverse_density")
+# Beyond this cosine, either way, an arc between two vectors is not told from a line or has no plane of its own.
+STRAIGHT = 0.9995
+
+
+def task_arithmetic(base: Tree, ingredients: Sequence[Tree], weights: Sequence[float], scale: float = 1.0) -> Tree:
+    """base + scale * sum_i weights[i] * tau_i (arXiv 2212.04089, section 2), in the dtypes of `base`.
+
+    It is `trees.soup` with scaled weights: one-hot weights return that ingredient exactly where `scale` is 1.
+    Raises ValueError for no ingredient, a wrong number of weights or ones not finite, and trees that do not match.
+    """
+    _check(base, ingredients, weights)
+    return trees.soup(base, ingredients, [scale * weight for weight in weights])
+
+
+def ties(
+    base: Tree,
+    ingredients: Sequence[Tree],
+    weights: Sequence[float],
+    density: float,
+    *,
+    scale: float = 1.0,
+    normalize: bool = True,
+    stacked: Sequence[str] = (),
+) -> Tree:
+    """TIES (arXiv 2306.01708, algorithm 1), in the dtypes of `base`: trim, elect a sign, average what agrees with it.
+
+    Of each tau_i the floor(density * size) largest magnitudes of the tensor stay, at least one, and any equal to the
+    least of them. An entry's sign is that of sum_i w_i tau_i (plus where it is 0); terms w_i tau_i of another sign, or
+    0, are dropped. `normalize` divides an entry by the sum of the weights left in it, unless they cancel.
+
+    One-hot weights return that ingredient (to rounding) at density 1, and a trimmed one below it; the result is not
+    linear in the weights. Raises ValueError as `task_arithmetic` does, and for a density outside (0, 1].
+    """
+    function = functools.partial(METHODS["ties"], density=density, scale=scale, normalize=normalize)
+    return _per_tensor(function, base, ingredients, weights, None, stacked)
+
+
+def dare(
+    base: Tree,
+    ingredients: Sequence[Tree],
+    weights: Sequence[float],
+    density: float,
+    key: jax.Array,
+    *,
+    scale: float = 1.0,
+    rescale: str = "l1",
+    sign: bool = False,
+    stacked: Sequence[str] = (),
+) -> Tree:
+    """DARE (arXiv 2311.03099), in the dtypes of `base`: entries of tau_i stay with probability `density`.
+
+    What stays is multiplied by 1 / density as in the paper (`rescale="inverse_density"`: unbiased), or so that the
+    tensor keeps its L1 norm ("l1": unless nothing stays). `sign` then drops terms against the elected sign, as `ties`
+    does, but does not normalise.
+
+    The draw depends on `key`, the path of the leaf, the layer and the place among the ingredients, and on nothing else:
+    not on other leaves, nor on their order. One-hot weights return that ingredient (to rounding) only at density 1.
+    Raises ValueError as `ties` does, and for an unknown `rescale`.
+    """
+    name = "dare_ties" if sign else "dare_linear"
+    function = functools.partial(METHODS[name], density=density, scale=scale, rescale=rescale)
+    return _per_tensor(function, base, ingredients, weights, key, stacked)
+
+
+def slerp(a: Tree, b: Tree, t: float, *, stacked: Sequence[str] = ()) -> Tree:
+    """(sin((1-t) o) a + sin(t o) b) / sin(o) per tensor, o the angle between them, in the dtypes of `a`.
+
+    Vectors keep their lengths. A line, (1-t) a + t b, stands in where |cos o| > 0.9995 or a vector is 0. t = 0 returns
+    `a` and t = 1 returns `b` exactly; other t extrapolate. Raises ValueError for a `t` that is not finite and trees
+    that do not match.
+    """
+    return _per_tensor(lambda _, leaves, row: _arc(*leaves, row[1]), None, [a, b], [1.0 - t, t], None, stacked)
+
+
+def model_stock(base: Tree, ingredients: Sequence[Tree], *, stacked: Sequence[str] = ()) -> Tree:
+    """base + t * mean_i tau_i per tensor, t = N c / (1 + (N - 1) c) (arXiv 2403.19522), in the dtypes of `base`.
+
+    c is the mean cosine of the pairs of tau_i; where it is negative, which the derivation rules out, it counts as 0.
+    Equal ingredients return themselves (to rounding). Raises ValueError for fewer than two ingredients and trees that
+    do not match.
+    """
+    return _per_tensor(METHODS["model_stock"], base, ingredients, [1.0] * len(ingredients), None, stacked)
+
+
+def mixing_matrix(count: int, beta: float) -> np.ndarray:
+    """The rewards of Bone Soups' backbones (arXiv 2502.10762), [N, N]: row i weighs the N objectives for backbone i.
+
+    `beta` on the diagonal and (1 - beta) / (N - 1) elsewhere. Raises ValueError for fewer than two objectives.
+    """
+    if count < 2:
+        raise ValueError(f"{count} objective(s) cannot be mixed")
+    return np.full((count, count), (1.0 - beta) / (count - 1)) + np.eye(count) * (beta - (1.0 - beta) / (count - 1))
+
+
+def bone_soup_weights(
+    preferences: Sequence[float] | np.ndarray,
+    mixing: float | Sequence[Sequence[float]] | np.ndarray,
+    extrapolation: float | Sequence[float] | np.ndarray = 0.0,
+) -> np.ndarray:
+    """The weights [..., N] of N backbones trained on mixed rewards that stand for `preferences` (arXiv 2502.10762).
+
+    x = sum_j preferences[j] * k_j * x_j, where x_j solves sum_i x_j[i] mixing[i] = one_hot(j) and k_j = 1 / (1 - a_j).
+    Give them to `trees.soup` (or as a row of a mix): its share of the base, 1 - sum(x), is then the paper's
+    sum_j preferences[j] (1 - k_j), for rows of `mixing` and preferences that sum to 1. Weights may be negative.
+
+    Args:
+      preferences: [..., N].
+      mixing: `beta` of `mixing_matrix`, or rows [N, N], one per backbone.
+      extrapolation: a < 1, away from the base; one for all objectives or one for each.
+
+    Raises ValueError for shapes that do not fit, a mixing that cannot be inverted, and numbers that are not finite.
+    """
+    preferences = np.asarray(preferences, np.float64)
+    count = preferences.shape[-1]
+    matrix = mixing_matrix(count, mixing) if np.ndim(mixing) == 0 else np.asarray(mixing, np.float64)
+    away = np.asarray(extrapolation, np.float64)
+    if matrix.shape != (count, count) or away.shape not in ((), (count,)):
+        raise ValueError(f"{count} preferences, but a mixing of {matrix.shape} and an extrapolation of {away.shape}")
+    if not all(np.isfinite(x).all() for x in (preferences, matrix, away)):
+        raise ValueError("preferences, mixing and extrapolation must be finite")
+    if np.any(away >= 1):
+        raise ValueError(f"extrapolation {extrapolation} is not below 1")
+    if np.linalg.cond(matrix) > 1e8:
+        raise ValueError("mixing has no inverse: the backbones' rewards do not tell the objectives apart")
+    scaled = preferences / (1.0 - away)
+    return np.linalg.solve(matrix.T, scaled.reshape(-1, count).T).T.reshape(scaled.shape)
+
+
+def tensor_key(key: jax.Array, path: str, layer: int | None = None) -> jax.Array:
+    """The key of one tensor: of the leaf at `path` ("layers/mlp/up/kernel"), and of one layer of a stacked leaf."""
+    key = jax.random.fold_in(key, zlib.crc32(path.encode()))
+    return key if layer is None else jax.random.fold_in(key, layer)
+
+
+def _check(base: Tree | None, ingredients: Sequence[Tree], weights: Sequence[float]) -> None:
+    if not ingredients:
+        raise ValueError("no ingredient to merge")
+    trees.check_weights(weights, len(ingredients))
+    names = [f"ingredient {i}" for i in range(len(ingredients))]
+    known = [] if base is None else [base]
+    trees.check_same([*known, *ingredients], ["the base", *names][1 - len(known) :])
+
+
+def _per_tensor(
+    function: Callable[..., jax.Array],
+    base: Tree | None,
+    ingredients: Sequence[Tree],
+    weights: Sequence[float],
+    key: jax.Array | None,
+    stacked: Sequence[str],
+) -> Tree:
+    """Applies a function of METHODS to every tensor: a leaf, or a row of a leaf below one of the names `stacked`."""
+    _check(base, ingredients, weights)
+
+    def merge(path, layer, first, *others):
+        start, leaves = (None, (first, *others)) if base is None else (first, others)
+        extra = {} if key is None else {"key": tensor_key(key, path, layer)}
+        return function(start, leaves, weights, **extra)
+
+    def leaf(path, *leaves):
+        path = jax.tree_util.keystr(path, simple=True, separator="/")
+        if path.split("/")[0] not in stacked:
+            return merge(path, None, *leaves)
+        return jnp.stack([merge(path, i, *(x[i] for x in leaves)) for i in range(len(leaves[0]))])
+
+    return jax.tree.map_with_path(leaf, *([] if base is None else [base]), *ingredients)
+
+
+def _sum_of_updates(
+    base: jax.Array,
+    leaves: Sequence[jax.Array],
+    weights: Sequence[float],
+    *,
+    density: float,
+    scale: float = 1.0,
+    draw: bool = False,
+    key: jax.Array | None = None,
+    rescale: str = "l1",
+    sign: bool = False,
+    normalize: bool = False,
+) -> jax.Array:
+    """base + scale * sum_i w_i s(tau_i) of one tensor; `s` draws entries with `key`, or keeps the largest."""
+    if draw == (key is None):
+        raise ValueError("DARE draws entries and needs a key; TIES takes none")
+    if not 0 < density <= 1:
+        raise ValueError(f"density {density} is not in (0, 1]")
+    if rescale not in RESCALES:
+        raise ValueError(f"rescale {rescale!r} is unknown; choose one of {', '.join(RESCALES)}")
+    weights = jnp.asarray(weights, trees.wide_dtype(base.dtype))
+    masks = None
+    if draw and density < 1:
+        # Drawn out here, a draw compiles once for a shape.
+        masks = [jax.random.bernoulli(jax.random.fold_in(key, i), density, base.shape) for i in range(len(leaves))]
+    return _merged(base, tuple(leaves), weights, masks, scale, density, rescale, sign, normalize)
+
+
+@functools.partial(jax.jit, static_argnames=("density", "rescale", "sign", "normalize"))
+def _merged(base, leaves, weights, masks, scale, density, rescale, sign, normalize):
+    start = base.astype(weights.dtype)
+    terms = []
+    for i, leaf in enumerate(leaves):
+        update = leaf.astype(start.dtype) - start
+        if masks is not None:
+            update = _masked(update, masks[i], density, rescale)
+        elif density < 1:
+            update = _trimmed(update, density)
+        terms.append(weights[i] * update)
+    total, left = sum(terms), list(weights)
+    if sign:
+        positive = total >= 0
+        agree = [jnp.where(positive, term > 0, term < 0) for term in terms]
+        total = sum(jnp.where(a, term, 0) for a, term in zip(agree, terms, strict=True))
+        left = [jnp.where(a, weight, 0) for a, weight in zip(agree, weights, strict=True)]
+    if normalize:
+        divisor = sum(left)
+        cancels = jnp.abs(divisor) <= 1e-6 * sum(map(jnp.abs, left))
+        total = total / jnp.where(cancels, 1, divisor)
+    return (start + scale * total).astype(base.dtype)
+
+
+def _trimmed(update: jax.Array, density: float) -> jax.Array:
+    # The margin is for products such as 0.29 * 100, a little less than 29.
+    count = max(1, math.floor(density * update.size + 1e-6))
+    magnitude = jnp.abs(update)
+    return jnp.where(magnitude >= _largest(magnitude, count), update, 0)
+
+
+def _largest(magnitude: jax.Array, count: int) -> jax.Array:
+    """The `count`-th largest of an array of no negative floats, found bit by bit: large leaves are slow to sort."""
+    width = 8 * magnitude.dtype.itemsize
+    unsigned = jnp.dtype(f"uint{width}")
+    bits = jax.lax.bitcast_convert_type(magnitude, unsigned)  # in the order of the floats
+
+    def settle(i, low):
+        probe = low | (jnp.asarray(1, unsigned) << (width - 2 - i).astype(unsigned))
+        return jnp.where(jnp.sum(bits >= probe) >= count, probe, low)
+
+    found = jax.lax.fori_loop(0, width - 1, settle, jnp.asarray(0, unsigned))
+    return jax.lax.bitcast_convert_type(found, magnitude.dtype)
+
+
+def _masked(update: jax.Array, mask: jax.Array, density: float, rescale: str) -> jax.Array:
+    kept = jnp.where(mask, update, 0)
+    if rescale == "inverse_density":
+        return kept / density
+    norm = jnp.sum(jnp.abs(kept))
+    return kept * jnp.where(norm > 0, jnp.sum(jnp.abs(update)) / jnp.where(norm > 0, norm, 1), 1)
+
+
+def _slerp(base: None, leaves: Sequence[jax.Array], weights: Sequence[float]) -> jax.Array:
+    if len(leaves) != 2:
+        raise ValueError(f"slerp goes between two ingredients, not {len(leaves)}")
+    if abs(sum(weights)) < 1e-6:
+        raise ValueError("the two weights of slerp sum to 0")
+    return _arc(*leaves, weights[1] / sum(weights))
+
+
+@jax.jit
+def _arc(a, b, t):
+    wide = trees.wide_dtype(a.dtype)
+    x, y, t = a.astype(wide), b.astype(wide), jnp.asarray(t, wide)
+    lengths = jnp.linalg.norm(x.ravel()) * jnp.linalg.norm(y.ravel())
+    cosine = jnp.sum(x * y) / jnp.where(lengths > 0, lengths, 1)
+    angle = jnp.arccos(jnp.clip(cosine, -STRAIGHT, STRAIGHT))
+    arc = jnp.stack([jnp.sin((1 - t) * angle), jnp.sin(t * angle)]) / jnp.sin(angle)
+    # The ends are on the line too, and exact there.
+    straight = (lengths == 0) | (jnp.abs(cosine) > STRAIGHT) | (t == 0) | (t == 1)
+    share = jnp.where(straight, jnp.stack([1 - t, t]), arc)
+    return (share[0] * x + share[1] * y).astype(a.dtype)
+
+
+def _model_stock(base: jax.Array, leaves: Sequence[jax.Array], weights: Sequence[float] = ()) -> jax.Array:
+    if len(leaves) < 2:
+        raise ValueError("model_stock needs at least two ingredients: it reads their angles")
+    return _stocked(base, tuple(leaves))
+
+
+@jax.jit
+def _stocked(base, leaves):
+    start = base.astype(trees.wide_dtype(base.dtype))
+    updates = [leaf.astype(start.dtype) - start for leaf in leaves]
+    lengths = [jnp.linalg.norm(update.ravel()) for update in updates]
+    units = [update / jnp.where(length > 0, length, 1) for update, length in zip(updates, lengths, strict=True)]
+    pairs = [jnp.sum(u * v) for u, v in itertools.combinations(units, 2)]
+    N, cosine = len(leaves), jnp.clip(sum(pairs) / len(pairs), 0, 1)
+    ratio = N * cosine / (1 + (N - 1) * cosine)
+    return (start + ratio * (sum(updates) / N)).astype(base.dtype)
+
+
+def _linear(
+    base: jax.Array | None, leaves: Sequence[jax.Array], weights: Sequence[float], *, scale: float = 1.0
+) -> jax.Array:
+    weights = [scale * weight for weight in weights]
+    return trees.weighted_sum(leaves, weights) if base is None else trees.soup(base, leaves, weights)
+
+
+# name -> function(base, leaves, weights, ...) -> leaf, for one tensor: `leaves` lists the ingredients' versions of it.
+# The DARE pair takes `key`, a `tensor_key`. "linear" and "slerp" do without a base (None), which slerp ignores;
+# slerp's t is the second of its two weights, as a share of both; model_stock finds its own weights.
+METHODS: Mapping[str, Callable[..., jax.Array]] = {
+    "linear": _linear,
+    "task_arithmetic": _linear,
+    "ties": functools.partial(_sum_of_updates, sign=True, normalize=True),
+    "dare_linear": functools.partial(_sum_of_updates, draw=True),
+    "dare_ties": functools.partial(_sum_of_updates, draw=True, sign=True),
+    "slerp": _slerp,
+    "model_stock": _model_stock,
+}
