@@ -9,6 +9,7 @@ from typing import Any
 
 from etils import epath
 
+from pjrlhf.data.joined import read_choices, read_votes
 from pjrlhf.data.records import RecordError, plain
 from pjrlhf.errors import UserError
 
@@ -71,12 +72,15 @@ def open_source(spec: Mapping[str, Any]) -> Source:
     "datasets": `path` of a folder written by `save_to_disk`, of a data file or a folder of them, or a name on the hub;
                 `name` of the configuration; `split`, "train" by default, may be sliced: "train[:1000]", "train[90%:]".
     "tfds":     `name`, `split` (as above) and `data_dir` of a data set prepared in a format with random access.
+    "votes":    votes on pairs of answers, see `joined.read_votes`.
+    "choices":  multiple-choice questions, see `joined.read_choices`.
     "records":  `records`, any random-access sequence of mappings, and a `name` for messages.
 
     Raises:
       UserError: the kind is unknown, or there is no such file, data set or split.
     """
     kinds = {"jsonl": _jsonl, "datasets": _datasets, "tfds": _tfds, "records": _records}
+    kinds |= {"votes": _votes, "choices": _choices}
     kind = spec.get("kind") if hasattr(spec, "get") else spec
     if kind not in kinds:
         raise UserError(f"data kind {kind!r}: not one of {', '.join(kinds)}; set --config.data.kind")
@@ -95,6 +99,14 @@ def _jsonl(spec: Mapping[str, Any]) -> Source:
 
 def _records(spec: Mapping[str, Any]) -> Source:
     return Source(spec.get("name") or "records", _required(spec, "records"))
+
+
+def _votes(spec: Mapping[str, Any]) -> Source:
+    return Source(pathlib.Path(str(spec.get("votes"))).name, read_votes(spec))
+
+
+def _choices(spec: Mapping[str, Any]) -> Source:
+    return Source(pathlib.Path(str(spec.get("path"))).name, read_choices(spec))
 
 
 def _datasets(spec: Mapping[str, Any]) -> Source:

@@ -1,0 +1,132 @@
+"""Preference records made of records of another form: votes on pairs of answers, and multiple-choice questions."""
+
+import csv
+import io
+import json
+import pathlib
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from absl import logging
+
+from pjrlhf.errors import UserError
+
+# What the columns of votes and of pairs are called unless `spec` says otherwise.
+VOTES = {
+    "pair": "id",  # of both files
+    "prompt": "prompt",
+    "left": "left",
+    "right": "right",
+    "user": "worker",
+    "winner": "winner",  # "left", "right", or anything else for a tie
+}
+CHOICES = {
+    "prompt": "question",
+    "options": "options",  # the first is the one that respects the preference
+    "user_text": "preference",
+}
+
+
+def read_votes(spec: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Joins the votes of a CSV file with the pairs of a JSONL file they are about.
+
+    Args:
+      spec: `path` of the pairs, `votes` of the CSV, `min_votes` a person must have cast besides ties (others are left
+        out), and names of columns where they differ from `VOTES`.
+
+    Returns:
+      TRL preference records with `user_id`; ties, and people with too few votes, are counted in the log.
+
+    Raises:
+      UserError: a file or column is missing, or a vote names an unknown pair.
+    """
+    names = {key: spec.get(key) or name for key, name in VOTES.items()}
+    pairs_file, votes_file = _file(spec, "path"), _file(spec, "votes")
+    pairs = {str(row[names["pair"]]): row for row in _rows(pairs_file, names, ("pair", "prompt", "left", "right"))}
+    found, ties = [], 0
+    for row in _rows(votes_file, names, ("pair", "user", "winner")):
+        pair = pairs.get(str(row[names["pair"]]))
+        if pair is None:
+            raise UserError(f"{votes_file}: a vote on pair {row[names['pair']]!r}, which is not in {pairs_file}")
+        if row[names["winner"]] not in ("left", "right"):
+            ties += 1
+            continue
+        sides = ("left", "right") if row[names["winner"]] == "left" else ("right", "left")
+        chosen, rejected = (pair[names[side]] for side in sides)
+        record = {"prompt": pair[names["prompt"]], "chosen": chosen, "rejected": rejected}
+        found.append({**record, "user_id": str(row[names["user"]])})
+    counts = Counter(record["user_id"] for record in found)
+    few = {user for user, count in counts.items() if count < int(spec.get("min_votes") or 1)}
+    kept = [record for record in found if record["user_id"] not in few]
+    logging.info(
+        "%s: %d votes of %d people; left out %d ties, and %d votes of %d people with fewer than %s",
+        *(votes_file.name, len(kept), len(counts) - len(few), ties, len(found) - len(kept), len(few)),
+        spec.get("min_votes") or 1,
+    )
+    return kept
+
+
+def read_choices(spec: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """A pair of the first option and each other one, for every question of one JSON file or a folder of them.
+
+    Args:
+      spec: `path`, and names of columns where they differ from `CHOICES`.
+
+    Returns:
+      TRL preference records with `user_text`; every question is a person of their own, `user_id` and `question`
+      are "<file> <number>", `group` is the file's name, and which option comes first is no longer visible.
+
+    Raises:
+      UserError: a file or column is missing, or a question has fewer than two options.
+    """
+    names = {key: spec.get(key) or name for key, name in CHOICES.items()}
+    path = pathlib.Path(_required(spec, "path"))
+    files = sorted(path.glob("*.json")) if path.is_dir() else [_file(spec, "path")]
+    if not files:
+        raise UserError(f"{path}: a folder without .json files; name one that has some, or a file")
+    records = []
+    for file in files:
+        for number, row in enumerate(_rows(file, names, tuple(CHOICES))):
+            options, who = row[names["options"]], f"{file.stem} {number}"
+            if not isinstance(options, list) or len(options) < 2:
+                raise UserError(f"{file} question {number}: {names['options']} is no list of at least two options")
+            shared = {"prompt": row[names["prompt"]], "user_text": row[names["user_text"]], "user_id": who}
+            shared |= {"question": who, "group": file.stem}
+            records += [{**shared, "chosen": options[0], "rejected": option} for option in options[1:]]
+    return records
+
+
+def _required(spec: Mapping[str, Any], key: str) -> str:
+    if not spec.get(key):
+        raise UserError(f"data kind {spec['kind']!r}: it needs {key!r}; set it in the config")
+    return str(spec[key])
+
+
+def _file(spec: Mapping[str, Any], key: str) -> pathlib.Path:
+    path = pathlib.Path(_required(spec, key))
+    if not path.is_file():
+        raise UserError(f"{path}: there is no such file; check {key!r} of the data in the config")
+    return path
+
+
+def _rows(path: pathlib.Path, names: Mapping[str, str], needed: tuple[str, ...]) -> Iterator[dict[str, Any]]:
+    """The records of a .csv, .jsonl or .json file, each of which has the `needed` columns."""
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+        if path.suffix == ".csv":
+            rows = list(csv.DictReader(io.StringIO(text)))
+        elif path.suffix == ".jsonl":
+            rows = [json.loads(line) for line in text.split("\n") if line.strip()]
+        else:
+            rows = json.loads(text)
+    except ValueError as error:
+        raise UserError(f"{path}: cannot be read ({error}); mend it") from error
+    for number, row in enumerate(rows, 1):
+        missing = [names[key] for key in needed if not isinstance(row, dict) or names[key] not in row]
+        if missing:
+            found = sorted(row) if isinstance(row, dict) else type(row).__name__
+            raise UserError(
+                f"{path} record {number}: no column {missing[0]!r}; found {found}; name it in the config, beside path"
+            )
+        yield row
