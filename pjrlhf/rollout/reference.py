@@ -16,7 +16,7 @@ import jax
 import numpy as np
 from absl import logging
 
-from pjrlhf.data.batching import collate_preference
+from pjrlhf.data.batching import collate_completion
 from pjrlhf.data.tokenization import TokenTable
 from pjrlhf.errors import UserError
 from pjrlhf.models.adapters import AdapterConfig, Policies
@@ -91,7 +91,7 @@ def reference_logps(
 
     Args:
       prompt_lengths, completion_lengths: buckets to pad to.
-      rows: pairs per batch.
+      rows: answers per batch.
       folder: where the cache lies; a file there is used if and only if its key is that of these data and this base.
 
     Raises:
@@ -104,21 +104,32 @@ def reference_logps(
     with _written(folder):  # a folder that cannot be made is found out before the work, not after it
         folder.mkdir(parents=True, exist_ok=True)
     score = jax.jit(functools.partial(_sums, model, adapter), static_argnames="prompt_slots")
-    # Rows of like length go together, so that padding is not what is computed.
-    lengths = sum(table.lengths(name) for name in ("prompt", *SIDES))
-    order = np.argsort(lengths, kind="stable")
-    found = np.zeros((len(table), 2), np.float32)
+    # Many people may have compared the same answers: each is scored once.
+    answers: dict[tuple[bytes, bytes], int] = {}
+    texts, place = [], np.zeros((len(table), len(SIDES)), np.int64)
+    for i, prompt in enumerate(table.tokens["prompt"]):
+        for column, side in enumerate(SIDES):
+            answer = table.tokens[side][i]
+            key = (prompt.tobytes(), answer.tobytes())
+            if key not in answers:
+                answers[key] = len(texts)
+                texts.append({"prompt": prompt, "completion": answer, "index": 0, "user_id": None, "objective": None})
+            place[i, column] = answers[key]
+    # Those of like length go together, so that padding is not what is computed.
+    order = np.argsort([len(text["prompt"]) + len(text["completion"]) for text in texts], kind="stable")
+    sums = np.zeros(len(texts), np.float32)
     for start in range(0, len(order), rows):
         index = order[start : start + rows]
-        padded = [table[int(i)] for i in [*index, *[index[0]] * (rows - len(index))]]
-        batch = collate_preference(
-            padded, prompt_length=list(prompt_lengths), completion_length=list(completion_lengths), pad_id=pad_id
+        batch = collate_completion(
+            [texts[i] for i in [*index, *[index[0]] * (rows - len(index))]],
+            prompt_length=list(prompt_lengths),
+            completion_length=list(completion_lengths),
+            pad_id=pad_id,
         )
-        for column, side in enumerate(SIDES):
-            part = batch[side]
-            prompt = int(np.argmax(part["loss_mask"].any(0)))
-            sums = score(base, part["tokens"], part["valid"], prompt_slots=prompt)
-            found[index, column] = np.asarray(sums)[: len(index)]
+        prompt = int(np.argmax(batch["loss_mask"].any(0)))
+        part = score(base, batch["tokens"], batch["valid"], prompt_slots=prompt)
+        sums[index] = np.asarray(part)[: len(index)]
+    found = sums[place]
     half = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with _written(folder):
         with open(half, "wb") as file:

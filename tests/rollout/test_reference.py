@@ -189,3 +189,21 @@ def test_a_full_disk(tmp_path, monkeypatch):
     monkeypatch.setattr(reference.np, "save", full)
     with pytest.raises(UserError, match=r"cannot be kept there \(No space left on device\); make room, or choose"):
         logps(table_of(drawn()), tmp_path)
+
+
+def test_an_answer_that_many_people_compared_is_scored_once(tmp_path, monkeypatch):
+    tokens = drawn()
+    # Everybody compared everything, every second person the other way around.
+    swapped = tokens | {"chosen": tokens["rejected"], "rejected": tokens["chosen"]}
+    many = {name: tokens[name] + swapped[name] + tokens[name] for name in COLUMNS}
+    seen, collate = [], reference.collate_completion
+
+    def watched(rows, **settings):
+        seen.extend((tuple(row["prompt"]), tuple(row["completion"])) for row in rows)
+        return collate(rows, **settings)
+
+    monkeypatch.setattr(reference, "collate_completion", watched)
+    found = logps(table_of(many), tmp_path / "many")
+    assert len(seen) == len(set(seen)) == 2 * N
+    once = logps(table_of(tokens), tmp_path / "once")
+    np.testing.assert_allclose(found, np.concatenate([once, once[:, ::-1], once]), rtol=1e-6)
