@@ -1,23 +1,35 @@
-"""P-DPO (P-RLHF, arXiv 2402.05133): ten people of conflicting taste, one policy that knows them apart.
+"""P-DPO and P-RM (P-RLHF, arXiv 2402.05133): people of conflicting taste, one policy that knows them apart.
 
     python -m pjrlhf.main --config=configs/pdpo.py
 
 trains pooled DPO, individualized and cluster user models and the permuted-id control on the same comparisons with the
-same budget. Your own preference records with a `user_id` column, on any Hugging Face Llama:
+same budget; with `--config.preference.head=reward`, reward models in place of policies. People known by their weights of
+given policies alone, a personalized soup learned from comparisons:
+
+    python -m pjrlhf.main --config=configs/pdpo.py:soup
+
+Your own preference records with a `user_id` column (and, for entries with user_text=True, `user_text`), on any Hugging
+Face Llama:
 
     python -m pjrlhf.main --config=configs/pdpo.py:records --config.model.path=FOLDER \
         --config.preference.data.path=FILE.jsonl
 
-The conflicting-length experiment of the paper on real answers, with a small model trained from scratch on others
-($PJRLHF_TEST_DATA, ../shared by default, holds data/alpaca_eval/{style_pairs,responses}.jsonl.gz with the columns
-`prompt`, `concise`, `verbose` and `prompt`, `response`):
+Real answers and real people, with a small model trained from scratch on others. The files are looked for under
+$PJRLHF_TEST_DATA (../shared by default), in data/alpaca_eval, data/llmfao and data/prefeval:
 
     python -m pjrlhf.main --config=configs/pdpo.py:style_pairs --config.population.users=40
+    python -m pjrlhf.main --config=configs/pdpo.py:llmfao --config.preference.split=prompt
+    python -m pjrlhf.main --config=configs/pdpo.py:prefeval
 
-Built-in world, 2 CPU cores: about 2 minutes, compilation included; figures in BUILD_NOTES.md.
+:style_pairs is the paper's experiment with conflicting length preferences, :llmfao the votes of a crowd, :prefeval
+people who are known by one sentence about themselves.
+
+2 CPU cores: built-in world about TIME_WORLD minutes, :soup TIME_SOUP, :style_pairs TIME_STYLE, :llmfao TIME_LLMFAO, :prefeval
+TIME_PREFEVAL; figures in BUILD_NOTES.md.
 """
 
 import os
+from typing import Any
 
 import ml_collections
 
@@ -32,6 +44,7 @@ def get_config(variant: str = "world") -> ml_collections.ConfigDict:
     # The built-in people: everybody has one taste and labels pairs of answers by it.
     c.population = {
         "data": "base",  # two answers of the base, or a source of pairs: {"kind": "jsonl", ..., "columns": {...}}
+        "whole_answers": 0,  # of a given pair, how many must fit into data.max_completion where longer ones are cut
         "users": 10,
         "new_users": 10,
         "tastes": ("P3A", "P3B"),
@@ -42,7 +55,9 @@ def get_config(variant: str = "world") -> ml_collections.ConfigDict:
     }
     c.preference = {
         "data": "population",  # "population", or a source of preference records with `user_id`
-        "heldout_share": 0.2,  # of the prompts, where the data are your own
+        "split": "prompt",  # of your own data: prompt, or pair (others may have compared the same prompt's answers)
+        "heldout_share": 0.2,  # of the prompts or pairs, where the data are your own
+        # Entries may differ in everything from `head` to `sft_weight`, too, and have user_text=True.
         "models": {
             "pooled": {"kind": "uniform"},
             "individualized": {"kind": "individualized", "tokens": 4},
@@ -50,7 +65,8 @@ def get_config(variant: str = "world") -> ml_collections.ConfigDict:
             "cluster": {"kind": "cluster", "tokens": 4, "clusters": 2, "warm_start": 0.5},
             "permuted": {"kind": "individualized", "tokens": 4, "permuted": True},
         },
-        "bank": "",  # for models of kind soup: bank.safetensors of a stage policy on the same base
+        "bank": "",  # for models of kind soup: "policy", or bank.safetensors of a stage policy on the same base
+        "head": "policy",  # policy (P-DPO), or reward (P-RM)
         "loss": "sigmoid",  # see objectives/preference.py
         "beta": 0.1,
         "alpha": 0.5,  # share of the user-specific term; the rest trains the generic user
@@ -64,58 +80,137 @@ def get_config(variant: str = "world") -> ml_collections.ConfigDict:
     }
     c.evaluate_users = {
         "resamples": 2000,
+        "grid_pairs": 1000,  # at most, per cell of known and new people and prompts; so many tell a share within 3 %
+        "surface": False,  # beside the models, logistic regressions on surface features of the answers
         "generate_for": 4,  # held-out prompts answered as every user; 0 skips generation
+        "max_new_tokens": 0,  # of these answers; 0 is data.max_completion
         "cold_start": (0, 1, 2, 4, 8, 16),  # comparisons a new person gives; () skips it
         "cold_start_models": ("individualized", "cluster"),
         "cold_start_steps": 20,
         "cold_start_learning_rate": 0.1,
     }
-    if variant == "records":
-        c.title = "P-DPO on your records"
-        c.stages = ("preference", "evaluate_users")
-        c.data.chat = False
-        c.data.max_prompt, c.data.max_completion = 128, 128
-        c.evaluate_users.cold_start = ()
-        with c.ignore_type():
-            c.preference.data = ml_collections.ConfigDict({"kind": "jsonl", "path": ""})
-    elif variant == "style_pairs":
-        style_pairs(c)
-    elif variant != "world":
-        raise ValueError(
-            f"configs/pdpo.py:{variant}: unknown variant; use configs/pdpo.py, or after it :records or :style_pairs"
-        )
+    variants = {"world": None, "soup": soup, "records": records, "style_pairs": style_pairs, "llmfao": llmfao}
+    variants["prefeval"] = prefeval
+    if variant not in variants:
+        names = ", ".join(f":{name}" for name, change in variants.items() if change)
+        raise ValueError(f"configs/pdpo.py:{variant}: unknown variant; use configs/pdpo.py, or after it one of {names}")
+    if variants[variant]:
+        variants[variant](c)
     return c
+
+
+def soup(c: ml_collections.ConfigDict) -> None:
+    """Four tastes, a policy for each by PPO, and people who are known by their weights of these policies alone."""
+    c.title = "Learned soup weights with twelve people of the built-in world"
+    c.stages = ("sft", "comparisons", "reward", "policy", "population", "preference", "evaluate_users")
+    config.policies(c)
+    c.objectives = ("P2A", "P2B", "P3A", "P3B")
+    c.population.update({"users": 12, "new_users": 12, "tastes": c.objectives, "shares": (0.25, 0.25, 0.25, 0.25)})
+    c.preference.bank = "policy"
+    individualized = c.preference.models.individualized.to_dict()
+    with c.ignore_type():
+        c.preference.models = ml_collections.ConfigDict(
+            {"pooled": {"kind": "uniform"}, "soup": {"kind": "soup"}, "individualized": individualized}
+        )
+        c.preference.models["permuted"] = {"kind": "soup", "permuted": True}
+    c.evaluate_users.cold_start_models = ("soup", "individualized")
+
+
+def records(c: ml_collections.ConfigDict) -> None:
+    c.title = "P-DPO on your records"
+    c.stages = ("preference", "evaluate_users")
+    c.data.chat = False
+    c.data.max_prompt, c.data.max_completion = 128, 128
+    c.evaluate_users.cold_start = ()
+    _data(c.preference, kind="jsonl", path="")
+
+
+def _data(section: ml_collections.ConfigDict, **spec: Any) -> None:
+    with section.ignore_type():
+        section.data = ml_collections.ConfigDict(spec)
+
+
+def _folder(name: str) -> str:
+    return f"{os.environ.get('PJRLHF_TEST_DATA', '../shared')}/data/{name}"
+
+
+def _small_base(c: ml_collections.ConfigDict) -> None:
+    """A model from scratch, fine-tuned on real answers; of long ones the beginning is read."""
+    _data(c.sft, kind="jsonl", path=f"{_folder('alpaca_eval')}/responses.jsonl.gz")
+    with c.ignore_type():
+        c.data.columns = ml_collections.ConfigDict({"completion": "response"})
+        c.model.tokenizer = ml_collections.ConfigDict({"kind": "bpe", "vocab_size": 2048, "texts": 5000})
+    c.model.update({"hidden_size": 128, "intermediate_size": 384, "max_length": 384})
+    c.adapter.update({"rank": 16, "alpha": 32.0})
+    c.data.update({"max_prompt": 64, "prompt_buckets": (32,), "max_completion": 128, "max_bad_share": 0.05})
+    c.data.update({"long_prompt": "truncate_left", "long_completion": "truncate"})
+    c.sft.update({"steps": 1000, "batch_size": 16})
+    c.sft.optimizer.learning_rate = 3e-3
+    c.preference.update({"mixture": "dropout", "batch_size": 16, "steps": 260})
+    # Per token: of long answers the summed log-ratio mostly says how far the policy is from its reference on any text.
+    c.preference.update({"loss": "sigmoid_norm", "beta": 10.0})
+    c.preference.alpha = 1.0  # 0.5 trains the generic user besides and takes about twice the steps
+    c.preference.optimizer.learning_rate = 2.5e-3
+    c.preference.user_optimizer.learning_rate = 0.03
+    for model in ("individualized", "cluster", "permuted"):
+        c.preference.models[model].tokens = 10
+    c.evaluate_users.update({"grid_pairs": 100, "generate_for": 0, "cold_start": ()})
 
 
 def style_pairs(c: ml_collections.ConfigDict) -> None:
     """People who want longer and people who want shorter answers, on real answers that no judge has to read."""
-    folder = f"{os.environ.get('PJRLHF_TEST_DATA', '../shared')}/data/alpaca_eval"
-    pairs = {"kind": "jsonl", "path": f"{folder}/style_pairs.jsonl.gz"}
+    _small_base(c)
+    pairs = {"kind": "jsonl", "path": f"{_folder('alpaca_eval')}/style_pairs.jsonl.gz"}
     tastes = ("longer", "shorter")
-    c.title = "P-DPO with ten people who want longer or shorter answers"
+    c.title = "P-DPO with people who want longer or shorter answers"
     with c.ignore_type():
         c.preferences = ml_collections.ConfigDict({name: {"dimension": "length", "sentence": ""} for name in tastes})
         c.judge = ml_collections.ConfigDict({name: name for name in tastes})
         c.data.prompts = ml_collections.ConfigDict(pairs)
-        c.data.columns = ml_collections.ConfigDict({"completion": "response"})
-        c.sft.data = ml_collections.ConfigDict({"kind": "jsonl", "path": f"{folder}/responses.jsonl.gz"})
-        c.population.data = ml_collections.ConfigDict(
-            {**pairs, "columns": {"chosen": "concise", "rejected": "verbose"}}
-        )
-        c.model.tokenizer = ml_collections.ConfigDict({"kind": "bpe", "vocab_size": 2048, "texts": 5000})
+    _data(c.population, **pairs, columns={"chosen": "concise", "rejected": "verbose"})
     c.objectives = tastes
-    c.model.update({"hidden_size": 96, "intermediate_size": 256, "max_length": 192})
-    c.adapter.rank = 0  # so small a model learns faster with all its parameters
-    # What does not fit is left out: most answers of the files are longer.
-    c.data.update({"max_prompt": 48, "prompt_buckets": (), "max_completion": 128, "max_bad_share": 0.95})
-    c.sft.update({"steps": 300, "batch_size": 16})
-    c.sft.optimizer.learning_rate = 3e-3
-    c.population.update({"tastes": tastes, "pairs_per_user": 150, "heldout_pairs_per_user": 60})
+    c.population.update({"tastes": tastes, "pairs_per_user": 320, "heldout_pairs_per_user": 60})
     c.population.new_pairs_per_user = 40
-    c.preference.update({"mixture": "dropout", "batch_size": 16, "steps": 120})
-    c.preference.alpha = 1.0  # 0.5 trains the generic user besides and takes about twice the steps
+    c.population.whole_answers = 1  # of two answers cut off, no one can tell which is longer
+    for model in ("individualized", "permuted"):
+        c.preference.models[model].zero_offset = False  # people who differ from the start are told apart sooner
+    c.evaluate_users.update({"generate_for": 8, "max_new_tokens": 256})
+
+
+def llmfao(c: ml_collections.ConfigDict) -> None:
+    """Votes of real people, who disagree about length among other things, on answers of real models."""
+    _small_base(c)
+    c.title = "P-DPO on the votes of real people"
+    c.stages = ("sft", "preference", "evaluate_users")
+    folder = _folder("llmfao")
+    votes = {"kind": "votes", "path": f"{folder}/pairs-crowd.jsonl", "votes": f"{folder}/crowd-comparisons.csv"}
+    votes |= {"prompt": "text", "left": "result_x", "right": "result_y", "min_votes": 50}
+    with c.ignore_type():
+        c.data.prompts = ml_collections.ConfigDict(votes)
+    _data(c.preference, **votes)
+    c.preference.update({"split": "pair", "steps": 210})
     c.preference.optimizer.learning_rate = 1e-3
-    c.preference.user_optimizer.learning_rate = 0.1
-    for model in ("individualized", "cluster", "permuted"):
-        c.preference.models[model].tokens = 10
-    c.evaluate_users.update({"generate_for": 8, "cold_start": ()})  # new people take minutes: (0, 4, 16)
+    c.preference.models.cluster.clusters = 4
+    c.preference.models["reward_pooled"] = {"kind": "uniform", "head": "reward", "loss": "sigmoid"}
+    reward = {"kind": "individualized", "tokens": 10, "head": "reward", "loss": "sigmoid"}
+    c.preference.models["reward"] = reward
+    c.evaluate_users.surface = True
+
+
+def prefeval(c: ml_collections.ConfigDict) -> None:
+    """People known only by one sentence about themselves, and four answers of which one respects it."""
+    _small_base(c)
+    c.title = "A user model that reads what people say about themselves"
+    c.stages = ("sft", "preference", "evaluate_users")
+    choices = {"kind": "choices", "path": _folder("prefeval"), "options": "classification_task_options"}
+    with c.ignore_type():
+        c.data.prompts = ml_collections.ConfigDict(choices)
+        c.preference.models = ml_collections.ConfigDict(
+            {
+                "pooled": {"kind": "uniform"},
+                "text": {"kind": "uniform", "user_text": True},
+                "permuted": {"kind": "uniform", "user_text": True, "permuted": True},
+            }
+        )
+    _data(c.preference, **choices)
+    c.data.update({"max_prompt": 96, "prompt_buckets": (48,), "max_completion": 64})

@@ -20,29 +20,9 @@ def get_config(variant: str = "world") -> ml_collections.ConfigDict:
     c = config.base()
     c.title = "Personalized Soups on the built-in world"
     c.stages = ("sft", "comparisons", "reward", "policy", "evaluate")
+    config.policies(c)
     c.general = "helpful"  # the general reward of the RLHF baseline; "" leaves the baseline out
-    c.prompt_preference = "half"  # does a policy's prompt state its preference in training: never, always, half
-
-    c.comparisons = {"pairs": 1024}  # two answers of the base each, labelled once per objective
-    c.reward = {
-        "data": "comparisons",  # "comparisons", or a source of preference records with `objective`
-        "path": "",  # reward models of another run to use instead of training them
-        "steps": 160,
-        "batch_size": 8,  # pairs per objective
-        "heldout_share": 0.2,  # of the prompts
-        "calibration_samples": 256,
-        "optimizer": {"learning_rate": 5e-3, "schedule": "cosine"},
-    }
-    c.policy = {
-        "steps": 60,
-        "rollouts": 16,  # per policy and step
-        "top_k": 0,
-        "top_p": 1.0,
-        "kl": {"coefficient": 0.1, "target": 0.0, "horizon": 10000},  # target 0: fixed coefficient
-        "ppo": {"epochs": 2, "minibatches": 2, "clip": 0.2, "value_clip": 0.2, "value_weight": 0.1},
-        "experience": {"gamma": 1.0, "lam": 0.95, "kl_kind": "k1", "missing_eos": 1.0, "score_clip": 5.0},
-        "optimizer": {"learning_rate": 3e-3, "schedule": "linear", "b2": 0.99, "eps": 1e-5},
-    }
+    c.prompt_preference = "half"
     c.evaluate = {
         "weight_scale": 1.0,  # sum of a soup's weights; 1 gives w = 1/3 each for three criteria, as in the paper
         "sweep_points": 11,

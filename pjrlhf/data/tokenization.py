@@ -263,6 +263,14 @@ class TokenTable(Sequence):
         return dataclasses.replace(self, examples=tuple(self.examples[i] for i in rows), tokens=tokens)
 
 
+def cut_left(ids: list[int], limit: int, bos_id: int | None) -> list[int]:
+    """The last `limit` ids of a prompt; BOS, where it starts with one, stays."""
+    if len(ids) <= limit:
+        return ids
+    start = ids[:1] if ids[0] == bos_id and limit > 1 else []
+    return start + ids[len(ids) - limit + len(start) :]
+
+
 def tokenize(
     examples: Sequence[Example],
     kind: str,
@@ -307,8 +315,7 @@ def _fit(example: Example, kind: str, tokenizer: Tokenizer, lengths: Lengths) ->
                 f"{example.where}: prompt too long ({detail}); raise --config.data.max_prompt, or leave such prompts "
                 "out or shorten them with --config.data.long_prompt=drop or truncate_left"
             )
-        start = prompt[:1] if prompt[0] == tokenizer.bos_id and lengths.prompt > 1 else []
-        prompt = start + prompt[len(prompt) - lengths.prompt + len(start) :]
+        prompt = cut_left(prompt, lengths.prompt, tokenizer.bos_id)
     for name, ids in zip(names, answers, strict=True):
         if len(ids) > lengths.completion and lengths.long_completion == "drop":
             raise RecordError(f"{name} too long", f"{len(ids)} tokens, the limit is {lengths.completion}")

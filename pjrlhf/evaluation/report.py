@@ -18,6 +18,8 @@ Layout of `summary` (every section may be absent, every number may be nan or Non
 and of user models, where `accuracy` is the dict of `users.user_accuracy`:
 
     accuracy              {model: accuracy and "generic": share of the same pairs that the generic user gets right}
+    gain                  {model: {against: a model} and the dict of `users.paired_gain`}
+    choices               {model: the dict of `users.choice_accuracy`}
     ceiling               {majority_share: the best accuracy possible without knowing the person}
     grid                  {model: {"seen_user_seen_prompt", "seen_user_unseen_prompt", "unseen_user_seen_prompt",
                           "unseen_user_unseen_prompt": share, or a mapping with mean, low and high}}
@@ -226,6 +228,18 @@ def _print_users(console: rich.console.Console, summary: Mapping[str, Any]) -> N
         title += f"; without knowing the person at most {percent(ceiling)}"
     columns = ["model", "mean", "per pair", "generic", "worst 10%", "majority", "minority", "like length"]
     _print(console, title, columns, rows)
+
+    rows = [
+        [model, one.get("against") or "", cell(one, "mean"), number(one.get("users"))]
+        for model, one in (summary.get("gain") or {}).items()
+    ]
+    _print(console, "Gain, person by person, points", ["model", "over", "mean", "people"], rows)
+
+    rows = [
+        [model, cell(one, "mean"), percent(one.get("chance")), number(one.get("questions"))]
+        for model, one in (summary.get("choices") or {}).items()
+    ]
+    _print(console, "Questions answered right, %", ["model", "right", "by guessing", "questions"], rows)
 
     rows = [
         [model, *(cell(mean_of(table.get(key)), "mean") for key in CELLS)]

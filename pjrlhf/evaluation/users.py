@@ -103,6 +103,54 @@ def length_matched(
     return user_accuracy(margins[kept], users[kept], **options) | {"max_difference": float(last)}
 
 
+def paired_gain(
+    one: Mapping[str, Any], other: Mapping[str, Any], *, resamples: int = 2000, seed: int = 0
+) -> dict[str, Any]:
+    """How much more accurate `one` is than `other`, person by person on the same pairs.
+
+    Args:
+      one, other: "users" of `user_accuracy`; people that only one of them has do not count.
+
+    Returns:
+      {"mean", "low", "high", "users"}: mean over people of the difference in [-1, 1], its 95 % bootstrap interval over
+      people, and how many people there are.
+
+    Raises:
+      UserError: nobody is in both.
+    """
+    shared = sorted(one.keys() & other.keys())
+    if not shared:
+        raise UserError("gain: no person is in both models; evaluate both on the same pairs")
+    gains = np.array([one[user]["accuracy"] - other[user]["accuracy"] for user in shared])
+    low, high = bootstrap_interval(gains, resamples=resamples, seed=seed)
+    return {"mean": float(gains.mean()), "low": low, "high": high, "users": len(shared)}
+
+
+def choice_accuracy(
+    margins: np.ndarray, questions: np.ndarray, *, resamples: int = 2000, seed: int = 0
+) -> dict[str, Any]:
+    """Share of questions whose right option scores above every other one.
+
+    Args:
+      margins: float [N], score of the right option less that of one other; exactly 0 is no hit.
+      questions: str [N], which question each belongs to.
+
+    Returns:
+      {"mean", "low", "high"} with the 95 % bootstrap interval over questions, "chance" (mean share by guessing) and
+      "questions", their number.
+
+    Raises:
+      UserError: as `user_accuracy`.
+    """
+    margins, questions = _pairs(margins, questions)
+    _, index = np.unique(questions, return_inverse=True)
+    others = np.bincount(index)
+    right = np.bincount(index, weights=margins > 0) == others
+    low, high = bootstrap_interval(right, resamples=resamples, seed=seed)
+    chance = float((1 / (1 + others)).mean())
+    return {"mean": float(right.mean()), "low": low, "high": high, "chance": chance, "questions": len(others)}
+
+
 def cold_start_curve(
     accuracies: Mapping[int, Sequence[float]], *, resamples: int = 2000, seed: int = 0
 ) -> dict[str, dict[str, Any]]:

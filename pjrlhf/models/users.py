@@ -11,7 +11,7 @@ of one leaves it out. They belong to one policy, so unlike those of a bank they 
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -156,7 +156,14 @@ KINDS = {
 }
 
 
-def clusters_of(model: UserModel, params: Params, count: int, key: jax.Array, sharpness: float = 4.0) -> Params:
+def clusters_of(
+    model: UserModel,
+    params: Params,
+    count: int,
+    key: jax.Array,
+    sharpness: float = 4.0,
+    people: Sequence[int] | None = None,
+) -> Params:
     """Parameters of a cluster model of `count` centres from those of a trained individualized one, by k-means.
 
     Clusters trained from scratch tend to collapse: while the policy still ignores user tokens, nothing tells the
@@ -167,16 +174,21 @@ def clusters_of(model: UserModel, params: Params, count: int, key: jax.Array, sh
     Args:
       sharpness: logit of a user's own centre; those of the others are 0. The generic user starts from the shares of
         the centres.
+      people: rows of the people, the others being free; by default all but the generic user's. Weights of free rows
+        are zero.
     """
-    U = params["table"]["offset"].shape[0] - 1
-    vectors, _ = model.apply(params, jnp.arange(1, U + 1))
+    rows = params["table"]["offset"].shape[0]
+    people = np.arange(1, rows) if people is None else np.asarray(people, np.int32)
+    U = len(people)
+    vectors, _ = model.apply(params, jnp.asarray(people))
     flat = np.asarray(vectors, np.float64).reshape(U, -1)
     seed = int(jax.random.randint(key, (), 0, 2**31 - 1))
     # More centres than people cannot be told apart; k-means++ picks distant starts.
     centres, index = kmeans2(flat, min(count, U), minit="++", rng=np.random.default_rng(seed))
     centres = np.concatenate([centres, np.repeat(flat.mean(0)[None], count - len(centres), 0)])
     shares = np.bincount(index, minlength=count) / U
-    weights = np.concatenate([np.log(shares + 1e-3)[None], sharpness * np.eye(count)[index]])
+    weights = np.zeros((rows, count))
+    weights[0], weights[people] = np.log(shares + 1e-3), sharpness * np.eye(count)[index]
     shared = {"centers": jnp.asarray(centres.reshape(count, *vectors.shape[1:]), jnp.float32)}
     return {"shared": shared, "table": {"weights": jnp.asarray(weights, jnp.float32)}}
 

@@ -1,7 +1,7 @@
 """The device mesh and where arrays live on it: the one list of rules that every stage uses.
 
 Axes: `data` (copies of the model, rows split), `fsdp` (rows split and parameters split), `tensor` (parameters split
-within a layer). Rows of a batch are split over data x fsdp.
+within a layer). Rows of a batch are split over data x fsdp, and so are those of user tables.
 """
 
 import math
@@ -17,10 +17,12 @@ from jax.sharding import PartitionSpec as P
 from pjrlhf.errors import UserError
 
 AXES = ("data", "fsdp", "tensor")
+ROWS = ("data", "fsdp")
+Axis = str | tuple[str, ...] | None
 
 # (pattern on the "/"-joined path, spec of the last axes of the leaf); the first match counts, no match is
-# replicated. Leading axes (layers, adapters) are never split.
-RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
+# replicated. Leading axes (layers, adapters) are never split. A tuple splits one axis over several of the mesh.
+RULES: tuple[tuple[str, tuple[Axis, ...]], ...] = (
     (r"embed/embedding$", ("tensor", "fsdp")),
     (r"(query|key|value|gate|up|head)/kernel$", ("fsdp", "tensor")),
     (r"(output|down)/kernel$", ("tensor", "fsdp")),
@@ -28,6 +30,13 @@ RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r"(query|key|value|gate|up)/b$", (None, "tensor")),
     (r"(output|down)/a$", ("tensor", None)),
     (r"(output|down)/b$", (None, "fsdp")),
+    # Tables of user models and their row-wise moments and counts. Unlike a layer, which every example needs whole, a
+    # table is asked for the rows of a batch alone: to gather them is an all-reduce of that many rows however many
+    # devices share the table, and each device writes the rows it owns. So data, which layers are copied over, splits
+    # tables too.
+    (r"table/(rows/(mu|nu)/)?offset$", (ROWS, None, None)),
+    (r"table/(rows/(mu|nu)/)?weights$", (ROWS, None)),
+    (r"table/rows/count$", (ROWS,)),
 )
 
 
@@ -52,12 +61,22 @@ def make_mesh(sizes: Mapping[str, int]) -> Mesh:
     return jax.make_mesh(tuple(shape), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
+def _parts(mesh: Mesh, axis: Axis) -> int:
+    """Into how many parts an axis split so falls."""
+    return math.prod(mesh.shape[name] for name in ((axis,) if isinstance(axis, str) else axis or ()))
+
+
+def even_rows(mesh: Mesh, count: int) -> int:
+    """The smallest number of rows, `count` at least, that divides evenly over data x fsdp."""
+    return count + -count % _parts(mesh, ROWS)
+
+
 def leaf_sharding(mesh: Mesh, path: str, shape: tuple[int, ...]) -> NamedSharding:
     """Where the parameter (or optimizer moment) at `path` lives; an axis that does not divide evenly stays whole."""
     for pattern, last in RULES:
         if re.search(pattern, path) and len(shape) >= len(last):
             spec = [None] * (len(shape) - len(last)) + [
-                axis if axis and size % mesh.shape[axis] == 0 else None
+                axis if size % _parts(mesh, axis) == 0 else None
                 for axis, size in zip(last, shape[-len(last) :], strict=True)
             ]
             return NamedSharding(mesh, P(*spec))
@@ -85,14 +104,14 @@ def shard_batch(mesh: Mesh, batch: Any) -> Any:
     """
     if mesh.size == 1:
         return batch
-    parts = mesh.shape["data"] * mesh.shape["fsdp"]
+    count = _parts(mesh, ROWS)
 
     def place(x):
-        if x.shape[0] % parts:
+        if x.shape[0] % count:
             raise UserError(
-                f"batch of {x.shape[0]} rows: cannot be split over data x fsdp = {parts} devices; "
-                f"make it a multiple of {parts}"
+                f"batch of {x.shape[0]} rows: cannot be split over data x fsdp = {count} devices; "
+                f"make it a multiple of {count}"
             )
-        return jax.device_put(x, NamedSharding(mesh, P(("data", "fsdp"))))
+        return jax.device_put(x, NamedSharding(mesh, P(ROWS)))
 
     return jax.tree.map(place, batch)

@@ -21,7 +21,7 @@ from pjrlhf.data.batching import buckets, pad_left, split_by
 from pjrlhf.data.preferences import Preference, Registry
 from pjrlhf.data.schema import Example, validate
 from pjrlhf.data.sources import open_source
-from pjrlhf.data.tokenization import Lengths, Tokenizer, TokenTable, load_tokenizer, tokenize
+from pjrlhf.data.tokenization import Lengths, Tokenizer, TokenTable, cut_left, load_tokenizer, tokenize
 from pjrlhf.errors import UserError
 from pjrlhf.evaluation import judges
 from pjrlhf.models.adapters import AdapterConfig
@@ -258,19 +258,21 @@ class Run:
             found.append(example)
         return found
 
+    def preferences(self, spec: Mapping[str, Any]) -> tuple[list[Example], str]:
+        """The preference records of a source, checked, and its name."""
+        source, d = open_source(spec), self.config.data
+        columns = spec.get("columns") or d.get("columns")
+        return validate(source, "preference", columns=columns, max_bad_share=d.max_bad_share)[0], source.name
+
+    def tokenized(self, examples: Sequence[Example], lengths: Lengths, name: str) -> TokenTable:
+        """Preference records as token ids; `name` is what messages call them."""
+        share = self.config.data.max_bad_share
+        return tokenize(examples, "preference", self.tokenizer, lengths, source_name=name, max_bad_share=share)
+
     def pairs(self, spec: Mapping[str, Any], lengths: Lengths) -> TokenTable:
         """The preference records of a source, checked and tokenised."""
-        d = self.config.data
-        source = open_source(spec)
-        examples, _ = validate(source, "preference", columns=d.get("columns"), max_bad_share=d.max_bad_share)
-        return tokenize(
-            examples,
-            "preference",
-            self.tokenizer,
-            lengths,
-            source_name=source.name,
-            max_bad_share=d.max_bad_share,
-        )
+        examples, name = self.preferences(spec)
+        return self.tokenized(examples, lengths, name)
 
     @property
     def prompt_lengths(self) -> tuple[int, ...]:
@@ -291,6 +293,8 @@ class Run:
         """{"prompt" int32, "valid" bool [B, P]} of prompts made by `ask`, left-padded to a bucket."""
         limit = self.lengths.prompt
         ids = [self.tokenizer.encode_prompt(prompt) for prompt in prompts]
+        if self.lengths.long_prompt == "truncate_left":
+            ids = [cut_left(prompt, limit, self.tokenizer.bos_id) for prompt in ids]
         longest = max(range(len(ids)), key=lambda i: len(ids[i]))
         if len(ids[longest]) > limit:
             raise UserError(

@@ -3,13 +3,24 @@
 The controls stand beside every personalized figure: pooled DPO on the same data and budget, and permuted user ids.
 """
 
+import functools
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
+from pjrlhf.data.schema import Example, Prompt
+from pjrlhf.evaluation import surface
 from pjrlhf.evaluation.report import write_report
-from pjrlhf.evaluation.users import cold_start_curve, length_matched, principal_axes, user_accuracy
+from pjrlhf.evaluation.users import (
+    choice_accuracy,
+    cold_start_curve,
+    length_matched,
+    paired_gain,
+    principal_axes,
+    user_accuracy,
+)
 from pjrlhf.stages.context import Run
 from pjrlhf.stages.new_users import fit_new_users
 from pjrlhf.stages.pairs import SIDES, Pairs
@@ -17,46 +28,48 @@ from pjrlhf.stages.trained import Trained
 from pjrlhf.training.workdir import disk_errors
 
 
-def _lengths(pairs: Pairs, part: str) -> tuple[np.ndarray, np.ndarray]:
-    examples = pairs.tables[part].examples
-    return tuple(np.array([len(getattr(e, side)) for e in examples]) for side in SIDES)
-
-
 def run(run: Run) -> dict[str, Any]:
     """Evaluates every trained entry; writes <workdir>/report."""
     started = time.perf_counter()
-    config = run.config.evaluate_users
-    pairs = Pairs(run)
+    config, models = run.config.evaluate_users, run.config.preference.models
+    made = functools.cache(functools.partial(Pairs, run))
+    pairs = made(user_text=False)
     held = pairs.tables["heldout"].examples
-    names = [example.user_id for example in held]
     groups = {e.user_id: e.extra["taste"] for e in held if e.extra.get("taste")} or None
     settings = {"groups": groups, "resamples": config.resamples, "seed": run.config.seed}
     summary: dict[str, Any] = {"title": run.config.title, "config": {"seed": run.config.seed}}
-    sections = ("accuracy", "length_matched", "grid", "embedding", "cold_start", "generation")
+    sections = ("accuracy", "gain", "choices", "length_matched", "grid", "embedding", "cold_start", "generation")
     summary |= {section: {} for section in sections}
     samples: list[dict[str, Any]] = []
-    for name in run.config.preference.models:
-        trained = Trained(run, name, pairs)
-        own, nobody = pairs.users("heldout"), np.zeros(len(held), np.int32)
-        margins = trained.margins("heldout", own)
-        generic = user_accuracy(trained.margins("heldout", nobody), names, **settings)
-        summary["accuracy"][name] = {**user_accuracy(margins, names, **settings), "generic": generic["mean"]}
-        lengths = _lengths(pairs, "heldout")
-        summary["length_matched"][name] = length_matched(margins, names, *lengths, **settings)
+    prompts = list({repr(example.prompt): example.prompt for example in held}.values())[: config.generate_for]
+    # The base itself, by its own log-probs, and what surface features alone can tell.
+    score = functools.partial(_score, summary, settings=settings)
+    score("base", np.subtract(*pairs.reference["heldout"].T), None, held)
+    for name, (own, generic) in _surface(pairs).items() if config.surface else ():
+        score(name, own, generic, held)
+    for name in models:
+        trained = Trained(run, name, made(user_text=bool(models[name].get("user_text"))))
+        held = trained.pairs.tables["heldout"].examples
+        own, nobody = trained.pairs.users("heldout"), np.zeros(len(held), np.int32)
+        score(name, trained.margins("heldout", own), trained.margins("heldout", nobody), held)
         summary["grid"][name] = _grid(trained)
         vectors = trained.vectors()
         if vectors is not None:
             axes = principal_axes(vectors)
-            users = [user for user in pairs.registry.names[1:] if user]
+            users = [user for user in trained.pairs.registry.names[1:] if user]
             who = [(groups or {}).get(user) for user in users]
             summary["embedding"][name] = {"users": users, "groups": who, "x": axes[:, 0], "y": axes[:, 1]}
         if name in config.cold_start_models and config.cold_start:
             found = fit_new_users(trained, config.cold_start, config.cold_start_steps, config.cold_start_learning_rate)
             summary["cold_start"][name] = cold_start_curve(found)
-        if config.generate_for:
-            section, shown = _generation(trained, groups or {}, config.generate_for)
+        if config.generate_for and trained.method.objective.head == "policy":
+            section, shown = _generation(trained, prompts, groups or {})
             summary["generation"][name] = section
             samples += shown
+    for name in summary["accuracy"]:
+        if name not in ("base", against := "surface" if name.startswith("surface") else "pooled"):
+            summary["gain"][name] = _gain(summary, name, against, settings)
+    summary["gain"] = {name: gain for name, gain in summary["gain"].items() if gain}
     if groups:
         counts = list(groups.values())
         summary["ceiling"] = {"majority_share": max(counts.count(taste) for taste in set(counts)) / len(counts)}
@@ -66,7 +79,56 @@ def run(run: Run) -> dict[str, Any]:
     summary |= {"stage_seconds": seconds, "total_seconds": sum(seconds.values())}
     with disk_errors(run.workdir.path / "report"):
         write_report(run.workdir.path / "report", summary, samples, metrics=run.workdir.path / "metrics.jsonl")
-    return {"pairs": len(held), "users": pairs.registry.capacity}
+    return {"pairs": len(held), "users": len(pairs.registry.rows)}
+
+
+def _score(
+    summary: dict[str, Any],
+    name: str,
+    own: np.ndarray,
+    generic: np.ndarray | None,
+    examples: Sequence[Example],
+    *,
+    settings: dict[str, Any],
+) -> None:
+    """Adds what the held-out margins of one model, [N] as seen by each pair's user and by the generic one, tell."""
+    names = [example.user_id for example in examples]
+    found = user_accuracy(own, names, **settings)
+    found["generic"] = found["mean"] if generic is None else user_accuracy(generic, names, **settings)["mean"]
+    summary["accuracy"][name] = found
+    lengths = [np.array([len(getattr(example, side)) for example in examples]) for side in SIDES]
+    summary["length_matched"][name] = length_matched(own, names, *lengths, **settings)
+    questions = [example.extra.get("question") for example in examples]
+    if None not in questions:
+        options = {key: settings[key] for key in ("resamples", "seed")}
+        summary["choices"][name] = choice_accuracy(own, questions, **options)
+
+
+def _surface(pairs: Pairs) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Held-out margins (own, generic) of logistic regressions on surface features, for everybody and per person."""
+    features = {}
+    for part in ("train", "heldout"):
+        rows = [(_plain(e.prompt), e) for e in pairs.tables[part].examples]
+        features[part] = np.array([surface.features(p, e.chosen) - surface.features(p, e.rejected) for p, e in rows])
+    train, held = pairs.users("train"), pairs.users("heldout")
+    found = {}
+    for name, users in (("surface", np.zeros_like(train)), ("surface_personal", train)):
+        weights = surface.fit(features["train"], users, pairs.registry.capacity)
+        found[name] = tuple(surface.margins(weights, features["heldout"], who) for who in (held, np.zeros_like(held)))
+    return found
+
+
+def _plain(prompt: Prompt) -> str:
+    return prompt if isinstance(prompt, str) else prompt[-1]["content"]
+
+
+def _gain(summary: dict[str, Any], name: str, against: str, settings: dict[str, Any]) -> dict[str, Any] | None:
+    """By how much people are served better than by `against`; None where that was not trained."""
+    if against not in summary["accuracy"]:
+        return None
+    options = {key: settings[key] for key in ("resamples", "seed")}
+    one, other = (summary["accuracy"][model]["users"] for model in (name, against))
+    return {"against": against, **paired_gain(one, other, **options)}
 
 
 def _grid(trained: Trained) -> dict[str, float]:
@@ -79,23 +141,22 @@ def _grid(trained: Trained) -> dict[str, float]:
     for cell, (part, held_out) in parts.items():
         examples = pairs.tables[part].examples
         rows = [i for i, e in enumerate(examples) if held_out is None or bool(e.extra.get("held_out")) == held_out]
-        # Evenly spaced, for the file is ordered by user; a thousand pairs tell a share within 3 %.
-        rows = rows[:: max(1, len(rows) // 1000)]
+        # Evenly spaced, for the file is ordered by user.
+        rows = rows[:: max(1, len(rows) // trained.run.config.evaluate_users.grid_pairs)]
         if rows:
             found[cell] = float((trained.margins(part, pairs.users(part), rows) > 0).mean())
     return found
 
 
-def _generation(trained: Trained, groups: dict[str, str], count: int) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Length and judge scores of answers as every user, and the answers to the first prompt."""
+def _generation(
+    trained: Trained, prompts: Sequence[Any], groups: dict[str, str]
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Length and judge scores of answers to `prompts` as every user, and the answers to the first prompt."""
     run, registry = trained.run, trained.pairs.registry
-    requests = list(dict.fromkeys(repr(e.prompt) for e in trained.pairs.tables["heldout"].examples))[:count]
-    by_text = {repr(e.prompt): e.prompt for e in trained.pairs.tables["heldout"].examples}
-    prompts = [by_text[text] for text in requests]
     users = [user for user in registry.names[1:] if user]
-    answers = trained.answers(prompts, registry.indices(users).tolist())
+    answers = trained.answers(prompts, users)
     tastes = sorted(set(groups.values()))
-    plain = [prompt if isinstance(prompt, str) else prompt[-1]["content"] for prompt in prompts]
+    plain = [_plain(prompt) for prompt in prompts]
     section = {}
     for user, texts in zip(users, answers, strict=True):
         scores = {

@@ -9,9 +9,8 @@ import numpy as np
 import optax
 
 from pjrlhf.errors import UserError
-from pjrlhf.objectives import preference as losses
 from pjrlhf.stages.pairs import device_part
-from pjrlhf.stages.preference import answer_logps
+from pjrlhf.stages.preference import answer_scores, pair_losses
 from pjrlhf.stages.trained import Trained
 from pjrlhf.training.progress import progress
 
@@ -38,31 +37,21 @@ def fit_new_users(trained: Trained, counts: Sequence[int], steps: int, learning_
     rows = jax.tree.map(lambda x: jnp.repeat(x[:1], len(cells) + 1, axis=0), params["table"])
     optimizer = optax.adam(learning_rate)
     state = optimizer.init(rows)
-    objective = run.config.preference
 
     @functools.partial(jax.jit, static_argnames="prompt_slots")
     def gradient(rows, trainable, base, batch, prompt_slots):
         def loss(rows):
             users = {**trainable["users"], "table": rows}
             arrays = {**batch, "prompt_slots": prompt_slots}
-            logps, lengths = answer_logps(
-                run.model, run.adapter, method.users, {**trainable, "users": users}, base, arrays
-            )
-            each = losses.pairwise_loss(
-                objective.loss,
-                *logps,
-                *batch["reference"].T,
-                objective.beta,
-                chosen_length=lengths[0],
-                rejected_length=lengths[1],
-            )
-            return (each * batch["weight"]).sum()
+            policies = {**trainable, "users": users}
+            scores, lengths = answer_scores(run.model, run.adapter, method.users, policies, base, arrays)
+            return (pair_losses(method.objective, scores, lengths, batch) * batch["weight"]).sum()
 
         return jax.grad(loss)(rows)
 
     # Every cell's k pairs, one after another, with the cell's row as their user.
     fit = [(i, cell + 1) for cell, (user, k) in enumerate(cells) for i in people[user][False][:k]]
-    size, prepared = objective.batch_size, []
+    size, prepared = run.config.preference.batch_size, []
     for start in range(0, len(fit), size):
         part = fit[start : start + size]
         padded = part + [part[0]] * (size - len(part))

@@ -1,51 +1,95 @@
 """The comparisons of a run of user models: tokens, reference log-probs, and who said so."""
 
-from collections.abc import Mapping, Sequence
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from pjrlhf.data.batching import collate_preference, split_by
+from pjrlhf.data.schema import Example, Prompt
 from pjrlhf.data.tokenization import TokenTable
 from pjrlhf.errors import UserError
 from pjrlhf.models.huggingface import fingerprint
 from pjrlhf.models.registry import UserRegistry
+from pjrlhf.parallel.mesh import even_rows
 from pjrlhf.rollout.reference import reference_logps
 from pjrlhf.stages.context import Run
 
 SIDES = ("chosen", "rejected")
 PARTS = ("train", "heldout", "new_users")
+# What is never on both sides of the split: a prompt, or a pair of answers whoever compared them and however.
+SPLITS: dict[str, Callable[[Example], str]] = {
+    "prompt": lambda example: repr(example.prompt),
+    "pair": lambda example: repr((example.prompt, sorted((example.chosen, example.rejected)))),
+}
+
+
+def with_text(prompt: Prompt, text: str) -> Prompt:
+    """`prompt` after `text`; in a conversation the text stands in the last message, the one to answer."""
+    if isinstance(prompt, str):
+        return f"{text}\n{prompt}"
+    return [*prompt[:-1], {**prompt[-1], "content": f"{text}\n{prompt[-1]['content']}"}]
+
+
+def _told(example: Example, text: str | None) -> Example:
+    if text is None:
+        raise UserError(f"{example.where}: no user_text; give every record one, or set user_text=False")
+    return _asked(example, with_text(example.prompt, text))
+
+
+def _asked(example: Example, prompt: Prompt) -> Example:
+    return dataclasses.replace(example, prompt=prompt)
 
 
 class Pairs:
-    """The comparisons of a run: tokens, reference log-probs, and who said so, in training and held-out parts."""
+    """The comparisons of a run: tokens, reference log-probs, and who said so, in training and held-out parts.
 
-    def __init__(self, run: Run):
+    Args:
+      user_text: put what each person says about themselves before the prompt, for whoever answers it: the user's
+        policy, the generic user and the reference read the same text (P-RLHF, arXiv 2402.05133, section 4.2).
+      permuted_text: in the training part, everybody's pairs carry the text of somebody else's: the control.
+
+    Raises:
+      UserError: records without `user_id` (or `user_text` where it is asked for), or that cannot be split.
+    """
+
+    def __init__(self, run: Run, *, user_text: bool = False, permuted_text: bool = False):
         self.run = run
-        data = run.config.preference.data
+        config, data = run.config.preference, run.config.preference.data
         if data == "population":
-            folder = run.workdir.path / "population"
+            folder, lengths = run.workdir.path / "population", run.sampled_lengths
             specs = {name: {"kind": "jsonl", "path": str(folder / f"{name}.jsonl")} for name in PARTS}
-            tables = {name: run.pairs(spec, run.sampled_lengths) for name, spec in specs.items()}
+            parts = {name: run.preferences(spec) for name, spec in specs.items()}
         else:
-            table = run.pairs(data, run.lengths)
-            train, held = split_by(
-                [repr(e.prompt) for e in table.examples], run.config.preference.heldout_share, run.config.seed
-            )
-            tables = {"train": table.select(train), "heldout": table.select(held)}
-            self._check_split(tables)
-        self.tables = tables
-        names = [example.user_id for example in tables["train"].examples]
+            lengths = run.lengths
+            examples, source = run.preferences(data)
+            if run.config.data.chat:  # as every other request of the run is asked
+                examples = [e if not isinstance(e.prompt, str) else _asked(e, run.ask(e.prompt)) for e in examples]
+            if config.split not in SPLITS:
+                raise UserError(f"preference.split {config.split!r}: unknown; choose {' or '.join(SPLITS)}")
+            keys = [SPLITS[config.split](example) for example in examples]
+            sides = split_by(keys, config.heldout_share, run.config.seed)
+            parts = {name: ([examples[i] for i in side], source) for name, side in zip(PARTS, sides, strict=False)}
+            self._check_split({name: {keys[i] for i in side} for name, side in zip(PARTS, sides, strict=False)})
+        names = [example.user_id for example in parts["train"][0]]
         if None in names:
-            raise UserError(f"{tables['train'].examples[names.index(None)].where}: no user_id; give every record one")
-        self.registry = UserRegistry.create(dict.fromkeys(names))
+            raise UserError(f"{parts['train'][0][names.index(None)].where}: no user_id; give every record one")
+        if user_text:
+            rng = np.random.default_rng(run.config.seed)
+            for name, (examples, source) in parts.items():
+                order = rng.permutation(len(examples)) if permuted_text and name == "train" else range(len(examples))
+                told = [_told(e, examples[i].user_text) for e, i in zip(examples, order, strict=True)]
+                parts[name] = (told, source)
+        self.tables = {name: run.tokenized(examples, lengths, source) for name, (examples, source) in parts.items()}
+        people = dict.fromkeys(e.user_id for e in self.tables["train"].examples)
+        self.registry = UserRegistry.create(people, even_rows(run.mesh, len(people) + 1) - 1)  # tables are split by row
         self.base_hash = fingerprint(run.base_folder)
-        self.reference = {name: self._reference(table) for name, table in tables.items()}
+        self.reference = {name: self._reference(table) for name, table in self.tables.items()}
 
-    def _check_split(self, tables: Mapping[str, TokenTable]) -> None:
-        shared = set.intersection(*({repr(e.prompt) for e in table.examples} for table in tables.values()))
-        if shared:
-            raise RuntimeError(f"{len(shared)} prompts are both trained on and held out")
+    def _check_split(self, keys: Mapping[str, set[str]]) -> None:
+        if shared := set.intersection(*keys.values()):
+            raise RuntimeError(f"{len(shared)} {self.run.config.preference.split}s are both trained on and held out")
 
     def _reference(self, table: TokenTable) -> np.ndarray:
         run = self.run
@@ -58,7 +102,7 @@ class Pairs:
             prompt_lengths=run.prompt_lengths,
             completion_lengths=run.completion_lengths,
             pad_id=run.tokenizer.pad_id,
-            rows=run.config.preference.batch_size,
+            rows=2 * run.config.preference.batch_size,
             folder=run.cache_folder / "reference",
         )
 

@@ -12,13 +12,14 @@ import random
 from typing import Any
 
 import jax
+import numpy as np
+from absl import logging
 
-from pjrlhf.data.schema import Example, validate
-from pjrlhf.data.sources import open_source
-from pjrlhf.data.tokenization import tokenize
+from pjrlhf.data.schema import Example
 from pjrlhf.errors import UserError
 from pjrlhf.stages.comparisons import preference_record, sample_base
 from pjrlhf.stages.context import Run
+from pjrlhf.stages.pairs import SIDES
 from pjrlhf.training.workdir import disk_errors
 
 TRAIN, HELDOUT, NEW = "train.jsonl", "heldout.jsonl", "new_users.jsonl"
@@ -33,19 +34,26 @@ def tastes(names: tuple[str, ...], shares: tuple[float, ...], count: int, rng: r
 
 
 def given_pairs(run: Run) -> list[Triple]:
-    """The pairs of `population.data` whose prompt and answers fit into the lengths of the run and that some taste
-    decides; which answer the source calls chosen does not matter.
+    """The pairs of `population.data` that fit into the lengths of the run and of which at least
+    `population.whole_answers` fit without being cut off; which answer the source calls chosen does not matter. Answers
+    are judged whole, also where the run reads only their beginning (`data.long_completion`).
+
+    Raises:
+      UserError: no pair is left.
     """
-    spec = run.config.population.data
-    share = run.config.data.max_bad_share
-    source = open_source(spec)
-    examples, _ = validate(source, "preference", columns=spec.get("columns"), max_bad_share=share)
+    examples, name = run.preferences(run.config.population.data)
     examples = [dataclasses.replace(example, prompt=_text(example), extra={}) for example in examples]
     asked = [dataclasses.replace(example, prompt=run.ask(example.prompt)) for example in examples]
-    # An answer that is cut off has no length to have a taste about.
-    lengths = dataclasses.replace(run.lengths, long_prompt="drop", long_completion="drop")
-    table = tokenize(asked, "preference", run.tokenizer, lengths, source_name=source.name, max_bad_share=share)
-    fits = {example.where for example in table.examples}
+    table = run.tokenized(asked, run.lengths, name)
+    whole = sum(np.array([ids[-1] == run.tokenizer.eos_id for ids in table.tokens[side]]) for side in SIDES)
+    enough = run.config.population.whole_answers
+    fits = {example.where for example, count in zip(table.examples, whole, strict=True) if count >= enough}
+    logging.info("%s: %d of %d pairs have at least %d whole answers", name, len(fits), len(table), enough)
+    if not fits:
+        raise UserError(
+            f"population.data: none of {len(table)} pairs has {enough} answers of at most {run.lengths.completion} "
+            "tokens; raise data.max_completion, or lower population.whole_answers"
+        )
     return [(e.prompt, e.chosen, e.rejected) for e in examples if e.where in fits]
 
 

@@ -1,7 +1,9 @@
-"""P-DPO: a user model learned jointly with the policy from everybody's comparisons (P-RLHF, arXiv 2402.05133).
+"""P-DPO and P-RM: a user model learned jointly with a policy, or a reward model, from everybody's comparisons (P-RLHF,
+arXiv 2402.05133).
 
 Each entry of `preference.models` is one run of the same training on the same pairs with the same budget; the
-controls, pooled DPO and permuted user ids, are two more entries.
+controls, pooled DPO and permuted user ids, are two more entries. Besides the settings of its user model an entry may
+have those of `PreferenceConfig`, where they differ from the section's, and of `ENTRY`.
 """
 
 import dataclasses
@@ -30,15 +32,28 @@ from pjrlhf.training.metrics import Metrics
 from pjrlhf.training.optimizer import make_optimizer, make_schedule, per_ingredient
 from pjrlhf.training.state import State
 
+# What an entry of `preference.models` may say besides, and what it is where the entry does not.
+ENTRY = {
+    "permuted": False,  # train on the same pairs under wrong names (or texts): the control
+    "warm_start": 0.0,  # kind cluster: share of the steps that train vectors of everybody's own, to be clustered
+    "user_text": False,  # what a person says about themselves (`user_text` of the records) stands before the prompt
+}
+HEADS = ("policy", "reward")
+REWARD_LOSSES = ("sigmoid", "robust", "hinge")  # those that need neither a reference nor lengths
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PreferenceConfig:
     """The objective.
 
-    `loss` and `label_smoothing` as in `objectives.preference.pairwise_loss`; `alpha` is the share of the
-    user-specific term; `mixture` "exact" puts every pair in twice (its user, the generic user), "dropout" once with
-    the user dropped with probability 1 - alpha: the same gradient in expectation at half the cost.
+    `head` "policy" scores an answer by beta log(pi / reference), as DPO does; "reward" by a scalar head on its last
+    token, without a reference and with beta 1 (P-RM, arXiv 2402.05133, section 4.1). `loss` and `label_smoothing` as
+    in `objectives.preference.pairwise_loss`; `alpha` is the share of the user-specific term; `mixture` "exact" puts
+    every pair in twice (its user, the generic user), "dropout" once with the user dropped with probability 1 - alpha:
+    the same gradient in expectation at half the cost.
     """
+
+    head: str = "policy"
 
     loss: str = "sigmoid"
     beta: float = 0.1
@@ -56,20 +71,32 @@ class PreferenceConfig:
             raise UserError(
                 f"preference.label_smoothing: loss {self.loss!r} has none; set it to 0 or choose another loss"
             )
+        if self.head not in HEADS:
+            raise UserError(f"preference.head {self.head!r}: unknown; choose {' or '.join(HEADS)}")
+        if self.head == "reward" and (self.loss not in REWARD_LOSSES or self.sft_weight):
+            raise UserError(
+                f"preference.head 'reward': loss {self.loss!r} with sft_weight {self.sft_weight} needs a policy; "
+                f"choose from {', '.join(REWARD_LOSSES)}, and sft_weight 0"
+            )
         if self.mixture not in ("exact", "dropout"):
             raise UserError(f"preference.mixture {self.mixture!r}: unknown; choose exact or dropout")
         if not 0 <= self.alpha <= 1:
             raise UserError(f"preference.alpha {self.alpha}: not in [0, 1]; it is the share of the user-specific term")
 
+    @property
+    def scale(self) -> float:
+        """What a score difference is multiplied by: beta for log-ratios, 1 for rewards."""
+        return self.beta if self.head == "policy" else 1.0
 
-def answer_logps(
+
+def answer_scores(
     model: Decoder, adapter: AdapterConfig, users: UserModel, trainable: Any, base: Any, batch: Any
 ) -> tuple[jax.Array, jax.Array]:
-    """(summed log-probs, token counts) float32 [2, B] of the chosen and rejected answers as each row's user's policy
-    sees them.
+    """(scores, token counts) float32 [2, B] of the chosen and rejected answers as each row's user sees them. Scores are
+    summed log-probs, nats, or, where `trainable` has "heads", rewards.
 
     Args:
-      trainable: {"bank": the adapters, "users": parameters of the user model}.
+      trainable: {"bank": the adapters, "users": parameters of the user model}, and "heads" of a reward model.
       batch: {"chosen", "rejected": {"tokens", "valid" [B, P + C]}, "user" int32 [B]}; P = `batch["prompt_slots"]`,
       static.
     """
@@ -79,8 +106,43 @@ def answer_logps(
     if mix is None:
         mix = jnp.ones((1, 1))
     policies = Policies(model, adapter, base, trainable["bank"], mix, user_tokens)
-    sums, counts = scoring.sequence_logps(policies, tokens, valid, batch["prompt_slots"])
-    return sums.reshape(2, -1), counts.reshape(2, -1)
+    if "heads" in trainable:
+        scores = scoring.rewards(policies, trainable["heads"], jnp.ones((1, 1)), tokens, valid)
+        counts = valid[:, batch["prompt_slots"] :].sum(1).astype(jnp.float32)
+    else:
+        scores, counts = scoring.sequence_logps(policies, tokens, valid, batch["prompt_slots"])
+    return scores.reshape(2, -1), counts.reshape(2, -1)
+
+
+def _references(config: PreferenceConfig, batch: Any) -> jax.Array:
+    """Float32 [2, B]: what the scores of `answer_scores` are measured against; rewards against nothing."""
+    return batch["reference"].T if config.head == "policy" else jnp.zeros_like(batch["reference"].T)
+
+
+def pair_rewards(
+    config: PreferenceConfig, scores: jax.Array, counts: jax.Array, batch: Any
+) -> tuple[jax.Array, jax.Array]:
+    """(chosen, rejected) rewards float32 [B] from what `answer_scores` gives, constants to the gradient: those of the
+    head, or beta log(pi / reference), per token where the loss is.
+    """
+    rewards = losses.implicit_rewards(*scores, *_references(config, batch), config.scale)
+    if "chosen_length" in losses.options(config.loss):
+        rewards = tuple(reward / count for reward, count in zip(rewards, counts, strict=True))
+    return rewards
+
+
+def pair_losses(config: PreferenceConfig, scores: jax.Array, counts: jax.Array, batch: Any) -> jax.Array:
+    """Float32 [B], the loss of every pair from what `answer_scores` gives."""
+    return losses.pairwise_loss(
+        config.loss,
+        *scores,
+        *_references(config, batch),
+        config.scale,
+        label_smoothing=config.label_smoothing,
+        chosen_length=counts[0],
+        rejected_length=counts[1],
+        margin=batch["margin"] if "margin" in losses.options(config.loss) else None,
+    )
 
 
 def preference_loss(
@@ -92,32 +154,21 @@ def preference_loss(
     base: Any,
     batch: Any,
 ) -> tuple[jax.Array, Metrics]:
-    """The personalized loss of a batch, see `answer_logps`, with "generic" bool [B] and "reference" float32 [B, 2]
+    """The personalized loss of a batch, see `answer_scores`, with "generic" bool [B] and "reference" float32 [B, 2]
     besides.
 
     Where `generic` is None every row counts once, as in plain DPO.
     """
-    logps, counts = answer_logps(model, adapter, users, trainable, base, batch)
-    reference = batch["reference"].T
-    known = losses.options(config.loss)
-    pairwise = losses.pairwise_loss(
-        config.loss,
-        *logps,
-        *reference,
-        config.beta,
-        label_smoothing=config.label_smoothing,
-        chosen_length=counts[0],
-        rejected_length=counts[1],
-        margin=batch["margin"] if "margin" in known else None,
-    )
+    scores, counts = answer_scores(model, adapter, users, trainable, base, batch)
+    pairwise = pair_losses(config, scores, counts, batch)
     if config.sft_weight:
-        pairwise = pairwise + config.sft_weight * losses.sft_term(logps[0], counts[0])
+        pairwise = pairwise + config.sft_weight * losses.sft_term(scores[0], counts[0])
     ones = jnp.ones_like(pairwise)
     if batch["generic"] is None:
         pair = (pairwise.sum(), ones.sum())
     else:
         pair = losses.mixture(pairwise, batch["generic"], config.alpha)
-    chosen, rejected = losses.implicit_rewards(*logps, *reference, config.beta)
+    chosen, rejected = pair_rewards(config, scores, counts, batch)
     counted = ones if batch["generic"] is None else 1.0 - batch["generic"]
     metrics = {
         "loss": pair,
@@ -125,9 +176,10 @@ def preference_loss(
         "rewards/margins": (((chosen - rejected) * counted).sum(), counted.sum()),
         "rewards/chosen": ((chosen * counted).sum(), counted.sum()),
         "rewards/rejected": ((rejected * counted).sum(), counted.sum()),
-        "logps/chosen": ((logps[0] * counted).sum(), counted.sum()),
-        "logps/rejected": ((logps[1] * counted).sum(), counted.sum()),
     }
+    if config.head == "policy":
+        for side, logps in zip(SIDES, scores, strict=True):
+            metrics[f"logps/{side}"] = ((logps * counted).sum(), counted.sum())
     return pair[0] / pair[1], metrics
 
 
@@ -140,8 +192,11 @@ def soup_bank(run: Run, base_hash: str) -> Any:
     path = run.config.preference.bank
     if not path:
         raise UserError(
-            "preference.bank: not set; name the bank.safetensors of a stage policy, whose policies soups mix"
+            "preference.bank: not set; name the bank.safetensors of a stage policy, whose policies soups mix, or "
+            "policy for that of this run"
         )
+    if path == "policy":
+        path = run.workdir.path / "policy" / "bank.safetensors"
     bank, note = load_tree(path)
     if not is_low_rank(bank):
         raise UserError(f"{path}: holds full parameters, of which every pair would need a copy; train adapters instead")
@@ -169,18 +224,17 @@ class Preference:
     ):
         self.run, self.name, self.pairs, self.start = run, name, pairs, start
         config = run.config.preference
-        self.settings = config.models[name]
+        self.settings = ENTRY | config.models[name].to_dict()
         steps = steps or config.steps
-        self.objective = PreferenceConfig(
-            **{key: config[key] for key in ("loss", "beta", "alpha", "mixture", "label_smoothing", "sft_weight")}
-        )
-        kind = kind or self.settings.kind
+        fields = [field.name for field in dataclasses.fields(PreferenceConfig)]
+        self.objective = PreferenceConfig(**{key: self.settings.get(key, config[key]) for key in fields})
+        kind = kind or self.settings["kind"]
         # What the policies are made of beside the base but is not trained.
         self.frozen = {"bank": soup_bank(run, pairs.base_hash)} if kind == "soup" else {}
         sizes = {"num_users": pairs.registry.capacity, "width": run.model_config.hidden_size}
         if self.frozen:
             sizes["adapters"] = bank_size(self.frozen["bank"])
-        own = {key: value for key, value in self.settings.items() if key not in ("kind", "permuted", "warm_start")}
+        own = {key: value for key, value in self.settings.items() if key not in ("kind", *ENTRY, *fields)}
         try:
             self.users = UserModel(kind=kind, **sizes, **own)
         except (TypeError, ValueError) as error:
@@ -190,7 +244,7 @@ class Preference:
         self.shared = make_optimizer(config.user_optimizer.to_dict(), steps)
         self.lazy = lazy_adam(make_schedule(config.user_optimizer.to_dict(), steps))
         users = pairs.users("train")
-        if self.settings.get("permuted"):
+        if self.settings["permuted"]:
             # The control: the same people and pairs, but nobody's pairs are their own.
             users = np.random.default_rng(run.config.seed).permutation(users)
         collate = functools.partial(pairs.collate, "train", users)
@@ -205,12 +259,14 @@ class Preference:
             trainable = {"users": users}
             if not self.frozen:
                 trainable["bank"] = init_bank(run.base, run.adapter, 1, jax.random.fold_in(key, 0))
+            if self.objective.head == "reward":
+                trainable["heads"] = scoring.init_heads(1, run.model_config.hidden_size, jax.random.fold_in(key, 3))
         else:
             # The step donates its state; what was given stays the caller's.
             trainable = jax.tree.map(jnp.copy, self.start)
         users = trainable["users"]
         opt_state = {
-            "bank": self.optimizer.init(trainable["bank"]) if "bank" in trainable else {},
+            "policy": self.optimizer.init(policy) if (policy := _policy(trainable)) else {},
             "shared": self.shared.init(users.get("shared", {})),
             "table": self.lazy.init(users["table"]) if self.personal else {},
         }
@@ -243,9 +299,9 @@ class Preference:
             return preference_loss(run.model, run.adapter, self.users, self.objective, policies, base, batch)
 
         gradient, metrics = jax.grad(loss, has_aux=True)({**trainable, "users": small})
-        if "bank" in trainable:
-            updates, opt_state["bank"] = self.optimizer.update(gradient["bank"], opt_state["bank"], trainable["bank"])
-            trainable["bank"] = optax.apply_updates(trainable["bank"], updates)
+        if policy := _policy(trainable):
+            updates, opt_state["policy"] = self.optimizer.update(_policy(gradient), opt_state["policy"], policy)
+            trainable |= optax.apply_updates(policy, updates)
         if "shared" in users:
             updates, opt_state["shared"] = self.shared.update(
                 gradient["users"]["shared"], opt_state["shared"], users["shared"]
@@ -266,12 +322,17 @@ class Preference:
         return self._update(state, self.run.base, self.frozen, arrays, prompt_slots=slots)
 
 
+def _policy(trainable: Any) -> Any:
+    """What one optimizer moves: everything but the users."""
+    return {name: tree for name, tree in trainable.items() if name != "users"}
+
+
 def run(run: Run) -> dict[str, Any]:
     """Trains every entry of `preference.models`; writes <workdir>/preference/<name>/model.safetensors with the
     users' names.
     """
     config = run.config.preference
-    pairs = Pairs(run)
+    made = functools.cache(functools.partial(Pairs, run))
 
     def train(method: Preference, stage: str, steps: int) -> Any:
         state = loop.run(
@@ -285,19 +346,23 @@ def run(run: Run) -> dict[str, Any]:
         )
         return state.trainable
 
-    for name, settings in config.models.items():
-        first, start = round(settings.get("warm_start", 0.0) * config.steps), None
+    for name in config.models:
+        settings = ENTRY | config.models[name].to_dict()
+        texts = settings["user_text"]
+        pairs = made(user_text=texts, permuted_text=texts and settings["permuted"])
+        first, start = round(settings["warm_start"] * config.steps), None
         if first:
             method = Preference(run, name, pairs, kind="individualized", steps=first)
             start = train(method, f"preference/{name}/individualized", first)
-            key = jax.random.fold_in(run.key, 61)
-            start = {**start, "users": clusters_of(method.users, start["users"], settings.clusters, key)}
+            people = sorted(pairs.registry.rows.values())
+            vectors = method.users, start["users"], settings["clusters"], jax.random.fold_in(run.key, 61)
+            start = {**start, "users": clusters_of(*vectors, people=people)}
         method = Preference(run, name, pairs, steps=config.steps - first, start=start)
         trainable = train(method, f"preference/{name}", config.steps - first)
         note = {"users": pairs.registry.to_json(), "kind": method.users.kind, "base": pairs.base_hash}
         save_tree(run.workdir.stage(f"preference/{name}") / "model.safetensors", {**method.frozen, **trainable}, note)
     counts = {name: len(table) for name, table in pairs.tables.items()}
-    return {"pairs": counts, "users": pairs.registry.capacity}
+    return {"pairs": counts, "users": len(pairs.registry.rows)}
 
 
 def load(run: Run, name: str) -> Any:

@@ -8,12 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from pjrlhf.models.adapters import Policies
-from pjrlhf.objectives import preference as losses
 from pjrlhf.rollout.sampler import generate
 from pjrlhf.stages import preference
 from pjrlhf.stages.context import Run
-from pjrlhf.stages.pairs import Pairs, device_part
-from pjrlhf.stages.preference import Preference, answer_logps
+from pjrlhf.stages.pairs import Pairs, device_part, with_text
+from pjrlhf.stages.preference import Preference, answer_scores, pair_rewards
 
 
 class Trained:
@@ -28,14 +27,17 @@ class Trained:
 
     def _batch_margins(self, trainable: Any, base: Any, batch: Any, prompt_slots: int) -> jax.Array:
         batch = {**batch, "prompt_slots": prompt_slots}
-        logps, _ = answer_logps(self.run.model, self.run.adapter, self.method.users, trainable, base, batch)
-        chosen, rejected = losses.implicit_rewards(*logps, *batch["reference"].T, self.run.config.preference.beta)
+        run, objective = self.run, self.method.objective
+        scores, counts = answer_scores(run.model, run.adapter, self.method.users, trainable, base, batch)
+        chosen, rejected = pair_rewards(objective, scores, counts, batch)
         return chosen - rejected
 
     def margins(
         self, part: str, users: np.ndarray, rows: Sequence[int] | None = None, trainable: Any = None
     ) -> np.ndarray:
-        """Implicit reward margins beta Delta, float32, of `rows` of `part` as seen by `users` [N of the part]."""
+        """Reward margins (of a policy the implicit ones, beta Delta), float32, of `rows` of `part`, as seen by `users`
+        [N of the part].
+        """
         table = self.pairs.tables[part]
         rows = range(len(table)) if rows is None else rows
         size, found = self.run.config.preference.batch_size, []
@@ -51,21 +53,28 @@ class Trained:
         tokens, mix = self.method.users.apply(trainable["users"], users)
         mix = jnp.ones((1, 1)) if mix is None else mix
         policies = Policies(self.run.model, self.run.adapter, base, trainable["bank"], mix, tokens)
-        return generate(policies, self.run.sampling(), prompt["prompt"], prompt["valid"], key)
+        longest = self.run.config.evaluate_users.max_new_tokens or self.run.config.data.max_completion
+        sampling = self.run.sampling(max_new_tokens=longest)
+        return generate(policies, sampling, prompt["prompt"], prompt["valid"], key)
 
-    def answers(self, prompts: Sequence[Any], users: Sequence[int]) -> list[list[str]]:
-        """For each user, an answer to each prompt."""
-        asked = [prompt for _ in users for prompt in prompts]
-        who = np.repeat(np.asarray(users, np.int32), len(prompts))
+    def answers(self, prompts: Sequence[Any], users: Sequence[str]) -> list[list[str]]:
+        """For each user, an answer to each prompt; what users say about themselves is put before it where the entry's
+        user model reads that.
+        """
+        pairs, told = self.pairs, {}
+        if self.method.settings["user_text"]:
+            told = {e.user_id: e.user_text for e in pairs.tables["train"].examples}
+        asked = [with_text(prompt, told[user]) if told else prompt for user in users for prompt in prompts]
+        who = np.repeat(pairs.registry.indices(users), len(prompts))
         arrays = self.run.encode(asked)
         out = self._answers(self.trainable, self.run.base, arrays, who, jax.random.fold_in(self.run.key, 70))
         texts = self.run.decode(arrays, out)
         return [texts[i * len(prompts) : (i + 1) * len(prompts)] for i in range(len(users))]
 
     def vectors(self) -> np.ndarray | None:
-        """What the user model knows about each user, [U, D'], or None."""
+        """What the user model knows about each user, in the order of their rows, [U, D'], or None."""
         if not self.method.personal:
             return None
-        rows = np.arange(1, self.pairs.registry.capacity + 1)
+        rows = np.array(list(self.pairs.registry.rows.values()), np.int32)
         tokens, mix = self.method.users.apply(self.trainable["users"], rows)
         return np.asarray(tokens if tokens is not None else mix).reshape(len(rows), -1)

@@ -21,6 +21,8 @@ MODELS = ("pooled", "one <b>each</b>")
 USER_MODELS = {
     "accuracy": {model: ACCURACY | {"generic": 0.4321, "majority": 0.75, "minority": 1.0} for model in MODELS},
     "ceiling": {"majority_share": 0.6789},
+    "gain": {MODELS[1]: {"against": "pooled", "mean": 0.0777, "low": 0.0123, "high": 0.15, "users": 3}},
+    "choices": {model: {"mean": 0.6161, "low": 0.5, "high": 0.7, "chance": 0.25, "questions": 9} for model in MODELS},
     "grid": {
         "pooled": {"seen_user_seen_prompt": 0.9876, "unseen_user_seen_prompt": None},
         MODELS[1]: dict.fromkeys(plots_users.CELLS, ACCURACY),
@@ -40,7 +42,7 @@ USER_MODELS = {
     },
 }
 USER_SAMPLES = [{"model": MODELS[1], "prompt": "Why?", "answers": {"bob": "<script>x</script>", "unheard": "so"}}]
-USER_SECTIONS = {"accuracy", "length-matched", "grid", "cold-start", "embedding", "generation"}
+USER_SECTIONS = {"accuracy", "choices", "length-matched", "grid", "cold-start", "embedding", "generation"}
 USER_FIGURES = {"accuracy", "people", "grid", "cold_start", "embedding", "generation"}
 
 
@@ -56,7 +58,8 @@ def test_user_models_have_their_sections_and_figures(of_users):
     assert page.ids() == USER_SECTIONS | {"samples"}
     assert {path.stem for path in of_users.glob("*.png")} == USER_FIGURES
     text = " ".join("".join(page.text).split())
-    for expected in ("43.2", "67.9 %", "98.8", "54.3", "9.8", "20.0 to 20.0", "10.0 to 30.0", "0.50", "83.3"):
+    shares = ("43.2", "67.9 %", "98.8", "54.3", "9.8", "0.50", "83.3", "7.8", "61.6")
+    for expected in (*shares, "20.0 to 20.0", "10.0 to 30.0"):
         assert expected in text, expected
     assert "nan" not in text.lower() and "None" not in text
     table = json.loads((of_users / "summary.json").read_text())
@@ -76,7 +79,8 @@ def test_names_of_people_models_and_tastes_are_text(of_users):
 
 @pytest.mark.parametrize("key", USER_MODELS)
 def test_a_section_of_user_models_may_stand_alone(tmp_path, key):
-    figures = {"accuracy": {"accuracy", "people"}, "length_matched": {"accuracy"}, "ceiling": set()}
+    figures = {"accuracy": {"accuracy", "people"}, "length_matched": {"accuracy"}}
+    figures |= {"ceiling": set(), "gain": set(), "choices": set()}
     summary = {key: USER_MODELS[key]}
     page = Page(report.write_report(tmp_path, summary).read_text())
     assert page.ids() == {key.replace("_", "-")} & USER_SECTIONS
@@ -88,6 +92,8 @@ def test_numbers_of_user_models_may_be_missing(tmp_path):
     summary = {
         "accuracy": {"a": {}, "b": {"mean": math.nan, "users": {"ann": {}, "bob": {"accuracy": None}}}},
         "ceiling": {},
+        "gain": {"a": {}, "b": {"mean": math.nan}},
+        "choices": {"a": {}, "b": {"mean": math.nan}},
         "grid": {"a": {}, "b": {"seen_user_seen_prompt": math.nan}},
         "length_matched": {"a": {"mean": 0.5}},
         "cold_start": {"a": {}, "b": {"0": {"mean": None}, "4": {"mean": 0.5}}},

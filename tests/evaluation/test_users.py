@@ -6,7 +6,14 @@ import numpy as np
 import pytest
 
 from pjrlhf.errors import UserError
-from pjrlhf.evaluation.users import cold_start_curve, length_matched, principal_axes, user_accuracy
+from pjrlhf.evaluation.users import (
+    choice_accuracy,
+    cold_start_curve,
+    length_matched,
+    paired_gain,
+    principal_axes,
+    user_accuracy,
+)
 
 pytestmark = pytest.mark.filterwarnings("error")
 
@@ -164,3 +171,45 @@ def test_people_who_do_not_differ_lie_on_one_point(vectors):
 def test_vectors_must_be_finite():
     with pytest.raises(UserError, match="not finite"):
         principal_axes([[0.0, math.nan], [1.0, 2.0]])
+
+
+# ---- gains and questions
+
+
+def people(**accuracies):
+    return {name: {"accuracy": share} for name, share in accuracies.items()}
+
+
+def test_a_gain_is_counted_person_by_person():
+    one, other = people(ann=0.9, bob=0.6, eve=0.2, new=1.0), people(bob=0.5, ann=0.7, eve=0.2, old=0.0)
+    found = paired_gain(one, other, resamples=200)
+    assert found["mean"] == pytest.approx((0.2 + 0.1 + 0.0) / 3) and found["users"] == 3
+    assert found["low"] <= found["mean"] <= found["high"]
+    back = paired_gain(other, one, resamples=200)
+    assert back["mean"] == pytest.approx(-found["mean"])
+    # People differ more than the models do: what they share does not widen the interval.
+    ann, spread = np.linspace(0, 0.8, 30), 0.01 * np.arange(30) / 30
+    found = paired_gain(
+        people(**{f"u{i}": a + 0.1 + s for i, (a, s) in enumerate(zip(ann, spread, strict=True))}),
+        people(**{f"u{i}": a for i, a in enumerate(ann)}),
+    )
+    assert 0.1 < found["low"] < found["high"] < 0.11
+
+
+def test_a_gain_over_nobody():
+    with pytest.raises(UserError, match="gain: no person is in both models"):
+        paired_gain(people(ann=1.0), people(bob=1.0))
+
+
+def test_a_question_is_right_when_its_option_beats_all_others():
+    questions = ["a", "b", "a", "b", "a", "c"]
+    found = choice_accuracy([0.1, 1.0, 2.0, 0.0, 3.0, -1.0], questions, resamples=100)
+    assert found["mean"] == pytest.approx(1 / 3), "a is right; b is tied with one, c is wrong"
+    assert found["chance"] == pytest.approx((1 / 4 + 1 / 3 + 1 / 2) / 3) and found["questions"] == 3
+    # Guessing is right as often as it says.
+    scores = np.random.default_rng(0).normal(size=(4000, 4))
+    margins = (scores[:, :1] - scores[:, 1:]).ravel()
+    found = choice_accuracy(margins, np.repeat(np.arange(4000), 3).astype(str), resamples=100)
+    assert found["mean"] == pytest.approx(found["chance"], abs=0.03) and found["chance"] == 0.25
+    with pytest.raises(UserError, match="1 of 2 are nan"):
+        choice_accuracy([1.0, math.nan], ["a", "b"])

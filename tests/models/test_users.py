@@ -9,7 +9,7 @@ import pytest
 
 from pjrlhf.errors import UserError
 from pjrlhf.models.registry import UserRegistry
-from pjrlhf.models.users import KINDS, UserModel, gather_rows
+from pjrlhf.models.users import KINDS, UserModel, clusters_of, gather_rows
 
 U, T, D, C, K, V = 6, 3, 4, 5, 2, 64
 EMBEDDING = np.random.default_rng(0).standard_normal((V, D)).astype(np.float32)
@@ -147,6 +147,22 @@ def test_gathered_rows_are_the_model_itself(kind, users):
     # A row is named once, and only if the batch has it.
     real = np.where((users >= 0) & (users <= U), users, 0)
     assert sorted(i for i in indices.tolist() if i <= U) == sorted(set(real.tolist()))
+
+
+def test_free_rows_are_no_people_to_cluster():
+    model, key = model_of("individualized"), jax.random.key(0)
+    params = noisy("individualized")
+    offset = params["table"]["offset"]
+    # People on rows 1, 3 and 4 of a table whose other rows are far away, and the same people alone.
+    people = [1, 3, 4]
+    wide = jnp.full((U + 3, T, D), 100.0).at[0].set(offset[0]).at[jnp.array(people)].set(offset[1:4])
+    got = clusters_of(model, {**params, "table": {"offset": wide}}, C, key, people=people)
+    want = clusters_of(model, {**params, "table": {"offset": offset[:4]}}, C, key)
+    np.testing.assert_array_equal(got["shared"]["centers"], want["shared"]["centers"])
+    weights, expected = (np.asarray(x["table"]["weights"]) for x in (got, want))
+    assert weights.shape == (U + 3, C)
+    np.testing.assert_array_equal(weights[[0, *people]], expected)
+    assert not np.delete(weights, [0, *people], 0).any()
 
 
 def test_mistakes_are_named():

@@ -47,7 +47,9 @@ def test_files_of_a_run(people):
 
 
 def test_figures_of_the_report(summary):
-    assert set(summary["accuracy"]) == set(summary["grid"]) == set(summary["length_matched"]) == set(MODELS)
+    # Beside the models stands the base, by its own log-probs.
+    assert set(summary["accuracy"]) == set(summary["length_matched"]) == {*MODELS, "base"}
+    assert set(summary["grid"]) == set(MODELS)
     for found in summary["accuracy"].values():
         each = [user["accuracy"] for user in found["users"].values()]
         assert list(found["users"]) == ["user00", "user01", "user02", "user03"]
@@ -55,6 +57,11 @@ def test_figures_of_the_report(summary):
         assert found["low"] <= found["mean"] <= found["high"] and 0 <= found["generic"] <= 1
     assert summary["accuracy"]["pooled"]["generic"] == summary["accuracy"]["pooled"]["mean"]
     assert summary["ceiling"]["majority_share"] == 0.75
+    assert set(summary["gain"]) == set(MODELS) - {"pooled"}
+    each = [summary["accuracy"][name]["users"] for name in ("cluster", "pooled")]
+    gains = [each[0][user]["accuracy"] - each[1][user]["accuracy"] for user in each[0]]
+    assert summary["gain"]["cluster"]["mean"] == pytest.approx(np.mean(gains))
+    assert summary["gain"]["cluster"]["against"] == "pooled" and summary["gain"]["cluster"]["users"] == 4
     assert set(summary["cold_start"]) == {"individualized"} and set(summary["cold_start"]["individualized"]) == {
         "0",
         "2",
@@ -109,7 +116,8 @@ def test_too_few_comparisons_of_new_people(trained):
 
 def test_answers_for_everybody(trained):
     groups = {"user00": "P2A", "user01": "P2A", "user02": "P2B", "user03": "P2A"}
-    section, (sample,) = _generation(trained, groups, 2)
+    prompts = [example.prompt for example in trained.pairs.tables["heldout"].examples[:2]]
+    section, (sample,) = _generation(trained, prompts, groups)
     assert list(section) == list(groups) == list(sample["answers"])
     for user, found in section.items():
         assert found["group"] == groups[user] and set(found["score"]) == {"P2A", "P2B"}

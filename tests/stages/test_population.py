@@ -47,7 +47,9 @@ def length_settings(tmp_path):
         "model.tokenizer.vocab_size": 300,
         "model.max_length": 64,
         "data.max_prompt": 24,
+        "data.prompt_buckets": (),
         "data.max_completion": 32,
+        "data.long_completion": "drop",
     }
     config = settings("style_pairs", **PEOPLE, **sizes, **{"data.heldout_share": 0.25, "data.max_bad_share": 0.5})
     config.data.prompts.path = config.population.data.path = write_records(tmp_path / "pairs.jsonl", pairs())
@@ -101,6 +103,16 @@ def test_pairs_that_do_not_fit_or_do_not_differ_are_left_out(made):
     assert sum(info["ties"].values()) == 4 + 2
 
 
+def test_long_answers_are_judged_whole_where_their_beginning_is_read(tmp_path):
+    config = length_settings(tmp_path)
+    config.data.long_completion = "truncate"
+    run = tiny.start(tmp_path / "run", config)
+    assert population.run(run)["given_pairs"] == COUNT + 2
+    found = [r for part in read(run) for r in part if r["request"] == request(1) and "chosen" in r]
+    texts = {r["taste"]: [r[side][0]["content"] for side in ("chosen", "rejected")] for r in found if LONG in str(r)}
+    assert texts and all(pair == ["yes", LONG][:: -1 if taste == "longer" else 1] for taste, pair in texts.items())
+
+
 def test_the_base_never_sees_a_held_out_request(made):
     run, _ = made
     asked = {example.prompt[0]["content"] for example in run.completions}
@@ -118,6 +130,7 @@ def test_pairs_of_other_prompts(tmp_path):
 @pytest.mark.real_data
 def test_real_answers_of_conflicting_length(tmp_path, shared):
     config = settings("style_pairs", **PEOPLE, **{"data.max_completion": 160, "model.max_length": 224})
+    config.data.long_completion, config.data.max_bad_share = "drop", 0.95
     for spec in (config.data.prompts, config.population.data, config.sft.data):
         name = "style_pairs" if spec is not config.sft.data else "responses"
         with gzip.open(shared / "data" / "alpaca_eval" / f"{name}.jsonl.gz", "rt", encoding="utf-8") as lines:

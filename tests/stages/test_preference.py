@@ -21,8 +21,16 @@ from pjrlhf.models.huggingface import fingerprint, save_params
 from pjrlhf.models.storage import load_tree, save_tree
 from pjrlhf.objectives.preference import PAIRWISE
 from pjrlhf.stages import preference
-from pjrlhf.stages.pairs import Pairs, device_part
-from pjrlhf.stages.preference import Preference, PreferenceConfig, answer_logps, preference_loss
+from pjrlhf.stages.pairs import Pairs, device_part, with_text
+from pjrlhf.stages.preference import (
+    Preference,
+    PreferenceConfig,
+    answer_scores,
+    pair_losses,
+    pair_rewards,
+    preference_loss,
+)
+from pjrlhf.stages.trained import Trained
 from pjrlhf.training import loop
 
 
@@ -66,7 +74,7 @@ def test_the_reference_is_the_policy_without_users(run, pairs):
     method = Preference(run, "pooled", pairs)
     rows = [pairs.tables["train"][i] for i in range(8)]
     arrays, slots = device_part(batch_of(pairs, rows))
-    logps, counts = answer_logps(
+    logps, counts = answer_scores(
         run.model, run.adapter, method.users, method.init().trainable, run.base, {**arrays, "prompt_slots": slots}
     )
     np.testing.assert_allclose(logps.T, pairs.reference["train"][:8], rtol=1e-5)
@@ -93,7 +101,7 @@ def doubled(run, pairs):
         loss, gradient = jax.value_and_grad(lambda p: preference_loss(*shared, config, p, run.base, batch)[0])(
             trainable
         )
-        return loss, gradient, answer_logps(*shared, trainable, run.base, batch)[0]
+        return loss, gradient, answer_scores(*shared, trainable, run.base, batch)[0]
 
     return trainable, arrays, loss_and_gradient
 
@@ -117,6 +125,17 @@ def test_the_mixture_does_not_depend_on_micro_batches(doubled):
         jax.tree.map(
             lambda x, y, z: np.testing.assert_allclose((x + y) / 2, z, rtol=1e-4, atol=1e-6), *gradients, whole
         )
+
+
+@pytest.mark.parametrize(("loss", "head"), [("sigmoid", "policy"), ("sigmoid_norm", "policy"), ("sigmoid", "reward")])
+def test_rewards_are_what_the_loss_compares(loss, head):
+    rng = np.random.default_rng(0)
+    scores, counts = rng.normal(size=(2, 8)), rng.integers(1, 9, (2, 8)).astype(np.float32)
+    batch = {"reference": rng.normal(size=(8, 2)), "margin": np.zeros(8)}
+    config = PreferenceConfig(loss=loss, head=head, beta=0.7)
+    chosen, rejected = pair_rewards(config, scores, counts, batch)
+    expected = np.log1p(np.exp(rejected - chosen))
+    np.testing.assert_allclose(pair_losses(config, scores, counts, batch), expected, rtol=1e-5)
 
 
 @pytest.mark.parametrize(("mixture", "alpha", "times"), [("exact", 0.5, 2), ("dropout", 0.0, 1)])
@@ -269,6 +288,135 @@ def test_records_without_a_user_are_refused(records, tmp_path):
         Pairs(tiny.start(tmp_path / "run", records()))
 
 
+def test_a_split_by_pair_keeps_a_pair_on_one_side(records, tmp_path):
+    pairs = Pairs(tiny.start(tmp_path / "run", records(preference__split="pair")))
+    # ann and bob judge the same pair in opposite ways: it is one pair all the same.
+    keys = {name: {(e.prompt, *sorted((e.chosen, e.rejected))) for e in t.examples} for name, t in pairs.tables.items()}
+    assert not keys["train"] & keys["heldout"]
+    assert {name: len(table) for name, table in pairs.tables.items()} == {"train": 38, "heldout": 10}
+
+
+def test_entries_may_differ_in_their_objective(records, tmp_path):
+    models = {"one": {"kind": "individualized", "tokens": 2, "alpha": 0.9, "loss": "ipo", "beta": 0.3}}
+    run = tiny.start(tmp_path / "run", records(preference__models=models | {"two": {"kind": "uniform"}}))
+    pairs = Pairs(run)
+    one, two = (Preference(run, name, pairs).objective for name in ("one", "two"))
+    assert (one.alpha, one.loss, one.beta, one.mixture) == (0.9, "ipo", 0.3, "exact")
+    assert two == PreferenceConfig()
+
+
+# ---- reward models
+
+
+REWARD = {"mine": {"kind": "individualized", "tokens": 2, "head": "reward"}}
+
+
+def test_the_reward_loss_is_that_of_the_paper(records, tmp_path):
+    run = tiny.start(tmp_path / "run", records(preference__models=REWARD, preference__alpha=0.3))
+    pairs = Pairs(run)
+    method = Preference(run, "mine", pairs)
+    leaves, treedef = jax.tree.flatten(method.init().trainable)
+    rng = np.random.default_rng(0)
+    trainable = treedef.unflatten([x + 0.3 * rng.standard_normal(x.shape).astype(np.float32) for x in leaves])
+    batch = batch_of(pairs, [pairs.tables["train"][i] for i in range(8)])
+    state, metrics = method.step(method.init().replace(trainable=jax.tree.map(jnp.copy, trainable)), batch)
+    arrays, slots = device_part(batch)
+
+    def gaps(users):
+        shared = (run.model, run.adapter, method.users, trainable, run.base)
+        rewards, _ = answer_scores(*shared, {**arrays, "user": users, "prompt_slots": slots})
+        return np.asarray(rewards[0] - rewards[1], np.float64)
+
+    # alpha of the users' Bradley-Terry loss and 1 - alpha of the generic user's, without beta and without a reference.
+    own, generic = (np.log1p(np.exp(-gaps(users))).mean() for users in (arrays["user"], 0 * arrays["user"]))
+    loss = metrics["loss"][0] / metrics["loss"][1]
+    assert abs(own - generic) > 1e-3 and loss == pytest.approx(0.3 * own + 0.7 * generic, rel=1e-5)
+    # Head, adapters and users learn in the first step.
+    for name in ("heads", "bank", "users"):
+        assert tiny.bits(state.trainable[name]) != tiny.bits(trainable[name]), name
+
+
+def test_a_reward_model_knows_people_apart(records, tmp_path):
+    run = tiny.start(tmp_path / "run", records(preference__models=REWARD, preference__steps=40, preference__alpha=0.5))
+    run.config.preference.optimizer.learning_rate = run.config.preference.user_optimizer.learning_rate = 3e-2
+    preference.run(run)
+    trained = Trained(run, "mine", Pairs(run))
+    own = trained.margins("heldout", trained.pairs.users("heldout"))
+    assert (own > 0).mean() == 1, "ann and bob want opposite answers"
+    generic = trained.margins("heldout", np.zeros(len(own), np.int32))
+    assert (generic > 0).mean() == 0.5
+
+
+# ---- what people say about themselves
+
+
+@pytest.fixture
+def told(records, tmp_path):
+    """The records of `records` with one word about ann, another about bob."""
+    path = tmp_path / "records.jsonl"
+
+    def settings(**changes):
+        config = records(**changes)
+        words = {"ann": "shine", "bob": "melt"}
+        lines = [json.loads(line) for line in path.read_text().splitlines()]
+        tiny_users.write_records(path, [{**line, "user_text": words[line["user_id"]]} for line in lines])
+        return config
+
+    return settings
+
+
+def test_text_of_a_user_stands_before_the_prompt(told, tmp_path):
+    run = tiny.start(tmp_path / "run", told())
+    plain, pairs = Pairs(run), Pairs(run, user_text=True)
+    for part in ("train", "heldout"):
+        assert len(plain.tables[part]) == len(pairs.tables[part])
+        for after, before in zip(pairs.tables[part].examples, plain.tables[part].examples, strict=True):
+            assert after.prompt == f"{after.user_text}\n{before.prompt}"
+            assert (after.chosen, after.user_id) == (before.chosen, before.user_id)
+    # It is text: the reference reads it too, and it is no part of what is scored.
+    assert np.abs(plain.reference["train"] - pairs.reference["train"]).min() > 1e-6
+    batch = batch_of(pairs, [pairs.tables["train"][0]])
+    assert batch["chosen"]["loss_mask"].sum() == len(plain.tables["train"][0]["chosen"])
+
+
+def test_texts_under_wrong_names_are_a_control_of_training(told, tmp_path):
+    run = tiny.start(tmp_path / "run", told())
+    own, permuted = Pairs(run, user_text=True), Pairs(run, user_text=True, permuted_text=True)
+    prompts = {name: [e.prompt for e in made.tables["train"].examples] for name, made in (("a", own), ("b", permuted))}
+    assert 0.2 < np.mean([a != b for a, b in zip(prompts["a"], prompts["b"], strict=True)]) < 0.8
+    words = [[prompt.split("\n")[0] for prompt in part] for part in prompts.values()]
+    assert sorted(words[0]) == sorted(words[1]), "as many of each text"
+    assert [e.prompt for e in own.tables["heldout"].examples] == [e.prompt for e in permuted.tables["heldout"].examples]
+
+
+def test_text_in_a_conversation_stands_in_the_message_to_answer():
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, {"role": "user", "content": "c"}]
+    assert with_text(turns, "I am ann.") == [*turns[:2], {"role": "user", "content": "I am ann.\nc"}]
+    assert turns[2]["content"] == "c"
+
+
+def test_a_text_alone_tells_people_apart(told, tmp_path):
+    models = {"text": {"kind": "uniform", "user_text": True}, "pooled": {"kind": "uniform"}}
+    config = told(preference__models=models, preference__steps=60)
+    config.preference.optimizer.learning_rate = 3e-2
+    run = tiny.start(tmp_path / "run", config)
+    preference.run(run)
+    shares = {}
+    for name in models:
+        trained = Trained(run, name, Pairs(run, user_text=name == "text"))
+        margins = trained.margins("heldout", trained.pairs.users("heldout"))
+        shares[name] = (margins > 0).mean()
+    assert shares == {"text": 1.0, "pooled": 0.5}
+
+
+def test_records_without_text(records, tmp_path):
+    with pytest.raises(UserError, match=r"records.jsonl line .*: no user_text; give every record one, or set"):
+        Pairs(tiny.start(tmp_path / "run", records()), user_text=True)
+
+
+# ---- losses and mistakes
+
+
 def test_every_loss_trains(records, tmp_path, monkeypatch):
     def unigrams(model, adapter, users, trainable, base, batch):
         """In place of the decoder, a policy that draws words at random, to compile nine programs in little time."""
@@ -279,7 +427,7 @@ def test_every_loss_trains(records, tmp_path, monkeypatch):
         sums = jnp.stack([jnp.where(valid, logps[x], 0).sum(1) for x, valid in answers])
         return sums, jnp.stack([valid.sum(1) for _, valid in answers]).astype(jnp.float32)
 
-    monkeypatch.setattr(preference, "answer_logps", unigrams)
+    monkeypatch.setattr(preference, "answer_scores", unigrams)
     run = tiny.start(tmp_path / "run", records(preference__models={"pooled": {"kind": "uniform"}}))
     pairs = Pairs(run)
     run.config.preference.optimizer.update({"name": "sgd", "learning_rate": 0.3})
@@ -305,6 +453,12 @@ MISTAKES = [
     ),
     ({"preference__models": {"mine": {"kind": "own"}}}, "preference.models.mine: user model 'own' is unknown; choose"),
     ({"preference__models": {"mine": {"kind": "cluster", "cluster": 2}}}, "models.mine: .* argument 'cluster'"),
+    ({"preference__split": "user"}, "preference.split 'user': unknown; choose prompt or pair"),
+    ({"preference__head": "scalar"}, "preference.head 'scalar': unknown; choose policy or reward"),
+    (
+        {"preference__models": {"mine": {"kind": "uniform", "head": "reward", "loss": "ipo"}}},
+        "preference.head 'reward': loss 'ipo' with sft_weight 0.0 needs a policy; choose from sigmoid, robust, hinge",
+    ),
     ({"preference__models": {"mine": {"kind": "soup"}}}, "preference.bank: not set; name the bank.safetensors"),
     ({"preference__batch_size": 100}, "batch_size 100: the data set has only 38 rows"),
 ]
@@ -358,6 +512,15 @@ def test_soup_weights_find_the_right_policy(opposites, tmp_path):
     assert abs(weights[0, 0] - 0.5) < 0.2, "the generic user hears both"
     method = Preference(run, "soup", Pairs(run))
     assert list(method.init().trainable) == ["users"]
+
+
+def test_the_bank_of_the_same_run(opposites, tmp_path):
+    settings, path = opposites
+    run = tiny.start(tmp_path / "run", settings(preference__bank="policy"))
+    with pytest.raises(UserError, match=r"run/policy/bank.safetensors: there is no such file"):
+        preference.run(run)
+    shutil.copy(path, run.workdir.stage("policy"))
+    assert list(Preference(run, "soup", Pairs(run)).frozen) == ["bank"]
 
 
 def test_a_bank_must_fit(opposites, tmp_path):
