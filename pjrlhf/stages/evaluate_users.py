@@ -66,10 +66,10 @@ def run(run: Run) -> dict[str, Any]:
             section, shown = _generation(trained, prompts, groups or {})
             summary["generation"][name] = section
             samples += shown
-    for name in summary["accuracy"]:
-        if name not in ("base", against := "surface" if name.startswith("surface") else "pooled"):
-            summary["gain"][name] = _gain(summary, name, against, settings)
-    summary["gain"] = {name: gain for name, gain in summary["gain"].items() if gain}
+    for name, against in _pooled_models(run, config.surface).items():
+        one, other = (summary["accuracy"][model]["users"] for model in (name, against))
+        options = {key: settings[key] for key in ("resamples", "seed")}
+        summary["gain"][name] = {"against": against, **paired_gain(one, other, **options)}
     if groups:
         counts = list(groups.values())
         summary["ceiling"] = {"majority_share": max(counts.count(taste) for taste in set(counts)) / len(counts)}
@@ -122,30 +122,34 @@ def _plain(prompt: Prompt) -> str:
     return prompt if isinstance(prompt, str) else prompt[-1]["content"]
 
 
-def _gain(summary: dict[str, Any], name: str, against: str, settings: dict[str, Any]) -> dict[str, Any] | None:
-    """By how much people are served better than by `against`; None where that was not trained."""
-    if against not in summary["accuracy"]:
-        return None
-    options = {key: settings[key] for key in ("resamples", "seed")}
-    one, other = (summary["accuracy"][model]["users"] for model in (name, against))
-    return {"against": against, **paired_gain(one, other, **options)}
+def _pooled_models(run: Run, surface: bool) -> dict[str, str]:
+    """The model that does not know people apart, for each that may, of the same kind of head."""
+    config = run.config.preference
+    pooled = {}
+    for name, entry in config.models.items():
+        if entry.kind == "uniform" and not entry.get("user_text"):
+            pooled.setdefault(entry.get("head", config.head), name)
+    found = {name: pooled.get(entry.get("head", config.head)) for name, entry in config.models.items()}
+    found |= {"surface_personal": "surface"} if surface else {}
+    return {name: against for name, against in found.items() if against not in (None, name)}
 
 
 def _grid(trained: Trained) -> dict[str, float]:
     """Accuracy of seen and unseen users on seen and unseen prompts; unseen users are the generic one."""
-    pairs = trained.pairs
-    parts = {"seen_user_seen_prompt": ("train", None), "seen_user_unseen_prompt": ("heldout", None)}
-    if "new_users" in pairs.tables:
-        parts |= {"unseen_user_seen_prompt": ("new_users", False), "unseen_user_unseen_prompt": ("new_users", True)}
-    found = {}
-    for cell, (part, held_out) in parts.items():
-        examples = pairs.tables[part].examples
-        rows = [i for i, e in enumerate(examples) if held_out is None or bool(e.extra.get("held_out")) == held_out]
-        # Evenly spaced, for the file is ordered by user.
-        rows = rows[:: max(1, len(rows) // trained.run.config.evaluate_users.grid_pairs)]
-        if rows:
-            found[cell] = float((trained.margins(part, pairs.users(part), rows) > 0).mean())
-    return found
+    pairs, most = trained.pairs, trained.run.config.evaluate_users.grid_pairs
+    hits: dict[str, list[bool]] = {}
+    for part, table in pairs.tables.items():
+        users = pairs.users(part)
+        cells: dict[str, list[int]] = {}
+        for i, example in enumerate(table.examples):
+            new = part == "heldout" or bool(example.extra.get("held_out"))
+            name = f"{'seen' if users[i] else 'unseen'}_user_{'unseen' if new else 'seen'}_prompt"
+            cells.setdefault(name, []).append(i)
+        for name, rows in cells.items():
+            # Evenly spaced, for the file is ordered by user.
+            rows = rows[:: max(1, len(rows) // most)]
+            hits.setdefault(name, []).extend(trained.margins(part, users, rows) > 0)
+    return {name: float(np.mean(shares)) for name, shares in hits.items()}
 
 
 def _generation(

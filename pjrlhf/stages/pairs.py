@@ -1,7 +1,7 @@
 """The comparisons of a run of user models: tokens, reference log-probs, and who said so."""
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -42,6 +42,42 @@ def _asked(example: Example, prompt: Prompt) -> Example:
     return dataclasses.replace(example, prompt=prompt)
 
 
+def split(examples: Sequence[Example], config: Any, seed: int) -> dict[str, list[Example]]:
+    """Records in parts "train" and "heldout", of the same people, and, where a share of the people is new, "new_users",
+    theirs: `extra["held_out"]` says on which side their prompt or pair is. No prompt (or pair) is in two parts but for
+    those new users have in common with others, and no new person is anywhere else.
+
+    Args:
+      config: `split`, `heldout_share` and `new_user_share` of the section `preference`.
+
+    Raises:
+      UserError: an unknown split, a share out of range, or a part that is left empty.
+    """
+    if config.split not in SPLITS:
+        raise UserError(f"preference.split {config.split!r}: unknown; choose {' or '.join(SPLITS)}")
+    keys = [SPLITS[config.split](example) for example in examples]
+    held = set(split_by(keys, config.heldout_share, seed)[1].tolist())
+    new: set[int] = set()
+    if config.new_user_share:
+        new = set(split_by([example.user_id for example in examples], config.new_user_share, seed)[1].tolist())
+    parts: dict[str, list[Example]] = {name: [] for name in PARTS if new or name != "new_users"}
+    for i, example in enumerate(examples):
+        if i in new:
+            extra = {**example.extra, "held_out": i in held}
+            parts["new_users"].append(dataclasses.replace(example, extra=extra))
+        else:
+            parts["heldout" if i in held else "train"].append(example)
+    for name, part in parts.items():
+        if not part:
+            raise UserError(
+                f"preference: no record is left for part {name!r}; change preference.heldout_share or new_user_share"
+            )
+    trained, tested = ({SPLITS[config.split](e) for e in parts[name]} for name in ("train", "heldout"))
+    if trained & tested or {e.user_id for e in parts.get("new_users", ())} & {e.user_id for e in parts["train"]}:
+        raise RuntimeError(f"a {config.split} or a new person is both trained on and held out")
+    return parts
+
+
 class Pairs:
     """The comparisons of a run: tokens, reference log-probs, and who said so, in training and held-out parts.
 
@@ -66,12 +102,7 @@ class Pairs:
             examples, source = run.preferences(data)
             if run.config.data.chat:  # as every other request of the run is asked
                 examples = [e if not isinstance(e.prompt, str) else _asked(e, run.ask(e.prompt)) for e in examples]
-            if config.split not in SPLITS:
-                raise UserError(f"preference.split {config.split!r}: unknown; choose {' or '.join(SPLITS)}")
-            keys = [SPLITS[config.split](example) for example in examples]
-            sides = split_by(keys, config.heldout_share, run.config.seed)
-            parts = {name: ([examples[i] for i in side], source) for name, side in zip(PARTS, sides, strict=False)}
-            self._check_split({name: {keys[i] for i in side} for name, side in zip(PARTS, sides, strict=False)})
+            parts = {name: (part, source) for name, part in split(examples, config, run.config.seed).items()}
         names = [example.user_id for example in parts["train"][0]]
         if None in names:
             raise UserError(f"{parts['train'][0][names.index(None)].where}: no user_id; give every record one")
@@ -86,10 +117,6 @@ class Pairs:
         self.registry = UserRegistry.create(people, even_rows(run.mesh, len(people) + 1) - 1)  # tables are split by row
         self.base_hash = fingerprint(run.base_folder)
         self.reference = {name: self._reference(table) for name, table in self.tables.items()}
-
-    def _check_split(self, keys: Mapping[str, set[str]]) -> None:
-        if shared := set.intersection(*keys.values()):
-            raise RuntimeError(f"{len(shared)} {self.run.config.preference.split}s are both trained on and held out")
 
     def _reference(self, table: TokenTable) -> np.ndarray:
         run = self.run

@@ -296,6 +296,18 @@ def test_a_split_by_pair_keeps_a_pair_on_one_side(records, tmp_path):
     assert {name: len(table) for name, table in pairs.tables.items()} == {"train": 38, "heldout": 10}
 
 
+def test_people_who_are_kept_out_are_met_as_new(records, tmp_path):
+    run = tiny.start(tmp_path / "run", records(preference__new_user_share=0.5))
+    pairs = Pairs(run)
+    who = {name: {example.user_id for example in table.examples} for name, table in pairs.tables.items()}
+    assert len(who["new_users"]) == 1 and who["train"] == who["heldout"] == {"ann", "bob"} - who["new_users"]
+    # Their comparisons of prompts that were trained on may be used to get to know them, the others to test it.
+    prompts = {name: {example.prompt for example in table.examples} for name, table in pairs.tables.items()}
+    for example in pairs.tables["new_users"].examples:
+        assert example.prompt in prompts["heldout" if example.extra["held_out"] else "train"]
+    assert not pairs.users("new_users").any()
+
+
 def test_entries_may_differ_in_their_objective(records, tmp_path):
     models = {"one": {"kind": "individualized", "tokens": 2, "alpha": 0.9, "loss": "ipo", "beta": 0.3}}
     run = tiny.start(tmp_path / "run", records(preference__models=models | {"two": {"kind": "uniform"}}))
@@ -453,6 +465,7 @@ MISTAKES = [
     ),
     ({"preference__models": {"mine": {"kind": "own"}}}, "preference.models.mine: user model 'own' is unknown; choose"),
     ({"preference__models": {"mine": {"kind": "cluster", "cluster": 2}}}, "models.mine: .* argument 'cluster'"),
+    ({"preference__new_user_share": 1.5}, "held-out share 1.5: not between 0 and 1"),
     ({"preference__split": "user"}, "preference.split 'user': unknown; choose prompt or pair"),
     ({"preference__head": "scalar"}, "preference.head 'scalar': unknown; choose policy or reward"),
     (
