@@ -216,3 +216,4 @@ def prefeval(c: ml_collections.ConfigDict) -> None:
         )
     _data(c.preference, **choices)
     c.data.update({"max_prompt": 96, "prompt_buckets": (48,), "max_completion": 64})
+    c.preference.steps = 120

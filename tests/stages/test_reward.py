@@ -101,7 +101,8 @@ def test_k_models_in_one_program_equal_k_programs(method, rank):
         one = jax.tree.map(lambda x, k=k: x[k : k + 1], trainable)
         (loss, _), alone = grad(one, run.base, method.place({name: x[:, k : k + 1] for name, x in raw.items()}))
         losses.append(float(loss))
-        jax.tree.map(lambda x, y, k=k: np.testing.assert_allclose(x[k], y[0], atol=1e-5), whole, alone)
+        # Sums of another shape are taken in another order, which differs from processor to processor.
+        jax.tree.map(lambda x, y, k=k: np.testing.assert_allclose(x[k], y[0], rtol=1e-4, atol=1e-5), whole, alone)
         assert max(float(jnp.abs(x).max()) for x in jax.tree.leaves(alone)) > 1e-3
     assert float(total) == pytest.approx(sum(losses), rel=1e-5)
     mean, count = metrics["loss"]
