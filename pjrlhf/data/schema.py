@@ -24,6 +24,11 @@ Message = dict[str, Any]
 Prompt = str | list[Message]
 
 
+def request_of(prompt: Prompt) -> str:
+    """The text to answer: the prompt, or the last message of a conversation."""
+    return prompt if isinstance(prompt, str) else prompt[-1]["content"]
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Example:
     """A validated record: text is never blank, numbers are finite, `preference_weights` is a point of the simplex."""

@@ -19,7 +19,7 @@ import numpy as np
 from pjrlhf.data import bpe, preferences, world
 from pjrlhf.data.batching import buckets, pad_left, split_by
 from pjrlhf.data.preferences import Preference, Registry
-from pjrlhf.data.schema import Example, validate
+from pjrlhf.data.schema import Example, request_of, validate
 from pjrlhf.data.sources import open_source
 from pjrlhf.data.tokenization import Lengths, Tokenizer, TokenTable, cut_left, load_tokenizer, tokenize
 from pjrlhf.errors import UserError
@@ -134,8 +134,7 @@ class Run:
                 f'model.tokenizer {kind!r}: unknown; choose "world" or {{"kind": "bpe", "vocab_size": ...}}'
             )
         examples = self.completions
-        texts = [e.prompt if isinstance(e.prompt, str) else e.prompt[-1]["content"] for e in examples]
-        texts = [f"{prompt}\n{e.completion}" for prompt, e in zip(texts, examples, strict=True)]
+        texts = [f"{request_of(e.prompt)}\n{e.completion}" for e in examples]
         # Evenly spaced, for files are often ordered by origin.
         bpe.write_tokenizer(folder, texts[:: max(1, len(texts) // spec.texts)], spec.vocab_size)
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from pjrlhf.data.schema import Example, Prompt
+from pjrlhf.data.schema import Example, request_of
 from pjrlhf.evaluation import surface
 from pjrlhf.evaluation.report import write_report
 from pjrlhf.evaluation.users import (
@@ -108,7 +108,7 @@ def _surface(pairs: Pairs) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """Held-out margins (own, generic) of logistic regressions on surface features, for everybody and per person."""
     features = {}
     for part in ("train", "heldout"):
-        rows = [(_plain(e.prompt), e) for e in pairs.tables[part].examples]
+        rows = [(request_of(e.prompt), e) for e in pairs.tables[part].examples]
         features[part] = np.array([surface.features(p, e.chosen) - surface.features(p, e.rejected) for p, e in rows])
     train, held = pairs.users("train"), pairs.users("heldout")
     found = {}
@@ -116,10 +116,6 @@ def _surface(pairs: Pairs) -> dict[str, tuple[np.ndarray, np.ndarray]]:
         weights = surface.fit(features["train"], users, pairs.registry.capacity)
         found[name] = tuple(surface.margins(weights, features["heldout"], who) for who in (held, np.zeros_like(held)))
     return found
-
-
-def _plain(prompt: Prompt) -> str:
-    return prompt if isinstance(prompt, str) else prompt[-1]["content"]
 
 
 def _pooled_models(run: Run, surface: bool) -> dict[str, str]:
@@ -160,7 +156,7 @@ def _generation(
     users = [user for user in registry.names[1:] if user]
     answers = trained.answers(prompts, users)
     tastes = sorted(set(groups.values()))
-    plain = [_plain(prompt) for prompt in prompts]
+    plain = [request_of(prompt) for prompt in prompts]
     section = {}
     for user, texts in zip(users, answers, strict=True):
         scores = {

@@ -35,11 +35,7 @@ def with_text(prompt: Prompt, text: str) -> Prompt:
 def _told(example: Example, text: str | None) -> Example:
     if text is None:
         raise UserError(f"{example.where}: no user_text; give every record one, or set user_text=False")
-    return _asked(example, with_text(example.prompt, text))
-
-
-def _asked(example: Example, prompt: Prompt) -> Example:
-    return dataclasses.replace(example, prompt=prompt)
+    return dataclasses.replace(example, prompt=with_text(example.prompt, text))
 
 
 def split(examples: Sequence[Example], config: Any, seed: int) -> dict[str, list[Example]]:
@@ -101,7 +97,8 @@ class Pairs:
             lengths = run.lengths
             examples, source = run.preferences(data)
             if run.config.data.chat:  # as every other request of the run is asked
-                examples = [e if not isinstance(e.prompt, str) else _asked(e, run.ask(e.prompt)) for e in examples]
+                asked = [run.ask(e.prompt) if isinstance(e.prompt, str) else e.prompt for e in examples]
+                examples = [dataclasses.replace(e, prompt=p) for e, p in zip(examples, asked, strict=True)]
             parts = {name: (part, source) for name, part in split(examples, config, run.config.seed).items()}
         names = [example.user_id for example in parts["train"][0]]
         if None in names:

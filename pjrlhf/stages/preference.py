@@ -54,7 +54,6 @@ class PreferenceConfig:
     """
 
     head: str = "policy"
-
     loss: str = "sigmoid"
     beta: float = 0.1
     alpha: float = 0.5

@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from small_trees import assert_same, assert_trees
 
 from pjrlhf.merging import methods, trees
 
@@ -34,15 +35,6 @@ def base():
 @pytest.fixture
 def ingredients():
     return [tree(seed) for seed in range(3)]
-
-
-def assert_trees(actual, expected, **tolerance):
-    assert jax.tree.structure(actual) == jax.tree.structure(expected)
-    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, **tolerance), actual, expected)
-
-
-def assert_same(actual, expected):
-    assert_trees(actual, expected, rtol=0, atol=0)
 
 
 def in_numpy(function, base, *ingredients):

@@ -12,9 +12,6 @@ import tiny_users
 from jax.sharding import NamedSharding, PartitionSpec
 
 from pjrlhf.data import world
-from pjrlhf.models.config import ModelConfig
-from pjrlhf.models.decoder import Decoder, init_params
-from pjrlhf.models.huggingface import save_params
 from pjrlhf.models.storage import save_tree
 from pjrlhf.models.users import UserModel, gather_rows
 from pjrlhf.parallel.mesh import even_rows, leaf_sharding, make_mesh, shard_params
@@ -114,20 +111,7 @@ def test_no_device_holds_a_table_whole_at_any_time(kind):
 def start(tmp_path_factory):
     """Makes (run, pairs) of ten people on a mesh, or on one device where that is None."""
     folder = tmp_path_factory.mktemp("people")
-    world.write_tokenizer(folder / "tokenizer")
-    config = ModelConfig(
-        vocab_size=len(world.vocabulary()),
-        hidden_size=16,
-        intermediate_size=24,
-        num_layers=1,
-        num_heads=2,
-        num_kv_heads=1,
-        head_dim=8,
-        max_length=40,
-    )
-    ids = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
-    base = init_params(Decoder(config), jax.random.key(0))
-    save_params(folder / "model", config, base, tokenizer_folder=folder / "tokenizer", token_ids=ids)
+    model = tiny_users.save_base(folder)
     answers = ("it can shine .", "it can melt .")
     records = [
         {"prompt": request, "chosen": answers[i % 2], "rejected": answers[1 - i % 2], "user_id": f"person {i}"}
@@ -139,7 +123,7 @@ def start(tmp_path_factory):
     models["cluster"] = {"kind": "cluster", "tokens": 2, "clusters": 3}
 
     def make(mesh):
-        sizes = {"data__max_prompt": 16, "data__max_completion": 8, "model__path": str(folder / "model")}
+        sizes = {"data__max_prompt": 16, "data__max_completion": 8, "model__path": str(model)}
         settings = tiny_users.settings(
             "records", preference__data__path=path, preference__models=models, preference__steps=len(STEPS), **sizes
         )

@@ -15,9 +15,7 @@ import tiny_users
 
 from pjrlhf.data import world
 from pjrlhf.errors import UserError
-from pjrlhf.models.config import ModelConfig
-from pjrlhf.models.decoder import Decoder, init_params
-from pjrlhf.models.huggingface import fingerprint, save_params
+from pjrlhf.models.huggingface import fingerprint
 from pjrlhf.models.storage import load_tree, save_tree
 from pjrlhf.objectives.preference import PAIRWISE
 from pjrlhf.stages import preference
@@ -233,23 +231,7 @@ def test_a_stopped_run_ends_as_the_undisturbed_one(people, tmp_path, monkeypatch
 
 @pytest.fixture(scope="module")
 def base_folder(tmp_path_factory):
-    """A Hugging Face folder of a random model with the tokenizer of the built-in world."""
-    folder = tmp_path_factory.mktemp("base")
-    world.write_tokenizer(folder / "tokenizer")
-    config = ModelConfig(
-        vocab_size=len(world.vocabulary()),
-        hidden_size=16,
-        intermediate_size=24,
-        num_layers=1,
-        num_heads=2,
-        num_kv_heads=1,
-        head_dim=8,
-        max_length=40,
-    )
-    params = init_params(Decoder(config), jax.random.key(0))
-    ids = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
-    save_params(folder / "model", config, params, tokenizer_folder=folder / "tokenizer", token_ids=ids)
-    return folder / "model"
+    return tiny_users.save_base(tmp_path_factory.mktemp("base"))
 
 
 ANSWERS = ("it can shine .", "it can melt .")

@@ -2,7 +2,13 @@
 
 import json
 
+import jax
 import tiny
+
+from pjrlhf.data import world
+from pjrlhf.models.config import ModelConfig
+from pjrlhf.models.decoder import Decoder, init_params
+from pjrlhf.models.huggingface import save_params
 
 # As the soups, but for the base: its training, the longest part, only has to give answers that differ.
 SHARED = {key: value for key, value in tiny.TINY.items() if key.split(".")[0] in ("model", "adapter", "data", "sft")}
@@ -45,3 +51,22 @@ def settings(variant="world", **changes):
 def write_records(path, records):
     path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
     return str(path)
+
+
+def save_base(folder):
+    """Writes a random model with the tokenizer of the built-in world; returns its Hugging Face folder."""
+    world.write_tokenizer(folder / "tokenizer")
+    config = ModelConfig(
+        vocab_size=len(world.vocabulary()),
+        hidden_size=16,
+        intermediate_size=24,
+        num_layers=1,
+        num_heads=2,
+        num_kv_heads=1,
+        head_dim=8,
+        max_length=40,
+    )
+    params = init_params(Decoder(config), jax.random.key(0))
+    ids = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+    save_params(folder / "model", config, params, tokenizer_folder=folder / "tokenizer", token_ids=ids)
+    return folder / "model"
