@@ -80,15 +80,41 @@ def policies(c: ml_collections.ConfigDict) -> None:
         "batch_size": 8,  # pairs per objective
         "heldout_share": 0.2,  # of the prompts
         "calibration_samples": 256,
+        "quantiles": (0.02, 0.98),  # of the base's rewards, which the scale "quantiles" puts at 0 and 1
         "optimizer": {"learning_rate": 5e-3, "schedule": "cosine"},
     }
     c.policy = {
+        # What policies are trained for, see stages/goals.py: own, fixed, grid, dirichlet, combinations.
+        "preferences": {"kind": "own", "points": (), "alpha": 1.0, "held_out": ()},
+        "mix": "own",  # own: an adapter per policy; weights: one per objective, mixed by the preference weights
+        "statement": {"form": "sentences", "decimals": 1, "levels": 10},  # sentences, numbers, tally
+        "scale": "std",  # of rewards: std, or quantiles (0 to 1)
+        # How objectives become one advantage, see objectives/combination.py: sum, tchebycheff, gdpo, pama, min_norm.
+        "combine": {
+            "kind": "sum",
+            "heads": "reward_sum+control",  # min_norm; per_reward, per_reward+control, control, per_preference
+            "weights": "min_norm",  # min_norm; or equal
+            "normalize": "none",  # min_norm; or gradient
+            "target": "identity",  # of the control reward: identity, l2, max
+            "sided": "two",  # of the control reward: two, hinge
+            "ideal": 1.0,  # tchebycheff
+            "smoothing": 0.0,  # tchebycheff
+            "noon": True,  # pama
+        },
         "steps": 60,
         "rollouts": 16,  # per policy and step
         "top_k": 0,
         "top_p": 1.0,
         "kl": {"coefficient": 0.1, "target": 0.0, "horizon": 10000},  # target 0: fixed coefficient
         "ppo": {"epochs": 2, "minibatches": 2, "clip": 0.2, "value_clip": 0.2, "value_weight": 0.1},
-        "experience": {"gamma": 1.0, "lam": 0.95, "kl_kind": "k1", "missing_eos": 1.0, "score_clip": 5.0},
+        "experience": {
+            "estimator": "gae",  # gae; or without a critic rloo, group, with samples_per_prompt of 2 or more
+            "samples_per_prompt": 1,
+            "gamma": 1.0,
+            "lam": 0.95,
+            "kl_kind": "k1",
+            "missing_eos": 1.0,
+            "score_clip": 5.0,
+        },
         "optimizer": {"learning_rate": 3e-3, "schedule": "linear", "b2": 0.99, "eps": 1e-5},
     }

@@ -61,6 +61,11 @@ def heads(count, seed=3):
     }
 
 
+def value_heads(count, each=1):
+    """Of `count` policies, `each` of them."""
+    return jax.tree.map(lambda x: x.reshape(count, each, *x.shape[1:]), heads(count * each))
+
+
 def prompts(rows, slots, seed=4, shortest=1):
     """{"prompt", "valid"} [rows, slots], left-padded, of random lengths and free of PAD and EOS."""
     rng = np.random.default_rng(seed)

@@ -51,6 +51,7 @@ class Tokenizer:
         self.backend = backend
         self.eos_id: int = backend.eos_token_id
         self.bos_id: int | None = backend.bos_token_id
+        self.unk_id: int | None = backend.unk_token_id
         self.vocab_size = max(vocabulary.values()) + 1
         self.has_chat_template = bool(backend.chat_template)
         others = [i for i in (backend.pad_token_id, backend.unk_token_id) if i is not None and i != self.eos_id]

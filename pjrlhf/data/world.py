@@ -17,12 +17,12 @@ from pjrlhf.data.preferences import Preference, Registry
 from pjrlhf.data.tokenization import write_folder
 
 PREFERENCES: Registry = {
-    "P1A": Preference(dimension="expertise", sentence="use easy words ."),
-    "P1B": Preference(dimension="expertise", sentence="use expert words ."),
-    "P2A": Preference(dimension="informativeness", sentence="keep it short ."),
-    "P2B": Preference(dimension="informativeness", sentence="tell me everything ."),
-    "P3A": Preference(dimension="style", sentence="be kind ."),
-    "P3B": Preference(dimension="style", sentence="be rude ."),
+    "P1A": Preference(dimension="expertise", sentence="use easy words .", label="easy"),
+    "P1B": Preference(dimension="expertise", sentence="use expert words .", label="expert"),
+    "P2A": Preference(dimension="informativeness", sentence="keep it short .", label="short"),
+    "P2B": Preference(dimension="informativeness", sentence="tell me everything .", label="everything"),
+    "P3A": Preference(dimension="style", sentence="be kind .", label="kind"),
+    "P3B": Preference(dimension="style", sentence="be rude .", label="rude"),
 }
 
 TOPICS = [

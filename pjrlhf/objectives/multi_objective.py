@@ -35,7 +35,7 @@ def sum_then_normalize(rewards: jax.Array, weights: jax.Array, mask: jax.Array |
     Raises ValueError for rewards without a group axis and for weights that do not fit.
     """
     rewards, mask = _groups(rewards, mask)
-    return _standardise(weighted_sum(rewards, weights), mask, axis=-1)
+    return standardize(weighted_sum(rewards, weights), mask, axis=-1)
 
 
 def normalize_then_sum(rewards: jax.Array, weights: jax.Array, mask: jax.Array | None = None) -> jax.Array:
@@ -47,7 +47,7 @@ def normalize_then_sum(rewards: jax.Array, weights: jax.Array, mask: jax.Array |
     every axis but the last of `rewards`, counted by samples rather than by tokens.
     """
     rewards, mask = _groups(rewards, mask)
-    return _standardise(weighted_sum(_standardise(rewards, mask[..., None], axis=-2), weights), mask, axis=None)
+    return standardize(weighted_sum(standardize(rewards, mask[..., None], axis=-2), weights), mask, axis=None)
 
 
 def tchebycheff(rewards: jax.Array, weights: jax.Array, ideal: jax.Array, smoothing: float = 0.0) -> jax.Array:
@@ -364,8 +364,8 @@ def _groups(rewards: jax.Array, mask: jax.Array | None) -> tuple[jax.Array, jax.
     return rewards, mask
 
 
-def _standardise(x: jax.Array, mask: jax.Array, axis: int | None) -> jax.Array:
-    """(x - mean) / std over `axis` where `mask`, 0 elsewhere whatever stands there."""
+def standardize(x: jax.Array, mask: jax.Array, axis: int | None) -> jax.Array:
+    """(x - mean) / sqrt(population variance + 1e-8) over `axis` where `mask`, 0 elsewhere whatever stands there."""
     count = jnp.maximum(mask.sum(axis, keepdims=True), 1)
     x = jnp.where(mask, x, 0.0)
     # Twice, as the first mean is rounded: what is left of equal values would be divided by nearly 0.

@@ -60,7 +60,8 @@ def run(run: Run) -> dict[str, Any]:
     rng = random.Random(run.config.seed)
     requests = [run.requests[0][i % len(run.requests[0])] for i in range(config.pairs)]
     stated = stated_sets(run, 2 * config.pairs, rng)
-    prompts = [run.ask(request, names) for request, names in zip(requests * 2, stated, strict=True)]
+    said = [preferences.sentences(run.registry, names) for names in stated]
+    prompts = [run.ask(request, words) for request, words in zip(requests * 2, said, strict=True)]
     texts = sample_base(run, prompts, jax.random.fold_in(run.key, 10), "comparisons")
     first, second = texts[: config.pairs], texts[config.pairs :]
 

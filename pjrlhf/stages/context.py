@@ -91,9 +91,9 @@ class Run:
         scorers = {name: judges.scorer(spec) for name, spec in criteria.items()}
         return lambda prompt, text, criterion: scorers[criterion](prompt, text)
 
-    def ask(self, request: str, stated: Sequence[str] = ()) -> Any:
-        """The prompt that puts `request`, and the sentences of the stated preferences after it, to the model."""
-        text = " ".join(filter(None, [request, preferences.sentences(self.registry, stated)]))
+    def ask(self, request: str, words: str = "") -> Any:
+        """The prompt that puts `request`, and after it `words` about the user's preferences, to the model."""
+        text = " ".join(filter(None, [request, words]))
         return [{"role": "user", "content": text}] if self.config.data.chat else text
 
     # ---- models

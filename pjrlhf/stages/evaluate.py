@@ -33,10 +33,10 @@ TIE = 1e-9  # scores closer than this are equal up to rounding
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One answer to sample: what is asked, what is told in the prompt, and the weights of the policies."""
+    """One answer to sample: what is asked, what the prompt says about preferences, and the weights of the policies."""
 
     request: str
-    stated: tuple[str, ...]
+    words: str
     mix: tuple[float, ...]
 
 
@@ -59,7 +59,7 @@ class Sampler:
         with progress("evaluate", len(chunks), ()) as bar:
             for number, chunk in enumerate(chunks):
                 padded = chunk + [chunk[0]] * (size - len(chunk))
-                arrays = self.run.encode([self.run.ask(rows[i].request, rows[i].stated) for i in padded])
+                arrays = self.run.encode([self.run.ask(rows[i].request, rows[i].words) for i in padded])
                 mix = np.array([rows[i].mix for i in (padded if low_rank else padded[:1])], np.float32)
                 key = jax.random.fold_in(jax.random.fold_in(self.run.key, seed), number)
                 sampling = self.run.sampling()
@@ -94,7 +94,7 @@ class Evaluation:
 
     # ---- eight kinds of people
 
-    def methods(self, combo: tuple[str, ...]) -> dict[str, tuple[tuple[str, ...], tuple[float, ...]]]:
+    def methods(self, combo: tuple[str, ...]) -> dict[str, tuple[str, tuple[float, ...]]]:
         """Method -> (what its prompt states, weights of the policies) for one kind of person."""
         share = self.config.weight_scale / len(combo)
         soup = self.weights(**dict.fromkeys(combo, share))
@@ -104,10 +104,11 @@ class Evaluation:
         told = {"prompting", *self.config.told}
         if "soups" not in told:
             del weights["soups_untold"]
-        if not preferences.sentences(self.run.registry, combo).strip():
+        words = preferences.sentences(self.run.registry, combo)
+        if not words.strip():
             # Nothing can be said to this model, so prompting is the base.
             del weights["prompting"]
-        return {name: (combo if name in told else (), mix) for name, mix in weights.items()}
+        return {name: (words if name in told else "", mix) for name, mix in weights.items()}
 
     def people(self) -> dict[str, Any]:
         """The sections win_rate, win_rate_average, combos, ablation and position_consistency, and sample answers."""
@@ -171,9 +172,9 @@ class Evaluation:
     def ingredients(self) -> dict[str, Any]:
         """Each policy alone against the base by its own criterion, two plain answers per held-out request."""
         requests = self.requests * 2
-        rows = [Row(request, (), self.weights()) for request in requests]
+        rows = [Row(request, "", self.weights()) for request in requests]
         for name in self.names:
-            rows += [Row(request, (), self.weights(**{name: 1.0})) for request in requests]
+            rows += [Row(request, "", self.weights(**{name: 1.0})) for request in requests]
         texts = self.sample(rows, 41)
         size = len(requests)
         base = texts[:size]
@@ -199,7 +200,7 @@ class Evaluation:
         groups = preferences.dimensions(self.run.registry, self.run.objectives)
         pairs = {dimension: ends for dimension, ends in groups.items() if len(ends) == 2}
         rows = [
-            Row(request, (), self.weights(**{low: 1.0 - w, high: w}))
+            Row(request, "", self.weights(**{low: 1.0 - w, high: w}))
             for low, high in pairs.values()
             for w in grid
             for request in self.requests * self.config.sweep_samples

@@ -1,14 +1,17 @@
-"""K policies by PPO against K rewards in one program (Personalized Soups, arXiv 2310.11564; checklist of Huang et
-al. 2023).
+"""K policies by PPO, or a critic-free relative, against rewards of one or several objectives, in one program
+(Personalized Soups, arXiv 2310.11564; checklist of Huang et al. 2023).
+
+Soups, MORL, Prompted-MORL, MOC and CLP are settings of it: what the policies are trained for (see `goals`), how their
+objectives become one advantage (see `objectives.combination`), and what estimates it.
 """
 
 import dataclasses
-import functools
 from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from pjrlhf.data.batching import batches
@@ -19,11 +22,20 @@ from pjrlhf.models.huggingface import fingerprint, save_params
 from pjrlhf.models.peft import save_peft
 from pjrlhf.models.storage import load_tree, save_tree
 from pjrlhf.objectives import policy_gradient as pg
+from pjrlhf.objectives.combination import Combination
 from pjrlhf.parallel.mesh import shard_batch, shard_params
 from pjrlhf.rollout import scoring
-from pjrlhf.rollout.experience import ExperienceConfig, experience, reward_scores, sample
+from pjrlhf.rollout.experience import (
+    ExperienceConfig,
+    experience,
+    init_value_heads,
+    reward_scores,
+    sample,
+    values_of,
+)
 from pjrlhf.stages import reward
 from pjrlhf.stages.context import Run
+from pjrlhf.stages.goals import Goals, Rows
 from pjrlhf.stages.merge import MANIFEST
 from pjrlhf.training import loop
 from pjrlhf.training.metrics import Metrics
@@ -52,34 +64,33 @@ def ppo_loss(
     """Sum over the K policies of their PPO losses; `rows` as made by `rollout.experience`, leaves [K, n, ...].
 
     Each policy's loss is a mean over its own tokens, and no parameter belongs to two policies, so the gradient is
-    that of K separate runs. Metrics are [K].
+    that of K separate runs. Of several value heads the mean of the losses counts. Metrics are [K].
     """
     K, n, total = rows["tokens"].shape
     N = rows["mask"].shape[2]
-    mix = jnp.eye(K)
+    mix = rows["mix"].reshape(K * n, -1) if "mix" in rows else jnp.eye(K)
     policies = Policies(model, adapter, base, trainable["bank"], mix)
     tokens, valid = rows["tokens"].reshape(K * n, total), rows["valid"].reshape(K * n, total)
     states = scoring.response_states(policies, tokens, valid, total - N)
     logps, entropy = scoring.token_logps(policies, states, rows["response"].reshape(K * n, N), temperature)
-    values = scoring.apply_heads(trainable["heads"], states, mix)
+    values = values_of(trainable["heads"], states)
 
     def per_policy(logps, entropy, values, rows):
         policy_loss, metrics = pg.ppo_policy_loss(logps, rows["logps"], rows["advantages"], rows["mask"], config.clip)
-        value_loss, value_clipped = pg.value_loss(
-            values, rows["values"], rows["returns"], rows["mask"], config.value_clip
-        )
+        per_head = jax.vmap(pg.value_loss, (-1, -1, -1, None, None))
+        value_loss, value_clipped = per_head(values, rows["values"], rows["returns"], rows["mask"], config.value_clip)
         entropy = pg.masked_mean(entropy, rows["mask"])
-        loss = policy_loss + config.value_weight * value_loss - config.entropy_weight * entropy
+        loss = policy_loss + config.value_weight * value_loss.mean() - config.entropy_weight * entropy
         metrics |= {
             "loss/policy_avg": policy_loss,
-            "loss/value_avg": value_loss,
-            "val/clipfrac_avg": value_clipped,
+            "loss/value_avg": value_loss.mean(),
+            "val/clipfrac_avg": value_clipped.mean(),
             "policy/entropy_avg": entropy,
         }
         return loss, metrics
 
     shape = (K, n, N)
-    losses, metrics = jax.vmap(per_policy)(logps.reshape(shape), entropy.reshape(shape), values.reshape(shape), rows)
+    losses, metrics = jax.vmap(per_policy)(logps.reshape(shape), entropy.reshape(shape), values, rows)
     return losses.sum(), metrics
 
 
@@ -122,59 +133,77 @@ def ppo_update(
     return trainable, opt_state, metrics | {"policy/first_approxkl": first}
 
 
-class Prompts(Sequence):
-    """Row i is one request as every policy reads it: {"prompts": K lists of ids, "reward_prompt": ids of the plain
-    request}.
+class Policy:
+    """The method for `training.loop.run`: rollouts, scores and PPO updates of all K policies in one jitted step.
 
-    `stated` says whether policy k's own preference sentence follows the request: "never", "always", or "half"
-    (each request comes once with and once without it). The reward models always read the plain request.
+    Args:
+      settings: a section like `config.policy`, which it is by default.
     """
 
-    def __init__(self, run: Run, stated: str):
-        if stated not in ("never", "always", "half"):
-            raise UserError(f"prompt_preference {stated!r}: unknown; choose never, always or half")
-        self.run = run
-        self.requests = run.requests[0]
-        self.forms = (False, True) if stated == "half" else (stated == "always",)
-        self._ids = functools.cache(lambda request, names: run.tokenizer.encode_prompt(run.ask(request, names)))
-
-    def __len__(self) -> int:
-        return len(self.requests) * len(self.forms)
-
-    def __getitem__(self, i: int) -> dict[str, Any]:
-        request = self.requests[i // len(self.forms)]
-        own = [
-            (name,) if self.forms[i % len(self.forms)] and name in self.run.registry else ()
-            for name in self.run.rewards
-        ]
-        return {"prompts": [self._ids(request, names) for names in own], "reward_prompt": self._ids(request, ())}
-
-
-class Policy:
-    """The method for `training.loop.run`: rollouts, scores and PPO updates of all K policies in one jitted step."""
-
-    def __init__(self, run: Run):
-        self.run, config = run, run.config.policy
-        self.ppo = PPOConfig(**config.ppo)
-        self.experience = ExperienceConfig(**config.experience)
-        self.sampling = run.sampling(top_k=config.top_k, top_p=float(config.top_p))
+    def __init__(self, run: Run, settings: Any = None):
+        settings = settings or settings_of(run)
+        self.run, self.settings = run, settings
+        self.goals = Goals(run, settings)
+        self.ppo = PPOConfig(**settings.ppo)
+        self.experience = ExperienceConfig(**settings.experience)
+        if self.experience.estimator != "gae":
+            self.ppo = dataclasses.replace(self.ppo, value_weight=0.0)
+        try:
+            self.combination = Combination(**settings.combine)
+        except ValueError as error:
+            raise UserError(f"policy.combine: {error}") from error
+        self._check()
+        self.sampling = run.sampling(top_k=settings.top_k, top_p=float(settings.top_p))
         if self.sampling.truncated:
             raise UserError(
-                f"policy.top_k={config.top_k}, policy.top_p={config.top_p}: truncated sampling would train on other "
-                "probabilities than it samples from; set them to 0 and 1"
+                f"policy.top_k={settings.top_k}, policy.top_p={settings.top_p}: truncated sampling would train on "
+                "other probabilities than it samples from; set them to 0 and 1"
             )
         if self.sampling.temperature <= 0:
             raise UserError("temperature: a policy cannot learn from greedy samples; set it above 0, for example to 1")
-        updates = config.steps * self.ppo.epochs * self.ppo.minibatches
-        self.optimizer = per_ingredient(make_optimizer(config.optimizer.to_dict(), updates))
-        source = Prompts(run, run.config.prompt_preference)
-        self.batches = batches(source, config.rollouts, seed=run.config.seed, collate=self.collate)
+        updates = settings.steps * self.ppo.epochs * self.ppo.minibatches
+        optimizer = make_optimizer(settings.optimizer.to_dict(), updates)
+        # Adapters that one policy mixes are trained together.
+        self.optimizer = optimizer if self.goals.mix == "weights" else per_ingredient(optimizer)
+        prompts = settings.rollouts // self.experience.samples_per_prompt
+        source = Rows(run, self.goals, settings.steps * prompts)
+        self.batches = batches(source, prompts, seed=run.config.seed, collate=self.collate)
         self.rewarder = reward.load(run)
         self._update = jax.jit(self._step, donate_argnums=0)
 
+    def _check(self) -> None:
+        """Raises UserError for settings that do not go together."""
+        settings, combine = self.settings, self.combination
+        if settings.rollouts % self.experience.samples_per_prompt:
+            raise UserError(
+                f"policy.rollouts={settings.rollouts}: not a multiple of samples_per_prompt="
+                f"{self.experience.samples_per_prompt}; make it one"
+            )
+        if settings.scale not in ("std", "quantiles"):
+            raise UserError(f"policy.scale {settings.scale!r}: unknown; choose std or quantiles")
+        if combine.kind == "min_norm" and "control" in combine.heads and settings.scale != "quantiles":
+            raise UserError(
+                "policy.combine: a control reward compares rewards with preference weights, so they must be on one "
+                "scale; set policy.scale to quantiles"
+            )
+        if (
+            combine.kind == "min_norm"
+            and combine.heads == "per_preference"
+            and self.goals.kind not in ("grid", "fixed")
+        ):
+            raise UserError("policy.combine: heads per_preference need a fixed set; set preferences.kind to grid")
+
+    @property
+    def ingredients(self) -> tuple[str, ...]:
+        """Names for [K] metrics; a policy alone needs none."""
+        return () if self.goals.sampled else self.goals.policies
+
     def collate(self, rows: Sequence[Any]) -> Any:
-        """n rows of `Prompts` -> {"prompt", "valid" [n, K, P], "reward_prompt", "reward_valid" [n, K, Q]}."""
-        run, K = self.run, len(self.run.rewards)
+        """m rows of `Rows`, each for s samples, n = m s -> {"prompt", "valid" [n, K, P], "reward_prompt",
+        "reward_valid" [n, K, Q], "weights" [n, K, S], "objectives" [n, K, S], "group" [n, K]}.
+        """
+        run, K = self.run, len(self.goals.policies)
+        rows = [row for row in rows for _ in range(self.experience.samples_per_prompt)]
         prompts = [ids for row in rows for ids in row["prompts"]]
         plain = [row["reward_prompt"] for row in rows for _ in range(K)]
         longest = max(map(len, prompts + plain))
@@ -183,29 +212,47 @@ class Policy:
         prompt, valid = run.pad_prompts(prompts)
         reward_prompt, reward_valid = run.pad_prompts(plain)
         arrays = {"prompt": prompt, "valid": valid, "reward_prompt": reward_prompt, "reward_valid": reward_valid}
-        return {name: x.reshape(len(rows), K, -1) for name, x in arrays.items()}
+        goals = [goal for row in rows for goal in row["goals"]]
+        arrays["weights"] = np.array([goal.weights for goal in goals], np.float32)
+        arrays["objectives"] = np.array([goal.objectives for goal in goals], np.int32)
+        arrays["group"] = np.array([goal.group for goal in goals], np.int32)
+        return {name: x.reshape(len(rows), K, *x.shape[1:]) for name, x in arrays.items()}
 
     def init(self) -> State:
-        run, K = self.run, len(self.run.rewards)
+        run, goals = self.run, self.goals
+        heads = len(self.combination.names(goals.scored))
         trainable = {
-            "bank": init_bank(run.base, run.adapter, K, jax.random.fold_in(run.key, 30)),
-            "heads": scoring.init_heads(K, run.model_config.hidden_size),
+            "bank": init_bank(run.base, run.adapter, len(goals.adapters), jax.random.fold_in(run.key, 30)),
+            "heads": init_value_heads(len(goals.policies), heads, run.model_config.hidden_size),
         }
-        beta = jnp.full((K,), float(run.config.policy.kl.coefficient))
+        beta = jnp.full((len(goals.policies),), float(self.settings.kl.coefficient))
         state = State.create(jax.random.fold_in(run.key, 31), trainable, self.optimizer, beta=beta)
         return shard_params(run.mesh, state)
 
     def _step(self, state: State, base: Any, rewarder: Any, batch: Any) -> tuple[State, Metrics]:
-        kl, model, adapter = self.run.config.policy.kl, self.run.model, self.run.adapter
-        sampling, mix = self.sampling, jnp.eye(len(self.run.rewards))
+        kl, model, adapter = self.settings.kl, self.run.model, self.run.adapter
+        sampling, goals = self.sampling, self.goals
+        mix = batch["weights"] if goals.mix == "weights" else jnp.eye(len(goals.policies))
         draw, shuffle = jax.random.split(jax.random.fold_in(state.rng, state.step))
         prompt = {"prompt": batch["prompt"], "valid": batch["valid"]}
         plain = {"prompt": batch["reward_prompt"], "valid": batch["reward_valid"]}
         response = sample(model, adapter, sampling, base, state.trainable["bank"], mix, prompt, draw)
-        scores = reward_scores(model, adapter, base, rewarder, mix, plain, response)
+        objectives = batch["objectives"] if goals.objectives is None else jnp.asarray(goals.objectives)
+        scores = reward_scores(model, adapter, base, rewarder, objectives, plain, response, self.settings.scale)
         beta = state.extra["beta"]
         rows, statistics = experience(
-            model, adapter, self.experience, sampling, base, state.trainable, prompt, response, scores, beta
+            model,
+            adapter,
+            self.experience,
+            sampling,
+            base,
+            state.trainable,
+            prompt,
+            response,
+            scores,
+            beta,
+            {"weights": batch["weights"], "group": batch["group"], "mix": mix},
+            self.combination,
         )
         rows, statistics = jax.lax.stop_gradient((rows, statistics))
         trainable, opt_state, metrics = ppo_update(
@@ -223,47 +270,96 @@ class Policy:
         if kl.target:
             count = rows["mask"].shape[1]
             beta = pg.adapt_kl_coefficient(beta, statistics["objective/kl"], kl.target, count, kl.horizon)
+        heads = statistics.pop("heads")
+        if heads.shape[1] > 1:
+            names = self.combination.names(goals.scored)
+            statistics |= {f"objective/weights/{name}": heads[:, h] for h, name in enumerate(names)}
+        else:
+            del statistics["objective/gradient_cosine"]
         metrics = {name: (x, jnp.ones_like(x)) for name, x in {**statistics, **metrics}.items()}
+        metrics |= self._by_objective(scores, batch["objectives"])
         # The x axis that methods share: answers sampled so far, of all policies.
         metrics["samples"] = ((state.step + 1.0) * rows["mask"].shape[0] * rows["mask"].shape[1], jnp.ones(()))
         state = state.replace(step=state.step + 1, trainable=trainable, opt_state=opt_state, extra={"beta": beta})
         return state, metrics
 
+    def _by_objective(self, scores: jax.Array, objectives: jax.Array) -> Metrics:
+        """Mean and standard deviation of every reward, and how the rewards of an answer go together, [K] each, of
+        `scores` and `objectives` [K n, S]; nothing where there is one objective per policy.
+        """
+        K, S = len(self.goals.policies), scores.shape[1]
+        if S == 1:
+            return {}
+        scores, objectives = scores.reshape(K, -1), objectives.reshape(K, -1)
+        metrics = {}
+        for i, name in enumerate(self.run.rewards):
+            own = (objectives == i).astype(jnp.float32)
+            count = own.sum(1)
+            mean = (scores * own).sum(1) / jnp.maximum(count, 1)
+            spread = jnp.sqrt((jnp.square(scores - mean[:, None]) * own).sum(1) / jnp.maximum(count, 1))
+            seen = (count > 0).astype(jnp.float32)
+            metrics |= {f"rewards/{name}/mean": (mean * seen, seen), f"rewards/{name}/std": (spread * seen, seen)}
+        if self.goals.objectives is not None:
+            centred = scores.reshape(K, -1, S)
+            centred = centred - centred.mean(1, keepdims=True)
+            unit = centred / jnp.maximum(jnp.linalg.norm(centred, axis=1, keepdims=True), 1e-6)
+            correlation = jnp.einsum("kns,knt->kst", unit, unit)
+            apart = (correlation.sum((1, 2)) - jnp.trace(correlation, axis1=1, axis2=2)) / (S * (S - 1))
+            metrics["rewards/correlation"] = (apart, jnp.ones(K))
+        return metrics
+
     def step(self, state: State, batch: Any) -> tuple[State, Metrics]:
         # Rows of one policy stand one after another: [n, K, P] -> [K n, P].
-        rows = {name: x.swapaxes(0, 1).reshape(-1, x.shape[2]) for name, x in batch.items()}
+        rows = {name: x.swapaxes(0, 1).reshape(-1, *x.shape[2:]) for name, x in batch.items()}
         return self._update(state, self.run.base, self.rewarder, shard_batch(self.run.mesh, rows))
 
 
+def settings_of(run: Run) -> Any:
+    """The section of the stage, told in prompts as the run says."""
+    settings = run.config.policy.copy_and_resolve_references()
+    with settings.unlocked():
+        settings.prompt_preference = run.config.prompt_preference
+    return settings
+
+
 def run(run: Run) -> dict[str, Any]:
-    """Trains the policies; writes <workdir>/policy/bank.safetensors and one folder per ingredient (PEFT, or a full
+    """Trains the policies; writes <workdir>/policy/bank.safetensors and one folder per adapter (PEFT, or a full
     model).
     """
-    config = run.config.policy
+    return train(run, settings_of(run), "policy")
+
+
+def train(run: Run, settings: Any, stage: str) -> dict[str, Any]:
+    """The same by the section `settings`, into <workdir>/<stage>."""
+    method = Policy(run, settings)
     state = loop.run(
-        Policy(run),
+        method,
         run.workdir,
-        "policy",
-        steps=config.steps,
+        stage,
+        steps=settings.steps,
         checkpoint_every=run.config.checkpoint_every,
         log_every=run.config.log_every,
-        ingredients=run.rewards,
+        ingredients=method.ingredients,
         show=("objective/scores", "objective/kl"),
         watch=("loss/policy_avg", "loss/value_avg", "objective/kl"),
     )
-    with disk_errors(run.workdir.path / "policy"):
-        base_hash = save(run, state.trainable["bank"])
-    return {"ingredients": list(run.rewards), "rollouts_per_policy": config.steps * config.rollouts, "base": base_hash}
+    with disk_errors(run.workdir.path / stage):
+        base_hash = save(run, stage, method.goals.adapters, state.trainable["bank"])
+    return {
+        "ingredients": list(method.goals.adapters),
+        "rollouts_per_policy": settings.steps * settings.rollouts,
+        "samples": settings.steps * settings.rollouts * len(method.goals.policies),
+        "base": base_hash,
+    }
 
 
-def save(run: Run, bank: Any) -> str:
-    """Writes the bank, and each policy as a folder of its own; returns the fingerprint of the base."""
-    folder = run.workdir.stage("policy")
+def save(run: Run, stage: str, names: Sequence[str], bank: Any) -> str:
+    """Writes the bank, and each adapter as a folder of its own; returns the fingerprint of the base."""
+    folder = run.workdir.stage(stage)
     bank = jax.device_get(bank)
     base_hash = fingerprint(run.base_folder)
-    note = {"rewards": list(run.rewards), "base": base_hash, "alpha": run.adapter.alpha}
-    save_tree(folder / BANK, bank, note)
-    for k, name in enumerate(run.rewards):
+    save_tree(folder / BANK, bank, {"adapters": list(names), "base": base_hash, "alpha": run.adapter.alpha})
+    for k, name in enumerate(names):
         one = jax.tree.map(lambda x, k=k: x[k], bank)
         target = folder / "ingredients" / name
         if run.adapter.rank:
@@ -275,9 +371,10 @@ def save(run: Run, bank: Any) -> str:
     return base_hash
 
 
-def load_bank(run: Run) -> Any:
-    """The adapter bank of this run, one policy per name in `run.rewards`, on the mesh."""
-    bank, note = load_tree(run.workdir.path / "policy" / BANK)
-    if note.get("rewards") != list(run.rewards):
-        raise UserError(f"policy: the bank holds {note.get('rewards')}, this run needs {list(run.rewards)}")
+def load_bank(run: Run, stage: str = "policy", names: Sequence[str] | None = None) -> Any:
+    """The adapter bank of a stage of this run, on the mesh; its adapters must be `names`, by default `run.rewards`."""
+    names = list(run.rewards if names is None else names)
+    bank, note = load_tree(run.workdir.path / stage / BANK)
+    if note.get("adapters") != names:
+        raise UserError(f"{stage}: the bank holds {note.get('adapters')}, this run needs {names}")
     return shard_params(run.mesh, bank)

@@ -191,8 +191,10 @@ class Reward:
             raise UserError(f"reward: the model of {bad[0]!r} gives NaN on held-out pairs; lower its learning rate")
         return {name: {"accuracy": float(share), "pairs": count} for name, (share, count) in found.items()}
 
-    def calibrate(self, trainable: Any) -> tuple[jax.Array, jax.Array]:
-        """Mean and standard deviation [K] of raw rewards on samples of the base for training prompts, measured once."""
+    def calibrate(self, trainable: Any) -> dict[str, jax.Array]:
+        """The scale of raw rewards on samples of the base for training prompts, measured once: "mean", "std", and
+        "low", "high", the quantiles `reward.quantiles`, [K] each.
+        """
         run, rows = self.run, self.run.config.sample_rows
         K = len(run.rewards)
         draw = jax.jit(sample, static_argnums=(0, 1, 2))
@@ -215,7 +217,10 @@ class Reward:
             out = draw(run.model, run.adapter, run.sampling(), run.base, None, None, prompt, key)
             found.append(np.asarray(score(trainable, run.base, prompt, out)))
         raw = np.concatenate(found, axis=1)
-        return jnp.asarray(raw.mean(1)), jnp.asarray(np.maximum(raw.std(1), 1e-6))
+        low, high = np.quantile(raw, run.config.reward.quantiles, axis=1)
+        scale = {"mean": raw.mean(1), "std": np.maximum(raw.std(1), 1e-6)}
+        scale |= {"low": low, "high": np.maximum(high, low + 1e-6)}
+        return {name: jnp.asarray(x, jnp.float32) for name, x in scale.items()}
 
 
 def run(run: Run) -> dict[str, Any]:
@@ -233,10 +238,10 @@ def run(run: Run) -> dict[str, Any]:
         show=("loss", "rewards/accuracies"),
     )
     models = method.evaluate(state.trainable)
-    mean, std = method.calibrate(state.trainable)
+    scale = method.calibrate(state.trainable)
     for k, name in enumerate(run.rewards):
-        models[name] |= {"mean": float(mean[k]), "std": float(std[k]), "train_pairs": len(method.train[k])}
-    tree = {**state.trainable, "mean": mean, "std": std}
+        models[name] |= {key: float(x[k]) for key, x in scale.items()} | {"train_pairs": len(method.train[k])}
+    tree = {**state.trainable, **scale}
     path = run.workdir.stage("reward") / MODEL
     with disk_errors(path):
         save_tree(path, tree, {"rewards": list(run.rewards), "models": models})
@@ -244,11 +249,15 @@ def run(run: Run) -> dict[str, Any]:
 
 
 def load(run: Run) -> Any:
-    """The reward models of this run: {"bank", "heads", "mean", "std"}, one per name in `run.rewards`, on the mesh."""
+    """The reward models of this run, one per name in `run.rewards`, and their scale, on the mesh: {"bank", "heads",
+    "mean", "std", "low", "high"}.
+    """
     path = pathlib.Path(run.config.reward.path) if run.config.reward.path else run.workdir.path / "reward" / MODEL
     tree, note = load_tree(path)
     if note.get("rewards") != list(run.rewards):
         raise UserError(f"{path}: holds reward models for {note.get('rewards')}, this run needs {list(run.rewards)}")
     if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(tree)):
         raise UserError(f"{path}: holds numbers that are not finite; train the reward models again")
+    if missing := {"low", "high"} - tree.keys():
+        raise UserError(f"{path}: holds no {min(missing)!r} of the rewards' scale; train the reward models again")
     return shard_params(run.mesh, tree)

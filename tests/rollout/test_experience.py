@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from small_policies import ADAPTERS, EOS, MODEL, PAD, bank, base, close, fresh_bank, heads, prompts
+from small_policies import ADAPTERS, EOS, MODEL, PAD, bank, base, close, fresh_bank, prompts, value_heads
 
 from pjrlhf.objectives import policy_gradient as pg
 from pjrlhf.rollout.experience import ExperienceConfig, experience, sample
@@ -16,7 +16,7 @@ from pjrlhf.rollout.sampler import Sampling
 K, n, P, N = 3, 4, 5, 6
 SAMPLING = Sampling(max_new_tokens=N, eos_id=EOS, pad_id=PAD, temperature=0.9)
 BETA = np.array([0.1, 0.5, 2.0], np.float32)
-SCORES = np.random.default_rng(0).normal(0, 4, K * n).astype(np.float32)
+SCORES = np.random.default_rng(0).normal(0, 4, (K * n, 1)).astype(np.float32)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -54,7 +54,7 @@ def sampled(kind):
 
 
 def run(kind, policies, config=None, scores=SCORES):
-    trainable = {"bank": policies, "heads": heads(K)}
+    trainable = {"bank": policies, "heads": value_heads(K)}
     return collect(kind, config or ExperienceConfig(), trainable, *sampled(kind), scores, BETA)
 
 
@@ -76,7 +76,7 @@ def test_policies_in_one_batch_do_not_mix(kind):
     """Rows and statistics, with whitening, equal those of K separate batches."""
     rows, statistics = run(kind, bank(kind, K), WHITE)
     for k in range(K):
-        alone = jax.tree.map(lambda x, k=k: x[k : k + 1], {"bank": bank(kind, K), "heads": heads(K)})
+        alone = jax.tree.map(lambda x, k=k: x[k : k + 1], {"bank": bank(kind, K), "heads": value_heads(K)})
         prompt, response = jax.tree.map(lambda x, k=k: x[k * n : (k + 1) * n], sampled(kind))
         got = collect(kind, WHITE, alone, prompt, response, SCORES[k * n : (k + 1) * n], BETA[k : k + 1])
         want = jax.tree.map(lambda x, k=k: x[k : k + 1], (rows, statistics))
@@ -96,8 +96,10 @@ def test_rows_hold_what_was_sampled():
     np.testing.assert_array_equal(rows["response"], tokens[..., P:])
     mask = response["valid"].reshape(K, n, N)
     np.testing.assert_array_equal(rows["mask"], mask)
-    for name in ("logps", "values", "advantages", "returns"):
+    for name in ("logps", "advantages"):
         assert rows[name].shape == (K, n, N) and not rows[name][~mask].any()
+    for name in ("values", "returns"):
+        assert rows[name].shape == (K, n, N, 1) and not rows[name][~mask].any()
     close(statistics["completions/mean_length"], mask.sum(2).mean(1))
     close(statistics["completions/stopped_ratio"], (rows["response"] == EOS).any(2).mean(1))
     close(statistics["objective/scores"], SCORES.reshape(K, n).mean(1))
@@ -108,7 +110,7 @@ def test_sampled_log_probabilities_are_those_that_are_trained_on():
     prompt = prompts(K * n, P)
     one_hot, key = jnp.eye(K), jax.random.key(5)
     out = draw(MODEL, ADAPTERS["lora"], SAMPLING, base(), bank("lora", K), one_hot, prompt, key)
-    trainable = {"bank": bank("lora", K), "heads": heads(K)}
+    trainable = {"bank": bank("lora", K), "heads": value_heads(K)}
     rows, _ = collect("lora", ExperienceConfig(), trainable, prompt, out, SCORES, BETA)
     close(rows["logps"].reshape(K * n, N), out["logps"])
 
@@ -121,10 +123,14 @@ def total_rewards(statistics):
 def test_scores_are_clipped_and_a_response_without_end_is_penalised():
     stopped = (sampled("lora")[1]["tokens"] == EOS).any(1)
     assert 0 < stopped.sum() < K * n and np.abs(SCORES).max() > 5
-    want = np.clip(SCORES, -5, 5) - 1.0 * ~stopped
+    want = np.clip(SCORES[:, 0], -5, 5) - 1.0 * ~stopped
     close(total_rewards(plain()[1]), want.reshape(K, n).sum(1), 1e-4)
     config = ExperienceConfig(missing_eos=3.0, score_clip=0.0)
-    close(total_rewards(run("lora", bank("lora", K), config)[1]), (SCORES - 3.0 * ~stopped).reshape(K, n).sum(1), 1e-4)
+    close(
+        total_rewards(run("lora", bank("lora", K), config)[1]),
+        (SCORES[:, 0] - 3.0 * ~stopped).reshape(K, n).sum(1),
+        1e-4,
+    )
 
 
 def test_padding_that_looks_like_eos_is_no_end():
@@ -132,7 +138,7 @@ def test_padding_that_looks_like_eos_is_no_end():
     prompt = prompts(K * n, P)
     cut = {"tokens": np.where(np.arange(N) < 3, 7, EOS) + np.zeros((K * n, 1), int), "valid": np.arange(N) < 3}
     cut["valid"] = np.broadcast_to(cut["valid"], (K * n, N))
-    trainable = {"bank": bank("lora", K), "heads": heads(K)}
+    trainable = {"bank": bank("lora", K), "heads": value_heads(K)}
     _, statistics = collect("lora", ExperienceConfig(), trainable, prompt, cut, SCORES, BETA, ids=(EOS, EOS))
     assert not statistics["completions/stopped_ratio"].any()
 
@@ -149,7 +155,7 @@ def test_advantages_are_whitened_per_policy_and_returns_are_not():
 def test_returns_add_up_kl_and_score():
     """At lambda 1 the return of the first token is the reward of the whole response."""
     rows, statistics = run("lora", bank("lora", K), ExperienceConfig(lam=1.0))
-    close(rows["returns"][:, :, 0].mean(1), statistics["objective/rlhf_reward"], 1e-4)
+    close(rows["returns"][:, :, 0, 0].mean(1), statistics["objective/rlhf_reward"], 1e-4)
 
 
 def test_the_kl_is_that_to_the_base():

@@ -179,7 +179,9 @@ def test_reward_models_in_one_batch_score_as_each_alone():
     judges = rewarder() | {"mean": jnp.array([0.3, -1.0, 2.0]), "std": jnp.array([0.5, 2.0, 4.0])}
     together = jax.tree.map(lambda x: np.tile(x, (K, 1)), (prompt, response))
     run = jax.jit(reward_scores, static_argnums=(0, 1))
-    got = np.asarray(run(MODEL, LORA, base(), judges, np.eye(K, dtype=np.float32), *together)).reshape(K, B)
+    got = np.asarray(run(MODEL, LORA, base(), judges, np.arange(K)[:, None], *together)).reshape(K, B)
+    vector = np.asarray(run(MODEL, LORA, base(), judges, np.arange(K)[None], prompt, response))
+    close(vector, got.T)
     for k in range(K):
         one_hot = np.repeat(np.eye(K, dtype=np.float32)[k : k + 1], B, axis=0)
         raw = score(prompt, response, one_hot)["rewards"]

@@ -170,7 +170,7 @@ def test_bad_completion_records(finished, tmp_path):
 def test_a_held_out_prompt_that_is_too_long(copied):
     run = tiny.start(copied, tiny.settings(data__max_prompt=9))
     with pytest.raises(UserError, match=r"prompt .*tokens, more than data.max_prompt=9; raise it"):
-        run.encode([run.ask(run.requests[1][0], ("P1A", "P2A"))])
+        run.encode([run.ask(run.requests[1][0], "use easy words . keep it short .")])
 
 
 def test_answers_that_no_judge_can_tell_apart(copied, monkeypatch):

@@ -38,17 +38,20 @@ def evaluation(run, answer):
 
 
 PLAIN, EXPERT = "it can shine .", "it exhibits luminescence ."
+EVERYTHING = "tell me everything ."
 
 
 def wordy(row):
     """More weight on P2B, more facts; more on P1B, more expert words; whoever is told obeys."""
     mix = weight(row)
-    long = mix.get("P2B", 0) + ("P2B" in row.stated)
+    long = mix.get("P2B", 0) + (EVERYTHING in row.words)
     aspects = ["it holds {} .", "it is near {} .", "it can {} .", "it helps {} ."]
     words = ["water", "hills", "shine", "sleep"]
     facts = [aspect.format(word) for aspect, word in zip(aspects, words, strict=True)]
     text = " ".join(facts[: 1 + round(3 * min(long, 1))])
-    return text.replace("it can shine .", EXPERT) if mix.get("P1B", 0) > 0.5 or "P1B" in row.stated else text
+    return (
+        text.replace("it can shine .", EXPERT) if mix.get("P1B", 0) > 0.5 or "use expert words ." in row.words else text
+    )
 
 
 # ---- sampling
@@ -67,7 +70,11 @@ def test_rows_reach_the_decoder_with_their_own_weights_and_prompts(run, monkeypa
     monkeypatch.setattr(sampler, "_draw", fake)
     requests = run.requests[1]
     rows = [
-        Row(requests[i % len(requests)], ("P1A",) if i % 3 else (), tuple(float(i % 2 and k == 0) for k in range(5)))
+        Row(
+            requests[i % len(requests)],
+            "use easy words ." if i % 3 else "",
+            tuple(float(i % 2 and k == 0) for k in range(5)),
+        )
         for i in range(21)  # more than one chunk of 16, the last not full
     ]
     assert sampler(rows, seed=1) == ["shine" if i % 2 else "grow" for i in range(21)]
@@ -75,17 +82,17 @@ def test_rows_reach_the_decoder_with_their_own_weights_and_prompts(run, monkeypa
     assert (mixes == [row.mix for row in rows]).all() and [len(mix) for mix, _ in seen] == [16, 16]
     texts = [text for _, texts in seen for text in texts][:21]
     for row, text in zip(rows, texts, strict=True):
-        assert row.request in text and ("use easy words ." in text) == bool(row.stated)
+        assert row.request in text and ("use easy words ." in text) == bool(row.words)
 
 
 def test_weights_zero_sample_the_base(run):
     from pjrlhf.stages.policy import load_bank
 
     bank = load_bank(run)
-    rows = [Row(request, (), (0.0,) * bank_size(bank)) for request in run.requests[1]]
+    rows = [Row(request, "", (0.0,) * bank_size(bank)) for request in run.requests[1]]
     other = jax.tree.map(lambda x: x + 1.0, bank)
     assert Sampler(run, bank)(rows, 5) == Sampler(run, other)(rows, 5)
-    soup = [Row(row.request, (), (1.0,) * bank_size(bank)) for row in rows]
+    soup = [Row(row.request, "", (1.0,) * bank_size(bank)) for row in rows]
     assert Sampler(run, bank)(soup, 5) != Sampler(run, other)(soup, 5)
 
 
@@ -94,15 +101,16 @@ def test_weights_zero_sample_the_base(run):
 
 def test_methods_differ_in_prompt_and_weights(run):
     methods = Evaluation(run).methods(("P1A", "P2B"))
-    names = {name: (stated, dict(zip(tiny.REWARDS, mix, strict=True))) for name, (stated, mix) in methods.items()}
+    names = {name: (words, dict(zip(tiny.REWARDS, mix, strict=True))) for name, (words, mix) in methods.items()}
     zero = dict.fromkeys(tiny.REWARDS, 0.0)
     soup = zero | {"P1A": 0.5, "P2B": 0.5}
+    told = "use easy words . tell me everything ."
     assert names == {
-        "base": ((), zero),
-        "prompting": (("P1A", "P2B"), zero),
-        "rlhf": ((), zero | {"helpful": 1.0}),
-        "soups": (("P1A", "P2B"), soup),
-        "soups_untold": ((), soup),
+        "base": ("", zero),
+        "prompting": (told, zero),
+        "rlhf": ("", zero | {"helpful": 1.0}),
+        "soups": (told, soup),
+        "soups_untold": ("", soup),
     }
 
 
@@ -167,7 +175,7 @@ def test_a_score_that_rises_with_the_weight_of_its_own_preference_has_spearman_1
     found = evaluation(run, wordy)
     sweep = found.sweep()
     rows = found.sample.rows[42]
-    assert all(row.stated == () and sum(row.mix) == pytest.approx(1) for row in rows)
+    assert all(row.words == "" and sum(row.mix) == pytest.approx(1) for row in rows)
     part = sweep["informativeness"]
     assert (part["low"], part["high"], part["weights"]) == ("P2A", "P2B", [0, 0.5, 1])
     assert part["spearman"] == {"P2A": pytest.approx(1), "P2B": pytest.approx(1)}
@@ -181,7 +189,7 @@ def test_a_sweep_that_runs_the_wrong_way_has_spearman_minus_1(run):
 
     def wrong(row):
         mix = {swap.get(name, name): w for name, w in weight(row).items()}
-        return wordy(Row(row.request, (), tuple(mix.get(name, 0.0) for name in tiny.REWARDS)))
+        return wordy(Row(row.request, "", tuple(mix.get(name, 0.0) for name in tiny.REWARDS)))
 
     part = evaluation(run, wrong).sweep()["informativeness"]
     assert part["spearman"] == {"P2A": pytest.approx(-1), "P2B": pytest.approx(-1)}
@@ -189,7 +197,7 @@ def test_a_sweep_that_runs_the_wrong_way_has_spearman_minus_1(run):
 
 def test_the_gap_to_the_chord_has_the_sign_of_the_curve(run):
     def early(row):
-        return wordy(Row(row.request, (), tuple(2.0 * w for w in row.mix)))
+        return wordy(Row(row.request, "", tuple(2.0 * w for w in row.mix)))
 
     part = evaluation(run, early).sweep()["informativeness"]
     scores = part["scores"]["P2B"]

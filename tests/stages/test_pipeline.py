@@ -159,7 +159,7 @@ def test_the_base_reloads_in_transformers(finished):
 
 def test_ingredient_folders_hold_the_slices_of_the_bank(finished):
     bank, note = load_tree(finished / "policy" / "bank.safetensors")
-    assert note["rewards"] == list(tiny.REWARDS)
+    assert note["adapters"] == list(tiny.REWARDS)
     for k, name in enumerate(tiny.REWARDS):
         adapter, rank, alpha = load_peft(finished / "policy" / "ingredients" / name)
         assert (rank, alpha) == (2, 4.0)

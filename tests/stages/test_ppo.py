@@ -7,14 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from small_policies import ADAPTERS, CONFIG, EOS, MODEL, PAD, bank, base, close, fresh_bank, heads, noise, prompts
+from small_policies import ADAPTERS, CONFIG, EOS, MODEL, PAD, bank, base, close, fresh_bank, noise, prompts, value_heads
 
 from pjrlhf.merging.lora import merge_dense
 from pjrlhf.models.adapters import AdapterConfig, init_bank
 from pjrlhf.models.config import ModelConfig
 from pjrlhf.models.decoder import Decoder, init_params
-from pjrlhf.rollout import scoring
-from pjrlhf.rollout.experience import ExperienceConfig, experience, sample
+from pjrlhf.rollout.experience import ExperienceConfig, experience, init_value_heads, sample
 from pjrlhf.rollout.sampler import Sampling
 from pjrlhf.stages.policy import PPOConfig, ppo_loss, ppo_update
 from pjrlhf.training.optimizer import make_optimizer, per_ingredient
@@ -41,7 +40,9 @@ def fabricated(scale, spread=1.0, seed=0):
         "advantages": scale * rng.standard_normal((K * n, N)),
         "returns": scale * rng.standard_normal((K * n, N)),
     }
-    rows = {name: (x * mask).astype(np.float32) for name, x in floats.items()} | {
+    rows = {name: (x * mask).astype(np.float32) for name, x in floats.items()}
+    rows |= {name: rows[name][..., None] for name in ("values", "returns")}  # of one head
+    rows |= {
         "tokens": np.concatenate([prompt["prompt"], response], 1),
         "valid": np.concatenate([prompt["valid"], mask], 1),
         "response": response,
@@ -55,7 +56,7 @@ def only(tree, k):
 
 
 def trainable(kind, spread=1.0):
-    return {"bank": bank(kind, K), "heads": jax.tree.map(lambda x: spread * x, heads(K))}
+    return {"bank": bank(kind, K), "heads": jax.tree.map(lambda x: spread * x, value_heads(K))}
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
@@ -123,12 +124,13 @@ def test_full_parameters_have_the_gradient_of_a_plain_model():
         logits = MODEL.apply({"params": plain["bank"]}, hidden, method="logits") / TEMPERATURE
         everything = jax.nn.log_softmax(logits)
         logps = (everything * jax.nn.one_hot(one["response"], CONFIG.vocab_size)).sum(-1)
-        values = hidden @ plain["heads"]["kernel"] + plain["heads"]["bias"]
+        values = hidden @ plain["heads"]["kernel"][0] + plain["heads"]["bias"][0]
         entropy = -(jnp.exp(everything) * everything).sum(-1)
         ratio = jnp.exp(logps - one["logps"])
         surrogate = jnp.minimum(ratio * one["advantages"], jnp.clip(ratio, 0.8, 1.2) * one["advantages"])
-        near = one["values"] + jnp.clip(values - one["values"], -0.2, 0.2)
-        errors = jnp.maximum(jnp.square(values - one["returns"]), jnp.square(near - one["returns"]))
+        before, after = one["values"][..., 0], one["returns"][..., 0]
+        near = before + jnp.clip(values - before, -0.2, 0.2)
+        errors = jnp.maximum(jnp.square(values - after), jnp.square(near - after))
         return ((-surrogate + 0.1 * 0.5 * errors - 0.02 * entropy) * one["mask"]).sum() / one["mask"].sum()
 
     start = jax.tree.map(lambda x: x[None], plain)
@@ -143,9 +145,9 @@ def rolled_out(kind, policies):
 
     @jax.jit
     def run(base, policies, prompt):
-        key, values = jax.random.key(3), heads(K)
+        key, values = jax.random.key(3), value_heads(K)
         response = sample(MODEL, ADAPTERS[kind], sampling, base, policies, one_hot, prompt, key)
-        state, scores = {"bank": policies, "heads": values}, jnp.linspace(-1, 1, K * n)
+        state, scores = {"bank": policies, "heads": values}, jnp.linspace(-1, 1, K * n)[:, None]
         config, beta = ExperienceConfig(), jnp.full(K, 0.1)
         return experience(MODEL, ADAPTERS[kind], config, sampling, base, state, prompt, response, scores, beta)[0]
 
@@ -155,7 +157,7 @@ def rolled_out(kind, policies):
 @pytest.mark.parametrize("name, policies", [("fresh", fresh_bank), ("moved", bank)])
 def test_the_first_step_sees_ratio_one(name, policies):
     rows = rolled_out("lora", policies("lora", K))
-    start = {"bank": policies("lora", K), "heads": heads(K)}
+    start = {"bank": policies("lora", K), "heads": value_heads(K)}
     _, metrics = gradient("lora", PPOConfig(), start, base(), rows)
     np.testing.assert_allclose(metrics["val/ratio"], 1.0, atol=1e-6)
     np.testing.assert_allclose(metrics["policy/approxkl_avg"], 0.0, atol=1e-11)
@@ -201,7 +203,7 @@ def train_on_bandit(adapter, params, learning_rate, seed=4):
             draw, shuffle = jax.random.split(key)
             response = sample(BANDIT, adapter, sampling, params, policies["bank"], one_hot, prompt, draw)
             arms = response["tokens"].reshape(3, PULLS)
-            scores = jnp.take_along_axis(jnp.asarray(TABLE), arms, 1).reshape(-1)
+            scores = jnp.take_along_axis(jnp.asarray(TABLE), arms, 1).reshape(-1, 1)
             collected = params, policies, prompt, response, scores, jnp.asarray(BETAS)
             rows, statistics = experience(BANDIT, adapter, config, sampling, *collected)
             trained = policies, opt_state, params, rows, shuffle
@@ -210,7 +212,7 @@ def train_on_bandit(adapter, params, learning_rate, seed=4):
 
         return jax.lax.scan(step, (start, tx.init(start)), keys)
 
-    heads = scoring.init_heads(3, BANDIT.config.hidden_size)
+    heads = init_value_heads(3, 1, BANDIT.config.hidden_size)
     start = {"bank": init_bank(params, adapter, 3, jax.random.key(1)), "heads": heads}
     (policies, _), kl = run(params, start, jax.random.split(jax.random.key(seed), STEPS))
     return policies["bank"], np.asarray(kl)

@@ -156,13 +156,15 @@ def test_calibrated_rewards_have_mean_0_and_deviation_1(method, trained, monkeyp
     encode = run.encode
     monkeypatch.setattr(run, "encode", lambda prompts: asked.append(encode(prompts)) or asked[-1], raising=False)
     monkeypatch.setattr(reward, "sample", answer)
-    mean, std = method.calibrate(trained)
+    scale = method.calibrate(trained)
     assert len(asked) * run.config.sample_rows == run.config.reward.calibration_samples
     prompt = {name: jnp.concatenate([x[name] for x in asked]) for name in ("prompt", "valid")}
     response = answer(run.model, None, run.sampling(), None, None, None, prompt, None)
     prompt, response = jax.tree.map(lambda x: jnp.tile(x, (K, 1)), (prompt, response))
-    rewarder = {**trained, "mean": mean, "std": std}
-    scores = reward_scores(run.model, run.adapter, run.base, rewarder, jnp.eye(K), prompt, response).reshape(K, -1)
+    arguments = run.model, run.adapter, run.base, {**trained, **scale}, jnp.arange(K)[:, None], prompt, response
+    scores = reward_scores(*arguments).reshape(K, -1)
     np.testing.assert_allclose(scores.mean(1), 0, atol=1e-4)
     np.testing.assert_allclose(scores.std(1), 1, atol=1e-4)
-    assert (np.asarray(std) > 1e-3).all()
+    assert (np.asarray(scale["std"]) > 1e-3).all()
+    shares = np.asarray(reward_scores(*arguments, scale="quantiles")).reshape(K, -1)
+    assert shares.min() == 0 and shares.max() == 1 and ((shares > 0) & (shares < 1)).mean() > 0.9
