@@ -118,3 +118,101 @@ def policies(c: ml_collections.ConfigDict) -> None:
         },
         "optimizer": {"learning_rate": 3e-3, "schedule": "linear", "b2": 0.99, "eps": 1e-5},
     }
+
+
+def front(c: ml_collections.ConfigDict, objectives: tuple[str, ...]) -> None:
+    """Adds what compares methods on one front: the trainers' sections, `methods` (still empty) and `evaluate_front`.
+
+    All rewards are on the scale of quantiles, 0 to 1, which preference weights can be compared with, so that one KL
+    coefficient means the same to every method.
+    """
+    policies(c)
+    neighbours(c)
+    c.objectives = objectives
+    c.stages = ("sft", "comparisons", "reward", "methods", "evaluate_front")
+    c.seeds = ()  # several seeds, one run after the other, and a report of their means
+    c.data.update({"max_prompt": 36, "prompt_buckets": (12, 24)})
+    c.comparisons.pairs = 768
+    c.policy.update({"scale": "quantiles", "steps": 40, "rollouts": 64})
+    c.policy.kl.coefficient = 0.03
+    c.policy.experience.update({"missing_eos": 0.3, "score_clip": 0.0})
+    c.evaluate_front = {
+        "points": (),  # preference weights; () are those of the literature, see evaluation.pareto.simplex_grid
+        "unseen": True,  # besides, weights that no method was trained on
+        "samples_per_prompt": 1,
+        "base_samples": 8,  # answers of the base per held-out prompt, whose quantiles are the scale
+        "quantiles": (0.02, 0.98),
+        "reference": -0.1,  # of the hypervolume, on that scale, for every objective
+        "target": "identity",  # the rewards that weights ask for, of the MSE
+    }
+    c.methods = {}
+
+
+def methods(objectives: tuple[str, ...], rollouts: int = 64) -> dict[str, dict]:
+    """The family as entries of `methods`, each with `rollouts` answers per step in all; only MORL, a policy for every
+    evaluated point, gets as much for each two of its policies.
+    """
+    from pjrlhf.evaluation.pareto import simplex_grid
+
+    N = len(objectives)
+    grid = tuple(tuple(row) for row in simplex_grid(N).tolist())
+    corners = tuple(tuple(float(i == j) for j in range(N)) for i in range(N))
+    subsets = [[(mask >> i) & 1 for i in range(N)] for mask in range(1, 2**N)]
+    shares = tuple(tuple(bit / sum(bits) for bit in bits) for bits in subsets)
+    told = {"prompt_preference": "always", "statement": {"form": "tally"}}
+    # A backbone's own objective has this share of its reward.
+    mixed = tuple(tuple(0.7 if i == j else 0.3 / (N - 1) for j in range(N)) for i in range(N))
+    each = rollouts // N // 4 * 4  # minibatches divide it
+    return {
+        "prompting": {"train": ""},
+        "rlhf": {"preferences": {"kind": "fixed", "points": ((1 / N,) * N,)}, "rollouts": rollouts},
+        "morl": {"preferences": {"kind": "fixed", "points": grid}, "rollouts": rollouts // 2},
+        "pmorl": {
+            "preferences": {"kind": "grid", "points": shares},
+            "prompt_preference": "always",
+            "rollouts": rollouts,
+        },
+        "psoups": {"preferences": {"kind": "own"}, "prompt_preference": "half", "rollouts": each},
+        "rsoups": {"preferences": {"kind": "own"}, "rollouts": each},
+        "bone": {"preferences": {"kind": "fixed", "points": mixed}, "rollouts": each, "answer": "bone"},
+        "moc": {
+            "preferences": {"kind": "grid", "points": grid},
+            "combine": {"kind": "min_norm"},
+            "rollouts": rollouts,
+            **told,
+        },
+        "clp": {"preferences": {"kind": "dirichlet"}, "mix": "weights", "rollouts": rollouts},
+        "ric": {"train": "ric", "statement": {"form": "tally", "levels": 5}},
+        "modpo": {"train": "modpo", "preferences": {"kind": "fixed", "points": grid}},
+        "dpo_soups": {"train": "modpo", "preferences": {"kind": "fixed", "points": corners}, "answer": "bone"},
+        "mod": {"train": "", "of": "rsoups", "answer": "mod"},
+    }
+
+
+def neighbours(c: ml_collections.ConfigDict) -> None:
+    """Adds the sections of the methods that PPO is compared with, beside those of `policies`: modpo, ric."""
+    c.modpo = {
+        "preferences": {"kind": "own", "points": (), "alpha": 1.0, "held_out": ()},  # own or fixed, as in policy
+        "mix": "own",
+        "statement": {"form": "sentences", "decimals": 1, "levels": 10},
+        "prompt_preference": "never",  # the pairs have plain prompts
+        "steps": 120,
+        "batch_size": 8,  # pairs per policy
+        "beta": 0.1,
+        "loss": "sigmoid",  # or hinge
+        "optimizer": {"learning_rate": 3e-3, "schedule": "linear"},
+    }
+    c.ric = {
+        # How a prompt states scores of 0 to 1; a tally has up to `levels` words per objective, within data.max_prompt.
+        "statement": {"form": "tally", "decimals": 1, "levels": 5},
+        "target": "l2",  # scores that preference weights ask for: identity, l2, max
+        "samples": 2048,  # answers of the base
+        "steps": 200,
+        "batch_size": 64,
+        "rounds": 1,  # online ones, after that on the base's answers
+        "online_samples": 1024,  # answers of the policy in each of them
+        "online_steps": 80,
+        "quantile": 0.7,  # of the base's scores, which an online answer must reach by some objective
+        "keep": 0.25,  # share of the base's answers among those of an online round
+        "optimizer": {"learning_rate": 3e-3, "schedule": "cosine"},
+    }

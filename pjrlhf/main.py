@@ -12,6 +12,7 @@ from ml_collections import config_flags
 from pjrlhf.errors import UserError, missing_key
 
 FLAGS = flags.FLAGS
+EVALUATIONS = ("evaluate", "evaluate_users", "evaluate_front")
 _CONFIG = config_flags.DEFINE_config_file("config", None, "What to run: a file of configs/, optionally with :variant.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Run directory; runs/<name of the config> where not given.")
 
@@ -74,7 +75,7 @@ def main(_: list[str]) -> None:
 
     workdir = Workdir(_WORKDIR.value or default_workdir(FLAGS["config"].config_filename))
     workdir.write_config(
-        config.to_dict(), ignore=("log_every", "checkpoint_every", "evaluate", "evaluate_users", "stages", "title")
+        config.to_dict(), ignore=("log_every", "checkpoint_every", "stages", "title", "methods", *EVALUATIONS)
     )
     stages.run(config, workdir)
     summary = workdir.path / "report" / "summary.json"

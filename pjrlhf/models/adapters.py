@@ -108,6 +108,7 @@ class Policies:
         user_tokens: jax.Array | None = None,
     ):
         self.model = model
+        self.copies = 1  # rows of the cache per example
         self.user_tokens = user_tokens
         self.groups = 0  # groups of examples with parameters of their own
         self.rows = None

@@ -78,7 +78,7 @@ def generate(
     N = sampling.max_new_tokens
     config = policies.model.config
     slots = jnp.concatenate([prompt_valid, jnp.zeros((B, N), bool)], axis=1)
-    cache = init_cache(config, B, P + N, policies.model.dtype)
+    cache = init_cache(config, B * policies.copies, P + N, policies.model.dtype)
     # Prefill looks at P slots only; the decode loop pays for all P + N.
     small = jax.tree.map(lambda x: x[:, :, :P], cache)
     hidden, small = policies(prompt, prompt_valid, small, 0)

@@ -14,6 +14,7 @@ from pjrlhf.errors import UserError, missing_key
 STAGES = (
     *("sft", "comparisons", "reward", "policy", "evaluate"),  # Personalized Soups
     *("population", "preference", "evaluate_users"),  # P-RLHF
+    *("methods", "evaluate_front"),  # the multi-objective family
     "merge",
 )
 

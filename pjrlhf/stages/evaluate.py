@@ -10,7 +10,7 @@ import functools
 import itertools
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -43,13 +43,13 @@ class Row:
 class Sampler:
     """Answers of soups to requests; rows of one batch may all have different weights, LoRA banks are never merged."""
 
-    def __init__(self, run: Run, bank: Any):
+    def __init__(self, run: Run, bank: Any, draw: Callable[..., Any] | None = None):
         self.run, self.bank = run, bank
-        self._draw = jax.jit(sample, static_argnums=(0, 1, 2))
+        self._draw = draw or jax.jit(sample, static_argnums=(0, 1, 2))
 
     def __call__(self, rows: Sequence[Row], seed: int) -> list[str]:
         """One answer per row."""
-        low_rank = is_low_rank(self.bank)
+        low_rank = self.bank is None or is_low_rank(self.bank)
         # Full parameters are merged once per distinct weight vector, so there rows of one vector go together.
         order = sorted(range(len(rows)), key=lambda i: (0.0,) if low_rank else rows[i].mix)
         groups = [order] if low_rank else [list(g) for _, g in itertools.groupby(order, key=lambda i: rows[i].mix)]
