@@ -1,7 +1,11 @@
-"""Numbers as people read them; what is no number is a dash."""
+"""Numbers and tables as people read them; what is no number is a dash."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
+
+import rich.console
+import rich.table
+import rich.text
 
 MISSING = "\N{EN DASH}"
 
@@ -39,6 +43,29 @@ def cell(rate: Mapping[str, Any] | None, key: str = "rate") -> str:
     return f"{percent(rate[key])}\n{100 * rate['low']:.0f}-{100 * rate['high']:.0f}"
 
 
-def mean_of(share: Any) -> dict[str, Any]:
-    """A share that is a mapping with mean, low and high, or a number alone, as a mapping."""
-    return dict(share) if isinstance(share, Mapping) else {"mean": share}
+def estimate(value: Any, digits: int = 2, scale: float = 1, key: str = "mean") -> str:
+    """A number, or `key` of a mapping and its interval in brackets: "0.71", "0.71 (0.69-0.74)"."""
+    one = mean_of(value, key)
+    middle, low, high = (None if one.get(part) is None else scale * one[part] for part in (key, "low", "high"))
+    if middle is None or low is None or high is None:
+        return number(middle, digits)
+    return f"{number(middle, digits)} ({number(low, digits)}{' to ' if low < 0 else '-'}{number(high, digits)})"
+
+
+def mean_of(share: Any, key: str = "mean") -> dict[str, Any]:
+    """A share that is a mapping with mean (or another `key`), low and high, or a number alone, as a mapping."""
+    return dict(share) if isinstance(share, Mapping) else {key: share}
+
+
+def print_table(
+    console: rich.console.Console, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]
+) -> None:
+    """Prints rows of text, the first column to the left; a table without rows not at all."""
+    if not rows:
+        return
+    table = rich.table.Table(title=title, title_justify="left", title_style="bold")
+    for i, column in enumerate(columns):
+        table.add_column(rich.text.Text(column), justify="right" if i else "left")
+    for row in rows:
+        table.add_row(*(rich.text.Text(text) for text in row))
+    console.print(table)

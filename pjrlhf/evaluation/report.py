@@ -15,6 +15,18 @@ Layout of `summary` (every section may be absent, every number may be nan or Non
     position_consistency  share of comparisons judged alike in both orders
     notes                 [str]
 
+of several methods on one front, for N objectives, where a metric is a number or, over seeds, {"mean", "low", "high"},
+
+    front                 {objectives: [N] names; reference: [N], of the hypervolume; low, high: [N], the judge's scores
+                          that count as 0 and 1; held_out: number of preferences never trained on; seeds: number}
+    methods               {method: {hypervolume, spearman, tau, prompt_tau, mse, mip, eum, sparsity, dominated,
+                          violations, edges: metrics of `pareto.front_metrics`; samples, seconds: of training;
+                          unseen: the same metrics on preferences never trained on;
+                          points: {weights, rewards: [n, N], means over seeds; unseen: [n] bool}}}
+    claims                [str], findings in words
+    scaling               {new: [preference]; methods: {method: {samples, seconds, ingredients_trained}};
+                          win_rate: {method: {opponent: rate, or a number}}}, what it costs to add preferences
+
 and of user models, where `accuracy` is the dict of `users.user_accuracy`:
 
     accuracy              {model: accuracy and "generic": share of the same pairs that the generic user gets right}
@@ -33,23 +45,18 @@ A sample is {combo, prompt, answers: {method: text}} or {model, prompt, answers:
 """
 
 import base64
-import collections
 import dataclasses
 import json
 import math
 import pathlib
-import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jinja2
 import rich.console
-import rich.table
-import rich.text
 
-from pjrlhf.evaluation import plots, plots_users
-from pjrlhf.evaluation.formats import cell, duration, interval, mean_of, number, percent
-from pjrlhf.evaluation.plots_users import CELLS
+from pjrlhf.evaluation import plots, plots_front, plots_users, report_front, report_users
+from pjrlhf.evaluation.formats import cell, duration, interval, mean_of, number, percent, print_table
 
 
 def write_report(
@@ -73,10 +80,9 @@ def write_report(
     folder.mkdir(parents=True, exist_ok=True)
     summary = clean(summary)
     _write(folder / "summary.json", (json.dumps(summary, indent=1, allow_nan=False) + "\n").encode())
-    images = plots.figures(summary, metrics) | plots_users.figures(summary)
+    images = plots.figures(summary, metrics) | plots_front.figures(summary) | plots_users.figures(summary)
     for name, png in images.items():
         _write(folder / f"{name}.png", png)
-    answers = _by_taste(summary.get("generation") or {})
     page = _template().render(
         summary=summary,
         samples=clean(samples),
@@ -84,11 +90,8 @@ def write_report(
         config=flatten(summary.get("config") or {}),
         opponents=plots.opponents,
         by_combo=_by_combo(summary.get("combos") or {}),
-        tastes=plots_users.tastes(summary),
-        by_taste=answers,
-        score_names=_score_names(answers),
-        cells=CELLS,
-        counts=_counts(summary.get("cold_start") or {}),
+        **report_front.page(summary),
+        **report_users.page(summary),
     )
     _write(folder / "index.html", page.encode())
     return folder / "index.html"
@@ -132,39 +135,6 @@ def _pooled(rates) -> dict[str, Any]:
     return total | {"rate": total["wins"] / decided if decided else None}
 
 
-def _by_taste(generation: Mapping[str, Any]) -> dict[str, dict[str, dict[str, Any]]]:
-    """{model: {taste: {"people", "length", "shortest", "longest", "score": {name: x}}}}, means over people."""
-    found = collections.defaultdict(dict)
-    for model, people in generation.items():
-        tastes = collections.defaultdict(list)
-        for one in people.values():
-            tastes[one.get("group") or "all"].append(one)
-        for taste, ones in tastes.items():
-            lengths = [one["length"] for one in ones if one.get("length") is not None]
-            scores = collections.defaultdict(list)
-            for one in ones:
-                for name, score in (one.get("score") or {}).items():
-                    if score is not None:
-                        scores[name].append(score)
-            found[model][taste] = {
-                "people": len(ones),
-                "length": statistics.fmean(lengths) if lengths else None,
-                "shortest": min(lengths, default=None),
-                "longest": max(lengths, default=None),
-                "score": {name: statistics.fmean(values) for name, values in scores.items()},
-            }
-    return found
-
-
-def _score_names(by_taste: Mapping[str, Any]) -> list[str]:
-    return list(dict.fromkeys(name for table in by_taste.values() for one in table.values() for name in one["score"]))
-
-
-def _counts(curves: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """The numbers of comparisons of all cold-start curves, rising."""
-    return sorted({k for curve in curves.values() for k in curve}, key=float)
-
-
 def _write(path: pathlib.Path, content: bytes) -> None:
     partial = path.with_name(f".{path.name}.tmp")
     partial.write_bytes(content)
@@ -179,7 +149,7 @@ def _template() -> jinja2.Template:
 
 
 def print_tables(summary: Mapping[str, Any], console: rich.console.Console | None = None) -> None:
-    """The closing tables of a run: win rates, ingredients, sweep, user models and time, where the summary has them."""
+    """The closing tables of a run, from win rates to fronts, user models and time, where the summary has them."""
     console = console or rich.console.Console()
     summary = clean(summary)
     average, pairs = summary.get("win_rate_average") or {}, summary.get("win_rate") or {}
@@ -188,7 +158,7 @@ def print_tables(summary: Mapping[str, Any], console: rich.console.Console | Non
         [method, cell(average.get(method)), *(cell(pairs.get(method, {}).get(opponent)) for opponent in against)]
         for method in dict.fromkeys([*average, *pairs])
     ]
-    _print(console, "Win rate, % (95% interval)", ["method", "all others", *against], rows)
+    print_table(console, "Win rate, % (95% interval)", ["method", "all others", *against], rows)
 
     reward_models, ingredients = summary.get("reward_models") or {}, summary.get("ingredients") or {}
     rows = []
@@ -196,78 +166,21 @@ def print_tables(summary: Mapping[str, Any], console: rich.console.Console | Non
         one, model = ingredients.get(name, {}), reward_models.get(name, {})
         rate = cell(one.get("win_rate_vs_base"))
         rows.append([name, rate, percent(model.get("accuracy")), number(one.get("kl")), number(one.get("length"), 1)])
-    _print(console, "Ingredients", ["preference", "win rate vs base", "reward model, %", "KL, nats", "length"], rows)
+    print_table(
+        console, "Ingredients", ["preference", "win rate vs base", "reward model, %", "KL, nats", "length"], rows
+    )
 
     rows = [
         [dimension, name, number(value), number((one.get("chord_gap") or {}).get(name, {}).get("mean"), 3)]
         for dimension, one in (summary.get("sweep") or {}).items()
         for name, value in (one.get("spearman") or {}).items()
     ]
-    _print(console, "Sweep between opposites", ["dimension", "score", "Spearman", "above the line"], rows)
-    _print_users(console, summary)
+    print_table(console, "Sweep between opposites", ["dimension", "score", "Spearman", "above the line"], rows)
+    report_front.print_fronts(console, summary)
+    report_users.print_users(console, summary)
 
     seconds = summary.get("stage_seconds") or {}
     rows = [[stage, duration(value)] for stage, value in seconds.items()]
     if rows and summary.get("total_seconds") is not None:
         rows.append(["total", duration(summary["total_seconds"])])
-    _print(console, "Time", ["stage", "time"], rows)
-
-
-def _print_users(console: rich.console.Console, summary: Mapping[str, Any]) -> None:
-    """The tables of user models."""
-    accuracy, matched = summary.get("accuracy") or {}, summary.get("length_matched") or {}
-    parts = ("micro", "generic", "worst_decile", "majority", "minority")
-    rows = []
-    for model in dict.fromkeys([*accuracy, *matched]):
-        one = accuracy.get(model) or {}
-        shares = [percent(one.get(part)) for part in parts]
-        rows.append([model, cell(one, "mean"), *shares, cell(matched.get(model), "mean")])
-    ceiling = (summary.get("ceiling") or {}).get("majority_share")
-    title = "Accuracy over people, % (95% interval)"
-    if ceiling is not None:
-        title += f"; without knowing the person at most {percent(ceiling)}"
-    columns = ["model", "mean", "per pair", "generic", "worst 10%", "majority", "minority", "like length"]
-    _print(console, title, columns, rows)
-
-    rows = [
-        [model, one.get("against") or "", cell(one, "mean"), number(one.get("users"))]
-        for model, one in (summary.get("gain") or {}).items()
-    ]
-    _print(console, "Gain, person by person, points", ["model", "over", "mean", "people"], rows)
-
-    rows = [
-        [model, cell(one, "mean"), percent(one.get("chance")), number(one.get("questions"))]
-        for model, one in (summary.get("choices") or {}).items()
-    ]
-    _print(console, "Questions answered right, %", ["model", "right", "by guessing", "questions"], rows)
-
-    rows = [
-        [model, *(cell(mean_of(table.get(key)), "mean") for key in CELLS)]
-        for model, table in (summary.get("grid") or {}).items()
-    ]
-    _print(console, "Accuracy on known and new people and prompts, %", ["model", *CELLS.values()], rows)
-
-    curves = summary.get("cold_start") or {}
-    counts = _counts(curves)
-    rows = [[model, *(cell(curve.get(k), "mean") for k in counts)] for model, curve in curves.items()]
-    _print(console, "Accuracy on new people by number of their comparisons, %", ["model", *counts], rows)
-
-    tables = _by_taste(summary.get("generation") or {})
-    scores = _score_names(tables)
-    rows = [
-        [model, taste, number(one["people"]), number(one["length"], 1), *(number(one["score"].get(s)) for s in scores)]
-        for model, table in tables.items()
-        for taste, one in table.items()
-    ]
-    _print(console, "Answers by taste", ["model", "taste", "people", "mean length", *scores], rows)
-
-
-def _print(console: rich.console.Console, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    if not rows:
-        return
-    table = rich.table.Table(title=title, title_justify="left", title_style="bold")
-    for i, column in enumerate(columns):
-        table.add_column(rich.text.Text(column), justify="right" if i else "left")
-    for row in rows:
-        table.add_row(*(rich.text.Text(cell) for cell in row))
-    console.print(table)
+    print_table(console, "Time", ["stage", "time"], rows)

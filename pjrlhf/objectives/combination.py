@@ -10,7 +10,6 @@ import jax
 import jax.numpy as jnp
 
 from pjrlhf.objectives import multi_objective as mo
-from pjrlhf.objectives.policy_gradient import whiten
 
 KINDS = ("sum", "tchebycheff", "gdpo", "pama", "min_norm")
 HEADS = ("per_reward", "reward_sum+control", "per_reward+control", "control", "per_preference")
@@ -90,7 +89,7 @@ class Combination:
 
         The min-norm weights are those of the whole batch before its first update, where every ratio is 1 and no token
         is clipped, so that the surrogate gradient of head k in the log-probs is its advantage. A head without any
-        advantage has nothing to say and takes no part. Nothing is whitened here, except the heads of "gdpo".
+        advantage has nothing to say and takes no part. Nothing is standardised here; the heads of "gdpo" come so.
 
         Args:
           advantages: [n, T, H].
@@ -114,8 +113,7 @@ class Combination:
         gram = mo.gram_matrix(mo.surrogate_gradients(advantages, jnp.ones(mask.shape), mask))
         info = {"gradient_cosine": _mean_cosine(gram)}
         if self.kind == "gdpo":
-            white = jax.vmap(whiten, (-1, None), -1)(advantages, mask)
-            return mo.weighted_sum(white, p[:, None]) * mask, info | {"weights": p.mean(0)}
+            return mo.weighted_sum(advantages, p[:, None]) * mask, info | {"weights": p.mean(0)}
         if self.kind == "pama":
             return mo.pama(advantages, self.noon) * mask, info | {"weights": jnp.full(H, jnp.nan)}
         if H == 1:

@@ -124,7 +124,9 @@ class Front:
         if methods.entry(run, source).get("train") == "ric":
             words = Statement(**settings.statement)
             say = lambda p: words(run.registry, self.names, np.asarray(target_map(np.array(p), settings.target)))  # noqa: E731
-            return Player(policy.load_bank(run, methods.folder(source), ["policy"]), lambda p: (1.0,), say, None, _drawing(sample))
+            return Player(
+                policy.load_bank(run, methods.folder(source), ["policy"]), lambda p: (1.0,), say, None, _drawing(sample)
+            )
         goals = Goals(run, settings)
         bank = policy.load_bank(run, methods.folder(source), goals.adapters)
         say = functools.partial(goals.words, self.names) if goals.told else lambda p: ""

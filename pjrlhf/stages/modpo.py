@@ -127,6 +127,7 @@ class Modpo:
         first, the others in order.
       table: the pairs labelled for any of those objectives.
       reference, rewards: of each of its M rows, [M, 2] and [M, 2, R - 1], see `policies_loss`.
+      tables: for each policy its rows of `table`.
 
     Raises:
       UserError: settings that MODPO cannot follow, or an objective without pairs.
@@ -159,9 +160,8 @@ class Modpo:
             folder=run.cache_folder / "reference",
         )
         self.optimizer = per_ingredient(make_optimizer(settings.optimizer.to_dict(), settings.steps))
-        source = reward.Grouped(
-            [[row for row, i in zip(self.table, of, strict=True) if i == k] for k in labels], run.config.seed
-        )
+        self.tables = [[row for row, i in zip(self.table, of, strict=True) if i == label] for label in labels]
+        source = reward.Grouped(self.tables, run.config.seed)
         self.batches = batches(source, settings.batch_size, seed=run.config.seed, collate=self.collate)
         self._update = jax.jit(self._step, donate_argnums=0, static_argnames="prompt_slots")
 

@@ -1,9 +1,20 @@
 """Preference sentences are written from ids and read back, whatever happened to their commas."""
 
+import numpy as np
 import pytest
 
 from pjrlhf.data import world
-from pjrlhf.data.preferences import PAPER, Preference, combinations, dimensions, sentences, split_sentences
+from pjrlhf.data.preferences import (
+    PAPER,
+    Preference,
+    Statement,
+    combinations,
+    dimensions,
+    parts,
+    sentences,
+    split_sentences,
+)
+from pjrlhf.errors import UserError
 
 REGISTRIES = {"paper": PAPER, "world": world.PREFERENCES}
 # As spelled in the released data of Personalized Soups, without the commas of its own prompts.
@@ -69,3 +80,25 @@ def test_a_preference_without_a_sentence_is_never_found_and_adds_no_space():
 def test_the_sentences_of_one_registry_differ():
     for registry in REGISTRIES.values():
         assert len({preference.sentence for preference in registry.values()}) == len(registry) == 6
+
+
+def test_weights_in_words():
+    registry, ids = world.PREFERENCES, ("P2A", "P2B")
+    assert Statement()(registry, ids, (1.0, 0.0)) == "keep it short ."
+    assert Statement()(registry, ids, (0.6, 0.4)) == "keep it short . tell me everything ."
+    assert Statement(form="numbers")(registry, ids, (0.25, 0.75)) == "short 0.2 everything 0.8"
+    assert Statement(form="numbers", decimals=2)(registry, ids, (0.25, 0.75)) == "short 0.25 everything 0.75"
+    assert Statement(form="tally", levels=4)(registry, ids, (0.25, 0.75)) == "short everything everything everything"
+    assert Statement(form="numbers")({"a": Preference(dimension="d", sentence="")}, ["a"], [1.0]) == "a 1.0"
+    with pytest.raises(UserError, match="statement.form 'colours': unknown; choose one of sentences, numbers, tally"):
+        Statement(form="colours")
+
+
+@pytest.mark.parametrize("levels", [4, 5, 10])
+def test_the_parts_of_shares_sum_to_all_levels(levels):
+    rng = np.random.default_rng(0)
+    for size in (2, 3, 5):
+        for weights in [*rng.dirichlet(np.ones(size), 50).tolist(), [1 / size] * size]:
+            counts = parts(weights, levels)
+            assert sum(counts) == levels and all(abs(c - levels * w) < 1 for c, w in zip(counts, weights, strict=True))
+    assert parts([0.3, 0.7], 10) == [3, 7] and parts([1.0, 0.8], 5) == [5, 4]

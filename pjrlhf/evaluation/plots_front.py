@@ -1,0 +1,217 @@
+"""Fronts of several methods: the figures front and control, and the front as a drawing for the page.
+
+Legend: N objectives, n points of a method.
+"""
+
+import itertools
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+
+from pjrlhf.evaluation.pareto import non_dominated
+from pjrlhf.evaluation.plots import COLOURS, GREY, INK, draw, new_figure
+
+_MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+_KINDS = {"dominated": "dominated", "unseen": "not trained on"}
+_PAIRS, _COLUMNS = 6, 3  # pairs of objectives that are drawn, panels beside each other
+_NAME = 28  # letters of a method in a legend; longer names would leave no room for the panels
+
+
+def figures(summary: Mapping[str, Any]) -> dict[str, bytes]:
+    """PNG files by name: front and control, each where there is something to draw.
+
+    Args:
+      summary: as described in `report`, with None where a number is missing.
+    """
+    found = _fronts(summary)
+    names = _objectives(summary, found)
+    reference = (summary.get("front") or {}).get("reference") or []
+    return draw({"front": lambda: _front(names, reference, found), "control": lambda: _control(names, found)})
+
+
+def _fronts(summary: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """The points of each method that has any, and how it is drawn wherever it is.
+
+    Returns:
+      {method: {"weights", "rewards": float [n, N], "unseen", "dominated": bool [n], "colour", "marker"}} by rising
+      first weight, without points of which a number is missing. Colour and marker go by the place among all methods.
+    """
+    found = {}
+    for i, (method, one) in enumerate((summary.get("methods") or {}).items()):
+        points = one.get("points") or {}
+        weights, rewards = points.get("weights") or [], points.get("rewards") or []
+        unseen = points.get("unseen") or [False] * len(weights)
+        rows = [row for row in zip(weights, rewards, unseen, strict=True) if None not in (*row[0], *row[1])]
+        if rows:
+            rows.sort(key=lambda row: row[0])
+            weights, rewards, unseen = (np.array(part) for part in zip(*rows, strict=True))
+            colour, again = COLOURS[i % len(COLOURS)], i // len(COLOURS)
+            found[method] = {
+                "weights": weights.astype(float),
+                "rewards": rewards.astype(float),
+                "unseen": unseen.astype(bool),
+                "dominated": ~non_dominated(rewards),
+                "colour": _mix(colour, "#000000", 0.45) if again else colour,
+                "marker": _MARKERS[i % len(_MARKERS)],
+            }
+    return found
+
+
+def _objectives(summary: Mapping[str, Any], found: Mapping[str, Any]) -> list[str]:
+    """Names [N] of the objectives, numbers where the summary has none."""
+    count = max((one["rewards"].shape[1] for one in found.values()), default=0)
+    return (summary.get("front") or {}).get("objectives") or [f"objective {k + 1}" for k in range(count)]
+
+
+def _pairs(names: list[str]) -> list[tuple[int, int]]:
+    """The pairs of objectives that get a panel."""
+    return list(itertools.combinations(range(len(names)), 2))[:_PAIRS]
+
+
+def _mix(colour: str, other: str, share: float) -> str:
+    """`colour` with a share of `other`, all "#rrggbb"."""
+    a, b = (np.array([int(one[i : i + 2], 16) for i in (1, 3, 5)]) for one in (colour, other))
+    return "#" + "".join(f"{value:02x}" for value in np.rint(a + share * (b - a)).astype(int))
+
+
+def _panels(count: int, found: Mapping[str, Any]):
+    """(figure, the axes of `count` panels), with room on the right for a legend of all methods."""
+    columns = min(_COLUMNS, count)
+    rows = math.ceil(count / columns)
+    height = max((5.0 if count == 1 else 3.3) * rows, 1.2 + 0.2 * len(found))
+    figure, axes = new_figure(2.4 + (7.6 if columns == 1 else 3.3 * columns), height, rows, columns)
+    figure.get_layout_engine().set(w_pad=0.1)
+    for axis in axes.flat[count:]:
+        axis.set_visible(False)
+    return figure, axes.flat[:count]
+
+
+def _legend(figure, axis, found: Mapping[str, Any], **keys: Mapping[str, Any]) -> None:
+    """All methods and then the `keys`, in the order given, outside the panels."""
+    looks = {method: {"marker": one["marker"], "color": one["colour"]} for method, one in found.items()} | keys
+    handles = [axis.plot([], [], **{"linestyle": "none", "markersize": 6} | look)[0] for look in looks.values()]
+    figure.legend(handles, map(_short, looks), loc="outside right upper", fontsize=9)
+
+
+def _short(name: str) -> str:
+    return name if len(name) <= _NAME else f"{name[: _NAME - 1]}…"
+
+
+def _front(names: list[str], reference: list[float | None], found: Mapping[str, Any]):
+    """One panel per pair of objectives: full what is not dominated, pale what is, a dark edge where not trained on."""
+    shown = _pairs(names)
+    if not found or not shown:
+        return None
+    figure, axes = _panels(len(shown), found)
+    size = 34 if len(shown) == 1 else 22
+    for axis, (a, b) in zip(axes, shown, strict=True):
+        for one in found.values():
+            x, y, colour = one["rewards"][:, a], one["rewards"][:, b], one["colour"]
+            if len(names) == 2:
+                axis.plot(x, y, color=colour, linewidth=1, alpha=0.55)
+            faces = [_mix(colour, "#ffffff", 0.75) if dominated else colour for dominated in one["dominated"]]
+            edges = [INK if unseen else colour for unseen in one["unseen"]]
+            axis.scatter(
+                x, y, s=size, marker=one["marker"], facecolors=faces, edgecolors=edges, linewidths=1.1, zorder=3
+            )
+        if marked := _at(reference, a, b):
+            axis.plot(*marked, "+", color=INK, markersize=11, markeredgewidth=1.6)
+        axis.set(xlabel=f"reward of {names[a]}", ylabel=f"reward of {names[b]}")
+    keys = {}
+    if any(one["dominated"].any() for one in found.values()):
+        keys[_KINDS["dominated"]] = {"marker": "o", "color": GREY, "markerfacecolor": _mix(GREY, "#ffffff", 0.75)}
+    if any(one["unseen"].any() for one in found.values()):
+        keys[_KINDS["unseen"]] = {"marker": "o", "color": GREY, "markeredgecolor": INK}
+    if any(_at(reference, a, b) for a, b in shown):
+        keys["reference"] = {"marker": "+", "color": INK, "markersize": 10, "markeredgewidth": 1.6}
+    _legend(figure, axes[0], found, **keys)
+    return figure
+
+
+def _at(reference: list[float | None], a: int, b: int) -> tuple[float, float] | None:
+    """The reference in the panel of objectives a and b, if it is known there."""
+    known = len(reference) > b and reference[a] is not None and reference[b] is not None
+    return (reference[a], reference[b]) if known else None
+
+
+def _control(names: list[str], found: Mapping[str, Any]):
+    """One panel per objective: reward against its own weight, the mean of the points of one weight."""
+    if not found:
+        return None
+    figure, axes = _panels(len(names), found)
+    for k, axis in enumerate(axes):
+        for one in found.values():
+            # Weights that differ by rounding only are one.
+            weights, which = np.unique(np.round(one["weights"][:, k], 6), return_inverse=True)
+            rewards = np.bincount(which, one["rewards"][:, k]) / np.bincount(which)
+            axis.plot(weights, rewards, marker=one["marker"], color=one["colour"], linewidth=1.2, markersize=4.5)
+        axis.set(title=names[k], xlabel="weight", ylabel="reward", xlim=(-0.04, 1.04))
+    _legend(figure, axes[0], found)
+    return figure
+
+
+def drawing(summary: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The front as the page draws it with SVG, in its pixels; None where there are no points.
+
+    Returns:
+      {"width", "height", "legend": its left edge, "radius": of a circle,
+      "panels": [{"left", "right", "top", "bottom", "x_label", "y_label", "x_ticks", "y_ticks": [(place, number)],
+      "reference": (x, y) or None}],
+      "methods": {method: {"colour", "label", "lines": [points of a polyline], of N = 2 alone, "circles": [{"x", "y",
+      "kind": CSS classes, "title"}]}}}.
+    """
+    found = _fronts(summary)
+    names = _objectives(summary, found)
+    shown, reference = _pairs(names), (summary.get("front") or {}).get("reference") or []
+    if not found or not shown:
+        return None
+    width, height, radius = (640, 420, 4.5) if len(shown) == 1 else (310, 280, 3.5)
+    methods = {
+        method: {"colour": one["colour"], "label": _short(method), "lines": [], "circles": []}
+        for method, one in found.items()
+    }
+    panels = []
+    for i, (a, b) in enumerate(shown):
+        row, column = divmod(i, _COLUMNS)
+        marked = _at(reference, a, b)
+        everything = np.concatenate(
+            [one["rewards"][:, [a, b]] for one in found.values()] + ([[marked]] if marked else [])
+        )
+        left, top = column * width + 52, row * height + 10
+        right, bottom = (column + 1) * width - 14, (row + 1) * height - 46
+        x_ticks, x_place = _scale(everything[:, 0], left, right)
+        y_ticks, y_place = _scale(everything[:, 1], bottom, top)
+        panel = {"left": left, "right": right, "top": top, "bottom": bottom, "x_ticks": x_ticks, "y_ticks": y_ticks}
+        panel |= {"x_label": f"reward of {names[a]}", "y_label": f"reward of {names[b]}"}
+        panels.append(panel | {"reference": (x_place(marked[0]), y_place(marked[1])) if marked else None})
+        for method, one in found.items():
+            x, y = x_place(one["rewards"][:, a]), y_place(one["rewards"][:, b])
+            if len(names) == 2:
+                methods[method]["lines"].append(" ".join(f"{x[k]:.1f},{y[k]:.1f}" for k in range(len(x))))
+            methods[method]["circles"] += [
+                {"x": x[k], "y": y[k]} | mark for k, mark in enumerate(_marks(method, names, one))
+            ]
+    columns, rows = min(_COLUMNS, len(shown)), math.ceil(len(shown) / _COLUMNS)
+    size = {"width": columns * width + 210, "height": max(rows * height, 20 * (len(methods) + 4) + 20)}
+    return size | {"legend": columns * width + 10, "radius": radius, "panels": panels, "methods": methods}
+
+
+def _scale(values: np.ndarray, start: float, end: float):
+    """([(place, number)] of round ticks around the values, a function from values to places between start and end)."""
+    from matplotlib.ticker import MaxNLocator
+
+    ticks = MaxNLocator(5).tick_values(values.min(), values.max())
+    place = lambda value: start + (value - ticks[0]) / (ticks[-1] - ticks[0]) * (end - start)  # noqa: E731
+    return [(place(tick), f"{tick:g}") for tick in ticks], place
+
+
+def _marks(method: str, names: list[str], one: Mapping[str, Any]) -> Iterator[dict[str, str]]:
+    """The CSS classes of each point and what it says of itself."""
+    for weights, rewards, *kind in zip(*(one[key] for key in ("weights", "rewards", *_KINDS)), strict=True):
+        kinds = [name for name, true in zip(_KINDS, kind, strict=True) if true]
+        head = ", ".join([method, *(_KINDS[name] for name in kinds)])
+        weighed = ", ".join(f"{name} {weight:.3g}" for name, weight in zip(names, weights, strict=True))
+        earned = ", ".join(f"{name} {reward:.3f}" for name, reward in zip(names, rewards, strict=True))
+        yield {"kind": " ".join(kinds), "title": f"{head}\nweights: {weighed}\nrewards: {earned}"}

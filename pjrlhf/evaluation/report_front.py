@@ -1,0 +1,104 @@
+"""The tables of several methods on one front, for the page and the terminal; `report` describes what they read."""
+
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import rich.console
+import rich.text
+
+from pjrlhf.evaluation import plots, plots_front
+from pjrlhf.evaluation.formats import duration, estimate, mean_of, number, print_table
+
+Table = tuple[Sequence[str], Sequence[Sequence[str]]]  # columns, rows
+
+# Metric: heading, digits and scale.
+_METRICS = {
+    "hypervolume": ("hypervolume", 3, 1),
+    "spearman": ("Spearman", 2, 1),
+    "tau": ("tau", 2, 1),
+    "mse": ("MSE", 3, 1),
+    "mip": ("mean p.R", 3, 1),
+    "eum": ("expected utility", 3, 1),
+    "dominated": ("dominated, %", 1, 100),
+}
+
+
+def page(summary: Mapping[str, Any]) -> dict[str, Any]:
+    """What report_front.html reads beside the summary."""
+    return {"front_tables": tables(summary), "drawing": plots_front.drawing(summary)}
+
+
+def tables(summary: Mapping[str, Any]) -> dict[str, Table]:
+    """The tables front, unseen, scales and scaling; without rows where the summary has nothing to tell."""
+    methods = summary.get("methods") or {}
+    unseen = {method: one["unseen"] for method, one in methods.items() if one.get("unseen")}
+    headings = ["method", *(heading for heading, _, _ in _METRICS.values())]
+    return {
+        "front": ([*headings, "samples", "time"], [[*_metrics(*item), *_cost(item[1])] for item in methods.items()]),
+        "unseen": (headings, [_metrics(*item) for item in unseen.items()]),
+        "scales": _scales(summary.get("front") or {}),
+        "scaling": _scaling(summary.get("scaling") or {}),
+    }
+
+
+def _metrics(method: str, one: Mapping[str, Any]) -> list[str]:
+    return [method, *(estimate(one.get(key), digits, scale) for key, (_, digits, scale) in _METRICS.items())]
+
+
+def _cost(one: Mapping[str, Any]) -> list[str]:
+    """Samples and time; of several seeds the means alone, for how far they differ says little about a method."""
+    samples, seconds = (mean_of(one.get(key)).get("mean") for key in ("samples", "seconds"))
+    return [number(samples, 0), duration(seconds)]
+
+
+def _scales(front: Mapping[str, Any]) -> Table:
+    columns = ([number(value) for value in front.get(key) or []] for key in ("low", "high", "reference"))
+    rows = itertools.zip_longest(front.get("objectives") or [], *columns, fillvalue=number(None))
+    return ["objective", "score that counts as 0", "score that counts as 1", "reference"], list(rows)
+
+
+def _scaling(scaling: Mapping[str, Any]) -> Table:
+    methods, rates = scaling.get("methods") or {}, scaling.get("win_rate") or {}
+    against = plots.opponents(rates)
+    rows = []
+    for method in dict.fromkeys([*methods, *rates]):
+        one, row = methods.get(method) or {}, rates.get(method, {})
+        won = [estimate(row.get(opponent), 1, 100, "rate") for opponent in against]
+        trained = estimate(one.get("ingredients_trained"), 1)
+        rows.append([method, *_cost(one), trained, *won])
+    return ["method", "samples", "time", "ingredients trained", *(f"% won against {name}" for name in against)], rows
+
+
+def print_fronts(console: rich.console.Console, summary: Mapping[str, Any]) -> None:
+    """The tables of fronts and of added preferences in the terminal, and the findings."""
+    found = tables(summary)
+    new = (summary.get("scaling") or {}).get("new") or []
+    titles = {
+        "front": "Fronts",
+        "unseen": "Fronts, preferences never trained on",
+        "scaling": ": ".join(["Adding preferences", *filter(None, [", ".join(new)])]),
+    }
+    for name, title in titles.items():
+        for i, (columns, rows) in enumerate(_side_by_side(*found[name], console.width)):
+            print_table(console, f"{title}, continued" if i else title, columns, rows)
+    print_table(console, "Findings", ["finding"], [[claim] for claim in summary.get("claims") or []])
+
+
+def _side_by_side(columns: Sequence[str], rows: Sequence[Sequence[str]], width: int) -> Iterator[Table]:
+    """The table in as many parts as the width asks for, so that no number breaks; each part names the methods."""
+    parts, used = [[0]], _needed(columns, rows, 0)
+    for i in range(1, len(columns)):
+        needed = _needed(columns, rows, i)
+        if used + needed >= width and len(parts[-1]) > 1:
+            parts.append([0])
+            used = _needed(columns, rows, 0)
+        parts[-1].append(i)
+        used += needed
+    for part in parts:
+        yield [columns[i] for i in part], [[row[i] for i in part] for row in rows]
+
+
+def _needed(columns: Sequence[str], rows: Sequence[Sequence[str]], i: int) -> int:
+    """The least width of a column: its longest word, and the frame."""
+    return 3 + max(rich.text.Text(word).cell_len for row in [columns, *rows] for word in row[i].split() or [""])

@@ -1,0 +1,235 @@
+"""The sections of several methods on one front: complete, partial and hostile."""
+
+import html
+import json
+import math
+import re
+
+import numpy as np
+import pytest
+from pages import Page, printed
+from test_report import SUMMARY
+from test_report_users import USER_MODELS
+
+from pjrlhf.evaluation import plots_front, report
+from pjrlhf.evaluation.formats import estimate
+
+NAMES = ("soup", "one <script>alert(1)</script>", "Méthode & <b>fils</b>")
+FRONT = {
+    "objectives": ["helpful", "<u>harmless</u>"],
+    "reference": np.array([0.0, -0.1]),
+    "low": [-1.5, 0.25],
+    "high": [2.5, math.nan],
+    "held_out": 1,
+    "seeds": 3,
+}
+WEIGHTS = np.array([[1, 0], [0.4, 0.6], [0, 1], [0.5, 0.5]])
+REWARDS = np.array([[0.9375, 0.125], [0.4, 0.4], [0.125, 0.875], [0.5, 0.5]])  # the second is worse than the last
+METRICS = {
+    "hypervolume": {"mean": 0.7123, "low": 0.69, "high": 0.74},
+    "spearman": 0.8765,
+    "tau": {"mean": -0.31, "low": -0.42, "high": -0.21},
+    "mse": 0.0123,
+    "mip": 0.4567,
+    "eum": 0.5678,
+    "dominated": 0.25,
+}
+METHODS = {
+    name: METRICS
+    | {
+        "unseen": {"hypervolume": 0.3456, "dominated": {"mean": 0.125, "low": 0.0, "high": 0.5}} if i == 1 else None,
+        "samples": {"mean": 1280.0, "low": 1280, "high": 1280},
+        "seconds": 75.0,
+        "points": {"weights": WEIGHTS, "rewards": REWARDS, "unseen": np.arange(4) == 3},
+    }
+    for i, name in enumerate(NAMES)
+}
+SCALING = {
+    "new": ["P4A", "<i>P4B</i>"],
+    "methods": {NAMES[1]: {"samples": 64, "seconds": 61.0, "ingredients_trained": 2}, "retrained": {"samples": None}},
+    "win_rate": {NAMES[1]: {"retrained": {"rate": 0.6543, "low": 0.6, "high": 0.7}}, "retrained": {NAMES[1]: 0.3457}},
+}
+FRONTS = {"front": FRONT, "methods": METHODS, "claims": ["Soups <em>suffice</em>."], "scaling": SCALING}
+
+
+@pytest.fixture(scope="module")
+def of_fronts(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("fronts")
+    report.write_report(folder, FRONTS)
+    return folder
+
+
+def circles(source):
+    """(attributes, title) of every circle of the page."""
+    found = re.findall(r"<circle[^>]*><title>([^<]*)</title></circle>", source)
+    tags = [attributes for tag, attributes in Page(source).tags if tag == "circle"]
+    return list(zip(tags, map(html.unescape, found), strict=True))
+
+
+def test_fronts_have_their_sections_and_figures(of_fronts):
+    page = Page((of_fronts / "index.html").read_text())
+    assert page.ids() == {"claims", "front", "scaling"}
+    assert {path.stem for path in of_fronts.glob("*.png")} == {"front", "control"}
+    text = " ".join("".join(page.text).split())
+    metrics = ("0.712 (0.690-0.740)", "0.88", "-0.31 (-0.42 to -0.21)", "0.012", "0.457", "0.568", "25.0")
+    unseen, cost = ("0.346", "12.5 (0.0-50.0)"), ("1280", "1 min 15 s", "1 min 1 s", "65.4 (60.0-70.0)", "34.6")
+    for expected in (*metrics, *unseen, *cost, "-1.50", "never trained on (1)", "over 3 seeds"):
+        assert expected in text, expected
+    assert "nan" not in text.lower() and "None" not in text
+    order = [text.index(name) for name in NAMES]
+    assert order == sorted(order)
+    assert json.loads((of_fronts / "summary.json").read_text())["front"]["high"] == [2.5, None]
+
+
+def test_names_of_methods_objectives_and_preferences_are_text(of_fronts):
+    source = (of_fronts / "index.html").read_text()
+    page = Page(source)
+    assert not {"script", "link", "iframe", "em", "u", "i"} & {tag for tag, _ in page.tags}
+    text = "".join(page.text)
+    for expected in (*NAMES, "reward of <u>harmless</u>", "Soups <em>suffice</em>.", "P4A, <i>P4B</i>"):
+        assert expected in text, expected
+    links = [value for _, attributes in page.tags for key, value in attributes.items() if key in ("src", "href")]
+    assert len(links) == 2 and all(link.startswith("data:image/png;base64,") for link in links)
+    assert not re.search(r"url\(|@import|https?:", source)
+
+
+def test_every_point_is_a_circle_that_tells_its_values(of_fronts):
+    found = circles((of_fronts / "index.html").read_text())
+    assert len(found) == len(NAMES) * len(WEIGHTS)
+    kinds = [attributes["class"] for attributes, _ in found[: len(WEIGHTS)]]
+    assert kinds == ["", "dominated", "unseen", ""]  # by rising first weight
+    titles = [title for _, title in found]
+    assert titles[:3] == [
+        "soup\nweights: helpful 0, <u>harmless</u> 1\nrewards: helpful 0.125, <u>harmless</u> 0.875",
+        "soup, dominated\nweights: helpful 0.4, <u>harmless</u> 0.6\nrewards: helpful 0.400, <u>harmless</u> 0.400",
+        "soup, not trained on\nweights: helpful 0.5, <u>harmless</u> 0.5\n"
+        "rewards: helpful 0.500, <u>harmless</u> 0.500",
+    ]
+    assert titles[4].startswith(f"{NAMES[1]}\nweights: ")
+
+
+def test_places_in_the_drawing_follow_the_rewards():
+    drawing = plots_front.drawing(report.clean(FRONTS))
+    (panel,) = drawing["panels"]
+    first, *_, last = drawing["methods"]["soup"]["circles"]
+    assert first["x"] < last["x"] and first["y"] < last["y"]  # up is less in SVG
+    x, y = panel["reference"]
+    assert panel["left"] <= x < first["x"] and first["y"] < y <= panel["bottom"]
+    ticks = {number: place for place, number in panel["x_ticks"]}
+    np.testing.assert_allclose(last["x"], ticks["0"] + 0.9375 * (ticks["1"] - ticks["0"]))
+    assert drawing["methods"]["soup"]["lines"][0].split()[0] == f"{first['x']:.1f},{first['y']:.1f}"
+
+
+@pytest.mark.parametrize(("objectives", "panels"), [(2, 1), (3, 3), (5, 6)])
+def test_more_objectives_have_a_panel_per_pair(tmp_path, objectives, panels):
+    rewards = np.eye(objectives)
+    methods = {f"method {i}": {"points": {"weights": rewards, "rewards": rewards + i}} for i in range(14)}
+    path = report.write_report(tmp_path, {"methods": methods})
+    source = path.read_text()
+    assert len(circles(source)) == 14 * objectives * panels
+    assert len(plots_front.drawing({"methods": report.clean(methods)})["panels"]) == panels
+    assert source.count("<polyline") == (14 if objectives == 2 else 0)
+    looks = plots_front._fronts({"methods": report.clean(methods)}).values()
+    assert len({(one["colour"], one["marker"]) for one in looks}) == 14
+    assert "objective 1" in source and "dominated" not in "".join(
+        attributes["class"] for attributes, _ in circles(source)
+    )
+
+
+def test_marks_of_the_figure(monkeypatch):
+    drawn = {}
+    monkeypatch.setattr(plots_front, "draw", lambda makers: drawn.update({key: make() for key, make in makers.items()}))
+    plots_front.figures(report.clean(FRONTS))
+    (axis,) = drawn["front"].axes
+    fill, edge = axis.collections[0].get_facecolor(), axis.collections[0].get_edgecolor()
+    assert len(axis.collections) == len(NAMES) and len(fill) == len(WEIGHTS)
+    # By rising first weight: plain, dominated, unseen, plain.
+    assert (fill[0] == fill[2]).all() and (fill[0] == fill[3]).all() and (fill[0] != fill[1]).any()
+    assert (edge[0] == edge[1]).all() and (edge[0] == edge[3]).all() and (edge[0] != edge[2]).any()
+    (legend,) = drawn["front"].legends
+    assert [text.get_text() for text in legend.texts][-3:] == ["dominated", "not trained on", "reference"]
+    assert not any(one.get_legend() for figure in drawn.values() for one in figure.axes)
+    assert [one.get_title(loc="left") or one.get_title() for one in drawn["control"].axes] == FRONT["objectives"]
+
+
+def test_control_averages_points_of_equal_weight(monkeypatch):
+    drawn = {}
+    monkeypatch.setattr(plots_front, "draw", lambda makers: drawn.update({key: make() for key, make in makers.items()}))
+    weights = [[0.2, 0.3, 0.5], [0.2, 0.5, 0.3], [0.6, 0.2, 0.2]]
+    points = {"weights": weights, "rewards": [[1.0, 0, 0], [2.0, 0, 0], [4.0, 0, 0]]}
+    plots_front.figures({"methods": {"soup": {"points": points}}})
+    line = drawn["control"].axes[0].lines[0]
+    assert line.get_xydata().tolist() == [[0.2, 1.5], [0.6, 4.0]]
+
+
+@pytest.mark.parametrize("key", FRONTS)
+def test_a_section_of_fronts_may_stand_alone(tmp_path, key):
+    summary = {key: FRONTS[key]}
+    page = Page(report.write_report(tmp_path, summary).read_text())
+    assert page.ids() == ({"methods": {"front"}, "front": set()} | {n: {n} for n in ("claims", "scaling")})[key]
+    assert {path.stem for path in tmp_path.glob("*.png")} == ({"front", "control"} if key == "methods" else set())
+    printed(summary)
+
+
+def test_numbers_of_fronts_may_be_missing(tmp_path):
+    empty = {"mean": None, "low": math.nan, "high": None}
+    weights, rewards = [[1.0, 0.0], [None, 1.0]], [[math.nan, 1.0], [0.0, 1.0]]
+    summary = {
+        "front": {"objectives": ["a", "b"], "reference": [None, 0.0], "low": [None], "held_out": None, "seeds": None},
+        "methods": {
+            "a": {},
+            "b": dict.fromkeys(METRICS, empty) | {"samples": math.nan, "seconds": empty, "unseen": {"tau": None}},
+            "c": {"points": {"weights": weights, "rewards": rewards}, "tau": math.nan},
+            "d": {"points": {"weights": [*weights, [0.5, 0.5]], "rewards": [*rewards, [0.5, 0.5]], "unseen": None}},
+        },
+        "claims": None,
+        "scaling": {"new": None, "methods": {"a": {}}, "win_rate": {"b": {"a": None, "c": {"rate": math.nan}}}},
+    }
+    source = report.write_report(tmp_path, summary).read_text()
+    cells = re.findall(r'<td class="n">(.*)</td>', source)
+    assert set(cells) == {"\N{EN DASH}", "0.00"}  # the one known number is the reference of b
+    assert len(circles(source)) == 1
+    assert "nan" not in "".join(Page(source).text).lower()
+    text = printed(summary, width=160)
+    assert "nan" not in text.lower() and "None" not in text and "\N{EN DASH}" in text
+
+
+@pytest.mark.parametrize("summary", [SUMMARY, USER_MODELS])
+def test_reports_without_fronts_are_as_before(tmp_path, summary):
+    empty = {"front": {}, "methods": None, "claims": [], "scaling": {}}
+    path = report.write_report(tmp_path / "without", summary)
+    assert report.write_report(tmp_path / "empty", summary | empty).read_text() == path.read_text()
+    assert printed(summary | empty) == printed(summary)
+    page = Page(path.read_text())
+    assert not {"front", "claims", "scaling"} & page.ids() and "svg" not in {tag for tag, _ in page.tags}
+    assert not {"front", "control"} & {image.stem for image in (tmp_path / "without").glob("*.png")}
+
+
+def test_tables_of_fronts_fit_a_terminal():
+    wide, narrow = printed(FRONTS, width=220), printed(FRONTS, width=80)
+    assert max(len(line) for line in narrow.splitlines()) <= 80
+    assert "continued" in narrow and "continued" not in wide
+    titles = [line.strip() for line in wide.splitlines() if line[:1].isalpha()]
+    new = "Adding preferences: P4A, <i>P4B</i>"
+    assert titles == ["Fronts", "Fronts, preferences never trained on", new, "Findings"]
+    for expected in ("0.712 (0.690-0.740)", "-0.31 (-0.42 to -0.21)", "25.0", "1280", "65.4 (60.0-70.0)", "<em>"):
+        assert expected in wide, expected
+    # A number is never broken over lines.
+    for number in ("(0.690-0.740)", "0.346", "(60.0-70.0)", "1280"):
+        assert number in narrow, number
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [
+        (0.714, "0.71"),
+        (3, "3"),
+        (None, "\N{EN DASH}"),
+        ({"mean": None, "low": 0.1, "high": 0.2}, "\N{EN DASH}"),
+        ({"mean": 0.714, "low": 0.69, "high": None}, "0.71"),
+        ({"mean": 0.714, "low": 0.69, "high": 0.74}, "0.71 (0.69-0.74)"),
+        ({"mean": 0.0, "low": -0.1, "high": 0.1}, "0.00 (-0.10 to 0.10)"),
+    ],
+)
+def test_estimates_read_as_a_number_and_its_interval(value, shown):
+    assert estimate(value) == shown

@@ -1,0 +1,155 @@
+"""Combinations of objectives: one objective is plain PPO, one-hot weights are one objective, min-norm mixtures are
+least.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pjrlhf.objectives import multi_objective as mo
+from pjrlhf.objectives.combination import HEADS, Combination
+
+n, T, S = 12, 5, 3
+
+
+def draw(seed, *shape):
+    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+
+
+def mask():
+    lengths = np.random.default_rng(1).integers(1, T + 1, n)
+    return (np.arange(T) < lengths[:, None]).astype(np.float32)
+
+
+def simplex(seed, columns=S):
+    return np.random.default_rng(seed).dirichlet(np.ones(columns), n).astype(np.float32)
+
+
+ONE_REWARD = {
+    "sum": Combination(),
+    "tchebycheff": Combination(kind="tchebycheff", ideal=0.0),
+    "gdpo": Combination(kind="gdpo"),
+    "pama": Combination(kind="pama", noon=False),
+    "mgda": Combination(kind="min_norm", heads="per_reward"),
+    "equal": Combination(kind="min_norm", heads="per_reward", weights="equal"),
+}
+
+
+@pytest.mark.parametrize("name", ONE_REWARD)
+def test_one_objective_is_plain_ppo(name):
+    rule, scores, advantages = ONE_REWARD[name], draw(2, n, 1), draw(3, n, T, 1)
+    ones = np.ones((n, 1), np.float32)
+    assert len(rule.names(["r"])) == 1
+    np.testing.assert_array_equal(rule.rewards(scores, ones), scores)
+    mixed, _ = rule.advantages(jnp.asarray(advantages), ones, mask())
+    np.testing.assert_array_equal(mixed, advantages[..., 0] * mask())
+
+
+@pytest.mark.parametrize("k", range(S))
+def test_one_hot_weights_are_that_objective_to_the_last_bit(k):
+    p = np.broadcast_to(np.eye(S, dtype=np.float32)[k], (n, S))
+    scores, advantages = draw(4, n, S), draw(5, n, T, S)
+    np.testing.assert_array_equal(Combination().rewards(scores, p)[:, 0], scores[:, k])
+    mixed, _ = Combination(kind="gdpo").advantages(jnp.asarray(advantages), p, mask())
+    np.testing.assert_array_equal(mixed, advantages[..., k] * mask())
+
+
+def test_heads_are_as_many_as_their_rewards():
+    names = [f"r{i}" for i in range(S)]
+    for rule in [Combination(kind=k) for k in ("sum", "tchebycheff", "gdpo", "pama")] + [
+        Combination(kind="min_norm", heads=heads) for heads in HEADS
+    ]:
+        assert rule.rewards(np.random.default_rng(0).random((n, S)), simplex(6)).shape == (n, len(rule.names(names)))
+
+
+def test_the_mixture_has_the_least_norm_on_the_simplex():
+    advantages = draw(7, n, T, S) * np.array([0.3, 1.0, 2.0], np.float32)
+    mixed, info = Combination(kind="min_norm", heads="per_reward").advantages(
+        jnp.asarray(advantages), simplex(8), mask()
+    )
+    norm = np.square(mixed).sum()
+    steps = np.linspace(0, 1, 41)
+    grid = [(a, b, 1 - a - b) for a in steps for b in steps if a + b <= 1 + 1e-9]
+    best = min(np.square((advantages * np.array(c) * mask()[..., None]).sum(-1)).sum() for c in grid)
+    assert norm <= best * (1 + 1e-5)
+    assert info["weights"].sum() == pytest.approx(1) and info["weights"][0] > info["weights"][2]
+
+
+@pytest.mark.parametrize("normalize", ["none", "gradient"])
+def test_a_head_without_advantages_takes_no_part(normalize):
+    """It would otherwise take all the weight, and training would stand still."""
+    advantages = draw(9, n, T, S)
+    advantages[..., 1] = 0
+    rule = Combination(kind="min_norm", heads="per_reward", normalize=normalize)
+    mixed, info = rule.advantages(jnp.asarray(advantages), simplex(10), mask())
+    assert info["weights"][1] == 0 and info["weights"].sum() == pytest.approx(1)
+    two = rule.advantages(jnp.asarray(advantages[..., [0, 2]]), simplex(10, 2), mask())[0]
+    np.testing.assert_allclose(mixed, two, atol=1e-5)
+    nothing, info = rule.advantages(jnp.zeros((n, T, S)), simplex(10), mask())
+    assert not nothing.any() and np.isfinite(info["weights"]).all()
+
+
+def test_conflicting_heads_are_balanced_and_their_cosine_is_logged():
+    one = draw(11, n, T)
+    advantages = jnp.stack([one, -3 * one], -1)
+    rule = Combination(kind="min_norm", heads="per_reward")
+    mixed, info = rule.advantages(advantages, simplex(12, 2), mask())
+    np.testing.assert_allclose(info["weights"], [0.75, 0.25], atol=1e-5)
+    np.testing.assert_allclose(mixed, 0, atol=1e-5)
+    assert info["gradient_cosine"] == pytest.approx(-1)
+
+
+def test_equal_weights_are_the_mean_of_the_heads():
+    advantages = draw(13, n, T, S)
+    rule = Combination(kind="min_norm", heads="per_reward", weights="equal")
+    mixed, _ = rule.advantages(jnp.asarray(advantages), simplex(14), mask())
+    np.testing.assert_allclose(mixed, advantages.mean(-1) * mask(), atol=1e-6)
+
+
+def test_objectives_of_disjoint_answers_have_the_min_norm_weights_of_their_gram_matrix():
+    """heads per_preference, against the general solver on the whole matrix."""
+    group, advantages = np.arange(n) % 4, draw(15, n, T, 1)
+    rule = Combination(kind="min_norm", heads="per_preference")
+    mixed, _ = rule.advantages(jnp.asarray(advantages), simplex(16), mask(), jnp.asarray(group))
+    apart = advantages * (group[:, None] == np.arange(4))[:, None]
+    c = mo.min_norm_weights(mo.gram_matrix(apart * mask()[..., None]))
+    np.testing.assert_allclose(mixed, 4 * np.asarray(c)[group][:, None] * advantages[..., 0] * mask(), rtol=2e-3)
+    with pytest.raises(ValueError, match="train on a fixed set"):
+        rule.advantages(jnp.asarray(advantages), simplex(16), mask())
+
+
+def test_control_asks_for_rewards_equal_to_the_weights():
+    p = simplex(17)
+    rule = Combination(kind="min_norm")
+    reward, control = np.asarray(rule.rewards(p, p)).T
+    np.testing.assert_allclose(control, 0, atol=1e-7)
+    np.testing.assert_allclose(reward, (p * p).sum(1), rtol=1e-6)
+    assert (rule.rewards(p + 0.1, p)[:, 1] < 0).all()
+    hinge = Combination(kind="min_norm", sided="hinge")
+    np.testing.assert_array_equal(hinge.rewards(p + 0.1, p)[:, 1], 0)
+
+
+def test_inside_jit_and_under_vmap():
+    rule, p = Combination(kind="min_norm", heads="per_reward"), simplex(18)
+    advantages = jnp.asarray(draw(19, 2, n, T, S))
+    run = jax.jit(jax.vmap(lambda a: rule.advantages(a, p, mask())[0]))
+    for k in range(2):
+        np.testing.assert_allclose(run(advantages)[k], rule.advantages(advantages[k], p, mask())[0], atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"kind": "mean"},
+        {"heads": "all"},
+        {"weights": "best"},
+        {"target": "far"},
+        {"sided": "one"},
+        {"normalize": "l2"},
+        {"smoothing": -1.0},
+    ],
+)
+def test_unknown_settings(wrong):
+    with pytest.raises(ValueError):
+        Combination(**wrong)
