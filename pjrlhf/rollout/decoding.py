@@ -1,5 +1,5 @@
-"""Decoding from several policies at once (MOD, arXiv 2406.18853): their next-token distributions are combined, nothing is
-merged. One forward pass serves all, each policy as a row of its own.
+"""Decoding from several policies at once (MOD, arXiv 2406.18853): their next-token distributions are combined and
+nothing is merged. One forward pass serves all, each policy as a row of its own.
 """
 
 from typing import Any

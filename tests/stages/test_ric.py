@@ -11,6 +11,7 @@ import tiny
 from small_trees import assert_same
 
 from pjrlhf.config import neighbours
+from pjrlhf.data.batching import pad_right
 from pjrlhf.data.preferences import Statement
 from pjrlhf.errors import UserError
 from pjrlhf.objectives.multi_objective import target_map
@@ -79,13 +80,11 @@ def test_scores_are_calibrated_rewards_of_the_answers_to_plain_requests(trained)
     found, arguments = [], (run.model, run.adapter, run.base, reward.load(run), jnp.arange(N)[None])
     records = [answer for number in range(3) for answer in answers_of(run, number)]
     for record in records[:: len(records) // 12]:
-        prompt, answer = run.tokenizer.encode_pair(run.ask(record["request"]), record["text"])
-        answer = answer[: run.lengths.completion]
-        prompt, answer = (
-            {name: np.array([ids], np.int32), "valid": np.ones((1, len(ids)), bool)}
-            for name, ids in (("prompt", prompt), ("tokens", answer))
-        )
-        found.append((record["scores"], score(*arguments, prompt, answer, scale="quantiles")[0]))
+        plain = run.ask(record["request"])
+        answer = run.tokenizer.encode_pair(plain, record["text"])[1][: run.lengths.completion]
+        tokens, valid = pad_right([answer], run.lengths.completion, run.tokenizer.pad_id)
+        response = {"tokens": tokens, "valid": valid}
+        found.append((record["scores"], score(*arguments, run.encode([plain]), response, scale="quantiles")[0]))
     np.testing.assert_allclose(*zip(*found, strict=True), atol=1e-5)
     scores = np.array([record["scores"] for record in records])
     assert scores.min() >= 0 and scores.max() <= 1 and (scores.std(0) > 0.05).all()
@@ -135,9 +134,7 @@ def test_good_is_what_any_objective_finds_good():
     offline = made(*[(i / 10, 1 - i / 20) for i in range(11)])  # quantile 0.7 at 0.7 and 0.85
     answers = made((0.69, 0.84), (0.7, 0.0), (0.0, 0.86), (1.0, 1.0), (0.5, 0.5))
     assert [a["text"] for a in ric.good(answers, offline, 0.7)] == ["1", "2", "3"]
-    assert ric.good(answers, offline, 0.0) == answers[:1] + answers[1:2] + answers[2:4] + [
-        a for a in answers[4:] if max(a["scores"]) >= 0
-    ]
+    assert ric.good(answers, offline, 0.0) == answers
     assert [a["text"] for a in ric.good(answers, offline, 1.0)] == ["3"]
 
 
@@ -154,7 +151,7 @@ def test_an_online_round_learns_from_the_good_and_a_share_of_the_first(trained):
         again = learned[number][len(best) :]
         assert learned[number][: len(best)] == best
         assert len(again) == round(section.keep * len(offline)) and all(answer in offline for answer in again)
-        assert len({json.dumps(answer) for answer in again}) == len({*map(json.dumps, again)})
+        assert len({answer["request"] for answer in again}) == len(again), "drawn twice"
     assert learned[1][-len(again) :] != learned[2][-len(again) :]
 
 
@@ -256,5 +253,5 @@ def test_wrong_settings_are_found_before_anything_is_sampled(copied, monkeypatch
 
 def test_too_large_a_batch(copied):
     run, section = started(copied, batch_size=64)
-    with pytest.raises(UserError, match="batch_size 64: the data set has only 4"):
+    with pytest.raises(UserError, match=r"batch_size 64: the data set has only \d+ rows; lower the batch size"):
         ric.train(run, section, STAGE)
