@@ -7,7 +7,7 @@ apart. How an entry of `config.methods` answers for weights p:
 | entry | weights of its adapters | what the prompt states |
 |---|---|---|
 | preferences own, or mix "weights" | p: a soup, or the conditioned policy itself | p, where training did so |
-| fixed | one-hot on the policy of p; of others there is none. A single one serves everybody | p, where training did so |
+| fixed | one-hot on the policy of p, if there is one; a single policy serves everybody | p, where training did so |
 | grid, dirichlet, combinations | the one policy | p |
 | train "ric" | the one policy | the target of p |
 | answer "bone" | `bone_soup_weights`, for fixed mixed rewards | as above |
@@ -111,41 +111,46 @@ class Front:
     def player(self, name: str) -> Player:
         """The method of an entry. Raises UserError for an entry that cannot answer."""
         run, spec = self.run, methods.entry(self.run, name)
-        answer = spec.get("answer", "soup")
+        answer, source = spec.get("answer", "soup"), spec.get("of") or name
         if answer not in ANSWERS:
             raise UserError(f"methods.{name}.answer {answer!r}: unknown; choose one of {', '.join(ANSWERS)}")
-        source = spec.get("of") or name
-        if not spec.get("train", "policy") and source == name:
-            words = Statement()
-            stated = spec.get("stated", True)
-            say = functools.partial(words, run.registry, self.names) if stated else lambda p: ""
+        trainer = methods.entry(run, source).get("train", "policy")
+        if not trainer:
+            say = self._words(Statement()) if spec.get("stated", True) else _silence
             return Player(None, lambda p: (), say, None, _drawing(sample))
         settings = methods.settings_of(run, source)
-        if methods.entry(run, source).get("train") == "ric":
-            words = Statement(**settings.statement)
-            say = lambda p: words(run.registry, self.names, np.asarray(target_map(np.array(p), settings.target)))  # noqa: E731
-            return Player(
-                policy.load_bank(run, methods.folder(source), ["policy"]), lambda p: (1.0,), say, None, _drawing(sample)
-            )
+        if trainer == "ric":
+            bank = policy.load_bank(run, methods.folder(source), ["policy"])
+            words = self._words(Statement(**settings.statement))
+
+            def goal(p):
+                return words(np.asarray(target_map(np.array(p), settings.target)).tolist())
+
+            return Player(bank, lambda p: (1.0,), goal, None, _drawing(sample))
         goals = Goals(run, settings)
         bank = policy.load_bank(run, methods.folder(source), goals.adapters)
-        say = functools.partial(goals.words, self.names) if goals.told else lambda p: ""
-        points, draw = None, _drawing(sample)
-        if goals.kind == "own" or goals.mix == "weights":
-            mix = lambda p: p + (0.0,) * (len(goals.adapters) - len(p))  # noqa: E731
-        elif answer == "bone":
-            away = spec.get("extrapolation", 0.0)
-            mix = lambda p: tuple(bone_soup_weights(p, goals.points, away).tolist())  # noqa: E731
-        elif goals.kind == "fixed" and len(goals.points) > 1:
-            points = list(goals.points)
-            mix = lambda p: tuple(np.eye(len(points))[points.index(p)].tolist())  # noqa: E731
-        else:
-            mix = lambda p: (1.0,)  # noqa: E731
+        mix, points = self._mix(goals, answer, spec.get("extrapolation", 0.0))
+        draw = sample
         if answer == "mod":
             if not is_low_rank(bank):
                 raise UserError(f"methods.{name}: MOD runs every policy as a row, which takes adapters; set a rank")
-            draw = _drawing(functools.partial(sample_combined, spec.get("divergence", "reverse_kl")))
-        return Player(bank, mix, say, points, draw)
+            draw = functools.partial(sample_combined, spec.get("divergence", "reverse_kl"))
+        return Player(bank, mix, self._words(goals.statement) if goals.told else _silence, points, _drawing(draw))
+
+    def _words(self, statement: Statement) -> Callable[[Point], str]:
+        return functools.partial(statement, self.run.registry, self.names)
+
+    def _mix(self, goals: Goals, answer: str, away: Any) -> tuple[Callable[[Point], Point], list[Point] | None]:
+        """Weights p -> a row of `mix`, and the only p there is one for (None: any)."""
+        if goals.kind == "own" or goals.mix == "weights":
+            more = len(goals.adapters) - len(self.names)  # the general policy has no part in a soup
+            return lambda p: p + (0.0,) * more, None
+        if answer == "bone":
+            return lambda p: tuple(bone_soup_weights(p, goals.points, away).tolist()), None
+        if goals.kind == "fixed" and len(goals.points) > 1:
+            one_hot = np.eye(len(goals.points))
+            return lambda p: tuple(one_hot[goals.points.index(p)].tolist()), list(goals.points)
+        return lambda p: (1.0,), None
 
     def answers(self, player: Player, points: Sequence[Point], seed: int) -> np.ndarray:
         """Scaled scores [n, P, N] of a method at `points`, for P held-out prompts."""
@@ -182,6 +187,10 @@ class Front:
         }
         found["evaluation_seconds"] = time.perf_counter() - started
         return found
+
+
+def _silence(_: Point) -> str:
+    return ""
 
 
 def _drawing(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -33,7 +33,10 @@ def entry(run: Run, name: str) -> dict[str, Any]:
 
 
 def settings_of(run: Run, name: str) -> Any:
-    """The section that trains an entry, with the entry's changes. Raises UserError for an unknown trainer or setting."""
+    """The section that trains an entry, with the changes of the entry.
+
+    Raises UserError for an unknown trainer or setting.
+    """
     changes = entry(run, name)
     trainer = changes.pop("train", "policy")
     if trainer not in TRAINERS:

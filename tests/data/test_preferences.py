@@ -90,7 +90,7 @@ def test_weights_in_words():
     assert Statement(form="numbers", decimals=2)(registry, ids, (0.25, 0.75)) == "short 0.25 everything 0.75"
     assert Statement(form="tally", levels=4)(registry, ids, (0.25, 0.75)) == "short everything everything everything"
     assert Statement(form="numbers")({"a": Preference(dimension="d", sentence="")}, ["a"], [1.0]) == "a 1.0"
-    with pytest.raises(UserError, match="statement.form 'colours': unknown; choose one of sentences, numbers, tally"):
+    with pytest.raises(UserError, match=r"statement\.form 'colours': unknown; choose one of sentences, numbers, tally"):
         Statement(form="colours")
 
 
