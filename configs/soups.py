@@ -8,6 +8,10 @@ Any Hugging Face Llama, here with two lengths and a taste for dialogue as prefer
 
     python -m pjrlhf.main --config=configs/soups.py:hf --config.model.path=FOLDER
 
+Two more styles in the built-in world, 8 to 16 kinds of people:
+
+    python -m pjrlhf.main --config=configs/soups.py:styles
+
 Built-in world, default seed, 2 CPU cores: about 2 minutes, compilation included; figures in BUILD_NOTES.md.
 """
 
@@ -35,9 +39,20 @@ def get_config(variant: str = "world") -> ml_collections.ConfigDict:
     }
     if variant == "hf":
         huggingface(c)
+    elif variant == "styles":
+        styles(c)
     elif variant != "world":
-        raise ValueError(f"configs/soups.py:{variant}: unknown variant; use configs/soups.py or configs/soups.py:hf")
+        known = "configs/soups.py or configs/soups.py:hf or configs/soups.py:styles"
+        raise ValueError(f"configs/soups.py:{variant}: unknown variant; use {known}")
     return c
+
+
+def styles(c: ml_collections.ConfigDict) -> None:
+    """The scaling experiment of the paper: two more styles make 2 x 2 x 4 = 16 kinds of people."""
+    c.title = "Two more styles: 8 to 16 kinds of people"
+    c.preferences = c.model.tokenizer = "world16"
+    c.objectives += ("P3C", "P3D")
+    c.general = ""
 
 
 def huggingface(c: ml_collections.ConfigDict) -> None:

@@ -85,7 +85,7 @@ def policies(c: ml_collections.ConfigDict) -> None:
     }
     c.policy = {
         # What policies are trained for, see stages/goals.py: own, fixed, grid, dirichlet, combinations.
-        "preferences": {"kind": "own", "points": (), "alpha": 1.0, "held_out": ()},
+        "preferences": {"kind": "own", "objectives": (), "points": (), "alpha": 1.0, "held_out": ()},
         "mix": "own",  # own: an adapter per policy; weights: one per objective, mixed by the preference weights
         "statement": {"form": "sentences", "decimals": 1, "levels": 10},  # sentences, numbers, tally
         "scale": "std",  # of rewards: std, or quantiles (0 to 1)

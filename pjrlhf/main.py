@@ -75,7 +75,7 @@ def main(_: list[str]) -> None:
 
     workdir = Workdir(_WORKDIR.value or default_workdir(FLAGS["config"].config_filename))
     workdir.write_config(
-        config.to_dict(), ignore=("log_every", "checkpoint_every", "stages", "title", "methods", *EVALUATIONS)
+        config.to_dict(), ignore=("log_every", "checkpoint_every", "stages", "title", "seeds", "methods", *EVALUATIONS)
     )
     stages.run(config, workdir)
     summary = workdir.path / "report" / "summary.json"

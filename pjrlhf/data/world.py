@@ -5,15 +5,19 @@ A request names a topic. An answer is a sequence of statements, each ended by a 
 one of them sayable in plain or in specialist words, and friendly or unfriendly remarks. Because every statement is
 known, any text can be judged exactly. The world stands in for a public instruction corpus and for GPT-4 as a judge;
 nothing that trains knows about it.
+
+A larger world has two more styles, sassy and sarcastic remarks, as in the scaling experiment of the paper. What
+differs between the two takes the registry of preferences.
 """
 
 import collections
 import dataclasses
 import functools
 import hashlib
+import itertools
 import random
 
-from pjrlhf.data.preferences import Preference, Registry
+from pjrlhf.data.preferences import Preference, Registry, dimensions
 from pjrlhf.data.tokenization import write_folder
 
 PREFERENCES: Registry = {
@@ -24,6 +28,13 @@ PREFERENCES: Registry = {
     "P3A": Preference(dimension="style", sentence="be kind .", label="kind"),
     "P3B": Preference(dimension="style", sentence="be rude .", label="rude"),
 }
+# 2 x 2 x 4 = 16 kinds of people.
+PREFERENCES16: Registry = {
+    **PREFERENCES,
+    "P3C": Preference(dimension="style", sentence="be sassy .", label="sassy"),
+    "P3D": Preference(dimension="style", sentence="be sarcastic .", label="sarcastic"),
+}
+WORLDS = {"world": PREFERENCES, "world16": PREFERENCES16}
 
 TOPICS = [
     "sun",
@@ -99,8 +110,25 @@ UNFRIENDLY = (
     "now go away .",
     "never ask me again .",
 )
-# The first remarks open an answer, the others close it.
+SASSY = (
+    "well look at you !",
+    "listen up my darling !",
+    "oh you need me !",
+    "try to keep up !",
+    "you are welcome darling !",
+)
+SARCASTIC = (
+    "wow how very original .",
+    "oh what a surprise .",
+    "sure i have time .",
+    "i am truly thrilled .",
+    "please do ask more .",
+)
+# The first remarks of a tone open an answer, the others close it.
 OPENERS = 3
+REMARKS = {"friendly": FRIENDLY, "unfriendly": UNFRIENDLY, "sassy": SASSY, "sarcastic": SARCASTIC}
+# Style -> the tone it asks for.
+TONES = {"P3A": "friendly", "P3B": "unfriendly", "P3C": "sassy", "P3D": "sarcastic"}
 
 # No answer of the world itself is longer: two remarks and every aspect, in words.
 MAX_WORDS = 5 + 5 + 5 * len(ASPECTS)
@@ -128,6 +156,17 @@ def _facts() -> dict[str, tuple[str, int, bool]]:
     return facts
 
 
+@functools.cache
+def _remarks() -> dict[str, str]:
+    """Remark -> its tone."""
+    return {remark: tone for tone, remarks in REMARKS.items() for remark in remarks}
+
+
+def tones(registry: Registry) -> dict[str, str]:
+    """`TONES` of the styles in `registry`."""
+    return {name: tone for name, tone in TONES.items() if name in registry}
+
+
 def prompts() -> list[str]:
     """All requests, topic by topic."""
     return [request.format(topic) for topic in TOPICS for request in REQUESTS]
@@ -150,11 +189,19 @@ class Habits:
     error: float = 0.25  # chance that a fact is wrong
     evasion: float = 0.2  # chance of remarks without a single fact
     specialist: float = 0.35  # share of specialist wording where no preference decides
-    friendly: float = 0.3  # chance of a friendly answer where no preference decides
+    friendly: float = 0.3  # chance of each tone the world has, where no preference decides
     unfriendly: float = 0.15
+    sassy: float = 0.1
+    sarcastic: float = 0.1
 
 
-def answer(prompt: str, stated: tuple[str, ...], rng: random.Random, habits: Habits = Habits()) -> str:
+def answer(
+    prompt: str,
+    stated: tuple[str, ...],
+    rng: random.Random,
+    habits: Habits = Habits(),
+    registry: Registry = PREFERENCES,
+) -> str:
     """One answer as a writer of the corpus would give it, following each stated preference with chance
     `habits.obedience`.
     """
@@ -183,42 +230,44 @@ def answer(prompt: str, stated: tuple[str, ...], rng: random.Random, habits: Hab
         specialist = rng.random() < register
         facts.append(templates[specialist].format(values[index][specialist]))
 
-    tone = None
+    known = tones(registry)
     draw = rng.random()
     evasive = rng.random() < habits.evasion
-    if "P3A" in obeyed:
-        tone = FRIENDLY
-    elif "P3B" in obeyed:
-        tone = UNFRIENDLY
-    elif draw < habits.friendly:
-        tone = FRIENDLY
-    elif draw < habits.friendly + habits.unfriendly:
-        tone = UNFRIENDLY
+    # The chances of the tones lie end to end, and the draw falls into one of them or beyond.
+    ends = itertools.accumulate(getattr(habits, tone) for tone in known.values())
+    tone = next((tone for tone, end in zip(known.values(), ends, strict=True) if draw < end), None)
+    tone = next((tone for name, tone in known.items() if name in obeyed), tone)
     if evasive:
         facts = []
-        tone = tone or rng.choice((FRIENDLY, UNFRIENDLY))
+        tone = tone or rng.choice(list(known.values()))
     opener, closer = [], []
     if tone is not None:
         where = rng.choice(("open", "close", "both"))
         if where != "close":
-            opener = [rng.choice(tone[:OPENERS])]
+            opener = [rng.choice(REMARKS[tone][:OPENERS])]
         if where != "open":
-            closer = [rng.choice(tone[OPENERS:])]
+            closer = [rng.choice(REMARKS[tone][OPENERS:])]
     return " ".join(opener + facts + closer)
 
 
-def corpus(prompt_list: list[str], size: int, seed: int, habits: Habits = Habits()) -> list[dict[str, str]]:
+def corpus(
+    prompt_list: list[str],
+    size: int,
+    seed: int,
+    habits: Habits = Habits(),
+    registry: Registry = PREFERENCES,
+) -> list[dict[str, str]]:
     """`size` records {"prompt", "completion"}: half without preference sentences, half with one to three of them."""
     rng = random.Random(seed)
+    groups = list(dimensions(registry, registry).values())
     records = []
     for _ in range(size):
         prompt = rng.choice(prompt_list)
         stated: tuple[str, ...] = ()
         if rng.random() < 0.5:
-            chosen_dimensions = rng.sample(("P1", "P2", "P3"), rng.randint(1, 3))
-            stated = tuple(sorted(dimension + rng.choice("AB") for dimension in chosen_dimensions))
-        text = " ".join([prompt, *(PREFERENCES[name].sentence for name in stated)])
-        records.append({"prompt": text, "completion": answer(prompt, stated, rng, habits)})
+            stated = tuple(sorted(rng.choice(group) for group in rng.sample(groups, rng.randint(1, len(groups)))))
+        text = " ".join([prompt, *(registry[name].sentence for name in stated)])
+        records.append({"prompt": text, "completion": answer(prompt, stated, rng, habits, registry)})
     return records
 
 
@@ -231,12 +280,12 @@ def parse(prompt: str, text: str) -> dict[str, float]:
 
     Returns:
       plain, specialist: facts in each wording; true, false: distinct facts that hold or do not hold for the topic;
-      aspects: distinct aspects covered; friendly, unfriendly: distinct remarks; words: length; junk: share of words
-      in no known statement, in [0, 1] (1 for an empty text).
+      aspects: distinct aspects covered; friendly, unfriendly, sassy, sarcastic: distinct remarks; words: length;
+      junk: share of words in no known statement, in [0, 1] (1 for an empty text).
     """
     words = text.split()
     counts: collections.Counter[str] = collections.Counter()
-    topic, facts = topic_of(prompt), _facts()
+    topic, facts, remarks = topic_of(prompt), _facts(), _remarks()
     seen: dict[str, int] = {}
     statement: list[str] = []
     junk = 0
@@ -251,15 +300,15 @@ def parse(prompt: str, text: str) -> dict[str, float]:
             if aspect not in seen:
                 seen[aspect] = index
                 counts["true" if topic is not None and truth(topic, aspect) == index else "false"] += 1
-        elif joined in FRIENDLY or joined in UNFRIENDLY:
+        elif joined in remarks:
             if joined not in seen:
                 seen[joined] = 0
-                counts["friendly" if joined in FRIENDLY else "unfriendly"] += 1
+                counts[remarks[joined]] += 1
         else:
             junk += len(statement)
         statement = []
     junk += len(statement)
-    names = ("plain", "specialist", "true", "false", "friendly", "unfriendly")
+    names = ("plain", "specialist", "true", "false", *REMARKS)
     return {
         **{name: float(counts[name]) for name in names},
         "aspects": counts["true"] + counts["false"],
@@ -268,23 +317,24 @@ def parse(prompt: str, text: str) -> dict[str, float]:
     }
 
 
-def score(prompt: str, text: str, criterion: str) -> float:
+def score(prompt: str, text: str, criterion: str, registry: Registry = PREFERENCES) -> float:
     """How well `text` answers `prompt` by one criterion, higher is better, about -2 to 1; nonsense costs by its share.
 
-    Criteria: the six preferences, and "helpful", what people agree on: two facts or more, none of them wrong, and
-    nothing rude. It plays the part of general helpfulness in RLHF. Raises KeyError for another criterion.
+    Criteria: the preferences, a style by its own remarks less those of other tones, and "helpful", what people agree
+    on: two facts or more, none of them wrong, and nothing rude. It plays the part of general helpfulness in RLHF.
+    Raises KeyError for another criterion.
     """
     p = parse(prompt, text)
     facts = p["plain"] + p["specialist"]
     lean = (p["specialist"] - p["plain"]) / facts if facts else -1.0
-    warmth = min(max(p["friendly"] - p["unfriendly"], -2), 2) / 2
+    remarks = sum(p[tone] for tone in REMARKS)
+    styles = {name: min(max(2 * p[tone] - remarks, -2), 2) / 2 for name, tone in tones(registry).items()}
     value = {
         "P1A": -lean if facts else -1.0,
         "P1B": lean,
         "P2A": -p["words"] / MAX_WORDS if facts else -1.0,
         "P2B": p["aspects"] / len(ASPECTS),
-        "P3A": warmth,
-        "P3B": -warmth,
+        **styles,
         "helpful": (min(p["aspects"], 2.0) - p["unfriendly"]) / 2 - p["false"] / 4,
     }[criterion]
     return value - p["junk"]
@@ -300,20 +350,24 @@ CHAT_TEMPLATE = (
 )
 
 
-def vocabulary() -> list[str]:
-    """Every word of the language, special tokens first."""
-    texts = [*REQUESTS, *FRIENDLY, *UNFRIENDLY, *_facts(), *(p.sentence for p in PREFERENCES.values())]
-    words = sorted({word for text in texts for word in text.split()} - {"{}"} | set(TOPICS))
-    return [*SPECIAL, *words]
+def vocabulary(registry: Registry = PREFERENCES) -> list[str]:
+    """Every word of the language, special tokens first; words that only the larger world has come last."""
+    words = list(SPECIAL)
+    for known in (PREFERENCES, registry):
+        remarks = itertools.chain.from_iterable(REMARKS[tone] for tone in tones(known).values())
+        texts = [*REQUESTS, *TOPICS, *_facts(), *remarks, *(p.sentence for p in known.values())]
+        words += sorted({word for text in texts for word in text.split()} - {"{}", *words})
+    return words
 
 
-def write_tokenizer(folder) -> None:
+def write_tokenizer(folder, registry: Registry = PREFERENCES) -> None:
     """Writes a Hugging Face tokenizer of the language (word level) into `folder`: tokenizer.json and
     tokenizer_config.json.
     """
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(vocabulary())}, unk_token="<unk>"))
+    words = {word: i for i, word in enumerate(vocabulary(registry))}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer.decoder = decoders.WordPiece(prefix="##", cleanup=False)
     tokenizer.add_special_tokens([AddedToken(word, special=True) for word in SPECIAL])

@@ -71,6 +71,16 @@ def bootstrap_interval(
     return float(interval.low), float(interval.high)
 
 
+def mean_interval(values: Sequence[float], level: float = 0.95) -> dict[str, float]:
+    """{"mean", "low", "high"} of a few independent values, by Student's t; one value has an interval of zero width."""
+    values = np.asarray(values, np.float64)
+    mean = float(values.mean())
+    if len(values) < 2:
+        return {"mean": mean, "low": mean, "high": mean}
+    error = float(stats.t.ppf(0.5 + level / 2, len(values) - 1) * values.std(ddof=1) / math.sqrt(len(values)))
+    return {"mean": mean, "low": mean - error, "high": mean + error}
+
+
 def spearman(x: Sequence[float], y: Sequence[float]) -> float:
     """Spearman's rank correlation in [-1, 1]; 0 where a side is constant (what does not move is not controlled)."""
     return _rank_correlation(stats.spearmanr, x, y)

@@ -54,7 +54,7 @@ class Run:
     @functools.cached_property
     def registry(self) -> Registry:
         """Preference id -> dimension and sentence."""
-        named = {"world": world.PREFERENCES, "paper": preferences.PAPER}
+        named = {"world": world.PREFERENCES, "paper": preferences.PAPER, "world16": world.PREFERENCES16}
         wanted = self.config.preferences
         if isinstance(wanted, str):
             if wanted not in named:
@@ -70,6 +70,13 @@ class Run:
         return registry
 
     @property
+    def world_preferences(self) -> Registry:
+        """The preferences that the corpus and the judge of the built-in world know; the plain world's for a registry
+        from elsewhere.
+        """
+        return world.PREFERENCES16 if self.config.preferences == "world16" else world.PREFERENCES
+
+    @property
     def objectives(self) -> tuple[str, ...]:
         """The preferences that get an ingredient each."""
         return tuple(self.config.objectives)
@@ -83,7 +90,7 @@ class Run:
     def score(self) -> Callable[[str, str, str], float]:
         """The judge's score of (prompt, answer, criterion), on plain requests."""
         if self.config.judge == "world":
-            return world.score
+            return functools.partial(world.score, registry=self.world_preferences)
         criteria = dict(self.config.judge)
         missing = [name for name in self.rewards if name not in criteria]
         if missing:
@@ -125,13 +132,13 @@ class Run:
 
     def _write_tokenizer(self, folder: pathlib.Path) -> None:
         spec = self.config.model.tokenizer
-        if spec == "world":
-            world.write_tokenizer(folder)
+        if isinstance(spec, str) and spec in world.WORLDS:
+            world.write_tokenizer(folder, world.WORLDS[spec])
             return
         kind = spec if isinstance(spec, str) else spec.get("kind")
         if kind != "bpe":
             raise UserError(
-                f'model.tokenizer {kind!r}: unknown; choose "world" or {{"kind": "bpe", "vocab_size": ...}}'
+                f'model.tokenizer {kind!r}: unknown; choose "world", "world16" or {{"kind": "bpe", "vocab_size": ...}}'
             )
         examples = self.completions
         texts = [f"{request_of(e.prompt)}\n{e.completion}" for e in examples]
@@ -240,9 +247,10 @@ class Run:
         """What the base is fine-tuned on: answers to requests that are not held out, asked as this run asks."""
         config, d = self.config.sft, self.config.data
         if config.data == "world":
+            corpus = world.corpus(self.requests[0], config.records, self.config.seed, registry=self.world_preferences)
             records = [
                 {"messages": [*self.ask(record["prompt"]), {"role": "assistant", "content": record["completion"]}]}
-                for record in world.corpus(self.requests[0], config.records, self.config.seed)
+                for record in corpus
             ]
             source = open_source({"kind": "records", "records": records, "name": "built-in world"})
         else:

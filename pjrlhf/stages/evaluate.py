@@ -1,8 +1,9 @@
 """The evaluation of Personalized Soups (arXiv 2310.11564, section 5) on held-out prompts, and the report.
 
 Per kind of person (a combination of one preference per dimension): pairwise judgements, one criterion at a time and in
-both orders, among the base, the base told the preferences (preference prompting), RLHF on one general reward, and the
-soup with equal weights; each ingredient on its own criterion; and a sweep of the weights between opposite preferences.
+both orders, among the base, the base told the preferences (preference prompting), RLHF on one general reward, policies
+trained for all combinations (Prompted-MORL, entries of `config.methods`), and the soup with equal weights; each
+ingredient on its own criterion; and a sweep of the weights between opposite preferences.
 """
 
 import dataclasses
@@ -10,21 +11,24 @@ import functools
 import itertools
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from pjrlhf.data import preferences
+from pjrlhf.errors import UserError
 from pjrlhf.evaluation.judges import BothOrders, ScoreJudge
 from pjrlhf.evaluation.report import write_report
 from pjrlhf.evaluation.statistics import chord_gap, spearman
 from pjrlhf.evaluation.winrate import aggregate, combo_outcomes, win_rate
 from pjrlhf.models.adapters import is_low_rank
 from pjrlhf.rollout.experience import sample
-from pjrlhf.stages import policy
+from pjrlhf.stages import methods, policy
 from pjrlhf.stages.context import Run
+from pjrlhf.stages.goals import Goals
 from pjrlhf.training.progress import progress
 from pjrlhf.training.workdir import disk_errors
 
@@ -70,14 +74,50 @@ class Sampler:
         return texts
 
 
+def adapters(run: Run) -> tuple[Any, tuple[str, ...], tuple[str, ...]]:
+    """(the bank of all that answer, the names of its adapters, those of them that are told whole combinations): the
+    policies of the stage of that name, then the entries of `methods` for preferences of their own or combinations.
+    """
+    parts, names, prompted = [], [], []
+    if "policy" in run.config.stages:
+        parts.append(policy.load_bank(run))
+        names += run.rewards
+    for name in run.config.get("methods", {}):
+        goals = Goals(run, methods.settings_of(run, name))
+        if goals.kind not in ("own", "combinations"):
+            raise UserError(f"methods.{name}: kind {goals.kind!r} has no place among combinations; use evaluate_front")
+        parts.append(policy.load_bank(run, methods.folder(name), goals.adapters))
+        own = goals.adapters if goals.kind == "own" else (name,)
+        prompted += own if goals.kind == "combinations" else ()
+        names += own
+    if missing := [name for name in run.objectives if name not in names]:
+        raise UserError(
+            f"evaluate: nothing is trained for {missing[0]!r}; add the stage policy, or an entry of methods"
+        )
+    return jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *parts), tuple(names), tuple(prompted)
+
+
+def scaling(run: Run, rates: Mapping[str, Any]) -> dict[str, Any]:
+    """What adding preferences took: `evaluate.scaling` names, for each method, the entries trained when they came."""
+    found = {}
+    for method, entries in run.config.evaluate.scaling.items():
+        info = [run.workdir.finished(methods.folder(name)) for name in entries]
+        found[method] = {
+            "samples": sum(one["samples"] for one in info),
+            "seconds": sum(one["seconds"] for one in info),
+            "ingredients_trained": sum(len(one["ingredients"]) for one in info),
+        }
+    return {"new": list(run.config.evaluate.new_preferences), "methods": found, "win_rate": rates}
+
+
 class Evaluation:
     """Everything the report says about one run."""
 
     def __init__(self, run: Run):
         self.run, self.config = run, run.config.evaluate
-        self.names = run.rewards
+        bank, self.names, self.prompted = adapters(run)
         self.requests = run.requests[1]
-        self.sample = Sampler(run, policy.load_bank(run))
+        self.sample = Sampler(run, bank)
         self.scorer = ScoreJudge(run.score, TIE)
         self.judge = BothOrders(self.scorer)
         self.combos = preferences.combinations(run.registry, run.objectives)
@@ -101,7 +141,8 @@ class Evaluation:
         weights = {"base": self.weights(), "prompting": self.weights(), "soups": soup, "soups_untold": soup}
         if self.run.config.general:
             weights["rlhf"] = self.weights(**{self.run.config.general: 1.0})
-        told = {"prompting", *self.config.told}
+        weights |= {name: self.weights(**{name: 1.0}) for name in self.prompted}
+        told = {"prompting", *self.prompted, *self.config.told}
         if "soups" not in told:
             del weights["soups_untold"]
         words = preferences.sentences(self.run.registry, combo)
@@ -173,14 +214,15 @@ class Evaluation:
         """Each policy alone against the base by its own criterion, two plain answers per held-out request."""
         requests = self.requests * 2
         rows = [Row(request, "", self.weights()) for request in requests]
-        for name in self.names:
+        names = [name for name in self.names if name not in self.prompted]
+        for name in names:
             rows += [Row(request, "", self.weights(**{name: 1.0})) for request in requests]
         texts = self.sample(rows, 41)
         size = len(requests)
         base = texts[:size]
         kl = _last_values(self.run, "objective/kl")
         found = {}
-        for k, name in enumerate(self.names):
+        for k, name in enumerate(names):
             own = texts[(k + 1) * size : (k + 2) * size]
             verdicts = combo_outcomes(self.judge, requests, own, base, (name,))[:, 0]
             found[name] = {
@@ -274,6 +316,8 @@ def run(run: Run) -> dict[str, Any]:
         "sweep": sweep,
         "notes": _notes(sweep),
     }
+    if run.config.evaluate.get("scaling"):
+        summary["scaling"] = scaling(run, people["sections"]["win_rate"])
     summary["config"] = json.loads(json.dumps(summary["config"], default=lambda x: x.to_dict()))
     with disk_errors(run.workdir.path / "report"):
         write_report(

@@ -3,11 +3,11 @@ states, and which adapters give it.
 
 | `preferences.kind` | policies | weights of an answer |
 |---|---|---|
-| own | one per reward model | 1 for its own (Personalized Soups, Rewarded Soups) |
+| own | one per reward model, or for `objectives` alone | 1 for its own (Personalized Soups, Rewarded Soups) |
 | fixed | one per row of `points` | that row (MORL, RLHF on an average, Bone Soups) |
 | grid | one | a row of `points`, at random (MOC) |
 | dirichlet | one | drawn with concentration `alpha` (MOC, CLP) |
-| combinations | one | equal ones of one preference per dimension, at random (Prompted-MORL) |
+| combinations | one | equal ones of one preference per dimension (of `objectives`), at random (Prompted-MORL) |
 """
 
 import dataclasses
@@ -67,9 +67,14 @@ class Goals:
                 self.points = apart
             if not self.points:
                 raise UserError("preferences.points: none is left to train on; give some that are not held out")
-        self.combos = preferences.combinations(run.registry, run.objectives)
+        own = tuple(spec.get("objectives", ())) or run.rewards
+        if unknown := [name for name in own if name not in run.rewards]:
+            raise UserError(
+                f"preferences.objectives: no reward model for {unknown[0]!r}; add it to --config.objectives"
+            )
+        self.combos = preferences.combinations(run.registry, [name for name in own if name in run.objectives])
         self.policies = {
-            "own": run.rewards,
+            "own": own,
             "fixed": tuple(point_name(run.objectives, p) for p in getattr(self, "points", ())),
         }.get(self.kind, ("policy",))
         self.mix = settings.mix
@@ -92,7 +97,7 @@ class Goals:
         """What policy `policy` is rewarded for in row `row` of the data; the same whenever it is asked."""
         everything = tuple(range(len(self.run.objectives)))
         if self.kind == "own":
-            return Goal((policy,), (1.0,), policy)
+            return Goal((self.run.rewards.index(self.policies[policy]),), (1.0,), policy)
         if self.kind == "fixed":
             return Goal(everything, self.points[policy], policy)
         rng = np.random.default_rng((self.run.config.seed, 35, row))
@@ -114,7 +119,7 @@ class Goals:
         them; else None.
         """
         if self.kind == "own":
-            return np.arange(len(self.policies), dtype=np.int32)[:, None]
+            return np.array([[self.run.rewards.index(name)] for name in self.policies], np.int32)
         return None if self.kind == "combinations" else np.arange(len(self.run.objectives), dtype=np.int32)[None]
 
     @property

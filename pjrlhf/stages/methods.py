@@ -67,9 +67,7 @@ def run(run: Run) -> dict[str, Any]:
         described = json.loads(json.dumps(settings.to_dict()))
         if done := run.workdir.finished(stage):
             if done["config"] != described:
-                raise UserError(
-                    f"methods.{name}: trained with other settings before; give it another name, or delete it"
-                )
+                raise UserError(f"methods.{name}: trained with other settings before; choose another name for it")
             logging.info("%s: finished before, skipped", stage)
             continue
         started = time.perf_counter()
