@@ -2,45 +2,38 @@
 
     python -m pjrlhf.main --config=configs/family.py
     python -m pjrlhf.main --config=configs/family.py:three
+    python -m pjrlhf.main --config=configs/family.py:ablation
 
 Two conflicting objectives (short answers, answers that tell everything), or with `:three` kindness besides. Every
-method is an entry of `methods`, all are settings of the stages policy, modpo and ric; see `pjrlhf.config.methods`.
-`:ablation` takes MOC apart: the same policy on the weighted sum alone, on the control reward alone, and with equal
-weights in place of min-norm ones.
+method is an entry of `methods`: settings of the stages policy, modpo and ric, see `pjrlhf.config.family`. `:ablation`
+takes MOC apart: on the weighted sum alone, the control reward alone, with equal weights in place of min-norm ones, and
+so on, all told the same preferences in the same words.
 
-`--config.seeds="(0, 1, 2)"` runs one seed after the other and reports means with intervals. One seed, 2 CPU cores:
-figures and times in BUILD_NOTES.md.
+`--config.seeds="(0, 1, 2)"` runs one seed after the other and reports means with intervals. 2 CPU cores; times and
+figures in BUILD_NOTES.md.
 """
 
 import ml_collections
 
 from pjrlhf import config
 
-TWO, THREE = ("P2A", "P2B"), ("P2A", "P2B", "P3A")
+ABLATION = ("moc", "moc_equal", "moc_per_reward", "moc_per_preference", "moc_hinge", "control", "mgda")
+RULES = ("sum", "tchebycheff", "gdpo", "pama")
 
 
 def get_config(variant: str = "two") -> ml_collections.ConfigDict:
-    if variant not in ("two", "three", "ablation"):
-        raise ValueError(f"configs/family.py:{variant}: unknown variant; use two, three or ablation")
     c = config.base()
-    c.title = f"The multi-objective family, {'three' if variant == 'three' else 'two'} objectives of the built-in world"
-    config.front(c, THREE if variant == "three" else TWO)
-    family = config.methods(c.objectives)
-    if variant == "ablation":
+    c.title = f"The multi-objective family with {variant} objectives of the built-in world"
+    if variant == "two":
+        config.front(c, ("P2A", "P2B"))
+        config.family(c)
+    elif variant == "three":
+        config.front(c, ("P2A", "P2B", "P3A"))
+        config.family(c)
+    elif variant == "ablation":
         c.title = "MOC and its parts on the built-in world"
-        moc = family["moc"]
-        family = {
-            "moc": moc,
-            "moc_equal": {**moc, "combine": {"kind": "min_norm", "weights": "equal"}},
-            "moc_per_reward": {**moc, "combine": {"kind": "min_norm", "heads": "per_reward+control"}},
-            "moc_hinge": {**moc, "combine": {"kind": "min_norm", "sided": "hinge", "target": "max"}},
-            "control_only": {**moc, "combine": {"kind": "min_norm", "heads": "control"}},
-            "sum_only": {**moc, "combine": {"kind": "sum"}},
-            "mgda": {**moc, "combine": {"kind": "min_norm", "heads": "per_reward"}},
-            "tchebycheff": {**moc, "combine": {"kind": "tchebycheff"}},
-            "gdpo": {**moc, "combine": {"kind": "gdpo"}},
-            "pama": {**moc, "combine": {"kind": "pama"}},
-        }
-    with c.ignore_type():
-        c.methods = ml_collections.ConfigDict(family)
+        config.front(c, ("P2A", "P2B"))
+        config.family(c, *ABLATION, *RULES)
+    else:
+        raise ValueError(f"configs/family.py:{variant}: unknown variant; use two, three or ablation")
     return c

@@ -136,6 +136,7 @@ def front(c: ml_collections.ConfigDict, objectives: tuple[str, ...]) -> None:
     c.policy.update({"scale": "quantiles", "steps": 40, "rollouts": 64})
     c.policy.kl.coefficient = 0.03
     c.policy.experience.update({"missing_eos": 0.3, "score_clip": 0.0})
+    c.ric.samples = 1536  # with those of its online round as many as the policies sample
     c.evaluate_front = {
         "points": (),  # preference weights; () are those of the literature, see evaluation.pareto.simplex_grid
         "unseen": True,  # besides, weights that no method was trained on
@@ -148,45 +149,56 @@ def front(c: ml_collections.ConfigDict, objectives: tuple[str, ...]) -> None:
     c.methods = {}
 
 
-def methods(objectives: tuple[str, ...], rollouts: int = 64) -> dict[str, dict]:
-    """The family as entries of `methods`, each with `rollouts` answers per step in all; only MORL, a policy for every
-    evaluated point, gets as much for each two of its policies.
+def family(c: ml_collections.ConfigDict, *names: str) -> None:
+    """Fills `methods` with the entries of these names (all of them where none is given), sized for `c.objectives`.
+
+    Each answers `policy.rollouts` prompts per step in all; only MORL, which trains a policy for every evaluated point,
+    gets a quarter of that for each of them.
     """
     from pjrlhf.evaluation.pareto import simplex_grid
 
-    N = len(objectives)
+    N, rollouts = len(c.objectives), c.policy.rollouts
+    each = rollouts // N // 4 * 4  # minibatches divide it
     grid = tuple(tuple(row) for row in simplex_grid(N).tolist())
     corners = tuple(tuple(float(i == j) for j in range(N)) for i in range(N))
     subsets = [[(mask >> i) & 1 for i in range(N)] for mask in range(1, 2**N)]
     shares = tuple(tuple(bit / sum(bits) for bit in bits) for bits in subsets)
-    told = {"prompt_preference": "always", "statement": {"form": "tally"}}
-    # A backbone's own objective has this share of its reward.
+    # Of the reward of a backbone of Bone Soups its own objective has 0.7.
     mixed = tuple(tuple(0.7 if i == j else 0.3 / (N - 1) for j in range(N)) for i in range(N))
-    each = rollouts // N // 4 * 4  # minibatches divide it
-    return {
+    on_grid = {"preferences": {"kind": "grid", "points": grid}}
+    tally = {"prompt_preference": "always", "statement": {"form": "tally"}}
+    entries = {
         "prompting": {"train": ""},
-        "rlhf": {"preferences": {"kind": "fixed", "points": ((1 / N,) * N,)}, "rollouts": rollouts},
-        "morl": {"preferences": {"kind": "fixed", "points": grid}, "rollouts": rollouts // 2},
-        "pmorl": {
-            "preferences": {"kind": "grid", "points": shares},
-            "prompt_preference": "always",
-            "rollouts": rollouts,
-        },
+        "rlhf": {"preferences": {"kind": "fixed", "points": ((1 / N,) * N,)}},
+        "morl": {"preferences": {"kind": "fixed", "points": grid}, "rollouts": rollouts // 4},
+        "pmorl": {"preferences": {"kind": "grid", "points": shares}, "prompt_preference": "always"},
         "psoups": {"preferences": {"kind": "own"}, "prompt_preference": "half", "rollouts": each},
         "rsoups": {"preferences": {"kind": "own"}, "rollouts": each},
         "bone": {"preferences": {"kind": "fixed", "points": mixed}, "rollouts": each, "answer": "bone"},
-        "moc": {
-            "preferences": {"kind": "grid", "points": grid},
-            "combine": {"kind": "min_norm"},
-            "rollouts": rollouts,
-            **told,
-        },
-        "clp": {"preferences": {"kind": "dirichlet"}, "mix": "weights", "rollouts": rollouts},
-        "ric": {"train": "ric", "statement": {"form": "tally", "levels": 5}},
+        "moc": {**on_grid, "combine": {"kind": "min_norm"}, **tally},
+        "clp": {"preferences": {"kind": "dirichlet"}, "mix": "weights"},
+        "ric": {"train": "ric"},
         "modpo": {"train": "modpo", "preferences": {"kind": "fixed", "points": grid}},
         "dpo_soups": {"train": "modpo", "preferences": {"kind": "fixed", "points": corners}, "answer": "bone"},
         "mod": {"train": "", "of": "rsoups", "answer": "mod"},
     }
+    # MOC taken apart, and other rules under the same conditions.
+    combine = {
+        "moc_equal": {"kind": "min_norm", "weights": "equal"},
+        "moc_per_reward": {"kind": "min_norm", "heads": "per_reward+control"},
+        "moc_per_preference": {"kind": "min_norm", "heads": "per_preference"},
+        "moc_hinge": {"kind": "min_norm", "sided": "hinge", "target": "max"},
+        "control": {"kind": "min_norm", "heads": "control"},
+        "mgda": {"kind": "min_norm", "heads": "per_reward"},
+        "sum": {"kind": "sum"},
+        "tchebycheff": {"kind": "tchebycheff"},
+        "gdpo": {"kind": "gdpo"},
+        "pama": {"kind": "pama"},
+    }
+    entries |= {name: {**on_grid, "combine": rule, **tally} for name, rule in combine.items()}
+    with c.ignore_type():
+        wanted = names or [name for name in entries if name not in combine]
+        c.methods = ml_collections.ConfigDict({name: entries[name] for name in wanted})
 
 
 def neighbours(c: ml_collections.ConfigDict) -> None:

@@ -152,18 +152,32 @@ SCORERS: dict[str, Callable[[str, str], float]] = {
 
 @functools.cache
 def scorer(name: str) -> Callable[[str, str], float]:
-    """A scoring function `(prompt, text) -> float` by name: a key of `SCORERS`, or "words:happy,glad" for a word list.
+    """A scoring function `(prompt, text) -> float` by name: a key of `SCORERS`, "sentiment" (-1 to 1, by the lexicon of
+    VADER), or "words:happy,glad" for a word list.
 
     Raises:
-      UserError: unknown name or empty word list.
+      UserError: unknown name or empty word list, or VADER is not installed.
     """
     if name in SCORERS:
         return SCORERS[name]
+    if name == "sentiment":
+        return _sentiment()
     kind, _, listed = name.partition(":")
     lexicon = frozenset(words(listed))
     if kind != "words" or not lexicon:
-        raise UserError(f"scorer {name!r}: unknown; use one of {', '.join(SCORERS)} or words:<comma-separated words>")
+        raise UserError(
+            f"scorer {name!r}: unknown; use one of {', '.join(SCORERS)}, sentiment or words:<comma-separated words>"
+        )
     return lambda prompt, text: lexicon_share(text, lexicon)
+
+
+def _sentiment() -> Callable[[str, str], float]:
+    try:
+        from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
+    except ImportError as error:
+        raise UserError("scorer 'sentiment': needs vaderSentiment; pip install 'pjrlhf[sentiment]'") from error
+    analyzer = SentimentIntensityAnalyzer()
+    return lambda prompt, text: float(analyzer.polarity_scores(text)["compound"])
 
 
 def score_by_name(prompt: str, text: str, criterion: str) -> float:

@@ -1,0 +1,51 @@
+"""MOC (arXiv 2604.04497): one policy told preference weights in its prompt, trained on min-norm mixtures of the
+weighted rewards and of a control reward, that rewards be near the weights; beside it the same on the weighted sum.
+
+    python -m pjrlhf.main --config=configs/moc.py
+
+Its full text was not available: what is open to reading is a setting, argued in
+`objectives/multi_objective.py:moc_heads`; `configs/family.py:ablation` compares them.
+
+A real story model, with sentiment (by the lexicon of VADER, `pip install -e '.[sentiment]'`) against brevity, the shape
+of PAMA's task (arXiv 2508.07768), beside its rivals:
+
+    python -m pjrlhf.main --config=configs/moc.py:stories --config.model.path=FOLDER
+
+2 CPU cores: about 2 minutes; figures in BUILD_NOTES.md.
+"""
+
+import ml_collections
+
+from pjrlhf import config
+
+
+def get_config(variant: str = "world") -> ml_collections.ConfigDict:
+    if variant not in ("world", "stories"):
+        raise ValueError(f"configs/moc.py:{variant}: unknown variant; use configs/moc.py or configs/moc.py:stories")
+    c = config.base()
+    c.title = "MOC: one policy that is told preference weights"
+    if variant == "world":
+        config.front(c, ("P2A", "P2B"))
+        config.family(c, "moc", "sum")
+    else:
+        stories(c)
+    return c
+
+
+def stories(c: ml_collections.ConfigDict) -> None:
+    """Sentiment and brevity of stories, from their openings."""
+    c.title = "Sentiment against brevity on a story model"
+    config.front(c, ("happy", "short"))
+    c.stages = ("comparisons", "reward", "methods", "evaluate_front")
+    with c.ignore_type():
+        c.preferences = ml_collections.ConfigDict(
+            {name: {"dimension": name, "sentence": f"{name}.", "label": name} for name in c.objectives}
+        )
+        c.judge = ml_collections.ConfigDict({"happy": "sentiment", "short": "short"})
+        c.data.prompts = ml_collections.ConfigDict({"kind": "jsonl", "path": "configs/story_openings.jsonl"})
+    c.data.chat = False
+    c.data.update({"max_prompt": 96, "prompt_buckets": (32,), "max_completion": 96})
+    c.reward.optimizer.learning_rate = 2e-3
+    c.policy.optimizer.learning_rate = 1e-3
+    c.sample_rows = 128
+    config.family(c, "rlhf", "rsoups", "clp", "moc", "sum", "pama")
