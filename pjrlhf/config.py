@@ -84,7 +84,8 @@ def policies(c: ml_collections.ConfigDict) -> None:
         "optimizer": {"learning_rate": 5e-3, "schedule": "cosine"},
     }
     c.policy = {
-        # What policies are trained for, see stages/goals.py: own, fixed, grid, dirichlet, combinations.
+        # What policies are trained for, see stages/goals.py: own, fixed, grid, dirichlet, combinations. Points are rows
+        # of weights, or a name: simplex, corners, centre, subsets, mixed.
         "preferences": {"kind": "own", "objectives": (), "points": (), "alpha": 1.0, "held_out": ()},
         "mix": "own",  # own: an adapter per policy; weights: one per objective, mixed by the preference weights
         "statement": {"form": "sentences", "decimals": 1, "levels": 10},  # sentences, numbers, tally
@@ -155,31 +156,22 @@ def family(c: ml_collections.ConfigDict, *names: str) -> None:
     Each answers `policy.rollouts` prompts per step in all; only MORL, which trains a policy for every evaluated point,
     gets a quarter of that for each of them.
     """
-    from pjrlhf.evaluation.pareto import simplex_grid
-
-    N, rollouts = len(c.objectives), c.policy.rollouts
-    each = rollouts // N // 4 * 4  # minibatches divide it
-    grid = tuple(tuple(row) for row in simplex_grid(N).tolist())
-    corners = tuple(tuple(float(i == j) for j in range(N)) for i in range(N))
-    subsets = [[(mask >> i) & 1 for i in range(N)] for mask in range(1, 2**N)]
-    shares = tuple(tuple(bit / sum(bits) for bit in bits) for bits in subsets)
-    # Of the reward of a backbone of Bone Soups its own objective has 0.7.
-    mixed = tuple(tuple(0.7 if i == j else 0.3 / (N - 1) for j in range(N)) for i in range(N))
-    on_grid = {"preferences": {"kind": "grid", "points": grid}}
+    each = c.policy.rollouts // len(c.objectives) // 4 * 4  # minibatches divide it
+    on_grid = {"preferences": {"kind": "grid", "points": "simplex"}}
     tally = {"prompt_preference": "always", "statement": {"form": "tally"}}
     entries = {
         "prompting": {"train": ""},
-        "rlhf": {"preferences": {"kind": "fixed", "points": ((1 / N,) * N,)}},
-        "morl": {"preferences": {"kind": "fixed", "points": grid}, "rollouts": rollouts // 4},
-        "pmorl": {"preferences": {"kind": "grid", "points": shares}, "prompt_preference": "always"},
+        "rlhf": {"preferences": {"kind": "fixed", "points": "centre"}},
+        "morl": {"preferences": {"kind": "fixed", "points": "simplex"}, "rollouts": c.policy.rollouts // 4},
+        "pmorl": {"preferences": {"kind": "grid", "points": "subsets"}, "prompt_preference": "always"},
         "psoups": {"preferences": {"kind": "own"}, "prompt_preference": "half", "rollouts": each},
         "rsoups": {"preferences": {"kind": "own"}, "rollouts": each},
-        "bone": {"preferences": {"kind": "fixed", "points": mixed}, "rollouts": each, "answer": "bone"},
+        "bone": {"preferences": {"kind": "fixed", "points": "mixed"}, "rollouts": each, "answer": "bone"},
         "moc": {**on_grid, "combine": {"kind": "min_norm"}, **tally},
         "clp": {"preferences": {"kind": "dirichlet"}, "mix": "weights"},
         "ric": {"train": "ric"},
-        "modpo": {"train": "modpo", "preferences": {"kind": "fixed", "points": grid}},
-        "dpo_soups": {"train": "modpo", "preferences": {"kind": "fixed", "points": corners}, "answer": "bone"},
+        "modpo": {"train": "modpo", "preferences": {"kind": "fixed", "points": "simplex"}},
+        "dpo_soups": {"train": "modpo", "preferences": {"kind": "fixed", "points": "corners"}, "answer": "bone"},
         "mod": {"train": "", "of": "rsoups", "answer": "mod"},
     }
     # MOC taken apart, and other rules under the same conditions.

@@ -71,13 +71,14 @@ def main(_: list[str]) -> None:
     config = _CONFIG.value
     compilation_cache()
     from pjrlhf import stages
+    from pjrlhf.stages import seeds
     from pjrlhf.training.workdir import Workdir
 
     workdir = Workdir(_WORKDIR.value or default_workdir(FLAGS["config"].config_filename))
     workdir.write_config(
         config.to_dict(), ignore=("log_every", "checkpoint_every", "stages", "title", "seeds", "methods", *EVALUATIONS)
     )
-    stages.run(config, workdir)
+    (seeds if config.get("seeds") else stages).run(config, workdir)
     summary = workdir.path / "report" / "summary.json"
     if summary.is_file():
         from pjrlhf.evaluation.report import print_tables

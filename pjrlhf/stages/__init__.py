@@ -31,8 +31,7 @@ def _config_errors(where: str) -> Iterator[None]:
 
 
 def run(config: Any, workdir: Any) -> None:
-    """Runs `config.stages` in order; a stage that this run directory has finished is skipped. With several
-    `config.seeds` all of it runs once for each, see `seeds`.
+    """Runs `config.stages` in order; a stage that this run directory has finished is skipped.
 
     Each stage is a module with `run(context) -> dict`, whose JSON values are recorded in manifest.json.
 
@@ -44,10 +43,6 @@ def run(config: Any, workdir: Any) -> None:
     unknown = [name for name in config.stages if name not in STAGES]
     if unknown:
         raise UserError(f"stages: {unknown[0]!r} is unknown; choose from {', '.join(STAGES)}")
-    if config.get("seeds"):
-        from pjrlhf.stages import seeds
-
-        return seeds.run(config, workdir)
     with _config_errors("run"):
         context = Run(config, workdir)
     for name in config.stages:

@@ -20,6 +20,8 @@ import numpy as np
 from pjrlhf.data import preferences
 from pjrlhf.data.preferences import Statement
 from pjrlhf.errors import UserError
+from pjrlhf.evaluation.pareto import simplex_grid
+from pjrlhf.merging.methods import mixing_matrix
 from pjrlhf.stages.context import Run
 
 KINDS = ("own", "fixed", "grid", "dirichlet", "combinations")
@@ -180,9 +182,21 @@ def encode(run: Run, request: str, words: str) -> list[int]:
     return ids
 
 
-def simplex_points(points: Sequence[Sequence[float]], objectives: Sequence[str], name: str) -> list[tuple[float, ...]]:
-    """Preference weights from a config, checked."""
-    found = []
+def simplex_points(
+    points: str | Sequence[Sequence[float]], objectives: Sequence[str], name: str
+) -> list[tuple[float, ...]]:
+    """Preference weights from a config, checked: rows, or the name of a set.
+
+    "simplex": `pareto.simplex_grid`; "corners": one objective each; "centre": equal weights; "subsets": equal weights of
+    every set of objectives, as sentences can state them; "mixed": the rewards of Bone Soups' backbones.
+    """
+    N, found = len(objectives), []
+    if isinstance(points, str):
+        if points not in NAMED:
+            raise UserError(
+                f"preferences.{name} {points!r}: unknown; give rows of weights, or one of {', '.join(NAMED)}"
+            )
+        points = NAMED[points](N)
     for point in points:
         row = tuple(float(w) for w in point)
         if len(row) != len(objectives):
@@ -191,6 +205,20 @@ def simplex_points(points: Sequence[Sequence[float]], objectives: Sequence[str],
             raise UserError(f"preferences.{name} {row}: not shares; none may be below 0, and their sum is 1")
         found.append(row)
     return found
+
+
+def _subsets(N: int) -> np.ndarray:
+    bits = (np.arange(1, 2**N)[:, None] >> np.arange(N)) & 1
+    return bits / bits.sum(1, keepdims=True)
+
+
+NAMED = {
+    "simplex": simplex_grid,
+    "corners": np.eye,
+    "centre": lambda N: np.full((1, N), 1 / N),
+    "subsets": _subsets,
+    "mixed": lambda N: mixing_matrix(N, 0.7),
+}
 
 
 def point_name(objectives: Sequence[str], point: Sequence[float]) -> str:

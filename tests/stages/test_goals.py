@@ -41,6 +41,15 @@ def test_a_policy_per_point(run):
     assert point_name(("a", "b"), (1 / 3, 2 / 3)) == "a0.333+b0.667"
 
 
+def test_points_by_name(run):
+    def points(name):
+        return goals(run, preferences__kind="fixed", preferences__points=name).points
+
+    assert points("corners") == [tuple(row) for row in np.eye(4).tolist()] and points("centre") == [(0.25,) * 4]
+    assert len(points("simplex")) == 19 and len(points("subsets")) == 15 and (0.5, 0.0, 0.5, 0.0) in points("subsets")
+    np.testing.assert_allclose(points("mixed"), 0.1 + 0.6 * np.eye(4))
+
+
 def test_drawn_weights_are_the_same_whenever_they_are_asked_and_spread_over_the_simplex(run):
     for kind, count in (("grid", 2), ("dirichlet", 60), ("combinations", 4)):
         found = goals(run, preferences__kind=kind, preferences__points=CORNERS)
@@ -102,6 +111,10 @@ def test_words_the_tokenizer_does_not_know(run):
         ({"preferences__kind": "fixed", "preferences__points": ((0.5, 0.5),)}, "2 weights; give one for each of"),
         ({"preferences__kind": "grid", "preferences__points": ((0.5, 0.6, 0.0, 0.0),)}, "not shares"),
         ({"preferences__kind": "fixed", "preferences__points": ()}, "none is left to train on"),
+        (
+            {"preferences__kind": "grid", "preferences__points": "all"},
+            "points 'all': unknown; give rows of weights, or",
+        ),
         ({"preferences__objectives": ("P9",)}, "no reward model for 'P9'"),
         ({"mix": "both"}, "mix 'both': unknown"),
         ({"mix": "weights"}, "needs weights over all objectives"),

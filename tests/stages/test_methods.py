@@ -235,7 +235,7 @@ def test_every_seed_has_its_folder(tmp_path, monkeypatch, summary):
 )
 def test_wrong_seeds(tmp_path, changes, message):
     with pytest.raises(UserError, match=message):
-        tiny.run(tmp_path / "run", tiny_family.settings(**changes))
+        seeds.run(tiny_family.settings(**changes), Workdir(tmp_path))
 
 
 @pytest.mark.slow

@@ -48,16 +48,26 @@ def started(folder, **changes):
 
 @pytest.fixture(scope="module")
 def trained(finished, tmp_path_factory):
-    """(run, settings, what `train` returned, by round the answers learned from); not to be changed."""
+    """(run, settings, what `train` returned, by round the answers learned from); not to be changed.
+
+    Every round must start from the adapter of the one before, and that one must have given its answers.
+    """
     folder = shutil.copytree(finished, tmp_path_factory.mktemp("ric") / "run")
-    learned, fine_tune = {}, ric.fine_tune
+    learned, banks, fine_tune, sampler = {}, [None], ric.fine_tune, ric.Sampler
 
     def watched(run, settings, stage, number, answers, start=None):
+        assert start is banks[-1]
         learned[number] = list(answers)
-        return fine_tune(run, settings, stage, number, answers, start)
+        banks.append(fine_tune(run, settings, stage, number, answers, start))
+        return banks[-1]
+
+    def asked(run, bank):
+        assert bank is banks[-1] is not None
+        return sampler(run, bank)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ric, "fine_tune", watched)
+        patch.setattr(ric, "Sampler", asked)
         run, section = started(folder)
         info = ric.train(run, section, STAGE)
     return run, section, info, learned
@@ -181,7 +191,7 @@ def test_what_is_returned_and_written(trained):
     assert np.mean(first[-3:]) < np.mean(first[:3]) - 0.02
 
 
-def test_a_round_goes_on_from_the_adapter_before(trained):
+def test_a_round_goes_on_from_the_adapter_it_is_given(trained):
     run, section, _, learned = trained
     table = ric.stated(run, section, learned[1], "test")
     start = policy.load_bank(run, STAGE, ["policy"])
@@ -191,11 +201,6 @@ def test_a_round_goes_on_from_the_adapter_before(trained):
     state, _ = method.step(state, next(method.batches))
     moved = jax.tree.map(lambda x, y: float(jnp.abs(x - y).max()), state.trainable, start)  # start is not donated
     assert min(jax.tree.leaves(moved)) > 0
-    # The loss of the first online step is the trained policy's, not the base's.
-    losses = {
-        name: [r["loss"] for r in tiny.lines(run.workdir.path, f"{STAGE}/{name}")] for name in ("round0", "round1")
-    }
-    assert losses["round1"][0] < losses["round0"][0]
 
 
 def never(*arguments, **more):
