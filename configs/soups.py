@@ -23,8 +23,11 @@ from pjrlhf import config
 def get_config(variant: str = "world") -> ml_collections.ConfigDict:
     c = config.base()
     c.title = "Personalized Soups on the built-in world"
-    c.stages = ("sft", "comparisons", "reward", "policy", "evaluate")
+    c.stages = ("sft", "comparisons", "reward", "policy", "methods", "evaluate")
     config.policies(c)
+    # Prompted-MORL samples as many answers as the six ingredients together.
+    pmorl = {"preferences": {"kind": "combinations"}, "prompt_preference": "always", "rollouts": 96}
+    c.methods = {"pmorl": pmorl}
     c.general = "helpful"  # the general reward of the RLHF baseline; "" leaves the baseline out
     c.prompt_preference = "half"
     c.evaluate = {
@@ -36,6 +39,8 @@ def get_config(variant: str = "world") -> ml_collections.ConfigDict:
         "shown": 2,  # sample answers per combination in the report
         # Which methods are told the user's preferences in the prompt besides "prompting", as in the paper.
         "told": ("soups",),
+        "new_preferences": (),  # that came later, and for each method the entries of `methods` trained for them
+        "scaling": {},
     }
     if variant == "hf":
         huggingface(c)
@@ -48,17 +53,34 @@ def get_config(variant: str = "world") -> ml_collections.ConfigDict:
 
 
 def styles(c: ml_collections.ConfigDict) -> None:
-    """The scaling experiment of the paper: two more styles make 2 x 2 x 4 = 16 kinds of people."""
+    """The scaling experiment of the paper: two more styles make 2 x 2 x 4 = 16 kinds of people. For them the soups
+    train two more ingredients and nothing else; Prompted-MORL trains anew, with as many answers as all eight together.
+    """
     c.title = "Two more styles: 8 to 16 kinds of people"
     c.preferences = c.model.tokenizer = "world16"
-    c.objectives += ("P3C", "P3D")
+    old, new = c.objectives, ("P3C", "P3D")
+    c.objectives += new
     c.general = ""
+    c.stages = ("sft", "comparisons", "reward", "methods", "evaluate")
+    pmorl = {"prompt_preference": "always"}
+    with c.ignore_type():
+        c.methods = ml_collections.ConfigDict(
+            {
+                "soups_old": {"preferences": {"kind": "own", "objectives": old}},
+                "soups_new": {"preferences": {"kind": "own", "objectives": new}},
+                "pmorl_8": {"preferences": {"kind": "combinations", "objectives": old}, "rollouts": 96, **pmorl},
+                "pmorl_16": {"preferences": {"kind": "combinations"}, "rollouts": 128, **pmorl},
+            }
+        )
+        c.evaluate.new_preferences = new
+        c.evaluate.scaling = ml_collections.ConfigDict({"soups": ("soups_new",), "pmorl_16": ("pmorl_16",)})
 
 
 def huggingface(c: ml_collections.ConfigDict) -> None:
     """Length and dialogue on a story model without instruction tuning, from the openings of stories."""
     c.title = "Personalized Soups on a Hugging Face model"
     c.stages = ("comparisons", "reward", "policy", "evaluate")
+    del c.methods["pmorl"]  # nothing can be said to this model
     dimensions = {"short": "length", "long": "length", "dialogue": "speech", "plain": "speech"}
     with c.ignore_type():  # names of built-in things give way to descriptions
         c.preferences = ml_collections.ConfigDict(

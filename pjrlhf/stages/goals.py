@@ -187,8 +187,8 @@ def simplex_points(
 ) -> list[tuple[float, ...]]:
     """Preference weights from a config, checked: rows, or the name of a set.
 
-    "simplex": `pareto.simplex_grid`; "corners": one objective each; "centre": equal weights; "subsets": equal weights of
-    every set of objectives, as sentences can state them; "mixed": the rewards of Bone Soups' backbones.
+    "simplex": `pareto.simplex_grid`; "corners": one objective each; "centre": equal weights; "subsets": equal weights
+    of every set of objectives, as sentences can state them; "mixed": the rewards of Bone Soups' backbones.
     """
     N, found = len(objectives), []
     if isinstance(points, str):

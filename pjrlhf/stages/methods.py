@@ -14,6 +14,7 @@ from absl import logging
 
 from pjrlhf.errors import UserError
 from pjrlhf.stages.context import Run
+from pjrlhf.training.workdir import write_json
 
 TRAINERS = ("policy", "modpo", "ric")
 # What an entry says about answering, not about training; see `evaluate_front`.
@@ -65,13 +66,15 @@ def run(run: Run) -> dict[str, Any]:
             continue
         stage, settings = folder(name), settings_of(run, name)
         described = json.loads(json.dumps(settings.to_dict()))
-        if done := run.workdir.finished(stage):
-            if done["config"] != described:
-                raise UserError(f"methods.{name}: trained with other settings before; choose another name for it")
+        kept = run.workdir.stage(stage) / "settings.json"
+        if kept.is_file() and json.loads(kept.read_text(encoding="utf-8")) != described:
+            raise UserError(f"methods.{name}: trained with other settings before; choose another name for it")
+        if run.workdir.finished(stage):
             logging.info("%s: finished before, skipped", stage)
             continue
+        write_json(kept, described)
         started = time.perf_counter()
         trainer = importlib.import_module(f"pjrlhf.stages.{changes.get('train', 'policy')}")
         info = trainer.train(run, settings, stage)
-        run.workdir.mark_finished(stage, time.perf_counter() - started, config=described, **info)
+        run.workdir.mark_finished(stage, time.perf_counter() - started, **info)
     return {"methods": list(run.config.methods)}

@@ -26,7 +26,6 @@ from pjrlhf.parallel.mesh import shard_batch, shard_params
 from pjrlhf.rollout import scoring
 from pjrlhf.rollout.reference import SIDES, reference_logps
 from pjrlhf.stages import policy, reward
-from pjrlhf.stages.comparisons import FILE
 from pjrlhf.stages.context import Run
 from pjrlhf.stages.goals import Goals
 from pjrlhf.stages.pairs import SPLITS
@@ -183,12 +182,7 @@ class Modpo:
 
     def _pairs(self, labels: Sequence[str]) -> TokenTable:
         """The comparisons of the run labelled for any of `labels`, one per policy."""
-        run = self.run
-        spec, lengths = run.config.reward.data, run.lengths
-        if spec == "comparisons":
-            spec = {"kind": "jsonl", "path": str(run.workdir.path / "comparisons" / FILE)}
-            lengths = run.sampled_lengths
-        table = run.pairs(spec, lengths)
+        table = reward.comparisons(self.run)
         found = {example.objective for example in table.examples}
         for name, label in zip(self.goals.policies, labels, strict=True):
             if label not in found:

@@ -94,6 +94,15 @@ def reward_loss(
     return losses.sum(), metrics
 
 
+def comparisons(run: Run) -> TokenTable:
+    """The pairs that reward models learn from: those of the stage comparisons, or of `reward.data`."""
+    spec, lengths = run.config.reward.data, run.lengths
+    if spec == "comparisons":
+        spec = {"kind": "jsonl", "path": str(run.workdir.path / "comparisons" / FILE)}
+        lengths = run.sampled_lengths
+    return run.pairs(spec, lengths)
+
+
 class Reward:
     """The method for `training.loop.run`."""
 
@@ -108,11 +117,7 @@ class Reward:
     def _tables(self) -> tuple[list[TokenTable], list[TokenTable]]:
         """Per objective: training and held-out rows, split by prompt."""
         run = self.run
-        spec, lengths = run.config.reward.data, run.lengths
-        if spec == "comparisons":
-            spec = {"kind": "jsonl", "path": str(run.workdir.path / "comparisons" / FILE)}
-            lengths = run.sampled_lengths
-        table = run.pairs(spec, lengths)
+        table = comparisons(run)
         known = set(run.rewards)
         for example in table.examples:
             if example.objective not in known:

@@ -15,9 +15,12 @@ def run(finished):
     return tiny.start(finished, tiny.settings())
 
 
+ADAPTERS = (*tiny.REWARDS, "pmorl")
+
+
 def weight(row):
     """The row's weights by name, without zeros."""
-    return {name: w for name, w in zip(tiny.REWARDS, row.mix, strict=True) if w}
+    return {name: w for name, w in zip(ADAPTERS, row.mix, strict=True) if w}
 
 
 class Stub:
@@ -101,14 +104,15 @@ def test_weights_zero_sample_the_base(run):
 
 def test_methods_differ_in_prompt_and_weights(run):
     methods = Evaluation(run).methods(("P1A", "P2B"))
-    names = {name: (words, dict(zip(tiny.REWARDS, mix, strict=True))) for name, (words, mix) in methods.items()}
-    zero = dict.fromkeys(tiny.REWARDS, 0.0)
+    names = {name: (words, dict(zip(ADAPTERS, mix, strict=True))) for name, (words, mix) in methods.items()}
+    zero = dict.fromkeys(ADAPTERS, 0.0)
     soup = zero | {"P1A": 0.5, "P2B": 0.5}
     told = "use easy words . tell me everything ."
     assert names == {
         "base": ("", zero),
         "prompting": (told, zero),
         "rlhf": ("", zero | {"helpful": 1.0}),
+        "pmorl": (told, zero | {"pmorl": 1.0}),
         "soups": (told, soup),
         "soups_untold": ("", soup),
     }
@@ -140,10 +144,10 @@ def test_win_rates_are_those_of_the_answers(run):
     assert rate.rate == pytest.approx(wins / (wins + losses))
     back = sections["win_rate"]["base"]["soups"]
     assert (back.wins, back.losses, back.ties) == (losses, wins, pooled.count(0))
-    others = [sections["win_rate"]["soups"][name] for name in ("base", "prompting", "rlhf")]
+    others = [sections["win_rate"]["soups"][name] for name in ("base", "prompting", "rlhf", "pmorl")]
     assert sections["win_rate_average"]["soups"].wins == sum(rate.wins for rate in others)
     untold = sections["ablation"]["soups_untold"]
-    assert untold.keys() == {"base", "prompting", "rlhf", "soups"}
+    assert untold.keys() == {"base", "prompting", "rlhf", "pmorl", "soups"}
     assert sections["position_consistency"] == 1
 
 
@@ -189,7 +193,7 @@ def test_a_sweep_that_runs_the_wrong_way_has_spearman_minus_1(run):
 
     def wrong(row):
         mix = {swap.get(name, name): w for name, w in weight(row).items()}
-        return wordy(Row(row.request, "", tuple(mix.get(name, 0.0) for name in tiny.REWARDS)))
+        return wordy(Row(row.request, "", tuple(mix.get(name, 0.0) for name in ADAPTERS)))
 
     part = evaluation(run, wrong).sweep()["informativeness"]
     assert part["spearman"] == {"P2A": pytest.approx(-1), "P2B": pytest.approx(-1)}

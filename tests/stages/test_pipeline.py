@@ -41,7 +41,7 @@ def logits(config, params, adapter=None, bank=None, mix=None):
 def test_run_directory(finished):
     config = tiny.settings()
     assert read(finished / "config.json") == json.loads(json.dumps(config.to_dict()))
-    assert set(read(finished / "manifest.json")["stages"]) == set(config.stages)
+    assert set(read(finished / "manifest.json")["stages"]) == {*config.stages, "methods/pmorl"}
     for stage in tiny.TRAINING:
         steps = config[stage].steps
         assert [path.name for path in (finished / stage / "checkpoints").iterdir()] == [str(steps)]
@@ -106,7 +106,7 @@ def test_summary(finished):
         assert {"win_rate_vs_base", "kl", "length", "score", "base_score"} <= one.keys()
         rate = one["win_rate_vs_base"]
         assert rate["wins"] + rate["losses"] + rate["ties"] == rate["n"] == 2 * summary["held_out_prompts"]
-    methods = {"base", "prompting", "rlhf", "soups"}
+    methods = {"base", "prompting", "rlhf", "pmorl", "soups"}
     combos = {f"{a}+{b}" for a in ("P1A", "P1B") for b in ("P2A", "P2B")}
     assert summary["combos"].keys() == combos
     for table in (summary["win_rate"], *summary["combos"].values()):

@@ -48,6 +48,7 @@ TINY = {
     "reward.calibration_samples": 32,
     "policy.steps": 4,
     "policy.rollouts": 4,
+    "methods.pmorl.rollouts": 4,
     "evaluate.sweep_points": 3,
     "evaluate.resamples": 50,
     "evaluate.shown": 1,

@@ -4,7 +4,7 @@ import tiny
 
 POINTS = ((0.0, 1.0), (0.5, 0.5), (1.0, 0.0))
 TINY = {
-    **{key: value for key, value in tiny.TINY.items() if not key.startswith(("evaluate.", "objectives"))},
+    **{key: value for key, value in tiny.TINY.items() if not key.startswith(("evaluate.", "objectives", "methods."))},
     "data.max_prompt": 36,
     "model.max_length": 64,
     "policy.steps": 2,
