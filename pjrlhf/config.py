@@ -98,6 +98,7 @@ def policies(c: ml_collections.ConfigDict) -> None:
             "normalize": "none",  # min_norm; or gradient
             "target": "identity",  # of the control reward: identity, l2, max
             "sided": "two",  # of the control reward: two, hinge
+            "control_weight": 1.0,  # of the control reward
             "ideal": 1.0,  # tchebycheff
             "smoothing": 0.0,  # tchebycheff
             "noon": True,  # pama

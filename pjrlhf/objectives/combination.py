@@ -31,6 +31,8 @@ class Combination:
       weights: of "min_norm", "min_norm" or, as an ablation, "equal".
       normalize: of "min_norm", see `multi_objective.gram_matrix`. For two heads "gradient" always gives equal weights.
       target, sided: of the control reward, see `multi_objective.control_reward`.
+      control_weight: what the control reward is multiplied with. It is a mean of squares below 1, so by itself its
+        gradient is the smallest, which min-norm weights favour: with 1 it gets nearly all weight.
       ideal, smoothing: of "tchebycheff", on the scale of the rewards.
       noon: of "pama".
 
@@ -43,6 +45,7 @@ class Combination:
     normalize: str = "none"
     target: str = "identity"
     sided: str = "two"
+    control_weight: float = 1.0
     ideal: float = 1.0
     smoothing: float = 0.0
     noon: bool = True
@@ -79,8 +82,9 @@ class Combination:
         if self.kind in ("gdpo", "pama") or self.heads == "per_reward":
             return jnp.asarray(scores, jnp.float32)
         if self.heads == "control":
-            return mo.control_reward(scores, p, self.target, self.sided)[..., None]
-        return mo.moc_heads(scores, p, self.heads, self.target, self.sided)
+            return self.control_weight * mo.control_reward(scores, p, self.target, self.sided)[..., None]
+        heads = mo.moc_heads(scores, p, self.heads, self.target, self.sided)
+        return heads.at[..., -1].multiply(self.control_weight)
 
     def advantages(
         self, advantages: jax.Array, p: jax.Array, mask: jax.Array, group: jax.Array | None = None

@@ -126,6 +126,12 @@ def test_control_asks_for_rewards_equal_to_the_weights():
     np.testing.assert_allclose(control, 0, atol=1e-7)
     np.testing.assert_allclose(reward, (p * p).sum(1), rtol=1e-6)
     assert (rule.rewards(p + 0.1, p)[:, 1] < 0).all()
+    for heads in ("reward_sum+control", "per_reward+control", "control"):
+        one, four = (
+            Combination(kind="min_norm", heads=heads, control_weight=w).rewards(p + 0.1, p) for w in (1.0, 4.0)
+        )
+        np.testing.assert_allclose(four[:, -1], 4 * one[:, -1], rtol=1e-6)
+        np.testing.assert_array_equal(four[:, :-1], one[:, :-1])
     hinge = Combination(kind="min_norm", sided="hinge")
     np.testing.assert_array_equal(hinge.rewards(p + 0.1, p)[:, 1], 0)
 
