@@ -3,6 +3,15 @@
 import os
 import pathlib
 
+# Most of the time of the tests goes into compiling programs that run once: compile fast rather than well.
+os.environ["XLA_FLAGS"] = " ".join(
+    [
+        os.environ.get("XLA_FLAGS", ""),
+        "--xla_backend_optimization_level=0",
+        "--xla_llvm_disable_expensive_passes=true",
+    ]
+)
+
 import jax
 import pytest
 

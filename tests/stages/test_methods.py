@@ -178,6 +178,7 @@ def test_the_base_is_told_sentences_or_nothing(family, monkeypatch):
 # ---- one-hot weights, seeds
 
 
+@pytest.mark.slow
 def test_a_policy_for_a_corner_is_the_policy_of_that_reward(family, tmp_path):
     """The weighted sum with one-hot weights trains what the single objective trains."""
     config = tiny_family.settings()

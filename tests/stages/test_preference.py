@@ -330,6 +330,7 @@ def test_the_reward_loss_is_that_of_the_paper(records, tmp_path):
         assert tiny.bits(state.trainable[name]) != tiny.bits(trainable[name]), name
 
 
+@pytest.mark.slow
 def test_a_reward_model_knows_people_apart(records, tmp_path):
     run = tiny.start(tmp_path / "run", records(preference__models=REWARD, preference__steps=40, preference__alpha=0.5))
     run.config.preference.optimizer.learning_rate = run.config.preference.user_optimizer.learning_rate = 3e-2
@@ -389,6 +390,7 @@ def test_text_in_a_conversation_stands_in_the_message_to_answer():
     assert turns[2]["content"] == "c"
 
 
+@pytest.mark.slow
 def test_a_text_alone_tells_people_apart(told, tmp_path):
     models = {"text": {"kind": "uniform", "user_text": True}, "pooled": {"kind": "uniform"}}
     config = told(preference__models=models, preference__steps=60)
