@@ -9,7 +9,10 @@ import numpy as np
 import pytest
 from small_policies import ADAPTERS, EOS, MODEL, PAD, bank, base, close, fresh_bank, prompts, value_heads
 
+from pjrlhf.errors import UserError
 from pjrlhf.objectives import policy_gradient as pg
+from pjrlhf.objectives.combination import Combination
+from pjrlhf.objectives.multi_objective import normalize_then_sum, standardize
 from pjrlhf.rollout.experience import ExperienceConfig, experience, sample
 from pjrlhf.rollout.sampler import Sampling
 
@@ -164,3 +167,74 @@ def test_the_kl_is_that_to_the_base():
     rows, statistics = plain()
     kl = np.asarray(pg.kl_estimate(rows["logps"], reference)).sum(2)
     close(statistics["objective/kl"], kl.mean(1), 1e-4)
+
+
+# ---- several objectives, and estimators without a critic
+
+S = 2
+VECTORS = np.random.default_rng(1).normal(0, 2, (K * n, S)).astype(np.float32)
+WEIGHTS = np.random.default_rng(2).dirichlet(np.ones(S), K * n).astype(np.float32)
+
+
+def several(config, combination, weights=WEIGHTS, heads_each=1):
+    trainable = {"bank": bank("lora", K), "heads": value_heads(K, heads_each)}
+    goal = {"weights": weights, "mix": np.eye(K, dtype=np.float32), "group": np.zeros(K * n, np.int32)}
+    run = jax.jit(experience, static_argnums=(0, 1, 2, 3, 11))
+    arguments = (base(), trainable, *sampled("lora"), VECTORS, BETA, goal, combination)
+    return jax.device_get(run(MODEL, ADAPTERS["lora"], config, SAMPLING, *arguments))
+
+
+def totals(statistics, rows):
+    """Per answer: every objective and the weighted sum, less penalty and KL, as the estimators compare them."""
+    reference = run("lora", fresh_bank("lora", K))[0]["logps"]
+    kl = (rows["logps"] - reference).sum(2)
+    stopped = (rows["response"] == EOS).any(2)
+    rest = 1.0 * ~stopped + BETA[:, None] * kl
+    vectors, weights = VECTORS.reshape(K, n, S), WEIGHTS.reshape(K, n, S)
+    return vectors - rest[..., None], (vectors * weights).sum(2) - rest
+
+
+def test_one_hot_weights_give_the_experience_of_that_objective():
+    one_hot = np.tile(np.array([[0.0, 1.0]], np.float32), (K * n, 1))
+    rows, statistics = several(ExperienceConfig(), Combination(), one_hot)
+    want, expected = run("lora", bank("lora", K), scores=VECTORS[:, 1:])
+    for name in ("advantages", "returns", "values"):
+        close(rows[name], want[name], 1e-6)
+    close(statistics["objective/scores"], expected["objective/scores"])
+
+
+def test_the_baseline_of_rloo_is_the_mean_of_the_other_answers():
+    config = ExperienceConfig(estimator="rloo", samples_per_prompt=2, score_clip=0.0)
+    rows, statistics = several(config, Combination())
+    total = totals(statistics, rows)[1].reshape(K, n // 2, 2)
+    want = (total - total[..., ::-1]).reshape(K, n, 1) * rows["mask"]
+    close(rows["advantages"], want, 1e-4)
+    assert not rows["returns"].any()
+
+
+@pytest.mark.parametrize("kind", ["sum", "gdpo"])
+def test_group_advantages_are_those_of_grpo_and_gdpo(kind):
+    config = ExperienceConfig(estimator="group", samples_per_prompt=4, score_clip=0.0)
+    rows, statistics = several(config, Combination(kind=kind), heads_each=1 if kind == "sum" else S)
+    each, total = totals(statistics, rows)
+    for k in range(K):
+        if kind == "sum":
+            want = standardize(total[k].reshape(-1, 4), np.ones((1, 4), bool), axis=1).reshape(-1)
+        else:
+            weights = WEIGHTS.reshape(K, n, S)[k].reshape(-1, 4, S)
+            want = normalize_then_sum(each[k].reshape(-1, 4, S), weights).reshape(-1)
+        close(rows["advantages"][k], np.asarray(want)[:, None] * rows["mask"][k], 2e-4)
+
+
+def test_every_head_has_values_of_its_own():
+    rows, statistics = several(ExperienceConfig(lam=1.0), Combination(kind="gdpo"), heads_each=S)
+    assert rows["values"].shape == rows["returns"].shape == (K, n, N, S)
+    each = totals(statistics, rows)[0]
+    close(rows["returns"][:, :, 0], each, 1e-4)
+    assert statistics["heads"].shape == (K, S)
+
+
+@pytest.mark.parametrize("wrong", [{"estimator": "td"}, {"estimator": "rloo"}, {"estimator": "group"}])
+def test_wrong_estimators(wrong):
+    with pytest.raises(UserError, match=r"estimator '(td|rloo|group)': (unknown|compares)"):
+        ExperienceConfig(**wrong)
