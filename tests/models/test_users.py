@@ -254,3 +254,21 @@ def test_registry_mistakes_are_named():
         registry.import_users(table, {"bob": {"offset": [[0.0]]}})
     with pytest.raises(ValueError, match="a user table of 7 rows beside a registry of 3"):
         UserRegistry.create(["ann", "bob"]).remove_users(table, ["ann"])
+
+
+def test_odd_people_do_not_take_a_centre_from_a_taste():
+    """Two tastes among much noise of everybody's own: one start of k-means often ends with a few odd people as a
+    cluster, and the tastes would share a centre.
+    """
+    people, width = 40, 300
+    taste = np.arange(people) % 10 < 3
+    model = UserModel(kind="individualized", num_users=people, tokens=1, width=width)
+    for seed in range(6):
+        rng = np.random.default_rng(seed)
+        apart = np.where(taste, 1, -1)[:, None] * rng.normal(size=width)
+        vectors = 0.2 * rng.normal(size=(people, width)) + 0.08 * apart
+        offset = np.concatenate([np.zeros((1, width)), vectors]).reshape(people + 1, 1, width)
+        params = {"shared": {"generic": jnp.zeros((1, width))}, "table": {"offset": jnp.asarray(offset, jnp.float32)}}
+        found = clusters_of(model, params, 2, jax.random.key(seed))
+        index = np.asarray(found["table"]["weights"])[1:].argmax(1)
+        assert ((index == index[0]) == (taste == taste[0])).all(), seed
