@@ -159,7 +159,10 @@ def family(c: ml_collections.ConfigDict, *names: str) -> None:
     """
     each = c.policy.rollouts // len(c.objectives) // 4 * 4  # minibatches divide it
     on_grid = {"preferences": {"kind": "grid", "points": "simplex"}}
-    tally = {"prompt_preference": "always", "statement": {"form": "tally"}}
+    # What the base never read takes larger steps to learn; more than five words to tell apart, more samples.
+    tally = {"prompt_preference": "always", "statement": {"form": "tally", "levels": 5}}
+    tally["optimizer"] = {"learning_rate": 6e-3}
+    min_norm = {"kind": "min_norm", "control_weight": 4.0}
     entries = {
         "prompting": {"train": ""},
         "rlhf": {"preferences": {"kind": "fixed", "points": "centre"}},
@@ -168,7 +171,7 @@ def family(c: ml_collections.ConfigDict, *names: str) -> None:
         "psoups": {"preferences": {"kind": "own"}, "prompt_preference": "half", "rollouts": each},
         "rsoups": {"preferences": {"kind": "own"}, "rollouts": each},
         "bone": {"preferences": {"kind": "fixed", "points": "mixed"}, "rollouts": each, "answer": "bone"},
-        "moc": {**on_grid, "combine": {"kind": "min_norm"}, **tally},
+        "moc": {**on_grid, "combine": min_norm, **tally},
         "clp": {"preferences": {"kind": "dirichlet"}, "mix": "weights"},
         "ric": {"train": "ric"},
         "modpo": {"train": "modpo", "preferences": {"kind": "fixed", "points": "simplex"}},
@@ -177,20 +180,23 @@ def family(c: ml_collections.ConfigDict, *names: str) -> None:
     }
     # MOC taken apart, and other rules under the same conditions.
     combine = {
-        "moc_equal": {"kind": "min_norm", "weights": "equal"},
-        "moc_per_reward": {"kind": "min_norm", "heads": "per_reward+control"},
-        "moc_per_preference": {"kind": "min_norm", "heads": "per_preference"},
-        "moc_hinge": {"kind": "min_norm", "sided": "hinge", "target": "max"},
-        "control": {"kind": "min_norm", "heads": "control"},
-        "mgda": {"kind": "min_norm", "heads": "per_reward"},
+        "moc_equal": {**min_norm, "weights": "equal"},
+        "moc_small_control": {**min_norm, "control_weight": 1.0},
+        "moc_per_reward": {**min_norm, "heads": "per_reward+control"},
+        "moc_per_preference": {**min_norm, "heads": "per_preference"},
+        "moc_hinge": {**min_norm, "sided": "hinge", "target": "max"},
+        "control": {**min_norm, "heads": "control"},
+        "mgda": {**min_norm, "heads": "per_reward"},
         "sum": {"kind": "sum"},
         "tchebycheff": {"kind": "tchebycheff"},
         "gdpo": {"kind": "gdpo"},
         "pama": {"kind": "pama"},
     }
     entries |= {name: {**on_grid, "combine": rule, **tally} for name, rule in combine.items()}
+    # The same conditions with the weights of adapters in place of words.
+    entries["moc_mixed"] = {**on_grid, "combine": min_norm, "mix": "weights"}
     with c.ignore_type():
-        wanted = names or [name for name in entries if name not in combine]
+        wanted = names or [name for name in entries if name not in (*combine, "moc_mixed")]
         c.methods = ml_collections.ConfigDict({name: entries[name] for name in wanted})
 
 
