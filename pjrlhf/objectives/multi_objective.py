@@ -252,6 +252,9 @@ def moc_heads(
       target: "identity" by default, because controllability is reported as the squared error of R against p itself.
       sided: "two" by default, for the same reason. Where rewards end below what they could be, try "hinge" with "max".
 
+    `combination.Combination` has the readings that are not about rewards: a head per preference vector, the size of the
+    control reward, the normalisation of the Gram matrix.
+
     Raises ValueError for unknown settings, and for weights that do not fit.
     """
     calibrated, p = _fitting(calibrated, p)
