@@ -1,11 +1,15 @@
 """The evaluation: which weights and prompts each answer is sampled with, and what is counted from the answers."""
 
+import json
+
 import jax
 import numpy as np
 import pytest
 import tiny
 
+from pjrlhf.errors import UserError
 from pjrlhf.models.adapters import bank_size
+from pjrlhf.models.storage import load_tree
 from pjrlhf.stages import evaluate
 from pjrlhf.stages.evaluate import Evaluation, Row, Sampler
 
@@ -209,3 +213,33 @@ def test_the_gap_to_the_chord_has_the_sign_of_the_curve(run):
     assert part["chord_gap"]["P2B"]["mean"] == pytest.approx(expected) and expected > 0
     assert "P2B: the soups lie on average" in evaluate._notes({"informativeness": part})[1]
     assert "above" in evaluate._notes({"informativeness": part})[1]
+
+
+# ---- preferences that come later
+
+
+@pytest.mark.slow
+def test_two_more_styles_train_two_more_ingredients(tmp_path):
+    config = tiny.catalogue("soups").get_config("styles")
+    flat = {k: v for k, v in tiny.TINY.items() if not k.startswith(("objectives", "methods."))}
+    config.update_from_flattened_dict(flat | {"data.max_prompt": 24, "evaluate.sweep_points": 2})
+    for entry in config.methods:
+        config.methods[entry].rollouts = 4
+    config.policy.rollouts = 4
+    folder = tiny.run(tmp_path / "run", config)
+    summary = json.loads((folder / "report" / "summary.json").read_text())
+    assert len(summary["combos"]) == 16 and "P1A+P2B+P3D" in summary["combos"]
+    assert summary["scaling"]["new"] == ["P3C", "P3D"]
+    found = summary["scaling"]["methods"]
+    assert {name: one["ingredients_trained"] for name, one in found.items()} == {"soups": 2, "pmorl_16": 1}
+    assert {name: one["samples"] for name, one in found.items()} == {"soups": 2 * 4 * 4, "pmorl_16": 4 * 4}
+    assert set(summary["win_rate"]) == {"base", "prompting", "soups", "pmorl_8", "pmorl_16"}
+    _, note = load_tree(folder / "methods" / "soups_new" / "bank.safetensors")
+    assert note["adapters"] == ["P3C", "P3D"]
+
+
+def test_everybody_needs_a_policy(finished):
+    config = tiny.settings(stages=("evaluate",))
+    del config.methods["pmorl"]
+    with pytest.raises(UserError, match="nothing is trained for 'P1A'; add the stage policy"):
+        Evaluation(tiny.start(finished, config))
