@@ -85,7 +85,7 @@ def policies(c: ml_collections.ConfigDict) -> None:
     }
     c.policy = {
         # What policies are trained for, see stages/goals.py: own, fixed, grid, dirichlet, combinations. Points are rows
-        # of weights, or a name: simplex, corners, centre, subsets, mixed.
+        # of weights, or a name: simplex, between, corners, centre, subsets, mixed.
         "preferences": {"kind": "own", "objectives": (), "points": (), "alpha": 1.0, "held_out": ()},
         "mix": "own",  # own: an adapter per policy; weights: one per objective, mixed by the preference weights
         "statement": {"form": "sentences", "decimals": 1, "levels": 10},  # sentences, numbers, tally
@@ -172,7 +172,7 @@ def family(c: ml_collections.ConfigDict, *names: str) -> None:
         "rsoups": {"preferences": {"kind": "own"}, "rollouts": each},
         "bone": {"preferences": {"kind": "fixed", "points": "mixed"}, "rollouts": each, "answer": "bone"},
         "moc": {**on_grid, "combine": min_norm, **tally},
-        "clp": {"preferences": {"kind": "dirichlet"}, "mix": "weights"},
+        "clp": {"preferences": {"kind": "dirichlet", "held_out": "between"}, "mix": "weights"},
         "ric": {"train": "ric"},
         "modpo": {"train": "modpo", "preferences": {"kind": "fixed", "points": "simplex"}},
         "dpo_soups": {"train": "modpo", "preferences": {"kind": "fixed", "points": "corners"}, "answer": "bone"},

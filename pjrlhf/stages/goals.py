@@ -187,8 +187,9 @@ def simplex_points(
 ) -> list[tuple[float, ...]]:
     """Preference weights from a config, checked: rows, or the name of a set.
 
-    "simplex": `pareto.simplex_grid`; "corners": one objective each; "centre": equal weights; "subsets": equal weights
-    of every set of objectives, as sentences can state them; "mixed": the rewards of Bone Soups' backbones.
+    "simplex": `pareto.simplex_grid`; "between": those that it holds out; "corners": one objective each; "centre": equal
+    weights; "subsets": equal weights of every set of objectives, as sentences can state them; "mixed": the rewards of
+    Bone Soups' backbones.
     """
     N, found = len(objectives), []
     if isinstance(points, str):
@@ -214,6 +215,7 @@ def _subsets(N: int) -> np.ndarray:
 
 NAMED = {
     "simplex": simplex_grid,
+    "between": functools.partial(simplex_grid, held_out=True),
     "corners": np.eye,
     "centre": lambda N: np.full((1, N), 1 / N),
     "subsets": _subsets,

@@ -5,6 +5,7 @@ import pytest
 import tiny
 
 from pjrlhf.errors import UserError
+from pjrlhf.evaluation.pareto import simplex_grid
 from pjrlhf.stages.goals import NEAR, Goals, Rows, point_name
 from pjrlhf.stages.policy import settings_of
 
@@ -48,6 +49,7 @@ def test_points_by_name(run):
     assert points("corners") == [tuple(row) for row in np.eye(4).tolist()] and points("centre") == [(0.25,) * 4]
     assert len(points("simplex")) == 19 and len(points("subsets")) == 15 and (0.5, 0.0, 0.5, 0.0) in points("subsets")
     np.testing.assert_allclose(points("mixed"), 0.1 + 0.6 * np.eye(4))
+    assert points("between") == [tuple(row) for row in simplex_grid(4, held_out=True).tolist()]
 
 
 def test_drawn_weights_are_the_same_whenever_they_are_asked_and_spread_over_the_simplex(run):
