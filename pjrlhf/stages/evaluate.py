@@ -268,12 +268,12 @@ class Evaluation:
 
 
 def _last_values(run: Run, metric: str, count: int = 3) -> dict[str, float]:
-    """Mean of the last `count` logged values of a per-ingredient metric of the policy stage."""
+    """Mean of the last `count` logged values of a metric of the policies, wherever they were trained."""
     values: dict[str, list[float]] = {name: [] for name in run.rewards}
     with open(run.workdir.path / "metrics.jsonl", encoding="utf-8") as file:
         for line in file:
             record = json.loads(line)
-            if record["stage"] == "policy":
+            if record["stage"] == "policy" or record["stage"].startswith("methods/"):
                 for name, seen in values.items():
                     if (value := record.get(f"{metric}/{name}")) is not None:
                         seen.append(value)
