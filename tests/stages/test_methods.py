@@ -250,3 +250,21 @@ def test_the_whole_family(tmp_path, variant):
     found = json.loads((folder / "report" / "summary.json").read_text())["methods"]
     assert set(found) == set(names)
     assert all(np.isfinite(one["hypervolume"]) for one in found.values())
+
+
+@pytest.mark.slow
+@pytest.mark.real_data
+def test_sentiment_against_brevity_on_a_real_model(shared, tmp_path):
+    config = tiny.catalogue("moc").get_config("stories")
+    sizes = {"comparisons.pairs": 24, "reward.steps": 2, "reward.calibration_samples": 16, "sample_rows": 16}
+    sizes |= {"policy.steps": 2, "policy.rollouts": 4, "data.max_completion": 16, "evaluate_front.base_samples": 1}
+    config.update_from_flattened_dict(sizes | {"model.path": str(shared / "models" / "stories260K")})
+    config.evaluate_front.points = tiny_family.POINTS
+    for name in list(config.methods):
+        if name not in ("moc", "rsoups"):
+            del config.methods[name]
+    config.methods.rsoups.rollouts = 4
+    folder = tiny.run(tmp_path / "run", config)
+    found = json.loads((folder / "report" / "summary.json").read_text())
+    assert found["front"]["objectives"] == ["happy", "short"] and set(found["methods"]) == {"moc", "rsoups"}
+    assert found["front"]["high"][0] <= 1 and found["front"]["low"][1] < 0
