@@ -8,9 +8,10 @@ import numpy as np
 import optax
 import pytest
 from jax.sharding import PartitionSpec
-from small_policies import ADAPTERS, EOS, MODEL, PAD, bank, base, close, heads, prompts
+from small_policies import ADAPTERS, EOS, MODEL, PAD, bank, base, close, heads, prompts, value_heads
 
 from pjrlhf.errors import UserError
+from pjrlhf.objectives.combination import Combination
 from pjrlhf.parallel.mesh import leaf_sharding, make_mesh, shard_batch, shard_params
 from pjrlhf.rollout.experience import ExperienceConfig, experience, sample
 from pjrlhf.rollout.sampler import Sampling
@@ -131,13 +132,18 @@ def test_rows_are_split_over_data_and_fsdp():
 
 @functools.partial(jax.jit, static_argnums=0)
 def rollout_and_gradient(kind, base, trainable, prompt):
-    """Samples, experience on them, and the PPO gradient of policies that have moved a little since."""
+    """Samples, experience on them with two objectives and min-norm weights, and the PPO gradient of policies that have
+    moved a little since.
+    """
     adapter, one_hot = ADAPTERS[kind], jnp.eye(K)
     sampling = Sampling(max_new_tokens=N, eos_id=EOS, pad_id=PAD)
     response = sample(MODEL, adapter, sampling, base, trainable["bank"], one_hot, prompt, jax.random.key(2))
-    scores, beta = jnp.linspace(-1.0, 1.0, K * n), jnp.full(K, 0.1)
-    config = ExperienceConfig()
-    rows, statistics = experience(MODEL, adapter, config, sampling, base, trainable, prompt, response, scores, beta)
+    line = jnp.linspace(-1.0, 1.0, K * n)
+    scores, beta = jnp.stack([line, jnp.sin(5 * line)], 1), jnp.full(K, 0.1)
+    goal = {"weights": jnp.full((K * n, 2), 0.5), "mix": one_hot}
+    rule = Combination(kind="min_norm", heads="per_reward")
+    collected = base, trainable, prompt, response, scores, beta, goal, rule
+    rows, statistics = experience(MODEL, adapter, ExperienceConfig(), sampling, *collected)
     moved = jax.tree.map(lambda x: 1.01 * x, trainable)
     loss = jax.value_and_grad(ppo_loss, argnums=4, has_aux=True)
     return rows, statistics, loss(MODEL, adapter, PPOConfig(), 1.0, moved, base, rows)
@@ -145,7 +151,7 @@ def rollout_and_gradient(kind, base, trainable, prompt):
 
 @functools.cache
 def single_device(kind):
-    trainable = {"bank": bank(kind, K), "heads": heads(K)}
+    trainable = {"bank": bank(kind, K), "heads": value_heads(K, 2)}
     return jax.device_get(rollout_and_gradient(kind, base(), trainable, prompts(K * n, P)))
 
 
@@ -160,10 +166,12 @@ def single_device(kind):
 )
 def test_any_mesh_gives_the_numbers_of_one_device(kind, sizes):
     mesh = make_mesh(sizes)
-    trainable = {"bank": bank(kind, K), "heads": heads(K)}
+    trainable = {"bank": bank(kind, K), "heads": value_heads(K, 2)}
     arguments = shard_params(mesh, base()), shard_params(mesh, trainable), shard_batch(mesh, prompts(K * n, P))
     got = jax.device_get(rollout_and_gradient(kind, *arguments))
     want = single_device(kind)
     np.testing.assert_array_equal(got[0]["tokens"], want[0]["tokens"])
     close(got, want)
     assert optax.global_norm(want[2][1]) > 0.1
+    weights = want[1]["heads"]
+    assert weights.shape == (K, 2) and weights.min() > 0 and abs(weights[0, 0] - 0.5) > 0.01
