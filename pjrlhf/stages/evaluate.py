@@ -82,7 +82,7 @@ def adapters(run: Run) -> tuple[Any, tuple[str, ...], tuple[str, ...]]:
     if "policy" in run.config.stages:
         parts.append(policy.load_bank(run))
         names += run.rewards
-    for name in run.config.get("methods", {}):
+    for name in run.config.methods if "methods" in run.config.stages else ():
         goals = Goals(run, methods.settings_of(run, name))
         if goals.kind not in ("own", "combinations"):
             raise UserError(f"methods.{name}: kind {goals.kind!r} has no place among combinations; use evaluate_front")

@@ -86,6 +86,8 @@ class Goals:
             raise UserError(f"mix 'weights': needs weights over all objectives, which {self.kind!r} does not draw")
         if self.mix == "weights" and not run.adapter.rank:
             raise UserError("mix 'weights': every example has parameters of its own, which takes adapters; set a rank")
+        if self.kind == "combinations" and not run.adapter.rank:
+            raise UserError("preferences.kind combinations: every answer has reward models of its own; set a rank")
         self.adapters = run.objectives if self.mix == "weights" else self.policies
         self.statement = Statement(**settings.statement)
         stated = settings.prompt_preference

@@ -174,4 +174,4 @@ def test_any_mesh_gives_the_numbers_of_one_device(kind, sizes):
     close(got, want)
     assert optax.global_norm(want[2][1]) > 0.1
     weights = want[1]["heads"]
-    assert weights.shape == (K, 2) and weights.min() > 0 and abs(weights[0, 0] - 0.5) > 0.01
+    assert weights.shape == (K, 2) and np.abs(weights - 0.5).max() > 0.01
