@@ -126,15 +126,12 @@ class Combination:
         if self.weights == "equal":
             c = present / jnp.maximum(present.sum(), 1)
         else:
-            c = present_weights(gram, present, self.normalize)
+            c = _present_weights(mo.cosines(gram) if self.normalize == "gradient" else gram, present)
         return mo.weighted_sum(advantages, c) * mask, info | {"weights": c}
 
 
-def present_weights(gram: jax.Array, present: jax.Array, normalize: str = "none") -> jax.Array:
+def _present_weights(gram: jax.Array, present: jax.Array) -> jax.Array:
     """Min-norm weights [H] among the heads that are `present` (bool [H]), 0 for the others."""
-    if normalize == "gradient":
-        scale = jnp.where(present, jax.lax.rsqrt(jnp.where(present, jnp.diagonal(gram), 1.0)), 0.0)
-        gram = gram * scale[:, None] * scale
     # An absent head stands at the largest norm there is, and far beyond: the least norm leaves it out.
     far = 1e6 * jnp.maximum(jnp.diagonal(gram).max(), 1e-30)
     c = jnp.where(present, mo.min_norm_weights(jnp.where(present, gram, gram + far * jnp.eye(len(gram)))), 0.0)
@@ -156,7 +153,5 @@ def _disjoint_weights(squares: jax.Array, group: jax.Array) -> jax.Array:
 
 def _mean_cosine(gram: jax.Array) -> jax.Array:
     """Mean cosine between different heads; 0 for one head, or without gradients."""
-    norms = jnp.sqrt(jnp.diagonal(gram))
-    cosine = gram / jnp.maximum(norms[:, None] * norms, 1e-30)
-    H = len(gram)
+    cosine, H = mo.cosines(gram), len(gram)
     return (cosine.sum() - jnp.trace(cosine)) / max(H * (H - 1), 1)

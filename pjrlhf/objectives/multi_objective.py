@@ -127,8 +127,11 @@ def gram_matrix(g: jax.Array, normalize: str = "none") -> jax.Array:
     g = jnp.asarray(g, jnp.float32)
     axes = tuple(range(g.ndim - 1))
     gram = jnp.tensordot(g, g, axes=(axes, axes), precision=jax.lax.Precision.HIGHEST)
-    if normalize == "none":
-        return gram
+    return gram if normalize == "none" else cosines(gram)
+
+
+def cosines(gram: jax.Array) -> jax.Array:
+    """The Gram matrix [K, K] of the same gradients, each divided by its norm; rows of zeros stay."""
     squares = jnp.diagonal(gram)
     scale = jnp.where(squares == 0, 0.0, jax.lax.rsqrt(squares))
     return gram * scale[:, None] * scale

@@ -95,23 +95,36 @@ def reward_scores(
       scale: "std", (r - mean) / std; "quantiles", between the low quantile (0) and the high one (1), clipped. Both were
         measured once on samples of the base.
     """
-    G, S = objectives.shape
-    B = response["tokens"].shape[0]
     tokens = scoring.join(prompt["prompt"], response["tokens"])
     valid = scoring.join(prompt["valid"], response["valid"])
+    raw = raw_rewards(model, adapter, base, rewarder, objectives, tokens, valid)
+    B, G = len(raw), len(objectives)
+    rows = jnp.repeat(objectives, B // G, axis=0, total_repeat_length=B)
+    if scale == "quantiles":
+        return calibrate(raw, rewarder["low"][rows], rewarder["high"][rows])
+    return scoring.normalize(raw, {name: rewarder[name][rows] for name in ("mean", "std")})
+
+
+def raw_rewards(
+    model: Decoder,
+    adapter: AdapterConfig,
+    base: Any,
+    rewarder: Any,
+    objectives: jax.Array,
+    tokens: jax.Array,
+    valid: jax.Array,
+) -> jax.Array:
+    """The same [B, S] in the models' own units, of whole rows [B, T]; `rewarder` needs no scale."""
+    (G, S), B = objectives.shape, len(tokens)
 
     def once_per_objective(x):
         x = x.reshape(G, 1, B // G, x.shape[1])
         return jnp.broadcast_to(x, (G, S, *x.shape[2:])).reshape(-1, x.shape[3])
 
-    mix = jax.nn.one_hot(objectives.reshape(-1), rewarder["mean"].shape[0])
+    mix = jax.nn.one_hot(objectives.reshape(-1), rewarder["heads"]["bias"].shape[0])
     policies = Policies(model, adapter, base, rewarder["bank"], mix)
     raw = scoring.rewards(policies, rewarder["heads"], mix, once_per_objective(tokens), once_per_objective(valid))
-    raw = raw.reshape(G, S, B // G).swapaxes(1, 2).reshape(B, S)
-    rows = jnp.repeat(objectives, B // G, axis=0, total_repeat_length=B)
-    if scale == "quantiles":
-        return calibrate(raw, rewarder["low"][rows], rewarder["high"][rows])
-    return scoring.normalize(raw, {name: rewarder[name][rows] for name in ("mean", "std")})
+    return raw.reshape(G, S, B // G).swapaxes(1, 2).reshape(B, S)
 
 
 def init_value_heads(policies: int, heads: int, width: int) -> Arrays:

@@ -69,7 +69,7 @@ def sample_combined(
 class Player:
     """A method ready to be asked: its bank, and for preference weights p the row of `mix` and the words of the prompt.
 
-    `points` are the only weights it can be asked for, or None for any; `trained` says whether p was trained on.
+    `points` are the only weights it can be asked for, or None for any.
     """
 
     bank: Any

@@ -13,6 +13,7 @@ from typing import Any
 from absl import logging
 
 from pjrlhf.errors import UserError
+from pjrlhf.stages import policy
 from pjrlhf.stages.context import Run
 from pjrlhf.training.workdir import write_json
 
@@ -42,10 +43,8 @@ def settings_of(run: Run, name: str) -> Any:
     trainer = changes.pop("train", "policy")
     if trainer not in TRAINERS:
         raise UserError(f"methods.{name}.train {trainer!r}: unknown; choose one of {', '.join(TRAINERS)}")
-    settings = run.config[trainer].copy_and_resolve_references()
+    settings = policy.settings_of(run) if trainer == "policy" else run.config[trainer].copy_and_resolve_references()
     with settings.unlocked(), settings.ignore_type():
-        if trainer == "policy":
-            settings.prompt_preference = run.config.prompt_preference
         for key, value in changes.items():
             if key in ANSWERING:
                 continue

@@ -12,7 +12,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 from pjrlhf.data.batching import batches, collate_completion, collate_preference
 from pjrlhf.data.tokenization import TokenTable
@@ -23,7 +22,7 @@ from pjrlhf.models.huggingface import fingerprint
 from pjrlhf.objectives.multi_objective import modpo_loss, weighted_sum
 from pjrlhf.objectives.preference import accuracy, implicit_rewards
 from pjrlhf.parallel.mesh import shard_batch, shard_params
-from pjrlhf.rollout import scoring
+from pjrlhf.rollout import experience, scoring
 from pjrlhf.rollout.reference import SIDES, reference_logps
 from pjrlhf.stages import policy, reward
 from pjrlhf.stages.context import Run
@@ -45,14 +44,11 @@ def raw_rewards(run: Run, rewarder: Any, rows: Sequence[tuple[np.ndarray, np.nda
       rewarder: as `reward.load` gives it.
       rows: M pairs of token ids, prompt and answer; `config.sample_rows` of them are scored at once.
     """
-    R, size = len(run.rewards), run.config.sample_rows
+    everything, size = jnp.arange(len(run.rewards))[None], run.config.sample_rows
 
     @jax.jit
     def score(rewarder, base, tokens, valid):
-        mix = jnp.eye(R)
-        policies = Policies(run.model, run.adapter, base, rewarder["bank"], mix)
-        tokens, valid = (jnp.tile(x, (R, 1)) for x in (tokens, valid))
-        return scoring.rewards(policies, rewarder["heads"], mix, tokens, valid).reshape(R, -1)
+        return experience.raw_rewards(run.model, run.adapter, base, rewarder, everything, tokens, valid)
 
     found = []
     for start in range(0, len(rows), size):
@@ -67,7 +63,7 @@ def raw_rewards(run: Run, rewarder: Any, rows: Sequence[tuple[np.ndarray, np.nda
             pad_id=run.tokenizer.pad_id,
         )
         raw = score(rewarder, run.base, batch["tokens"], batch["valid"])
-        found.append(np.asarray(raw).T[: len(part)])
+        found.append(np.asarray(raw)[: len(part)])
     return np.concatenate(found)
 
 
@@ -234,9 +230,7 @@ class Modpo:
             policies_loss, run.model, run.adapter, float(settings.beta), settings.loss, prompt_slots
         )
         (_, metrics), gradient = jax.value_and_grad(loss, has_aux=True)(state.trainable, base, batch)
-        updates, opt_state = self.optimizer.update(gradient, state.opt_state, state.trainable)
-        trainable = optax.apply_updates(state.trainable, updates)
-        return state.replace(step=state.step + 1, trainable=trainable, opt_state=opt_state), metrics
+        return state.updated(gradient, self.optimizer), metrics
 
     def step(self, state: State, batch: Any) -> tuple[State, Metrics]:
         arrays, prompt_slots = self.place(batch)

@@ -11,7 +11,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 from pjrlhf.data.batching import batches, collate_preference, split_by
 from pjrlhf.data.tokenization import TokenTable
@@ -22,7 +21,7 @@ from pjrlhf.models.storage import load_tree, save_tree
 from pjrlhf.objectives.preference import accuracy, bradley_terry_loss
 from pjrlhf.parallel.mesh import shard_batch, shard_params
 from pjrlhf.rollout import scoring
-from pjrlhf.rollout.experience import sample
+from pjrlhf.rollout.experience import raw_rewards, sample
 from pjrlhf.stages.comparisons import FILE
 from pjrlhf.stages.context import Run
 from pjrlhf.training import loop
@@ -171,9 +170,7 @@ class Reward:
     def _step(self, state: State, base: Any, batch: Any) -> tuple[State, Metrics]:
         loss = functools.partial(reward_loss, self.run.model, self.run.adapter)
         (_, metrics), gradient = jax.value_and_grad(loss, has_aux=True)(state.trainable, base, batch)
-        updates, opt_state = self.optimizer.update(gradient, state.opt_state, state.trainable)
-        trainable = optax.apply_updates(state.trainable, updates)
-        return state.replace(step=state.step + 1, trainable=trainable, opt_state=opt_state), metrics
+        return state.updated(gradient, self.optimizer), metrics
 
     def step(self, state: State, batch: Any) -> tuple[State, Metrics]:
         return self._update(state, self.run.base, self.place(batch))
@@ -208,10 +205,7 @@ class Reward:
         def score(trainable, base, prompt, response):
             tokens = scoring.join(prompt["prompt"], response["tokens"])
             valid = scoring.join(prompt["valid"], response["valid"])
-            tokens, valid = (jnp.tile(x, (K, 1)) for x in (tokens, valid))
-            mix = jnp.eye(K)
-            policies = Policies(run.model, run.adapter, base, trainable["bank"], mix)
-            return scoring.rewards(policies, trainable["heads"], mix, tokens, valid).reshape(K, -1)
+            return raw_rewards(run.model, run.adapter, base, trainable, jnp.arange(K)[None], tokens, valid)
 
         found = []
         requests = run.requests[0]
@@ -221,9 +215,9 @@ class Reward:
             key = jax.random.fold_in(jax.random.fold_in(run.key, 23), i)
             out = draw(run.model, run.adapter, run.sampling(), run.base, None, None, prompt, key)
             found.append(np.asarray(score(trainable, run.base, prompt, out)))
-        raw = np.concatenate(found, axis=1)
-        low, high = np.quantile(raw, run.config.reward.quantiles, axis=1)
-        scale = {"mean": raw.mean(1), "std": np.maximum(raw.std(1), 1e-6)}
+        raw = np.concatenate(found)
+        low, high = np.quantile(raw, run.config.reward.quantiles, axis=0)
+        scale = {"mean": raw.mean(0), "std": np.maximum(raw.std(0), 1e-6)}
         scale |= {"low": low, "high": np.maximum(high, low + 1e-6)}
         return {name: jnp.asarray(x, jnp.float32) for name, x in scale.items()}
 

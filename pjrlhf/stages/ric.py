@@ -15,7 +15,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 from pjrlhf.data.batching import batches, collate_completion
 from pjrlhf.data.preferences import Statement
@@ -154,9 +153,7 @@ class Ric:
     def _step(self, state: State, base: Any, batch: Any) -> tuple[State, Metrics]:
         loss = functools.partial(sft_loss, self.run.model, self.run.adapter, self.run.lengths.prompt)
         (_, metrics), gradient = jax.value_and_grad(loss, has_aux=True)(state.trainable, base, batch)
-        updates, opt_state = self.optimizer.update(gradient, state.opt_state, state.trainable)
-        trainable = optax.apply_updates(state.trainable, updates)
-        return state.replace(step=state.step + 1, trainable=trainable, opt_state=opt_state), metrics
+        return state.updated(gradient, self.optimizer), metrics
 
     def step(self, state: State, batch: Any) -> tuple[State, Metrics]:
         arrays = {name: batch[name] for name in ("tokens", "valid", "loss_mask")}

@@ -85,11 +85,9 @@ class Sft:
     def _step(self, state: State, base: Any, batch: Any) -> tuple[State, Metrics]:
         loss = functools.partial(sft_loss, self.run.model, self.adapter, self.prompt_slots)
         (_, metrics), gradient = jax.value_and_grad(loss, has_aux=True)(state.trainable, base, batch)
-        updates, opt_state = self.optimizer.update(gradient, state.opt_state, state.trainable)
-        trainable = optax.apply_updates(state.trainable, updates)
         norm = optax.global_norm(gradient)
         metrics = {**metrics, "grad_norm": (norm, jnp.ones_like(norm))}
-        return state.replace(step=state.step + 1, trainable=trainable, opt_state=opt_state), metrics
+        return state.updated(gradient, self.optimizer), metrics
 
     def step(self, state: State, batch: Any) -> tuple[State, Metrics]:
         arrays = {name: batch[name] for name in ("tokens", "valid", "loss_mask")}

@@ -30,3 +30,9 @@ class State:
     def create(cls, rng: jax.Array, trainable: Any, optimizer: optax.GradientTransformation, **extra: Any) -> "State":
         """The state before the first step."""
         return cls(jnp.zeros((), jnp.int32), rng, trainable, optimizer.init(trainable), extra)
+
+    def updated(self, gradient: Any, optimizer: optax.GradientTransformation) -> "State":
+        """The state after one update of all of `trainable`."""
+        updates, opt_state = optimizer.update(gradient, self.opt_state, self.trainable)
+        trainable = optax.apply_updates(self.trainable, updates)
+        return self.replace(step=self.step + 1, trainable=trainable, opt_state=opt_state)
