@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from small_policies import constant, noise
 
 from pjrlhf.models.adapters import TARGETS, AdapterConfig, Policies, init_bank
 from pjrlhf.models.config import ModelConfig, RopeScaling
@@ -29,26 +30,20 @@ B, T, K = 8, 10, 3
 LENGTHS = np.array([10, 7, 1, 4, 10, 9, 2, 5])
 
 
-def noise(tree, seed, scale=0.1):
-    """`tree` plus noise on every leaf, so that no scale is one and no factor zero."""
-    leaves, treedef = jax.tree.flatten(tree)
-    rng = np.random.default_rng(seed)
-    return treedef.unflatten([x + scale * rng.standard_normal(x.shape).astype(x.dtype) for x in leaves])
-
-
-@functools.cache
+# Noise everywhere, so that no scale is one and no factor zero.
+@constant
 def base():
-    return noise(init_params(MODEL, jax.random.key(0)), 1)
+    return noise(init_params(MODEL, jax.random.key(0)), 1, 0.1)
 
 
-@functools.cache
+@constant
 def lora_bank():
-    return noise(init_bank(base(), ADAPTER, K, jax.random.key(1)), 2)
+    return noise(init_bank(base(), ADAPTER, K, jax.random.key(1)), 2, 0.1)
 
 
-@functools.cache
+@constant
 def full_bank():
-    return noise(init_bank(base(), AdapterConfig(rank=0), K, jax.random.key(1)), 3)
+    return noise(init_bank(base(), AdapterConfig(rank=0), K, jax.random.key(1)), 3, 0.1)
 
 
 def texts():
