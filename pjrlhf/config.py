@@ -161,7 +161,7 @@ def family(c: ml_collections.ConfigDict, *names: str) -> None:
     on_grid = {"preferences": {"kind": "grid", "points": "simplex"}}
     # What the base never read takes larger steps to learn; more than five words to tell apart, more samples.
     tally = {"prompt_preference": "always", "statement": {"form": "tally", "levels": 5}}
-    tally["optimizer"] = {"learning_rate": 6e-3}
+    tally["optimizer"] = {"learning_rate": 2 * c.policy.optimizer.learning_rate}
     min_norm = {"kind": "min_norm", "control_weight": 4.0}
     entries = {
         "prompting": {"train": ""},

@@ -5,6 +5,7 @@ import os
 import pathlib
 import re
 import sys
+import traceback
 
 from absl import app, flags, logging
 from ml_collections import config_flags
@@ -15,6 +16,10 @@ FLAGS = flags.FLAGS
 EVALUATIONS = ("evaluate", "evaluate_users", "evaluate_front")
 _CONFIG = config_flags.DEFINE_config_file("config", None, "What to run: a file of configs/, optionally with :variant.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Run directory; runs/<name of the config> where not given.")
+_DISTRIBUTED = flags.DEFINE_string("distributed", "auto", "Is this one of several processes: on, off, or auto.")
+_COORDINATOR = flags.DEFINE_string("coordinator", "", "host:port of process 0, where the environment does not say it.")
+_COUNT = flags.DEFINE_integer("num_processes", 0, "How many processes, where the environment does not say it.")
+_INDEX = flags.DEFINE_integer("process_id", -1, "Which one this is, where the environment does not say it.")
 
 
 def compilation_cache() -> None:
@@ -70,6 +75,9 @@ def main(_: list[str]) -> None:
     )
     config = _CONFIG.value
     compilation_cache()
+    from pjrlhf.parallel import processes
+
+    processes.start(_DISTRIBUTED.value, _COORDINATOR.value, _COUNT.value, _INDEX.value)
     from pjrlhf import stages
     from pjrlhf.stages import seeds
     from pjrlhf.training.workdir import Workdir
@@ -80,11 +88,23 @@ def main(_: list[str]) -> None:
     )
     (seeds if config.get("seeds") else stages).run(config, workdir)
     summary = workdir.path / "report" / "summary.json"
-    if summary.is_file():
+    if summary.is_file() and processes.is_first():
         from pjrlhf.evaluation.report import print_tables
 
         print_tables(json.loads(summary.read_text(encoding="utf-8")))
         print(f"report: {summary.with_name('index.html')}")
+
+
+def leave(code: int) -> None:
+    """Ends this process. One of several goes at once: the usual way out would wait for the others, which may be waiting
+    for this one.
+    """
+    jax = sys.modules.get("jax")
+    if jax and jax.distributed.is_initialized():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 def run() -> None:
@@ -93,12 +113,15 @@ def run() -> None:
         app.run(main, flags_parser=parse)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        leave(2)
     except SystemExit as stop:
         # Stopped by a signal: the message says how to go on, the code is the shell's.
         if isinstance(stop.code, int) and stop.code > 128:
             print(stop, file=sys.stderr)
         raise
+    except Exception:
+        traceback.print_exc()
+        leave(1)
 
 
 if __name__ == "__main__":

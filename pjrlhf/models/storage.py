@@ -6,19 +6,22 @@ import pathlib
 from typing import Any
 
 import flax.traverse_util
-import jax
 import jax.numpy as jnp
 
 from pjrlhf.errors import UserError
 from pjrlhf.models.folders import reading, write_tensors
+from pjrlhf.parallel.processes import by_first, to_host
 
 
 def save_tree(path: str | os.PathLike, tree: Any, note: dict[str, Any] | None = None) -> None:
-    """Writes a nested dict of arrays; a reader sees the whole file or none."""
-    path = pathlib.Path(path)
+    """Writes a nested dict of arrays; a reader sees the whole file or none. Every process must call it."""
+    _write(pathlib.Path(path), flax.traverse_util.flatten_dict(to_host(tree), sep="/"), note or {})
+
+
+@by_first
+def _write(path: pathlib.Path, flat: dict[str, Any], note: dict[str, Any]) -> None:
     half = path.with_name(f".{path.name}.tmp")
-    flat = flax.traverse_util.flatten_dict(jax.device_get(tree), sep="/")
-    write_tensors(half, flat.items(), {"note": json.dumps(note or {})})
+    write_tensors(half, flat.items(), {"note": json.dumps(note)})
     os.replace(half, path)
 
 

@@ -6,7 +6,7 @@ within a layer). Rows of a batch are split over data x fsdp, and so are those of
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -15,6 +15,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from pjrlhf.errors import UserError
+from pjrlhf.parallel.processes import to_devices
 
 AXES = ("data", "fsdp", "tensor")
 ROWS = ("data", "fsdp")
@@ -83,21 +84,34 @@ def leaf_sharding(mesh: Mesh, path: str, shape: tuple[int, ...]) -> NamedShardin
     return NamedSharding(mesh, P())
 
 
+def shardings(mesh: Mesh, tree: Any) -> Any:
+    """Where every leaf of `tree` lives by `RULES`; leaves need only a shape."""
+
+    def of(path, leaf):
+        return leaf_sharding(mesh, jax.tree_util.keystr(path, simple=True, separator="/"), np.shape(leaf))
+
+    return jax.tree_util.tree_map_with_path(of, tree)
+
+
 def shard_params(mesh: Mesh, tree: Any) -> Any:
     """Places parameters, adapter banks, heads or a whole training state by `RULES`.
 
     On one device too: a step whose result lives elsewhere than its argument would be compiled twice.
     """
+    return jax.tree.map(to_devices, tree, shardings(mesh, tree))
 
-    def place(path, leaf):
-        name = jax.tree_util.keystr(path, simple=True, separator="/")
-        return jax.device_put(leaf, leaf_sharding(mesh, name, np.shape(leaf)))
 
-    return jax.tree_util.tree_map_with_path(place, tree)
+def sharded(mesh: Mesh, make: Callable[..., Any], *arguments: Any, donate: tuple[int, ...] = ()) -> Any:
+    """`make(*arguments)`, computed where `RULES` place its result: no device ever holds more than its part.
+
+    `donate` numbers the arguments whose memory the result may take.
+    """
+    where = shardings(mesh, jax.eval_shape(make, *arguments))
+    return jax.jit(make, out_shardings=where, donate_argnums=donate)(*arguments)
 
 
 def shard_batch(mesh: Mesh, batch: Any) -> Any:
-    """Splits axis 0 of every array over data x fsdp.
+    """Splits axis 0 of every array over data x fsdp. Several processes give the same batch; each takes its rows.
 
     Raises:
       UserError: the rows cannot be split evenly.
@@ -112,6 +126,6 @@ def shard_batch(mesh: Mesh, batch: Any) -> Any:
                 f"batch of {x.shape[0]} rows: cannot be split over data x fsdp = {count} devices; "
                 f"make it a multiple of {count}"
             )
-        return jax.device_put(x, NamedSharding(mesh, P(ROWS)))
+        return to_devices(x, NamedSharding(mesh, P(ROWS)))
 
     return jax.tree.map(place, batch)

@@ -9,7 +9,7 @@ import functools
 import hashlib
 import os
 import pathlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -21,6 +21,7 @@ from pjrlhf.data.tokenization import TokenTable
 from pjrlhf.errors import UserError
 from pjrlhf.models.adapters import AdapterConfig, Policies
 from pjrlhf.models.decoder import Decoder
+from pjrlhf.parallel.processes import by_first, of_first, to_host
 from pjrlhf.rollout import scoring
 
 SIDES = ("chosen", "rejected")
@@ -86,6 +87,7 @@ def reference_logps(
     pad_id: int,
     rows: int,
     folder: pathlib.Path,
+    place: Callable[[Any], Any] = lambda batch: batch,
 ) -> np.ndarray:
     """float32 [N, 2]: summed log-probs of the chosen and rejected answer of every row of a preference table.
 
@@ -93,20 +95,22 @@ def reference_logps(
       prompt_lengths, completion_lengths: buckets to pad to.
       rows: answers per batch.
       folder: where the cache lies; a file there is used if and only if its key is that of these data and this base.
+      place: brings a batch to where `base` is.
 
     Raises:
       UserError: the cache cannot be written.
     """
     path = folder / f"{cache_key(table, base_hash, jax.tree.leaves(base)[0].dtype, model)}.npy"
-    cached = _cached(path, (len(table), len(SIDES)))
-    if cached is not None:
-        return cached
+    shape = (len(table), len(SIDES))
+    cached = _cached(path, shape)
+    if of_first(np.array(cached is not None)):  # every process has a cache folder of its own
+        return of_first(np.zeros(shape, np.float32) if cached is None else cached)
     with _written(folder):  # a folder that cannot be made is found out before the work, not after it
         folder.mkdir(parents=True, exist_ok=True)
     score = jax.jit(functools.partial(_sums, model, adapter), static_argnames="prompt_slots")
     # Many people may have compared the same answers: each is scored once.
     answers: dict[tuple[bytes, bytes], int] = {}
-    texts, place = [], np.zeros((len(table), len(SIDES)), np.int64)
+    texts, number = [], np.zeros((len(table), len(SIDES)), np.int64)
     for i, prompt in enumerate(table.tokens["prompt"]):
         for column, side in enumerate(SIDES):
             answer = table.tokens[side][i]
@@ -114,7 +118,7 @@ def reference_logps(
             if key not in answers:
                 answers[key] = len(texts)
                 texts.append({"prompt": prompt, "completion": answer, "index": 0, "user_id": None, "objective": None})
-            place[i, column] = answers[key]
+            number[i, column] = answers[key]
     # Those of like length go together, so that padding is not what is computed.
     order = np.argsort([len(text["prompt"]) + len(text["completion"]) for text in texts], kind="stable")
     sums = np.zeros(len(texts), np.float32)
@@ -127,12 +131,17 @@ def reference_logps(
             pad_id=pad_id,
         )
         prompt = int(np.argmax(batch["loss_mask"].any(0)))
-        part = score(base, batch["tokens"], batch["valid"], prompt_slots=prompt)
-        sums[index] = np.asarray(part)[: len(index)]
-    found = sums[place]
-    half = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        placed = place({name: batch[name] for name in ("tokens", "valid")})
+        part = score(base, **placed, prompt_slots=prompt)
+        sums[index] = to_host(part)[: len(index)]
+    found = sums[number]
     with _written(folder):
-        with open(half, "wb") as file:
-            np.save(file, found)
-        os.replace(half, path)
+        by_first(_write)(path, found)
     return found
+
+
+def _write(path: pathlib.Path, values: np.ndarray) -> None:
+    half = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with open(half, "wb") as file:
+        np.save(file, values)
+    os.replace(half, path)

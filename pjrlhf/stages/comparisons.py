@@ -1,6 +1,5 @@
 """Comparisons as in Personalized Soups: two answers of the base per prompt, one label per preference from the judge."""
 
-import json
 import random
 from typing import Any
 
@@ -9,10 +8,12 @@ import numpy as np
 
 from pjrlhf.data import preferences
 from pjrlhf.errors import UserError
+from pjrlhf.parallel.mesh import shard_batch
+from pjrlhf.parallel.processes import by_first
 from pjrlhf.rollout.experience import sample
 from pjrlhf.stages.context import Run
 from pjrlhf.training.progress import progress
-from pjrlhf.training.workdir import disk_errors
+from pjrlhf.training.workdir import disk_errors, write_lines
 
 FILE = "comparisons.jsonl"
 
@@ -26,8 +27,8 @@ def stated_sets(run: Run, count: int, rng: random.Random) -> list[tuple[str, ...
 
 
 def sample_base(run: Run, prompts: list[Any], key: jax.Array, stage: str) -> list[str]:
-    """One answer of the base to each prompt, `config.sample_rows` rows at a time."""
-    rows = run.config.sample_rows
+    """One answer of the base to each prompt, `run.sample_rows` rows at a time."""
+    rows = run.sample_rows
     draw = jax.jit(sample, static_argnums=(0, 1, 2))
     texts: list[str] = []
     chunks = [prompts[i : i + rows] for i in range(0, len(prompts), rows)]
@@ -35,7 +36,8 @@ def sample_base(run: Run, prompts: list[Any], key: jax.Array, stage: str) -> lis
         for i, chunk in enumerate(chunks):
             # The last chunk is filled up so that one program serves all.
             arrays = run.encode(chunk + [chunk[0]] * (rows - len(chunk)))
-            out = draw(run.model, run.adapter, run.sampling(), run.base, None, None, arrays, jax.random.fold_in(key, i))
+            placed, one = shard_batch(run.mesh, arrays), jax.random.fold_in(key, i)
+            out = draw(run.model, run.adapter, run.sampling(), run.base, None, None, placed, one)
             texts += run.decode(arrays, out)[: len(chunk)]
             bar.update(i + 1, {})
     return texts
@@ -85,6 +87,6 @@ def run(run: Run) -> dict[str, Any]:
         )
     path = run.workdir.stage("comparisons") / FILE
     with disk_errors(path):
-        path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+        by_first(write_lines)(path, records)
     lengths = [len(text.split()) for text in texts]
     return {"pairs": config.pairs, "ties": ties, "empty_answers": unusable, "mean_words": float(np.mean(lengths))}

@@ -28,7 +28,8 @@ from pjrlhf.models.adapters import AdapterConfig
 from pjrlhf.models.config import ModelConfig
 from pjrlhf.models.decoder import Decoder, init_params
 from pjrlhf.models.huggingface import load_params, read_config
-from pjrlhf.parallel.mesh import leaf_sharding, make_mesh
+from pjrlhf.parallel.mesh import even_rows, leaf_sharding, make_mesh, sharded
+from pjrlhf.parallel.processes import by_first, to_devices, to_host
 from pjrlhf.rollout.sampler import Sampling
 from pjrlhf.training.workdir import Workdir
 
@@ -43,7 +44,8 @@ class Run:
     @functools.cached_property
     def key(self) -> jax.Array:
         """The PRNG key that every stage folds its own numbers into."""
-        return jax.random.key(self.config.seed)
+        with jax.ensure_compile_time_eval():  # the first to ask may be a program that is being traced
+            return jax.random.key(self.config.seed)
 
     @functools.cached_property
     def mesh(self) -> jax.sharding.Mesh:
@@ -116,7 +118,7 @@ class Run:
         """Where the frozen base lives: the result of supervised fine-tuning where the run has such a stage."""
         return self.workdir.path / "sft" / "model" if "sft" in self.config.stages else self.start_folder
 
-    @property
+    @functools.cached_property
     def start_folder(self) -> pathlib.Path:
         """The model the run starts from; without `model.path`, the folder of a new tokenizer."""
         if self.config.model.path:
@@ -126,11 +128,13 @@ class Run:
                 "model.path: not set, and there is no stage sft to train a base; name a Hugging Face folder"
             )
         folder = self.workdir.stage("tokenizer")
-        if not (folder / "tokenizer.json").is_file():
-            self._write_tokenizer(folder)
+        by_first(self._write_tokenizer)(folder)
         return folder
 
     def _write_tokenizer(self, folder: pathlib.Path) -> None:
+        """A new tokenizer, where there is none yet."""
+        if (folder / "tokenizer.json").is_file():
+            return
         spec = self.config.model.tokenizer
         if isinstance(spec, str) and spec in world.WORLDS:
             world.write_tokenizer(folder, world.WORLDS[spec])
@@ -185,7 +189,7 @@ class Run:
         """Parameters to start from: read from `model.path`, or random."""
         if self.config.model.path:
             return self._read(self.start_folder)
-        return init_params(self.model, jax.random.fold_in(self.key, 0))
+        return sharded(self.mesh, functools.partial(init_params, self.model), jax.random.fold_in(self.key, 0))
 
     @functools.cached_property
     def base(self) -> Any:
@@ -194,7 +198,7 @@ class Run:
 
     def _read(self, folder: pathlib.Path) -> Any:
         def put(path: str, array: np.ndarray) -> jax.Array:
-            return jax.device_put(array, leaf_sharding(self.mesh, path, array.shape))
+            return to_devices(array, leaf_sharding(self.mesh, path, array.shape))
 
         return load_params(folder, dtype=jnp.dtype(self.config.model.param_dtype), put=put)
 
@@ -296,6 +300,11 @@ class Run:
         length = int(buckets([max(map(len, ids))], self.prompt_lengths)[0])
         return pad_left(ids, length, self.tokenizer.pad_id)
 
+    @functools.cached_property
+    def sample_rows(self) -> int:
+        """Rows sampled or scored at once outside training: as configured, rounded up to what the mesh can share."""
+        return even_rows(self.mesh, self.config.sample_rows)
+
     def encode(self, prompts: Sequence[Any]) -> dict[str, np.ndarray]:
         """{"prompt" int32, "valid" bool [B, P]} of prompts made by `ask`, left-padded to a bucket."""
         limit = self.lengths.prompt
@@ -316,9 +325,9 @@ class Run:
 
         Where prompts are plain text, what follows them keeps its leading space: prompt + answer is the whole text.
         """
-        arrays = (prompt["prompt"], prompt["valid"], response["tokens"], response["valid"])
+        arrays = to_host((prompt["prompt"], prompt["valid"], response["tokens"], response["valid"]))
         texts = []
-        for before, before_valid, after, after_valid in zip(*map(np.asarray, arrays), strict=True):
+        for before, before_valid, after, after_valid in zip(*arrays, strict=True):
             ids = after[after_valid].tolist()
             if self.config.data.chat:
                 texts.append(self.tokenizer.decode(ids).strip())

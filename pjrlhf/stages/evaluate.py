@@ -25,6 +25,8 @@ from pjrlhf.evaluation.report import write_report
 from pjrlhf.evaluation.statistics import chord_gap, spearman
 from pjrlhf.evaluation.winrate import aggregate, combo_outcomes, win_rate
 from pjrlhf.models.adapters import is_low_rank
+from pjrlhf.parallel.mesh import shard_batch
+from pjrlhf.parallel.processes import by_first
 from pjrlhf.rollout.experience import sample
 from pjrlhf.stages import methods, policy
 from pjrlhf.stages.context import Run
@@ -57,17 +59,18 @@ class Sampler:
         # Full parameters are merged once per distinct weight vector, so there rows of one vector go together.
         order = sorted(range(len(rows)), key=lambda i: (0.0,) if low_rank else rows[i].mix)
         groups = [order] if low_rank else [list(g) for _, g in itertools.groupby(order, key=lambda i: rows[i].mix)]
-        size = self.run.config.sample_rows
+        size = self.run.sample_rows
         chunks = [group[i : i + size] for group in groups for i in range(0, len(group), size)]
         texts = [""] * len(rows)
         with progress("evaluate", len(chunks), ()) as bar:
             for number, chunk in enumerate(chunks):
                 padded = chunk + [chunk[0]] * (size - len(chunk))
                 arrays = self.run.encode([self.run.ask(rows[i].request, rows[i].words) for i in padded])
+                placed = shard_batch(self.run.mesh, arrays)
                 mix = np.array([rows[i].mix for i in (padded if low_rank else padded[:1])], np.float32)
                 key = jax.random.fold_in(jax.random.fold_in(self.run.key, seed), number)
                 sampling = self.run.sampling()
-                out = self._draw(self.run.model, self.run.adapter, sampling, self.run.base, self.bank, mix, arrays, key)
+                out = self._draw(self.run.model, self.run.adapter, sampling, self.run.base, self.bank, mix, placed, key)
                 for i, text in zip(chunk, self.run.decode(arrays, out), strict=False):
                     texts[i] = text
                 bar.update(number + 1, {})
@@ -320,7 +323,7 @@ def run(run: Run) -> dict[str, Any]:
         summary["scaling"] = scaling(run, people["sections"]["win_rate"])
     summary["config"] = json.loads(json.dumps(summary["config"], default=lambda x: x.to_dict()))
     with disk_errors(run.workdir.path / "report"):
-        write_report(
+        by_first(write_report)(
             run.workdir.path / "report", summary, people["samples"], metrics=run.workdir.path / "metrics.jsonl"
         )
     return {"held_out_prompts": len(evaluation.requests)}

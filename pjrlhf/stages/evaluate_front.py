@@ -35,6 +35,7 @@ from pjrlhf.merging.methods import bone_soup_weights
 from pjrlhf.models.adapters import AdapterConfig, is_low_rank
 from pjrlhf.models.decoder import Decoder
 from pjrlhf.objectives.multi_objective import target_map
+from pjrlhf.parallel.processes import by_first
 from pjrlhf.rollout.decoding import Combined
 from pjrlhf.rollout.experience import sample
 from pjrlhf.rollout.sampler import Sampling, generate
@@ -223,5 +224,5 @@ def run(run: Run) -> dict[str, Any]:
         "methods": found,
     }
     with disk_errors(run.workdir.path / "report"):
-        write_report(run.workdir.path / "report", summary, metrics=run.workdir.path / "metrics.jsonl")
+        by_first(write_report)(run.workdir.path / "report", summary, metrics=run.workdir.path / "metrics.jsonl")
     return {"held_out_prompts": len(front.requests)}

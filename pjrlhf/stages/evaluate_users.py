@@ -21,6 +21,7 @@ from pjrlhf.evaluation.users import (
     principal_axes,
     user_accuracy,
 )
+from pjrlhf.parallel.processes import by_first
 from pjrlhf.stages.context import Run
 from pjrlhf.stages.new_users import fit_new_users
 from pjrlhf.stages.pairs import SIDES, Pairs
@@ -78,7 +79,9 @@ def run(run: Run) -> dict[str, Any]:
     seconds["evaluate_users"] = time.perf_counter() - started
     summary |= {"stage_seconds": seconds, "total_seconds": sum(seconds.values())}
     with disk_errors(run.workdir.path / "report"):
-        write_report(run.workdir.path / "report", summary, samples, metrics=run.workdir.path / "metrics.jsonl")
+        by_first(write_report)(
+            run.workdir.path / "report", summary, samples, metrics=run.workdir.path / "metrics.jsonl"
+        )
     return {"pairs": len(held), "users": len(pairs.registry.rows)}
 
 

@@ -13,6 +13,7 @@ from typing import Any
 from absl import logging
 
 from pjrlhf.errors import UserError
+from pjrlhf.parallel.processes import by_first
 from pjrlhf.stages import policy
 from pjrlhf.stages.context import Run
 from pjrlhf.training.workdir import write_json
@@ -71,7 +72,7 @@ def run(run: Run) -> dict[str, Any]:
         if run.workdir.finished(stage):
             logging.info("%s: finished before, skipped", stage)
             continue
-        write_json(kept, described)
+        by_first(write_json)(kept, described)
         started = time.perf_counter()
         trainer = importlib.import_module(f"pjrlhf.stages.{changes.get('train', 'policy')}")
         info = trainer.train(run, settings, stage)

@@ -21,7 +21,8 @@ from pjrlhf.models.decoder import Decoder
 from pjrlhf.models.huggingface import fingerprint
 from pjrlhf.objectives.multi_objective import modpo_loss, weighted_sum
 from pjrlhf.objectives.preference import accuracy, implicit_rewards
-from pjrlhf.parallel.mesh import shard_batch, shard_params
+from pjrlhf.parallel.mesh import shard_batch, sharded
+from pjrlhf.parallel.processes import to_host
 from pjrlhf.rollout import experience, scoring
 from pjrlhf.rollout.reference import SIDES, reference_logps
 from pjrlhf.stages import policy, reward
@@ -42,9 +43,9 @@ def raw_rewards(run: Run, rewarder: Any, rows: Sequence[tuple[np.ndarray, np.nda
 
     Args:
       rewarder: as `reward.load` gives it.
-      rows: M pairs of token ids, prompt and answer; `config.sample_rows` of them are scored at once.
+      rows: M pairs of token ids, prompt and answer; `run.sample_rows` of them are scored at once.
     """
-    everything, size = jnp.arange(len(run.rewards))[None], run.config.sample_rows
+    everything, size = jnp.arange(len(run.rewards))[None], run.sample_rows
 
     @jax.jit
     def score(rewarder, base, tokens, valid):
@@ -62,8 +63,9 @@ def raw_rewards(run: Run, rewarder: Any, rows: Sequence[tuple[np.ndarray, np.nda
             completion_length=run.completion_lengths,
             pad_id=run.tokenizer.pad_id,
         )
-        raw = score(rewarder, run.base, batch["tokens"], batch["valid"])
-        found.append(np.asarray(raw)[: len(part)])
+        placed = shard_batch(run.mesh, {name: batch[name] for name in ("tokens", "valid")})
+        raw = score(rewarder, run.base, **placed)
+        found.append(to_host(raw)[: len(part)])
     return np.concatenate(found)
 
 
@@ -151,8 +153,9 @@ class Modpo:
             prompt_lengths=run.prompt_lengths,
             completion_lengths=run.completion_lengths,
             pad_id=run.tokenizer.pad_id,
-            rows=run.config.sample_rows,
+            rows=run.sample_rows,
             folder=run.cache_folder / "reference",
+            place=functools.partial(shard_batch, run.mesh),
         )
         self.optimizer = per_ingredient(make_optimizer(settings.optimizer.to_dict(), settings.steps))
         self.tables = [[row for row, i in zip(self.table, of, strict=True) if i == label] for label in labels]
@@ -220,9 +223,12 @@ class Modpo:
         return shard_batch(self.run.mesh, rows) | rest, prompt_slots
 
     def init(self) -> State:
+        return sharded(self.run.mesh, self._initial, self.run.base)
+
+    def _initial(self, base: Any) -> State:
         run = self.run
-        bank = init_bank(run.base, run.adapter, len(self.goals.adapters), jax.random.fold_in(run.key, 110))
-        return shard_params(run.mesh, State.create(jax.random.fold_in(run.key, 111), bank, self.optimizer))
+        bank = init_bank(base, run.adapter, len(self.goals.adapters), jax.random.fold_in(run.key, 110))
+        return State.create(jax.random.fold_in(run.key, 111), bank, self.optimizer)
 
     def _step(self, state: State, base: Any, batch: Any, prompt_slots: int) -> tuple[State, Metrics]:
         run, settings = self.run, self.settings

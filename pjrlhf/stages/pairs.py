@@ -1,6 +1,7 @@
 """The comparisons of a run of user models: tokens, reference log-probs, and who said so."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -12,7 +13,7 @@ from pjrlhf.data.tokenization import TokenTable
 from pjrlhf.errors import UserError
 from pjrlhf.models.huggingface import fingerprint
 from pjrlhf.models.registry import UserRegistry
-from pjrlhf.parallel.mesh import even_rows
+from pjrlhf.parallel.mesh import even_rows, shard_batch
 from pjrlhf.rollout.reference import reference_logps
 from pjrlhf.stages.context import Run
 
@@ -126,8 +127,9 @@ class Pairs:
             prompt_lengths=run.prompt_lengths,
             completion_lengths=run.completion_lengths,
             pad_id=run.tokenizer.pad_id,
-            rows=2 * run.config.preference.batch_size,
+            rows=even_rows(run.mesh, 2 * run.config.preference.batch_size),
             folder=run.cache_folder / "reference",
+            place=functools.partial(shard_batch, run.mesh),
         )
 
     def users(self, name: str) -> np.ndarray:

@@ -6,6 +6,7 @@ objectives become one advantage (see `objectives.combination`), and what estimat
 """
 
 import dataclasses
+import pathlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -23,7 +24,8 @@ from pjrlhf.models.peft import save_peft
 from pjrlhf.models.storage import load_tree, save_tree
 from pjrlhf.objectives import policy_gradient as pg
 from pjrlhf.objectives.combination import Combination
-from pjrlhf.parallel.mesh import shard_batch, shard_params
+from pjrlhf.parallel.mesh import shard_batch, shard_params, sharded
+from pjrlhf.parallel.processes import by_first, to_host
 from pjrlhf.rollout import scoring
 from pjrlhf.rollout.experience import (
     ExperienceConfig,
@@ -219,15 +221,17 @@ class Policy:
         return {name: x.reshape(len(rows), K, *x.shape[1:]) for name, x in arrays.items()}
 
     def init(self) -> State:
+        return sharded(self.run.mesh, self._initial, self.run.base)
+
+    def _initial(self, base: Any) -> State:
         run, goals = self.run, self.goals
         heads = len(self.combination.names(goals.scored))
         trainable = {
-            "bank": init_bank(run.base, run.adapter, len(goals.adapters), jax.random.fold_in(run.key, 30)),
+            "bank": init_bank(base, run.adapter, len(goals.adapters), jax.random.fold_in(run.key, 30)),
             "heads": init_value_heads(len(goals.policies), heads, run.model_config.hidden_size),
         }
         beta = jnp.full((len(goals.policies),), float(self.settings.kl.coefficient))
-        state = State.create(jax.random.fold_in(run.key, 31), trainable, self.optimizer, beta=beta)
-        return shard_params(run.mesh, state)
+        return State.create(jax.random.fold_in(run.key, 31), trainable, self.optimizer, beta=beta)
 
     def _step(self, state: State, base: Any, rewarder: Any, batch: Any) -> tuple[State, Metrics]:
         kl, model, adapter = self.settings.kl, self.run.model, self.run.adapter
@@ -356,9 +360,15 @@ def train(run: Run, settings: Any, stage: str) -> dict[str, Any]:
 def save(run: Run, stage: str, names: Sequence[str], bank: Any) -> str:
     """Writes the bank, and each adapter as a folder of its own; returns the fingerprint of the base."""
     folder = run.workdir.stage(stage)
-    bank = jax.device_get(bank)
+    bank = to_host(bank)
     base_hash = fingerprint(run.base_folder)
     save_tree(folder / BANK, bank, {"adapters": list(names), "base": base_hash, "alpha": run.adapter.alpha})
+    _save_ingredients(run, folder, names, bank, base_hash)
+    return base_hash
+
+
+@by_first
+def _save_ingredients(run: Run, folder: pathlib.Path, names: Sequence[str], bank: Any, base_hash: str) -> None:
     for k, name in enumerate(names):
         one = jax.tree.map(lambda x, k=k: x[k], bank)
         target = folder / "ingredients" / name
@@ -368,7 +378,6 @@ def save(run: Run, stage: str, names: Sequence[str], bank: Any) -> str:
             write_json(target / MANIFEST, {"base": {"folder": str(run.base_folder), "hash": base_hash}})
         else:
             save_params(target, run.model_config, one, tokenizer_folder=run.base_folder, token_ids=run.token_ids)
-    return base_hash
 
 
 def load_bank(run: Run, stage: str = "policy", names: Sequence[str] | None = None) -> Any:

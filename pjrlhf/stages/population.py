@@ -7,7 +7,6 @@ held-out prompts, and new people.
 """
 
 import dataclasses
-import json
 import random
 from typing import Any
 
@@ -17,10 +16,11 @@ from absl import logging
 
 from pjrlhf.data.schema import Example
 from pjrlhf.errors import UserError
+from pjrlhf.parallel.processes import by_first
 from pjrlhf.stages.comparisons import preference_record, sample_base
 from pjrlhf.stages.context import Run
 from pjrlhf.stages.pairs import SIDES
-from pjrlhf.training.workdir import disk_errors
+from pjrlhf.training.workdir import disk_errors, write_lines
 
 TRAIN, HELDOUT, NEW = "train.jsonl", "heldout.jsonl", "new_users.jsonl"
 Triple = tuple[str, str, str]  # a request and two answers
@@ -117,6 +117,6 @@ def run(run: Run) -> dict[str, Any]:
             columns = {"user_id": user, "taste": crowd[user], "held_out": request in held}
             records.append(preference_record(run, request, chosen, rejected, **columns))
         with disk_errors(folder / name):
-            (folder / name).write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+            by_first(write_lines)(folder / name, records)
     found = {"people": people, "new_people": strangers, "ties": ties}
     return found if given is None else found | {"given_pairs": len(given)}

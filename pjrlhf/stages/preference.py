@@ -22,7 +22,7 @@ from pjrlhf.models.decoder import Decoder
 from pjrlhf.models.storage import load_tree, save_tree
 from pjrlhf.models.users import UserModel, clusters_of, gather_rows
 from pjrlhf.objectives import preference as losses
-from pjrlhf.parallel.mesh import shard_batch, shard_params
+from pjrlhf.parallel.mesh import shard_batch, shard_params, sharded
 from pjrlhf.rollout import scoring
 from pjrlhf.stages.context import Run
 from pjrlhf.stages.pairs import SIDES, Pairs, device_part
@@ -251,26 +251,27 @@ class Preference:
         self._update = jax.jit(self._step, donate_argnums=0, static_argnames="prompt_slots")
 
     def init(self) -> State:
+        # The step donates its state; what was given as a start stays the caller's.
+        return sharded(self.run.mesh, self._initial, self.run.base, self.start)
+
+    def _initial(self, base: Any, start: Any) -> State:
         run = self.run
         key = jax.random.fold_in(run.key, 60)
-        if self.start is None:
-            users = self.users.init(jax.random.fold_in(key, 1), run.base["embed"]["embedding"])
+        trainable = start
+        if start is None:
+            users = self.users.init(jax.random.fold_in(key, 1), base["embed"]["embedding"])
             trainable = {"users": users}
             if not self.frozen:
-                trainable["bank"] = init_bank(run.base, run.adapter, 1, jax.random.fold_in(key, 0))
+                trainable["bank"] = init_bank(base, run.adapter, 1, jax.random.fold_in(key, 0))
             if self.objective.head == "reward":
                 trainable["heads"] = scoring.init_heads(1, run.model_config.hidden_size, jax.random.fold_in(key, 3))
-        else:
-            # The step donates its state; what was given stays the caller's.
-            trainable = jax.tree.map(jnp.copy, self.start)
         users = trainable["users"]
         opt_state = {
             "policy": self.optimizer.init(policy) if (policy := _policy(trainable)) else {},
             "shared": self.shared.init(users.get("shared", {})),
             "table": self.lazy.init(users["table"]) if self.personal else {},
         }
-        state = State(jnp.zeros((), jnp.int32), jax.random.fold_in(key, 2), trainable, opt_state, {})
-        return shard_params(run.mesh, state)
+        return State(jnp.zeros((), jnp.int32), jax.random.fold_in(key, 2), trainable, opt_state, {})
 
     def _step(self, state: State, base: Any, frozen: Any, batch: Any, prompt_slots: int) -> tuple[State, Metrics]:
         run, trainable, opt_state = self.run, dict(state.trainable), dict(state.opt_state)

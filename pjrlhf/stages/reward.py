@@ -19,7 +19,8 @@ from pjrlhf.models.adapters import AdapterConfig, Policies, init_bank
 from pjrlhf.models.decoder import Decoder
 from pjrlhf.models.storage import load_tree, save_tree
 from pjrlhf.objectives.preference import accuracy, bradley_terry_loss
-from pjrlhf.parallel.mesh import shard_batch, shard_params
+from pjrlhf.parallel.mesh import shard_batch, shard_params, sharded
+from pjrlhf.parallel.processes import to_host
 from pjrlhf.rollout import scoring
 from pjrlhf.rollout.experience import raw_rewards, sample
 from pjrlhf.stages.comparisons import FILE
@@ -154,12 +155,15 @@ class Reward:
         return {"tokens": stack("tokens"), "valid": stack("valid"), "margin": batch["margin"].reshape(shape)}
 
     def init(self) -> State:
+        return sharded(self.run.mesh, self._initial, self.run.base)
+
+    def _initial(self, base: Any) -> State:
         run, K = self.run, len(self.run.rewards)
         trainable = {
-            "bank": init_bank(run.base, run.adapter, K, jax.random.fold_in(run.key, 20)),
+            "bank": init_bank(base, run.adapter, K, jax.random.fold_in(run.key, 20)),
             "heads": scoring.init_heads(K, run.model_config.hidden_size, jax.random.fold_in(run.key, 21)),
         }
-        return shard_params(run.mesh, State.create(jax.random.fold_in(run.key, 22), trainable, self.optimizer))
+        return State.create(jax.random.fold_in(run.key, 22), trainable, self.optimizer)
 
     def place(self, batch: Any) -> Any:
         """Device arrays as `pair_rewards` takes them: [n, K, 2, S] -> [2 K n, S], the rows of one model together."""
@@ -184,7 +188,7 @@ class Reward:
         for start in range(0, longest, n):
             rows = [[table[i % len(table)] for table in self.heldout] for i in range(start, start + n)]
             chosen, rejected = score(trainable, run.base, self.place(self.collate(rows)))
-            better = np.asarray(accuracy(chosen, rejected))
+            better = to_host(accuracy(chosen, rejected))
             for k, table in enumerate(self.heldout):
                 hits[k] += better[k, : max(0, len(table) - start)].tolist()
         found = {name: (np.mean(h), len(h)) for name, h in zip(run.rewards, hits, strict=True)}
@@ -197,7 +201,7 @@ class Reward:
         """The scale of raw rewards on samples of the base for training prompts, measured once: "mean", "std", and
         "low", "high", the quantiles `reward.quantiles`, [K] each.
         """
-        run, rows = self.run, self.run.config.sample_rows
+        run, rows = self.run, self.run.sample_rows
         K = len(run.rewards)
         draw = jax.jit(sample, static_argnums=(0, 1, 2))
 
@@ -211,10 +215,10 @@ class Reward:
         requests = run.requests[0]
         for i in range(max(1, run.config.reward.calibration_samples // rows)):
             chosen = [requests[(i * rows + j) % len(requests)] for j in range(rows)]
-            prompt = run.encode([run.ask(request) for request in chosen])
+            prompt = shard_batch(run.mesh, run.encode([run.ask(request) for request in chosen]))
             key = jax.random.fold_in(jax.random.fold_in(run.key, 23), i)
             out = draw(run.model, run.adapter, run.sampling(), run.base, None, None, prompt, key)
-            found.append(np.asarray(score(trainable, run.base, prompt, out)))
+            found.append(to_host(score(trainable, run.base, prompt, out)))
         raw = np.concatenate(found)
         low, high = np.quantile(raw, run.config.reward.quantiles, axis=0)
         scale = {"mean": raw.mean(0), "std": np.maximum(raw.std(0), 1e-6)}

@@ -7,13 +7,11 @@ as far as they are good by some objective. Weights p are answered by stating `ta
 
 import functools
 import json
-import os
 import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from pjrlhf.data.batching import batches, collate_completion
@@ -23,7 +21,8 @@ from pjrlhf.data.tokenization import TokenTable, tokenize
 from pjrlhf.errors import UserError
 from pjrlhf.models.adapters import init_bank
 from pjrlhf.objectives.multi_objective import calibrate, target_map
-from pjrlhf.parallel.mesh import shard_batch, shard_params
+from pjrlhf.parallel.mesh import shard_batch, sharded
+from pjrlhf.parallel.processes import by_first
 from pjrlhf.stages import policy, reward
 from pjrlhf.stages.comparisons import sample_base
 from pjrlhf.stages.context import Run
@@ -35,7 +34,7 @@ from pjrlhf.training import loop
 from pjrlhf.training.metrics import Metrics
 from pjrlhf.training.optimizer import make_optimizer, per_ingredient
 from pjrlhf.training.state import State
-from pjrlhf.training.workdir import disk_errors
+from pjrlhf.training.workdir import disk_errors, write_lines
 
 Answer = dict[str, Any]  # {"request", "text", "scores": N numbers in [0, 1]}
 
@@ -113,10 +112,8 @@ def stored(path: pathlib.Path, make: Callable[[], list[Answer]]) -> list[Answer]
     if path.is_file():
         return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     answers = make()
-    half = path.with_name(f".{path.name}.tmp")
     with disk_errors(path):
-        half.write_text("".join(json.dumps(answer) + "\n" for answer in answers), encoding="utf-8")
-        os.replace(half, path)
+        by_first(write_lines)(path, answers)
     return answers
 
 
@@ -142,13 +139,14 @@ class Ric:
         self._update = jax.jit(self._step, donate_argnums=0)
 
     def init(self) -> State:
-        run = self.run
-        if self.start is None:
-            bank = init_bank(run.base, run.adapter, 1, jax.random.fold_in(run.key, 120))
-        else:
-            # The step donates its state; what was given stays the caller's.
-            bank = jax.tree.map(jnp.copy, self.start)
-        return shard_params(run.mesh, State.create(jax.random.fold_in(run.key, 121), bank, self.optimizer))
+        # The step donates its state; what was given as a start stays the caller's.
+        return sharded(self.run.mesh, self._initial, self.run.base, self.start)
+
+    def _initial(self, base: Any, start: Any) -> State:
+        run, bank = self.run, start
+        if start is None:
+            bank = init_bank(base, run.adapter, 1, jax.random.fold_in(run.key, 120))
+        return State.create(jax.random.fold_in(run.key, 121), bank, self.optimizer)
 
     def _step(self, state: State, base: Any, batch: Any) -> tuple[State, Metrics]:
         loss = functools.partial(sft_loss, self.run.model, self.run.adapter, self.run.lengths.prompt)

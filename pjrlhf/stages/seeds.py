@@ -10,6 +10,7 @@ from pjrlhf import stages
 from pjrlhf.errors import UserError
 from pjrlhf.evaluation.report import write_report
 from pjrlhf.evaluation.statistics import mean_interval
+from pjrlhf.parallel.processes import by_first
 from pjrlhf.training.workdir import Workdir, disk_errors
 
 METRICS = (
@@ -38,7 +39,7 @@ def run(config: Any, workdir: Workdir) -> None:
         stages.run(one, folder)
         summaries.append(json.loads((folder.path / "report" / "summary.json").read_text(encoding="utf-8")))
     with disk_errors(workdir.path / "report"):
-        write_report(workdir.path / "report", average(summaries))
+        by_first(write_report)(workdir.path / "report", average(summaries))
 
 
 def average(summaries: list[dict[str, Any]]) -> dict[str, Any]:

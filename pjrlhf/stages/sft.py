@@ -15,7 +15,8 @@ from pjrlhf.merging.lora import merge_dense
 from pjrlhf.models.adapters import AdapterConfig, Policies, init_bank
 from pjrlhf.models.decoder import Decoder
 from pjrlhf.models.huggingface import save_params
-from pjrlhf.parallel.mesh import shard_batch, shard_params
+from pjrlhf.parallel.mesh import shard_batch, sharded
+from pjrlhf.parallel.processes import by_first, to_host
 from pjrlhf.rollout import scoring
 from pjrlhf.stages.context import Run
 from pjrlhf.training import loop
@@ -77,10 +78,14 @@ class Sft:
     def init(self) -> State:
         params = self.run.start_params()
         if self.adapter.rank:
-            self.base = shard_params(self.run.mesh, params)
-            params = init_bank(self.base, self.adapter, 1, jax.random.fold_in(self.run.key, 1))
-        state = State.create(jax.random.fold_in(self.run.key, 2), params, self.optimizer)
-        return shard_params(self.run.mesh, state)
+            self.base = params
+        # Full parameters become those of the state; beside an adapter they stay.
+        return sharded(self.run.mesh, self._initial, params, donate=() if self.adapter.rank else (0,))
+
+    def _initial(self, params: Any) -> State:
+        if self.adapter.rank:
+            params = init_bank(params, self.adapter, 1, jax.random.fold_in(self.run.key, 1))
+        return State.create(jax.random.fold_in(self.run.key, 2), params, self.optimizer)
 
     def _step(self, state: State, base: Any, batch: Any) -> tuple[State, Metrics]:
         loss = functools.partial(sft_loss, self.run.model, self.adapter, self.prompt_slots)
@@ -114,10 +119,10 @@ def run(run: Run) -> dict[str, Any]:
         log_every=run.config.log_every,
     )
     with disk_errors(run.base_folder):
-        save_params(
+        by_first(save_params)(
             run.base_folder,
             run.model_config,
-            jax.device_get(method.result(state)),
+            to_host(method.result(state)),
             tokenizer_folder=run.start_folder,
             token_ids=run.token_ids,
         )

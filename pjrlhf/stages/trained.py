@@ -8,6 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from pjrlhf.models.adapters import Policies
+from pjrlhf.parallel.mesh import shard_batch
+from pjrlhf.parallel.processes import to_host
 from pjrlhf.rollout.sampler import generate
 from pjrlhf.stages import preference
 from pjrlhf.stages.context import Run
@@ -45,8 +47,9 @@ class Trained:
             index = [rows[i] for i in range(start, min(start + size, len(rows)))]
             padded = [table[i] for i in index + [index[0]] * (size - len(index))]
             arrays, slots = device_part(self.pairs.collate(part, users, padded))
+            arrays = shard_batch(self.run.mesh, arrays)
             margins = self._margins(trainable or self.trainable, self.run.base, arrays, prompt_slots=slots)
-            found.append(np.asarray(margins)[: len(index)])
+            found.append(to_host(margins)[: len(index)])
         return np.concatenate(found)
 
     def _sample(self, trainable: Any, base: Any, prompt: Any, users: jax.Array, key: jax.Array) -> Any:
@@ -77,4 +80,4 @@ class Trained:
             return None
         rows = np.array(list(self.pairs.registry.rows.values()), np.int32)
         tokens, mix = self.method.users.apply(self.trainable["users"], rows)
-        return np.asarray(tokens if tokens is not None else mix).reshape(len(rows), -1)
+        return to_host(tokens if tokens is not None else mix).reshape(len(rows), -1)

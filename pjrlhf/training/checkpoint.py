@@ -17,6 +17,7 @@ import numpy as np
 from orbax.checkpoint import v1 as ocp
 
 from pjrlhf.errors import UserError
+from pjrlhf.parallel.processes import to_host
 from pjrlhf.training.workdir import disk_errors
 
 log = logging.getLogger(__name__)
@@ -138,7 +139,7 @@ class Checkpoints:
           UserError: the disk is full or unwritable (also for the save before this one).
         """
         plain = jax.tree.map(lambda x: jax.random.key_data(x) if _is_key(x) else x, state)
-        host = {"iterator": _pack(iterator_state), "checksums": np.asarray(_checksums_jit(plain)).tolist()}
+        host = {"iterator": _pack(iterator_state), "checksums": to_host(_checksums_jit(plain)).tolist()}
         with disk_errors(self.folder):
             self._orbax.save_checkpointables_async(step, {"state": plain, "host": host}, force=True, overwrite=True)
         if wait:
@@ -191,7 +192,7 @@ class Checkpoints:
         state = jax.tree.map(
             lambda x, like: x if like.sharding is not None else jnp.asarray(np.asarray(x)), loaded["state"], template
         )
-        if np.asarray(_checksums_jit(state)).tolist() != loaded["host"]["checksums"]:
+        if to_host(_checksums_jit(state)).tolist() != loaded["host"]["checksums"]:
             raise ValueError("its contents are not what was saved")
         return state, _unpack(loaded["host"]["iterator"])
 

@@ -13,6 +13,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from pjrlhf.errors import UserError
+from pjrlhf.parallel.processes import is_first, to_host
 from pjrlhf.training.checkpoint import Checkpoints, abstract
 from pjrlhf.training.metrics import Metrics, MetricWriter, to_floats
 from pjrlhf.training.progress import progress
@@ -125,7 +126,7 @@ def run(
         due = step in (1, steps) or (log_every and step % log_every == 0)
         if not due:
             metrics = {name: pair for name, pair in metrics.items() if _under(name, fetched_always)}
-        metrics = jax.device_get(dict(metrics))
+        metrics = to_host(dict(metrics))
         values = to_floats(metrics, ingredients)
         bad = {name: value for name, value in values.items() if _under(name, watch) and not math.isfinite(value)}
         if bad:
@@ -198,16 +199,13 @@ def _save_batch(path: pathlib.Path, batch: Any) -> pathlib.Path:
 
     def plain(x):
         if isinstance(x, jax.Array):
-            if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):
-                x = jax.random.key_data(x)
-            if not x.is_fully_addressable:
-                x = multihost_utils.process_allgather(x, tiled=True)
+            x = to_host(jax.random.key_data(x) if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key) else x)
         x = np.asarray(x)
         return x.astype(np.float32) if x.dtype == jax.numpy.bfloat16 else x.astype(str) if x.dtype == object else x
 
     leaves = jax.tree_util.tree_flatten_with_path(batch)[0]
     arrays = {jax.tree_util.keystr(keys, simple=True, separator="/") or "batch": plain(x) for keys, x in leaves}
-    if jax.process_index() == 0:
+    if is_first():
         with disk_errors(path):
             np.savez(path, **arrays)
     return path

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pjrlhf.errors import UserError
+from pjrlhf.parallel.processes import is_first, to_host
 from pjrlhf.training.workdir import Workdir, disk_errors
 
 Metrics = Mapping[str, tuple[jax.Array, jax.Array]]
@@ -45,7 +46,7 @@ def to_floats(metrics: Metrics, ingredients: Sequence[str] = ()) -> dict[str, fl
       ingredients: K names; a [K] pair becomes `name/<ingredient>`. Empty: pooled over the ingredients.
     """
     values: dict[str, float] = {}
-    for name, pair in jax.device_get(dict(metrics)).items():
+    for name, pair in to_host(dict(metrics)).items():
         total, count = np.broadcast_arrays(*(np.asarray(x, np.float64) for x in pair))
         if ingredients and total.ndim:
             named = {f"{name}/{k}": (t, c) for k, t, c in zip(ingredients, total, count, strict=True)}
@@ -70,7 +71,7 @@ class MetricWriter:
         self.path = workdir.path / "metrics.jsonl"
         self.stage = stage
         modules = {name: _import(name) for name in loggers}
-        self._active = jax.process_index() == 0
+        self._active = is_first()
         self._tensorboard = self._wandb = None
         if not self._active:
             return

@@ -5,9 +5,10 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jax
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from pjrlhf.parallel.processes import is_first
 
 
 def _clock(seconds: float) -> str:
@@ -31,7 +32,7 @@ class progress:
     def __init__(self, stage: str, total: int, keys: Sequence[str] = ("loss",), *, start: int = 0, every: float = 10.0):
         self.stage, self.total, self.keys, self.every = stage, total, keys, every
         self._step = start
-        self._visible = jax.process_index() == 0
+        self._visible = is_first()
         self._bar: Progress | None = None
         self._first: tuple[int, float] | None = None
         self._printed = -every

@@ -5,12 +5,13 @@ import errno
 import json
 import os
 import pathlib
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
 
 from pjrlhf.errors import UserError
+from pjrlhf.parallel.processes import by_first
 
 _DISK = {
     errno.ENOSPC: "the disk is full; free some space",
@@ -55,6 +56,13 @@ def write_json(path: pathlib.Path, value: Any) -> None:
         os.replace(half, path)
 
 
+def write_lines(path: pathlib.Path, records: Iterable[Any]) -> None:
+    """One JSON value per line, in one stroke."""
+    half = path.with_name(f".{path.name}.tmp")
+    half.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+    os.replace(half, path)
+
+
 def _read_json(path: pathlib.Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
@@ -75,7 +83,7 @@ def _flat(config: Any, prefix: str = "") -> dict[str, Any]:
 
 
 class Workdir:
-    """The folder of one run. Create it after JAX's distributed start-up: only process 0 writes the shared files.
+    """The folder of one run, which all its processes see. Create it after JAX's distributed start-up.
 
     Raises:
       UserError: the folder cannot be created.
@@ -120,8 +128,12 @@ class Workdir:
                     f"{self.path}: holds a run with another config ({'; '.join(changed)}); "
                     "undo the change, choose another --workdir, or delete the folder to start over"
                 )
-        if jax.process_index() == 0:
-            write_json(path, config)
+        by_first(write_json)(path, config)
+        if not path.is_file():
+            raise UserError(
+                f"{self.path}: process {jax.process_index()} does not see what process 0 writes there; choose a "
+                "--workdir that all processes share"
+            )
 
     def finished(self, stage: str) -> dict[str, Any] | None:
         """What `mark_finished` recorded for `stage`, or None while it is unfinished."""
@@ -129,7 +141,6 @@ class Workdir:
 
     def mark_finished(self, stage: str, seconds: float, **info: Any) -> None:
         """Records in manifest.json that `stage` is complete, how long it took, and any JSON values in `info`."""
-        if jax.process_index() == 0:
-            manifest = _read_json(self.path / "manifest.json") or {"stages": {}}
-            manifest["stages"][stage] = {"seconds": seconds, **info}
-            write_json(self.path / "manifest.json", manifest)
+        manifest = _read_json(self.path / "manifest.json") or {"stages": {}}
+        manifest["stages"][stage] = {"seconds": seconds, **info}
+        by_first(write_json)(self.path / "manifest.json", manifest)

@@ -141,8 +141,8 @@ def test_step_n_is_dispatched_before_the_metrics_of_the_step_before_are_fetched(
             events.append("dispatch")
             return super().step(state, batch)
 
-    fetch = jax.device_get
-    monkeypatch.setattr(loop.jax, "device_get", lambda x: events.append("fetch") or fetch(x))
+    fetch = loop.to_host
+    monkeypatch.setattr(loop, "to_host", lambda x: events.append("fetch") or fetch(x))
     monkeypatch.setattr(loop, "to_floats", lambda metrics, ingredients=(): {"loss": 1.0})
     train(tmp_path, Recording(), steps=4, checkpoint_every=0)
     assert events == ["dispatch", *["dispatch", "fetch"] * 3, "fetch"]

@@ -1,0 +1,205 @@
+"""Several real processes that work as one (gloo on this machine): the numbers of one process, and what happens when
+one of them is lost.
+"""
+
+import json
+import os
+import pathlib
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import tiny
+from small_policies import close
+
+from pjrlhf.errors import UserError
+from pjrlhf.models.storage import load_tree
+from pjrlhf.parallel import processes
+
+ROOT = pathlib.Path(__file__).parents[2]
+DEVICES = 4
+CONFIG = """
+import sys
+sys.path[:0] = [{tests!r}, {stages!r}]
+import tiny
+def get_config():
+    return tiny.settings(**{changes!r})
+"""
+# Rollouts and pairs that four devices can share, and short: what counts is that the numbers agree.
+# Adam divides by the gradient plus eps: with the usual 1e-8, rounding of a gradient near zero becomes a step.
+SMALL = {
+    "policy__rollouts": 4,
+    "methods__pmorl__rollouts": 4,
+    "policy__steps": 2,
+    "reward__steps": 3,
+    "reward__optimizer__eps": 1e-5,
+    "sft__steps": 40,
+    "sft__optimizer__eps": 1e-5,
+}
+
+
+def launch(tmp_path, workdir, count, *, devices=None, **changes):
+    """`launch/local.sh -p count` of the tiny config, DEVICES devices in all, in a process group of its own."""
+    config = tmp_path / "config.py"
+    tests = ROOT / "tests"
+    config.write_text(CONFIG.format(tests=str(tests), stages=str(tests / "stages"), changes=SMALL | changes))
+    command = [str(ROOT / "launch" / "local.sh"), "-p", str(count), "-d", str(devices or DEVICES // count), str(config)]
+    flags = os.environ["XLA_FLAGS"].replace("--xla_force_host_platform_device_count=8", "")
+    environment = {
+        **os.environ,
+        "PATH": f"{pathlib.Path(sys.executable).parent}:{os.environ['PATH']}",
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": flags,
+        "XDG_CACHE_HOME": str(tmp_path / "cache"),
+    }
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "start_new_session": True}
+    return subprocess.Popen([*command, f"--workdir={workdir}"], env=environment, **pipes)
+
+
+def ended(process, seconds=500):
+    """(exit status, standard error) of a launch."""
+    try:
+        _, errors = process.communicate(timeout=seconds)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+    return process.returncode, errors
+
+
+def run(tmp_path, name, count, **changes):
+    status, errors = ended(launch(tmp_path, tmp_path / name, count, **changes))
+    assert status == 0, errors[-4000:]
+    return tmp_path / name
+
+
+def assert_same_numbers(one, other):
+    """Equal metrics to 1e-5, and the same texts: what was sampled did not differ in a single token."""
+    got, want = tiny.lines(other), tiny.lines(one)
+    assert [(row["stage"], row["step"]) for row in got] == [(row["stage"], row["step"]) for row in want]
+    for a, b in zip(got, want, strict=True):
+        assert a.keys() == b.keys()
+        np.testing.assert_allclose([a[k] for k in b if k != "stage"], [b[k] for k in b if k != "stage"], 1e-5, 1e-5)
+    assert (other / "comparisons/comparisons.jsonl").read_text() == (one / "comparisons/comparisons.jsonl").read_text()
+
+
+def files(folder):
+    """All but what Orbax keeps inside a checkpoint, a part for each process."""
+    found = (path.relative_to(folder) for path in folder.rglob("*"))
+    return {str(path) for path in found if "checkpoints" not in path.parts[:-2]}
+
+
+@pytest.mark.slow
+def test_two_processes_give_the_numbers_of_one(tmp_path):
+    """Training, sampling, checkpoints, evaluation and the report of the whole main job."""
+    one, two = (run(tmp_path, str(count), count) for count in (1, 2))
+    assert_same_numbers(one, two)
+    banks = [load_tree(folder / "policy" / "bank.safetensors")[0] for folder in (one, two)]
+    close(*banks, 1e-4)
+    reports = [json.loads((folder / "report" / "summary.json").read_text()) for folder in (one, two)]
+    assert reports[0]["combos"] == reports[1]["combos"]
+    assert files(one) == files(two)
+
+
+@pytest.mark.slow
+def test_four_processes_give_the_numbers_of_one(tmp_path):
+    stages = ("sft", "comparisons", "reward")
+    one, four = (run(tmp_path, str(count), count, stages=stages) for count in (1, 4))
+    assert_same_numbers(one, four)
+
+
+def children(process):
+    """The processes that a launch started."""
+    return [int(pid) for pid in pathlib.Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
+
+
+def wait_for(process, path, text, seconds=200):
+    """Waits until `text` is in the file that the launch writes."""
+    end = time.time() + seconds
+    while time.time() < end and process.poll() is None:
+        if path.is_file() and text in path.read_text():
+            return
+        time.sleep(0.1)
+    raise AssertionError(f"{text!r} never came; status {process.poll()}")
+
+
+LONG = {"stages": ("sft",), "sft__steps": 200, "checkpoint_every": 10}
+
+
+@pytest.mark.slow
+def test_a_lost_process_ends_the_job_and_the_job_goes_on(tmp_path):
+    undisturbed = run(tmp_path, "undisturbed", 2, **LONG)
+    folder = tmp_path / "lost"
+    process = launch(tmp_path, folder, 2, **LONG)
+    wait_for(process, folder / "metrics.jsonl", '"step": 25,')
+    os.kill(children(process)[1], signal.SIGKILL)
+    killed = time.time()
+    status, errors = ended(process, 60)
+    assert status not in (0, 143) and time.time() - killed < 30
+    assert "a process ended with status 137; stopping the others" in errors, errors[-3000:]
+    last = max(int(path.name) for path in (folder / "sft" / "checkpoints").iterdir() if path.name.isdigit())
+    assert last % 10 == 0 and 0 < last < 200
+    status, errors = ended(launch(tmp_path, folder, 2, **LONG))
+    assert status == 0, errors[-3000:]
+    assert tiny.lines(folder) == tiny.lines(undisturbed)
+
+
+@pytest.mark.slow
+def test_all_processes_stop_after_one_step_and_another_number_goes_on(tmp_path):
+    """SIGTERM to one of two, as when a machine is taken back: both save the same step. Then one process takes over."""
+    folder = tmp_path / "stopped"
+    process = launch(tmp_path, folder, 2, **LONG)
+    wait_for(process, folder / "metrics.jsonl", '"step": 25,')
+    os.kill(children(process)[1], signal.SIGTERM)
+    status, errors = ended(process, 100)
+    assert status == 143, errors[-3000:]
+    found = re.findall(r"sft: stopped by SIGTERM after step (\d+) of 200, which is saved", errors)
+    assert len(found) == 2 and found[0] == found[1], errors[-3000:]
+    assert [path.name for path in sorted((folder / "sft" / "checkpoints").iterdir())][-1] == found[0]
+    assert run(tmp_path, "stopped", 1, **LONG) == folder
+    assert [row["step"] for row in tiny.lines(folder)] == list(range(1, 201))
+
+
+@pytest.mark.slow
+def test_a_mistake_ends_all_processes_with_one_message(tmp_path):
+    started = time.time()
+    status, errors = ended(launch(tmp_path, tmp_path / "mistake", 2, stages=("sft", "nonsense")))
+    assert status == 2 and time.time() - started < 60
+    assert "error: stages: 'nonsense' is unknown" in errors and "Traceback" not in errors, errors[-3000:]
+
+
+@pytest.mark.parametrize(
+    ("environment", "expected"),
+    [
+        ({}, False),
+        ({"SLURM_NTASKS": "4", "SLURM_PROCID": "0"}, True),
+        ({"SLURM_NTASKS": "4"}, False),  # in the batch script itself, before srun
+        ({"SLURM_NTASKS": "4", "SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0"}, False),  # srun -n 1
+        ({"OMPI_COMM_WORLD_SIZE": "2"}, True),
+        ({"OMPI_COMM_WORLD_SIZE": "1"}, False),
+        ({"TPU_WORKER_HOSTNAMES": "t0,t1"}, True),
+        ({"TPU_WORKER_HOSTNAMES": "localhost"}, False),
+        ({"JAX_COORDINATOR_ADDRESS": "host-0:1234"}, True),
+    ],
+)
+def test_what_the_environment_says(environment, expected):
+    assert processes.several(environment) is expected
+
+
+def test_start_up_mistakes(monkeypatch):
+    with pytest.raises(UserError, match="--distributed=maybe: unknown; choose one of auto, on, off"):
+        processes.start("maybe")
+    with pytest.raises(UserError, match=r"did not find each other .*--process_id"):
+        processes.start("on", "127.0.0.1:1", 2, 5)
+    for name in ("SLURM_PROCID", "OMPI_COMM_WORLD_SIZE", "JAX_COORDINATOR_ADDRESS"):
+        monkeypatch.delenv(name, raising=False)
+    assert processes.start("off", "127.0.0.1:1", 2, 0) is None
+    assert processes.start() is None
+
+
+def test_one_process_writes_and_gets_what_it_wrote(tmp_path):
+    assert processes.by_first(lambda value: value + 1)(1) == 2
+    assert processes.is_first() and processes.of_first(np.ones(2)).tolist() == [1, 1]
