@@ -53,43 +53,7 @@ def get_config(variant: str = "world") -> ml_collections.ConfigDict:
         "heldout_pairs_per_user": 64,
         "new_pairs_per_user": 96,
     }
-    c.preference = {
-        "data": "population",  # "population", or a source of preference records with `user_id`
-        "split": "prompt",  # of your own data: prompt, or pair (others may have compared the same prompt's answers)
-        "heldout_share": 0.2,  # of the prompts or pairs, where the data are your own
-        "new_user_share": 0.0,  # of the people, where the data are your own; kept out to be met as new people
-        # Entries may differ in everything from `head` to `sft_weight`, too, and have user_text=True.
-        "models": {
-            "pooled": {"kind": "uniform"},
-            "individualized": {"kind": "individualized", "tokens": 4},
-            # The first half of the steps trains vectors of everybody's own, whose k-means are the centres.
-            "cluster": {"kind": "cluster", "tokens": 4, "clusters": 2, "warm_start": 0.5},
-            "permuted": {"kind": "individualized", "tokens": 4, "permuted": True},
-        },
-        "bank": "",  # for models of kind soup: "policy", or bank.safetensors of a stage policy on the same base
-        "head": "policy",  # policy (P-DPO), or reward (P-RM)
-        "loss": "sigmoid",  # see objectives/preference.py
-        "beta": 0.1,
-        "alpha": 0.5,  # share of the user-specific term; the rest trains the generic user
-        "mixture": "exact",  # exact: every pair twice; dropout: once, half the cost
-        "label_smoothing": 0.0,
-        "sft_weight": 0.0,
-        "steps": 160,
-        "batch_size": 32,  # pairs
-        "optimizer": {"learning_rate": 3e-3, "schedule": "cosine", "warmup_steps": 5},
-        "user_optimizer": {"learning_rate": 3e-2, "schedule": "cosine"},
-    }
-    c.evaluate_users = {
-        "resamples": 2000,
-        "grid_pairs": 400,  # at most, per cell of known and new people and prompts; so many tell a share within 5 %
-        "surface": False,  # beside the models, logistic regressions on surface features of the answers
-        "generate_for": 4,  # held-out prompts answered as every user; 0 skips generation
-        "max_new_tokens": 0,  # of these answers; 0 is data.max_completion
-        "cold_start": (0, 1, 2, 4, 8, 16),  # comparisons a new person gives; () skips it
-        "cold_start_models": ("individualized", "cluster"),
-        "cold_start_steps": 20,
-        "cold_start_learning_rate": 0.1,
-    }
+    config.people(c)
     variants = {"world": None, "soup": soup, "records": records, "style_pairs": style_pairs, "llmfao": llmfao}
     variants["prefeval"] = prefeval
     if variant not in variants:

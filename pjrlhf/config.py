@@ -11,7 +11,11 @@ def base() -> ml_collections.ConfigDict:
     c.stages = ()
     c.mesh = {"data": -1, "fsdp": 1, "tensor": 1}  # devices per axis; -1 is the rest
     c.checkpoint_every = 100  # steps; every stage also saves its last
+    c.keep = 2  # checkpoints
+    c.keep_best = ""  # and the best by a metric: "loss" for the least, "max rewards/accuracies" for the greatest
     c.log_every = 5
+    c.loggers = ()  # beside metrics.jsonl: tensorboard, wandb
+    c.profile = False  # a trace of a few steps of every stage, for XProf
 
     # Who is there to please. "world", "paper", or {id: {"dimension": ..., "sentence": ...}}.
     c.preferences = "world"
@@ -29,6 +33,10 @@ def base() -> ml_collections.ConfigDict:
         "num_heads": 4,
         "num_kv_heads": 2,
         "max_length": 128,
+        "vocab_size": 0,  # 0: that of the tokenizer
+        "tie_embeddings": True,
+        "rope_theta": 10000.0,
+        "rope_scaling": {},  # of Llama 3: factor, low_freq_factor, high_freq_factor, original_max_position
         "dtype": "float32",  # of activations
         "param_dtype": "float32",  # of the frozen base
         "remat": "none",  # none, dots, full
@@ -38,6 +46,7 @@ def base() -> ml_collections.ConfigDict:
     c.adapter = {"rank": 8, "alpha": 16.0}  # rank 0: full parameters
     c.temperature = 1.0  # of all sampling
     c.sample_rows = 256  # rows sampled at once outside training
+    c.aot = {"users": 1000}  # how many people --aot reckons with
 
     c.data = {
         "prompts": "world",  # "world", or a source of prompt records: {"kind": "jsonl", "path": ...}
@@ -67,6 +76,47 @@ def base() -> ml_collections.ConfigDict:
         },
     }
     return c
+
+
+def people(c: ml_collections.ConfigDict) -> None:
+    """Adds the sections of the stages that serve people known by their comparisons: preference, evaluate_users."""
+    c.preference = {
+        "data": "population",  # "population", or a source of preference records with `user_id`
+        "split": "prompt",  # of your own data: prompt, or pair (others may have compared the same prompt's answers)
+        "heldout_share": 0.2,  # of the prompts or pairs, where the data are your own
+        "new_user_share": 0.0,  # of the people, where the data are your own; kept out to be met as new people
+        # Entries may differ in everything from `head` to `sft_weight`, too, and have user_text=True.
+        "models": {
+            "pooled": {"kind": "uniform"},
+            "individualized": {"kind": "individualized", "tokens": 4},
+            # The first half of the steps trains vectors of everybody's own, whose k-means are the centres.
+            "cluster": {"kind": "cluster", "tokens": 4, "clusters": 2, "warm_start": 0.5},
+            "permuted": {"kind": "individualized", "tokens": 4, "permuted": True},
+        },
+        "bank": "",  # for models of kind soup: "policy", or bank.safetensors of a stage policy on the same base
+        "head": "policy",  # policy (P-DPO), or reward (P-RM)
+        "loss": "sigmoid",  # see objectives/preference.py
+        "beta": 0.1,
+        "alpha": 0.5,  # share of the user-specific term; the rest trains the generic user
+        "mixture": "exact",  # exact: every pair twice; dropout: once, half the cost
+        "label_smoothing": 0.0,
+        "sft_weight": 0.0,
+        "steps": 160,
+        "batch_size": 32,  # pairs
+        "optimizer": {"learning_rate": 3e-3, "schedule": "cosine", "warmup_steps": 5},
+        "user_optimizer": {"learning_rate": 3e-2, "schedule": "cosine"},
+    }
+    c.evaluate_users = {
+        "resamples": 2000,
+        "grid_pairs": 400,  # at most, per cell of known and new people and prompts; so many tell a share within 5 %
+        "surface": False,  # beside the models, logistic regressions on surface features of the answers
+        "generate_for": 4,  # held-out prompts answered as every user; 0 skips generation
+        "max_new_tokens": 0,  # of these answers; 0 is data.max_completion
+        "cold_start": (0, 1, 2, 4, 8, 16),  # comparisons a new person gives; () skips it
+        "cold_start_models": ("individualized", "cluster"),
+        "cold_start_steps": 20,
+        "cold_start_learning_rate": 0.1,
+    }
 
 
 def policies(c: ml_collections.ConfigDict) -> None:
@@ -138,7 +188,9 @@ def front(c: ml_collections.ConfigDict, objectives: tuple[str, ...]) -> None:
     c.policy.update({"scale": "quantiles", "steps": 40, "rollouts": 64})
     c.policy.kl.coefficient = 0.03
     c.policy.experience.update({"missing_eos": 0.3, "score_clip": 0.0})
-    c.ric.samples = 1536  # with those of its online round as many as the policies sample
+    # Three seeds of two and of three objectives, side by side, within half an hour on two cores.
+    c.sft.steps, c.modpo.steps = 300, 90
+    c.ric.update({"samples": 1536, "steps": 160, "online_steps": 60})  # in all as many samples as the policies
     c.evaluate_front = {
         "points": (),  # preference weights; () are those of the literature, see evaluation.pareto.simplex_grid
         "unseen": True,  # besides, weights that no method was trained on

@@ -13,9 +13,14 @@ from ml_collections import config_flags
 from pjrlhf.errors import UserError, missing_key
 
 FLAGS = flags.FLAGS
-EVALUATIONS = ("evaluate", "evaluate_users", "evaluate_front")
+# What may change between two runs of one run directory: it does not influence training.
+FREE = (
+    *("log_every", "loggers", "profile", "aot", "checkpoint_every", "keep", "keep_best"),
+    *("title", "seeds", "stages", "methods", "evaluate", "evaluate_users", "evaluate_front"),
+)
 _CONFIG = config_flags.DEFINE_config_file("config", None, "What to run: a file of configs/, optionally with :variant.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Run directory; runs/<name of the config> where not given.")
+_AOT = flags.DEFINE_string("aot", "", "Compile for these TPUs, which need not be here, and run nothing: v5e:4x4.")
 _DISTRIBUTED = flags.DEFINE_string("distributed", "auto", "Is this one of several processes: on, off, or auto.")
 _COORDINATOR = flags.DEFINE_string("coordinator", "", "host:port of process 0, where the environment does not say it.")
 _COUNT = flags.DEFINE_integer("num_processes", 0, "How many processes, where the environment does not say it.")
@@ -75,6 +80,11 @@ def main(_: list[str]) -> None:
     )
     config = _CONFIG.value
     compilation_cache()
+    if _AOT.value:
+        from pjrlhf.stages import aot
+
+        aot.report(config, _AOT.value)
+        return
     from pjrlhf.parallel import processes
 
     processes.start(_DISTRIBUTED.value, _COORDINATOR.value, _COUNT.value, _INDEX.value)
@@ -83,9 +93,7 @@ def main(_: list[str]) -> None:
     from pjrlhf.training.workdir import Workdir
 
     workdir = Workdir(_WORKDIR.value or default_workdir(FLAGS["config"].config_filename))
-    workdir.write_config(
-        config.to_dict(), ignore=("log_every", "checkpoint_every", "stages", "title", "seeds", "methods", *EVALUATIONS)
-    )
+    workdir.write_config(config.to_dict(), ignore=FREE)
     (seeds if config.get("seeds") else stages).run(config, workdir)
     summary = workdir.path / "report" / "summary.json"
     if summary.is_file() and processes.is_first():

@@ -130,25 +130,23 @@ def batches(
     shuffle: bool = True,
     epochs: int | None = None,
     drop_remainder: bool = True,
-    process_index: int = 0,
-    process_count: int = 1,
 ) -> Iterator[Batch]:
     """A grain iterator over batches; `get_state()` is a small dict fit for JSON, `set_state(state)` continues exactly.
 
-    Every epoch has its own order, fixed by `seed`. A batch is collated whole and each process keeps its own rows of it,
-    so what is trained on, and the bucket of every batch, do not depend on the number of processes.
+    Every epoch has its own order, fixed by `seed`. Several processes make the same batches, and their devices take
+    their rows (`parallel.mesh.shard_batch`): which rows a process needs depends on the mesh, and where layers are split
+    over processes, several need the same ones.
 
     Args:
       table: a random-access sequence of rows.
-      batch_size: rows of a batch over all processes.
+      batch_size: rows of a batch.
       collate: rows -> batch.
       epochs: passes over the table; endless by default. Batches run on over the end of an epoch.
       drop_remainder: leave out the last, partial batch. If False, that batch is filled up with copies of its first row,
         and every batch has "real", bool [B], False for the copies.
-      process_index, process_count: which part of each batch this process gets.
 
     Raises:
-      UserError: the table is empty or smaller than a batch that must be full, or the processes cannot share a batch.
+      UserError: the table is empty or smaller than a batch that must be full.
     """
     import grain
 
@@ -156,17 +154,11 @@ def batches(
         raise UserError(
             f"batch_size {batch_size}: the data set has only {len(table)} rows; lower the batch size or add data"
         )
-    if batch_size % process_count:
-        raise UserError(
-            f"batch_size {batch_size}: {process_count} processes cannot share it; make it a multiple of them"
-        )
-    share = batch_size // process_count
-    mine = slice(process_index * share, (process_index + 1) * share)
 
     def build(rows: Sequence[Row]) -> Batch:
         rows, count = list(rows), len(rows)
         batch = collate(rows + [rows[0]] * (batch_size - count))
-        return _rows_of(batch if drop_remainder else batch | {"real": np.arange(batch_size) < count}, mine)
+        return batch if drop_remainder else batch | {"real": np.arange(batch_size) < count}
 
     dataset = grain.MapDataset.source(table)
     if shuffle:
@@ -174,10 +166,6 @@ def batches(
     dataset = dataset.repeat(epochs).batch(batch_size, drop_remainder=drop_remainder, batch_fn=build)
     # The rows are in memory: threads would only contend for the interpreter.
     return iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)))
-
-
-def _rows_of(batch: Batch, rows: slice) -> Batch:
-    return {name: _rows_of(value, rows) if isinstance(value, dict) else value[rows] for name, value in batch.items()}
 
 
 def split_by(keys: Sequence[Hashable], share: float, seed: int) -> tuple[np.ndarray, np.ndarray]:

@@ -152,8 +152,11 @@ class Policies:
                 self.variables, tokens, valid, mix=rows, cache=cache, offset=offset, user_tokens=self.user_tokens
             )
 
+        # Groups are what is vmapped over; their rows are not those of the batch.
+        model = self.model.clone(rows=None)
+
         def group(variables, tokens, valid, cache, user_tokens):
-            return self.model.apply(variables, tokens, valid, cache=cache, offset=offset, user_tokens=user_tokens)
+            return model.apply(variables, tokens, valid, cache=cache, offset=offset, user_tokens=user_tokens)
 
         # Cache leaves are [L, B, ...]: their batch axis is 1.
         cache = jax.tree.map(lambda x: self._split(x, 1), cache)

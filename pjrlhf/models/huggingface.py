@@ -3,6 +3,7 @@
 Folders are local; a half-written export never carries the name of a finished one.
 """
 
+import functools
 import hashlib
 import json
 import pathlib
@@ -133,23 +134,23 @@ def load_params(
     folder: Folder,
     config: ModelConfig | None = None,
     dtype: Any = jnp.float32,
-    put: Callable[[str, np.ndarray], Any] | None = None,
+    place: Callable[[str, tuple[int, ...]], jax.sharding.Sharding] | None = None,
 ) -> Params:
     """The parameters in `folder` (one model.safetensors, or shards with their index) as our tree.
 
-    Host memory holds one leaf and one tensor at a time besides what `put` keeps.
+    A process reads what its devices hold and nothing else; host memory holds one device's part of one leaf, and of that
+    one layer twice.
 
     Args:
       config: from `read_config` where None; its dimensions are checked against every tensor.
       dtype: of all leaves, whatever the storage (float64, float32, bfloat16, float16).
-      put: `(path, array) -> leaf`, called with the "/"-joined path of each finished leaf, to place it on devices.
+      place: `(path, shape) -> sharding` of a leaf; on the default device where None.
 
     Raises UserError on missing, unused or wrongly shaped tensors, by name.
     """
     folder = pathlib.Path(folder)
     config = read_config(folder) if config is None else config
     family = get_family(read_json(folder / "config.json").get("model_type"), folder)
-    put = put or (lambda path, array: jnp.asarray(array))
     shapes = leaf_shapes(config)
     leaves: dict[str, Any] = {}
     with open_tensors(weight_files(folder)) as files:
@@ -165,13 +166,48 @@ def load_params(
             if view.get_dtype() not in FLOAT_TYPES:
                 raise UserError(f"{folder}: {name} is stored as {view.get_dtype()}; use weights that are not quantised")
         for path, shape in shapes.items():
-            leaf = np.empty(shape, jnp.dtype(dtype))
-            for name, slot in slots.items():
-                if slot.path == path:
-                    tensor = files[name].get_tensor(name)
-                    leaf[slot.index] = tensor.T if slot.transpose else tensor
-            leaves[path] = put(path, leaf)
+            tensors = {slot.index: (files[name], name) for name, slot in slots.items() if slot.path == path}
+            transpose = next(slot.transpose for slot in slots.values() if slot.path == path)
+            read = functools.partial(_read_part, tensors, transpose, shape, jnp.dtype(dtype))
+            if place is None:
+                leaves[path] = jnp.asarray(read(tuple(slice(None) for _ in shape)))
+                continue
+            leaves[path] = _placed(read, shape, place(path, shape))
     return flax.traverse_util.unflatten_dict(leaves, sep="/")
+
+
+def _placed(
+    read: Callable[[tuple[slice, ...]], np.ndarray], shape: tuple[int, ...], sharding: jax.sharding.Sharding
+) -> jax.Array:
+    """The array of `shape` whose parts `read` gives, each read once for all devices that hold it."""
+    parts = sharding.addressable_devices_indices_map(shape)
+    holders: dict[str, list[Any]] = {}
+    for device, index in parts.items():
+        holders.setdefault(repr(index), []).append(device)
+    arrays = {}
+    for devices in holders.values():
+        part = read(parts[devices[0]])
+        arrays |= {device: jax.device_put(part, device) for device in devices}
+    return jax.make_array_from_single_device_arrays(shape, sharding, [arrays[device] for device in parts])
+
+
+def _read_part(
+    tensors: Mapping[int | tuple[()], tuple[Any, str]],
+    transpose: bool,
+    shape: tuple[int, ...],
+    dtype: np.dtype,
+    index: tuple[slice, ...],
+) -> np.ndarray:
+    """`leaf[index]` of the leaf of `shape` that is made of `tensors`: one, or one per layer."""
+    ranges = [range(*part.indices(size)) for part, size in zip(index, shape, strict=True)]
+    part = np.empty([len(r) for r in ranges], dtype)
+    stacked = () not in tensors
+    inner = tuple(slice(r.start, r.stop) for r in ranges[stacked:])
+    for i, layer in enumerate(ranges[0] if stacked else [()]):
+        file, name = tensors[layer]
+        piece = file.get_slice(name)[inner[::-1] if transpose else inner]
+        part[i if stacked else ()] = piece.T if transpose else piece
+    return part
 
 
 def _check_names(folder, found: Iterable[str], slots: Iterable[str], family: Family, config: ModelConfig) -> None:

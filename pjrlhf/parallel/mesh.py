@@ -6,7 +6,7 @@ within a layer). Rows of a batch are split over data x fsdp, and so are those of
 
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -41,13 +41,13 @@ RULES: tuple[tuple[str, tuple[Axis, ...]], ...] = (
 )
 
 
-def make_mesh(sizes: Mapping[str, int]) -> Mesh:
-    """A mesh over all devices; one size may be -1 for "the rest".
+def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """A mesh over all devices, or those given; one size may be -1 for "the rest".
 
     Raises:
       UserError: unknown axis, more than one -1, or sizes that do not multiply to the number of devices.
     """
-    count = jax.device_count()
+    count = jax.device_count() if devices is None else len(devices)
     unknown = set(sizes) - set(AXES)
     if unknown:
         raise UserError(f"mesh: unknown axis {sorted(unknown)[0]!r}; the axes are {', '.join(AXES)}")
@@ -59,7 +59,7 @@ def make_mesh(sizes: Mapping[str, int]) -> Mesh:
         shape[shape.index(-1)] = count // known if known > 0 and count % known == 0 else 0
     if min(shape) < 1 or math.prod(shape) != count:
         raise UserError(f"mesh: {dict(sizes)} does not fit {count} devices; the sizes must multiply to {count}")
-    return jax.make_mesh(tuple(shape), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    return jax.make_mesh(tuple(shape), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
 
 
 def _parts(mesh: Mesh, axis: Axis) -> int:
@@ -110,6 +110,23 @@ def sharded(mesh: Mesh, make: Callable[..., Any], *arguments: Any, donate: tuple
     return jax.jit(make, out_shardings=where, donate_argnums=donate)(*arguments)
 
 
+def stay(mesh: Mesh, tree: Any) -> Any:
+    """Inside a compiled program: the same, placed by `RULES`. So what a step returns can take the memory of what it was
+    given, and be given to it again without compiling anew.
+    """
+    return tree if mesh.size == 1 else jax.lax.with_sharding_constraint(tree, shardings(mesh, tree))
+
+
+def row_sharding(mesh: Mesh, rows: int = 0) -> NamedSharding:
+    """Axis 0 split over data x fsdp. Raises UserError where `rows` cannot be split evenly."""
+    count = _parts(mesh, ROWS)
+    if rows % count:
+        raise UserError(
+            f"batch of {rows} rows: cannot be split over data x fsdp = {count} devices; make it a multiple of {count}"
+        )
+    return NamedSharding(mesh, P(ROWS))
+
+
 def shard_batch(mesh: Mesh, batch: Any) -> Any:
     """Splits axis 0 of every array over data x fsdp. Several processes give the same batch; each takes its rows.
 
@@ -118,14 +135,4 @@ def shard_batch(mesh: Mesh, batch: Any) -> Any:
     """
     if mesh.size == 1:
         return batch
-    count = _parts(mesh, ROWS)
-
-    def place(x):
-        if x.shape[0] % count:
-            raise UserError(
-                f"batch of {x.shape[0]} rows: cannot be split over data x fsdp = {count} devices; "
-                f"make it a multiple of {count}"
-            )
-        return to_devices(x, NamedSharding(mesh, P(ROWS)))
-
-    return jax.tree.map(place, batch)
+    return jax.tree.map(lambda x: to_devices(x, row_sharding(mesh, x.shape[0])), batch)

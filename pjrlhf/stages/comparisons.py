@@ -8,7 +8,6 @@ import numpy as np
 
 from pjrlhf.data import preferences
 from pjrlhf.errors import UserError
-from pjrlhf.parallel.mesh import shard_batch
 from pjrlhf.parallel.processes import by_first
 from pjrlhf.rollout.experience import sample
 from pjrlhf.stages.context import Run
@@ -36,7 +35,7 @@ def sample_base(run: Run, prompts: list[Any], key: jax.Array, stage: str) -> lis
         for i, chunk in enumerate(chunks):
             # The last chunk is filled up so that one program serves all.
             arrays = run.encode(chunk + [chunk[0]] * (rows - len(chunk)))
-            placed, one = shard_batch(run.mesh, arrays), jax.random.fold_in(key, i)
+            placed, one = run.place(arrays), jax.random.fold_in(key, i)
             out = draw(run.model, run.adapter, run.sampling(), run.base, None, None, placed, one)
             texts += run.decode(arrays, out)[: len(chunk)]
             bar.update(i + 1, {})

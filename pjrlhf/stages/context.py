@@ -25,12 +25,16 @@ from pjrlhf.data.tokenization import Lengths, Tokenizer, TokenTable, cut_left, l
 from pjrlhf.errors import UserError
 from pjrlhf.evaluation import judges
 from pjrlhf.models.adapters import AdapterConfig
-from pjrlhf.models.config import ModelConfig
+from pjrlhf.models.attention import choose
+from pjrlhf.models.config import ModelConfig, RopeScaling
 from pjrlhf.models.decoder import Decoder, init_params
-from pjrlhf.models.huggingface import load_params, read_config
-from pjrlhf.parallel.mesh import even_rows, leaf_sharding, make_mesh, sharded
-from pjrlhf.parallel.processes import by_first, to_devices, to_host
+from pjrlhf.models.huggingface import fingerprint, load_params, read_config
+from pjrlhf.parallel.mesh import even_rows, leaf_sharding, make_mesh, row_sharding, shard_batch, sharded, stay
+from pjrlhf.parallel.processes import by_first, to_host
 from pjrlhf.rollout.sampler import Sampling
+from pjrlhf.training import loop
+from pjrlhf.training.performance import Program
+from pjrlhf.training.state import State
 from pjrlhf.training.workdir import Workdir
 
 
@@ -50,6 +54,37 @@ class Run:
     @functools.cached_property
     def mesh(self) -> jax.sharding.Mesh:
         return make_mesh(self.config.mesh)
+
+    # ---- the devices: what every step goes through
+
+    def create(self, make: Callable[..., Any], *arguments: Any, donate: tuple[int, ...] = ()) -> Any:
+        """`make(*arguments)` on the mesh, see `parallel.mesh.sharded`."""
+        return sharded(self.mesh, make, *arguments, donate=donate)
+
+    def place(self, batch: Any) -> Any:
+        """A batch on the mesh, see `parallel.mesh.shard_batch`."""
+        return shard_batch(self.mesh, batch)
+
+    def training_step(self, step: Callable[..., Any], **options: Any) -> Callable[..., Any]:
+        """`step`: (state, ...) -> (state, metrics), to be compiled; it takes the memory of the state it is given."""
+
+        @functools.wraps(step)
+        def in_place(state: State, *arguments: Any, **keywords: Any) -> tuple[State, Any]:
+            state, metrics = step(state, *arguments, **keywords)
+            return stay(self.mesh, state), metrics
+
+        return self.program(in_place, donate_argnums=0, **options)
+
+    def program(self, step: Callable[..., Any], **options: Any) -> Callable[..., Any]:
+        """`step`, to be compiled."""
+        return Program(step, turns=self.config.data.max_completion, **options)
+
+    def train(self, method: loop.Method, stage: str, steps: int, **options: Any) -> State:
+        """The state after `steps` steps, see `training.loop.run`."""
+        names = ("checkpoint_every", "keep", "keep_best", "log_every", "loggers", "profile")
+        settings = {name: self.config[name] for name in names}
+        programs = [part for part in vars(method).values() if isinstance(part, Program)]
+        return loop.run(method, self.workdir, stage, steps=steps, programs=programs, **settings, **options)
 
     # ---- people and their preferences
 
@@ -162,11 +197,13 @@ class Run:
     @functools.cached_property
     def model_config(self) -> ModelConfig:
         """Dimensions of the base, from its folder or (trained from scratch) from the config."""
+        return read_config(self.config.model.path) if self.config.model.path else self.sized()
+
+    def sized(self) -> ModelConfig:
+        """The dimensions that the section `model` gives."""
         m = self.config.model
-        if m.path:
-            return read_config(m.path)
         return ModelConfig(
-            vocab_size=self.tokenizer.vocab_size,
+            vocab_size=m.vocab_size or self.tokenizer.vocab_size,
             hidden_size=m.hidden_size,
             intermediate_size=m.intermediate_size,
             num_layers=m.num_layers,
@@ -174,12 +211,17 @@ class Run:
             num_kv_heads=m.num_kv_heads,
             head_dim=m.hidden_size // m.num_heads,
             max_length=m.max_length,
+            rope_theta=float(m.rope_theta),
+            rope_scaling=RopeScaling(**m.rope_scaling) if m.rope_scaling else None,
+            tie_embeddings=m.tie_embeddings,
         )
 
     @functools.cached_property
     def model(self) -> Decoder:
         m = self.config.model
-        return Decoder(self.model_config, dtype=jnp.dtype(m.dtype), remat=m.remat, attention=m.attention)
+        attention = choose(m.attention, self.mesh.devices.flat[0].platform, m.dtype)
+        rows = row_sharding(self.mesh) if self.mesh.size > 1 else None
+        return Decoder(self.model_config, dtype=jnp.dtype(m.dtype), remat=m.remat, attention=attention, rows=rows)
 
     @property
     def adapter(self) -> AdapterConfig:
@@ -189,18 +231,21 @@ class Run:
         """Parameters to start from: read from `model.path`, or random."""
         if self.config.model.path:
             return self._read(self.start_folder)
-        return sharded(self.mesh, functools.partial(init_params, self.model), jax.random.fold_in(self.key, 0))
+        return self.create(functools.partial(init_params, self.model), jax.random.fold_in(self.key, 0))
 
     @functools.cached_property
     def base(self) -> Any:
         """Parameters of the frozen base, on the mesh."""
         return self._read(self.base_folder)
 
-    def _read(self, folder: pathlib.Path) -> Any:
-        def put(path: str, array: np.ndarray) -> jax.Array:
-            return to_devices(array, leaf_sharding(self.mesh, path, array.shape))
+    @functools.cached_property
+    def base_hash(self) -> str:
+        """What tells the base from others, see `models.huggingface.fingerprint`."""
+        return fingerprint(self.base_folder)
 
-        return load_params(folder, dtype=jnp.dtype(self.config.model.param_dtype), put=put)
+    def _read(self, folder: pathlib.Path) -> Any:
+        place = functools.partial(leaf_sharding, self.mesh)
+        return load_params(folder, dtype=jnp.dtype(self.config.model.param_dtype), place=place)
 
     @property
     def lengths(self) -> Lengths:

@@ -25,7 +25,6 @@ from pjrlhf.evaluation.report import write_report
 from pjrlhf.evaluation.statistics import chord_gap, spearman
 from pjrlhf.evaluation.winrate import aggregate, combo_outcomes, win_rate
 from pjrlhf.models.adapters import is_low_rank
-from pjrlhf.parallel.mesh import shard_batch
 from pjrlhf.parallel.processes import by_first
 from pjrlhf.rollout.experience import sample
 from pjrlhf.stages import methods, policy
@@ -66,7 +65,7 @@ class Sampler:
             for number, chunk in enumerate(chunks):
                 padded = chunk + [chunk[0]] * (size - len(chunk))
                 arrays = self.run.encode([self.run.ask(rows[i].request, rows[i].words) for i in padded])
-                placed = shard_batch(self.run.mesh, arrays)
+                placed = self.run.place(arrays)
                 mix = np.array([rows[i].mix for i in (padded if low_rank else padded[:1])], np.float32)
                 key = jax.random.fold_in(jax.random.fold_in(self.run.key, seed), number)
                 sampling = self.run.sampling()

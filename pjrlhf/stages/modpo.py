@@ -18,10 +18,8 @@ from pjrlhf.data.tokenization import TokenTable
 from pjrlhf.errors import UserError
 from pjrlhf.models.adapters import AdapterConfig, Policies, init_bank
 from pjrlhf.models.decoder import Decoder
-from pjrlhf.models.huggingface import fingerprint
 from pjrlhf.objectives.multi_objective import modpo_loss, weighted_sum
 from pjrlhf.objectives.preference import accuracy, implicit_rewards
-from pjrlhf.parallel.mesh import shard_batch, sharded
 from pjrlhf.parallel.processes import to_host
 from pjrlhf.rollout import experience, scoring
 from pjrlhf.rollout.reference import SIDES, reference_logps
@@ -29,7 +27,6 @@ from pjrlhf.stages import policy, reward
 from pjrlhf.stages.context import Run
 from pjrlhf.stages.goals import Goals
 from pjrlhf.stages.pairs import SPLITS
-from pjrlhf.training import loop
 from pjrlhf.training.metrics import Metrics
 from pjrlhf.training.optimizer import make_optimizer, per_ingredient
 from pjrlhf.training.state import State
@@ -63,7 +60,7 @@ def raw_rewards(run: Run, rewarder: Any, rows: Sequence[tuple[np.ndarray, np.nda
             completion_length=run.completion_lengths,
             pad_id=run.tokenizer.pad_id,
         )
-        placed = shard_batch(run.mesh, {name: batch[name] for name in ("tokens", "valid")})
+        placed = run.place({name: batch[name] for name in ("tokens", "valid")})
         raw = score(rewarder, run.base, **placed)
         found.append(to_host(raw)[: len(part)])
     return np.concatenate(found)
@@ -149,19 +146,19 @@ class Modpo:
             run.model,
             run.adapter,
             run.base,
-            fingerprint(run.base_folder),
+            run.base_hash,
             prompt_lengths=run.prompt_lengths,
             completion_lengths=run.completion_lengths,
             pad_id=run.tokenizer.pad_id,
             rows=run.sample_rows,
             folder=run.cache_folder / "reference",
-            place=functools.partial(shard_batch, run.mesh),
+            place=run.place,
         )
         self.optimizer = per_ingredient(make_optimizer(settings.optimizer.to_dict(), settings.steps))
         self.tables = [[row for row, i in zip(self.table, of, strict=True) if i == label] for label in labels]
         source = reward.Grouped(self.tables, run.config.seed)
         self.batches = batches(source, settings.batch_size, seed=run.config.seed, collate=self.collate)
-        self._update = jax.jit(self._step, donate_argnums=0, static_argnames="prompt_slots")
+        self._update = run.training_step(self._step, static_argnames="prompt_slots")
 
     def _check(self) -> None:
         settings, goals = self.settings, self.goals
@@ -220,10 +217,10 @@ class Modpo:
         arrays = {name: np.moveaxis(x, 0, 2) for name, x in batch.items()}
         rows = {name: arrays[name].reshape(-1, arrays[name].shape[-1]) for name in ("tokens", "valid")}
         rest = {"reference": arrays["reference"], "rewards": arrays["rewards"], "weights": self.weights}
-        return shard_batch(self.run.mesh, rows) | rest, prompt_slots
+        return self.run.place(rows) | rest, prompt_slots
 
     def init(self) -> State:
-        return sharded(self.run.mesh, self._initial, self.run.base)
+        return self.run.create(self._initial, self.run.base)
 
     def _initial(self, base: Any) -> State:
         run = self.run
@@ -248,13 +245,10 @@ def train(run: Run, settings: Any, stage: str) -> dict[str, Any]:
     and one folder per adapter.
     """
     method = Modpo(run, settings)
-    state = loop.run(
+    state = run.train(
         method,
-        run.workdir,
         stage,
-        steps=settings.steps,
-        checkpoint_every=run.config.checkpoint_every,
-        log_every=run.config.log_every,
+        settings.steps,
         ingredients=method.goals.policies,
         show=("loss", "rewards/accuracies"),
     )

@@ -1,7 +1,6 @@
 """The comparisons of a run of user models: tokens, reference log-probs, and who said so."""
 
 import dataclasses
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -11,9 +10,8 @@ from pjrlhf.data.batching import collate_preference, split_by
 from pjrlhf.data.schema import Example, Prompt
 from pjrlhf.data.tokenization import TokenTable
 from pjrlhf.errors import UserError
-from pjrlhf.models.huggingface import fingerprint
 from pjrlhf.models.registry import UserRegistry
-from pjrlhf.parallel.mesh import even_rows, shard_batch
+from pjrlhf.parallel.mesh import even_rows
 from pjrlhf.rollout.reference import reference_logps
 from pjrlhf.stages.context import Run
 
@@ -113,7 +111,6 @@ class Pairs:
         self.tables = {name: run.tokenized(examples, lengths, source) for name, (examples, source) in parts.items()}
         people = dict.fromkeys(e.user_id for e in self.tables["train"].examples)
         self.registry = UserRegistry.create(people, even_rows(run.mesh, len(people) + 1) - 1)  # tables are split by row
-        self.base_hash = fingerprint(run.base_folder)
         self.reference = {name: self._reference(table) for name, table in self.tables.items()}
 
     def _reference(self, table: TokenTable) -> np.ndarray:
@@ -123,13 +120,13 @@ class Pairs:
             run.model,
             run.adapter,
             run.base,
-            self.base_hash,
+            run.base_hash,
             prompt_lengths=run.prompt_lengths,
             completion_lengths=run.completion_lengths,
             pad_id=run.tokenizer.pad_id,
             rows=even_rows(run.mesh, 2 * run.config.preference.batch_size),
             folder=run.cache_folder / "reference",
-            place=functools.partial(shard_batch, run.mesh),
+            place=run.place,
         )
 
     def users(self, name: str) -> np.ndarray:

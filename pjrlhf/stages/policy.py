@@ -19,12 +19,12 @@ from pjrlhf.data.batching import batches
 from pjrlhf.errors import UserError
 from pjrlhf.models.adapters import AdapterConfig, Policies, init_bank
 from pjrlhf.models.decoder import Decoder
-from pjrlhf.models.huggingface import fingerprint, save_params
+from pjrlhf.models.huggingface import save_params
 from pjrlhf.models.peft import save_peft
 from pjrlhf.models.storage import load_tree, save_tree
 from pjrlhf.objectives import policy_gradient as pg
 from pjrlhf.objectives.combination import Combination
-from pjrlhf.parallel.mesh import shard_batch, shard_params, sharded
+from pjrlhf.parallel.mesh import shard_params
 from pjrlhf.parallel.processes import by_first, to_host
 from pjrlhf.rollout import scoring
 from pjrlhf.rollout.experience import (
@@ -39,7 +39,6 @@ from pjrlhf.stages import reward
 from pjrlhf.stages.context import Run
 from pjrlhf.stages.goals import Goals, Rows
 from pjrlhf.stages.merge import MANIFEST
-from pjrlhf.training import loop
 from pjrlhf.training.metrics import Metrics
 from pjrlhf.training.optimizer import make_optimizer, per_ingredient
 from pjrlhf.training.state import State
@@ -140,9 +139,10 @@ class Policy:
 
     Args:
       settings: a section like `config.policy`, which it is by default.
+      rewarder: reward models as `reward.load` gives them, which it is by default.
     """
 
-    def __init__(self, run: Run, settings: Any = None):
+    def __init__(self, run: Run, settings: Any = None, rewarder: Any = None):
         settings = settings or settings_of(run)
         self.run, self.settings = run, settings
         self.goals = Goals(run, settings)
@@ -170,8 +170,8 @@ class Policy:
         prompts = settings.rollouts // self.experience.samples_per_prompt
         source = Rows(run, self.goals, settings.steps * prompts)
         self.batches = batches(source, prompts, seed=run.config.seed, collate=self.collate)
-        self.rewarder = reward.load(run)
-        self._update = jax.jit(self._step, donate_argnums=0)
+        self.rewarder = rewarder or reward.load(run)
+        self._update = run.training_step(self._step)
 
     def _check(self) -> None:
         """Raises UserError for settings that do not go together."""
@@ -221,7 +221,7 @@ class Policy:
         return {name: x.reshape(len(rows), K, *x.shape[1:]) for name, x in arrays.items()}
 
     def init(self) -> State:
-        return sharded(self.run.mesh, self._initial, self.run.base)
+        return self.run.create(self._initial, self.run.base)
 
     def _initial(self, base: Any) -> State:
         run, goals = self.run, self.goals
@@ -315,7 +315,7 @@ class Policy:
     def step(self, state: State, batch: Any) -> tuple[State, Metrics]:
         # Rows of one policy stand one after another: [n, K, P] -> [K n, P].
         rows = {name: x.swapaxes(0, 1).reshape(-1, *x.shape[2:]) for name, x in batch.items()}
-        return self._update(state, self.run.base, self.rewarder, shard_batch(self.run.mesh, rows))
+        return self._update(state, self.run.base, self.rewarder, self.run.place(rows))
 
 
 def settings_of(run: Run) -> Any:
@@ -336,13 +336,10 @@ def run(run: Run) -> dict[str, Any]:
 def train(run: Run, settings: Any, stage: str) -> dict[str, Any]:
     """The same by the section `settings`, into <workdir>/<stage>."""
     method = Policy(run, settings)
-    state = loop.run(
+    state = run.train(
         method,
-        run.workdir,
         stage,
-        steps=settings.steps,
-        checkpoint_every=run.config.checkpoint_every,
-        log_every=run.config.log_every,
+        settings.steps,
         ingredients=method.ingredients,
         show=("objective/scores", "objective/kl"),
         watch=("loss/policy_avg", "loss/value_avg", "objective/kl"),
@@ -361,21 +358,20 @@ def save(run: Run, stage: str, names: Sequence[str], bank: Any) -> str:
     """Writes the bank, and each adapter as a folder of its own; returns the fingerprint of the base."""
     folder = run.workdir.stage(stage)
     bank = to_host(bank)
-    base_hash = fingerprint(run.base_folder)
-    save_tree(folder / BANK, bank, {"adapters": list(names), "base": base_hash, "alpha": run.adapter.alpha})
-    _save_ingredients(run, folder, names, bank, base_hash)
-    return base_hash
+    save_tree(folder / BANK, bank, {"adapters": list(names), "base": run.base_hash, "alpha": run.adapter.alpha})
+    _save_ingredients(run, folder, names, bank)
+    return run.base_hash
 
 
 @by_first
-def _save_ingredients(run: Run, folder: pathlib.Path, names: Sequence[str], bank: Any, base_hash: str) -> None:
+def _save_ingredients(run: Run, folder: pathlib.Path, names: Sequence[str], bank: Any) -> None:
     for k, name in enumerate(names):
         one = jax.tree.map(lambda x, k=k: x[k], bank)
         target = folder / "ingredients" / name
         if run.adapter.rank:
             save_peft(target, one, run.adapter.rank, run.adapter.alpha, str(run.base_folder))
             # By this the merge refuses an adapter that was trained on another base.
-            write_json(target / MANIFEST, {"base": {"folder": str(run.base_folder), "hash": base_hash}})
+            write_json(target / MANIFEST, {"base": {"folder": str(run.base_folder), "hash": run.base_hash}})
         else:
             save_params(target, run.model_config, one, tokenizer_folder=run.base_folder, token_ids=run.token_ids)
 

@@ -22,11 +22,10 @@ from pjrlhf.models.decoder import Decoder
 from pjrlhf.models.storage import load_tree, save_tree
 from pjrlhf.models.users import UserModel, clusters_of, gather_rows
 from pjrlhf.objectives import preference as losses
-from pjrlhf.parallel.mesh import shard_batch, shard_params, sharded
+from pjrlhf.parallel.mesh import shard_params
 from pjrlhf.rollout import scoring
 from pjrlhf.stages.context import Run
 from pjrlhf.stages.pairs import SIDES, Pairs, device_part
-from pjrlhf.training import loop
 from pjrlhf.training.lazy_adam import lazy_adam
 from pjrlhf.training.metrics import Metrics
 from pjrlhf.training.optimizer import make_optimizer, make_schedule, per_ingredient
@@ -229,7 +228,7 @@ class Preference:
         self.objective = PreferenceConfig(**{key: self.settings.get(key, config[key]) for key in fields})
         kind = kind or self.settings["kind"]
         # What the policies are made of beside the base but is not trained.
-        self.frozen = {"bank": soup_bank(run, pairs.base_hash)} if kind == "soup" else {}
+        self.frozen = {"bank": soup_bank(run, run.base_hash)} if kind == "soup" else {}
         sizes = {"num_users": pairs.registry.capacity, "width": run.model_config.hidden_size}
         if self.frozen:
             sizes["adapters"] = bank_size(self.frozen["bank"])
@@ -248,11 +247,11 @@ class Preference:
             users = np.random.default_rng(run.config.seed).permutation(users)
         collate = functools.partial(pairs.collate, "train", users)
         self.batches = batches(pairs.tables["train"], config.batch_size, seed=run.config.seed, collate=collate)
-        self._update = jax.jit(self._step, donate_argnums=0, static_argnames="prompt_slots")
+        self._update = run.training_step(self._step, static_argnames="prompt_slots")
 
     def init(self) -> State:
         # The step donates its state; what was given as a start stays the caller's.
-        return sharded(self.run.mesh, self._initial, self.run.base, self.start)
+        return self.run.create(self._initial, self.run.base, self.start)
 
     def _initial(self, base: Any, start: Any) -> State:
         run = self.run
@@ -318,7 +317,7 @@ class Preference:
 
     def step(self, state: State, batch: Any) -> tuple[State, Metrics]:
         arrays, slots = device_part(batch)
-        arrays = shard_batch(self.run.mesh, arrays)
+        arrays = self.run.place(arrays)
         return self._update(state, self.run.base, self.frozen, arrays, prompt_slots=slots)
 
 
@@ -335,13 +334,10 @@ def run(run: Run) -> dict[str, Any]:
     made = functools.cache(functools.partial(Pairs, run))
 
     def train(method: Preference, stage: str, steps: int) -> Any:
-        state = loop.run(
+        state = run.train(
             method,
-            run.workdir,
             stage,
-            steps=steps,
-            checkpoint_every=run.config.checkpoint_every,
-            log_every=run.config.log_every,
+            steps,
             show=("loss", "rewards/accuracies"),
         )
         return state.trainable
@@ -359,7 +355,7 @@ def run(run: Run) -> dict[str, Any]:
             start = {**start, "users": clusters_of(*vectors, people=people)}
         method = Preference(run, name, pairs, steps=config.steps - first, start=start)
         trainable = train(method, f"preference/{name}", config.steps - first)
-        note = {"users": pairs.registry.to_json(), "kind": method.users.kind, "base": pairs.base_hash}
+        note = {"users": pairs.registry.to_json(), "kind": method.users.kind, "base": run.base_hash}
         save_tree(run.workdir.stage(f"preference/{name}") / "model.safetensors", {**method.frozen, **trainable}, note)
     counts = {name: len(table) for name, table in pairs.tables.items()}
     return {"pairs": counts, "users": len(pairs.registry.rows)}

@@ -19,13 +19,12 @@ from pjrlhf.models.adapters import AdapterConfig, Policies, init_bank
 from pjrlhf.models.decoder import Decoder
 from pjrlhf.models.storage import load_tree, save_tree
 from pjrlhf.objectives.preference import accuracy, bradley_terry_loss
-from pjrlhf.parallel.mesh import shard_batch, shard_params, sharded
+from pjrlhf.parallel.mesh import shard_params
 from pjrlhf.parallel.processes import to_host
 from pjrlhf.rollout import scoring
 from pjrlhf.rollout.experience import raw_rewards, sample
 from pjrlhf.stages.comparisons import FILE
 from pjrlhf.stages.context import Run
-from pjrlhf.training import loop
 from pjrlhf.training.metrics import Metrics
 from pjrlhf.training.optimizer import make_optimizer, per_ingredient
 from pjrlhf.training.state import State
@@ -112,7 +111,7 @@ class Reward:
         self.train, self.heldout = self._tables()
         source = Grouped(self.train, run.config.seed)
         self.batches = batches(source, config.batch_size, seed=run.config.seed, collate=self.collate)
-        self._update = jax.jit(self._step, donate_argnums=0)
+        self._update = run.training_step(self._step)
 
     def _tables(self) -> tuple[list[TokenTable], list[TokenTable]]:
         """Per objective: training and held-out rows, split by prompt."""
@@ -155,7 +154,7 @@ class Reward:
         return {"tokens": stack("tokens"), "valid": stack("valid"), "margin": batch["margin"].reshape(shape)}
 
     def init(self) -> State:
-        return sharded(self.run.mesh, self._initial, self.run.base)
+        return self.run.create(self._initial, self.run.base)
 
     def _initial(self, base: Any) -> State:
         run, K = self.run, len(self.run.rewards)
@@ -169,7 +168,7 @@ class Reward:
         """Device arrays as `pair_rewards` takes them: [n, K, 2, S] -> [2 K n, S], the rows of one model together."""
         rows = {name: np.moveaxis(batch[name], 0, 2) for name in ("tokens", "valid")}
         rows = {name: x.reshape(-1, x.shape[-1]) for name, x in rows.items()}
-        return shard_batch(self.run.mesh, rows) | {"margin": batch["margin"].T}
+        return self.run.place(rows) | {"margin": batch["margin"].T}
 
     def _step(self, state: State, base: Any, batch: Any) -> tuple[State, Metrics]:
         loss = functools.partial(reward_loss, self.run.model, self.run.adapter)
@@ -215,7 +214,7 @@ class Reward:
         requests = run.requests[0]
         for i in range(max(1, run.config.reward.calibration_samples // rows)):
             chosen = [requests[(i * rows + j) % len(requests)] for j in range(rows)]
-            prompt = shard_batch(run.mesh, run.encode([run.ask(request) for request in chosen]))
+            prompt = run.place(run.encode([run.ask(request) for request in chosen]))
             key = jax.random.fold_in(jax.random.fold_in(run.key, 23), i)
             out = draw(run.model, run.adapter, run.sampling(), run.base, None, None, prompt, key)
             found.append(to_host(score(trainable, run.base, prompt, out)))
@@ -230,13 +229,10 @@ def run(run: Run) -> dict[str, Any]:
     """Trains, tests and calibrates the reward models; writes <workdir>/reward/model.safetensors."""
     config = run.config.reward
     method = Reward(run)
-    state = loop.run(
+    state = run.train(
         method,
-        run.workdir,
         "reward",
-        steps=config.steps,
-        checkpoint_every=run.config.checkpoint_every,
-        log_every=run.config.log_every,
+        config.steps,
         ingredients=run.rewards,
         show=("loss", "rewards/accuracies"),
     )

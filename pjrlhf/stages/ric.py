@@ -21,7 +21,6 @@ from pjrlhf.data.tokenization import TokenTable, tokenize
 from pjrlhf.errors import UserError
 from pjrlhf.models.adapters import init_bank
 from pjrlhf.objectives.multi_objective import calibrate, target_map
-from pjrlhf.parallel.mesh import shard_batch, sharded
 from pjrlhf.parallel.processes import by_first
 from pjrlhf.stages import policy, reward
 from pjrlhf.stages.comparisons import sample_base
@@ -30,7 +29,6 @@ from pjrlhf.stages.evaluate import Row, Sampler
 from pjrlhf.stages.goals import encode
 from pjrlhf.stages.modpo import raw_rewards
 from pjrlhf.stages.sft import sft_loss
-from pjrlhf.training import loop
 from pjrlhf.training.metrics import Metrics
 from pjrlhf.training.optimizer import make_optimizer, per_ingredient
 from pjrlhf.training.state import State
@@ -136,11 +134,11 @@ class Ric:
             pad_id=run.tokenizer.pad_id,
         )
         self.batches = batches(table, settings.batch_size, seed=run.config.seed, collate=collate)
-        self._update = jax.jit(self._step, donate_argnums=0)
+        self._update = run.training_step(self._step)
 
     def init(self) -> State:
         # The step donates its state; what was given as a start stays the caller's.
-        return sharded(self.run.mesh, self._initial, self.run.base, self.start)
+        return self.run.create(self._initial, self.run.base, self.start)
 
     def _initial(self, base: Any, start: Any) -> State:
         run, bank = self.run, start
@@ -155,20 +153,17 @@ class Ric:
 
     def step(self, state: State, batch: Any) -> tuple[State, Metrics]:
         arrays = {name: batch[name] for name in ("tokens", "valid", "loss_mask")}
-        return self._update(state, self.run.base, shard_batch(self.run.mesh, arrays))
+        return self._update(state, self.run.base, self.run.place(arrays))
 
 
 def fine_tune(run: Run, settings: Any, stage: str, number: int, answers: Sequence[Answer], start: Any = None) -> Any:
     """The bank of one adapter after round `number`, of which the first is 0, on `answers`."""
     name, steps = f"{stage}/round{number}", settings.online_steps if number else settings.steps
     method = Ric(run, settings, stated(run, settings, answers, name), steps, start)
-    state = loop.run(
+    state = run.train(
         method,
-        run.workdir,
         name,
-        steps=steps,
-        checkpoint_every=run.config.checkpoint_every,
-        log_every=run.config.log_every,
+        steps,
     )
     return state.trainable
 

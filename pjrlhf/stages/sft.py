@@ -15,11 +15,9 @@ from pjrlhf.merging.lora import merge_dense
 from pjrlhf.models.adapters import AdapterConfig, Policies, init_bank
 from pjrlhf.models.decoder import Decoder
 from pjrlhf.models.huggingface import save_params
-from pjrlhf.parallel.mesh import shard_batch, sharded
 from pjrlhf.parallel.processes import by_first, to_host
 from pjrlhf.rollout import scoring
 from pjrlhf.stages.context import Run
-from pjrlhf.training import loop
 from pjrlhf.training.metrics import Metrics, masked
 from pjrlhf.training.optimizer import make_optimizer, per_ingredient
 from pjrlhf.training.state import State
@@ -63,7 +61,7 @@ class Sft:
         )
         self.batches = batches(self._table(), config.batch_size, seed=run.config.seed, collate=collate)
         self.base = None
-        self._update = jax.jit(self._step, donate_argnums=0)
+        self._update = run.training_step(self._step)
 
     def _table(self) -> Any:
         return tokenize(
@@ -80,7 +78,7 @@ class Sft:
         if self.adapter.rank:
             self.base = params
         # Full parameters become those of the state; beside an adapter they stay.
-        return sharded(self.run.mesh, self._initial, params, donate=() if self.adapter.rank else (0,))
+        return self.run.create(self._initial, params, donate=() if self.adapter.rank else (0,))
 
     def _initial(self, params: Any) -> State:
         if self.adapter.rank:
@@ -96,7 +94,7 @@ class Sft:
 
     def step(self, state: State, batch: Any) -> tuple[State, Metrics]:
         arrays = {name: batch[name] for name in ("tokens", "valid", "loss_mask")}
-        return self._update(state, self.base, shard_batch(self.run.mesh, arrays))
+        return self._update(state, self.base, self.run.place(arrays))
 
     def result(self, state: State) -> Any:
         """The fine-tuned parameters."""
@@ -110,13 +108,10 @@ def run(run: Run) -> dict[str, Any]:
     """Trains the base and writes it to <workdir>/sft/model as a Hugging Face folder."""
     config = run.config.sft
     method = Sft(run)
-    state = loop.run(
+    state = run.train(
         method,
-        run.workdir,
         "sft",
-        steps=config.steps,
-        checkpoint_every=run.config.checkpoint_every,
-        log_every=run.config.log_every,
+        config.steps,
     )
     with disk_errors(run.base_folder):
         by_first(save_params)(

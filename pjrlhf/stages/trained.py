@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from pjrlhf.models.adapters import Policies
-from pjrlhf.parallel.mesh import shard_batch
 from pjrlhf.parallel.processes import to_host
 from pjrlhf.rollout.sampler import generate
 from pjrlhf.stages import preference
@@ -47,7 +46,7 @@ class Trained:
             index = [rows[i] for i in range(start, min(start + size, len(rows)))]
             padded = [table[i] for i in index + [index[0]] * (size - len(index))]
             arrays, slots = device_part(self.pairs.collate(part, users, padded))
-            arrays = shard_batch(self.run.mesh, arrays)
+            arrays = self.run.place(arrays)
             margins = self._margins(trainable or self.trainable, self.run.base, arrays, prompt_slots=slots)
             found.append(to_host(margins)[: len(index)])
         return np.concatenate(found)

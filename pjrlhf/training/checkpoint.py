@@ -9,6 +9,7 @@ import base64
 import json
 import logging
 import pathlib
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -83,14 +84,22 @@ def _unpack(text: str) -> Any:
 
 
 class Checkpoints:
-    """The checkpoints in `folder`, of which the `keep` newest stay. A context manager: it exits when all is written.
+    """The checkpoints in `folder`, of which the `keep` newest stay, and the best one if `best` says by which metric:
+    "loss" for the least, "max rewards/accuracies" for the greatest. A context manager: it exits when all is written.
 
     All processes of a run must make the same calls. With several processes the iterator state kept is that of process
     0, so it must be a position that means the same on all of them.
     """
 
-    def __init__(self, folder: pathlib.Path, keep: int = 2):
+    def __init__(self, folder: pathlib.Path, keep: int = 2, best: str = ""):
         self.folder = pathlib.Path(folder).absolute()
+        self._greatest, self._metric = best.startswith("max "), best.removeprefix("max ")
+        policies = ocp.training.preservation_policies
+        preserved = [policies.LatestN(keep)]
+        if best:
+            # Sorted by it, the last of them stay.
+            order = {"get_metric_fn": lambda metrics: metrics[self._metric], "reverse": not self._greatest}
+            preserved.append(policies.BestN(n=1, keep_checkpoints_without_metrics=False, **order))
         context = ocp.Context()
         context.checkpointables.registry = ocp.handlers.local_registry()
         context.checkpointables.registry.add(ocp.handlers.JsonHandler, checkpointable_name="host")
@@ -98,7 +107,7 @@ class Checkpoints:
             self._orbax = ocp.training.Checkpointer(
                 self.folder,
                 context=context,
-                preservation_policy=ocp.training.preservation_policies.LatestN(keep),
+                preservation_policy=policies.AnyPreservationPolicy(preserved),
                 cleanup_tmp_directories=True,
             )
 
@@ -126,7 +135,24 @@ class Checkpoints:
         """The newest of `steps`."""
         return max(self.steps(), default=None)
 
-    def save(self, step: int, state: Any, iterator_state: Any, wait: bool = False) -> None:
+    def best(self) -> int | None:
+        """The step of the best checkpoint by the metric, None where none was saved with it."""
+        found = {
+            checkpoint.step: checkpoint.metrics[self._metric]
+            for checkpoint in self._orbax.checkpoints
+            if checkpoint.metrics and self._metric in checkpoint.metrics
+        }
+        choose = max if self._greatest else min
+        return choose(found, key=found.get) if found else None
+
+    def save(
+        self,
+        step: int,
+        state: Any,
+        iterator_state: Any,
+        wait: bool = False,
+        metrics: Mapping[str, float] | None = None,
+    ) -> None:
         """Saves in the background; `state` may be donated as soon as this returns.
 
         Args:
@@ -134,14 +160,24 @@ class Checkpoints:
           state: pytree of arrays, typed PRNG keys included.
           iterator_state: bytes, or JSON values with bytes anywhere inside.
           wait: return only when the checkpoint is committed.
+          metrics: of this step, among them the one to be best by.
 
         Raises:
-          UserError: the disk is full or unwritable (also for the save before this one).
+          UserError: the disk is full or unwritable (also for the save before this one), or that metric is missing.
         """
         plain = jax.tree.map(lambda x: jax.random.key_data(x) if _is_key(x) else x, state)
         host = {"iterator": _pack(iterator_state), "checksums": to_host(_checksums_jit(plain)).tolist()}
+        ranked = None
+        if self._metric:
+            if self._metric not in (metrics or {}):
+                raise UserError(
+                    f"keep_best: step {step} has no metric {self._metric!r}; it has {', '.join(sorted(metrics or {}))}"
+                )
+            ranked = {self._metric: float(metrics[self._metric])}
         with disk_errors(self.folder):
-            self._orbax.save_checkpointables_async(step, {"state": plain, "host": host}, force=True, overwrite=True)
+            self._orbax.save_checkpointables_async(
+                step, {"state": plain, "host": host}, force=True, overwrite=True, metrics=ranked
+            )
         if wait:
             self.wait()
 

@@ -16,6 +16,7 @@ from pjrlhf.errors import UserError
 from pjrlhf.parallel.processes import is_first, to_host
 from pjrlhf.training.checkpoint import Checkpoints, abstract
 from pjrlhf.training.metrics import Metrics, MetricWriter, to_floats
+from pjrlhf.training.performance import Performance, Program
 from pjrlhf.training.progress import progress
 from pjrlhf.training.state import State
 from pjrlhf.training.workdir import Workdir, disk_errors
@@ -89,6 +90,7 @@ def run(
     steps: int,
     checkpoint_every: int = 0,
     keep: int = 2,
+    keep_best: str = "",
     log_every: int = 1,
     eval_every: int = 0,
     on_eval: Callable[[State, int], Mapping[str, float] | None] | None = None,
@@ -96,6 +98,8 @@ def run(
     show: Sequence[str] = ("loss",),
     watch: Collection[str] = ("loss", "grad_norm"),
     loggers: Collection[str] = (),
+    programs: Sequence[Program] = (),
+    profile: bool = False,
 ) -> State:
     """Trains `stage` up to `steps` steps, from its last checkpoint where there is one, and returns the final state.
 
@@ -106,25 +110,27 @@ def run(
       method: see `Method`.
       stage: name of the folder in `workdir` and of the stage in metrics.jsonl.
       checkpoint_every, log_every, eval_every: in steps; 0 means never. Besides, the first and last step are logged.
-      keep: how many checkpoints stay.
+      keep: how many checkpoints stay; besides, the best one by the metric `keep_best`, see `Checkpoints`.
       on_eval: called as `on_eval(state, step)`; the values it returns join the metrics of that step.
       ingredients: K names for [K] metrics.
       show: metrics on the progress bar.
       watch: metrics (`name` or anything under `name/`) that must be finite.
       loggers: see `MetricWriter`.
+      programs: what the steps run, whose compilations performance.jsonl counts.
+      profile: record steps 3 to 5 after the start for XProf, in <workdir>/profile.
 
     Raises:
       UserError: a watched metric is NaN or infinite (the batch is saved beside the checkpoints), the data ended early,
         no checkpoint is readable, or the disk is full or unwritable.
       Interrupted: SIGTERM or SIGINT came; the step was finished and saved.
     """
-    folder = workdir.stage(stage)
+    folder, performance = workdir.stage(stage), Performance(programs)
     fetched_always = {*show, *watch}
 
     def settle(step: int, metrics: Metrics, batch: Any) -> dict[str, float]:
         """Waits for a step's metrics, checks and shows them; returns those to be written."""
         due = step in (1, steps) or (log_every and step % log_every == 0)
-        if not due:
+        if not (due or keep_best):
             metrics = {name: pair for name, pair in metrics.items() if _under(name, fetched_always)}
         metrics = to_host(dict(metrics))
         values = to_floats(metrics, ingredients)
@@ -137,23 +143,31 @@ def run(
                 "and start again in another --workdir"
             )
         bar.update(step, to_floats(metrics))
+        measured.clear()
+        measured.update(to_floats(metrics) | values)
         return values if due else {}
 
-    with Checkpoints(folder / "checkpoints", keep) as checkpoints:
-        state = method.init()
-        done = checkpoints.latest() or 0
-        if done:
-            template, state = abstract(state), None  # frees the initial arrays before the saved ones come in
-            state, position = checkpoints.restore(template)
-            method.batches.set_state(position)
-            done = int(state.step)
+    measured: dict[str, float] = {}  # what the step settled last is ranked by
+    with Checkpoints(folder / "checkpoints", keep, keep_best) as checkpoints:
+        with performance.aside():
+            _ = method.batches  # mistakes in the data show before anything large is made
+            state = method.init()
+            done = checkpoints.latest() or 0
+            if done:
+                template, state = abstract(state), None  # frees the initial arrays before the saved ones come in
+                state, position = checkpoints.restore(template)
+                method.batches.set_state(position)
+                done = int(state.step)
         if done >= steps:
             return state
 
         writer = MetricWriter(workdir, stage, loggers=loggers, after=done)
         with contextlib.closing(writer), progress(stage, steps, show, start=done) as bar, _Stop() as stop:
-            pending = None
+            pending, first = None, done + 1
+            performance.begin(done)
             while done < steps:
+                if profile and done + 1 == first + 2:
+                    jax.profiler.start_trace(workdir.path / "profile")
                 try:
                     batch = next(method.batches)
                 except StopIteration:
@@ -161,8 +175,12 @@ def run(
                 state, metrics = method.step(state, batch)
                 done += 1
                 if pending and (row := settle(*pending)):
-                    writer.write(pending[0], row)
+                    writer.write(pending[0], row, performance.row(pending[0]))
                 pending = (done, metrics, batch)
+                if profile and done in (first + 4, steps) and done >= first + 2:
+                    jax.block_until_ready(state)
+                    jax.profiler.stop_trace()
+                    profile = False
 
                 stopped_by = stop.after(done)
                 evaluate = on_eval is not None and eval_every and done % eval_every == 0
@@ -173,13 +191,17 @@ def run(
                 row = settle(*pending)
                 pending = None
                 if evaluate:
-                    row |= on_eval(state, done) or {}
+                    with performance.aside():
+                        row |= on_eval(state, done) or {}
+                    measured.update(row)
                 if row:
-                    writer.write(done, row)
+                    writer.write(done, row, performance.row(done))
                 if save:
                     if int(state.step) != done:
                         raise RuntimeError(f"{stage}: state.step is {int(state.step)} after {done} steps")
-                    checkpoints.save(done, state, method.batches.get_state(), wait=bool(stopped_by) or done == steps)
+                    last = bool(stopped_by) or done == steps
+                    with performance.aside():
+                        checkpoints.save(done, state, method.batches.get_state(), last, measured)
                 if stopped_by:
                     name = signal.Signals(stopped_by).name
                     raise Interrupted(

@@ -59,6 +59,9 @@ def to_floats(metrics: Metrics, ingredients: Sequence[str] = ()) -> dict[str, fl
 class MetricWriter:
     """Appends one JSON line per step to `<workdir>/metrics.jsonl`, and to the optional loggers. Process 0 writes.
 
+    What a step computed is the same whenever it runs; how fast that was is not, and has a file of its own,
+    `performance.jsonl`.
+
     Args:
       loggers: any of "tensorboard", "wandb".
       after: the stage continues from this step; its later lines, and any line cut short by a crash, are dropped.
@@ -78,6 +81,7 @@ class MetricWriter:
         with disk_errors(self.path):
             self._drop_after(after)
             self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 (open as long as the stage runs)
+            self._performance = open(workdir.path / "performance.jsonl", "a", encoding="utf-8")  # noqa: SIM115
         if "tensorboard" in modules:
             folder = str(workdir.path / "tensorboard" / stage)
             self._tensorboard = modules["tensorboard"].SummaryWriter(folder, purge_step=after + 1)
@@ -105,15 +109,18 @@ class MetricWriter:
             half.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
             os.replace(half, self.path)
 
-    def write(self, step: int, values: Mapping[str, float]) -> None:
+    def write(self, step: int, values: Mapping[str, float], performance: Mapping[str, float] | None = None) -> None:
         """One line; NaN and infinity become null, which JSON has."""
         if not self._active:
             return
-        row: dict[str, Any] = {"stage": self.stage, "step": step}
-        row |= {name: value if math.isfinite(value) else None for name, value in values.items()}
         with disk_errors(self.path):
-            self._file.write(json.dumps(row) + "\n")
-            self._file.flush()
+            for file, numbers in ((self._file, values), (self._performance, performance or {})):
+                if numbers:
+                    row: dict[str, Any] = {"stage": self.stage, "step": step}
+                    row |= {name: value if math.isfinite(value) else None for name, value in numbers.items()}
+                    file.write(json.dumps(row) + "\n")
+                    file.flush()
+        values = {**values, **(performance or {})}
         if self._tensorboard:
             for name, value in values.items():
                 self._tensorboard.add_scalar(name, value, step)
@@ -124,6 +131,7 @@ class MetricWriter:
         if self._active:
             with disk_errors(self.path):
                 self._file.close()
+                self._performance.close()
         if self._tensorboard:
             self._tensorboard.close()
         if self._wandb:

@@ -117,30 +117,6 @@ def test_resume_is_exact_from_any_step():
         assert indices(first) == whole[step:]  # looking at the state moves nothing
 
 
-@pytest.mark.parametrize("drop_remainder", [True, False])
-def test_processes_together_read_what_one_reads(drop_remainder):
-    collate = functools.partial(collate_preference, prompt_length=(2, 4, 8), completion_length=4, pad_id=PAD)
-
-    def make(index, count):
-        return batches(
-            ROWS,
-            6,
-            seed=5,
-            epochs=2,
-            collate=collate,
-            drop_remainder=drop_remainder,
-            process_index=index,
-            process_count=count,
-        )
-
-    alone, parts = list(make(0, 1)), list(zip(make(0, 2), make(1, 2), strict=True))
-    assert len(alone) == len(parts) == (7 if drop_remainder else 8)
-    for one, (left, right) in zip(alone, parts, strict=True):
-        assert left["index"].shape == right["index"].shape == (3,)
-        for get in (lambda b: b["chosen"]["tokens"], lambda b: b["rejected"]["loss_mask"], lambda b: b["index"]):
-            np.testing.assert_array_equal(np.concatenate([get(left), get(right)]), get(one))
-
-
 def test_last_batch_is_filled_up_and_marked():
     last = list(batches(ROWS, 8, seed=0, shuffle=False, epochs=1, collate=PROMPTS, drop_remainder=False))[-1]
     assert last["index"].tolist() == [16, 17, 18, 19, 20, 21, 22, 16]
@@ -154,7 +130,6 @@ def test_last_batch_is_filled_up_and_marked():
     [
         (ROWS, {"batch_size": 24}, "batch_size 24: the data set has only 23 rows"),
         ([], {"batch_size": 1, "drop_remainder": False}, "only 0 rows"),
-        (ROWS, {"batch_size": 5, "process_count": 2}, "2 processes cannot share it"),
     ],
 )
 def test_batches_that_cannot_be(rows, change, message):

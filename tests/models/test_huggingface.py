@@ -2,6 +2,7 @@
 
 import functools
 import json
+import math
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,7 @@ from safetensors.numpy import load_file
 from tiny_llamas import SMALL, assert_equal_trees, change_weights, edit, golden, random_params, weights_of, write
 
 from pjrlhf.errors import UserError
+from pjrlhf.models import huggingface
 from pjrlhf.models.decoder import Decoder
 from pjrlhf.models.families import FAMILIES, leaf_shapes
 from pjrlhf.models.huggingface import load_params, read_config, save_params
@@ -174,20 +176,33 @@ def test_half_precision(tmp_path, dtype):
         assert {x.dtype for x in jax.tree.leaves(same)} == {jnp.dtype(dtype)}
 
 
-def test_put_places_every_leaf(small):
-    mesh = Mesh(np.array(jax.devices()[:2]), ("model",))
-    seen = {}
+def test_leaves_are_read_in_the_parts_that_devices_hold(small, monkeypatch):
+    """Nothing is read that no device holds, nothing twice, and at most one device's part of a leaf at a time."""
+    mesh, reads, largest = Mesh(np.array(jax.devices()[:4]).reshape(2, 2), ("data", "model")), {}, {}
+    read = huggingface._read_part
 
-    def put(path, array):
-        assert isinstance(array, np.ndarray)
-        seen[path] = array.shape
-        spec = PartitionSpec(None, None, "model") if path.endswith("up/kernel") else PartitionSpec()
-        return jax.device_put(array, NamedSharding(mesh, spec))
+    def recorded(tensors, transpose, shape, dtype, index):
+        part = read(tensors, transpose, shape, dtype, index)
+        name = next(iter(tensors.values()))[1]
+        reads[name] = reads.get(name, 0) + part.size
+        largest[name] = max(largest.get(name, 0), part.size)
+        return part
 
-    params = load_params(small, put=put)
-    assert seen == leaf_shapes(read_config(small))
+    monkeypatch.setattr(huggingface, "_read_part", recorded)
+
+    def place(path, shape):
+        split = {"up/kernel": PartitionSpec(None, None, "model"), "down/kernel": PartitionSpec(None, "model")}
+        return NamedSharding(mesh, split.get("/".join(path.split("/")[-2:]), PartitionSpec()))
+
+    params = load_params(small, place=place)
+    assert sum(reads.values()) == sum(math.prod(shape) for shape in leaf_shapes(read_config(small)).values())
     up = params["layers"]["mlp"]["up"]["kernel"]
     assert up.addressable_shards[0].data.shape == (2, 8, 5)
+    assert (
+        largest["model.layers.0.mlp.up_proj.weight"] == largest["model.layers.0.mlp.down_proj.weight"] == up.size // 2
+    )
+    monkeypatch.undo()
+    assert_equal_trees(params, load_params(small))
     # Sharded leaves export like any others.
     save_params(small.with_name("again"), read_config(small), params)
     assert_equal_trees(load_params(small.with_name("again")), load_params(small))

@@ -25,9 +25,9 @@ DEVICES = 4
 CONFIG = """
 import sys
 sys.path[:0] = [{tests!r}, {stages!r}]
-import tiny
+import {module}
 def get_config():
-    return tiny.settings(**{changes!r})
+    return {module}.settings(**{changes!r})
 """
 # Rollouts and pairs that four devices can share, and short: what counts is that the numbers agree.
 # Adam divides by the gradient plus eps: with the usual 1e-8, rounding of a gradient near zero becomes a step.
@@ -42,11 +42,12 @@ SMALL = {
 }
 
 
-def launch(tmp_path, workdir, count, *, devices=None, **changes):
-    """`launch/local.sh -p count` of the tiny config, DEVICES devices in all, in a process group of its own."""
+def launch(tmp_path, workdir, count, *, devices=None, module="tiny", **changes):
+    """`launch/local.sh -p count` of a tiny config, DEVICES devices in all, in a process group of its own."""
     config = tmp_path / "config.py"
     tests = ROOT / "tests"
-    config.write_text(CONFIG.format(tests=str(tests), stages=str(tests / "stages"), changes=SMALL | changes))
+    changes = SMALL | changes if module == "tiny" else changes
+    config.write_text(CONFIG.format(tests=str(tests), stages=str(tests / "stages"), module=module, changes=changes))
     command = [str(ROOT / "launch" / "local.sh"), "-p", str(count), "-d", str(devices or DEVICES // count), str(config)]
     flags = os.environ["XLA_FLAGS"].replace("--xla_force_host_platform_device_count=8", "")
     environment = {
@@ -102,6 +103,23 @@ def test_two_processes_give_the_numbers_of_one(tmp_path):
     reports = [json.loads((folder / "report" / "summary.json").read_text()) for folder in (one, two)]
     assert reports[0]["combos"] == reports[1]["combos"]
     assert files(one) == files(two)
+
+
+@pytest.mark.slow
+def test_two_processes_know_people_as_one_does(tmp_path):
+    """User tables are split over the processes; the reference cache is read, or made, by all of them or by none."""
+    changes = {
+        "sft__steps": 20,
+        "sft__optimizer__eps": 1e-5,
+        "preference__optimizer__eps": 1e-5,
+        "preference__steps": 3,
+    }
+    one, two = (run(tmp_path, str(count), count, module="tiny_users", **changes) for count in (1, 2))
+    reports = [json.loads((folder / "report" / "summary.json").read_text()) for folder in (one, two)]
+    for name, found in reports[0]["accuracy"].items():
+        assert found["mean"] == pytest.approx(reports[1]["accuracy"][name]["mean"], abs=0.02), name
+    got, want = (tiny.lines(folder, "preference/individualized") for folder in (two, one))
+    assert [row["loss"] for row in got] == pytest.approx([row["loss"] for row in want], rel=1e-4)
 
 
 @pytest.mark.slow

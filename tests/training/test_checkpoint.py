@@ -104,6 +104,21 @@ def test_only_the_newest_stay(tmp_path):
         assert checkpoints.latest() == 9
 
 
+@pytest.mark.parametrize(("best", "step"), [("loss", 2), ("max accuracy", 1)])
+def test_the_best_stays_beside_the_newest(tmp_path, best, step):
+    with Checkpoints(tmp_path, keep=1, best=best) as checkpoints:
+        assert checkpoints.best() is None
+        for number, loss, accuracy in ((1, 0.9, 0.8), (2, 0.3, 0.6), (3, 0.5, 0.7), (4, 0.7, 0.2)):
+            metrics = {"loss": loss, "accuracy": accuracy}
+            checkpoints.save(number, make_state(number), POSITION, wait=True, metrics=metrics)
+        assert checkpoints.steps() == [step, 4] and checkpoints.best() == step
+        assert_same(checkpoints.restore(make_state(), step)[0], make_state(step))
+        with pytest.raises(UserError, match=r"keep_best: step 5 has no metric .*; it has lr"):
+            checkpoints.save(5, make_state(), POSITION, metrics={"lr": 1.0})
+    with Checkpoints(tmp_path, keep=1, best=best) as checkpoints:
+        assert checkpoints.best() == step
+
+
 def test_a_half_written_checkpoint_is_ignored_and_can_be_written_again(tmp_path):
     save(tmp_path, s1=make_state(1), s2=make_state(2))
     (tmp_path / "2").rename(tmp_path / "2.orbax-checkpoint-tmp")

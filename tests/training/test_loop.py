@@ -90,10 +90,46 @@ def test_a_crash_goes_back_to_the_last_checkpoint_without_duplicate_lines(tmp_pa
     assert {"stage": "other", "step": 9} in lines(tmp_path)
 
 
-def test_sigterm_to_a_process(tmp_path, whole):
-    command = [sys.executable, str(TOY), str(tmp_path)]
+def start(folder, *arguments):
+    """The toy run in a process of its own."""
     env = {**os.environ, "PYTHONPATH": str(TOY.parents[2])}
-    process = subprocess.Popen([*command, "0.3"], env=env, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        [sys.executable, str(TOY), str(folder), *arguments], env=env, stderr=subprocess.PIPE, text=True
+    )
+
+
+@pytest.mark.slow
+def test_killed_in_the_middle_of_saving_again_and_again(tmp_path, whole):
+    """A checkpoint after every step, and SIGKILL as soon as there is a new one, finished or not."""
+    checkpoints, kills = tmp_path / "fit" / "checkpoints", 0
+    while kills < 4:
+        process = start(tmp_path, "0.0", "1")
+        before = set(os.listdir(checkpoints)) if checkpoints.is_dir() else set()
+        while process.poll() is None:
+            if checkpoints.is_dir() and len(set(os.listdir(checkpoints)) - before) > 1:
+                process.kill()
+                kills += 1
+                break
+        process.communicate()
+        if process.returncode == 0:
+            break  # too fast to be killed
+    assert kills, "nothing was killed"
+    assert bits(train(tmp_path)) == whole[0]
+    assert lines(tmp_path) == whole[1]
+
+
+@pytest.mark.slow
+def test_files_that_cannot_grow(tmp_path, whole):
+    """The system refuses to write more than some bytes to a file, as a full disk does; later there is room again."""
+    process = start(tmp_path, "0.0", "5", "700")
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode not in (0, 143), errors
+    assert bits(train(tmp_path)) == whole[0]
+    assert lines(tmp_path) == whole[1]
+
+
+def test_sigterm_to_a_process(tmp_path, whole):
+    process = start(tmp_path, "0.3")
     deadline = time.monotonic() + 60
     while not (tmp_path / "metrics.jsonl").exists() or len(lines(tmp_path)) < 2:
         assert process.poll() is None and time.monotonic() < deadline

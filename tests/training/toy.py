@@ -1,5 +1,9 @@
-"""A linear regression trained by the loop, and a process that runs it: `python toy.py <workdir> <delay per step>`."""
+"""A linear regression trained by the loop, and a process that runs it: `python toy.py <workdir> <delay per step>
+[<steps between checkpoints> [<bytes a file may have at most>]]`.
+"""
 
+import resource
+import signal
 import sys
 import time
 
@@ -78,4 +82,9 @@ class Linear:
 
 if __name__ == "__main__":
     jax.config.update("jax_platforms", "cpu")
-    run(Linear(delay=float(sys.argv[2])), Workdir(sys.argv[1]), "fit", steps=STEPS, checkpoint_every=5)
+    folder, delay, every, limit = [*sys.argv[1:], *("5", "0")[len(sys.argv) - 3 :]]
+    if int(limit):
+        # What a full disk looks like to the one who writes.
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (int(limit), int(limit)))
+    run(Linear(delay=float(delay)), Workdir(folder), "fit", steps=STEPS, checkpoint_every=int(every))

@@ -1,0 +1,213 @@
+"""What a compiled program costs on a chip: multiplications, bytes, collectives, and the time none can be faster than.
+
+FLOPs and bytes are those of the matrix products in the traced program (loops counted as often as they run), shared
+evenly by the chips; everything else a transformer does is small beside them. XLA's own cost analysis counts the body of
+a loop once, and so is of no use for layers that are scanned.
+"""
+
+import dataclasses
+import math
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """Published peak figures of one chip: bf16 FLOP/s, HBM bytes and bytes/s, and bytes/s it can send over all its
+    links together.
+    """
+
+    flops: float
+    memory: float
+    bandwidth: float
+    interconnect: float
+
+
+# cloud.google.com/tpu/docs, system architecture pages.
+CHIPS = {
+    "v4": Chip(275e12, 32 * 2**30, 1228e9, 2400e9 / 8),
+    "v5e": Chip(197e12, 16 * 2**30, 819e9, 1600e9 / 8),
+    "v5p": Chip(459e12, 95 * 2**30, 2765e9, 4800e9 / 8),
+    "v6e": Chip(918e12, 32 * 2**30, 1640e9, 3584e9 / 8),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Cost:
+    """Of one run of a program on all chips together: FLOPs, and bytes that its matrix products read and write."""
+
+    flops: float = 0.0
+    bytes: float = 0.0
+
+    def __add__(self, other: "Cost") -> "Cost":
+        return Cost(self.flops + other.flops, self.bytes + other.bytes)
+
+    def __mul__(self, times: float) -> "Cost":
+        return Cost(self.flops * times, self.bytes * times)
+
+
+def product_cost(jaxpr: Any, loop: int = 1) -> Cost:
+    """Of the matrix products of a jaxpr, with `loop` turns for every loop whose length is not fixed.
+
+    A product of [.., m, k] and [.., k, n] takes 2 m k n FLOPs for each of the leading axes.
+    """
+    total = Cost()
+    for equation in jaxpr.eqns:
+        name = equation.primitive.name
+        if name == "dot_general":
+            (contracting, _), _ = equation.params["dimension_numbers"]
+            left, right = (x.aval for x in equation.invars)
+            out = equation.outvars[0].aval
+            depth = math.prod(left.shape[axis] for axis in contracting)
+            moved = sum(math.prod(x.shape) * x.dtype.itemsize for x in (left, right, out))
+            total += Cost(2.0 * math.prod(out.shape) * depth, moved)
+            continue
+        inner = [product_cost(part, loop) for part in _parts(equation.params)]
+        if not inner:
+            continue
+        if name == "cond":
+            total += max(inner, key=lambda cost: cost.flops)
+        else:
+            turns = {"scan": equation.params.get("length", 1), "while": loop}.get(name, 1)
+            total += sum(inner, Cost()) * turns
+    return total
+
+
+def _parts(params: Mapping[str, Any]) -> Iterator[Any]:
+    """The jaxprs in the parameters of an equation."""
+    for value in params.values():
+        for part in value if isinstance(value, tuple | list) else (value,):
+            if hasattr(part, "eqns"):
+                yield part
+            elif hasattr(part, "jaxpr") and hasattr(part.jaxpr, "eqns"):
+                yield part.jaxpr
+
+
+_COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) (?:\([^\n]*\) -> [^\n]*)?\{$", re.MULTILINE)
+_COLLECTIVE = re.compile(
+    r"= (?P<shape>[^=\n]*?) (?P<kind>all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)(?:-start)?\("
+)
+_CALLS = re.compile(r"(?:calls|to_apply|condition|body|branch_computations)=\{?%?([\w.\-]+(?:, %?[\w.\-]+)*)\}?")
+_WHILE = re.compile(r" while\(.*condition=%?([\w.\-]+), body=%?([\w.\-]+)")
+_ARRAY = re.compile(r"\b(pred|[suf]\d+|bf16|f8\w*)\[([\d,]*)\]")
+_CONSTANT = re.compile(r"[su]32\[\][^=]* constant\((\d+)\)")
+
+
+def _array_bytes(text: str) -> list[int]:
+    sizes = []
+    for dtype, shape in _ARRAY.findall(text):
+        bits = 8 if dtype == "pred" or dtype.startswith("f8") else int(re.sub(r"\D", "", dtype))
+        sizes.append(math.prod(int(n) for n in shape.split(",") if n) * bits // 8)
+    return sizes
+
+
+def _group(line: str) -> int:
+    """How many chips take part in a collective."""
+    if found := re.search(r"replica_groups=\[(\d+),(\d+)\]", line):
+        return int(found[2])
+    if found := re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", line):
+        sizes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", found[1])}
+        return math.prod(sizes[name] for name in re.findall(r"'([^']+)'", found[2]) if name in sizes)
+    if found := re.search(r"replica_groups=\{\{([\d,]*)\}", line):
+        return found[1].count(",") + 1
+    return 1
+
+
+def collective_bytes(hlo: str) -> dict[str, float]:
+    """Bytes that each chip sends per run of a compiled program, by kind of collective, from its HLO text.
+
+    Of a ring of g chips: gathering or scattering r bytes in all takes r (g - 1) / g, an all-reduce twice that. A loop
+    counts as often as the largest number its condition compares with.
+    """
+    starts = list(_COMPUTATION.finditer(hlo))
+    bodies = {
+        match[1]: hlo[match.end() : (starts[i + 1].start() if i + 1 < len(starts) else len(hlo))]
+        for i, match in enumerate(starts)
+    }
+    entry = next((match[1] for match in starts if hlo.startswith("ENTRY", match.start())), None)
+    # An asynchronous collective is spread over several computations, of which each has a copy of the instruction with
+    # the same channel; the one that runs least often is where it starts.
+    found: dict[str, tuple[str, float]] = {}
+
+    def turns(name: str) -> int:
+        body = bodies.get(name, "")
+        numbers = [int(x) for x in _CONSTANT.findall(body)]
+        numbers += [turns(one) for called in _CALLS.findall(body) for one in _names(called)]
+        return max(numbers, default=1)
+
+    def walk(name: str, times: int) -> None:
+        for number, line in enumerate(bodies.get(name, "").splitlines()):
+            if match := _COLLECTIVE.search(line):
+                size, g = max(_array_bytes(match["shape"]), default=0), _group(line)
+                share = (g - 1) / g
+                moved = {"all-reduce": 2 * size * share, "reduce-scatter": size * (g - 1), "collective-permute": size}
+                sent = times * moved.get(match["kind"], size * share)
+                channel = re.search(r"channel_id=(\d+)", line)
+                key = channel[1] if channel else f"{name} {number}"
+                if key not in found or sent < found[key][1]:
+                    found[key] = match["kind"], sent
+            if loop := _WHILE.search(line):
+                walk(loop[2], times * turns(loop[1]))
+            else:
+                for called in _CALLS.findall(line):
+                    for one in _names(called):
+                        walk(one, times)
+
+    if entry:
+        walk(entry, 1)
+    total: dict[str, float] = {}
+    for kind, sent in found.values():
+        total[kind] = total.get(kind, 0.0) + sent
+    return total
+
+
+def _names(called: str) -> list[str]:
+    return [name.strip(" %") for name in called.split(",")]
+
+
+@dataclasses.dataclass(frozen=True)
+class Estimate:
+    """Seconds that a program takes at least: its products at peak speed, its bytes, its collectives."""
+
+    compute: float
+    memory: float
+    network: float
+
+    @property
+    def seconds(self) -> float:
+        return max(self.compute, self.memory, self.network)
+
+    @property
+    def bound(self) -> str:
+        return max(dataclasses.asdict(self).items(), key=lambda item: item[1])[0]
+
+
+def estimate(chip: Chip, chips: int, cost: Cost, sent: float) -> Estimate:
+    """The roofline of a program of `cost` on `chips` of a kind, each of which sends `sent` bytes."""
+    return Estimate(
+        cost.flops / chips / chip.flops,
+        cost.bytes / chips / chip.bandwidth,
+        sent / chip.interconnect,
+    )
+
+
+def memory_bytes(compiled: Any) -> int:
+    """What a compiled program holds on one device at its peak: arguments, results, what lies between, and its code."""
+    m = compiled.memory_analysis()
+    held = m.argument_size_in_bytes + m.output_size_in_bytes - m.alias_size_in_bytes
+    return int(held + m.temp_size_in_bytes + m.generated_code_size_in_bytes)
+
+
+def tree_bytes(tree: Any) -> int:
+    """Bytes of the part of `tree` (arrays or their shapes, with shardings) that one device holds."""
+
+    def one(x):
+        shape = x.sharding.shard_shape(x.shape) if getattr(x, "sharding", None) is not None else np.shape(x)
+        itemsize = 4 if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key) else x.dtype.itemsize
+        return math.prod(shape) * itemsize
+
+    return sum(one(x) for x in jax.tree.leaves(tree))

@@ -1,0 +1,84 @@
+"""What compiled, what took the time, and how much of the peak that is."""
+
+import json
+import warnings
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import toy
+
+from pjrlhf.training import loop, performance
+from pjrlhf.training.performance import Performance, Program, RecompiledWarning, peak_flops
+from pjrlhf.training.workdir import Workdir
+
+
+def test_every_shape_compiles_once():
+    program = Program(lambda x, n: x * n, static_argnames="n")
+    for length in (3, 4, 3, 4):
+        program(jnp.ones(length), n=2)
+    program(jnp.ones(3), n=5)
+    assert program.compiles == 3 and program.seconds > 0
+
+
+def test_compiling_again_for_the_same_shapes_is_told():
+    """Here because the second argument lives elsewhere, as when a step's result is placed unlike its argument."""
+    program = Program(lambda x: x + 1)
+    program(jax.device_put(np.ones(3), jax.devices()[0]))
+    with pytest.warns(RecompiledWarning, match="lambda.*compiled again for arguments of the same shapes"):
+        program(jax.device_put(np.ones(3), jax.devices()[1]))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        program(jax.device_put(np.ones(4), jax.devices()[1]))
+
+
+@pytest.mark.parametrize(
+    ("kind", "peak"),
+    [
+        *[
+            ("TPU v5 lite", 197e12),
+            ("TPU v5p", 459e12),
+            ("TPU v5", 459e12),
+            ("TPU v6 lite", 918e12),
+            ("TPU v4", 275e12),
+        ],
+        *[("NVIDIA H100 80GB HBM3", 989e12), ("NVIDIA A100-SXM4-80GB", 312e12), ("cpu", None)],
+    ],
+)
+def test_peaks(kind, peak):
+    assert peak_flops(kind) == peak
+
+
+def test_utilisation_is_products_over_peak(monkeypatch):
+    """2 m k n FLOPs a step, on 8 devices, of which each could do 1,000 in a second; the clock is ours."""
+    clock = iter(range(0, 10_000, 1))
+    monkeypatch.setattr(performance, "peak_flops", lambda kind: 1000.0)
+    monkeypatch.setattr(performance.time, "perf_counter", lambda: float(next(clock)))
+    program = Program(lambda x, y: x @ y)
+    account = Performance([program])  # at 0
+    account.begin(10)
+    program(jnp.ones((2, 3)), jnp.ones((3, 4)))
+    assert program.flops == 2 * 2 * 3 * 4 and program.seconds == 1
+    with account.aside():
+        pass
+    row = account.row(12)
+    # From `begin` to `row` 5 ticks, of which 1 was compiling and 1 aside; 2 steps.
+    assert row["perf/compiles"] == 1 and row["perf/compile_seconds"] == 1
+    assert row["perf/seconds_per_step"] == 2.0
+    assert row["perf/mfu"] == pytest.approx(48 / (2.0 * 8 * 1000))
+    assert 0 < row["perf/goodput"] < 1
+
+
+def test_a_stage_leaves_its_account(tmp_path):
+    method = toy.Linear()
+    loop.run(method, Workdir(tmp_path), "fit", steps=toy.STEPS, log_every=4, checkpoint_every=5)
+    rows = [json.loads(line) for line in (tmp_path / "performance.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [1, 4, 8, 12] and {row["stage"] for row in rows} == {"fit"}
+    for row in rows:
+        assert 0 <= row["perf/goodput"] <= 1 and row["perf/seconds_per_step"] >= 0
+
+
+def test_profile(tmp_path):
+    loop.run(toy.Linear(), Workdir(tmp_path), "fit", steps=6, profile=True)
+    assert list((tmp_path / "profile").rglob("*.xplane.pb"))
