@@ -9,8 +9,9 @@ method is an entry of `methods`: settings of the stages policy, modpo and ric, s
 takes MOC apart: on the weighted sum alone, the control reward alone, with equal weights in place of min-norm ones, and
 so on, all told the same preferences in the same words.
 
-`--config.seeds="(0, 1, 2)"` runs one seed after the other and reports means with intervals. 2 CPU cores; times and
-figures in BUILD_NOTES.md.
+`--config.seeds="(0, 1, 2)"` runs one seed after the other and reports means with intervals. One CPU core: 7 minutes a
+seed with two objectives, 8 with three, 12 the ablation; on two cores run two of them side by side, each on its own
+(`taskset -c 0`, `taskset -c 1`). Figures in BUILD_NOTES.md.
 """
 
 import ml_collections

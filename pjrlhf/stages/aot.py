@@ -7,8 +7,10 @@ each step takes of a chip's memory and the least time it can take, and how to ma
 import dataclasses
 import functools
 import os
+import pathlib
 import re
 import time
+import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -19,6 +21,7 @@ import numpy as np
 from absl import logging
 from ml_collections import ConfigDict
 
+from pjrlhf.data import world
 from pjrlhf.data.schema import Example
 from pjrlhf.errors import UserError
 from pjrlhf.models.config import ModelConfig
@@ -84,8 +87,8 @@ class Planned(Run):
     program that is called is compiled and measured.
     """
 
-    def __init__(self, config: Any, workdir: Any, topology: str):
-        super().__init__(config, workdir)
+    def __init__(self, config: Any, topology: str):
+        super().__init__(config, types.SimpleNamespace(path=pathlib.Path("planned")))
         self.chip, self.devices = _devices(topology)
         self.mesh = make_mesh(config.mesh, self.devices)
         self.steps: list[Step] = []
@@ -146,8 +149,9 @@ class Planned(Run):
 
     @functools.cached_property
     def tokenizer(self) -> Any:
-        d = self.config.data
-        return _Text(d.max_prompt, d.max_completion, self.config.model.vocab_size)
+        d, spec = self.config.data, self.config.model.tokenizer
+        trained = len(world.vocabulary(world.WORLDS[spec])) if isinstance(spec, str) else spec["vocab_size"]
+        return _Text(d.max_prompt, d.max_completion, self.config.model.vocab_size or trained)
 
     @functools.cached_property
     def base(self) -> Any:
@@ -309,7 +313,7 @@ def plan(config: Any, topology: str, stages: Sequence[str] = ()) -> list[Step]:
     """
     found = []
     for stage in stages or [name for name in config.stages if name in PLANS]:
-        run = Planned(config, None, topology)
+        run = Planned(config, topology)
         run.naming = stage
         PLANS[stage](run)
         found += run.steps

@@ -113,7 +113,7 @@ def found_shardings(variant):
     config.mesh.fsdp = 8 // config.mesh.tensor
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(aot, "_devices", lambda topology: ("v5e", jax.devices()))
-        run = aot.Planned(config, None, "v5e:2x4")
+        run = aot.Planned(config, "v5e:2x4")
     run.config.model.attention = "xla"
     trees = {"base": run.base}
     if variant.startswith("pdpo"):
@@ -145,10 +145,16 @@ def test_no_matrix_of_a_llama_is_on_every_chip():
                 assert "'fsdp'" in found, path
 
 
+@pytest.mark.slow
 def test_every_step_of_the_catalogue_can_be_planned(monkeypatch):
     """On the devices that are here, in place of a TPU's: the same code up to the compiler."""
     monkeypatch.setattr(aot, "_devices", lambda topology: ("v5e", jax.devices()))
-    names = [step.name for step in aot.plan(tiny.settings(sft__batch_size=8, policy__rollouts=8), "v5e:2x4")]
+    names = [
+        step.name
+        for step in aot.plan(
+            tiny.settings(sft__batch_size=8, policy__rollouts=8, methods__pmorl__rollouts=8), "v5e:2x4"
+        )
+    ]
     assert names == [
         *("sft", "reward"),
         *(f"{where}: {part}" for where in ("policy", "methods/pmorl") for part in ("rollout", "rewards", "whole step")),
@@ -160,9 +166,9 @@ def test_every_step_of_the_catalogue_can_be_planned(monkeypatch):
         *(f"preference: {name}" for name in config.preference.models),
     ]
     assert all(step.fits and step.cost.flops > 0 and step.estimate.seconds > 0 for step in steps.values())
-    # Every pair twice for a person's model, once for the pooled one.
+    # Every pair twice, with user tokens, for a person's model; once for the pooled one.
     ratio = steps["preference: individualized"].cost.flops / steps["preference: pooled"].cost.flops
-    assert 1.9 < ratio < 2.3
+    assert 2.0 < ratio < 2.6
 
 
 def test_planned_memory_is_what_the_program_holds(monkeypatch):
@@ -170,7 +176,7 @@ def test_planned_memory_is_what_the_program_holds(monkeypatch):
     monkeypatch.setattr(aot, "_devices", lambda topology: ("v5e", jax.devices()))
     config = tiny.settings(policy__rollouts=8)
     (step,) = aot.plan(config, "v5e:2x4", ["reward"])
-    run = aot.Planned(config, None, "v5e:2x4")
+    run = aot.Planned(config, "v5e:2x4")
     assert step.memory > roofline.tree_bytes(run.base) > 0
 
 

@@ -65,8 +65,8 @@ def test_utilisation_is_products_over_peak(monkeypatch):
     row = account.row(12)
     # From `begin` to `row` 5 ticks, of which 1 was compiling and 1 aside; 2 steps.
     assert row["perf/compiles"] == 1 and row["perf/compile_seconds"] == 1
-    assert row["perf/seconds_per_step"] == 2.0
-    assert row["perf/mfu"] == pytest.approx(48 / (2.0 * 8 * 1000))
+    assert row["perf/seconds_per_step"] == 1.5
+    assert row["perf/mfu"] == pytest.approx(48 / (1.5 * 8 * 1000))
     assert 0 < row["perf/goodput"] < 1
 
 
