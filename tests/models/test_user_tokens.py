@@ -106,7 +106,8 @@ def test_only_the_user_of_a_row_is_seen_and_from_there_on():
     assert (np.abs(got[0, 1 : LENGTHS[0] + SLOTS] - want[0, 1 : LENGTHS[0] + SLOTS]).max(1) > 1e-3).all()
 
 
-@pytest.mark.parametrize("name", ["unrolled", pytest.param("remat full", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["unrolled", "remat full"])
 def test_compilation_choices_change_neither_loss_nor_gradient(name):
     tokens, valid = texts()
 

@@ -158,7 +158,7 @@ def single_device(kind):
 @pytest.mark.parametrize(
     "kind, sizes",
     [
-        pytest.param("lora", CUBE, id="2x2x2"),
+        pytest.param("lora", CUBE, id="2x2x2", marks=pytest.mark.slow),
         pytest.param("lora", {"data": 8}, id="8x1x1", marks=pytest.mark.slow),
         pytest.param("lora", {"tensor": 8}, id="1x1x8", marks=pytest.mark.slow),
         pytest.param("full", CUBE, id="full 2x2x2", marks=pytest.mark.slow),

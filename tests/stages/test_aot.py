@@ -192,6 +192,7 @@ def test_topologies_that_are_none(topology, message):
         aot.plan(tiny.settings(), topology)
 
 
+@pytest.mark.slow
 def test_what_does_not_fit_comes_with_a_remedy(monkeypatch, capsys):
     monkeypatch.setattr(aot, "_devices", lambda topology: ("v5e", jax.devices()))
     config = tiny.settings(stages=("sft",), sft__batch_size=64)

@@ -16,6 +16,8 @@ from pjrlhf.stages.new_users import fit_new_users
 from pjrlhf.stages.pairs import Pairs
 from pjrlhf.stages.trained import Trained
 
+pytestmark = pytest.mark.slow  # many programs to compile
+
 MODELS = ("pooled", "individualized", "cluster", "permuted")
 
 

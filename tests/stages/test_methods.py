@@ -18,6 +18,8 @@ from pjrlhf.stages import evaluate_front, methods, policy, seeds
 from pjrlhf.stages.evaluate_front import Front
 from pjrlhf.training.workdir import Workdir
 
+pytestmark = pytest.mark.slow  # many programs to compile
+
 
 @pytest.fixture(scope="module")
 def family(tmp_path_factory):

@@ -17,6 +17,8 @@ from pjrlhf.rollout import scoring
 from pjrlhf.stages import modpo, policy, reward
 from pjrlhf.stages.modpo import Modpo, policies_loss
 
+pytestmark = pytest.mark.slow  # many programs to compile
+
 # Over P1A, P1B, P2A, P2B: one-hot, two mixtures, and a tie, of which the first counts.
 POINTS = ((0, 0, 1, 0), (0.7, 0, 0.3, 0), (0.1, 0.2, 0.3, 0.4), (0, 0.5, 0, 0.5))
 LABELS = ("P2A", "P1A", "P2B", "P1B")

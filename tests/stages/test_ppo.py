@@ -75,7 +75,7 @@ def gradient(kind, config, trainable, base, rows):
 @pytest.mark.parametrize(
     "kind, optimizer",
     [
-        ("lora", "adamw"),
+        pytest.param("lora", "adamw", marks=pytest.mark.slow),
         pytest.param("lora", "sgd", marks=pytest.mark.slow),
         pytest.param("full", "sgd", marks=pytest.mark.slow),
     ],

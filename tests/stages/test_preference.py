@@ -305,6 +305,7 @@ def test_entries_may_differ_in_their_objective(records, tmp_path):
 REWARD = {"mine": {"kind": "individualized", "tokens": 2, "head": "reward"}}
 
 
+@pytest.mark.slow
 def test_the_reward_loss_is_that_of_the_paper(records, tmp_path):
     run = tiny.start(tmp_path / "run", records(preference__models=REWARD, preference__alpha=0.3))
     pairs = Pairs(run)
@@ -413,6 +414,7 @@ def test_records_without_text(records, tmp_path):
 # ---- losses and mistakes
 
 
+@pytest.mark.slow
 def test_every_loss_trains(records, tmp_path, monkeypatch):
     def unigrams(model, adapter, users, trainable, base, batch):
         """In place of the decoder, a policy that draws words at random, to compile nine programs in little time."""

@@ -18,6 +18,8 @@ from pjrlhf.objectives.multi_objective import target_map
 from pjrlhf.rollout.experience import reward_scores
 from pjrlhf.stages import policy, reward, ric
 
+pytestmark = pytest.mark.slow  # many programs to compile
+
 N = len(tiny.OBJECTIVES)
 STAGE = "methods/ric"
 SMALL = {

@@ -48,6 +48,7 @@ def test_rows_touched_at_every_step_move_as_under_dense_adam(rate):
     assert not np.allclose(got["weights"][2], table()["weights"][2])
 
 
+@pytest.mark.slow
 def test_untouched_rows_keep_every_bit_of_values_and_moments():
     lazy = lazy_adam(0.1)
     values = table()
