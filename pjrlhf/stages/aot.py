@@ -222,7 +222,9 @@ def _devices(topology: str) -> tuple[str, Sequence[Any]]:
     # The compiler needs no TPU, and so neither the cluster's metadata nor to be alone on this machine.
     os.environ |= {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
     try:
-        return kind, topologies.get_topology_desc(topology, "tpu").devices
+        # Of the chips with two cores, both work as one device.
+        whole = {"chip_config_name": "megacore"} if kind in ("v4", "v5p") else {}
+        return kind, topologies.get_topology_desc(topology, "tpu", **whole).devices
     except (RuntimeError, ValueError, NotImplementedError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(

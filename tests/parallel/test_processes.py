@@ -109,7 +109,6 @@ def test_two_processes_give_the_numbers_of_one(tmp_path):
 def test_two_processes_know_people_as_one_does(tmp_path):
     """User tables are split over the processes; the reference cache is read, or made, by all of them or by none."""
     changes = {
-        "sft__steps": 20,
         "sft__optimizer__eps": 1e-5,
         "preference__optimizer__eps": 1e-5,
         "preference__steps": 3,
