@@ -12,7 +12,7 @@ Two more styles in the built-in world, 8 to 16 kinds of people:
 
     python -m pjrlhf.main --config=configs/soups.py:styles
 
-Built-in world, default seed, 2 CPU cores: about 3 minutes, compilation included; figures in BUILD_NOTES.md.
+Built-in world, default seed, 2 CPU cores: 3 to 5 minutes, compilation included; figures in BUILD_NOTES.md.
 """
 
 import ml_collections

@@ -111,7 +111,6 @@ def test_two_processes_know_people_as_one_does(tmp_path):
     changes = {
         "sft__optimizer__eps": 1e-5,
         "preference__optimizer__eps": 1e-5,
-        "preference__steps": 3,
     }
     one, two = (run(tmp_path, str(count), count, module="tiny_users", **changes) for count in (1, 2))
     reports = [json.loads((folder / "report" / "summary.json").read_text()) for folder in (one, two)]
