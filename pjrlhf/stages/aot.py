@@ -161,14 +161,20 @@ class Planned(Run):
 
     base_hash = "planned"
 
+    @functools.cached_property
+    def rewarder(self) -> Any:
+        """What `stages.reward.load` reads elsewhere."""
+        K = len(self.rewards)
+        scale = {name: jax.ShapeDtypeStruct((K,), jnp.float32) for name in ("mean", "std", "low", "high")}
+        return {**Reward(self).init().trainable, **self.shapes(scale)}
+
     def start_params(self) -> Any:
         return self.base
 
     @property
     def _rows(self) -> int:
         """Records enough for every batch."""
-        sizes = [value for key, value in _flat(self.config.to_dict()) if key.endswith(("batch_size", "rollouts"))]
-        return 2 * max([64, *sizes])
+        return 2 * max([64, *_batch_sizes(self.config).values()])
 
     @functools.cached_property
     def requests(self) -> tuple[list[str], list[str]]:
@@ -200,14 +206,13 @@ class _PlannedPairs(Pairs):
         return np.zeros((len(table), len(SIDES)), np.float32)
 
 
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, int]]:
-    for key, value in tree.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{key}.")
-        elif isinstance(value, int) and not isinstance(value, bool):
-            yield f"{prefix}{key}", value
+def _batch_sizes(config: Any) -> dict[str, int]:
+    """Dotted key -> how many rows a step takes."""
+    flat = flax.traverse_util.flatten_dict(config.to_dict(), sep=".")
+    return {key: value for key, value in flat.items() if key.endswith((".batch_size", ".rollouts"))}
 
 
+@functools.cache
 def _devices(topology: str) -> tuple[str, Sequence[Any]]:
     """(kind of chip, its devices) of a name such as v5e:4x4.
 
@@ -236,25 +241,20 @@ def _devices(topology: str) -> tuple[str, Sequence[Any]]:
 # ---- which programs a stage runs
 
 
-def _sft(run: Planned) -> None:
-    method = Sft(run)
+def _step(method: Any) -> None:
     method.step(method.init(), next(method.batches))
+
+
+def _sft(run: Planned) -> None:
+    _step(Sft(run))
 
 
 def _reward(run: Planned) -> None:
-    method = Reward(run)
-    method.step(method.init(), next(method.batches))
-
-
-def _rewarder(run: Planned) -> Any:
-    K = len(run.rewards)
-    trainable = Reward(run).init().trainable
-    scale = {name: jax.ShapeDtypeStruct((K,), jnp.float32) for name in ("mean", "std", "low", "high")}
-    return {**trainable, **run.shapes(scale)}
+    _step(Reward(run))
 
 
 def _policy(run: Planned, settings: Any = None) -> None:
-    rewarder, name = _rewarder(run), run.naming
+    rewarder, name = run.rewarder, run.naming
     method = Policy(run, settings or settings_of(run), rewarder)
     state, batch = method.init(), next(method.batches)
     arrays = run.place({key: x.swapaxes(0, 1).reshape(-1, *x.shape[2:]) for key, x in batch.items()})
@@ -287,9 +287,8 @@ def _preference(run: Planned) -> None:
     for entry in run.config.preference.models:
         if run.config.preference.models[entry]["kind"] == "soup":
             continue  # its step is that of another bank's run
-        method = Preference(run, entry, pairs)
         run.naming = f"{name}: {entry}"
-        method.step(method.init(), next(method.batches))
+        _step(Preference(run, entry, pairs))
 
 
 def _methods(run: Planned) -> None:
@@ -332,9 +331,8 @@ def remedies(config: Any) -> Iterator[tuple[str, ConfigDict]]:
     mesh = config.mesh.to_dict()
     if mesh.get("data") != 1:
         changes.append({"mesh.data": 1, "mesh.fsdp": -1})
-    sizes = [(key, n) for key, n in _flat(config.to_dict()) if key.endswith((".batch_size", ".rollouts")) and n > 1]
-    used = [key for key, _ in sizes if key.split(".")[0] in config.stages]
-    changes.append({key: n // 2 for key, n in sizes if key in used})
+    sizes = _batch_sizes(config).items()
+    changes.append({key: n // 2 for key, n in sizes if n > 1 and key.split(".")[0] in config.stages})
     changes.append({"data.max_completion": config.data.max_completion // 2})
     for many in (changes[:1], *([change] for change in changes[1:]), changes[:4]):
         merged = {key: value for change in many for key, value in change.items()}

@@ -181,7 +181,7 @@ def preference_loss(
     return pair[0] / pair[1], metrics
 
 
-def soup_bank(run: Run, base_hash: str) -> Any:
+def soup_bank(run: Run) -> Any:
     """The trained adapters that kind soup mixes, from `preference.bank`, on the mesh.
 
     Raises:
@@ -200,7 +200,7 @@ def soup_bank(run: Run, base_hash: str) -> Any:
         raise UserError(f"{path}: holds full parameters, of which every pair would need a copy; train adapters instead")
     rank = bank["layers"]["attention"]["query"]["a"].shape[-1]
     found = {"base": note.get("base"), "rank": rank, "alpha": note.get("alpha")}
-    wanted = {"base": base_hash, "rank": run.adapter.rank, "alpha": run.adapter.alpha}
+    wanted = {"base": run.base_hash, "rank": run.adapter.rank, "alpha": run.adapter.alpha}
     if found != wanted:
         raise UserError(
             f"{path}: its adapters have {found}, this run {wanted}; use the base and adapter settings of both"
@@ -228,7 +228,7 @@ class Preference:
         self.objective = PreferenceConfig(**{key: self.settings.get(key, config[key]) for key in fields})
         kind = kind or self.settings["kind"]
         # What the policies are made of beside the base but is not trained.
-        self.frozen = {"bank": soup_bank(run, run.base_hash)} if kind == "soup" else {}
+        self.frozen = {"bank": soup_bank(run)} if kind == "soup" else {}
         sizes = {"num_users": pairs.registry.capacity, "width": run.model_config.hidden_size}
         if self.frozen:
             sizes["adapters"] = bank_size(self.frozen["bank"])

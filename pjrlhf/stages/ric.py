@@ -160,11 +160,7 @@ def fine_tune(run: Run, settings: Any, stage: str, number: int, answers: Sequenc
     """The bank of one adapter after round `number`, of which the first is 0, on `answers`."""
     name, steps = f"{stage}/round{number}", settings.online_steps if number else settings.steps
     method = Ric(run, settings, stated(run, settings, answers, name), steps, start)
-    state = run.train(
-        method,
-        name,
-        steps,
-    )
+    state = run.train(method, name, steps)
     return state.trainable
 
 

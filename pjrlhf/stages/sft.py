@@ -108,11 +108,7 @@ def run(run: Run) -> dict[str, Any]:
     """Trains the base and writes it to <workdir>/sft/model as a Hugging Face folder."""
     config = run.config.sft
     method = Sft(run)
-    state = run.train(
-        method,
-        "sft",
-        config.steps,
-    )
+    state = run.train(method, "sft", config.steps)
     with disk_errors(run.base_folder):
         by_first(save_params)(
             run.base_folder,

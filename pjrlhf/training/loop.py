@@ -142,15 +142,15 @@ def run(
                 f"{stage}: {found} at step {step}; its batch is in {path}; lower the learning rate or mend the data, "
                 "and start again in another --workdir"
             )
-        bar.update(step, to_floats(metrics))
+        pooled = to_floats(metrics)
+        bar.update(step, pooled)
         measured.clear()
-        measured.update(to_floats(metrics) | values)
+        measured.update(pooled | values)
         return values if due else {}
 
     measured: dict[str, float] = {}  # what the step settled last is ranked by
     with Checkpoints(folder / "checkpoints", keep, keep_best) as checkpoints:
         with performance.aside():
-            _ = method.batches  # mistakes in the data show before anything large is made
             state = method.init()
             done = checkpoints.latest() or 0
             if done:
