@@ -16,6 +16,7 @@ import matplotlib
 import numpy as np
 import optax
 
+from pjrlhf.data.packing import pack
 from pjrlhf.models.adapters import AdapterConfig, init_bank
 from pjrlhf.models.config import ModelConfig
 from pjrlhf.models.decoder import Decoder, init_params
@@ -44,13 +45,13 @@ class Trainer:
         adam, lazy, objective = optax.adam(1e-3), lazy_adam(1e-2), PreferenceConfig(mixture="dropout")
         rest = {"bank": params["bank"], "shared": params["users"]["shared"]}
         self.state = params, adam.init(rest), lazy.init(params["users"]["table"])
-        self.rng, self.count = np.random.default_rng(0), count
+        self.rng, self.count, self.slots = np.random.default_rng(0), count, users.slots
 
         @functools.partial(jax.jit, donate_argnums=0)
         def step(state, base, batch):
             params, adam_state, lazy_state = state
             small, local, rows = gather_rows(params["users"], batch["user"])
-            batch = {**batch, "user": local, "generic": None, "prompt_slots": PROMPT}
+            batch = {**batch, "user": local, "generic": None}
             loss = functools.partial(preference_loss, model, adapter, users, objective)
             gradient, _ = jax.grad(loss, has_aux=True)({"bank": params["bank"], "users": small}, base, batch)
             rest = {"bank": params["bank"], "shared": params["users"]["shared"]}
@@ -64,13 +65,16 @@ class Trainer:
         self.step = step
 
     def batch(self) -> dict:
-        shape = (PAIRS, PROMPT + ANSWER)
-        sides = {
-            side: {"tokens": self.rng.integers(3, CONFIG.vocab_size, shape, np.int32), "valid": np.ones(shape, bool)}
-            for side in ("chosen", "rejected")
+        ids = self.rng.integers(3, CONFIG.vocab_size, (PAIRS, PROMPT + 2 * ANSWER), np.int32)
+        answers = [(row[PROMPT : PROMPT + ANSWER], row[PROMPT + ANSWER :]) for row in ids]
+        length = PROMPT + self.slots + 2 * ANSWER
+        return {
+            "rows": pack(ids[:, :PROMPT], answers, mode="share", length=length, pad_id=0, user_slots=self.slots),
+            "user": self.rng.integers(1, self.count + 1, PAIRS, np.int32),
+            "reference": np.zeros((PAIRS, 2), np.float32),
+            "counts": np.full((PAIRS, 2), ANSWER, np.float32),
+            "margin": np.zeros(PAIRS, np.float32),
         }
-        users = self.rng.integers(1, self.count + 1, PAIRS, np.int32)
-        return {**sides, "user": users, "reference": np.zeros((PAIRS, 2), np.float32), "margin": np.zeros(PAIRS)}
 
     def seconds(self, steps: int) -> float:
         """Per step."""

@@ -58,6 +58,8 @@ def base() -> ml_collections.ConfigDict:
         "completion_buckets": (),
         "long_prompt": "drop",  # drop, truncate_left, error
         "long_completion": "drop",  # drop, truncate
+        # Of what is trained on: an answer a row (none), a prompt with all its answers (share), several of those (pack).
+        "packing": "share",
         "heldout_share": 0.25,  # of the prompts; never trained on, used to evaluate
         "max_bad_share": 0.01,  # more bad records than this stop the run
     }

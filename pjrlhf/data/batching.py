@@ -43,54 +43,16 @@ def buckets(lengths: Sequence[int] | np.ndarray, sizes: Sequence[int]) -> np.nda
     return sizes[found]
 
 
-def collate_prompt(rows: Sequence[Row], *, prompt_length: Length, pad_id: int) -> Batch:
-    """{"prompt" int32 [B, P] padded left, "valid" bool [B, P], "index" int32 [B]}."""
-    prompt, valid = pad_left(*_fitted(rows, ("prompt",), prompt_length), pad_id)
-    return {"prompt": prompt, "valid": valid, "index": np.array([row["index"] for row in rows], np.int32)}
-
-
-def collate_completion(
-    rows: Sequence[Row],
-    *,
-    prompt_length: Length,
-    completion_length: Length,
-    pad_id: int,
-    users: Mapping[str, int] | None = None,
-    objectives: Sequence[str] = (),
-) -> Batch:
-    """{"tokens" int32, "valid" bool, "loss_mask" bool, each [B, P + C]} and the extras of `collate_preference`.
+def collate_completion(rows: Sequence[Row], *, prompt_length: Length, completion_length: Length, pad_id: int) -> Batch:
+    """{"tokens" int32, "valid" bool, "loss_mask" bool, each [B, P + C]}.
 
     The prompt is padded on its left and the completion on its right, so they meet at column P; `loss_mask` marks
     the tokens of the completion.
     """
     prompt = pad_left(*_fitted(rows, ("prompt",), prompt_length), pad_id)
     completion = pad_right(*_fitted(rows, ("completion",), completion_length), pad_id)
-    return _joined(prompt, completion) | _extras(rows, users, objectives)
-
-
-def collate_preference(
-    rows: Sequence[Row],
-    *,
-    prompt_length: Length,
-    completion_length: Length,
-    pad_id: int,
-    users: Mapping[str, int] | None = None,
-    objectives: Sequence[str] = (),
-) -> Batch:
-    """{"chosen": {...}, "rejected": {...}}, each as in `collate_completion` and of one shape, and extras.
-
-    Extras: "index" int32 [B], the row of the table; "user" int32 [B], by `users`, 0 where that is unknown or absent;
-    "objective" int32 [B], the place in `objectives` (0 where none are given); "margin" float32 [B], 0 where absent.
-
-    Raises:
-      UserError: a row's objective is not one of `objectives`.
-    """
-    prompt = pad_left(*_fitted(rows, ("prompt",), prompt_length), pad_id)
-    answers, length = _fitted(rows, ("chosen", "rejected"), completion_length)
-    halves = {"chosen": answers[: len(rows)], "rejected": answers[len(rows) :]}
-    batch = {name: _joined(prompt, pad_right(half, length, pad_id)) for name, half in halves.items()}
-    margin = np.array([row["margin"] or 0.0 for row in rows], np.float32)
-    return batch | _extras(rows, users, objectives) | {"margin": margin}
+    tokens, valid = (np.concatenate(pair, axis=1) for pair in zip(prompt, completion, strict=True))
+    return {"tokens": tokens, "valid": valid, "loss_mask": valid & (np.arange(valid.shape[1]) >= prompt[0].shape[1])}
 
 
 def _fitted(rows: Sequence[Row], names: Sequence[str], length: Length) -> tuple[list[np.ndarray], int]:
@@ -99,26 +61,6 @@ def _fitted(rows: Sequence[Row], names: Sequence[str], length: Length) -> tuple[
     if not isinstance(length, int):
         length = int(buckets([max(map(len, ids))], length)[0])
     return ids, length
-
-
-def _joined(prompt: tuple[np.ndarray, np.ndarray], completion: tuple[np.ndarray, np.ndarray]) -> Batch:
-    tokens, valid = (np.concatenate(pair, axis=1) for pair in zip(prompt, completion, strict=True))
-    return {"tokens": tokens, "valid": valid, "loss_mask": valid & (np.arange(valid.shape[1]) >= prompt[0].shape[1])}
-
-
-def _extras(rows: Sequence[Row], users: Mapping[str, int] | None, objectives: Sequence[str]) -> Batch:
-    place = {name: k for k, name in enumerate(objectives)}
-    for row in rows:
-        if objectives and row["objective"] not in place:
-            raise UserError(
-                f"{row['where']}: objective {row['objective']!r} is not one of {list(objectives)}; "
-                "mend the record or name it in --config.objectives"
-            )
-    return {
-        "index": np.array([row["index"] for row in rows], np.int32),
-        "user": np.array([(users or {}).get(row["user_id"], 0) for row in rows], np.int32),
-        "objective": np.array([place.get(row["objective"], 0) for row in rows], np.int32),
-    }
 
 
 def batches(

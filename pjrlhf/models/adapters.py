@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pjrlhf.models.decoder import Cache, Decoder
+from pjrlhf.models.decoder import Cache, Decoder, Layout
 from pjrlhf.models.users import reserve
 
 Params = Any
@@ -134,35 +134,60 @@ class Policies:
         return reserve(tokens, valid, self.user_tokens.shape[1], self.model.user_offset)
 
     def __call__(
-        self, tokens: jax.Array, valid: jax.Array, cache: Cache | None = None, offset: jax.Array | int = 0
+        self,
+        tokens: jax.Array,
+        valid: jax.Array,
+        cache: Cache | None = None,
+        offset: jax.Array | int = 0,
+        layout: Layout | None = None,
     ) -> tuple[jax.Array, Cache | None]:
-        """Hidden states [B, T, D] and the cache; arguments as in `Decoder.__call__`. ValueError where B is no
-        multiple of G.
+        """Hidden states [B, T, D] and the cache; arguments as in `Decoder.__call__`.
+
+        With a `layout` its `owner` chooses among the rows of `mix`, where there are several, and `user_tokens`; groups
+        of a full-parameter bank stay groups of rows. ValueError where B is no multiple of G.
         """
         B = tokens.shape[0]
         if not self.groups:
             rows = None
-            if self.rows is not None:
+            if self.rows is not None and layout is not None and len(self.rows) > 1:
+                rows = self.rows[layout.owner]
+            elif self.rows is not None:
                 if B % len(self.rows):
                     raise ValueError(
                         f"{B} examples cannot be split into {len(self.rows)} equal groups, one per row of mix"
                     )
                 rows = jnp.repeat(self.rows, B // len(self.rows), axis=0, total_repeat_length=B)
             return self.model.apply(
-                self.variables, tokens, valid, mix=rows, cache=cache, offset=offset, user_tokens=self.user_tokens
+                self.variables,
+                tokens,
+                valid,
+                mix=rows,
+                cache=cache,
+                offset=offset,
+                user_tokens=self.user_tokens,
+                layout=layout,
             )
 
         # Groups are what is vmapped over; their rows are not those of the batch.
         model = self.model.clone(rows=None)
 
-        def group(variables, tokens, valid, cache, user_tokens):
-            return model.apply(variables, tokens, valid, cache=cache, offset=offset, user_tokens=user_tokens)
+        def group(variables, tokens, valid, cache, user_tokens, layout):
+            return model.apply(
+                variables, tokens, valid, cache=cache, offset=offset, user_tokens=user_tokens, layout=layout
+            )
 
         # Cache leaves are [L, B, ...]: their batch axis is 1.
         cache = jax.tree.map(lambda x: self._split(x, 1), cache)
-        user_tokens = None if self.user_tokens is None else self._split(self.user_tokens)
-        hidden, cache = jax.vmap(group, in_axes=(0, 0, 0, 1, 0), out_axes=(0, 1))(
-            self.variables, self._split(tokens), self._split(valid), cache, user_tokens
+        user_tokens = self.user_tokens
+        if user_tokens is not None and layout is None:
+            user_tokens = self._split(user_tokens)
+        hidden, cache = jax.vmap(group, in_axes=(0, 0, 0, 1, 0 if layout is None else None, 0), out_axes=(0, 1))(
+            self.variables,
+            self._split(tokens),
+            self._split(valid),
+            cache,
+            user_tokens,
+            jax.tree.map(self._split, layout),
         )
         cache = jax.tree.map(lambda x: x.reshape(x.shape[0], B, *x.shape[3:]), cache)
         return hidden.reshape(B, *hidden.shape[2:]), cache

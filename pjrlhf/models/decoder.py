@@ -8,7 +8,7 @@ The base lives in the collection `params` (layer leaves stacked `[L, ...]`), the
 """
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -20,6 +20,27 @@ from pjrlhf.models.attention import attend
 from pjrlhf.models.config import ModelConfig, RopeScaling
 
 Cache = dict[str, jax.Array]
+
+
+class Layout(NamedTuple):
+    """What stands where in packed rows, int32 [B, T] each, see `data.packing`.
+
+    A token sees those before it of its own segment that are in branch 0 or in its own branch; `owner` numbers the row
+    of `mix` and of the user tokens it goes by.
+    """
+
+    position: jax.Array
+    segment: jax.Array
+    branch: jax.Array
+    owner: jax.Array
+
+    def mask(self) -> jax.Array:
+        """Bool [B, T, T], True where a query may look."""
+        segment, branch = self.segment, self.branch
+        own = (branch[:, None, :] == 0) | (branch[:, None, :] == branch[:, :, None])
+        real = segment[:, None, :] > 0
+        return jnp.tril(own & real & (segment[:, None, :] == segment[:, :, None]))
+
 
 REMAT_POLICIES = {
     "none": None,
@@ -67,7 +88,8 @@ class Linear(nn.Module):
         if mix is not None and self.has_variable("adapters", "a"):
             a = self.get_variable("adapters", "a").astype(self.dtype)
             b = self.get_variable("adapters", "b").astype(self.dtype)
-            low = jnp.einsum("btd,kdr->btkr", x, a) * mix[:, None, :, None].astype(self.dtype)
+            mix = mix[:, None] if mix.ndim == 2 else mix
+            low = jnp.einsum("btd,kdr->btkr", x, a) * mix[..., None].astype(self.dtype)
             y = y + jnp.einsum("btkr,krf->btf", low, b)
         return y
 
@@ -224,6 +246,7 @@ class Decoder(nn.Module):
         cache: Cache | None = None,
         offset: jax.Array | int = 0,
         user_tokens: jax.Array | None = None,
+        layout: Layout | None = None,
     ) -> tuple[jax.Array, Cache | None]:
         """Runs the decoder.
 
@@ -232,25 +255,31 @@ class Decoder(nn.Module):
           valid: bool [B, S], False on padding. Without a cache S = T; with one, S is the number of cache slots and
           `valid`
             covers the whole cache including the T new tokens, which go to slots offset .. offset + T - 1.
-          mix: float [B, K], weights of the adapters per example, or None for the base alone.
+          mix: float [B, K], weights of the adapters per example, [B, T, K] per token, or None for the base alone.
           cache: from `init_cache`, or None.
           offset: int, first slot written; the same for every row (rows differ by left padding).
           user_tokens: float [B, U, D], or None. They replace the embeddings at positions user_offset .. user_offset +
             U - 1, counted from the first valid token, where `users.reserve` makes room for them.
+          layout: of packed rows, without a cache; `valid` is then not looked at, and `user_tokens` are [E, U, D], of
+            which a token's `owner` has its own.
 
         Returns:
           hidden: [B, T, D] after the final norm, in `dtype`; the cache with the new keys and values.
         """
         T, S = tokens.shape[1], valid.shape[1]
-        # A token's position is the number of valid tokens before it, so padding on either side changes nothing.
-        positions = jnp.maximum(jnp.cumsum(valid, axis=1, dtype=jnp.int32) - 1, 0)
-        positions = jax.lax.dynamic_slice_in_dim(positions, offset, T, axis=1)
-        causal = jnp.arange(S)[None, :] <= (offset + jnp.arange(T))[:, None]
-        mask = causal[None] & valid[:, None, :]
+        if layout is None:
+            # A token's position is the number of valid tokens before it, so padding on either side changes nothing.
+            positions = jnp.maximum(jnp.cumsum(valid, axis=1, dtype=jnp.int32) - 1, 0)
+            positions = jax.lax.dynamic_slice_in_dim(positions, offset, T, axis=1)
+            causal = jnp.arange(S)[None, :] <= (offset + jnp.arange(T))[:, None]
+            mask = causal[None] & valid[:, None, :]
+            owner = jnp.arange(tokens.shape[0])[:, None]
+        else:
+            positions, mask, owner = layout.position, layout.mask(), layout.owner
         x = self.embed(tokens)
         if user_tokens is not None:
             place = positions - self.user_offset
-            own = jnp.take_along_axis(user_tokens, jnp.clip(place, 0, user_tokens.shape[1] - 1)[..., None], axis=1)
+            own = user_tokens[owner, jnp.clip(place, 0, user_tokens.shape[1] - 1)]
             is_user = (place >= 0) & (place < user_tokens.shape[1])
             x = jnp.where(is_user[..., None], own.astype(x.dtype), x)
         x = split_rows(x, self.rows)

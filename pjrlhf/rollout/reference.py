@@ -117,7 +117,7 @@ def reference_logps(
             key = (prompt.tobytes(), answer.tobytes())
             if key not in answers:
                 answers[key] = len(texts)
-                texts.append({"prompt": prompt, "completion": answer, "index": 0, "user_id": None, "objective": None})
+                texts.append({"prompt": prompt, "completion": answer})
             number[i, column] = answers[key]
     # Those of like length go together, so that padding is not what is computed.
     order = np.argsort([len(text["prompt"]) + len(text["completion"]) for text in texts], kind="stable")

@@ -1,17 +1,26 @@
-"""Scoring of given sequences: log-probabilities, values and rewards of prompt + response rows.
+"""Scoring of given sequences: log-probabilities, values and rewards of prompt + response rows, or of packed ones.
 
 Rows come without slots for user tokens; the policies that have such tokens make the slots here. So a reference without
 user tokens sees the plain prompt, and a response is found at the end of a row either way.
 
-Shapes: B rows, P prompt slots (left-padded), N response slots (right-padded), D model width, K adapters.
+Shapes: B rows, P prompt slots (left-padded), N response slots (right-padded), D model width, K adapters, V vocabulary.
+Those of packed rows are in `data.packing`.
 """
 
+import math
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from pjrlhf.data.packing import NOWHERE
 from pjrlhf.models.adapters import Policies
+from pjrlhf.models.decoder import Layout
+
+# Logits that a device holds at once when tokens are scored. Larger parts are no faster; smaller ones make the product
+# with the vocabulary narrow.
+LOGIT_BYTES = 2**28
 
 
 def join(prompt: jax.Array, response: jax.Array) -> jax.Array:
@@ -28,16 +37,57 @@ def response_states(policies: Policies, tokens: jax.Array, valid: jax.Array, pro
     return hidden[:, -N - 1 : -1]
 
 
+def _log_softmax_at(logits: jax.Array, target: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """(log-probability of `target` [...], entropy [...]) of softmax(logits [..., V]).
+
+    Sums over the vocabulary alone, no gather: where V is split over devices, each adds up its part.
+    """
+    z = logits - jax.lax.stop_gradient(logits.max(-1, keepdims=True))
+    weight = jnp.exp(z)
+    total = weight.sum(-1)
+    log_total = jnp.log(total)
+    chosen = jnp.where(jnp.arange(logits.shape[-1]) == target[..., None], z, 0.0).sum(-1)
+    return chosen - log_total, log_total - (weight * z).sum(-1) / total
+
+
+def _in_parts(score: Callable[..., Any], policies: Policies, states: jax.Array, target: jax.Array) -> Any:
+    """`score(states [B, n, D], target [B, n])`, leaves [B, n], for all N tokens, in parts whose logits are at most
+    `LOGIT_BYTES` on a device; those of other parts are made anew for the gradient.
+    """
+    (B, N), model = target.shape, policies.model
+    shards = 1
+    if model.rows is not None:
+        shards = math.prod(model.rows.mesh.shape.values())  # rows over data x fsdp, the vocabulary over tensor
+    parts = min(N, math.ceil(4 * B * N * model.config.vocab_size / shards / LOGIT_BYTES))
+    if parts <= 1:
+        return score(states, target)
+    size = math.ceil(N / parts)
+
+    def split(x):
+        x = jnp.pad(x, ((0, 0), (0, parts * size - N), *[(0, 0)] * (x.ndim - 2)))
+        return x.reshape(B, parts, size, *x.shape[2:]).swapaxes(0, 1)
+
+    found = jax.lax.map(jax.checkpoint(lambda part: score(*part)), (split(states), split(target)))
+    return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(B, -1)[:, :N], found)
+
+
 def token_logps(
     policies: Policies, states: jax.Array, response: jax.Array, temperature: float = 1.0
 ) -> tuple[jax.Array, jax.Array]:
     """Log-probabilities of `response` [B, N] and entropies, float32 [B, N] nats, of softmax(logits / temperature).
 
-    Only response positions reach the vocabulary, so logits are [B, N, V] and never [B, P + N, V].
+    Only response positions reach the vocabulary, and a part of them at a time: never all logits [B, N, V].
     """
-    logps = jax.nn.log_softmax(policies.logits(states) / temperature)
-    chosen = jnp.take_along_axis(logps, response[..., None], axis=-1)[..., 0]
-    return chosen, -(jnp.exp(logps) * logps).sum(-1)
+
+    def score(states, target):
+        return _log_softmax_at(policies.logits(states) / temperature, target)
+
+    return _in_parts(score, policies, states, response)
+
+
+def _logps(policies: Policies, states: jax.Array, target: jax.Array) -> jax.Array:
+    """The same without entropies, which the gradient would pay for, at temperature 1."""
+    return _in_parts(lambda *part: _log_softmax_at(policies.logits(part[0]), part[1])[0], policies, states, target)
 
 
 def sequence_logps(
@@ -49,8 +99,58 @@ def sequence_logps(
     """
     mask = valid[:, prompt_slots:]
     states = response_states(policies, tokens, valid, prompt_slots)
-    logps, _ = token_logps(policies, states, tokens[:, prompt_slots:])
+    logps = _logps(policies, states, tokens[:, prompt_slots:])
     return jnp.where(mask, logps, 0.0).sum(1), mask.sum(1).astype(jnp.float32)
+
+
+def _packed_states(policies: Policies, rows: Mapping[str, jax.Array], columns: jax.Array) -> jax.Array:
+    """Hidden states [R, S, D] of packed rows at slots `columns` [R, S]."""
+    layout = Layout(rows["position"], rows["segment"], rows["branch"], rows["owner"])
+    hidden, _ = policies(rows["tokens"], rows["segment"] > 0, layout=layout)
+    return jnp.take_along_axis(hidden, columns[..., None], axis=1)
+
+
+def _per_answer(values: jax.Array, answer: jax.Array, count: int) -> jax.Array:
+    """Sums [count] of `values` by the number of the answer they belong to; those of no answer are left out."""
+    return jnp.zeros(count, values.dtype).at[answer].add(values, mode="drop")
+
+
+def packed_token_logps(policies: Policies, rows: Mapping[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
+    """(log-probabilities float32 [R, S], nats, mask bool [R, S]) of the answers' tokens in packed rows.
+
+    Args:
+      rows: as made by `data.packing.pack`; the rows of `mix` and user tokens, where there are several, are those that
+        `owner` numbers.
+    """
+    states = _packed_states(policies, rows, rows["columns"])
+    return _logps(policies, states, rows["targets"]), rows["answer"] < NOWHERE
+
+
+def packed_logps(policies: Policies, rows: Mapping[str, jax.Array], count: int) -> jax.Array:
+    """The same summed by answer, float32 [count], in the order of their numbers."""
+    return _per_answer(packed_token_logps(policies, rows)[0], rows["answer"], count)
+
+
+def packed_rewards(
+    policies: Policies, heads: dict[str, jax.Array], mix: jax.Array, rows: Mapping[str, jax.Array], count: int
+) -> jax.Array:
+    """Rewards of the answers in packed rows, float32 [count]: the head at the last token of each. `mix` combines heads,
+    one row for all or one per owner.
+    """
+    states = _packed_states(policies, rows, rows["last"]).astype(jnp.float32)
+    kernel, bias = mix @ heads["kernel"], mix @ heads["bias"]
+    if len(mix) == 1:
+        values = states @ kernel[0] + bias[0]
+    else:
+        owner = jnp.take_along_axis(rows["owner"], rows["last"], axis=1)
+        values = jnp.einsum("rmd,rmd->rm", states, kernel[owner]) + bias[owner]
+    return _per_answer(values, rows["last_answer"], count)
+
+
+def wasted_tokens(rows: Mapping[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
+    """(slots of padding, slots) of packed rows, float32."""
+    padding = (rows["segment"] == 0).astype(jnp.float32)
+    return padding.sum(), jnp.float32(padding.size)
 
 
 def init_heads(count: int, width: int, key: jax.Array | None = None) -> dict[str, jax.Array]:

@@ -18,6 +18,7 @@ import numpy as np
 
 from pjrlhf.data import bpe, preferences, world
 from pjrlhf.data.batching import buckets, pad_left, split_by
+from pjrlhf.data.packing import Ids, check_mode, pack, row_length
 from pjrlhf.data.preferences import Preference, Registry
 from pjrlhf.data.schema import Example, request_of, validate
 from pjrlhf.data.sources import open_source
@@ -339,6 +340,24 @@ class Run:
     def completion_lengths(self) -> tuple[int, ...]:
         """The same for completions."""
         return (*self.config.data.completion_buckets, self.lengths.completion)
+
+    def pack(
+        self, prompts: Sequence[Ids], answers: Sequence[Sequence[Ids]], *, groups: int = 1, user_slots: int = 0
+    ) -> dict[str, np.ndarray]:
+        """Rows of prompts and their answers as `data.packing` says, see `data.packing.pack`."""
+        d = self.config.data
+        mode = check_mode(d.packing)
+        return pack(
+            prompts,
+            answers,
+            mode=mode,
+            length=row_length(mode, d.max_prompt + user_slots, d.max_completion, len(answers[0])),
+            pad_id=self.tokenizer.pad_id,
+            multiple=even_rows(self.mesh, 1),
+            groups=groups,
+            user_slots=user_slots,
+            user_offset=self.model.user_offset,
+        )
 
     def pad_prompts(self, ids: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
         """(tokens int32, valid bool) [B, P], left-padded to the smallest length that holds them all."""

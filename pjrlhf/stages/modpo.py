@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pjrlhf.data.batching import batches, collate_completion, collate_preference
+from pjrlhf.data.batching import batches, collate_completion
 from pjrlhf.data.tokenization import TokenTable
 from pjrlhf.errors import UserError
 from pjrlhf.models.adapters import AdapterConfig, Policies, init_bank
@@ -53,9 +53,8 @@ def raw_rewards(run: Run, rewarder: Any, rows: Sequence[tuple[np.ndarray, np.nda
         part = list(rows[start : start + size])
         # The last chunk is filled up so that one program serves all.
         filled = part + [part[0]] * (size - len(part))
-        other = {"index": 0, "user_id": None, "objective": None}
         batch = collate_completion(
-            [{"prompt": prompt, "completion": answer, **other} for prompt, answer in filled],
+            [{"prompt": prompt, "completion": answer} for prompt, answer in filled],
             prompt_length=run.prompt_lengths,
             completion_length=run.completion_lengths,
             pad_id=run.tokenizer.pad_id,
@@ -79,7 +78,7 @@ def table_rewards(run: Run, rewarder: Any, table: TokenTable) -> np.ndarray:
 
 
 def policies_loss(
-    model: Decoder, adapter: AdapterConfig, beta: float, kind: str, prompt_slots: int, bank: Any, base: Any, batch: Any
+    model: Decoder, adapter: AdapterConfig, beta: float, kind: str, bank: Any, base: Any, batch: Any
 ) -> tuple[jax.Array, Metrics]:
     """Sum over the K policies of their mean MODPO losses; metrics [K].
 
@@ -88,16 +87,14 @@ def policies_loss(
 
     Args:
       beta, kind: see `modpo_loss`.
-      prompt_slots: P, where answers start.
-      batch: {"tokens", "valid" [2 K n, P + C]: for each policy its n chosen, then its n rejected rows; float32
-        "reference" [K, 2, n], log-probs of the reference; "rewards" [K, 2, n, R - 1] of the objectives the pair is not
-        labelled for; "weights" [K, 1, R], that of the labelled one first}.
+      batch: {"rows": see `reward.by_model`; float32 "reference" [K, n, 2], log-probs of the reference; "rewards" [K, n,
+        2, R - 1] of the objectives the pair is not labelled for; "weights" [K, 1, R], that of the labelled one first}.
     """
-    weights, rewards = batch["weights"], batch["rewards"]
+    weights, reference, rewards = batch["weights"], batch["reference"], batch["rewards"].swapaxes(1, 2)
     K = weights.shape[0]
     policies = Policies(model, adapter, base, bank, jnp.eye(K))
-    logps, _ = scoring.sequence_logps(policies, batch["tokens"], batch["valid"], prompt_slots)
-    sides = [x[:, side] for x in (logps.reshape(K, 2, -1), batch["reference"]) for side in (0, 1)]
+    logps = scoring.packed_logps(policies, batch["rows"], reference.size).reshape(reference.shape)
+    sides = [x[..., side] for x in (logps, reference) for side in (0, 1)]
     losses = modpo_loss(
         *sides, beta, weights=weights, chosen_rewards=rewards[:, 0], rejected_rewards=rewards[:, 1], kind=kind
     )
@@ -109,6 +106,7 @@ def policies_loss(
         "loss": (losses.sum(1), count),
         "rewards/accuracies": (accuracy(margins, 0.0).sum(1), count),
         "rewards/margins": (margins.sum(1), count),
+        "wasted_tokens": scoring.wasted_tokens(batch["rows"]),
     }
     return losses.mean(1).sum(), metrics
 
@@ -158,7 +156,7 @@ class Modpo:
         self.tables = [[row for row, i in zip(self.table, of, strict=True) if i == label] for label in labels]
         source = reward.Grouped(self.tables, run.config.seed)
         self.batches = batches(source, settings.batch_size, seed=run.config.seed, collate=self.collate)
-        self._update = run.training_step(self._step, static_argnames="prompt_slots")
+        self._update = run.training_step(self._step)
 
     def _check(self) -> None:
         settings, goals = self.settings, self.goals
@@ -194,30 +192,10 @@ class Modpo:
         return 2 * len({SPLITS["pair"](example) for example in self.table.examples})
 
     def collate(self, rows: Sequence[Sequence[Any]]) -> Any:
-        """n lists of K rows -> {"tokens", "valid", "loss_mask" [n, K, 2, S], "reference" [n, K, 2], "rewards" [n, K, 2,
-        R - 1]}, chosen before rejected.
-        """
-        run, shape = self.run, (len(rows), len(rows[0]))
-        batch = collate_preference(
-            [row for each in rows for row in each],
-            prompt_length=run.prompt_lengths,
-            completion_length=run.completion_lengths,
-            pad_id=run.tokenizer.pad_id,
-        )
-        arrays = {
-            name: np.stack([batch[side][name].reshape(*shape, -1) for side in SIDES], axis=2)
-            for name in ("tokens", "valid", "loss_mask")
-        }
-        index = batch["index"].reshape(shape)
-        return {**arrays, "reference": self.reference[index], "rewards": self.rewards[index]}
-
-    def place(self, batch: Any) -> tuple[Any, int]:
-        """Device arrays as `policies_loss` takes them, the rows of one policy together, and P."""
-        prompt_slots = int(np.argmax(batch["loss_mask"].any((0, 1, 2))))
-        arrays = {name: np.moveaxis(x, 0, 2) for name, x in batch.items()}
-        rows = {name: arrays[name].reshape(-1, arrays[name].shape[-1]) for name in ("tokens", "valid")}
-        rest = {"reference": arrays["reference"], "rewards": arrays["rewards"], "weights": self.weights}
-        return self.run.place(rows) | rest, prompt_slots
+        """n lists of K rows -> a batch as `policies_loss` takes it, but for the weights."""
+        packed, pairs = reward.by_model(self.run, rows)
+        index = np.array([pair["index"] for pair in pairs]).reshape(-1, len(rows))
+        return {"rows": packed, "reference": self.reference[index], "rewards": self.rewards[index]}
 
     def init(self) -> State:
         return self.run.create(self._initial, self.run.base)
@@ -227,17 +205,15 @@ class Modpo:
         bank = init_bank(base, run.adapter, len(self.goals.adapters), jax.random.fold_in(run.key, 110))
         return State.create(jax.random.fold_in(run.key, 111), bank, self.optimizer)
 
-    def _step(self, state: State, base: Any, batch: Any, prompt_slots: int) -> tuple[State, Metrics]:
+    def _step(self, state: State, base: Any, batch: Any) -> tuple[State, Metrics]:
         run, settings = self.run, self.settings
-        loss = functools.partial(
-            policies_loss, run.model, run.adapter, float(settings.beta), settings.loss, prompt_slots
-        )
+        loss = functools.partial(policies_loss, run.model, run.adapter, float(settings.beta), settings.loss)
         (_, metrics), gradient = jax.value_and_grad(loss, has_aux=True)(state.trainable, base, batch)
         return state.updated(gradient, self.optimizer), metrics
 
     def step(self, state: State, batch: Any) -> tuple[State, Metrics]:
-        arrays, prompt_slots = self.place(batch)
-        return self._update(state, self.run.base, arrays, prompt_slots=prompt_slots)
+        batch = batch | {"rows": self.run.place(batch["rows"]), "weights": self.weights}
+        return self._update(state, self.run.base, batch)
 
 
 def train(run: Run, settings: Any, stage: str) -> dict[str, Any]:

@@ -1,6 +1,5 @@
 """New people: how many comparisons it takes to serve someone the model has never met."""
 
-import functools
 from collections.abc import Sequence
 
 import jax
@@ -9,7 +8,6 @@ import numpy as np
 import optax
 
 from pjrlhf.errors import UserError
-from pjrlhf.stages.pairs import device_part
 from pjrlhf.stages.preference import answer_scores, pair_losses
 from pjrlhf.stages.trained import Trained
 from pjrlhf.training.progress import progress
@@ -38,14 +36,13 @@ def fit_new_users(trained: Trained, counts: Sequence[int], steps: int, learning_
     optimizer = optax.adam(learning_rate)
     state = optimizer.init(rows)
 
-    @functools.partial(jax.jit, static_argnames="prompt_slots")
-    def gradient(rows, trainable, base, batch, prompt_slots):
+    @jax.jit
+    def gradient(rows, trainable, base, batch):
         def loss(rows):
             users = {**trainable["users"], "table": rows}
-            arrays = {**batch, "prompt_slots": prompt_slots}
             policies = {**trainable, "users": users}
-            scores, lengths = answer_scores(run.model, run.adapter, method.users, policies, base, arrays)
-            return (pair_losses(method.objective, scores, lengths, batch) * batch["weight"]).sum()
+            scores = answer_scores(run.model, run.adapter, method.users, policies, base, batch)
+            return (pair_losses(method.objective, scores, batch) * batch["weight"]).sum()
 
         return jax.grad(loss)(rows)
 
@@ -55,18 +52,17 @@ def fit_new_users(trained: Trained, counts: Sequence[int], steps: int, learning_
     for start in range(0, len(fit), size):
         part = fit[start : start + size]
         padded = part + [part[0]] * (size - len(part))
-        batch = pairs.collate("new_users", np.zeros(len(table), np.int32), [table[i] for i, _ in padded])
-        arrays, slots = device_part(batch)
-        arrays["user"] = np.array([cell for _, cell in padded], np.int32)
+        batch = method.collate("new_users", np.zeros(len(table), np.int32), [table[i] for i, _ in padded])
+        batch["user"] = np.array([cell for _, cell in padded], np.int32)
         # The mean over each person's own pairs, so that a step is as long for 1 comparison as for 16.
         weight = np.array([1.0 / cells[cell - 1][1] for _, cell in padded], np.float32)
-        arrays["weight"] = weight * (np.arange(size) < len(part))
-        prepared.append((arrays, slots))
+        batch["weight"] = weight * (np.arange(size) < len(part))
+        prepared.append(batch)
     with progress("cold start", steps, ()) as bar:
         for step in range(steps):
             total = jax.tree.map(jnp.zeros_like, rows)
-            for arrays, slots in prepared:
-                part = gradient(rows, trained.trainable, run.base, arrays, prompt_slots=slots)
+            for batch in prepared:
+                part = gradient(rows, trained.trainable, run.base, batch)
                 total = jax.tree.map(jnp.add, total, part)
             updates, state = optimizer.update(total, state)
             rows = optax.apply_updates(rows, updates)

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from pjrlhf.data.batching import collate_preference, split_by
+from pjrlhf.data.batching import split_by
 from pjrlhf.data.schema import Example, Prompt
 from pjrlhf.data.tokenization import TokenTable
 from pjrlhf.errors import UserError
@@ -133,22 +133,20 @@ class Pairs:
         """Row in the user table of each pair's person, int32 [N]; 0 for people who were not trained on."""
         return self.registry.indices([example.user_id for example in self.tables[name].examples])
 
-    def collate(self, name: str, users: np.ndarray, rows: Sequence[Any]) -> Any:
-        """A batch of pairs of part `name` with `users` [N] as the people who said so."""
-        run = self.run
-        batch = collate_preference(
-            rows,
-            prompt_length=list(run.prompt_lengths),
-            completion_length=list(run.completion_lengths),
-            pad_id=run.tokenizer.pad_id,
-        )
-        batch["user"] = users[batch["index"]]
-        batch["reference"] = self.reference[name][batch["index"]]
-        return batch
+    def collate(self, name: str, users: np.ndarray, rows: Sequence[Any], user_slots: int = 0) -> Any:
+        """A batch of B pairs of part `name` with `users` [N] as the people who said so.
 
-
-def device_part(batch: Any) -> tuple[Any, int]:
-    """The arrays of a collated batch that a step reads, and P."""
-    arrays = {side: {name: batch[side][name] for name in ("tokens", "valid")} for side in SIDES}
-    arrays |= {name: batch[name] for name in ("user", "reference", "margin")}
-    return arrays, int(np.argmax(batch["chosen"]["loss_mask"].any(0)))
+        {"rows": see `data.packing.pack`, pair b having answers 2 b, chosen, and 2 b + 1, rejected; "index" int32 [B],
+        rows of the table; "user" int32 [B]; "reference" float32 [B, 2]; "counts" float32 [B, 2], scored tokens;
+        "margin" float32 [B]}.
+        """
+        index = np.array([row["index"] for row in rows], np.int32)
+        answers = [[row[side] for side in SIDES] for row in rows]
+        return {
+            "rows": self.run.pack([row["prompt"] for row in rows], answers, user_slots=user_slots),
+            "index": index,
+            "user": users[index],
+            "reference": self.reference[name][index],
+            "counts": np.array([[len(answer) for answer in pair] for pair in answers], np.float32),
+            "margin": np.array([row["margin"] or 0.0 for row in rows], np.float32),
+        }

@@ -8,6 +8,7 @@ have those of `PreferenceConfig`, where they differ from the section's, and of `
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -25,7 +26,7 @@ from pjrlhf.objectives import preference as losses
 from pjrlhf.parallel.mesh import shard_params
 from pjrlhf.rollout import scoring
 from pjrlhf.stages.context import Run
-from pjrlhf.stages.pairs import SIDES, Pairs, device_part
+from pjrlhf.stages.pairs import SIDES, Pairs
 from pjrlhf.training.lazy_adam import lazy_adam
 from pjrlhf.training.metrics import Metrics
 from pjrlhf.training.optimizer import make_optimizer, make_schedule, per_ingredient
@@ -89,27 +90,23 @@ class PreferenceConfig:
 
 def answer_scores(
     model: Decoder, adapter: AdapterConfig, users: UserModel, trainable: Any, base: Any, batch: Any
-) -> tuple[jax.Array, jax.Array]:
-    """(scores, token counts) float32 [2, B] of the chosen and rejected answers as each row's user sees them. Scores are
-    summed log-probs, nats, or, where `trainable` has "heads", rewards.
+) -> jax.Array:
+    """Float32 [2, B], of the chosen and rejected answers as each pair's user sees them: summed log-probs, nats, or,
+    where `trainable` has "heads", rewards.
 
     Args:
       trainable: {"bank": the adapters, "users": parameters of the user model}, and "heads" of a reward model.
-      batch: {"chosen", "rejected": {"tokens", "valid" [B, P + C]}, "user" int32 [B]}; P = `batch["prompt_slots"]`,
-      static.
+      batch: {"rows", "user"} of B pairs, see `stages.pairs.Pairs.collate`.
     """
-    tokens = jnp.concatenate([batch[side]["tokens"] for side in SIDES])
-    valid = jnp.concatenate([batch[side]["valid"] for side in SIDES])
-    user_tokens, mix = users.apply(trainable["users"], jnp.tile(batch["user"], 2))
+    user_tokens, mix = users.apply(trainable["users"], batch["user"])
     if mix is None:
         mix = jnp.ones((1, 1))
-    policies = Policies(model, adapter, base, trainable["bank"], mix, user_tokens)
+    policies, count = Policies(model, adapter, base, trainable["bank"], mix, user_tokens), 2 * len(batch["user"])
     if "heads" in trainable:
-        scores = scoring.rewards(policies, trainable["heads"], jnp.ones((1, 1)), tokens, valid)
-        counts = valid[:, batch["prompt_slots"] :].sum(1).astype(jnp.float32)
+        scores = scoring.packed_rewards(policies, trainable["heads"], jnp.ones((1, 1)), batch["rows"], count)
     else:
-        scores, counts = scoring.sequence_logps(policies, tokens, valid, batch["prompt_slots"])
-    return scores.reshape(2, -1), counts.reshape(2, -1)
+        scores = scoring.packed_logps(policies, batch["rows"], count)
+    return scores.reshape(-1, 2).T
 
 
 def _references(config: PreferenceConfig, batch: Any) -> jax.Array:
@@ -117,19 +114,17 @@ def _references(config: PreferenceConfig, batch: Any) -> jax.Array:
     return batch["reference"].T if config.head == "policy" else jnp.zeros_like(batch["reference"].T)
 
 
-def pair_rewards(
-    config: PreferenceConfig, scores: jax.Array, counts: jax.Array, batch: Any
-) -> tuple[jax.Array, jax.Array]:
+def pair_rewards(config: PreferenceConfig, scores: jax.Array, batch: Any) -> tuple[jax.Array, jax.Array]:
     """(chosen, rejected) rewards float32 [B] from what `answer_scores` gives, constants to the gradient: those of the
     head, or beta log(pi / reference), per token where the loss is.
     """
     rewards = losses.implicit_rewards(*scores, *_references(config, batch), config.scale)
     if "chosen_length" in losses.options(config.loss):
-        rewards = tuple(reward / count for reward, count in zip(rewards, counts, strict=True))
+        rewards = tuple(reward / count for reward, count in zip(rewards, batch["counts"].T, strict=True))
     return rewards
 
 
-def pair_losses(config: PreferenceConfig, scores: jax.Array, counts: jax.Array, batch: Any) -> jax.Array:
+def pair_losses(config: PreferenceConfig, scores: jax.Array, batch: Any) -> jax.Array:
     """Float32 [B], the loss of every pair from what `answer_scores` gives."""
     return losses.pairwise_loss(
         config.loss,
@@ -137,8 +132,8 @@ def pair_losses(config: PreferenceConfig, scores: jax.Array, counts: jax.Array, 
         *_references(config, batch),
         config.scale,
         label_smoothing=config.label_smoothing,
-        chosen_length=counts[0],
-        rejected_length=counts[1],
+        chosen_length=batch["counts"][:, 0],
+        rejected_length=batch["counts"][:, 1],
         margin=batch["margin"] if "margin" in losses.options(config.loss) else None,
     )
 
@@ -152,21 +147,19 @@ def preference_loss(
     base: Any,
     batch: Any,
 ) -> tuple[jax.Array, Metrics]:
-    """The personalized loss of a batch, see `answer_scores`, with "generic" bool [B] and "reference" float32 [B, 2]
-    besides.
-
-    Where `generic` is None every row counts once, as in plain DPO.
+    """The personalized loss of a batch, see `stages.pairs.Pairs.collate`, with "generic" bool [B] besides: which
+    copies are the generic user's (`both_copies`); None where every pair is in it once and counts once, as in plain DPO.
     """
-    scores, counts = answer_scores(model, adapter, users, trainable, base, batch)
-    pairwise = pair_losses(config, scores, counts, batch)
+    scores = answer_scores(model, adapter, users, trainable, base, batch)
+    pairwise = pair_losses(config, scores, batch)
     if config.sft_weight:
-        pairwise = pairwise + config.sft_weight * losses.sft_term(scores[0], counts[0])
+        pairwise = pairwise + config.sft_weight * losses.sft_term(scores[0], batch["counts"][:, 0])
     ones = jnp.ones_like(pairwise)
     if batch["generic"] is None:
         pair = (pairwise.sum(), ones.sum())
     else:
         pair = losses.mixture(pairwise, batch["generic"], config.alpha)
-    chosen, rejected = pair_rewards(config, scores, counts, batch)
+    chosen, rejected = pair_rewards(config, scores, batch)
     counted = ones if batch["generic"] is None else 1.0 - batch["generic"]
     metrics = {
         "loss": pair,
@@ -174,11 +167,25 @@ def preference_loss(
         "rewards/margins": (((chosen - rejected) * counted).sum(), counted.sum()),
         "rewards/chosen": ((chosen * counted).sum(), counted.sum()),
         "rewards/rejected": ((rejected * counted).sum(), counted.sum()),
+        "wasted_tokens": scoring.wasted_tokens(batch["rows"]),
     }
     if config.head == "policy":
         for side, logps in zip(SIDES, scores, strict=True):
             metrics[f"logps/{side}"] = ((logps * counted).sum(), counted.sum())
     return pair[0] / pair[1], metrics
+
+
+def both_copies(batch: Any) -> Any:
+    """A batch with every pair twice: as its user said it, and as the generic user."""
+    B = len(batch["user"])
+    both = jax.tree.map(lambda x: jnp.concatenate([x, x]), batch)
+    rows, second = both["rows"], jnp.arange(2 * len(batch["rows"]["tokens"]))[:, None] >= len(batch["rows"]["tokens"])
+    # The copies' pairs are numbered on.
+    both["rows"] = rows | {
+        name: rows[name] + second * step for name, step in (("owner", B), ("answer", 2 * B), ("last_answer", 2 * B))
+    }
+    generic = jnp.arange(2 * B) >= B
+    return {**both, "user": jnp.where(generic, 0, both["user"]), "generic": generic}
 
 
 def soup_bank(run: Run) -> Any:
@@ -245,9 +252,13 @@ class Preference:
         if self.settings["permuted"]:
             # The control: the same people and pairs, but nobody's pairs are their own.
             users = np.random.default_rng(run.config.seed).permutation(users)
-        collate = functools.partial(pairs.collate, "train", users)
+        collate = functools.partial(self.collate, "train", users)
         self.batches = batches(pairs.tables["train"], config.batch_size, seed=run.config.seed, collate=collate)
-        self._update = run.training_step(self._step, static_argnames="prompt_slots")
+        self._update = run.training_step(self._step)
+
+    def collate(self, part: str, users: np.ndarray, rows: Sequence[Any]) -> Any:
+        """A batch with room for the user tokens of this entry, see `Pairs.collate`."""
+        return self.pairs.collate(part, users, rows, self.users.slots)
 
     def init(self) -> State:
         # The step donates its state; what was given as a start stays the caller's.
@@ -272,18 +283,12 @@ class Preference:
         }
         return State(jnp.zeros((), jnp.int32), jax.random.fold_in(key, 2), trainable, opt_state, {})
 
-    def _step(self, state: State, base: Any, frozen: Any, batch: Any, prompt_slots: int) -> tuple[State, Metrics]:
+    def _step(self, state: State, base: Any, frozen: Any, batch: Any) -> tuple[State, Metrics]:
         run, trainable, opt_state = self.run, dict(state.trainable), dict(state.opt_state)
         batch = {**batch, "generic": None}
         if self.personal and self.objective.alpha < 1:
             if self.objective.mixture == "exact":
-                # Each pair twice: as its user said it, and as the generic user.
-                B = batch["user"].shape[0]
-                doubled = jax.tree.map(
-                    lambda x: jnp.concatenate([x, x]), {k: v for k, v in batch.items() if k != "generic"}
-                )
-                generic = jnp.arange(2 * B) >= B
-                batch = {**doubled, "user": jnp.where(generic, 0, doubled["user"]), "generic": generic}
+                batch = both_copies(batch)
             else:
                 key = jax.random.fold_in(state.rng, state.step)
                 batch["user"] = losses.user_dropout(key, batch["user"], self.objective.alpha)
@@ -291,7 +296,6 @@ class Preference:
         small, indices = users, None
         if self.personal:
             small, batch["user"], indices = gather_rows(users, batch["user"])
-        batch["prompt_slots"] = prompt_slots
 
         def loss(moving: Any) -> tuple[jax.Array, Metrics]:
             policies = {**frozen, **moving}
@@ -316,9 +320,7 @@ class Preference:
         return state.replace(step=state.step + 1, trainable=trainable, opt_state=opt_state), metrics
 
     def step(self, state: State, batch: Any) -> tuple[State, Metrics]:
-        arrays, slots = device_part(batch)
-        arrays = self.run.place(arrays)
-        return self._update(state, self.run.base, self.frozen, arrays, prompt_slots=slots)
+        return self._update(state, self.run.base, self.frozen, self.run.place(batch))
 
 
 def _policy(trainable: Any) -> Any:

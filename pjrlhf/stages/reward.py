@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pjrlhf.data.batching import batches, collate_preference, split_by
+from pjrlhf.data.batching import batches, split_by
 from pjrlhf.data.tokenization import TokenTable
 from pjrlhf.errors import UserError
 from pjrlhf.models.adapters import AdapterConfig, Policies, init_bank
@@ -23,6 +23,7 @@ from pjrlhf.parallel.mesh import shard_params
 from pjrlhf.parallel.processes import to_host
 from pjrlhf.rollout import scoring
 from pjrlhf.rollout.experience import raw_rewards, sample
+from pjrlhf.rollout.reference import SIDES
 from pjrlhf.stages.comparisons import FILE
 from pjrlhf.stages.context import Run
 from pjrlhf.training.metrics import Metrics
@@ -58,6 +59,16 @@ def _order(size: int, seed: int, turn: int) -> np.ndarray:
     return np.random.default_rng((seed, turn)).permutation(size)
 
 
+def by_model(run: Run, rows: Sequence[Sequence[Any]]) -> tuple[Any, list[Any]]:
+    """n lists of K pairs -> (packed rows, see `data.packing.pack`, and the K n pairs in their order). Pair k n + i
+    belongs to model k, which is the owner of its tokens; its answers are 2 (k n + i), chosen, and the one after.
+    """
+    n, K = len(rows), len(rows[0])
+    pairs = [each[k] for k in range(K) for each in rows]
+    packed = run.pack([pair["prompt"] for pair in pairs], [[pair[side] for side in SIDES] for pair in pairs], groups=K)
+    return packed | {"owner": packed["owner"] // n}, pairs
+
+
 def pair_rewards(
     model: Decoder, adapter: AdapterConfig, trainable: Any, base: Any, batch: Any
 ) -> tuple[jax.Array, jax.Array]:
@@ -65,13 +76,13 @@ def pair_rewards(
 
     Args:
       trainable: {"bank", "heads"} of K reward models.
-      batch: {"tokens", "valid"} [2 K n, S]: for each model its n chosen, then its n rejected rows.
+      batch: {"rows", "margin" [K n]}, see `Reward.collate`.
     """
     K = trainable["heads"]["bias"].shape[0]
-    mix = jnp.eye(K)
+    mix, count = jnp.eye(K), 2 * len(batch["margin"])
     policies = Policies(model, adapter, base, trainable["bank"], mix)
-    rewards = scoring.rewards(policies, trainable["heads"], mix, batch["tokens"], batch["valid"]).reshape(K, 2, -1)
-    return rewards[:, 0], rewards[:, 1]
+    rewards = scoring.packed_rewards(policies, trainable["heads"], mix, batch["rows"], count).reshape(K, -1, 2)
+    return rewards[..., 0], rewards[..., 1]
 
 
 def reward_loss(
@@ -81,7 +92,7 @@ def reward_loss(
     [K].
     """
     chosen, rejected = pair_rewards(model, adapter, trainable, base, batch)
-    losses = jax.vmap(bradley_terry_loss)(chosen, rejected, batch["margin"])
+    losses = jax.vmap(bradley_terry_loss)(chosen, rejected, batch["margin"].reshape(chosen.shape))
     count = jnp.full(losses.shape, chosen.shape[1], jnp.float32)
     metrics = {
         "loss": (losses * count, count),
@@ -89,6 +100,7 @@ def reward_loss(
         "rewards/margins": ((chosen - rejected).sum(1), count),
         "rewards/chosen": (chosen.sum(1), count),
         "rewards/rejected": (rejected.sum(1), count),
+        "wasted_tokens": scoring.wasted_tokens(batch["rows"]),
     }
     return losses.sum(), metrics
 
@@ -139,19 +151,9 @@ class Reward:
         return tables[0], tables[1]
 
     def collate(self, rows: Sequence[Sequence[Any]]) -> Any:
-        """n lists of K rows -> {"tokens", "valid" [n, K, 2, S] with chosen before rejected, "margin" [n, K]}."""
-        run, shape = self.run, (len(rows), len(rows[0]))
-        batch = collate_preference(
-            [row for each in rows for row in each],
-            prompt_length=run.prompt_lengths,
-            completion_length=run.completion_lengths,
-            pad_id=run.tokenizer.pad_id,
-        )
-
-        def stack(name):
-            return np.stack([batch[side][name].reshape(*shape, -1) for side in ("chosen", "rejected")], axis=2)
-
-        return {"tokens": stack("tokens"), "valid": stack("valid"), "margin": batch["margin"].reshape(shape)}
+        """n lists of K pairs -> {"rows", "margin" float32 [K n]}, see `by_model`."""
+        packed, pairs = by_model(self.run, rows)
+        return {"rows": packed, "margin": np.array([pair["margin"] or 0.0 for pair in pairs], np.float32)}
 
     def init(self) -> State:
         return self.run.create(self._initial, self.run.base)
@@ -164,19 +166,16 @@ class Reward:
         }
         return State.create(jax.random.fold_in(run.key, 22), trainable, self.optimizer)
 
-    def place(self, batch: Any) -> Any:
-        """Device arrays as `pair_rewards` takes them: [n, K, 2, S] -> [2 K n, S], the rows of one model together."""
-        rows = {name: np.moveaxis(batch[name], 0, 2) for name in ("tokens", "valid")}
-        rows = {name: x.reshape(-1, x.shape[-1]) for name, x in rows.items()}
-        return self.run.place(rows) | {"margin": batch["margin"].T}
-
     def _step(self, state: State, base: Any, batch: Any) -> tuple[State, Metrics]:
         loss = functools.partial(reward_loss, self.run.model, self.run.adapter)
         (_, metrics), gradient = jax.value_and_grad(loss, has_aux=True)(state.trainable, base, batch)
         return state.updated(gradient, self.optimizer), metrics
 
     def step(self, state: State, batch: Any) -> tuple[State, Metrics]:
-        return self._update(state, self.run.base, self.place(batch))
+        return self._update(state, self.run.base, self._placed(batch))
+
+    def _placed(self, batch: Any) -> Any:
+        return batch | {"rows": self.run.place(batch["rows"])}  # few margins: every device has them all
 
     def evaluate(self, trainable: Any) -> dict[str, dict[str, float]]:
         """Held-out accuracy and number of pairs per objective."""
@@ -186,7 +185,7 @@ class Reward:
         hits: list[list[float]] = [[] for _ in self.heldout]
         for start in range(0, longest, n):
             rows = [[table[i % len(table)] for table in self.heldout] for i in range(start, start + n)]
-            chosen, rejected = score(trainable, run.base, self.place(self.collate(rows)))
+            chosen, rejected = score(trainable, run.base, self._placed(self.collate(rows)))
             better = to_host(accuracy(chosen, rejected))
             for k, table in enumerate(self.heldout):
                 hits[k] += better[k, : max(0, len(table) - start)].tolist()

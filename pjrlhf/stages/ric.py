@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from pjrlhf.data.batching import batches, collate_completion
+from pjrlhf.data.batching import batches
 from pjrlhf.data.preferences import Statement
 from pjrlhf.data.schema import Example
 from pjrlhf.data.tokenization import TokenTable, tokenize
@@ -22,13 +22,12 @@ from pjrlhf.errors import UserError
 from pjrlhf.models.adapters import init_bank
 from pjrlhf.objectives.multi_objective import calibrate, target_map
 from pjrlhf.parallel.processes import by_first
-from pjrlhf.stages import policy, reward
+from pjrlhf.stages import policy, reward, sft
 from pjrlhf.stages.comparisons import sample_base
 from pjrlhf.stages.context import Run
 from pjrlhf.stages.evaluate import Row, Sampler
 from pjrlhf.stages.goals import encode
 from pjrlhf.stages.modpo import raw_rewards
-from pjrlhf.stages.sft import sft_loss
 from pjrlhf.training.metrics import Metrics
 from pjrlhf.training.optimizer import make_optimizer, per_ingredient
 from pjrlhf.training.state import State
@@ -127,13 +126,8 @@ class Ric:
     def __init__(self, run: Run, settings: Any, table: TokenTable, steps: int, start: Any = None):
         self.run, self.start = run, start
         self.optimizer = per_ingredient(make_optimizer(settings.optimizer.to_dict(), steps))
-        collate = functools.partial(
-            collate_completion,
-            prompt_length=run.lengths.prompt,
-            completion_length=run.lengths.completion,
-            pad_id=run.tokenizer.pad_id,
-        )
-        self.batches = batches(table, settings.batch_size, seed=run.config.seed, collate=collate)
+        make = functools.partial(sft.collate, run)
+        self.batches = batches(table, settings.batch_size, seed=run.config.seed, collate=make)
         self._update = run.training_step(self._step)
 
     def init(self) -> State:
@@ -147,13 +141,12 @@ class Ric:
         return State.create(jax.random.fold_in(run.key, 121), bank, self.optimizer)
 
     def _step(self, state: State, base: Any, batch: Any) -> tuple[State, Metrics]:
-        loss = functools.partial(sft_loss, self.run.model, self.run.adapter, self.run.lengths.prompt)
+        loss = functools.partial(sft.sft_loss, self.run.model, self.run.adapter)
         (_, metrics), gradient = jax.value_and_grad(loss, has_aux=True)(state.trainable, base, batch)
         return state.updated(gradient, self.optimizer), metrics
 
     def step(self, state: State, batch: Any) -> tuple[State, Metrics]:
-        arrays = {name: batch[name] for name in ("tokens", "valid", "loss_mask")}
-        return self._update(state, self.run.base, self.run.place(arrays))
+        return self._update(state, self.run.base, self.run.place(batch))
 
 
 def fine_tune(run: Run, settings: Any, stage: str, number: int, answers: Sequence[Answer], start: Any = None) -> Any:

@@ -3,13 +3,14 @@ used.
 """
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from pjrlhf.data.batching import batches, collate_completion
+from pjrlhf.data.batching import batches
 from pjrlhf.data.tokenization import tokenize
 from pjrlhf.merging.lora import merge_dense
 from pjrlhf.models.adapters import AdapterConfig, Policies, init_bank
@@ -24,24 +25,26 @@ from pjrlhf.training.state import State
 from pjrlhf.training.workdir import disk_errors
 
 
-def sft_loss(
-    model: Decoder, adapter: AdapterConfig, prompt_slots: int, trainable: Any, base: Any, batch: Any
-) -> tuple[jax.Array, Metrics]:
+def sft_loss(model: Decoder, adapter: AdapterConfig, trainable: Any, base: Any, rows: Any) -> tuple[jax.Array, Metrics]:
     """Mean negative log-likelihood of the completion tokens, nats.
 
     Args:
-      prompt_slots: P, where completions start.
       trainable: the parameters, or with `base` given a LoRA bank of one adapter.
-      batch: {"tokens", "valid", "loss_mask"} [B, P + C], see `data.batching.collate_completion`.
+      rows: of prompts and one answer each, see `data.packing.pack`.
     """
     if base is None:
         policies = Policies(model, adapter, trainable, None, None)
     else:
         policies = Policies(model, adapter, base, trainable, jnp.ones((1, 1)))
-    states = scoring.response_states(policies, batch["tokens"], batch["valid"], prompt_slots)
-    logps, _ = scoring.token_logps(policies, states, batch["tokens"][:, prompt_slots:])
-    pair = masked(-logps, batch["loss_mask"][:, prompt_slots:])
-    return pair[0] / jnp.maximum(pair[1], 1), {"loss": pair, "num_tokens": (pair[1], jnp.ones(()))}
+    logps, mask = scoring.packed_token_logps(policies, rows)
+    pair = masked(-logps, mask)
+    metrics = {"loss": pair, "num_tokens": (pair[1], jnp.ones(())), "wasted_tokens": scoring.wasted_tokens(rows)}
+    return pair[0] / jnp.maximum(pair[1], 1), metrics
+
+
+def collate(run: Run, rows: Sequence[Any]) -> Any:
+    """Rows of prompts and one answer each, see `data.packing.pack`."""
+    return run.pack([row["prompt"] for row in rows], [[row["completion"]] for row in rows])
 
 
 class Sft:
@@ -52,14 +55,8 @@ class Sft:
         self.adapter = AdapterConfig(rank=config.adapter.rank, alpha=float(config.adapter.alpha))
         optimizer = make_optimizer(config.optimizer.to_dict(), config.steps)
         self.optimizer = per_ingredient(optimizer) if self.adapter.rank else optimizer
-        self.prompt_slots = run.lengths.prompt
-        collate = functools.partial(
-            collate_completion,
-            prompt_length=run.lengths.prompt,
-            completion_length=run.lengths.completion,
-            pad_id=run.tokenizer.pad_id,
-        )
-        self.batches = batches(self._table(), config.batch_size, seed=run.config.seed, collate=collate)
+        make = functools.partial(collate, run)
+        self.batches = batches(self._table(), config.batch_size, seed=run.config.seed, collate=make)
         self.base = None
         self._update = run.training_step(self._step)
 
@@ -86,15 +83,14 @@ class Sft:
         return State.create(jax.random.fold_in(self.run.key, 2), params, self.optimizer)
 
     def _step(self, state: State, base: Any, batch: Any) -> tuple[State, Metrics]:
-        loss = functools.partial(sft_loss, self.run.model, self.adapter, self.prompt_slots)
+        loss = functools.partial(sft_loss, self.run.model, self.adapter)
         (_, metrics), gradient = jax.value_and_grad(loss, has_aux=True)(state.trainable, base, batch)
         norm = optax.global_norm(gradient)
         metrics = {**metrics, "grad_norm": (norm, jnp.ones_like(norm))}
         return state.updated(gradient, self.optimizer), metrics
 
     def step(self, state: State, batch: Any) -> tuple[State, Metrics]:
-        arrays = {name: batch[name] for name in ("tokens", "valid", "loss_mask")}
-        return self._update(state, self.base, self.run.place(arrays))
+        return self._update(state, self.base, self.run.place(batch))
 
     def result(self, state: State) -> Any:
         """The fine-tuned parameters."""

@@ -12,7 +12,7 @@ from pjrlhf.parallel.processes import to_host
 from pjrlhf.rollout.sampler import generate
 from pjrlhf.stages import preference
 from pjrlhf.stages.context import Run
-from pjrlhf.stages.pairs import Pairs, device_part, with_text
+from pjrlhf.stages.pairs import Pairs, with_text
 from pjrlhf.stages.preference import Preference, answer_scores, pair_rewards
 
 
@@ -23,14 +23,13 @@ class Trained:
         self.run, self.pairs = run, pairs
         self.method = Preference(run, name, pairs)
         self.trainable = preference.load(run, name)
-        self._margins = jax.jit(self._batch_margins, static_argnames="prompt_slots")
+        self._margins = jax.jit(self._batch_margins)
         self._answers = jax.jit(self._sample)
 
-    def _batch_margins(self, trainable: Any, base: Any, batch: Any, prompt_slots: int) -> jax.Array:
-        batch = {**batch, "prompt_slots": prompt_slots}
+    def _batch_margins(self, trainable: Any, base: Any, batch: Any) -> jax.Array:
         run, objective = self.run, self.method.objective
-        scores, counts = answer_scores(run.model, run.adapter, self.method.users, trainable, base, batch)
-        chosen, rejected = pair_rewards(objective, scores, counts, batch)
+        scores = answer_scores(run.model, run.adapter, self.method.users, trainable, base, batch)
+        chosen, rejected = pair_rewards(objective, scores, batch)
         return chosen - rejected
 
     def margins(
@@ -45,9 +44,8 @@ class Trained:
         for start in range(0, len(rows), size):
             index = [rows[i] for i in range(start, min(start + size, len(rows)))]
             padded = [table[i] for i in index + [index[0]] * (size - len(index))]
-            arrays, slots = device_part(self.pairs.collate(part, users, padded))
-            arrays = self.run.place(arrays)
-            margins = self._margins(trainable or self.trainable, self.run.base, arrays, prompt_slots=slots)
+            batch = self.run.place(self.method.collate(part, users, padded))
+            margins = self._margins(trainable or self.trainable, self.run.base, batch)
             found.append(to_host(margins)[: len(index)])
         return np.concatenate(found)
 

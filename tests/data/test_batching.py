@@ -1,6 +1,5 @@
 """Shapes and masks, an order that resumes exactly and does not know the number of processes, splits without leaks."""
 
-import functools
 import itertools
 import json
 
@@ -11,8 +10,6 @@ from pjrlhf.data.batching import (
     batches,
     buckets,
     collate_completion,
-    collate_preference,
-    collate_prompt,
     pad_left,
     pad_right,
     split_by,
@@ -29,7 +26,11 @@ def make_row(i, prompt=(5, 6), chosen=(7, 8, 9), rejected=(7,), completion=(3, 2
 
 
 ROWS = [make_row(i, prompt=range(1, 2 + i % 5)) for i in range(23)]
-PROMPTS = functools.partial(collate_prompt, prompt_length=8, pad_id=PAD)
+
+
+def prompts_of(rows):
+    prompt, valid = pad_left([row["prompt"] for row in rows], 8, PAD)
+    return {"prompt": prompt, "valid": valid, "index": np.array([row["index"] for row in rows], np.int32)}
 
 
 def indices(iterator, count=None):
@@ -65,45 +66,23 @@ def test_completion_batch():
     assert batch["tokens"].tolist() == [[0, 0, 5, 3, 2, 0, 0], [0, 5, 6, 3, 4, 2, 0]]
     assert batch["valid"].tolist() == (batch["tokens"] != PAD).tolist()
     assert [np.flatnonzero(row).tolist() for row in batch["loss_mask"]] == [[3, 4], [3, 4, 5]]
-    assert batch["index"].tolist() == [4, 7]
-    assert batch["user"].tolist() == batch["objective"].tolist() == [0, 0]
-
-
-def test_preference_batch():
-    rows = [make_row(0, user_id="ann", objective="b", margin=0.5), make_row(1, user_id="eve", objective="a")]
-    batch = collate_preference(
-        rows, prompt_length=2, completion_length=(2, 4), pad_id=PAD, users={"ann": 3}, objectives=("a", "b")
-    )
-    assert batch["chosen"]["tokens"].tolist() == [[5, 6, 7, 8, 9, 0]] * 2  # the bucket of both answers is 4
-    assert batch["rejected"]["tokens"].tolist() == [[5, 6, 7, 0, 0, 0]] * 2
-    assert batch["chosen"]["loss_mask"].sum() == 6 and batch["rejected"]["loss_mask"].sum() == 2
-    assert (batch["user"].tolist(), batch["objective"].tolist()) == ([3, 0], [1, 0])
-    assert batch["margin"].tolist() == [0.5, 0.0] and batch["margin"].dtype == np.float32
-
-
-@pytest.mark.parametrize("objective", [None, "c"])
-def test_row_of_another_objective_is_named(objective):
-    with pytest.raises(UserError, match=rf"row 3: objective {objective!r} is not one of \['a', 'b'\]"):
-        collate_preference(
-            [make_row(3, objective=objective)], prompt_length=2, completion_length=4, pad_id=PAD, objectives=("a", "b")
-        )
 
 
 def test_epochs_hold_every_row_once_in_new_orders():
-    seen = [i for batch in indices(batches(ROWS, 4, seed=1, collate=PROMPTS), 23 * 2) for i in batch]
+    seen = [i for batch in indices(batches(ROWS, 4, seed=1, collate=prompts_of), 23 * 2) for i in batch]
     epochs = [seen[start : start + 23] for start in range(0, 184, 23)]
     assert all(sorted(epoch) == list(range(23)) for epoch in epochs)
     assert len({tuple(epoch) for epoch in epochs}) == len(epochs)
-    assert indices(batches(ROWS, 4, seed=1, collate=PROMPTS), 8) != indices(
-        batches(ROWS, 4, seed=2, collate=PROMPTS), 8
+    assert indices(batches(ROWS, 4, seed=1, collate=prompts_of), 8) != indices(
+        batches(ROWS, 4, seed=2, collate=prompts_of), 8
     )
-    plain = batches(ROWS, 4, seed=1, shuffle=False, epochs=1, collate=PROMPTS)
+    plain = batches(ROWS, 4, seed=1, shuffle=False, epochs=1, collate=prompts_of)
     assert indices(plain) == np.arange(20).reshape(5, 4).tolist()
 
 
 def test_resume_is_exact_from_any_step():
     def make():
-        return batches(ROWS, 4, seed=3, epochs=3, collate=PROMPTS)
+        return batches(ROWS, 4, seed=3, epochs=3, collate=prompts_of)
 
     whole = indices(make())
     assert len(whole) == 23 * 3 // 4
@@ -118,10 +97,10 @@ def test_resume_is_exact_from_any_step():
 
 
 def test_last_batch_is_filled_up_and_marked():
-    last = list(batches(ROWS, 8, seed=0, shuffle=False, epochs=1, collate=PROMPTS, drop_remainder=False))[-1]
+    last = list(batches(ROWS, 8, seed=0, shuffle=False, epochs=1, collate=prompts_of, drop_remainder=False))[-1]
     assert last["index"].tolist() == [16, 17, 18, 19, 20, 21, 22, 16]
     assert last["real"].tolist() == [True] * 7 + [False]
-    small = list(batches(ROWS[:2], 4, seed=0, epochs=1, collate=PROMPTS, drop_remainder=False))
+    small = list(batches(ROWS[:2], 4, seed=0, epochs=1, collate=prompts_of, drop_remainder=False))
     assert [batch["real"].tolist() for batch in small] == [[True, True, False, False]]
 
 
@@ -134,7 +113,7 @@ def test_last_batch_is_filled_up_and_marked():
 )
 def test_batches_that_cannot_be(rows, change, message):
     with pytest.raises(UserError, match=message):
-        batches(rows, seed=0, collate=PROMPTS, **change)
+        batches(rows, seed=0, collate=prompts_of, **change)
 
 
 def test_split_never_parts_a_group():

@@ -149,10 +149,9 @@ def words(model, adapter, users, trainable, base, batch):
     user_tokens, _ = users.apply(trainable["users"], batch["user"])
     vectors = user_tokens.mean(1) + trainable["bank"]["layers"]["mlp"]["down"]["b"].sum((0, 1, 2))
     logps = jax.nn.log_softmax(vectors @ base["embed"]["embedding"].T)
-    parts = [(batch[side]["tokens"], batch[side]["valid"]) for side in ("chosen", "rejected")]
-    answers = [(x[:, batch["prompt_slots"] :], valid[:, batch["prompt_slots"] :]) for x, valid in parts]
-    sums = [jnp.where(valid, jnp.take_along_axis(logps, x, 1), 0).sum(1) for x, valid in answers]
-    return jnp.stack(sums), jnp.stack([valid.sum(1) for _, valid in answers]).astype(jnp.float32)
+    rows, B = batch["rows"], len(batch["user"])
+    scored = logps[jnp.minimum(rows["answer"] // 2, B - 1), rows["targets"]]
+    return jnp.zeros(2 * B).at[rows["answer"]].add(scored, mode="drop").reshape(-1, 2).T
 
 
 def tables(state):
@@ -177,7 +176,7 @@ def trained(start):
                 patch.setattr(preference, "answer_scores", words)
             for step in STEPS:
                 rows = [pairs.tables["train"][np.flatnonzero(users == user)[i % 2]] for i, user in enumerate(step)]
-                state, metrics = method.step(state, pairs.collate("train", users, rows))
+                state, metrics = method.step(state, method.collate("train", users, rows))
                 losses.append(float(metrics["loss"][0] / metrics["loss"][1]))
                 history.append(jax.tree.map(np.array, tables(state)))
         return placed, state, losses, history

@@ -1,6 +1,7 @@
 """Scores belong to the text: padding, neighbours and devices change nothing."""
 
 import functools
+import types
 
 import jax
 import jax.numpy as jnp
@@ -129,6 +130,7 @@ class Flat:
 
     def __init__(self, logits):
         self.given = jnp.asarray(logits, jnp.float32)
+        self.model = types.SimpleNamespace(rows=None, config=types.SimpleNamespace(vocab_size=len(logits)))
 
     def logits(self, states):
         return jnp.broadcast_to(self.given, (*states.shape[:2], len(self.given)))

@@ -10,6 +10,7 @@ import tiny
 from small_trees import assert_same
 
 from pjrlhf.config import neighbours
+from pjrlhf.data.batching import pad_left, pad_right
 from pjrlhf.errors import UserError
 from pjrlhf.models.adapters import Policies
 from pjrlhf.objectives.preference import pairwise_loss
@@ -55,27 +56,37 @@ def bank(method):
 
 @pytest.fixture(scope="module")
 def batch(method):
-    return next(method.batches)
+    """n lists of K pairs."""
+    source = reward.Grouped(method.tables, 0)
+    return [source[i] for i in range(n)]
 
 
 def only(tree, k):
     return jax.tree.map(lambda x: x[k : k + 1], tree)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
-def _gradient(model, adapter, kind, slots, bank, base, arrays):
-    loss = functools.partial(policies_loss, model, adapter, BETA, kind, slots)
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _gradient(model, adapter, kind, bank, base, arrays):
+    loss = functools.partial(policies_loss, model, adapter, BETA, kind)
     return jax.value_and_grad(loss, has_aux=True)(bank, base, arrays)
 
 
 def gradient(method, bank, batch, k=None, kind="sigmoid"):
     """((loss, metrics), gradient) of all policies, or of policy k in a program of its own."""
-    if k is None:
-        arrays, slots = method.place(batch)
-    else:
-        arrays, slots = method.place({name: x[:, k : k + 1] for name, x in batch.items()})
-        arrays["weights"], bank = method.weights[k : k + 1], only(bank, k)
-    return _gradient(method.run.model, method.run.adapter, kind, slots, bank, method.run.base, arrays)
+    weights = method.weights
+    if k is not None:
+        batch, bank, weights = [row[k : k + 1] for row in batch], only(bank, k), weights[k : k + 1]
+    arrays = {**method.collate(batch), "weights": weights}
+    return _gradient(method.run.model, method.run.adapter, kind, bank, method.run.base, arrays)
+
+
+def plain(pairs):
+    """Tokens, valid [2 n, P + N] of n pairs: the chosen answers, then the rejected ones; and P."""
+    answers = [pair[side] for side in ("chosen", "rejected") for pair in pairs]
+    before = pad_left([pair["prompt"] for pair in pairs] * 2, 12, 0)
+    after = pad_right(answers, 18, 0)
+    tokens, valid = (np.concatenate(both, axis=1) for both in zip(before, after, strict=True))
+    return tokens, valid, 12
 
 
 def losses(method, bank, batch, kind="sigmoid"):
@@ -89,7 +100,7 @@ def losses(method, bank, batch, kind="sigmoid"):
 def test_policies_learn_from_the_pairs_of_what_weighs_most(method, batch):
     assert [{row["objective"] for row in table} for table in method.tables] == [{label} for label in LABELS]
     assert {example.objective for example in method.table.examples} == set(LABELS)
-    assert batch["tokens"].shape == batch["valid"].shape == (n, K, 2, 30)
+    assert [[row["objective"] for row in rows] for rows in batch] == [list(LABELS)] * n
     # One weight per reward model, the general one included; that of the labelled objective first.
     expected = [[1, 0, 0, 0, 0], [0.7, 0, 0.3, 0, 0], [0.4, 0.1, 0.2, 0.3, 0], [0.5, 0, 0, 0.5, 0]]
     np.testing.assert_allclose(method.weights[:, 0], expected, rtol=1e-6)
@@ -100,7 +111,7 @@ def test_rewards_are_raw_and_those_of_the_pairs_one_by_one(method):
     assert len(method.table) > 2 * run.config.sample_rows, "one chunk proves nothing"
     R, judge, score = len(run.rewards), reward.Reward(run), jax.jit(reward.pair_rewards, static_argnums=(0, 1))
     for i in (0, 17, len(method.table) - 1):
-        raw = judge.place(judge.collate([[method.table[i]] * R]))
+        raw = judge.collate([[method.table[i]] * R])
         models = {name: rewarder[name] for name in ("bank", "heads")}
         sides = score(run.model, run.adapter, models, run.base, raw)  # [R, 1] each
         others = np.delete(np.array(sides)[..., 0], run.rewards.index(method.table.examples[i].objective), axis=1)
@@ -126,14 +137,14 @@ def test_policies_in_one_program_have_the_gradients_of_programs_of_their_own(met
     for k, ((_, mine), found) in enumerate(alone):
         jax.tree.map(lambda x, y, k=k: np.testing.assert_allclose(x[k], y[0], rtol=1e-4, atol=1e-5), whole, found)
         assert max(float(np.abs(x).max()) for x in jax.tree.leaves(found)) > 1e-3
+        del mine["wasted_tokens"]  # of all policies together
         for name, pair in mine.items():
             np.testing.assert_allclose(pair[0][0], metrics[name][0][k], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["sigmoid", "hinge"])
 def test_one_hot_weights_are_dpo(method, bank, batch, kind):
-    run, (arrays, slots) = method.run, method.place(batch)
-    tokens, valid = arrays["tokens"][: 2 * n], arrays["valid"][: 2 * n]  # of policy 0
+    run, (tokens, valid, slots) = method.run, plain([row[0] for row in batch])
 
     @jax.jit
     def dpo(one, base):
@@ -151,18 +162,18 @@ def test_one_hot_weights_are_dpo(method, bank, batch, kind):
 
 def test_the_loss_of_a_mixture_is_the_papers(method, bank, batch):
     """Policy 1: 0.7 P1A, which its pairs are labelled for, and 0.3 P2A."""
-    run, (arrays, slots) = method.run, method.place(batch)
+    run, mine = method.run, [row[1] for row in batch]
+    tokens, valid, slots = plain(mine)
 
     @jax.jit
-    def logps(bank, base, tokens, valid):
+    def logps(bank, base):
         policies = Policies(run.model, run.adapter, base, bank, np.ones((1, 1)))
         return scoring.sequence_logps(policies, tokens, valid, slots)[0].reshape(2, n)
 
-    rows = slice(2 * n, 4 * n)
-    mine = np.array(logps(only(bank, 1), run.base, arrays["tokens"][rows], arrays["valid"][rows]))
-    ratio = mine - arrays["reference"][1]
+    index = [pair["index"] for pair in mine]
+    ratio = np.array(logps(only(bank, 1), run.base)) - method.reference[index].T
     column = [name for name in run.rewards if name != "P1A"].index("P2A")
-    gap = arrays["rewards"][1, 0, :, column] - arrays["rewards"][1, 1, :, column]
+    gap = method.rewards[index, 0, column] - method.rewards[index, 1, column]
     assert np.abs(gap).min() > 0.01
     h = (BETA * (ratio[0] - ratio[1]) - 0.3 * gap) / 0.7
     assert losses(method, bank, batch)[1] == pytest.approx(np.log1p(np.exp(-h)).mean(), rel=1e-4)
@@ -181,7 +192,7 @@ def test_a_reward_model_reaches_the_policies_that_weigh_it_beside_their_label(
     model["heads"]["kernel"] = model["heads"]["kernel"].at[number].multiply(-3.0)
     monkeypatch.setattr(reward, "load", lambda run: model)
     other = made(finished)
-    after = losses(other, bank, next(other.batches))
+    after = losses(other, bank, batch)
     assert [k for k in range(K) if abs(before[k] - after[k]) > 1e-3] == touched
     untouched = [k for k in range(K) if k not in touched]
     np.testing.assert_allclose(after[untouched], before[untouched], rtol=1e-5)

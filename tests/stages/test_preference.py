@@ -19,7 +19,7 @@ from pjrlhf.models.huggingface import fingerprint
 from pjrlhf.models.storage import load_tree, save_tree
 from pjrlhf.objectives.preference import PAIRWISE
 from pjrlhf.stages import preference
-from pjrlhf.stages.pairs import Pairs, device_part, with_text
+from pjrlhf.stages.pairs import Pairs, with_text
 from pjrlhf.stages.preference import (
     Preference,
     PreferenceConfig,
@@ -48,8 +48,8 @@ def one_each(pairs, count):
     return [pairs.tables["train"][users.index(user)] for user in range(1, count + 1)]
 
 
-def batch_of(pairs, rows, part="train", users=None):
-    return pairs.collate(part, pairs.users(part) if users is None else users, rows)
+def batch_of(pairs, rows, part="train", users=None, user_slots=0):
+    return pairs.collate(part, pairs.users(part) if users is None else users, rows, user_slots)
 
 
 def rows_of(tree):
@@ -71,12 +71,10 @@ def test_training_starts_from_the_reference(people):
 def test_the_reference_is_the_policy_without_users(run, pairs):
     method = Preference(run, "pooled", pairs)
     rows = [pairs.tables["train"][i] for i in range(8)]
-    arrays, slots = device_part(batch_of(pairs, rows))
-    logps, counts = answer_scores(
-        run.model, run.adapter, method.users, method.init().trainable, run.base, {**arrays, "prompt_slots": slots}
-    )
+    batch = batch_of(pairs, rows)
+    logps = answer_scores(run.model, run.adapter, method.users, method.init().trainable, run.base, batch)
     np.testing.assert_allclose(logps.T, pairs.reference["train"][:8], rtol=1e-5)
-    np.testing.assert_array_equal(counts.T, [[len(row["chosen"]), len(row["rejected"])] for row in rows])
+    np.testing.assert_array_equal(batch["counts"], [[len(row["chosen"]), len(row["rejected"])] for row in rows])
 
 
 @pytest.fixture(scope="module")
@@ -86,26 +84,28 @@ def doubled(run, pairs):
     leaves, treedef = jax.tree.flatten(method.init().trainable)
     rng = np.random.default_rng(0)
     trainable = treedef.unflatten([x + 0.1 * rng.standard_normal(x.shape).astype(np.float32) for x in leaves])
-    arrays, slots = device_part(batch_of(pairs, one_each(pairs, 4)))
-    arrays = jax.tree.map(lambda x: np.concatenate([x, x]), arrays)
-    arrays["generic"] = np.arange(8) >= 4
-    arrays["user"] = np.where(arrays["generic"], 0, arrays["user"])
+    rows = one_each(pairs, 4) * 2
+
+    def part(order):
+        generic = np.array(order) >= 4
+        batch = batch_of(pairs, [rows[i] for i in order], user_slots=method.users.slots)
+        return {**batch, "generic": generic, "user": np.where(generic, 0, batch["user"])}
 
     @jax.jit
     def loss_and_gradient(trainable, batch):
         config = PreferenceConfig(alpha=0.3, beta=0.5)
-        batch = {**batch, "prompt_slots": slots}
         shared = (run.model, run.adapter, method.users)
         loss, gradient = jax.value_and_grad(lambda p: preference_loss(*shared, config, p, run.base, batch)[0])(
             trainable
         )
-        return loss, gradient, answer_scores(*shared, trainable, run.base, batch)[0]
+        return loss, gradient, answer_scores(*shared, trainable, run.base, batch)
 
-    return trainable, arrays, loss_and_gradient
+    return trainable, part, loss_and_gradient
 
 
 def test_the_exact_mixture_is_that_of_the_paper(doubled):
-    trainable, batch, loss_and_gradient = doubled
+    trainable, part, loss_and_gradient = doubled
+    batch = part(range(8))
     loss, _, logps = loss_and_gradient(trainable, batch)
     h = 0.5 * (np.asarray(logps, np.float64) - batch["reference"].T)
     losses = np.log1p(np.exp(-(h[0] - h[1])))
@@ -114,12 +114,11 @@ def test_the_exact_mixture_is_that_of_the_paper(doubled):
 
 
 def test_the_mixture_does_not_depend_on_micro_batches(doubled):
-    trainable, batch, loss_and_gradient = doubled
-    _, whole, _ = loss_and_gradient(trainable, batch)
+    trainable, part, loss_and_gradient = doubled
+    _, whole, _ = loss_and_gradient(trainable, part(range(8)))
     # By kind of row, by pair, and mixed: means over a micro-batch's own groups would fit the second only.
     for order in ([0, 1, 2, 3, 4, 5, 6, 7], [0, 4, 1, 5, 2, 6, 3, 7], [0, 1, 2, 4, 5, 6, 7, 3]):
-        parts = [jax.tree.map(lambda x, rows=order[i : i + 4]: x[np.array(rows)], batch) for i in (0, 4)]
-        gradients = [loss_and_gradient(trainable, part)[1] for part in parts]
+        gradients = [loss_and_gradient(trainable, part(order[i : i + 4]))[1] for i in (0, 4)]
         jax.tree.map(
             lambda x, y, z: np.testing.assert_allclose((x + y) / 2, z, rtol=1e-4, atol=1e-6), *gradients, whole
         )
@@ -128,12 +127,12 @@ def test_the_mixture_does_not_depend_on_micro_batches(doubled):
 @pytest.mark.parametrize(("loss", "head"), [("sigmoid", "policy"), ("sigmoid_norm", "policy"), ("sigmoid", "reward")])
 def test_rewards_are_what_the_loss_compares(loss, head):
     rng = np.random.default_rng(0)
-    scores, counts = rng.normal(size=(2, 8)), rng.integers(1, 9, (2, 8)).astype(np.float32)
-    batch = {"reference": rng.normal(size=(8, 2)), "margin": np.zeros(8)}
+    scores, counts = rng.normal(size=(2, 8)), rng.integers(1, 9, (8, 2)).astype(np.float32)
+    batch = {"reference": rng.normal(size=(8, 2)), "margin": np.zeros(8), "counts": counts}
     config = PreferenceConfig(loss=loss, head=head, beta=0.7)
-    chosen, rejected = pair_rewards(config, scores, counts, batch)
+    chosen, rejected = pair_rewards(config, scores, batch)
     expected = np.log1p(np.exp(rejected - chosen))
-    np.testing.assert_allclose(pair_losses(config, scores, counts, batch), expected, rtol=1e-5)
+    np.testing.assert_allclose(pair_losses(config, scores, batch), expected, rtol=1e-5)
 
 
 @pytest.mark.parametrize(("mixture", "alpha", "times"), [("exact", 0.5, 2), ("dropout", 0.0, 1)])
@@ -313,17 +312,16 @@ def test_the_reward_loss_is_that_of_the_paper(records, tmp_path):
     leaves, treedef = jax.tree.flatten(method.init().trainable)
     rng = np.random.default_rng(0)
     trainable = treedef.unflatten([x + 0.3 * rng.standard_normal(x.shape).astype(np.float32) for x in leaves])
-    batch = batch_of(pairs, [pairs.tables["train"][i] for i in range(8)])
+    batch = method.collate("train", pairs.users("train"), [pairs.tables["train"][i] for i in range(8)])
     state, metrics = method.step(method.init().replace(trainable=jax.tree.map(jnp.copy, trainable)), batch)
-    arrays, slots = device_part(batch)
 
     def gaps(users):
         shared = (run.model, run.adapter, method.users, trainable, run.base)
-        rewards, _ = answer_scores(*shared, {**arrays, "user": users, "prompt_slots": slots})
+        rewards = answer_scores(*shared, {**batch, "user": users})
         return np.asarray(rewards[0] - rewards[1], np.float64)
 
     # alpha of the users' Bradley-Terry loss and 1 - alpha of the generic user's, without beta and without a reference.
-    own, generic = (np.log1p(np.exp(-gaps(users))).mean() for users in (arrays["user"], 0 * arrays["user"]))
+    own, generic = (np.log1p(np.exp(-gaps(users))).mean() for users in (batch["user"], 0 * batch["user"]))
     loss = metrics["loss"][0] / metrics["loss"][1]
     assert abs(own - generic) > 1e-3 and loss == pytest.approx(0.3 * own + 0.7 * generic, rel=1e-5)
     # Head, adapters and users learn in the first step.
@@ -372,7 +370,7 @@ def test_text_of_a_user_stands_before_the_prompt(told, tmp_path):
     # It is text: the reference reads it too, and it is no part of what is scored.
     assert np.abs(plain.reference["train"] - pairs.reference["train"]).min() > 1e-6
     batch = batch_of(pairs, [pairs.tables["train"][0]])
-    assert batch["chosen"]["loss_mask"].sum() == len(plain.tables["train"][0]["chosen"])
+    assert batch["counts"].tolist() == [[len(plain.tables["train"][0][side]) for side in ("chosen", "rejected")]]
 
 
 def test_texts_under_wrong_names_are_a_control_of_training(told, tmp_path):
@@ -420,10 +418,9 @@ def test_every_loss_trains(records, tmp_path, monkeypatch):
         """In place of the decoder, a policy that draws words at random, to compile nine programs in little time."""
         vector = trainable["bank"]["layers"]["mlp"]["down"]["b"].sum((0, 1, 2))
         logps = jax.nn.log_softmax(base["embed"]["embedding"] @ vector)
-        parts = [(batch[side]["tokens"], batch[side]["valid"]) for side in ("chosen", "rejected")]
-        answers = [(x[:, batch["prompt_slots"] :], valid[:, batch["prompt_slots"] :]) for x, valid in parts]
-        sums = jnp.stack([jnp.where(valid, logps[x], 0).sum(1) for x, valid in answers])
-        return sums, jnp.stack([valid.sum(1) for _, valid in answers]).astype(jnp.float32)
+        rows = batch["rows"]
+        sums = jnp.zeros(2 * len(batch["user"])).at[rows["answer"]].add(logps[rows["targets"]], mode="drop")
+        return sums.reshape(-1, 2).T
 
     monkeypatch.setattr(preference, "answer_scores", unigrams)
     run = tiny.start(tmp_path / "run", records(preference__models={"pooled": {"kind": "uniform"}}))

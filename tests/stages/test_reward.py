@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import tiny
 
+from pjrlhf.data.packing import NOWHERE
 from pjrlhf.models.adapters import AdapterConfig, init_bank
 from pjrlhf.models.storage import load_tree
 from pjrlhf.rollout import scoring
@@ -37,9 +38,7 @@ _score = jax.jit(pair_rewards, static_argnums=(0, 1))
 def score(method, trainable, raw):
     """Rewards (chosen, rejected) [K, n] of a batch as `collate` makes it."""
     run = method.run
-    return _score(
-        run.model, run.adapter, {name: trainable[name] for name in ("bank", "heads")}, run.base, method.place(raw)
-    )
+    return _score(run.model, run.adapter, {name: trainable[name] for name in ("bank", "heads")}, run.base, raw)
 
 
 # ---- the source of batches
@@ -60,9 +59,10 @@ def test_every_row_is_seen_equally_often_and_each_turn_has_its_own_order():
 
 def test_a_batch_has_equally_many_rows_of_each_objective(method):
     batch = next(method.batches)
-    n, K, S = 4, len(tiny.REWARDS), 30
-    assert batch["tokens"].shape == batch["valid"].shape == (n, K, 2, S)
-    assert batch["margin"].shape == (n, K)
+    n, K = 4, len(tiny.REWARDS)
+    owner, last = batch["rows"]["owner"], batch["rows"]["last_answer"]
+    assert [(last[(owner == k).any(1)] < NOWHERE).sum() for k in range(1, K)] == [2 * n] * (K - 1)
+    assert batch["margin"].shape == (n * K,)
     texts = [{row["objective"] for row in table} for table in method.train]
     assert texts == [{name} for name in tiny.REWARDS]
 
@@ -93,14 +93,15 @@ def test_k_models_in_one_program_equal_k_programs(method, rank):
     trainable = noisy(
         {"bank": init_bank(run.base, adapter, K, jax.random.key(0)), "heads": scoring.init_heads(K, width)}, seed=0
     )
-    raw = next(method.batches)
-    raw["margin"] = np.linspace(0, 1, raw["margin"].size, dtype=np.float32).reshape(raw["margin"].shape)
+    source = Grouped(method.train, 0)
+    pairs = [[{**row, "margin": 0.1 * i + 0.01 * k} for k, row in enumerate(source[i])] for i in range(4)]
+    raw = method.collate(pairs)
     grad = jax.jit(jax.value_and_grad(functools.partial(reward_loss, run.model, adapter), has_aux=True))
-    (total, metrics), whole = grad(trainable, run.base, method.place(raw))
+    (total, metrics), whole = grad(trainable, run.base, raw)
     losses = []
     for k in range(K):
         one = jax.tree.map(lambda x, k=k: x[k : k + 1], trainable)
-        (loss, _), alone = grad(one, run.base, method.place({name: x[:, k : k + 1] for name, x in raw.items()}))
+        (loss, _), alone = grad(one, run.base, method.collate([row[k : k + 1] for row in pairs]))
         losses.append(float(loss))
         # Sums of another shape are taken in another order, which differs from processor to processor.
         jax.tree.map(lambda x, y, k=k: np.testing.assert_allclose(x[k], y[0], rtol=1e-4, atol=1e-5), whole, alone)
@@ -111,12 +112,13 @@ def test_k_models_in_one_program_equal_k_programs(method, rank):
 
 
 def test_the_rewards_are_those_of_the_pairs_one_by_one(method, trained):
-    raw = next(method.batches)
-    chosen, rejected = score(method, trained, raw)
-    n, K = raw["margin"].shape
+    source = Grouped(method.train, 0)
+    pairs = [source[i] for i in range(4)]
+    n, K = len(pairs), len(pairs[0])
+    chosen, rejected = score(method, trained, method.collate(pairs))
     assert chosen.shape == rejected.shape == (K, n)
     for k, i in ((0, 0), (K - 1, 1), (2, n - 1)):
-        alone = score(method, slice_of(trained, k), {name: x[i : i + 1, k : k + 1] for name, x in raw.items()})
+        alone = score(method, slice_of(trained, k), method.collate([pairs[i][k : k + 1]]))
         np.testing.assert_allclose([alone[0][0, 0], alone[1][0, 0]], [chosen[k, i], rejected[k, i]], atol=1e-5)
 
 

@@ -1,0 +1,180 @@
+"""Packed rows give what plain ones give: log-probs, rewards and gradients, for any way of packing."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pjrlhf.data import packing
+from pjrlhf.data.batching import pad_left, pad_right
+from pjrlhf.data.packing import MODES, NOWHERE, pack
+from pjrlhf.errors import UserError
+from pjrlhf.models.adapters import AdapterConfig, Policies, init_bank
+from pjrlhf.models.config import ModelConfig
+from pjrlhf.models.decoder import Decoder, init_params
+from pjrlhf.rollout import scoring
+
+CONFIG = ModelConfig(
+    vocab_size=37, hidden_size=16, intermediate_size=32, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=4
+)
+MODEL, ADAPTER = Decoder(CONFIG), AdapterConfig(rank=2, alpha=4.0)
+E, K, U = 6, 2, 3
+
+
+@pytest.fixture(scope="module")
+def examples():
+    rng = np.random.default_rng(0)
+    prompts = [rng.integers(1, 37, n).tolist() for n in (2, 7, 4, 3, 5, 6)]
+    answers = [
+        [rng.integers(1, 37, n).tolist() for n in pair] for pair in ((3, 1), (2, 6), (5, 5), (1, 4), (2, 2), (4, 3))
+    ]
+    return prompts, answers
+
+
+@pytest.fixture(scope="module")
+def policy():
+    base = init_params(MODEL, jax.random.key(0))
+    bank = init_bank(base, ADAPTER, K, jax.random.key(1))
+    leaves, treedef = jax.tree.flatten(bank)
+    keys = jax.random.split(jax.random.key(2), len(leaves))
+    bank = treedef.unflatten([x + 0.3 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)])
+    return {
+        "base": base,
+        "bank": bank,
+        "mix": jax.random.normal(jax.random.key(3), (E, K)),
+        "users": jax.random.normal(jax.random.key(4), (E, U, 16)),
+        "heads": scoring.init_heads(K, 16, jax.random.key(5)),
+    }
+
+
+@pytest.fixture(scope="module")
+def plain(policy, examples):
+    """(log-probs, rewards) [E, 2] of every answer in a row of its own."""
+    prompts = [prompt for prompt in examples[0] for _ in range(2)]
+    prompt = pad_left(prompts, 7, 0)
+    answer = pad_right([answer for pair in examples[1] for answer in pair], 6, 0)
+    tokens, valid = (jnp.concatenate(both, axis=1) for both in zip(prompt, answer, strict=True))
+    mix, users = (jnp.repeat(policy[name], 2, axis=0) for name in ("mix", "users"))
+
+    @jax.jit
+    def score():
+        policies = Policies(MODEL, ADAPTER, policy["base"], policy["bank"], mix, users)
+        logps, _ = scoring.sequence_logps(policies, tokens, valid, 7)
+        return logps.reshape(E, 2), scoring.rewards(policies, policy["heads"], mix, tokens, valid).reshape(E, 2)
+
+    return score()
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_packed_rows_score_as_plain_ones(policy, examples, plain, mode):
+    rows = pack(*examples, mode=mode, length=40, pad_id=0, user_slots=U)
+
+    @jax.jit
+    def score():
+        policies = Policies(MODEL, ADAPTER, policy["base"], policy["bank"], policy["mix"], policy["users"])
+        logps = scoring.packed_logps(policies, rows, 2 * E).reshape(E, 2)
+        return logps, scoring.packed_rewards(policies, policy["heads"], policy["mix"], rows, 2 * E).reshape(E, 2)
+
+    logps, rewards = score()
+    np.testing.assert_allclose(logps, plain[0], rtol=2e-5)
+    np.testing.assert_allclose(rewards, plain[1], rtol=2e-4, atol=2e-5)
+
+
+def test_every_way_of_packing_has_the_same_gradient(policy, examples):
+    weight = np.random.default_rng(1).standard_normal(2 * E).astype(np.float32)
+
+    def gradient(mode):
+        rows = pack(*examples, mode=mode, length=40, pad_id=0, user_slots=U)
+
+        def loss(moving):
+            policies = Policies(MODEL, ADAPTER, policy["base"], moving["bank"], moving["mix"], moving["users"])
+            return scoring.packed_logps(policies, rows, 2 * E) @ weight
+
+        return jax.jit(jax.grad(loss))({name: policy[name] for name in ("bank", "mix", "users")})
+
+    first, *others = [gradient(mode) for mode in MODES]
+    assert all(np.abs(leaf).max() > 1e-3 for leaf in jax.tree.leaves(first))
+    for other in others:
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4), first, other)
+
+
+def test_full_parameters_packed_by_group(policy, examples):
+    """Of K full policies each has its own rows."""
+    prompts, answers = examples
+    params = jax.tree.map(lambda x: jnp.stack([x, 1.1 * x]), policy["base"])
+    full = AdapterConfig(rank=0)
+    mix = jnp.eye(2)
+
+    @jax.jit
+    def rewards(params, heads, rows):
+        policies = Policies(MODEL, full, None, params, jnp.eye(len(heads)))
+        return scoring.packed_rewards(policies, policy["heads"], heads, rows, 2 * E).reshape(E, 2)
+
+    rows = pack(prompts, answers, mode="pack", length=40, pad_id=0, groups=2)
+    rows["owner"] //= E // 2
+    both = rewards(params, mix, rows)
+    for k in range(2):
+        alone = pack(prompts, answers, mode="none", length=40, pad_id=0)
+        found = rewards(jax.tree.map(lambda x, k=k: x[k : k + 1], params), mix[k : k + 1], alone)
+        half = slice(k * E // 2, (k + 1) * E // 2)
+        np.testing.assert_allclose(both[half], found[half], rtol=1e-4, atol=1e-5)
+
+
+def test_what_is_packed(examples):
+    total = {mode: pack(*examples, mode=mode, length=40, pad_id=0) for mode in MODES}
+    answers = sum(len(answer) for pair in examples[1] for answer in pair)
+    for mode, rows in total.items():
+        real = rows["segment"] > 0
+        copies = 2 if mode == "none" else 1
+        assert real.sum() == copies * sum(map(len, examples[0])) + answers, mode
+        assert (rows["answer"] < NOWHERE).sum() == answers and (rows["tokens"][~real] == 0).all()
+        # Every answer once, and at its last slot its last token.
+        assert sorted(rows["last_answer"][rows["last_answer"] < NOWHERE]) == list(range(2 * E))
+        for r, m in zip(*np.nonzero(rows["last_answer"] < NOWHERE), strict=True):
+            e, a = divmod(int(rows["last_answer"][r, m]), 2)
+            assert rows["tokens"][r, rows["last"][r, m]] == examples[1][e][a][-1]
+    assert len(total["none"]["tokens"]) == 2 * E and len(total["share"]["tokens"]) == E
+    assert len(total["pack"]["tokens"]) < E
+
+
+def test_rows_are_a_multiple_of_the_devices(examples):
+    for groups in (1, 2, 3):
+        rows = pack(*examples, mode="pack", length=40, pad_id=0, multiple=4, groups=groups)
+        assert len(rows["tokens"]) % 4 == 0 and len(rows["tokens"]) % groups == 0
+        group = np.arange(len(rows["tokens"])) // (len(rows["tokens"]) // groups)
+        for g in range(groups):
+            owners = rows["owner"][group == g][rows["segment"][group == g] > 0]
+            assert set(owners) == set(range(g * E // groups, (g + 1) * E // groups))
+
+
+def test_what_does_not_fit_is_refused(examples):
+    with pytest.raises(ValueError, match="an example of 15 tokens does not fit into rows of 14"):
+        pack(*examples, mode="pack", length=14, pad_id=0)
+    with pytest.raises(ValueError, match="6 examples cannot be split into 4"):
+        pack(*examples, mode="share", length=40, pad_id=0, groups=4)
+    with pytest.raises(UserError, match=r"data\.packing 'yes': unknown; choose one of none, share, pack"):
+        packing.check_mode("yes")
+
+
+def test_log_probs_in_parts_are_those_of_the_whole(policy, examples, monkeypatch):
+    """And so are their gradients, for every size of the parts."""
+    states = jax.random.normal(jax.random.key(6), (3, 11, 16))
+    target = jax.random.randint(jax.random.key(7), (3, 11), 0, 37)
+
+    def found(size):
+        monkeypatch.setattr(scoring, "LOGIT_BYTES", size)
+
+        def loss(base, states):
+            policies = Policies(MODEL, ADAPTER, base, None, None)
+            logps, entropy = scoring.token_logps(policies, states, target, 0.7)
+            return (logps * jnp.arange(33.0).reshape(3, 11)).sum() + (entropy**2).sum(), (logps, entropy)
+
+        return jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))(policy["base"], states)
+
+    logits = MODEL.apply({"params": policy["base"]}, states, method="logits") / 0.7
+    whole = found(2**28)
+    exact = jax.nn.log_softmax(logits)
+    np.testing.assert_allclose(whole[0][1][0], jnp.take_along_axis(exact, target[..., None], -1)[..., 0], atol=1e-5)
+    np.testing.assert_allclose(whole[0][1][1], -(jnp.exp(exact) * exact).sum(-1), atol=1e-5)
+    for size in (4 * 37 * 3, 4 * 37 * 3 * 4):
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=1e-4), whole, found(size))
