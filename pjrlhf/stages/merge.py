@@ -339,8 +339,8 @@ def _write_model(
             for files, weight in opened:
                 if weight:
                     # Waiting lets go of this tensor before the next one is read.
-                    part = slot.take(files[name].get_tensor(name))
-                    total = jax.block_until_ready(trees.accumulate(total, part, weight))
+                    total = trees.accumulate(total, slot.take(files[name].get_tensor(name)), weight)
+                    jax.block_until_ready(total)
             module = path.removesuffix("/kernel")
             for adapter, scale, weight in updates:
                 if f"{module}/a" in adapter:
