@@ -16,7 +16,7 @@ from pjrlhf.models.decoder import Cache, Decoder, Layout
 from pjrlhf.models.users import reserve
 
 Params = Any
-# Projections that carry adapters: every linear layer of the block.
+# Projections that carry adapters: every linear layer of the block; "gate" only where the feed-forward has one.
 TARGETS = {"attention": ("query", "key", "value", "output"), "mlp": ("gate", "up", "down")}
 
 
@@ -46,6 +46,8 @@ def init_bank(base: Params, adapter: AdapterConfig, count: int, key: jax.Array, 
     for block, names in TARGETS.items():
         bank[block] = {}
         for i, name in enumerate(names):
+            if name not in base["layers"][block]:
+                continue
             depth, inputs, outputs = base["layers"][block][name]["kernel"].shape
             draw = jax.random.normal(jax.random.fold_in(key, 100 * len(bank) + i), (depth, inputs, adapter.rank))
             bank[block][name] = {

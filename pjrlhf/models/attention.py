@@ -33,8 +33,18 @@ def choose(requested: str, backend: str, dtype: str) -> str:
     return choice
 
 
+def soft_cap(x: jax.Array, cap: float | None) -> jax.Array:
+    """`cap` tanh(x / `cap`), or `x` where there is no cap."""
+    return x if cap is None else cap * jnp.tanh(x / cap)
+
+
 def attend(
-    query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array, implementation: str = "auto"
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    mask: jax.Array,
+    implementation: str = "auto",
+    softcap: float | None = None,
 ) -> jax.Array:
     """Grouped-query attention.
 
@@ -43,17 +53,19 @@ def attend(
       key, value: [B, S, G, C], H a multiple of G.
       mask: bool [B, T, S], True where a query may look. A query row with no True entry gives the mean of the values.
       implementation: one of `IMPLEMENTATIONS`.
+      softcap: scores are bounded to c tanh(score / c), which `einsum` alone can do: it is taken whatever was chosen.
 
     Returns:
       [B, T, H, C] in the dtype of `query`.
     """
     implementation = choose(implementation, jax.default_backend(), query.dtype.name)
-    if implementation != "einsum":
+    if implementation != "einsum" and softcap is None:
         return jax.nn.dot_product_attention(query, key, value, mask=mask[:, None], implementation=implementation)
     B, T, H, C = query.shape
     G = key.shape[2]
     query = query.reshape(B, T, G, H // G, C) * C**-0.5
     scores = jnp.einsum("btghc,bsgc->bghts", query, key, preferred_element_type=jnp.float32)
+    scores = soft_cap(scores, softcap)
     scores = jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
     return jnp.einsum("bghts,bsgc->btghc", weights, value).reshape(B, T, H, C)

@@ -1,12 +1,16 @@
-"""The Llama-family decoder in linen, with a bank of low-rank adapters mixed per example.
+"""One decoder in linen for every model family, with a bank of low-rank adapters mixed per example.
 
 Shapes: B batch, T tokens, S cache slots, D model width, V vocabulary, L layers, H query heads, G key/value heads,
 C head width, F feed-forward width, K adapters, R adapter rank.
 
 The base lives in the collection `params` (layer leaves stacked `[L, ...]`), the bank in `adapters` (leaves `[K, L,
 ...]`). A linear layer computes `x W + scale * sum_k mix[b, k] x A_k B_k` as one wide low-rank product.
+
+What families differ in are the switches of `ModelConfig`. Those that differ from layer to layer are arrays [L, ...]
+that the scan over layers hands out one by one, so that there is one layer to compile.
 """
 
+import functools
 import math
 from typing import Any, NamedTuple
 
@@ -16,7 +20,7 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding
 
 from pjrlhf.errors import UserError
-from pjrlhf.models.attention import attend
+from pjrlhf.models.attention import attend, soft_cap
 from pjrlhf.models.config import ModelConfig, RopeScaling
 
 Cache = dict[str, jax.Array]
@@ -51,11 +55,13 @@ REMAT_POLICIES = {
 
 def rope_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None) -> jax.Array:
     """Angular frequencies of rotary embeddings (RoFormer, eq. 15; Llama-3 scaling), float32 [C / 2], radians per
-    token.
+    token; C is `head_dim`, or as much of it as is rotated.
     """
     frequencies = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
     if scaling is None:
         return frequencies
+    if scaling.low_freq_factor is None:
+        return frequencies / scaling.factor
     wavelength = 2 * jnp.pi / frequencies
     turns = scaling.original_max_position / wavelength
     smooth = jnp.clip(
@@ -64,22 +70,49 @@ def rope_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None) -
     return (1 - smooth) * frequencies / scaling.factor + smooth * frequencies
 
 
-def apply_rope(x: jax.Array, positions: jax.Array, frequencies: jax.Array) -> jax.Array:
-    """Rotates `x` [B, T, H, C] by `positions` [B, T]; first and second half of the head form the pairs (Hugging Face
-    order).
+def apply_rope(x: jax.Array, positions: jax.Array, frequencies: jax.Array, interleaved: bool = False) -> jax.Array:
+    """Rotates the first channels of `x` [B, T, H, C], two for each of `frequencies`, by `positions` [B, T].
+
+    First and second half of these channels form the pairs (Hugging Face order), or neighbours where `interleaved`.
     """
+    rotated = 2 * frequencies.shape[-1]
+    if rotated < x.shape[-1]:
+        turned = apply_rope(x[..., :rotated], positions, frequencies, interleaved)
+        return jnp.concatenate([turned, x[..., rotated:]], axis=-1)
     angles = positions[:, :, None, None].astype(jnp.float32) * frequencies
     cos, sin = jnp.cos(angles), jnp.sin(angles)
+    if interleaved:
+        first, second = x[..., ::2].astype(jnp.float32), x[..., 1::2].astype(jnp.float32)
+        pairs = jnp.stack([first * cos - second * sin, second * cos + first * sin], axis=-1)
+        return pairs.reshape(x.shape).astype(x.dtype)
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
 
 
+def per_layer(config: ModelConfig) -> dict[str, jax.Array] | None:
+    """What the layers of a decoder differ in, leaves [L, ...], or None where they are all alike.
+
+    `window` int32 [L], tokens that a layer sees; `frequencies` float32 [L, C / 2], of its rotary embeddings.
+    """
+    if not config.windows:
+        return None
+    near = jnp.array(config.windows) > 0
+    arrays = {"window": jnp.where(near, jnp.array(config.windows, jnp.int32), jnp.iinfo(jnp.int32).max)}
+    if config.local_rope_theta is not None:
+        width = config.rotary_dim or config.head_dim
+        local = rope_frequencies(width, config.local_rope_theta, None)
+        everywhere = rope_frequencies(width, config.rope_theta, config.rope_scaling)
+        arrays["frequencies"] = jnp.where(near[:, None], local, everywhere)
+    return arrays
+
+
 class Linear(nn.Module):
-    """`x W`, plus the mixed low-rank update where a bank is present. Kernel [in, out]; no bias."""
+    """`x W`, plus the mixed low-rank update where a bank is present. Kernel [in, out], bias [out] if any."""
 
     features: int
     dtype: Any
     param_dtype: Any
+    use_bias: bool = False
 
     @nn.compact
     def __call__(self, x: jax.Array, mix: jax.Array | None) -> jax.Array:
@@ -91,22 +124,40 @@ class Linear(nn.Module):
             mix = mix[:, None] if mix.ndim == 2 else mix
             low = jnp.einsum("btd,kdr->btkr", x, a) * mix[..., None].astype(self.dtype)
             y = y + jnp.einsum("btkr,krf->btf", low, b)
+        if self.use_bias:
+            y = y + self.param("bias", nn.initializers.zeros, (self.features,), self.param_dtype).astype(self.dtype)
         return y
 
 
-class RMSNorm(nn.Module):
-    """Root-mean-square normalisation (arXiv 1910.07467) in float32."""
+class Norm(nn.Module):
+    """Normalisation of the last axis in float32: root-mean-square (arXiv 1910.07467), or LayerNorm (arXiv 1607.06450)
+    with a bias; `kind` is the `norm` of `ModelConfig`.
+    """
 
+    kind: str
     epsilon: float
     dtype: Any
     param_dtype: Any
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],), self.param_dtype)
+        start = nn.initializers.zeros if self.kind == "rms_plus_one" else nn.initializers.ones
+        scale = self.param("scale", start, (x.shape[-1],), self.param_dtype)
         x = x.astype(jnp.float32)
+        if self.kind == "layer":
+            x = x - jnp.mean(x, axis=-1, keepdims=True)
         x = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + self.epsilon)
-        return x.astype(self.dtype) * scale.astype(self.dtype)
+        if self.kind == "rms":
+            return x.astype(self.dtype) * scale.astype(self.dtype)
+        # As their authors have it, these two are rounded at the end alone.
+        scale = scale.astype(jnp.float32)
+        if self.kind == "rms_plus_one":
+            return (x * (1.0 + scale)).astype(self.dtype)
+        bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],), self.param_dtype)
+        return (x * scale + bias.astype(jnp.float32)).astype(self.dtype)
+
+
+ACTIVATIONS = {"silu": nn.silu, "gelu": functools.partial(nn.gelu, approximate=False), "gelu_tanh": nn.gelu}
 
 
 class Attention(nn.Module):
@@ -116,27 +167,50 @@ class Attention(nn.Module):
     implementation: str
 
     @nn.compact
-    def __call__(self, x, positions, mask, mix, cache, offset):
+    def __call__(self, x, positions, mask, mix, cache, offset, layer, own):
         c = self.config
         B, T, _ = x.shape
 
         def linear(name, features):
-            return Linear(features, self.dtype, self.param_dtype, name=name)
+            return Linear(features, self.dtype, self.param_dtype, name in c.biases, name=name)
 
-        query = linear("query", c.num_heads * c.head_dim)(x, mix).reshape(B, T, c.num_heads, c.head_dim)
-        key = linear("key", c.num_kv_heads * c.head_dim)(x, mix).reshape(B, T, c.num_kv_heads, c.head_dim)
-        value = linear("value", c.num_kv_heads * c.head_dim)(x, mix).reshape(B, T, c.num_kv_heads, c.head_dim)
-        frequencies = rope_frequencies(c.head_dim, c.rope_theta, c.rope_scaling)
-        query, key = apply_rope(query, positions, frequencies), apply_rope(key, positions, frequencies)
+        def heads(name, count, normed=""):
+            y = linear(name, count * c.head_dim)(x, mix)
+            if normed == "head":
+                y = y.reshape(B, T, count, c.head_dim)
+            if normed:
+                y = Norm(c.norm, c.norm_eps, self.dtype, self.param_dtype, name=f"{name}_norm")(y)
+            return y.reshape(B, T, count, c.head_dim)
+
+        query, key = heads("query", c.num_heads, c.qk_norm), heads("key", c.num_kv_heads, c.qk_norm)
+        value = heads("value", c.num_kv_heads)
+        if c.positions == "rotary":
+            if own and "frequencies" in own:
+                frequencies = own["frequencies"]
+            else:
+                frequencies = rope_frequencies(c.rotary_dim or c.head_dim, c.rope_theta, c.rope_scaling)
+            query = apply_rope(query, positions, frequencies, c.rotary_interleaved)
+            key = apply_rope(key, positions, frequencies, c.rotary_interleaved)
+        if c.query_scalar not in (None, c.head_dim):
+            query = query * (c.head_dim / c.query_scalar) ** 0.5  # `attend` divides by the root of C
+        if own:
+            if cache is None:
+                distance = positions[:, :, None] - positions[:, None, :]
+            else:  # the valid tokens of a row are consecutive, so slots are as far apart as positions
+                distance = (offset + jnp.arange(T))[:, None] - jnp.arange(mask.shape[-1])
+            mask = mask & (distance < own["window"])
         if cache is not None:
+            # Only the new slots of this layer are written: the cache is carried from layer to layer, never copied.
+            place = layer, 0, offset, 0, 0
             cache = {
-                "key": jax.lax.dynamic_update_slice_in_dim(cache["key"], key.astype(cache["key"].dtype), offset, 1),
-                "value": jax.lax.dynamic_update_slice_in_dim(
-                    cache["value"], value.astype(cache["value"].dtype), offset, 1
-                ),
+                name: jax.lax.dynamic_update_slice(cache[name], new[None].astype(cache[name].dtype), place)
+                for name, new in (("key", key), ("value", value))
             }
-            key, value = cache["key"].astype(self.dtype), cache["value"].astype(self.dtype)
-        out = attend(query, key, value, mask, self.implementation).reshape(B, T, -1)
+            key, value = (
+                jax.lax.dynamic_index_in_dim(cache[name], layer, keepdims=False).astype(self.dtype)
+                for name in ("key", "value")
+            )
+        out = attend(query, key, value, mask, self.implementation, c.attention_softcap).reshape(B, T, -1)
         return linear("output", c.hidden_size)(out, mix), cache
 
 
@@ -159,23 +233,27 @@ class Layer(nn.Module):
     rows: NamedSharding | None
 
     @nn.compact
-    def __call__(self, x, cache, positions, mask, mix, offset):
-        c = self.config
+    def __call__(self, carry, own, positions, mask, mix, offset):
+        (x, cache), (layer, own), c = carry, own, self.config
 
-        def linear(name, features):
-            return Linear(features, self.dtype, self.param_dtype, name=name)
+        def norm(name, y, wanted):
+            return Norm(c.norm, c.norm_eps, self.dtype, self.param_dtype, name=name)(y) if wanted else y
 
-        h = RMSNorm(c.norm_eps, self.dtype, self.param_dtype, name="attention_norm")(x)
+        before, after = c.norm_placement != "after", c.norm_placement != "before"
+        h = norm("attention_norm", x, before)
         attention = Attention(c, self.dtype, self.param_dtype, self.implementation, name="attention")
-        h, cache = attention(h, positions, mask, mix, cache, offset)
-        x = split_rows(x + h, self.rows)
-        h = RMSNorm(c.norm_eps, self.dtype, self.param_dtype, name="mlp_norm")(x)
-        h = FeedForward(c, self.dtype, self.param_dtype, name="mlp")(h, mix)
-        return split_rows(x + h, self.rows), cache
+        mlp = FeedForward(c, self.dtype, self.param_dtype, name="mlp")
+        attended, cache = attention(h, positions, mask, mix, cache, offset, layer, own)
+        if c.residual != "sequential":
+            h = norm("mlp_norm", x, True) if c.residual == "parallel" else h
+            return (split_rows(x + attended + mlp(h, mix), self.rows), cache), None
+        x = split_rows(x + norm("attention_out_norm", attended, after), self.rows)
+        h = mlp(norm("mlp_norm", x, before), mix)
+        return (split_rows(x + norm("mlp_out_norm", h, after), self.rows), cache), None
 
 
 class FeedForward(nn.Module):
-    """SwiGLU (arXiv 2002.05202, eq. 6)."""
+    """Two linear layers with an activation between them, or gated: SwiGLU and its kin (arXiv 2002.05202, eq. 6)."""
 
     config: ModelConfig
     dtype: Any
@@ -183,12 +261,15 @@ class FeedForward(nn.Module):
 
     @nn.compact
     def __call__(self, x, mix):
-        def linear(name, features):
-            return Linear(features, self.dtype, self.param_dtype, name=name)
+        c = self.config
 
-        gate = linear("gate", self.config.intermediate_size)(x, mix)
-        up = linear("up", self.config.intermediate_size)(x, mix)
-        return linear("down", self.config.hidden_size)(nn.silu(gate) * up, mix)
+        def linear(name, features):
+            return Linear(features, self.dtype, self.param_dtype, name in c.biases, name=name)
+
+        gate = linear("gate", c.intermediate_size)(x, mix) if c.gated else None
+        up = linear("up", c.intermediate_size)(x, mix)
+        activation = ACTIVATIONS[c.activation]
+        return linear("down", c.hidden_size)(activation(gate) * up if c.gated else activation(up), mix)
 
 
 class Decoder(nn.Module):
@@ -223,7 +304,9 @@ class Decoder(nn.Module):
         layer = Layer
         if self.remat != "none":
             layer = nn.remat(layer, policy=REMAT_POLICIES[self.remat], prevent_cse=not self.scan_layers)
-        # Layers share positions, mask, mix and offset; the cache is consumed and produced one slice per layer.
+        if c.positions == "learned":
+            self.position = nn.Embed(c.max_length, c.hidden_size, dtype=self.dtype, param_dtype=self.param_dtype)
+        # Layers share positions, mask, mix and offset and hand on the cache; what they differ in comes one by one.
         layers = nn.scan(
             layer,
             variable_axes={"params": 0, "adapters": 1},
@@ -233,9 +316,9 @@ class Decoder(nn.Module):
             unroll=1 if self.scan_layers else c.num_layers,
         )
         self.layers = layers(c, self.dtype, self.param_dtype, self.attention, self.rows)
-        self.final_norm = RMSNorm(c.norm_eps, self.dtype, self.param_dtype)
+        self.final_norm = Norm(c.norm, c.norm_eps, self.dtype, self.param_dtype)
         if not c.tie_embeddings:
-            self.head = Linear(c.vocab_size, self.dtype, self.param_dtype)
+            self.head = Linear(c.vocab_size, self.dtype, self.param_dtype, "head" in c.biases)
 
     def __call__(
         self,
@@ -282,17 +365,21 @@ class Decoder(nn.Module):
             own = user_tokens[owner, jnp.clip(place, 0, user_tokens.shape[1] - 1)]
             is_user = (place >= 0) & (place < user_tokens.shape[1])
             x = jnp.where(is_user[..., None], own.astype(x.dtype), x)
+        if self.config.scale_embeddings:
+            x = x * jnp.asarray(self.config.hidden_size**0.5, x.dtype)
+        if self.config.positions == "learned":
+            x = x + self.position(positions)
         x = split_rows(x, self.rows)
-        x, cache = self.layers(x, cache, positions, mask, mix, offset)
+        each = jnp.arange(self.config.num_layers), per_layer(self.config)
+        (x, cache), _ = self.layers((x, cache), each, positions, mask, mix, offset)
         if self.is_initializing() and not self.config.tie_embeddings:
             self.head(x, None)
         return self.final_norm(x), cache
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """Float32 logits [..., V] of hidden states [..., D]."""
-        if self.config.tie_embeddings:
-            return self.embed.attend(hidden).astype(jnp.float32)
-        return self.head(hidden, None).astype(jnp.float32)
+        logits = self.embed.attend(hidden) if self.config.tie_embeddings else self.head(hidden, None)
+        return soft_cap(logits.astype(jnp.float32), self.config.logit_softcap)
 
 
 def init_params(model: Decoder, key: jax.Array) -> Any:

@@ -44,9 +44,26 @@ def weight_files(folder: pathlib.Path) -> list[pathlib.Path]:
     return [folder / name for name in sorted(set(read_json(index).get("weight_map", {}).values()))]
 
 
+class _Longer:
+    """A safetensors file whose names lack a prefix."""
+
+    def __init__(self, handle: Any, prefix: str):
+        self._handle, self._prefix = handle, prefix
+
+    def get_slice(self, name: str) -> Any:
+        return self._handle.get_slice(name.removeprefix(self._prefix))
+
+    def get_tensor(self, name: str) -> np.ndarray:
+        return self._handle.get_tensor(name.removeprefix(self._prefix))
+
+
 @contextlib.contextmanager
-def open_tensors(files: Iterable[pathlib.Path]) -> Iterator[dict[str, Any]]:
-    """Tensor name -> the open safetensors file that holds it; nothing is read yet."""
+def open_tensors(files: Iterable[pathlib.Path], prefix: str = "") -> Iterator[dict[str, Any]]:
+    """Tensor name -> the open safetensors file that holds it; nothing is read yet.
+
+    Where no name starts with `prefix`, all are given it: models are also saved without the head, and then without the
+    name of what it is put on.
+    """
     from safetensors import safe_open
 
     with contextlib.ExitStack() as stack:
@@ -55,6 +72,8 @@ def open_tensors(files: Iterable[pathlib.Path]) -> Iterator[dict[str, Any]]:
             with reading(file):
                 handle = stack.enter_context(safe_open(file, framework="np"))
             found |= dict.fromkeys(handle.keys(), handle)
+        if not any(name.startswith(prefix) for name in found):
+            found = {prefix + name: _Longer(handle, prefix) for name, handle in found.items()}
         yield found
 
 

@@ -1,4 +1,4 @@
-"""Hugging Face folders in and out: config.json and safetensors, tensor by tensor through the tables of `families`.
+"""Hugging Face folders in and out: weights in safetensors, tensor by tensor through the tables of `families`.
 
 Folders are local; a half-written export never carries the name of a finished one.
 """
@@ -17,13 +17,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from pjrlhf.errors import UserError
-from pjrlhf.models.config import ModelConfig, RopeScaling
-from pjrlhf.models.families import Family, Slot, get_family, is_ignorable, leaf_shapes, tensor_slots
+from pjrlhf.models.config import ModelConfig
+from pjrlhf.models.families import Family, Slot, get_family, is_ignorable, join, leaf_shapes, tensor_slots
 from pjrlhf.models.folders import Folder, new_folder, open_tensors, read_json, reading, weight_files, write_tensors
+from pjrlhf.models.hf_config import config_to_hf, read_config
 
 Params = Any
 
-TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer.model",
@@ -35,99 +35,7 @@ TOKENIZER_FILES = (
     "chat_template.jinja",
     "chat_template.json",
 )
-# Our names of the Llama-3 scaling -> theirs.
-ROPE_FIELDS = {
-    "factor": "factor",
-    "low_freq_factor": "low_freq_factor",
-    "high_freq_factor": "high_freq_factor",
-    "original_max_position": "original_max_position_embeddings",
-}
 FLOAT_TYPES = ("F64", "F32", "F16", "BF16")
-
-
-def read_config(folder: Folder) -> ModelConfig:
-    """The shape of the model in `folder`, from its config.json.
-
-    Reads both spellings of RoPE: top-level `rope_theta` / `rope_scaling`, and `rope_parameters` of transformers 5.
-    Raises UserError on a missing or unreadable file, a missing key, or anything the decoder cannot compute.
-    """
-    source = pathlib.Path(folder) / "config.json"
-    raw = read_json(source)
-    family = get_family(raw.get("model_type"), source)
-    for name, value in family.fixed.items():
-        if raw.get(name, value) != value:
-            raise UserError(f"{source}: {name}={raw[name]!r} is not supported; use a model with {name}={value!r}")
-    values = {ours: raw.get(theirs) for ours, theirs in family.fields.items()}
-    for ours, theirs in family.fields.items():
-        if values[ours] is None:
-            values[ours] = family.defaults.get(theirs)
-    if values["num_kv_heads"] is None:
-        values["num_kv_heads"] = values["num_heads"]
-    if values["head_dim"] is None and values["hidden_size"] and values["num_heads"]:
-        values["head_dim"] = values["hidden_size"] // values["num_heads"]
-    missing = [family.fields[ours] for ours, value in values.items() if value is None]
-    if missing:
-        raise UserError(f"{source}: the key {missing[0]!r} is missing; copy the config.json that came with the weights")
-    theta, scaling = _read_rope(raw, source)
-    try:
-        return ModelConfig(**values, rope_theta=theta, rope_scaling=scaling)
-    except ValueError as e:
-        raise UserError(f"{source}: {e}") from e
-
-
-def _read_rope(raw: Mapping[str, Any], source: pathlib.Path) -> tuple[float, RopeScaling | None]:
-    blocks = [raw[name] for name in ("rope_scaling", "rope_parameters") if raw.get(name)]
-    thetas = {float(block["rope_theta"]) for block in (raw, *blocks) if block.get("rope_theta") is not None}
-    scalings = {_read_scaling(block, source) for block in blocks}
-    if any(block.get("partial_rotary_factor", 1.0) != 1.0 for block in (raw, *blocks)):
-        raise UserError(f"{source}: partial_rotary_factor is not supported; use a model that rotates whole heads")
-    if len(thetas) > 1 or len(scalings) > 1:
-        raise UserError(
-            f"{source}: rope_parameters contradicts rope_theta or rope_scaling; keep the one the model was trained with"
-        )
-    return next(iter(thetas), 10_000.0), next(iter(scalings), None)
-
-
-def _read_scaling(block: Mapping[str, Any], source: pathlib.Path) -> RopeScaling | None:
-    kind = block.get("rope_type", block.get("type", "default"))
-    if kind == "default":
-        return None
-    if kind != "llama3":
-        raise UserError(f"{source}: rope type {kind!r} is not supported; use a model with rope type default or llama3")
-    missing = [theirs for theirs in ROPE_FIELDS.values() if theirs not in block]
-    if missing:
-        raise UserError(
-            f"{source}: the rope key {missing[0]!r} is missing; copy the config.json that came with the weights"
-        )
-    return RopeScaling(**{ours: block[theirs] for ours, theirs in ROPE_FIELDS.items()})
-
-
-def config_to_hf(config: ModelConfig, *, model_type: str = "llama", dtype: Any = jnp.float32, **token_ids: Any) -> dict:
-    """The content of config.json, with both spellings of RoPE and of the dtype.
-
-    `token_ids`: bos_token_id, eos_token_id, pad_token_id (ints, or a list for eos); those not given are written as
-    null, so that no library fills in its own.
-    """
-    if unknown := set(token_ids) - set(TOKEN_IDS):
-        raise UserError(f"token_ids: {sorted(unknown)} is unknown; choose from {', '.join(TOKEN_IDS)}")
-    family = get_family(model_type, "config")
-    scaling = None
-    if config.rope_scaling is not None:
-        scaling = {theirs: getattr(config.rope_scaling, ours) for ours, theirs in ROPE_FIELDS.items()}
-        scaling["rope_type"] = "llama3"
-    name = jnp.dtype(dtype).name
-    return {
-        "architectures": [family.architecture],
-        "model_type": model_type,
-        **{theirs: getattr(config, ours) for ours, theirs in family.fields.items()},
-        **family.fixed,
-        "rope_theta": config.rope_theta,
-        "rope_scaling": scaling,
-        "rope_parameters": {"rope_theta": config.rope_theta, **(scaling or {"rope_type": "default"})},
-        "dtype": name,
-        "torch_dtype": name,
-        **{name: token_ids.get(name) for name in TOKEN_IDS},
-    }
 
 
 def load_params(
@@ -153,10 +61,10 @@ def load_params(
     family = get_family(read_json(folder / "config.json").get("model_type"), folder)
     shapes = leaf_shapes(config)
     leaves: dict[str, Any] = {}
-    with open_tensors(weight_files(folder)) as files:
+    with open_tensors(weight_files(folder), family.prefix) as files:
         slots = tensor_slots(family, config)
         _check_names(folder, files, slots, family, config)
-        for name, slot in slots.items():
+        for name, (slot, *_) in slots.items():
             view = files[name].get_slice(name)
             if tuple(view.get_shape()) != slot.shape:
                 raise UserError(
@@ -166,9 +74,9 @@ def load_params(
             if view.get_dtype() not in FLOAT_TYPES:
                 raise UserError(f"{folder}: {name} is stored as {view.get_dtype()}; use weights that are not quantised")
         for path, shape in shapes.items():
-            tensors = {slot.index: (files[name], name) for name, slot in slots.items() if slot.path == path}
-            transpose = next(slot.transpose for slot in slots.values() if slot.path == path)
-            read = functools.partial(_read_part, tensors, transpose, shape, jnp.dtype(dtype))
+            found = [(name, slot) for name, several in slots.items() for slot in several if slot.path == path]
+            tensors = {slot.index: (files[name], name) for name, slot in found}
+            read = functools.partial(_read_part, tensors, found[0][1], shape, jnp.dtype(dtype))
             if place is None:
                 leaves[path] = jnp.asarray(read(tuple(slice(None) for _ in shape)))
                 continue
@@ -193,20 +101,27 @@ def _placed(
 
 def _read_part(
     tensors: Mapping[int | tuple[()], tuple[Any, str]],
-    transpose: bool,
+    slot: Slot,
     shape: tuple[int, ...],
     dtype: np.dtype,
     index: tuple[slice, ...],
 ) -> np.ndarray:
-    """`leaf[index]` of the leaf of `shape` that is made of `tensors`: one, or one per layer."""
+    """`leaf[index]` of the leaf of `shape` that is made of `tensors`: one, or one per layer, all with slots like
+    `slot`.
+    """
     ranges = [range(*part.indices(size)) for part, size in zip(index, shape, strict=True)]
     part = np.empty([len(r) for r in ranges], dtype)
     stacked = () not in tensors
-    inner = tuple(slice(r.start, r.stop) for r in ranges[stacked:])
+    *inner, outputs = (slice(r.start, r.stop) for r in ranges[stacked:])
     for i, layer in enumerate(ranges[0] if stacked else [()]):
         file, name = tensors[layer]
-        piece = file.get_slice(name)[inner[::-1] if transpose else inner]
-        part[i if stacked else ()] = piece.T if transpose else piece
+        filled = 0
+        for run in slot.runs(outputs):
+            where = (*inner, run)
+            piece = file.get_slice(name)[where[::-1] if slot.transpose else where]
+            end = filled + run.stop - run.start
+            part[i if stacked else ()][..., filled:end] = piece.T if slot.transpose else piece
+            filled = end
     return part
 
 
@@ -258,7 +173,7 @@ def save_params(
     slots = tensor_slots(get_family(model_type, folder), config)
     dtypes = {path: jnp.dtype(dtype or leaf.dtype) for path, leaf in leaves.items()}
     shards, total, fill = [[]], 0, 0
-    for name, slot in slots.items():
+    for name, (slot, *_) in slots.items():
         size = int(np.prod(slot.shape)) * dtypes[slot.path].itemsize
         if shards[-1] and fill + size > max_shard_bytes:
             shards.append([])
@@ -266,9 +181,8 @@ def save_params(
         shards[-1].append(name)
         fill, total = fill + size, total + size
 
-    def tensor(slot: Slot) -> np.ndarray:
-        leaf = _take(leaves[slot.path], slot.index).astype(dtypes[slot.path])
-        return leaf.T if slot.transpose else leaf
+    def tensor(several: tuple[Slot, ...]) -> np.ndarray:
+        return join(several, [_take(leaves[x.path], x.index).astype(dtypes[several[0].path]) for x in several])
 
     ids = dict(token_ids or {})
     hf = config_to_hf(config, model_type=model_type, dtype=dtypes["embed/embedding"], **ids)

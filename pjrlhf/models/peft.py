@@ -3,93 +3,153 @@
 An adapter here is an ingredient of a bank, so without the axis K: `{'layers': {'attention': {'query': {'a': [L, in, R],
 'b': [L, R, out]}, ...}, ...}}`, and its update of a kernel is `alpha / rank * a[l] @ b[l]`. PEFT stores both factors
 transposed.
+
+Where queries, keys and values are one module on disk, it gets their three updates as one of rank 3 R, exactly: the
+factors `a` side by side, and of `b` zeros but for the block that belongs to a part. Patterns of rank and alpha say so.
 """
 
 import json
 import pathlib
 import re
+from collections.abc import Mapping
 from typing import Any
 
 import flax.traverse_util
 import numpy as np
 
 from pjrlhf.errors import UserError
-from pjrlhf.models.families import adapter_modules, get_family
+from pjrlhf.models.families import Family, adapter_modules, get_family, part_runs
 from pjrlhf.models.folders import Folder, new_folder, open_tensors, read_json, write_tensors
 
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
 FACTORS = {"a": "lora_A", "b": "lora_B"}
 # What an adapter of ours always is: written, and demanded of a folder that states otherwise.
-FIXED = {"peft_type": "LORA", "bias": "none", "fan_in_fan_out": False, "modules_to_save": None}
+FIXED = {"peft_type": "LORA", "bias": "none", "modules_to_save": None}
 # Settings that change the update and must be off; they are not written, for versions of PEFT that do not know them.
 OFF = (
     "alora_invocation_tokens",
-    "alpha_pattern",
     "layer_replication",
     "lora_bias",
-    "rank_pattern",
     "use_bdlora",
     "use_dora",
     "use_qalora",
 )
 
 
-def save_peft(folder: Folder, adapter: Any, rank: int, alpha: float, base_name: str, model_type: str = "llama") -> None:
+def save_peft(
+    folder: Folder,
+    adapter: Any,
+    rank: int,
+    alpha: float,
+    base_name: str,
+    model_type: str = "llama",
+    head_dim: int = 0,
+) -> None:
     """Writes adapter_config.json and adapter_model.safetensors.
 
     Args:
       adapter: leaves `a` [L, in, R] and `b` [L, R, out]; modules may be absent.
       rank, alpha: the update is scaled by alpha / rank.
       base_name: folder or hub name of the base model, for whoever loads it.
+      head_dim: of the base; needed for families whose projections are fused head by head.
     """
     leaves = {path: np.asarray(leaf) for path, leaf in flax.traverse_util.flatten_dict(adapter, sep="/").items()}
+    family = get_family(model_type, folder)
     modules = {
-        module: path
-        for module, path in adapter_modules(get_family(model_type, folder)).items()
-        if f"{path}/a" in leaves
+        module: paths
+        for module, paths in adapter_modules(family).items()
+        if any(f"{path}/{factor}" in leaves for path in paths for factor in FACTORS)
     }
-    if unknown := leaves.keys() - {f"{path}/{factor}" for path in modules.values() for factor in FACTORS}:
+    wanted = {f"{path}/{factor}" for paths in modules.values() for path in paths for factor in FACTORS}
+    if unknown := leaves.keys() - wanted:
         raise UserError(f"{folder}: {min(unknown)} has no name in PEFT; export adapters of linear layers only")
+    if missing := wanted - leaves.keys():
+        raise UserError(f"{folder}: {min(missing)} is missing; adapt both factors, and all parts of a fused projection")
     config = {
         **FIXED,
         "base_model_name_or_path": base_name,
+        "fan_in_fan_out": family.conv1d,
         "inference_mode": True,
         "lora_alpha": alpha,
         "lora_dropout": 0.0,
         "r": rank,
-        "target_modules": sorted(module.rsplit(".", 1)[-1] for module in modules),
+        "target_modules": sorted(_target(family, module) for module in modules),
         "task_type": "CAUSAL_LM",
         "use_rslora": False,
+        **_patterns(family, modules, rank, alpha),
     }
+
+    def factors(paths):
+        """[L, in, R] and [L, R, out] of a module on disk."""
+        a, b = ([leaves[f"{path}/{factor}"] for path in paths] for factor in FACTORS)
+        if len(paths) == 1:
+            return a[0], b[0]
+        depth, _, outputs = b[0].shape
+        wide = np.zeros((depth, len(paths) * rank, len(paths) * outputs), b[0].dtype)
+        for part, block in enumerate(b):
+            start = 0
+            for run in part_runs(family, part, outputs, head_dim):
+                end = start + run.stop - run.start
+                wide[:, part * rank : (part + 1) * rank, run] = block[..., start:end]
+                start = end
+        return np.concatenate(a, axis=-1), wide
+
     tensors = (
         (f"base_model.model.{module.format(layer=layer)}.{name}.weight", matrix.T)
-        for module, path in modules.items()
-        for factor, name in FACTORS.items()
-        for layer, matrix in enumerate(leaves[f"{path}/{factor}"])
+        for module, paths in modules.items()
+        for name, stack in zip(FACTORS.values(), factors(paths), strict=True)
+        for layer, matrix in enumerate(stack)
     )
     with new_folder(folder, marker=CONFIG) as work:
         write_tensors(work / WEIGHTS, tensors)
         (work / CONFIG).write_text(json.dumps(config, indent=2))
 
 
-def load_peft(folder: Folder, model_type: str = "llama") -> tuple[Any, int, float]:
+def _target(family: Family, module: str) -> str:
+    """The shortest end of the module's name that no other module has."""
+    names = module.split(".")
+    ends = (".".join(names[-n:]) for n in range(1, len(names)))
+    return next(end for end in ends if sum(x.endswith(f".{end}") for x in adapter_modules(family)) == 1)
+
+
+def _patterns(family: Family, modules: Mapping[str, tuple[str, ...]], rank: int, alpha: float) -> dict[str, Any]:
+    """What adapter_config.json says of fused modules among `modules`; nothing where there are none."""
+    fused = {_target(family, module): len(paths) for module, paths in modules.items() if len(paths) > 1}
+    if not fused:
+        return {}
+    return {
+        "rank_pattern": {target: parts * rank for target, parts in fused.items()},
+        "alpha_pattern": {target: parts * alpha for target, parts in fused.items()},
+    }
+
+
+def load_peft(folder: Folder, model_type: str = "llama", head_dim: int = 0) -> tuple[Any, int, float]:
     """(adapter, rank, alpha) of a LoRA folder; leaves float32 numpy arrays.
 
     With `use_rslora` (arXiv 2312.03732) the update is scaled by alpha / sqrt(rank), so alpha * sqrt(rank) is returned:
-    alpha / rank is the factor to apply either way. Raises UserError on anything but plain LoRA on whole linear layers.
+    alpha / rank is the factor to apply either way. An adapter of a fused projection becomes one of each of its parts:
+    those that `save_peft` wrote, or parts that share `a`. Raises UserError on anything but plain LoRA on whole linear
+    layers.
     """
     folder = pathlib.Path(folder)
     config = read_json(folder / CONFIG)
-    for name, value in {**FIXED, **dict.fromkeys(OFF)}.items():
+    family = get_family(model_type, folder)
+    if missing := [name for name in ("r", "lora_alpha") if not config.get(name)]:
+        raise UserError(f"{folder / CONFIG}: the key {missing[0]!r} is missing; export the adapter again")
+    rank, alpha = int(config["r"]), float(config["lora_alpha"])
+    modules = adapter_modules(family)
+    ours = _patterns(family, modules, rank, alpha)
+    joined = bool(ours) and not config.get("use_rslora") and all(config.get(name) == ours[name] for name in ours)
+    allowed = {**FIXED, **dict.fromkeys((*OFF, "rank_pattern", "alpha_pattern")), **(ours if joined else {})}
+    # Of a Conv1D the factors lie as of any other module, whatever the flag says.
+    allowed["fan_in_fan_out"] = config.get("fan_in_fan_out") if family.conv1d else False
+    for name, value in allowed.items():
         if (config.get(name) or value) != value:
             raise UserError(
                 f"{folder / CONFIG}: {name}={config[name]!r} is not supported; export the adapter as plain LoRA"
             )
-    if missing := [name for name in ("r", "lora_alpha") if not config.get(name)]:
-        raise UserError(f"{folder / CONFIG}: the key {missing[0]!r} is missing; export the adapter again")
-    rank, alpha = int(config["r"]), float(config["lora_alpha"])
-    factors = _read_factors(folder, rank, adapter_modules(get_family(model_type, folder)))
+    factors = _read_factors(folder, rank, family, modules, joined, head_dim)
     depth = 1 + max((layer for layers in factors.values() for layer in layers), default=-1)
     adapter = {}
     for path in sorted({path.rpartition("/")[0] for path in factors}):
@@ -112,22 +172,43 @@ def load_peft(folder: Folder, model_type: str = "llama") -> tuple[Any, int, floa
     )
 
 
-def _read_factors(folder: pathlib.Path, rank: int, modules: dict[str, str]) -> dict[str, dict[int, np.ndarray]]:
+def _read_factors(
+    folder: pathlib.Path,
+    rank: int,
+    family: Family,
+    modules: Mapping[str, tuple[str, ...]],
+    joined: bool,
+    head_dim: int,
+) -> dict[str, dict[int, np.ndarray]]:
     """Our path -> layer -> factor, `a` [in, R] or `b` [R, out]."""
     factors: dict[str, dict[int, np.ndarray]] = {}
     with open_tensors([folder / WEIGHTS]) as files:
         for key in sorted(files):
-            match = re.fullmatch(r"base_model\.model\.(.+\.layers)\.(\d+)\.(.+)\.lora_([AB])\.weight", key)
-            path = match and modules.get(f"{match[1]}.{{layer}}.{match[3]}")
-            if not path:
+            match = re.fullmatch(r"base_model\.model\.(.+?)\.(\d+)\.(.+)\.lora_([AB])\.weight", key)
+            paths = match and modules.get(f"{match[1]}.{{layer}}.{match[3]}")
+            if not paths:
                 raise UserError(
                     f"{folder}: {key} adapts no module of this model; adapt linear layers of the blocks only"
                 )
-            factor = files[key].get_tensor(key).astype(np.float32).T
-            axis = -1 if match[4] == "A" else 0
-            if factor.ndim != 2 or factor.shape[axis] != rank:
+            whole = files[key].get_tensor(key).astype(np.float32).T
+            kind, axis = match[4].lower(), -1 if match[4] == "A" else 0
+            full_rank = rank * len(paths) if joined else rank
+            if whole.ndim != 2 or whole.shape[axis] != full_rank:
                 raise UserError(
-                    f"{folder}: {key} has shape {factor.shape[::-1]}, which is not of rank {rank}; export it again"
+                    f"{folder}: {key} has shape {whole.shape[::-1]}, which is not of rank {full_rank}; export it again"
                 )
-            factors.setdefault(f"{path}/{match[4].lower()}", {})[int(match[2])] = factor
+            for part, path in enumerate(paths):
+                factor = whole
+                if len(paths) > 1 and kind == "b":
+                    runs = part_runs(family, part, whole.shape[1] // len(paths), head_dim)
+                    factor = np.concatenate([whole[:, run] for run in runs], axis=1)
+                if len(paths) > 1 and joined:
+                    own = slice(part * rank, (part + 1) * rank)
+                    if kind == "b" and np.count_nonzero(factor) > np.count_nonzero(factor[own]):
+                        raise UserError(
+                            f"{folder}: {key} mixes its parts, which rank_pattern does not allow here; "
+                            "export the adapter as plain LoRA"
+                        )
+                    factor = factor[own] if kind == "b" else factor[:, own]
+                factors.setdefault(f"{path}/{kind}", {})[int(match[2])] = factor
     return factors

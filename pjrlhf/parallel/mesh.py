@@ -25,8 +25,10 @@ Axis = str | tuple[str, ...] | None
 # replicated. Leading axes (layers, adapters) are never split. A tuple splits one axis over several of the mesh.
 RULES: tuple[tuple[str, tuple[Axis, ...]], ...] = (
     (r"embed/embedding$", ("tensor", "fsdp")),
+    (r"position/embedding$", (None, "fsdp")),
     (r"(query|key|value|gate|up|head)/kernel$", ("fsdp", "tensor")),
     (r"(output|down)/kernel$", ("tensor", "fsdp")),
+    (r"(query|key|value|gate|up|head)/bias$", ("tensor",)),
     (r"(query|key|value|gate|up)/a$", ("fsdp", None)),
     (r"(query|key|value|gate|up)/b$", (None, "tensor")),
     (r"(output|down)/a$", ("tensor", None)),

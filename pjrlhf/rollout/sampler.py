@@ -94,30 +94,34 @@ def generate(
         logp = jnp.take_along_axis(jax.nn.log_softmax(logits), token[:, None], axis=-1)[:, 0]
         return token.astype(jnp.int32), logp
 
-    def step(carry):
-        i, hidden, cache, slots, done, tokens, valid, logps = carry
+    def record(i, hidden, state):
+        """Draws token i and enters it."""
+        slots, done, tokens, valid, logps = state
         token, logp = draw(hidden, jax.random.fold_in(key, i))
         token = jnp.where(done, sampling.pad_id, token)
         tokens = tokens.at[:, i].set(token)
         valid = valid.at[:, i].set(~done)
         logps = logps.at[:, i].set(jnp.where(done, 0.0, logp))
         slots = jax.lax.dynamic_update_slice_in_dim(slots, ~done[:, None], P + i, 1)
-        done = done | (token == sampling.eos_id)
-        hidden, cache = policies(token[:, None], slots, cache, P + i)
-        return i + 1, hidden, cache, slots, done, tokens, valid, logps
+        return slots, done | (token == sampling.eos_id), tokens, valid, logps
+
+    def step(carry):
+        i, cache, state = carry
+        token = jax.lax.dynamic_slice_in_dim(state[2], i - 1, 1, 1)
+        hidden, cache = policies(token, state[0], cache, P + i - 1)
+        return i + 1, cache, record(i, hidden, state)
 
     def unfinished(carry):
-        return (carry[0] < N) & ~carry[4].all()
+        return (carry[0] < N) & ~carry[2][1].all()
 
     start = (
-        jnp.int32(0),
-        hidden[:, -1:],
-        cache,
         slots,
         jnp.zeros((B,), bool),
         jnp.full((B, N), sampling.pad_id, jnp.int32),
         jnp.zeros((B, N), bool),
         jnp.zeros((B, N), jnp.float32),
     )
-    _, _, _, _, _, tokens, valid, logps = jax.lax.while_loop(unfinished, step, start)
+    # The last token drawn needs no pass of its own.
+    carry = jnp.int32(1), cache, record(0, hidden[:, -1:], start)
+    _, _, (_, _, tokens, valid, logps) = jax.lax.while_loop(unfinished, step, carry)
     return {"tokens": tokens, "valid": valid, "logps": logps}

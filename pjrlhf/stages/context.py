@@ -29,6 +29,7 @@ from pjrlhf.models.adapters import AdapterConfig
 from pjrlhf.models.attention import choose
 from pjrlhf.models.config import ModelConfig, RopeScaling
 from pjrlhf.models.decoder import Decoder, init_params
+from pjrlhf.models.folders import read_json
 from pjrlhf.models.huggingface import fingerprint, load_params, read_config
 from pjrlhf.parallel.mesh import even_rows, leaf_sharding, make_mesh, row_sharding, shard_batch, sharded, stay
 from pjrlhf.parallel.processes import by_first, to_host
@@ -194,6 +195,12 @@ class Run:
         """The special tokens as an exported model names them."""
         t = self.tokenizer
         return {"bos_token_id": t.bos_id, "eos_token_id": t.eos_id, "pad_token_id": t.pad_id}
+
+    @functools.cached_property
+    def model_type(self) -> str:
+        """Of the base and of what is made of it, as a Hugging Face folder names it."""
+        path = self.config.model.path
+        return read_json(pathlib.Path(path) / "config.json").get("model_type") if path else "llama"
 
     @functools.cached_property
     def model_config(self) -> ModelConfig:

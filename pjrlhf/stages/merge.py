@@ -26,7 +26,8 @@ from pjrlhf.merging import lora, methods, trees
 from pjrlhf.models.config import ModelConfig
 from pjrlhf.models.families import get_family, is_ignorable, leaf_shapes, tensor_slots
 from pjrlhf.models.folders import new_folder, open_tensors, read_json, weight_files
-from pjrlhf.models.huggingface import TOKEN_IDS, TOKENIZER_FILES, fingerprint, read_config, save_params
+from pjrlhf.models.hf_config import TOKEN_IDS, read_config
+from pjrlhf.models.huggingface import TOKENIZER_FILES, fingerprint, save_params
 from pjrlhf.models.peft import CONFIG as ADAPTER_CONFIG
 from pjrlhf.models.peft import WEIGHTS as ADAPTER_WEIGHTS
 from pjrlhf.models.peft import load_peft, save_peft
@@ -90,7 +91,10 @@ def merge(config: Any, workdir: Any = None) -> dict[str, Any]:
     output = _output_folder(config, workdir)
     base = pathlib.Path(config.base) if config.base else None
     model_type = read_json(base / "config.json").get("model_type") if base else "llama"
-    ingredients = [_open(pathlib.Path(f), w, model_type) for f, w in zip(config.ingredients, weights, strict=True)]
+    head_dim = read_config(base).head_dim if base else 0
+    ingredients = [
+        _open(pathlib.Path(f), w, model_type, head_dim) for f, w in zip(config.ingredients, weights, strict=True)
+    ]
     _check_kinds(base, ingredients, config.space)
     _check_tokenizers([*([base] if base else []), *(ingredient.folder for ingredient in ingredients)])
     base_hash = _check_bases(base, ingredients)
@@ -165,9 +169,9 @@ def _output_folder(config: Any, workdir: Any) -> pathlib.Path:
     return output
 
 
-def _open(folder: pathlib.Path, weight: float, model_type: str) -> Ingredient:
+def _open(folder: pathlib.Path, weight: float, model_type: str, head_dim: int) -> Ingredient:
     if (folder / ADAPTER_CONFIG).is_file():
-        return Ingredient(folder, weight, *load_peft(folder, model_type))
+        return Ingredient(folder, weight, *load_peft(folder, model_type, head_dim))
     if (folder / "config.json").is_file():
         return Ingredient(folder, weight)
     raise UserError(f"{folder}: holds neither config.json nor {ADAPTER_CONFIG}; name a Hugging Face or PEFT folder")
@@ -237,7 +241,7 @@ def _check_tensors(folder: pathlib.Path, files: dict[str, Any], slots: dict[str,
                 raise UserError(f"{folder}: {name} has no place in the model; merge models of one shape")
             continue
         view = files[name].get_slice(name)
-        shape, expected = tuple(view.get_shape()), slots[name].shape
+        shape, expected = tuple(view.get_shape()), slots[name][0].shape
         if shape != expected:
             raise UserError(f"{folder}: {name} has shape {shape}, the model {expected}; merge models of one shape")
         if view.get_dtype() not in DTYPES:
@@ -271,12 +275,13 @@ def _write_adapter(
 ) -> str:
     """Writes the rank-concatenated adapter; returns its dtype."""
     base_name = str(base) if base else read_json(ingredients[0].folder / ADAPTER_CONFIG).get("base_model_name_or_path")
+    head_dim = read_config(base).head_dim if base else 0
     if base:
         for ingredient in ingredients:
             _check_adapter(ingredient, read_config(base), base)
     adapter = jax.tree.map(lambda x: np.asarray(x, jnp.dtype(dtype)), _combine(lora.concatenate, ingredients))
     rank = sum(ingredient.rank for ingredient in ingredients)
-    save_peft(work, adapter, rank, rank, base_name, model_type)
+    save_peft(work, adapter, rank, rank, base_name, model_type, head_dim)
     return dtype
 
 
@@ -322,18 +327,20 @@ def _write_model(
         updates = [(flax.traverse_util.flatten_dict(_combine(lora.average_factors, adapters), sep="/"), 1.0, 1.0)]
 
     with contextlib.ExitStack() as stack:
-        opened = [(stack.enter_context(open_tensors(weight_files(folder))), weight) for folder, weight in full]
+        opened = [
+            (stack.enter_context(open_tensors(weight_files(folder), family.prefix)), weight) for folder, weight in full
+        ]
         for (folder, _), (files, _) in zip(full, opened, strict=True):
             _check_tensors(folder, files, slots, functools.partial(is_ignorable, family, config))
-        names = {(slot.path, slot.index): name for name, slot in slots.items()}
+        names = {(slot.path, slot.index): (name, slot) for name, several in slots.items() for slot in several}
 
         def summed(path: str, index: int | tuple[()]) -> np.ndarray:
-            name, total = names[path, index], None
+            (name, slot), total = names[path, index], None
             for files, weight in opened:
                 if weight:
                     # Waiting lets go of this tensor before the next one is read.
-                    total = jax.block_until_ready(trees.accumulate(total, files[name].get_tensor(name), weight))
-            total = total.T if slots[name].transpose else total
+                    total = trees.accumulate(total, slot.take(files[name].get_tensor(name)), weight)
+                    jax.block_until_ready(total)
             module = path.removesuffix("/kernel")
             for adapter, scale, weight in updates:
                 if f"{module}/a" in adapter:
@@ -343,11 +350,11 @@ def _write_model(
 
         def combined(path: str, index: int | tuple[()]) -> np.ndarray:
             """By a method that needs all ingredients' versions of the tensor at once."""
-            name, module = names[path, index], path.removesuffix("/kernel")
+            (name, slot), module = names[path, index], path.removesuffix("/kernel")
 
             def read(files):
-                x = files[name].get_tensor(name)
-                return (x.T if slots[name].transpose else x).astype(trees.wide_dtype(x.dtype))
+                x = slot.take(files[name].get_tensor(name))
+                return x.astype(trees.wide_dtype(x.dtype))
 
             def adapted(adapter, scale, _):
                 a, b = (adapter.get(f"{module}/{factor}") for factor in "ab")
@@ -363,7 +370,7 @@ def _write_model(
             return np.asarray(methods.METHODS[method](start, leaves, [x.weight for x in ingredients], **options))
 
         layer = summed if method in SUMS else combined
-        stored = {slot.path: DTYPES[opened[0][0][n].get_slice(n).get_dtype()] for n, slot in slots.items()}
+        stored = {path: DTYPES[opened[0][0][n].get_slice(n).get_dtype()] for (path, _), (n, _) in names.items()}
         leaves = {
             path: _Leaf(shape, jnp.dtype(stored[path]), functools.partial(layer, path))
             for path, shape in leaf_shapes(config).items()

@@ -369,11 +369,19 @@ def _save_ingredients(run: Run, folder: pathlib.Path, names: Sequence[str], bank
         one = jax.tree.map(lambda x, k=k: x[k], bank)
         target = folder / "ingredients" / name
         if run.adapter.rank:
-            save_peft(target, one, run.adapter.rank, run.adapter.alpha, str(run.base_folder))
+            adapter, head_dim = run.adapter, run.model_config.head_dim
+            save_peft(target, one, adapter.rank, adapter.alpha, str(run.base_folder), run.model_type, head_dim)
             # By this the merge refuses an adapter that was trained on another base.
             write_json(target / MANIFEST, {"base": {"folder": str(run.base_folder), "hash": run.base_hash}})
         else:
-            save_params(target, run.model_config, one, tokenizer_folder=run.base_folder, token_ids=run.token_ids)
+            save_params(
+                target,
+                run.model_config,
+                one,
+                model_type=run.model_type,
+                tokenizer_folder=run.base_folder,
+                token_ids=run.token_ids,
+            )
 
 
 def load_bank(run: Run, stage: str = "policy", names: Sequence[str] | None = None) -> Any:

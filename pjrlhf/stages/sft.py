@@ -110,6 +110,7 @@ def run(run: Run) -> dict[str, Any]:
             run.base_folder,
             run.model_config,
             to_host(method.result(state)),
+            model_type=run.model_type,
             tokenizer_folder=run.start_folder,
             token_ids=run.token_ids,
         )

@@ -28,6 +28,7 @@ ROPES = {
     "new": ({"rope_parameters": {"rope_theta": 7.0, "rope_type": "default"}}, 7.0, None),
     "new scaled": ({"rope_parameters": {"rope_theta": 7.0, **LLAMA3}}, 7.0, SCALING),
     "theta above, scaling below": ({"rope_theta": 7.0, "rope_parameters": LLAMA3}, 7.0, SCALING),
+    "linear": ({"rope_scaling": {"type": "linear", "factor": 2.0}}, 10_000.0, RopeScaling(factor=2.0)),
     "both": (
         {"rope_theta": 7.0, "rope_scaling": LLAMA3, "rope_parameters": {"rope_theta": 7.0, **LLAMA3}},
         7.0,
@@ -81,15 +82,16 @@ def test_absent_keys_have_the_defaults_of_transformers(small):
 
 
 BROKEN_CONFIGS = {
-    "model_type 'gpt2' is not supported": {"model_type": "gpt2"},
+    "model_type 't5' is not supported": {"model_type": "t5"},
     "model_type None is not supported": {"model_type": None},
     "'vocab_size' is missing": {"vocab_size": None},
     "'num_attention_heads' is missing": {"num_attention_heads": None},
-    "hidden_act='gelu'": {"hidden_act": "gelu"},
-    "attention_bias=True": {"attention_bias": True},
-    "mlp_bias=True": {"mlp_bias": True},
+    "hidden_act='mish'": {"hidden_act": "mish"},
+    "quantization_config": {"quantization_config": {"quant_method": "gptq"}},
     "rope type 'yarn'": {"rope_scaling": {"type": "yarn", "factor": 2.0}},
-    "rope type 'linear'": {"rope_parameters": {"rope_type": "linear", "factor": 2.0}},
+    "rope type 'dynamic'": {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}},
+    "rope key 'mrope_section'": {"rope_parameters": {"rope_type": "default", "mrope_section": [1, 1, 1]}},
+    "rope key 'full_attention'": {"rope_parameters": {"full_attention": {"rope_theta": 7.0}}, "rope_theta": None},
     "rope key 'factor' is missing": {"rope_scaling": {"rope_type": "llama3"}, "rope_parameters": None},
     "rope_parameters contradicts": {"rope_theta": 3.0},
     "rope_parameters contradicts rope_theta or rope_scaling": {"rope_scaling": LLAMA3},

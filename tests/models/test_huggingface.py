@@ -1,6 +1,5 @@
 """Weights in and out of Hugging Face folders: numbers equal to `transformers`, every byte in place, mistakes named."""
 
-import functools
 import json
 import math
 
@@ -10,20 +9,25 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from safetensors.numpy import load_file
-from tiny_llamas import SMALL, assert_equal_trees, change_weights, edit, golden, random_params, weights_of, write
+from tiny_llamas import (
+    SMALL,
+    assert_equal_trees,
+    change_weights,
+    edit,
+    forward,
+    golden,
+    needs_torch,
+    random_params,
+    torch,
+    torch_logits,
+    weights_of,
+    write,
+)
 
 from pjrlhf.errors import UserError
 from pjrlhf.models import huggingface
-from pjrlhf.models.decoder import Decoder
-from pjrlhf.models.families import FAMILIES, leaf_shapes
+from pjrlhf.models.families import leaf_shapes
 from pjrlhf.models.huggingface import load_params, read_config, save_params
-
-try:
-    import torch
-except ImportError:
-    torch = None
-
-needs_torch = pytest.mark.skipif(torch is None, reason="torch is not installed; the goldens are compared instead")
 
 
 @pytest.fixture(params=["llama3_untied", "default_tied"])
@@ -31,23 +35,6 @@ def checkpoint(request, tmp_path):
     """(golden, folder) of a tiny random Llama, written without any code under test."""
     data = golden(request.param)
     return data, write(tmp_path / "model", json.loads(str(data["config"])), weights_of(request.param))
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def forward(config, params, tokens, valid):
-    model = Decoder(config)
-    hidden, _ = model.apply({"params": params}, tokens, valid)
-    return model.apply({"params": params}, hidden, method="logits")
-
-
-def torch_logits(folder, tokens, valid):
-    import transformers
-
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    mask = torch.tensor(valid)
-    positions = (mask.cumsum(1) - 1).clamp(min=0)
-    with torch.no_grad():
-        return model(torch.tensor(tokens), attention_mask=mask.long(), position_ids=positions).logits.numpy()
 
 
 # --- numbers ---
@@ -129,12 +116,6 @@ def test_stories260k_tells_its_story(shared, tmp_path):
 # --- weights ---
 
 
-def test_the_table_covers_the_decoder():
-    for family in FAMILIES.values():
-        paths = [entry.path for entry in family.entries]
-        assert sorted(paths) == sorted(leaf_shapes(SMALL.replace(tie_embeddings=False)))
-
-
 @pytest.mark.parametrize("max_shard_bytes", [2**30, 20_000, 1])
 def test_export_is_the_original_tensor_for_tensor(checkpoint, tmp_path, max_shard_bytes):
     """Transposed kernels are views in memory, which safetensors would write in the wrong order."""
@@ -181,8 +162,8 @@ def test_leaves_are_read_in_the_parts_that_devices_hold(small, monkeypatch):
     mesh, reads, largest = Mesh(np.array(jax.devices()[:4]).reshape(2, 2), ("data", "model")), {}, {}
     read = huggingface._read_part
 
-    def recorded(tensors, transpose, shape, dtype, index):
-        part = read(tensors, transpose, shape, dtype, index)
+    def recorded(tensors, slot, shape, dtype, index):
+        part = read(tensors, slot, shape, dtype, index)
         name = next(iter(tensors.values()))[1]
         reads[name] = reads.get(name, 0) + part.size
         largest[name] = max(largest.get(name, 0), part.size)

@@ -147,3 +147,83 @@ def test_missing_files_are_named(folder):
         load_peft(folder)
     with pytest.raises(UserError, match=r"adapter_config\.json: no such file"):
         load_peft(folder / "nowhere")
+
+
+# --- fused projections ---
+
+FUSED = CONFIG.replace(num_kv_heads=2, head_dim=4, gated=False, norm="layer", positions="learned")
+FUSED_MODULE = {"gpt2": "transformer.h.{}.attn.c_attn", "gpt_neox": "gpt_neox.layers.{}.attention.query_key_value"}
+
+
+@functools.cache
+def fused_ingredient():
+    rng = np.random.default_rng(3)
+
+    def init(key):
+        return init_bank(init_params(Decoder(FUSED), key), AdapterConfig(rank=RANK), 2, key)
+
+    shapes = jax.eval_shape(init, jax.random.key(0))
+    return jax.tree.map(lambda x: rng.standard_normal(x.shape[1:]).astype(np.float32), shapes)
+
+
+@pytest.fixture(params=FUSED_MODULE)
+def fused(request, tmp_path):
+    save_peft(tmp_path / "lora", fused_ingredient(), RANK, ALPHA, "base", request.param, FUSED.head_dim)
+    return request.param, tmp_path / "lora"
+
+
+def in_order(model_type, parts):
+    """Queries, keys and values [..., D] as the family fuses them: [..., 3 D]."""
+    heads = np.stack([x.reshape(*x.shape[:-1], FUSED.num_heads, -1) for x in parts], -3)
+    return (heads.swapaxes(-3, -2) if model_type == "gpt_neox" else heads).reshape(*parts[0].shape[:-1], -1)
+
+
+def test_fused_projections_round_trip(fused):
+    model_type, folder = fused
+    adapter, rank, alpha = load_peft(folder, model_type, FUSED.head_dim)
+    assert (rank, alpha) == (RANK, ALPHA)
+    jax.tree.map(np.testing.assert_array_equal, adapter, fused_ingredient())
+
+
+def test_the_update_of_a_fused_projection_is_that_of_its_parts(fused):
+    model_type, folder = fused
+    config = json.loads((folder / "adapter_config.json").read_text())
+    tensors = load_file(folder / "adapter_model.safetensors")
+    module = FUSED_MODULE[model_type].format(1)
+    (target,) = [x for x in config["target_modules"] if module.endswith(f".{x}")]
+    scale = config["alpha_pattern"][target] / config["rank_pattern"][target]
+    key = f"base_model.model.{module}"
+    update = scale * tensors[f"{key}.lora_B.weight"] @ tensors[f"{key}.lora_A.weight"]
+    pairs = [fused_ingredient()["layers"]["attention"][part] for part in ("query", "key", "value")]
+    want = in_order(model_type, [ALPHA / RANK * pair["a"][1] @ pair["b"][1] for pair in pairs])
+    np.testing.assert_allclose(update.T, want, rtol=1e-5, atol=1e-5)
+    assert config["fan_in_fan_out"] == (model_type == "gpt2")
+
+
+def test_plain_adapters_of_a_fused_projection_share_a(fused):
+    """As PEFT trains them: one pair for queries, keys and values together."""
+    model_type, folder = fused
+    edit(folder, rank_pattern={}, alpha_pattern={})
+    a, b = np.ones((RANK, 8), np.float32), np.arange(24 * RANK, dtype=np.float32).reshape(24, RANK)
+    keys = [f"base_model.model.{FUSED_MODULE[model_type].format(i)}" for i in range(2)]
+    tensors = {f"{key}.lora_{factor}.weight": x for key in keys for factor, x in (("A", a), ("B", b))}
+    save_file(tensors, folder / "adapter_model.safetensors")
+    attention = load_peft(folder, model_type, FUSED.head_dim)[0]["layers"]["attention"]
+    parts = [attention[part] for part in ("query", "key", "value")]
+    assert all((pair["a"] == a.T).all() for pair in parts)
+    np.testing.assert_array_equal(in_order(model_type, [pair["b"][0] for pair in parts]), b.T)
+
+
+def test_fused_adapters_that_are_no_parts_are_refused(fused, tmp_path):
+    model_type, folder = fused
+    weights = load_file(folder / "adapter_model.safetensors")
+    key = f"base_model.model.{FUSED_MODULE[model_type].format(0)}.lora_B.weight"
+    save_file({**weights, key: weights[key] + 1}, folder / "adapter_model.safetensors")
+    with pytest.raises(UserError, match="mixes its parts"):
+        load_peft(folder, model_type, FUSED.head_dim)
+    edit(folder, use_rslora=True)
+    with pytest.raises(UserError, match="rank_pattern"):
+        load_peft(folder, model_type, FUSED.head_dim)
+    attention = {name: pair for name, pair in fused_ingredient()["layers"]["attention"].items() if name != "key"}
+    with pytest.raises(UserError, match=r"attention/key/[ab] is missing; .* all parts of a fused projection"):
+        save_peft(tmp_path / "other", {"layers": {"attention": attention}}, RANK, ALPHA, "base", model_type, 4)

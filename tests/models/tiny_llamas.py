@@ -7,11 +7,19 @@ import pathlib
 import flax.traverse_util
 import jax
 import numpy as np
+import pytest
 from safetensors.numpy import load_file, save_file
 
 from pjrlhf.models.config import ModelConfig
+from pjrlhf.models.decoder import Decoder
 from pjrlhf.models.families import leaf_shapes
 
+try:
+    import torch
+except ImportError:
+    torch = None
+
+needs_torch = pytest.mark.skipif(torch is None, reason="torch is not installed; the goldens are compared instead")
 GOLDEN = pathlib.Path(__file__).resolve().parent.parent / "golden"
 SMALL = ModelConfig(
     vocab_size=12, hidden_size=8, intermediate_size=10, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=6
@@ -33,6 +41,25 @@ def write(folder, config, weights):
     (folder / "config.json").write_text(json.dumps(config))
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     return folder
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def forward(config, params, tokens, valid):
+    """Logits [B, T, V]."""
+    model = Decoder(config)
+    hidden, _ = model.apply({"params": params}, tokens, valid)
+    return model.apply({"params": params}, hidden, method="logits")
+
+
+def torch_logits(folder, tokens, valid):
+    import transformers
+
+    # Some fused attention kernels know no soft caps.
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+    mask = torch.tensor(valid)
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    with torch.no_grad():
+        return model(torch.tensor(tokens), attention_mask=mask.long(), position_ids=positions).logits.numpy()
 
 
 def random_params(config):

@@ -1,5 +1,7 @@
 """Packed rows give what plain ones give: log-probs, rewards and gradients, for any way of packing."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -78,6 +80,19 @@ def test_packed_rows_score_as_plain_ones(policy, examples, plain, mode):
     logps, rewards = score()
     np.testing.assert_allclose(logps, plain[0], rtol=2e-5)
     np.testing.assert_allclose(rewards, plain[1], rtol=2e-4, atol=2e-5)
+
+
+def test_windows_and_learned_positions_are_counted_in_tokens_not_slots(examples):
+    """The second answer stands after the first in its row, and is no further from the prompt for it."""
+    model = Decoder(CONFIG.replace(windows=(3, 0), positions="learned", max_length=32))
+    base = jax.jit(init_params, static_argnums=0)(model, jax.random.key(0))
+
+    @functools.partial(jax.jit, static_argnames="count")
+    def score(rows, count):
+        return scoring.packed_logps(Policies(model, ADAPTER, base, None, None), rows, count)
+
+    alone, shared = (score(pack(*examples, mode=mode, length=40, pad_id=0), 2 * E) for mode in ("none", "pack"))
+    np.testing.assert_allclose(shared, alone, rtol=2e-5)
 
 
 def test_every_way_of_packing_has_the_same_gradient(policy, examples):

@@ -1,4 +1,5 @@
 import contextlib
+import functools
 import gc
 import importlib.util
 import json
@@ -364,8 +365,8 @@ def test_one_tensor_of_one_ingredient_is_alive_at_a_time(kitchen, tmp_path, monk
             return tensor
 
     @contextlib.contextmanager
-    def counting(files):
-        with open_tensors(files) as found:
+    def counting(files, prefix):
+        with open_tensors(files, prefix) as found:
             yield {name: Counting(handle) for name, handle in found.items()}
 
     monkeypatch.setattr(stage, "open_tensors", counting)
@@ -400,7 +401,7 @@ NORM = "model.norm.weight"
 SPOILERS = {
     "config": (lambda f: edit(f, rms_norm_eps=0.5), "norm_eps is 0.5 but 1e-05 in"),
     "vocabulary": (lambda f: edit(f, vocab_size=25), "vocab_size is 25 but 24 in"),
-    "family": (lambda f: edit(f, model_type="gpt2"), "model_type 'gpt2' is not supported"),
+    "family": (lambda f: edit(f, model_type="t5"), "model_type 't5' is not supported"),
     "missing": (lambda f: other_weights(f, lambda t: t.pop(NORM)), "model.norm.weight is missing"),
     "extra": (lambda f: other_weights(f, lambda t: t.update(v_head=np.ones(1, np.float32))), "v_head has no place"),
     "shape": (
@@ -535,3 +536,33 @@ def test_a_real_model_merged_with_itself_is_itself(shared, tmp_path):
     assert_close(load_params(tmp_path / "out"), load_params(folder), atol=1e-6)
     assert read_config(tmp_path / "out") == read_config(folder)
     assert (tmp_path / "out" / "tokenizer.json").read_bytes() == (folder / "tokenizer.json").read_bytes()
+
+
+@pytest.mark.parametrize("model_type, by_head", [("gpt2", False), ("gpt_neox", True)])
+def test_families_whose_projections_are_fused(tmp_path, model_type, by_head):
+    """Of a base, a full model and an adapter: soups, and two adapters as one."""
+    rotary = {"rotary_dim": 2, "residual": "parallel"} if by_head else {"positions": "learned"}
+    config = CONFIG.replace(
+        num_kv_heads=4,
+        norm="layer",
+        gated=False,
+        activation="gelu" if by_head else "gelu_tanh",
+        biases=("query", "key", "value", "output", "up", "down"),
+        **rotary,
+    )
+    params = {name: draw(config, seed) for seed, name in enumerate(("base", "full"))}
+    for name, tree in params.items():
+        save_params(tmp_path / name, config, tree, model_type=model_type)
+    adapters = [jax.tree.map(lambda leaf, k=k: leaf[k], bank(tmp_path / "base")) for k in range(2)]
+    for k, adapter in enumerate(adapters):
+        save_peft(tmp_path / f"lora{k}", adapter, LORA.rank, LORA.alpha, "base", model_type, config.head_dim)
+    run(tmp_path, tmp_path / "soup", ["full", "lora1"], [0.25, 0.5], "base")
+    want = jax.tree.map(lambda x, y: 0.75 * x + 0.25 * y, params["base"], params["full"])
+    want = lora.merge_dense(want, [adapters[1]], [LORA.scale], [0.5])
+    jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-6), load_params(tmp_path / "soup"), want)
+    run(tmp_path, tmp_path / "both", ["lora0", "lora1"], [0.25, 0.5], "base", space="concat")
+    both, rank, alpha = load_peft(tmp_path / "both", model_type, config.head_dim)
+    assert rank == 2 * LORA.rank
+    got = lora.merge_dense(params["base"], [both], [alpha / rank], [1.0])
+    want = lora.merge_dense(params["base"], adapters, [LORA.scale] * 2, [0.25, 0.5])
+    jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-6), got, want)

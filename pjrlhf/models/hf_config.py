@@ -1,0 +1,256 @@
+"""config.json of a Hugging Face folder to `ModelConfig` and back, through the tables of `families`.
+
+What the decoder does not compute is refused; what it does not need, such as rates of dropout, is passed over.
+"""
+
+import dataclasses
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import jax.numpy as jnp
+
+from pjrlhf.errors import UserError
+from pjrlhf.models.config import LINEARS, ModelConfig, RopeScaling
+from pjrlhf.models.families import Family, get_family
+from pjrlhf.models.folders import Folder, read_json
+
+TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+# Our names of the numbers of a scaling of RoPE -> theirs, by its type.
+ROPE_FIELDS = {
+    "linear": {"factor": "factor"},
+    "llama3": {
+        "factor": "factor",
+        "low_freq_factor": "low_freq_factor",
+        "high_freq_factor": "high_freq_factor",
+        "original_max_position": "original_max_position_embeddings",
+    },
+}
+ACTIVATIONS = {
+    "silu": "silu",
+    "swish": "silu",
+    "gelu": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_fast": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+}
+# Fields that null switches off; null means the default of all others.
+NULLABLE = ("attention_softcap", "logit_softcap")
+LOCAL, GLOBAL = "sliding_attention", "full_attention"
+
+
+def read_config(folder: Folder) -> ModelConfig:
+    """The shape of the model in `folder`, from its config.json.
+
+    Reads both spellings of RoPE: top-level `rope_theta` / `rope_scaling`, and `rope_parameters` of transformers 5.
+    Raises UserError on a missing or unreadable file, a missing key, or anything the decoder cannot compute.
+    """
+    source = pathlib.Path(folder) / "config.json"
+    return _parse(read_json(source), source)
+
+
+def _parse(raw: Mapping[str, Any], source: Any) -> ModelConfig:
+    family = get_family(raw.get("model_type"), source)
+    if raw.get("quantization_config"):
+        raise UserError(f"{source}: quantization_config is not supported; use weights that are not quantised")
+    for name, value in family.fixed.items():
+        if (raw.get(name, value) or None) != (value or None):
+            raise UserError(f"{source}: {name}={raw[name]!r} is not supported; use a model with {name}={value!r}")
+
+    def setting(theirs: str) -> Any:
+        value = raw.get(theirs)
+        return family.defaults.get(theirs) if value is None else value
+
+    values = {ours: setting(theirs) for ours, theirs in family.fields.items()}
+    values |= {ours: raw[family.fields[ours]] for ours in NULLABLE if family.fields.get(ours) in raw}
+    if values["hidden_size"] and values["num_heads"]:
+        values["head_dim"] = values.get("head_dim") or values["hidden_size"] // values["num_heads"]
+        values["num_kv_heads"] = values.get("num_kv_heads") or values["num_heads"]
+        if family.fields["intermediate_size"] == "n_inner":
+            values["intermediate_size"] = values["intermediate_size"] or 4 * values["hidden_size"]
+    missing = [theirs for ours, theirs in family.fields.items() if values[ours] is None and ours not in NULLABLE]
+    if missing:
+        raise UserError(f"{source}: the key {missing[0]!r} is missing; copy the config.json that came with the weights")
+    activation = setting(family.activation)
+    if activation not in ACTIVATIONS:
+        raise UserError(
+            f"{source}: {family.activation}={activation!r} is not supported; "
+            f"use a model with one of {', '.join(ACTIVATIONS)}"
+        )
+    flagged = [names for flag, names in family.biases.items() if setting(flag)]
+    biases = {*family.switches.get("biases", ()), *(name for names in flagged for name in names)}
+    values |= family.switches
+    values |= {"activation": ACTIVATIONS[activation], "biases": tuple(name for name in LINEARS if name in biases)}
+    if "use_parallel_residual" in family.defaults:
+        values["residual"] = "parallel" if setting("use_parallel_residual") else "sequential"
+    try:
+        values["windows"] = _read_windows(raw, family, values["num_layers"], source)
+        values |= _read_rope(raw, family, values["head_dim"], bool(values["windows"]), source)
+        return ModelConfig(**values)
+    except UserError:
+        raise
+    except ValueError as e:
+        raise UserError(f"{source}: {e}") from e
+
+
+def _read_windows(raw: Mapping[str, Any], family: Family, layers: int, source: Any) -> tuple[int, ...]:
+    if family.near is None:
+        return ()
+    size = raw.get("sliding_window", family.defaults["sliding_window"])
+    if raw.get("layer_types"):
+        if unknown := {*raw["layer_types"]} - {LOCAL, GLOBAL}:
+            raise UserError(
+                f"{source}: layer type {min(unknown)!r} is not supported; use a model with {LOCAL} and {GLOBAL} alone"
+            )
+        near = [kind == LOCAL for kind in raw["layer_types"]]
+        if any(near) and "use_sliding_window" in family.defaults and not raw.get("use_sliding_window"):
+            raise UserError(
+                f"{source}: layer_types contradicts use_sliding_window; keep the one the model was trained with"
+            )
+    elif size is None and "layer_types" in family.fixed:
+        return ()
+    else:
+        near = family.near(raw, layers)
+    if any(near) and not size:
+        raise UserError(
+            f"{source}: the key 'sliding_window' is missing; copy the config.json that came with the weights"
+        )
+    return tuple(size if local else 0 for local in near) if any(near) else ()
+
+
+def _read_rope(raw: Mapping[str, Any], family: Family, head_dim: int, windows: bool, source: Any) -> dict[str, Any]:
+    """The fields of `ModelConfig` about rotary embeddings."""
+    given = {name: raw[name] for name in ("rope_scaling", "rope_parameters") if raw.get(name)}
+    if not family.rope:
+        if given:
+            raise UserError(f"{source}: {next(iter(given))} is not supported; use a model of this type without it")
+        return {}
+    if family.rope == "by_layer_type":
+        both = given.get("rope_parameters", {})
+        if both.keys() - {LOCAL, GLOBAL}:
+            raise UserError(
+                f"{source}: rope_parameters must have the keys {LOCAL} and {GLOBAL}; export the model again"
+            )
+        old = {"rope_theta": raw.get("rope_theta"), **given.get("rope_scaling", {})}
+        theta, scaling = _one_rope([old, both.get(GLOBAL) or {}], 1_000_000.0, source)
+        old = {"rope_theta": raw.get("rope_local_base_freq")}
+        local, local_scaling = _one_rope([old, both.get(LOCAL) or {}], 10_000.0, source)
+        if local_scaling:
+            raise UserError(f"{source}: scaled rope of {LOCAL} layers is not supported; use a model that scales none")
+        return {"rope_theta": theta, "rope_scaling": scaling, "local_rope_theta": local if windows else None}
+    old = {"rope_theta": raw.get("rotary_emb_base" if family.rope == "neox" else "rope_theta")}
+    theta, scaling = _one_rope([old, *given.values()], 10_000.0, source)
+    shares = {block.get("partial_rotary_factor") for block in (raw, *given.values())}
+    if family.rope == "neox":
+        shares.add(raw.get("rotary_pct"))
+    shares -= {None}
+    share = shares.pop() if shares else 0.25 if family.rope == "neox" else 1.0
+    if shares or (family.rope != "neox" and share != 1.0):
+        raise UserError(f"{source}: partial_rotary_factor is not supported; use a model that rotates whole heads")
+    width = {"rotary_dim": int(head_dim * share)} if family.rope == "neox" else {}
+    return {"rope_theta": theta, "rope_scaling": scaling, **width}
+
+
+def _one_rope(blocks: list[Mapping[str, Any]], theta: float, source: Any) -> tuple[float, RopeScaling | None]:
+    """(theta, scaling) that all of `blocks` agree on; `theta` where none has one."""
+    thetas = {float(block["rope_theta"]) for block in blocks if block.get("rope_theta") is not None}
+    scalings = {_read_scaling(block, source) for block in blocks if block.keys() - {"rope_theta"}}
+    if len(thetas) > 1 or len(scalings) > 1:
+        raise UserError(
+            f"{source}: rope_parameters contradicts rope_theta or rope_scaling; keep the one the model was trained with"
+        )
+    return next(iter(thetas), theta), next(iter(scalings), None)
+
+
+def _read_scaling(block: Mapping[str, Any], source: Any) -> RopeScaling | None:
+    kind = block.get("rope_type", block.get("type", "default"))
+    if kind not in ("default", *ROPE_FIELDS):
+        raise UserError(
+            f"{source}: rope type {kind!r} is not supported; use a model with rope type default, "
+            f"{' or '.join(ROPE_FIELDS)}"
+        )
+    fields = ROPE_FIELDS.get(kind, {})
+    missing = [theirs for theirs in fields.values() if theirs not in block]
+    if missing:
+        raise UserError(
+            f"{source}: the rope key {missing[0]!r} is missing; copy the config.json that came with the weights"
+        )
+    known = {"rope_type", "type", "rope_theta", "partial_rotary_factor", *fields.values()}
+    if unknown := sorted(name for name, value in block.items() if name not in known and value is not None):
+        raise UserError(
+            f"{source}: the rope key {unknown[0]!r} is not supported for rope type {kind!r}; use a model without it"
+        )
+    return RopeScaling(**{ours: block[theirs] for ours, theirs in fields.items()}) if fields else None
+
+
+def config_to_hf(config: ModelConfig, *, model_type: str = "llama", dtype: Any = jnp.float32, **token_ids: Any) -> dict:
+    """The content of config.json, with both spellings of RoPE and of the dtype.
+
+    `token_ids`: bos_token_id, eos_token_id, pad_token_id (ints, or a list for eos); those not given are written as
+    null, so that no library fills in its own. Raises UserError where `model_type` cannot say what `config` says.
+    """
+    if unknown := set(token_ids) - set(TOKEN_IDS):
+        raise UserError(f"token_ids: {sorted(unknown)} is unknown; choose from {', '.join(TOKEN_IDS)}")
+    family = get_family(model_type, "config")
+    name = jnp.dtype(dtype).name
+    activations = {"silu": "silu", "gelu": "gelu", "gelu_tanh": family.gelu_tanh}
+    raw = {
+        "architectures": [family.architecture],
+        "model_type": model_type,
+        **{theirs: getattr(config, ours) for ours, theirs in family.fields.items()},
+        **{theirs: value for theirs, value in family.fixed.items() if value is not None},
+        family.activation: activations[config.activation],
+        **{flag: set(names) <= set(config.biases) for flag, names in family.biases.items()},
+        **_write_windows(config, family),
+        **_write_rope(config, family),
+        "dtype": name,
+        "torch_dtype": name,
+        **{name: token_ids.get(name) for name in TOKEN_IDS},
+    }
+    if "use_parallel_residual" in family.defaults:
+        raw["use_parallel_residual"] = config.residual == "parallel"
+    again = _parse(raw, f"config.json of type {model_type!r}")
+    for field in dataclasses.fields(ModelConfig):
+        want, have = getattr(config, field.name), getattr(again, field.name)
+        if want != have:
+            raise UserError(
+                f"config: a model of type {model_type!r} has {field.name}={have!r}, not {want!r}; "
+                "export it as the type it came from"
+            )
+    return raw
+
+
+def _write_windows(config: ModelConfig, family: Family) -> dict[str, Any]:
+    if family.near is None:
+        return {}
+    size = max(config.windows, default=0)
+    if "layer_types" in family.fixed:
+        return {"sliding_window": size or None}
+    near = [window > 0 for window in config.windows] or [False] * config.num_layers
+    kinds = {"layer_types": [LOCAL if local else GLOBAL for local in near]}
+    if "use_sliding_window" not in family.defaults:
+        return kinds | {"sliding_window": size or family.defaults["sliding_window"]}
+    first = near.index(True) if any(near) else config.num_layers
+    return kinds | {"sliding_window": size or None, "use_sliding_window": size > 0, "max_window_layers": first}
+
+
+def _write_rope(config: ModelConfig, family: Family) -> dict[str, Any]:
+    if not family.rope:
+        return {}
+    scaling = None
+    if config.rope_scaling is not None:
+        kind = "linear" if config.rope_scaling.low_freq_factor is None else "llama3"
+        scaling = {theirs: getattr(config.rope_scaling, ours) for ours, theirs in ROPE_FIELDS[kind].items()}
+        scaling["rope_type"] = kind
+    new = {"rope_theta": config.rope_theta, **(scaling or {"rope_type": "default"})}
+    if family.rope == "neox":
+        share = (config.rotary_dim or config.head_dim) / config.head_dim
+        new["partial_rotary_factor"] = share
+        old = {"rotary_emb_base": config.rope_theta, "rotary_pct": share}
+    elif family.rope == "by_layer_type":
+        local = config.local_rope_theta or config.rope_theta
+        old = {"rope_theta": config.rope_theta, "rope_local_base_freq": local}
+        new = {GLOBAL: new, LOCAL: {"rope_theta": local, "rope_type": "default"}}
+    else:
+        old = {"rope_theta": config.rope_theta}
+    return {**old, "rope_scaling": scaling, "rope_parameters": new}

@@ -1,0 +1,36 @@
+"""Models of all families, drawn from the names of their tensors: what golden/families.json does not have to hold.
+
+Nothing here is code under test, nor needs torch.
+"""
+
+import functools
+import json
+import pathlib
+import zlib
+
+import numpy as np
+
+LENGTH = 320
+
+
+def draw(name, shape):
+    """The tensor of that name: float32, evenly in [-1, 1], matrices in [-0.5, 0.5]."""
+    spread = 0.5 if len(shape) > 1 else 1.0
+    rng = np.random.default_rng(zlib.crc32(name.encode()))
+    return (spread * (2 * rng.random(shape) - 1)).astype(np.float32)
+
+
+def inputs(vocab_size):
+    """Tokens and valid [2, 320], the second row left-padded by 41, and the positions that are compared."""
+    tokens = np.random.default_rng(0).integers(0, vocab_size, (2, LENGTH))
+    return tokens, np.arange(LENGTH) >= np.array([[0], [41]]), np.array([41, 100, 229, LENGTH - 1])
+
+
+@functools.cache
+def golden_families():
+    """model_type -> {"config", "shapes" of the tensors, "logits" [2, 4, V] at the positions of `inputs`}."""
+    return json.loads((pathlib.Path(__file__).parent / "golden" / "families.json").read_text())
+
+
+def weights_of(model_type):
+    return {name: draw(name, shape) for name, shape in golden_families()[model_type]["shapes"].items()}
