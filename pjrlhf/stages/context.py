@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from absl import logging
 
 from pjrlhf.data import bpe, preferences, world
 from pjrlhf.data.batching import buckets, pad_left, split_by
@@ -24,12 +25,21 @@ from pjrlhf.data.sources import open_source
 from pjrlhf.data.tokenization import Lengths, Tokenizer, TokenTable, cut_left, load_tokenizer, tokenize
 from pjrlhf.errors import UserError
 from pjrlhf.evaluation import judges
-from pjrlhf.models.adapters import AdapterConfig
+from pjrlhf.models.adapters import AdapterConfig, is_low_rank
 from pjrlhf.models.attention import choose
 from pjrlhf.models.config import ModelConfig, RopeScaling
 from pjrlhf.models.decoder import Decoder, init_params
 from pjrlhf.models.huggingface import fingerprint, load_params, read_config
-from pjrlhf.parallel.mesh import even_rows, leaf_sharding, make_mesh, row_sharding, shard_batch, sharded, stay
+from pjrlhf.parallel.mesh import (
+    bytes_per_device,
+    even_rows,
+    leaf_sharding,
+    make_mesh,
+    row_sharding,
+    shard_batch,
+    sharded,
+    stay,
+)
 from pjrlhf.parallel.processes import by_first, to_host
 from pjrlhf.rollout.sampler import Sampling
 from pjrlhf.training import loop
@@ -84,7 +94,26 @@ class Run:
         names = ("checkpoint_every", "keep", "keep_best", "log_every", "loggers", "profile")
         settings = {name: self.config[name] for name in names}
         programs = [part for part in vars(method).values() if isinstance(part, Program)]
-        return loop.run(method, self.workdir, stage, steps=steps, programs=programs, **settings, **options)
+        return loop.run(
+            method,
+            self.workdir,
+            stage,
+            steps=steps,
+            programs=programs,
+            on_start=functools.partial(self._say_bytes, stage),
+            **settings,
+            **options,
+        )
+
+    def _say_bytes(self, stage: str, state: State) -> None:
+        """Logs what a stage keeps on each device; what it sampled or is computing comes on top."""
+        trained = state.trainable
+        if "layers" in trained:  # nothing but a bank, or a whole model
+            trained = {"bank" if is_low_rank(trained) else "model": trained}
+        found = {"base": vars(self)["base"]} if "base" in vars(self) else {}
+        found |= {**trained, "optimizer": state.opt_state}
+        sizes = ", ".join(f"{name} {bytes_per_device(tree):,}" for name, tree in found.items())
+        logging.info("stage %s: bytes per device of %d: %s", stage, self.mesh.size, sizes)
 
     # ---- people and their preferences
 

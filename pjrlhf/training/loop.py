@@ -94,6 +94,7 @@ def run(
     log_every: int = 1,
     eval_every: int = 0,
     on_eval: Callable[[State, int], Mapping[str, float] | None] | None = None,
+    on_start: Callable[[State], None] | None = None,
     ingredients: Sequence[str] = (),
     show: Sequence[str] = ("loss",),
     watch: Collection[str] = ("loss", "grad_norm"),
@@ -112,6 +113,7 @@ def run(
       checkpoint_every, log_every, eval_every: in steps; 0 means never. Besides, the first and last step are logged.
       keep: how many checkpoints stay; besides, the best one by the metric `keep_best`, see `Checkpoints`.
       on_eval: called as `on_eval(state, step)`; the values it returns join the metrics of that step.
+      on_start: called with the state, new or restored, before the first step.
       ingredients: K names for [K] metrics.
       show: metrics on the progress bar.
       watch: metrics (`name` or anything under `name/`) that must be finite.
@@ -160,6 +162,8 @@ def run(
                 done = int(state.step)
         if done >= steps:
             return state
+        if on_start is not None:
+            on_start(state)
 
         writer = MetricWriter(workdir, stage, loggers=loggers, after=done)
         with contextlib.closing(writer), progress(stage, steps, show, start=done) as bar, _Stop() as stop:
