@@ -26,9 +26,11 @@ from pjrlhf.data.schema import Example
 from pjrlhf.errors import UserError
 from pjrlhf.models.config import ModelConfig
 from pjrlhf.models.families import leaf_shapes
+from pjrlhf.models.huggingface import read_config
 from pjrlhf.models.registry import UserRegistry
 from pjrlhf.parallel.mesh import even_rows, make_mesh, row_sharding, shardings
 from pjrlhf.parallel.roofline import CHIPS, Cost, Estimate, collective_bytes, estimate, memory_bytes, product_cost
+from pjrlhf.paths import local
 from pjrlhf.rollout import reference
 from pjrlhf.rollout.experience import reward_scores, sample
 from pjrlhf.stages import methods
@@ -145,7 +147,7 @@ class Planned(Run):
         path = self.config.model.path
         if path and not os.path.isdir(path) and self.config.model.vocab_size:
             return self.sized()
-        return super().model_config
+        return read_config(local(f"{path}/config.json").parent) if path else self.sized()
 
     @functools.cached_property
     def tokenizer(self) -> Any:

@@ -6,7 +6,6 @@ run can be continued in a new process.
 
 import dataclasses
 import functools
-import os
 import pathlib
 import random
 from collections.abc import Callable, Mapping, Sequence
@@ -41,6 +40,7 @@ from pjrlhf.parallel.mesh import (
     stay,
 )
 from pjrlhf.parallel.processes import by_first, to_host
+from pjrlhf.paths import local, user_cache
 from pjrlhf.rollout.sampler import Sampling
 from pjrlhf.training import loop
 from pjrlhf.training.performance import Program
@@ -91,7 +91,7 @@ class Run:
 
     def train(self, method: loop.Method, stage: str, steps: int, **options: Any) -> State:
         """The state after `steps` steps, see `training.loop.run`."""
-        names = ("checkpoint_every", "keep", "keep_best", "log_every", "loggers", "profile")
+        names = ("checkpoints", "checkpoint_every", "keep", "keep_best", "log_every", "loggers", "profile")
         settings = {name: self.config[name] for name in names}
         programs = [part for part in vars(method).values() if isinstance(part, Program)]
         return loop.run(
@@ -174,8 +174,7 @@ class Run:
     @property
     def cache_folder(self) -> pathlib.Path:
         """For what depends on content and not on a run: the user's cache folder."""
-        root = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
-        return pathlib.Path(root) / "pjrlhf"
+        return user_cache()
 
     @property
     def base_folder(self) -> pathlib.Path:
@@ -186,7 +185,7 @@ class Run:
     def start_folder(self) -> pathlib.Path:
         """The model the run starts from; without `model.path`, the folder of a new tokenizer."""
         if self.config.model.path:
-            return pathlib.Path(self.config.model.path)
+            return local(self.config.model.path)
         if "sft" not in self.config.stages:
             raise UserError(
                 "model.path: not set, and there is no stage sft to train a base; name a Hugging Face folder"
@@ -226,7 +225,7 @@ class Run:
     @functools.cached_property
     def model_config(self) -> ModelConfig:
         """Dimensions of the base, from its folder or (trained from scratch) from the config."""
-        return read_config(self.config.model.path) if self.config.model.path else self.sized()
+        return read_config(self.start_folder) if self.config.model.path else self.sized()
 
     def sized(self) -> ModelConfig:
         """The dimensions that the section `model` gives."""

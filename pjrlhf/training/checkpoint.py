@@ -9,6 +9,7 @@ all processes or by none.
 import base64
 import json
 import logging
+import os
 import pathlib
 from collections.abc import Mapping
 from typing import Any
@@ -16,10 +17,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from etils import epath
 from orbax.checkpoint import v1 as ocp
 
 from pjrlhf.errors import UserError
 from pjrlhf.parallel.processes import by_first, everywhere, to_host
+from pjrlhf.paths import bucket_errors, is_remote
 from pjrlhf.training.workdir import disk_errors
 
 log = logging.getLogger(__name__)
@@ -87,13 +90,14 @@ def _unpack(text: str) -> Any:
 class Checkpoints:
     """The checkpoints in `folder`, of which the `keep` newest stay, and the best one if `best` says by which metric:
     "loss" for the least, "max rewards/accuracies" for the greatest. A context manager: it exits when all is written.
+    The folder may be in a bucket.
 
     All processes of a run must make the same calls. With several processes the iterator state kept is that of process
     0, so it must be a position that means the same on all of them.
     """
 
-    def __init__(self, folder: pathlib.Path, keep: int = 2, best: str = ""):
-        self.folder = pathlib.Path(folder).absolute()
+    def __init__(self, folder: str | os.PathLike, keep: int = 2, best: str = ""):
+        self.folder = epath.Path(folder) if is_remote(folder) else pathlib.Path(folder).absolute()
         self._greatest, self._metric = best.startswith("max "), best.removeprefix("max ")
         policies = ocp.training.preservation_policies
         preserved = [policies.LatestN(keep)]
@@ -108,7 +112,7 @@ class Checkpoints:
         me = jax.process_index()
         alone = ocp.options.MultiprocessingOptions(primary_host=me, active_processes={me})
         self._alone = ocp.Context(context, multiprocessing_options=alone)
-        with disk_errors(self.folder):
+        with bucket_errors(self.folder), disk_errors(self.folder):
             self._orbax = ocp.training.Checkpointer(
                 self.folder,
                 context=context,
