@@ -3,8 +3,9 @@
 Writes a model of about that size, and reads it in a fresh process, whole onto one device and split over eight. On a CPU
 the devices' memory is the host's, so what reading takes besides is the peak minus what stays. Pages of the mapped file
 are left out: they are the system's, which takes them back when it needs them. A host array may become the device's as
-it lies; where devices have memory of their own, the part of a leaf that is being read comes on top. Writes results/loading.json; compare with
-the largest leaf (a matrix of all layers), its part on each of eight devices, and the largest tensor of the file.
+it lies; where devices have memory of their own, the part of a leaf that is being read comes on top. Writes
+results/loading.json; compare with the largest leaf (a matrix of all layers), its part on each of eight devices, and the
+largest tensor of the file.
 """
 
 import argparse
