@@ -109,9 +109,9 @@ class Checkpoints:
         context.checkpointables.registry = ocp.handlers.local_registry()
         context.checkpointables.registry.add(ocp.handlers.JsonHandler, checkpointable_name="host")
         # Each process reads for itself: one that meets a damaged file does not leave the others waiting for it.
-        me = jax.process_index()
-        alone = ocp.options.MultiprocessingOptions(primary_host=me, active_processes={me})
-        self._alone = ocp.Context(context, multiprocessing_options=alone)
+        self._alone = ocp.Context(context)
+        self._alone.multiprocessing.primary_host = jax.process_index()
+        self._alone.multiprocessing.active_processes = {jax.process_index()}
         with bucket_errors(self.folder), disk_errors(self.folder):
             self._orbax = ocp.training.Checkpointer(
                 self.folder,
