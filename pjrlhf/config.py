@@ -10,6 +10,7 @@ def base() -> ml_collections.ConfigDict:
     c.seed = 0
     c.stages = ()
     c.mesh = {"data": -1, "fsdp": 1, "tensor": 1}  # devices per axis; -1 is the rest
+    c.checkpoints = ""  # where they go if not into the run directory, a folder or gs://, s3:// of this run alone
     c.checkpoint_every = 100  # steps; every stage also saves its last
     c.keep = 2  # checkpoints
     c.keep_best = ""  # and the best by a metric: "loss" for the least, "max rewards/accuracies" for the greatest

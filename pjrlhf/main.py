@@ -11,6 +11,7 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from pjrlhf.errors import UserError, missing_key
+from pjrlhf.paths import user_cache
 
 FLAGS = flags.FLAGS
 # What may change between two runs of one run directory: it does not influence training.
@@ -32,8 +33,7 @@ def compilation_cache() -> None:
     import jax
 
     if jax.config.jax_compilation_cache_dir is None:
-        root = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
-        jax.config.update("jax_compilation_cache_dir", str(pathlib.Path(root) / "pjrlhf" / "jax"))
+        jax.config.update("jax_compilation_cache_dir", str(user_cache() / "jax"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 

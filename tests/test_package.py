@@ -24,7 +24,7 @@ ROOMS = (
     ("data", "models", "merging"),
     ("objectives", "parallel"),
 )
-FREE = ("errors",)  # for everyone
+FREE = ("errors", "paths")  # for everyone
 
 
 def room(module):

@@ -11,6 +11,7 @@ from typing import Any
 from absl import logging
 
 from pjrlhf.errors import UserError
+from pjrlhf.paths import local
 
 # What the columns of votes and of pairs are called unless `spec` says otherwise.
 VOTES = {
@@ -81,7 +82,7 @@ def read_choices(spec: Mapping[str, Any]) -> list[dict[str, Any]]:
       UserError: a file or column is missing, or a question has fewer than two options.
     """
     names = {key: spec.get(key) or name for key, name in CHOICES.items()}
-    path = pathlib.Path(_required(spec, "path"))
+    path = local(_required(spec, "path"))
     files = sorted(path.glob("*.json")) if path.is_dir() else [_file(spec, "path")]
     if not files:
         raise UserError(f"{path}: a folder without .json files; name one that has some, or a file")
@@ -104,7 +105,7 @@ def _required(spec: Mapping[str, Any], key: str) -> str:
 
 
 def _file(spec: Mapping[str, Any], key: str) -> pathlib.Path:
-    path = pathlib.Path(_required(spec, key))
+    path = local(_required(spec, key))
     if not path.is_file():
         raise UserError(f"{path}: there is no such file; check {key!r} of the data in the config")
     return path

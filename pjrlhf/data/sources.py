@@ -9,6 +9,7 @@ from typing import Any
 
 from etils import epath
 
+from pjrlhf import paths
 from pjrlhf.data.joined import read_choices, read_votes
 from pjrlhf.data.records import RecordError, plain
 from pjrlhf.errors import UserError
@@ -37,15 +38,16 @@ class Source(Sequence):
 
 
 class JsonLines(Source):
-    """The objects of a `.jsonl` or `.jsonl.gz` file, local or gs://; blank lines are skipped, bad ones raise."""
+    """The objects of a `.jsonl` or `.jsonl.gz` file, local or in a bucket; blank lines are skipped, bad ones raise."""
 
     def __init__(self, path: str):
         file = epath.Path(path)
-        if not file.is_file():
-            raise UserError(f"{path}: there is no such file; check --config.data.path")
         try:
-            with file.open("rb") as raw, gzip.open(raw, "rb") if file.suffix == ".gz" else raw as lines:
-                self._lines = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
+            with paths.bucket_errors(path):
+                if not file.is_file():
+                    raise UserError(f"{path}: there is no such file; check --config.data.path")
+                with file.open("rb") as raw, gzip.open(raw, "rb") if file.suffix == ".gz" else raw as lines:
+                    self._lines = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
         except (gzip.BadGzipFile, EOFError) as error:
             raise UserError(f"{path}: not a whole gzip file ({error}); unpack it or copy it again") from error
         super().__init__(file.name, self._lines)
@@ -114,7 +116,7 @@ def _datasets(spec: Mapping[str, Any]) -> Source:
 
     path, name = str(_required(spec, "path")), spec.get("name")
     split, cut = _split(spec.get("split") or "train")
-    local = pathlib.Path(path).expanduser()
+    local = paths.local(path).expanduser()
     suffixes = [part for part in local.name.split(".")[1:] if part in _FORMATS]
     try:
         if (local / "state.json").is_file():

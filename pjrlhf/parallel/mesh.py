@@ -4,6 +4,7 @@ Axes: `data` (copies of the model, rows split), `fsdp` (rows split and parameter
 within a layer). Rows of a batch are split over data x fsdp, and so are those of user tables.
 """
 
+import collections
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -101,6 +102,15 @@ def shard_params(mesh: Mesh, tree: Any) -> Any:
     On one device too: a step whose result lives elsewhere than its argument would be compiled twice.
     """
     return jax.tree.map(to_devices, tree, shardings(mesh, tree))
+
+
+def bytes_per_device(tree: Any) -> int:
+    """What the arrays of `tree` take on that device of this process which holds most of them."""
+    held: collections.Counter[jax.Device] = collections.Counter()
+    for leaf in jax.tree.leaves(tree):
+        for shard in leaf.addressable_shards:
+            held[shard.device] += shard.data.nbytes
+    return max(held.values(), default=0)
 
 
 def sharded(mesh: Mesh, make: Callable[..., Any], *arguments: Any, donate: tuple[int, ...] = ()) -> Any:

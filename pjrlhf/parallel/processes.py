@@ -102,6 +102,11 @@ def of_first(values: np.ndarray) -> np.ndarray:
     return values if jax.process_count() == 1 else np.asarray(multihost_utils.broadcast_one_to_all(values))
 
 
+def everywhere(flag: bool) -> bool:
+    """Whether `flag` holds on every process; all must call it."""
+    return flag if jax.process_count() == 1 else bool(np.all(multihost_utils.process_allgather(np.array(flag))))
+
+
 def to_host(tree: Any) -> Any:
     """Numpy copies of all arrays, whole on every process, however they are sharded. All processes must call it."""
 

@@ -71,7 +71,10 @@ def _written(folder: pathlib.Path) -> Iterator[None]:
         ) from error
 
 
-def _sums(model: Decoder, adapter: AdapterConfig, base: Any, tokens: jax.Array, valid: jax.Array, prompt_slots: int):
+def summed_logps(
+    model: Decoder, adapter: AdapterConfig, base: Any, tokens: jax.Array, valid: jax.Array, prompt_slots: int
+) -> jax.Array:
+    """Float32 [B]: log-probs under the base of what follows the first `prompt_slots` of `tokens` [B, P + C]."""
     return scoring.sequence_logps(Policies(model, adapter, base, None, None), tokens, valid, prompt_slots)[0]
 
 
@@ -107,7 +110,7 @@ def reference_logps(
         return of_first(np.zeros(shape, np.float32) if cached is None else cached)
     with _written(folder):  # a folder that cannot be made is found out before the work, not after it
         folder.mkdir(parents=True, exist_ok=True)
-    score = jax.jit(functools.partial(_sums, model, adapter), static_argnames="prompt_slots")
+    score = jax.jit(functools.partial(summed_logps, model, adapter), static_argnames="prompt_slots")
     # Many people may have compared the same answers: each is scored once.
     answers: dict[tuple[bytes, bytes], int] = {}
     texts, number = [], np.zeros((len(table), len(SIDES)), np.int64)

@@ -6,7 +6,6 @@ run can be continued in a new process.
 
 import dataclasses
 import functools
-import os
 import pathlib
 import random
 from collections.abc import Callable, Mapping, Sequence
@@ -15,6 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from absl import logging
 
 from pjrlhf.data import bpe, preferences, world
 from pjrlhf.data.batching import buckets, pad_left, split_by
@@ -25,14 +25,24 @@ from pjrlhf.data.sources import open_source
 from pjrlhf.data.tokenization import Lengths, Tokenizer, TokenTable, cut_left, load_tokenizer, tokenize
 from pjrlhf.errors import UserError
 from pjrlhf.evaluation import judges
-from pjrlhf.models.adapters import AdapterConfig
+from pjrlhf.models.adapters import AdapterConfig, is_low_rank
 from pjrlhf.models.attention import choose
 from pjrlhf.models.config import ModelConfig, RopeScaling
 from pjrlhf.models.decoder import Decoder, init_params
 from pjrlhf.models.folders import read_json
 from pjrlhf.models.huggingface import fingerprint, load_params, read_config
-from pjrlhf.parallel.mesh import even_rows, leaf_sharding, make_mesh, row_sharding, shard_batch, sharded, stay
+from pjrlhf.parallel.mesh import (
+    bytes_per_device,
+    even_rows,
+    leaf_sharding,
+    make_mesh,
+    row_sharding,
+    shard_batch,
+    sharded,
+    stay,
+)
 from pjrlhf.parallel.processes import by_first, to_host
+from pjrlhf.paths import local, user_cache
 from pjrlhf.rollout.sampler import Sampling
 from pjrlhf.training import loop
 from pjrlhf.training.performance import Program
@@ -83,10 +93,29 @@ class Run:
 
     def train(self, method: loop.Method, stage: str, steps: int, **options: Any) -> State:
         """The state after `steps` steps, see `training.loop.run`."""
-        names = ("checkpoint_every", "keep", "keep_best", "log_every", "loggers", "profile")
+        names = ("checkpoints", "checkpoint_every", "keep", "keep_best", "log_every", "loggers", "profile")
         settings = {name: self.config[name] for name in names}
         programs = [part for part in vars(method).values() if isinstance(part, Program)]
-        return loop.run(method, self.workdir, stage, steps=steps, programs=programs, **settings, **options)
+        return loop.run(
+            method,
+            self.workdir,
+            stage,
+            steps=steps,
+            programs=programs,
+            on_start=functools.partial(self._say_bytes, stage),
+            **settings,
+            **options,
+        )
+
+    def _say_bytes(self, stage: str, state: State) -> None:
+        """Logs what a stage keeps on each device; what it sampled or is computing comes on top."""
+        trained = state.trainable
+        if "layers" in trained:  # nothing but a bank, or a whole model
+            trained = {"bank" if is_low_rank(trained) else "model": trained}
+        found = {"base": vars(self)["base"]} if "base" in vars(self) else {}
+        found |= {**trained, "optimizer": state.opt_state}
+        sizes = ", ".join(f"{name} {bytes_per_device(tree):,}" for name, tree in found.items())
+        logging.info("stage %s: bytes per device of %d: %s", stage, self.mesh.size, sizes)
 
     # ---- people and their preferences
 
@@ -147,8 +176,7 @@ class Run:
     @property
     def cache_folder(self) -> pathlib.Path:
         """For what depends on content and not on a run: the user's cache folder."""
-        root = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
-        return pathlib.Path(root) / "pjrlhf"
+        return user_cache()
 
     @property
     def base_folder(self) -> pathlib.Path:
@@ -159,7 +187,7 @@ class Run:
     def start_folder(self) -> pathlib.Path:
         """The model the run starts from; without `model.path`, the folder of a new tokenizer."""
         if self.config.model.path:
-            return pathlib.Path(self.config.model.path)
+            return local(self.config.model.path)
         if "sft" not in self.config.stages:
             raise UserError(
                 "model.path: not set, and there is no stage sft to train a base; name a Hugging Face folder"
@@ -205,7 +233,7 @@ class Run:
     @functools.cached_property
     def model_config(self) -> ModelConfig:
         """Dimensions of the base, from its folder or (trained from scratch) from the config."""
-        return read_config(self.config.model.path) if self.config.model.path else self.sized()
+        return read_config(self.start_folder) if self.config.model.path else self.sized()
 
     def sized(self) -> ModelConfig:
         """The dimensions that the section `model` gives."""

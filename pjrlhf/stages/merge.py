@@ -31,6 +31,7 @@ from pjrlhf.models.huggingface import TOKENIZER_FILES, fingerprint, save_params
 from pjrlhf.models.peft import CONFIG as ADAPTER_CONFIG
 from pjrlhf.models.peft import WEIGHTS as ADAPTER_WEIGHTS
 from pjrlhf.models.peft import load_peft, save_peft
+from pjrlhf.paths import local, refuse_remote
 
 MANIFEST = "manifest.json"
 SPACES = ("delta", "factors", "concat")
@@ -89,12 +90,10 @@ def merge(config: Any, workdir: Any = None) -> dict[str, Any]:
         raise UserError(f"merge.dtype: {config.dtype!r} is unknown; choose one of {', '.join(DTYPES.values())}")
     settings = _read_method(config, weights)
     output = _output_folder(config, workdir)
-    base = pathlib.Path(config.base) if config.base else None
+    base = local(config.base) if config.base else None
     model_type = read_json(base / "config.json").get("model_type") if base else "llama"
     head_dim = read_config(base).head_dim if base else 0
-    ingredients = [
-        _open(pathlib.Path(f), w, model_type, head_dim) for f, w in zip(config.ingredients, weights, strict=True)
-    ]
+    ingredients = [_open(local(f), w, model_type, head_dim) for f, w in zip(config.ingredients, weights, strict=True)]
     _check_kinds(base, ingredients, config.space)
     _check_tokenizers([*([base] if base else []), *(ingredient.folder for ingredient in ingredients)])
     base_hash = _check_bases(base, ingredients)
@@ -163,6 +162,7 @@ def _read_method(config: Any, weights: Sequence[float]) -> dict[str, Any]:
 def _output_folder(config: Any, workdir: Any) -> pathlib.Path:
     if not config.output and not workdir:
         raise UserError("merge.output: no folder to write to; set it, or give --workdir")
+    refuse_remote(config.output or "", "a merged model", "write it to a folder and copy that")
     output = pathlib.Path(config.output) if config.output else pathlib.Path(workdir) / "export" / "soup"
     if output.exists() and not (output.is_dir() and not any(output.iterdir())):
         raise UserError(f"{output}: exists and is not empty; choose another merge.output")

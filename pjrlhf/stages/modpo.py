@@ -35,6 +35,12 @@ from pjrlhf.training.workdir import disk_errors
 LOSSES = ("sigmoid", "hinge")
 
 
+def scores(run: Run, rewarder: Any, base: Any, tokens: jax.Array, valid: jax.Array) -> jax.Array:
+    """The rewards [B, R] of rows [B, T], as `raw_rewards` gives them."""
+    everything = jnp.arange(len(run.rewards))[None]
+    return experience.raw_rewards(run.model, run.adapter, base, rewarder, everything, tokens, valid)
+
+
 def raw_rewards(run: Run, rewarder: Any, rows: Sequence[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
     """Rewards float32 [M, R] by all R reward models of the run, in their own units, those of Bradley-Terry.
 
@@ -42,13 +48,7 @@ def raw_rewards(run: Run, rewarder: Any, rows: Sequence[tuple[np.ndarray, np.nda
       rewarder: as `reward.load` gives it.
       rows: M pairs of token ids, prompt and answer; `run.sample_rows` of them are scored at once.
     """
-    everything, size = jnp.arange(len(run.rewards))[None], run.sample_rows
-
-    @jax.jit
-    def score(rewarder, base, tokens, valid):
-        return experience.raw_rewards(run.model, run.adapter, base, rewarder, everything, tokens, valid)
-
-    found = []
+    score, size, found = jax.jit(functools.partial(scores, run)), run.sample_rows, []
     for start in range(0, len(rows), size):
         part = list(rows[start : start + size])
         # The last chunk is filled up so that one program serves all.
@@ -137,21 +137,9 @@ class Modpo:
         self.weights = np.array([[w[i], *np.delete(w, i)] for w, i in zip(weights, labels, strict=True)])[:, None]
         self.table = self._pairs([run.rewards[i] for i in labels])
         of = [run.rewards.index(example.objective) for example in self.table.examples]
-        raw = table_rewards(run, reward.load(run), self.table)
+        raw = self._raw(self.table)
         self.rewards = np.stack([np.delete(x, i, axis=1) for x, i in zip(raw, of, strict=True)])
-        self.reference = reference_logps(
-            self.table,
-            run.model,
-            run.adapter,
-            run.base,
-            run.base_hash,
-            prompt_lengths=run.prompt_lengths,
-            completion_lengths=run.completion_lengths,
-            pad_id=run.tokenizer.pad_id,
-            rows=run.sample_rows,
-            folder=run.cache_folder / "reference",
-            place=run.place,
-        )
+        self.reference = self._reference(self.table)
         self.optimizer = per_ingredient(make_optimizer(settings.optimizer.to_dict(), settings.steps))
         self.tables = [[row for row, i in zip(self.table, of, strict=True) if i == label] for label in labels]
         source = reward.Grouped(self.tables, run.config.seed)
@@ -185,6 +173,25 @@ class Modpo:
                     f"{name!r}; add comparisons, or train for other preferences"
                 )
         return table.select([i for i, example in enumerate(table.examples) if example.objective in labels])
+
+    def _raw(self, table: TokenTable) -> np.ndarray:
+        return table_rewards(self.run, reward.load(self.run), table)
+
+    def _reference(self, table: TokenTable) -> np.ndarray:
+        run = self.run
+        return reference_logps(
+            table,
+            run.model,
+            run.adapter,
+            run.base,
+            run.base_hash,
+            prompt_lengths=run.prompt_lengths,
+            completion_lengths=run.completion_lengths,
+            pad_id=run.tokenizer.pad_id,
+            rows=run.sample_rows,
+            folder=run.cache_folder / "reference",
+            place=run.place,
+        )
 
     @property
     def samples(self) -> int:

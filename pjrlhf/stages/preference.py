@@ -24,6 +24,7 @@ from pjrlhf.models.storage import load_tree, save_tree
 from pjrlhf.models.users import UserModel, clusters_of, gather_rows
 from pjrlhf.objectives import preference as losses
 from pjrlhf.parallel.mesh import shard_params
+from pjrlhf.paths import local
 from pjrlhf.rollout import scoring
 from pjrlhf.stages.context import Run
 from pjrlhf.stages.pairs import SIDES, Pairs
@@ -202,7 +203,7 @@ def soup_bank(run: Run) -> Any:
         )
     if path == "policy":
         path = run.workdir.path / "policy" / "bank.safetensors"
-    bank, note = load_tree(path)
+    bank, note = load_tree(local(path))
     if not is_low_rank(bank):
         raise UserError(f"{path}: holds full parameters, of which every pair would need a copy; train adapters instead")
     rank = bank["layers"]["attention"]["query"]["a"].shape[-1]

@@ -4,7 +4,6 @@ frozen base.
 
 import functools
 import json
-import pathlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,6 +20,7 @@ from pjrlhf.models.storage import load_tree, save_tree
 from pjrlhf.objectives.preference import accuracy, bradley_terry_loss
 from pjrlhf.parallel.mesh import shard_params
 from pjrlhf.parallel.processes import to_host
+from pjrlhf.paths import local
 from pjrlhf.rollout import scoring
 from pjrlhf.rollout.experience import raw_rewards, sample
 from pjrlhf.rollout.reference import SIDES
@@ -250,7 +250,7 @@ def load(run: Run) -> Any:
     """The reward models of this run, one per name in `run.rewards`, and their scale, on the mesh: {"bank", "heads",
     "mean", "std", "low", "high"}.
     """
-    path = pathlib.Path(run.config.reward.path) if run.config.reward.path else run.workdir.path / "reward" / MODEL
+    path = local(run.config.reward.path) if run.config.reward.path else run.workdir.path / "reward" / MODEL
     tree, note = load_tree(path)
     if note.get("rewards") != list(run.rewards):
         raise UserError(f"{path}: holds reward models for {note.get('rewards')}, this run needs {list(run.rewards)}")

@@ -2,12 +2,14 @@
 
 A checkpoint is `<folder>/<step>/` with the state and, as JSON, the data iterator's state and one checksum per array.
 Orbax writes into a temporary folder and renames it when complete, so a half-written checkpoint is never seen. What was
-committed and damaged later (a truncated or altered file) is found on restore, and the checkpoint before it is used.
+committed and damaged later (a truncated or altered file) is found on restore, and the checkpoint before it is used, by
+all processes or by none.
 """
 
 import base64
 import json
 import logging
+import os
 import pathlib
 from collections.abc import Mapping
 from typing import Any
@@ -15,10 +17,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from etils import epath
 from orbax.checkpoint import v1 as ocp
 
 from pjrlhf.errors import UserError
-from pjrlhf.parallel.processes import to_host
+from pjrlhf.parallel.processes import by_first, everywhere, to_host
+from pjrlhf.paths import bucket_errors, is_remote
 from pjrlhf.training.workdir import disk_errors
 
 log = logging.getLogger(__name__)
@@ -86,13 +90,14 @@ def _unpack(text: str) -> Any:
 class Checkpoints:
     """The checkpoints in `folder`, of which the `keep` newest stay, and the best one if `best` says by which metric:
     "loss" for the least, "max rewards/accuracies" for the greatest. A context manager: it exits when all is written.
+    The folder may be in a bucket.
 
     All processes of a run must make the same calls. With several processes the iterator state kept is that of process
     0, so it must be a position that means the same on all of them.
     """
 
-    def __init__(self, folder: pathlib.Path, keep: int = 2, best: str = ""):
-        self.folder = pathlib.Path(folder).absolute()
+    def __init__(self, folder: str | os.PathLike, keep: int = 2, best: str = ""):
+        self.folder = epath.Path(folder) if is_remote(folder) else pathlib.Path(folder).absolute()
         self._greatest, self._metric = best.startswith("max "), best.removeprefix("max ")
         policies = ocp.training.preservation_policies
         preserved = [policies.LatestN(keep)]
@@ -103,7 +108,11 @@ class Checkpoints:
         context = ocp.Context()
         context.checkpointables.registry = ocp.handlers.local_registry()
         context.checkpointables.registry.add(ocp.handlers.JsonHandler, checkpointable_name="host")
-        with disk_errors(self.folder):
+        # Each process reads for itself: one that meets a damaged file does not leave the others waiting for it.
+        self._alone = ocp.Context(context)
+        self._alone.multiprocessing.primary_host = jax.process_index()
+        self._alone.multiprocessing.active_processes = {jax.process_index()}
+        with bucket_errors(self.folder), disk_errors(self.folder):
             self._orbax = ocp.training.Checkpointer(
                 self.folder,
                 context=context,
@@ -187,7 +196,7 @@ class Checkpoints:
         Args:
           template: state or `abstract(state)` with the saved structure, shapes and dtypes.
           step: which checkpoint. None takes the newest one that is readable: a damaged one is reported, renamed to
-            `<step>.damaged`, and passed over. (One process only; several stop at the first damaged checkpoint.)
+            `<step>.damaged`, and passed over. What one process cannot read, none uses.
 
         Raises:
           UserError: there is no checkpoint, or none that can be read.
@@ -196,41 +205,48 @@ class Checkpoints:
         if not candidates or candidates[0] not in self.steps():
             which = "no checkpoint" if step is None else f"no checkpoint of step {step}"
             raise UserError(f"{self.folder}: holds {which}; train this stage first")
-        if jax.process_count() > 1:
-            candidates = candidates[:1]
         template = abstract(template)
         plain = jax.tree.map(_plain_abstract, template)
         damaged: dict[int, str] = {}
         for candidate in candidates:
+            loaded, reason = None, "another process cannot read its part"
             try:
-                state, iterator_state = self._load(candidate, plain)
+                loaded = self._load(candidate, plain)
             except Exception as error:  # a damaged file surfaces as almost any type
-                damaged[candidate] = _reason(error)
-                continue
-            for bad, reason in damaged.items():
-                path = self.folder / str(bad)
-                log.warning("%s cannot be read (%s); going on from step %d", path, reason, candidate)
-                path.rename(path.with_name(f"{bad}.damaged"))
-            if damaged:
-                self._orbax.reload()
-            return jax.tree.map(_with_keys, state, template), iterator_state
+                reason = _reason(error)
+            if everywhere(loaded is not None):
+                state, host = loaded
+                if to_host(_checksums_jit(state)).tolist() == host["checksums"]:
+                    self._pass_over(damaged, candidate)
+                    return jax.tree.map(_with_keys, state, template), _unpack(host["iterator"])
+                reason = "its contents are not what was saved"
+            damaged[candidate] = reason
+            loaded = state = None  # before the next one comes in
         newest = self.folder / str(candidates[0])
         raise UserError(
             f"{newest}: this checkpoint cannot be read ({damaged[candidates[0]]}); if this version wrote it "
             f"with this config it is damaged: delete {newest if step is not None else self.folder} to go on without it"
         )
 
+    def _pass_over(self, damaged: Mapping[int, str], step: int) -> None:
+        """Reports checkpoints that cannot be read and puts them aside."""
+        for bad, reason in damaged.items():
+            path = self.folder / str(bad)
+            log.warning("%s cannot be read (%s); going on from step %d", path, reason, step)
+            by_first(path.rename)(path.with_name(f"{bad}.damaged"))
+        if damaged:
+            self._orbax.reload()
+
     def _load(self, step: int, template: Any) -> tuple[Any, Any]:
-        """Plain arrays where `template` (abstract, without PRNG keys) says, and the iterator state."""
+        """Plain arrays where `template` (abstract, without PRNG keys) says, and what was saved beside them."""
         here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         target = jax.tree.map(lambda x: x.update(sharding=x.sharding or here), template)
-        loaded = self._orbax.load_checkpointables(step, {"state": target, "host": None})
+        with self._alone:
+            loaded = ocp.load_checkpointables(self.folder / str(step), {"state": target, "host": None})
         state = jax.tree.map(
             lambda x, like: x if like.sharding is not None else jnp.asarray(np.asarray(x)), loaded["state"], template
         )
-        if to_host(_checksums_jit(state)).tolist() != loaded["host"]["checksums"]:
-            raise ValueError("its contents are not what was saved")
-        return state, _unpack(loaded["host"]["iterator"])
+        return state, loaded["host"]
 
 
 def _reason(error: BaseException) -> str:

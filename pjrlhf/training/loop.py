@@ -88,12 +88,14 @@ def run(
     stage: str,
     *,
     steps: int,
+    checkpoints: str = "",
     checkpoint_every: int = 0,
     keep: int = 2,
     keep_best: str = "",
     log_every: int = 1,
     eval_every: int = 0,
     on_eval: Callable[[State, int], Mapping[str, float] | None] | None = None,
+    on_start: Callable[[State], None] | None = None,
     ingredients: Sequence[str] = (),
     show: Sequence[str] = ("loss",),
     watch: Collection[str] = ("loss", "grad_norm"),
@@ -109,9 +111,11 @@ def run(
     Args:
       method: see `Method`.
       stage: name of the folder in `workdir` and of the stage in metrics.jsonl.
+      checkpoints: where they go, each stage into a folder of its name; <workdir>/<stage>/checkpoints by default.
       checkpoint_every, log_every, eval_every: in steps; 0 means never. Besides, the first and last step are logged.
       keep: how many checkpoints stay; besides, the best one by the metric `keep_best`, see `Checkpoints`.
       on_eval: called as `on_eval(state, step)`; the values it returns join the metrics of that step.
+      on_start: called with the state, new or restored, before the first step.
       ingredients: K names for [K] metrics.
       show: metrics on the progress bar.
       watch: metrics (`name` or anything under `name/`) that must be finite.
@@ -149,17 +153,20 @@ def run(
         return values if due else {}
 
     measured: dict[str, float] = {}  # what the step settled last is ranked by
-    with Checkpoints(folder / "checkpoints", keep, keep_best) as checkpoints:
+    place = f"{checkpoints.rstrip('/')}/{stage}" if checkpoints else folder / "checkpoints"
+    with Checkpoints(place, keep, keep_best) as saved:
         with performance.aside():
             state = method.init()
-            done = checkpoints.latest() or 0
+            done = saved.latest() or 0
             if done:
                 template, state = abstract(state), None  # frees the initial arrays before the saved ones come in
-                state, position = checkpoints.restore(template)
+                state, position = saved.restore(template)
                 method.batches.set_state(position)
                 done = int(state.step)
         if done >= steps:
             return state
+        if on_start is not None:
+            on_start(state)
 
         writer = MetricWriter(workdir, stage, loggers=loggers, after=done)
         with contextlib.closing(writer), progress(stage, steps, show, start=done) as bar, _Stop() as stop:
@@ -201,7 +208,7 @@ def run(
                         raise RuntimeError(f"{stage}: state.step is {int(state.step)} after {done} steps")
                     last = bool(stopped_by) or done == steps
                     with performance.aside():
-                        checkpoints.save(done, state, method.batches.get_state(), last, measured)
+                        saved.save(done, state, method.batches.get_state(), last, measured)
                 if stopped_by:
                     name = signal.Signals(stopped_by).name
                     raise Interrupted(

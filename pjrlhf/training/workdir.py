@@ -12,6 +12,7 @@ import jax
 
 from pjrlhf.errors import UserError
 from pjrlhf.parallel.processes import by_first
+from pjrlhf.paths import refuse_remote
 
 _DISK = {
     errno.ENOSPC: "the disk is full; free some space",
@@ -86,10 +87,13 @@ class Workdir:
     """The folder of one run, which all its processes see. Create it after JAX's distributed start-up.
 
     Raises:
-      UserError: the folder cannot be created.
+      UserError: the folder cannot be created, or is in a bucket: metrics are appended to, and results take their names
+        when they are whole.
     """
 
     def __init__(self, path: str | os.PathLike):
+        remedy = "mount the bucket, or keep the run here and its checkpoints there with --config.checkpoints"
+        refuse_remote(path, "a run directory", remedy)
         self.path = pathlib.Path(path).absolute()
         with disk_errors(self.path):
             self.path.mkdir(parents=True, exist_ok=True)

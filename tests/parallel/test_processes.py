@@ -164,6 +164,28 @@ def test_a_lost_process_ends_the_job_and_the_job_goes_on(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("writer", [0, 1])
+def test_what_one_process_cannot_read_none_uses(tmp_path, writer):
+    """A file is cut short that holds the part of one process alone: both go back to the checkpoint before."""
+    changes = {**LONG, "sft__steps": 30, "mesh__data": 1, "mesh__fsdp": -1}
+    folder = run(tmp_path, "run", 2, **changes)
+    metrics, model = (folder / name for name in ("metrics.jsonl", "sft/model/model.safetensors"))
+    want = metrics.read_bytes(), model.read_bytes()
+    checkpoints = folder / "sft" / "checkpoints"
+    assert sorted(path.name for path in checkpoints.iterdir()) == ["20", "30"]
+    parts = [p for p in checkpoints.glob(f"30/state/ocdbt.process_{writer}/**/*") if p.is_file()]
+    largest = max(parts, key=lambda path: path.stat().st_size)
+    os.truncate(largest, largest.stat().st_size // 2)
+    (folder / "manifest.json").unlink()
+    status, errors = ended(launch(tmp_path, folder, 2, **changes))
+    assert status == 0, errors[-3000:]
+    found = re.findall(r"checkpoints/30 cannot be read \((.*)\); going on from step 20", errors)
+    assert len(found) == 2 and "another process cannot read its part" in found, errors[-3000:]
+    assert sorted(path.name for path in checkpoints.iterdir()) == ["20", "30", "30.damaged"]
+    assert (metrics.read_bytes(), model.read_bytes()) == want
+
+
+@pytest.mark.slow
 def test_all_processes_stop_after_one_step_and_another_number_goes_on(tmp_path):
     """SIGTERM to one of two, as when a machine is taken back: both save the same step. Then one process takes over."""
     folder = tmp_path / "stopped"

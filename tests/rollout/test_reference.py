@@ -60,7 +60,7 @@ def no_computing(monkeypatch):
     def refuse(*_, **__):
         raise AssertionError("computed")
 
-    monkeypatch.setattr(reference, "_sums", refuse)
+    monkeypatch.setattr(reference, "summed_logps", refuse)
 
 
 def test_the_second_call_reads_the_file(tmp_path, monkeypatch):

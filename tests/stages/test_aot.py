@@ -8,13 +8,14 @@ import jax
 import jax.numpy as jnp
 import pytest
 import tiny
+import tiny_family
 import tiny_users
 from jax.sharding import NamedSharding, PartitionSpec
 
 from pjrlhf.errors import UserError
 from pjrlhf.parallel import roofline
 from pjrlhf.parallel.mesh import make_mesh
-from pjrlhf.stages import aot
+from pjrlhf.stages import aot, planned
 from pjrlhf.stages.policy import Policy
 from pjrlhf.stages.preference import Preference
 from pjrlhf.stages.reward import Reward
@@ -112,14 +113,14 @@ def found_shardings(variant):
     config = llama(variant)
     config.mesh.fsdp = 8 // config.mesh.tensor
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(aot, "_devices", lambda topology: ("v5e", jax.devices()))
+        patch.setattr(planned, "devices_of", lambda topology: ("v5e", jax.devices()))
         run = aot.Planned(config, "v5e:2x4")
     run.config.model.attention = "xla"
     trees = {"base": run.base}
     if variant.startswith("pdpo"):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(aot.Planned, "_rows", property(lambda self: 64))
-            trees["preference"] = Preference(run, "individualized", aot._PlannedPairs(run)).init().trainable
+            trees["preference"] = Preference(run, "individualized", planned.PlannedPairs(run)).init().trainable
     else:
         trees["reward"] = Reward(run).init().trainable
         trees["policy"] = Policy(run, rewarder=trees["reward"]).init().trainable
@@ -148,7 +149,7 @@ def test_no_matrix_of_a_llama_is_on_every_chip():
 @pytest.mark.slow
 def test_every_step_of_the_catalogue_can_be_planned(monkeypatch):
     """On the devices that are here, in place of a TPU's: the same code up to the compiler."""
-    monkeypatch.setattr(aot, "_devices", lambda topology: ("v5e", jax.devices()))
+    monkeypatch.setattr(planned, "devices_of", lambda topology: ("v5e", jax.devices()))
     names = [
         step.name
         for step in aot.plan(
@@ -171,9 +172,25 @@ def test_every_step_of_the_catalogue_can_be_planned(monkeypatch):
     assert 2.0 < ratio < 2.6
 
 
+@pytest.mark.slow
+def test_every_step_of_the_neighbours_can_be_planned(monkeypatch):
+    """What MODPO and Rewards-in-Context compile in a run, in that order."""
+    monkeypatch.setattr(planned, "devices_of", lambda topology: ("v5e", jax.devices()))
+    config = tiny_family.settings(("dpo_soups", "modpo", "ric"), modpo__batch_size=8)
+    steps = {step.name: step for step in aot.plan(config, "v5e:2x4", ["methods"])}
+    pairs = ("rewards", "reference", "step")
+    parts = {"dpo_soups": pairs, "modpo": pairs, "ric": ("rollout of the base", "rewards", "step", "rollout")}
+    assert list(steps) == [f"methods/{name}: {part}" for name in parts for part in parts[name]]
+    assert all(step.fits and step.cost.flops > 0 and step.estimate.seconds > 0 for step in steps.values())
+    # Two policies at the corners, more of them over the simplex.
+    assert steps["methods/modpo: step"].cost.flops > 1.4 * steps["methods/dpo_soups: step"].cost.flops
+    sizes = next(changed for flags, changed in aot.remedies(config) if "modpo.batch_size" in flags)
+    assert sizes.modpo.batch_size == 4 and sizes.ric.batch_size == 4
+
+
 def test_planned_memory_is_what_the_program_holds(monkeypatch):
     """The frozen base is an argument: at least its part lies on each device."""
-    monkeypatch.setattr(aot, "_devices", lambda topology: ("v5e", jax.devices()))
+    monkeypatch.setattr(planned, "devices_of", lambda topology: ("v5e", jax.devices()))
     config = tiny.settings(policy__rollouts=8)
     (step,) = aot.plan(config, "v5e:2x4", ["reward"])
     run = aot.Planned(config, "v5e:2x4")
@@ -194,7 +211,7 @@ def test_topologies_that_are_none(topology, message):
 
 @pytest.mark.slow
 def test_what_does_not_fit_comes_with_a_remedy(monkeypatch, capsys):
-    monkeypatch.setattr(aot, "_devices", lambda topology: ("v5e", jax.devices()))
+    monkeypatch.setattr(planned, "devices_of", lambda topology: ("v5e", jax.devices()))
     config = tiny.settings(stages=("sft",), sft__batch_size=64)
     (step,) = aot.plan(config, "v5e:2x4")
     smaller = next(

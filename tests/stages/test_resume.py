@@ -1,4 +1,4 @@
-"""Each training stage, stopped and continued, ends bit for bit where an undisturbed run ends."""
+"""Each training stage, run twice, or stopped and continued, ends bit for bit where an undisturbed run ends."""
 
 import json
 import os
@@ -9,9 +9,13 @@ import subprocess
 import sys
 import time
 
+import jax
 import pytest
 import tiny
+import tiny_family
+import tiny_users
 
+from pjrlhf.models.storage import load_tree
 from pjrlhf.stages.policy import Policy
 from pjrlhf.stages.reward import Reward
 from pjrlhf.stages.sft import Sft
@@ -53,6 +57,45 @@ def test_a_stopped_stage_ends_as_the_undisturbed_one(finished, copied, tmp_path,
     assert stopped.value.code == 143
     assert [row["step"] for row in tiny.lines(parts)] == list(range(1, stop_at + 1))
     assert train(parts, stage) == whole
+
+
+def results(folder, stages):
+    """What training left behind: weights of all kinds with their notes, which a file may hold in any order, and
+    metrics, which hold no times.
+    """
+    files = {str(path.relative_to(folder)): path for path in folder.rglob("*.safetensors")}
+    trees = {name: load_tree(path) for name, path in files.items() if name.startswith(stages)}
+    return {name: (tiny.bits(tree), note) for name, (tree, note) in trees.items()}, [
+        row for row in tiny.lines(folder) if row["stage"].startswith(stages)
+    ]
+
+
+SOUPS = ("sft", "comparisons", "reward", "policy", "methods")
+
+
+@pytest.mark.parametrize(
+    ("module", "stages"),
+    [
+        pytest.param("tiny", SOUPS[:1], id="sft"),
+        pytest.param("tiny", SOUPS, id="soups", marks=pytest.mark.slow),
+        pytest.param("tiny_users", ("sft", "population", "preference"), id="people", marks=pytest.mark.slow),
+        pytest.param("tiny_family", (*SOUPS[:3], "methods"), id="modpo and ric", marks=pytest.mark.slow),
+    ],
+)
+def test_two_runs_give_the_same_bits(request, tmp_path, module, stages):
+    if module == "tiny_family":
+        config = tiny_family.settings(("modpo", "ric"), stages=stages)
+        first = tiny.run(tmp_path / "first", config)
+    else:
+        config = {"tiny": tiny, "tiny_users": tiny_users}[module].settings(stages=stages)
+        first = request.getfixturevalue({"tiny": "finished", "tiny_users": "people"}[module])
+    jax.clear_caches()
+    weights, metrics = results(tiny.run(tmp_path / "second", config), stages)
+    assert {path.split("/")[0] for path in weights} == {*stages} - {"comparisons", "population"}
+    want, want_metrics = results(first, stages)
+    assert weights.keys() == want.keys() and metrics and metrics == want_metrics
+    for name, found in weights.items():
+        assert found == want[name], name
 
 
 MAIN = """

@@ -53,11 +53,13 @@ def write_records(path, records):
     return str(path)
 
 
-def save_base(folder):
-    """Writes a random model with the tokenizer of the built-in world; returns its Hugging Face folder."""
+def save_base(folder, vocab_size=0):
+    """Writes a random model with the tokenizer of the built-in world (and as many entries as that, if not more);
+    returns its Hugging Face folder.
+    """
     world.write_tokenizer(folder / "tokenizer")
     config = ModelConfig(
-        vocab_size=len(world.vocabulary()),
+        vocab_size=max(vocab_size, len(world.vocabulary())),
         hidden_size=16,
         intermediate_size=24,
         num_layers=1,

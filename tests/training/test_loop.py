@@ -66,6 +66,17 @@ class Crashing(Linear):
         return super().step(state, batch)
 
 
+def test_checkpoints_elsewhere(tmp_path, whole):
+    """A stage goes on from where it was told to keep them; nothing of them is in the run directory."""
+    there = str(tmp_path / "there")
+    with pytest.raises(RuntimeError, match="crash"):
+        train(tmp_path / "run", Crashing(8), checkpoints=there)
+    assert [path.name for path in (tmp_path / "there" / "fit").iterdir()] == ["5"]
+    assert bits(train(tmp_path / "run", checkpoints=there)) == whole[0]
+    assert lines(tmp_path / "run") == whole[1]
+    assert not (tmp_path / "run" / "fit" / "checkpoints").exists()
+
+
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_finishes_and_saves_the_step_and_the_rerun_is_bit_equal(tmp_path, whole, number, code):
     before = signal.getsignal(number)

@@ -1,0 +1,108 @@
+"""Paths in a config: of this machine, or in a bucket (gs://, s3://), which is read, and where checkpoints may go.
+
+Nothing is appended to a bucket and nothing in it is renamed, so run directories and exports stay on file systems.
+"""
+
+import contextlib
+import hashlib
+import os
+import pathlib
+import shutil
+from collections.abc import Iterator
+
+from etils import epath
+
+from pjrlhf.errors import UserError
+
+EXTRAS = {"gs": "gcs", "s3": "s3"}  # scheme -> what to install for it
+# Weights in formats that are never read, which lie beside those that are.
+_UNUSED = (".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")
+_CHUNK = 2**24  # bytes held while a file is copied
+
+
+def user_cache() -> pathlib.Path:
+    """The user's folder for what can be made, or fetched, again."""
+    root = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
+    return pathlib.Path(root) / "pjrlhf"
+
+
+def is_remote(path: str | os.PathLike) -> bool:
+    return "://" in os.fspath(path)
+
+
+def refuse_remote(path: str | os.PathLike, what: str, remedy: str) -> None:
+    """Raises UserError for a path in a bucket, where `what` cannot be."""
+    if is_remote(path):
+        raise UserError(f"{path}: {what} must be on a file system; {remedy}")
+
+
+@contextlib.contextmanager
+def bucket_errors(path: str | os.PathLike) -> Iterator[None]:
+    """Turns what goes wrong with a path in a bucket into one UserError; errors of local paths pass through."""
+    if not is_remote(path):
+        yield
+        return
+    scheme = os.fspath(path).split("://")[0]
+    if scheme not in EXTRAS:
+        raise UserError(
+            f"{path}: {scheme}:// is not understood; use {', '.join(f'{x}://' for x in EXTRAS)}, or a folder"
+        )
+    try:
+        yield
+    except UserError:
+        raise
+    except ImportError as error:
+        raise UserError(f"{path}: {error}; pip install 'pjrlhf[{EXTRAS[scheme]}]'") from error
+    except Exception as error:  # of the network, the credentials or the store, in kinds of its client's own
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise UserError(f"{path}: cannot be reached ({reason}); check the name and the credentials") from error
+
+
+def local(path: str | os.PathLike) -> pathlib.Path:
+    """The file or folder `path` on this machine: itself, or a copy of what is in a bucket, kept in the user's cache for
+    as long as names, sizes and times there are the same.
+
+    Raises:
+      UserError: there is no such file or folder in the bucket, or no way to it.
+    """
+    if not is_remote(path):
+        return pathlib.Path(path)
+    with bucket_errors(path):
+        source = epath.Path(path)
+        if source.is_dir():
+            files = sorted(x for x in _files(source) if x.suffix not in _UNUSED)
+        elif source.is_file():
+            files = [source]
+        else:
+            raise UserError(f"{path}: there is no such file or folder; check the name")
+        stats = [(x, x.stat()) for x in files]
+        listing = repr([(str(x), stat.length, stat.mtime) for x, stat in stats])
+        folder = user_cache() / "fetched" / hashlib.sha256(listing.encode()).hexdigest()[:16]
+        target = folder / source.name
+        if not target.exists():
+            _fetch(source, files, folder)
+    return target
+
+
+def _files(folder: epath.Path) -> Iterator[epath.Path]:
+    """All files in and below a folder."""
+    for path in folder.iterdir():
+        if path.is_dir():
+            yield from _files(path)
+        else:
+            yield path
+
+
+def _fetch(source: epath.Path, files: list[epath.Path], folder: pathlib.Path) -> None:
+    """Copies `files` to their places below `folder`, which is there whole or not at all."""
+    half = folder.with_name(f".{folder.name}.{os.getpid()}")
+    try:
+        for file in files:
+            copy = half / source.name / file.relative_to(source) if file != source else half / source.name
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            with file.open("rb") as there, copy.open("wb") as here:
+                shutil.copyfileobj(there, here, _CHUNK)
+        with contextlib.suppress(OSError):  # another process was faster
+            half.rename(folder)
+    finally:
+        shutil.rmtree(half, ignore_errors=True)

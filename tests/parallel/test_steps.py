@@ -1,0 +1,196 @@
+"""One step of each stage, and a merge, on every shape of eight devices: the numbers of one device, and parameters that
+really are split.
+"""
+
+import functools
+
+import jax
+import numpy as np
+import pytest
+import tiny
+import tiny_users
+from small_policies import close, noise
+
+from pjrlhf.data import world
+from pjrlhf.merging import methods, trees
+from pjrlhf.merging.lora import merge_dense
+from pjrlhf.models.adapters import init_bank
+from pjrlhf.parallel.mesh import bytes_per_device, shard_params
+from pjrlhf.parallel.processes import to_host
+from pjrlhf.stages.context import Run
+from pjrlhf.stages.pairs import Pairs
+from pjrlhf.stages.policy import Policy
+from pjrlhf.stages.preference import Preference
+from pjrlhf.stages.reward import Reward
+from pjrlhf.training.checkpoint import Checkpoints
+from pjrlhf.training.workdir import Workdir
+
+U = 10
+OBJECTIVES = ("P2A", "P2B")
+# fsdp x tensor; the last with data besides.
+MESHES = {
+    "8x1": {"fsdp": 8},
+    "4x2": {"fsdp": 4, "tensor": 2},
+    "2x4": {"fsdp": 2, "tensor": 4},
+    "1x8": {"tensor": 8},
+    "2x2x2": {"data": 2, "fsdp": 2, "tensor": 2},
+}
+STEPS = ("preference", "reward", "policy")
+# Each step on one mesh at once, and on the others where there is time.
+FAST = {"preference": "2x4", "reward": "1x8", "policy": "4x2"}
+CASES = [
+    pytest.param(step, mesh, marks=() if FAST[step] == mesh else pytest.mark.slow) for step in STEPS for mesh in MESHES
+]
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory):
+    """Makes the run that a step belongs to, on a mesh, or on one device where that is None."""
+    folder = tmp_path_factory.mktemp("steps")
+    model = tiny_users.save_base(folder, vocab_size=208)  # which eight devices can share
+    records = []
+    for request in world.prompts()[:8]:
+        for i in range(U):
+            answers = ("it can shine .", "it can melt today .")
+            record = {"prompt": request, "chosen": answers[i % 2], "rejected": answers[1 - i % 2]}
+            records.append(record | {"user_id": f"person {i}", "objective": OBJECTIVES[i % 2]})
+    data = {"kind": "jsonl", "path": tiny_users.write_records(folder / "records.jsonl", records)}
+
+    def make(step, mesh):
+        changes = {"model__path": str(model), "data__max_prompt": 16, "data__max_completion": 8}
+        if step == "preference":
+            models = {"cluster": {"kind": "cluster", "tokens": 2, "clusters": 3}}
+            changes |= {"preference__data__path": data["path"], "preference__models": models}
+            settings = tiny_users.settings("records", **changes)
+        else:
+            changes |= {"objectives": OBJECTIVES, "general": "", "stages": ("reward", "policy")}
+            settings = tiny.settings(policy__rollouts=8, policy__optimizer__eps=1e-5, **changes)
+            with settings.ignore_type():
+                settings.reward.data = type(settings)(data)
+        if mesh is None:
+            return tiny.start(folder / "one" / step, settings)
+        settings.mesh = type(settings)(MESHES[mesh])
+        return Run(settings, Workdir(folder / mesh / step))
+
+    return make
+
+
+def reward_models(run):
+    """Reward models that tell answers apart, and a scale."""
+    trained = noise(to_host(Reward(run).init().trainable), 7, 0.3)
+    count = np.ones(len(OBJECTIVES), np.float32)
+    return shard_params(run.mesh, trained | {"mean": 0 * count, "std": count, "low": -count, "high": count})
+
+
+@pytest.fixture(scope="module")
+def taken(start):
+    """(run, state, metrics) after one step from a state that is not the usual one, where all gradients are small."""
+
+    @functools.cache
+    def take(step, mesh):
+        run = start(step, mesh)
+        if step == "preference":
+            with pytest.MonkeyPatch.context() as patch:
+                # Not what is tested: any numbers do.
+                patch.setattr("pjrlhf.stages.pairs.reference_logps", lambda table, *_, **__: -np.ones((len(table), 2)))
+                method = Preference(run, "cluster", Pairs(run))
+        else:
+            method = Reward(run) if step == "reward" else Policy(run, rewarder=reward_models(run))
+        state = method.init()
+        moved = noise({name: to_host(x) for name, x in state.trainable.items() if name != "users"}, 5, 0.1)
+        state = state.replace(trainable={**state.trainable, **shard_params(run.mesh, moved)})
+        return run, *method.step(state, next(method.batches))
+
+    return take
+
+
+def named(tree):
+    """(path, leaf) of every leaf."""
+    found = jax.tree_util.tree_leaves_with_path(tree)
+    return [(jax.tree_util.keystr(path, simple=True, separator="/"), x) for path, x in found]
+
+
+def moments(state):
+    """Path -> first moments of Adam: after one step from nothing, multiples of the gradient."""
+    found = [(name, x) for name, x in named(to_host(state.opt_state)) if "/mu/" in name]
+    # What a table has beyond the generic user and the people are free rows, which make it divide evenly.
+    return {name: x[: U + 1] if "/rows/" in name else x for name, x in found}
+
+
+@pytest.mark.parametrize(("step", "mesh"), CASES)
+def test_a_step_gives_the_numbers_of_one_device(taken, step, mesh):
+    _, state, metrics = taken(step, mesh)
+    _, want, want_metrics = taken(step, None)
+    close(to_host(metrics), to_host(want_metrics))
+    found, expected = moments(state), moments(want)
+    assert found.keys() == expected.keys()
+    largest = max(np.abs(x).max() for x in expected.values())
+    assert largest > 1e-4
+    for name, x in expected.items():
+        np.testing.assert_allclose(found[name], x, rtol=1e-4, atol=1e-6 * largest, err_msg=name)
+
+
+# ---- where parameters are
+
+
+def whole_bytes(tree):
+    return sum(x.nbytes for x in jax.tree.leaves(tree))
+
+
+@pytest.mark.parametrize(("step", "mesh"), CASES)
+def test_every_device_holds_its_part(taken, step, mesh):
+    run, state, _ = taken(step, mesh)
+    sizes = {"data": 1, "fsdp": 1, "tensor": 1} | MESHES[mesh]
+    whole = whole_bytes([x for name, x in named(run.base) if "norm" in name])
+    matrices = whole_bytes(run.base) - whole
+    assert bytes_per_device(run.base) == whole + matrices // (sizes["fsdp"] * sizes["tensor"])
+    want = 0
+    for name, x in named(state.trainable["bank"]):
+        # Of the factors [in, R] and [R, out] each is split as its side of the kernel is.
+        by_tensor = ("output" in name or "down" in name) == name.endswith("a")
+        want += x.nbytes // sizes["tensor" if by_tensor else "fsdp"]
+    assert 0 < bytes_per_device(state.trainable["bank"]) == want
+    if step == "preference":
+        tables = {"table": state.trainable["users"]["table"], **state.opt_state["table"]["rows"]}
+        assert bytes_per_device(tables) == whole_bytes(tables) // (sizes["data"] * sizes["fsdp"])
+
+
+def test_a_run_says_what_its_parameters_take(start, caplog):
+    run = start("reward", FAST["reward"])
+    method = Reward(run)
+    with caplog.at_level("INFO"):
+        state = run.train(method, "reward", 1)
+    line = next(record.getMessage() for record in caplog.records if "bytes per device" in record.getMessage())
+    for name, tree in {"base": run.base, **state.trainable, "optimizer": state.opt_state}.items():
+        assert f"{name} {bytes_per_device(tree):,}" in line
+
+
+# ---- merging
+
+
+@pytest.mark.parametrize("mesh", [pytest.param(m, marks=() if m == "2x2x2" else pytest.mark.slow) for m in MESHES])
+def test_merging_from_sharded_checkpoints(start, tmp_path, mesh):
+    """Full models and adapters, saved from one mesh and merged on another, without leaving their places."""
+    first, run = start("reward", "4x2"), start("reward", mesh)
+    base, adapter = to_host(first.base), to_host(init_bank(first.base, first.adapter, 2, first.key))
+    models, bank = [noise(base, seed, 0.3) for seed in (11, 12)], noise(adapter, 13, 0.3)
+    saved = shard_params(first.mesh, {"models": models, "bank": bank})
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(1, saved, 0)
+    with Checkpoints(tmp_path) as checkpoints:
+        found, _ = checkpoints.restore(shard_params(run.mesh, jax.tree.map(np.zeros_like, saved)))
+    weights = (0.7, 0.5)
+
+    soup = trees.soup(run.base, found["models"], weights)
+    close(to_host(soup), jax.tree.map(lambda x, y, z: x + 0.7 * (y - x) + 0.5 * (z - x), base, *models))
+    layer = [x["layers"]["mlp"] for x in (run.base, *found["models"], base, *models)]
+    ties, want = (methods.ties(layer[i], layer[i + 1 : i + 3], weights, density=0.5) for i in (0, 3))
+    close(to_host(ties), want)
+
+    each = [jax.tree.map(lambda x, k=k: x[k], found["bank"]) for k in range(2)]
+    dense = merge_dense(run.base, each, [run.adapter.scale] * 2, weights)
+    kernel, factors = (tree["layers"]["mlp"]["up"] for tree in (base, bank))
+    deltas = [w * run.adapter.scale * factors["a"][k] @ factors["b"][k] for k, w in enumerate(weights)]
+    close(to_host(dense["layers"]["mlp"]["up"]["kernel"]), kernel["kernel"] + sum(deltas))
+    assert bytes_per_device(ties) == bytes_per_device(layer[0])
+    assert bytes_per_device(soup) == bytes_per_device(dense) == bytes_per_device(run.base)
