@@ -1,0 +1,170 @@
+"""What the steps of a config take on the devices at hand, with random weights: `python benchmarks/steps.py`.
+
+    python benchmarks/steps.py --config=configs/llama.py:pdpo_8b --entries=individualized --config.mesh.data=1
+
+Runs the programs that `--aot` plans, on records of the greatest length, and says for each of them seconds and the share
+of the peak: MFU, FLOPs of its matrix products without rematerialisation / (seconds x devices x peak bf16 FLOP/s), and
+HFU, the same with those computed twice. Of a rollout besides tokens per second and the share of the memory's bandwidth:
+(weights and cache, read once per token) / (seconds x bandwidth). Adds to --output one JSON object per program.
+"""
+
+import dataclasses
+import json
+import pathlib
+import time
+import types
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import app, flags
+from ml_collections import config_flags
+
+from pjrlhf.parallel.mesh import make_mesh, shardings
+from pjrlhf.parallel.roofline import CHIPS, memory_bytes, product_cost
+from pjrlhf.stages.aot import PLANS
+from pjrlhf.stages.context import Run
+from pjrlhf.stages.planned import Planned
+from pjrlhf.training.performance import peak_flops
+
+# Bytes per second of a device's memory, from the vendors' data sheets.
+BANDWIDTHS = {"H100": 3.35e12, "H200": 4.8e12, "A100": 2.0e12, "TPU v5 lite": CHIPS["v5e"].bandwidth}
+CONFIG = config_flags.DEFINE_config_file("config", "configs/llama.py:pdpo_8b")
+ROUNDS = flags.DEFINE_integer("rounds", 3, "timed runs of each program, after one that warms up")
+ENTRIES = flags.DEFINE_list("entries", [], "entries of preference.models to run; all by default")
+ONLY = flags.DEFINE_string("only", "", "run only programs whose name has this in it; others are skipped")
+OUTPUT = flags.DEFINE_string("output", "benchmarks/results/steps.jsonl", "where rows are added")
+
+
+class Measured(Planned):
+    """A planned run on the devices of this machine: arrays in place of shapes, and programs that run."""
+
+    def __init__(self, config: Any):
+        Run.__init__(self, config, types.SimpleNamespace(path=pathlib.Path("measured")))
+        self.mesh = make_mesh(config.mesh)
+        self.naming, self.found = "step", []
+
+    create, place = Run.create, Run.place
+
+    def shapes(self, tree: Any) -> Any:
+        """Random parameters of these shapes."""
+
+        def make(key):
+            leaves, structure = jax.tree.flatten(tree)
+            keys = jax.random.split(key, len(leaves))
+            return structure.unflatten(
+                [0.02 * jax.random.normal(k, x.shape, x.dtype) for k, x in zip(keys, leaves, strict=True)]
+            )
+
+        tree = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)
+        return jax.jit(make, out_shardings=shardings(self.mesh, tree))(jax.random.key(1))
+
+    def program(self, step: Callable[..., Any], **options: Any) -> Callable[..., Any]:
+        jitted = jax.jit(step, **options)
+
+        def timed(*arguments: Any, **keywords: Any) -> Any:
+            if ONLY.value not in self.naming and options.get("donate_argnums") is not None:
+                return None
+            cost = product_cost(jitted.trace(*arguments, **keywords).jaxpr.jaxpr, self.config.data.max_completion)
+            started = time.perf_counter()
+            program = jitted.lower(*arguments, **keywords).compile()
+            compiled = time.perf_counter() - started
+            seconds = []
+            for _ in range(ROUNDS.value + 1):
+                started = time.perf_counter()
+                result = jax.block_until_ready(program(*arguments, **keywords))
+                seconds.append(time.perf_counter() - started)
+                if options.get("donate_argnums") == 0:
+                    arguments = (result[0], *arguments[1:])
+            self._say(cost.flops, memory_bytes(program), compiled, seconds[1:])
+            return result
+
+        return timed
+
+    def _say(self, flops: float, memory: int, compiled: float, seconds: list[float]) -> None:
+        device, best = jax.devices()[0], float(np.median(seconds))
+        peak = peak_flops(device.device_kind)
+        stats = device.memory_stats() or {}
+        row = {
+            "step": self.naming,
+            "device": device.device_kind,
+            "devices": jax.device_count(),
+            "model": dataclasses.asdict(self.model_config),
+            "remat": self.config.model.remat,
+            "attention": self.model.attention,
+            "seconds": seconds,
+            "tflops": flops / best / 1e12,
+            "hfu": flops / best / peak / jax.device_count() if peak else None,
+            "program_gib": memory / 2**30,
+            "peak_gib": stats.get("peak_bytes_in_use", 0) / 2**30,
+            "compile_seconds": compiled,
+        }
+        self.found.append(row)
+        shown = {name: row[name] for name in ("hfu", "program_gib", "peak_gib", "compile_seconds")}
+        print(f"{self.naming}: {best:.3f} s", {k: v and round(v, 3) for k, v in shown.items()}, flush=True)
+
+
+def useful(config: Any, stage: str) -> dict[str, float]:
+    """Program -> FLOPs without rematerialisation, from tracing alone."""
+    config = config.copy_and_resolve_references()
+    config.model.remat = "none"
+    found = {}
+
+    class Traced(Measured):
+        create, place, shapes = Planned.create, Planned.place, Planned.shapes
+
+        def program(self, step, **options):
+            jitted = jax.jit(step, **options)
+
+            def traced(*arguments, **keywords):
+                made = jitted.trace(*arguments, **keywords)
+                found[self.naming] = product_cost(made.jaxpr.jaxpr, self.config.data.max_completion).flops
+                return made.out_info
+
+            return traced
+
+    run = Traced(config)
+    run.naming = stage
+    PLANS[stage](run)
+    return found
+
+
+def main(_: list[str]) -> None:
+    config = CONFIG.value
+    if ENTRIES.value:
+        with config.unlocked():
+            for name in set(config.preference.models) - set(ENTRIES.value):
+                del config.preference.models[name]
+    for stage in config.stages:
+        if stage not in PLANS:
+            continue
+        flops = useful(config, stage)
+        run = Measured(config)
+        run.naming = stage
+        PLANS[stage](run)
+        kind, d = jax.devices()[0].device_kind, config.data
+        peak = peak_flops(kind)
+        bandwidth = next((value for name, value in BANDWIDTHS.items() if name in kind), None)
+        for row in run.found:
+            best = float(np.median(row["seconds"]))
+            if peak:
+                row["mfu"] = flops[row["step"]] / best / peak / jax.device_count()
+            if row["step"].endswith("rollout"):
+                rows = config.policy.rollouts * len(run.rewards)
+                c, width = run.model_config, jnp.dtype(config.model.dtype).itemsize
+                cache = (
+                    2 * c.num_layers * rows * c.num_kv_heads * c.head_dim * width * (d.max_prompt + d.max_completion)
+                )
+                weights = sum(x.nbytes for x in jax.tree.leaves(run.base))
+                row["tokens_per_second"] = rows * d.max_completion / best
+                if bandwidth:
+                    row["bandwidth_share"] = d.max_completion * (weights + cache) / best / bandwidth / run.mesh.size
+            print({k: round(v, 3) for k, v in row.items() if k in ("mfu", "tokens_per_second", "bandwidth_share")})
+            with open(OUTPUT.value, "a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
+
+
+if __name__ == "__main__":
+    app.run(main)
