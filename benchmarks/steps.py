@@ -65,7 +65,7 @@ class Measured(Planned):
         jitted = jax.jit(step, **options)
 
         def timed(*arguments: Any, **keywords: Any) -> Any:
-            if ONLY.value not in self.naming and options.get("donate_argnums") is not None:
+            if ONLY.value not in self.naming and "rollout" not in self.naming:  # others need what was sampled
                 return None
             cost = product_cost(jitted.trace(*arguments, **keywords).jaxpr.jaxpr, self.config.data.max_completion)
             started = time.perf_counter()

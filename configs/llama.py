@@ -29,7 +29,7 @@ def get_config(variant: str = "pdpo_8b") -> ml_collections.ConfigDict:
     c = config.base()
     c.title = f"{'P-DPO' if method == 'pdpo' else 'Personalized Soups'} with Llama 3.1 {size.upper()}"
     c.model.update({**SIZES[size], **SHAPE, "dtype": "bfloat16", "param_dtype": "bfloat16", "remat": "full"})
-    c.adapter = {"rank": 16, "alpha": 32.0}
+    c.adapter.update({"rank": 16, "alpha": 32.0})
     # The smaller one is split by fsdp alone; the larger one has more chips than a batch has rows.
     c.mesh = {"data": 1, "fsdp": -1, "tensor": 1 if size == "8b" else 4}
     with c.ignore_type():

@@ -44,7 +44,8 @@ def base() -> ml_collections.ConfigDict:
         "attention": "auto",  # auto, einsum, xla, cudnn
         "eos_token": "",  # what ends an answer, where it is not the tokenizer's own EOS
     }
-    c.adapter = {"rank": 8, "alpha": 16.0}  # rank 0: full parameters
+    # rank 0: full parameters; dtype of what is trained: float32, bfloat16
+    c.adapter = {"rank": 8, "alpha": 16.0, "dtype": "float32"}
     c.temperature = 1.0  # of all sampling
     c.sample_rows = 256  # rows sampled at once outside training
     c.aot = {"users": 1000}  # how many people --aot reckons with
@@ -69,8 +70,9 @@ def base() -> ml_collections.ConfigDict:
         "records": 8000,  # of the built-in corpus
         "steps": 400,
         "batch_size": 64,
-        "adapter": {"rank": 0, "alpha": 16.0},
+        "adapter": {"rank": 0, "alpha": 16.0, "dtype": "float32"},
         "optimizer": {
+            "name": "adamw",  # adamw, adafactor, sgd
             "learning_rate": 4e-3,
             "schedule": "cosine",
             "warmup_steps": 20,
@@ -106,7 +108,7 @@ def people(c: ml_collections.ConfigDict) -> None:
         "sft_weight": 0.0,
         "steps": 160,
         "batch_size": 32,  # pairs
-        "optimizer": {"learning_rate": 3e-3, "schedule": "cosine", "warmup_steps": 5},
+        "optimizer": {"name": "adamw", "learning_rate": 3e-3, "schedule": "cosine", "warmup_steps": 5},
         "user_optimizer": {"learning_rate": 3e-2, "schedule": "cosine"},
     }
     c.evaluate_users = {
@@ -171,7 +173,7 @@ def policies(c: ml_collections.ConfigDict) -> None:
             "missing_eos": 1.0,
             "score_clip": 5.0,
         },
-        "optimizer": {"learning_rate": 3e-3, "schedule": "linear", "b2": 0.99, "eps": 1e-5},
+        "optimizer": {"name": "adamw", "learning_rate": 3e-3, "schedule": "linear", "b2": 0.99, "eps": 1e-5},
     }
 
 

@@ -62,7 +62,7 @@ class Tokenizer:
             )
         if add_bos is None:
             add_bos = self.bos_id is not None and backend("")["input_ids"][:1] == [self.bos_id]
-        self._add_bos = add_bos
+        self.add_bos = add_bos
 
     @property
     def start_id(self) -> int:
@@ -157,7 +157,7 @@ class Tokenizer:
 
     def _encode(self, texts: list[str], *, bos: bool) -> list[list[int]]:
         rows = self.backend(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
-        if not self._add_bos:
+        if not self.add_bos:
             return rows
         return [[self.bos_id] * (bos or ids[:1] == [self.bos_id]) + _drop_leading(ids, self.bos_id) for ids in rows]
 

@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from pjrlhf.errors import UserError
 from pjrlhf.models.decoder import Cache, Decoder, Layout
 from pjrlhf.models.users import reserve
 
@@ -23,23 +24,29 @@ TARGETS = {"attention": ("query", "key", "value", "output"), "mlp": ("gate", "up
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AdapterConfig:
     """`rank` 0 means full parameters: the bank then holds K complete parameter trees. `alpha / rank` scales the
-    update.
+    update; `dtype` is that of the trained parameters and so of what an optimizer remembers of them.
     """
 
     rank: int = 8
     alpha: float = 16.0
+    dtype: str = "float32"
+
+    def __post_init__(self):
+        if self.dtype not in ("float32", "bfloat16"):
+            raise UserError(f"adapter.dtype {self.dtype!r}: unknown; choose float32 or bfloat16")
 
     @property
     def scale(self) -> float:
         return self.alpha / self.rank if self.rank else 1.0
 
 
-def init_bank(base: Params, adapter: AdapterConfig, count: int, key: jax.Array, dtype: Any = jnp.float32) -> Params:
+def init_bank(base: Params, adapter: AdapterConfig, count: int, key: jax.Array) -> Params:
     """A bank of `count` policies, all equal to the base.
 
     LoRA: `a` [K, L, in, R] ~ N(0, 1/in), the same for all K (one shared key, which is what makes averaging factors
     across ingredients meaningful, arXiv 2310.11564), and `b` [K, L, R, out] zero. Full parameters: K copies of `base`.
     """
+    dtype = jnp.dtype(adapter.dtype)
     if not adapter.rank:
         return jax.tree.map(lambda x: jnp.broadcast_to(x, (count, *x.shape)).astype(dtype), base)
     bank: dict[str, dict[str, Any]] = {}

@@ -59,6 +59,8 @@ def attend(
       [B, T, H, C] in the dtype of `query`.
     """
     implementation = choose(implementation, jax.default_backend(), query.dtype.name)
+    if query.shape[1] == 1:
+        implementation = "einsum"  # one token asks: there is nothing to fuse, the cache is read once
     if implementation != "einsum" and softcap is None:
         return jax.nn.dot_product_attention(query, key, value, mask=mask[:, None], implementation=implementation)
     B, T, H, C = query.shape

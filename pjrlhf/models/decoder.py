@@ -362,7 +362,7 @@ class Decoder(nn.Module):
         x = self.embed(tokens)
         if user_tokens is not None:
             place = positions - self.user_offset
-            own = user_tokens[owner, jnp.clip(place, 0, user_tokens.shape[1] - 1)]
+            own = jnp.asarray(user_tokens)[owner, jnp.clip(place, 0, user_tokens.shape[1] - 1)]
             is_user = (place >= 0) & (place < user_tokens.shape[1])
             x = jnp.where(is_user[..., None], own.astype(x.dtype), x)
         if self.config.scale_embeddings:

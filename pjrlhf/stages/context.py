@@ -257,11 +257,19 @@ class Run:
         m = self.config.model
         attention = choose(m.attention, self.mesh.devices.flat[0].platform, m.dtype)
         rows = row_sharding(self.mesh) if self.mesh.size > 1 else None
-        return Decoder(self.model_config, dtype=jnp.dtype(m.dtype), remat=m.remat, attention=attention, rows=rows)
+        return Decoder(
+            self.model_config,
+            dtype=jnp.dtype(m.dtype),
+            remat=m.remat,
+            attention=attention,
+            user_offset=int(self.tokenizer.add_bos),
+            rows=rows,
+        )
 
     @property
     def adapter(self) -> AdapterConfig:
-        return AdapterConfig(rank=self.config.adapter.rank, alpha=float(self.config.adapter.alpha))
+        section = self.config.adapter
+        return AdapterConfig(rank=section.rank, alpha=float(section.alpha), dtype=section.dtype)
 
     def start_params(self) -> Any:
         """Parameters to start from: read from `model.path`, or random."""

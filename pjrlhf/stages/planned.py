@@ -46,7 +46,7 @@ class Step:
 
     Attributes:
       memory: bytes on each chip at the peak, and `limit`, its HBM.
-      cost: of the matrix products, on all chips; `useful` is the part that is not computed twice (rematerialised).
+      cost: of the matrix products, on all chips, rematerialised ones included.
       sent: bytes that each chip sends, by kind of collective.
       problem: why it could not be compiled, if so: it needs more memory than there is.
     """
@@ -68,7 +68,7 @@ class Step:
 class _Text:
     """A tokenizer for a run without text: every prompt and answer is as long as it may be."""
 
-    bos_id, eos_id, pad_id, unk_id = 1, 2, 0, None
+    bos_id, eos_id, pad_id, unk_id, add_bos = 1, 2, 0, None, True
 
     def __init__(self, prompt: int, completion: int, vocab_size: int):
         self.prompt, self.completion, self.vocab_size = prompt, completion, vocab_size

@@ -52,7 +52,8 @@ class Sft:
 
     def __init__(self, run: Run):
         self.run, config = run, run.config.sft
-        self.adapter = AdapterConfig(rank=config.adapter.rank, alpha=float(config.adapter.alpha))
+        section = config.adapter
+        self.adapter = AdapterConfig(rank=section.rank, alpha=float(section.alpha), dtype=section.dtype)
         optimizer = make_optimizer(config.optimizer.to_dict(), config.steps)
         self.optimizer = per_ingredient(optimizer) if self.adapter.rank else optimizer
         make = functools.partial(collate, run)

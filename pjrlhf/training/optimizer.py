@@ -12,7 +12,7 @@ from pjrlhf.errors import UserError
 
 # A key without a default (None) must be given.
 DEFAULTS = {
-    "name": "adamw",  # "adamw" or "sgd"
+    "name": "adamw",  # "adamw", "sgd", or "adafactor" (arXiv 1804.04235), whose second moments take hardly any memory
     "learning_rate": None,  # peak, reached after warm-up
     "schedule": "constant",  # after warm-up: "constant", or "linear" / "cosine" down to 0 at the end of the stage
     "warmup_steps": 0,  # linear rise; step 1 already moves
@@ -24,7 +24,7 @@ DEFAULTS = {
     "max_grad_norm": 1.0,  # global-norm clipping; 0 turns it off
 }
 SCHEDULES = ("constant", "linear", "cosine")
-OPTIMIZERS = ("adamw", "sgd")
+OPTIMIZERS = ("adamw", "sgd", "adafactor")
 NO_DECAY = ("scale", "bias")
 
 
@@ -89,6 +89,15 @@ def make_optimizer(config: Mapping[str, Any], total_steps: int) -> optax.Gradien
     clip = optax.clip_by_global_norm(settings["max_grad_norm"]) if settings["max_grad_norm"] else optax.identity()
     if settings["name"] == "sgd":
         return optax.chain(clip, optax.add_decayed_weights(settings["weight_decay"], _decayed), optax.sgd(schedule))
+    if settings["name"] == "adafactor":
+        # Not `optax.adafactor`, which takes weight decay apart from the learning rate.
+        return optax.chain(
+            clip,
+            optax.scale_by_factored_rms(),
+            optax.clip_by_block_rms(1.0),
+            optax.add_decayed_weights(settings["weight_decay"], _decayed),
+            optax.scale_by_learning_rate(schedule),
+        )
     adam = {key: settings[key] for key in ("b1", "b2", "eps", "eps_root", "weight_decay")}
     return optax.chain(clip, optax.adamw(schedule, **adam, mask=_decayed))
 

@@ -46,7 +46,24 @@ def close(a, b):
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=2e-6, atol=1e-8), a, b)
 
 
-@pytest.mark.parametrize("name", ["adamw", "sgd"])
+def test_adafactor_is_that_of_optax_and_remembers_a_row_and_a_column():
+    large = {"kernel": jax.random.normal(jax.random.key(0), (2, 128, 256))}
+    gradient = jax.tree.map(jnp.sin, large)
+    ours = make_optimizer({"name": "adafactor", "learning_rate": 0.1, "max_grad_norm": 0}, 10)
+    theirs = optax.adafactor(0.1, multiply_by_parameter_scale=False)
+    state, other = ours.init(large), theirs.init(large)
+    for _ in range(3):
+        found, state = jax.jit(ours.update)(gradient, state, large)
+        wanted, other = jax.jit(theirs.update)(gradient, other, large)
+        close(found, wanted)
+    assert sum(x.size for x in jax.tree.leaves(state)) < large["kernel"].size / 50
+    decayed = make_optimizer({"name": "adafactor", "learning_rate": 0.1, "max_grad_norm": 0, "weight_decay": 0.5}, 10)
+    moved, _ = decayed.update(gradient, decayed.init(large), large)
+    plain, _ = ours.update(gradient, ours.init(large), large)
+    close(moved, jax.tree.map(lambda x, p: x - 0.1 * 0.5 * p, plain, large))
+
+
+@pytest.mark.parametrize("name", ["adamw", "sgd", "adafactor"])
 def test_k_in_one_equal_k_apart(name):
     one = make_optimizer({**CONFIG, "name": name}, 10)
     many = per_ingredient(one)
