@@ -21,7 +21,7 @@ def ours(job, turn):
     from pjrlhf.stages.pairs import Pairs
     from pjrlhf.stages.preference import Preference
 
-    jax.devices()
+    harness.load_ours()
     turn.begin()
     harness.watch_jax(turn, job)
     prompt, answer = job["limits"]
@@ -68,7 +68,7 @@ def trl(job, turn):
     data = datasets.Dataset.from_list([{k: r[k] for k in keep} for r in harness.read_records(job["ordered"])])
     arguments = DPOConfig(
         output_dir=f"{job['folder']}/trl",
-        **trainer_settings(job),
+        **harness.trainer_settings(job),
         max_length=None,
         beta=0.1,
         precompute_ref_log_probs=job["precompute"],
@@ -78,39 +78,10 @@ def trl(job, turn):
         args=arguments,
         train_dataset=data,
         processing_class=AutoTokenizer.from_pretrained(job["model"]),
-        peft_config=lora(job),
+        peft_config=harness.lora(job),
     )
     report = {"peak": harness.gemm_peak("torch"), "versions": harness.their_versions("trl", "accelerate")}
     harness.train_by_turns(trainer, turn, report)
-
-
-def trainer_settings(job):
-    """Of transformers' Trainer: the same optimizer as ours, one step per batch, the batches in their order."""
-    o = job["optimizer"]
-    return {
-        "per_device_train_batch_size": job["pairs"],
-        "learning_rate": o["learning_rate"],
-        "lr_scheduler_type": "constant",
-        "max_grad_norm": o["max_grad_norm"],
-        "weight_decay": o["weight_decay"],
-        "num_train_epochs": 10**6,
-        "train_sampling_strategy": "sequential",
-        "gradient_checkpointing": False,
-        "bf16": False,
-        "logging_steps": 10**9,
-        "save_strategy": "no",
-        "report_to": "none",
-        "disable_tqdm": True,
-        "use_cpu": job["device"] == "cpu",
-    }
-
-
-def lora(job):
-    if not job["lora"]:
-        return None
-    from peft import LoraConfig
-
-    return LoraConfig(r=job["lora"], lora_alpha=2 * job["lora"], target_modules="all-linear", task_type="CAUSAL_LM")
 
 
 def loop(job, turn):
@@ -125,7 +96,7 @@ def loop(job, turn):
     if job["lora"]:
         from peft import get_peft_model
 
-        model = get_peft_model(model, lora(job))
+        model = get_peft_model(model, harness.lora(job))
     records = [harness.ids_of(record) for record in harness.read_records(job["ordered"])]
     B = job["pairs"]
     batches = [records[i : i + B] for i in range(0, len(records), B)]

@@ -32,7 +32,19 @@ MODELS = {
     "tiny": {"hidden_size": 64, "intermediate_size": 128, "num_layers": 2, "num_heads": 2, "vocab_size": 512},
     "26m": {"hidden_size": 384, "intermediate_size": 1024, "num_layers": 8, "num_heads": 6, "vocab_size": 32000},
     "100m": {
-        **{"hidden_size": 640, "intermediate_size": 1728, "num_layers": 12, "num_heads": 10, "vocab_size": 32000},
+        "hidden_size": 640,
+        "intermediate_size": 1728,
+        "num_layers": 12,
+        "num_heads": 10,
+        "vocab_size": 32000,
+        "tie_embeddings": False,
+    },
+    "134m": {
+        "hidden_size": 768,
+        "intermediate_size": 2048,
+        "num_layers": 12,
+        "num_heads": 12,
+        "vocab_size": 32000,
         "tie_embeddings": False,
     },
 }
@@ -45,7 +57,8 @@ LENGTHS = {"prompt": (60, 0.9), "answer": (220, 0.7)}  # median and sigma of log
 
 class Turn:
     """How a side takes part: `turn.begin()` before it builds anything, `turn(report)` when it is built and after every
-    round; that returns when the next round begins, and never where there is none.
+    round; that returns when the next round begins, and never where there is none. A report may have "seconds" of its
+    own, where the round ended earlier.
     """
 
     def __init__(self, threads: int):
@@ -60,8 +73,12 @@ class Turn:
             sys.modules["torch"].set_num_threads(len(os.sched_getaffinity(0)))
         self._before, self._started = _memory("VmRSS"), time.perf_counter()
 
+    def seconds(self) -> float:
+        """Since the turn began."""
+        return time.perf_counter() - self._started
+
     def __call__(self, report: Mapping[str, Any]) -> None:
-        seconds = time.perf_counter() - self._started
+        seconds = self.seconds()
         peak = self.device_peak() if self.device_peak else _memory("VmHWM") - self._before
         self._out.write(json.dumps({"seconds": seconds, "peak_bytes": peak, **report}) + "\n")
         self._out.flush()
@@ -123,11 +140,8 @@ class Comparison:
         return self
 
     def __exit__(self, *_: Any) -> None:
-        for side in self.sides.values():
-            if side.process:
-                with contextlib.suppress(BrokenPipeError):
-                    side.process.stdin.close()
-                side.process.wait()
+        for name in list(self.sides):
+            self.stop(name)
         self._exit.close()
 
     def ours(self, kind: str, **options: Any) -> Side:
@@ -151,7 +165,10 @@ class Comparison:
         with open(self.folder / f"{name}.log", "w") as log:
             side.process = subprocess.Popen(
                 [side.python, self.script, "--side", json.dumps(job)],
-                **{"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": log, "text": True},
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                text=True,
                 env=os.environ | environment,
             )
         self.sides[name] = side
@@ -165,6 +182,13 @@ class Comparison:
             log = (self.folder / f"{name}.log").read_text()[-4000:]
             raise SystemExit(f"{log}\n{name}: ended before its turn was over; what it said last is above")
         return json.loads(line)
+
+    def stop(self, name: str) -> Side:
+        side = self.sides.pop(name)
+        with contextlib.suppress(BrokenPipeError):
+            side.process.stdin.close()
+        side.process.wait()
+        return side
 
     def round(self, name: str) -> dict[str, Any]:
         side = self.sides[name]
@@ -208,7 +232,9 @@ def spread(values: Sequence[float]) -> dict[str, float]:
     return {"median": middle, "q1": low, "q3": high, "min": min(values), "max": max(values)}
 
 
-def arguments(description: str, *, rounds: int = 10, models: Sequence[str] = ("26m", "100m")) -> argparse.ArgumentParser:
+def arguments(
+    description: str, *, rounds: int = 10, models: Sequence[str] = ("26m", "100m")
+) -> argparse.ArgumentParser:
     """The flags all scripts have."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     torch = os.environ.get("TORCH_PYTHON", sys.executable)
@@ -234,7 +260,8 @@ def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
 
 
 def machine(options: argparse.Namespace) -> dict[str, Any]:
-    names = [x.split(":")[1].strip() for x in open("/proc/cpuinfo") if x.startswith("model name")]
+    lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
+    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
     return {
         "cpu": names[0] if names else platform.processor(),
         "device": options.device,
@@ -320,17 +347,21 @@ def lengths(rng: np.random.Generator, name: str, count: int, limit: int) -> np.n
     return np.clip(np.round(median * np.exp(sigma * rng.standard_normal(count))), 4, limit - 1).astype(int)
 
 
-def pair_records(count: int, vocab_size: int, limits: tuple[int, int], users: int = 16, seed: int = 0) -> list[dict]:
-    """Comparisons of random words; prompt and answers are as long as those of people, see `LENGTHS`."""
-    rng = np.random.default_rng(seed)
+def pair_records(count: int, vocab_size: int, limits: tuple[int, int], whole: bool = False) -> list[dict]:
+    """Comparisons of random words by 16 people; prompt and answers are as long as those of people, see `LENGTHS`, or
+    `whole`: as long as they may be.
+    """
+    rng = np.random.default_rng(0)
     prompts = lengths(rng, "prompt", count, limits[0])
     answers = lengths(rng, "answer", 2 * count, limits[1]).reshape(count, 2)
+    if whole:
+        prompts[:], answers[:] = limits[0], limits[1] - 1
     records = []
     for i in range(count):
         ids = [words(rng, n, vocab_size) for n in (prompts[i], *answers[i])]
         prompt, chosen, rejected = map(text, ids)
         row = {"prompt": prompt, "chosen": " " + chosen, "rejected": " " + rejected, "row": i}
-        records.append({**row, "user_id": f"u{rng.integers(users)}", "objective": "one"})
+        records.append({**row, "user_id": f"u{rng.integers(16)}", "objective": "one"})
     return records
 
 
@@ -349,7 +380,7 @@ def ids_of(record: Mapping[str, Any]) -> tuple[list[int], list[int], list[int]]:
     return prompt, *([*answer, EOS] for answer in answers)
 
 
-def save_model(folder: pathlib.Path, size: str, max_length: int) -> dict[str, Any]:
+def save_model(folder: pathlib.Path, size: str, max_length: int, seed: int = 0) -> dict[str, Any]:
     """Writes a random Llama of a size of `MODELS` with a tokenizer of one token per word; returns its dimensions and
     parameters.
     """
@@ -365,9 +396,7 @@ def save_model(folder: pathlib.Path, size: str, max_length: int) -> dict[str, An
 
     shape = MODELS[size]
     heads = shape["num_heads"]
-    config = ModelConfig(
-        **shape, num_kv_heads=heads, head_dim=shape["hidden_size"] // heads, max_length=max_length
-    )
+    config = ModelConfig(**shape, num_kv_heads=heads, head_dim=shape["hidden_size"] // heads, max_length=max_length)
     special = ["<pad>", "<s>", "</s>"]
     vocabulary = {name: i for i, name in enumerate([*special, *(f"w{i}" for i in range(FIRST, config.vocab_size))])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
@@ -375,7 +404,7 @@ def save_model(folder: pathlib.Path, size: str, max_length: int) -> dict[str, An
     tokenizer.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in special])
     words_folder = folder.with_name(f"{folder.name}-tokenizer")
     write_folder(words_folder, tokenizer)
-    params = init_params(Decoder(config), jax.random.key(0))
+    params = init_params(Decoder(config), jax.random.key(seed))
     ids = {"bos_token_id": BOS, "eos_token_id": EOS, "pad_token_id": PAD}
     save_params(folder, config, params, tokenizer_folder=words_folder, token_ids=ids)
     count = sum(x.size for x in jax.tree.leaves(params))
@@ -384,8 +413,8 @@ def save_model(folder: pathlib.Path, size: str, max_length: int) -> dict[str, An
 
 def matmul_flops(shape: Mapping[str, Any], row: int, scored: int) -> float:
     """FLOPs of the matrix products that one forward pass of a row of `row` tokens needs, of which `scored` reach the
-    vocabulary: 2 per weight of a layer and token, 2 x 2 x heads x head width x row^2 / 2 for causal attention, 2 x width
-    x vocabulary per scored token. A training step needs three times that.
+    vocabulary: 2 per weight of a layer and token, 2 x 2 x heads x head width x row^2 / 2 for causal attention, 2 x
+    width x vocabulary per scored token. A training step needs three times that.
     """
     D, F, L = shape["hidden_size"], shape["intermediate_size"], shape["num_layers"]
     q, kv = shape["num_heads"] * shape["head_dim"], shape["num_kv_heads"] * shape["head_dim"]
@@ -429,6 +458,13 @@ def utilisation(found: dict[str, dict[str, Any]], flops: float, tokens: float, p
 
 # ---- our side
 
+# A run with one reward and one policy, whatever it is about.
+ONE_OBJECTIVE = {
+    "objectives": ("one",),
+    "preferences": {"one": {"dimension": "one", "sentence": ""}},
+    "judge": {"one": "short"},
+}
+
 
 def our_run(job: Mapping[str, Any], config_file: str, variant: str, changes: Mapping[str, Any]) -> Any:
     """A run of a config of the catalogue on the model of this comparison, with `changes` {dotted key: value}, and those
@@ -454,6 +490,16 @@ def our_run(job: Mapping[str, Any], config_file: str, variant: str, changes: Map
     with config.ignore_type():
         config.update_from_flattened_dict({"model.path": job["model"], "data.chat": False, **changes, **given})
     return Run(config, Workdir(pathlib.Path(job["folder"]) / f"work-{os.getpid()}"))
+
+
+def load_ours() -> None:
+    """What the first steps of a run would load: libraries are no part of peak memory."""
+    import datasets  # noqa: F401
+    import grain  # noqa: F401
+    import jax
+    import transformers  # noqa: F401
+
+    jax.devices()
 
 
 def our_versions() -> dict[str, str]:
@@ -487,11 +533,48 @@ def watch_torch(turn: Turn) -> None:
         turn.device_peak = torch.cuda.max_memory_allocated
 
 
-def train_by_turns(trainer: Any, turn: Turn, report: Mapping[str, Any]) -> None:
-    """Runs `trainer.train()`, one optimizer step per round: what lies between two steps (data, logging) is part of it."""
+def trainer_settings(job: Mapping[str, Any]) -> dict[str, Any]:
+    """Of transformers' Trainer: the same optimizer as ours, one step per batch, the batches in their order, no
+    gradient checkpointing (the default of TRL, which takes a third longer).
+    """
+    o = job["optimizer"]
+    return {
+        "per_device_train_batch_size": job["pairs"],
+        "learning_rate": o["learning_rate"],
+        "lr_scheduler_type": "constant",
+        "max_grad_norm": o["max_grad_norm"],
+        "weight_decay": o["weight_decay"],
+        "num_train_epochs": 10**6,
+        "train_sampling_strategy": "sequential",
+        "gradient_checkpointing": False,
+        "bf16": False,
+        "logging_steps": 10**9,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "use_cpu": job["device"] == "cpu",
+    }
+
+
+def lora(job: Mapping[str, Any]) -> Any:
+    """Adapters on the layers that ours has them on, if any."""
+    if not job["lora"]:
+        return None
+    from peft import LoraConfig
+
+    return LoraConfig(r=job["lora"], lora_alpha=2 * job["lora"], target_modules="all-linear", task_type="CAUSAL_LM")
+
+
+def train_by_turns(trainer: Any, turn: Turn, ready: Mapping[str, Any], more: Callable[[], dict] = dict) -> None:
+    """Runs `trainer.train()`, one optimizer step per round: what lies between two steps (data, logging) is part of it.
+
+    Args:
+      ready: what the side says when it is built.
+      more: what it says after every round, besides the loss.
+    """
     from transformers import TrainerCallback
 
-    seen: dict[str, float] = {}
+    seen: dict[str, Any] = {}
     compute_loss = trainer.compute_loss
 
     def noted(*arguments: Any, **keywords: Any) -> Any:
@@ -503,10 +586,10 @@ def train_by_turns(trainer: Any, turn: Turn, report: Mapping[str, Any]) -> None:
 
     class Turns(TrainerCallback):
         def on_train_begin(self, *_: Any, **__: Any) -> None:
-            turn(report)
+            turn(ready)
 
         def on_step_end(self, *_: Any, **__: Any) -> None:
-            turn({"loss": float(seen["loss"])})
+            turn({"loss": float(seen["loss"]), **more()})
 
     trainer.add_callback(Turns())
     trainer.train()
