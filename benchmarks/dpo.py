@@ -187,7 +187,7 @@ def compare(options, size):
 def main():
     parser = harness.arguments(__doc__)
     parser.add_argument("--lora", type=int, default=0, help="rank of adapters; 0 trains all parameters")
-    parser.add_argument("--pairs", type=int, default=8, help="per step")
+    parser.add_argument("--pairs", type=int, default=4, help="per step")
     parser.add_argument("--batches", type=int, default=4, help="that are gone through again and again")
     options = harness.parse(parser)
     tables, about = {}, {}

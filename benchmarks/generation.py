@@ -87,7 +87,9 @@ def compare(options, size, batch):
         peak = max(side.ready["peak"] for side in c.sides.values())
     own = np.array(found["ours"]["tokens"])
     for name, row in found.items():
-        row["same"] = float((np.array(row.pop("tokens")) == own).mean()) if "soup" not in name else float("nan")
+        tokens = np.array(row.pop("tokens"))
+        if "soup" not in name:
+            row["same"] = float((tokens == own).mean())
     flops = batch * harness.matmul_flops(shape, length + new, new)
     harness.utilisation(found, flops, batch * new, peak)
     return found, {"parameters": shape["parameters"], "prompt": length, "new": new, "peak_flops": peak}

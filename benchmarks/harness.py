@@ -233,7 +233,7 @@ def spread(values: Sequence[float]) -> dict[str, float]:
 
 
 def arguments(
-    description: str, *, rounds: int = 10, models: Sequence[str] = ("26m", "100m")
+    description: str, *, rounds: int = 8, models: Sequence[str] = ("26m", "100m")
 ) -> argparse.ArgumentParser:
     """The flags all scripts have."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
