@@ -6,7 +6,8 @@ the turn to one after the other, round by round, so that whatever else the machi
 compares rounds that stand next to each other. All sides are pinned to the same cores, and have as many threads.
 
 Peak memory is the high-water mark of a process' resident set (of a GPU's allocator with --device gpu) above what it was
-before anything was built: libraries loaded, no model yet.
+before anything was built: libraries loaded, no model yet. The steady peak is that of the counted rounds, which
+building, compiling and warming up are no part of.
 """
 
 import argparse
@@ -84,6 +85,8 @@ class Turn:
         self._out.flush()
         if not sys.stdin.readline():
             os._exit(0)
+        with contextlib.suppress(OSError):  # the high-water mark of every round is its own
+            pathlib.Path("/proc/self/clear_refs").write_text("5")
         self._started = time.perf_counter()
 
 
@@ -144,10 +147,10 @@ class Comparison:
             self.stop(name)
         self._exit.close()
 
-    def ours(self, kind: str, **options: Any) -> Side:
+    def ours(self, kind: str, /, **options: Any) -> Side:
         return Side(kind, sys.executable, options)
 
-    def theirs(self, kind: str, **options: Any) -> Side:
+    def theirs(self, kind: str, /, **options: Any) -> Side:
         return Side(kind, self.options.torch_python, options)
 
     def start(self, name: str, side: Side) -> dict[str, Any]:
@@ -197,9 +200,7 @@ class Comparison:
         return self._hear(name)
 
     def run(self, rounds: int, warm_up: int) -> None:
-        """All sides take turns, every other round in reverse order; the first `warm_up` rounds count for nothing but
-        peak memory.
-        """
+        """All sides take turns, every other round in reverse order; of the first `warm_up` ones only memory counts."""
         for i in range(warm_up + rounds):
             for name in list(self.sides)[:: 1 if i % 2 else -1]:
                 self.sides[name].reports.append(self.round(name) | {"counts": i >= warm_up})
@@ -217,7 +218,8 @@ class Comparison:
             found[name] = {
                 "seconds": spread(times[name]),
                 "ratio": spread([a / b for a, b in zip(times[name], times[first], strict=True)]),
-                "peak_bytes": max(report["peak_bytes"] for report in side.reports),
+                "peak_bytes": max(report["peak_bytes"] for report in [side.ready, *side.reports]),
+                "steady_peak_bytes": max(report["peak_bytes"] for report in side.reports if report["counts"]),
                 "setup_seconds": side.ready["seconds"],
                 "warm_up_seconds": sum(r["seconds"] for r in side.reports if not r["counts"]),
                 "versions": side.ready.get("versions", {}),
@@ -232,9 +234,7 @@ def spread(values: Sequence[float]) -> dict[str, float]:
     return {"median": middle, "q1": low, "q3": high, "min": min(values), "max": max(values)}
 
 
-def arguments(
-    description: str, *, rounds: int = 8, models: Sequence[str] = ("26m", "100m")
-) -> argparse.ArgumentParser:
+def arguments(description: str, *, rounds: int = 8, models: Sequence[str] = ("26m", "100m")) -> argparse.ArgumentParser:
     """The flags all scripts have."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     torch = os.environ.get("TORCH_PYTHON", sys.executable)
@@ -294,13 +294,13 @@ def table(title: str, found: Mapping[str, Mapping[str, Any]], columns: Mapping[s
     columns = columns or {}
     width = max(map(len, found)) + 2
     print(f"\n{title}")
-    head = f"{'':{width}}{'s/round':>10}{'ratio':>8}{'quartiles':>14}{'min-max':>14}{'peak MiB':>10}"
+    head = f"{'':{width}}{'s/round':>10}{'ratio':>8}{'quartiles':>14}{'min-max':>14}{'peak MiB':>10}{'steady':>8}"
     print(head + "".join(f"{heading:>14}" for heading in columns.values()))
     for name, row in found.items():
         seconds, ratio = row["seconds"], row["ratio"]
         line = f"{name:{width}}{rounded(seconds['median']):>10}{ratio['median']:8.2f}"
         line += f"{ratio['q1']:.2f}-{ratio['q3']:.2f}".rjust(14) + f"{ratio['min']:.2f}-{ratio['max']:.2f}".rjust(14)
-        line += f"{row['peak_bytes'] / 2**20:10.0f}"
+        line += f"{row['peak_bytes'] / 2**20:10.0f}{row.get('steady_peak_bytes', math.nan) / 2**20:8.0f}"
         print(line + "".join(f"{rounded(row[key]) if key in row else '':>14}" for key in columns))
 
 
@@ -323,8 +323,9 @@ def bars(path: pathlib.Path, tables: Mapping[str, Mapping[str, Any]], first: str
         left.barh(list(found), middle, xerr=errors, color=colours, capsize=2)
         left.axvline(1, color="0.3", linewidth=0.8)
         left.set(xlabel=f"time / that of {first}", title=title)
-        right.barh(list(found), [row["peak_bytes"] / 2**20 for row in found.values()], color=colours)
-        right.set(xlabel="peak memory, MiB")
+        for key, alpha in (("peak_bytes", 0.4), ("steady_peak_bytes", 1.0)):
+            right.barh(list(found), [row.get(key, 0) / 2**20 for row in found.values()], color=colours, alpha=alpha)
+        right.set(xlabel="peak memory, MiB (pale: building and compiling)")
         left.invert_yaxis()
     figure.savefig(path, dpi=90)
 
