@@ -319,7 +319,7 @@ def bars(path: pathlib.Path, tables: Mapping[str, Mapping[str, Any]], first: str
         middle = [r["median"] for r in ratios]
         errors = [[m - r["q1"] for m, r in zip(middle, ratios, strict=True)]]
         errors.append([r["q3"] - m for m, r in zip(middle, ratios, strict=True)])
-        colours = ["C0" if row.get("ours", "ours" in name) else "0.6" for name, row in found.items()]
+        colours = ["C0" if "ours" in name else "0.6" for name in found]
         left.barh(list(found), middle, xerr=errors, color=colours, capsize=2)
         left.axvline(1, color="0.3", linewidth=0.8)
         left.set(xlabel=f"time / that of {first}", title=title)
@@ -388,8 +388,7 @@ def save_model(folder: pathlib.Path, size: str, max_length: int, seed: int = 0) 
     import jax
     from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 
-    if jax.config.jax_platforms is None:
-        jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_platforms", "cpu")  # an accelerator is the sides'
     from pjrlhf.data.tokenization import write_folder
     from pjrlhf.models.config import ModelConfig
     from pjrlhf.models.decoder import Decoder, init_params
@@ -532,6 +531,7 @@ def watch_torch(turn: Turn) -> None:
 
     if torch.cuda.is_available():
         turn.device_peak = torch.cuda.max_memory_allocated
+        torch.set_float32_matmul_precision("high")  # TF32, as XLA does by default
 
 
 def trainer_settings(job: Mapping[str, Any]) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 A round is one linear merge of k float32 models with equal weights. From folder to folder: ours is `stages.merge.merge`,
 mergekit its library in the same process (`run_merge`), and both once more as commands, which start anew every time. In
 memory: ours is `merging.trees.weighted_sum`, torch a loop of `add_`. The floor of both is a plain copy that moves as
-many bytes, k reads and one write: a copy of (k + 1) / 2 models. Files are read from the page cache.
+many bytes, k reads and one write: a copy of (k + 1) / 2 models, by one thread. Files are read from the page cache.
 """
 
 import json
