@@ -36,6 +36,8 @@ def main():
     parser.add_argument("--rollouts", type=int, default=8, help="per policy and step")
     parser.add_argument("--new", type=int, default=64, help="tokens of an answer")
     options = harness.parse(parser)
+    if options.quick:
+        options.rounds = 1
     tables, about = {}, {}
     for size in options.model:
         length, new, steps = (12, 8, 3) if options.quick else (64, options.new, options.steps)

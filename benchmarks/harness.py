@@ -217,6 +217,7 @@ class Comparison:
             last = {k: v for k, v in side.reports[-1].items() if k not in ("counts", "seconds", "peak_bytes")}
             found[name] = {
                 "seconds": spread(times[name]),
+                "each_seconds": times[name],
                 "ratio": spread([a / b for a, b in zip(times[name], times[first], strict=True)]),
                 "peak_bytes": max(report["peak_bytes"] for report in [side.ready, *side.reports]),
                 "steady_peak_bytes": max(report["peak_bytes"] for report in side.reports if report["counts"]),
