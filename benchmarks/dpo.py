@@ -58,7 +58,6 @@ def ours(job, turn):
 
 def trl(job, turn):
     import datasets
-    import torch  # noqa: F401
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from trl import DPOConfig, DPOTrainer
 

@@ -67,7 +67,7 @@ class Turn:
         os.dup2(2, 1)  # what libraries print is no part of the conversation
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:threads])
         self._before = self._started = 0.0
-        self.device_peak: Callable[[], int] | None = None  # bytes, of an accelerator
+        self.memory_peak: Callable[[], int] | None = None  # bytes, where it is not that of this process
 
     def begin(self) -> None:
         if "torch" in sys.modules:
@@ -80,7 +80,7 @@ class Turn:
 
     def __call__(self, report: Mapping[str, Any]) -> None:
         seconds = self.seconds()
-        peak = self.device_peak() if self.device_peak else _memory("VmHWM") - self._before
+        peak = self.memory_peak() if self.memory_peak else _memory("VmHWM") - self._before
         self._out.write(json.dumps({"seconds": seconds, "peak_bytes": peak, **report}) + "\n")
         self._out.flush()
         if not sys.stdin.readline():
@@ -515,7 +515,7 @@ def watch_jax(turn: Turn, job: Mapping[str, Any]) -> None:
     import jax
 
     if job["device"] != "cpu":
-        turn.device_peak = lambda: jax.devices()[0].memory_stats()["peak_bytes_in_use"]
+        turn.memory_peak = lambda: jax.devices()[0].memory_stats()["peak_bytes_in_use"]
 
 
 # ---- the side of torch
@@ -531,7 +531,7 @@ def watch_torch(turn: Turn) -> None:
     import torch
 
     if torch.cuda.is_available():
-        turn.device_peak = torch.cuda.max_memory_allocated
+        turn.memory_peak = torch.cuda.max_memory_allocated
         torch.set_float32_matmul_precision("high")  # TF32, as XLA does by default
 
 

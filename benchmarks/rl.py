@@ -82,7 +82,7 @@ def trl(job, turn):
     import datasets
     import trl as library
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
-    from trl.trainer import grpo_trainer, rloo_trainer  # noqa: F401
+    from trl.trainer import grpo_trainer, rloo_trainer  # noqa: F401  (loaded late else)
 
     turn.begin()
     harness.watch_torch(turn)
