@@ -6,6 +6,7 @@ an optimizer for K independent policies is `jax.vmap` of one, and a soup is a we
 `mix` rows say which policy an example sees: zeros are the base, one-hot k is ingredient k, anything else is a soup.
 """
 
+import copy
 import dataclasses
 from typing import Any
 
@@ -13,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from pjrlhf.errors import UserError
-from pjrlhf.models.decoder import Cache, Decoder, Layout
+from pjrlhf.models.decoder import Cache, Decoder, Layout, apart
 from pjrlhf.models.users import reserve
 
 Params = Any
@@ -127,8 +128,16 @@ class Policies:
             self.variables = {"params": base, "adapters": bank}
             self.rows = mix * adapter.scale
         else:
-            self.variables = {"params": mixed_params(base, bank, mix)}
-            self.groups = mix.shape[0]
+            params = mixed_params(base, bank, mix)
+            self.groups = mix.shape[0] if mix.shape[0] > 1 else 0
+            self.variables = {"params": params if self.groups else jax.tree.map(lambda x: x[0], params)}
+
+    def apart(self) -> "Policies":
+        """The same with the layers of the decoder apart, see `Decoder.scan_layers`."""
+        found = copy.copy(self)
+        found.model = self.model.clone(scan_layers=False)
+        found.variables = apart(self.variables, 1 if self.groups else 0)
+        return found
 
     def _split(self, x: jax.Array, axis: int = 0) -> jax.Array:
         B = x.shape[axis]
@@ -177,20 +186,22 @@ class Policies:
                 layout=layout,
             )
 
-        # Groups are what is vmapped over; their rows are not those of the batch.
-        model = self.model.clone(rows=None)
+        # Groups are what is vmapped over; their rows are not those of the batch, and cuDNN's kernel takes no such mask.
+        attention = "xla" if self.model.attention == "cudnn" else self.model.attention
+        model = self.model.clone(rows=None, attention=attention)
 
         def group(variables, tokens, valid, cache, user_tokens, layout):
             return model.apply(
                 variables, tokens, valid, cache=cache, offset=offset, user_tokens=user_tokens, layout=layout
             )
 
-        # Cache leaves are [L, B, ...]: their batch axis is 1.
-        cache = jax.tree.map(lambda x: self._split(x, 1), cache)
+        # Cache leaves are [L, B, ...], or [B, ...] of layers apart.
+        axis = 1 if model.scan_layers else 0
+        cache = jax.tree.map(lambda x: self._split(x, axis), cache)
         user_tokens = self.user_tokens
         if user_tokens is not None and layout is None:
             user_tokens = self._split(user_tokens)
-        hidden, cache = jax.vmap(group, in_axes=(0, 0, 0, 1, 0 if layout is None else None, 0), out_axes=(0, 1))(
+        hidden, cache = jax.vmap(group, in_axes=(0, 0, 0, axis, 0 if layout is None else None, 0), out_axes=(0, axis))(
             self.variables,
             self._split(tokens),
             self._split(valid),
@@ -198,7 +209,7 @@ class Policies:
             user_tokens,
             jax.tree.map(self._split, layout),
         )
-        cache = jax.tree.map(lambda x: x.reshape(x.shape[0], B, *x.shape[3:]), cache)
+        cache = jax.tree.map(lambda x: x.reshape(*x.shape[:axis], B, *x.shape[axis + 2 :]), cache)
         return hidden.reshape(B, *hidden.shape[2:]), cache
 
     def logits(self, hidden: jax.Array) -> jax.Array:

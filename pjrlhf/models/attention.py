@@ -59,8 +59,6 @@ def attend(
       [B, T, H, C] in the dtype of `query`.
     """
     implementation = choose(implementation, jax.default_backend(), query.dtype.name)
-    if query.shape[1] == 1:
-        implementation = "einsum"  # one token asks: there is nothing to fuse, the cache is read once
     if implementation != "einsum" and softcap is None:
         return jax.nn.dot_product_attention(query, key, value, mask=mask[:, None], implementation=implementation)
     B, T, H, C = query.shape
@@ -71,3 +69,18 @@ def attend(
     scores = jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
     return jnp.einsum("bghts,bsgc->btghc", weights, value).reshape(B, T, H, C)
+
+
+def attend_cached(
+    query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array, softcap: float | None = None
+) -> jax.Array:
+    """The same for few query tokens and the keys and values of a cache, [B, G, S, C]: each is read once, as it lies,
+    and there is nothing to fuse.
+    """
+    B, T, H, C = query.shape
+    G = key.shape[1]
+    query = query.reshape(B, T, G, H // G, C) * C**-0.5
+    scores = jnp.einsum("btghc,bgsc->bgths", query, key, preferred_element_type=jnp.float32)
+    scores = jnp.where(mask[:, None, :, None], soft_cap(scores, softcap), jnp.finfo(jnp.float32).min)
+    weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
+    return jnp.einsum("bgths,bgsc->btghc", weights, value).reshape(B, T, H, C)

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding
 
 from pjrlhf.errors import UserError
-from pjrlhf.models.attention import attend, soft_cap
+from pjrlhf.models.attention import attend, attend_cached, soft_cap
 from pjrlhf.models.config import ModelConfig, RopeScaling
 
 Cache = dict[str, jax.Array]
@@ -45,6 +45,8 @@ class Layout(NamedTuple):
         real = segment[:, None, :] > 0
         return jnp.tril(own & real & (segment[:, None, :] == segment[:, :, None]))
 
+
+FEW_ROWS = 64
 
 REMAT_POLICIES = {
     "none": None,
@@ -160,6 +162,10 @@ class Norm(nn.Module):
 ACTIVATIONS = {"silu": nn.silu, "gelu": functools.partial(nn.gelu, approximate=False), "gelu_tanh": nn.gelu}
 
 
+def _like(x: jax.Array, other: jax.Array) -> jax.Array:
+    return x.astype(other.dtype).reshape(*[1] * (other.ndim - x.ndim), *x.shape)
+
+
 class Attention(nn.Module):
     config: ModelConfig
     dtype: Any
@@ -201,16 +207,19 @@ class Attention(nn.Module):
             mask = mask & (distance < own["window"])
         if cache is not None:
             # Only the new slots of this layer are written: the cache is carried from layer to layer, never copied.
-            place = layer, 0, offset, 0, 0
+            place = (0, 0, offset, 0) if layer is None else (layer, 0, 0, offset, 0)
             cache = {
-                name: jax.lax.dynamic_update_slice(cache[name], new[None].astype(cache[name].dtype), place)
-                for name, new in (("key", key), ("value", value))
+                name: jax.lax.dynamic_update_slice(old, _like(new.swapaxes(1, 2), old), place)
+                for name, old, new in (("key", cache["key"], key), ("value", cache["value"], value))
             }
-            key, value = (
-                jax.lax.dynamic_index_in_dim(cache[name], layer, keepdims=False).astype(self.dtype)
-                for name in ("key", "value")
-            )
-        out = attend(query, key, value, mask, self.implementation, c.attention_softcap).reshape(B, T, -1)
+        if cache is None or mask.shape[-1] == T:  # the tokens are all there is to see
+            out = attend(query, key, value, mask, self.implementation, c.attention_softcap)
+        else:
+            key, value = cache["key"], cache["value"]
+            if layer is not None:
+                key, value = (jax.lax.dynamic_index_in_dim(x, layer, keepdims=False) for x in (key, value))
+            out = attend_cached(query, key.astype(self.dtype), value.astype(self.dtype), mask, c.attention_softcap)
+        out = out.reshape(B, T, -1)
         return linear("output", c.hidden_size)(out, mix), cache
 
 
@@ -280,7 +289,10 @@ class Decoder(nn.Module):
       config: dimensions.
       dtype: dtype of activations; norms, softmax and rotary angles are computed in float32.
       param_dtype: dtype of created parameters.
-      scan_layers: one compiled layer scanned over L (default), or unrolled; same parameters, same numbers.
+      scan_layers: one compiled layer scanned over L (default), or L layers apart, each with arrays of its own
+        (`apart`); same numbers. A scan copies the parameters of a layer before it uses them, which costs a decoder of
+        few rows more than the rest of the step where the compiler does not fuse it (CPU, GPU).
+      decode_apart: sample with layers apart.
       remat: "none", "full" or "dots" (keep matrix products).
       attention: see `pjrlhf.models.attention`.
       user_offset: position of the first user token: 1, after BOS, or 0 for tokenizers without BOS.
@@ -295,6 +307,7 @@ class Decoder(nn.Module):
     attention: str = "auto"
     user_offset: int = 1
     rows: NamedSharding | None = None
+    decode_apart: bool = False
 
     def setup(self):
         c = self.config
@@ -306,16 +319,20 @@ class Decoder(nn.Module):
             layer = nn.remat(layer, policy=REMAT_POLICIES[self.remat], prevent_cse=not self.scan_layers)
         if c.positions == "learned":
             self.position = nn.Embed(c.max_length, c.hidden_size, dtype=self.dtype, param_dtype=self.param_dtype)
-        # Layers share positions, mask, mix and offset and hand on the cache; what they differ in comes one by one.
-        layers = nn.scan(
-            layer,
-            variable_axes={"params": 0, "adapters": 1},
-            split_rngs={"params": True},
-            in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast, nn.broadcast),
-            length=c.num_layers,
-            unroll=1 if self.scan_layers else c.num_layers,
-        )
-        self.layers = layers(c, self.dtype, self.param_dtype, self.attention, self.rows)
+        if self.scan_layers:
+            # Layers share positions, mask, mix and offset and hand on the cache; what they differ in comes one by one.
+            layers = nn.scan(
+                layer,
+                variable_axes={"params": 0, "adapters": 1},
+                split_rngs={"params": True},
+                in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast, nn.broadcast),
+                length=c.num_layers,
+            )
+            self.layers = layers(c, self.dtype, self.param_dtype, self.attention, self.rows)
+        else:
+            self.layers = [
+                layer(c, self.dtype, self.param_dtype, self.attention, self.rows) for _ in range(c.num_layers)
+            ]
         self.final_norm = Norm(c.norm, c.norm_eps, self.dtype, self.param_dtype)
         if not c.tie_embeddings:
             self.head = Linear(c.vocab_size, self.dtype, self.param_dtype, "head" in c.biases)
@@ -339,7 +356,7 @@ class Decoder(nn.Module):
           `valid`
             covers the whole cache including the T new tokens, which go to slots offset .. offset + T - 1.
           mix: float [B, K], weights of the adapters per example, [B, T, K] per token, or None for the base alone.
-          cache: from `init_cache`, or None.
+          cache: from `init_cache`, or None; of layers apart a list of L such, without that axis.
           offset: int, first slot written; the same for every row (rows differ by left padding).
           user_tokens: float [B, U, D], or None. They replace the embeddings at positions user_offset .. user_offset +
             U - 1, counted from the first valid token, where `users.reserve` makes room for them.
@@ -370,15 +387,30 @@ class Decoder(nn.Module):
         if self.config.positions == "learned":
             x = x + self.position(positions)
         x = split_rows(x, self.rows)
-        each = jnp.arange(self.config.num_layers), per_layer(self.config)
-        (x, cache), _ = self.layers((x, cache), each, positions, mask, mix, offset)
+        own = per_layer(self.config)
+        if self.scan_layers:
+            each = jnp.arange(self.config.num_layers), own
+            (x, cache), _ = self.layers((x, cache), each, positions, mask, mix, offset)
+        else:
+            caches = [None] * len(self.layers) if cache is None else list(cache)
+            for i, layer in enumerate(self.layers):
+                each = None, jax.tree.map(lambda x, i=i: x[i], own)
+                (x, caches[i]), _ = layer((x, caches[i]), each, positions, mask, mix, offset)
+            cache = cache if cache is None else caches
         if self.is_initializing() and not self.config.tie_embeddings:
             self.head(x, None)
         return self.final_norm(x), cache
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """Float32 logits [..., V] of hidden states [..., D]."""
-        logits = self.embed.attend(hidden) if self.config.tie_embeddings else self.head(hidden, None)
+        if not self.config.tie_embeddings:
+            logits = self.head(hidden, None)
+        elif math.prod(hidden.shape[:-1]) <= FEW_ROWS:
+            # For few rows, twice as fast on CPU as the other order: the large matrix is not rearranged.
+            embedding = self.embed.embedding.astype(self.dtype)
+            logits = jnp.moveaxis(jnp.einsum("...d,vd->v...", hidden, embedding), 0, -1)
+        else:
+            logits = self.embed.attend(hidden)
         return soft_cap(logits.astype(jnp.float32), self.config.logit_softcap)
 
 
@@ -388,7 +420,24 @@ def init_params(model: Decoder, key: jax.Array) -> Any:
     return jax.jit(model.init)(key, tokens, jnp.ones((1, 2), bool))["params"]
 
 
+def apart(variables: Any, leading: int = 0) -> Any:
+    """{"params"} and perhaps {"adapters"} of a decoder with `scan_layers` as one without takes them: layer i of
+    "layers" becomes "layers_i". Leaves of params have `leading` axes before that of layers.
+    """
+    found = {}
+    for name, axis in (("params", leading), ("adapters", 1)):
+        if name in variables:
+            tree = dict(variables[name])
+            stacked = tree.pop("layers")
+            for i in range(jax.tree.leaves(stacked)[0].shape[axis]):
+                tree[f"layers_{i}"] = jax.tree.map(
+                    lambda x, i=i, axis=axis: jax.lax.index_in_dim(x, i, axis, keepdims=False), stacked
+                )
+            found[name] = tree
+    return found
+
+
 def init_cache(config: ModelConfig, batch: int, slots: int, dtype: Any) -> Cache:
-    """Empty key/value cache: two arrays [L, B, S, G, C]."""
-    shape = (config.num_layers, batch, slots, config.num_kv_heads, config.head_dim)
+    """Empty key/value cache: two arrays [L, B, G, S, C]."""
+    shape = (config.num_layers, batch, config.num_kv_heads, slots, config.head_dim)
     return {"key": jnp.zeros(shape, dtype), "value": jnp.zeros(shape, dtype)}

@@ -80,9 +80,13 @@ def generate(
     slots = jnp.concatenate([prompt_valid, jnp.zeros((B, N), bool)], axis=1)
     cache = init_cache(config, B * policies.copies, P + N, policies.model.dtype)
     # Prefill looks at P slots only; the decode loop pays for all P + N.
-    small = jax.tree.map(lambda x: x[:, :, :P], cache)
+    small = jax.tree.map(lambda x: x[..., :P, :], cache)
     hidden, small = policies(prompt, prompt_valid, small, 0)
-    cache = jax.tree.map(lambda x, y: jax.lax.dynamic_update_slice_in_dim(x, y, 0, 2), cache, small)
+    cache = jax.tree.map(lambda x, y: jax.lax.dynamic_update_slice_in_dim(x, y, 0, 3), cache, small)
+    decoder = policies
+    if policies.model.decode_apart:
+        decoder = policies.apart()
+        cache = [jax.tree.map(lambda x, i=i: x[i], cache) for i in range(config.num_layers)]
 
     def draw(hidden, key):
         logits = policies.logits(hidden[:, -1:])[:, 0]
@@ -108,7 +112,7 @@ def generate(
     def step(carry):
         i, cache, state = carry
         token = jax.lax.dynamic_slice_in_dim(state[2], i - 1, 1, 1)
-        hidden, cache = policies(token, state[0], cache, P + i - 1)
+        hidden, cache = decoder(token, state[0], cache, P + i - 1)
         return i + 1, cache, record(i, hidden, state)
 
     def unfinished(carry):

@@ -264,6 +264,7 @@ class Run:
             attention=attention,
             user_offset=int(self.tokenizer.add_bos),
             rows=rows,
+            decode_apart=self.mesh.devices.flat[0].platform != "tpu",
         )
 
     @property

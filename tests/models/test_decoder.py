@@ -110,7 +110,6 @@ def assert_close(got, want, tolerance=1e-5):
 
 
 VARIANTS = {
-    "unrolled": Decoder(CONFIG, scan_layers=False),
     "remat full": Decoder(CONFIG, remat="full"),
     "remat dots": Decoder(CONFIG, remat="dots"),
     "xla attention": Decoder(CONFIG, attention="xla"),
@@ -126,6 +125,21 @@ def test_all_variants_create_the_same_parameters():
     wanted = jax.eval_shape(lambda: init_params(MODEL, jax.random.key(0)))
     for model in VARIANTS.values():
         assert jax.eval_shape(lambda m=model: init_params(m, jax.random.key(0))) == wanted
+
+
+@pytest.mark.parametrize("kind", ["base", "lora", "full"])
+def test_layers_apart_are_those_of_the_scan(kind):
+    adapter = AdapterConfig(rank=0) if kind == "full" else ADAPTER
+    bank = {"base": None, "lora": lora_bank(), "full": full_bank()}[kind]
+    mix = np.eye(K, dtype=np.float32)[:2]
+    tokens, valid = texts()
+
+    @functools.partial(jax.jit, static_argnames="together")
+    def hidden(params, bank, together):
+        policies = Policies(MODEL, adapter, params, bank, mix)
+        return (policies if together else policies.apart())(tokens, valid)[0]
+
+    assert_close(hidden(base(), bank, together=False), hidden(base(), bank, together=True))
 
 
 @pytest.mark.parametrize("left, right", [(0, 6), (1, 0), (6, 0)])

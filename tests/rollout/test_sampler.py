@@ -73,6 +73,20 @@ def test_greedy_decoding_is_the_argmax_of_the_full_forward(name):
     assert out["valid"].all() and out["tokens"].dtype == jnp.int32
 
 
+@pytest.mark.parametrize("kind", ADAPTERS)
+def test_layers_apart_write_the_same(kind):
+    prompt = jax.tree.map(lambda x: jnp.tile(x, (K, 1)), prompts(B, P))
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def draw(decode_apart, base, bank):
+        policies = Policies(MODEL.clone(decode_apart=decode_apart), ADAPTERS[kind], base, bank, ONE_HOT)
+        return generate(policies, WARM, prompt["prompt"], prompt["valid"], jax.random.key(3))
+
+    one, other = (draw(decode_apart, base(), bank(kind, K)) for decode_apart in (True, False))
+    np.testing.assert_array_equal(one["tokens"], other["tokens"])
+    close(one["logps"], other["logps"])
+
+
 def test_the_policies_differ():
     texts = [sample("lora", GREEDY, ONE_HOT[k : k + 1], prompts(B, P))["tokens"] for k in range(K)]
     assert all((texts[i] != texts[j]).any(1).sum() > B / 2 for i in range(K) for j in range(i))
