@@ -43,6 +43,7 @@ from pjrlhf.parallel.mesh import (
 )
 from pjrlhf.parallel.processes import by_first, to_host
 from pjrlhf.paths import local, user_cache
+from pjrlhf.rollout.reference import reference_logps
 from pjrlhf.rollout.sampler import Sampling
 from pjrlhf.training import loop
 from pjrlhf.training.performance import Program
@@ -384,6 +385,24 @@ class Run:
     def completion_lengths(self) -> tuple[int, ...]:
         """The same for completions."""
         return (*self.config.data.completion_buckets, self.lengths.completion)
+
+    def reference(self, table: TokenTable, rows: int) -> np.ndarray:
+        """float32 [N, 2]: log-probs of both answers of every pair under the base, `rows` answers at a time, which are
+        kept on disk; see `rollout.reference`.
+        """
+        return reference_logps(
+            table,
+            self.model,
+            self.adapter,
+            self.base,
+            self.base_hash,
+            prompt_lengths=self.prompt_lengths,
+            completion_lengths=self.completion_lengths,
+            pad_id=self.tokenizer.pad_id,
+            rows=rows,
+            folder=self.cache_folder / "reference",
+            place=self.place,
+        )
 
     def pack(
         self, prompts: Sequence[Ids], answers: Sequence[Sequence[Ids]], *, groups: int = 1, user_slots: int = 0

@@ -22,7 +22,7 @@ from pjrlhf.objectives.multi_objective import modpo_loss, weighted_sum
 from pjrlhf.objectives.preference import accuracy, implicit_rewards
 from pjrlhf.parallel.processes import to_host
 from pjrlhf.rollout import experience, scoring
-from pjrlhf.rollout.reference import SIDES, reference_logps
+from pjrlhf.rollout.reference import SIDES
 from pjrlhf.stages import policy, reward
 from pjrlhf.stages.context import Run
 from pjrlhf.stages.goals import Goals
@@ -178,20 +178,7 @@ class Modpo:
         return table_rewards(self.run, reward.load(self.run), table)
 
     def _reference(self, table: TokenTable) -> np.ndarray:
-        run = self.run
-        return reference_logps(
-            table,
-            run.model,
-            run.adapter,
-            run.base,
-            run.base_hash,
-            prompt_lengths=run.prompt_lengths,
-            completion_lengths=run.completion_lengths,
-            pad_id=run.tokenizer.pad_id,
-            rows=run.sample_rows,
-            folder=run.cache_folder / "reference",
-            place=run.place,
-        )
+        return self.run.reference(table, self.run.sample_rows)
 
     @property
     def samples(self) -> int:

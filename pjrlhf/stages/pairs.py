@@ -12,7 +12,6 @@ from pjrlhf.data.tokenization import TokenTable
 from pjrlhf.errors import UserError
 from pjrlhf.models.registry import UserRegistry
 from pjrlhf.parallel.mesh import even_rows
-from pjrlhf.rollout.reference import reference_logps
 from pjrlhf.stages.context import Run
 
 SIDES = ("chosen", "rejected")
@@ -114,20 +113,7 @@ class Pairs:
         self.reference = {name: self._reference(table) for name, table in self.tables.items()}
 
     def _reference(self, table: TokenTable) -> np.ndarray:
-        run = self.run
-        return reference_logps(
-            table,
-            run.model,
-            run.adapter,
-            run.base,
-            run.base_hash,
-            prompt_lengths=run.prompt_lengths,
-            completion_lengths=run.completion_lengths,
-            pad_id=run.tokenizer.pad_id,
-            rows=even_rows(run.mesh, 2 * run.config.preference.batch_size),
-            folder=run.cache_folder / "reference",
-            place=run.place,
-        )
+        return self.run.reference(table, even_rows(self.run.mesh, 2 * self.run.config.preference.batch_size))
 
     def users(self, name: str) -> np.ndarray:
         """Row in the user table of each pair's person, int32 [N]; 0 for people who were not trained on."""

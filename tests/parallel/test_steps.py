@@ -92,7 +92,9 @@ def taken(start):
         if step == "preference":
             with pytest.MonkeyPatch.context() as patch:
                 # Not what is tested: any numbers do.
-                patch.setattr("pjrlhf.stages.pairs.reference_logps", lambda table, *_, **__: -np.ones((len(table), 2)))
+                patch.setattr(
+                    "pjrlhf.stages.context.reference_logps", lambda table, *_, **__: -np.ones((len(table), 2))
+                )
                 method = Preference(run, "cluster", Pairs(run))
         else:
             method = Reward(run) if step == "reward" else Policy(run, rewarder=reward_models(run))

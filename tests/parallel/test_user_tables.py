@@ -135,7 +135,7 @@ def start(tmp_path_factory):
         with pytest.MonkeyPatch.context() as patch:
             # Not what is tested: any numbers do.
             patch.setattr(
-                "pjrlhf.stages.pairs.reference_logps", lambda table, *_, **__: np.zeros((len(table), 2), "f4")
+                "pjrlhf.stages.context.reference_logps", lambda table, *_, **__: np.zeros((len(table), 2), "f4")
             )
             return run, Pairs(run)
 

@@ -7,6 +7,7 @@ import re
 import shutil
 
 import jax.numpy as jnp
+import numpy as np
 import pytest
 import tiny
 
@@ -16,6 +17,7 @@ from pjrlhf.errors import UserError
 from pjrlhf.evaluation.judges import ScoreJudge
 from pjrlhf.models.storage import load_tree, save_tree
 from pjrlhf.stages import comparisons, evaluate, merge, policy, reward, sft
+from pjrlhf.stages.context import Run
 from pjrlhf.training import loop
 from pjrlhf.training.workdir import Workdir
 
@@ -36,7 +38,11 @@ MISTAKES = [
     ("objectives", ("P1A", "P9"), "objective 'P9': not among the preferences P1A, .*; define it"),
     ("preferences", "papers", "preferences 'papers': unknown; choose world or paper"),
     ("prompt_preference", "sometimes", "'sometimes': unknown; choose never, always or half"),
-    ("model.path", "/no/such/model", "/no/such/model/config.json: no such file; name a folder in Hugging Face layout"),
+    (
+        "model.path",
+        "/no/such/model",
+        "tokenizer /no/such/model: there is no such folder; give one with a tokenizer.json",
+    ),
     ("model.attention", "flash", "model.attention='flash' is unknown; choose one of auto, einsum"),
     ("model.remat", "some", "model.remat='some' is unknown; choose one of none, full, dots"),
     ("model.eos_token", "<end>", "eos_token '<end>': not in the tokenizer's vocabulary; name one of its tokens"),
@@ -92,7 +98,7 @@ def test_wrong_mesh(tmp_path, axes, message):
 
 def test_rows_that_eight_devices_cannot_share(tmp_path):
     with pytest.raises(UserError, match="batch of 12 rows: cannot be split over data x fsdp = 8 devices; make it a"):
-        stages.run(tiny.settings(stages=("sft",), sft__batch_size=12), Workdir(tmp_path))
+        Run(tiny.settings(), Workdir(tmp_path)).place({"user": np.zeros(12)})
 
 
 # ---- tokenizers
