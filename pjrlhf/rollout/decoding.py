@@ -2,6 +2,7 @@
 nothing is merged. One forward pass serves all, each policy as a row of its own.
 """
 
+import copy
 from typing import Any
 
 import jax
@@ -37,6 +38,12 @@ class Combined:
     def reserve(self, tokens: jax.Array, valid: jax.Array) -> tuple[jax.Array, jax.Array]:
         """The same rows: there are no user tokens here."""
         return tokens, valid
+
+    def apart(self) -> "Combined":
+        """See `Policies.apart`."""
+        found = copy.copy(self)
+        found.policies = self.policies.apart()
+        return found
 
     def __call__(
         self, tokens: jax.Array, valid: jax.Array, cache: Cache | None = None, offset: jax.Array | int = 0
