@@ -22,7 +22,7 @@ def ours(job, turn):
     jax.devices()
     turn.begin()
     harness.watch_jax(turn, job)
-    model, adapter = Decoder(read_config(job["model"])), AdapterConfig(rank=8, alpha=16.0)
+    model, adapter = Decoder(read_config(job["model"]), decode_apart=True), AdapterConfig(rank=8, alpha=16.0)
     base = load_params(job["model"])
     prompt = jnp.asarray(job["prompt"], jnp.int32)
     bank = mix = None

@@ -6,6 +6,7 @@ each step takes of a chip's memory and the least time it can take, and how to ma
 
 import functools
 import re
+import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -211,7 +212,7 @@ def report(config: Any, topology: str) -> list[dict[str, Any]]:
             row["bound"],
             f"{100 * row['peak_share']:.0f} %",
         )
-    Console().print(table)
+    Console(width=None if sys.stdout.isatty() else 140).print(table)  # a log file has no width of its own
     for step in steps:
         if not step.fits:
             raise UserError(
