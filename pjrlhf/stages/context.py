@@ -271,7 +271,7 @@ class Run:
     @property
     def adapter(self) -> AdapterConfig:
         section = self.config.adapter
-        return AdapterConfig(rank=section.rank, alpha=float(section.alpha), dtype=section.dtype)
+        return AdapterConfig(rank=section.rank, alpha=float(section.alpha), dtype=section.get("dtype", "float32"))
 
     def start_params(self) -> Any:
         """Parameters to start from: read from `model.path`, or random."""
