@@ -36,6 +36,11 @@ class AdapterConfig:
         if self.dtype not in ("float32", "bfloat16"):
             raise UserError(f"adapter.dtype {self.dtype!r}: unknown; choose float32 or bfloat16")
 
+    @classmethod
+    def of(cls, section: Any) -> "AdapterConfig":
+        """From a section of a config."""
+        return cls(rank=section.rank, alpha=float(section.alpha), dtype=section.get("dtype", "float32"))
+
     @property
     def scale(self) -> float:
         return self.alpha / self.rank if self.rank else 1.0

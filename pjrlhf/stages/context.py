@@ -270,8 +270,7 @@ class Run:
 
     @property
     def adapter(self) -> AdapterConfig:
-        section = self.config.adapter
-        return AdapterConfig(rank=section.rank, alpha=float(section.alpha), dtype=section.get("dtype", "float32"))
+        return AdapterConfig.of(self.config.adapter)
 
     def start_params(self) -> Any:
         """Parameters to start from: read from `model.path`, or random."""

@@ -52,8 +52,7 @@ class Sft:
 
     def __init__(self, run: Run):
         self.run, config = run, run.config.sft
-        section = config.adapter
-        self.adapter = AdapterConfig(rank=section.rank, alpha=float(section.alpha), dtype=section.get("dtype", "float32"))
+        self.adapter = AdapterConfig.of(config.adapter)
         optimizer = make_optimizer(config.optimizer.to_dict(), config.steps)
         self.optimizer = per_ingredient(optimizer) if self.adapter.rank else optimizer
         make = functools.partial(collate, run)
