@@ -37,6 +37,11 @@ def get_config(variant: str = "pdpo_8b") -> ml_collections.ConfigDict:
         c.data.prompt_buckets, c.data.completion_buckets = (128, 256), (128, 256)
     c.data.update({"max_prompt": 512, "max_completion": 512, "long_prompt": "truncate_left"})
     pdpo(c) if method == "pdpo" else soups(c)
+    if size == "70b":  # rows for the 64 groups of four chips that v6e-256 has; a minibatch of policies, too
+        if method == "pdpo":
+            c.preference.batch_size = 64
+        else:
+            c.policy.rollouts = 128
     return c
 
 
