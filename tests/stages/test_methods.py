@@ -242,6 +242,7 @@ def test_wrong_seeds(tmp_path, changes, message):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 @pytest.mark.parametrize("variant", ["two", "three", "ablation"])
 def test_the_whole_family(tmp_path, variant):
     names = tuple(tiny.catalogue("family").get_config(variant).methods)
