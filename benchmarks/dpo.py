@@ -10,8 +10,8 @@ P-DPO sides are ours with a user model of ten tokens a person, and are compared 
 import itertools
 
 import harness
+import pairs
 
-LIMITS = (192, 448)  # tokens of prompt and answer at most
 POOLED = "ours"
 
 
@@ -24,7 +24,6 @@ def ours(job, turn):
     harness.load_ours()
     turn.begin()
     harness.watch_jax(turn, job)
-    prompt, answer = job["limits"]
     changes = {
         "preference.data.path": job["records"],
         "preference.models": {"entry": job["entry"]},
@@ -35,36 +34,29 @@ def ours(job, turn):
         "preference.optimizer": job["optimizer"] | {"schedule": "constant"},
         "preference.user_optimizer": {"learning_rate": 1e-3, "schedule": "constant"},
         "adapter": {"rank": job["lora"], "alpha": 2.0 * job["lora"]},
-        "data.max_prompt": prompt,
-        "data.max_completion": answer,
-        "data.prompt_buckets": job["buckets"][0],
-        "data.completion_buckets": job["buckets"][1],
+        **pairs.length_settings(job),
     }
     run = harness.our_run(job, "pdpo", "records", changes)
-    pairs = Pairs(run)
-    method = Preference(run, "entry", pairs)
+    comparisons = Pairs(run)
+    method = Preference(run, "entry", comparisons)
     state = jax.block_until_ready(method.init())
-    examples, start = pairs.tables["train"].examples, method.batches.get_state()
+    examples, start = comparisons.tables["train"].examples, method.batches.get_state()
     rows = [[examples[i].extra["row"] for i in next(method.batches)["index"]] for _ in range(job["batches"])]
     turn({"rows": rows, "peak": harness.gemm_peak("jax"), "versions": harness.our_versions()})
-    for i in itertools.count():
-        if i % job["batches"] == 0:
-            method.batches.set_state(start)
-        state, metrics = method.step(state, next(method.batches))
-        jax.block_until_ready(state)
+
+    def loss(metrics):
         total, count = metrics["loss"]
-        turn({"loss": float(total) / float(count)})
+        return {"loss": float(total) / float(count)}
+
+    harness.step_by_turns(method, state, start, job, turn, loss)
 
 
 def trl(job, turn):
-    import datasets
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from trl import DPOConfig, DPOTrainer
 
     turn.begin()
     harness.watch_torch(turn)
-    keep = ("prompt", "chosen", "rejected")
-    data = datasets.Dataset.from_list([{k: r[k] for k in keep} for r in harness.read_records(job["ordered"])])
     arguments = DPOConfig(
         output_dir=f"{job['folder']}/trl",
         **harness.trainer_settings(job),
@@ -75,7 +67,7 @@ def trl(job, turn):
     trainer = DPOTrainer(
         AutoModelForCausalLM.from_pretrained(job["model"], dtype="float32"),
         args=arguments,
-        train_dataset=data,
+        train_dataset=pairs.dataset(job),
         processing_class=AutoTokenizer.from_pretrained(job["model"]),
         peft_config=harness.lora(job),
     )
@@ -138,24 +130,9 @@ def loop(job, turn):
 
 
 def compare(options, size):
-    quick = options.quick
-    limits, batches = ((24, 40), 2) if quick else (LIMITS, options.batches)
-    pairs = 4 if quick else options.pairs
     with harness.Comparison(__file__, options) as c:
-        shape = harness.save_model(c.folder / "model", size, sum(limits) + 32)
-        records = harness.pair_records(pairs * batches + 2, shape["vocab_size"], limits)
-        job = {
-            "model": str(c.folder / "model"),
-            "records": harness.write_records(c.folder / "pairs.jsonl", records),
-            "ordered": str(c.folder / "ordered.jsonl"),
-            "limits": limits,
-            "buckets": [(), ()] if quick else [(64,), (224,)],
-            "pairs": pairs,
-            "batches": batches,
-            "lora": options.lora,
-            "optimizer": {"learning_rate": 1e-5, "max_grad_norm": 1.0, "weight_decay": 0.0},
-            "set": options.set,
-        }
+        work = pairs.Pairs(c, options, size)
+        job = work.job | {"lora": options.lora}
         people = {"kind": "individualized", "tokens": 10}
         sides = {
             POOLED: c.ours("ours", **job, entry={"kind": "uniform"}),
@@ -170,33 +147,16 @@ def compare(options, size):
                 continue
             ready = c.start(name, side)
             if name == POOLED:
-                used = [records[i] for batch in ready["rows"] for i in batch]
-                harness.write_records(c.folder / "ordered.jsonl", used)
-        c.run(-(-options.rounds // batches) * batches, batches)
-        found = c.found(POOLED)
-        peak = max(side.ready["peak"] for side in c.sides.values())
-    rows = [(len(p), len(a)) for r in used for p, *answers in [harness.ids_of(r)] for a in answers]
-    tokens = sum(p + a for p, a in rows) / batches
-    flops = 3 * sum(harness.matmul_flops(shape, p + a, a) for p, a in rows) / batches
-    harness.utilisation(found, flops, tokens, peak)
-    about = {"parameters": shape["parameters"], "pairs": pairs, "tokens_per_round": tokens, "limits": limits}
-    return found, {**about, "flops_per_round": flops, "peak_flops": peak, "lora": options.lora}
+                work.order(ready["rows"])
+        found, about = work.run(POOLED, scored=lambda answer: answer)
+    return found, {**about, "lora": options.lora}
 
 
 def main():
-    parser = harness.arguments(__doc__)
+    parser = pairs.arguments(__doc__)
     parser.add_argument("--lora", type=int, default=0, help="rank of adapters; 0 trains all parameters")
-    parser.add_argument("--pairs", type=int, default=4, help="per step")
-    parser.add_argument("--batches", type=int, default=4, help="that are gone through again and again")
     options = harness.parse(parser)
-    tables, about = {}, {}
-    for size in options.model:
-        tables[size], about[size] = compare(options, size)
-        title = f"{about[size]['parameters'] / 1e6:.1f}M parameters, {about[size]['pairs']} pairs a round"
-        columns = {"tokens_per_second": "tokens/s", "mfu_percent": "MFU %", "loss": "last loss"}
-        harness.table(title, tables[size], columns)
-    name = "dpo_lora" if options.lora else "dpo"
-    harness.bars(harness.write(options, name, {"models": about}, tables), tables, POOLED)
+    pairs.report(options, "dpo_lora" if options.lora else "dpo", compare, POOLED)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ building, compiling and warming up are no part of.
 import argparse
 import contextlib
 import dataclasses
+import itertools
 import json
 import math
 import os
@@ -331,6 +332,25 @@ def bars(path: pathlib.Path, tables: Mapping[str, Mapping[str, Any]], first: str
     figure.savefig(path, dpi=90)
 
 
+def report(
+    options: argparse.Namespace,
+    name: str,
+    compare: Callable[[argparse.Namespace, str], tuple[dict, dict]],
+    first: str,
+    round_of: Callable[[Mapping[str, Any]], str],
+    columns: Mapping[str, str],
+) -> None:
+    """Runs `compare(options, size)` for every size of model, which gives a table and what it is about, and prints,
+    writes and plots them; `round_of` says what a round is.
+    """
+    tables, about = {}, {}
+    for size in options.model:
+        tables[size], about[size] = compare(options, size)
+        title = f"{about[size]['parameters'] / 1e6:.1f}M parameters, {round_of(about[size])}"
+        table(title, tables[size], columns)
+    bars(write(options, name, {"models": about}, tables), tables, first)
+
+
 # ---- work that is the same on all sides
 
 
@@ -491,6 +511,25 @@ def our_run(job: Mapping[str, Any], config_file: str, variant: str, changes: Map
     with config.ignore_type():
         config.update_from_flattened_dict({"model.path": job["model"], "data.chat": False, **changes, **given})
     return Run(config, Workdir(pathlib.Path(job["folder"]) / f"work-{os.getpid()}"))
+
+
+def step_by_turns(
+    method: Any, state: Any, start: Any, job: Mapping[str, Any], turn: Turn, say: Callable[[Mapping], dict]
+) -> None:
+    """One training step per round, on the same `job["batches"]` batches again and again.
+
+    Args:
+      start: state of `method.batches` before the first of them.
+      say: of the metrics of a step, what the side says after the round.
+    """
+    import jax
+
+    for i in itertools.count():
+        if i % job["batches"] == 0:
+            method.batches.set_state(start)
+        state, metrics = method.step(state, next(method.batches))
+        jax.block_until_ready(state)
+        turn(say(metrics))
 
 
 def load_ours() -> None:

@@ -10,8 +10,6 @@ one epoch of one update could be left out, as TRL does; TRL turns answers into t
 count what every side must do: sampling, reward, reference, and three times a forward pass for the update.
 """
 
-import itertools
-
 import harness
 
 
@@ -57,8 +55,6 @@ def policy(job, count=1):
 
 
 def ours(job, turn):
-    import jax
-
     harness.load_ours()
     turn.begin()
     harness.watch_jax(turn, job)
@@ -69,13 +65,12 @@ def ours(job, turn):
         plain = zip(batch["prompt"][:: job["samples"], 0], batch["valid"][:: job["samples"], 0], strict=True)
         prompts.append([tokens[valid].tolist() for tokens, valid in plain])
     turn({"prompts": prompts, "peak": harness.gemm_peak("jax"), "versions": harness.our_versions()})
-    for i in itertools.count():
-        if i % job["batches"] == 0:
-            method.batches.set_state(start)
-        state, metrics = method.step(state, next(method.batches))
-        jax.block_until_ready(state)
+
+    def length(metrics):
         total, count = metrics["completions/mean_length"]
-        turn({"length": float((total / count).mean())})
+        return {"length": float((total / count).mean())}
+
+    harness.step_by_turns(method, state, start, job, turn, length)
 
 
 def trl(job, turn):
@@ -171,14 +166,14 @@ def main():
     parser.add_argument("--samples", type=int, default=4, help="per prompt")
     parser.add_argument("--new", type=int, default=128, help="tokens")
     options = harness.parse(parser)
-    tables, about = {}, {}
-    for size in options.model:
-        tables[size], about[size] = compare(options, size)
-        a = about[size]
-        title = f"{a['parameters'] / 1e6:.1f}M parameters, {a['rows']} answers of {a['new']} tokens a round"
-        columns = {"tokens_per_second": "new tokens/s", "mfu_percent": "MFU %", "length": "mean length"}
-        harness.table(title, tables[size], columns)
-    harness.bars(harness.write(options, "rl", {"models": about}, tables), tables, "ours, RLOO")
+    harness.report(
+        options,
+        "rl",
+        compare,
+        "ours, RLOO",
+        lambda about: f"{about['rows']} answers of {about['new']} tokens a round",
+        {"tokens_per_second": "new tokens/s", "mfu_percent": "MFU %", "length": "mean length"},
+    )
 
 
 if __name__ == "__main__":
