@@ -49,18 +49,15 @@ def collate_completion(rows: Sequence[Row], *, prompt_length: Length, completion
     The prompt is padded on its left and the completion on its right, so they meet at column P; `loss_mask` marks
     the tokens of the completion.
     """
-    prompt = pad_left(*_fitted(rows, ("prompt",), prompt_length), pad_id)
-    completion = pad_right(*_fitted(rows, ("completion",), completion_length), pad_id)
+    prompt = pad_left(*_fitted([row["prompt"] for row in rows], prompt_length), pad_id)
+    completion = pad_right(*_fitted([row["completion"] for row in rows], completion_length), pad_id)
     tokens, valid = (np.concatenate(pair, axis=1) for pair in zip(prompt, completion, strict=True))
     return {"tokens": tokens, "valid": valid, "loss_mask": valid & (np.arange(valid.shape[1]) >= prompt[0].shape[1])}
 
 
-def _fitted(rows: Sequence[Row], names: Sequence[str], length: Length) -> tuple[list[np.ndarray], int]:
-    """The ids of the columns, one after another, and the length to pad them to."""
-    ids = [row[name] for name in names for row in rows]
-    if not isinstance(length, int):
-        length = int(buckets([max(map(len, ids))], length)[0])
-    return ids, length
+def _fitted(ids: Sequence[np.ndarray], length: Length) -> tuple[Sequence[np.ndarray], int]:
+    """`ids` and the length to pad them to."""
+    return ids, length if isinstance(length, int) else int(buckets([max(map(len, ids))], length)[0])
 
 
 def batches(

@@ -61,21 +61,14 @@ def attend(
     implementation = choose(implementation, jax.default_backend(), query.dtype.name)
     if implementation != "einsum" and softcap is None:
         return jax.nn.dot_product_attention(query, key, value, mask=mask[:, None], implementation=implementation)
-    B, T, H, C = query.shape
-    G = key.shape[2]
-    query = query.reshape(B, T, G, H // G, C) * C**-0.5
-    scores = jnp.einsum("btghc,bsgc->bghts", query, key, preferred_element_type=jnp.float32)
-    scores = soft_cap(scores, softcap)
-    scores = jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min)
-    weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
-    return jnp.einsum("bghts,bsgc->btghc", weights, value).reshape(B, T, H, C)
+    return attend_cached(query, key.swapaxes(1, 2), value.swapaxes(1, 2), mask, softcap)
 
 
 def attend_cached(
     query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array, softcap: float | None = None
 ) -> jax.Array:
-    """The same for few query tokens and the keys and values of a cache, [B, G, S, C]: each is read once, as it lies,
-    and there is nothing to fuse.
+    """The same in the plain form, for keys and values as they lie in a cache, [B, G, S, C]. Few query tokens read each
+    of them once, and leave nothing to fuse.
     """
     B, T, H, C = query.shape
     G = key.shape[1]

@@ -78,11 +78,10 @@ def generate(
     N = sampling.max_new_tokens
     config = policies.model.config
     slots = jnp.concatenate([prompt_valid, jnp.zeros((B, N), bool)], axis=1)
-    cache = init_cache(config, B * policies.copies, P + N, policies.model.dtype)
     # Prefill looks at P slots only; the decode loop pays for all P + N.
-    small = jax.tree.map(lambda x: x[..., :P, :], cache)
-    hidden, small = policies(prompt, prompt_valid, small, 0)
-    cache = jax.tree.map(lambda x, y: jax.lax.dynamic_update_slice_in_dim(x, y, 0, 3), cache, small)
+    cache = init_cache(config, B * policies.copies, P, policies.model.dtype)
+    hidden, cache = policies(prompt, prompt_valid, cache, 0)
+    cache = jax.tree.map(lambda x: jnp.pad(x, [(0, 0)] * 3 + [(0, N), (0, 0)]), cache)
     decoder = policies
     if policies.model.decode_apart:
         decoder = policies.apart()

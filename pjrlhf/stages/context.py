@@ -228,8 +228,7 @@ class Run:
     @functools.cached_property
     def model_type(self) -> str:
         """Of the base and of what is made of it, as a Hugging Face folder names it."""
-        path = self.config.model.path
-        return read_json(pathlib.Path(path) / "config.json").get("model_type") if path else "llama"
+        return read_json(self.start_folder / "config.json").get("model_type") if self.config.model.path else "llama"
 
     @functools.cached_property
     def model_config(self) -> ModelConfig:

@@ -275,10 +275,12 @@ def _write_adapter(
 ) -> str:
     """Writes the rank-concatenated adapter; returns its dtype."""
     base_name = str(base) if base else read_json(ingredients[0].folder / ADAPTER_CONFIG).get("base_model_name_or_path")
-    head_dim = read_config(base).head_dim if base else 0
+    head_dim = 0
     if base:
+        config = read_config(base)
+        head_dim = config.head_dim
         for ingredient in ingredients:
-            _check_adapter(ingredient, read_config(base), base)
+            _check_adapter(ingredient, config, base)
     adapter = jax.tree.map(lambda x: np.asarray(x, jnp.dtype(dtype)), _combine(lora.concatenate, ingredients))
     rank = sum(ingredient.rank for ingredient in ingredients)
     save_peft(work, adapter, rank, rank, base_name, model_type, head_dim)
