@@ -107,7 +107,7 @@ def test_only_the_user_of_a_row_is_seen_and_from_there_on():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["unrolled", "remat full"])
+@pytest.mark.parametrize("name", ["remat full", "remat dots"])
 def test_compilation_choices_change_neither_loss_nor_gradient(name):
     tokens, valid = texts()
 
