@@ -41,7 +41,7 @@ def base() -> ml_collections.ConfigDict:
         "dtype": "float32",  # of activations
         "param_dtype": "float32",  # of the frozen base
         "remat": "none",  # none, dots, full
-        "attention": "auto",  # auto, einsum, xla, cudnn
+        "attention": "auto",  # auto, blocks, einsum, xla, cudnn
         "eos_token": "",  # what ends an answer, where it is not the tokenizer's own EOS
     }
     # rank 0: full parameters; dtype of what is trained: float32, bfloat16
@@ -60,8 +60,9 @@ def base() -> ml_collections.ConfigDict:
         "completion_buckets": (),
         "long_prompt": "drop",  # drop, truncate_left, error
         "long_completion": "drop",  # drop, truncate
-        # Of what is trained on: an answer a row (none), a prompt with all its answers (share), several of those (pack).
-        "packing": "share",
+        # Of what is trained on: an answer a row (none), a prompt with all its answers (share), several of those (pack),
+        # all in one row (join); auto is join where attention goes by blocks, else share.
+        "packing": "auto",
         "heldout_share": 0.25,  # of the prompts; never trained on, used to evaluate
         "max_bad_share": 0.01,  # more bad records than this stop the run
     }

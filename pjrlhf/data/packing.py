@@ -14,21 +14,23 @@ from pjrlhf.errors import UserError
 Arrays = dict[str, np.ndarray]
 Ids = Sequence[int] | np.ndarray
 # none: an answer per row, each with its prompt; share: a prompt with all its answers per row; pack: as many of those
-# as a row holds.
-MODES = ("none", "share", "pack")
+# as a row holds; join: all in one row per device, the least padding, for attention that leaves out what nobody sees.
+MODES = ("none", "share", "pack", "join")
 NOWHERE = 2**30  # in place of an answer's number: of no answer
 _SHAPES = 8  # how many lengths, or numbers of rows, there are at most: each is compiled once
 
 
-def check_mode(mode: str) -> str:
-    """`mode`. UserError where there is no such."""
-    if mode not in MODES:
-        raise UserError(f"data.packing {mode!r}: unknown; choose one of {', '.join(MODES)}")
-    return mode
+def choose_mode(mode: str, attention: str) -> str:
+    """Resolves `auto` for an implementation of `models.attention`. UserError where there is no such mode."""
+    if mode not in ("auto", *MODES):
+        raise UserError(f"data.packing {mode!r}: unknown; choose one of auto, {', '.join(MODES)}")
+    if mode != "auto":
+        return mode
+    return "join" if attention == "blocks" else "share"
 
 
 def row_length(mode: str, prompt: int, answer: int, answers: int) -> int:
-    """Slots that a row needs for a prompt (user tokens included) and its answers of the greatest lengths."""
+    """Slots that a prompt (user tokens included) and its answers need in a row, all of the greatest lengths."""
     return prompt + answer * (1 if mode == "none" else answers)
 
 
@@ -46,24 +48,24 @@ def pack(
 ) -> Arrays:
     """Rows for E prompts of A answers each.
 
-    Shapes: R rows, T slots, S scored tokens of a row, M last tokens of a row. They depend on the lengths, within a few
-    steps, so that few programs are compiled.
+    Shapes: R rows, T slots, Z parts of R / Z consecutive rows, S scored tokens of a part, M last tokens of a part. They
+    depend on the lengths, within a few steps, so that few programs are compiled.
 
     Args:
       prompts: E sequences of ids.
       answers: E times A sequences of ids, none empty.
       mode: one of `MODES`.
-      length: slots a row may have; see `row_length`.
-      multiple: what R is a multiple of.
-      groups: examples come in so many equal consecutive groups, and so do rows: no row has examples of two groups.
+      length: slots an example may have, see `row_length`, and a row where they are not joined.
+      multiple: what R and Z are multiples of: devices.
+      groups: examples come in so many equal consecutive groups, and so do rows and parts: none has examples of two.
       user_slots, user_offset: room for user tokens in every prompt, see `models.users.reserve`.
 
     Returns:
       tokens [R, T]; segment [R, T], the number of the example plus 1, 0 on padding; branch [R, T], 0 in a prompt, a + 1
       in answer a; position [R, T]; owner [R, T], the number of the example (0 on padding); all int32;
-      columns, targets, answer [R, S]: at slot `columns` the token `targets` of answer number `answer` is predicted,
-      A e + a, `NOWHERE` in places left over;
-      last, last_answer [R, M]: the slot of the last token of each answer.
+      columns, targets, answer [Z, S]: at slot `columns` of a part's rows [R / Z T] the token `targets` of answer
+      number `answer` is predicted, A e + a, `NOWHERE` in places left over;
+      last, last_answer [Z, M]: the slot of the last token of each answer.
 
     Raises:
       ValueError: an example that does not fit into `length`, or groups that are not equal.
@@ -76,15 +78,18 @@ def pack(
     sizes = [len(prompts[e]) + user_slots + sum(len(answers[e][a]) for a in some) for e, some in parts]
     if max(sizes) > length:
         raise ValueError(f"an example of {max(sizes)} tokens does not fit into rows of {length}")
-    unit = 8 if length < 1024 else 128
-    T = _up(length, unit)
-    if mode != "pack":
-        T = min(T, _up(max(sizes), _up(math.ceil(length / _SHAPES), unit)))
-    each = len(parts) // groups
-    bins = []
-    for g in range(groups):
-        mine = range(g * each, (g + 1) * each)
-        bins.append(_bins(mine, sizes, T) if mode == "pack" else [[i] for i in mine])
+    each, Z = len(parts) // groups, math.lcm(groups, multiple)
+    shares = [range(g * each, (g + 1) * each) for g in range(groups)]
+    if mode == "join":
+        bins = [_spread(share, sizes, Z // groups) for share in shares]
+        fullest = max(sum(sizes[i] for i in row) for some in bins for row in some)
+        T = _rounded(fullest, math.ceil(len(parts) / Z) * length, 2 * _SHAPES)
+    elif mode == "pack":
+        T = _rounded(length, length, _SHAPES)
+        bins = [_bins(share, sizes, T) for share in shares]
+    else:
+        T = _rounded(max(sizes), length, _SHAPES)
+        bins = [[[i] for i in share] for share in shares]
     per_group = max(len(some) for some in bins)
     if mode == "pack":
         per_group = min(_up(per_group, math.ceil(each / _SHAPES)), each)
@@ -94,10 +99,12 @@ def pack(
 
     made = {name: np.zeros((len(rows), T), np.int32) for name in ("segment", "branch", "position", "owner")}
     made["tokens"] = np.full((len(rows), T), pad_id, np.int32)
-    scored: list[tuple[list, list, list]] = []
-    last: list[tuple[list, list]] = []
+    together = len(rows) // Z  # rows of a part
+    scored: list[tuple[list, list, list]] = [([], [], []) for _ in range(Z)]
+    last: list[tuple[list, list]] = [([], []) for _ in range(Z)]
     for r, row in enumerate(rows):
-        at, tokens, columns, targets, numbers, ends = 0, [], [], [], [], []
+        at, tokens, first = 0, [], r % together * T  # slot of its part
+        columns, targets, numbers = scored[r // together]
         for i in row:
             e, some = parts[i]
             prompt = [*prompts[e][:user_offset], *[0] * user_slots, *prompts[e][user_offset:]]
@@ -111,28 +118,45 @@ def pack(
                 made["position"][r, at : at + n] = np.arange(P, P + n)
                 made["branch"][r, at : at + n] = a + 1
                 # The first token is predicted where the prompt ends, the others by the one before.
-                columns += [end, *range(at, at + n - 1)]
+                columns += [first + end, *range(first + at, first + at + n - 1)]
                 targets += list(answers[e][a])
                 numbers += [A * e + a] * n
-                ends.append((at + n - 1, A * e + a))
+                for ends, value in zip(last[r // together], (first + at + n - 1, A * e + a), strict=True):
+                    ends.append(value)
                 at += n
             made["segment"][r, start:at] = e + 1
             made["owner"][r, start:at] = e
         made["tokens"][r, :at] = tokens
-        scored.append((columns, targets, numbers))
-        last.append(tuple(zip(*ends, strict=True)) or ((), ()))
-    S = _up(max(len(columns) for columns, _, _ in scored), max(8, T // 4))
+    # Several rows together differ little in what is scored, and padding reaches the vocabulary.
+    S = _up(max(len(columns) for columns, _, _ in scored), _up(together * T // (4 if Z > groups else 16), 8))
     M = 2 ** math.ceil(math.log2(max(len(ends) for ends, _ in last)))
     for names, found, width in (("columns", "targets", "answer"), scored, S), (("last", "last_answer"), last, M):
         for k, name in enumerate(names):
-            made[name] = np.full((len(rows), width), NOWHERE if "answer" in name else 0, np.int32)
-            for r, values in enumerate(found):
-                made[name][r, : len(values[k])] = values[k]
+            made[name] = np.full((Z, width), NOWHERE if "answer" in name else 0, np.int32)
+            for z, values in enumerate(found):
+                made[name][z, : len(values[k])] = values[k]
     return made
 
 
 def _up(x: int, unit: int) -> int:
     return x + -x % unit
+
+
+def _rounded(slots: int, greatest: int, steps: int) -> int:
+    """`slots` and a little more, so that of lengths up to `greatest` there are about `steps`."""
+    unit = 8 if greatest < 1024 else 128
+    return min(_up(slots, _up(math.ceil(greatest / steps), unit)), _up(greatest, unit))
+
+
+def _spread(parts: Sequence[int], sizes: Sequence[int], count: int) -> list[list[int]]:
+    """`count` rows about equally full: the longest first, each to the emptiest."""
+    rows: list[list[int]] = [[] for _ in range(count)]
+    full = [0] * count
+    for i in sorted(parts, key=lambda i: -sizes[i]):
+        r = min(range(count), key=full.__getitem__)
+        rows[r].append(i)
+        full[r] += sizes[i]
+    return rows
 
 
 def _bins(parts: Sequence[int], sizes: Sequence[int], length: int) -> list[list[int]]:

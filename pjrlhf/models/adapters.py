@@ -191,11 +191,15 @@ class Policies:
                 layout=layout,
             )
 
-        # Groups are what is vmapped over; their rows are not those of the batch, and cuDNN's kernel takes no such mask.
-        attention = "xla" if self.model.attention == "cudnn" else self.model.attention
-        model = self.model.clone(rows=None, attention=attention)
+        # Groups are what is gone through; their rows are not those of the batch.
+        loop = cache is None and self.model.attention == "blocks"
+        # Neither cuDNN's kernel nor a loop over blocks takes the masks of several groups at once.
+        instead = {} if loop else {"cudnn": "xla", "blocks": "einsum", "auto": "einsum"}
+        model = self.model.clone(rows=None, attention=instead.get(self.model.attention, self.model.attention))
+        shared = self.user_tokens if layout is not None else None
 
         def group(variables, tokens, valid, cache, user_tokens, layout):
+            user_tokens = user_tokens if shared is None else shared
             return model.apply(
                 variables, tokens, valid, cache=cache, offset=offset, user_tokens=user_tokens, layout=layout
             )
@@ -203,17 +207,13 @@ class Policies:
         # Cache leaves are [L, B, ...], or [B, ...] of layers apart.
         axis = 1 if model.scan_layers else 0
         cache = jax.tree.map(lambda x: self._split(x, axis), cache)
-        user_tokens = self.user_tokens
-        if user_tokens is not None and layout is None:
-            user_tokens = self._split(user_tokens)
-        hidden, cache = jax.vmap(group, in_axes=(0, 0, 0, axis, 0 if layout is None else None, 0), out_axes=(0, axis))(
-            self.variables,
-            self._split(tokens),
-            self._split(valid),
-            cache,
-            user_tokens,
-            jax.tree.map(self._split, layout),
-        )
+        user_tokens = self._split(self.user_tokens) if self.user_tokens is not None and shared is None else None
+        layout = jax.tree.map(self._split, layout)
+        groups = self.variables, self._split(tokens), self._split(valid), cache, user_tokens, layout
+        if loop:
+            hidden, _ = jax.lax.map(lambda one: group(*one), groups)
+        else:
+            hidden, cache = jax.vmap(group, in_axes=(0, 0, 0, axis, 0, 0), out_axes=(0, axis))(*groups)
         cache = jax.tree.map(lambda x: x.reshape(*x.shape[:axis], B, *x.shape[axis + 2 :]), cache)
         return hidden.reshape(B, *hidden.shape[2:]), cache
 

@@ -22,6 +22,7 @@ from jax.sharding import NamedSharding
 from pjrlhf.errors import UserError
 from pjrlhf.models.attention import attend, attend_cached, soft_cap
 from pjrlhf.models.config import ModelConfig, RopeScaling
+from pjrlhf.models.products import product
 
 Cache = dict[str, jax.Array]
 
@@ -119,7 +120,7 @@ class Linear(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, mix: jax.Array | None) -> jax.Array:
         kernel = self.param("kernel", nn.initializers.lecun_normal(), (x.shape[-1], self.features), self.param_dtype)
-        y = x @ kernel.astype(self.dtype)
+        y = product(x, kernel.astype(self.dtype))
         if mix is not None and self.has_variable("adapters", "a"):
             a = self.get_variable("adapters", "a").astype(self.dtype)
             b = self.get_variable("adapters", "b").astype(self.dtype)
@@ -410,7 +411,7 @@ class Decoder(nn.Module):
             embedding = self.embed.embedding.astype(self.dtype)
             logits = jnp.moveaxis(jnp.einsum("...d,vd->v...", hidden, embedding), 0, -1)
         else:
-            logits = self.embed.attend(hidden)
+            logits = product(hidden, self.embed.embedding.astype(self.dtype).T)
         return soft_cap(logits.astype(jnp.float32), self.config.logit_softcap)
 
 

@@ -104,10 +104,10 @@ def sequence_logps(
 
 
 def _packed_states(policies: Policies, rows: Mapping[str, jax.Array], columns: jax.Array) -> jax.Array:
-    """Hidden states [R, S, D] of packed rows at slots `columns` [R, S]."""
+    """Hidden states [Z, S, D] of packed rows at slots `columns` [Z, S] of their parts."""
     layout = Layout(rows["position"], rows["segment"], rows["branch"], rows["owner"])
     hidden, _ = policies(rows["tokens"], rows["segment"] > 0, layout=layout)
-    return jnp.take_along_axis(hidden, columns[..., None], axis=1)
+    return jnp.take_along_axis(hidden.reshape(len(columns), -1, hidden.shape[-1]), columns[..., None], axis=1)
 
 
 def _per_answer(values: jax.Array, answer: jax.Array, count: int) -> jax.Array:
@@ -116,7 +116,7 @@ def _per_answer(values: jax.Array, answer: jax.Array, count: int) -> jax.Array:
 
 
 def packed_token_logps(policies: Policies, rows: Mapping[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
-    """(log-probabilities float32 [R, S], nats, mask bool [R, S]) of the answers' tokens in packed rows.
+    """(log-probabilities float32 [Z, S], nats, mask bool [Z, S]) of the answers' tokens in packed rows.
 
     Args:
       rows: as made by `data.packing.pack`; the rows of `mix` and user tokens, where there are several, are those that
@@ -142,8 +142,8 @@ def packed_rewards(
     if len(mix) == 1:
         values = states @ kernel[0] + bias[0]
     else:
-        owner = jnp.take_along_axis(rows["owner"], rows["last"], axis=1)
-        values = jnp.einsum("rmd,rmd->rm", states, kernel[owner]) + bias[owner]
+        owner = jnp.take_along_axis(rows["owner"].reshape(len(rows["last"]), -1), rows["last"], axis=1)
+        values = jnp.einsum("zmd,zmd->zm", states, kernel[owner]) + bias[owner]
     return _per_answer(values, rows["last_answer"], count)
 
 

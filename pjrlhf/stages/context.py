@@ -18,7 +18,7 @@ from absl import logging
 
 from pjrlhf.data import bpe, preferences, world
 from pjrlhf.data.batching import buckets, pad_left, split_by
-from pjrlhf.data.packing import Ids, check_mode, pack, row_length
+from pjrlhf.data.packing import Ids, choose_mode, pack, row_length
 from pjrlhf.data.preferences import Preference, Registry
 from pjrlhf.data.schema import Example, request_of, validate
 from pjrlhf.data.sources import open_source
@@ -255,7 +255,7 @@ class Run:
     @functools.cached_property
     def model(self) -> Decoder:
         m = self.config.model
-        attention = choose(m.attention, self.mesh.devices.flat[0].platform, m.dtype)
+        attention = choose(m.attention, self.mesh.devices.flat[0].platform, m.dtype, self.mesh.size)
         rows = row_sharding(self.mesh) if self.mesh.size > 1 else None
         return Decoder(
             self.model_config,
@@ -407,7 +407,7 @@ class Run:
     ) -> dict[str, np.ndarray]:
         """Rows of prompts and their answers as `data.packing` says, see `data.packing.pack`."""
         d = self.config.data
-        mode = check_mode(d.packing)
+        mode = choose_mode(d.packing, self.model.attention)
         return pack(
             prompts,
             answers,

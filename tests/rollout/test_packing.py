@@ -113,8 +113,11 @@ def test_every_way_of_packing_has_the_same_gradient(policy, examples):
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4), first, other)
 
 
-def test_full_parameters_packed_by_group(policy, examples):
-    """Of K full policies each has its own rows."""
+@pytest.mark.parametrize("mode, attention", [("pack", "einsum"), ("join", "blocks")])
+def test_full_parameters_packed_by_group(policy, examples, monkeypatch, mode, attention):
+    """Of K full policies each has its own rows, whether they are gone through or taken at once."""
+    monkeypatch.setattr("pjrlhf.models.attention.BLOCK", 8)
+    model = MODEL.clone(attention=attention)
     prompts, answers = examples
     params = jax.tree.map(lambda x: jnp.stack([x, 1.1 * x]), policy["base"])
     full = AdapterConfig(rank=0)
@@ -122,10 +125,10 @@ def test_full_parameters_packed_by_group(policy, examples):
 
     @jax.jit
     def rewards(params, heads, rows):
-        policies = Policies(MODEL, full, None, params, jnp.eye(len(heads)))
+        policies = Policies(model, full, None, params, jnp.eye(len(heads)))
         return scoring.packed_rewards(policies, policy["heads"], heads, rows, 2 * E).reshape(E, 2)
 
-    rows = pack(prompts, answers, mode="pack", length=40, pad_id=0, groups=2)
+    rows = pack(prompts, answers, mode=mode, length=40, pad_id=0, groups=2)
     rows["owner"] //= E // 2
     both = rewards(params, mix, rows)
     for k in range(2):
@@ -145,17 +148,25 @@ def test_what_is_packed(examples):
         assert (rows["answer"] < NOWHERE).sum() == answers and (rows["tokens"][~real] == 0).all()
         # Every answer once, and at its last slot its last token.
         assert sorted(rows["last_answer"][rows["last_answer"] < NOWHERE]) == list(range(2 * E))
-        for r, m in zip(*np.nonzero(rows["last_answer"] < NOWHERE), strict=True):
-            e, a = divmod(int(rows["last_answer"][r, m]), 2)
-            assert rows["tokens"][r, rows["last"][r, m]] == examples[1][e][a][-1]
+        parts = rows["tokens"].reshape(len(rows["last"]), -1)
+        for z, m in zip(*np.nonzero(rows["last_answer"] < NOWHERE), strict=True):
+            e, a = divmod(int(rows["last_answer"][z, m]), 2)
+            assert parts[z, rows["last"][z, m]] == examples[1][e][a][-1]
     assert len(total["none"]["tokens"]) == 2 * E and len(total["share"]["tokens"]) == E
-    assert len(total["pack"]["tokens"]) < E
+    assert 1 < len(total["pack"]["tokens"]) < E and len(total["join"]["tokens"]) == 1
 
 
-def test_rows_are_a_multiple_of_the_devices(examples):
+def test_rows_are_joined_for_attention_by_blocks_alone():
+    assert packing.choose_mode("auto", "blocks") == "join" and packing.choose_mode("auto", "cudnn") == "share"
+    assert packing.choose_mode("pack", "blocks") == "pack"
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_rows_and_parts_are_a_multiple_of_the_devices(examples, mode):
     for groups in (1, 2, 3):
-        rows = pack(*examples, mode="pack", length=40, pad_id=0, multiple=4, groups=groups)
-        assert len(rows["tokens"]) % 4 == 0 and len(rows["tokens"]) % groups == 0
+        rows = pack(*examples, mode=mode, length=40, pad_id=0, multiple=4, groups=groups)
+        for name in ("tokens", "columns", "last"):
+            assert len(rows[name]) % 4 == 0 and len(rows[name]) % groups == 0
         group = np.arange(len(rows["tokens"])) // (len(rows["tokens"]) // groups)
         for g in range(groups):
             owners = rows["owner"][group == g][rows["segment"][group == g] > 0]
@@ -167,8 +178,8 @@ def test_what_does_not_fit_is_refused(examples):
         pack(*examples, mode="pack", length=14, pad_id=0)
     with pytest.raises(ValueError, match="6 examples cannot be split into 4"):
         pack(*examples, mode="share", length=40, pad_id=0, groups=4)
-    with pytest.raises(UserError, match=r"data\.packing 'yes': unknown; choose one of none, share, pack"):
-        packing.check_mode("yes")
+    with pytest.raises(UserError, match=r"data\.packing 'yes': unknown; choose one of auto, none, share, pack, join"):
+        packing.choose_mode("yes", "xla")
 
 
 def test_log_probs_in_parts_are_those_of_the_whole(policy, examples, monkeypatch):

@@ -1,0 +1,35 @@
+"""The product of activations with a kernel, with a gradient that suits the machine."""
+
+import jax
+import jax.numpy as jnp
+
+
+@jax.custom_vjp
+def product(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """`x` [..., D] times `kernel` [D, F], [..., F].
+
+    On a CPU the gradient of the kernel is taken from a turned copy of `x`: XLA's fast product there (jax 0.10) takes
+    no turned first factor, and its other one is half as fast. Elsewhere it is what JAX would have made of `x @ kernel`.
+    """
+    return x @ kernel
+
+
+def _forward(x, kernel):
+    return x @ kernel, (x, kernel)
+
+
+def _backward(saved, gradient):
+    x, kernel = saved
+
+    def turned(x, gradient):
+        rows = x.reshape(-1, x.shape[-1])
+        return jax.lax.optimization_barrier(rows.T) @ gradient.reshape(len(rows), -1)
+
+    def plain(x, gradient):
+        return jnp.einsum("...d,...f->df", x, gradient)
+
+    of_kernel = jax.lax.platform_dependent(x, gradient, cpu=turned, default=plain)
+    return gradient @ kernel.T, of_kernel
+
+
+product.defvjp(_forward, _backward)

@@ -1,0 +1,102 @@
+"""Attention block by block is attention, values and gradients."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pjrlhf.models.attention import attend, choose
+from pjrlhf.models.blockwise import BLOCK, attend_blocks
+
+B, C, N = 3, 6, 8
+
+
+def inputs(T, H, G):
+    """Query, key, value, and what the gradient of the outcome is."""
+    rng = np.random.default_rng(T)
+    return [rng.normal(size=(B, T, heads, C)).astype(np.float32) for heads in (H, G, G, H)]
+
+
+def packed(T):
+    """Mask of rows with a prompt and two answers that do not see each other, padding, and somebody else's tokens."""
+    segment, branch = np.ones((B, T), int), np.zeros((B, T), int)
+    for b, (first, second, end) in enumerate([(T // 4, T // 2, T), (1, T // 2, T - 3), (0, 0, 1)]):
+        branch[b, first:second], branch[b, second:], segment[b, end:] = 1, 2, 0
+    segment[0, 3 * T // 4 :], branch[0, 3 * T // 4 :] = 2, 0
+    own = (branch[:, None] == 0) | (branch[:, None] == branch[..., None])
+    return np.tril(own & (segment[:, None] > 0) & (segment[:, None] == segment[..., None]))
+
+
+def near(T):
+    """Mask of a sliding window, behind padding on the left of one row: some queries look nowhere."""
+    distance = np.arange(T)[:, None] - np.arange(T)
+    mask = np.repeat(((distance >= 0) & (distance < 5))[None], B, 0)
+    mask[1, :, :9] = False
+    return mask
+
+
+def with_gradients(attention, mask, softcap, query, key, value, gradient):
+    """The outcome and three gradients, zeros for queries that look nowhere."""
+    looks = mask.any(-1)[..., None, None]
+
+    @jax.jit
+    def run(query, key, value):
+        out, back = jax.vjp(lambda *x: jnp.where(looks, attention(*x, mask, softcap=softcap), 0.0), query, key, value)
+        return out, back(gradient)
+
+    return run(query, key, value)
+
+
+@pytest.mark.parametrize("softcap", [None, 2.0])
+@pytest.mark.parametrize("T, mask", [(32, packed), (21, packed), (24, near), (5, packed)])
+@pytest.mark.parametrize("H, G", [(4, 2), (3, 3)])
+def test_blocks_are_exact(T, mask, H, G, softcap):
+    def blocks(*x, softcap):
+        return attend_blocks(*x, softcap, block=N)
+
+    def plain(*x, softcap):
+        return attend(*x, "einsum", softcap)
+
+    case = mask(T), softcap, *inputs(T, H, G)
+    got, want = with_gradients(blocks, *case), with_gradients(plain, *case)
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=2e-6), got, want)
+
+
+def test_who_looks_nowhere_sees_zeros_and_moves_nothing():
+    query, key, value, gradient = inputs(16, 2, 2)
+    out, back = jax.vjp(lambda *x: attend_blocks(*x, np.zeros((B, 16, 16), bool), block=N), query, key, value)
+    for x in (out, *back(gradient)):
+        np.testing.assert_array_equal(x, 0.0)
+
+
+def test_scores_far_from_zero_stay_finite():
+    query, key, value, gradient = inputs(16, 2, 2)
+    case = packed(16), None, 1e3 * query, 1e3 * key, value, gradient
+    jax.tree.map(
+        lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-4),
+        with_gradients(lambda *x, softcap: attend_blocks(*x, softcap, block=N), *case)[0],
+        with_gradients(lambda *x, softcap: attend(*x, "einsum", softcap), *case)[0],
+    )
+
+
+def test_half_precision_keeps_its_dtype_and_sums_in_float32():
+    T, mask = 32, packed(32)
+    x = [jnp.asarray(a, jnp.bfloat16) for a in inputs(T, 4, 2)]
+    got = with_gradients(lambda *a, softcap: attend_blocks(*a, softcap, block=N), mask, None, *x)
+    want = with_gradients(
+        lambda *a, softcap: attend(*a, "einsum", softcap), mask, None, *[a.astype(jnp.float32) for a in x]
+    )
+    assert {leaf.dtype for leaf in jax.tree.leaves(got)} == {jnp.dtype(jnp.bfloat16)}
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a.astype(jnp.float32), b, rtol=0.05, atol=0.05), got, want)
+
+
+def test_one_cpu_takes_blocks_where_rows_are_longer_than_one():
+    assert choose("auto", "cpu", "float32", 1) == "blocks"
+    assert choose("auto", "cpu", "float32", 8) == "einsum"
+    query, key, value, _ = inputs(2 * BLOCK, 2, 2)
+
+    def loops(slots):
+        x = [a[:, :slots] for a in (query, key, value)]
+        return "while" in str(jax.make_jaxpr(lambda *a: attend(*a, packed(slots), "blocks"))(*x))
+
+    assert loops(2 * BLOCK) and not loops(BLOCK)
