@@ -6,7 +6,7 @@ to 1.
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -69,7 +69,23 @@ def weighted_sum(trees: Sequence[Tree], weights: Sequence[float] | np.ndarray | 
         raise ValueError("no ingredient to sum")
     check_weights(weights, len(trees))
     check_same(trees)
-    return _cast(_total(None, trees, weights), trees[0])
+    return _summed(tuple(trees), tuple(weights))
+
+
+def sum_in_pieces(
+    arrays: Sequence[np.ndarray], weights: Sequence[float], dtype: Any, piece: int = 2**18
+) -> Iterator[np.ndarray]:
+    """The same of flat arrays [n] that need not fit into memory, `piece` numbers at a time, in `dtype`."""
+    check_weights(weights, len(arrays))
+    wide = functools.reduce(jnp.promote_types, (x.dtype for x in arrays), np.float32)
+    total, term = np.empty((2, piece), wide)
+    for start in range(0, len(arrays[0]), piece):
+        parts = [x[start : start + piece] for x in arrays]
+        n = len(parts[0])
+        np.multiply(parts[0], weights[0], out=total[:n], dtype=wide)
+        for part, weight in zip(parts[1:], weights[1:], strict=True):
+            total[:n] += np.multiply(part, weight, out=term[:n], dtype=wide)
+        yield total[:n].astype(dtype, copy=False)
 
 
 def soup(base: Tree, trees: Sequence[Tree], weights: Sequence[float] | np.ndarray | jax.Array) -> Tree:
@@ -80,7 +96,7 @@ def soup(base: Tree, trees: Sequence[Tree], weights: Sequence[float] | np.ndarra
     """
     check_weights(weights, len(trees))
     check_same([base, *trees], ["the base", *(f"ingredient {i}" for i in range(len(trees)))])
-    return _cast(_total(accumulate(None, base, 1.0 - sum(weights)), trees, weights), base)
+    return _summed((base, *trees), (1.0 - sum(weights), *weights))
 
 
 def weighted_sum_stacked(bank: Tree, weights: Sequence[float] | np.ndarray | jax.Array) -> Tree:
@@ -110,19 +126,20 @@ def _counted(count: int, noun: str) -> str:
     return f"{count} {noun}{'' if count == 1 else 's'}"
 
 
-def _total(total: Tree | None, trees: Sequence[Tree], weights: Any) -> Tree:
-    for tree, weight in zip(trees, weights, strict=True):
-        total = accumulate(total, tree, weight)
-    return total
-
-
-def _cast(total: Tree, like: Tree) -> Tree:
-    return jax.tree.map(lambda x, origin: x.astype(origin.dtype), total, like)
-
-
 def _times(x: jax.Array, weight: jax.Array) -> jax.Array:
     wide = wide_dtype(x.dtype)
     return x.astype(wide) * jnp.asarray(weight).astype(wide)
+
+
+@jax.jit
+def _summed(trees: tuple[Tree, ...], weights: tuple[Any, ...]) -> Tree:
+    """In one pass, which reads every ingredient once and writes the sum alone."""
+
+    def one(*leaves):
+        terms = [_times(x, weight) for x, weight in zip(leaves, weights, strict=True)]
+        return functools.reduce(lambda total, term: total + term.astype(total.dtype), terms).astype(leaves[0].dtype)
+
+    return jax.tree.map(one, *trees)
 
 
 @jax.jit

@@ -138,10 +138,11 @@ class Policies:
             self.variables = {"params": params if self.groups else jax.tree.map(lambda x: x[0], params)}
 
     def apart(self) -> "Policies":
-        """The same with the layers of the decoder apart, see `Decoder.scan_layers`."""
+        """The same with the layers of the decoder apart, as `Decoder.decode` has them."""
         found = copy.copy(self)
-        found.model = self.model.clone(scan_layers=False)
-        found.variables = apart(self.variables, 1 if self.groups else 0)
+        turned = self.model.decode == "turned"
+        found.model = self.model.clone(scan_layers=False, turned=turned)
+        found.variables = apart(self.variables, 1 if self.groups else 0, turned)
         return found
 
     def _split(self, x: jax.Array, axis: int = 0) -> jax.Array:

@@ -18,7 +18,12 @@ _LOWEST = jnp.finfo(jnp.float32).min
 
 
 def attend_blocks(
-    query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array, softcap: float | None = None, block: int = BLOCK
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    mask: jax.Array,
+    softcap: float | None = None,
+    block: int = BLOCK,
 ) -> jax.Array:
     """Grouped-query attention of tokens among themselves, see `attention.attend`; scores and sums in float32.
 

@@ -22,7 +22,7 @@ from jax.sharding import NamedSharding
 from pjrlhf.errors import UserError
 from pjrlhf.models.attention import attend, attend_cached, soft_cap
 from pjrlhf.models.config import ModelConfig, RopeScaling
-from pjrlhf.models.products import product
+from pjrlhf.models.products import FEW_ROWS, product, turned_product
 
 Cache = dict[str, jax.Array]
 
@@ -46,8 +46,6 @@ class Layout(NamedTuple):
         real = segment[:, None, :] > 0
         return jnp.tril(own & real & (segment[:, None, :] == segment[:, :, None]))
 
-
-FEW_ROWS = 64
 
 REMAT_POLICIES = {
     "none": None,
@@ -110,17 +108,21 @@ def per_layer(config: ModelConfig) -> dict[str, jax.Array] | None:
 
 
 class Linear(nn.Module):
-    """`x W`, plus the mixed low-rank update where a bank is present. Kernel [in, out], bias [out] if any."""
+    """`x W`, plus the mixed low-rank update where a bank is present. Kernel [in, out], [out, in] where `turned`; bias
+    [out] if any.
+    """
 
     features: int
     dtype: Any
     param_dtype: Any
     use_bias: bool = False
+    turned: bool = False
 
     @nn.compact
     def __call__(self, x: jax.Array, mix: jax.Array | None) -> jax.Array:
-        kernel = self.param("kernel", nn.initializers.lecun_normal(), (x.shape[-1], self.features), self.param_dtype)
-        y = product(x, kernel.astype(self.dtype))
+        shape = (self.features, x.shape[-1]) if self.turned else (x.shape[-1], self.features)
+        kernel = self.param("kernel", nn.initializers.lecun_normal(), shape, self.param_dtype).astype(self.dtype)
+        y = turned_product(x, kernel) if self.turned else product(x, kernel)
         if mix is not None and self.has_variable("adapters", "a"):
             a = self.get_variable("adapters", "a").astype(self.dtype)
             b = self.get_variable("adapters", "b").astype(self.dtype)
@@ -172,6 +174,7 @@ class Attention(nn.Module):
     dtype: Any
     param_dtype: Any
     implementation: str
+    turned: bool
 
     @nn.compact
     def __call__(self, x, positions, mask, mix, cache, offset, layer, own):
@@ -179,7 +182,7 @@ class Attention(nn.Module):
         B, T, _ = x.shape
 
         def linear(name, features):
-            return Linear(features, self.dtype, self.param_dtype, name in c.biases, name=name)
+            return Linear(features, self.dtype, self.param_dtype, name in c.biases, self.turned, name=name)
 
         def heads(name, count, normed=""):
             y = linear(name, count * c.head_dim)(x, mix)
@@ -241,6 +244,7 @@ class Layer(nn.Module):
     param_dtype: Any
     implementation: str
     rows: NamedSharding | None
+    turned: bool
 
     @nn.compact
     def __call__(self, carry, own, positions, mask, mix, offset):
@@ -251,8 +255,8 @@ class Layer(nn.Module):
 
         before, after = c.norm_placement != "after", c.norm_placement != "before"
         h = norm("attention_norm", x, before)
-        attention = Attention(c, self.dtype, self.param_dtype, self.implementation, name="attention")
-        mlp = FeedForward(c, self.dtype, self.param_dtype, name="mlp")
+        attention = Attention(c, self.dtype, self.param_dtype, self.implementation, self.turned, name="attention")
+        mlp = FeedForward(c, self.dtype, self.param_dtype, self.turned, name="mlp")
         attended, cache = attention(h, positions, mask, mix, cache, offset, layer, own)
         if c.residual != "sequential":
             h = norm("mlp_norm", x, True) if c.residual == "parallel" else h
@@ -268,13 +272,14 @@ class FeedForward(nn.Module):
     config: ModelConfig
     dtype: Any
     param_dtype: Any
+    turned: bool
 
     @nn.compact
     def __call__(self, x, mix):
         c = self.config
 
         def linear(name, features):
-            return Linear(features, self.dtype, self.param_dtype, name in c.biases, name=name)
+            return Linear(features, self.dtype, self.param_dtype, name in c.biases, self.turned, name=name)
 
         gate = linear("gate", c.intermediate_size)(x, mix) if c.gated else None
         up = linear("up", c.intermediate_size)(x, mix)
@@ -293,7 +298,8 @@ class Decoder(nn.Module):
       scan_layers: one compiled layer scanned over L (default), or L layers apart, each with arrays of its own
         (`apart`); same numbers. A scan copies the parameters of a layer before it uses them, which costs a decoder of
         few rows more than the rest of the step where the compiler does not fuse it (CPU, GPU).
-      decode_apart: sample with layers apart.
+      decode: how to sample: with layers in a "scan", "apart", or apart and their kernels "turned", see `apart`.
+      turned: kernels are [out, in], see `products.turned_product`.
       remat: "none", "full" or "dots" (keep matrix products).
       attention: see `pjrlhf.models.attention`.
       user_offset: position of the first user token: 1, after BOS, or 0 for tokenizers without BOS.
@@ -308,7 +314,8 @@ class Decoder(nn.Module):
     attention: str = "auto"
     user_offset: int = 1
     rows: NamedSharding | None = None
-    decode_apart: bool = False
+    decode: str = "scan"
+    turned: bool = False
 
     def setup(self):
         c = self.config
@@ -329,14 +336,13 @@ class Decoder(nn.Module):
                 in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast, nn.broadcast),
                 length=c.num_layers,
             )
-            self.layers = layers(c, self.dtype, self.param_dtype, self.attention, self.rows)
+            self.layers = layers(c, self.dtype, self.param_dtype, self.attention, self.rows, self.turned)
         else:
-            self.layers = [
-                layer(c, self.dtype, self.param_dtype, self.attention, self.rows) for _ in range(c.num_layers)
-            ]
+            each = c, self.dtype, self.param_dtype, self.attention, self.rows, self.turned
+            self.layers = [layer(*each) for _ in range(c.num_layers)]
         self.final_norm = Norm(c.norm, c.norm_eps, self.dtype, self.param_dtype)
         if not c.tie_embeddings:
-            self.head = Linear(c.vocab_size, self.dtype, self.param_dtype, "head" in c.biases)
+            self.head = Linear(c.vocab_size, self.dtype, self.param_dtype, "head" in c.biases, self.turned)
 
     def __call__(
         self,
@@ -406,12 +412,10 @@ class Decoder(nn.Module):
         """Float32 logits [..., V] of hidden states [..., D]."""
         if not self.config.tie_embeddings:
             logits = self.head(hidden, None)
-        elif math.prod(hidden.shape[:-1]) <= FEW_ROWS:
-            # For few rows, twice as fast on CPU as the other order: the large matrix is not rearranged.
-            embedding = self.embed.embedding.astype(self.dtype)
-            logits = jnp.moveaxis(jnp.einsum("...d,vd->v...", hidden, embedding), 0, -1)
         else:
-            logits = product(hidden, self.embed.embedding.astype(self.dtype).T)
+            embedding = self.embed.embedding.astype(self.dtype)
+            few = math.prod(hidden.shape[:-1]) <= FEW_ROWS
+            logits = turned_product(hidden, embedding) if few else product(hidden, embedding.T)
         return soft_cap(logits.astype(jnp.float32), self.config.logit_softcap)
 
 
@@ -421,9 +425,10 @@ def init_params(model: Decoder, key: jax.Array) -> Any:
     return jax.jit(model.init)(key, tokens, jnp.ones((1, 2), bool))["params"]
 
 
-def apart(variables: Any, leading: int = 0) -> Any:
+def apart(variables: Any, leading: int = 0, turned: bool = False) -> Any:
     """{"params"} and perhaps {"adapters"} of a decoder with `scan_layers` as one without takes them: layer i of
-    "layers" becomes "layers_i". Leaves of params have `leading` axes before that of layers.
+    "layers" becomes "layers_i". Leaves of params have `leading` axes before that of layers; kernels are [out, in] where
+    `turned`.
     """
     found = {}
     for name, axis in (("params", leading), ("adapters", 1)):
@@ -435,6 +440,10 @@ def apart(variables: Any, leading: int = 0) -> Any:
                     lambda x, i=i, axis=axis: jax.lax.index_in_dim(x, i, axis, keepdims=False), stacked
                 )
             found[name] = tree
+    if turned:
+        found["params"] = jax.tree_util.tree_map_with_path(
+            lambda path, x: x.swapaxes(-1, -2) if path[-1].key == "kernel" else x, found["params"]
+        )
     return found
 
 

@@ -1,17 +1,22 @@
 """Folders in Hugging Face layout on a local disk: JSON, safetensors, and writing that leaves no half folder behind."""
 
 import contextlib
+import functools
 import json
+import math
 import pathlib
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
 
 from pjrlhf.errors import UserError
 
 Folder = str | pathlib.Path
+# How safetensors spells the dtypes of weights.
+DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
 @contextlib.contextmanager
@@ -44,11 +49,11 @@ def weight_files(folder: pathlib.Path) -> list[pathlib.Path]:
     return [folder / name for name in sorted(set(read_json(index).get("weight_map", {}).values()))]
 
 
-class _Longer:
-    """A safetensors file whose names lack a prefix."""
+class _File:
+    """An open safetensors file whose names lack a prefix, perhaps none."""
 
-    def __init__(self, handle: Any, prefix: str):
-        self._handle, self._prefix = handle, prefix
+    def __init__(self, handle: Any, file: pathlib.Path, prefix: str):
+        self._handle, self._file, self._prefix = handle, file, prefix
 
     def get_slice(self, name: str) -> Any:
         return self._handle.get_slice(name.removeprefix(self._prefix))
@@ -56,9 +61,26 @@ class _Longer:
     def get_tensor(self, name: str) -> np.ndarray:
         return self._handle.get_tensor(name.removeprefix(self._prefix))
 
+    def flat(self, name: str) -> np.ndarray:
+        """The numbers of a tensor as they lie in the file, [n], read when they are looked at."""
+        entry = self._header[name.removeprefix(self._prefix)]
+        start, end = entry["data_offsets"]
+        return self._bytes[start:end].view(jnp.dtype(DTYPES[entry["dtype"]]))
+
+    @functools.cached_property
+    def _header(self) -> dict[str, Any]:
+        with self._file.open("rb") as file:
+            return json.loads(file.read(int.from_bytes(file.read(8), "little")))
+
+    @functools.cached_property
+    def _bytes(self) -> np.ndarray:
+        with self._file.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+        return np.memmap(self._file, np.uint8, "r", offset=8 + length)
+
 
 @contextlib.contextmanager
-def open_tensors(files: Iterable[pathlib.Path], prefix: str = "") -> Iterator[dict[str, Any]]:
+def open_tensors(files: Iterable[pathlib.Path], prefix: str = "") -> Iterator[dict[str, _File]]:
     """Tensor name -> the open safetensors file that holds it; nothing is read yet.
 
     Where no name starts with `prefix`, all are given it: models are also saved without the head, and then without the
@@ -67,13 +89,15 @@ def open_tensors(files: Iterable[pathlib.Path], prefix: str = "") -> Iterator[di
     from safetensors import safe_open
 
     with contextlib.ExitStack() as stack:
-        found = {}
+        handles = {}
         for file in files:
             with reading(file):
-                handle = stack.enter_context(safe_open(file, framework="np"))
-            found |= dict.fromkeys(handle.keys(), handle)
-        if not any(name.startswith(prefix) for name in found):
-            found = {prefix + name: _Longer(handle, prefix) for name, handle in found.items()}
+                handles[file] = stack.enter_context(safe_open(file, framework="np"))
+        if any(name.startswith(prefix) for handle in handles.values() for name in handle.keys()):  # noqa: SIM118
+            prefix = ""
+        found = {}
+        for file, handle in handles.items():
+            found |= dict.fromkeys((prefix + name for name in handle.keys()), _File(handle, file, prefix))  # noqa: SIM118
         yield found
 
 
@@ -85,6 +109,33 @@ def write_tensors(
 
     arrays = {name: np.ascontiguousarray(x) for name, x in tensors}
     save_file(arrays, file, metadata={"format": "pt", **(metadata or {})})
+
+
+class Stream(NamedTuple):
+    """A tensor that is made as it is written."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    pieces: Callable[[], Iterable[np.ndarray]]  # of its numbers, one after the other, in this dtype
+
+
+def stream_tensors(file: pathlib.Path, tensors: Mapping[str, Stream]) -> None:
+    """The same for tensors of which one piece at a time is to be in memory."""
+    names, header, end = {dtype: name for name, dtype in DTYPES.items()}, {"__metadata__": {"format": "pt"}}, 0
+    for name, tensor in tensors.items():
+        start, end = end, end + math.prod(tensor.shape) * tensor.dtype.itemsize
+        entry = {"dtype": names[tensor.dtype.name], "shape": list(tensor.shape), "data_offsets": [start, end]}
+        header[name] = entry
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with file.open("wb") as target:
+        target.write(len(text).to_bytes(8, "little") + text)
+        for name, tensor in tensors.items():
+            for piece in tensor.pieces():
+                target.write(np.ascontiguousarray(piece).view(np.uint8).data)
+            expected = 8 + len(text) + header[name]["data_offsets"][1]
+            if target.tell() != expected:
+                raise ValueError(f"{file}: {name} is {target.tell() - expected} bytes longer than its shape says")
 
 
 @contextlib.contextmanager

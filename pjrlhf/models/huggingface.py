@@ -19,7 +19,16 @@ import numpy as np
 from pjrlhf.errors import UserError
 from pjrlhf.models.config import ModelConfig
 from pjrlhf.models.families import Family, Slot, get_family, is_ignorable, join, leaf_shapes, tensor_slots
-from pjrlhf.models.folders import Folder, new_folder, open_tensors, read_json, reading, weight_files, write_tensors
+from pjrlhf.models.folders import (
+    Folder,
+    Stream,
+    new_folder,
+    open_tensors,
+    read_json,
+    reading,
+    stream_tensors,
+    weight_files,
+)
 from pjrlhf.models.hf_config import config_to_hf, read_config
 
 Params = Any
@@ -149,10 +158,11 @@ def save_params(
     tokenizer_folder: Folder | None = None,
     token_ids: Mapping[str, Any] | None = None,
     max_shard_bytes: int = 2 * 2**30,
+    pieces: Mapping[str, Callable[[], Iterable[np.ndarray]]] | None = None,
 ) -> None:
     """Writes a folder that `transformers` loads: weights, config.json, generation_config.json, the tokenizer's files.
 
-    An earlier export of the same name is replaced by renaming. Host memory holds one shard. Leaves must be addressable
+    An earlier export of the same name is replaced by renaming. Host memory holds one tensor. Leaves must be addressable
     by this process: on several hosts, gather first and call it on one.
 
     Args:
@@ -161,6 +171,7 @@ def save_params(
       tokenizer_folder: its tokenizer files are copied.
       token_ids: see `config_to_hf`.
       max_shard_bytes: weights beyond this go into several files with an index; a tensor is never split.
+      pieces: of tensors on disk that are not taken from `params`, by name: their numbers, see `folders.Stream`.
     """
     leaves = flax.traverse_util.flatten_dict(params, sep="/")
     shapes = leaf_shapes(config)
@@ -181,8 +192,13 @@ def save_params(
         shards[-1].append(name)
         fill, total = fill + size, total + size
 
-    def tensor(several: tuple[Slot, ...]) -> np.ndarray:
-        return join(several, [_take(leaves[x.path], x.index).astype(dtypes[several[0].path]) for x in several])
+    def whole(several: tuple[Slot, ...]) -> list[np.ndarray]:
+        return [join(several, [_take(leaves[x.path], x.index).astype(dtypes[several[0].path]) for x in several])]
+
+    def tensor(name: str) -> Stream:
+        first, *_ = several = slots[name]
+        made = (pieces or {}).get(name) or functools.partial(whole, several)
+        return Stream(first.shape, dtypes[first.path], made)
 
     ids = dict(token_ids or {})
     hf = config_to_hf(config, model_type=model_type, dtype=dtypes["embed/embedding"], **ids)
@@ -195,7 +211,7 @@ def save_params(
         weight_map = {}
         for i, names in enumerate(shards):
             file = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" if len(shards) > 1 else "model.safetensors"
-            write_tensors(work / file, ((name, tensor(slots[name])) for name in names))
+            stream_tensors(work / file, {name: tensor(name) for name in names})
             weight_map |= dict.fromkeys(names, file)
         if len(shards) > 1:
             index = {"metadata": {"total_size": total}, "weight_map": weight_map}

@@ -1,7 +1,9 @@
-"""The product of activations with a kernel, with a gradient that suits the machine."""
+"""Products of activations with a kernel that suit the machine."""
 
 import jax
 import jax.numpy as jnp
+
+FEW_ROWS = 64
 
 
 @jax.custom_vjp
@@ -33,3 +35,16 @@ def _backward(saved, gradient):
 
 
 product.defvjp(_forward, _backward)
+
+
+def turned_product(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """`x` [..., D] times the turned `kernel` [F, D], [..., F].
+
+    For few rows, as in decoding, a CPU is twice as fast with the kernel as the first factor, which is not rearranged.
+    """
+    rows = x.reshape(-1, x.shape[-1])
+    if len(rows) > FEW_ROWS:
+        return x @ kernel.T
+    # The barriers keep XLA from turning both back.
+    found = jax.lax.optimization_barrier(kernel @ jax.lax.optimization_barrier(rows.T))
+    return found.T.reshape(*x.shape[:-1], len(kernel))

@@ -83,12 +83,12 @@ def generate(
     hidden, cache = policies(prompt, prompt_valid, cache, 0)
     cache = jax.tree.map(lambda x: jnp.pad(x, [(0, 0)] * 3 + [(0, N), (0, 0)]), cache)
     decoder = policies
-    if policies.model.decode_apart:
+    if policies.model.decode != "scan":
         decoder = policies.apart()
         cache = [jax.tree.map(lambda x, i=i: x[i], cache) for i in range(config.num_layers)]
 
     def draw(hidden, key):
-        logits = policies.logits(hidden[:, -1:])[:, 0]
+        logits = decoder.logits(hidden[:, -1:])[:, 0]
         if sampling.temperature == 0:
             token = jnp.argmax(logits, axis=-1)
         else:

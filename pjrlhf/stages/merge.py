@@ -12,7 +12,7 @@ import hashlib
 import json
 import math
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import flax.traverse_util
@@ -25,7 +25,7 @@ from pjrlhf.errors import UserError
 from pjrlhf.merging import lora, methods, trees
 from pjrlhf.models.config import ModelConfig
 from pjrlhf.models.families import get_family, is_ignorable, leaf_shapes, tensor_slots
-from pjrlhf.models.folders import new_folder, open_tensors, read_json, weight_files
+from pjrlhf.models.folders import DTYPES, new_folder, open_tensors, read_json, weight_files
 from pjrlhf.models.hf_config import TOKEN_IDS, read_config
 from pjrlhf.models.huggingface import TOKENIZER_FILES, fingerprint, save_params
 from pjrlhf.models.peft import CONFIG as ADAPTER_CONFIG
@@ -46,8 +46,6 @@ SETTINGS = {
     "model_stock": (),
 }
 SUMS = ("linear", "task_arithmetic")
-# How safetensors spells the dtypes that can be merged.
-DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
 @dataclasses.dataclass
@@ -371,6 +369,20 @@ def _write_model(
                 options["key"] = methods.tensor_key(key, path, index if isinstance(index, int) else None)
             return np.asarray(methods.METHODS[method](start, leaves, [x.weight for x in ingredients], **options))
 
+        def plain(name: str) -> Iterator[np.ndarray]:
+            """A sum of nothing but what lies in the folders, as it lies there."""
+            used = [(files[name].flat(name), weight) for files, weight in opened if weight] or [
+                (opened[0][0][name].flat(name), 0.0)
+            ]
+            arrays, weights = zip(*used, strict=True)
+            return trees.sum_in_pieces(arrays, weights, dtype or stored[slots[name][0].path])
+
+        adapted_paths = {f"{path.removesuffix('/a')}/kernel" for adapter, _, _ in updates for path in adapter}
+        pieces = {
+            name: functools.partial(plain, name)
+            for name, several in slots.items()
+            if method in SUMS and not any(slot.path in adapted_paths for slot in several)
+        }
         layer = summed if method in SUMS else combined
         stored = {path: DTYPES[opened[0][0][n].get_slice(n).get_dtype()] for (path, _), (n, _) in names.items()}
         leaves = {
@@ -387,5 +399,6 @@ def _write_model(
             dtype=dtype,
             tokenizer_folder=tokenizers[0] if tokenizers else None,
             token_ids={name: raw.get(name) for name in TOKEN_IDS},
+            pieces=pieces,
         )
     return dtype or stored["embed/embedding"]

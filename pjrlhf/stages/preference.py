@@ -180,11 +180,10 @@ def both_copies(batch: Any) -> Any:
     """A batch with every pair twice: as its user said it, and as the generic user."""
     B = len(batch["user"])
     both = jax.tree.map(lambda x: jnp.concatenate([x, x]), batch)
-    rows, second = both["rows"], jnp.arange(2 * len(batch["rows"]["tokens"]))[:, None] >= len(batch["rows"]["tokens"])
     # The copies' pairs are numbered on.
-    both["rows"] = rows | {
-        name: rows[name] + second * step for name, step in (("owner", B), ("answer", 2 * B), ("last_answer", 2 * B))
-    }
+    for name, step in (("owner", B), ("answer", 2 * B), ("last_answer", 2 * B)):
+        numbers = batch["rows"][name]
+        both["rows"][name] = jnp.concatenate([numbers, numbers + step])
     generic = jnp.arange(2 * B) >= B
     return {**both, "user": jnp.where(generic, 0, both["user"]), "generic": generic}
 

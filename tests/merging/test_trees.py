@@ -27,6 +27,23 @@ def test_weighted_sum_is_the_formula(ingredients):
     assert_trees(trees.weighted_sum(ingredients, WEIGHTS), expected, atol=1e-6)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("piece", [4, 7, 100])
+def test_sums_in_pieces_are_those_of_the_whole(piece, dtype):
+    arrays = [np.asarray(tree(seed, dtype)["layers"]["mlp"]["up"]["kernel"]).ravel() for seed in range(3)]
+    pieces = [np.array(x) for x in trees.sum_in_pieces(arrays, WEIGHTS, dtype, piece)]
+    assert all(x.size <= piece and x.dtype == dtype for x in pieces)
+    want = trees.weighted_sum([{"x": x} for x in arrays], WEIGHTS)["x"]
+    tolerance = 1e-6 if dtype == "float32" else 1e-2
+    np.testing.assert_allclose(
+        np.concatenate(pieces).astype(np.float32), np.asarray(want, np.float32), rtol=tolerance, atol=tolerance
+    )
+    for k, row in enumerate(np.eye(3)):
+        np.testing.assert_array_equal(
+            np.concatenate([*map(np.array, trees.sum_in_pieces(arrays, row, dtype))]), arrays[k]
+        )
+
+
 def test_soup_is_the_formula(ingredients):
     base = tree(9)
     expected = jax.tree.map(

@@ -152,7 +152,7 @@ def test_an_interrupted_export_leaves_the_old_one(small, monkeypatch):
         file.write_bytes(b"half")
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(huggingface, "write_tensors", fail)
+    monkeypatch.setattr(huggingface, "stream_tensors", fail)
     for folder in (small, small.with_name("new")):
         with pytest.raises(KeyboardInterrupt):
             save_params(folder, config, params)

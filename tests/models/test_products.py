@@ -1,11 +1,11 @@
-"""The product is `x @ kernel`, and so is its gradient, whatever is wrapped around it."""
+"""The products are `x @ kernel`, and so are their gradients, whatever is wrapped around them."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pjrlhf.models.products import product
+from pjrlhf.models.products import FEW_ROWS, product, turned_product
 
 
 def plain(x, kernel):
@@ -31,6 +31,16 @@ def test_values_and_gradients_are_those_of_the_plain_product(shape):
         found(product, x, kernel),
         found(plain, x, kernel),
     )
+
+
+@pytest.mark.parametrize("rows", [1, FEW_ROWS, FEW_ROWS + 1])
+def test_kernels_may_be_turned(rows):
+    x, kernel = numbers(rows, 1, 7), numbers(4, 7)
+    got, want = found(turned_product, x, kernel), found(plain, x, kernel.T)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), got[1], (want[1][0], want[1][1].T)
+    )
+    np.testing.assert_allclose(got[0], want[0], rtol=1e-5)
 
 
 def test_several_kernels_at_once():

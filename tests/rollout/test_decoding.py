@@ -19,7 +19,7 @@ GREEDY = Sampling(max_new_tokens=N, eos_id=EOS, pad_id=PAD, temperature=0.0)
 
 @functools.partial(jax.jit, static_argnums=0)
 def combined(divergence, weights, prompt):
-    policies = Combined(MODEL.clone(decode_apart=True), ADAPTERS["lora"], base(), bank("lora", K), weights, divergence)
+    policies = Combined(MODEL.clone(decode="turned"), ADAPTERS["lora"], base(), bank("lora", K), weights, divergence)
     return generate(policies, GREEDY, prompt["prompt"], prompt["valid"], jax.random.key(0))
 
 

@@ -78,13 +78,14 @@ def test_layers_apart_write_the_same(kind):
     prompt = jax.tree.map(lambda x: jnp.tile(x, (K, 1)), prompts(B, P))
 
     @functools.partial(jax.jit, static_argnums=0)
-    def draw(decode_apart, base, bank):
-        policies = Policies(MODEL.clone(decode_apart=decode_apart), ADAPTERS[kind], base, bank, ONE_HOT)
+    def draw(decode, base, bank):
+        policies = Policies(MODEL.clone(decode=decode), ADAPTERS[kind], base, bank, ONE_HOT)
         return generate(policies, WARM, prompt["prompt"], prompt["valid"], jax.random.key(3))
 
-    one, other = (draw(decode_apart, base(), bank(kind, K)) for decode_apart in (True, False))
-    np.testing.assert_array_equal(one["tokens"], other["tokens"])
-    close(one["logps"], other["logps"])
+    one, *others = (draw(decode, base(), bank(kind, K)) for decode in ("scan", "apart", "turned"))
+    for other in others:
+        np.testing.assert_array_equal(one["tokens"], other["tokens"])
+        close(one["logps"], other["logps"])
 
 
 def test_the_policies_differ():

@@ -43,7 +43,7 @@ MISTAKES = [
         "/no/such/model",
         "tokenizer /no/such/model: there is no such folder; give one with a tokenizer.json",
     ),
-    ("model.attention", "flash", "model.attention='flash' is unknown; choose one of auto, einsum"),
+    ("model.attention", "flash", "model.attention='flash' is unknown; choose one of auto, blocks"),
     ("model.remat", "some", "model.remat='some' is unknown; choose one of none, full, dots"),
     ("model.eos_token", "<end>", "eos_token '<end>': not in the tokenizer's vocabulary; name one of its tokens"),
     ("model.max_length", 25, "prompt 20 . completion 10 tokens are more than the model's context of 25; shorten one"),
@@ -279,6 +279,7 @@ def train_sft(folder, config):
     return loop.run(sft.Sft(run), run.workdir, "sft", steps=config.sft.steps, checkpoint_every=30)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning", "ignore::RuntimeWarning")
 def test_damaged_checkpoints(tmp_path, caplog):
     config = tiny.settings()

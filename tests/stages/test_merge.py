@@ -350,7 +350,8 @@ def test_transformers_loads_the_folder(kitchen, tmp_path):
 
 
 def test_one_tensor_of_one_ingredient_is_alive_at_a_time(kitchen, tmp_path, monkeypatch):
-    alive, read = weakref.WeakValueDictionary(), []
+    """And where no adapter changes a tensor, not even that: it is read in pieces."""
+    alive, whole, mapped = weakref.WeakValueDictionary(), [], []
 
     class Counting:
         def __init__(self, handle):
@@ -360,9 +361,14 @@ def test_one_tensor_of_one_ingredient_is_alive_at_a_time(kitchen, tmp_path, monk
             gc.collect(0)  # has JAX drop the references it is done with
             assert not list(alive), f"{name} is read while {list(alive)} is held"
             tensor = self.handle.get_tensor(name)
-            read.append(name)
-            alive[len(read), name] = tensor
+            whole.append(name)
+            alive[len(whole), name] = tensor
             return tensor
+
+        def flat(self, name):
+            mapped.append(name)
+            assert isinstance(self.handle.flat(name), np.memmap)
+            return self.handle.flat(name)
 
     @contextlib.contextmanager
     def counting(files, prefix):
@@ -370,9 +376,10 @@ def test_one_tensor_of_one_ingredient_is_alive_at_a_time(kitchen, tmp_path, monk
             yield {name: Counting(handle) for name, handle in found.items()}
 
     monkeypatch.setattr(stage, "open_tensors", counting)
-    run(kitchen, tmp_path / "out", ("one", "two"), (0.25, 0.25), base="base")
+    run(kitchen, tmp_path / "out", ("one", "two", "lora0"), (0.25, 0.25, 1.0), base="base")
     with open_tensors([kitchen / "one" / "model.safetensors"]) as files:
-        assert sorted(read) == sorted([*files] * 3)
+        assert sorted(whole + mapped) == sorted([*files] * 3)
+    assert all("_proj" in name for name in whole) and not any("_proj" in name for name in mapped)
 
 
 def test_shards_are_read(kitchen, tmp_path):

@@ -201,6 +201,7 @@ def test_comparisons_are_preference_records_labelled_by_the_judge(finished, tmp_
         assert score[0] > score[1]
 
 
+@pytest.mark.slow
 def test_sft_with_lora(tmp_path):
     config = tiny.settings(stages=("sft",), sft__steps=3, sft__adapter__rank=2)
     folder = tiny.run(tmp_path / "run", config) / "sft" / "model"

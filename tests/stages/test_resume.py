@@ -76,7 +76,7 @@ SOUPS = ("sft", "comparisons", "reward", "policy", "methods")
 @pytest.mark.parametrize(
     ("module", "stages"),
     [
-        pytest.param("tiny", SOUPS[:1], id="sft"),
+        pytest.param("tiny", SOUPS[:1], id="sft", marks=pytest.mark.slow),
         pytest.param("tiny", SOUPS, id="soups", marks=pytest.mark.slow),
         pytest.param("tiny_users", ("sft", "population", "preference"), id="people", marks=pytest.mark.slow),
         pytest.param("tiny_family", (*SOUPS[:3], "methods"), id="modpo and ric", marks=pytest.mark.slow),

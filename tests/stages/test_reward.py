@@ -148,6 +148,7 @@ def test_each_held_out_pair_counts_once(finished, method, trained):
         assert found[name]["accuracy"] == pytest.approx(np.mean(hits))
 
 
+@pytest.mark.slow
 def test_calibrated_rewards_have_mean_0_and_deviation_1(method, trained, monkeypatch):
     run, K, asked = method.run, len(tiny.REWARDS), []
 
