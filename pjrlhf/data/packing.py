@@ -83,7 +83,7 @@ def pack(
     if mode == "join":
         bins = [_spread(share, sizes, Z // groups) for share in shares]
         fullest = max(sum(sizes[i] for i in row) for some in bins for row in some)
-        T = _rounded(fullest, math.ceil(len(parts) / Z) * length, 2 * _SHAPES)
+        T = _rounded(fullest, math.ceil(len(parts) / Z) * length, 3 * _SHAPES // 2)
     elif mode == "pack":
         T = _rounded(length, length, _SHAPES)
         bins = [_bins(share, sizes, T) for share in shares]
@@ -128,7 +128,7 @@ def pack(
             made["owner"][r, start:at] = e
         made["tokens"][r, :at] = tokens
     # Several rows together differ little in what is scored, and padding reaches the vocabulary.
-    S = _up(max(len(columns) for columns, _, _ in scored), _up(together * T // (4 if groups < Z else 16), 8))
+    S = _up(max(len(columns) for columns, _, _ in scored), _up(together * T // (4 if groups < Z else 8), 8))
     M = 2 ** math.ceil(math.log2(max(len(ends) for ends, _ in last)))
     for names, found, width in (("columns", "targets", "answer"), scored, S), (("last", "last_answer"), last, M):
         for k, name in enumerate(names):
