@@ -15,15 +15,15 @@ def ours(job, turn):
     import numpy as np
 
     from pjrlhf.models.adapters import AdapterConfig, Policies, init_bank
-    from pjrlhf.models.decoder import Decoder
+    from pjrlhf.models.decoder import Decoder, choose_decode
     from pjrlhf.models.huggingface import load_params, read_config
     from pjrlhf.rollout.sampler import Sampling, generate
 
     jax.devices()
     turn.begin()
     harness.watch_jax(turn, job)
-    decode = "turned" if jax.default_backend() == "cpu" else "apart"  # as a run has it
-    model, adapter = Decoder(read_config(job["model"]), decode=decode), AdapterConfig(rank=8, alpha=16.0)
+    model = Decoder(read_config(job["model"]), decode=choose_decode(jax.default_backend()))
+    adapter = AdapterConfig(rank=8, alpha=16.0)
     base = load_params(job["model"])
     prompt = jnp.asarray(job["prompt"], jnp.int32)
     bank = mix = None

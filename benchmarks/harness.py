@@ -164,8 +164,8 @@ class Comparison:
         hidden = {"JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": ""} if o.device == "cpu" else {}
         path = os.pathsep.join([str(FOLDER.parent), os.environ.get("PYTHONPATH", "")])
         rest = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", "PYTHONPATH": path, "TOKENIZERS_PARALLELISM": "false"}
-        rest["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"  # huge pages, as launch/local.sh has it, for everybody
-        environment = {key: str(value) for key, value in (quiet | caches | count | hidden | rest).items()}
+        pages = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}  # huge ones for everybody, as launch/local.sh has them
+        environment = {key: str(value) for key, value in (quiet | caches | count | hidden | rest | pages).items()}
         environment |= side.options.get("environment", {})
         with open(self.folder / f"{name}.log", "w") as log:
             side.process = subprocess.Popen(

@@ -89,7 +89,7 @@ def _over_pairs(mask, N, step, carry):
     return jax.lax.fori_loop(0, count, body, carry)
 
 
-def _scores(query, key, mask, softcap):
+def _scores(query, key, softcap):
     """Float32 [G, M, N] and, of capped ones, what their gradient is multiplied by."""
     slope, scores = None, jnp.einsum("gmc,gnc->gmn", query, key, preferred_element_type=jnp.float32)
     if softcap is not None:
@@ -110,7 +110,7 @@ def _forward(query, key, value, mask, softcap, N):
 
     def step(carry, i, j, some):
         out, top, total = carry
-        scores, _ = _scores(_at(q, i), _at(k, j), some, softcap)
+        scores, _ = _scores(_at(q, i), _at(k, j), softcap)
         scores = _masked(scores, some, _LOWEST)
         before = _at(top, i)
         now = jnp.maximum(before, scores.max(-1))
@@ -136,7 +136,7 @@ def _backward(softcap, N, saved, gradient):
     def step(carry, i, j, some):
         dq, dk, dv = carry
         qi, kj, vj, gi = _at(q, i), _at(k, j), _at(v, j), _at(g, i)
-        scores, slope = _scores(qi, kj, some, softcap)
+        scores, slope = _scores(qi, kj, softcap)
         weights = _masked(jnp.exp(scores - _at(log_total, i)[..., None]), some, 0.0)
         of_weights = jnp.einsum("gmc,gnc->gmn", gi, vj, preferred_element_type=jnp.float32)
         of_scores = weights * (of_weights - _at(shared, i)[..., None])

@@ -22,7 +22,7 @@ from jax.sharding import NamedSharding
 from pjrlhf.errors import UserError
 from pjrlhf.models.attention import attend, attend_cached, soft_cap
 from pjrlhf.models.config import ModelConfig, RopeScaling
-from pjrlhf.models.products import FEW_ROWS, product, turned_product
+from pjrlhf.models.products import product, turned_product
 
 Cache = dict[str, jax.Array]
 
@@ -105,6 +105,13 @@ def per_layer(config: ModelConfig) -> dict[str, jax.Array] | None:
         everywhere = rope_frequencies(width, config.rope_theta, config.rope_scaling)
         arrays["frequencies"] = jnp.where(near[:, None], local, everywhere)
     return arrays
+
+
+def choose_decode(backend: str) -> str:
+    """How a decoder on a backend ("cpu", "gpu", "tpu") had best sample, see `Decoder.decode`. TPUs read the layers of a
+    scan where they are; elsewhere each would be copied for every token.
+    """
+    return {"tpu": "scan", "cpu": "turned"}.get(backend, "apart")
 
 
 class Linear(nn.Module):
@@ -413,9 +420,7 @@ class Decoder(nn.Module):
         if not self.config.tie_embeddings:
             logits = self.head(hidden, None)
         else:
-            embedding = self.embed.embedding.astype(self.dtype)
-            few = math.prod(hidden.shape[:-1]) <= FEW_ROWS
-            logits = turned_product(hidden, embedding) if few else product(hidden, embedding.T)
+            logits = turned_product(hidden, self.embed.embedding.astype(self.dtype))
         return soft_cap(logits.astype(jnp.float32), self.config.logit_softcap)
 
 

@@ -63,20 +63,18 @@ class _File:
 
     def flat(self, name: str) -> np.ndarray:
         """The numbers of a tensor as they lie in the file, [n], read when they are looked at."""
-        entry = self._header[name.removeprefix(self._prefix)]
+        header, content = self._mapped
+        entry = header[name.removeprefix(self._prefix)]
         start, end = entry["data_offsets"]
-        return self._bytes[start:end].view(jnp.dtype(DTYPES[entry["dtype"]]))
+        return content[start:end].view(jnp.dtype(DTYPES[entry["dtype"]]))
 
     @functools.cached_property
-    def _header(self) -> dict[str, Any]:
-        with self._file.open("rb") as file:
-            return json.loads(file.read(int.from_bytes(file.read(8), "little")))
-
-    @functools.cached_property
-    def _bytes(self) -> np.ndarray:
+    def _mapped(self) -> tuple[dict[str, Any], np.ndarray]:
+        """What the file says of its tensors, and the bytes of all."""
         with self._file.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
-        return np.memmap(self._file, np.uint8, "r", offset=8 + length)
+            header = json.loads(file.read(length))
+        return header, np.memmap(self._file, np.uint8, "r", offset=8 + length)
 
 
 @contextlib.contextmanager
@@ -121,7 +119,8 @@ class Stream(NamedTuple):
 
 def stream_tensors(file: pathlib.Path, tensors: Mapping[str, Stream]) -> None:
     """The same for tensors of which one piece at a time is to be in memory."""
-    names, header, end = {dtype: name for name, dtype in DTYPES.items()}, {"__metadata__": {"format": "pt"}}, 0
+    names = {"float64": "F64"} | {dtype: name for name, dtype in DTYPES.items()}
+    header, end = {"__metadata__": {"format": "pt"}}, 0
     for name, tensor in tensors.items():
         start, end = end, end + math.prod(tensor.shape) * tensor.dtype.itemsize
         entry = {"dtype": names[tensor.dtype.name], "shape": list(tensor.shape), "data_offsets": [start, end]}
@@ -133,9 +132,9 @@ def stream_tensors(file: pathlib.Path, tensors: Mapping[str, Stream]) -> None:
         for name, tensor in tensors.items():
             for piece in tensor.pieces():
                 target.write(np.ascontiguousarray(piece).view(np.uint8).data)
-            expected = 8 + len(text) + header[name]["data_offsets"][1]
-            if target.tell() != expected:
-                raise ValueError(f"{file}: {name} is {target.tell() - expected} bytes longer than its shape says")
+            end = 8 + len(text) + header[name]["data_offsets"][1]
+            if target.tell() != end:
+                raise ValueError(f"{file}: {name} ends at byte {target.tell()}, where its shape says {end}")
 
 
 @contextlib.contextmanager

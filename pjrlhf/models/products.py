@@ -44,7 +44,7 @@ def turned_product(x: jax.Array, kernel: jax.Array) -> jax.Array:
     """
     rows = x.reshape(-1, x.shape[-1])
     if len(rows) > FEW_ROWS:
-        return x @ kernel.T
+        return product(x, kernel.T)
     # The barriers keep XLA from turning both back.
     found = jax.lax.optimization_barrier(kernel @ jax.lax.optimization_barrier(rows.T))
     return found.T.reshape(*x.shape[:-1], len(kernel))

@@ -107,7 +107,13 @@ def _packed_states(policies: Policies, rows: Mapping[str, jax.Array], columns: j
     """Hidden states [Z, S, D] of packed rows at slots `columns` [Z, S] of their parts."""
     layout = Layout(rows["position"], rows["segment"], rows["branch"], rows["owner"])
     hidden, _ = policies(rows["tokens"], rows["segment"] > 0, layout=layout)
-    return jnp.take_along_axis(hidden.reshape(len(columns), -1, hidden.shape[-1]), columns[..., None], axis=1)
+    return _at(hidden, columns)
+
+
+def _at(x: jax.Array, columns: jax.Array) -> jax.Array:
+    """[Z, S, ...] of `x` [R, T, ...] at slots `columns` [Z, S] of its parts."""
+    columns = columns.reshape(*columns.shape, *[1] * (x.ndim - 2))
+    return jnp.take_along_axis(x.reshape(len(columns), -1, *x.shape[2:]), columns, axis=1)
 
 
 def _per_answer(values: jax.Array, answer: jax.Array, count: int) -> jax.Array:
@@ -142,7 +148,7 @@ def packed_rewards(
     if len(mix) == 1:
         values = states @ kernel[0] + bias[0]
     else:
-        owner = jnp.take_along_axis(rows["owner"].reshape(len(rows["last"]), -1), rows["last"], axis=1)
+        owner = _at(rows["owner"], rows["last"])
         values = jnp.einsum("zmd,zmd->zm", states, kernel[owner]) + bias[owner]
     return _per_answer(values, rows["last_answer"], count)
 

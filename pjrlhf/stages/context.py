@@ -28,7 +28,7 @@ from pjrlhf.evaluation import judges
 from pjrlhf.models.adapters import AdapterConfig, is_low_rank
 from pjrlhf.models.attention import choose
 from pjrlhf.models.config import ModelConfig, RopeScaling
-from pjrlhf.models.decoder import Decoder, init_params
+from pjrlhf.models.decoder import Decoder, choose_decode, init_params
 from pjrlhf.models.folders import read_json
 from pjrlhf.models.huggingface import fingerprint, load_params, read_config
 from pjrlhf.parallel.mesh import (
@@ -255,7 +255,8 @@ class Run:
     @functools.cached_property
     def model(self) -> Decoder:
         m = self.config.model
-        attention = choose(m.attention, self.mesh.devices.flat[0].platform, m.dtype, self.mesh.size)
+        platform = self.mesh.devices.flat[0].platform
+        attention = choose(m.attention, platform, m.dtype, self.mesh.size)
         rows = row_sharding(self.mesh) if self.mesh.size > 1 else None
         return Decoder(
             self.model_config,
@@ -264,8 +265,7 @@ class Run:
             attention=attention,
             user_offset=int(self.tokenizer.add_bos),
             rows=rows,
-            # TPUs read the layers of a scan where they are; elsewhere each would be copied for every token.
-            decode={"tpu": "scan", "cpu": "turned"}.get(self.mesh.devices.flat[0].platform, "apart"),
+            decode=choose_decode(platform),
         )
 
     @property

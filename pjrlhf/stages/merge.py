@@ -1,8 +1,8 @@
 """Merges finished models into one: a weighted sum, or a relative of it, of Hugging Face folders and LoRA folders.
 
-Weights are streamed tensor by tensor and merged in float32: sums one ingredient at a time, other methods with all
-ingredients' versions of one tensor at hand. Adapters, being small, are held whole. What does not fit together is
-refused, and a refused merge leaves no folder behind.
+Weights are streamed and merged in float32: sums in pieces of a tensor, or where an adapter changes it one ingredient
+at a time; other methods with all ingredients' versions of one tensor at hand. Adapters, being small, are held whole.
+What does not fit together is refused, and a refused merge leaves no folder behind.
 """
 
 import contextlib
@@ -377,11 +377,11 @@ def _write_model(
             arrays, weights = zip(*used, strict=True)
             return trees.sum_in_pieces(arrays, weights, dtype or stored[slots[name][0].path])
 
-        adapted_paths = {f"{path.removesuffix('/a')}/kernel" for adapter, _, _ in updates for path in adapter}
+        moved = {path for adapter, _, _ in updates for path in adapter}
         pieces = {
             name: functools.partial(plain, name)
             for name, several in slots.items()
-            if method in SUMS and not any(slot.path in adapted_paths for slot in several)
+            if method in SUMS and not any(f"{slot.path.removesuffix('/kernel')}/a" in moved for slot in several)
         }
         layer = summed if method in SUMS else combined
         stored = {path: DTYPES[opened[0][0][n].get_slice(n).get_dtype()] for (path, _), (n, _) in names.items()}

@@ -5,12 +5,14 @@ import shutil
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from tiny_llamas import SMALL, assert_equal_trees, change_weights, edit, random_params
 
 from pjrlhf.errors import UserError
 from pjrlhf.models import huggingface
 from pjrlhf.models.config import RopeScaling
+from pjrlhf.models.folders import Stream, stream_tensors
 from pjrlhf.models.huggingface import config_to_hf, fingerprint, load_params, read_config, save_params
 
 LLAMA3 = {
@@ -192,3 +194,20 @@ def test_fingerprint_names_weights_and_config(small):
     (small / "model.safetensors").unlink()
     with pytest.raises(UserError, match=r"model\.safetensors: no such file"):
         fingerprint(small)
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32", "float16", "bfloat16"])
+def test_streamed_tensors_are_those_that_the_library_reads(tmp_path, dtype):
+    from safetensors.numpy import load_file
+
+    whole = np.random.default_rng(0).normal(size=(6, 5)).astype(jnp.dtype(dtype))
+    pieces = {"whole": lambda: [whole.T], "parts": lambda: (whole.ravel()[i : i + 7] for i in range(0, 30, 7))}
+    file = tmp_path / "model.safetensors"
+    stream_tensors(
+        file, {name: Stream((5, 6) if name == "whole" else (6, 5), whole.dtype, made) for name, made in pieces.items()}
+    )
+    found = load_file(file)
+    np.testing.assert_array_equal(found["whole"], whole.T)
+    np.testing.assert_array_equal(found["parts"], whole)
+    with pytest.raises(ValueError, match=r"parts ends at byte \d+, where its shape says"):
+        stream_tensors(file, {"parts": Stream((31,), whole.dtype, pieces["parts"])})
