@@ -14,7 +14,8 @@ import jax
 import jax.numpy as jnp
 
 from pjrlhf.errors import UserError
-from pjrlhf.models.decoder import Cache, Decoder, Layout, apart
+from pjrlhf.models.decoder import Cache, Decoder, Layout
+from pjrlhf.models.unstacked import apart
 from pjrlhf.models.users import reserve
 
 Params = Any
@@ -142,7 +143,9 @@ class Policies:
         found = copy.copy(self)
         turned = self.model.decode == "turned"
         found.model = self.model.clone(scan_layers=False, turned=turned)
-        found.variables = apart(self.variables, 1 if self.groups else 0, turned)
+        # Joined kernels have no one rule by which devices could share them.
+        joined = self.model.rows is None
+        found.variables = apart(self.variables, 1 if self.groups else 0, turned, joined, self.model.dtype)
         return found
 
     def _split(self, x: jax.Array, axis: int = 0) -> jax.Array:

@@ -12,6 +12,7 @@ from absl import logging
 from pjrlhf.errors import UserError
 from pjrlhf.models.blockwise import BLOCK, attend_blocks
 
+CUDNN_FORWARD = "dot_product_attention_fwd_wrapper"  # what JAX calls its primitive
 IMPLEMENTATIONS = ("auto", "blocks", "einsum", "xla", "cudnn")
 
 
@@ -53,8 +54,8 @@ def attend(
     Args:
       query: [B, T, H, C].
       key, value: [B, S, G, C], H a multiple of G.
-      mask: bool [B, T, S], True where a query may look. What a query row with no True entry gives is finite, and
-        nothing else is said of it.
+      mask: bool [B, T, S], True where a query may look; where T = S, never at a later slot. What a query row with no
+        True entry gives is finite, and nothing else is said of it.
       implementation: one of `IMPLEMENTATIONS`.
       softcap: scores are bounded to c tanh(score / c), which `xla` and `cudnn` cannot do: `einsum` takes their place.
 
@@ -65,7 +66,11 @@ def attend(
     if implementation == "blocks" and query.shape[1] > BLOCK:
         return attend_blocks(query, key, value, mask, softcap)
     if implementation in ("xla", "cudnn") and softcap is None:
-        return jax.nn.dot_product_attention(query, key, value, mask=mask[:, None], implementation=implementation)
+        # The mask has it already, but cuDNN then leaves out the half that nobody sees.
+        causal = implementation == "cudnn" and query.shape[1] == key.shape[1]
+        return jax.nn.dot_product_attention(
+            query, key, value, mask=mask[:, None], is_causal=causal, implementation=implementation
+        )
     return attend_cached(query, key.swapaxes(1, 2), value.swapaxes(1, 2), mask, softcap)
 
 

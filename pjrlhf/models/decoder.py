@@ -11,6 +11,7 @@ that the scan over layers hands out one by one, so that there is one layer to co
 """
 
 import functools
+import itertools
 import math
 from typing import Any, NamedTuple
 
@@ -20,7 +21,7 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding
 
 from pjrlhf.errors import UserError
-from pjrlhf.models.attention import attend, attend_cached, soft_cap
+from pjrlhf.models.attention import CUDNN_FORWARD, attend, attend_cached, soft_cap
 from pjrlhf.models.config import ModelConfig, RopeScaling
 from pjrlhf.models.products import product, turned_product
 
@@ -47,11 +48,14 @@ class Layout(NamedTuple):
         return jnp.tril(own & real & (segment[:, None, :] == segment[:, :, None]))
 
 
-REMAT_POLICIES = {
-    "none": None,
-    "full": jax.checkpoint_policies.nothing_saveable,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-}
+def _products(primitive: Any, *arguments: Any, **parameters: Any) -> bool:
+    """Products with kernels, and what cuDNN's attention returns: that it is made of products is hidden from JAX."""
+    if primitive.name == CUDNN_FORWARD:
+        return True
+    return jax.checkpoint_policies.dots_with_no_batch_dims_saveable(primitive, *arguments, **parameters)
+
+
+REMAT_POLICIES = {"none": None, "full": jax.checkpoint_policies.nothing_saveable, "dots": _products}
 
 
 def rope_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None) -> jax.Array:
@@ -116,7 +120,7 @@ def choose_decode(backend: str) -> str:
 
 class Linear(nn.Module):
     """`x W`, plus the mixed low-rank update where a bank is present. Kernel [in, out], [out, in] where `turned`; bias
-    [out] if any.
+    [out] if any. Where `unstacked.apart` has joined them, first factors of the bank are further columns of the kernel.
     """
 
     features: int
@@ -127,18 +131,39 @@ class Linear(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, mix: jax.Array | None) -> jax.Array:
-        shape = (self.features, x.shape[-1]) if self.turned else (x.shape[-1], self.features)
+        low, b, features = None, None, self.features
+        if mix is not None and self.has_variable("adapters", "b"):
+            b = self.get_variable("adapters", "b").astype(self.dtype)
+            if self.has_variable("adapters", "a"):
+                low = jnp.einsum("btd,kdr->btkr", x, self.get_variable("adapters", "a").astype(self.dtype))
+            else:
+                features += b.shape[0] * b.shape[1]
+        shape = (features, x.shape[-1]) if self.turned else (x.shape[-1], features)
         kernel = self.param("kernel", nn.initializers.lecun_normal(), shape, self.param_dtype).astype(self.dtype)
         y = turned_product(x, kernel) if self.turned else product(x, kernel)
-        if mix is not None and self.has_variable("adapters", "a"):
-            a = self.get_variable("adapters", "a").astype(self.dtype)
-            b = self.get_variable("adapters", "b").astype(self.dtype)
+        if b is not None:
+            if low is None:
+                y, low = y[..., : self.features], y[..., self.features :].reshape(*y.shape[:2], *b.shape[:2])
             mix = mix[:, None] if mix.ndim == 2 else mix
-            low = jnp.einsum("btd,kdr->btkr", x, a) * mix[..., None].astype(self.dtype)
-            y = y + jnp.einsum("btkr,krf->btf", low, b)
+            y = y + jnp.einsum("btkr,krf->btf", low * mix[..., None].astype(self.dtype), b)
         if self.use_bias:
             y = y + self.param("bias", nn.initializers.zeros, (self.features,), self.param_dtype).astype(self.dtype)
         return y
+
+
+def project(module: nn.Module, sizes: dict[str, int], x: jax.Array, mix: jax.Array | None) -> list[jax.Array]:
+    """The linear layers of a block that read `x`, name -> features; by one product where `unstacked.apart` has joined
+    them.
+    """
+
+    def linear(features, *names):
+        biased = bool(set(names) & set(module.config.biases))
+        return Linear(features, module.dtype, module.param_dtype, biased, module.turned, name="_".join(names))(x, mix)
+
+    if module.has_variable("params", "_".join(sizes)):
+        ends = list(itertools.accumulate(sizes.values()))
+        return jnp.split(linear(ends[-1], *sizes), ends[:-1], axis=-1)
+    return [linear(features, name) for name, features in sizes.items()]
 
 
 class Norm(nn.Module):
@@ -188,19 +213,17 @@ class Attention(nn.Module):
         c = self.config
         B, T, _ = x.shape
 
-        def linear(name, features):
-            return Linear(features, self.dtype, self.param_dtype, name in c.biases, self.turned, name=name)
+        groups = c.num_kv_heads * c.head_dim
+        query, key, value = project(self, {"query": c.num_heads * c.head_dim, "key": groups, "value": groups}, x, mix)
 
-        def heads(name, count, normed=""):
-            y = linear(name, count * c.head_dim)(x, mix)
+        def heads(name, y, normed=""):
             if normed == "head":
-                y = y.reshape(B, T, count, c.head_dim)
+                y = y.reshape(B, T, -1, c.head_dim)
             if normed:
                 y = Norm(c.norm, c.norm_eps, self.dtype, self.param_dtype, name=f"{name}_norm")(y)
-            return y.reshape(B, T, count, c.head_dim)
+            return y.reshape(B, T, -1, c.head_dim)
 
-        query, key = heads("query", c.num_heads, c.qk_norm), heads("key", c.num_kv_heads, c.qk_norm)
-        value = heads("value", c.num_kv_heads)
+        query, key, value = heads("query", query, c.qk_norm), heads("key", key, c.qk_norm), heads("value", value)
         if c.positions == "rotary":
             if own and "frequencies" in own:
                 frequencies = own["frequencies"]
@@ -231,7 +254,7 @@ class Attention(nn.Module):
                 key, value = (jax.lax.dynamic_index_in_dim(x, layer, keepdims=False) for x in (key, value))
             out = attend_cached(query, key.astype(self.dtype), value.astype(self.dtype), mask, c.attention_softcap)
         out = out.reshape(B, T, -1)
-        return linear("output", c.hidden_size)(out, mix), cache
+        return project(self, {"output": c.hidden_size}, out, mix)[0], cache
 
 
 def split_rows(x: jax.Array, rows: NamedSharding | None) -> jax.Array:
@@ -285,13 +308,13 @@ class FeedForward(nn.Module):
     def __call__(self, x, mix):
         c = self.config
 
-        def linear(name, features):
-            return Linear(features, self.dtype, self.param_dtype, name in c.biases, self.turned, name=name)
-
-        gate = linear("gate", c.intermediate_size)(x, mix) if c.gated else None
-        up = linear("up", c.intermediate_size)(x, mix)
         activation = ACTIVATIONS[c.activation]
-        return linear("down", c.hidden_size)(activation(gate) * up if c.gated else activation(up), mix)
+        if c.gated:
+            gate, up = project(self, {"gate": c.intermediate_size, "up": c.intermediate_size}, x, mix)
+            y = activation(gate) * up
+        else:
+            y = activation(project(self, {"up": c.intermediate_size}, x, mix)[0])
+        return project(self, {"down": c.hidden_size}, y, mix)[0]
 
 
 class Decoder(nn.Module):
@@ -303,11 +326,12 @@ class Decoder(nn.Module):
       dtype: dtype of activations; norms, softmax and rotary angles are computed in float32.
       param_dtype: dtype of created parameters.
       scan_layers: one compiled layer scanned over L (default), or L layers apart, each with arrays of its own
-        (`apart`); same numbers. A scan copies the parameters of a layer before it uses them, which costs a decoder of
-        few rows more than the rest of the step where the compiler does not fuse it (CPU, GPU).
-      decode: how to sample: with layers in a "scan", "apart", or apart and their kernels "turned", see `apart`.
+        (`unstacked.apart`); same numbers. A scan copies the parameters of a layer before it uses them, which costs a
+        decoder of few rows more than the rest of the step where the compiler does not fuse it (CPU, GPU).
+      decode: how to sample: with layers in a "scan", "apart", or apart and their kernels "turned", see
+        `unstacked.apart`.
       turned: kernels are [out, in], see `products.turned_product`.
-      remat: "none", "full" or "dots" (keep matrix products).
+      remat: "none", "full" or "dots" (keep products with kernels and cuDNN's attention).
       attention: see `pjrlhf.models.attention`.
       user_offset: position of the first user token: 1, after BOS, or 0 for tokenizers without BOS.
       rows: where the rows of a batch live, on several devices.
@@ -428,28 +452,6 @@ def init_params(model: Decoder, key: jax.Array) -> Any:
     """Random parameters as a plain dict pytree."""
     tokens = jnp.zeros((1, 2), jnp.int32)
     return jax.jit(model.init)(key, tokens, jnp.ones((1, 2), bool))["params"]
-
-
-def apart(variables: Any, leading: int = 0, turned: bool = False) -> Any:
-    """{"params"} and perhaps {"adapters"} of a decoder with `scan_layers` as one without takes them: layer i of
-    "layers" becomes "layers_i". Leaves of params have `leading` axes before that of layers; kernels are [out, in] where
-    `turned`.
-    """
-    found = {}
-    for name, axis in (("params", leading), ("adapters", 1)):
-        if name in variables:
-            tree = dict(variables[name])
-            stacked = tree.pop("layers")
-            for i in range(jax.tree.leaves(stacked)[0].shape[axis]):
-                tree[f"layers_{i}"] = jax.tree.map(
-                    lambda x, i=i, axis=axis: jax.lax.index_in_dim(x, i, axis, keepdims=False), stacked
-                )
-            found[name] = tree
-    if turned:
-        found["params"] = jax.tree_util.tree_map_with_path(
-            lambda path, x: x.swapaxes(-1, -2) if path[-1].key == "kernel" else x, found["params"]
-        )
-    return found
 
 
 def init_cache(config: ModelConfig, batch: int, slots: int, dtype: Any) -> Cache:

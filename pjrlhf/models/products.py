@@ -17,7 +17,8 @@ def product(x: jax.Array, kernel: jax.Array) -> jax.Array:
 
 
 def _forward(x, kernel):
-    return x @ kernel, (x, kernel)
+    # What is not asked for is not kept for the gradient: a frozen kernel has none.
+    return x.value @ kernel.value, (x.value if kernel.perturbed else None, kernel.value if x.perturbed else None)
 
 
 def _backward(saved, gradient):
@@ -30,11 +31,11 @@ def _backward(saved, gradient):
     def plain(x, gradient):
         return jnp.einsum("...d,...f->df", x, gradient)
 
-    of_kernel = jax.lax.platform_dependent(x, gradient, cpu=turned, default=plain)
-    return gradient @ kernel.T, of_kernel
+    of_kernel = None if x is None else jax.lax.platform_dependent(x, gradient, cpu=turned, default=plain)
+    return None if kernel is None else gradient @ kernel.T, of_kernel
 
 
-product.defvjp(_forward, _backward)
+product.defvjp(_forward, _backward, symbolic_zeros=True)
 
 
 def turned_product(x: jax.Array, kernel: jax.Array) -> jax.Array:

@@ -50,10 +50,16 @@ class Cost:
         return Cost(self.flops * times, self.bytes * times)
 
 
+# Primitives of `jax.nn.dot_product_attention` on cuDNN -> matrix products.
+_FUSED = {"dot_product_attention_fwd_wrapper": 2, "dot_product_attention_bwd_wrapper": 4}
+
+
 def product_cost(jaxpr: Any, loop: int = 1) -> Cost:
     """Of the matrix products of a jaxpr, with `loop` turns for every loop whose length is not fixed.
 
-    A product of [.., m, k] and [.., k, n] takes 2 m k n FLOPs for each of the leading axes.
+    A product of [.., m, k] and [.., k, n] takes 2 m k n FLOPs for each of the leading axes. cuDNN's fused attention is
+    two products forwards and four backwards (it makes the first one anew besides, which is not counted), half of each
+    where it is causal.
     """
     total = Cost()
     for equation in jaxpr.eqns:
@@ -65,6 +71,12 @@ def product_cost(jaxpr: Any, loop: int = 1) -> Cost:
             depth = math.prod(left.shape[axis] for axis in contracting)
             moved = sum(math.prod(x.shape) * x.dtype.itemsize for x in (left, right, out))
             total += Cost(2.0 * math.prod(out.shape) * depth, moved)
+            continue
+        if name in _FUSED:
+            (B, T, H, C), S = equation.invars[0].aval.shape, equation.invars[1].aval.shape[1]
+            seen = (T + 1) / 2 if "CAUSAL" in str(equation.params["mask_type"]) else S
+            moved = sum(math.prod(x.aval.shape) * x.aval.dtype.itemsize for x in equation.invars + equation.outvars)
+            total += Cost(_FUSED[name] * 2.0 * B * H * T * seen * C, moved)
             continue
         inner = [product_cost(part, loop) for part in _parts(equation.params)]
         if not inner:

@@ -7,6 +7,9 @@ import pytest
 
 from pjrlhf.models.attention import attend, choose
 from pjrlhf.models.blockwise import BLOCK, attend_blocks
+from pjrlhf.models.config import ModelConfig
+from pjrlhf.models.decoder import Decoder, init_params
+from pjrlhf.parallel.roofline import product_cost
 
 B, C, N = 3, 6, 8
 
@@ -100,3 +103,28 @@ def test_one_cpu_takes_blocks_where_rows_are_longer_than_one():
         return "while" in str(jax.make_jaxpr(lambda *a: attend(*a, packed(slots), "blocks"))(*x))
 
     assert loops(2 * BLOCK) and not loops(BLOCK)
+
+
+@pytest.mark.parametrize("remat, forwards", [("none", 1), ("dots", 1), ("full", 2)])
+def test_what_cudnn_computes_is_counted_and_kept(monkeypatch, remat, forwards):
+    """Traced without a GPU: two products forwards and four backwards, of the causal half."""
+    cudnn = pytest.importorskip("jax._src.cudnn.fused_attention_stablehlo")
+    monkeypatch.setattr(cudnn, "check_cudnn_version", lambda: 91300)
+    monkeypatch.setattr(cudnn, "check_compute_capability", lambda *_: True)
+    T, H, C = 128, 4, 64
+    shape = {"hidden_size": 64, "intermediate_size": 96, "num_heads": H, "num_kv_heads": 2, "head_dim": C}
+    config = ModelConfig(vocab_size=11, num_layers=2, **shape)
+    model = Decoder(config, dtype=jnp.bfloat16, remat=remat)
+    params = jax.eval_shape(lambda: init_params(model.clone(attention="einsum"), jax.random.key(0)))
+
+    def flops(attention):
+        def loss(params, tokens):
+            hidden, _ = model.clone(attention=attention).apply({"params": params}, tokens, jnp.ones((B, T), bool))
+            return hidden.astype(jnp.float32).sum()
+
+        return product_cost(jax.make_jaxpr(jax.grad(loss))(params, jnp.zeros((B, T), jnp.int32)).jaxpr).flops
+
+    one = config.num_layers * 2 * B * H * T * T * C
+    products = {"none": 6, "dots": 8, "full": 8}[remat]  # of the plain form: both kinds of remat make two anew
+    causal = (T + 1) / 2 / T
+    assert flops("einsum") - products * one == pytest.approx(flops("cudnn") - (2 * forwards + 4) * causal * one)

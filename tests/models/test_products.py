@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from pjrlhf.models.products import FEW_ROWS, product, turned_product
+from pjrlhf.parallel.roofline import product_cost
 
 
 def plain(x, kernel):
@@ -62,3 +63,10 @@ def test_what_is_compiled_for_an_accelerator_turns_nothing():
     traced = jax.jit(lambda x, kernel: jax.vjp(product, x, kernel)[1](x @ kernel)).trace(numbers(5, 7), numbers(7, 4))
     assert "optimization_barrier" in traced.lower(lowering_platforms=("cpu",)).as_text()
     assert "optimization_barrier" not in traced.lower(lowering_platforms=("tpu",)).as_text()
+
+
+@pytest.mark.parametrize("wanted", [0, 1])
+def test_gradients_nobody_asks_for_are_not_computed(wanted):
+    x, kernel = numbers(5, 7), numbers(7, 4)
+    gradient = jax.make_jaxpr(jax.grad(lambda *args: product(*args).sum(), argnums=wanted))(x, kernel)
+    assert product_cost(gradient.jaxpr).flops == 2 * (2 * 5 * 7 * 4)
