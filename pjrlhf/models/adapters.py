@@ -148,6 +148,20 @@ class Policies:
         found.variables = apart(self.variables, 1 if self.groups else 0, turned, joined, self.model.dtype)
         return found
 
+    @property
+    def separable(self) -> bool:
+        """Whether `take` can: groups have equally many rows, and devices a part of them each."""
+        return not self.groups and self.model.rows is None
+
+    def take(self, rows: jax.Array, count: int) -> "Policies":
+        """The same for `rows`, int32 [R], of a batch of `count`."""
+        found = copy.copy(self)
+        if self.rows is not None:
+            found.rows = jnp.repeat(self.rows, count // len(self.rows), axis=0, total_repeat_length=count)[rows]
+        if self.user_tokens is not None:
+            found.user_tokens = jnp.asarray(self.user_tokens)[rows]
+        return found
+
     def _split(self, x: jax.Array, axis: int = 0) -> jax.Array:
         B = x.shape[axis]
         if B % self.groups:

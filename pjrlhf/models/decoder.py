@@ -142,10 +142,13 @@ class Linear(nn.Module):
         kernel = self.param("kernel", nn.initializers.lecun_normal(), shape, self.param_dtype).astype(self.dtype)
         y = turned_product(x, kernel) if self.turned else product(x, kernel)
         if b is not None:
+            mix = (mix[:, None] if mix.ndim == 2 else mix).astype(self.dtype)
             if low is None:
-                y, low = y[..., : self.features], y[..., self.features :].reshape(*y.shape[:2], *b.shape[:2])
-            mix = mix[:, None] if mix.ndim == 2 else mix
-            y = y + jnp.einsum("btkr,krf->btf", low * mix[..., None].astype(self.dtype), b)
+                # The barrier keeps XLA from leaving the product in float32 and rounding it in a pass of its own.
+                y, low = jnp.split(jax.lax.optimization_barrier(y), [self.features], axis=-1)
+                y = y + (low * jnp.repeat(mix, b.shape[1], axis=-1)) @ b.reshape(-1, self.features)
+            else:
+                y = y + jnp.einsum("btkr,krf->btf", low * mix[..., None], b)
         if self.use_bias:
             y = y + self.param("bias", nn.initializers.zeros, (self.features,), self.param_dtype).astype(self.dtype)
         return y

@@ -45,6 +45,19 @@ class Combined:
         found.policies = self.policies.apart()
         return found
 
+    @property
+    def separable(self) -> bool:
+        """See `Policies.separable`."""
+        return self.policies.separable
+
+    def take(self, rows: jax.Array, count: int) -> "Combined":
+        """See `Policies.take`."""
+        found = copy.copy(self)
+        found.weights = self.weights[rows]
+        each = (rows[:, None] * self.copies + jnp.arange(self.copies)).reshape(-1)
+        found.policies = self.policies.take(each, count * self.copies)
+        return found
+
     def __call__(
         self, tokens: jax.Array, valid: jax.Array, cache: Cache | None = None, offset: jax.Array | int = 0
     ) -> tuple[jax.Array, Cache | None]:

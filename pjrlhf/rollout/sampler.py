@@ -1,4 +1,4 @@
-"""Sampling with a key/value cache: one jitted prefill and a decode loop that stops when every row is done.
+"""Sampling with a key/value cache: one jitted prefill and a decode loop that drops rows that are done.
 
 Shapes: B rows, P prompt slots (left-padded), N new tokens, V vocabulary, K adapters, G rows of `mix`.
 """
@@ -11,6 +11,8 @@ import jax.numpy as jnp
 from pjrlhf.errors import UserError
 from pjrlhf.models.adapters import Policies
 from pjrlhf.models.decoder import init_cache
+
+FEWEST = 16  # rows that are worth to go on with alone: for fewer a product takes as long as its kernel is read
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -87,20 +89,22 @@ def generate(
         decoder = policies.apart()
         cache = [jax.tree.map(lambda x, i=i: x[i], cache) for i in range(config.num_layers)]
 
-    def draw(hidden, key):
+    def draw(decoder, hidden, key, rows):
         logits = decoder.logits(hidden[:, -1:])[:, 0]
         if sampling.temperature == 0:
             token = jnp.argmax(logits, axis=-1)
         else:
             logits = logits / sampling.temperature
-            token = jax.random.categorical(key, truncate(logits, sampling.top_k, sampling.top_p), axis=-1)
+            noise = jax.random.gumbel(key, (B, logits.shape[-1]), logits.dtype)  # of a row wherever it stands
+            noise = noise if rows is None else noise[rows]
+            token = jnp.argmax(truncate(logits, sampling.top_k, sampling.top_p) + noise, axis=-1)
         logp = jnp.take_along_axis(jax.nn.log_softmax(logits), token[:, None], axis=-1)[:, 0]
         return token.astype(jnp.int32), logp
 
-    def record(i, hidden, state):
+    def record(decoder, i, hidden, state, rows=None):
         """Draws token i and enters it."""
         slots, done, tokens, valid, logps = state
-        token, logp = draw(hidden, jax.random.fold_in(key, i))
+        token, logp = draw(decoder, hidden, jax.random.fold_in(key, i), rows)
         token = jnp.where(done, sampling.pad_id, token)
         tokens = tokens.at[:, i].set(token)
         valid = valid.at[:, i].set(~done)
@@ -108,14 +112,32 @@ def generate(
         slots = jax.lax.dynamic_update_slice_in_dim(slots, ~done[:, None], P + i, 1)
         return slots, done | (token == sampling.eos_id), tokens, valid, logps
 
-    def step(carry):
-        i, cache, state = carry
-        token = jax.lax.dynamic_slice_in_dim(state[2], i - 1, 1, 1)
-        hidden, cache = decoder(token, state[0], cache, P + i - 1)
-        return i + 1, cache, record(i, hidden, state)
+    def finish(decoder, carry, rows):
+        """Tokens, valid and logps of `rows`, int32 [R], or None for all: steps until half of them are left, and goes on
+        with these.
+        """
+        R = B if rows is None else len(rows)
+        left = R // 2 if decoder.separable and R // 2 >= FEWEST else 0
 
-    def unfinished(carry):
-        return (carry[0] < N) & ~carry[2][1].all()
+        def step(carry):
+            i, cache, state = carry
+            token = jax.lax.dynamic_slice_in_dim(state[2], i - 1, 1, 1)
+            hidden, cache = decoder(token, state[0], cache, P + i - 1)
+            return i + 1, cache, record(decoder, i, hidden, state, rows)
+
+        def more(carry):
+            return (carry[0] < N) & ((~carry[2][1]).sum() > left)
+
+        i, cache, state = jax.lax.while_loop(more, step, carry)
+        if not left:
+            return state[2:]
+        order = jnp.argsort(state[1], stable=True)[:left]  # those not done come first
+        copies = (order[:, None] * policies.copies + jnp.arange(policies.copies)).reshape(-1)
+        axis = 1 if policies.model.decode == "scan" else 0
+        cache = jax.tree.map(lambda x: jnp.take(x, copies, axis=axis), cache)
+        carry = i, cache, jax.tree.map(lambda x: x[order], state)
+        ended = finish(decoder.take(order, R), carry, order if rows is None else rows[order])
+        return jax.tree.map(lambda whole, part: whole.at[order].set(part), state[2:], ended)
 
     start = (
         slots,
@@ -125,6 +147,6 @@ def generate(
         jnp.zeros((B, N), jnp.float32),
     )
     # The last token drawn needs no pass of its own.
-    carry = jnp.int32(1), cache, record(0, hidden[:, -1:], start)
-    _, _, (_, _, tokens, valid, logps) = jax.lax.while_loop(unfinished, step, carry)
+    carry = jnp.int32(1), cache, record(decoder, 0, hidden[:, -1:], start)
+    tokens, valid, logps = finish(decoder, carry, None)
     return {"tokens": tokens, "valid": valid, "logps": logps}

@@ -12,7 +12,8 @@ from small_policies import ADAPTERS, CONFIG, EOS, MODEL, PAD, bank, base, close,
 
 from pjrlhf.errors import UserError
 from pjrlhf.models.adapters import Policies
-from pjrlhf.rollout import scoring
+from pjrlhf.rollout import sampler, scoring
+from pjrlhf.rollout.decoding import Combined
 from pjrlhf.rollout.sampler import Sampling, generate, truncate
 
 B, P, N, K = 8, 5, 7, 3
@@ -123,6 +124,51 @@ def test_rows_end_with_eos_and_padding_follows(pad_is_eos):
     np.testing.assert_array_equal(out["valid"], valid)
     assert not np.asarray(out["logps"])[~valid].any()
     assert len(set(valid.sum(1))) > 1 and (~valid).any()
+
+
+@pytest.mark.parametrize(
+    "decode, kind", [("scan", "soups"), ("turned", "soups"), ("turned", "users"), ("turned", "combined")]
+)
+def test_rows_that_are_done_are_dropped(monkeypatch, decode, kind):
+    """Eight rows, then four, then two write what eight write to the end, in fewer rows times steps."""
+    prompt, model, worked = prompts(B, P), MODEL.clone(decode=decode), []
+
+    class Counted:
+        def __call__(self, tokens, *rest):
+            if tokens.shape[1] == 1:
+                jax.debug.callback(lambda: worked.append(len(tokens)))
+            return super().__call__(tokens, *rest)
+
+    def run(fewest):
+        monkeypatch.setattr(sampler, "FEWEST", fewest)
+        worked.clear()
+
+        @jax.jit
+        def draw(base, bank):
+            counted = [type("Counted", (Counted, each), {}) for each in (Policies, Combined)]
+            users = jnp.ones((B, 2, CONFIG.hidden_size)) * jnp.arange(B)[:, None, None] if kind == "users" else None
+            if kind == "combined":
+                policies = counted[1](model, ADAPTERS["lora"], base, bank, jnp.asarray(SOUPS))
+            else:
+                mix = SOUPS if kind == "soups" else None
+                policies = counted[0](model, ADAPTERS["lora"], base, bank, mix, users)
+            sampling = Sampling(max_new_tokens=100, eos_id=EOS, pad_id=PAD, temperature=2.0)
+            return generate(policies, sampling, prompt["prompt"], prompt["valid"], jax.random.key(1))
+
+        found = jax.device_get(draw(base(), bank("lora", K)))
+        jax.effects_barrier()
+        return found, list(worked)
+
+    (got, few), (want, many) = run(2), run(B)
+    np.testing.assert_array_equal(got["tokens"], want["tokens"])
+    np.testing.assert_array_equal(got["valid"], want["valid"])
+    close(got["logps"], want["logps"])
+    ends = want["valid"].sum(1)
+    assert len(few) == len(many) == ends.max() - 1
+    assert set(many) == {B}
+    alive = [(ends > i + 1).sum() for i in range(len(few))]
+    assert few == [B if n > B // 2 else B // 2 if n > B // 4 else B // 4 for n in alive]
+    assert few[0] == B and few[-1] == 2
 
 
 def test_log_probabilities_are_those_of_scoring():
