@@ -239,7 +239,8 @@ class Policies:
         """Float32 logits [B, T, V] of hidden states [B, T, D]."""
         if not self.groups:
             return self.model.apply(self.variables, hidden, method="logits")
-        logits = jax.vmap(lambda variables, h: self.model.apply(variables, h, method="logits"))(
+        model = self.model.clone(rows=None)
+        logits = jax.vmap(lambda variables, h: model.apply(variables, h, method="logits"))(
             self.variables, self._split(hidden)
         )
         return logits.reshape(hidden.shape[0], *logits.shape[2:])

@@ -19,6 +19,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from pjrlhf.errors import UserError
 from pjrlhf.models.attention import CUDNN_FORWARD, attend, attend_cached, soft_cap
@@ -209,17 +210,20 @@ class Attention(nn.Module):
     dtype: Any
     param_dtype: Any
     implementation: str
+    rows: NamedSharding | None
     turned: bool
 
     @nn.compact
     def __call__(self, x, positions, mask, mix, cache, offset, layer, own):
         c = self.config
         B, T, _ = x.shape
+        between = split_between(x.shape, self.rows)
 
         groups = c.num_kv_heads * c.head_dim
         query, key, value = project(self, {"query": c.num_heads * c.head_dim, "key": groups, "value": groups}, x, mix)
 
         def heads(name, y, normed=""):
+            y = move_rows(y, between, self.rows)
             if normed == "head":
                 y = y.reshape(B, T, -1, c.head_dim)
             if normed:
@@ -256,7 +260,7 @@ class Attention(nn.Module):
             if layer is not None:
                 key, value = (jax.lax.dynamic_index_in_dim(x, layer, keepdims=False) for x in (key, value))
             out = attend_cached(query, key.astype(self.dtype), value.astype(self.dtype), mask, c.attention_softcap)
-        out = out.reshape(B, T, -1)
+        out = move_rows(out.reshape(B, T, -1), self.rows, between)
         return project(self, {"output": c.hidden_size}, out, mix)[0], cache
 
 
@@ -266,9 +270,44 @@ def split_rows(x: jax.Array, rows: NamedSharding | None) -> jax.Array:
     Without it a compiler that is given split weights may split the sum over D instead, and send activations where it
     should send weights: for an 8B model seven times as many bytes.
     """
-    if rows is None or x.shape[0] % math.prod(rows.mesh.shape[axis] for axis in rows.spec[0]):
+    if rows is None or x.shape[0] % _count(rows):
         return x
     return jax.lax.with_sharding_constraint(x, rows)
+
+
+def _count(rows: NamedSharding) -> int:
+    """Into how many parts rows fall."""
+    axes = rows.spec[0]
+    return math.prod(rows.mesh.shape[axis] for axis in ((axes,) if isinstance(axes, str) else axes))
+
+
+def split_between(shape: tuple[int, ...], rows: NamedSharding | None) -> NamedSharding | None:
+    """Where activations `shape` [B, T, D] live between layers, if the rows of a batch are split by `rows` (data x
+    fsdp).
+
+    Of many tokens as `rows` says. For so few, one a row, that sums over a D split by fsdp are smaller than kernels, by
+    data and D: then kernels stay where they are and activations are sent (arXiv 2211.05102, section 3.2.2). An
+    all-reduce of [B, F] sends 2 B F, where to gather a kernel takes D F. Keys and values stay split by `rows`.
+    """
+    if rows is None or len(shape) != 3 or shape[1] > 1:
+        return rows
+    data, fsdp = rows.spec[0]
+    if shape[2] % rows.mesh.shape[fsdp] or 2 * shape[0] >= shape[2] * rows.mesh.shape[data]:
+        return rows
+    return NamedSharding(rows.mesh, P(data, None, fsdp))
+
+
+def move_rows(x: jax.Array, source: NamedSharding | None, target: NamedSharding | None) -> jax.Array:
+    """`x` [B, ...], first with its rows as those of `source` and then as those of `target`, where they differ; the
+    other axes as the compiler likes.
+    """
+    if source == target:
+        return x
+    for place in (source, target):
+        if x.shape[0] % _count(place) == 0:
+            spec = P(place.spec[0], *[P.UNCONSTRAINED] * (x.ndim - 1))
+            x = jax.lax.with_sharding_constraint(x, NamedSharding(place.mesh, spec))
+    return x
 
 
 class Layer(nn.Module):
@@ -288,15 +327,17 @@ class Layer(nn.Module):
 
         before, after = c.norm_placement != "after", c.norm_placement != "before"
         h = norm("attention_norm", x, before)
-        attention = Attention(c, self.dtype, self.param_dtype, self.implementation, self.turned, name="attention")
-        mlp = FeedForward(c, self.dtype, self.param_dtype, self.turned, name="mlp")
+        common = c, self.dtype, self.param_dtype
+        attention = Attention(*common, self.implementation, self.rows, self.turned, name="attention")
+        mlp = FeedForward(*common, self.turned, name="mlp")
+        between = split_between(x.shape, self.rows)
         attended, cache = attention(h, positions, mask, mix, cache, offset, layer, own)
         if c.residual != "sequential":
             h = norm("mlp_norm", x, True) if c.residual == "parallel" else h
-            return (split_rows(x + attended + mlp(h, mix), self.rows), cache), None
-        x = split_rows(x + norm("attention_out_norm", attended, after), self.rows)
+            return (split_rows(x + attended + mlp(h, mix), between), cache), None
+        x = split_rows(x + norm("attention_out_norm", attended, after), between)
         h = mlp(norm("mlp_norm", x, before), mix)
-        return (split_rows(x + norm("mlp_out_norm", h, after), self.rows), cache), None
+        return (split_rows(x + norm("mlp_out_norm", h, after), between), cache), None
 
 
 class FeedForward(nn.Module):
@@ -417,7 +458,8 @@ class Decoder(nn.Module):
             owner = jnp.arange(tokens.shape[0])[:, None]
         else:
             positions, mask, owner = layout.position, layout.mask(), layout.owner
-        x = self.embed(tokens)
+        between = split_between((*tokens.shape, self.config.hidden_size), self.rows)
+        x = self.embed(move_rows(tokens, self.rows, between))
         if user_tokens is not None:
             place = positions - self.user_offset
             own = jnp.asarray(user_tokens)[owner, jnp.clip(place, 0, user_tokens.shape[1] - 1)]
@@ -426,8 +468,8 @@ class Decoder(nn.Module):
         if self.config.scale_embeddings:
             x = x * jnp.asarray(self.config.hidden_size**0.5, x.dtype)
         if self.config.positions == "learned":
-            x = x + self.position(positions)
-        x = split_rows(x, self.rows)
+            x = x + self.position(move_rows(positions, self.rows, between))
+        x = split_rows(x, between)
         own = per_layer(self.config)
         if self.scan_layers:
             each = jnp.arange(self.config.num_layers), own
@@ -444,10 +486,13 @@ class Decoder(nn.Module):
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """Float32 logits [..., V] of hidden states [..., D]."""
+        between = split_between(hidden.shape, self.rows)
+        hidden = hidden if between == self.rows else split_rows(hidden, between)
         if not self.config.tie_embeddings:
             logits = self.head(hidden, None)
         else:
             logits = turned_product(hidden, self.embed.embedding.astype(self.dtype))
+        logits = move_rows(logits, between, self.rows)
         return soft_cap(logits.astype(jnp.float32), self.config.logit_softcap)
 
 

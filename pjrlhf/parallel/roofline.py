@@ -101,7 +101,8 @@ def _parts(params: Mapping[str, Any]) -> Iterator[Any]:
 
 _COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) (?:\([^\n]*\) -> [^\n]*)?\{$", re.MULTILINE)
 _COLLECTIVE = re.compile(
-    r"= (?P<shape>[^=\n]*?) (?P<kind>all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)(?:-start)?\("
+    r"= (?P<shape>[^=\n]*?) (?P<kind>all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)"
+    r"(?P<start>-start)?\("
 )
 _CALLS = re.compile(r"(?:calls|to_apply|condition|body|branch_computations)=\{?%?([\w.\-]+(?:, %?[\w.\-]+)*)\}?")
 _WHILE = re.compile(r" while\(.*condition=%?([\w.\-]+), body=%?([\w.\-]+)")
@@ -154,7 +155,9 @@ def collective_bytes(hlo: str) -> dict[str, float]:
     def walk(name: str, times: int) -> None:
         for number, line in enumerate(bodies.get(name, "").splitlines()):
             if match := _COLLECTIVE.search(line):
-                size, g = max(_array_bytes(match["shape"]), default=0), _group(line)
+                # Several arrays may share a collective; but what starts one names its operand beside its result.
+                pair = match["start"] and match["kind"] != "all-reduce"
+                size, g = (max if pair else sum)(_array_bytes(match["shape"]) or [0]), _group(line)
                 share = (g - 1) / g
                 moved = {"all-reduce": 2 * size * share, "reduce-scatter": size * (g - 1), "collective-permute": size}
                 sent = times * moved.get(match["kind"], size * share)

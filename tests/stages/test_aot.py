@@ -75,7 +75,7 @@ def test_bytes_of_collectives():
 
 def test_a_collective_in_parts_counts_once():
     """An asynchronous one is spread over computations that all name its channel; a loop around the rest of it does not
-    repeat it.
+    repeat it. One of several arrays counts them all.
     """
     text = """
 %start (p: f32[8,4]) -> f32[64,4] {
@@ -93,7 +93,7 @@ def test_a_collective_in_parts_counts_once():
 
 %body (c: (s32[], f32[64,4])) -> (s32[], f32[64,4]) {
   %a = f32[64,4] fusion(%x), kind=kCustom, calls=%rest
-  %r = f32[10]{0} all-reduce(%y), channel_id=4, replica_groups={{0,1},{2,3}}, to_apply=%add
+  %r = (f32[10]{0}, f32[6]{0}) all-reduce(%y, %z), channel_id=4, replica_groups={{0,1},{2,3}}, to_apply=%add
 }
 
 ENTRY %main (p: f32[8,4]) -> f32[64,4] {
@@ -101,7 +101,7 @@ ENTRY %main (p: f32[8,4]) -> f32[64,4] {
   %w = (s32[], f32[64,4]) while(%t), condition=%cond, body=%body
 }
 """
-    assert roofline.collective_bytes(text) == {"all-gather": 1024 * 7 / 8, "all-reduce": 12 * 2 * 40 / 2}
+    assert roofline.collective_bytes(text) == {"all-gather": 1024 * 7 / 8, "all-reduce": 12 * 2 * 64 / 2}
 
 
 def llama(variant):
