@@ -116,7 +116,7 @@ def choose_decode(backend: str) -> str:
 
 class Linear(nn.Module):
     """`x W`, plus the mixed low-rank update where a bank is present. Kernel [in, out], [out, in] where `turned`; bias
-    [out] if any.
+    [out] if any. W is the kernel, or its columns times `scale` [out] where that is present, see `models.quantization`.
     """
 
     features: int
@@ -128,8 +128,12 @@ class Linear(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, mix: jax.Array | None) -> jax.Array:
         shape = (self.features, x.shape[-1]) if self.turned else (x.shape[-1], self.features)
-        kernel = self.param("kernel", nn.initializers.lecun_normal(), shape, self.param_dtype).astype(self.dtype)
+        kernel = self.param("kernel", nn.initializers.lecun_normal(), shape, self.param_dtype)
+        quantized = self.has_variable("params", "scale")
+        kernel = kernel if quantized else kernel.astype(self.dtype)
         y = turned_product(x, kernel) if self.turned else product(x, kernel)
+        if quantized:
+            y = (y.astype(jnp.float32) * self.get_variable("params", "scale")).astype(self.dtype)
         if mix is not None and self.has_variable("adapters", "a"):
             a = self.get_variable("adapters", "a").astype(self.dtype)
             b = self.get_variable("adapters", "b").astype(self.dtype)

@@ -8,20 +8,25 @@ FEW_ROWS = 64
 
 @jax.custom_vjp
 def product(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """`x` [..., D] times `kernel` [D, F], [..., F].
+    """`x` [..., D] times `kernel` [D, F], [..., F], in the dtype of `x`. A kernel of integers is constant to gradients.
 
     On a CPU the gradient of the kernel is taken from a turned copy of `x`: XLA's fast product there (jax 0.10) takes
     no turned first factor, and its other one is half as fast. Elsewhere it is what JAX would have made of `x @ kernel`.
     """
-    return x @ kernel
+    return x @ kernel.astype(x.dtype)
 
 
 def _forward(x, kernel):
-    return x @ kernel, (x, kernel)
+    # Of integers, which are converted anew, no converted copy is kept from the forward pass.
+    constant = jnp.issubdtype(kernel.dtype, jnp.integer)
+    return x @ kernel.astype(x.dtype), (None if constant else x, kernel)
 
 
 def _backward(saved, gradient):
     x, kernel = saved
+    of_x = gradient @ kernel.astype(gradient.dtype).T
+    if x is None:
+        return of_x, None
 
     def turned(x, gradient):
         rows = x.reshape(-1, x.shape[-1])
@@ -31,7 +36,7 @@ def _backward(saved, gradient):
         return jnp.einsum("...d,...f->df", x, gradient)
 
     of_kernel = jax.lax.platform_dependent(x, gradient, cpu=turned, default=plain)
-    return gradient @ kernel.T, of_kernel
+    return of_x, of_kernel
 
 
 product.defvjp(_forward, _backward)
@@ -46,5 +51,5 @@ def turned_product(x: jax.Array, kernel: jax.Array) -> jax.Array:
     if len(rows) > FEW_ROWS:
         return product(x, kernel.T)
     # The barriers keep XLA from turning both back.
-    found = jax.lax.optimization_barrier(kernel @ jax.lax.optimization_barrier(rows.T))
+    found = jax.lax.optimization_barrier(kernel.astype(x.dtype) @ jax.lax.optimization_barrier(rows.T))
     return found.T.reshape(*x.shape[:-1], len(kernel))
