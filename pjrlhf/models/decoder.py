@@ -130,7 +130,12 @@ class Linear(nn.Module):
         shape = (self.features, x.shape[-1]) if self.turned else (x.shape[-1], self.features)
         kernel = self.param("kernel", nn.initializers.lecun_normal(), shape, self.param_dtype)
         quantized = self.has_variable("params", "scale")
-        kernel = kernel if quantized else kernel.astype(self.dtype)
+        if not quantized:
+            kernel = kernel.astype(self.dtype)
+        elif x.shape[1] == 1 and self.path[0] != "layers" and not self.turned:
+            # Of layers apart, a compiler would take the conversion out of the loop that samples and keep floats of all
+            # of them. On a CPU, where kernels are turned, it may: converting takes longer there than the product.
+            x, kernel = jax.lax.optimization_barrier((x, kernel))
         y = turned_product(x, kernel) if self.turned else product(x, kernel)
         if quantized:
             y = (y.astype(jnp.float32) * self.get_variable("params", "scale")).astype(self.dtype)

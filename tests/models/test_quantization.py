@@ -182,6 +182,23 @@ def test_no_float_copy_of_all_layers_is_kept_for_the_gradient():
     assert memory(small) - memory(shapes) < tree_bytes(shapes["layers"]) / 8
 
 
+def test_kernels_are_converted_inside_the_loop_that_samples():
+    """Before it, floats of all layers would be kept; what stands there is the program's entry."""
+    model, prompt = MODEL.clone(decode="apart"), prompts(2, 3)
+    shapes = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
+    sampling = Sampling(max_new_tokens=4, eos_id=1, pad_id=0)
+
+    @jax.jit
+    def sample(params):
+        policies = Policies(model, LORA, params, None, None)
+        return generate(policies, sampling, prompt["prompt"], prompt["valid"], jax.random.key(5))
+
+    text = sample.lower(jax.eval_shape(quantize_params, shapes)).compile().as_text()
+    kernel = f"= f32[{CONFIG.hidden_size},{CONFIG.intermediate_size}]"
+    inside, entry = text.split("\nENTRY ")
+    assert kernel in inside and kernel not in entry
+
+
 # ---- where it comes from, and what counts it
 
 
