@@ -54,9 +54,12 @@ class Measured(Planned):
         def make(key):
             leaves, structure = jax.tree.flatten(tree)
             keys = jax.random.split(key, len(leaves))
-            return structure.unflatten(
-                [0.02 * jax.random.normal(k, x.shape, x.dtype) for k, x in zip(keys, leaves, strict=True)]
-            )
+            return structure.unflatten([one(k, x) for k, x in zip(keys, leaves, strict=True)])
+
+        def one(key, x):
+            if x.dtype == jnp.int8:
+                return jax.random.randint(key, x.shape, -127, 128, x.dtype)
+            return 0.02 * jax.random.normal(key, x.shape, x.dtype)
 
         tree = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)
         return jax.jit(make, out_shardings=shardings(self.mesh, tree))(jax.random.key(1))

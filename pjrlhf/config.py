@@ -40,6 +40,7 @@ def base() -> ml_collections.ConfigDict:
         "rope_scaling": {},  # of Llama 3: factor, low_freq_factor, high_freq_factor, original_max_position
         "dtype": "float32",  # of activations
         "param_dtype": "float32",  # of the frozen base
+        "quantize": "",  # int8: the frozen base's linear layers in 8 bits, half the memory of bfloat16; for adapters
         "remat": "none",  # none, dots, full
         "attention": "auto",  # auto, blocks, einsum, xla, cudnn
         "eos_token": "",  # what ends an answer, where it is not the tokenizer's own EOS

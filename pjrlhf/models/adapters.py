@@ -15,6 +15,7 @@ import jax.numpy as jnp
 
 from pjrlhf.errors import UserError
 from pjrlhf.models.decoder import Cache, Decoder, Layout
+from pjrlhf.models.quantization import refuse_quantized
 from pjrlhf.models.unstacked import apart
 from pjrlhf.models.users import reserve
 
@@ -55,6 +56,7 @@ def init_bank(base: Params, adapter: AdapterConfig, count: int, key: jax.Array) 
     """
     dtype = jnp.dtype(adapter.dtype)
     if not adapter.rank:
+        refuse_quantized(base)
         return jax.tree.map(lambda x: jnp.broadcast_to(x, (count, *x.shape)).astype(dtype), base)
     bank: dict[str, dict[str, Any]] = {}
     for block, names in TARGETS.items():
@@ -97,6 +99,7 @@ def mixed_params(base: Params | None, bank: Params, mix: jax.Array) -> Params:
 
     if base is None:
         return jax.tree.map(lambda theta: one(theta, None), bank)
+    refuse_quantized(base)
     return jax.tree.map(one, bank, base)
 
 

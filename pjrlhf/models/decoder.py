@@ -121,7 +121,8 @@ def choose_decode(backend: str) -> str:
 
 class Linear(nn.Module):
     """`x W`, plus the mixed low-rank update where a bank is present. Kernel [in, out], [out, in] where `turned`; bias
-    [out] if any. Where `unstacked.apart` has joined them, first factors of the bank are further columns of the kernel.
+    [out] if any. W is the kernel, or its columns times `scale` [out] where that is present, see `models.quantization`.
+    Where `unstacked.apart` has joined them, first factors of the bank are further columns of the kernel.
     """
 
     features: int
@@ -140,8 +141,17 @@ class Linear(nn.Module):
             else:
                 features += b.shape[0] * b.shape[1]
         shape = (features, x.shape[-1]) if self.turned else (x.shape[-1], features)
-        kernel = self.param("kernel", nn.initializers.lecun_normal(), shape, self.param_dtype).astype(self.dtype)
+        kernel = self.param("kernel", nn.initializers.lecun_normal(), shape, self.param_dtype)
+        quantized = self.has_variable("params", "scale")
+        if not quantized:
+            kernel = kernel.astype(self.dtype)
+        elif x.shape[1] == 1 and self.path[0] != "layers" and not self.turned:
+            # Of layers apart, a compiler would take the conversion out of the loop that samples and keep floats of all
+            # of them. On a CPU, where kernels are turned, it may: converting takes longer there than the product.
+            x, kernel = jax.lax.optimization_barrier((x, kernel))
         y = turned_product(x, kernel) if self.turned else product(x, kernel)
+        if quantized:
+            y = (y.astype(jnp.float32) * self.get_variable("params", "scale")).astype(self.dtype)
         if b is not None:
             mix = (mix[:, None] if mix.ndim == 2 else mix).astype(self.dtype)
             if low is None:

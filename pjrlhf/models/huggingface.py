@@ -31,6 +31,7 @@ from pjrlhf.models.folders import (
     weight_files,
 )
 from pjrlhf.models.hf_config import config_to_hf, read_config
+from pjrlhf.models.quantization import quantize_leaf
 
 Params = Any
 
@@ -53,16 +54,18 @@ def load_params(
     config: ModelConfig | None = None,
     dtype: Any = jnp.float32,
     place: Callable[[str, tuple[int, ...]], jax.sharding.Sharding] | None = None,
+    quantized: bool = False,
 ) -> Params:
     """The parameters in `folder` (one model.safetensors, or shards with their index) as our tree.
 
     A process reads what its devices hold and nothing else; host memory holds one device's part of one leaf, and of that
-    one layer twice.
+    one layer twice. Where they are quantised, devices hold one leaf as floats besides.
 
     Args:
       config: from `read_config` where None; its dimensions are checked against every tensor.
       dtype: of all leaves, whatever the storage (float64, float32, bfloat16, float16).
       place: `(path, shape) -> sharding` of a leaf; on the default device where None.
+      quantized: as a frozen base in 8 bits, see `models.quantization`.
 
     Raises UserError on missing, unused or wrongly shaped tensors, by name.
     """
@@ -88,9 +91,10 @@ def load_params(
             tensors = {slot.index: (files[name], name) for name, slot in found}
             read = functools.partial(_read_part, tensors, found[0][1], shape, jnp.dtype(dtype))
             if place is None:
-                leaves[path] = jnp.asarray(read(tuple(slice(None) for _ in shape)))
-                continue
-            leaves[path] = _placed(read, shape, place(path, shape))
+                leaf = jnp.asarray(read(tuple(slice(None) for _ in shape)))
+            else:
+                leaf = _placed(read, shape, place(path, shape))
+            leaves |= quantize_leaf(path, leaf, place) if quantized else {path: leaf}
     return flax.traverse_util.unflatten_dict(leaves, sep="/")
 
 

@@ -56,14 +56,17 @@ def _joined(params: Any, bank: Any, dtype: Any) -> tuple[Any, Any]:
         for names in groups:
             names = [name for name in names if name in tree]
             pairs = {name: factors[name] for name in names if name in factors}
-            inputs = tree[names[0]]["kernel"].shape[-2]
-            if sum(pair["a"].shape[0] * pair["a"].shape[2] for pair in pairs.values()) > inputs // 8:
+            first = tree[names[0]]["kernel"]
+            columns = sum(pair["a"].shape[0] * pair["a"].shape[2] for pair in pairs.values())
+            quantized = jnp.issubdtype(first.dtype, jnp.integer)
+            if columns > first.shape[-2] // 8 or (pairs and quantized):
                 # Each pair has columns of its own in "b": of so many most would be zeros.
                 low[block].update(pairs)
                 continue
             taken, together = [tree.pop(name) for name in names], "_".join(names)
             whole = {key: jnp.concatenate([one[key] for one in taken], axis=-1) for key in taken[0]}
-            whole["kernel"] = whole["kernel"].astype(dtype)
+            if not quantized:
+                whole["kernel"] = whole["kernel"].astype(dtype)
             if pairs:
                 a = jnp.concatenate([pair["a"] for pair in pairs.values()], axis=-1).swapaxes(0, 1)
                 columns = a.reshape(len(a), -1).astype(dtype)

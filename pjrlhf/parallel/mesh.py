@@ -30,7 +30,7 @@ RULES: tuple[tuple[str, tuple[Axis, ...]], ...] = (
     (r"position/embedding$", (None, "fsdp")),
     (r"(query|key|value|gate|up|head)/kernel$", ("fsdp", "tensor")),
     (r"(output|down)/kernel$", ("tensor", "fsdp")),
-    (r"(query|key|value|gate|up|head)/bias$", ("tensor",)),
+    (r"(query|key|value|gate|up|head)/(bias|scale)$", ("tensor",)),
     (r"(query|key|value|gate|up)/a$", ("fsdp", None)),
     (r"(query|key|value|gate|up)/b$", (None, "tensor")),
     (r"(output|down)/a$", ("tensor", None)),

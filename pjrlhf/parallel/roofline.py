@@ -57,19 +57,21 @@ _FUSED = {"dot_product_attention_fwd_wrapper": 2, "dot_product_attention_bwd_wra
 def product_cost(jaxpr: Any, loop: int = 1) -> Cost:
     """Of the matrix products of a jaxpr, with `loop` turns for every loop whose length is not fixed.
 
-    A product of [.., m, k] and [.., k, n] takes 2 m k n FLOPs for each of the leading axes. cuDNN's fused attention is
-    two products forwards and four backwards (it makes the first one anew besides, which is not counted), half of each
-    where it is causal.
+    A product of [.., m, k] and [.., k, n] takes 2 m k n FLOPs for each of the leading axes. A factor that was converted
+    from integers is read as these. cuDNN's fused attention is two products forwards and four backwards (it makes the
+    first one anew besides, which is not counted), half of each where it is causal.
     """
-    total = Cost()
+    total, integers = Cost(), {}
     for equation in jaxpr.eqns:
         name = equation.primitive.name
+        if name == "convert_element_type" and jax.dtypes.issubdtype(equation.invars[0].aval.dtype, np.integer):
+            integers[id(equation.outvars[0])] = equation.invars[0].aval
         if name == "dot_general":
             (contracting, _), _ = equation.params["dimension_numbers"]
-            left, right = (x.aval for x in equation.invars)
-            out = equation.outvars[0].aval
+            left, out = equation.invars[0].aval, equation.outvars[0].aval
             depth = math.prod(left.shape[axis] for axis in contracting)
-            moved = sum(math.prod(x.shape) * x.dtype.itemsize for x in (left, right, out))
+            read = (integers.get(id(x), x.aval) for x in equation.invars)
+            moved = sum(math.prod(x.shape) * x.dtype.itemsize for x in (*read, out))
             total += Cost(2.0 * math.prod(out.shape) * depth, moved)
             continue
         if name in _FUSED:

@@ -31,6 +31,7 @@ from pjrlhf.models.config import ModelConfig, RopeScaling
 from pjrlhf.models.decoder import Decoder, choose_decode, init_params
 from pjrlhf.models.folders import read_json
 from pjrlhf.models.huggingface import fingerprint, load_params, read_config
+from pjrlhf.models.quantization import check_quantize
 from pjrlhf.parallel.mesh import (
     bytes_per_device,
     even_rows,
@@ -255,6 +256,7 @@ class Run:
     @functools.cached_property
     def model(self) -> Decoder:
         m = self.config.model
+        check_quantize(m.quantize, self.adapter.rank)
         platform = self.mesh.devices.flat[0].platform
         attention = choose(m.attention, platform, m.dtype, self.mesh.size)
         rows = row_sharding(self.mesh) if self.mesh.size > 1 else None
@@ -280,17 +282,23 @@ class Run:
 
     @functools.cached_property
     def base(self) -> Any:
-        """Parameters of the frozen base, on the mesh."""
-        return self._read(self.base_folder)
+        """Parameters of the frozen base, on the mesh; kernels in 8 bits where `model.quantize` says so."""
+        return self._read(self.base_folder, quantized=bool(self.config.model.quantize))
 
     @functools.cached_property
-    def base_hash(self) -> str:
-        """What tells the base from others, see `models.huggingface.fingerprint`."""
+    def folder_hash(self) -> str:
+        """What tells the base's folder from others, see `models.huggingface.fingerprint`."""
         return fingerprint(self.base_folder)
 
-    def _read(self, folder: pathlib.Path) -> Any:
+    @property
+    def base_hash(self) -> str:
+        """What tells the base, as this run computes with it, from others."""
+        return "-".join(filter(None, [self.folder_hash, self.config.model.quantize]))
+
+    def _read(self, folder: pathlib.Path, quantized: bool = False) -> Any:
         place = functools.partial(leaf_sharding, self.mesh)
-        return load_params(folder, dtype=jnp.dtype(self.config.model.param_dtype), place=place)
+        dtype = jnp.dtype(self.config.model.param_dtype)
+        return load_params(folder, dtype=dtype, place=place, quantized=quantized)
 
     @property
     def lengths(self) -> Lengths:

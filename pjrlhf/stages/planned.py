@@ -26,6 +26,7 @@ from pjrlhf.errors import UserError
 from pjrlhf.models.config import ModelConfig
 from pjrlhf.models.families import leaf_shapes
 from pjrlhf.models.huggingface import read_config
+from pjrlhf.models.quantization import quantize_params
 from pjrlhf.models.registry import UserRegistry
 from pjrlhf.parallel.mesh import even_rows, make_mesh, row_sharding, shardings
 from pjrlhf.parallel.roofline import CHIPS, Cost, Estimate, collective_bytes, estimate, memory_bytes, product_cost
@@ -167,7 +168,8 @@ class Planned(Run):
     def base(self) -> Any:
         dtype = jnp.dtype(self.config.model.param_dtype)
         leaves = {path: jax.ShapeDtypeStruct(shape, dtype) for path, shape in leaf_shapes(self.model_config).items()}
-        return self.shapes(flax.traverse_util.unflatten_dict(leaves, sep="/"))
+        tree = flax.traverse_util.unflatten_dict(leaves, sep="/")
+        return self.shapes(jax.eval_shape(quantize_params, tree) if self.config.model.quantize else tree)
 
     base_hash = "planned"
 

@@ -371,8 +371,10 @@ def _save_ingredients(run: Run, folder: pathlib.Path, names: Sequence[str], bank
         if run.adapter.rank:
             adapter, head_dim = run.adapter, run.model_config.head_dim
             save_peft(target, one, adapter.rank, adapter.alpha, str(run.base_folder), run.model_type, head_dim)
-            # By this the merge refuses an adapter that was trained on another base.
-            write_json(target / MANIFEST, {"base": {"folder": str(run.base_folder), "hash": run.base_hash}})
+            # By this the merge refuses an adapter that was trained on another base. One trained on a quantised base
+            # is merged into the floats that stand in the folder.
+            base = {"folder": str(run.base_folder), "hash": run.folder_hash}
+            write_json(target / MANIFEST, {"base": base, "quantize": run.config.model.quantize})
         else:
             save_params(
                 target,
