@@ -41,7 +41,7 @@ def base() -> ml_collections.ConfigDict:
         "dtype": "float32",  # of activations
         "param_dtype": "float32",  # of the frozen base
         "remat": "none",  # none, dots, full
-        "attention": "auto",  # auto, blocks, einsum, xla, cudnn
+        "attention": "auto",  # auto, blocks, einsum, xla, cudnn, splash
         "eos_token": "",  # what ends an answer, where it is not the tokenizer's own EOS
     }
     # rank 0: full parameters; dtype of what is trained: float32, bfloat16
