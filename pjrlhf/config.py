@@ -42,7 +42,7 @@ def base() -> ml_collections.ConfigDict:
         "param_dtype": "float32",  # of the frozen base
         "quantize": "",  # int8: the frozen base's linear layers in 8 bits, half the memory of bfloat16; for adapters
         "remat": "none",  # none, dots, full
-        "attention": "auto",  # auto, blocks, einsum, xla, cudnn
+        "attention": "auto",  # auto, blocks, einsum, xla, cudnn, splash
         "eos_token": "",  # what ends an answer, where it is not the tokenizer's own EOS
     }
     # rank 0: full parameters; dtype of what is trained: float32, bfloat16

@@ -214,8 +214,8 @@ class Policies:
 
         # Groups are what is gone through; their rows are not those of the batch.
         loop = cache is None and self.model.attention == "blocks"
-        # Neither cuDNN's kernel nor a loop over blocks takes the masks of several groups at once.
-        instead = {} if loop else {"cudnn": "xla", "blocks": "einsum", "auto": "einsum"}
+        # Neither a fused kernel nor a loop over blocks takes the masks of several groups at once.
+        instead = {} if loop else {"cudnn": "xla", "splash": "xla", "blocks": "einsum", "auto": "einsum"}
         model = self.model.clone(rows=None, attention=instead.get(self.model.attention, self.model.attention))
         shared = self.user_tokens if layout is not None else None
 

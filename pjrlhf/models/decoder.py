@@ -264,7 +264,7 @@ class Attention(nn.Module):
                 for name, old, new in (("key", cache["key"], key), ("value", cache["value"], value))
             }
         if cache is None or mask.shape[-1] == T:  # the tokens are all there is to see
-            out = attend(query, key, value, mask, self.implementation, c.attention_softcap)
+            out = attend(query, key, value, mask, self.implementation, c.attention_softcap, self.rows)
         else:
             key, value = cache["key"], cache["value"]
             if layer is not None:

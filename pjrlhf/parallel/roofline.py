@@ -83,7 +83,14 @@ def product_cost(jaxpr: Any, loop: int = 1) -> Cost:
         inner = [product_cost(part, loop) for part in _parts(equation.params)]
         if not inner:
             continue
-        if name == "cond":
+        if name == "pallas_call":  # its products are of blocks that stay on the chip
+            ends = [x.aval for x in (*equation.invars, *equation.outvars)]
+            moved = sum(math.prod(x.shape) * x.dtype.itemsize for x in ends)
+            turns = math.prod(equation.params["grid_mapping"].grid)
+            total += Cost(turns * sum(cost.flops for cost in inner), moved)
+        elif name == "shard_map":  # every device runs it
+            total += sum(inner, Cost()) * equation.params["mesh"].size
+        elif name == "cond":
             total += max(inner, key=lambda cost: cost.flops)
         else:
             turns = {"scan": equation.params.get("length", 1), "while": loop}.get(name, 1)

@@ -5,10 +5,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from pjrlhf.errors import UserError
+from pjrlhf.models import splash
 from pjrlhf.models.attention import attend, choose
 from pjrlhf.models.blockwise import BLOCK, attend_blocks
 from pjrlhf.models.config import ModelConfig
 from pjrlhf.models.decoder import Decoder, init_params
+from pjrlhf.models.splash import attend_splash
+from pjrlhf.parallel.mesh import make_mesh, row_sharding
 from pjrlhf.parallel.roofline import product_cost
 
 B, C, N = 3, 6, 8
@@ -128,3 +132,58 @@ def test_what_cudnn_computes_is_counted_and_kept(monkeypatch, remat, forwards):
     products = {"none": 6, "dots": 8, "full": 8}[remat]  # of the plain form: both kinds of remat make two anew
     causal = (T + 1) / 2 / T
     assert flops("einsum") - products * one == pytest.approx(flops("cudnn") - (2 * forwards + 4) * causal * one)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("softcap", [None, 2.0])
+@pytest.mark.parametrize("T, mask", [(200, packed), (128, near)])
+@pytest.mark.parametrize("H, G", [(4, 2), (2, 1)])
+def test_splash_is_exact(T, mask, H, G, softcap):
+    """The library's kernel for TPUs, interpreted."""
+
+    def fused(*x, softcap):
+        return attend_splash(*x, softcap, block=128, interpret=True)
+
+    def plain(*x, softcap):
+        return attend(*x, "einsum", softcap)
+
+    case = mask(T), softcap, *inputs(T, H, G)
+    got, want = with_gradients(fused, *case), with_gradients(plain, *case)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5, rtol=1e-4), got, want)
+
+
+@pytest.mark.parametrize("sizes", [{"fsdp": 8}, {"data": 2, "fsdp": 2, "tensor": 2}])
+def test_splash_on_several_devices(sizes):
+    """Each takes its own rows and heads; what it takes to multiply is counted for all."""
+    mesh = make_mesh(sizes)
+    rows = row_sharding(mesh)
+    x = [jnp.asarray(np.tile(a, (3, 1, 1, 1))[:8], jnp.float32) for a in inputs(128, 4, 2)[:3]]
+    mask = jnp.asarray(np.tile(packed(128), (3, 1, 1))[:8])
+
+    def fused(*x):
+        return attend_splash(*x, mask, rows=rows, block=128, interpret=True)
+
+    def plain(*x):
+        return attend(*x, mask, "einsum")
+
+    looks = np.asarray(mask.any(-1))[..., None, None]
+    got, want = (np.where(looks, jax.jit(one)(*x), 0.0) for one in (fused, plain))
+    np.testing.assert_allclose(got, want, atol=1e-5, rtol=1e-4)
+    flops = [product_cost(jax.make_jaxpr(one)(*x).jaxpr).flops for one in (fused, plain)]
+    assert flops[0] == flops[1] == 8 * 2 * 2 * 4 * 128 * 128 * C
+
+
+def test_splash_is_for_tpus():
+    assert choose("auto", "tpu", "bfloat16", 16) == choose("splash", "tpu", "bfloat16", 16) == "splash"
+    with pytest.raises(UserError, match="is a kernel for TPUs, not for cpu"):
+        choose("splash", "cpu", "float32", 1)
+
+
+def test_splash_leaves_to_xla_what_it_cannot_share():
+    rows = row_sharding(make_mesh({"fsdp": 8}))
+    assert not splash.unfit((8, 512, 4, 64), rows) and not splash.unfit((3, 512, 4, 64), None)
+    assert "rows" in splash.unfit((9, 512, 4, 64), rows)
+    assert "tokens" in splash.unfit((8, 40, 4, 64), rows)
+    q, k, v, _ = inputs(9, 4, 2)
+    found = str(jax.make_jaxpr(lambda *x: attend(*x, packed(9), "splash"))(q, k, v))
+    assert "pallas_call" not in found
