@@ -155,8 +155,7 @@ class Linear(nn.Module):
         if b is not None:
             mix = (mix[:, None] if mix.ndim == 2 else mix).astype(self.dtype)
             if low is None:
-                # The barrier keeps XLA from leaving the product in float32 and rounding it in a pass of its own.
-                y, low = jnp.split(jax.lax.optimization_barrier(y), [self.features], axis=-1)
+                y, low = jnp.split(y, [self.features], axis=-1)
                 y = y + (low * jnp.repeat(mix, b.shape[1], axis=-1)) @ b.reshape(-1, self.features)
             else:
                 y = y + jnp.einsum("btkr,krf->btf", low * mix[..., None], b)
