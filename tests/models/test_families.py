@@ -16,10 +16,11 @@ from pjrlhf.errors import UserError
 from pjrlhf.merging.lora import merge_dense
 from pjrlhf.models.adapters import AdapterConfig, Policies, init_bank
 from pjrlhf.models.config import RopeScaling
-from pjrlhf.models.decoder import Decoder, apart
+from pjrlhf.models.decoder import Decoder
 from pjrlhf.models.families import FAMILIES, leaf_shapes, tensor_slots
 from pjrlhf.models.hf_config import config_to_hf, read_config
 from pjrlhf.models.huggingface import load_params, save_params
+from pjrlhf.models.unstacked import apart
 from pjrlhf.parallel.mesh import leaf_sharding, make_mesh, shard_params
 from pjrlhf.rollout.sampler import Sampling, generate
 
@@ -293,7 +294,7 @@ def test_padding_and_unrolling_do_not_matter(model_type):
     left, left_valid = np.pad(left, ((0, 0), (3, 0)), constant_values=7), np.pad(valid[:, ::-1], ((0, 0), (3, 0)))
     got = forward(config, params, left, left_valid)
     np.testing.assert_allclose(got[left_valid], want[valid], rtol=0, atol=1e-5)
-    model, variables = Decoder(config, scan_layers=False), apart({"params": params})
+    model, variables = Decoder(config, scan_layers=False), apart({"params": params}, joined=True)
     hidden, _ = jax.jit(model.apply)(variables, left, left_valid)
     logits = model.apply(variables, hidden, method="logits")
     np.testing.assert_allclose(logits[left_valid], got[left_valid], rtol=0, atol=1e-5)
