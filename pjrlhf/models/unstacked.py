@@ -60,7 +60,7 @@ def _joined(params: Any, bank: Any, dtype: Any) -> tuple[Any, Any]:
             columns = sum(pair["a"].shape[0] * pair["a"].shape[2] for pair in pairs.values())
             quantized = jnp.issubdtype(first.dtype, jnp.integer)
             if columns > first.shape[-2] // 8 or (pairs and quantized):
-                # Each pair has columns of its own in "b": of so many most would be zeros.
+                # Each pair has columns of its own in "b": of so many most would be zeros. Integers take no floats.
                 low[block].update(pairs)
                 continue
             taken, together = [tree.pop(name) for name in names], "_".join(names)

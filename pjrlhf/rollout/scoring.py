@@ -13,14 +13,16 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.custom_derivatives import SymbolicZero
 
 from pjrlhf.data.packing import NOWHERE
 from pjrlhf.models.adapters import Policies
 from pjrlhf.models.decoder import Layout
 
-# Logits that a device holds at once when tokens are scored. Larger parts are no faster; smaller ones make the product
-# with the vocabulary narrow.
+# Logits that a device holds at once when tokens are scored; where there are no more in all than twice as many, they are
+# kept for the gradient and come in smaller parts, which stay nearer to the processor.
 LOGIT_BYTES = 2**28
+KEPT = 2
 
 
 def join(prompt: jax.Array, response: jax.Array) -> jax.Array:
@@ -37,28 +39,58 @@ def response_states(policies: Policies, tokens: jax.Array, valid: jax.Array, pro
     return hidden[:, -N - 1 : -1]
 
 
+@jax.custom_vjp
 def _log_softmax_at(logits: jax.Array, target: jax.Array) -> tuple[jax.Array, jax.Array]:
     """(log-probability of `target` [...], entropy [...]) of softmax(logits [..., V]).
 
-    Sums over the vocabulary alone, no gather: where V is split over devices, each adds up its part.
+    Sums over the vocabulary alone, no gather: where V is split over devices, each adds up its part. For the gradient
+    nothing but the logits is kept.
     """
-    z = logits - jax.lax.stop_gradient(logits.max(-1, keepdims=True))
+    return _scored(logits, target)[0]
+
+
+def _scored(logits, target):
+    z = logits - logits.max(-1, keepdims=True)
     weight = jnp.exp(z)
     total = weight.sum(-1)
     log_total = jnp.log(total)
     chosen = jnp.where(jnp.arange(logits.shape[-1]) == target[..., None], z, 0.0).sum(-1)
-    return chosen - log_total, log_total - (weight * z).sum(-1) / total
+    entropy = log_total - (weight * z).sum(-1) / total
+    return (chosen - log_total, entropy), log_total + logits.max(-1)
+
+
+def _scored_forward(logits, target):
+    found, normalizer = _scored(logits.value, target.value)
+    return found, (logits.value, target.value, normalizer, found[1])
+
+
+def _scored_backward(saved, gradients):
+    logits, target, normalizer, entropy = saved
+    of_logp, of_entropy = gradients
+    logps = logits - normalizer[..., None]
+    probs, total = jnp.exp(logps), 0.0
+    if not isinstance(of_logp, SymbolicZero):
+        chosen = jnp.arange(logits.shape[-1]) == target[..., None]
+        total += of_logp[..., None] * (chosen - probs)
+    if not isinstance(of_entropy, SymbolicZero):
+        total -= of_entropy[..., None] * probs * (logps + entropy[..., None])
+    return total, None
+
+
+_log_softmax_at.defvjp(_scored_forward, _scored_backward, symbolic_zeros=True)
 
 
 def _in_parts(score: Callable[..., Any], policies: Policies, states: jax.Array, target: jax.Array) -> Any:
     """`score(states [B, n, D], target [B, n])`, leaves [B, n], for all N tokens, in parts whose logits are at most
-    `LOGIT_BYTES` on a device; those of other parts are made anew for the gradient.
+    `LOGIT_BYTES` on a device. For the gradient they are made anew, or kept where all are at most `KEPT` times as many.
     """
     (B, N), model = target.shape, policies.model
     shards = 1
     if model.rows is not None:
         shards = math.prod(model.rows.mesh.shape.values())  # rows over data x fsdp, the vocabulary over tensor
-    parts = min(N, math.ceil(4 * B * N * model.config.vocab_size / shards / LOGIT_BYTES))
+    logits = 4 * B * N * model.config.vocab_size / shards / LOGIT_BYTES
+    kept = logits <= KEPT
+    parts = min(N, math.ceil(logits * (4 if kept else 1)))
     if parts <= 1:
         return score(states, target)
     size = math.ceil(N / parts)
@@ -67,7 +99,8 @@ def _in_parts(score: Callable[..., Any], policies: Policies, states: jax.Array, 
         x = jnp.pad(x, ((0, 0), (0, parts * size - N), *[(0, 0)] * (x.ndim - 2)))
         return x.reshape(B, parts, size, *x.shape[2:]).swapaxes(0, 1)
 
-    found = jax.lax.map(jax.checkpoint(lambda part: score(*part)), (split(states), split(target)))
+    one = (lambda part: score(*part)) if kept else jax.checkpoint(lambda part: score(*part))
+    found = jax.lax.map(one, (split(states), split(target)))
     return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(B, -1)[:, :N], found)
 
 

@@ -182,25 +182,24 @@ def test_what_does_not_fit_is_refused(examples):
         packing.choose_mode("yes", "xla")
 
 
-def test_log_probs_in_parts_are_those_of_the_whole(policy, examples, monkeypatch):
-    """And so are their gradients, for every size of the parts."""
+@pytest.mark.parametrize("part", [2**28, 2500, 4 * 37 * 3 * 4, 4 * 37 * 3])
+@pytest.mark.parametrize("entropies", [0.0, 1.0])
+def test_log_probs_in_parts_are_those_of_the_plain_softmax(policy, monkeypatch, part, entropies):
+    """And so are their gradients, for every size of the parts, kept or made anew."""
+    monkeypatch.setattr(scoring, "LOGIT_BYTES", part)
     states = jax.random.normal(jax.random.key(6), (3, 11, 16))
     target = jax.random.randint(jax.random.key(7), (3, 11), 0, 37)
 
-    def found(size):
-        monkeypatch.setattr(scoring, "LOGIT_BYTES", size)
-
+    def found(score):
         def loss(base, states):
-            policies = Policies(MODEL, ADAPTER, base, None, None)
-            logps, entropy = scoring.token_logps(policies, states, target, 0.7)
-            return (logps * jnp.arange(33.0).reshape(3, 11)).sum() + (entropy**2).sum(), (logps, entropy)
+            logps, entropy = score(Policies(MODEL, ADAPTER, base, None, None), states)
+            return (logps * jnp.arange(33.0).reshape(3, 11)).sum() + entropies * (entropy**2).sum(), (logps, entropy)
 
         return jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))(policy["base"], states)
 
-    logits = MODEL.apply({"params": policy["base"]}, states, method="logits") / 0.7
-    whole = found(2**28)
-    exact = jax.nn.log_softmax(logits)
-    np.testing.assert_allclose(whole[0][1][0], jnp.take_along_axis(exact, target[..., None], -1)[..., 0], atol=1e-5)
-    np.testing.assert_allclose(whole[0][1][1], -(jnp.exp(exact) * exact).sum(-1), atol=1e-5)
-    for size in (4 * 37 * 3, 4 * 37 * 3 * 4):
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=1e-4), whole, found(size))
+    def plain(policies, states):
+        exact = jax.nn.log_softmax(policies.logits(states) / 0.7)
+        return jnp.take_along_axis(exact, target[..., None], -1)[..., 0], -(jnp.exp(exact) * exact).sum(-1)
+
+    got, want = found(lambda policies, states: scoring.token_logps(policies, states, target, 0.7)), found(plain)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=1e-4), got, want)
