@@ -108,7 +108,9 @@ def test_values_and_gradients_of_adapters_and_inputs_are_those_of_the_floats(cha
     assert all(np.abs(leaf).max() > 1e-3 for leaf in jax.tree.leaves(wanted[1]))
 
 
-@pytest.mark.parametrize("decode", ["scan", "apart", "turned"])
+@pytest.mark.parametrize(
+    "decode", ["apart", *(pytest.param(name, marks=pytest.mark.slow) for name in ("scan", "turned"))]
+)
 def test_samples_are_those_of_the_floats(decode):
     prompt, model = prompts(6, 5), MODEL.clone(decode=decode)
     sampling = Sampling(max_new_tokens=8, eos_id=1, pad_id=0)
@@ -151,6 +153,7 @@ def test_activations_in_half_precision_are_within_its_rounding():
     assert error < 1.5 * np.abs(hidden(model, floats) - exact).max()
 
 
+@pytest.mark.slow
 def test_sharded_it_is_the_same():
     mesh, prompt = make_mesh({"data": 2, "fsdp": 2, "tensor": 2}), prompts(8, 5)
     model = MODEL.clone(rows=row_sharding(mesh), remat="full")

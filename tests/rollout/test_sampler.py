@@ -127,7 +127,13 @@ def test_rows_end_with_eos_and_padding_follows(pad_is_eos):
 
 
 @pytest.mark.parametrize(
-    "decode, kind", [("scan", "soups"), ("turned", "soups"), ("turned", "users"), ("turned", "combined")]
+    "decode, kind",
+    [
+        ("turned", "soups"),
+        pytest.param("scan", "soups", marks=pytest.mark.slow),
+        pytest.param("turned", "users", marks=pytest.mark.slow),
+        pytest.param("turned", "combined", marks=pytest.mark.slow),
+    ],
 )
 def test_rows_that_are_done_are_dropped(monkeypatch, decode, kind):
     """Eight rows, then four, then two write what eight write to the end, in fewer rows times steps."""
