@@ -19,10 +19,10 @@ from pjrlhf.data.packing import NOWHERE
 from pjrlhf.models.adapters import Policies
 from pjrlhf.models.decoder import Layout
 
-# Logits that a device holds at once when tokens are scored; where there are no more in all than twice as many, they are
-# kept for the gradient and come in smaller parts, which stay nearer to the processor.
+# Logits that a device holds at once when tokens are scored. Where all are at most four times as many, they are kept for
+# the gradient and come in smaller parts, which stay nearer to the processor.
 LOGIT_BYTES = 2**28
-KEPT = 2
+KEPT = 4
 
 
 def join(prompt: jax.Array, response: jax.Array) -> jax.Array:

@@ -182,7 +182,7 @@ def test_what_does_not_fit_is_refused(examples):
         packing.choose_mode("yes", "xla")
 
 
-@pytest.mark.parametrize("part", [2**28, 2500, 4 * 37 * 3 * 4, 4 * 37 * 3])
+@pytest.mark.parametrize("part", [2**28, 2500, 4 * 37 * 3])
 @pytest.mark.parametrize("entropies", [0.0, 1.0])
 def test_log_probs_in_parts_are_those_of_the_plain_softmax(policy, monkeypatch, part, entropies):
     """And so are their gradients, for every size of the parts, kept or made anew."""
