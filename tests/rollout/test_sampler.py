@@ -136,7 +136,7 @@ def test_rows_end_with_eos_and_padding_follows(pad_is_eos):
     ],
 )
 def test_rows_that_are_done_are_dropped(monkeypatch, decode, kind):
-    """Eight rows, then four, then two write what eight write to the end, in fewer rows times steps."""
+    """Eight rows and then two write what eight write to the end."""
     prompt, model, worked = prompts(B, P), MODEL.clone(decode=decode), []
 
     class Counted:
@@ -173,8 +173,7 @@ def test_rows_that_are_done_are_dropped(monkeypatch, decode, kind):
     assert len(few) == len(many) == ends.max() - 1
     assert set(many) == {B}
     alive = [(ends > i + 1).sum() for i in range(len(few))]
-    assert few == [B if n > B // 2 else B // 2 if n > B // 4 else B // 4 for n in alive]
-    assert few[0] == B and few[-1] == 2
+    assert few == [B if n > B // 4 else B // 4 for n in alive] and set(few) == {8, 2}
 
 
 def test_log_probabilities_are_those_of_scoring():
