@@ -8,6 +8,7 @@ an optimizer for K independent policies is `jax.vmap` of one, and a soup is a we
 
 import copy
 import dataclasses
+import itertools
 from typing import Any
 
 import jax
@@ -16,12 +17,12 @@ import jax.numpy as jnp
 from pjrlhf.errors import UserError
 from pjrlhf.models.decoder import Cache, Decoder, Layout
 from pjrlhf.models.quantization import refuse_quantized
-from pjrlhf.models.unstacked import apart
+from pjrlhf.models.unstacked import TOGETHER, apart
 from pjrlhf.models.users import reserve
 
 Params = Any
 # Projections that carry adapters: every linear layer of the block; "gate" only where the feed-forward has one.
-TARGETS = {"attention": ("query", "key", "value", "output"), "mlp": ("gate", "up", "down")}
+TARGETS = {block: tuple(itertools.chain(*groups)) for block, groups in TOGETHER.items()}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -103,6 +104,11 @@ def mixed_params(base: Params | None, bank: Params, mix: jax.Array) -> Params:
     return jax.tree.map(one, bank, base)
 
 
+def rows_of_copies(rows: jax.Array, copies: int) -> jax.Array:
+    """Where the copies of the examples `rows`, int32 [R], are in a batch with so many of each, int32 [R copies]."""
+    return (rows[:, None] * copies + jnp.arange(copies)).reshape(-1)
+
+
 class Policies:
     """The policies named by the rows of `mix`, ready to run: hidden states by a call, logits by `logits`.
 
@@ -160,10 +166,16 @@ class Policies:
         """The same for `rows`, int32 [R], of a batch of `count`."""
         found = copy.copy(self)
         if self.rows is not None:
-            found.rows = jnp.repeat(self.rows, count // len(self.rows), axis=0, total_repeat_length=count)[rows]
+            found.rows = self._per_example(count)[rows]
         if self.user_tokens is not None:
             found.user_tokens = jnp.asarray(self.user_tokens)[rows]
         return found
+
+    def _per_example(self, count: int) -> jax.Array:
+        """The row of `mix` of each of `count` examples."""
+        if count % len(self.rows):
+            raise ValueError(f"{count} examples cannot be split into {len(self.rows)} equal groups, one per row of mix")
+        return jnp.repeat(self.rows, count // len(self.rows), axis=0, total_repeat_length=count)
 
     def _split(self, x: jax.Array, axis: int = 0) -> jax.Array:
         B = x.shape[axis]
@@ -196,11 +208,7 @@ class Policies:
             if self.rows is not None and layout is not None and len(self.rows) > 1:
                 rows = self.rows[layout.owner]
             elif self.rows is not None:
-                if B % len(self.rows):
-                    raise ValueError(
-                        f"{B} examples cannot be split into {len(self.rows)} equal groups, one per row of mix"
-                    )
-                rows = jnp.repeat(self.rows, B // len(self.rows), axis=0, total_repeat_length=B)
+                rows = self._per_example(B)
             return self.model.apply(
                 self.variables,
                 tokens,

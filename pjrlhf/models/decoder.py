@@ -12,7 +12,6 @@ that the scan over layers hands out one by one, so that there is one layer to co
 
 import functools
 import itertools
-import math
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -25,6 +24,7 @@ from pjrlhf.errors import UserError
 from pjrlhf.models.attention import CUDNN_FORWARD, attend, attend_cached, soft_cap
 from pjrlhf.models.config import ModelConfig, RopeScaling
 from pjrlhf.models.products import product, turned_product
+from pjrlhf.parallel.mesh import row_parts
 
 Cache = dict[str, jax.Array]
 
@@ -279,15 +279,9 @@ def split_rows(x: jax.Array, rows: NamedSharding | None) -> jax.Array:
     Without it a compiler that is given split weights may split the sum over D instead, and send activations where it
     should send weights: for an 8B model seven times as many bytes.
     """
-    if rows is None or x.shape[0] % _count(rows):
+    if rows is None or x.shape[0] % row_parts(rows):
         return x
     return jax.lax.with_sharding_constraint(x, rows)
-
-
-def _count(rows: NamedSharding) -> int:
-    """Into how many parts rows fall."""
-    axes = rows.spec[0]
-    return math.prod(rows.mesh.shape[axis] for axis in ((axes,) if isinstance(axes, str) else axes))
 
 
 def split_between(shape: tuple[int, ...], rows: NamedSharding | None) -> NamedSharding | None:
@@ -313,7 +307,7 @@ def move_rows(x: jax.Array, source: NamedSharding | None, target: NamedSharding 
     if source == target:
         return x
     for place in (source, target):
-        if x.shape[0] % _count(place) == 0:
+        if x.shape[0] % row_parts(place) == 0:
             spec = P(place.spec[0], *[P.UNCONSTRAINED] * (x.ndim - 1))
             x = jax.lax.with_sharding_constraint(x, NamedSharding(place.mesh, spec))
     return x

@@ -3,13 +3,13 @@
 Shapes: B batch, T tokens, H query heads, G key/value heads, C head width.
 """
 
-import math
-
 import jax
 import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu import splash_attention
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
+
+from pjrlhf.parallel.mesh import row_parts
 
 BLOCK = 512  # tokens
 
@@ -19,7 +19,7 @@ def unfit(shape: tuple[int, ...], rows: NamedSharding | None) -> str:
     B, T, _, _ = shape
     if T < BLOCK:
         return f"{T} tokens are fewer than a block of {BLOCK}"
-    devices = 1 if rows is None else math.prod(rows.mesh.shape[axis] for axis in rows.spec[0])
+    devices = 1 if rows is None else row_parts(rows)
     return f"{B} rows do not divide over {devices} devices" if B % devices else ""
 
 

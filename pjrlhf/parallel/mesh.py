@@ -73,6 +73,11 @@ def _parts(mesh: Mesh, axis: Axis) -> int:
     return math.prod(mesh.shape[name] for name in ((axis,) if isinstance(axis, str) else axis or ()))
 
 
+def row_parts(rows: NamedSharding) -> int:
+    """Into how many parts the rows of a batch that lives so fall."""
+    return _parts(rows.mesh, rows.spec[0])
+
+
 def even_rows(mesh: Mesh, count: int) -> int:
     """The smallest number of rows, `count` at least, that divides evenly over data x fsdp."""
     return count + -count % _parts(mesh, ROWS)

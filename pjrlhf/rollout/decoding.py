@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pjrlhf.models.adapters import AdapterConfig, Policies
+from pjrlhf.models.adapters import AdapterConfig, Policies, rows_of_copies
 from pjrlhf.models.decoder import Cache, Decoder
 from pjrlhf.objectives.multi_objective import combine_logps
 
@@ -54,8 +54,7 @@ class Combined:
         """See `Policies.take`."""
         found = copy.copy(self)
         found.weights = self.weights[rows]
-        each = (rows[:, None] * self.copies + jnp.arange(self.copies)).reshape(-1)
-        found.policies = self.policies.take(each, count * self.copies)
+        found.policies = self.policies.take(rows_of_copies(rows, self.copies), count * self.copies)
         return found
 
     def __call__(

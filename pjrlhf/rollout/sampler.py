@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from pjrlhf.errors import UserError
-from pjrlhf.models.adapters import Policies
+from pjrlhf.models.adapters import Policies, rows_of_copies
 from pjrlhf.models.decoder import init_cache
 
 FEWEST = 16  # rows that are worth to go on with alone: for fewer a product takes as long as its kernel is read
@@ -132,7 +132,7 @@ def generate(
         if not left:
             return state[2:]
         order = jnp.argsort(state[1], stable=True)[:left]  # those not done come first
-        copies = (order[:, None] * policies.copies + jnp.arange(policies.copies)).reshape(-1)
+        copies = rows_of_copies(order, policies.copies)
         axis = 1 if policies.model.decode == "scan" else 0
         cache = jax.tree.map(lambda x: jnp.take(x, copies, axis=axis), cache)
         carry = i, cache, jax.tree.map(lambda x: x[order], state)

@@ -50,13 +50,14 @@ def _log_softmax_at(logits: jax.Array, target: jax.Array) -> tuple[jax.Array, ja
 
 
 def _scored(logits, target):
-    z = logits - logits.max(-1, keepdims=True)
+    top = logits.max(-1)
+    z = logits - top[..., None]
     weight = jnp.exp(z)
     total = weight.sum(-1)
     log_total = jnp.log(total)
     chosen = jnp.where(jnp.arange(logits.shape[-1]) == target[..., None], z, 0.0).sum(-1)
     entropy = log_total - (weight * z).sum(-1) / total
-    return (chosen - log_total, entropy), log_total + logits.max(-1)
+    return (chosen - log_total, entropy), log_total + top
 
 
 def _scored_forward(logits, target):

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from meshes import MESHES
 from small_policies import ADAPTERS, EOS, PAD, close, noise, prompts
 
 from pjrlhf.models.adapters import Policies, init_bank
@@ -24,13 +25,6 @@ MODEL = Decoder(
     )
 )
 SOUPS = np.random.default_rng(0).dirichlet(np.ones(K), B).astype(np.float32)
-MESHES = {
-    "8x1": {"fsdp": 8},
-    "4x2": {"fsdp": 4, "tensor": 2},
-    "2x4": {"fsdp": 2, "tensor": 4},
-    "1x8": {"tensor": 8},
-    "2x2x2": {"data": 2, "fsdp": 2, "tensor": 2},
-}
 FIRST = "soups", "2x2x2", "scan"  # at once; the others where there is time
 KINDS = ("base", "soups", "full parameters", "combined", "user tokens")
 # On every mesh as TPUs sample, otherwise on the one that has all axes.

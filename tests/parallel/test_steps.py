@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import tiny
 import tiny_users
+from meshes import MESHES
 from small_policies import close, noise
 
 from pjrlhf.data import world
@@ -27,14 +28,6 @@ from pjrlhf.training.workdir import Workdir
 
 U = 10
 OBJECTIVES = ("P2A", "P2B")
-# fsdp x tensor; the last with data besides.
-MESHES = {
-    "8x1": {"fsdp": 8},
-    "4x2": {"fsdp": 4, "tensor": 2},
-    "2x4": {"fsdp": 2, "tensor": 4},
-    "1x8": {"tensor": 8},
-    "2x2x2": {"data": 2, "fsdp": 2, "tensor": 2},
-}
 STEPS = ("preference", "reward", "policy")
 # Each step on one mesh at once, and on the others where there is time.
 CASES = [
