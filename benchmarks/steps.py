@@ -96,6 +96,7 @@ class Measured(Planned):
             "devices": jax.device_count(),
             "model": dataclasses.asdict(self.model_config),
             "remat": self.config.model.remat,
+            "quantize": self.config.model.quantize,
             "attention": self.model.attention,
             "seconds": seconds,
             "tflops": flops / best / 1e12,
