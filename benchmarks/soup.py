@@ -2,8 +2,9 @@
 
 A round is one linear merge of k float32 models with equal weights. From folder to folder: ours is `stages.merge.merge`,
 mergekit its library in the same process (`run_merge`), and both once more as commands, which start anew every time. In
-memory: ours is `merging.trees.weighted_sum`, torch a loop of `add_`. The floor of both is a plain copy that moves as
-many bytes, k reads and one write: a copy of (k + 1) / 2 models, by one thread. Files are read from the page cache.
+memory: ours is `merging.trees.weighted_sum`, into the soup before it or into new memory, torch a loop of `add_`. The
+floor of both is a plain copy that moves as many bytes, k reads and one write: a copy of (k + 1) / 2 models, by one
+thread. Files are read from the page cache.
 """
 
 import json
@@ -120,9 +121,11 @@ def our_arrays(job, turn):
     turn.begin()
     k = len(job["models"])
     models = [load_params(folder) for folder in job["models"]]
+    soup = jax.block_until_ready(weighted_sum(models, [1 / k] * k))
     turn({"versions": harness.our_versions()})
     while True:
-        jax.block_until_ready(weighted_sum(models, [1 / k] * k))
+        # As for one person after the other.
+        soup = jax.block_until_ready(weighted_sum(models, [1 / k] * k, soup if job["again"] else None))
         turn({})
 
 
@@ -179,7 +182,8 @@ def compare(options):
                 "copy": c.ours("copy", **job),
             }
             arrays = {
-                "ours": c.ours("our_arrays", **job),
+                "ours": c.ours("our_arrays", **job, again=True),
+                "ours, memory anew": c.ours("our_arrays", **job, again=False),
                 "torch": c.theirs("torch_arrays", **job),
                 "copy": c.ours("copy", **job),
             }

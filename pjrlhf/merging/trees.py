@@ -60,8 +60,12 @@ def accumulate(total: Tree | None, tree: Tree, weight: float | jax.Array) -> Tre
     return _added(total, tree, weight)
 
 
-def weighted_sum(trees: Sequence[Tree], weights: Sequence[float] | np.ndarray | jax.Array) -> Tree:
+def weighted_sum(
+    trees: Sequence[Tree], weights: Sequence[float] | np.ndarray | jax.Array, out: Tree | None = None
+) -> Tree:
     """sum_i weights[i] * trees[i], in the dtypes of the first tree.
+
+    `out`, a tree like the result, is donated: the sum takes its memory, as that of the soup merged before this one.
 
     Raises ValueError for no tree, a wrong number of weights, weights that are not finite, and trees that do not match.
     """
@@ -69,7 +73,8 @@ def weighted_sum(trees: Sequence[Tree], weights: Sequence[float] | np.ndarray | 
         raise ValueError("no ingredient to sum")
     check_weights(weights, len(trees))
     check_same(trees)
-    return _summed(tuple(trees), tuple(weights))
+    _check_out(out, trees[0])
+    return _summed(tuple(trees), tuple(weights), out)
 
 
 def sum_in_pieces(
@@ -88,15 +93,21 @@ def sum_in_pieces(
         yield total[:n].astype(dtype, copy=False)
 
 
-def soup(base: Tree, trees: Sequence[Tree], weights: Sequence[float] | np.ndarray | jax.Array) -> Tree:
+def soup(
+    base: Tree,
+    trees: Sequence[Tree],
+    weights: Sequence[float] | np.ndarray | jax.Array,
+    out: Tree | None = None,
+) -> Tree:
     """base + sum_i weights[i] * (trees[i] - base), in the dtypes of `base`.
 
     Computed as (1 - sum_i w_i) base + sum_i w_i tree_i: one-hot weights return that tree exactly, zeros the base.
-    Raises as `weighted_sum` does.
+    `out` as for `weighted_sum`, which says what is raised.
     """
     check_weights(weights, len(trees))
     check_same([base, *trees], ["the base", *(f"ingredient {i}" for i in range(len(trees)))])
-    return _summed((base, *trees), (1.0 - sum(weights), *weights))
+    _check_out(out, base)
+    return _summed((base, *trees), (1.0 - sum(weights), *weights), out)
 
 
 def weighted_sum_stacked(bank: Tree, weights: Sequence[float] | np.ndarray | jax.Array) -> Tree:
@@ -126,14 +137,24 @@ def _counted(count: int, noun: str) -> str:
     return f"{count} {noun}{'' if count == 1 else 's'}"
 
 
+def _check_out(out: Tree | None, like: Tree) -> None:
+    if out is None:
+        return
+    check_same([like, out], ["the first tree", "out"])
+    for (path, x), y in zip(jax.tree.leaves_with_path(like), jax.tree.leaves(out), strict=True):
+        if x.dtype != y.dtype:
+            name = jax.tree_util.keystr(path, simple=True, separator="/")
+            raise ValueError(f"leaf {name!r} is {y.dtype} in out but {x.dtype} in the first tree")
+
+
 def _times(x: jax.Array, weight: jax.Array) -> jax.Array:
     wide = wide_dtype(x.dtype)
     return x.astype(wide) * jnp.asarray(weight).astype(wide)
 
 
-@jax.jit
-def _summed(trees: tuple[Tree, ...], weights: tuple[Any, ...]) -> Tree:
-    """In one pass, which reads every ingredient once and writes the sum alone."""
+@functools.partial(jax.jit, donate_argnums=2, keep_unused=True)
+def _summed(trees: tuple[Tree, ...], weights: tuple[Any, ...], out: Tree | None) -> Tree:
+    """In one pass, which reads every ingredient once and writes the sum alone; `out` lends its memory."""
 
     def one(*leaves):
         terms = [_times(x, weight) for x, weight in zip(leaves, weights, strict=True)]

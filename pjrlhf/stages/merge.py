@@ -189,17 +189,17 @@ def _check_kinds(base: pathlib.Path | None, ingredients: Sequence[Ingredient], s
 
 def _check_tokenizers(folders: Sequence[pathlib.Path]) -> None:
     """UserError where two folders hold different tokenizers; a folder without one fits any."""
-    seen = {}
+    first, known = None, None
     for folder in folders:
-        if (folder / "tokenizer.json").is_file():
-            content = read_json(folder / "tokenizer.json")
-            # Left behind by whoever tokenised last; they name no token.
-            for setting in ("padding", "truncation"):
-                content.pop(setting, None)
-            seen[folder] = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-    for folder, digest in seen.items():
-        first = next(iter(seen))
-        if digest != seen[first]:
+        if not (folder / "tokenizer.json").is_file():
+            continue
+        content = read_json(folder / "tokenizer.json")
+        # Left behind by whoever tokenised last; they name no token.
+        for setting in ("padding", "truncation"):
+            content.pop(setting, None)
+        if first is None:
+            first, known = folder, content
+        elif content != known:
             raise UserError(f"{folder}: tokenizer.json differs from that of {first}; merge models of one tokenizer")
 
 

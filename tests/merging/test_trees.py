@@ -109,6 +109,17 @@ def test_accumulate_donates_the_running_sum(ingredients):
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(total))
 
 
+def test_the_last_soup_lends_its_memory(ingredients):
+    base = tree(9)
+    for merge in (trees.weighted_sum, lambda *x, **y: trees.soup(base, *x, **y)):
+        last = merge(ingredients, (1, 0, 0))
+        places = [leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(last)]
+        merged = merge(ingredients, WEIGHTS, out=last)
+        assert [leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(merged)] == places
+        assert all(leaf.is_deleted() for leaf in jax.tree.leaves(last))
+        assert_same(merged, merge(ingredients, WEIGHTS))
+
+
 def test_sixteen_bit_trees_sum_in_float32():
     # 256 + 1 - 256 is 1 in float32 and 0 in bfloat16, whose spacing at 256 is 2.
     values = [{"x": jnp.asarray([v], jnp.bfloat16)} for v in (256.0, 1.0, 256.0)]
@@ -173,5 +184,9 @@ def test_refuses_a_wrong_running_sum_base_or_bank():
         trees.weighted_sum_stacked(stack([tree(0)] * 3), (1, 1))
     with pytest.raises(ValueError, match=r"leading axis: \[2, 3\]"):
         trees.weighted_sum_stacked({"x": jnp.ones((2, 1)), "y": jnp.ones((3, 1))}, (1, 1))
+    with pytest.raises(ValueError, match=r"'scale' has shape \(4,\) in out but \(3,\) in the first tree"):
+        trees.weighted_sum([tree(0)], (1,), out={**tree(1), "scale": jnp.ones(4)})
+    with pytest.raises(ValueError, match="'embed/embedding' is bfloat16 in out but float32 in the first tree"):
+        trees.soup(tree(0), [tree(1)], (1,), out=tree(2, jnp.bfloat16))
     with pytest.raises(ValueError, match="no ingredient"):
         trees.weighted_sum([], [])
