@@ -97,7 +97,7 @@ def loss(model, adapter, base, moving, mix, tokens, valid):
     return jnp.where(valid[..., None], jnp.sin(policies.logits(hidden)), 0.0).sum() / 100
 
 
-@pytest.mark.parametrize("change", [{}, {"remat": "full"}])
+@pytest.mark.parametrize("change", [{}, pytest.param({"remat": "full"}, marks=pytest.mark.slow)])
 def test_values_and_gradients_of_adapters_and_inputs_are_those_of_the_floats(change):
     prompt, model = prompts(6, 5), MODEL.clone(**change)
     moving = {"bank": bank("lora", K), "users": numbers(6, 2, CONFIG.hidden_size)}

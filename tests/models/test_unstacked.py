@@ -44,7 +44,13 @@ def setting(switches, rank):
 
 @pytest.mark.parametrize(
     "switches, decode, rank",
-    [(LLAMA, "apart", 1), (LLAMA, "turned", 2), (OTHER, "turned", 1), (OTHER, "apart", 2), (OTHER, "turned", 0)],
+    [
+        (LLAMA, "apart", 1),
+        (LLAMA, "turned", 2),
+        pytest.param(OTHER, "turned", 1, marks=pytest.mark.slow),
+        pytest.param(OTHER, "apart", 2, marks=pytest.mark.slow),
+        (OTHER, "turned", 0),
+    ],
 )
 def test_joined_products_are_those_of_the_scan(switches, decode, rank):
     """With rank 1 adapters join the kernels (6 columns to 64), with rank 2 those of attention's input do not."""

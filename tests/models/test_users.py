@@ -127,7 +127,15 @@ def test_absent_users_get_no_gradient(kind):
 
 
 @pytest.mark.parametrize("kind", TABLES)
-@pytest.mark.parametrize("users", [USERS, np.array([3, 5, 3]), np.array([0, 0]), np.array([1, U + 1, -2])])
+@pytest.mark.parametrize(
+    "users",
+    [
+        USERS,
+        pytest.param(np.array([3, 5, 3]), marks=pytest.mark.slow),
+        pytest.param(np.array([0, 0]), marks=pytest.mark.slow),
+        np.array([1, U + 1, -2]),
+    ],
+)
 def test_gathered_rows_are_the_model_itself(kind, users):
     params, users = noisy(kind), jnp.asarray(users)
     small, local, indices = jax.jit(gather_rows)(params, users)

@@ -74,7 +74,7 @@ def test_greedy_decoding_is_the_argmax_of_the_full_forward(name):
     assert out["valid"].all() and out["tokens"].dtype == jnp.int32
 
 
-@pytest.mark.parametrize("kind", ADAPTERS)
+@pytest.mark.parametrize("kind", ["lora", pytest.param("full", marks=pytest.mark.slow)])
 def test_layers_apart_write_the_same(kind):
     prompt = jax.tree.map(lambda x: jnp.tile(x, (K, 1)), prompts(B, P))
 
@@ -269,7 +269,7 @@ def test_top_1_is_greedy():
     )
 
 
-@pytest.mark.parametrize("top_k, top_p", [(0, 1.0), (6, 0.7)])
+@pytest.mark.parametrize("top_k, top_p", [pytest.param(0, 1.0, marks=pytest.mark.slow), (6, 0.7)])
 def test_frequencies_are_those_of_the_softmax(top_k, top_p):
     rows, temperature = 8192, 0.7
     prompt = jax.tree.map(lambda x: jnp.repeat(x[:1], rows, axis=0), prompts(1, 3))

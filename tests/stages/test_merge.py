@@ -114,7 +114,7 @@ def test_one_hot_returns_the_ingredient(kitchen, tmp_path, base):
     assert merged == original
 
 
-@pytest.mark.parametrize("weights", [(0.25, 0.75), (1.0, -1.5)])
+@pytest.mark.parametrize("weights", [pytest.param((0.25, 0.75), marks=pytest.mark.slow), (1.0, -1.5)])
 @pytest.mark.parametrize("space", ["delta", "concat"])
 def test_adapters_equal_the_bank_run_with_mix(kitchen, tmp_path, weights, space):
     run(kitchen, tmp_path / "out", ("lora0", "lora1"), weights, base="base", space=space)

@@ -36,12 +36,13 @@ def dense(gradients, indices):
 def test_rows_touched_at_every_step_move_as_under_dense_adam(rate):
     settings = {"b1": 0.8, "b2": 0.95, "eps": 1e-3}
     lazy, adam = lazy_adam(rate, **settings), optax.adam(rate, **settings)
+    update = jax.jit(lazy.update)
     indices = jnp.array([7, 2, 5])
     got, want = table(), table()
     state, reference = lazy.init(got), adam.init(want)
     for step in range(5):
         gradients = draw(step, 3)
-        got, state = lazy.update(indices, gradients, state, got)
+        got, state = update(indices, gradients, state, got)
         updates, reference = adam.update(dense(gradients, indices), reference, want)
         want = optax.apply_updates(want, updates)
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6), got, want)
@@ -51,9 +52,10 @@ def test_rows_touched_at_every_step_move_as_under_dense_adam(rate):
 @pytest.mark.slow
 def test_untouched_rows_keep_every_bit_of_values_and_moments():
     lazy = lazy_adam(0.1)
+    update = jax.jit(lazy.update)
     values = table()
-    values, state = lazy.update(jnp.arange(ROWS), draw(0, ROWS), lazy.init(values), values)
-    after, later = lazy.update(jnp.array([3, ROWS, 3, -1]), draw(1, 4), state, values)
+    values, state = update(jnp.arange(ROWS), draw(0, ROWS), lazy.init(values), values)
+    after, later = update(jnp.array([3, ROWS, 3, -1]), draw(1, 4), state, values)
     untouched = np.arange(ROWS) != 3
 
     def check(x, y):
@@ -67,21 +69,23 @@ def test_untouched_rows_keep_every_bit_of_values_and_moments():
 def test_a_row_after_a_pause_goes_on_where_it_was():
     """Steps that touch other rows only leave no trace: bias correction counts a row's own steps."""
     lazy = lazy_adam(0.1)
+    update = jax.jit(lazy.update)
     with_pause, without = table(), table()
     a, b = lazy.init(with_pause), lazy.init(without)
     for step in range(3):
-        with_pause, a = lazy.update(jnp.array([4]), draw(step, 1), a, with_pause)
-        with_pause, a = lazy.update(jnp.array([6]), draw(step + 9, 1), a, with_pause)
-        without, b = lazy.update(jnp.array([4]), draw(step, 1), b, without)
+        with_pause, a = update(jnp.array([4]), draw(step, 1), a, with_pause)
+        with_pause, a = update(jnp.array([6]), draw(step + 9, 1), a, with_pause)
+        without, b = update(jnp.array([4]), draw(step, 1), b, without)
     jax.tree.map(lambda x, y: np.testing.assert_array_equal(x[4], y[4]), with_pause, without)
 
 
 def test_gradients_of_equal_indices_are_added():
     lazy = lazy_adam(0.1)
+    update = jax.jit(lazy.update)
     gradients = draw(0, 4)
-    twice, _ = lazy.update(jnp.array([5, 1, 5, ROWS]), gradients, lazy.init(table()), table())
+    twice, _ = update(jnp.array([5, 1, 5, ROWS]), gradients, lazy.init(table()), table())
     summed = jax.tree.map(lambda g: np.stack([g[0] + g[2], g[1]]), gradients)
-    once, _ = lazy.update(jnp.array([5, 1]), summed, lazy.init(table()), table())
+    once, _ = update(jnp.array([5, 1]), summed, lazy.init(table()), table())
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-6), twice, once)
 
 

@@ -20,6 +20,7 @@ CONFIG = {
 }
 
 
+@jax.jit
 def params():
     keys = jax.random.split(jax.random.key(0), 3)
     return {
@@ -28,6 +29,7 @@ def params():
     }
 
 
+@jax.jit
 def grads(step):
     """Ingredient k's gradient is of the order 10**(k - 2): some are clipped and some not."""
     sizes = 10.0 ** (jnp.arange(K) - 2)
