@@ -165,7 +165,14 @@ def policies(c: ml_collections.ConfigDict) -> None:
         "top_k": 0,
         "top_p": 1.0,
         "kl": {"coefficient": 0.1, "target": 0.0, "horizon": 10000},  # target 0: fixed coefficient
-        "ppo": {"epochs": 2, "minibatches": 2, "clip": 0.2, "value_clip": 0.2, "value_weight": 0.1},
+        "ppo": {
+            "epochs": 2,
+            "minibatches": 2,
+            "policies_at_once": 0,  # whose gradient is taken at once, 0: all; fewer take less memory
+            "clip": 0.2,
+            "value_clip": 0.2,
+            "value_weight": 0.1,
+        },
         "experience": {
             "estimator": "gae",  # gae; or without a critic rloo, group, with samples_per_prompt of 2 or more
             "samples_per_prompt": 1,

@@ -49,10 +49,13 @@ BANK = "bank.safetensors"
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PPOConfig:
-    """Settings of the PPO update; `epochs` passes over the batch, each in `minibatches` parts."""
+    """Settings of the PPO update; `epochs` passes over the batch, each in `minibatches` parts. Gradients are taken of
+    so many policies at once (0: all), which changes neither them nor the step, but its memory.
+    """
 
     epochs: int = 2
     minibatches: int = 2
+    policies_at_once: int = 0
     clip: float = 0.2
     value_clip: float = 0.2
     value_weight: float = 0.1
@@ -95,6 +98,25 @@ def ppo_loss(
     return losses.sum(), metrics
 
 
+def ppo_gradient(
+    model: Decoder, adapter: AdapterConfig, config: PPOConfig, temperature: float, trainable: Any, base: Any, rows: Any
+) -> tuple[Any, dict[str, jax.Array]]:
+    """Gradient of `ppo_loss` and its metrics [K]; of `config.policies_at_once` policies at once, one group of policies
+    after the other. Adapters mixed per row ("mix" in `rows`) belong to all policies, so these cannot be split.
+    """
+
+    def gradient(trainable, rows):
+        return jax.grad(ppo_loss, argnums=4, has_aux=True)(model, adapter, config, temperature, trainable, base, rows)
+
+    K, together = rows["tokens"].shape[0], config.policies_at_once or rows["tokens"].shape[0]
+    if together == K:
+        return gradient(trainable, rows)
+    if K % together or "mix" in rows:
+        raise ValueError(f"gradients of {K} policies cannot be taken of {together} at once")
+    groups = jax.tree.map(lambda x: x.reshape(K // together, together, *x.shape[1:]), (trainable, rows))
+    return jax.tree.map(lambda x: x.reshape(K, *x.shape[2:]), jax.lax.map(lambda x: gradient(*x), groups))
+
+
 def ppo_update(
     model: Decoder,
     adapter: AdapterConfig,
@@ -120,8 +142,7 @@ def ppo_update(
     def step(carry, index):
         trainable, opt_state = carry
         part = jax.tree.map(lambda x: x[:, index], rows)
-        grad = jax.grad(ppo_loss, argnums=4, has_aux=True)
-        gradient, metrics = grad(model, adapter, config, temperature, trainable, base, part)
+        gradient, metrics = ppo_gradient(model, adapter, config, temperature, trainable, base, part)
         updates, opt_state = tx.update(gradient, opt_state, trainable)
         return (optax.apply_updates(trainable, updates), opt_state), metrics
 
@@ -180,6 +201,12 @@ class Policy:
             raise UserError(
                 f"policy.rollouts={settings.rollouts}: not a multiple of samples_per_prompt="
                 f"{self.experience.samples_per_prompt}; make it one"
+            )
+        together, policies = self.ppo.policies_at_once, len(self.goals.policies)
+        if together and (together < 0 or policies % together or self.goals.mix == "weights"):
+            raise UserError(
+                f"policy.ppo.policies_at_once={together}: must divide the {policies} policies, which must not share "
+                "adapters (policy.mix=own); set it to 1, or to 0 for all"
             )
         if settings.scale not in ("std", "quantiles"):
             raise UserError(f"policy.scale {settings.scale!r}: unknown; choose std or quantiles")

@@ -15,7 +15,7 @@ from pjrlhf.models.config import ModelConfig
 from pjrlhf.models.decoder import Decoder, init_params
 from pjrlhf.rollout.experience import ExperienceConfig, experience, init_value_heads, sample
 from pjrlhf.rollout.sampler import Sampling
-from pjrlhf.stages.policy import PPOConfig, ppo_loss, ppo_update
+from pjrlhf.stages.policy import PPOConfig, ppo_gradient, ppo_loss, ppo_update
 from pjrlhf.training.optimizer import make_optimizer, per_ingredient
 
 K, n, P, N = 3, 4, 4, 5
@@ -110,6 +110,18 @@ def test_rows_of_one_policy_do_not_reach_the_parameters_of_another(kind):
     for k in (0, 2):
         close(only(one, k), only(two, k), 1e-6)
     assert optax.global_norm(jax.tree.map(jnp.subtract, only(one, 1), only(two, 1))) > 0.1
+
+
+@pytest.mark.parametrize("kind", ["lora", pytest.param("full", marks=pytest.mark.slow)])
+def test_how_many_gradients_are_taken_at_once_does_not_matter(kind):
+    rows, config = fabricated(np.ones(K)), PPOConfig(policies_at_once=1)
+    found = jax.jit(ppo_gradient, static_argnums=(0, 1, 2))(
+        MODEL, ADAPTERS[kind], config, TEMPERATURE, trainable(kind), base(), rows
+    )
+    for one, other in zip(found, gradient(kind, PPOConfig(), trainable(kind), base(), rows), strict=True):
+        close(one, other, 1e-5)
+    with pytest.raises(ValueError, match="gradients of 3 policies cannot be taken of 2 at once"):
+        ppo_gradient(MODEL, ADAPTERS[kind], PPOConfig(policies_at_once=2), 1.0, None, None, rows)
 
 
 def test_full_parameters_have_the_gradient_of_a_plain_model():
