@@ -315,11 +315,15 @@ def test_a_loss_that_is_nan_stops_the_run_and_keeps_the_batch(tmp_path):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
+        (
+            {"policy__ppo__policies_at_once": 3},
+            r"policies_at_once=3: must divide the \d policies, .*; set it to 1, or to 0",
+        ),
         ({"policy__top_k": 5}, "policy.top_k=5, policy.top_p=1.0: truncated sampling .*; set them to 0 and 1"),
         ({"temperature": 0.0}, "temperature: a policy cannot learn from greedy samples; set it above 0"),
     ],
 )
-def test_sampling_that_cannot_be_trained_on(finished, settings, message):
+def test_settings_that_policies_cannot_be_trained_with(finished, settings, message):
     with pytest.raises(UserError, match=message):
         policy.Policy(tiny.start(finished, tiny.settings(**settings)))
 
