@@ -328,7 +328,7 @@ def bars(path: pathlib.Path, tables: Mapping[str, Mapping[str, Any]], first: str
         left.set(xlabel=f"time / that of {first}", title=title)
         for key, alpha in (("peak_bytes", 0.4), ("steady_peak_bytes", 1.0)):
             right.barh(list(found), [row.get(key, 0) / 2**20 for row in found.values()], color=colours, alpha=alpha)
-        right.set(xlabel="peak memory, MiB (pale: building and compiling)")
+        right.set(xlabel="peak MiB (pale: when compiling)")
         left.invert_yaxis()
     figure.savefig(path, dpi=90)
 
