@@ -29,12 +29,13 @@ from pjrlhf.training.workdir import Workdir
 U = 10
 OBJECTIVES = ("P2A", "P2B")
 STEPS = ("preference", "reward", "policy")
+APART = "policy, gradients of one after the other"
 # Each step on one mesh at once, and on the others where there is time.
 CASES = [
     pytest.param(step, mesh, marks=() if (step, mesh) == ("preference", "2x4") else pytest.mark.slow)
     for step in STEPS
     for mesh in MESHES
-]
+] + [pytest.param(APART, "2x4", marks=pytest.mark.slow)]
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +65,8 @@ def start(tmp_path_factory):
             settings = tiny_users.settings("records", **changes)
         else:
             changes |= {"objectives": OBJECTIVES, "general": "", "stages": ("reward", "policy")}
-            settings = tiny.settings(policy__rollouts=8, policy__optimizer__eps=1e-5, **changes)
+            changes |= {"policy__rollouts": 8, "policy__ppo__policies_at_once": int(step == APART)}
+            settings = tiny.settings(policy__optimizer__eps=1e-5, **changes)
             with settings.ignore_type():
                 settings.reward.data = type(settings)(data)
         if mesh is None:
@@ -122,7 +124,7 @@ def moments(state):
 @pytest.mark.parametrize(("step", "mesh"), CASES)
 def test_a_step_gives_the_numbers_of_one_device(taken, step, mesh):
     _, state, metrics = taken(step, mesh)
-    _, want, want_metrics = taken(step, None)
+    _, want, want_metrics = taken("policy" if step == APART else step, None)
     close(to_host(metrics), to_host(want_metrics))
     found, expected = moments(state), moments(want)
     assert found.keys() == expected.keys()
