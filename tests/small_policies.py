@@ -5,6 +5,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from pjrlhf.models.adapters import AdapterConfig, init_bank
 from pjrlhf.models.config import ModelConfig
@@ -15,6 +16,8 @@ CONFIG = ModelConfig(
 )
 MODEL = Decoder(CONFIG)
 ADAPTERS = {"lora": AdapterConfig(rank=2, alpha=4.0), "full": AdapterConfig(rank=0)}
+# Of adapters: one at once, the other where there is time.
+KINDS = ["lora", pytest.param("full", marks=pytest.mark.slow)]
 PAD, EOS = 0, 1
 
 

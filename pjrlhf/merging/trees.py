@@ -29,8 +29,10 @@ def check_weights(weights: Sequence[float] | np.ndarray | jax.Array, count: int)
     return weights
 
 
-def check_same(trees: Sequence[Tree], names: Sequence[str] | None = None) -> None:
-    """ValueError, naming the leaf, where a tree differs from the first in structure or shape or holds non-floats."""
+def check_same(trees: Sequence[Tree], names: Sequence[str] | None = None, dtypes: bool = False) -> None:
+    """ValueError, naming the leaf, where a tree differs from the first in structure or shape, perhaps dtypes, or holds
+    non-floats.
+    """
     names = names or [f"ingredient {i}" for i in range(len(trees))]
     flat = [
         {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in jax.tree.leaves_with_path(tree)}
@@ -44,6 +46,10 @@ def check_same(trees: Sequence[Tree], names: Sequence[str] | None = None) -> Non
             if leaves[path].shape != flat[0][path].shape:
                 raise ValueError(
                     f"leaf {path!r} has shape {leaves[path].shape} in {name} but {flat[0][path].shape} in {names[0]}"
+                )
+            if dtypes and leaves[path].dtype != flat[0][path].dtype:
+                raise ValueError(
+                    f"leaf {path!r} is {leaves[path].dtype} in {name} but {flat[0][path].dtype} in {names[0]}"
                 )
             if not jnp.issubdtype(leaves[path].dtype, jnp.floating):
                 raise ValueError(f"leaf {path!r} of {name} is {leaves[path].dtype}; only floats are merged")
@@ -138,13 +144,8 @@ def _counted(count: int, noun: str) -> str:
 
 
 def _check_out(out: Tree | None, like: Tree) -> None:
-    if out is None:
-        return
-    check_same([like, out], ["the first tree", "out"])
-    for (path, x), y in zip(jax.tree.leaves_with_path(like), jax.tree.leaves(out), strict=True):
-        if x.dtype != y.dtype:
-            name = jax.tree_util.keystr(path, simple=True, separator="/")
-            raise ValueError(f"leaf {name!r} is {y.dtype} in out but {x.dtype} in the first tree")
+    if out is not None:
+        check_same([like, out], ["the first tree", "out"], dtypes=True)
 
 
 def _times(x: jax.Array, weight: jax.Array) -> jax.Array:

@@ -49,8 +49,8 @@ BANK = "bank.safetensors"
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PPOConfig:
-    """Settings of the PPO update; `epochs` passes over the batch, each in `minibatches` parts. Gradients are taken of
-    so many policies at once (0: all), which changes neither them nor the step, but its memory.
+    """Settings of the PPO update; `epochs` passes over the batch, each in `minibatches` parts. `policies_at_once`, 0
+    for all, have their gradients taken together: fewer change no gradient, but the memory of the step.
     """
 
     epochs: int = 2
@@ -108,7 +108,8 @@ def ppo_gradient(
     def gradient(trainable, rows):
         return jax.grad(ppo_loss, argnums=4, has_aux=True)(model, adapter, config, temperature, trainable, base, rows)
 
-    K, together = rows["tokens"].shape[0], config.policies_at_once or rows["tokens"].shape[0]
+    K = rows["tokens"].shape[0]
+    together = config.policies_at_once or K
     if together == K:
         return gradient(trainable, rows)
     if K % together or "mix" in rows:

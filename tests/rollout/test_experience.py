@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from small_policies import ADAPTERS, EOS, MODEL, PAD, bank, base, close, fresh_bank, prompts, value_heads
+from small_policies import ADAPTERS, EOS, KINDS, MODEL, PAD, bank, base, close, fresh_bank, prompts, value_heads
 
 from pjrlhf.errors import UserError
 from pjrlhf.objectives import policy_gradient as pg
@@ -64,7 +64,7 @@ def run(kind, policies, config=None, scores=SCORES):
 WHITE = ExperienceConfig(whiten_rewards=True)
 
 
-@pytest.mark.parametrize("kind", ["lora", pytest.param("full", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_fresh_policy_has_no_kl(kind):
     rows, statistics = run(kind, fresh_bank(kind, K), WHITE)
     # The low-rank product with b = 0 adds exact zeros; full parameters are multiplied in groups, so they may round.

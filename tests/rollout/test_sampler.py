@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.stats
-from small_policies import ADAPTERS, CONFIG, EOS, MODEL, PAD, bank, base, close, prompts, wider
+from small_policies import ADAPTERS, CONFIG, EOS, KINDS, MODEL, PAD, bank, base, close, prompts, wider
 
 from pjrlhf.errors import UserError
 from pjrlhf.models.adapters import Policies
@@ -74,7 +74,7 @@ def test_greedy_decoding_is_the_argmax_of_the_full_forward(name):
     assert out["valid"].all() and out["tokens"].dtype == jnp.int32
 
 
-@pytest.mark.parametrize("kind", ["lora", pytest.param("full", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kind", KINDS)
 def test_layers_apart_write_the_same(kind):
     prompt = jax.tree.map(lambda x: jnp.tile(x, (K, 1)), prompts(B, P))
 

@@ -7,7 +7,21 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from small_policies import ADAPTERS, CONFIG, EOS, MODEL, PAD, bank, base, close, fresh_bank, noise, prompts, value_heads
+from small_policies import (
+    ADAPTERS,
+    CONFIG,
+    EOS,
+    KINDS,
+    MODEL,
+    PAD,
+    bank,
+    base,
+    close,
+    fresh_bank,
+    noise,
+    prompts,
+    value_heads,
+)
 
 from pjrlhf.merging.lora import merge_dense
 from pjrlhf.models.adapters import AdapterConfig, init_bank
@@ -100,7 +114,7 @@ def test_policies_in_one_program_train_as_in_programs_of_their_own(kind, optimiz
     assert min(jax.tree.leaves(moved)) > 1e-4
 
 
-@pytest.mark.parametrize("kind", ["lora", pytest.param("full", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kind", KINDS)
 def test_rows_of_one_policy_do_not_reach_the_parameters_of_another(kind):
     rows = fabricated(np.ones(K))
     changed = jax.tree.map(np.copy, rows)
@@ -112,7 +126,7 @@ def test_rows_of_one_policy_do_not_reach_the_parameters_of_another(kind):
     assert optax.global_norm(jax.tree.map(jnp.subtract, only(one, 1), only(two, 1))) > 0.1
 
 
-@pytest.mark.parametrize("kind", ["lora", pytest.param("full", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kind", KINDS)
 def test_how_many_gradients_are_taken_at_once_does_not_matter(kind):
     rows, config = fabricated(np.ones(K)), PPOConfig(policies_at_once=1)
     found = jax.jit(ppo_gradient, static_argnums=(0, 1, 2))(

@@ -60,8 +60,7 @@ def test_every_row_is_seen_equally_often_and_each_turn_has_its_own_order():
 def test_a_batch_has_equally_many_rows_of_each_objective(method):
     batch = next(method.batches)
     n, K = 4, len(tiny.REWARDS)
-    last = batch["rows"]["last_answer"]
-    owner = batch["rows"]["owner"].reshape(len(last), -1)
+    owner, last = batch["rows"]["owner"], batch["rows"]["last_answer"]
     assert [(last[(owner == k).any(1)] < NOWHERE).sum() for k in range(1, K)] == [2 * n] * (K - 1)
     assert batch["margin"].shape == (n * K,)
     texts = [{row["objective"] for row in table} for table in method.train]

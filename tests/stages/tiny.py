@@ -34,7 +34,6 @@ TINY = {
     "adapter.rank": 2,
     "adapter.alpha": 4.0,
     "data.prompt_buckets": (),
-    "data.packing": "share",  # fewer shapes, fewer programs than joined rows
     "data.max_completion": 10,
     "data.long_completion": "truncate",
     "data.heldout_share": 0.05,

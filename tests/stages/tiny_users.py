@@ -16,6 +16,7 @@ TINY = SHARED | {
     "checkpoint_every": 0,
     "log_every": 1,
     "sample_rows": 64,
+    "data.packing": "share",  # fewer shapes, fewer programs than joined rows
     "data.heldout_share": 0.25,  # new people have pairs on both sides
     "population.users": 4,
     "population.new_users": 2,
