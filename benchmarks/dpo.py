@@ -18,8 +18,8 @@ POOLED = "ours"
 def ours(job, turn):
     import jax
 
-    from pjrlhf.stages.pairs import Pairs
-    from pjrlhf.stages.preference import Preference
+    from pjrlhf.algorithms.pdpo import Preference
+    from pjrlhf.feedback.pairs import Pairs
 
     harness.load_ours()
     turn.begin()

@@ -13,7 +13,7 @@ def ours(job, turn):
     import jax
     import numpy as np
 
-    from pjrlhf.stages.reward import Reward
+    from pjrlhf.algorithms.reward import Reward
 
     harness.load_ours()
     turn.begin()

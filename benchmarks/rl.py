@@ -18,9 +18,9 @@ def policy(job, count=1):
     import jax
     import jax.numpy as jnp
 
+    from pjrlhf.algorithms.policies import Policy
     from pjrlhf.models.adapters import init_bank
     from pjrlhf.rollout.scoring import init_heads
-    from pjrlhf.stages.policy import Policy
 
     names = tuple(f"P{k}" for k in range(count))
     changes = {

@@ -51,7 +51,7 @@ def _paced(turn, ready, merge, output):
 def ours(job, turn):
     import ml_collections
 
-    from pjrlhf.stages.merge import merge
+    from pjrlhf.export.merge import merge
 
     harness.load_ours()
     turn.begin()

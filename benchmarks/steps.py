@@ -22,11 +22,11 @@ import numpy as np
 from absl import app, flags
 from ml_collections import config_flags
 
+from pjrlhf.aot.dry_run import Planned
+from pjrlhf.aot.plan import PLANS
 from pjrlhf.parallel.mesh import make_mesh, shardings
 from pjrlhf.parallel.roofline import CHIPS, memory_bytes, product_cost
-from pjrlhf.stages.aot import PLANS
-from pjrlhf.stages.context import Run
-from pjrlhf.stages.planned import Planned
+from pjrlhf.runtime.context import Run
 from pjrlhf.training.performance import peak_flops
 
 # Bytes per second of a device's memory, from the vendors' data sheets.

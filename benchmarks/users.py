@@ -16,12 +16,12 @@ import matplotlib
 import numpy as np
 import optax
 
+from pjrlhf.algorithms.pdpo import PreferenceConfig, preference_loss
 from pjrlhf.data.packing import pack
 from pjrlhf.models.adapters import AdapterConfig, init_bank
 from pjrlhf.models.config import ModelConfig
 from pjrlhf.models.decoder import Decoder, init_params
 from pjrlhf.models.users import UserModel, gather_rows
-from pjrlhf.stages.preference import PreferenceConfig, preference_loss
 from pjrlhf.training.lazy_adam import lazy_adam
 
 SIZES = {"cluster": (10, 10_000, 1_000_000), "individualized": (10, 1_000, 100_000)}

@@ -141,8 +141,8 @@ def policies(c: ml_collections.ConfigDict) -> None:
         "optimizer": {"learning_rate": 5e-3, "schedule": "cosine"},
     }
     c.policy = {
-        # What policies are trained for, see stages/goals.py: own, fixed, grid, dirichlet, combinations. Points are rows
-        # of weights, or a name: simplex, between, corners, centre, subsets, mixed.
+        # What policies are trained for, see algorithms/targets.py: own, fixed, grid, dirichlet, combinations. Points are
+        # rows of weights, or a name: simplex, between, corners, centre, subsets, mixed.
         "preferences": {"kind": "own", "objectives": (), "points": (), "alpha": 1.0, "held_out": ()},
         "mix": "own",  # own: an adapter per policy; weights: one per objective, mixed by the preference weights
         "statement": {"form": "sentences", "decimals": 1, "levels": 10},  # sentences, numbers, tally

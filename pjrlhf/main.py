@@ -81,15 +81,14 @@ def main(_: list[str]) -> None:
     config = _CONFIG.value
     compilation_cache()
     if _AOT.value:
-        from pjrlhf.stages import aot
+        from pjrlhf.aot import plan as aot
 
         aot.report(config, _AOT.value)
         return
     from pjrlhf.parallel import processes
 
     processes.start(_DISTRIBUTED.value, _COORDINATOR.value, _COUNT.value, _INDEX.value)
-    from pjrlhf import stages
-    from pjrlhf.stages import seeds
+    from pjrlhf.pipeline import seeds, stages
     from pjrlhf.training.workdir import Workdir
 
     workdir = Workdir(_WORKDIR.value or default_workdir(FLAGS["config"].config_filename))

@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import shutil
 from importlib import metadata
 
 # Most of the time of the tests goes into compiling programs that run once: compile fast rather than well.
@@ -34,3 +35,36 @@ def shared() -> pathlib.Path:
     if not folder.is_dir():
         pytest.skip(f"no real data: {folder} is not a folder (set PJRLHF_TEST_DATA)")
     return folder
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache_folder(tmp_path_factory):
+    """Where runs keep what depends on content alone: not in the cache folder of whoever runs the tests."""
+    folder = tmp_path_factory.mktemp("cache")
+    from pjrlhf.runtime.context import Run
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Run, "cache_folder", property(lambda run: folder))
+        yield folder
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory):
+    """The folder of a finished run of `tiny.settings()`; not to be changed."""
+    from support import tiny
+
+    return tiny.run(tmp_path_factory.mktemp("finished") / "run", tiny.settings())
+
+
+@pytest.fixture
+def copied(finished, tmp_path):
+    """A copy of the finished run that a test may change."""
+    return shutil.copytree(finished, tmp_path / "run")
+
+
+@pytest.fixture(scope="session")
+def people(tmp_path_factory, cache_folder):
+    """The folder of a finished run of `tiny_users.settings()`; not to be changed."""
+    from support import tiny, tiny_users
+
+    return tiny.run(tmp_path_factory.mktemp("people") / "run", tiny_users.settings())

@@ -4,14 +4,13 @@ import fsspec
 import jax
 import numpy as np
 import pytest
-import tiny
-import tiny_users
 from fsspec.implementations.memory import MemoryFileSystem
+from support import tiny, tiny_users
 
 from pjrlhf import paths
 from pjrlhf.data.sources import open_source
 from pjrlhf.errors import UserError
-from pjrlhf.stages import merge
+from pjrlhf.export import merge
 from pjrlhf.training.checkpoint import Checkpoints
 from pjrlhf.training.workdir import Workdir
 

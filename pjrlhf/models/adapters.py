@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from pjrlhf.errors import UserError
 from pjrlhf.models.decoder import Cache, Decoder, Layout
 from pjrlhf.models.quantization import refuse_quantized
-from pjrlhf.models.unstacked import TOGETHER, apart
+from pjrlhf.models.unrolled import TOGETHER, apart
 from pjrlhf.models.users import reserve
 
 Params = Any

@@ -22,7 +22,7 @@ from jax.sharding import NamedSharding
 from pjrlhf.errors import UserError
 from pjrlhf.models.attention import CUDNN_FORWARD, attend, attend_cached, soft_cap
 from pjrlhf.models.config import ModelConfig, RopeScaling
-from pjrlhf.models.products import product, turned_product
+from pjrlhf.models.matmul import product, turned_product
 from pjrlhf.parallel.activations import move_rows, split_between, split_rows
 
 Cache = dict[str, jax.Array]

@@ -23,6 +23,7 @@ from pjrlhf.models.folders import Folder, new_folder, open_tensors, read_json, w
 
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
+MANIFEST = "manifest.json"  # beside an adapter or a merged model: what it was made of
 FACTORS = {"a": "lora_A", "b": "lora_B"}
 # What an adapter of ours always is: written, and demanded of a folder that states otherwise.
 FIXED = {"peft_type": "LORA", "bias": "none", "modules_to_save": None}

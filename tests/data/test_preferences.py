@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from pjrlhf.data import world
+from pjrlhf.data import synthetic as world
 from pjrlhf.data.preferences import (
     PAPER,
     Preference,

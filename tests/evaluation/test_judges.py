@@ -11,11 +11,13 @@ from pjrlhf.evaluation.judges import (
     ScoreJudge,
     ask,
     both_orders,
-    dialogue_share,
-    score_by_name,
-    scorer,
-    words,
 )
+from pjrlhf.rewards.scorers import dialogue_share, scorer, words
+
+
+def score_by_name(prompt, text, criterion):
+    return scorer(criterion)(prompt, text)
+
 
 PROMPTS = ["p", "q", "r"]
 A, B = ["one two", "one", "one two three"], ["one", "one two", "a b c"]

@@ -6,7 +6,7 @@ import re
 
 import numpy as np
 import pytest
-from pages import Page, printed
+from support.pages import Page, printed
 
 from pjrlhf.evaluation import plots, report
 from pjrlhf.evaluation.winrate import win_rate

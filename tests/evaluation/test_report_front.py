@@ -7,7 +7,7 @@ import re
 
 import numpy as np
 import pytest
-from pages import Page, printed
+from support.pages import Page, printed
 from test_report import SUMMARY
 from test_report_users import USER_MODELS
 

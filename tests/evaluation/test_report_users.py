@@ -6,7 +6,7 @@ import re
 
 import numpy as np
 import pytest
-from pages import Page, printed
+from support.pages import Page, printed
 
 from pjrlhf.evaluation import plots_users, report
 from pjrlhf.evaluation.users import cold_start_curve, user_accuracy

@@ -8,18 +8,28 @@ import numpy as np
 import pytest
 
 from pjrlhf.errors import UserError
-from pjrlhf.evaluation.judges import ScoreJudge, score_by_name
+from pjrlhf.evaluation.judges import ScoreJudge
 from pjrlhf.evaluation.winrate import aggregate, combo_outcomes, win_rate
+from pjrlhf.rewards.scorers import scorer
 
 TABLE = np.array([[1, 1, -1], [1, 0, -1], [-1, -1, 1], [0, 0, 0], [1, 0, 0], [0, -1, 0], [1, 1, 1]], np.int8)
 
 
+JUDGE = ScoreJudge(lambda prompt, text, name: scorer(name)(prompt, text))
+
+
 def test_outcomes_have_one_column_per_criterion_in_order():
     a, b = ['one "two"', "x"], ["one", "x y z"]
-    outcomes = combo_outcomes(ScoreJudge(score_by_name), ["p", "q"], a, b, ("long", "short", "dialogue"))
+    outcomes = combo_outcomes(
+        JUDGE,
+        ["p", "q"],
+        a,
+        b,
+        ("long", "short", "dialogue"),
+    )
     assert outcomes.tolist() == [[1, -1, 1], [-1, 1, 0]]
     with pytest.raises(UserError, match="empty"):
-        combo_outcomes(ScoreJudge(score_by_name), ["p", "q"], a, b, ())
+        combo_outcomes(JUDGE, ["p", "q"], a, b, ())
 
 
 def test_the_side_with_more_criteria_wins_the_prompt():

@@ -22,7 +22,7 @@ from safetensors.numpy import load_file, save_file
 
 HERE = pathlib.Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
-from drawn_models import LENGTH, draw, inputs  # noqa: E402
+from support.drawn_models import LENGTH, draw, inputs  # noqa: E402
 
 SIZES = dict(
     vocab_size=48,

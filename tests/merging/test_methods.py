@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from small_trees import assert_same, assert_trees
+from support.small_trees import assert_same, assert_trees
 
 from pjrlhf.merging import methods, trees
 

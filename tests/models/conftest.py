@@ -1,5 +1,5 @@
 import pytest
-from tiny_llamas import SMALL, random_params
+from support.tiny_llamas import SMALL, random_params
 
 from pjrlhf.models.huggingface import save_params
 

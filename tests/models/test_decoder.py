@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from small_policies import constant, noise
+from support.small_policies import constant, noise
 
 from pjrlhf.models.adapters import TARGETS, AdapterConfig, Policies, init_bank
 from pjrlhf.models.config import ModelConfig, RopeScaling

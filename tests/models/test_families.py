@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from drawn_models import golden_families, inputs, weights_of
 from safetensors.numpy import load_file
-from tiny_llamas import SMALL, assert_equal_trees, edit, forward, needs_torch, torch_logits, write
+from support.drawn_models import golden_families, inputs, weights_of
+from support.tiny_llamas import SMALL, assert_equal_trees, edit, forward, needs_torch, torch_logits, write
 
 from pjrlhf.errors import UserError
 from pjrlhf.merging.lora import merge_dense
@@ -20,7 +20,7 @@ from pjrlhf.models.decoder import Decoder
 from pjrlhf.models.families import FAMILIES, leaf_shapes, tensor_slots
 from pjrlhf.models.hf_config import config_to_hf, read_config
 from pjrlhf.models.huggingface import load_params, save_params
-from pjrlhf.models.unstacked import apart
+from pjrlhf.models.unrolled import apart
 from pjrlhf.parallel.mesh import leaf_sharding, make_mesh, shard_params
 from pjrlhf.rollout.sampler import Sampling, generate
 

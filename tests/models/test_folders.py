@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny_llamas import SMALL, assert_equal_trees, change_weights, edit, random_params
+from support.tiny_llamas import SMALL, assert_equal_trees, change_weights, edit, random_params
 
 from pjrlhf.errors import UserError
 from pjrlhf.models import huggingface

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from safetensors.numpy import load_file
-from tiny_llamas import (
+from support.tiny_llamas import (
     SMALL,
     assert_equal_trees,
     change_weights,

@@ -7,14 +7,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from small_policies import ADAPTERS, CONFIG, MODEL, bank, base, close, fresh_bank, prompts
+from support.small_policies import ADAPTERS, CONFIG, MODEL, bank, base, close, fresh_bank, prompts
 
 from pjrlhf.errors import UserError
 from pjrlhf.models.adapters import Policies, init_bank, mixed_params
 from pjrlhf.models.config import ModelConfig
 from pjrlhf.models.decoder import Decoder, init_params
 from pjrlhf.models.huggingface import load_params, save_params
-from pjrlhf.models.products import FEW_ROWS, product, turned_product
+from pjrlhf.models.matmul import FEW_ROWS, product, turned_product
 from pjrlhf.models.quantization import check_quantize, quantize, quantize_params
 from pjrlhf.parallel.mesh import leaf_sharding, make_mesh, row_sharding, shard_params
 from pjrlhf.parallel.roofline import product_cost, tree_bytes

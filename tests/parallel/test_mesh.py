@@ -8,14 +8,14 @@ import numpy as np
 import optax
 import pytest
 from jax.sharding import PartitionSpec
-from small_policies import ADAPTERS, EOS, MODEL, PAD, bank, base, close, heads, prompts, value_heads
+from support.small_policies import ADAPTERS, EOS, MODEL, PAD, bank, base, close, heads, prompts, value_heads
 
+from pjrlhf.algorithms.policies import PPOConfig, ppo_loss
 from pjrlhf.errors import UserError
 from pjrlhf.objectives.combination import Combination
 from pjrlhf.parallel.mesh import leaf_sharding, make_mesh, shard_batch, shard_params
 from pjrlhf.rollout.experience import ExperienceConfig, experience, sample
 from pjrlhf.rollout.sampler import Sampling
-from pjrlhf.stages.policy import PPOConfig, ppo_loss
 from pjrlhf.training.optimizer import per_ingredient
 
 K, n, P, N = 2, 8, 4, 4

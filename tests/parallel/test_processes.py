@@ -13,8 +13,8 @@ import time
 
 import numpy as np
 import pytest
-import tiny
-from small_policies import close
+from support import tiny
+from support.small_policies import close
 
 from pjrlhf.errors import UserError
 from pjrlhf.models.storage import load_tree
@@ -24,8 +24,8 @@ ROOT = pathlib.Path(__file__).parents[2]
 DEVICES = 4
 CONFIG = """
 import sys
-sys.path[:0] = [{tests!r}, {stages!r}]
-import {module}
+sys.path.insert(0, {tests!r})
+from support import {module}
 def get_config():
     return {module}.settings(**{changes!r})
 """
@@ -47,7 +47,7 @@ def launch(tmp_path, workdir, count, *, devices=None, module="tiny", **changes):
     config = tmp_path / "config.py"
     tests = ROOT / "tests"
     changes = SMALL | changes if module == "tiny" else changes
-    config.write_text(CONFIG.format(tests=str(tests), stages=str(tests / "stages"), module=module, changes=changes))
+    config.write_text(CONFIG.format(tests=str(tests), module=module, changes=changes))
     command = [str(ROOT / "launch" / "local.sh"), "-p", str(count), "-d", str(devices or DEVICES // count), str(config)]
     flags = os.environ["XLA_FLAGS"].replace("--xla_force_host_platform_device_count=8", "")
     environment = {

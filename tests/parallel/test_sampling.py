@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from meshes import MESHES
-from small_policies import ADAPTERS, EOS, PAD, close, noise, prompts
+from support.meshes import MESHES
+from support.small_policies import ADAPTERS, EOS, PAD, close, noise, prompts
 
 from pjrlhf.models.adapters import Policies, init_bank
 from pjrlhf.models.config import ModelConfig

@@ -7,22 +7,21 @@ import functools
 import jax
 import numpy as np
 import pytest
-import tiny
-import tiny_users
-from meshes import MESHES
-from small_policies import close, noise
+from support import tiny, tiny_users
+from support.meshes import MESHES
+from support.small_policies import close, noise
 
-from pjrlhf.data import world
+from pjrlhf.algorithms.pdpo import Preference
+from pjrlhf.algorithms.policies import Policy
+from pjrlhf.algorithms.reward import Reward
+from pjrlhf.data import synthetic as world
+from pjrlhf.feedback.pairs import Pairs
 from pjrlhf.merging import methods, trees
 from pjrlhf.merging.lora import merge_dense
 from pjrlhf.models.adapters import init_bank
 from pjrlhf.parallel.mesh import bytes_per_device, shard_params
 from pjrlhf.parallel.processes import to_host
-from pjrlhf.stages.context import Run
-from pjrlhf.stages.pairs import Pairs
-from pjrlhf.stages.policy import Policy
-from pjrlhf.stages.preference import Preference
-from pjrlhf.stages.reward import Reward
+from pjrlhf.runtime.context import Run
 from pjrlhf.training.checkpoint import Checkpoints
 from pjrlhf.training.workdir import Workdir
 
@@ -95,7 +94,7 @@ def taken(start):
             with pytest.MonkeyPatch.context() as patch:
                 # Not what is tested: any numbers do.
                 patch.setattr(
-                    "pjrlhf.stages.context.reference_logps", lambda table, *_, **__: -np.ones((len(table), 2))
+                    "pjrlhf.runtime.context.reference_logps", lambda table, *_, **__: -np.ones((len(table), 2))
                 )
                 method = Preference(run, "cluster", Pairs(run))
         else:

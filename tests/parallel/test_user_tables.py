@@ -7,19 +7,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tiny
-import tiny_users
 from jax.sharding import NamedSharding, PartitionSpec
+from support import tiny, tiny_users
 
-from pjrlhf.data import world
+from pjrlhf.algorithms import pdpo as preference
+from pjrlhf.algorithms.pdpo import Preference
+from pjrlhf.data import synthetic as world
+from pjrlhf.feedback.pairs import Pairs
 from pjrlhf.models.storage import save_tree
 from pjrlhf.models.users import UserModel, gather_rows
 from pjrlhf.parallel.mesh import even_rows, leaf_sharding, make_mesh, shard_params
-from pjrlhf.stages import preference
-from pjrlhf.stages.context import Run
-from pjrlhf.stages.pairs import Pairs
-from pjrlhf.stages.preference import Preference
-from pjrlhf.stages.trained import Trained
+from pjrlhf.protocols.trained import Trained
+from pjrlhf.runtime.context import Run
 from pjrlhf.training.lazy_adam import lazy_adam
 from pjrlhf.training.workdir import Workdir
 
@@ -135,7 +134,7 @@ def start(tmp_path_factory):
         with pytest.MonkeyPatch.context() as patch:
             # Not what is tested: any numbers do.
             patch.setattr(
-                "pjrlhf.stages.context.reference_logps", lambda table, *_, **__: np.zeros((len(table), 2), "f4")
+                "pjrlhf.runtime.context.reference_logps", lambda table, *_, **__: np.zeros((len(table), 2), "f4")
             )
             return run, Pairs(run)
 

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from small_policies import ADAPTERS, CONFIG, EOS, MODEL, PAD, bank, base, prompts
+from support.small_policies import ADAPTERS, CONFIG, EOS, MODEL, PAD, bank, base, prompts
 
 from pjrlhf.models.adapters import Policies
 from pjrlhf.objectives.multi_objective import combine_logps

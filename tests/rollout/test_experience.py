@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from small_policies import ADAPTERS, EOS, KINDS, MODEL, PAD, bank, base, close, fresh_bank, prompts, value_heads
+from support.small_policies import ADAPTERS, EOS, KINDS, MODEL, PAD, bank, base, close, fresh_bank, prompts, value_heads
 
 from pjrlhf.errors import UserError
 from pjrlhf.objectives import policy_gradient as pg

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from small_policies import ADAPTERS, MODEL, PAD, base
+from support.small_policies import ADAPTERS, MODEL, PAD, base
 
 from pjrlhf.data.records import BadRecords
 from pjrlhf.data.schema import Example

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.stats
-from small_policies import ADAPTERS, CONFIG, EOS, KINDS, MODEL, PAD, bank, base, close, prompts, wider
+from support.small_policies import ADAPTERS, CONFIG, EOS, KINDS, MODEL, PAD, bank, base, close, prompts, wider
 
 from pjrlhf.errors import UserError
 from pjrlhf.models.adapters import Policies

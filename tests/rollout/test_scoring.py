@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from small_policies import ADAPTERS, CONFIG, MODEL, PAD, bank, base, close, heads, prompts, wider
+from support.small_policies import ADAPTERS, CONFIG, MODEL, PAD, bank, base, close, heads, prompts, wider
 
 from pjrlhf.models.adapters import Policies
 from pjrlhf.parallel.mesh import make_mesh, shard_batch, shard_params

@@ -12,7 +12,7 @@ import time
 import jax
 import numpy as np
 import pytest
-from toy import STEPS, Linear
+from support.toy import STEPS, Linear
 
 from pjrlhf.errors import UserError
 from pjrlhf.training import loop

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import toy
+from support import toy
 
 from pjrlhf.training import loop, performance
 from pjrlhf.training.performance import Performance, Program, RecompiledWarning, peak_flops

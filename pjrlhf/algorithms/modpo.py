@@ -1,0 +1,228 @@
+"""Multi-objective DPO (MODPO, arXiv 2310.03708): K policies for K preferences, learned from comparisons without
+sampling, all in one program.
+
+A policy learns from the pairs labelled for the objective that weighs most for it; the reward models of the others
+enter as margins. With one-hot weights it is DPO (arXiv 2305.18290) on that objective.
+"""
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pjrlhf.algorithms import policies as policy
+from pjrlhf.algorithms import reward
+from pjrlhf.algorithms.targets import Goals
+from pjrlhf.data.batching import batches, collate_completion
+from pjrlhf.data.tokenization import TokenTable
+from pjrlhf.errors import UserError
+from pjrlhf.feedback.pairs import SPLITS
+from pjrlhf.models.adapters import AdapterConfig, Policies, init_bank
+from pjrlhf.models.decoder import Decoder
+from pjrlhf.objectives.multi_objective import modpo_loss, weighted_sum
+from pjrlhf.objectives.preference import accuracy, implicit_rewards
+from pjrlhf.parallel.processes import to_host
+from pjrlhf.rollout import experience, scoring
+from pjrlhf.rollout.reference import SIDES
+from pjrlhf.runtime.context import Run
+from pjrlhf.training.metrics import Metrics
+from pjrlhf.training.optimizer import make_optimizer, per_ingredient
+from pjrlhf.training.state import State
+from pjrlhf.training.workdir import disk_errors
+
+LOSSES = ("sigmoid", "hinge")
+
+
+def scores(run: Run, rewarder: Any, base: Any, tokens: jax.Array, valid: jax.Array) -> jax.Array:
+    """The rewards [B, R] of rows [B, T], as `raw_rewards` gives them."""
+    everything = jnp.arange(len(run.rewards))[None]
+    return experience.raw_rewards(run.model, run.adapter, base, rewarder, everything, tokens, valid)
+
+
+def raw_rewards(run: Run, rewarder: Any, rows: Sequence[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
+    """Rewards float32 [M, R] by all R reward models of the run, in their own units, those of Bradley-Terry.
+
+    Args:
+      rewarder: as `reward.load` gives it.
+      rows: M pairs of token ids, prompt and answer; `run.sample_rows` of them are scored at once.
+    """
+    score, size, found = jax.jit(functools.partial(scores, run)), run.sample_rows, []
+    for start in range(0, len(rows), size):
+        part = list(rows[start : start + size])
+        # The last chunk is filled up so that one program serves all.
+        filled = part + [part[0]] * (size - len(part))
+        batch = collate_completion(
+            [{"prompt": prompt, "completion": answer} for prompt, answer in filled],
+            prompt_length=run.prompt_lengths,
+            completion_length=run.completion_lengths,
+            pad_id=run.tokenizer.pad_id,
+        )
+        placed = run.place({name: batch[name] for name in ("tokens", "valid")})
+        raw = score(rewarder, run.base, **placed)
+        found.append(to_host(raw)[: len(part)])
+    return np.concatenate(found)
+
+
+def table_rewards(run: Run, rewarder: Any, table: TokenTable) -> np.ndarray:
+    """Raw rewards float32 [M, 2, R] of the chosen and the rejected answers of M pairs."""
+    # A pair is labelled once per objective, but each of its answers is scored once.
+    numbers: dict[tuple[bytes, bytes], int] = {}
+    place = [
+        [numbers.setdefault((prompt.tobytes(), table.tokens[side][i].tobytes()), len(numbers)) for side in SIDES]
+        for i, prompt in enumerate(table.tokens["prompt"])
+    ]
+    rows = [(np.frombuffer(prompt, np.int32), np.frombuffer(answer, np.int32)) for prompt, answer in numbers]
+    return raw_rewards(run, rewarder, rows)[np.array(place)]
+
+
+def policies_loss(
+    model: Decoder, adapter: AdapterConfig, beta: float, kind: str, bank: Any, base: Any, batch: Any
+) -> tuple[jax.Array, Metrics]:
+    """Sum over the K policies of their mean MODPO losses; metrics [K].
+
+    Accuracies and margins are those of the rewards that the policies imply for the labelled objective, (beta log(pi /
+    reference) - sum_{i>0} w_i r_i) / w_0: what the labels are about. With one-hot weights they are DPO's.
+
+    Args:
+      beta, kind: see `modpo_loss`.
+      batch: {"rows": see `reward.by_model`; float32 "reference" [K, n, 2], log-probs of the reference; "rewards" [K, n,
+        2, R - 1] of the objectives the pair is not labelled for; "weights" [K, 1, R], that of the labelled one first}.
+    """
+    weights, reference, rewards = batch["weights"], batch["reference"], batch["rewards"].swapaxes(1, 2)
+    K = weights.shape[0]
+    policies = Policies(model, adapter, base, bank, jnp.eye(K))
+    logps = scoring.packed_logps(policies, batch["rows"], reference.size).reshape(reference.shape)
+    sides = [x[..., side] for x in (logps, reference) for side in (0, 1)]
+    losses = modpo_loss(
+        *sides, beta, weights=weights, chosen_rewards=rewards[:, 0], rejected_rewards=rewards[:, 1], kind=kind
+    )
+    chosen, rejected = implicit_rewards(*sides, beta)
+    margins = chosen - rejected - weighted_sum(rewards[:, 0] - rewards[:, 1], weights[..., 1:])
+    margins = margins / weights[..., 0]
+    count = jnp.full(K, losses.shape[1], jnp.float32)
+    metrics = {
+        "loss": (losses.sum(1), count),
+        "rewards/accuracies": (accuracy(margins, 0.0).sum(1), count),
+        "rewards/margins": (margins.sum(1), count),
+        "wasted_tokens": scoring.wasted_tokens(batch["rows"]),
+    }
+    return losses.mean(1).sum(), metrics
+
+
+class Modpo:
+    """The method for `training.loop.run`.
+
+    Attributes:
+      weights: float32 [K, 1, R] over the reward models of the run, for each policy that of its labelled objective
+        first, the others in order.
+      table: the pairs labelled for any of those objectives.
+      reference, rewards: of each of its M rows, [M, 2] and [M, 2, R - 1], see `policies_loss`.
+      tables: for each policy its rows of `table`.
+
+    Raises:
+      UserError: settings that MODPO cannot follow, or an objective without pairs.
+    """
+
+    def __init__(self, run: Run, settings: Any):
+        self.run, self.settings, self.goals = run, settings, Goals(run, settings)
+        self._check()
+        K = len(self.goals.policies)
+        weights = np.zeros((K, len(run.rewards)), np.float32)
+        for k in range(K):
+            goal = self.goals.goal(0, k)
+            weights[k, list(goal.objectives)] = goal.weights
+        labels = weights.argmax(1)  # the first of equals
+        self.weights = np.array([[w[i], *np.delete(w, i)] for w, i in zip(weights, labels, strict=True)])[:, None]
+        self.table = self._pairs([run.rewards[i] for i in labels])
+        of = [run.rewards.index(example.objective) for example in self.table.examples]
+        raw = self._raw(self.table)
+        self.rewards = np.stack([np.delete(x, i, axis=1) for x, i in zip(raw, of, strict=True)])
+        self.reference = self._reference(self.table)
+        self.optimizer = per_ingredient(make_optimizer(settings.optimizer.to_dict(), settings.steps))
+        self.tables = [[row for row, i in zip(self.table, of, strict=True) if i == label] for label in labels]
+        source = reward.Grouped(self.tables, run.config.seed)
+        self.batches = batches(source, settings.batch_size, seed=run.config.seed, collate=self.collate)
+        self._update = run.training_step(self._step)
+
+    def _check(self) -> None:
+        settings, goals = self.settings, self.goals
+        if goals.sampled:
+            raise UserError(
+                f"preferences.kind {goals.kind!r}: MODPO trains one policy per preference; choose own or fixed"
+            )
+        if goals.told:
+            raise UserError(
+                f"prompt_preference {settings.prompt_preference!r}: MODPO learns from pairs whose prompts state no "
+                "preference; set it to never"
+            )
+        if settings.loss not in LOSSES:
+            raise UserError(f"modpo.loss {settings.loss!r}: unknown; choose {' or '.join(LOSSES)}")
+        if settings.beta <= 0:
+            raise UserError(f"modpo.beta {settings.beta}: not positive; choose for example 0.1")
+
+    def _pairs(self, labels: Sequence[str]) -> TokenTable:
+        """The comparisons of the run labelled for any of `labels`, one per policy."""
+        table = reward.comparisons(self.run)
+        found = {example.objective for example in table.examples}
+        for name, label in zip(self.goals.policies, labels, strict=True):
+            if label not in found:
+                raise UserError(
+                    f"{table.bad.source_name}: no pair is labelled for {label!r}, which weighs most for policy "
+                    f"{name!r}; add comparisons, or train for other preferences"
+                )
+        return table.select([i for i, example in enumerate(table.examples) if example.objective in labels])
+
+    def _raw(self, table: TokenTable) -> np.ndarray:
+        return table_rewards(self.run, reward.load(self.run), table)
+
+    def _reference(self, table: TokenTable) -> np.ndarray:
+        return self.run.reference(table, self.run.sample_rows)
+
+    @property
+    def samples(self) -> int:
+        """How many answers were sampled for the pairs: two for each, however often it is labelled."""
+        return 2 * len({SPLITS["pair"](example) for example in self.table.examples})
+
+    def collate(self, rows: Sequence[Sequence[Any]]) -> Any:
+        """n lists of K rows -> a batch as `policies_loss` takes it, but for the weights."""
+        packed, pairs = reward.by_model(self.run, rows)
+        index = np.array([pair["index"] for pair in pairs]).reshape(-1, len(rows))
+        return {"rows": packed, "reference": self.reference[index], "rewards": self.rewards[index]}
+
+    def init(self) -> State:
+        return self.run.create(self._initial, self.run.base)
+
+    def _initial(self, base: Any) -> State:
+        run = self.run
+        bank = init_bank(base, run.adapter, len(self.goals.adapters), jax.random.fold_in(run.key, 110))
+        return State.create(jax.random.fold_in(run.key, 111), bank, self.optimizer)
+
+    def _step(self, state: State, base: Any, batch: Any) -> tuple[State, Metrics]:
+        run, settings = self.run, self.settings
+        loss = functools.partial(policies_loss, run.model, run.adapter, float(settings.beta), settings.loss)
+        (_, metrics), gradient = jax.value_and_grad(loss, has_aux=True)(state.trainable, base, batch)
+        return state.updated(gradient, self.optimizer), metrics
+
+    def step(self, state: State, batch: Any) -> tuple[State, Metrics]:
+        batch = batch | {"rows": self.run.place(batch["rows"]), "weights": self.weights}
+        return self._update(state, self.run.base, batch)
+
+
+def train(run: Run, settings: Any, stage: str) -> dict[str, Any]:
+    """Trains the policies by the section `settings`, see `config.neighbours`; writes <workdir>/<stage>/bank.safetensors
+    and one folder per adapter.
+    """
+    method = Modpo(run, settings)
+    state = run.train(
+        method,
+        stage,
+        settings.steps,
+        ingredients=method.goals.policies,
+        show=("loss", "rewards/accuracies"),
+    )
+    with disk_errors(run.workdir.path / stage):
+        base_hash = policy.save(run, stage, method.goals.adapters, state.trainable)
+    return {"ingredients": list(method.goals.adapters), "samples": method.samples, "base": base_hash}

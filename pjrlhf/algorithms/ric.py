@@ -1,0 +1,211 @@
+"""Rewards-in-Context (RiC, arXiv 2402.10207): one policy, fine-tuned on answers whose prompts state the rewards they
+got.
+
+First on answers of the base; then, in online rounds, on answers of its own to prompts that state the rewards wanted,
+as far as they are good by some objective. Weights p are answered by stating `target_map(p)`.
+"""
+
+import functools
+import json
+import pathlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from pjrlhf.algorithms import policies as policy
+from pjrlhf.algorithms import reward, sft
+from pjrlhf.algorithms.modpo import raw_rewards
+from pjrlhf.algorithms.targets import encode
+from pjrlhf.data.batching import batches
+from pjrlhf.data.preferences import Statement
+from pjrlhf.data.schema import Example
+from pjrlhf.data.tokenization import TokenTable, tokenize
+from pjrlhf.errors import UserError
+from pjrlhf.models.adapters import init_bank
+from pjrlhf.objectives.multi_objective import calibrate, target_map
+from pjrlhf.parallel.processes import by_first
+from pjrlhf.runtime.answers import Row, Sampler, sample_base
+from pjrlhf.runtime.context import Run
+from pjrlhf.training.metrics import Metrics
+from pjrlhf.training.optimizer import make_optimizer, per_ingredient
+from pjrlhf.training.state import State
+from pjrlhf.training.workdir import disk_errors, write_lines
+
+Answer = dict[str, Any]  # {"request", "text", "scores": N numbers in [0, 1]}
+
+
+def statement(run: Run, settings: Any, request: str, scores: Sequence[float]) -> str:
+    """The words after `request` that state N scores, one per objective.
+
+    Raises:
+      UserError: the tokenizer does not know them, or the prompt gets longer than `data.max_prompt`.
+    """
+    words = Statement(**settings.statement)(run.registry, run.objectives, scores)
+    length, limit = len(encode(run, request, words)), run.lengths.prompt
+    if length > limit:
+        raise UserError(
+            f"statement {words[:60]!r}: the prompt has {length} tokens with it, more than data.max_prompt={limit}; "
+            "raise it, or lower statement.levels"
+        )
+    return words
+
+
+def scored(run: Run, rewarder: Any, requests: Sequence[str], texts: Sequence[str], name: str) -> list[Answer]:
+    """The answers that are not empty, with their rewards between the quantiles of the reward stage, `calibrate`d.
+
+    The reward models read the plain request, whatever was stated. `name` is what messages call the answers.
+    """
+    examples = [
+        Example(prompt=run.ask(request), completion=text, extra={"request": request}, where=f"{name} answer {i}")
+        for i, (request, text) in enumerate(zip(requests, texts, strict=True), 1)
+        if text.strip()
+    ]
+    if not examples:
+        raise UserError(f"{name}: all of {len(texts)} answers are empty; train the base longer")
+    table = _tokenized(run, examples, name)
+    N = len(run.objectives)
+    raw = raw_rewards(run, rewarder, list(zip(table.tokens["prompt"], table.tokens["completion"], strict=True)))
+    scores = np.asarray(calibrate(raw[:, :N], rewarder["low"][:N], rewarder["high"][:N])).tolist()
+    return [
+        {"request": example.extra["request"], "text": example.completion, "scores": row}
+        for example, row in zip(table.examples, scores, strict=True)
+    ]
+
+
+def stated(run: Run, settings: Any, answers: Sequence[Answer], name: str) -> TokenTable:
+    """The answers as completions of prompts that state the scores they really got, whatever they were asked for."""
+    examples = []
+    for i, answer in enumerate(answers, 1):
+        words = statement(run, settings, answer["request"], answer["scores"])
+        prompt = run.ask(answer["request"], words)
+        examples.append(Example(prompt=prompt, completion=answer["text"], where=f"{name} answer {i}"))
+    return _tokenized(run, examples, name)
+
+
+def _tokenized(run: Run, examples: Sequence[Example], name: str) -> TokenTable:
+    share = run.config.data.max_bad_share
+    return tokenize(examples, "completion", run.tokenizer, run.sampled_lengths, source_name=name, max_bad_share=share)
+
+
+def wanted(run: Run, settings: Any, number: int) -> list[Row]:
+    """What online round `number` asks for: requests in turn, each with the target of weights from Dirichlet(1)."""
+    requests, N = run.requests[0], len(run.objectives)
+    rng = np.random.default_rng((run.config.seed, 120, number))
+    goals = np.asarray(target_map(rng.dirichlet(np.ones(N), settings.online_samples), settings.target)).tolist()
+    asked = [requests[i % len(requests)] for i in range(len(goals))]
+    return [Row(q, statement(run, settings, q, goal), (1.0,)) for q, goal in zip(asked, goals, strict=True)]
+
+
+def good(answers: Sequence[Answer], offline: Sequence[Answer], quantile: float) -> list[Answer]:
+    """Those of `answers` of which any score is at least the `quantile` of that objective's scores in `offline`."""
+    limits = np.quantile([answer["scores"] for answer in offline], quantile, axis=0)
+    return [answer for answer in answers if (np.array(answer["scores"]) >= limits).any()]
+
+
+def stored(path: pathlib.Path, make: Callable[[], list[Answer]]) -> list[Answer]:
+    """The answers in the JSON lines of `path`; where there is no such file, those of `make`, which go there."""
+    if path.is_file():
+        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    answers = make()
+    with disk_errors(path):
+        by_first(write_lines)(path, answers)
+    return answers
+
+
+class Ric:
+    """The method for `training.loop.run`: one round of fine-tuning, through one adapter.
+
+    Args:
+      table: prompts and completions, see `stated`.
+      steps: of this round.
+      start: the adapter to go on from, a bank of one; None for a new one.
+    """
+
+    def __init__(self, run: Run, settings: Any, table: TokenTable, steps: int, start: Any = None):
+        self.run, self.start = run, start
+        self.optimizer = per_ingredient(make_optimizer(settings.optimizer.to_dict(), steps))
+        make = functools.partial(sft.collate, run)
+        self.batches = batches(table, settings.batch_size, seed=run.config.seed, collate=make)
+        self._update = run.training_step(self._step)
+
+    def init(self) -> State:
+        # The step donates its state; what was given as a start stays the caller's.
+        return self.run.create(self._initial, self.run.base, self.start)
+
+    def _initial(self, base: Any, start: Any) -> State:
+        run, bank = self.run, start
+        if start is None:
+            bank = init_bank(base, run.adapter, 1, jax.random.fold_in(run.key, 120))
+        return State.create(jax.random.fold_in(run.key, 121), bank, self.optimizer)
+
+    def _step(self, state: State, base: Any, batch: Any) -> tuple[State, Metrics]:
+        loss = functools.partial(sft.sft_loss, self.run.model, self.run.adapter)
+        (_, metrics), gradient = jax.value_and_grad(loss, has_aux=True)(state.trainable, base, batch)
+        return state.updated(gradient, self.optimizer), metrics
+
+    def step(self, state: State, batch: Any) -> tuple[State, Metrics]:
+        return self._update(state, self.run.base, self.run.place(batch))
+
+
+def fine_tune(run: Run, settings: Any, stage: str, number: int, answers: Sequence[Answer], start: Any = None) -> Any:
+    """The bank of one adapter after round `number`, of which the first is 0, on `answers`."""
+    name, steps = f"{stage}/round{number}", settings.online_steps if number else settings.steps
+    method = Ric(run, settings, stated(run, settings, answers, name), steps, start)
+    state = run.train(method, name, steps)
+    return state.trainable
+
+
+def _check(run: Run, settings: Any) -> None:
+    for name in ("quantile", "keep"):
+        if not 0 <= settings[name] <= 1:
+            raise UserError(f"ric.{name} {settings[name]}: not a share; choose one between 0 and 1")
+    N = len(run.objectives)
+    try:
+        target_map(np.ones(N), settings.target)
+    except ValueError as error:
+        raise UserError(f"ric.target: {error}") from error
+    # Every label by itself, before anything is sampled.
+    for scores in np.eye(N):
+        statement(run, settings, run.requests[0][0], scores)
+
+
+def train(run: Run, settings: Any, stage: str) -> dict[str, Any]:
+    """Trains the policy by the section `settings`, see `config.neighbours`; writes <workdir>/<stage>/bank.safetensors,
+    the adapter as a folder, and the answers of every round.
+    """
+    _check(run, settings)
+    folder, rewarder = run.workdir.stage(stage), reward.load(run)
+
+    def offline_answers() -> list[Answer]:
+        requests = [run.requests[0][i % len(run.requests[0])] for i in range(settings.samples)]
+        prompts = [run.ask(request) for request in requests]
+        texts = sample_base(run, prompts, jax.random.fold_in(run.key, 122), stage)
+        return scored(run, rewarder, requests, texts, f"{stage}/round0")
+
+    def online_answers(bank: Any, number: int) -> list[Answer]:
+        rows = wanted(run, settings, number)
+        texts = Sampler(run, bank)(rows, 122 + number)
+        return scored(run, rewarder, [row.request for row in rows], texts, f"{stage}/round{number}")
+
+    offline = stored(folder / "answers0.jsonl", offline_answers)
+    bank = fine_tune(run, settings, stage, 0, offline)
+    usable, kept = len(offline), []
+    for number in range(1, settings.rounds + 1):
+        found = stored(folder / f"answers{number}.jsonl", functools.partial(online_answers, bank, number))
+        best = good(found, offline, settings.quantile)
+        rng = np.random.default_rng((run.config.seed, 121, number))
+        again = rng.choice(len(offline), round(settings.keep * len(offline)), replace=False)
+        bank = fine_tune(run, settings, stage, number, [*best, *(offline[i] for i in again)], bank)
+        usable, kept = usable + len(found), [*kept, len(best)]
+    with disk_errors(folder):
+        base_hash = policy.save(run, stage, ["policy"], bank)
+    samples = settings.samples + settings.rounds * settings.online_samples
+    return {
+        "ingredients": ["policy"],
+        "samples": samples,
+        "base": base_hash,
+        "empty_answers": samples - usable,
+        "kept": kept,
+    }

@@ -1,0 +1,237 @@
+"""What the policies of a stage are trained for: who they are, the preference weights of each answer, what its prompt
+states, and which adapters give it.
+
+| `preferences.kind` | policies | weights of an answer |
+|---|---|---|
+| own | one per reward model, or for `objectives` alone | 1 for its own (Personalized Soups, Rewarded Soups) |
+| fixed | one per row of `points` | that row (MORL, RLHF on an average, Bone Soups) |
+| grid | one | a row of `points`, at random (MOC) |
+| dirichlet | one | drawn with concentration `alpha` (MOC, CLP) |
+| combinations | one | equal ones of one preference per dimension (of `objectives`), at random (Prompted-MORL) |
+"""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from pjrlhf.data import preferences
+from pjrlhf.data.preferences import Statement
+from pjrlhf.errors import UserError
+from pjrlhf.merging.methods import mixing_matrix
+from pjrlhf.objectives.simplex import simplex_grid
+from pjrlhf.runtime.context import Run
+
+KINDS = ("own", "fixed", "grid", "dirichlet", "combinations")
+NEAR = 0.02  # a drawn preference this near to a held-out one is drawn again
+
+
+@dataclasses.dataclass(frozen=True)
+class Goal:
+    """What one answer is rewarded for: numbers of S reward models, their weights, and which preference it is."""
+
+    objectives: tuple[int, ...]
+    weights: tuple[float, ...]
+    group: int = 0
+
+
+class Goals:
+    """The K policies of a stage and their A adapters.
+
+    Args:
+      settings: a section with `preferences`, `mix`, `statement` and `prompt_preference`.
+
+    Attributes:
+      policies: K names.
+      adapters: A names. `mix` "own": policy k is adapter k; "weights": the one policy is all adapters, one per
+        objective, mixed by the preference weights of each example.
+      sampled: the weights of an answer are drawn at random.
+
+    Raises:
+      UserError: unknown settings, points off the simplex, or a mix that does not fit.
+    """
+
+    def __init__(self, run: Run, settings: Any):
+        self.run = run
+        spec = settings.preferences
+        self.kind = spec["kind"]
+        if self.kind not in KINDS:
+            raise UserError(f"preferences.kind {self.kind!r}: unknown; choose one of {', '.join(KINDS)}")
+        self.sampled = self.kind in ("grid", "dirichlet", "combinations")
+        self.alpha = float(spec.get("alpha", 1.0))
+        self.held_out = simplex_points(spec.get("held_out", ()), run.objectives, "held_out")
+        if self.kind in ("fixed", "grid"):
+            self.points = simplex_points(spec["points"], run.objectives, "points")
+            apart = [p for p in self.points if not any(_near(p, h, 1e-6) for h in self.held_out)]
+            if self.kind == "grid":
+                self.points = apart
+            if not self.points:
+                raise UserError("preferences.points: none is left to train on; give some that are not held out")
+        own = tuple(spec.get("objectives", ())) or run.rewards
+        if unknown := [name for name in own if name not in run.rewards]:
+            raise UserError(
+                f"preferences.objectives: no reward model for {unknown[0]!r}; add it to --config.objectives"
+            )
+        self.combos = preferences.combinations(run.registry, [name for name in own if name in run.objectives])
+        self.policies = {
+            "own": own,
+            "fixed": tuple(point_name(run.objectives, p) for p in getattr(self, "points", ())),
+        }.get(self.kind, ("policy",))
+        self.mix = settings.mix
+        if self.mix not in ("own", "weights"):
+            raise UserError(f"mix {self.mix!r}: unknown; choose own or weights")
+        if self.mix == "weights" and self.kind not in ("grid", "dirichlet"):
+            raise UserError(f"mix 'weights': needs weights over all objectives, which {self.kind!r} does not draw")
+        if self.mix == "weights" and not run.adapter.rank:
+            raise UserError("mix 'weights': every example has parameters of its own, which takes adapters; set a rank")
+        if self.kind == "combinations" and not run.adapter.rank:
+            raise UserError("preferences.kind combinations: every answer has reward models of its own; set a rank")
+        self.adapters = run.objectives if self.mix == "weights" else self.policies
+        self.statement = Statement(**settings.statement)
+        stated = settings.prompt_preference
+        if stated not in ("never", "always", "half"):
+            raise UserError(f"prompt_preference {stated!r}: unknown; choose never, always or half")
+        # "half": each request comes once with and once without the statement.
+        self.forms = (False, True) if stated == "half" else (stated == "always",)
+        self.told = stated != "never"
+
+    def goal(self, row: int, policy: int) -> Goal:
+        """What policy `policy` is rewarded for in row `row` of the data; the same whenever it is asked."""
+        everything = tuple(range(len(self.run.objectives)))
+        if self.kind == "own":
+            return Goal((self.run.rewards.index(self.policies[policy]),), (1.0,), policy)
+        if self.kind == "fixed":
+            return Goal(everything, self.points[policy], policy)
+        rng = np.random.default_rng((self.run.config.seed, 35, row))
+        if self.kind == "grid":
+            index = int(rng.integers(len(self.points)))
+            return Goal(everything, self.points[index], index)
+        if self.kind == "combinations":
+            index = int(rng.integers(len(self.combos)))
+            combo = self.combos[index]
+            return Goal(tuple(map(self.run.rewards.index, combo)), (1 / len(combo),) * len(combo), index)
+        while True:
+            point = tuple(rng.dirichlet([self.alpha] * len(everything)).tolist())
+            if not any(_near(point, h, NEAR) for h in self.held_out):
+                return Goal(everything, point)
+
+    @functools.cached_property
+    def objectives(self) -> np.ndarray | None:
+        """int32 [G, S], numbers of the reward models where they are the same in every batch, as `reward_scores` takes
+        them; else None.
+        """
+        if self.kind == "own":
+            return np.array([[self.run.rewards.index(name)] for name in self.policies], np.int32)
+        return None if self.kind == "combinations" else np.arange(len(self.run.objectives), dtype=np.int32)[None]
+
+    @property
+    def scored(self) -> tuple[str, ...]:
+        """Names of the S objectives of an answer, where they are the same for all; else places."""
+        if self.kind in ("own", "combinations"):
+            return tuple(f"objective {s + 1}" for s in range(len(self.goal(0, 0).objectives)))
+        return self.run.objectives
+
+    def words(self, names: Sequence[str], weights: Sequence[float]) -> str:
+        """The statement of these weights; what has no entry in the registry (the general reward) says nothing."""
+        known = [(name, w) for name, w in zip(names, weights, strict=True) if name in self.run.registry]
+        return self.statement(self.run.registry, *zip(*known, strict=True)) if known else ""
+
+    def state(self, goal: Goal) -> str:
+        """The statement of a goal."""
+        return self.words([self.run.rewards[i] for i in goal.objectives], goal.weights)
+
+
+class Rows(Sequence):
+    """Row i is one request as every policy reads it: {"prompts": K lists of ids, "reward_prompt": ids of the plain
+    request, which reward models always read, "goals": K goals}.
+
+    Where goals are drawn at random there are `count` rows or more, so that a request comes with ever new ones.
+    """
+
+    def __init__(self, run: Run, goals: Goals, count: int = 0):
+        self.run, self.goals = run, goals
+        self.requests = run.requests[0]
+        size = len(self.requests) * len(goals.forms)
+        self.size = size * max(1, -(-count // size)) if goals.sampled else size
+        self._ids = functools.cache(lambda request, words: encode(run, request, words))
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __getitem__(self, i: int) -> dict[str, Any]:
+        forms = self.goals.forms
+        request = self.requests[i // len(forms) % len(self.requests)]
+        goals = [self.goals.goal(i, k) for k in range(len(self.goals.policies))]
+        words = [self.goals.state(goal) if forms[i % len(forms)] else "" for goal in goals]
+        return {
+            "prompts": [self._ids(request, w) for w in words],
+            "reward_prompt": self._ids(request, ""),
+            "goals": goals,
+        }
+
+
+def encode(run: Run, request: str, words: str) -> list[int]:
+    """Token ids of a request and a statement after it. Raises UserError where the tokenizer has no token for a word."""
+    ids, plain = (run.tokenizer.encode_prompt(run.ask(request, w)) for w in (words, ""))
+    unknown = run.tokenizer.unk_id
+    if unknown is not None and unknown in ids and unknown not in plain:
+        raise UserError(
+            f"statement {words!r}: the tokenizer has no token for some of it; choose other labels, or another "
+            'statement.form ("tally" needs no numbers)'
+        )
+    return ids
+
+
+def simplex_points(
+    points: str | Sequence[Sequence[float]], objectives: Sequence[str], name: str
+) -> list[tuple[float, ...]]:
+    """Preference weights from a config, checked: rows, or the name of a set.
+
+    "simplex": `objectives.simplex.simplex_grid`; "between": those that it holds out; "corners": one objective each;
+    "centre": equal weights; "subsets": equal weights of every set of objectives, as sentences can state them; "mixed":
+    the rewards of Bone Soups' backbones.
+    """
+    N, found = len(objectives), []
+    if isinstance(points, str):
+        if points not in NAMED:
+            raise UserError(
+                f"preferences.{name} {points!r}: unknown; give rows of weights, or one of {', '.join(NAMED)}"
+            )
+        try:
+            points = NAMED[points](N)
+        except ValueError as error:
+            raise UserError(f"preferences.{name} {points!r}: {error}; add objectives") from error
+    for point in points:
+        row = tuple(float(w) for w in point)
+        if len(row) != len(objectives):
+            raise UserError(f"preferences.{name} {row}: {len(row)} weights; give one for each of {tuple(objectives)}")
+        if min(row) < 0 or abs(sum(row) - 1) > 1e-3:
+            raise UserError(f"preferences.{name} {row}: not shares; none may be below 0, and their sum is 1")
+        found.append(row)
+    return found
+
+
+def _subsets(N: int) -> np.ndarray:
+    bits = (np.arange(1, 2**N)[:, None] >> np.arange(N)) & 1
+    return bits / bits.sum(1, keepdims=True)
+
+
+NAMED = {
+    "simplex": simplex_grid,
+    "between": functools.partial(simplex_grid, held_out=True),
+    "corners": np.eye,
+    "centre": lambda N: np.full((1, N), 1 / N),
+    "subsets": _subsets,
+    "mixed": lambda N: mixing_matrix(N, 0.7),
+}
+
+
+def point_name(objectives: Sequence[str], point: Sequence[float]) -> str:
+    """A file name: "P2A0.3+P2B0.7"."""
+    return "+".join(f"{name}{w:.3g}" for name, w in zip(objectives, point, strict=True) if w > 0)
+
+
+def _near(a: Sequence[float], b: Sequence[float], distance: float) -> bool:
+    return max(abs(x - y) for x, y in zip(a, b, strict=True)) < distance

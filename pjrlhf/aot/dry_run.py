@@ -1,0 +1,275 @@
+"""A run of shapes: the stages of a run on devices that are not here, where a program that is called is compiled and
+measured.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import os
+import pathlib
+import re
+import time
+import types
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import flax.traverse_util
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import logging
+
+from pjrlhf.algorithms import modpo
+from pjrlhf.algorithms.modpo import Modpo
+from pjrlhf.algorithms.reward import Reward
+from pjrlhf.data import synthetic as world
+from pjrlhf.data.schema import Example
+from pjrlhf.data.tokenization import TokenTable
+from pjrlhf.errors import UserError
+from pjrlhf.feedback.pairs import SIDES, Pairs
+from pjrlhf.models.config import ModelConfig
+from pjrlhf.models.families import leaf_shapes
+from pjrlhf.models.huggingface import read_config
+from pjrlhf.models.quantization import quantize_params
+from pjrlhf.models.registry import UserRegistry
+from pjrlhf.parallel.mesh import even_rows, make_mesh, row_sharding, shardings
+from pjrlhf.parallel.roofline import CHIPS, Cost, Estimate, collective_bytes, estimate, memory_bytes, product_cost
+from pjrlhf.paths import local
+from pjrlhf.rollout import reference
+from pjrlhf.runtime.context import Run
+
+FIRST_ID = 5  # of the ids that stand for text; lower ones are special
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """One compiled program.
+
+    Attributes:
+      memory: bytes on each chip at the peak, and `limit`, its HBM.
+      cost: of the matrix products, on all chips, rematerialised ones included.
+      sent: bytes that each chip sends, by kind of collective.
+      problem: why it could not be compiled, if so: it needs more memory than there is.
+    """
+
+    name: str
+    memory: int
+    limit: int
+    cost: Cost
+    sent: Mapping[str, float]
+    estimate: Estimate
+    seconds: float
+    problem: str = ""
+
+    @property
+    def fits(self) -> bool:
+        return not self.problem and self.memory <= self.limit
+
+
+class _Text:
+    """A tokenizer for a run without text: every prompt and answer is as long as it may be."""
+
+    bos_id, eos_id, pad_id, unk_id, add_bos = 1, 2, 0, None, True
+
+    def __init__(self, prompt: int, completion: int, vocab_size: int):
+        self.prompt, self.completion, self.vocab_size = prompt, completion, vocab_size
+
+    def encode_prompt(self, prompt: Any) -> list[int]:
+        return [FIRST_ID] * self.prompt
+
+    def encode_answers(self, prompt: Any, answers: Sequence[str]) -> tuple[list[int], list[list[int]]]:
+        return self.encode_prompt(prompt), [[FIRST_ID + i] * self.completion for i in range(len(answers))]
+
+
+class Planned(Run):
+    """A run on devices that are not here: parameters are shapes, records are stand-ins of the greatest length, and a
+    program that is called is compiled and measured.
+    """
+
+    def __init__(self, config: Any, topology: str):
+        super().__init__(config, types.SimpleNamespace(path=pathlib.Path("planned")))
+        self.chip, self.devices = devices_of(topology)
+        self.mesh = make_mesh(config.mesh, self.devices)
+        self.steps: list[Step] = []
+        self.naming = "step"
+
+    # ---- the devices
+
+    def create(self, make: Callable[..., Any], *arguments: Any, donate: tuple[int, ...] = ()) -> Any:
+        return self.shapes(jax.eval_shape(make, *arguments))
+
+    def shapes(self, tree: Any) -> Any:
+        """The shapes of parameters, with the shardings of `parallel.mesh.RULES`."""
+        return jax.tree.map(
+            lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), tree, shardings(self.mesh, tree)
+        )
+
+    def place(self, batch: Any) -> Any:
+        def one(x):
+            return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=row_sharding(self.mesh, x.shape[0]))
+
+        return jax.tree.map(one, batch)
+
+    def rows(self, count: int) -> dict[str, Any]:
+        """{"tokens", "valid" [count, P + C]} of the greatest length, on the mesh."""
+        whole = np.zeros((count, self.config.data.max_prompt + self.config.data.max_completion), np.int32)
+        return self.place({"tokens": whole, "valid": whole.astype(bool)})
+
+    @contextlib.contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        """Programs compiled inside are those of this part of what is planned."""
+        whole, self.naming = self.naming, f"{self.naming}: {name}"
+        yield
+        self.naming = whole
+
+    def program(self, step: Callable[..., Any], **options: Any) -> Callable[..., Any]:
+        jitted = jax.jit(step, **options)
+
+        def compiled(*arguments: Any, **keywords: Any) -> Any:
+            traced = jitted.trace(*arguments, **keywords)
+            self.steps.append(self._compiled(traced))
+            return traced.out_info
+
+        return compiled
+
+    def _compiled(self, traced: Any) -> Step:
+        limit, started = int(CHIPS[self.chip].memory), time.perf_counter()
+        cost = product_cost(traced.jaxpr.jaxpr, self.config.data.max_completion)
+        memory, sent, problem = 0, {}, ""
+        try:
+            program = traced.lower().compile()
+            memory, sent = memory_bytes(program), collective_bytes(program.as_text())
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error) and "Ran out of memory" not in str(error):
+                raise
+            found = re.search(r"Used ([\d.]+)([KMGT]) of", str(error))
+            problem = f"needs {found[1]} {found[2]}iB" if found else "needs more memory than a chip has"
+            memory = int(float(found[1]) * 1024 ** (" KMGT".index(found[2]))) if found else limit + 1
+        least = estimate(CHIPS[self.chip], len(self.devices), cost, sum(sent.values()))
+        logging.info("%s: compiled in %.0f s", self.naming, time.perf_counter() - started)
+        return Step(self.naming, memory, limit, cost, sent, least, time.perf_counter() - started, problem)
+
+    # ---- what is read from disk elsewhere
+
+    @functools.cached_property
+    def model_config(self) -> ModelConfig:
+        path = self.config.model.path
+        if path and not os.path.isdir(path) and self.config.model.vocab_size:
+            return self.sized()
+        return read_config(local(f"{path}/config.json").parent) if path else self.sized()
+
+    @functools.cached_property
+    def tokenizer(self) -> Any:
+        d, spec = self.config.data, self.config.model.tokenizer
+        trained = len(world.vocabulary(world.WORLDS[spec])) if isinstance(spec, str) else spec["vocab_size"]
+        return _Text(d.max_prompt, d.max_completion, self.config.model.vocab_size or trained)
+
+    @functools.cached_property
+    def base(self) -> Any:
+        dtype = jnp.dtype(self.config.model.param_dtype)
+        leaves = {path: jax.ShapeDtypeStruct(shape, dtype) for path, shape in leaf_shapes(self.model_config).items()}
+        tree = flax.traverse_util.unflatten_dict(leaves, sep="/")
+        return self.shapes(jax.eval_shape(quantize_params, tree) if self.config.model.quantize else tree)
+
+    base_hash = "planned"
+
+    @functools.cached_property
+    def rewarder(self) -> Any:
+        """What `stages.reward.load` reads elsewhere."""
+        K = len(self.rewards)
+        scale = {name: jax.ShapeDtypeStruct((K,), jnp.float32) for name in ("mean", "std", "low", "high")}
+        return {**Reward(self).init().trainable, **self.shapes(scale)}
+
+    def start_params(self) -> Any:
+        return self.base
+
+    @property
+    def _rows(self) -> int:
+        """Records enough for every batch."""
+        return 2 * max([64, *batch_sizes(self.config).values()])
+
+    @functools.cached_property
+    def requests(self) -> tuple[list[str], list[str]]:
+        names = [f"request {i}" for i in range(2 * self._rows)]
+        return names[: self._rows], names[self._rows :]
+
+    @functools.cached_property
+    def completions(self) -> list[Example]:
+        return [Example(prompt=request, completion="answer") for request in self.requests[0]]
+
+    def preferences(self, spec: Mapping[str, Any]) -> tuple[list[Example], str]:
+        examples = [
+            Example(prompt=request, chosen="one", rejected="other", user_id=f"user {i}", objective=name)
+            for i, request in enumerate(self.requests[0])
+            for name in self.rewards
+        ]
+        return examples, "stand-ins"
+
+
+class PlannedPairs(Pairs):
+    """Comparisons of `aot.users` people."""
+
+    def __init__(self, run: Run):
+        super().__init__(run)
+        capacity = even_rows(run.mesh, run.config.aot.users + 1) - 1
+        self.registry = UserRegistry.create(self.registry.rows, max(capacity, self.registry.capacity))
+
+    def _reference(self, table: TokenTable) -> np.ndarray:
+        return np.zeros((len(table), len(SIDES)), np.float32)
+
+
+class PlannedModpo(Modpo):
+    """What is asked of each pair before training is compiled, and then made up."""
+
+    def _raw(self, table: TokenTable) -> np.ndarray:
+        compile_rewards(self.run)
+        return np.zeros((len(table), len(SIDES), len(self.run.rewards)), np.float32)
+
+    def _reference(self, table: TokenTable) -> np.ndarray:
+        compile_reference(self.run, self.run.sample_rows)
+        return np.zeros((len(table), len(SIDES)), np.float32)
+
+
+def compile_reference(run: Planned, count: int) -> None:
+    """The log-probs of `count` answers under the reference."""
+    sums = functools.partial(reference.summed_logps, run.model, run.adapter, prompt_slots=run.config.data.max_prompt)
+    with run.part("reference"):
+        run.program(sums)(run.base, **run.rows(count))
+
+
+def compile_rewards(run: Planned) -> None:
+    """The rewards of `run.sample_rows` answers by all reward models."""
+    with run.part("rewards"):
+        run.program(functools.partial(modpo.scores, run))(run.rewarder, run.base, **run.rows(run.sample_rows))
+
+
+def batch_sizes(config: Any) -> dict[str, int]:
+    """Dotted key -> how many rows a step takes."""
+    flat = flax.traverse_util.flatten_dict(config.to_dict(), sep=".")
+    return {key: value for key, value in flat.items() if key.endswith((".batch_size", ".rollouts"))}
+
+
+@functools.cache
+def devices_of(topology: str) -> tuple[str, Sequence[Any]]:
+    """(kind of chip, its devices) of a name such as v5e:4x4.
+
+    Raises:
+      UserError: a chip we know no figures of, or a topology that there is not, or no TPU compiler is installed.
+    """
+    from jax.experimental import topologies
+
+    kind = topology.partition(":")[0]
+    if kind not in CHIPS or ":" not in topology:
+        raise UserError(f"--aot={topology}: give chip:shape, for example v5e:4x4; chips are {', '.join(CHIPS)}")
+    # The compiler needs no TPU, and so neither the cluster's metadata nor to be alone on this machine.
+    os.environ |= {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
+    try:
+        # Of the chips with two cores, both work as one device.
+        whole = {"chip_config_name": "megacore"} if kind in ("v4", "v5p") else {}
+        return kind, topologies.get_topology_desc(topology, "tpu", **whole).devices
+    except (RuntimeError, ValueError, NotImplementedError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"--aot={topology}: there is no such topology, or no TPU compiler here ({reason}); check the shape, and "
+            "pip install 'pjrlhf[tpu]'"
+        ) from error

@@ -1,0 +1,223 @@
+"""Ahead-of-time compilation: every step of a run, compiled for chips that are not here, on shapes in place of arrays.
+
+`python -m pjrlhf.main --config=FILE --aot=v5e:4x4` needs neither the TPUs nor the data nor the weights; it says what
+each step takes of a chip's memory and the least time it can take, and how to make fit what does not.
+"""
+
+import functools
+import re
+import sys
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+from pjrlhf.algorithms import methods, ric
+from pjrlhf.algorithms.pdpo import Preference
+from pjrlhf.algorithms.policies import Policy, settings_of
+from pjrlhf.algorithms.reward import Reward
+from pjrlhf.algorithms.sft import Sft
+from pjrlhf.aot import dry_run as planned
+from pjrlhf.aot.dry_run import Planned, PlannedModpo, PlannedPairs, Step, compile_reference, compile_rewards
+from pjrlhf.errors import UserError
+from pjrlhf.parallel.mesh import even_rows
+from pjrlhf.parallel.roofline import CHIPS
+from pjrlhf.rollout.experience import reward_scores, sample
+
+# ---- which programs a stage runs
+
+
+def _step(method: Any) -> None:
+    method.step(method.init(), next(method.batches))
+
+
+def _sft(run: Planned) -> None:
+    _step(Sft(run))
+
+
+def _reward(run: Planned) -> None:
+    _step(Reward(run))
+
+
+def _policy(run: Planned, settings: Any = None) -> None:
+    rewarder = run.rewarder
+    method = Policy(run, settings or settings_of(run), rewarder)
+    state, batch = method.init(), next(method.batches)
+    arrays = run.place({key: x.swapaxes(0, 1).reshape(-1, *x.shape[2:]) for key, x in batch.items()})
+    prompt = {"prompt": arrays["prompt"], "valid": arrays["valid"]}
+    plain = {"prompt": arrays["reward_prompt"], "valid": arrays["reward_valid"]}
+    static = run.model, run.adapter
+    mix = arrays["weights"] if method.goals.mix == "weights" else jnp.eye(len(method.goals.policies))
+    with run.part("rollout"):
+        draw = run.program(functools.partial(sample, *static, method.sampling))
+        response = run.place(draw(run.base, state.trainable["bank"], mix, prompt, run.key))
+    with run.part("rewards"):
+        objectives = arrays["objectives"] if method.goals.objectives is None else jnp.asarray(method.goals.objectives)
+        score = run.program(functools.partial(reward_scores, *static, scale=method.settings.scale))
+        score(run.base, rewarder, objectives, plain, response)
+    with run.part("whole step"):
+        method.step(state, batch)
+
+
+def _preference(run: Planned) -> None:
+    pairs, config = PlannedPairs(run), run.config.preference
+    if any(entry.get("head", "policy") == "policy" for entry in config.models.values()):
+        compile_reference(run, even_rows(run.mesh, 2 * config.batch_size))
+    for entry in config.models:
+        if config.models[entry]["kind"] == "soup":
+            continue  # its step is that of another bank's run
+        with run.part(entry):
+            _step(Preference(run, entry, pairs))
+
+
+def _modpo(run: Planned, settings: Any) -> None:
+    method = PlannedModpo(run, settings)
+    with run.part("step"):
+        _step(method)
+
+
+def _ric(run: Planned, settings: Any) -> None:
+    d, sampling = run.config.data, run.sampling()
+    tokens = np.zeros((run.sample_rows, d.max_prompt), np.int32)
+    prompt = run.place({"prompt": tokens, "valid": tokens.astype(bool)})
+    draw = run.program(functools.partial(sample, run.model, run.adapter, sampling))
+    with run.part("rollout of the base"):
+        draw(run.base, None, None, prompt, run.key)
+    compile_rewards(run)
+    scores = [0.5] * len(run.objectives)
+    answers = [{"request": request, "text": "answer", "scores": scores} for request in run.requests[0]]
+    method = ric.Ric(run, settings, ric.stated(run, settings, answers, run.naming), settings.steps)
+    with run.part("step"):
+        _step(method)
+    if settings.rounds:
+        with run.part("rollout"):
+            draw(run.base, method.init().trainable, jnp.ones((run.sample_rows, 1)), prompt, run.key)
+
+
+def _methods(run: Planned) -> None:
+    trainers = {"policy": _policy, "modpo": _modpo, "ric": _ric}
+    for entry in run.config.methods:
+        if trainer := methods.entry(run, entry).get("train", "policy"):
+            run.naming = f"methods/{entry}"
+            trainers[trainer](run, methods.settings_of(run, entry))
+
+
+PLANS = {"sft": _sft, "reward": _reward, "policy": _policy, "preference": _preference, "methods": _methods}
+
+
+def plan(config: Any, topology: str, stages: Sequence[str] = ()) -> list[Step]:
+    """Compiles the steps of a run for `topology` ("v5e:4x4").
+
+    Args:
+      config: as of a run; `aot.users` is how many people to reckon with. Of `model.path` only config.json is read, and
+        where there is no such folder the dimensions in `model` count.
+      stages: those of the run by default. Sampling and judging in evaluations is that of the stage policy.
+
+    Raises:
+      UserError: an unknown topology, or a batch that the mesh cannot share.
+    """
+    found = []
+    for stage in stages or [name for name in config.stages if name in PLANS]:
+        run = Planned(config, topology)
+        run.naming = stage
+        PLANS[stage](run)
+        found += run.steps
+    return found
+
+
+def remedies(config: Any) -> Iterator[tuple[str, ConfigDict]]:
+    """(flags, config with them) that take less memory, the ones that cost least first."""
+    changes: list[dict[str, Any]] = []
+    if config.model.remat != "full":
+        changes.append({"model.remat": "full"})
+    if config.model.param_dtype == "float32":
+        changes.append({"model.param_dtype": "bfloat16"})
+    mesh = config.mesh.to_dict()
+    if mesh.get("data") != 1:
+        changes.append({"mesh.data": 1, "mesh.fsdp": -1})
+    sizes = planned.batch_sizes(config).items()
+    # Entries of `methods` have the settings of these where they do not say otherwise.
+    sections = {*config.stages, *(methods.TRAINERS if "methods" in config.stages else ())}
+    changes.append({key: n // 2 for key, n in sizes if n > 1 and key.split(".")[0] in sections})
+    changes.append({"data.max_completion": config.data.max_completion // 2})
+    for many in (changes[:1], *([change] for change in changes[1:]), changes[:4]):
+        merged = {key: value for change in many for key, value in change.items()}
+        changed = config.copy_and_resolve_references()
+        with changed.ignore_type():
+            changed.update_from_flattened_dict(merged)
+        yield " ".join(f"--config.{key}={value}" for key, value in merged.items()), changed
+
+
+def remedy(config: Any, topology: str, step: Step) -> str:
+    """Which flags make `step` fit, tried by compiling; or that none of those known does."""
+    stage = re.split(r"[:/]", step.name)[0]
+    for flags, changed in remedies(config):
+        try:
+            found = {one.name: one for one in plan(changed, topology, [stage])}
+        except UserError:
+            continue  # a batch too small for the mesh
+        if step.name in found and found[step.name].fits:
+            return f"with {flags} it fits ({found[step.name].memory / 2**30:.1f} GiB)"
+    return (
+        "none of remat, bfloat16 parameters, more fsdp, half the batch or half the answer makes it fit; use more chips"
+    )
+
+
+def report(config: Any, topology: str) -> list[dict[str, Any]]:
+    """Plans the run, prints a table, and returns its rows.
+
+    Raises:
+      UserError: a step does not fit; the message says what would make it fit.
+    """
+    from rich.console import Console
+    from rich.table import Table
+
+    steps = plan(config, topology)
+    if not steps:
+        raise UserError(f"--aot: none of the stages {', '.join(config.stages)} has a step to compile")
+    chip, chips = CHIPS[topology.partition(":")[0]], len(planned.devices_of(topology)[1])
+    table = Table(title=f"{config.title or 'run'} on {topology}, {chips} chips", title_justify="left")
+    for name in (
+        "step",
+        "GiB per chip",
+        "TFLOP per chip",
+        "GB sent per chip",
+        "least ms",
+        "bound by",
+        "products' share",
+    ):
+        table.add_column(name, justify="left" if name in ("step", "bound by") else "right")
+    rows = []
+    for step in steps:
+        row = {
+            "step": step.name,
+            "gib_per_chip": round(step.memory / 2**30, 2),
+            "gib_limit": round(step.limit / 2**30, 2),
+            "tflop_per_chip": round(step.cost.flops / chips / 1e12, 3),
+            "gb_sent_per_chip": {kind: round(value / 1e9, 3) for kind, value in step.sent.items()},
+            "least_ms": round(1e3 * step.estimate.seconds, 2),
+            "bound": step.estimate.bound,
+            "peak_share": round(step.cost.flops / chips / chip.flops / step.estimate.seconds, 3),
+            "compile_seconds": round(step.seconds, 1),
+            "fits": step.fits,
+        }
+        rows.append(row)
+        table.add_row(
+            step.name,
+            f"{row['gib_per_chip']} of {row['gib_limit']}",
+            str(row["tflop_per_chip"]),
+            f"{sum(step.sent.values()) / 1e9:.2f}",
+            str(row["least_ms"]),
+            row["bound"],
+            f"{100 * row['peak_share']:.0f} %",
+        )
+    Console(width=None if sys.stdout.isatty() else 140).print(table)  # a log file has no width of its own
+    for step in steps:
+        if not step.fits:
+            raise UserError(
+                f"{step.name}: {step.memory / 2**30:.1f} GiB on a chip of {step.limit / 2**30:.1f} ({topology}); "
+                f"{remedy(config, topology, step)}"
+            )
+    return rows

@@ -1,0 +1,138 @@
+"""The comparisons of a run of user models: tokens, reference log-probs, and who said so."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from pjrlhf.data.batching import split_by
+from pjrlhf.data.schema import Example, Prompt
+from pjrlhf.data.tokenization import TokenTable
+from pjrlhf.errors import UserError
+from pjrlhf.models.registry import UserRegistry
+from pjrlhf.parallel.mesh import even_rows
+from pjrlhf.runtime.context import Run
+
+SIDES = ("chosen", "rejected")
+PARTS = ("train", "heldout", "new_users")
+# What is never on both sides of the split: a prompt, or a pair of answers whoever compared them and however.
+SPLITS: dict[str, Callable[[Example], str]] = {
+    "prompt": lambda example: repr(example.prompt),
+    "pair": lambda example: repr((example.prompt, sorted((example.chosen, example.rejected)))),
+}
+
+
+def with_text(prompt: Prompt, text: str) -> Prompt:
+    """`prompt` after `text`; in a conversation the text stands in the last message, the one to answer."""
+    if isinstance(prompt, str):
+        return f"{text}\n{prompt}"
+    return [*prompt[:-1], {**prompt[-1], "content": f"{text}\n{prompt[-1]['content']}"}]
+
+
+def _told(example: Example, text: str | None) -> Example:
+    if text is None:
+        raise UserError(f"{example.where}: no user_text; give every record one, or set user_text=False")
+    return dataclasses.replace(example, prompt=with_text(example.prompt, text))
+
+
+def split(examples: Sequence[Example], config: Any, seed: int) -> dict[str, list[Example]]:
+    """Records in parts "train" and "heldout", of the same people, and, where a share of the people is new, "new_users",
+    theirs: `extra["held_out"]` says on which side their prompt or pair is. No prompt (or pair) is in two parts but for
+    those new users have in common with others, and no new person is anywhere else.
+
+    Args:
+      config: `split`, `heldout_share` and `new_user_share` of the section `preference`.
+
+    Raises:
+      UserError: an unknown split, a share out of range, or a part that is left empty.
+    """
+    if config.split not in SPLITS:
+        raise UserError(f"preference.split {config.split!r}: unknown; choose {' or '.join(SPLITS)}")
+    keys = [SPLITS[config.split](example) for example in examples]
+    held = set(split_by(keys, config.heldout_share, seed)[1].tolist())
+    new: set[int] = set()
+    if config.new_user_share:
+        new = set(split_by([example.user_id for example in examples], config.new_user_share, seed)[1].tolist())
+    parts: dict[str, list[Example]] = {name: [] for name in PARTS if new or name != "new_users"}
+    for i, example in enumerate(examples):
+        if i in new:
+            extra = {**example.extra, "held_out": i in held}
+            parts["new_users"].append(dataclasses.replace(example, extra=extra))
+        else:
+            parts["heldout" if i in held else "train"].append(example)
+    for name, part in parts.items():
+        if not part:
+            raise UserError(
+                f"preference: no record is left for part {name!r}; change preference.heldout_share or new_user_share"
+            )
+    trained, tested = ({SPLITS[config.split](e) for e in parts[name]} for name in ("train", "heldout"))
+    if trained & tested or {e.user_id for e in parts.get("new_users", ())} & {e.user_id for e in parts["train"]}:
+        raise RuntimeError(f"a {config.split} or a new person is both trained on and held out")
+    return parts
+
+
+class Pairs:
+    """The comparisons of a run: tokens, reference log-probs, and who said so, in training and held-out parts.
+
+    Args:
+      user_text: put what each person says about themselves before the prompt, for whoever answers it: the user's
+        policy, the generic user and the reference read the same text (P-RLHF, arXiv 2402.05133, section 4.2).
+      permuted_text: in the training part, everybody's pairs carry the text of somebody else's: the control.
+
+    Raises:
+      UserError: records without `user_id` (or `user_text` where it is asked for), or that cannot be split.
+    """
+
+    def __init__(self, run: Run, *, user_text: bool = False, permuted_text: bool = False):
+        self.run = run
+        config, data = run.config.preference, run.config.preference.data
+        if data == "population":
+            folder, lengths = run.workdir.path / "population", run.sampled_lengths
+            specs = {name: {"kind": "jsonl", "path": str(folder / f"{name}.jsonl")} for name in PARTS}
+            parts = {name: run.preferences(spec) for name, spec in specs.items()}
+        else:
+            lengths = run.lengths
+            examples, source = run.preferences(data)
+            if run.config.data.chat:  # as every other request of the run is asked
+                asked = [run.ask(e.prompt) if isinstance(e.prompt, str) else e.prompt for e in examples]
+                examples = [dataclasses.replace(e, prompt=p) for e, p in zip(examples, asked, strict=True)]
+            parts = {name: (part, source) for name, part in split(examples, config, run.config.seed).items()}
+        names = [example.user_id for example in parts["train"][0]]
+        if None in names:
+            raise UserError(f"{parts['train'][0][names.index(None)].where}: no user_id; give every record one")
+        if user_text:
+            rng = np.random.default_rng(run.config.seed)
+            for name, (examples, source) in parts.items():
+                order = rng.permutation(len(examples)) if permuted_text and name == "train" else range(len(examples))
+                told = [_told(e, examples[i].user_text) for e, i in zip(examples, order, strict=True)]
+                parts[name] = (told, source)
+        self.tables = {name: run.tokenized(examples, lengths, source) for name, (examples, source) in parts.items()}
+        people = dict.fromkeys(e.user_id for e in self.tables["train"].examples)
+        self.registry = UserRegistry.create(people, even_rows(run.mesh, len(people) + 1) - 1)  # tables are split by row
+        self.reference = {name: self._reference(table) for name, table in self.tables.items()}
+
+    def _reference(self, table: TokenTable) -> np.ndarray:
+        return self.run.reference(table, even_rows(self.run.mesh, 2 * self.run.config.preference.batch_size))
+
+    def users(self, name: str) -> np.ndarray:
+        """Row in the user table of each pair's person, int32 [N]; 0 for people who were not trained on."""
+        return self.registry.indices([example.user_id for example in self.tables[name].examples])
+
+    def collate(self, name: str, users: np.ndarray, rows: Sequence[Any], user_slots: int = 0) -> Any:
+        """A batch of B pairs of part `name` with `users` [N] as the people who said so.
+
+        {"rows": see `data.packing.pack`, pair b having answers 2 b, chosen, and 2 b + 1, rejected; "index" int32 [B],
+        rows of the table; "user" int32 [B]; "reference" float32 [B, 2]; "counts" float32 [B, 2], scored tokens;
+        "margin" float32 [B]}.
+        """
+        index = np.array([row["index"] for row in rows], np.int32)
+        answers = [[row[side] for side in SIDES] for row in rows]
+        return {
+            "rows": self.run.pack([row["prompt"] for row in rows], answers, user_slots=user_slots),
+            "index": index,
+            "user": users[index],
+            "reference": self.reference[name][index],
+            "counts": np.array([[len(answer) for answer in pair] for pair in answers], np.float32),
+            "margin": np.array([row["margin"] or 0.0 for row in rows], np.float32),
+        }

@@ -1,0 +1,123 @@
+"""A population with conflicting tastes: comparisons of two answers, each labelled by one person. The answers are the
+base's, or those of your own pairs.
+
+Every person draws one taste (a preference of the registry) once, as in the conflicting-length experiment of P-RLHF
+(arXiv 2402.05133, section 5.1), and labels pairs by it. Three files: people who are trained on, the same people on
+held-out prompts, and new people.
+"""
+
+import dataclasses
+import random
+from typing import Any
+
+import jax
+import numpy as np
+from absl import logging
+
+from pjrlhf.data.schema import Example
+from pjrlhf.errors import UserError
+from pjrlhf.feedback.comparisons import preference_record
+from pjrlhf.feedback.pairs import SIDES
+from pjrlhf.parallel.processes import by_first
+from pjrlhf.runtime.answers import sample_base
+from pjrlhf.runtime.context import Run
+from pjrlhf.training.workdir import disk_errors, write_lines
+
+TRAIN, HELDOUT, NEW = "train.jsonl", "heldout.jsonl", "new_users.jsonl"
+Triple = tuple[str, str, str]  # a request and two answers
+
+
+def tastes(names: tuple[str, ...], shares: tuple[float, ...], count: int, rng: random.Random) -> list[str]:
+    """`count` tastes in the given shares, as exactly as whole people allow, in random order."""
+    bounds = [round(count * sum(shares[: i + 1]) / sum(shares)) for i in range(len(shares))]
+    drawn = [name for name, low, high in zip(names, [0, *bounds], bounds, strict=False) for _ in range(high - low)]
+    return rng.sample(drawn, len(drawn))
+
+
+def given_pairs(run: Run) -> list[Triple]:
+    """The pairs of `population.data` that fit into the lengths of the run and of which at least
+    `population.whole_answers` fit without being cut off; which answer the source calls chosen does not matter. Answers
+    are judged whole, also where the run reads only their beginning (`data.long_completion`).
+
+    Raises:
+      UserError: no pair is left.
+    """
+    examples, name = run.preferences(run.config.population.data)
+    examples = [dataclasses.replace(example, prompt=_text(example), extra={}) for example in examples]
+    asked = [dataclasses.replace(example, prompt=run.ask(example.prompt)) for example in examples]
+    table = run.tokenized(asked, run.lengths, name)
+    whole = sum(np.array([ids[-1] == run.tokenizer.eos_id for ids in table.tokens[side]]) for side in SIDES)
+    enough = run.config.population.whole_answers
+    fits = {example.where for example, count in zip(table.examples, whole, strict=True) if count >= enough}
+    logging.info("%s: %d of %d pairs have at least %d whole answers", name, len(fits), len(table), enough)
+    if not fits:
+        raise UserError(
+            f"population.data: none of {len(table)} pairs has {enough} answers of at most {run.lengths.completion} "
+            "tokens; raise data.max_completion, or lower population.whole_answers"
+        )
+    return [(e.prompt, e.chosen, e.rejected) for e in examples if e.where in fits]
+
+
+def _text(example: Example) -> str:
+    if not isinstance(example.prompt, str):
+        raise UserError(f"{example.where}: the prompt is a conversation; requests must be text here")
+    return example.prompt
+
+
+def _sampled(run: Run, requests: list[str], key: jax.Array) -> list[Triple]:
+    """Two answers of the base to every request."""
+    texts = sample_base(run, [run.ask(request) for request in requests] * 2, key, "population")
+    return list(zip(requests, texts[: len(requests)], texts[len(requests) :], strict=True))
+
+
+def run(run: Run) -> dict[str, Any]:
+    """Writes <workdir>/population/{train,heldout,new_users}.jsonl: TRL preference records with `user_id` and
+    `taste`.
+
+    Raises:
+      UserError: `population.data` cannot be used, or has no pair on one side of the split by prompt.
+    """
+    config = run.config.population
+    rng = random.Random(run.config.seed + 1)
+    people = {f"user{i:02d}": taste for i, taste in enumerate(tastes(config.tastes, config.shares, config.users, rng))}
+    strangers = {
+        f"new{i:02d}": taste for i, taste in enumerate(tastes(config.tastes, config.shares, config.new_users, rng))
+    }
+    train, held = run.requests
+    given = None if config.data == "base" else given_pairs(run)
+    folder = run.workdir.stage("population")
+    ties = {}
+    plans = (
+        (TRAIN, people, train, config.pairs_per_user),
+        (HELDOUT, people, held, config.heldout_pairs_per_user),
+        (NEW, strangers, train + held, config.new_pairs_per_user),
+    )
+    for number, (name, crowd, requests, pairs) in enumerate(plans):
+        if given is None:
+            users = [user for user in crowd for _ in range(pairs)]
+            triples = _sampled(run, [rng.choice(requests) for _ in users], jax.random.fold_in(run.key, 50 + number))
+        else:
+            known = set(requests)
+            usable = [triple for triple in given if triple[0] in known]
+            if not usable:
+                raise UserError(
+                    f"population.data: none of {len(given)} pairs belongs to {name}; its prompts must be those of "
+                    "data.prompts"
+                )
+            # Nobody labels a pair twice, so a small source gives fewer than asked for.
+            drawn = {user: rng.sample(usable, min(pairs, len(usable))) for user in crowd}
+            users = [user for user in crowd for _ in drawn[user]]
+            triples = [triple for user in crowd for triple in drawn[user]]
+        records, ties[name] = [], 0
+        for user, (request, a, b) in zip(users, triples, strict=True):
+            gap = run.score(request, a, crowd[user]) - run.score(request, b, crowd[user])
+            if abs(gap) <= 1e-9 or not a.strip() or not b.strip():
+                ties[name] += 1
+                continue
+            chosen, rejected = (a, b) if gap > 0 else (b, a)
+            columns = {"user_id": user, "taste": crowd[user], "held_out": request in held}
+            records.append(preference_record(run, request, chosen, rejected, **columns))
+        with disk_errors(folder / name):
+            by_first(write_lines)(folder / name, records)
+    found = {"people": people, "new_people": strangers, "ties": ties}
+    return found if given is None else found | {"given_pairs": len(given)}

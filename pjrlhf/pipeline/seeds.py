@@ -1,0 +1,68 @@
+"""The same run with several seeds, one after the other, and a report of their means."""
+
+import json
+from typing import Any
+
+import numpy as np
+from absl import logging
+
+from pjrlhf.errors import UserError
+from pjrlhf.evaluation.report import write_report
+from pjrlhf.evaluation.statistics import mean_interval
+from pjrlhf.parallel.processes import by_first
+from pjrlhf.pipeline import stages
+from pjrlhf.training.workdir import Workdir, disk_errors
+
+METRICS = (
+    *("hypervolume", "spearman", "tau", "prompt_tau", "mse", "mip"),
+    *("eum", "sparsity", "dominated", "violations", "seconds"),
+)
+
+
+def run(config: Any, workdir: Workdir) -> None:
+    """Runs `config` once for every one of `config.seeds` in <workdir>/seed<n>; writes <workdir>/report.
+
+    Raises:
+      UserError: seeds given twice, or stages that do not end in `evaluate_front`.
+    """
+    seeds = tuple(config.seeds)
+    if len(set(seeds)) < len(seeds):
+        raise UserError(f"seeds {seeds}: one is given twice; their spread would be too small")
+    if config.stages[-1] != "evaluate_front":
+        raise UserError("seeds: only runs that end in evaluate_front can be averaged; set --config.seed instead")
+    summaries = []
+    for seed in seeds:
+        logging.info("seed %s", seed)
+        one = config.copy_and_resolve_references()
+        one.seed, one.seeds = seed, ()
+        folder = Workdir(workdir.path / f"seed{seed}")
+        stages.run(one, folder)
+        summaries.append(json.loads((folder.path / "report" / "summary.json").read_text(encoding="utf-8")))
+    with disk_errors(workdir.path / "report"):
+        by_first(write_report)(workdir.path / "report", average(summaries))
+
+
+def average(summaries: list[dict[str, Any]]) -> dict[str, Any]:
+    """One summary of several seeds: metrics as {"mean", "low", "high"} (95 %, Student's t), points as means."""
+    first = summaries[0]
+    methods = {name: _average([s["methods"][name] for s in summaries]) for name in first["methods"]}
+    for name, found in methods.items():
+        unseen = [s["methods"][name]["unseen"] for s in summaries]
+        found["unseen"] = _average(unseen) if all(unseen) else None
+        points = [s["methods"][name]["points"] for s in summaries]
+        rewards = np.mean([p["rewards"] for p in points], axis=0).tolist()
+        found["points"] = {**points[0], "rewards": rewards}
+    stage_seconds = {stage: sum(s["stage_seconds"][stage] for s in summaries) for stage in first["stage_seconds"]}
+    front = {name: np.mean([s["front"][name] for s in summaries], axis=0).tolist() for name in ("low", "high")}
+    return {
+        **{name: first[name] for name in ("title", "config", "held_out_prompts")},
+        "stage_seconds": stage_seconds,
+        "total_seconds": sum(stage_seconds.values()),
+        "front": {**first["front"], **front, "seeds": len(summaries)},
+        "methods": methods,
+    }
+
+
+def _average(values: list[dict[str, Any]]) -> dict[str, Any]:
+    found = {key: mean_interval([v[key] for v in values]) for key in METRICS if key in values[0]}
+    return found | {key: values[0][key] for key in ("samples", "edges") if key in values[0]}

@@ -1,0 +1,286 @@
+"""The evaluation of Personalized Soups (arXiv 2310.11564, section 5) on held-out prompts, and the report.
+
+Per kind of person (a combination of one preference per dimension): pairwise judgements, one criterion at a time and in
+both orders, among the base, the base told the preferences (preference prompting), RLHF on one general reward, policies
+trained for all combinations (Prompted-MORL, entries of `config.methods`), and the soup with equal weights; each
+ingredient on its own criterion; and a sweep of the weights between opposite preferences.
+"""
+
+import functools
+import itertools
+import json
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pjrlhf.algorithms import methods
+from pjrlhf.algorithms import policies as policy
+from pjrlhf.algorithms.targets import Goals
+from pjrlhf.data import preferences
+from pjrlhf.errors import UserError
+from pjrlhf.evaluation.judges import BothOrders, ScoreJudge
+from pjrlhf.evaluation.report import write_report
+from pjrlhf.evaluation.statistics import chord_gap, spearman
+from pjrlhf.evaluation.winrate import aggregate, combo_outcomes, win_rate
+from pjrlhf.parallel.processes import by_first
+from pjrlhf.runtime.answers import Row, Sampler
+from pjrlhf.runtime.context import Run
+from pjrlhf.training.workdir import disk_errors
+
+TIE = 1e-9  # scores closer than this are equal up to rounding
+
+
+def adapters(run: Run) -> tuple[Any, tuple[str, ...], tuple[str, ...]]:
+    """(the bank of all that answer, the names of its adapters, those of them that are told whole combinations): the
+    policies of the stage of that name, then the entries of `methods` for preferences of their own or combinations.
+    """
+    parts, names, prompted = [], [], []
+    if "policy" in run.config.stages:
+        parts.append(policy.load_bank(run))
+        names += run.rewards
+    for name in run.config.methods if "methods" in run.config.stages else ():
+        goals = Goals(run, methods.settings_of(run, name))
+        if goals.kind not in ("own", "combinations"):
+            raise UserError(f"methods.{name}: kind {goals.kind!r} has no place among combinations; use evaluate_front")
+        parts.append(policy.load_bank(run, methods.folder(name), goals.adapters))
+        own = goals.adapters if goals.kind == "own" else (name,)
+        prompted += own if goals.kind == "combinations" else ()
+        names += own
+    if missing := [name for name in run.objectives if name not in names]:
+        raise UserError(
+            f"evaluate: nothing is trained for {missing[0]!r}; add the stage policy, or an entry of methods"
+        )
+    return jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *parts), tuple(names), tuple(prompted)
+
+
+def scaling(run: Run, rates: Mapping[str, Any]) -> dict[str, Any]:
+    """What adding preferences took: `evaluate.scaling` names, for each method, the entries trained when they came."""
+    found = {}
+    for method, entries in run.config.evaluate.scaling.items():
+        info = [run.workdir.finished(methods.folder(name)) for name in entries]
+        found[method] = {
+            "samples": sum(one["samples"] for one in info),
+            "seconds": sum(one["seconds"] for one in info),
+            "ingredients_trained": sum(len(one["ingredients"]) for one in info),
+        }
+    return {"new": list(run.config.evaluate.new_preferences), "methods": found, "win_rate": rates}
+
+
+class Evaluation:
+    """Everything the report says about one run."""
+
+    def __init__(self, run: Run):
+        self.run, self.config = run, run.config.evaluate
+        bank, self.names, self.prompted = adapters(run)
+        self.requests = run.requests[1]
+        self.sample = Sampler(run, bank)
+        self.scorer = ScoreJudge(run.score, TIE)
+        self.judge = BothOrders(self.scorer)
+        self.combos = preferences.combinations(run.registry, run.objectives)
+        self.rate = functools.partial(win_rate, resamples=self.config.resamples, seed=run.config.seed)
+
+    def weights(self, **given: float) -> tuple[float, ...]:
+        """A row of `mix` with the named policies' weights."""
+        return tuple(float(given.get(name, 0.0)) for name in self.names)
+
+    def scores(self, texts: Sequence[str], criterion: str) -> float:
+        """Mean score of answers to the held-out requests (repeated as often as needed)."""
+        repeats = len(texts) // len(self.requests)
+        return float(self.scorer.scores(self.requests * repeats, texts, criterion).mean())
+
+    # ---- eight kinds of people
+
+    def methods(self, combo: tuple[str, ...]) -> dict[str, tuple[str, tuple[float, ...]]]:
+        """Method -> (what its prompt states, weights of the policies) for one kind of person."""
+        share = self.config.weight_scale / len(combo)
+        soup = self.weights(**dict.fromkeys(combo, share))
+        weights = {"base": self.weights(), "prompting": self.weights(), "soups": soup, "soups_untold": soup}
+        if self.run.config.general:
+            weights["rlhf"] = self.weights(**{self.run.config.general: 1.0})
+        weights |= {name: self.weights(**{name: 1.0}) for name in self.prompted}
+        told = {"prompting", *self.prompted, *self.config.told}
+        if "soups" not in told:
+            del weights["soups_untold"]
+        words = preferences.sentences(self.run.registry, combo)
+        if not words.strip():
+            # Nothing can be said to this model, so prompting is the base.
+            del weights["prompting"]
+        return {name: (words if name in told else "", mix) for name, mix in weights.items()}
+
+    def people(self) -> dict[str, Any]:
+        """The sections win_rate, win_rate_average, combos, ablation and position_consistency, and sample answers."""
+        repeats = self.config.samples_per_prompt
+        plans = {combo: self.methods(combo) for combo in self.combos}
+        keys = [(combo, method) for combo in self.combos for method in plans[combo]]
+        rows = [
+            Row(request, *plans[combo][method])
+            for combo, method in keys
+            for _ in range(repeats)
+            for request in self.requests
+        ]
+        texts = self.sample(rows, 40)
+        size = repeats * len(self.requests)
+        answers = {key: texts[i * size : (i + 1) * size] for i, key in enumerate(keys)}
+
+        methods = list(plans[self.combos[0]])
+        outcomes: dict[tuple[str, str], list[np.ndarray]] = {}
+        combos: dict[str, Any] = {}
+        for combo in self.combos:
+            table: dict[str, Any] = {method: {} for method in methods if method != "soups_untold"}
+            for a, b in itertools.combinations(methods, 2):
+                verdicts = combo_outcomes(
+                    self.judge, self.requests * repeats, answers[combo, a], answers[combo, b], combo
+                )
+                result = aggregate(verdicts).reshape(repeats, len(self.requests)).T  # the prompt comes first
+                outcomes.setdefault((a, b), []).append(result)
+                outcomes.setdefault((b, a), []).append(-result)
+                if a in table and b in table:
+                    table[a][b], table[b][a] = self.rate(result), self.rate(-result)
+            combos["+".join(combo)] = table
+        pooled = {pair: np.concatenate(parts, axis=1) for pair, parts in outcomes.items()}
+        shown = [method for method in methods if method != "soups_untold"]
+        rates = {a: {b: self.rate(pooled[a, b]) for b in shown if b != a} for a in shown}
+        average = {
+            a: self.rate(np.concatenate([pooled[a, b] for b in shown if b != a], axis=1))
+            for a in shown
+            if len(shown) > 1
+        }
+        samples = [
+            {
+                "combo": "+".join(combo),
+                "prompt": request,
+                "answers": {method: answers[combo, method][i] for method in shown},
+            }
+            for combo in self.combos
+            for i, request in enumerate(self.requests[: self.config.shown])
+        ]
+        sections = {
+            "win_rate": rates,
+            "win_rate_average": average,
+            "combos": combos,
+            "position_consistency": self.judge.consistency,
+        }
+        if "soups_untold" in methods:
+            sections["ablation"] = {"soups_untold": {b: self.rate(pooled["soups_untold", b]) for b in shown}}
+        return {"sections": sections, "samples": samples}
+
+    # ---- ingredients
+
+    def ingredients(self) -> dict[str, Any]:
+        """Each policy alone against the base by its own criterion, two plain answers per held-out request."""
+        requests = self.requests * 2
+        rows = [Row(request, "", self.weights()) for request in requests]
+        names = [name for name in self.names if name not in self.prompted]
+        for name in names:
+            rows += [Row(request, "", self.weights(**{name: 1.0})) for request in requests]
+        texts = self.sample(rows, 41)
+        size = len(requests)
+        base = texts[:size]
+        kl = _last_values(self.run, "objective/kl")
+        found = {}
+        for k, name in enumerate(names):
+            own = texts[(k + 1) * size : (k + 2) * size]
+            verdicts = combo_outcomes(self.judge, requests, own, base, (name,))[:, 0]
+            found[name] = {
+                "win_rate_vs_base": self.rate(verdicts.reshape(2, -1).T),
+                "kl": kl.get(name),
+                "length": float(np.mean([len(text.split()) for text in own])),
+                "score": self.scores(own, name),
+                "base_score": self.scores(base, name),
+            }
+        return found
+
+    # ---- weights
+
+    def sweep(self) -> dict[str, Any]:
+        """From one end of every two-sided dimension to the other in equal steps, the prompt telling nothing."""
+        grid = np.linspace(0.0, 1.0, self.config.sweep_points)
+        groups = preferences.dimensions(self.run.registry, self.run.objectives)
+        pairs = {dimension: ends for dimension, ends in groups.items() if len(ends) == 2}
+        rows = [
+            Row(request, "", self.weights(**{low: 1.0 - w, high: w}))
+            for low, high in pairs.values()
+            for w in grid
+            for request in self.requests * self.config.sweep_samples
+        ]
+        texts = iter(self.sample(rows, 42)) if rows else iter(())
+        size = len(self.requests) * self.config.sweep_samples
+        found = {}
+        for dimension, (low, high) in pairs.items():
+            answers = [list(itertools.islice(texts, size)) for _ in grid]
+            scores = {name: [self.scores(at, name) for at in answers] for name in (low, high)}
+            # Each score is set against the weight of its own preference.
+            own = {low: 1.0 - grid, high: grid}
+            found[dimension] = {
+                "low": low,
+                "high": high,
+                "weights": grid.tolist(),
+                "scores": scores,
+                "length": [float(np.mean([len(text.split()) for text in at])) for at in answers],
+                "spearman": {name: spearman(own[name], scores[name]) for name in scores},
+                "chord_gap": {name: chord_gap(own[name], scores[name]) for name in scores},
+            }
+        return found
+
+
+def _last_values(run: Run, metric: str, count: int = 3) -> dict[str, float]:
+    """Mean of the last `count` logged values of a metric of the policies, wherever they were trained."""
+    values: dict[str, list[float]] = {name: [] for name in run.rewards}
+    with open(run.workdir.path / "metrics.jsonl", encoding="utf-8") as file:
+        for line in file:
+            record = json.loads(line)
+            if record["stage"] == "policy" or record["stage"].startswith("methods/"):
+                for name, seen in values.items():
+                    if (value := record.get(f"{metric}/{name}")) is not None:
+                        seen.append(value)
+    return {name: float(np.mean(seen[-count:])) for name, seen in values.items() if seen}
+
+
+def _notes(sweep: dict[str, Any]) -> list[str]:
+    """Where the soups lie against the straight line between their ends, in words."""
+    notes = []
+    for dimension, part in sweep.items():
+        for name, gap in part["chord_gap"].items():
+            side = "above" if gap["mean"] > 0 else "below"
+            notes.append(
+                f"{dimension}, {name}: the soups lie on average {abs(gap['mean']):.3f} {side} the straight line "
+                f"between their ends ({gap['min']:+.3f} to {gap['max']:+.3f})."
+            )
+    return notes
+
+
+def run(run: Run) -> dict[str, Any]:
+    """Evaluates the run on its held-out prompts; writes <workdir>/report."""
+    started = time.perf_counter()
+    evaluation = Evaluation(run)
+    people = evaluation.people()
+    ingredients = evaluation.ingredients()
+    sweep = evaluation.sweep()
+    stages = {name: run.workdir.finished(name) for name in run.config.stages}
+    seconds = {name: info["seconds"] for name, info in stages.items() if info}
+    seconds["evaluate"] = time.perf_counter() - started
+    models = (stages.get("reward") or {}).get("models", {})
+    summary = {
+        "title": run.config.title,
+        "config": {name: run.config[name] for name in ("seed", "objectives", "general", "adapter")},
+        "stage_seconds": seconds,
+        "total_seconds": sum(seconds.values()),
+        "held_out_prompts": len(evaluation.requests),
+        "reward_models": models,
+        "ingredients": ingredients,
+        **people["sections"],
+        "sweep": sweep,
+        "notes": _notes(sweep),
+    }
+    if run.config.evaluate.get("scaling"):
+        summary["scaling"] = scaling(run, people["sections"]["win_rate"])
+    summary["config"] = json.loads(json.dumps(summary["config"], default=lambda x: x.to_dict()))
+    with disk_errors(run.workdir.path / "report"):
+        by_first(write_report)(
+            run.workdir.path / "report", summary, people["samples"], metrics=run.workdir.path / "metrics.jsonl"
+        )
+    return {"held_out_prompts": len(evaluation.requests)}

@@ -1,0 +1,172 @@
+"""How well each person is served: accuracy per user on held-out prompts, the generic user, new people, and answers.
+
+The controls stand beside every personalized figure: pooled DPO on the same data and budget, and permuted user ids.
+"""
+
+import functools
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from pjrlhf.data.schema import Example, request_of
+from pjrlhf.evaluation import surface
+from pjrlhf.evaluation.report import write_report
+from pjrlhf.evaluation.users import (
+    choice_accuracy,
+    cold_start_curve,
+    length_matched,
+    paired_gain,
+    principal_axes,
+    user_accuracy,
+)
+from pjrlhf.feedback.pairs import SIDES, Pairs
+from pjrlhf.parallel.processes import by_first
+from pjrlhf.protocols.cold_start import fit_new_users
+from pjrlhf.protocols.trained import Trained
+from pjrlhf.runtime.context import Run
+from pjrlhf.training.workdir import disk_errors
+
+
+def run(run: Run) -> dict[str, Any]:
+    """Evaluates every trained entry; writes <workdir>/report."""
+    started = time.perf_counter()
+    config, models = run.config.evaluate_users, run.config.preference.models
+    made = functools.cache(functools.partial(Pairs, run))
+    pairs = made(user_text=False)
+    held = pairs.tables["heldout"].examples
+    groups = {e.user_id: e.extra["taste"] for e in held if e.extra.get("taste")} or None
+    settings = {"groups": groups, "resamples": config.resamples, "seed": run.config.seed}
+    summary: dict[str, Any] = {"title": run.config.title, "config": {"seed": run.config.seed}}
+    sections = ("accuracy", "gain", "choices", "length_matched", "grid", "embedding", "cold_start", "generation")
+    summary |= {section: {} for section in sections}
+    samples: list[dict[str, Any]] = []
+    prompts = list({repr(example.prompt): example.prompt for example in held}.values())[: config.generate_for]
+    # The base itself, by its own log-probs, and what surface features alone can tell.
+    score = functools.partial(_score, summary, settings=settings)
+    score("base", np.subtract(*pairs.reference["heldout"].T), None, held)
+    for name, (own, generic) in _surface(pairs).items() if config.surface else ():
+        score(name, own, generic, held)
+    for name in models:
+        trained = Trained(run, name, made(user_text=bool(models[name].get("user_text"))))
+        held = trained.pairs.tables["heldout"].examples
+        own, nobody = trained.pairs.users("heldout"), np.zeros(len(held), np.int32)
+        score(name, trained.margins("heldout", own), trained.margins("heldout", nobody), held)
+        summary["grid"][name] = _grid(trained)
+        vectors = trained.vectors()
+        if vectors is not None:
+            axes = principal_axes(vectors)
+            users = [user for user in trained.pairs.registry.names[1:] if user]
+            who = [(groups or {}).get(user) for user in users]
+            summary["embedding"][name] = {"users": users, "groups": who, "x": axes[:, 0], "y": axes[:, 1]}
+        if name in config.cold_start_models and config.cold_start:
+            found = fit_new_users(trained, config.cold_start, config.cold_start_steps, config.cold_start_learning_rate)
+            summary["cold_start"][name] = cold_start_curve(found)
+        if config.generate_for and trained.method.objective.head == "policy":
+            section, shown = _generation(trained, prompts, groups or {})
+            summary["generation"][name] = section
+            samples += shown
+    for name, against in _pooled_models(run, config.surface).items():
+        one, other = (summary["accuracy"][model]["users"] for model in (name, against))
+        options = {key: settings[key] for key in ("resamples", "seed")}
+        summary["gain"][name] = {"against": against, **paired_gain(one, other, **options)}
+    if groups:
+        counts = list(groups.values())
+        summary["ceiling"] = {"majority_share": max(counts.count(taste) for taste in set(counts)) / len(counts)}
+    stages = {name: run.workdir.finished(name) for name in run.config.stages}
+    seconds = {name: info["seconds"] for name, info in stages.items() if info}
+    seconds["evaluate_users"] = time.perf_counter() - started
+    summary |= {"stage_seconds": seconds, "total_seconds": sum(seconds.values())}
+    with disk_errors(run.workdir.path / "report"):
+        by_first(write_report)(
+            run.workdir.path / "report", summary, samples, metrics=run.workdir.path / "metrics.jsonl"
+        )
+    return {"pairs": len(held), "users": len(pairs.registry.rows)}
+
+
+def _score(
+    summary: dict[str, Any],
+    name: str,
+    own: np.ndarray,
+    generic: np.ndarray | None,
+    examples: Sequence[Example],
+    *,
+    settings: dict[str, Any],
+) -> None:
+    """Adds what the held-out margins of one model, [N] as seen by each pair's user and by the generic one, tell."""
+    names = [example.user_id for example in examples]
+    found = user_accuracy(own, names, **settings)
+    found["generic"] = found["mean"] if generic is None else user_accuracy(generic, names, **settings)["mean"]
+    summary["accuracy"][name] = found
+    lengths = [np.array([len(getattr(example, side)) for example in examples]) for side in SIDES]
+    summary["length_matched"][name] = length_matched(own, names, *lengths, **settings)
+    questions = [example.extra.get("question") for example in examples]
+    if None not in questions:
+        options = {key: settings[key] for key in ("resamples", "seed")}
+        summary["choices"][name] = choice_accuracy(own, questions, **options)
+
+
+def _surface(pairs: Pairs) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Held-out margins (own, generic) of logistic regressions on surface features, for everybody and per person."""
+    features = {}
+    for part in ("train", "heldout"):
+        rows = [(request_of(e.prompt), e) for e in pairs.tables[part].examples]
+        features[part] = np.array([surface.features(p, e.chosen) - surface.features(p, e.rejected) for p, e in rows])
+    train, held = pairs.users("train"), pairs.users("heldout")
+    found = {}
+    for name, users in (("surface", np.zeros_like(train)), ("surface_personal", train)):
+        weights = surface.fit(features["train"], users, pairs.registry.capacity)
+        found[name] = tuple(surface.margins(weights, features["heldout"], who) for who in (held, np.zeros_like(held)))
+    return found
+
+
+def _pooled_models(run: Run, surface: bool) -> dict[str, str]:
+    """The model that does not know people apart, for each that may, of the same kind of head."""
+    config = run.config.preference
+    pooled = {}
+    for name, entry in config.models.items():
+        if entry.kind == "uniform" and not entry.get("user_text"):
+            pooled.setdefault(entry.get("head", config.head), name)
+    found = {name: pooled.get(entry.get("head", config.head)) for name, entry in config.models.items()}
+    found |= {"surface_personal": "surface"} if surface else {}
+    return {name: against for name, against in found.items() if against not in (None, name)}
+
+
+def _grid(trained: Trained) -> dict[str, float]:
+    """Accuracy of seen and unseen users on seen and unseen prompts; unseen users are the generic one."""
+    pairs, most = trained.pairs, trained.run.config.evaluate_users.grid_pairs
+    hits: dict[str, list[bool]] = {}
+    for part, table in pairs.tables.items():
+        users = pairs.users(part)
+        cells: dict[str, list[int]] = {}
+        for i, example in enumerate(table.examples):
+            new = part == "heldout" or bool(example.extra.get("held_out"))
+            name = f"{'seen' if users[i] else 'unseen'}_user_{'unseen' if new else 'seen'}_prompt"
+            cells.setdefault(name, []).append(i)
+        for name, rows in cells.items():
+            # Evenly spaced, for the file is ordered by user.
+            rows = rows[:: max(1, len(rows) // most)]
+            hits.setdefault(name, []).extend(trained.margins(part, users, rows) > 0)
+    return {name: float(np.mean(shares)) for name, shares in hits.items()}
+
+
+def _generation(
+    trained: Trained, prompts: Sequence[Any], groups: dict[str, str]
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Length and judge scores of answers to `prompts` as every user, and the answers to the first prompt."""
+    run, registry = trained.run, trained.pairs.registry
+    users = [user for user in registry.names[1:] if user]
+    answers = trained.answers(prompts, users)
+    tastes = sorted(set(groups.values()))
+    plain = [request_of(prompt) for prompt in prompts]
+    section = {}
+    for user, texts in zip(users, answers, strict=True):
+        scores = {
+            taste: float(np.mean([run.score(p, text, taste) for p, text in zip(plain, texts, strict=True)]))
+            for taste in tastes
+        }
+        length = float(np.mean([len(text.split()) for text in texts]))
+        section[user] = {"group": groups.get(user), "length": length, "score": scores}
+    shown = {user: texts[0] for user, texts in zip(users, answers, strict=True)}
+    return section, [{"prompt": plain[0], "model": trained.method.name, "answers": shown}]

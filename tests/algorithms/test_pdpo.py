@@ -1,0 +1,538 @@
+"""The stage that trains user models: its objective, whose rows move, and that it resumes."""
+
+import functools
+import json
+import os
+import shutil
+import signal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from support import tiny, tiny_users
+
+from pjrlhf.algorithms import pdpo as preference
+from pjrlhf.algorithms.pdpo import (
+    Preference,
+    PreferenceConfig,
+    answer_scores,
+    pair_losses,
+    pair_rewards,
+    preference_loss,
+)
+from pjrlhf.data import synthetic as world
+from pjrlhf.errors import UserError
+from pjrlhf.feedback.pairs import Pairs, with_text
+from pjrlhf.models.huggingface import fingerprint
+from pjrlhf.models.storage import load_tree, save_tree
+from pjrlhf.objectives.preference import PAIRWISE
+from pjrlhf.protocols.trained import Trained
+from pjrlhf.training import loop
+
+
+@pytest.fixture(scope="module")
+def run(people):
+    return tiny.start(people, tiny_users.settings())
+
+
+@pytest.fixture(scope="module")
+def pairs(run):
+    return Pairs(run)
+
+
+def one_each(pairs, count):
+    """The first pair of each of the first `count` users."""
+    users = pairs.users("train").tolist()
+    return [pairs.tables["train"][users.index(user)] for user in range(1, count + 1)]
+
+
+def batch_of(pairs, rows, part="train", users=None, user_slots=0):
+    return pairs.collate(part, pairs.users(part) if users is None else users, rows, user_slots)
+
+
+def rows_of(tree):
+    """Arrays of the table that a step may donate."""
+    return jax.tree.map(lambda x: np.array(x), tree)
+
+
+# ---- the objective
+
+
+def test_training_starts_from_the_reference(people):
+    first = tiny.lines(people, "preference/pooled")[0]
+    assert first["loss"] == pytest.approx(np.log(2), abs=1e-6)
+    assert first["rewards/margins"] == pytest.approx(0, abs=1e-6)
+    # User tokens change what the policy reads: with them it does not start as the reference.
+    assert abs(tiny.lines(people, "preference/individualized")[0]["loss"] - np.log(2)) > 1e-4
+
+
+def test_the_reference_is_the_policy_without_users(run, pairs):
+    method = Preference(run, "pooled", pairs)
+    rows = [pairs.tables["train"][i] for i in range(8)]
+    batch = batch_of(pairs, rows)
+    logps = answer_scores(run.model, run.adapter, method.users, method.init().trainable, run.base, batch)
+    np.testing.assert_allclose(logps.T, pairs.reference["train"][:8], rtol=1e-5)
+    np.testing.assert_array_equal(batch["counts"], [[len(row["chosen"]), len(row["rejected"])] for row in rows])
+
+
+@pytest.fixture(scope="module")
+def doubled(run, pairs):
+    """A noisy policy of the individualized method and a batch of four pairs, each as its user and as nobody."""
+    method = Preference(run, "individualized", pairs)
+    leaves, treedef = jax.tree.flatten(method.init().trainable)
+    rng = np.random.default_rng(0)
+    trainable = treedef.unflatten([x + 0.1 * rng.standard_normal(x.shape).astype(np.float32) for x in leaves])
+    rows = one_each(pairs, 4) * 2
+
+    def part(order):
+        generic = np.array(order) >= 4
+        batch = batch_of(pairs, [rows[i] for i in order], user_slots=method.users.slots)
+        return {**batch, "generic": generic, "user": np.where(generic, 0, batch["user"])}
+
+    @jax.jit
+    def loss_and_gradient(trainable, batch):
+        config = PreferenceConfig(alpha=0.3, beta=0.5)
+        shared = (run.model, run.adapter, method.users)
+        loss, gradient = jax.value_and_grad(lambda p: preference_loss(*shared, config, p, run.base, batch)[0])(
+            trainable
+        )
+        return loss, gradient, answer_scores(*shared, trainable, run.base, batch)
+
+    return trainable, part, loss_and_gradient
+
+
+def test_the_exact_mixture_is_that_of_the_paper(doubled):
+    trainable, part, loss_and_gradient = doubled
+    batch = part(range(8))
+    loss, _, logps = loss_and_gradient(trainable, batch)
+    h = 0.5 * (np.asarray(logps, np.float64) - batch["reference"].T)
+    losses = np.log1p(np.exp(-(h[0] - h[1])))
+    assert abs(losses[:4] - losses[4:]).min() > 1e-3
+    assert loss == pytest.approx(0.3 * losses[:4].mean() + 0.7 * losses[4:].mean(), rel=1e-5)
+
+
+def test_the_mixture_does_not_depend_on_micro_batches(doubled):
+    trainable, part, loss_and_gradient = doubled
+    _, whole, _ = loss_and_gradient(trainable, part(range(8)))
+    # By kind of row, by pair, and mixed: means over a micro-batch's own groups would fit the second only.
+    for order in ([0, 1, 2, 3, 4, 5, 6, 7], [0, 4, 1, 5, 2, 6, 3, 7], [0, 1, 2, 4, 5, 6, 7, 3]):
+        gradients = [loss_and_gradient(trainable, part(order[i : i + 4]))[1] for i in (0, 4)]
+        jax.tree.map(
+            lambda x, y, z: np.testing.assert_allclose((x + y) / 2, z, rtol=1e-4, atol=1e-6), *gradients, whole
+        )
+
+
+@pytest.mark.parametrize(("loss", "head"), [("sigmoid", "policy"), ("sigmoid_norm", "policy"), ("sigmoid", "reward")])
+def test_rewards_are_what_the_loss_compares(loss, head):
+    rng = np.random.default_rng(0)
+    scores, counts = rng.normal(size=(2, 8)), rng.integers(1, 9, (8, 2)).astype(np.float32)
+    batch = {"reference": rng.normal(size=(8, 2)), "margin": np.zeros(8), "counts": counts}
+    config = PreferenceConfig(loss=loss, head=head, beta=0.7)
+    chosen, rejected = pair_rewards(config, scores, batch)
+    expected = np.log1p(np.exp(rejected - chosen))
+    np.testing.assert_allclose(pair_losses(config, scores, batch), expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("mixture", "alpha", "times"), [("exact", 0.5, 2), ("dropout", 0.0, 1)])
+def test_rows_of_a_step(run, pairs, mixture, alpha, times):
+    method = Preference(run, "individualized", pairs)
+    method.objective = PreferenceConfig(mixture=mixture, alpha=alpha)
+    state, metrics = method.step(method.init(), batch_of(pairs, one_each(pairs, 4) * 2))
+    assert metrics["loss"][1] == 8 * times
+    assert metrics["rewards/margins"][1] == 8  # the generic copies are no part of what is reported
+    # Everybody learns, and with alpha = 0 nobody has anything of their own to learn.
+    offset = state.trainable["users"]["table"]["offset"]
+    assert (np.abs(offset).max((1, 2)) > 0).tolist() == [False, *[alpha > 0] * 4]
+    assert state.trainable["bank"]["layers"]["mlp"]["up"]["b"].any()
+
+
+# ---- whose rows move
+
+
+@pytest.mark.parametrize("name", ["individualized", "cluster"])
+def test_absent_users_keep_every_bit(run, pairs, name, caplog):
+    method = Preference(run, name, pairs, steps=6 if name == "individualized" else 3)
+    rows = one_each(pairs, 4) * 2
+    two = np.where(pairs.users("train") > 2, pairs.users("train") - 2, pairs.users("train"))
+    # A first step for everybody: moments that a dense optimizer would go on to apply.
+    state, _ = method.step(method.init(), batch_of(pairs, rows))
+    before = rows_of([state.trainable["users"]["table"], state.opt_state["table"]["rows"]])
+    with jax.log_compiles():
+        state, _ = method.step(state, batch_of(pairs, rows, users=two))
+    assert "jit(_step)" not in caplog.text, "the second step was compiled again"
+    after = rows_of([state.trainable["users"]["table"], state.opt_state["table"]["rows"]])
+    for x, y in zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True):
+        assert x[3:].tobytes() == y[3:].tobytes()
+        assert (x[1:3] != y[1:3]).reshape(2, -1).any(1).all()
+
+
+def test_pooled_training_does_not_know_who_is_asking(run, pairs):
+    found = []
+    for users in (pairs.users("train"), np.zeros(len(pairs.tables["train"]), np.int32)):
+        method = Preference(run, "pooled", pairs)
+        rows = [pairs.tables["train"][i] for i in range(8)]
+        found.append(tiny.bits(method.step(method.init(), batch_of(pairs, rows, users=users))))
+    assert found[0] == found[1]
+
+
+def test_the_control_trains_on_everybodys_pairs_under_wrong_names(run, pairs):
+    own = pairs.users("train")
+    drawn = {}
+    for name in ("individualized", "permuted"):
+        method, drawn[name] = Preference(run, name, pairs), {}
+        for _ in range(2 * len(own) // 8):
+            batch = next(method.batches)
+            drawn[name] |= dict(zip(batch["index"].tolist(), batch["user"].tolist(), strict=True))
+        assert len(drawn[name]) == len(own)
+    named = {name: np.array([users[i] for i in range(len(own))]) for name, users in drawn.items()}
+    np.testing.assert_array_equal(named["individualized"], own)
+    np.testing.assert_array_equal(np.sort(named["permuted"]), np.sort(own))
+    assert (named["permuted"] != own).mean() > 0.4
+
+
+def test_people_who_were_not_trained_on_are_the_generic_user(pairs):
+    assert set(pairs.users("train")) == set(pairs.users("heldout")) == {1, 2, 3, 4}
+    assert not pairs.users("new_users").any() and len(pairs.users("new_users"))
+
+
+# ---- resuming
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stop_at", [2, 5], ids=["in the warm start", "after it"])
+def test_a_stopped_run_ends_as_the_undisturbed_one(people, tmp_path, monkeypatch, stop_at):
+    config = tiny_users.settings()
+    config.preference.models = {"cluster": config.preference.models["cluster"].to_dict()}
+    folder = tmp_path / "run"
+    shutil.copytree(people, folder, ignore=shutil.ignore_patterns("preference", "report", "metrics.jsonl"))
+    step, seen = Preference.step, []
+
+    def interrupted(self, state, batch):
+        seen.append(self)
+        if len(seen) == stop_at:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(self, state, batch)
+
+    monkeypatch.setattr(Preference, "step", interrupted)
+    with pytest.raises(loop.Interrupted, match="stopped by SIGTERM after step 2 of 3"):
+        preference.run(tiny.start(folder, config))
+    preference.run(tiny.start(folder, config))
+    assert len(seen) == 6
+    name = "preference/cluster/model.safetensors"
+    found, expected = (load_tree(path / name) for path in (folder, people))
+    assert tiny.bits(found[0]) == tiny.bits(expected[0]) and found[1] == expected[1]
+    for stage in ("preference/cluster/individualized", "preference/cluster"):
+        assert tiny.lines(folder, stage) == tiny.lines(people, stage)
+
+
+# ---- one's own records
+
+
+@pytest.fixture(scope="module")
+def base_folder(tmp_path_factory):
+    return tiny_users.save_base(tmp_path_factory.mktemp("base"))
+
+
+ANSWERS = ("it can shine .", "it can melt .")
+
+
+@pytest.fixture
+def records(tmp_path, base_folder):
+    """Settings of a run on records of two people: ann prefers the first of `ANSWERS`, bob the second."""
+    lines = [
+        {"prompt": request, "chosen": pair[0], "rejected": pair[1], "user_id": user}
+        for request in world.prompts()[:24]
+        for user, pair in (("ann", ANSWERS), ("bob", ANSWERS[::-1]))
+    ]
+    path = tiny_users.write_records(tmp_path / "records.jsonl", lines)
+
+    def settings(**changes):
+        sizes = {"data__max_prompt": 16, "data__max_completion": 8, "preference__data__path": path}
+        return tiny_users.settings("records", **sizes, model__path=str(base_folder), **changes)
+
+    return settings
+
+
+def test_own_records_are_split_by_prompt(records, tmp_path):
+    pairs = Pairs(tiny.start(tmp_path / "run", records()))
+    prompts = {name: {example.prompt for example in table.examples} for name, table in pairs.tables.items()}
+    assert set(prompts) == {"train", "heldout"} and not prompts["train"] & prompts["heldout"]
+    assert len(prompts["train"]) == 19 and len(prompts["heldout"]) == 5
+    assert len(pairs.tables["train"]) == 38 and pairs.registry.to_json() == [None, "ann", "bob"]
+
+
+def test_records_without_a_user_are_refused(records, tmp_path):
+    path = tmp_path / "records.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    tiny_users.write_records(path, [{**line, "user_id": None} for line in lines])
+    with pytest.raises(UserError, match=r"records.jsonl line .*: no user_id; give every record one"):
+        Pairs(tiny.start(tmp_path / "run", records()))
+
+
+def test_a_split_by_pair_keeps_a_pair_on_one_side(records, tmp_path):
+    pairs = Pairs(tiny.start(tmp_path / "run", records(preference__split="pair")))
+    # ann and bob judge the same pair in opposite ways: it is one pair all the same.
+    keys = {name: {(e.prompt, *sorted((e.chosen, e.rejected))) for e in t.examples} for name, t in pairs.tables.items()}
+    assert not keys["train"] & keys["heldout"]
+    assert {name: len(table) for name, table in pairs.tables.items()} == {"train": 38, "heldout": 10}
+
+
+def test_people_who_are_kept_out_are_met_as_new(records, tmp_path):
+    run = tiny.start(tmp_path / "run", records(preference__new_user_share=0.5))
+    pairs = Pairs(run)
+    who = {name: {example.user_id for example in table.examples} for name, table in pairs.tables.items()}
+    assert len(who["new_users"]) == 1 and who["train"] == who["heldout"] == {"ann", "bob"} - who["new_users"]
+    # Their comparisons of prompts that were trained on may be used to get to know them, the others to test it.
+    prompts = {name: {example.prompt for example in table.examples} for name, table in pairs.tables.items()}
+    for example in pairs.tables["new_users"].examples:
+        assert example.prompt in prompts["heldout" if example.extra["held_out"] else "train"]
+    assert not pairs.users("new_users").any()
+
+
+def test_entries_may_differ_in_their_objective(records, tmp_path):
+    models = {"one": {"kind": "individualized", "tokens": 2, "alpha": 0.9, "loss": "ipo", "beta": 0.3}}
+    run = tiny.start(tmp_path / "run", records(preference__models=models | {"two": {"kind": "uniform"}}))
+    pairs = Pairs(run)
+    one, two = (Preference(run, name, pairs).objective for name in ("one", "two"))
+    assert (one.alpha, one.loss, one.beta, one.mixture) == (0.9, "ipo", 0.3, "exact")
+    assert two == PreferenceConfig()
+
+
+# ---- reward models
+
+
+REWARD = {"mine": {"kind": "individualized", "tokens": 2, "head": "reward"}}
+
+
+@pytest.mark.slow
+def test_the_reward_loss_is_that_of_the_paper(records, tmp_path):
+    run = tiny.start(tmp_path / "run", records(preference__models=REWARD, preference__alpha=0.3))
+    pairs = Pairs(run)
+    method = Preference(run, "mine", pairs)
+    leaves, treedef = jax.tree.flatten(method.init().trainable)
+    rng = np.random.default_rng(0)
+    trainable = treedef.unflatten([x + 0.3 * rng.standard_normal(x.shape).astype(np.float32) for x in leaves])
+    batch = method.collate("train", pairs.users("train"), [pairs.tables["train"][i] for i in range(8)])
+    state, metrics = method.step(method.init().replace(trainable=jax.tree.map(jnp.copy, trainable)), batch)
+
+    def gaps(users):
+        shared = (run.model, run.adapter, method.users, trainable, run.base)
+        rewards = answer_scores(*shared, {**batch, "user": users})
+        return np.asarray(rewards[0] - rewards[1], np.float64)
+
+    # alpha of the users' Bradley-Terry loss and 1 - alpha of the generic user's, without beta and without a reference.
+    own, generic = (np.log1p(np.exp(-gaps(users))).mean() for users in (batch["user"], 0 * batch["user"]))
+    loss = metrics["loss"][0] / metrics["loss"][1]
+    assert abs(own - generic) > 1e-3 and loss == pytest.approx(0.3 * own + 0.7 * generic, rel=1e-5)
+    # Head, adapters and users learn in the first step.
+    for name in ("heads", "bank", "users"):
+        assert tiny.bits(state.trainable[name]) != tiny.bits(trainable[name]), name
+
+
+@pytest.mark.slow
+def test_a_reward_model_knows_people_apart(records, tmp_path):
+    run = tiny.start(tmp_path / "run", records(preference__models=REWARD, preference__steps=40, preference__alpha=0.5))
+    run.config.preference.optimizer.learning_rate = run.config.preference.user_optimizer.learning_rate = 3e-2
+    preference.run(run)
+    trained = Trained(run, "mine", Pairs(run))
+    own = trained.margins("heldout", trained.pairs.users("heldout"))
+    assert (own > 0).mean() == 1, "ann and bob want opposite answers"
+    generic = trained.margins("heldout", np.zeros(len(own), np.int32))
+    assert (generic > 0).mean() == 0.5
+
+
+# ---- what people say about themselves
+
+
+@pytest.fixture
+def told(records, tmp_path):
+    """The records of `records` with one word about ann, another about bob."""
+    path = tmp_path / "records.jsonl"
+
+    def settings(**changes):
+        config = records(**changes)
+        words = {"ann": "shine", "bob": "melt"}
+        lines = [json.loads(line) for line in path.read_text().splitlines()]
+        tiny_users.write_records(path, [{**line, "user_text": words[line["user_id"]]} for line in lines])
+        return config
+
+    return settings
+
+
+def test_text_of_a_user_stands_before_the_prompt(told, tmp_path):
+    run = tiny.start(tmp_path / "run", told())
+    plain, pairs = Pairs(run), Pairs(run, user_text=True)
+    for part in ("train", "heldout"):
+        assert len(plain.tables[part]) == len(pairs.tables[part])
+        for after, before in zip(pairs.tables[part].examples, plain.tables[part].examples, strict=True):
+            assert after.prompt == f"{after.user_text}\n{before.prompt}"
+            assert (after.chosen, after.user_id) == (before.chosen, before.user_id)
+    # It is text: the reference reads it too, and it is no part of what is scored.
+    assert np.abs(plain.reference["train"] - pairs.reference["train"]).min() > 1e-6
+    batch = batch_of(pairs, [pairs.tables["train"][0]])
+    assert batch["counts"].tolist() == [[len(plain.tables["train"][0][side]) for side in ("chosen", "rejected")]]
+
+
+def test_texts_under_wrong_names_are_a_control_of_training(told, tmp_path):
+    run = tiny.start(tmp_path / "run", told())
+    own, permuted = Pairs(run, user_text=True), Pairs(run, user_text=True, permuted_text=True)
+    prompts = {name: [e.prompt for e in made.tables["train"].examples] for name, made in (("a", own), ("b", permuted))}
+    assert 0.2 < np.mean([a != b for a, b in zip(prompts["a"], prompts["b"], strict=True)]) < 0.8
+    words = [[prompt.split("\n")[0] for prompt in part] for part in prompts.values()]
+    assert sorted(words[0]) == sorted(words[1]), "as many of each text"
+    assert [e.prompt for e in own.tables["heldout"].examples] == [e.prompt for e in permuted.tables["heldout"].examples]
+
+
+def test_text_in_a_conversation_stands_in_the_message_to_answer():
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, {"role": "user", "content": "c"}]
+    assert with_text(turns, "I am ann.") == [*turns[:2], {"role": "user", "content": "I am ann.\nc"}]
+    assert turns[2]["content"] == "c"
+
+
+@pytest.mark.slow
+def test_a_text_alone_tells_people_apart(told, tmp_path):
+    models = {"text": {"kind": "uniform", "user_text": True}, "pooled": {"kind": "uniform"}}
+    config = told(preference__models=models, preference__steps=60)
+    config.preference.optimizer.learning_rate = 3e-2
+    run = tiny.start(tmp_path / "run", config)
+    preference.run(run)
+    shares = {}
+    for name in models:
+        trained = Trained(run, name, Pairs(run, user_text=name == "text"))
+        margins = trained.margins("heldout", trained.pairs.users("heldout"))
+        shares[name] = (margins > 0).mean()
+    assert shares == {"text": 1.0, "pooled": 0.5}
+
+
+def test_records_without_text(records, tmp_path):
+    with pytest.raises(UserError, match=r"records.jsonl line .*: no user_text; give every record one, or set"):
+        Pairs(tiny.start(tmp_path / "run", records()), user_text=True)
+
+
+# ---- losses and mistakes
+
+
+@pytest.mark.slow
+def test_every_loss_trains(records, tmp_path, monkeypatch):
+    def unigrams(model, adapter, users, trainable, base, batch):
+        """In place of the decoder, a policy that draws words at random, to compile nine programs in little time."""
+        vector = trainable["bank"]["layers"]["mlp"]["down"]["b"].sum((0, 1, 2))
+        logps = jax.nn.log_softmax(base["embed"]["embedding"] @ vector)
+        rows = batch["rows"]
+        sums = jnp.zeros(2 * len(batch["user"])).at[rows["answer"]].add(logps[rows["targets"]], mode="drop")
+        return sums.reshape(-1, 2).T
+
+    monkeypatch.setattr(preference, "answer_scores", unigrams)
+    run = tiny.start(tmp_path / "run", records(preference__models={"pooled": {"kind": "uniform"}}))
+    pairs = Pairs(run)
+    run.config.preference.optimizer.update({"name": "sgd", "learning_rate": 0.3})
+    batch = batch_of(pairs, [pairs.tables["train"][i] for i in range(0, 16, 2)])  # ann's
+    for kind in PAIRWISE:
+        run.config.preference.loss = kind
+        method = Preference(run, "pooled", pairs)
+        state, margins, found = method.init(), [], []
+        for _ in range(3):
+            state, metrics = method.step(state, batch)
+            found.append(float(metrics["loss"][0]))
+            margins.append(float(metrics["rewards/margins"][0]))
+        assert found[2] < found[0] and margins[2] > margins[0], kind
+
+
+MISTAKES = [
+    ({"preference__loss": "sigmoyd"}, "preference.loss: pairwise loss 'sigmoyd' is unknown; choose one of sigmoid"),
+    ({"preference__mixture": "both"}, "preference.mixture 'both': unknown; choose exact or dropout"),
+    ({"preference__alpha": 1.5}, "preference.alpha 1.5: not in .0, 1.; it is the share"),
+    (
+        {"preference__loss": "ipo", "preference__label_smoothing": 0.1},
+        "label_smoothing: loss 'ipo' has none; set it to",
+    ),
+    ({"preference__models": {"mine": {"kind": "own"}}}, "preference.models.mine: user model 'own' is unknown; choose"),
+    ({"preference__models": {"mine": {"kind": "cluster", "cluster": 2}}}, "models.mine: .* argument 'cluster'"),
+    ({"preference__new_user_share": 1.5}, "held-out share 1.5: not between 0 and 1"),
+    ({"preference__split": "user"}, "preference.split 'user': unknown; choose prompt or pair"),
+    ({"preference__head": "scalar"}, "preference.head 'scalar': unknown; choose policy or reward"),
+    (
+        {"preference__models": {"mine": {"kind": "uniform", "head": "reward", "loss": "ipo"}}},
+        "preference.head 'reward': loss 'ipo' with sft_weight 0.0 needs a policy; choose from sigmoid, robust, hinge",
+    ),
+    ({"preference__models": {"mine": {"kind": "soup"}}}, "preference.bank: not set; name the bank.safetensors"),
+    ({"preference__batch_size": 100}, "batch_size 100: the data set has only 38 rows"),
+]
+
+
+@pytest.mark.parametrize(("changes", "message"), MISTAKES, ids=[str(list(x.values())[-1]) for x, _ in MISTAKES])
+def test_mistakes_are_named(records, tmp_path, changes, message):
+    with pytest.raises(UserError, match=message) as caught:
+        preference.run(tiny.start(tmp_path / "run", records(**changes)))
+    assert "\n" not in str(caught.value)
+
+
+# ---- soups with learned weights
+
+
+@pytest.fixture
+def opposites(records, tmp_path):
+    """A run on a bank of two policies, the first trained for ann and the second for bob."""
+    run = tiny.start(
+        tmp_path / "bank", records(preference__models={"pooled": {"kind": "uniform"}}, preference__steps=12)
+    )
+    run.config.preference.optimizer.learning_rate = 3e-2
+    pairs = Pairs(run)
+    users, banks = pairs.users("train"), []
+    method = Preference(run, "pooled", pairs)
+    for user in (1, 2):
+        rows = [pairs.tables["train"][i] for i in np.flatnonzero(users == user)[:8]]
+        state = method.init()
+        for _ in range(12):
+            state, metrics = method.step(state, batch_of(pairs, rows))
+        assert metrics["rewards/accuracies"][0] == 8
+        banks.append(state.trainable["bank"])
+    path = tmp_path / "bank.safetensors"
+    note = {"base": fingerprint(run.base_folder), "alpha": run.adapter.alpha}
+    save_tree(path, jax.tree.map(lambda *x: jnp.concatenate(x), *banks), note)
+    changes = {"preference__bank": str(path), "preference__models": {"soup": {"kind": "soup"}}}
+    return functools.partial(records, preference__steps=30, **changes), path
+
+
+@pytest.mark.slow
+def test_soup_weights_find_the_right_policy(opposites, tmp_path):
+    settings, path = opposites
+    config = settings(preference__user_optimizer__learning_rate=0.2)
+    run = tiny.start(tmp_path / "soup", config)
+    preference.run(run)
+    bank, _ = load_tree(path)
+    found = preference.load(run, "soup")
+    assert tiny.bits(found["bank"]) == tiny.bits(bank), "the policies are given, not trained"
+    assert list(found["users"]) == ["table"]
+    weights = jax.nn.softmax(found["users"]["table"]["weights"])
+    assert weights[1, 0] > 0.8 and weights[2, 1] > 0.8
+    assert abs(weights[0, 0] - 0.5) < 0.2, "the generic user hears both"
+    method = Preference(run, "soup", Pairs(run))
+    assert list(method.init().trainable) == ["users"]
+
+
+def test_the_bank_of_the_same_run(opposites, tmp_path):
+    settings, path = opposites
+    run = tiny.start(tmp_path / "run", settings(preference__bank="policy"))
+    with pytest.raises(UserError, match=r"run/policy/bank.safetensors: there is no such file"):
+        preference.run(run)
+    shutil.copy(path, run.workdir.stage("policy"))
+    assert list(Preference(run, "soup", Pairs(run)).frozen) == ["bank"]
+
+
+def test_a_bank_must_fit(opposites, tmp_path):
+    settings, path = opposites
+    run = tiny.start(tmp_path / "run", settings(adapter__alpha=8.0))
+    with pytest.raises(UserError, match=r"bank.safetensors: .*'alpha': 4.0.* this run .*'alpha': 8.0"):
+        preference.run(run)
+    bank, note = load_tree(path)
+    save_tree(path, bank, {**note, "base": "0" * 16})
+    with pytest.raises(UserError, match=r"'base': '0000000000000000'.* this run"):
+        preference.run(tiny.start(tmp_path / "run", settings()))
+    save_tree(path, {"embed": {"embedding": np.zeros((2, 4, 4), np.float32)}})
+    with pytest.raises(UserError, match=r"bank.safetensors: holds full parameters"):
+        preference.run(tiny.start(tmp_path / "run", settings()))
+    path.unlink()
+    with pytest.raises(UserError, match=r"bank.safetensors: there is no such file"):
+        preference.run(tiny.start(tmp_path / "run", settings()))

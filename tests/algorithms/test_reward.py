@@ -1,0 +1,174 @@
+"""Reward models: equal shares of all objectives, K models in one program, and what is measured on held-out pairs."""
+
+import functools
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from support import tiny
+
+from pjrlhf.algorithms import reward
+from pjrlhf.algorithms.reward import Grouped, Reward, pair_rewards, reward_loss
+from pjrlhf.data.packing import NOWHERE
+from pjrlhf.models.adapters import AdapterConfig, init_bank
+from pjrlhf.models.storage import load_tree
+from pjrlhf.rollout import scoring
+from pjrlhf.rollout.experience import reward_scores
+
+
+@pytest.fixture(scope="module")
+def method(finished):
+    return Reward(tiny.start(finished, tiny.settings()))
+
+
+@pytest.fixture(scope="module")
+def trained(finished):
+    return load_tree(finished / "reward" / "model.safetensors")[0]
+
+
+def slice_of(trained, k):
+    return jax.tree.map(lambda x: x[k : k + 1], {name: trained[name] for name in ("bank", "heads")})
+
+
+_score = jax.jit(pair_rewards, static_argnums=(0, 1))
+
+
+def score(method, trainable, raw):
+    """Rewards (chosen, rejected) [K, n] of a batch as `collate` makes it."""
+    run = method.run
+    return _score(run.model, run.adapter, {name: trainable[name] for name in ("bank", "heads")}, run.base, raw)
+
+
+# ---- the source of batches
+
+
+def test_every_row_is_seen_equally_often_and_each_turn_has_its_own_order():
+    tables = [list(range(12)), list(range(4)), list(range(5))]
+    source = Grouped(tables, seed=0)
+    assert len(source) == 12
+    rows = np.array([source[i] for i in range(60)])
+    for column, table in zip(rows.T, tables, strict=True):
+        turns = column.reshape(-1, len(table))
+        assert (np.sort(turns) == np.array(table)).all()
+        assert len({tuple(turn) for turn in turns}) > 1
+    assert [source[i] for i in reversed(range(60))] == rows[::-1].tolist(), "the order of asking matters"
+    assert [Grouped(tables, seed=1)[i] for i in range(12)] != rows[:12].tolist()
+
+
+def test_a_batch_has_equally_many_rows_of_each_objective(method):
+    batch = next(method.batches)
+    n, K = 4, len(tiny.REWARDS)
+    owner, last = batch["rows"]["owner"], batch["rows"]["last_answer"]
+    assert [(last[(owner == k).any(1)] < NOWHERE).sum() for k in range(1, K)] == [2 * n] * (K - 1)
+    assert batch["margin"].shape == (n * K,)
+    texts = [{row["objective"] for row in table} for table in method.train]
+    assert texts == [{name} for name in tiny.REWARDS]
+
+
+def test_no_prompt_is_on_both_sides(method):
+    train, held = (
+        {json.dumps(example.prompt) for table in side for example in table.examples}
+        for side in (method.train, method.heldout)
+    )
+    assert train and held and not train & held
+
+
+# ---- the loss
+
+
+def noisy(tree, seed, scale=0.3):
+    leaves, structure = jax.tree.flatten(tree)
+    rng = np.random.default_rng(seed)
+    return structure.unflatten([x + scale * rng.standard_normal(x.shape).astype(x.dtype) for x in leaves])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [2, pytest.param(0, marks=pytest.mark.slow)])
+def test_k_models_in_one_program_equal_k_programs(method, rank):
+    run, K = method.run, len(tiny.REWARDS)
+    adapter = AdapterConfig(rank=rank, alpha=4.0)
+    width = run.model_config.hidden_size
+    trainable = noisy(
+        {"bank": init_bank(run.base, adapter, K, jax.random.key(0)), "heads": scoring.init_heads(K, width)}, seed=0
+    )
+    source = Grouped(method.train, 0)
+    pairs = [[{**row, "margin": 0.1 * i + 0.01 * k} for k, row in enumerate(source[i])] for i in range(4)]
+    raw = method.collate(pairs)
+    grad = jax.jit(jax.value_and_grad(functools.partial(reward_loss, run.model, adapter), has_aux=True))
+    (total, metrics), whole = grad(trainable, run.base, raw)
+    losses = []
+    for k in range(K):
+        one = jax.tree.map(lambda x, k=k: x[k : k + 1], trainable)
+        (loss, _), alone = grad(one, run.base, method.collate([row[k : k + 1] for row in pairs]))
+        losses.append(float(loss))
+        # Sums of another shape are taken in another order, which differs from processor to processor.
+        jax.tree.map(lambda x, y, k=k: np.testing.assert_allclose(x[k], y[0], rtol=1e-4, atol=1e-5), whole, alone)
+        assert max(float(jnp.abs(x).max()) for x in jax.tree.leaves(alone)) > 1e-3
+    assert float(total) == pytest.approx(sum(losses), rel=1e-5)
+    mean, count = metrics["loss"]
+    np.testing.assert_allclose(mean / count, losses, rtol=1e-5)
+
+
+def test_the_rewards_are_those_of_the_pairs_one_by_one(method, trained):
+    source = Grouped(method.train, 0)
+    pairs = [source[i] for i in range(4)]
+    n, K = len(pairs), len(pairs[0])
+    chosen, rejected = score(method, trained, method.collate(pairs))
+    assert chosen.shape == rejected.shape == (K, n)
+    for k, i in ((0, 0), (K - 1, 1), (2, n - 1)):
+        alone = score(method, slice_of(trained, k), method.collate([pairs[i][k : k + 1]]))
+        np.testing.assert_allclose([alone[0][0, 0], alone[1][0, 0]], [chosen[k, i], rejected[k, i]], atol=1e-5)
+
+
+def test_heads_and_adapters_move_in_the_first_step(method):
+    state = method.init()
+    before = jax.tree.map(np.array, state.trainable)
+    after, metrics = method.step(state, next(method.batches))
+    moved = jax.tree.map(lambda x, y: np.abs(np.array(x) - y).reshape(len(y), -1).max(1), after.trainable, before)
+    assert (moved["heads"]["kernel"] > 0).all()
+    assert all((leaf["b"] > 0).all() for block in moved["bank"]["layers"].values() for leaf in block.values())
+    assert (np.array(metrics["rewards/accuracies"][1]) == 4).all()
+
+
+# ---- after training
+
+
+def test_each_held_out_pair_counts_once(finished, method, trained):
+    models = json.loads((finished / "manifest.json").read_text())["stages"]["reward"]["models"]
+    found = method.evaluate({name: trained[name] for name in ("bank", "heads")})
+    for k, (name, table) in enumerate(zip(tiny.REWARDS, method.heldout, strict=True)):
+        assert found[name].items() <= models[name].items()
+        assert found[name]["pairs"] == len(table)
+        hits = []
+        for row in table:
+            chosen, rejected = score(method, slice_of(trained, k), method.collate([[row]]))
+            hits.append(float(chosen[0, 0]) > float(rejected[0, 0]))
+        assert found[name]["accuracy"] == pytest.approx(np.mean(hits))
+
+
+@pytest.mark.slow
+def test_calibrated_rewards_have_mean_0_and_deviation_1(method, trained, monkeypatch):
+    run, K, asked = method.run, len(tiny.REWARDS), []
+
+    def answer(model, adapter, sampling, base, bank, mix, prompt, key):
+        """Stands in for sampling: an answer that the prompt decides."""
+        tokens = prompt["prompt"][:, -sampling.max_new_tokens :] * 3 % model.config.vocab_size
+        return {"tokens": tokens, "valid": jnp.cumsum(tokens % 5 == 0, axis=1) < 2}
+
+    encode = run.encode
+    monkeypatch.setattr(run, "encode", lambda prompts: asked.append(encode(prompts)) or asked[-1], raising=False)
+    monkeypatch.setattr(reward, "sample", answer)
+    scale = method.calibrate(trained)
+    assert len(asked) * run.config.sample_rows == run.config.reward.calibration_samples
+    prompt = {name: jnp.concatenate([x[name] for x in asked]) for name in ("prompt", "valid")}
+    response = answer(run.model, None, run.sampling(), None, None, None, prompt, None)
+    prompt, response = jax.tree.map(lambda x: jnp.tile(x, (K, 1)), (prompt, response))
+    arguments = run.model, run.adapter, run.base, {**trained, **scale}, jnp.arange(K)[:, None], prompt, response
+    scores = reward_scores(*arguments).reshape(K, -1)
+    np.testing.assert_allclose(scores.mean(1), 0, atol=1e-4)
+    np.testing.assert_allclose(scores.std(1), 1, atol=1e-4)
+    assert (np.asarray(scale["std"]) > 1e-3).all()
+    shares = np.asarray(reward_scores(*arguments, scale="quantiles")).reshape(K, -1)
+    assert shares.min() == 0 and shares.max() == 1 and ((shares > 0) & (shares < 1)).mean() > 0.9

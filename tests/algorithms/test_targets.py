@@ -1,0 +1,136 @@
+"""What policies are trained for: names, weights, held-out preferences, and what prompts say."""
+
+import numpy as np
+import pytest
+from support import tiny
+
+from pjrlhf.algorithms.policies import settings_of
+from pjrlhf.algorithms.targets import NEAR, Goals, Rows, point_name
+from pjrlhf.errors import UserError
+from pjrlhf.objectives.simplex import simplex_grid
+
+CORNERS = ((1.0, 0.0, 0.0, 0.0), (0.0, 0.0, 0.5, 0.5))
+
+
+@pytest.fixture(scope="module")
+def run(finished):
+    return tiny.start(finished, tiny.settings(data__max_prompt=40, model__max_length=64))
+
+
+def goals(run, **changes):
+    settings = settings_of(run)
+    with settings.unlocked(), settings.ignore_type():
+        settings.update_from_flattened_dict({k.replace("__", "."): v for k, v in changes.items()})
+    return Goals(run, settings)
+
+
+def test_soups_have_a_policy_per_reward_and_one_objective_each(run):
+    found = goals(run)
+    assert found.policies == found.adapters == tiny.REWARDS and not found.sampled
+    assert [found.goal(0, k).objectives for k in range(5)] == [(0,), (1,), (2,), (3,), (4,)]
+    assert found.goal(7, 2).weights == (1.0,)
+    np.testing.assert_array_equal(found.objectives, np.arange(5)[:, None])
+    some = goals(run, preferences__objectives=("P2B", "P1A"))
+    assert some.policies == ("P2B", "P1A") and some.objectives.tolist() == [[3], [0]]
+    assert some.goal(0, 0).objectives == (3,) and some.state(some.goal(0, 0)) == "tell me everything ."
+
+
+def test_a_policy_per_point(run):
+    found = goals(run, preferences__kind="fixed", preferences__points=CORNERS)
+    assert found.policies == ("P1A1", "P2A0.5+P2B0.5") and found.goal(3, 1).weights == CORNERS[1]
+    assert found.goal(3, 1).objectives == (0, 1, 2, 3) and found.objectives.tolist() == [[0, 1, 2, 3]]
+    assert point_name(("a", "b"), (1 / 3, 2 / 3)) == "a0.333+b0.667"
+
+
+def test_points_by_name(run):
+    def points(name):
+        return goals(run, preferences__kind="fixed", preferences__points=name).points
+
+    assert points("corners") == [tuple(row) for row in np.eye(4).tolist()] and points("centre") == [(0.25,) * 4]
+    assert len(points("simplex")) == 19 and len(points("subsets")) == 15 and (0.5, 0.0, 0.5, 0.0) in points("subsets")
+    np.testing.assert_allclose(points("mixed"), 0.1 + 0.6 * np.eye(4))
+    assert points("between") == [tuple(row) for row in simplex_grid(4, held_out=True).tolist()]
+
+
+def test_drawn_weights_are_the_same_whenever_they_are_asked_and_spread_over_the_simplex(run):
+    for kind, count in (("grid", 2), ("dirichlet", 60), ("combinations", 4)):
+        found = goals(run, preferences__kind=kind, preferences__points=CORNERS)
+        drawn = [found.goal(i, 0) for i in range(60)]
+        assert drawn == [found.goal(i, 0) for i in range(60)] and found.policies == ("policy",)
+        assert len({goal.weights + goal.objectives for goal in drawn}) == count
+        assert all(sum(goal.weights) == pytest.approx(1) for goal in drawn)
+    means = np.mean([goals(run, preferences__kind="dirichlet").goal(i, 0).weights for i in range(400)], axis=0)
+    np.testing.assert_allclose(means, 0.25, atol=0.05)
+
+
+def test_held_out_preferences_stay_held_out(run):
+    found = goals(run, preferences__kind="grid", preferences__points=CORNERS, preferences__held_out=CORNERS[1:])
+    assert {found.goal(i, 0).weights for i in range(40)} == {CORNERS[0]}
+    two = tiny.start(run.workdir.path, tiny.settings(objectives=("P2A", "P2B")))
+    held = tuple((w, 1 - w) for w in np.round(np.arange(0.05, 1, 0.1), 2).tolist())
+    found = goals(two, preferences__kind="dirichlet", preferences__held_out=held)
+    drawn = np.array([found.goal(i, 0).weights for i in range(300)])
+    assert np.abs(drawn[:, :1] - [h[0] for h in held]).min() >= NEAR
+    with pytest.raises(UserError, match="none is left to train on"):
+        goals(run, preferences__kind="grid", preferences__points=CORNERS, preferences__held_out=CORNERS)
+
+
+def test_a_combination_takes_one_preference_of_each_dimension(run):
+    found = goals(run, preferences__kind="combinations", prompt_preference="always")
+    for i in range(20):
+        goal = found.goal(i, 0)
+        assert goal.weights == (0.5, 0.5) and goal.objectives[0] in (0, 1) and goal.objectives[1] in (2, 3)
+        words = found.state(goal)
+        assert words.count(".") == 2 and ("short" in words) == (2 in goal.objectives)
+    assert found.objectives is None
+    fewer = goals(run, preferences__kind="combinations", preferences__objectives=("P1A", "P1B", "P2A"))
+    assert {fewer.goal(i, 0).objectives for i in range(30)} == {(0, 2), (1, 2)}
+
+
+def test_rows_state_the_goal_in_the_prompt_and_never_to_the_reward_model(run):
+    found = goals(run, preferences__kind="dirichlet", prompt_preference="half", statement__form="tally")
+    rows = Rows(run, found, 500)
+    assert len(rows) >= 500 and len(rows) % (2 * len(run.requests[0])) == 0
+    for i in (0, 1, 2, 3, len(rows) - 1):
+        row = rows[i]
+        (goal,) = row["goals"]
+        text = run.tokenizer.decode(row["prompts"][0])
+        assert (found.state(goal) in text) == bool(i % 2)
+        assert row["reward_prompt"] == run.tokenizer.encode_prompt(run.ask(rows.requests[i // 2 % len(rows.requests)]))
+    assert rows[1]["goals"] != rows[1 + 2 * len(rows.requests)]["goals"], "a request comes with ever new weights"
+
+
+def test_words_the_tokenizer_does_not_know(run):
+    found = goals(run, preferences__kind="dirichlet", prompt_preference="always", statement__form="numbers")
+    with pytest.raises(UserError, match=r"statement 'easy 0\..*no token for some of it.*tally"):
+        Rows(run, found)[0]
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"preferences__kind": "all"}, "preferences.kind 'all': unknown; choose one of own"),
+        ({"preferences__kind": "fixed", "preferences__points": ((0.5, 0.5),)}, "2 weights; give one for each of"),
+        ({"preferences__kind": "grid", "preferences__points": ((0.5, 0.6, 0.0, 0.0),)}, "not shares"),
+        ({"preferences__kind": "fixed", "preferences__points": ()}, "none is left to train on"),
+        (
+            {"preferences__kind": "grid", "preferences__points": "all"},
+            "points 'all': unknown; give rows of weights, or",
+        ),
+        ({"preferences__objectives": ("P9",)}, "no reward model for 'P9'"),
+        ({"mix": "both"}, "mix 'both': unknown"),
+        ({"mix": "weights"}, "needs weights over all objectives"),
+        ({"prompt_preference": "often"}, "prompt_preference 'often': unknown; choose never, always or half"),
+    ],
+)
+def test_wrong_settings(run, changes, message):
+    with pytest.raises(UserError, match=message):
+        goals(run, **changes)
+
+
+def test_mixed_adapters_take_a_rank(run):
+    config = run.config.copy_and_resolve_references()
+    config.adapter.rank = 0
+    full = tiny.start(run.workdir.path, config)
+    with pytest.raises(UserError, match="which takes adapters; set a rank"):
+        goals(full, mix="weights", preferences__kind="dirichlet")

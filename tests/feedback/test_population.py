@@ -1,0 +1,147 @@
+"""Comparisons of given answers by people of conflicting taste, as in P-RLHF's length experiment."""
+
+import collections
+import gzip
+import itertools
+import json
+
+import pytest
+from support import tiny
+from support.tiny_users import settings, write_records
+
+from pjrlhf.errors import UserError
+from pjrlhf.feedback import population
+
+COUNT, LONG = 24, "word " * 60
+PEOPLE = {
+    "population.users": 4,
+    "population.new_users": 2,
+    "population.tastes": ("longer", "shorter"),
+    "population.shares": (0.75, 0.25),
+    "population.pairs_per_user": 32,
+    "population.heldout_pairs_per_user": 16,
+    "population.new_pairs_per_user": 40,
+}
+
+
+def request(i):
+    return f"question number {i} ?"
+
+
+def pairs():
+    """Longer and shorter answers in either column; one pair of equal length and one that does not fit, too."""
+    answers = [("yes", "yes , and more of it"), ("no , and far more", "no")]
+    records = [{"prompt": request(i), "brief": answers[i % 2][0], "full": answers[i % 2][1]} for i in range(COUNT)]
+    # The others have more words or more tokens, yet as many characters or too many.
+    return [
+        *records,
+        {"prompt": request(0), "brief": "a b c d", "full": "abcdefg"},
+        {"prompt": request(1), "brief": "yes", "full": LONG},
+    ]
+
+
+def length_settings(tmp_path):
+    """The catalogue's :style_pairs on a few generated records."""
+    answers = [{"prompt": request(i), "response": f"answer {i} of many , and more of it"} for i in range(COUNT)]
+    sizes = {
+        "model.tokenizer.vocab_size": 300,
+        "model.max_length": 64,
+        "data.max_prompt": 24,
+        "data.prompt_buckets": (),
+        "data.max_completion": 32,
+        "data.long_completion": "drop",
+    }
+    config = settings("style_pairs", **PEOPLE, **sizes, **{"data.heldout_share": 0.25, "data.max_bad_share": 0.5})
+    config.data.prompts.path = config.population.data.path = write_records(tmp_path / "pairs.jsonl", pairs())
+    config.sft.data.path = write_records(tmp_path / "answers.jsonl", answers)
+    config.population.data.columns = {"chosen": "brief", "rejected": "full"}
+    return config
+
+
+def read(run):
+    folder = run.workdir.path / "population"
+    names = (population.TRAIN, population.HELDOUT, population.NEW)
+    return [[json.loads(line) for line in (folder / name).read_text().splitlines()] for name in names]
+
+
+@pytest.fixture
+def made(tmp_path):
+    run = tiny.start(tmp_path / "run", length_settings(tmp_path))
+    return run, population.run(run)
+
+
+def test_everybody_labels_by_characters_and_own_taste(made):
+    run, info = made
+    train, held, new = read(run)
+    crowd = info["people"] | info["new_people"]
+    assert collections.Counter(info["people"].values()) == {"longer": 3, "shorter": 1}
+    for record in train + held + new:
+        chosen, rejected = (record[side][0]["content"] for side in ("chosen", "rejected"))
+        longer = len(chosen) > len(rejected)
+        assert record["taste"] == crowd[record["user_id"]] == ("longer" if longer else "shorter")
+    assert {r["user_id"] for r in train} == {r["user_id"] for r in held} == set(info["people"])
+    assert {r["user_id"] for r in new} == set(info["new_people"])
+
+
+def test_pairs_are_split_by_prompt_and_nobody_labels_one_twice(made):
+    run, _ = made
+    train, held, new = read(run)
+    assert {r["request"] for r in train} <= set(run.requests[0])
+    assert {r["request"] for r in held} <= set(run.requests[1])
+    assert {r["held_out"] for r in new} == {True, False}
+    for records in (train, held, new):
+        seen = collections.Counter((r["user_id"], r["request"]) for r in records)
+        assert max(seen.values()) == 1
+
+
+def test_pairs_that_do_not_fit_or_do_not_differ_are_left_out(made):
+    run, info = made
+    assert info["given_pairs"] == COUNT + 1  # without the one that is too long
+    texts = {r[side][0]["content"] for part in read(run) for r in part for side in ("chosen", "rejected")}
+    assert texts == {"yes", "no", "yes , and more of it", "no , and far more"}
+    # Everybody met the pair of equal length on one side of the split.
+    assert sum(info["ties"].values()) == 4 + 2
+
+
+def test_long_answers_are_judged_whole_where_their_beginning_is_read(tmp_path):
+    config = length_settings(tmp_path)
+    config.data.long_completion = "truncate"
+    run = tiny.start(tmp_path / "run", config)
+    assert population.run(run)["given_pairs"] == COUNT + 2
+    found = [r for part in read(run) for r in part if r["request"] == request(1) and "chosen" in r]
+    texts = {r["taste"]: [r[side][0]["content"] for side in ("chosen", "rejected")] for r in found if LONG in str(r)}
+    assert texts and all(pair == ["yes", LONG][:: -1 if taste == "longer" else 1] for taste, pair in texts.items())
+
+
+def test_the_base_never_sees_a_held_out_request(made):
+    run, _ = made
+    asked = {example.prompt[0]["content"] for example in run.completions}
+    assert asked == set(run.requests[0])
+
+
+def test_pairs_of_other_prompts(tmp_path):
+    config = length_settings(tmp_path)
+    records = [record | {"prompt": "what else ?"} for record in pairs()]
+    config.population.data.path = write_records(tmp_path / "others.jsonl", records)
+    with pytest.raises(UserError, match=r"population\.data: none of 25 pairs belongs to train\.jsonl"):
+        population.run(tiny.start(tmp_path / "run", config))
+
+
+@pytest.mark.real_data
+def test_real_answers_of_conflicting_length(tmp_path, shared):
+    config = settings("style_pairs", **PEOPLE, **{"data.max_completion": 160, "model.max_length": 224})
+    config.data.long_completion, config.data.max_bad_share = "drop", 0.95
+    for spec in (config.data.prompts, config.population.data, config.sft.data):
+        name = "style_pairs" if spec is not config.sft.data else "responses"
+        with gzip.open(shared / "data" / "alpaca_eval" / f"{name}.jsonl.gz", "rt", encoding="utf-8") as lines:
+            # Evenly spaced, for the files are ordered by model.
+            part = list(itertools.islice(lines, 0, None, 6 if name == "style_pairs" else 40))
+        (tmp_path / name).write_text("".join(part), encoding="utf-8")
+        spec.path = str(tmp_path / name)
+    run = tiny.start(tmp_path / "run", config)
+    info = population.run(run)
+    assert info["given_pairs"] > 50
+    train, held, _ = read(run)
+    assert not {r["request"] for r in train} & {r["request"] for r in held}
+    ratio = [len(r["chosen"][0]["content"]) / len(r["rejected"][0]["content"]) for r in held if r["taste"] == "shorter"]
+    assert max(ratio) < 1

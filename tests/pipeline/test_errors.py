@@ -1,0 +1,356 @@
+"""The error table: what goes wrong in a user's hands ends in one sentence that names the thing and the way out."""
+
+import errno
+import json
+import os
+import re
+import shutil
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from support import tiny
+
+from pjrlhf.algorithms import policies as policy
+from pjrlhf.algorithms import reward, sft
+from pjrlhf.data.tokenization import load_tokenizer
+from pjrlhf.errors import UserError
+from pjrlhf.evaluation.judges import ScoreJudge
+from pjrlhf.export import merge
+from pjrlhf.feedback import comparisons
+from pjrlhf.models.storage import load_tree, save_tree
+from pjrlhf.pipeline import stages
+from pjrlhf.protocols import soups as evaluate
+from pjrlhf.runtime.context import Run
+from pjrlhf.training import loop
+from pjrlhf.training.workdir import Workdir
+
+
+def fails(message, folder, config, remove=None):
+    """Running `config` in `folder` raises one sentence that matches `message`."""
+    if remove:
+        section, _, key = remove.rpartition(".")
+        with config.unlocked():
+            del (config[section] if section else config)[key]
+    with pytest.raises(UserError, match=message) as caught:
+        tiny.run(folder, config)
+    assert "\n" not in str(caught.value)
+
+
+MISTAKES = [
+    ("stages", ("stf",), "stages: 'stf' is unknown; choose from sft, "),
+    ("objectives", ("P1A", "P9"), "objective 'P9': not among the preferences P1A, .*; define it"),
+    ("preferences", "papers", "preferences 'papers': unknown; choose world or paper"),
+    ("prompt_preference", "sometimes", "'sometimes': unknown; choose never, always or half"),
+    (
+        "model.path",
+        "/no/such/model",
+        "tokenizer /no/such/model: there is no such folder; give one with a tokenizer.json",
+    ),
+    ("model.attention", "flash", "model.attention='flash' is unknown; choose one of auto, blocks"),
+    ("model.remat", "some", "model.remat='some' is unknown; choose one of none, full, dots"),
+    ("model.eos_token", "<end>", "eos_token '<end>': not in the tokenizer's vocabulary; name one of its tokens"),
+    ("model.max_length", 25, "prompt 20 . completion 10 tokens are more than the model's context of 25; shorten one"),
+    ("data.max_prompt", 4, "prompt too long .* tokens, the limit is 4.*mend the data, or allow more"),
+    ("data.long_prompt", "cut", "long_prompt 'cut': not one of drop, truncate_left, error; choose"),
+    ("data.heldout_share", 1.5, "held-out share 1.5: not between 0 and 1"),
+    ("sft.optimizer.schedule", "cosin", "optimizer.schedule: 'cosin' is unknown; use one of constant, linear, cosine"),
+    ("sft.optimizer.learning_rate", -1.0, "optimizer.learning_rate: -1.0 is no number >= 0"),
+    ("sft.optimizer.warmup_steps", 60, "optimizer.warmup_steps: 60 leaves none of the 60 steps; make it smaller"),
+    ("sft.batch_size", 10_000, "batch_size 10000: the data set has only 640 rows; lower the batch size"),
+    ("sft.data", "wrold", "data kind 'wrold': not one of jsonl, datasets, tfds, records"),
+]
+
+
+@pytest.mark.parametrize(("key", "value", "message"), MISTAKES, ids=[key for key, _, _ in MISTAKES])
+def test_wrong_settings(copied, tmp_path, key, value, message):
+    config = tiny.settings(**{key: value})
+    folder = tmp_path / "new"
+    if key == "prompt_preference":
+        folder, config.stages = copied, ("policy",)
+        for name in ("manifest.json", "config.json"):
+            (folder / name).unlink()
+        config.model.path = str(copied / "sft" / "model")
+    elif key != "stages":
+        config.stages = ("sft", "comparisons") if key == "objectives" else ("sft",)
+        if key == "preferences":
+            config.sft.steps = 3
+            config.stages = ("sft", "comparisons")
+    fails(message, folder, config)
+
+
+@pytest.mark.parametrize("key", ["seed", "data.max_prompt", "sft.steps", "sft.optimizer"])
+def test_a_missing_key_is_named(tmp_path, key):
+    config = tiny.settings(stages=("sft",), sft__steps=3)
+    fails(f"config has no '{key.rpartition('.')[2]}'; add it", tmp_path / "run", config, remove=key)
+
+
+@pytest.mark.parametrize(
+    ("axes", "message"),
+    [
+        ({"data": 1, "model": 8}, "mesh: unknown axis 'model'; the axes are data, fsdp, tensor"),
+        ({"data": 3}, "mesh: .*does not fit 8 devices; the sizes must multiply to 8"),
+        ({"data": -1, "fsdp": -1}, "mesh: more than one axis is -1"),
+    ],
+)
+def test_wrong_mesh(tmp_path, axes, message):
+    config = tiny.settings(stages=("sft",))
+    config.mesh = type(config)(axes)
+    with pytest.raises(UserError, match=message):
+        stages.run(config, Workdir(tmp_path))
+
+
+def test_rows_that_eight_devices_cannot_share(tmp_path):
+    with pytest.raises(UserError, match="batch of 12 rows: cannot be split over data x fsdp = 8 devices; make it a"):
+        Run(tiny.settings(), Workdir(tmp_path)).place({"user": np.zeros(12)})
+
+
+# ---- tokenizers
+
+
+@pytest.fixture
+def tokenizer_folder(finished, tmp_path):
+    """A tokenizer whose settings a test may change."""
+    return shutil.copytree(finished / "tokenizer", tmp_path / "tokenizer")
+
+
+def without(folder, name):
+    path = folder / "tokenizer_config.json"
+    path.write_text(json.dumps({key: value for key, value in json.loads(path.read_text()).items() if key != name}))
+
+
+def test_a_tokenizer_without_eos(tokenizer_folder):
+    without(tokenizer_folder, "eos_token")
+    with pytest.raises(UserError, match=r"no end-of-sequence token, .*name one .* with --config.model.eos_token="):
+        load_tokenizer(tokenizer_folder)
+    assert load_tokenizer(tokenizer_folder, eos_token="</s>").eos_id == 2
+
+
+def test_a_tokenizer_without_pad_works(finished, tmp_path):
+    model = shutil.copytree(finished / "sft" / "model", tmp_path / "model")
+    without(model, "pad_token")
+    config = tiny.settings(stages=("sft",), sft__steps=3, model__path=str(model))
+    folder = tiny.run(tmp_path / "run", config)
+    assert tiny.start(folder, config).tokenizer.pad_id != 2
+    assert all(row["loss"] < 3 for row in tiny.lines(folder)), "the trained base is where it starts"
+
+
+# ---- records
+
+
+def write_records(path, records):
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return {"kind": "jsonl", "path": str(path)}
+
+
+GOOD = {"prompt": "what is rain ?", "chosen": "it can shine .", "rejected": "it can grow .", "objective": "P1A"}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"objective": "P7"}, "pairs.jsonl line 2: objective 'P7' is not one of P1A, .*; mend the record or add it"),
+        ({"chosen": ""}, "pairs.jsonl: 1 of 3 records are left out: 1 empty chosen; .*line 2.*; mend the data, or"),
+        ({"chosen": "it can grow ."}, "1 of 3 records are left out: 1 chosen equals rejected; .*line 2"),
+        ({"rejected": None}, "1 of 3 records are left out: 1 missing rejected; .*found columns"),
+        ({"prompt": "rain " * 30}, "1 of 3 records are left out: 1 prompt too long; .*line 2: .*the limit is 20"),
+        ({}, "no training pair for objective|no held-out pair for objective"),
+    ],
+)
+def test_bad_preference_records(finished, tmp_path, change, message):
+    records = [GOOD, GOOD | change, GOOD | {"prompt": "what is snow ?"}]
+    config = tiny.settings(stages=("reward",), model__path=str(finished / "sft" / "model"))
+    with config.ignore_type():
+        config.reward.data = type(config)(write_records(tmp_path / "pairs.jsonl", records))
+    fails(message, tmp_path / "run", config)
+
+
+def test_bad_completion_records(finished, tmp_path):
+    records = [{"prompt": "what is rain ?", "completion": text} for text in ("it can grow .", " ")]
+    config = tiny.settings(stages=("sft",), model__path=str(finished / "sft" / "model"))
+    with config.ignore_type():
+        config.sft.data = type(config)(write_records(tmp_path / "answers.jsonl", records))
+    fails(
+        "answers.jsonl: 1 of 2 records are left out: 1 empty completion; the first is answers.jsonl line 2",
+        tmp_path / "run",
+        config,
+    )
+
+
+def test_a_held_out_prompt_that_is_too_long(copied):
+    run = tiny.start(copied, tiny.settings(data__max_prompt=9))
+    with pytest.raises(UserError, match=r"prompt .*tokens, more than data.max_prompt=9; raise it"):
+        run.encode([run.ask(run.requests[1][0], "use easy words . keep it short .")])
+
+
+def test_answers_that_no_judge_can_tell_apart(copied, monkeypatch):
+    run = tiny.start(copied, tiny.settings())
+    monkeypatch.setattr(comparisons, "sample_base", lambda run, prompts, key, stage: ["it can grow ."] * len(prompts))
+    with pytest.raises(UserError, match="none of 32 pairs of answers differs by 'P1A'; train the base longer or raise"):
+        comparisons.run(run)
+
+
+# ---- files
+
+
+def test_a_file_where_the_run_directory_should_be(tmp_path):
+    (tmp_path / "run").write_text("")
+    with pytest.raises(UserError, match=f"{tmp_path}/run: cannot be written, a file stands .*; choose another --work"):
+        Workdir(tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("stage", "method", "writer"),
+    [
+        (sft, None, "save_params"),
+        (reward, None, "save_tree"),
+        (policy, None, "save_peft"),
+        (comparisons, "pathlib.Path.write_text", None),
+        (evaluate, None, "write_report"),
+    ],
+    ids=["sft", "reward", "policy", "comparisons", "evaluate"],
+)
+def test_a_full_disk(copied, monkeypatch, stage, method, writer):
+    """Training and sampling are over when the disk fills up; what was trained is in its checkpoint."""
+
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    name = stage.__name__.rpartition(".")[2]
+    monkeypatch.setattr(method or f"{stage.__name__}.{writer}", full)
+    run = tiny.start(copied, tiny.settings(evaluate__sweep_points=2))
+    with pytest.raises(
+        UserError,
+        match=f"{copied}/{'report' if name == 'evaluate' else name}.*: cannot be written, the disk is full; free",
+    ):
+        stage.run(run)
+
+
+def truncate(path, share=0.5):
+    path.write_bytes(path.read_bytes()[: int(share * path.stat().st_size)])
+
+
+@pytest.mark.parametrize("share", [0.5, 0.0])
+def test_a_truncated_reward_model(copied, share):
+    truncate(copied / "reward" / "model.safetensors", share)
+    with pytest.raises(UserError, match=r"reward/model.safetensors: cannot be read \(.*\); "):
+        reward.load(tiny.start(copied, tiny.settings()))
+
+
+def test_a_reward_model_that_gives_nan(copied):
+    path = copied / "reward" / "model.safetensors"
+    tree, note = load_tree(path)
+    tree["heads"]["kernel"] = tree["heads"]["kernel"].at[1].set(jnp.nan)
+    save_tree(path, tree, note)
+    with pytest.raises(UserError, match=r"reward/model.safetensors: holds numbers that are not finite; train the rew"):
+        policy.Policy(tiny.start(copied, tiny.settings()))
+
+
+def test_reward_models_of_other_preferences(copied):
+    path = copied / "reward" / "model.safetensors"
+    tree, note = load_tree(path)
+    save_tree(path, tree, note | {"rewards": ["P1A"]})
+    with pytest.raises(UserError, match=r"holds reward models for \['P1A'\], this run needs \['P1A', 'P1B'"):
+        policy.Policy(tiny.start(copied, tiny.settings()))
+
+
+def test_a_judge_that_gives_nan():
+    judge = ScoreJudge(lambda prompt, text, criterion: float("nan"))
+    with pytest.raises(UserError, match="criterion 'P1A': score nan for 'a'; scores must be finite"):
+        judge(["q"], ["a"], ["b"], "P1A")
+
+
+def test_a_stage_whose_predecessor_is_missing(copied):
+    for path, load in (("reward/model.safetensors", reward.load), ("policy/bank.safetensors", policy.load_bank)):
+        (copied / path).unlink()
+        with pytest.raises(UserError, match=f"{path}: there is no such file; run the stage that writes it first"):
+            load(tiny.start(copied, tiny.settings()))
+    (copied / "comparisons" / "comparisons.jsonl").unlink()
+    with pytest.raises(UserError, match=r"comparisons.jsonl: there is no such file"):
+        reward.Reward(tiny.start(copied, tiny.settings()))
+
+
+def test_a_config_that_differs_from_that_of_the_folder(finished):
+    with pytest.raises(UserError, match=r"another config \(policy.steps: 4 -> 5; seed: 0 -> 3\); undo the change, ch"):
+        tiny.run(finished, tiny.settings(seed=3, policy__steps=5))
+
+
+# ---- training
+
+
+def train_sft(folder, config):
+    run = tiny.start(folder, config)
+    return loop.run(sft.Sft(run), run.workdir, "sft", steps=config.sft.steps, checkpoint_every=30)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning", "ignore::RuntimeWarning")
+def test_damaged_checkpoints(tmp_path, caplog):
+    config = tiny.settings()
+    whole = tiny.bits(train_sft(tmp_path, config))
+    checkpoints = tmp_path / "sft" / "checkpoints"
+
+    def damage(step):
+        for path in (checkpoints / step / "state").glob("**/d/*"):
+            truncate(path)
+
+    damage("60")
+    again = train_sft(tmp_path, config)
+    assert f"{checkpoints}/60 cannot be read" in caplog.text and "going on from step 30" in caplog.text
+    assert tiny.bits(again) == whole
+    for step in ("30", "60"):
+        damage(step)
+    with pytest.raises(UserError, match=f"{checkpoints}/60: this checkpoint cannot be read .*delete {checkpoints}"):
+        train_sft(tmp_path, config)
+
+
+def test_a_loss_that_is_nan_stops_the_run_and_keeps_the_batch(tmp_path):
+    config = tiny.settings(stages=("sft",), sft__optimizer__learning_rate=1e38, sft__optimizer__max_grad_norm=0.0)
+    batch = re.escape(str(tmp_path / "run" / "sft" / "nan_batch_"))
+    fails(
+        f"sft: (loss|grad_norm) is (nan|inf).* at step .; its batch is in {batch}.*; lower the learning rate",
+        tmp_path / "run",
+        config,
+    )
+    assert list((tmp_path / "run" / "sft").glob("nan_batch_*.npz"))
+    assert not (tmp_path / "run" / "manifest.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            {"policy__ppo__policies_at_once": 3},
+            r"policies_at_once=3: must divide the \d policies, .*; set it to 1, or to 0",
+        ),
+        ({"policy__top_k": 5}, "policy.top_k=5, policy.top_p=1.0: truncated sampling .*; set them to 0 and 1"),
+        ({"temperature": 0.0}, "temperature: a policy cannot learn from greedy samples; set it above 0"),
+    ],
+)
+def test_settings_that_policies_cannot_be_trained_with(finished, settings, message):
+    with pytest.raises(UserError, match=message):
+        policy.Policy(tiny.start(finished, tiny.settings(**settings)))
+
+
+# ---- merging
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"weights": (0.5,)}, "merge.weights: .*1.*2.*; give one finite number per ingredient"),
+        ({"weights": (0.5, float("nan"))}, "merge.weights: .*; give one finite number per ingredient"),
+        ({"space": "deltas"}, "merge.space: 'deltas' is unknown; choose one of delta, factors, concat"),
+        ({"ingredients": ("/no/such", "/no/other")}, "/no/such: holds neither config.json nor adapter_config.json; "),
+        ({"base": None}, "merge.base: LoRA folders need the model they adapt; set it"),
+    ],
+)
+def test_wrong_merges(finished, tmp_path, changes, message):
+    config = tiny.catalogue("merge").get_config().merge
+    config.base, config.output = str(finished / "sft" / "model"), str(tmp_path / "out")
+    config.ingredients = tuple(str(finished / "policy" / "ingredients" / name) for name in ("P1A", "P2A"))
+    config.weights = (0.5, 0.5)
+    config.update(changes)
+    with pytest.raises(UserError, match=message):
+        merge.merge(config)
+    assert not (tmp_path / "out").exists()

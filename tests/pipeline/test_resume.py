@@ -1,0 +1,146 @@
+"""Each training stage, run twice, or stopped and continued, ends bit for bit where an undisturbed run ends."""
+
+import json
+import os
+import pathlib
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import pytest
+from support import tiny, tiny_family, tiny_users
+
+from pjrlhf.algorithms.policies import Policy
+from pjrlhf.algorithms.reward import Reward
+from pjrlhf.algorithms.sft import Sft
+from pjrlhf.models.storage import load_tree
+from pjrlhf.training import loop
+
+METHODS = {"sft": Sft, "reward": Reward, "policy": Policy}
+ROOT = pathlib.Path(__file__).parents[2]
+
+
+def train(folder, stage, stop_at=None):
+    """The final state and metric lines of one stage; SIGTERM comes in step `stop_at`."""
+    config = tiny.settings()
+    run = tiny.start(folder, config)
+    method = METHODS[stage](run)
+    step = method.step
+
+    def interrupted(state, batch):
+        if int(state.step) + 1 == stop_at:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(state, batch)
+
+    method.step = interrupted
+    state = loop.run(method, run.workdir, stage, steps=config[stage].steps, ingredients=run.rewards, log_every=1)
+    return tiny.bits(state), tiny.lines(folder, stage)
+
+
+@pytest.mark.parametrize(
+    "stage", ["reward", *(pytest.param(name, marks=pytest.mark.slow) for name in ("sft", "policy"))]
+)
+def test_a_stopped_stage_ends_as_the_undisturbed_one(finished, copied, tmp_path, stage):
+    whole = train(copied, stage)  # a finished stage only hands out its last checkpoint
+    assert whole[1] == tiny.lines(finished, stage)
+    parts = tmp_path / "parts"
+    shutil.copytree(
+        finished, parts, ignore=lambda folder, names: {stage} & set(names) if folder == str(finished) else ()
+    )
+    (parts / "metrics.jsonl").unlink()
+    stop_at = len(whole[1]) // 2
+    with pytest.raises(loop.Interrupted) as stopped:
+        train(parts, stage, stop_at)
+    assert stopped.value.code == 143
+    assert [row["step"] for row in tiny.lines(parts)] == list(range(1, stop_at + 1))
+    assert train(parts, stage) == whole
+
+
+def results(folder, stages):
+    """What training left behind: weights of all kinds with their notes, which a file may hold in any order, and
+    metrics, which hold no times.
+    """
+    files = {str(path.relative_to(folder)): path for path in folder.rglob("*.safetensors")}
+    trees = {name: load_tree(path) for name, path in files.items() if name.startswith(stages)}
+    return {name: (tiny.bits(tree), note) for name, (tree, note) in trees.items()}, [
+        row for row in tiny.lines(folder) if row["stage"].startswith(stages)
+    ]
+
+
+SOUPS = ("sft", "comparisons", "reward", "policy", "methods")
+
+
+@pytest.mark.parametrize(
+    ("module", "stages"),
+    [
+        pytest.param("tiny", SOUPS[:1], id="sft", marks=pytest.mark.slow),
+        pytest.param("tiny", SOUPS, id="soups", marks=pytest.mark.slow),
+        pytest.param("tiny_users", ("sft", "population", "preference"), id="people", marks=pytest.mark.slow),
+        pytest.param("tiny_family", (*SOUPS[:3], "methods"), id="modpo and ric", marks=pytest.mark.slow),
+    ],
+)
+def test_two_runs_give_the_same_bits(request, tmp_path, module, stages):
+    if module == "tiny_family":
+        config = tiny_family.settings(("modpo", "ric"), stages=stages)
+        first = tiny.run(tmp_path / "first", config)
+    else:
+        config = {"tiny": tiny, "tiny_users": tiny_users}[module].settings(stages=stages)
+        first = request.getfixturevalue({"tiny": "finished", "tiny_users": "people"}[module])
+    jax.clear_caches()
+    weights, metrics = results(tiny.run(tmp_path / "second", config), stages)
+    assert {path.split("/")[0] for path in weights} == {*stages} - {"comparisons", "population"}
+    want, want_metrics = results(first, stages)
+    assert weights.keys() == want.keys() and metrics and metrics == want_metrics
+    for name, found in weights.items():
+        assert found == want[name], name
+
+
+MAIN = """
+import sys
+from ml_collections import config_dict
+sys.path.insert(0, {tests!r})
+from support import tiny
+def get_config():
+    return tiny.settings(stages=("sft",), sft__steps=60, checkpoint_every=0)
+"""
+
+
+def start_main(tmp_path, workdir):
+    """`python -m pjrlhf.main` on one CPU device."""
+    config = tmp_path / "config.py"
+    config.write_text(MAIN.format(tests=str(pathlib.Path(__file__).parents[1])))
+    command = [sys.executable, "-m", "pjrlhf.main", f"--config={config}", f"--workdir={workdir}"]
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "XDG_CACHE_HOME": str(tmp_path / "cache")}
+    return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path)
+
+
+@pytest.mark.slow
+def test_sigterm_to_a_run(tmp_path):
+    whole = start_main(tmp_path, tmp_path / "whole")
+    _, errors = whole.communicate(timeout=300)
+    assert whole.returncode == 0, errors
+
+    stopped = start_main(tmp_path, tmp_path / "parts")
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "parts/metrics.jsonl").exists() or len(tiny.lines(tmp_path / "parts")) < 3:
+        assert stopped.poll() is None and time.monotonic() < deadline
+        time.sleep(0.005)
+    stopped.terminate()
+    _, errors = stopped.communicate(timeout=120)
+    assert stopped.returncode == 143
+    last = tiny.lines(tmp_path / "parts")[-1]["step"]
+    assert f"sft: stopped by SIGTERM after step {last} of 60" in errors
+    assert f"the same command with --workdir={tmp_path / 'parts'} goes on" in errors
+    assert "Traceback" not in errors
+    assert not (tmp_path / "parts" / "manifest.json").exists()
+
+    resumed = start_main(tmp_path, tmp_path / "parts")
+    _, errors = resumed.communicate(timeout=300)
+    assert resumed.returncode == 0, errors
+    assert tiny.lines(tmp_path / "parts") == tiny.lines(tmp_path / "whole")
+    for name in ("sft/model/model.safetensors", "sft/model/config.json"):
+        assert (tmp_path / "parts" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    assert "sft" in json.loads((tmp_path / "parts" / "manifest.json").read_text())["stages"]

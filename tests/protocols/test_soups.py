@@ -1,0 +1,245 @@
+"""The evaluation: which weights and prompts each answer is sampled with, and what is counted from the answers."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+from support import tiny
+
+from pjrlhf.errors import UserError
+from pjrlhf.models.adapters import bank_size
+from pjrlhf.models.storage import load_tree
+from pjrlhf.protocols import soups as evaluate
+from pjrlhf.protocols.soups import Evaluation, Row, Sampler
+
+
+@pytest.fixture(scope="module")
+def run(finished):
+    return tiny.start(finished, tiny.settings())
+
+
+ADAPTERS = (*tiny.REWARDS, "pmorl")
+
+
+def weight(row):
+    """The row's weights by name, without zeros."""
+    return {name: w for name, w in zip(ADAPTERS, row.mix, strict=True) if w}
+
+
+class Stub:
+    """Stands in for the sampler: keeps the rows and answers in the world's words by a rule of the row."""
+
+    def __init__(self, answer):
+        self.answer, self.rows = answer, {}
+
+    def __call__(self, rows, seed):
+        self.rows[seed] = list(rows)
+        return [self.answer(row) for row in rows]
+
+
+def evaluation(run, answer):
+    found = Evaluation(run)
+    found.sample = Stub(answer)
+    return found
+
+
+PLAIN, EXPERT = "it can shine .", "it exhibits luminescence ."
+EVERYTHING = "tell me everything ."
+
+
+def wordy(row):
+    """More weight on P2B, more facts; more on P1B, more expert words; whoever is told obeys."""
+    mix = weight(row)
+    long = mix.get("P2B", 0) + (EVERYTHING in row.words)
+    aspects = ["it holds {} .", "it is near {} .", "it can {} .", "it helps {} ."]
+    words = ["water", "hills", "shine", "sleep"]
+    facts = [aspect.format(word) for aspect, word in zip(aspects, words, strict=True)]
+    text = " ".join(facts[: 1 + round(3 * min(long, 1))])
+    return (
+        text.replace("it can shine .", EXPERT) if mix.get("P1B", 0) > 0.5 or "use expert words ." in row.words else text
+    )
+
+
+# ---- sampling
+
+
+def test_rows_reach_the_decoder_with_their_own_weights_and_prompts(run, monkeypatch):
+    seen = []
+
+    def fake(model, adapter, sampling, base, bank, mix, prompt, key):
+        seen.append((np.array(mix), run.tokenizer.backend.batch_decode(prompt["prompt"])))
+        ids = run.tokenizer.backend.convert_tokens_to_ids(["shine", "grow"])
+        tokens = np.array([[ids[0] if row[0] else ids[1]] for row in mix])
+        return {"tokens": tokens, "valid": np.ones(tokens.shape, bool)}
+
+    sampler = Sampler(run, {"layers": np.zeros(1)})
+    monkeypatch.setattr(sampler, "_draw", fake)
+    requests = run.requests[1]
+    rows = [
+        Row(
+            requests[i % len(requests)],
+            "use easy words ." if i % 3 else "",
+            tuple(float(i % 2 and k == 0) for k in range(5)),
+        )
+        for i in range(21)  # more than one chunk of 16, the last not full
+    ]
+    assert sampler(rows, seed=1) == ["shine" if i % 2 else "grow" for i in range(21)]
+    mixes = np.concatenate([mix for mix, _ in seen])[:21]
+    assert (mixes == [row.mix for row in rows]).all() and [len(mix) for mix, _ in seen] == [16, 16]
+    texts = [text for _, texts in seen for text in texts][:21]
+    for row, text in zip(rows, texts, strict=True):
+        assert row.request in text and ("use easy words ." in text) == bool(row.words)
+
+
+def test_weights_zero_sample_the_base(run):
+    from pjrlhf.algorithms.policies import load_bank
+
+    bank = load_bank(run)
+    rows = [Row(request, "", (0.0,) * bank_size(bank)) for request in run.requests[1]]
+    other = jax.tree.map(lambda x: x + 1.0, bank)
+    assert Sampler(run, bank)(rows, 5) == Sampler(run, other)(rows, 5)
+    soup = [Row(row.request, "", (1.0,) * bank_size(bank)) for row in rows]
+    assert Sampler(run, bank)(soup, 5) != Sampler(run, other)(soup, 5)
+
+
+# ---- who is compared
+
+
+def test_methods_differ_in_prompt_and_weights(run):
+    methods = Evaluation(run).methods(("P1A", "P2B"))
+    names = {name: (words, dict(zip(ADAPTERS, mix, strict=True))) for name, (words, mix) in methods.items()}
+    zero = dict.fromkeys(ADAPTERS, 0.0)
+    soup = zero | {"P1A": 0.5, "P2B": 0.5}
+    told = "use easy words . tell me everything ."
+    assert names == {
+        "base": ("", zero),
+        "prompting": (told, zero),
+        "rlhf": ("", zero | {"helpful": 1.0}),
+        "pmorl": (told, zero | {"pmorl": 1.0}),
+        "soups": (told, soup),
+        "soups_untold": ("", soup),
+    }
+
+
+def test_win_rates_are_those_of_the_answers(run):
+    found = evaluation(run, wordy)
+    sections = found.people()["sections"]
+    rows = iter(found.sample.rows[40])
+    requests = run.requests[1]
+    answers = {
+        (combo, method): {request: wordy(next(rows)) for request in requests}
+        for combo in found.combos
+        for method in found.methods(combo)
+    }
+    assert next(rows, None) is None
+    pooled = []
+    for combo in found.combos:
+        for request in requests:
+            votes = 0
+            for criterion in combo:
+                a, b = (run.score(request, answers[combo, method][request], criterion) for method in ("soups", "base"))
+                votes += (a > b) - (a < b)
+            pooled.append(np.sign(votes))
+    rate = sections["win_rate"]["soups"]["base"]
+    wins, losses = pooled.count(1), pooled.count(-1)
+    assert wins and losses != wins and pooled.count(0), "the stub decides nothing"
+    assert (rate.wins, rate.losses, rate.ties) == (wins, losses, pooled.count(0))
+    assert rate.rate == pytest.approx(wins / (wins + losses))
+    back = sections["win_rate"]["base"]["soups"]
+    assert (back.wins, back.losses, back.ties) == (losses, wins, pooled.count(0))
+    others = [sections["win_rate"]["soups"][name] for name in ("base", "prompting", "rlhf", "pmorl")]
+    assert sections["win_rate_average"]["soups"].wins == sum(rate.wins for rate in others)
+    untold = sections["ablation"]["soups_untold"]
+    assert untold.keys() == {"base", "prompting", "rlhf", "pmorl", "soups"}
+    assert sections["position_consistency"] == 1
+
+
+def test_equal_answers_are_ties(run):
+    sections = evaluation(run, lambda row: PLAIN).people()["sections"]
+    rate = sections["win_rate"]["soups"]["base"]
+    assert (rate.wins, rate.losses, rate.ties) == (0, 0, 4 * len(run.requests[1]))
+    assert np.isnan(rate.rate) and rate.rate_half == 0.5
+
+
+def test_ingredients_are_set_against_the_base_by_their_own_criterion(run):
+    found = evaluation(run, lambda row: EXPERT if weight(row) == {"P1B": 1.0} else PLAIN)
+    ingredients = found.ingredients()
+    count = 2 * len(run.requests[1])
+    rates = {name: one["win_rate_vs_base"] for name, one in ingredients.items()}
+    assert (rates["P1B"].wins, rates["P1B"].ties) == (count, 0)
+    for name in set(tiny.REWARDS) - {"P1B"}:
+        assert (rates[name].wins, rates[name].losses) == (0, 0)
+    assert ingredients["P1B"]["score"] == 1 and ingredients["P1B"]["base_score"] == -1
+    assert ingredients["P1B"]["length"] == 4
+    kl = [row["objective/kl/P1B"] for row in tiny.lines(run.workdir.path, "policy")]
+    assert ingredients["P1B"]["kl"] == pytest.approx(np.mean(kl[-3:]))
+
+
+# ---- the sweep
+
+
+def test_a_score_that_rises_with_the_weight_of_its_own_preference_has_spearman_1(run):
+    found = evaluation(run, wordy)
+    sweep = found.sweep()
+    rows = found.sample.rows[42]
+    assert all(row.words == "" and sum(row.mix) == pytest.approx(1) for row in rows)
+    part = sweep["informativeness"]
+    assert (part["low"], part["high"], part["weights"]) == ("P2A", "P2B", [0, 0.5, 1])
+    assert part["spearman"] == {"P2A": pytest.approx(1), "P2B": pytest.approx(1)}
+    assert part["length"] == sorted(part["length"]) and part["length"][0] < part["length"][-1]
+    assert part["scores"]["P2B"] == sorted(part["scores"]["P2B"])
+    assert part["scores"]["P2A"] == sorted(part["scores"]["P2A"], reverse=True)
+
+
+def test_a_sweep_that_runs_the_wrong_way_has_spearman_minus_1(run):
+    swap = {"P2A": "P2B", "P2B": "P2A"}
+
+    def wrong(row):
+        mix = {swap.get(name, name): w for name, w in weight(row).items()}
+        return wordy(Row(row.request, "", tuple(mix.get(name, 0.0) for name in ADAPTERS)))
+
+    part = evaluation(run, wrong).sweep()["informativeness"]
+    assert part["spearman"] == {"P2A": pytest.approx(-1), "P2B": pytest.approx(-1)}
+
+
+def test_the_gap_to_the_chord_has_the_sign_of_the_curve(run):
+    def early(row):
+        return wordy(Row(row.request, "", tuple(2.0 * w for w in row.mix)))
+
+    part = evaluation(run, early).sweep()["informativeness"]
+    scores = part["scores"]["P2B"]
+    expected = scores[1] - (scores[0] + scores[2]) / 2
+    assert part["chord_gap"]["P2B"]["mean"] == pytest.approx(expected) and expected > 0
+    assert "P2B: the soups lie on average" in evaluate._notes({"informativeness": part})[1]
+    assert "above" in evaluate._notes({"informativeness": part})[1]
+
+
+# ---- preferences that come later
+
+
+@pytest.mark.slow
+def test_two_more_styles_train_two_more_ingredients(tmp_path):
+    config = tiny.catalogue("soups").get_config("styles")
+    flat = {k: v for k, v in tiny.TINY.items() if not k.startswith(("objectives", "methods."))}
+    config.update_from_flattened_dict(flat | {"data.max_prompt": 24, "evaluate.sweep_points": 2})
+    for entry in config.methods:
+        config.methods[entry].rollouts = 4
+    config.policy.rollouts = 4
+    folder = tiny.run(tmp_path / "run", config)
+    summary = json.loads((folder / "report" / "summary.json").read_text())
+    assert len(summary["combos"]) == 16 and "P1A+P2B+P3D" in summary["combos"]
+    assert summary["scaling"]["new"] == ["P3C", "P3D"]
+    found = summary["scaling"]["methods"]
+    assert {name: one["ingredients_trained"] for name, one in found.items()} == {"soups": 2, "pmorl_16": 1}
+    assert {name: one["samples"] for name, one in found.items()} == {"soups": 2 * 4 * 4, "pmorl_16": 4 * 4}
+    assert set(summary["win_rate"]) == {"base", "prompting", "soups", "pmorl_8", "pmorl_16"}
+    _, note = load_tree(folder / "methods" / "soups_new" / "bank.safetensors")
+    assert note["adapters"] == ["P3C", "P3D"]
+
+
+def test_everybody_needs_a_policy(finished):
+    config = tiny.settings(stages=("evaluate",))
+    del config.methods["pmorl"]
+    with pytest.raises(UserError, match="nothing is trained for 'P1A'; add the stage policy"):
+        Evaluation(tiny.start(finished, config))
