@@ -27,7 +27,7 @@ def ours(job, turn):
     changes = {
         "preference.data.path": job["records"],
         "preference.models": {"entry": job["entry"]},
-        "preference.heldout_share": 1e-6,  # one prompt
+        "preference.heldout_fraction": 1e-6,  # one prompt
         "preference.batch_size": job["pairs"],
         "preference.steps": 10**6,
         "preference.mixture": job["entry"].get("mixture", "exact"),

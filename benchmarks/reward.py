@@ -21,7 +21,7 @@ def ours(job, turn):
     changes = {
         **harness.ONE_OBJECTIVE,
         "reward.data": {"kind": "jsonl", "path": job["records"]},
-        "reward.heldout_share": 1e-6,  # one prompt
+        "reward.heldout_fraction": 1e-6,  # one prompt
         "reward.batch_size": job["pairs"],
         "reward.steps": 10**6,
         "reward.optimizer": job["optimizer"] | {"schedule": "constant"},

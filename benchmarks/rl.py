@@ -28,7 +28,7 @@ def policy(job, count=1):
         "preferences": {name: {"dimension": name, "sentence": ""} for name in names},
         "judge": dict.fromkeys(names, "short"),
         "data.prompts": {"kind": "jsonl", "path": job["records"]},
-        "data.heldout_share": 1e-6,  # one prompt
+        "data.heldout_fraction": 1e-6,  # one prompt
         "data.max_prompt": job["prompt"],
         "data.prompt_buckets": (),
         "data.max_completion": job["new"],

@@ -22,7 +22,7 @@ import numpy as np
 from absl import app, flags
 from ml_collections import config_flags
 
-from pjrlhf.aot.dry_run import Planned
+from pjrlhf.aot.dry_run import DryRun
 from pjrlhf.aot.plan import PLANS
 from pjrlhf.parallel.mesh import make_mesh, shardings
 from pjrlhf.parallel.roofline import CHIPS, memory_bytes, product_cost
@@ -38,7 +38,7 @@ ONLY = flags.DEFINE_string("only", "", "run only programs whose name has this in
 OUTPUT = flags.DEFINE_string("output", "benchmarks/results/steps.jsonl", "where rows are added")
 
 
-class Measured(Planned):
+class Measured(DryRun):
     """A planned run on the devices of this machine: arrays in place of shapes, and programs that run."""
 
     def __init__(self, config: Any):
@@ -117,7 +117,7 @@ def useful(config: Any, stage: str) -> dict[str, float]:
     found = {}
 
     class Traced(Measured):
-        create, place, shapes = Planned.create, Planned.place, Planned.shapes
+        create, place, shapes = DryRun.create, DryRun.place, DryRun.shapes
 
         def program(self, step, **options):
             jitted = jax.jit(step, **options)

@@ -26,7 +26,7 @@ HELD_OUT = ((0.0, 1.0), (0.4, 0.6), (0.8, 0.2), (1.0, 0.0))
 
 def get_config(variant: str = "two") -> ml_collections.ConfigDict:
     c = config.base()
-    c.title = f"The multi-objective family with {variant} objectives of the built-in world"
+    c.title = f"The multi-objective family with {variant} objectives of the synthetic environment"
     if variant == "two":
         config.front(c, ("P2A", "P2B"))
         config.family(c)
@@ -34,7 +34,7 @@ def get_config(variant: str = "two") -> ml_collections.ConfigDict:
         config.front(c, ("P2A", "P2B", "P3A"))
         config.family(c)
     elif variant == "ablation":
-        c.title = "MOC and its parts on the built-in world"
+        c.title = "MOC and its parts on the synthetic environment"
         config.front(c, ("P2A", "P2B"))
         config.family(c, *ABLATION, *RULES)
         with c.ignore_type():

@@ -19,12 +19,12 @@ import ml_collections
 from pjrlhf import config
 
 
-def get_config(variant: str = "world") -> ml_collections.ConfigDict:
-    if variant not in ("world", "stories"):
+def get_config(variant: str = "synthetic") -> ml_collections.ConfigDict:
+    if variant not in ("synthetic", "stories"):
         raise ValueError(f"configs/moc.py:{variant}: unknown variant; use configs/moc.py or configs/moc.py:stories")
     c = config.base()
     c.title = "MOC: one policy that is told preference weights"
-    if variant == "world":
+    if variant == "synthetic":
         config.front(c, ("P2A", "P2B"))
         config.family(c, "moc", "sum")
     else:

@@ -1,4 +1,4 @@
-"""P-DPO and P-RM (P-RLHF, arXiv 2402.05133): people of conflicting taste, one policy that knows them apart.
+"""P-DPO and P-RM (P-RLHF, arXiv 2402.05133): people of conflicting persona, one policy that knows them apart.
 
     python -m pjrlhf.main --config=configs/pdpo.py
 
@@ -24,7 +24,7 @@ $PJRLHF_TEST_DATA (../shared by default), in data/alpaca_eval, data/llmfao and d
 :style_pairs is the paper's experiment with conflicting length preferences, :llmfao the votes of a crowd, :prefeval
 people who are known by one sentence about themselves.
 
-2 CPU cores: built-in world about 4 minutes, :soup 6, the others 20 to 35, of which 8 make the base; figures in
+2 CPU cores: synthetic environment about 4 minutes, :soup 6, the others 20 to 35, of which 8 make the base; figures in
 BUILD_NOTES.md.
 """
 
@@ -36,25 +36,25 @@ import ml_collections
 from pjrlhf import config
 
 
-def get_config(variant: str = "world") -> ml_collections.ConfigDict:
+def get_config(variant: str = "synthetic") -> ml_collections.ConfigDict:
     c = config.base()
-    c.title = "P-DPO with ten people of the built-in world"
+    c.title = "P-DPO with ten people of the synthetic environment"
     c.stages = ("sft", "population", "preference", "evaluate_users")
 
-    # The built-in people: everybody has one taste and labels pairs of answers by it.
+    # The built-in people: everybody has one persona and labels pairs of answers by it.
     c.population = {
         "data": "base",  # two answers of the base, or a source of pairs: {"kind": "jsonl", ..., "columns": {...}}
         "whole_answers": 0,  # of a given pair, how many must fit into data.max_completion where longer ones are cut
         "users": 10,
         "new_users": 10,
-        "tastes": ("P3A", "P3B"),
+        "personas": ("P3A", "P3B"),
         "shares": (0.7, 0.3),
         "pairs_per_user": 320,
         "heldout_pairs_per_user": 64,
         "new_pairs_per_user": 96,
     }
     config.people(c)
-    variants = {"world": None, "soup": soup, "records": records, "style_pairs": style_pairs, "llmfao": llmfao}
+    variants = {"synthetic": None, "soup": soup, "records": records, "style_pairs": style_pairs, "llmfao": llmfao}
     variants["prefeval"] = prefeval
     if variant not in variants:
         names = ", ".join(f":{name}" for name, change in variants.items() if change)
@@ -65,12 +65,12 @@ def get_config(variant: str = "world") -> ml_collections.ConfigDict:
 
 
 def soup(c: ml_collections.ConfigDict) -> None:
-    """Four tastes, a policy for each by PPO, and people who are known by their weights of these policies alone."""
-    c.title = "Learned soup weights with twelve people of the built-in world"
+    """Four personas, a policy for each by PPO, and people who are known by their weights of these policies alone."""
+    c.title = "Learned soup weights with twelve people of the synthetic environment"
     c.stages = ("sft", "comparisons", "reward", "policy", "population", "preference", "evaluate_users")
     config.policies(c)
     c.objectives = ("P2A", "P2B", "P3A", "P3B")
-    c.population.update({"users": 12, "new_users": 12, "tastes": c.objectives, "shares": (0.25, 0.25, 0.25, 0.25)})
+    c.population.update({"users": 12, "new_users": 12, "personas": c.objectives, "shares": (0.25, 0.25, 0.25, 0.25)})
     c.preference.bank = "policy"
     individualized = c.preference.models.individualized.to_dict()
     with c.ignore_type():
@@ -107,7 +107,7 @@ def _small_base(c: ml_collections.ConfigDict) -> None:
         c.model.tokenizer = ml_collections.ConfigDict({"kind": "bpe", "vocab_size": 2048, "texts": 5000})
     c.model.update({"hidden_size": 128, "intermediate_size": 384, "max_length": 384})
     c.adapter.update({"rank": 16, "alpha": 32.0})
-    c.data.update({"max_prompt": 64, "prompt_buckets": (32,), "max_completion": 128, "max_bad_share": 0.05})
+    c.data.update({"max_prompt": 64, "prompt_buckets": (32,), "max_completion": 128, "max_bad_fraction": 0.05})
     c.data.update({"long_prompt": "truncate_left", "long_completion": "truncate"})
     c.sft.update({"steps": 1000, "batch_size": 16})
     c.sft.optimizer.learning_rate = 3e-3
@@ -126,15 +126,15 @@ def style_pairs(c: ml_collections.ConfigDict) -> None:
     """People who want longer and people who want shorter answers, on real answers that no judge has to read."""
     _small_base(c)
     pairs = {"kind": "jsonl", "path": f"{_folder('alpaca_eval')}/style_pairs.jsonl.gz"}
-    tastes = ("longer", "shorter")
+    personas = ("longer", "shorter")
     c.title = "P-DPO with people who want longer or shorter answers"
     with c.ignore_type():
-        c.preferences = ml_collections.ConfigDict({name: {"dimension": "length", "sentence": ""} for name in tastes})
-        c.judge = ml_collections.ConfigDict({name: name for name in tastes})
+        c.preferences = ml_collections.ConfigDict({name: {"dimension": "length", "sentence": ""} for name in personas})
+        c.judge = ml_collections.ConfigDict({name: name for name in personas})
         c.data.prompts = ml_collections.ConfigDict(pairs)
     _data(c.population, **pairs, columns={"chosen": "concise", "rejected": "verbose"})
-    c.objectives = tastes
-    c.population.update({"tastes": tastes, "pairs_per_user": 320, "heldout_pairs_per_user": 60})
+    c.objectives = personas
+    c.population.update({"personas": personas, "pairs_per_user": 320, "heldout_pairs_per_user": 60})
     c.population.new_pairs_per_user = 40
     c.population.whole_answers = 1  # of two answers cut off, no one can tell which is longer
     for model in ("individualized", "permuted"):
@@ -153,7 +153,7 @@ def llmfao(c: ml_collections.ConfigDict) -> None:
     with c.ignore_type():
         c.data.prompts = ml_collections.ConfigDict(votes)
     _data(c.preference, **votes)
-    c.data.max_bad_share = 0.12  # one in ten votes is on a pair with an empty answer
+    c.data.max_bad_fraction = 0.12  # one in ten votes is on a pair with an empty answer
     c.preference.update({"split": "pair", "steps": 210})
     c.preference.optimizer.learning_rate = 1e-3
     c.preference.models.cluster.clusters = 4

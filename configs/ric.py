@@ -3,8 +3,8 @@ got, then an online round on the policy's own best answers; preference weights b
 
     python -m pjrlhf.main --config=configs/ric.py
 
-Rewards are stated as a tally of words, for the built-in world has no digits; where there are,
-`--config.ric.statement.form=numbers`. 2 CPU cores: about 2 minutes; figures in BUILD_NOTES.md.
+Rewards are stated as a tally of words, for the synthetic environment has no digits; where there are,
+`--config.ric.prompt_format.form=numbers`. 2 CPU cores: about 2 minutes; figures in BUILD_NOTES.md.
 """
 
 import ml_collections

@@ -1,18 +1,18 @@
 """Personalized Soups (arXiv 2310.11564): one policy per preference by PPO, merged with each person's weights.
 
-The built-in world, from nothing:
+The synthetic environment, from nothing:
 
     python -m pjrlhf.main --config=configs/soups.py
 
-Any Hugging Face Llama, here with two lengths and a taste for dialogue as preferences, judged by rule:
+Any Hugging Face Llama, here with two lengths and a persona for dialogue as preferences, judged by rule:
 
     python -m pjrlhf.main --config=configs/soups.py:hf --config.model.path=FOLDER
 
-Two more styles in the built-in world, 8 to 16 kinds of people:
+Two more styles in the synthetic environment, 8 to 16 kinds of people:
 
     python -m pjrlhf.main --config=configs/soups.py:styles
 
-Built-in world, default seed, 2 CPU cores: 3 to 5 minutes, compilation included; figures in BUILD_NOTES.md.
+Synthetic environment, default seed, 2 CPU cores: 3 to 5 minutes, compilation included; figures in BUILD_NOTES.md.
 """
 
 import ml_collections
@@ -20,9 +20,9 @@ import ml_collections
 from pjrlhf import config
 
 
-def get_config(variant: str = "world") -> ml_collections.ConfigDict:
+def get_config(variant: str = "synthetic") -> ml_collections.ConfigDict:
     c = config.base()
-    c.title = "Personalized Soups on the built-in world"
+    c.title = "Personalized Soups on the synthetic environment"
     c.stages = ("sft", "comparisons", "reward", "policy", "methods", "evaluate")
     config.policies(c)
     # Prompted-MORL samples as many answers as the six ingredients together.
@@ -37,8 +37,8 @@ def get_config(variant: str = "world") -> ml_collections.ConfigDict:
         "sweep_samples": 3,  # answers per prompt and point of a sweep
         "resamples": 2000,
         "shown": 2,  # sample answers per combination in the report
-        # Which methods are told the user's preferences in the prompt besides "prompting", as in the paper.
-        "told": ("soups",),
+        # Which methods read the user's preferences in the prompt, besides "prompting", as in the paper.
+        "prompted": ("soups",),
         "new_preferences": (),  # that came later, and for each method the entries of `methods` trained for them
         "scaling": {},
     }
@@ -46,7 +46,7 @@ def get_config(variant: str = "world") -> ml_collections.ConfigDict:
         huggingface(c)
     elif variant == "styles":
         styles(c)
-    elif variant != "world":
+    elif variant != "synthetic":
         known = "configs/soups.py or configs/soups.py:hf or configs/soups.py:styles"
         raise ValueError(f"configs/soups.py:{variant}: unknown variant; use {known}")
     return c
@@ -57,7 +57,7 @@ def styles(c: ml_collections.ConfigDict) -> None:
     train two more ingredients and nothing else; Prompted-MORL trains anew, with as many answers as all eight together.
     """
     c.title = "Two more styles: 8 to 16 kinds of people"
-    c.preferences = c.model.tokenizer = "world16"
+    c.preferences = c.model.tokenizer = "synthetic16"
     old, new = c.objectives, ("P3C", "P3D")
     c.objectives += new
     c.general = ""
@@ -103,4 +103,4 @@ def huggingface(c: ml_collections.ConfigDict) -> None:
     c.reward.steps = 120
     c.policy.steps = 40
     c.sample_rows = 128
-    c.evaluate.told = ()
+    c.evaluate.prompted = ()

@@ -4,7 +4,7 @@ import ml_collections
 
 
 def base() -> ml_collections.ConfigDict:
-    """Shared settings, at the size of the built-in world."""
+    """Shared settings, at the size of the synthetic environment."""
     c = ml_collections.ConfigDict()
     c.title = ""
     c.seed = 0
@@ -12,22 +12,22 @@ def base() -> ml_collections.ConfigDict:
     c.mesh = {"data": -1, "fsdp": 1, "tensor": 1}  # devices per axis; -1 is the rest
     c.checkpoints = ""  # where they go if not into the run directory, a folder or gs://, s3:// of this run alone
     c.checkpoint_every = 100  # steps; every stage also saves its last
-    c.keep = 2  # checkpoints
+    c.max_to_keep = 2  # checkpoints
     c.keep_best = ""  # and the best by a metric: "loss" for the least, "max rewards/accuracies" for the greatest
     c.log_every = 5
     c.loggers = ()  # beside metrics.jsonl: tensorboard, wandb
     c.profile = False  # a trace of a few steps of every stage, for XProf
 
-    # Who is there to please. "world", "paper", or {id: {"dimension": ..., "sentence": ...}}.
-    c.preferences = "world"
+    # Who is there to please. "synthetic", "paper", or {id: {"dimension": ..., "sentence": ...}}.
+    c.preferences = "synthetic"
     c.objectives = ("P1A", "P1B", "P2A", "P2B", "P3A", "P3B")  # one ingredient each
     c.general = ""  # a general criterion beside them, such as the reward of RLHF; "" for none
-    c.judge = "world"  # "world", or {criterion: scorer name}, see evaluation/judges.py
+    c.judge = "synthetic"  # "synthetic", or {criterion: scorer name}, see evaluation/judges.py
 
     c.model = {
         "path": "",  # Hugging Face folder to start from; "" trains a new model of the size below
-        # Of a new model: "world", or {"kind": "bpe", "vocab_size": ..., "texts": how many of the sft data to train on}.
-        "tokenizer": "world",
+        # Of a new model: "synthetic", or {"kind": "bpe", "vocab_size": ..., "texts": how many sft records to train on}.
+        "tokenizer": "synthetic",
         "hidden_size": 64,
         "intermediate_size": 192,
         "num_layers": 2,
@@ -52,7 +52,7 @@ def base() -> ml_collections.ConfigDict:
     c.aot = {"users": 1000}  # how many people --aot reckons with
 
     c.data = {
-        "prompts": "world",  # "world", or a source of prompt records: {"kind": "jsonl", "path": ...}
+        "prompts": "synthetic",  # "synthetic", or a source of prompt records: {"kind": "jsonl", "path": ...}
         "chat": True,  # put requests through the chat template
         "columns": ml_collections.ConfigDict(),  # our column -> the name it has in your data
         "max_prompt": 20,  # tokens
@@ -64,11 +64,11 @@ def base() -> ml_collections.ConfigDict:
         # Of what is trained on: an answer a row (none), a prompt with all its answers (share), several of those (pack),
         # all in one row (join); auto is join where attention goes by blocks, else share.
         "packing": "auto",
-        "heldout_share": 0.25,  # of the prompts; never trained on, used to evaluate
-        "max_bad_share": 0.01,  # more bad records than this stop the run
+        "heldout_fraction": 0.25,  # of the prompts; never trained on, used to evaluate
+        "max_bad_fraction": 0.01,  # more bad records than this stop the run
     }
     c.sft = {
-        "data": "world",  # "world", or a source of completion records
+        "data": "synthetic",  # "synthetic", or a source of completion records
         "records": 8000,  # of the built-in corpus
         "steps": 400,
         "batch_size": 64,
@@ -90,8 +90,8 @@ def people(c: ml_collections.ConfigDict) -> None:
     c.preference = {
         "data": "population",  # "population", or a source of preference records with `user_id`
         "split": "prompt",  # of your own data: prompt, or pair (others may have compared the same prompt's answers)
-        "heldout_share": 0.2,  # of the prompts or pairs, where the data are your own
-        "new_user_share": 0.0,  # of the people, where the data are your own; kept out to be met as new people
+        "heldout_fraction": 0.2,  # of the prompts or pairs, where the data are your own
+        "new_user_fraction": 0.0,  # of the people, where the data are your own; kept out to be met as new people
         # Entries may differ in everything from `head` to `sft_weight`, too, and have user_text=True.
         "models": {
             "pooled": {"kind": "uniform"},
@@ -135,17 +135,17 @@ def policies(c: ml_collections.ConfigDict) -> None:
         "path": "",  # reward models of another run to use instead of training them
         "steps": 160,
         "batch_size": 8,  # pairs per objective
-        "heldout_share": 0.2,  # of the prompts
+        "heldout_fraction": 0.2,  # of the prompts
         "calibration_samples": 256,
         "quantiles": (0.02, 0.98),  # of the base's rewards, which the scale "quantiles" puts at 0 and 1
         "optimizer": {"learning_rate": 5e-3, "schedule": "cosine"},
     }
     c.policy = {
-        # What policies are trained for, see algorithms/targets.py: own, fixed, grid, dirichlet, combinations. Points are
-        # rows of weights, or a name: simplex, between, corners, centre, subsets, mixed.
+        # What policies are trained for, see algorithms/targets.py: own, fixed, grid, dirichlet, combinations. Points
+        # are rows of weights, or a name: simplex, between, corners, centre, subsets, mixed.
         "preferences": {"kind": "own", "objectives": (), "points": (), "alpha": 1.0, "held_out": ()},
         "mix": "own",  # own: an adapter per policy; weights: one per objective, mixed by the preference weights
-        "statement": {"form": "sentences", "decimals": 1, "levels": 10},  # sentences, numbers, tally
+        "prompt_format": {"form": "sentences", "decimals": 1, "levels": 10},  # sentences, numbers, tally
         "scale": "std",  # of rewards: std, or quantiles (0 to 1)
         # How objectives become one advantage, see objectives/combination.py: sum, tchebycheff, gdpo, pama, min_norm.
         "combine": {
@@ -171,7 +171,7 @@ def policies(c: ml_collections.ConfigDict) -> None:
             "policies_at_once": 0,  # whose gradient is taken at once, 0: all; fewer take less memory
             "clip": 0.2,
             "value_clip": 0.2,
-            "value_weight": 0.1,
+            "vf_coef": 0.1,
         },
         "experience": {
             "estimator": "gae",  # gae; or without a critic rloo, group, with samples_per_prompt of 2 or more
@@ -179,7 +179,7 @@ def policies(c: ml_collections.ConfigDict) -> None:
             "gamma": 1.0,
             "lam": 0.95,
             "kl_kind": "k1",
-            "missing_eos": 1.0,
+            "missing_eos_penalty": 1.0,
             "score_clip": 5.0,
         },
         "optimizer": {"name": "adamw", "learning_rate": 3e-3, "schedule": "linear", "b2": 0.99, "eps": 1e-5},
@@ -201,7 +201,7 @@ def front(c: ml_collections.ConfigDict, objectives: tuple[str, ...]) -> None:
     c.comparisons.pairs = 768
     c.policy.update({"scale": "quantiles", "steps": 40, "rollouts": 64})
     c.policy.kl.coefficient = 0.03
-    c.policy.experience.update({"missing_eos": 0.3, "score_clip": 0.0})
+    c.policy.experience.update({"missing_eos_penalty": 0.3, "score_clip": 0.0})
     # Three seeds of two and of three objectives, side by side, within half an hour on two cores.
     c.sft.steps, c.modpo.steps = 300, 90
     c.ric.update({"samples": 1536, "steps": 160, "online_steps": 60})  # in all as many samples as the policies
@@ -226,7 +226,7 @@ def family(c: ml_collections.ConfigDict, *names: str) -> None:
     each = c.policy.rollouts // len(c.objectives) // 4 * 4  # minibatches divide it
     on_grid = {"preferences": {"kind": "grid", "points": "simplex"}}
     # What the base never read takes larger steps to learn; more than five words to tell apart, more samples.
-    tally = {"prompt_preference": "always", "statement": {"form": "tally", "levels": 5}}
+    tally = {"prompt_preference": "always", "prompt_format": {"form": "tally", "levels": 5}}
     tally["optimizer"] = {"learning_rate": 2 * c.policy.optimizer.learning_rate}
     min_norm = {"kind": "min_norm", "control_weight": 4.0}
     entries = {
@@ -271,7 +271,7 @@ def neighbours(c: ml_collections.ConfigDict) -> None:
     c.modpo = {
         "preferences": {"kind": "own", "points": (), "alpha": 1.0, "held_out": ()},  # own or fixed, as in policy
         "mix": "own",
-        "statement": {"form": "sentences", "decimals": 1, "levels": 10},
+        "prompt_format": {"form": "sentences", "decimals": 1, "levels": 10},
         "prompt_preference": "never",  # the pairs have plain prompts
         "steps": 120,
         "batch_size": 8,  # pairs per policy
@@ -281,7 +281,7 @@ def neighbours(c: ml_collections.ConfigDict) -> None:
     }
     c.ric = {
         # How a prompt states scores of 0 to 1; a tally has up to `levels` words per objective, within data.max_prompt.
-        "statement": {"form": "tally", "decimals": 1, "levels": 5},
+        "prompt_format": {"form": "tally", "decimals": 1, "levels": 5},
         "target": "l2",  # scores that preference weights ask for: identity, l2, max
         "samples": 2048,  # answers of the base
         "steps": 200,
@@ -290,6 +290,6 @@ def neighbours(c: ml_collections.ConfigDict) -> None:
         "online_samples": 1024,  # answers of the policy in each of them
         "online_steps": 80,
         "quantile": 0.7,  # of the base's scores, which an online answer must reach by some objective
-        "keep": 0.25,  # share of the base's answers among those of an online round
+        "base_fraction": 0.25,  # share of the base's answers among those of an online round
         "optimizer": {"learning_rate": 3e-3, "schedule": "cosine"},
     }

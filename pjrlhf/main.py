@@ -16,7 +16,7 @@ from pjrlhf.paths import user_cache
 FLAGS = flags.FLAGS
 # What may change between two runs of one run directory: it does not influence training.
 FREE = (
-    *("log_every", "loggers", "profile", "aot", "checkpoint_every", "keep", "keep_best"),
+    *("log_every", "loggers", "profile", "aot", "checkpoint_every", "max_to_keep", "keep_best"),
     *("title", "seeds", "stages", "methods", "evaluate", "evaluate_users", "evaluate_front"),
 )
 _CONFIG = config_flags.DEFINE_config_file("config", None, "What to run: a file of configs/, optionally with :variant.")
@@ -95,7 +95,7 @@ def main(_: list[str]) -> None:
     workdir.write_config(config.to_dict(), ignore=FREE)
     (seeds if config.get("seeds") else stages).run(config, workdir)
     summary = workdir.path / "report" / "summary.json"
-    if summary.is_file() and processes.is_first():
+    if summary.is_file() and processes.is_process_zero():
         from pjrlhf.evaluation.report import print_tables
 
         print_tables(json.loads(summary.read_text(encoding="utf-8")))

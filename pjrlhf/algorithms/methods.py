@@ -14,7 +14,7 @@ from absl import logging
 
 from pjrlhf.algorithms import policies as policy
 from pjrlhf.errors import UserError
-from pjrlhf.parallel.processes import by_first
+from pjrlhf.parallel.processes import on_process_zero
 from pjrlhf.runtime.context import Run
 from pjrlhf.training.workdir import write_json
 
@@ -24,7 +24,7 @@ TRAINERS = {
     "ric": "pjrlhf.algorithms.ric",
 }
 # What an entry says about answering, not about training; see `evaluate_front`.
-ANSWERING = ("of", "answer", "extrapolation", "divergence", "stated")
+ANSWERING = ("of", "answer", "extrapolation", "divergence", "prompted")
 
 
 def folder(name: str) -> str:
@@ -76,7 +76,7 @@ def run(run: Run) -> dict[str, Any]:
         if run.workdir.finished(stage):
             logging.info("%s: finished before, skipped", stage)
             continue
-        by_first(write_json)(kept, described)
+        on_process_zero(write_json)(kept, described)
         started = time.perf_counter()
         trainer = importlib.import_module(TRAINERS[changes.get("train", "policy")])
         info = trainer.train(run, settings, stage)

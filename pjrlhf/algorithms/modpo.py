@@ -15,7 +15,7 @@ import numpy as np
 
 from pjrlhf.algorithms import policies as policy
 from pjrlhf.algorithms import reward
-from pjrlhf.algorithms.targets import Goals
+from pjrlhf.algorithms.targets import Targets
 from pjrlhf.data.batching import batches, collate_completion
 from pjrlhf.data.tokenization import TokenTable
 from pjrlhf.errors import UserError
@@ -127,7 +127,7 @@ class Modpo:
     """
 
     def __init__(self, run: Run, settings: Any):
-        self.run, self.settings, self.goals = run, settings, Goals(run, settings)
+        self.run, self.settings, self.goals = run, settings, Targets(run, settings)
         self._check()
         K = len(self.goals.policies)
         weights = np.zeros((K, len(run.rewards)), np.float32)
@@ -204,7 +204,7 @@ class Modpo:
         run, settings = self.run, self.settings
         loss = functools.partial(policies_loss, run.model, run.adapter, float(settings.beta), settings.loss)
         (_, metrics), gradient = jax.value_and_grad(loss, has_aux=True)(state.trainable, base, batch)
-        return state.updated(gradient, self.optimizer), metrics
+        return state.apply_gradients(gradient, self.optimizer), metrics
 
     def step(self, state: State, batch: Any) -> tuple[State, Metrics]:
         batch = batch | {"rows": self.run.place(batch["rows"]), "weights": self.weights}

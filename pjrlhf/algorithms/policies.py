@@ -16,7 +16,7 @@ import numpy as np
 import optax
 
 from pjrlhf.algorithms import reward
-from pjrlhf.algorithms.targets import Goals, Rows
+from pjrlhf.algorithms.targets import Rows, Targets
 from pjrlhf.data.batching import batches
 from pjrlhf.errors import UserError
 from pjrlhf.models.adapters import AdapterConfig, Policies, init_bank
@@ -27,7 +27,7 @@ from pjrlhf.models.storage import load_tree, save_tree
 from pjrlhf.objectives import policy_gradient as pg
 from pjrlhf.objectives.combination import Combination
 from pjrlhf.parallel.mesh import shard_params
-from pjrlhf.parallel.processes import by_first, to_host
+from pjrlhf.parallel.processes import on_process_zero, to_host
 from pjrlhf.rollout import scoring
 from pjrlhf.rollout.experience import (
     ExperienceConfig,
@@ -57,8 +57,8 @@ class PPOConfig:
     policies_at_once: int = 0
     clip: float = 0.2
     value_clip: float = 0.2
-    value_weight: float = 0.1
-    entropy_weight: float = 0.0
+    vf_coef: float = 0.1
+    entropy_coef: float = 0.0
 
 
 def ppo_loss(
@@ -83,7 +83,7 @@ def ppo_loss(
         per_head = jax.vmap(pg.value_loss, (-1, -1, -1, None, None))
         value_loss, value_clipped = per_head(values, rows["values"], rows["returns"], rows["mask"], config.value_clip)
         entropy = pg.masked_mean(entropy, rows["mask"])
-        loss = policy_loss + config.value_weight * value_loss.mean() - config.entropy_weight * entropy
+        loss = policy_loss + config.vf_coef * value_loss.mean() - config.entropy_coef * entropy
         metrics |= {
             "loss/policy_avg": policy_loss,
             "loss/value_avg": value_loss.mean(),
@@ -166,11 +166,11 @@ class Policy:
     def __init__(self, run: Run, settings: Any = None, rewarder: Any = None):
         settings = settings or settings_of(run)
         self.run, self.settings = run, settings
-        self.goals = Goals(run, settings)
+        self.goals = Targets(run, settings)
         self.ppo = PPOConfig(**settings.ppo)
         self.experience = ExperienceConfig(**settings.experience)
         if self.experience.estimator != "gae":
-            self.ppo = dataclasses.replace(self.ppo, value_weight=0.0)
+            self.ppo = dataclasses.replace(self.ppo, vf_coef=0.0)
         try:
             self.combination = Combination(**settings.combine)
         except ValueError as error:
@@ -390,7 +390,7 @@ def save(run: Run, stage: str, names: Sequence[str], bank: Any) -> str:
     return run.base_hash
 
 
-@by_first
+@on_process_zero
 def _save_ingredients(run: Run, folder: pathlib.Path, names: Sequence[str], bank: Any) -> None:
     for k, name in enumerate(names):
         one = jax.tree.map(lambda x, k=k: x[k], bank)

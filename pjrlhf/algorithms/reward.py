@@ -137,7 +137,7 @@ class Reward:
                     "mend the record or add it to --config.objectives"
                 )
         keys = [json.dumps(example.prompt) for example in table.examples]
-        sides = split_by(keys, run.config.reward.heldout_share, run.config.seed)
+        sides = split_by(keys, run.config.reward.heldout_fraction, run.config.seed)
         tables = []
         for side, name in zip(sides, ("training", "held-out"), strict=True):
             of = {objective: [i for i in side if table.examples[i].objective == objective] for objective in run.rewards}
@@ -169,7 +169,7 @@ class Reward:
     def _step(self, state: State, base: Any, batch: Any) -> tuple[State, Metrics]:
         loss = functools.partial(reward_loss, self.run.model, self.run.adapter)
         (_, metrics), gradient = jax.value_and_grad(loss, has_aux=True)(state.trainable, base, batch)
-        return state.updated(gradient, self.optimizer), metrics
+        return state.apply_gradients(gradient, self.optimizer), metrics
 
     def step(self, state: State, batch: Any) -> tuple[State, Metrics]:
         return self._update(state, self.run.base, self._placed(batch))

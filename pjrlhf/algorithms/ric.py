@@ -19,13 +19,13 @@ from pjrlhf.algorithms import reward, sft
 from pjrlhf.algorithms.modpo import raw_rewards
 from pjrlhf.algorithms.targets import encode
 from pjrlhf.data.batching import batches
-from pjrlhf.data.preferences import Statement
+from pjrlhf.data.preferences import PreferencePrompt
 from pjrlhf.data.schema import Example
 from pjrlhf.data.tokenization import TokenTable, tokenize
 from pjrlhf.errors import UserError
 from pjrlhf.models.adapters import init_bank
 from pjrlhf.objectives.multi_objective import calibrate, target_map
-from pjrlhf.parallel.processes import by_first
+from pjrlhf.parallel.processes import on_process_zero
 from pjrlhf.runtime.answers import Row, Sampler, sample_base
 from pjrlhf.runtime.context import Run
 from pjrlhf.training.metrics import Metrics
@@ -36,18 +36,18 @@ from pjrlhf.training.workdir import disk_errors, write_lines
 Answer = dict[str, Any]  # {"request", "text", "scores": N numbers in [0, 1]}
 
 
-def statement(run: Run, settings: Any, request: str, scores: Sequence[float]) -> str:
+def prompt_format(run: Run, settings: Any, request: str, scores: Sequence[float]) -> str:
     """The words after `request` that state N scores, one per objective.
 
     Raises:
       UserError: the tokenizer does not know them, or the prompt gets longer than `data.max_prompt`.
     """
-    words = Statement(**settings.statement)(run.registry, run.objectives, scores)
+    words = PreferencePrompt(**settings.prompt_format)(run.registry, run.objectives, scores)
     length, limit = len(encode(run, request, words)), run.lengths.prompt
     if length > limit:
         raise UserError(
-            f"statement {words[:60]!r}: the prompt has {length} tokens with it, more than data.max_prompt={limit}; "
-            "raise it, or lower statement.levels"
+            f"prompt_format {words[:60]!r}: the prompt has {length} tokens with it, more than data.max_prompt={limit}; "
+            "raise it, or lower prompt_format.levels"
         )
     return words
 
@@ -78,15 +78,17 @@ def stated(run: Run, settings: Any, answers: Sequence[Answer], name: str) -> Tok
     """The answers as completions of prompts that state the scores they really got, whatever they were asked for."""
     examples = []
     for i, answer in enumerate(answers, 1):
-        words = statement(run, settings, answer["request"], answer["scores"])
+        words = prompt_format(run, settings, answer["request"], answer["scores"])
         prompt = run.ask(answer["request"], words)
         examples.append(Example(prompt=prompt, completion=answer["text"], where=f"{name} answer {i}"))
     return _tokenized(run, examples, name)
 
 
 def _tokenized(run: Run, examples: Sequence[Example], name: str) -> TokenTable:
-    share = run.config.data.max_bad_share
-    return tokenize(examples, "completion", run.tokenizer, run.sampled_lengths, source_name=name, max_bad_share=share)
+    share = run.config.data.max_bad_fraction
+    return tokenize(
+        examples, "completion", run.tokenizer, run.sampled_lengths, source_name=name, max_bad_fraction=share
+    )
 
 
 def wanted(run: Run, settings: Any, number: int) -> list[Row]:
@@ -95,7 +97,7 @@ def wanted(run: Run, settings: Any, number: int) -> list[Row]:
     rng = np.random.default_rng((run.config.seed, 120, number))
     goals = np.asarray(target_map(rng.dirichlet(np.ones(N), settings.online_samples), settings.target)).tolist()
     asked = [requests[i % len(requests)] for i in range(len(goals))]
-    return [Row(q, statement(run, settings, q, goal), (1.0,)) for q, goal in zip(asked, goals, strict=True)]
+    return [Row(q, prompt_format(run, settings, q, goal), (1.0,)) for q, goal in zip(asked, goals, strict=True)]
 
 
 def good(answers: Sequence[Answer], offline: Sequence[Answer], quantile: float) -> list[Answer]:
@@ -110,7 +112,7 @@ def stored(path: pathlib.Path, make: Callable[[], list[Answer]]) -> list[Answer]
         return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     answers = make()
     with disk_errors(path):
-        by_first(write_lines)(path, answers)
+        on_process_zero(write_lines)(path, answers)
     return answers
 
 
@@ -143,7 +145,7 @@ class Ric:
     def _step(self, state: State, base: Any, batch: Any) -> tuple[State, Metrics]:
         loss = functools.partial(sft.sft_loss, self.run.model, self.run.adapter)
         (_, metrics), gradient = jax.value_and_grad(loss, has_aux=True)(state.trainable, base, batch)
-        return state.updated(gradient, self.optimizer), metrics
+        return state.apply_gradients(gradient, self.optimizer), metrics
 
     def step(self, state: State, batch: Any) -> tuple[State, Metrics]:
         return self._update(state, self.run.base, self.run.place(batch))
@@ -158,9 +160,9 @@ def fine_tune(run: Run, settings: Any, stage: str, number: int, answers: Sequenc
 
 
 def _check(run: Run, settings: Any) -> None:
-    for name in ("quantile", "keep"):
+    for name in ("quantile", "base_fraction"):
         if not 0 <= settings[name] <= 1:
-            raise UserError(f"ric.{name} {settings[name]}: not a share; choose one between 0 and 1")
+            raise UserError(f"ric.{name} {settings[name]}: not a fraction; choose one between 0 and 1")
     N = len(run.objectives)
     try:
         target_map(np.ones(N), settings.target)
@@ -168,7 +170,7 @@ def _check(run: Run, settings: Any) -> None:
         raise UserError(f"ric.target: {error}") from error
     # Every label by itself, before anything is sampled.
     for scores in np.eye(N):
-        statement(run, settings, run.requests[0][0], scores)
+        prompt_format(run, settings, run.requests[0][0], scores)
 
 
 def train(run: Run, settings: Any, stage: str) -> dict[str, Any]:
@@ -196,7 +198,7 @@ def train(run: Run, settings: Any, stage: str) -> dict[str, Any]:
         found = stored(folder / f"answers{number}.jsonl", functools.partial(online_answers, bank, number))
         best = good(found, offline, settings.quantile)
         rng = np.random.default_rng((run.config.seed, 121, number))
-        again = rng.choice(len(offline), round(settings.keep * len(offline)), replace=False)
+        again = rng.choice(len(offline), round(settings.base_fraction * len(offline)), replace=False)
         bank = fine_tune(run, settings, stage, number, [*best, *(offline[i] for i in again)], bank)
         usable, kept = usable + len(found), [*kept, len(best)]
     with disk_errors(folder):

@@ -1,4 +1,4 @@
-"""Supervised fine-tuning of the base on prompt-completion records; the part of Tulu where the built-in world is
+"""Supervised fine-tuning of the base on prompt-completion records; the part of Tulu where the synthetic environment is
 used.
 """
 
@@ -16,7 +16,7 @@ from pjrlhf.merging.lora import merge_dense
 from pjrlhf.models.adapters import AdapterConfig, Policies, init_bank
 from pjrlhf.models.decoder import Decoder
 from pjrlhf.models.huggingface import save_params
-from pjrlhf.parallel.processes import by_first, to_host
+from pjrlhf.parallel.processes import on_process_zero, to_host
 from pjrlhf.rollout import scoring
 from pjrlhf.runtime.context import Run
 from pjrlhf.training.metrics import Metrics, masked
@@ -67,7 +67,7 @@ class Sft:
             self.run.tokenizer,
             self.run.lengths,
             source_name="sft.data",
-            max_bad_share=self.run.config.data.max_bad_share,
+            max_bad_fraction=self.run.config.data.max_bad_fraction,
         )
 
     def init(self) -> State:
@@ -87,7 +87,7 @@ class Sft:
         (_, metrics), gradient = jax.value_and_grad(loss, has_aux=True)(state.trainable, base, batch)
         norm = optax.global_norm(gradient)
         metrics = {**metrics, "grad_norm": (norm, jnp.ones_like(norm))}
-        return state.updated(gradient, self.optimizer), metrics
+        return state.apply_gradients(gradient, self.optimizer), metrics
 
     def step(self, state: State, batch: Any) -> tuple[State, Metrics]:
         return self._update(state, self.base, self.run.place(batch))
@@ -106,7 +106,7 @@ def run(run: Run) -> dict[str, Any]:
     method = Sft(run)
     state = run.train(method, "sft", config.steps)
     with disk_errors(run.base_folder):
-        by_first(save_params)(
+        on_process_zero(save_params)(
             run.base_folder,
             run.model_config,
             to_host(method.result(state)),

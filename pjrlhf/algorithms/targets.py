@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from pjrlhf.data import preferences
-from pjrlhf.data.preferences import Statement
+from pjrlhf.data.preferences import PreferencePrompt
 from pjrlhf.errors import UserError
 from pjrlhf.merging.methods import mixing_matrix
 from pjrlhf.objectives.simplex import simplex_grid
@@ -29,7 +29,7 @@ NEAR = 0.02  # a drawn preference this near to a held-out one is drawn again
 
 
 @dataclasses.dataclass(frozen=True)
-class Goal:
+class Target:
     """What one answer is rewarded for: numbers of S reward models, their weights, and which preference it is."""
 
     objectives: tuple[int, ...]
@@ -37,11 +37,11 @@ class Goal:
     group: int = 0
 
 
-class Goals:
+class Targets:
     """The K policies of a stage and their A adapters.
 
     Args:
-      settings: a section with `preferences`, `mix`, `statement` and `prompt_preference`.
+      settings: a section with `preferences`, `mix`, `prompt_format` and `prompt_preference`.
 
     Attributes:
       policies: K names.
@@ -89,33 +89,33 @@ class Goals:
         if self.kind == "combinations" and not run.adapter.rank:
             raise UserError("preferences.kind combinations: every answer has reward models of its own; set a rank")
         self.adapters = run.objectives if self.mix == "weights" else self.policies
-        self.statement = Statement(**settings.statement)
+        self.prompt_format = PreferencePrompt(**settings.prompt_format)
         stated = settings.prompt_preference
         if stated not in ("never", "always", "half"):
             raise UserError(f"prompt_preference {stated!r}: unknown; choose never, always or half")
-        # "half": each request comes once with and once without the statement.
+        # "half": each request comes once with and once without the prompt_format.
         self.forms = (False, True) if stated == "half" else (stated == "always",)
         self.told = stated != "never"
 
-    def goal(self, row: int, policy: int) -> Goal:
+    def goal(self, row: int, policy: int) -> Target:
         """What policy `policy` is rewarded for in row `row` of the data; the same whenever it is asked."""
         everything = tuple(range(len(self.run.objectives)))
         if self.kind == "own":
-            return Goal((self.run.rewards.index(self.policies[policy]),), (1.0,), policy)
+            return Target((self.run.rewards.index(self.policies[policy]),), (1.0,), policy)
         if self.kind == "fixed":
-            return Goal(everything, self.points[policy], policy)
+            return Target(everything, self.points[policy], policy)
         rng = np.random.default_rng((self.run.config.seed, 35, row))
         if self.kind == "grid":
             index = int(rng.integers(len(self.points)))
-            return Goal(everything, self.points[index], index)
+            return Target(everything, self.points[index], index)
         if self.kind == "combinations":
             index = int(rng.integers(len(self.combos)))
             combo = self.combos[index]
-            return Goal(tuple(map(self.run.rewards.index, combo)), (1 / len(combo),) * len(combo), index)
+            return Target(tuple(map(self.run.rewards.index, combo)), (1 / len(combo),) * len(combo), index)
         while True:
             point = tuple(rng.dirichlet([self.alpha] * len(everything)).tolist())
             if not any(_near(point, h, NEAR) for h in self.held_out):
-                return Goal(everything, point)
+                return Target(everything, point)
 
     @functools.cached_property
     def objectives(self) -> np.ndarray | None:
@@ -136,9 +136,9 @@ class Goals:
     def words(self, names: Sequence[str], weights: Sequence[float]) -> str:
         """The statement of these weights; what has no entry in the registry (the general reward) says nothing."""
         known = [(name, w) for name, w in zip(names, weights, strict=True) if name in self.run.registry]
-        return self.statement(self.run.registry, *zip(*known, strict=True)) if known else ""
+        return self.prompt_format(self.run.registry, *zip(*known, strict=True)) if known else ""
 
-    def state(self, goal: Goal) -> str:
+    def state(self, goal: Target) -> str:
         """The statement of a goal."""
         return self.words([self.run.rewards[i] for i in goal.objectives], goal.weights)
 
@@ -150,7 +150,7 @@ class Rows(Sequence):
     Where goals are drawn at random there are `count` rows or more, so that a request comes with ever new ones.
     """
 
-    def __init__(self, run: Run, goals: Goals, count: int = 0):
+    def __init__(self, run: Run, goals: Targets, count: int = 0):
         self.run, self.goals = run, goals
         self.requests = run.requests[0]
         size = len(self.requests) * len(goals.forms)
@@ -178,8 +178,8 @@ def encode(run: Run, request: str, words: str) -> list[int]:
     unknown = run.tokenizer.unk_id
     if unknown is not None and unknown in ids and unknown not in plain:
         raise UserError(
-            f"statement {words!r}: the tokenizer has no token for some of it; choose other labels, or another "
-            'statement.form ("tally" needs no numbers)'
+            f"prompt_format {words!r}: the tokenizer has no token for some of it; choose other labels, or another "
+            'prompt_format.form ("tally" needs no numbers)'
         )
     return ids
 

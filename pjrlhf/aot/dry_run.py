@@ -22,7 +22,7 @@ from absl import logging
 from pjrlhf.algorithms import modpo
 from pjrlhf.algorithms.modpo import Modpo
 from pjrlhf.algorithms.reward import Reward
-from pjrlhf.data import synthetic as world
+from pjrlhf.data import synthetic
 from pjrlhf.data.schema import Example
 from pjrlhf.data.tokenization import TokenTable
 from pjrlhf.errors import UserError
@@ -81,7 +81,7 @@ class _Text:
         return self.encode_prompt(prompt), [[FIRST_ID + i] * self.completion for i in range(len(answers))]
 
 
-class Planned(Run):
+class DryRun(Run):
     """A run on devices that are not here: parameters are shapes, records are stand-ins of the greatest length, and a
     program that is called is compiled and measured.
     """
@@ -161,7 +161,9 @@ class Planned(Run):
     @functools.cached_property
     def tokenizer(self) -> Any:
         d, spec = self.config.data, self.config.model.tokenizer
-        trained = len(world.vocabulary(world.WORLDS[spec])) if isinstance(spec, str) else spec["vocab_size"]
+        trained = (
+            len(synthetic.vocabulary(synthetic.ENVIRONMENTS[spec])) if isinstance(spec, str) else spec["vocab_size"]
+        )
         return _Text(d.max_prompt, d.max_completion, self.config.model.vocab_size or trained)
 
     @functools.cached_property
@@ -206,7 +208,7 @@ class Planned(Run):
         return examples, "stand-ins"
 
 
-class PlannedPairs(Pairs):
+class DryRunPairs(Pairs):
     """Comparisons of `aot.users` people."""
 
     def __init__(self, run: Run):
@@ -218,7 +220,7 @@ class PlannedPairs(Pairs):
         return np.zeros((len(table), len(SIDES)), np.float32)
 
 
-class PlannedModpo(Modpo):
+class DryRunModpo(Modpo):
     """What is asked of each pair before training is compiled, and then made up."""
 
     def _raw(self, table: TokenTable) -> np.ndarray:
@@ -230,14 +232,14 @@ class PlannedModpo(Modpo):
         return np.zeros((len(table), len(SIDES)), np.float32)
 
 
-def compile_reference(run: Planned, count: int) -> None:
+def compile_reference(run: DryRun, count: int) -> None:
     """The log-probs of `count` answers under the reference."""
     sums = functools.partial(reference.summed_logps, run.model, run.adapter, prompt_slots=run.config.data.max_prompt)
     with run.part("reference"):
         run.program(sums)(run.base, **run.rows(count))
 
 
-def compile_rewards(run: Planned) -> None:
+def compile_rewards(run: DryRun) -> None:
     """The rewards of `run.sample_rows` answers by all reward models."""
     with run.part("rewards"):
         run.program(functools.partial(modpo.scores, run))(run.rewarder, run.base, **run.rows(run.sample_rows))

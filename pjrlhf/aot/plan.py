@@ -20,7 +20,7 @@ from pjrlhf.algorithms.policies import Policy, settings_of
 from pjrlhf.algorithms.reward import Reward
 from pjrlhf.algorithms.sft import Sft
 from pjrlhf.aot import dry_run as planned
-from pjrlhf.aot.dry_run import Planned, PlannedModpo, PlannedPairs, Step, compile_reference, compile_rewards
+from pjrlhf.aot.dry_run import DryRun, DryRunModpo, DryRunPairs, Step, compile_reference, compile_rewards
 from pjrlhf.errors import UserError
 from pjrlhf.parallel.mesh import even_rows
 from pjrlhf.parallel.roofline import CHIPS
@@ -33,15 +33,15 @@ def _step(method: Any) -> None:
     method.step(method.init(), next(method.batches))
 
 
-def _sft(run: Planned) -> None:
+def _sft(run: DryRun) -> None:
     _step(Sft(run))
 
 
-def _reward(run: Planned) -> None:
+def _reward(run: DryRun) -> None:
     _step(Reward(run))
 
 
-def _policy(run: Planned, settings: Any = None) -> None:
+def _policy(run: DryRun, settings: Any = None) -> None:
     rewarder = run.rewarder
     method = Policy(run, settings or settings_of(run), rewarder)
     state, batch = method.init(), next(method.batches)
@@ -61,8 +61,8 @@ def _policy(run: Planned, settings: Any = None) -> None:
         method.step(state, batch)
 
 
-def _preference(run: Planned) -> None:
-    pairs, config = PlannedPairs(run), run.config.preference
+def _preference(run: DryRun) -> None:
+    pairs, config = DryRunPairs(run), run.config.preference
     if any(entry.get("head", "policy") == "policy" for entry in config.models.values()):
         compile_reference(run, even_rows(run.mesh, 2 * config.batch_size))
     for entry in config.models:
@@ -72,13 +72,13 @@ def _preference(run: Planned) -> None:
             _step(Preference(run, entry, pairs))
 
 
-def _modpo(run: Planned, settings: Any) -> None:
-    method = PlannedModpo(run, settings)
+def _modpo(run: DryRun, settings: Any) -> None:
+    method = DryRunModpo(run, settings)
     with run.part("step"):
         _step(method)
 
 
-def _ric(run: Planned, settings: Any) -> None:
+def _ric(run: DryRun, settings: Any) -> None:
     d, sampling = run.config.data, run.sampling()
     tokens = np.zeros((run.sample_rows, d.max_prompt), np.int32)
     prompt = run.place({"prompt": tokens, "valid": tokens.astype(bool)})
@@ -96,7 +96,7 @@ def _ric(run: Planned, settings: Any) -> None:
             draw(run.base, method.init().trainable, jnp.ones((run.sample_rows, 1)), prompt, run.key)
 
 
-def _methods(run: Planned) -> None:
+def _methods(run: DryRun) -> None:
     trainers = {"policy": _policy, "modpo": _modpo, "ric": _ric}
     for entry in run.config.methods:
         if trainer := methods.entry(run, entry).get("train", "policy"):
@@ -120,7 +120,7 @@ def plan(config: Any, topology: str, stages: Sequence[str] = ()) -> list[Step]:
     """
     found = []
     for stage in stages or [name for name in config.stages if name in PLANS]:
-        run = Planned(config, topology)
+        run = DryRun(config, topology)
         run.naming = stage
         PLANS[stage](run)
         found += run.steps

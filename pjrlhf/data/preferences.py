@@ -79,7 +79,7 @@ FORMS = ("sentences", "numbers", "tally")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Statement:
+class PreferencePrompt:
     """How a prompt states preference weights.
 
     Attributes:
@@ -98,7 +98,7 @@ class Statement:
 
     def __post_init__(self):
         if self.form not in FORMS:
-            raise UserError(f"statement.form {self.form!r}: unknown; choose one of {', '.join(FORMS)}")
+            raise UserError(f"prompt_format.form {self.form!r}: unknown; choose one of {', '.join(FORMS)}")
 
     def __call__(self, registry: Registry, ids: Sequence[str], weights: Sequence[float]) -> str:
         """The words for `weights`, one per id. They need not sum to 1, so goals can be stated in the same way."""

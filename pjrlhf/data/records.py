@@ -38,19 +38,19 @@ class BadRecords:
         """Bad records per reason, most frequent first."""
         return dict(collections.Counter(reason for _, reason, _ in self.items).most_common())
 
-    def check(self, max_bad_share: float) -> None:
-        """Raises `UserError` where no record is left or more than `max_bad_share` are bad; else logs the counts."""
+    def check(self, max_bad_fraction: float) -> None:
+        """Raises `UserError` where no record is left or more than `max_bad_fraction` are bad; else logs the counts."""
         if not self.total:
             raise UserError(f"{self.source_name}: there are no records; check the path and the split")
         if not self.items:
             return
         reasons = ", ".join(f"{count} {reason}" for reason, count in self.counts.items())
         bad = f"{len(self.items)} of {self.total} records are left out: {reasons}"
-        if len(self.items) == self.total or len(self.items) > max_bad_share * self.total:
+        if len(self.items) == self.total or len(self.items) > max_bad_fraction * self.total:
             where, _, message = self.items[0]
             raise UserError(
                 f"{self.source_name}: {bad}; the first is {where}: {message}; mend the data, "
-                f"or allow more than {max_bad_share:.2%} with --config.data.max_bad_share"
+                f"or allow more than {max_bad_fraction:.2%} with --config.data.max_bad_fraction"
             )
         logging.warning("%s: %s", self.source_name, bad)
 

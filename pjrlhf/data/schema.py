@@ -53,7 +53,7 @@ def validate(
     *,
     source_name: str | None = None,
     columns: Mapping[str, str] | None = None,
-    max_bad_share: float = 0.01,
+    max_bad_fraction: float = 0.01,
 ) -> tuple[list[Example], BadRecords]:
     """Parses every record; bad ones are named, counted and left out.
 
@@ -62,10 +62,10 @@ def validate(
       kind: "prompt", "completion" or "preference".
       source_name: what to call the source in messages; by default its own name.
       columns: our column name -> theirs.
-      max_bad_share: the largest share of bad records that is let pass.
+      max_bad_fraction: the largest share of bad records that is let pass.
 
     Raises:
-      UserError: more than `max_bad_share` of the records are bad, or none is left; an unknown kind or column name.
+      UserError: more than `max_bad_fraction` of the records are bad, or none is left; an unknown kind or column name.
     """
     name = source_name or getattr(records, "name", "records")
     name_row = getattr(records, "where", lambda i: f"{name} row {i}")
@@ -75,7 +75,7 @@ def validate(
             examples.append(parse(records[i], kind, columns=columns, where=name_row(i)))
         except RecordError as error:
             bad.add(name_row(i), error)
-    bad.check(max_bad_share)
+    bad.check(max_bad_fraction)
     return examples, bad
 
 

@@ -1,5 +1,5 @@
-"""The built-in world: a small generated language in which answers differ along the three dimensions of Personalized
-Soups.
+"""The synthetic environment: a small generated language in which answers differ along the three dimensions of
+Personalized Soups.
 
 A request names a topic. An answer is a sequence of statements, each ended by a mark: facts about the topic, every
 one of them sayable in plain or in specialist words, and friendly or unfriendly remarks. Because every statement is
@@ -34,7 +34,7 @@ PREFERENCES16: Registry = {
     "P3C": Preference(dimension="style", sentence="be sassy .", label="sassy"),
     "P3D": Preference(dimension="style", sentence="be sarcastic .", label="sarcastic"),
 }
-WORLDS = {"world": PREFERENCES, "world16": PREFERENCES16}
+ENVIRONMENTS = {"synthetic": PREFERENCES, "synthetic16": PREFERENCES16}
 
 TOPICS = [
     "sun",

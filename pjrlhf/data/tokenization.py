@@ -279,12 +279,12 @@ def tokenize(
     lengths: Lengths,
     *,
     source_name: str = "examples",
-    max_bad_share: float = 0.01,
+    max_bad_fraction: float = 0.01,
 ) -> TokenTable:
     """Tokenises examples of one kind; those that do not fit are left out, counted and named in the table's `bad`.
 
     Raises:
-      UserError: more than `max_bad_share` do not fit, or none does; a prompt is too long and the policy is "error".
+      UserError: more than `max_bad_fraction` do not fit, or none does; a prompt is too long and the policy is "error".
     """
     kept, rows, bad = [], [], BadRecords(source_name, len(examples))
     for example in examples:
@@ -293,7 +293,7 @@ def tokenize(
             kept.append(example)
         except RecordError as error:
             bad.add(example.where, error)
-    bad.check(max_bad_share)
+    bad.check(max_bad_fraction)
     columns = zip(*rows, strict=True)
     as_ids = functools.partial(np.asarray, dtype=np.int32)
     tokens = {name: tuple(map(as_ids, ids)) for name, ids in zip(("prompt", *ANSWERS[kind]), columns, strict=True)}

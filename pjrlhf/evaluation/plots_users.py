@@ -20,8 +20,8 @@ CELLS = {
 _TASTES = (*COLOURS[2:], *COLOURS[:2])
 _PARTS = {
     "generic": ("generic user", "D"),
-    "majority": ("majority taste", "^"),
-    "minority": ("minority tastes", "v"),
+    "majority": ("majority persona", "^"),
+    "minority": ("minority personas", "v"),
     "worst_decile": ("worst 10 % of people", "X"),
 }
 _NAMED = 45  # people whose names fit under an axis
@@ -33,8 +33,8 @@ def figures(summary: Mapping[str, Any]) -> dict[str, bytes]:
     Args:
       summary: as described in `report`, with None where a number is missing.
     """
-    accuracy, ceiling = summary.get("accuracy") or {}, (summary.get("ceiling") or {}).get("majority_share")
-    people = tastes(summary)
+    accuracy, ceiling = summary.get("accuracy") or {}, (summary.get("ceiling") or {}).get("majority_fraction")
+    people = personas(summary)
     each = {
         model: {user: seen.get("accuracy") for user, seen in (one.get("users") or {}).items()}
         for model, one in accuracy.items()
@@ -55,8 +55,8 @@ def figures(summary: Mapping[str, Any]) -> dict[str, bytes]:
     )
 
 
-def tastes(summary: Mapping[str, Any]) -> dict[str, str]:
-    """{user: taste} from wherever the summary names it."""
+def personas(summary: Mapping[str, Any]) -> dict[str, str]:
+    """{user: persona} from wherever the summary names it."""
     found = {}
     for section in ("accuracy", "generation"):
         for one in (summary.get(section) or {}).values():
@@ -104,7 +104,7 @@ def _accuracy(accuracy: Mapping[str, Any], matched: Mapping[str, Any], ceiling: 
 
 
 def _by_taste(values: Mapping[str, Mapping[str, Any]], people: Mapping[str, str]) -> dict[str, list[str]]:
-    """{taste: users}, the most common taste first, its users by rising mean over the models."""
+    """{persona: users}, the most common persona first, its users by rising mean over the models."""
     seen = collections.defaultdict(list)
     for users in values.values():
         for user, value in users.items():
@@ -134,13 +134,13 @@ def _strips(
     top = 1.08 * scale * max((value for users in values.values() for value in users.values() if value), default=1)
     for axis, model in zip(axes[:, 0], models, strict=True):
         start = 0
-        for colour, (taste, users) in _coloured(groups):
+        for colour, (persona, users) in _coloured(groups):
             y = scale * np.array([number_or_nan(values[model].get(user)) for user in users])
             x = start + np.arange(len(users))
             if bars:
-                axis.bar(x, y, width=0.8, color=colour, label=taste)
+                axis.bar(x, y, width=0.8, color=colour, label=persona)
             else:
-                axis.plot(x, y, "o", color=colour, label=taste, markersize=max(2.0, min(6.5, 330 / len(order))))
+                axis.plot(x, y, "o", color=colour, label=persona, markersize=max(2.0, min(6.5, 330 / len(order))))
             if not np.isnan(y).all():
                 axis.plot([start - 0.4, x[-1] + 0.4], [np.nanmean(y)] * 2, color=INK if bars else colour, linewidth=1.2)
             start += len(users)
@@ -158,9 +158,9 @@ def _strips(
 
 
 def _coloured(groups: Mapping[str, Any]) -> Iterator[tuple[str, tuple[str, Any]]]:
-    """(colour, (taste, ...)); people without a taste are grey."""
-    for i, (taste, part) in enumerate(groups.items()):
-        yield (_TASTES[i % len(_TASTES)] if taste else GREY), (taste, part)
+    """(colour, (persona, ...)); people without a persona are grey."""
+    for i, (persona, part) in enumerate(groups.items()):
+        yield (_TASTES[i % len(_TASTES)] if persona else GREY), (persona, part)
 
 
 def _grid(grid: Mapping[str, Any]):
@@ -213,15 +213,15 @@ def _embedding(maps: Mapping[str, Any]):
     columns = min(3, len(maps))
     rows = math.ceil(len(maps) / columns)
     figure, axes = new_figure(3.45 * max(columns, 2), 3.4 * rows + 0.3, rows, columns)
-    groups = collections.Counter(taste or "" for one in maps.values() for taste in one.get("groups") or [])
+    groups = collections.Counter(persona or "" for one in maps.values() for persona in one.get("groups") or [])
     groups = dict(sorted(groups.items(), key=lambda item: (not item[0], -item[1], item[0])))
-    colours = {taste: colour for colour, (taste, _) in _coloured(groups)}
+    colours = {persona: colour for colour, (persona, _) in _coloured(groups)}
     for axis, (model, one) in zip(axes.flat, maps.items(), strict=False):
         x, y = (np.array([number_or_nan(value) for value in one[name]]) for name in ("x", "y"))
-        own = np.array([taste or "" for taste in one.get("groups") or [""] * len(x)])
-        for taste in [name for name in (groups or {"": 0}) if (own == name).any()]:
-            chosen = own == taste
-            axis.scatter(x[chosen], y[chosen], s=34, color=colours.get(taste, GREY), alpha=0.8, linewidth=0)
+        own = np.array([persona or "" for persona in one.get("groups") or [""] * len(x)])
+        for persona in [name for name in (groups or {"": 0}) if (own == name).any()]:
+            chosen = own == persona
+            axis.scatter(x[chosen], y[chosen], s=34, color=colours.get(persona, GREY), alpha=0.8, linewidth=0)
         axis.margins(0.12)
         axis.set_aspect("equal", "datalim")  # distances mean the same along both axes
         axis.set_title(model)
@@ -230,7 +230,7 @@ def _embedding(maps: Mapping[str, Any]):
     if any(groups):
         figure.legend(
             [axes[0, 0].scatter([], [], color=colour) for colour in colours.values()],
-            [taste or "unknown" for taste in colours],
+            [persona or "unknown" for persona in colours],
             loc="outside upper right",
             ncols=6,
         )

@@ -32,7 +32,7 @@ and of user models, where `accuracy` is the dict of `users.user_accuracy`:
     accuracy              {model: accuracy and "generic": share of the same pairs that the generic user gets right}
     gain                  {model: {against: a model} and the dict of `users.paired_gain`}
     choices               {model: the dict of `users.choice_accuracy`}
-    ceiling               {majority_share: the best accuracy possible without knowing the person}
+    ceiling               {majority_fraction: the best accuracy possible without knowing the person}
     grid                  {model: {"seen_user_seen_prompt", "seen_user_unseen_prompt", "unseen_user_seen_prompt",
                           "unseen_user_unseen_prompt": share, or a mapping with mean, low and high}}
     length_matched        {model: the dict of `users.length_matched`}

@@ -16,7 +16,7 @@ def page(summary: Mapping[str, Any]) -> dict[str, Any]:
     """What report_users.html reads beside the summary."""
     answers = _by_taste(summary.get("generation") or {})
     return {
-        "tastes": plots_users.tastes(summary),
+        "personas": plots_users.personas(summary),
         "by_taste": answers,
         "score_names": _score_names(answers),
         "cells": CELLS,
@@ -33,7 +33,7 @@ def print_users(console: rich.console.Console, summary: Mapping[str, Any]) -> No
         one = accuracy.get(model) or {}
         shares = [percent(one.get(part)) for part in parts]
         rows.append([model, cell(one, "mean"), *shares, cell(matched.get(model), "mean")])
-    ceiling = (summary.get("ceiling") or {}).get("majority_share")
+    ceiling = (summary.get("ceiling") or {}).get("majority_fraction")
     title = "Accuracy over people, % (95% interval)"
     if ceiling is not None:
         title += f"; without knowing the person at most {percent(ceiling)}"
@@ -66,28 +66,34 @@ def print_users(console: rich.console.Console, summary: Mapping[str, Any]) -> No
     tables = _by_taste(summary.get("generation") or {})
     scores = _score_names(tables)
     rows = [
-        [model, taste, number(one["people"]), number(one["length"], 1), *(number(one["score"].get(s)) for s in scores)]
+        [
+            model,
+            persona,
+            number(one["people"]),
+            number(one["length"], 1),
+            *(number(one["score"].get(s)) for s in scores),
+        ]
         for model, table in tables.items()
-        for taste, one in table.items()
+        for persona, one in table.items()
     ]
-    print_table(console, "Answers by taste", ["model", "taste", "people", "mean length", *scores], rows)
+    print_table(console, "Answers by persona", ["model", "persona", "people", "mean length", *scores], rows)
 
 
 def _by_taste(generation: Mapping[str, Any]) -> dict[str, dict[str, dict[str, Any]]]:
-    """{model: {taste: {"people", "length", "shortest", "longest", "score": {name: x}}}}, means over people."""
+    """{model: {persona: {"people", "length", "shortest", "longest", "score": {name: x}}}}, means over people."""
     found = collections.defaultdict(dict)
     for model, people in generation.items():
-        tastes = collections.defaultdict(list)
+        personas = collections.defaultdict(list)
         for one in people.values():
-            tastes[one.get("group") or "all"].append(one)
-        for taste, ones in tastes.items():
+            personas[one.get("group") or "all"].append(one)
+        for persona, ones in personas.items():
             lengths = [one["length"] for one in ones if one.get("length") is not None]
             scores = collections.defaultdict(list)
             for one in ones:
                 for name, score in (one.get("score") or {}).items():
                     if score is not None:
                         scores[name].append(score)
-            found[model][taste] = {
+            found[model][persona] = {
                 "people": len(ones),
                 "length": statistics.fmean(lengths) if lengths else None,
                 "shortest": min(lengths, default=None),

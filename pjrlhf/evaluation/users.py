@@ -24,14 +24,14 @@ def user_accuracy(
     Args:
       margins: float [N], score of the chosen answer less that of the rejected one; exactly 0 is no hit.
       users: str [N], whose pair it is.
-      groups: the taste of every person in `users`; people beyond those count towards which taste is the largest.
+      groups: the persona of every person in `users`; people beyond those count towards which persona is the largest.
       resamples, seed: of the bootstrap over people.
 
     Returns:
       Shares in [0, 1]: "mean" over people (each weighs the same) with its 95 % interval "low" and "high", "micro" over
       pairs, "worst" person, "worst_decile" (mean of the worst tenth of the people, rounded down, at least one),
-      "majority" and "minority" (mean over people of the largest taste and of all others; absent without groups, where
-      nobody is in it, or where two tastes are equally large), besides "pairs" = N and
+      "majority" and "minority" (mean over people of the largest persona and of all others; absent without groups, where
+      nobody is in it, or where two personas are equally large), besides "pairs" = N and
       "users": {user: {"accuracy", "pairs", "group" or None}} in order of name.
 
     Raises:
@@ -50,20 +50,20 @@ def user_accuracy(
         "worst": float(each.min()),
         "worst_decile": float(np.sort(each)[: max(1, len(each) // 10)].mean()),
     }
-    tastes = [None] * len(names)
+    personas = [None] * len(names)
     if groups is not None:
         if missing := [name for name in names if name not in groups]:
             raise UserError(f"groups: no group for {len(missing)} people, first {str(missing[0])!r}; name one for each")
-        tastes = [groups[name] for name in names]
+        personas = [groups[name] for name in names]
         (largest, size), *others = collections.Counter(groups.values()).most_common()
         if not others or others[0][1] < size:
-            inside = np.array([taste == largest for taste in tastes])
+            inside = np.array([persona == largest for persona in personas])
             for name, members in (("majority", inside), ("minority", ~inside)):
                 if members.any():
                     found[name] = float(each[members].mean())
     people = {
-        str(name): {"accuracy": float(accuracy), "pairs": int(count), "group": taste}
-        for name, accuracy, count, taste in zip(names, each, pairs, tastes, strict=True)
+        str(name): {"accuracy": float(accuracy), "pairs": int(count), "group": persona}
+        for name, accuracy, count, persona in zip(names, each, pairs, personas, strict=True)
     }
     return found | {"pairs": len(margins), "users": people}
 

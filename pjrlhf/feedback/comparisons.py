@@ -8,7 +8,7 @@ import numpy as np
 
 from pjrlhf.data import preferences
 from pjrlhf.errors import UserError
-from pjrlhf.parallel.processes import by_first
+from pjrlhf.parallel.processes import on_process_zero
 from pjrlhf.runtime.answers import sample_base
 from pjrlhf.runtime.context import Run
 from pjrlhf.training.workdir import disk_errors, write_lines
@@ -68,6 +68,6 @@ def run(run: Run) -> dict[str, Any]:
         )
     path = run.workdir.stage("comparisons") / FILE
     with disk_errors(path):
-        by_first(write_lines)(path, records)
+        on_process_zero(write_lines)(path, records)
     lengths = [len(text.split()) for text in texts]
     return {"pairs": config.pairs, "ties": ties, "empty_answers": unusable, "mean_words": float(np.mean(lengths))}

@@ -42,7 +42,7 @@ def split(examples: Sequence[Example], config: Any, seed: int) -> dict[str, list
     those new users have in common with others, and no new person is anywhere else.
 
     Args:
-      config: `split`, `heldout_share` and `new_user_share` of the section `preference`.
+      config: `split`, `heldout_fraction` and `new_user_fraction` of the section `preference`.
 
     Raises:
       UserError: an unknown split, a share out of range, or a part that is left empty.
@@ -50,10 +50,10 @@ def split(examples: Sequence[Example], config: Any, seed: int) -> dict[str, list
     if config.split not in SPLITS:
         raise UserError(f"preference.split {config.split!r}: unknown; choose {' or '.join(SPLITS)}")
     keys = [SPLITS[config.split](example) for example in examples]
-    held = set(split_by(keys, config.heldout_share, seed)[1].tolist())
+    held = set(split_by(keys, config.heldout_fraction, seed)[1].tolist())
     new: set[int] = set()
-    if config.new_user_share:
-        new = set(split_by([example.user_id for example in examples], config.new_user_share, seed)[1].tolist())
+    if config.new_user_fraction:
+        new = set(split_by([example.user_id for example in examples], config.new_user_fraction, seed)[1].tolist())
     parts: dict[str, list[Example]] = {name: [] for name in PARTS if new or name != "new_users"}
     for i, example in enumerate(examples):
         if i in new:
@@ -64,7 +64,8 @@ def split(examples: Sequence[Example], config: Any, seed: int) -> dict[str, list
     for name, part in parts.items():
         if not part:
             raise UserError(
-                f"preference: no record is left for part {name!r}; change preference.heldout_share or new_user_share"
+                f"preference: no record is left for part {name!r}; change preference.heldout_fraction or "
+                "preference.new_user_fraction"
             )
     trained, tested = ({SPLITS[config.split](e) for e in parts[name]} for name in ("train", "heldout"))
     if trained & tested or {e.user_id for e in parts.get("new_users", ())} & {e.user_id for e in parts["train"]}:

@@ -1,7 +1,7 @@
-"""A population with conflicting tastes: comparisons of two answers, each labelled by one person. The answers are the
+"""A population with conflicting personas: comparisons of two answers, each labelled by one person. The answers are the
 base's, or those of your own pairs.
 
-Every person draws one taste (a preference of the registry) once, as in the conflicting-length experiment of P-RLHF
+Every person draws one persona (a preference of the registry) once, as in the conflicting-length experiment of P-RLHF
 (arXiv 2402.05133, section 5.1), and labels pairs by it. Three files: people who are trained on, the same people on
 held-out prompts, and new people.
 """
@@ -18,7 +18,7 @@ from pjrlhf.data.schema import Example
 from pjrlhf.errors import UserError
 from pjrlhf.feedback.comparisons import preference_record
 from pjrlhf.feedback.pairs import SIDES
-from pjrlhf.parallel.processes import by_first
+from pjrlhf.parallel.processes import on_process_zero
 from pjrlhf.runtime.answers import sample_base
 from pjrlhf.runtime.context import Run
 from pjrlhf.training.workdir import disk_errors, write_lines
@@ -27,8 +27,8 @@ TRAIN, HELDOUT, NEW = "train.jsonl", "heldout.jsonl", "new_users.jsonl"
 Triple = tuple[str, str, str]  # a request and two answers
 
 
-def tastes(names: tuple[str, ...], shares: tuple[float, ...], count: int, rng: random.Random) -> list[str]:
-    """`count` tastes in the given shares, as exactly as whole people allow, in random order."""
+def personas(names: tuple[str, ...], shares: tuple[float, ...], count: int, rng: random.Random) -> list[str]:
+    """`count` personas in the given shares, as exactly as whole people allow, in random order."""
     bounds = [round(count * sum(shares[: i + 1]) / sum(shares)) for i in range(len(shares))]
     drawn = [name for name, low, high in zip(names, [0, *bounds], bounds, strict=False) for _ in range(high - low)]
     return rng.sample(drawn, len(drawn))
@@ -72,16 +72,19 @@ def _sampled(run: Run, requests: list[str], key: jax.Array) -> list[Triple]:
 
 def run(run: Run) -> dict[str, Any]:
     """Writes <workdir>/population/{train,heldout,new_users}.jsonl: TRL preference records with `user_id` and
-    `taste`.
+    `persona`.
 
     Raises:
       UserError: `population.data` cannot be used, or has no pair on one side of the split by prompt.
     """
     config = run.config.population
     rng = random.Random(run.config.seed + 1)
-    people = {f"user{i:02d}": taste for i, taste in enumerate(tastes(config.tastes, config.shares, config.users, rng))}
+    people = {
+        f"user{i:02d}": persona for i, persona in enumerate(personas(config.personas, config.shares, config.users, rng))
+    }
     strangers = {
-        f"new{i:02d}": taste for i, taste in enumerate(tastes(config.tastes, config.shares, config.new_users, rng))
+        f"new{i:02d}": persona
+        for i, persona in enumerate(personas(config.personas, config.shares, config.new_users, rng))
     }
     train, held = run.requests
     given = None if config.data == "base" else given_pairs(run)
@@ -115,9 +118,9 @@ def run(run: Run) -> dict[str, Any]:
                 ties[name] += 1
                 continue
             chosen, rejected = (a, b) if gap > 0 else (b, a)
-            columns = {"user_id": user, "taste": crowd[user], "held_out": request in held}
+            columns = {"user_id": user, "persona": crowd[user], "held_out": request in held}
             records.append(preference_record(run, request, chosen, rejected, **columns))
         with disk_errors(folder / name):
-            by_first(write_lines)(folder / name, records)
+            on_process_zero(write_lines)(folder / name, records)
     found = {"people": people, "new_people": strangers, "ties": ties}
     return found if given is None else found | {"given_pairs": len(given)}

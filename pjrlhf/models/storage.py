@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from pjrlhf.errors import UserError
 from pjrlhf.models.folders import reading, write_tensors
-from pjrlhf.parallel.processes import by_first, to_host
+from pjrlhf.parallel.processes import on_process_zero, to_host
 
 
 def save_tree(path: str | os.PathLike, tree: Any, note: dict[str, Any] | None = None) -> None:
@@ -18,7 +18,7 @@ def save_tree(path: str | os.PathLike, tree: Any, note: dict[str, Any] | None = 
     _write(pathlib.Path(path), flax.traverse_util.flatten_dict(to_host(tree), sep="/"), note or {})
 
 
-@by_first
+@on_process_zero
 def _write(path: pathlib.Path, flat: dict[str, Any], note: dict[str, Any]) -> None:
     half = path.with_name(f".{path.name}.tmp")
     write_tensors(half, flat.items(), {"note": json.dumps(note)})

@@ -190,7 +190,7 @@ def clusters_of(
         centres, index = kmeans2(flat, min(count, U), minit="++", rng=rng)
         return np.square(flat - centres[index]).sum(), centres, index
 
-    # One start in three ends with a few odd people as a cluster of their own, which costs more than two tastes apart.
+    # One start in three ends with a few odd people as a cluster of their own, which costs more than two personas apart.
     _, centres, index = min((attempt() for _ in range(STARTS_OF_K_MEANS)), key=lambda found: found[0])
     centres = np.concatenate([centres, np.repeat(flat.mean(0)[None], count - len(centres), 0)])
     shares = np.bincount(index, minlength=count) / U

@@ -74,7 +74,7 @@ def start(mode: str = "auto", coordinator: str = "", count: int = 0, index: int 
     )
 
 
-def is_first() -> bool:
+def is_process_zero() -> bool:
     """Whether this process writes the shared files."""
     return jax.process_index() == 0
 
@@ -85,19 +85,19 @@ def wait(name: str) -> None:
         multihost_utils.sync_global_devices(name)
 
 
-def by_first(write: Callable[..., T]) -> Callable[..., T | None]:
+def on_process_zero(write: Callable[..., T]) -> Callable[..., T | None]:
     """Makes `write` run on process 0 alone; the others wait until it is done, and get None."""
 
     @functools.wraps(write)
     def once(*args: Any, **kwargs: Any) -> T | None:
-        result = write(*args, **kwargs) if is_first() else None
+        result = write(*args, **kwargs) if is_process_zero() else None
         wait(write.__qualname__)
         return result
 
     return once
 
 
-def of_first(values: np.ndarray) -> np.ndarray:
+def broadcast_from_zero(values: np.ndarray) -> np.ndarray:
     """The values of process 0, on every process; all must call it, with arrays of one shape and dtype."""
     return values if jax.process_count() == 1 else np.asarray(multihost_utils.broadcast_one_to_all(values))
 

@@ -9,7 +9,7 @@ from absl import logging
 from pjrlhf.errors import UserError
 from pjrlhf.evaluation.report import write_report
 from pjrlhf.evaluation.statistics import mean_interval
-from pjrlhf.parallel.processes import by_first
+from pjrlhf.parallel.processes import on_process_zero
 from pjrlhf.pipeline import stages
 from pjrlhf.training.workdir import Workdir, disk_errors
 
@@ -39,7 +39,7 @@ def run(config: Any, workdir: Workdir) -> None:
         stages.run(one, folder)
         summaries.append(json.loads((folder.path / "report" / "summary.json").read_text(encoding="utf-8")))
     with disk_errors(workdir.path / "report"):
-        by_first(write_report)(workdir.path / "report", average(summaries))
+        on_process_zero(write_report)(workdir.path / "report", average(summaries))
 
 
 def average(summaries: list[dict[str, Any]]) -> dict[str, Any]:

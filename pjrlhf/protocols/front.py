@@ -12,7 +12,7 @@ apart. How an entry of `config.methods` answers for weights p:
 | train "ric" | the one policy | the target of p |
 | answer "bone" | `bone_soup_weights`, for fixed mixed rewards | as above |
 | answer "mod" | of the next token's log-probs, see `rollout.decoding` | as above |
-| train "", without `of` | the base | p as sentences (preference prompting), or with stated=False nothing |
+| train "", without `of` | the base | p as sentences (preference prompting), or with prompted=False nothing |
 
 `of` names another entry whose adapters are used.
 """
@@ -29,8 +29,8 @@ import numpy as np
 
 from pjrlhf.algorithms import methods
 from pjrlhf.algorithms import policies as policy
-from pjrlhf.algorithms.targets import Goals, simplex_points
-from pjrlhf.data.preferences import Statement
+from pjrlhf.algorithms.targets import Targets, simplex_points
+from pjrlhf.data.preferences import PreferencePrompt
 from pjrlhf.errors import UserError
 from pjrlhf.evaluation import pareto
 from pjrlhf.evaluation.report import write_report
@@ -38,8 +38,8 @@ from pjrlhf.merging.methods import bone_soup_weights
 from pjrlhf.models.adapters import AdapterConfig, is_low_rank
 from pjrlhf.models.decoder import Decoder
 from pjrlhf.objectives.multi_objective import target_map
-from pjrlhf.parallel.processes import by_first
-from pjrlhf.rollout.decoding import Combined
+from pjrlhf.parallel.processes import on_process_zero
+from pjrlhf.rollout.decoding import PolicyEnsemble
 from pjrlhf.rollout.experience import sample
 from pjrlhf.rollout.sampler import Sampling, generate
 from pjrlhf.runtime.answers import Row, Sampler, sample_base
@@ -62,12 +62,12 @@ def sample_combined(
     key: jax.Array,
 ) -> Any:
     """`experience.sample` for MOD; `weights` [B, K]."""
-    policies = Combined(model, adapter, base, bank, weights, divergence)
+    policies = PolicyEnsemble(model, adapter, base, bank, weights, divergence)
     return generate(policies, sampling, prompt["prompt"], prompt["valid"], key)
 
 
 @dataclasses.dataclass(frozen=True)
-class Player:
+class EvaluatedPolicy:
     """A method ready to be asked: its bank, and for preference weights p the row of `mix` and the words of the prompt.
 
     `points` are the only weights it can be asked for, or None for any.
@@ -107,7 +107,7 @@ class Front:
         pairs = list(zip(requests, texts, strict=True))
         return np.array([[self.run.score(q, text, name) for name in self.names] for q, text in pairs], np.float64)
 
-    def player(self, name: str) -> Player:
+    def player(self, name: str) -> EvaluatedPolicy:
         """The method of an entry. Raises UserError for an entry that cannot answer."""
         run, spec = self.run, methods.entry(self.run, name)
         answer, source = spec.get("answer", "soup"), spec.get("of") or name
@@ -115,18 +115,18 @@ class Front:
             raise UserError(f"methods.{name}.answer {answer!r}: unknown; choose one of {', '.join(ANSWERS)}")
         trainer = methods.entry(run, source).get("train", "policy")
         if not trainer:
-            say = self._words(Statement()) if spec.get("stated", True) else _silence
-            return Player(None, lambda p: (), say, None, _drawing(sample))
+            say = self._words(PreferencePrompt()) if spec.get("prompted", True) else _silence
+            return EvaluatedPolicy(None, lambda p: (), say, None, _drawing(sample))
         settings = methods.settings_of(run, source)
         if trainer == "ric":
             bank = policy.load_bank(run, methods.folder(source), ["policy"])
-            words = self._words(Statement(**settings.statement))
+            words = self._words(PreferencePrompt(**settings.prompt_format))
 
             def goal(p):
                 return words(np.asarray(target_map(np.array(p), settings.target)).tolist())
 
-            return Player(bank, lambda p: (1.0,), goal, None, _drawing(sample))
-        goals = Goals(run, settings)
+            return EvaluatedPolicy(bank, lambda p: (1.0,), goal, None, _drawing(sample))
+        goals = Targets(run, settings)
         bank = policy.load_bank(run, methods.folder(source), goals.adapters)
         mix, points = self._mix(goals, answer, spec.get("extrapolation", 0.0))
         draw = sample
@@ -134,12 +134,14 @@ class Front:
             if not is_low_rank(bank):
                 raise UserError(f"methods.{name}: MOD runs every policy as a row, which takes adapters; set a rank")
             draw = functools.partial(sample_combined, spec.get("divergence", "reverse_kl"))
-        return Player(bank, mix, self._words(goals.statement) if goals.told else _silence, points, _drawing(draw))
+        return EvaluatedPolicy(
+            bank, mix, self._words(goals.prompt_format) if goals.told else _silence, points, _drawing(draw)
+        )
 
-    def _words(self, statement: Statement) -> Callable[[Point], str]:
-        return functools.partial(statement, self.run.registry, self.names)
+    def _words(self, prompt_format: PreferencePrompt) -> Callable[[Point], str]:
+        return functools.partial(prompt_format, self.run.registry, self.names)
 
-    def _mix(self, goals: Goals, answer: str, away: Any) -> tuple[Callable[[Point], Point], list[Point] | None]:
+    def _mix(self, goals: Targets, answer: str, away: Any) -> tuple[Callable[[Point], Point], list[Point] | None]:
         """Weights p -> a row of `mix`, and the only p there is one for (None: any)."""
         if goals.kind == "own" or goals.mix == "weights":
             more = len(goals.adapters) - len(self.names)  # the general policy has no part in a soup
@@ -151,7 +153,7 @@ class Front:
             return lambda p: tuple(one_hot[goals.points.index(p)].tolist()), list(goals.points)
         return lambda p: (1.0,), None
 
-    def answers(self, player: Player, points: Sequence[Point], seed: int) -> np.ndarray:
+    def answers(self, player: EvaluatedPolicy, points: Sequence[Point], seed: int) -> np.ndarray:
         """Scaled scores [n, P, N] of a method at `points`, for P held-out prompts."""
         requests = self.requests * self.config.samples_per_prompt
         rows = [Row(q, player.words(p), tuple(player.mix(p))) for p in points for q in requests]
@@ -222,5 +224,5 @@ def run(run: Run) -> dict[str, Any]:
         "methods": found,
     }
     with disk_errors(run.workdir.path / "report"):
-        by_first(write_report)(run.workdir.path / "report", summary, metrics=run.workdir.path / "metrics.jsonl")
+        on_process_zero(write_report)(run.workdir.path / "report", summary, metrics=run.workdir.path / "metrics.jsonl")
     return {"held_out_prompts": len(front.requests)}

@@ -19,14 +19,14 @@ import numpy as np
 
 from pjrlhf.algorithms import methods
 from pjrlhf.algorithms import policies as policy
-from pjrlhf.algorithms.targets import Goals
+from pjrlhf.algorithms.targets import Targets
 from pjrlhf.data import preferences
 from pjrlhf.errors import UserError
 from pjrlhf.evaluation.judges import BothOrders, ScoreJudge
 from pjrlhf.evaluation.report import write_report
 from pjrlhf.evaluation.statistics import chord_gap, spearman
 from pjrlhf.evaluation.winrate import aggregate, combo_outcomes, win_rate
-from pjrlhf.parallel.processes import by_first
+from pjrlhf.parallel.processes import on_process_zero
 from pjrlhf.runtime.answers import Row, Sampler
 from pjrlhf.runtime.context import Run
 from pjrlhf.training.workdir import disk_errors
@@ -43,7 +43,7 @@ def adapters(run: Run) -> tuple[Any, tuple[str, ...], tuple[str, ...]]:
         parts.append(policy.load_bank(run))
         names += run.rewards
     for name in run.config.methods if "methods" in run.config.stages else ():
-        goals = Goals(run, methods.settings_of(run, name))
+        goals = Targets(run, methods.settings_of(run, name))
         if goals.kind not in ("own", "combinations"):
             raise UserError(f"methods.{name}: kind {goals.kind!r} has no place among combinations; use evaluate_front")
         parts.append(policy.load_bank(run, methods.folder(name), goals.adapters))
@@ -102,7 +102,7 @@ class Evaluation:
         if self.run.config.general:
             weights["rlhf"] = self.weights(**{self.run.config.general: 1.0})
         weights |= {name: self.weights(**{name: 1.0}) for name in self.prompted}
-        told = {"prompting", *self.prompted, *self.config.told}
+        told = {"prompting", *self.prompted, *self.config.prompted}
         if "soups" not in told:
             del weights["soups_untold"]
         words = preferences.sentences(self.run.registry, combo)
@@ -280,7 +280,7 @@ def run(run: Run) -> dict[str, Any]:
         summary["scaling"] = scaling(run, people["sections"]["win_rate"])
     summary["config"] = json.loads(json.dumps(summary["config"], default=lambda x: x.to_dict()))
     with disk_errors(run.workdir.path / "report"):
-        by_first(write_report)(
+        on_process_zero(write_report)(
             run.workdir.path / "report", summary, people["samples"], metrics=run.workdir.path / "metrics.jsonl"
         )
     return {"held_out_prompts": len(evaluation.requests)}

@@ -22,7 +22,7 @@ from pjrlhf.evaluation.users import (
     user_accuracy,
 )
 from pjrlhf.feedback.pairs import SIDES, Pairs
-from pjrlhf.parallel.processes import by_first
+from pjrlhf.parallel.processes import on_process_zero
 from pjrlhf.protocols.cold_start import fit_new_users
 from pjrlhf.protocols.trained import Trained
 from pjrlhf.runtime.context import Run
@@ -36,7 +36,7 @@ def run(run: Run) -> dict[str, Any]:
     made = functools.cache(functools.partial(Pairs, run))
     pairs = made(user_text=False)
     held = pairs.tables["heldout"].examples
-    groups = {e.user_id: e.extra["taste"] for e in held if e.extra.get("taste")} or None
+    groups = {e.user_id: e.extra["persona"] for e in held if e.extra.get("persona")} or None
     settings = {"groups": groups, "resamples": config.resamples, "seed": run.config.seed}
     summary: dict[str, Any] = {"title": run.config.title, "config": {"seed": run.config.seed}}
     sections = ("accuracy", "gain", "choices", "length_matched", "grid", "embedding", "cold_start", "generation")
@@ -73,13 +73,13 @@ def run(run: Run) -> dict[str, Any]:
         summary["gain"][name] = {"against": against, **paired_gain(one, other, **options)}
     if groups:
         counts = list(groups.values())
-        summary["ceiling"] = {"majority_share": max(counts.count(taste) for taste in set(counts)) / len(counts)}
+        summary["ceiling"] = {"majority_fraction": max(counts.count(persona) for persona in set(counts)) / len(counts)}
     stages = {name: run.workdir.finished(name) for name in run.config.stages}
     seconds = {name: info["seconds"] for name, info in stages.items() if info}
     seconds["evaluate_users"] = time.perf_counter() - started
     summary |= {"stage_seconds": seconds, "total_seconds": sum(seconds.values())}
     with disk_errors(run.workdir.path / "report"):
-        by_first(write_report)(
+        on_process_zero(write_report)(
             run.workdir.path / "report", summary, samples, metrics=run.workdir.path / "metrics.jsonl"
         )
     return {"pairs": len(held), "users": len(pairs.registry.rows)}
@@ -158,13 +158,13 @@ def _generation(
     run, registry = trained.run, trained.pairs.registry
     users = [user for user in registry.names[1:] if user]
     answers = trained.answers(prompts, users)
-    tastes = sorted(set(groups.values()))
+    personas = sorted(set(groups.values()))
     plain = [request_of(prompt) for prompt in prompts]
     section = {}
     for user, texts in zip(users, answers, strict=True):
         scores = {
-            taste: float(np.mean([run.score(p, text, taste) for p, text in zip(plain, texts, strict=True)]))
-            for taste in tastes
+            persona: float(np.mean([run.score(p, text, persona) for p, text in zip(plain, texts, strict=True)]))
+            for persona in personas
         }
         length = float(np.mean([len(text.split()) for text in texts]))
         section[user] = {"group": groups.get(user), "length": length, "score": scores}

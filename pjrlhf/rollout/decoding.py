@@ -13,7 +13,7 @@ from pjrlhf.models.decoder import Cache, Decoder
 from pjrlhf.objectives.multi_objective import combine_logps
 
 
-class Combined:
+class PolicyEnsemble:
     """Stands in for `Policies` in `sampler.generate`: logits are log-probs of the K policies of a bank, combined.
 
     Args:
@@ -39,7 +39,7 @@ class Combined:
         """The same rows: there are no user tokens here."""
         return tokens, valid
 
-    def apart(self) -> "Combined":
+    def apart(self) -> "PolicyEnsemble":
         """See `Policies.apart`."""
         found = copy.copy(self)
         found.policies = self.policies.apart()
@@ -50,7 +50,7 @@ class Combined:
         """See `Policies.separable`."""
         return self.policies.separable
 
-    def take(self, rows: jax.Array, count: int) -> "Combined":
+    def take(self, rows: jax.Array, count: int) -> "PolicyEnsemble":
         """See `Policies.take`."""
         found = copy.copy(self)
         found.weights = self.weights[rows]

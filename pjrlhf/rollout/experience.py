@@ -32,10 +32,10 @@ ONE_REWARD = Combination()
 class ExperienceConfig:
     """Settings of the reward and advantage computation.
 
-    `missing_eos` is taken from the score of a response cut off before EOS; `score_clip` bounds normalised scores (0:
-    off). `estimator` is "gae", with values, or without any "rloo" (REINFORCE with the mean of the other answers as
-    baseline, arXiv 2402.14740) or "group" (standardised among the answers, GRPO, arXiv 2402.03300), both over the
-    `samples_per_prompt` consecutive answers to one prompt.
+    `missing_eos_penalty` is taken from the score of a response cut off before EOS; `score_clip` bounds normalised
+    scores (0: off). `estimator` is "gae", with values, or without any "rloo" (REINFORCE with the mean of the other
+    answers as baseline, arXiv 2402.14740) or "group" (standardised among the answers, GRPO, arXiv 2402.03300), both
+    over the `samples_per_prompt` consecutive answers to one prompt.
 
     Raises UserError for an unknown estimator, or one without answers to compare.
     """
@@ -43,7 +43,7 @@ class ExperienceConfig:
     gamma: float = 1.0
     lam: float = 0.95
     kl_kind: str = "k1"
-    missing_eos: float = 1.0
+    missing_eos_penalty: float = 1.0
     score_clip: float = 5.0
     whiten_rewards: bool = False
     estimator: str = "gae"
@@ -196,7 +196,7 @@ def experience(
     group = goal.get("group", jnp.zeros(len(scores), jnp.int32))
 
     def per_policy(score, p, group, stopped, kl, values, mask, beta):
-        penalty = config.missing_eos * ~stopped
+        penalty = config.missing_eos_penalty * ~stopped
         heads = combination.rewards(score, p) - penalty[:, None]
         if config.estimator == "gae":
             rewards = jax.vmap(pg.token_rewards, (1, None, None, None), -1)(heads, kl, mask, beta)

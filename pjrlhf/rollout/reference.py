@@ -21,7 +21,7 @@ from pjrlhf.data.tokenization import TokenTable
 from pjrlhf.errors import UserError
 from pjrlhf.models.adapters import AdapterConfig, Policies
 from pjrlhf.models.decoder import Decoder
-from pjrlhf.parallel.processes import by_first, of_first, to_host
+from pjrlhf.parallel.processes import broadcast_from_zero, on_process_zero, to_host
 from pjrlhf.rollout import scoring
 
 SIDES = ("chosen", "rejected")
@@ -106,8 +106,8 @@ def reference_logps(
     path = folder / f"{cache_key(table, base_hash, jax.tree.leaves(base)[0].dtype, model)}.npy"
     shape = (len(table), len(SIDES))
     cached = _cached(path, shape)
-    if of_first(np.array(cached is not None)):  # every process has a cache folder of its own
-        return of_first(np.zeros(shape, np.float32) if cached is None else cached)
+    if broadcast_from_zero(np.array(cached is not None)):  # every process has a cache folder of its own
+        return broadcast_from_zero(np.zeros(shape, np.float32) if cached is None else cached)
     with _written(folder):  # a folder that cannot be made is found out before the work, not after it
         folder.mkdir(parents=True, exist_ok=True)
     score = jax.jit(functools.partial(summed_logps, model, adapter), static_argnames="prompt_slots")
@@ -139,7 +139,7 @@ def reference_logps(
         sums[index] = to_host(part)[: len(index)]
     found = sums[number]
     with _written(folder):
-        by_first(_write)(path, found)
+        on_process_zero(_write)(path, found)
     return found
 
 

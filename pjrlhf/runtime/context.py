@@ -16,8 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import logging
 
-from pjrlhf.data import bpe, preferences
-from pjrlhf.data import synthetic as world
+from pjrlhf.data import bpe, preferences, synthetic
 from pjrlhf.data.batching import buckets, pad_left, split_by
 from pjrlhf.data.packing import Ids, choose_mode, pack, row_length
 from pjrlhf.data.preferences import Preference, Registry
@@ -42,7 +41,7 @@ from pjrlhf.parallel.mesh import (
     sharded,
     stay,
 )
-from pjrlhf.parallel.processes import by_first, to_host
+from pjrlhf.parallel.processes import on_process_zero, to_host
 from pjrlhf.paths import local, user_cache
 from pjrlhf.rewards.scorers import scorer
 from pjrlhf.rollout.reference import reference_logps
@@ -96,7 +95,7 @@ class Run:
 
     def train(self, method: loop.Method, stage: str, steps: int, **options: Any) -> State:
         """The state after `steps` steps, see `training.loop.run`."""
-        names = ("checkpoints", "checkpoint_every", "keep", "keep_best", "log_every", "loggers", "profile")
+        names = ("checkpoints", "checkpoint_every", "max_to_keep", "keep_best", "log_every", "loggers", "profile")
         settings = {name: self.config[name] for name in names}
         programs = [part for part in vars(method).values() if isinstance(part, Program)]
         return loop.run(
@@ -125,7 +124,7 @@ class Run:
     @functools.cached_property
     def registry(self) -> Registry:
         """Preference id -> dimension and sentence."""
-        named = {"world": world.PREFERENCES, "paper": preferences.PAPER, "world16": world.PREFERENCES16}
+        named = {"synthetic": synthetic.PREFERENCES, "paper": preferences.PAPER, "synthetic16": synthetic.PREFERENCES16}
         wanted = self.config.preferences
         if isinstance(wanted, str):
             if wanted not in named:
@@ -141,11 +140,11 @@ class Run:
         return registry
 
     @property
-    def world_preferences(self) -> Registry:
-        """The preferences that the corpus and the judge of the built-in world know; the plain world's for a registry
-        from elsewhere.
+    def synthetic_preferences(self) -> Registry:
+        """The preferences that the corpus and the judge of the synthetic environment know; the plain one's for a
+        registry from elsewhere.
         """
-        return world.PREFERENCES16 if self.config.preferences == "world16" else world.PREFERENCES
+        return synthetic.PREFERENCES16 if self.config.preferences == "synthetic16" else synthetic.PREFERENCES
 
     @property
     def objectives(self) -> tuple[str, ...]:
@@ -160,8 +159,8 @@ class Run:
     @functools.cached_property
     def score(self) -> Callable[[str, str, str], float]:
         """The judge's score of (prompt, answer, criterion), on plain requests."""
-        if self.config.judge == "world":
-            return functools.partial(world.score, registry=self.world_preferences)
+        if self.config.judge == "synthetic":
+            return functools.partial(synthetic.score, registry=self.synthetic_preferences)
         criteria = dict(self.config.judge)
         missing = [name for name in self.rewards if name not in criteria]
         if missing:
@@ -196,7 +195,7 @@ class Run:
                 "model.path: not set, and there is no stage sft to train a base; name a Hugging Face folder"
             )
         folder = self.workdir.stage("tokenizer")
-        by_first(self._write_tokenizer)(folder)
+        on_process_zero(self._write_tokenizer)(folder)
         return folder
 
     def _write_tokenizer(self, folder: pathlib.Path) -> None:
@@ -204,13 +203,14 @@ class Run:
         if (folder / "tokenizer.json").is_file():
             return
         spec = self.config.model.tokenizer
-        if isinstance(spec, str) and spec in world.WORLDS:
-            world.write_tokenizer(folder, world.WORLDS[spec])
+        if isinstance(spec, str) and spec in synthetic.ENVIRONMENTS:
+            synthetic.write_tokenizer(folder, synthetic.ENVIRONMENTS[spec])
             return
         kind = spec if isinstance(spec, str) else spec.get("kind")
         if kind != "bpe":
             raise UserError(
-                f'model.tokenizer {kind!r}: unknown; choose "world", "world16" or {{"kind": "bpe", "vocab_size": ...}}'
+                f'model.tokenizer {kind!r}: unknown; choose "synthetic", "synthetic16" or '
+                '{"kind": "bpe", "vocab_size": ...}'
             )
         examples = self.completions
         texts = [f"{request_of(e.prompt)}\n{e.completion}" for e in examples]
@@ -329,18 +329,18 @@ class Run:
     def requests(self) -> tuple[list[str], list[str]]:
         """(train, held out) plain requests, split by prompt and never by row."""
         d = self.config.data
-        if d.prompts == "world":
-            texts = world.prompts()
+        if d.prompts == "synthetic":
+            texts = synthetic.prompts()
         else:
             source = open_source(d.prompts)
-            examples, _ = validate(source, "prompt", columns=d.get("columns"), max_bad_share=d.max_bad_share)
+            examples, _ = validate(source, "prompt", columns=d.get("columns"), max_bad_fraction=d.max_bad_fraction)
             texts = []
             for example in examples:
                 if not isinstance(example.prompt, str):
                     raise UserError(f"{example.where}: the prompt is a conversation; requests must be text here")
                 texts.append(example.prompt)
             texts = list(dict.fromkeys(texts))
-        train, held = split_by(texts, d.heldout_share, self.config.seed)
+        train, held = split_by(texts, d.heldout_fraction, self.config.seed)
         # A fixed order that no longer follows the file: chunks of the list are then fair samples of it.
         held = random.Random(self.config.seed).sample(list(held), len(held))
         return [texts[i] for i in train], [texts[i] for i in held]
@@ -349,16 +349,18 @@ class Run:
     def completions(self) -> list[Example]:
         """What the base is fine-tuned on: answers to requests that are not held out, asked as this run asks."""
         config, d = self.config.sft, self.config.data
-        if config.data == "world":
-            corpus = world.corpus(self.requests[0], config.records, self.config.seed, registry=self.world_preferences)
+        if config.data == "synthetic":
+            corpus = synthetic.corpus(
+                self.requests[0], config.records, self.config.seed, registry=self.synthetic_preferences
+            )
             records = [
                 {"messages": [*self.ask(record["prompt"]), {"role": "assistant", "content": record["completion"]}]}
                 for record in corpus
             ]
-            source = open_source({"kind": "records", "records": records, "name": "built-in world"})
+            source = open_source({"kind": "records", "records": records, "name": "synthetic environment"})
         else:
             source = open_source(config.data)
-        examples, _ = validate(source, "completion", columns=d.get("columns"), max_bad_share=d.max_bad_share)
+        examples, _ = validate(source, "completion", columns=d.get("columns"), max_bad_fraction=d.max_bad_fraction)
         held, found = set(self.requests[1]), []
         for example in examples:
             if isinstance(example.prompt, str) and example.prompt:
@@ -372,12 +374,12 @@ class Run:
         """The preference records of a source, checked, and its name."""
         source, d = open_source(spec), self.config.data
         columns = spec.get("columns") or d.get("columns")
-        return validate(source, "preference", columns=columns, max_bad_share=d.max_bad_share)[0], source.name
+        return validate(source, "preference", columns=columns, max_bad_fraction=d.max_bad_fraction)[0], source.name
 
     def tokenized(self, examples: Sequence[Example], lengths: Lengths, name: str) -> TokenTable:
         """Preference records as token ids; `name` is what messages call them."""
-        share = self.config.data.max_bad_share
-        return tokenize(examples, "preference", self.tokenizer, lengths, source_name=name, max_bad_share=share)
+        share = self.config.data.max_bad_fraction
+        return tokenize(examples, "preference", self.tokenizer, lengths, source_name=name, max_bad_fraction=share)
 
     def pairs(self, spec: Mapping[str, Any], lengths: Lengths) -> TokenTable:
         """The preference records of a source, checked and tokenised."""

@@ -21,7 +21,7 @@ from etils import epath
 from orbax.checkpoint import v1 as ocp
 
 from pjrlhf.errors import UserError
-from pjrlhf.parallel.processes import by_first, everywhere, to_host
+from pjrlhf.parallel.processes import everywhere, on_process_zero, to_host
 from pjrlhf.paths import bucket_errors, is_remote
 from pjrlhf.training.workdir import disk_errors
 
@@ -88,19 +88,19 @@ def _unpack(text: str) -> Any:
 
 
 class Checkpoints:
-    """The checkpoints in `folder`, of which the `keep` newest stay, and the best one if `best` says by which metric:
-    "loss" for the least, "max rewards/accuracies" for the greatest. A context manager: it exits when all is written.
-    The folder may be in a bucket.
+    """The checkpoints in `folder`, of which the `max_to_keep` newest stay, and the best one if `best` says by which
+    metric: "loss" for the least, "max rewards/accuracies" for the greatest. A context manager: it exits when all is
+    written. The folder may be in a bucket.
 
     All processes of a run must make the same calls. With several processes the iterator state kept is that of process
     0, so it must be a position that means the same on all of them.
     """
 
-    def __init__(self, folder: str | os.PathLike, keep: int = 2, best: str = ""):
+    def __init__(self, folder: str | os.PathLike, max_to_keep: int = 2, best: str = ""):
         self.folder = epath.Path(folder) if is_remote(folder) else pathlib.Path(folder).absolute()
         self._greatest, self._metric = best.startswith("max "), best.removeprefix("max ")
         policies = ocp.training.preservation_policies
-        preserved = [policies.LatestN(keep)]
+        preserved = [policies.LatestN(max_to_keep)]
         if best:
             # Sorted by it, the last of them stay.
             order = {"get_metric_fn": lambda metrics: metrics[self._metric], "reverse": not self._greatest}
@@ -233,7 +233,7 @@ class Checkpoints:
         for bad, reason in damaged.items():
             path = self.folder / str(bad)
             log.warning("%s cannot be read (%s); going on from step %d", path, reason, step)
-            by_first(path.rename)(path.with_name(f"{bad}.damaged"))
+            on_process_zero(path.rename)(path.with_name(f"{bad}.damaged"))
         if damaged:
             self._orbax.reload()
 

@@ -13,7 +13,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from pjrlhf.errors import UserError
-from pjrlhf.parallel.processes import is_first, to_host
+from pjrlhf.parallel.processes import is_process_zero, to_host
 from pjrlhf.training.checkpoint import Checkpoints, abstract
 from pjrlhf.training.metrics import Metrics, MetricWriter, to_floats
 from pjrlhf.training.performance import Performance, Program
@@ -90,7 +90,7 @@ def run(
     steps: int,
     checkpoints: str = "",
     checkpoint_every: int = 0,
-    keep: int = 2,
+    max_to_keep: int = 2,
     keep_best: str = "",
     log_every: int = 1,
     eval_every: int = 0,
@@ -113,7 +113,7 @@ def run(
       stage: name of the folder in `workdir` and of the stage in metrics.jsonl.
       checkpoints: where they go, each stage into a folder of its name; <workdir>/<stage>/checkpoints by default.
       checkpoint_every, log_every, eval_every: in steps; 0 means never. Besides, the first and last step are logged.
-      keep: how many checkpoints stay; besides, the best one by the metric `keep_best`, see `Checkpoints`.
+      max_to_keep: how many of the newest checkpoints stay, beside the best one by `keep_best`, see `Checkpoints`.
       on_eval: called as `on_eval(state, step)`; the values it returns join the metrics of that step.
       on_start: called with the state, new or restored, before the first step.
       ingredients: K names for [K] metrics.
@@ -154,7 +154,7 @@ def run(
 
     measured: dict[str, float] = {}  # what the step settled last is ranked by
     place = f"{checkpoints.rstrip('/')}/{stage}" if checkpoints else folder / "checkpoints"
-    with Checkpoints(place, keep, keep_best) as saved:
+    with Checkpoints(place, max_to_keep, keep_best) as saved:
         with performance.aside():
             state = method.init()
             done = saved.latest() or 0
@@ -234,7 +234,7 @@ def _save_batch(path: pathlib.Path, batch: Any) -> pathlib.Path:
 
     leaves = jax.tree_util.tree_flatten_with_path(batch)[0]
     arrays = {jax.tree_util.keystr(keys, simple=True, separator="/") or "batch": plain(x) for keys, x in leaves}
-    if is_first():
+    if is_process_zero():
         with disk_errors(path):
             np.savez(path, **arrays)
     return path

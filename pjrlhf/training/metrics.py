@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pjrlhf.errors import UserError
-from pjrlhf.parallel.processes import is_first, to_host
+from pjrlhf.parallel.processes import is_process_zero, to_host
 from pjrlhf.training.workdir import Workdir, disk_errors
 
 Metrics = Mapping[str, tuple[jax.Array, jax.Array]]
@@ -74,7 +74,7 @@ class MetricWriter:
         self.path = workdir.path / "metrics.jsonl"
         self.stage = stage
         modules = {name: _import(name) for name in loggers}
-        self._active = is_first()
+        self._active = is_process_zero()
         self._tensorboard = self._wandb = None
         if not self._active:
             return

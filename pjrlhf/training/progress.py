@@ -8,7 +8,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from pjrlhf.parallel.processes import is_first
+from pjrlhf.parallel.processes import is_process_zero
 
 
 def _clock(seconds: float) -> str:
@@ -32,7 +32,7 @@ class progress:
     def __init__(self, stage: str, total: int, keys: Sequence[str] = ("loss",), *, start: int = 0, every: float = 10.0):
         self.stage, self.total, self.keys, self.every = stage, total, keys, every
         self._step = start
-        self._visible = is_first()
+        self._visible = is_process_zero()
         self._bar: Progress | None = None
         self._first: tuple[int, float] | None = None
         self._printed = -every

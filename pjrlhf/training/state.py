@@ -31,7 +31,7 @@ class State:
         """The state before the first step."""
         return cls(jnp.zeros((), jnp.int32), rng, trainable, optimizer.init(trainable), extra)
 
-    def updated(self, gradient: Any, optimizer: optax.GradientTransformation) -> "State":
+    def apply_gradients(self, gradient: Any, optimizer: optax.GradientTransformation) -> "State":
         """The state after one update of all of `trainable`."""
         updates, opt_state = optimizer.update(gradient, self.opt_state, self.trainable)
         trainable = optax.apply_updates(self.trainable, updates)

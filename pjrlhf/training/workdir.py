@@ -11,7 +11,7 @@ from typing import Any
 import jax
 
 from pjrlhf.errors import UserError
-from pjrlhf.parallel.processes import by_first
+from pjrlhf.parallel.processes import on_process_zero
 from pjrlhf.paths import refuse_remote
 
 _DISK = {
@@ -132,7 +132,7 @@ class Workdir:
                     f"{self.path}: holds a run with another config ({'; '.join(changed)}); "
                     "undo the change, choose another --workdir, or delete the folder to start over"
                 )
-        by_first(write_json)(path, config)
+        on_process_zero(write_json)(path, config)
         if not path.is_file():
             raise UserError(
                 f"{self.path}: process {jax.process_index()} does not see what process 0 writes there; choose a "
@@ -147,4 +147,4 @@ class Workdir:
         """Records in manifest.json that `stage` is complete, how long it took, and any JSON values in `info`."""
         manifest = _read_json(self.path / "manifest.json") or {"stages": {}}
         manifest["stages"][stage] = {"seconds": seconds, **info}
-        by_first(write_json)(self.path / "manifest.json", manifest)
+        on_process_zero(write_json)(self.path / "manifest.json", manifest)

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 from support import tiny, tiny_family
 
-from pjrlhf import stages
 from pjrlhf.algorithms import methods
 from pjrlhf.algorithms import policies as policy
 from pjrlhf.errors import UserError
@@ -16,7 +15,7 @@ from pjrlhf.evaluation import pareto
 from pjrlhf.merging.methods import bone_soup_weights
 from pjrlhf.models.storage import load_tree
 from pjrlhf.objectives.simplex import simplex_grid
-from pjrlhf.pipeline import seeds
+from pjrlhf.pipeline import seeds, stages
 from pjrlhf.protocols import front as evaluate_front
 from pjrlhf.protocols.front import Front
 from pjrlhf.training.workdir import Workdir
@@ -160,7 +159,7 @@ def test_a_conditioned_policy_is_told_the_weights(family, monkeypatch):
     entry = {
         "preferences": {"kind": "dirichlet"},
         "prompt_preference": "always",
-        "statement": {"form": "tally", "levels": 10},
+        "prompt_format": {"form": "tally", "levels": 10},
     }
     found = player(family, entry, monkeypatch)
     assert found.mix(P) == (1.0,) and found.words(P) == " ".join(["short"] * 7 + ["everything"] * 3)
@@ -169,14 +168,14 @@ def test_a_conditioned_policy_is_told_the_weights(family, monkeypatch):
 
 
 def test_rewards_in_context_is_told_the_target(family, monkeypatch):
-    entry = {"train": "ric", "statement": {"form": "tally", "levels": 10}, "target": "max"}
+    entry = {"train": "ric", "prompt_format": {"form": "tally", "levels": 10}, "target": "max"}
     found = player(family, entry, monkeypatch)
     assert found.words((0.5, 0.5)) == " ".join(["short"] * 10 + ["everything"] * 10)
 
 
 def test_the_base_is_told_sentences_or_nothing(family, monkeypatch):
     assert player(family, {"train": ""}, monkeypatch).words((0.0, 1.0)) == "tell me everything ."
-    silent = player(family, {"train": "", "stated": False}, monkeypatch)
+    silent = player(family, {"train": "", "prompted": False}, monkeypatch)
     assert silent.words((0.0, 1.0)) == "" and silent.bank is None and silent.mix(P) == ()
 
 

@@ -21,7 +21,7 @@ from pjrlhf.algorithms.pdpo import (
     pair_rewards,
     preference_loss,
 )
-from pjrlhf.data import synthetic as world
+from pjrlhf.data import synthetic
 from pjrlhf.errors import UserError
 from pjrlhf.feedback.pairs import Pairs, with_text
 from pjrlhf.models.huggingface import fingerprint
@@ -242,7 +242,7 @@ def records(tmp_path, base_folder):
     """Settings of a run on records of two people: ann prefers the first of `ANSWERS`, bob the second."""
     lines = [
         {"prompt": request, "chosen": pair[0], "rejected": pair[1], "user_id": user}
-        for request in world.prompts()[:24]
+        for request in synthetic.prompts()[:24]
         for user, pair in (("ann", ANSWERS), ("bob", ANSWERS[::-1]))
     ]
     path = tiny_users.write_records(tmp_path / "records.jsonl", lines)
@@ -279,7 +279,7 @@ def test_a_split_by_pair_keeps_a_pair_on_one_side(records, tmp_path):
 
 
 def test_people_who_are_kept_out_are_met_as_new(records, tmp_path):
-    run = tiny.start(tmp_path / "run", records(preference__new_user_share=0.5))
+    run = tiny.start(tmp_path / "run", records(preference__new_user_fraction=0.5))
     pairs = Pairs(run)
     who = {name: {example.user_id for example in table.examples} for name, table in pairs.tables.items()}
     assert len(who["new_users"]) == 1 and who["train"] == who["heldout"] == {"ann", "bob"} - who["new_users"]
@@ -449,7 +449,7 @@ MISTAKES = [
     ),
     ({"preference__models": {"mine": {"kind": "own"}}}, "preference.models.mine: user model 'own' is unknown; choose"),
     ({"preference__models": {"mine": {"kind": "cluster", "cluster": 2}}}, "models.mine: .* argument 'cluster'"),
-    ({"preference__new_user_share": 1.5}, "held-out share 1.5: not between 0 and 1"),
+    ({"preference__new_user_fraction": 1.5}, "held-out share 1.5: not between 0 and 1"),
     ({"preference__split": "user"}, "preference.split 'user': unknown; choose prompt or pair"),
     ({"preference__head": "scalar"}, "preference.head 'scalar': unknown; choose policy or reward"),
     (

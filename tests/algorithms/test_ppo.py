@@ -140,7 +140,7 @@ def test_how_many_gradients_are_taken_at_once_does_not_matter(kind):
 
 def test_full_parameters_have_the_gradient_of_a_plain_model():
     """The loss written out for one model, without Policies."""
-    rows, config = only(fabricated(np.ones(K)), 0), PPOConfig(entropy_weight=0.02)
+    rows, config = only(fabricated(np.ones(K)), 0), PPOConfig(entropy_coef=0.02)
     plain = jax.tree.map(lambda x: x[0], trainable("full"))
     one = {name: x[0] for name, x in rows.items()}
 
@@ -217,7 +217,7 @@ BETAS = np.array([0.5, 0.4, 0.0], np.float32)
 def train_on_bandit(adapter, params, learning_rate, seed=4):
     """Bank after training, and KL [STEPS, 3] on the way."""
     sampling = Sampling(max_new_tokens=1, eos_id=-1, pad_id=0)
-    config, ppo = ExperienceConfig(missing_eos=0.0), PPOConfig(epochs=2, minibatches=2)
+    config, ppo = ExperienceConfig(missing_eos_penalty=0.0), PPOConfig(epochs=2, minibatches=2)
     tx = per_ingredient(make_optimizer({"learning_rate": learning_rate, "schedule": "linear"}, 4 * STEPS))
     one_hot, prompt = jnp.eye(3), jnp.full((3 * PULLS, 1), 2, jnp.int32)
     prompt = {"prompt": prompt, "valid": jnp.ones_like(prompt, bool)}

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 from support import tiny, tiny_users
 
-from pjrlhf import stages
 from pjrlhf.algorithms import policies as policy
 from pjrlhf.algorithms.policies import Policy
 from pjrlhf.algorithms.sft import Sft
@@ -16,6 +15,7 @@ from pjrlhf.errors import UserError
 from pjrlhf.export import merge
 from pjrlhf.models.huggingface import load_params
 from pjrlhf.models.quantization import quantize_params
+from pjrlhf.pipeline import stages
 from pjrlhf.training.workdir import Workdir
 
 

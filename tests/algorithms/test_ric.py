@@ -14,7 +14,7 @@ from pjrlhf.algorithms import policies as policy
 from pjrlhf.algorithms import reward, ric
 from pjrlhf.config import neighbours
 from pjrlhf.data.batching import pad_right
-from pjrlhf.data.preferences import Statement
+from pjrlhf.data.preferences import PreferencePrompt
 from pjrlhf.errors import UserError
 from pjrlhf.objectives.multi_objective import target_map
 from pjrlhf.rollout.experience import reward_scores
@@ -24,7 +24,7 @@ pytestmark = pytest.mark.slow  # many programs to compile
 N = len(tiny.OBJECTIVES)
 STAGE = "methods/ric"
 SMALL = {
-    "statement": {"form": "tally", "levels": 2},
+    "prompt_format": {"form": "tally", "levels": 2},
     "samples": 40,  # not a multiple of sample_rows
     "steps": 12,
     "batch_size": 8,
@@ -81,7 +81,7 @@ def answers_of(run, number):
 
 
 def words(run, scores):
-    return Statement(form="tally", levels=2)(run.registry, run.objectives, scores)
+    return PreferencePrompt(form="tally", levels=2)(run.registry, run.objectives, scores)
 
 
 # ---- the data
@@ -163,7 +163,7 @@ def test_an_online_round_learns_from_the_good_and_a_share_of_the_first(trained):
         assert info["kept"][number - 1] == len(best)
         again = learned[number][len(best) :]
         assert learned[number][: len(best)] == best
-        assert len(again) == round(section.keep * len(offline)) and all(answer in offline for answer in again)
+        assert len(again) == round(section.base_fraction * len(offline)) and all(answer in offline for answer in again)
         assert len({answer["request"] for answer in again}) == len(again), "drawn twice"
     assert learned[1][-len(again) :] != learned[2][-len(again) :]
 
@@ -240,14 +240,20 @@ def test_a_lost_round_is_sampled_as_it_was(trained, tmp_path, monkeypatch):
 
 MISTAKES = [
     (
-        {"statement": {"form": "numbers"}},
-        "statement .*: the tokenizer has no token for some of it; choose other labels",
+        {"prompt_format": {"form": "numbers"}},
+        "prompt_format .*: the tokenizer has no token for some of it; choose other labels",
     ),
-    ({"statement": {"form": "verse"}}, "statement.form 'verse': unknown; choose one of sentences, numbers, tally"),
-    ({"statement": {"levels": 30}}, r"statement .*: the prompt has \d+ tokens with it, more than data.max_prompt=20"),
+    (
+        {"prompt_format": {"form": "verse"}},
+        "prompt_format.form 'verse': unknown; choose one of sentences, numbers, tally",
+    ),
+    (
+        {"prompt_format": {"levels": 30}},
+        r"prompt_format .*: the prompt has \d+ tokens with it, more than data.max_prompt=20",
+    ),
     ({"target": "linf"}, "ric.target: target map 'linf' is unknown; choose one of identity, l2, max"),
     ({"quantile": 1.5}, "ric.quantile 1.5: not a share; choose one between 0 and 1"),
-    ({"keep": -0.1}, "ric.keep -0.1: not a share"),
+    ({"base_fraction": -0.1}, "ric.base_fraction -0.1: not a fraction"),
 ]
 
 

@@ -5,7 +5,7 @@ import pytest
 from support import tiny
 
 from pjrlhf.algorithms.policies import settings_of
-from pjrlhf.algorithms.targets import NEAR, Goals, Rows, point_name
+from pjrlhf.algorithms.targets import NEAR, Rows, Targets, point_name
 from pjrlhf.errors import UserError
 from pjrlhf.objectives.simplex import simplex_grid
 
@@ -21,7 +21,7 @@ def goals(run, **changes):
     settings = settings_of(run)
     with settings.unlocked(), settings.ignore_type():
         settings.update_from_flattened_dict({k.replace("__", "."): v for k, v in changes.items()})
-    return Goals(run, settings)
+    return Targets(run, settings)
 
 
 def test_soups_have_a_policy_per_reward_and_one_objective_each(run):
@@ -88,7 +88,7 @@ def test_a_combination_takes_one_preference_of_each_dimension(run):
 
 
 def test_rows_state_the_goal_in_the_prompt_and_never_to_the_reward_model(run):
-    found = goals(run, preferences__kind="dirichlet", prompt_preference="half", statement__form="tally")
+    found = goals(run, preferences__kind="dirichlet", prompt_preference="half", prompt_format__form="tally")
     rows = Rows(run, found, 500)
     assert len(rows) >= 500 and len(rows) % (2 * len(run.requests[0])) == 0
     for i in (0, 1, 2, 3, len(rows) - 1):
@@ -101,8 +101,8 @@ def test_rows_state_the_goal_in_the_prompt_and_never_to_the_reward_model(run):
 
 
 def test_words_the_tokenizer_does_not_know(run):
-    found = goals(run, preferences__kind="dirichlet", prompt_preference="always", statement__form="numbers")
-    with pytest.raises(UserError, match=r"statement 'easy 0\..*no token for some of it.*tally"):
+    found = goals(run, preferences__kind="dirichlet", prompt_preference="always", prompt_format__form="numbers")
+    with pytest.raises(UserError, match=r"prompt_format 'easy 0\..*no token for some of it.*tally"):
         Rows(run, found)[0]
 
 

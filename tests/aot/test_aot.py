@@ -113,13 +113,13 @@ def found_shardings(variant):
     config.mesh.fsdp = 8 // config.mesh.tensor
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(planned, "devices_of", lambda topology: ("v5e", jax.devices()))
-        run = aot.Planned(config, "v5e:2x4")
+        run = aot.DryRun(config, "v5e:2x4")
     run.config.model.attention = "xla"
     trees = {"base": run.base}
     if variant.startswith("pdpo"):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(aot.Planned, "_rows", property(lambda self: 64))
-            trees["preference"] = Preference(run, "individualized", planned.PlannedPairs(run)).init().trainable
+            patch.setattr(aot.DryRun, "_rows", property(lambda self: 64))
+            trees["preference"] = Preference(run, "individualized", planned.DryRunPairs(run)).init().trainable
     else:
         trees["reward"] = Reward(run).init().trainable
         trees["policy"] = Policy(run, rewarder=trees["reward"]).init().trainable
@@ -192,7 +192,7 @@ def test_planned_memory_is_what_the_program_holds(monkeypatch):
     monkeypatch.setattr(planned, "devices_of", lambda topology: ("v5e", jax.devices()))
     config = tiny.settings(policy__rollouts=8)
     (step,) = aot.plan(config, "v5e:2x4", ["reward"])
-    run = aot.Planned(config, "v5e:2x4")
+    run = aot.DryRun(config, "v5e:2x4")
     assert step.memory > roofline.tree_bytes(run.base) > 0
 
 

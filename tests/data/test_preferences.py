@@ -3,11 +3,11 @@
 import numpy as np
 import pytest
 
-from pjrlhf.data import synthetic as world
+from pjrlhf.data import synthetic
 from pjrlhf.data.preferences import (
     PAPER,
     Preference,
-    Statement,
+    PreferencePrompt,
     combinations,
     dimensions,
     parts,
@@ -16,7 +16,7 @@ from pjrlhf.data.preferences import (
 )
 from pjrlhf.errors import UserError
 
-REGISTRIES = {"paper": PAPER, "world": world.PREFERENCES}
+REGISTRIES = {"paper": PAPER, "synthetic": synthetic.PREFERENCES}
 # As spelled in the released data of Personalized Soups, without the commas of its own prompts.
 RELEASED = {
     "P2A": "Generate a response that is concise and to the point without being verbose.",
@@ -83,15 +83,20 @@ def test_the_sentences_of_one_registry_differ():
 
 
 def test_weights_in_words():
-    registry, ids = world.PREFERENCES, ("P2A", "P2B")
-    assert Statement()(registry, ids, (1.0, 0.0)) == "keep it short ."
-    assert Statement()(registry, ids, (0.6, 0.4)) == "keep it short . tell me everything ."
-    assert Statement(form="numbers")(registry, ids, (0.25, 0.75)) == "short 0.2 everything 0.8"
-    assert Statement(form="numbers", decimals=2)(registry, ids, (0.25, 0.75)) == "short 0.25 everything 0.75"
-    assert Statement(form="tally", levels=4)(registry, ids, (0.25, 0.75)) == "short everything everything everything"
-    assert Statement(form="numbers")({"a": Preference(dimension="d", sentence="")}, ["a"], [1.0]) == "a 1.0"
-    with pytest.raises(UserError, match=r"statement\.form 'colours': unknown; choose one of sentences, numbers, tally"):
-        Statement(form="colours")
+    registry, ids = synthetic.PREFERENCES, ("P2A", "P2B")
+    assert PreferencePrompt()(registry, ids, (1.0, 0.0)) == "keep it short ."
+    assert PreferencePrompt()(registry, ids, (0.6, 0.4)) == "keep it short . tell me everything ."
+    assert PreferencePrompt(form="numbers")(registry, ids, (0.25, 0.75)) == "short 0.2 everything 0.8"
+    assert PreferencePrompt(form="numbers", decimals=2)(registry, ids, (0.25, 0.75)) == "short 0.25 everything 0.75"
+    assert (
+        PreferencePrompt(form="tally", levels=4)(registry, ids, (0.25, 0.75))
+        == "short everything everything everything"
+    )
+    assert PreferencePrompt(form="numbers")({"a": Preference(dimension="d", sentence="")}, ["a"], [1.0]) == "a 1.0"
+    with pytest.raises(
+        UserError, match=r"prompt_format\.form 'colours': unknown; choose one of sentences, numbers, tally"
+    ):
+        PreferencePrompt(form="colours")
 
 
 @pytest.mark.parametrize("levels", [4, 5, 10])

@@ -170,17 +170,17 @@ def test_unknown_kind_or_column_is_a_user_error(kind, columns):
 
 def test_bad_records_are_named_counted_and_bounded():
     records = [PAIR] * 97 + [PAIR | {"chosen": ""}, PAIR | {"chosen": ""}, PAIR | {"rejected": " blue"}]
-    examples, report = validate(records, "preference", source_name="train", max_bad_share=0.03)
+    examples, report = validate(records, "preference", source_name="train", max_bad_fraction=0.03)
     assert len(examples) == 97 and report.total == 100
     assert report.counts == {"empty chosen": 2, "chosen equals rejected": 1}
     assert [where for where, _, _ in report.items] == ["train row 97", "train row 98", "train row 99"]
-    with pytest.raises(UserError, match=r"3 of 100 .*2 empty chosen.*train row 97: empty chosen.*max_bad_share"):
-        validate(records, "preference", source_name="train", max_bad_share=0.029)
+    with pytest.raises(UserError, match=r"3 of 100 .*2 empty chosen.*train row 97: empty chosen.*max_bad_fraction"):
+        validate(records, "preference", source_name="train", max_bad_fraction=0.029)
 
 
 def test_nothing_left_is_an_error_whatever_the_share():
     with pytest.raises(UserError, match="1 of 1"):
-        validate([{"prompt": ""}], "prompt", max_bad_share=1.0)
+        validate([{"prompt": ""}], "prompt", max_bad_fraction=1.0)
     with pytest.raises(UserError, match="no records"):
         validate([], "prompt")
 
@@ -191,7 +191,7 @@ def test_real_pairs_map_by_columns(shared):
     with gzip.open(path, "rt", encoding="utf-8") as lines:
         records = [json.loads(line) for line in lines]
     columns = {"chosen": "verbose", "rejected": "concise"}
-    examples, report = validate(records, "preference", columns=columns, max_bad_share=0.05)
+    examples, report = validate(records, "preference", columns=columns, max_bad_fraction=0.05)
     assert len(examples) + len(report.items) == len(records) == 4799
     assert set(report.counts) <= {"chosen equals rejected", "empty chosen", "empty rejected"}
     longer = sum(len(e.chosen) > len(e.rejected) for e in examples) / len(examples)

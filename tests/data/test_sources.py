@@ -34,7 +34,7 @@ def test_bad_lines_are_bad_records(tmp_path):
     source = open_source({"kind": "jsonl", "path": write_lines(tmp_path / "train.jsonl", lines)})
     with pytest.raises(RecordError, match="bad JSON"):
         source[1]
-    examples, report = validate(source, "prompt", max_bad_share=0.5)
+    examples, report = validate(source, "prompt", max_bad_fraction=0.5)
     assert [example.prompt for example in examples] == [RECORDS[0]["prompt"], RECORDS[1]["prompt"]]
     assert [where for where, _, _ in report.items] == ["train.jsonl line 2", "train.jsonl line 3"]
     assert report.counts == {"bad JSON": 2}
@@ -160,5 +160,5 @@ def test_tfds_that_is_not_prepared_says_how(tmp_path, name):
 def test_source_gives_plain_values():
     source = Source("bytes", [{"prompt": b"caf\xc3\xa9"}, {"prompt": b"\xff"}])
     assert source[0] == {"prompt": "café"}
-    _, report = validate(source, "prompt", max_bad_share=0.5)
+    _, report = validate(source, "prompt", max_bad_fraction=0.5)
     assert report.counts == {"not UTF-8": 1}

@@ -1,4 +1,4 @@
-"""The built-in world: a truth that never changes, an exact judge, and a corpus inside the vocabulary."""
+"""The synthetic environment: a truth that never changes, an exact judge, and a corpus inside the vocabulary."""
 
 import hashlib
 import importlib.util
@@ -8,7 +8,7 @@ import random
 
 import pytest
 
-from pjrlhf.data import synthetic as world
+from pjrlhf.data import synthetic
 from pjrlhf.data.batching import split_by
 from pjrlhf.data.preferences import combinations, sentences
 from pjrlhf.data.tokenization import load_tokenizer
@@ -18,57 +18,57 @@ PROMPT = "tell me about sun ."
 
 def fact(topic, aspect, specialist=False, wrong=0):
     """The statement of a fact; `wrong` counts values away from the true one."""
-    templates, values = world.ASPECTS[aspect]
+    templates, values = synthetic.ASPECTS[aspect]
     words = values.split()
-    index = (world.truth(topic, aspect) + wrong) % len(words)
+    index = (synthetic.truth(topic, aspect) + wrong) % len(words)
     return templates[specialist].format(words[index].split("/")[specialist])
 
 
-def score(criterion, *statements, registry=world.PREFERENCES):
-    return world.score(PROMPT, " ".join(statements), criterion, registry=registry)
+def score(criterion, *statements, registry=synthetic.PREFERENCES):
+    return synthetic.score(PROMPT, " ".join(statements), criterion, registry=registry)
 
 
 def score16(criterion, *statements):
-    return score(criterion, *statements, registry=world.PREFERENCES16)
+    return score(criterion, *statements, registry=synthetic.PREFERENCES16)
 
 
-PLAIN = [fact("sun", aspect) for aspect in world.ASPECTS]
-EXPERT = [fact("sun", aspect, specialist=True) for aspect in world.ASPECTS]
-WRONG = [fact("sun", aspect, wrong=1) for aspect in world.ASPECTS]
-KIND, RUDE = world.FRIENDLY[0], world.UNFRIENDLY[0]
+PLAIN = [fact("sun", aspect) for aspect in synthetic.ASPECTS]
+EXPERT = [fact("sun", aspect, specialist=True) for aspect in synthetic.ASPECTS]
+WRONG = [fact("sun", aspect, wrong=1) for aspect in synthetic.ASPECTS]
+KIND, RUDE = synthetic.FRIENDLY[0], synthetic.UNFRIENDLY[0]
 
 
-@pytest.fixture(scope="module", params=world.WORLDS)
+@pytest.fixture(scope="module", params=synthetic.ENVIRONMENTS)
 def world_name(request):
     return request.param
 
 
 @pytest.fixture(scope="module")
 def registry(world_name):
-    return world.WORLDS[world_name]
+    return synthetic.ENVIRONMENTS[world_name]
 
 
 def test_the_truth_is_fixed_for_all_time():
     pinned = {"sun": (1, 0, 0, 1), "salt": (0, 4, 1, 6), "bee": (2, 3, 6, 5)}
     for topic, values in pinned.items():
-        assert tuple(world.truth(topic, aspect) for aspect in world.ASPECTS) == values
+        assert tuple(synthetic.truth(topic, aspect) for aspect in synthetic.ASPECTS) == values
     assert fact("sun", "substance") == "it holds sugar ." and fact("sun", "deed", True) == "it exhibits proliferation ."
 
 
 def test_requests_name_their_topic():
-    prompts = world.prompts()
-    assert len(prompts) == len(set(prompts)) == len(world.TOPICS) * len(world.REQUESTS) == 192
+    prompts = synthetic.prompts()
+    assert len(prompts) == len(set(prompts)) == len(synthetic.TOPICS) * len(synthetic.REQUESTS) == 192
     for i, prompt in enumerate(prompts):
-        assert world.topic_of(prompt) == world.TOPICS[i // len(world.REQUESTS)]
-    assert world.topic_of("tell me about philosophy .") is None
+        assert synthetic.topic_of(prompt) == synthetic.TOPICS[i // len(synthetic.REQUESTS)]
+    assert synthetic.topic_of("tell me about philosophy .") is None
 
 
 def test_the_larger_world_has_sixteen_kinds_of_people():
-    plain, larger = world.PREFERENCES, world.PREFERENCES16
+    plain, larger = synthetic.PREFERENCES, synthetic.PREFERENCES16
     assert len(combinations(plain, plain)) == 8 and len(combinations(larger, larger)) == 16
     assert list(larger)[:6] == list(plain) and all(larger[name] == plain[name] for name in plain)
     assert [larger[name].label for name in ("P3C", "P3D")] == ["sassy", "sarcastic"]
-    assert world.tones(larger) == world.TONES and list(world.tones(plain)) == ["P3A", "P3B"]
+    assert synthetic.tones(larger) == synthetic.TONES and list(synthetic.tones(plain)) == ["P3A", "P3B"]
 
 
 def test_the_plain_world_stays_as_it_is():
@@ -78,8 +78,12 @@ def test_the_plain_world_stays_as_it_is():
         return hashlib.sha256(repr(thing).encode()).hexdigest()[:16]
 
     made = records(0, 50)
-    judged = [world.score(r["prompt"], r["completion"], name) for r in made for name in (*world.PREFERENCES, "helpful")]
-    assert digest(world.vocabulary()) == "602efec10f223ea4"
+    judged = [
+        synthetic.score(r["prompt"], r["completion"], name)
+        for r in made
+        for name in (*synthetic.PREFERENCES, "helpful")
+    ]
+    assert digest(synthetic.vocabulary()) == "602efec10f223ea4"
     assert digest(made) == "0bf0cf10ffa8deb6"
     assert digest([round(1e6 * value) for value in judged]) == "c9a97acbe6548fa8"
 
@@ -90,7 +94,7 @@ def test_the_plain_world_stays_as_it_is():
 def test_parse_counts():
     text = " ".join([KIND, PLAIN[0], EXPERT[1], WRONG[2], WRONG[2], RUDE, "it holds", "my head"])
     words = text.split()
-    assert world.parse(PROMPT, text) == {
+    assert synthetic.parse(PROMPT, text) == {
         "plain": 3,
         "specialist": 1,
         "true": 2,
@@ -103,15 +107,17 @@ def test_parse_counts():
         "words": len(words),
         "junk": 4 / len(words),
     }
-    empty = world.parse(PROMPT, "")
+    empty = synthetic.parse(PROMPT, "")
     assert empty.pop("junk") == 1 and not any(empty.values())
-    assert world.parse("tell me about philosophy .", PLAIN[0])["true"] == 0
-    assert world.parse(PROMPT, f"{KIND} {KIND}")["friendly"] == 1  # repeating a remark adds none
-    assert world.parse(PROMPT, f"{PLAIN[0]} {EXPERT[0]}")["aspects"] == 1
-    assert world.parse(PROMPT, PLAIN[0].replace(" .", ""))["junk"] == 1  # a statement ends with its mark
-    for tone, remarks in world.REMARKS.items():
-        parsed = world.parse(PROMPT, " ".join(remarks))
-        assert {name: parsed[name] for name in world.REMARKS} == {name: 5 * (name == tone) for name in world.REMARKS}
+    assert synthetic.parse("tell me about philosophy .", PLAIN[0])["true"] == 0
+    assert synthetic.parse(PROMPT, f"{KIND} {KIND}")["friendly"] == 1  # repeating a remark adds none
+    assert synthetic.parse(PROMPT, f"{PLAIN[0]} {EXPERT[0]}")["aspects"] == 1
+    assert synthetic.parse(PROMPT, PLAIN[0].replace(" .", ""))["junk"] == 1  # a statement ends with its mark
+    for tone, remarks in synthetic.REMARKS.items():
+        parsed = synthetic.parse(PROMPT, " ".join(remarks))
+        assert {name: parsed[name] for name in synthetic.REMARKS} == {
+            name: 5 * (name == tone) for name in synthetic.REMARKS
+        }
         assert parsed["junk"] == 0
 
 
@@ -137,30 +143,33 @@ def test_one_more_specialist_word():
 
 
 def test_one_more_remark():
-    for kind, rude in zip(world.FRIENDLY, world.UNFRIENDLY, strict=True):
+    for kind, rude in zip(synthetic.FRIENDLY, synthetic.UNFRIENDLY, strict=True):
         plain = PLAIN[0]
         assert score("P3A", kind, plain) > score("P3A", plain) > score("P3A", rude, plain)
         assert score("P3B", kind, plain) < score("P3B", plain) < score("P3B", rude, plain)
-    assert score("P3A", *world.FRIENDLY[:2]) == 1 == score("P3A", *world.FRIENDLY)
+    assert score("P3A", *synthetic.FRIENDLY[:2]) == 1 == score("P3A", *synthetic.FRIENDLY)
     assert score("P3A", KIND, RUDE) == 0
 
 
-@pytest.mark.parametrize("style", world.TONES)
+@pytest.mark.parametrize("style", synthetic.TONES)
 def test_one_more_remark_of_four_tones(style):
-    own = world.REMARKS[world.TONES[style]]
-    for other in (name for name in world.TONES if name != style):
-        for remark, foreign in zip(own, world.REMARKS[world.TONES[other]], strict=True):
+    own = synthetic.REMARKS[synthetic.TONES[style]]
+    for other in (name for name in synthetic.TONES if name != style):
+        for remark, foreign in zip(own, synthetic.REMARKS[synthetic.TONES[other]], strict=True):
             assert score16(style, remark, PLAIN[0]) > score16(style, PLAIN[0]) > score16(style, foreign, PLAIN[0])
             assert score16(style, remark, foreign) == 0 == score16(other, remark, foreign)
     assert score16(style, *own[:2]) == 1 == score16(style, *own)
-    assert score16(style, *(remarks[0] for remarks in world.REMARKS.values())) == -1  # one for it, three against
+    assert score16(style, *(remarks[0] for remarks in synthetic.REMARKS.values())) == -1  # one for it, three against
     assert score16(style, own[0], "sun sun sun sun .") < score16(style, own[0])
 
 
 def test_the_criteria_that_both_worlds_have_agree():
     for record in records(size=200):
-        for name in (*world.PREFERENCES, "helpful"):
-            one, other = (world.score(record["prompt"], record["completion"], name, w) for w in world.WORLDS.values())
+        for name in (*synthetic.PREFERENCES, "helpful"):
+            one, other = (
+                synthetic.score(record["prompt"], record["completion"], name, w)
+                for w in synthetic.ENVIRONMENTS.values()
+            )
             assert one == other
 
 
@@ -178,7 +187,7 @@ def test_opposite_preferences_rank_opposite(dimension):
     assert score(f"{dimension}B", *a) < score(f"{dimension}B", *b)
 
 
-@pytest.mark.parametrize("criterion", [*world.PREFERENCES16, "helpful"])
+@pytest.mark.parametrize("criterion", [*synthetic.PREFERENCES16, "helpful"])
 def test_nonsense_lowers_every_score(criterion):
     good = [KIND, *PLAIN[:2]]
     assert score16(criterion, *good, "sun sun sun sun .") < score16(criterion, *good)
@@ -197,8 +206,8 @@ def test_an_unknown_criterion_is_an_error(criterion):
 # ---- the corpus
 
 
-def records(seed=0, size=2000, registry=world.PREFERENCES):
-    return world.corpus(world.prompts(), size, seed, registry=registry)
+def records(seed=0, size=2000, registry=synthetic.PREFERENCES):
+    return synthetic.corpus(synthetic.prompts(), size, seed, registry=registry)
 
 
 def test_the_corpus_is_fixed_by_its_seed(registry):
@@ -208,18 +217,18 @@ def test_the_corpus_is_fixed_by_its_seed(registry):
 def test_every_answer_of_the_corpus_is_sense_and_fits(registry):
     lengths = set()
     for record in records(registry=registry):
-        parsed = world.parse(record["prompt"], record["completion"])
-        assert parsed["junk"] == 0 and 0 < parsed["words"] <= world.MAX_WORDS, record
+        parsed = synthetic.parse(record["prompt"], record["completion"])
+        assert parsed["junk"] == 0 and 0 < parsed["words"] <= synthetic.MAX_WORDS, record
         lengths.add(parsed["words"])
-    assert max(lengths) >= 0.9 * world.MAX_WORDS
+    assert max(lengths) >= 0.9 * synthetic.MAX_WORDS
 
 
 def test_the_corpus_makes_mistakes_evades_and_mixes_but_not_always():
-    parsed = [world.parse(record["prompt"], record["completion"]) for record in records()]
+    parsed = [synthetic.parse(record["prompt"], record["completion"]) for record in records()]
     facts = [p for p in parsed if p["aspects"]]
     wrong = sum(p["false"] for p in facts) / sum(p["aspects"] for p in facts)
     assert 0.15 < wrong < 0.3
-    assert abs(1 - len(facts) / len(parsed) - world.Habits().evasion) < 0.03
+    assert abs(1 - len(facts) / len(parsed) - synthetic.Habits().evasion) < 0.03
     assert any(p["plain"] and p["specialist"] for p in facts)
     assert any(p["friendly"] for p in facts) and any(p["unfriendly"] for p in facts)
 
@@ -236,17 +245,21 @@ def test_half_of_the_prompts_state_a_preference(registry):
 
 def test_every_tone_of_a_world_occurs_unprompted_the_new_ones_less_often(registry):
     rng = random.Random(4)
-    answers = [world.answer(PROMPT, (), rng, registry=registry) for _ in range(3000)]
-    parsed = [world.parse(PROMPT, text) for text in answers]
-    share = {tone: sum(p[tone] > 0 for p in parsed if p["aspects"]) / len(parsed) for tone in world.REMARKS}
-    spoken = [tone for tone in world.REMARKS if share[tone]]
-    assert spoken == list(world.tones(registry).values())
+    answers = [synthetic.answer(PROMPT, (), rng, registry=registry) for _ in range(3000)]
+    parsed = [synthetic.parse(PROMPT, text) for text in answers]
+    share = {tone: sum(p[tone] > 0 for p in parsed if p["aspects"]) / len(parsed) for tone in synthetic.REMARKS}
+    spoken = [tone for tone in synthetic.REMARKS if share[tone]]
+    assert spoken == list(synthetic.tones(registry).values())
     for tone in spoken:
-        assert abs(share[tone] - 0.8 * getattr(world.Habits(), tone)) < 0.03  # the rest evades
+        assert abs(share[tone] - 0.8 * getattr(synthetic.Habits(), tone)) < 0.03  # the rest evades
     assert max(share["sassy"], share["sarcastic"]) < min(share["friendly"], share["unfriendly"])
 
 
-BOTH = [pytest.param(name, registry, id=f"{key}-{name}") for key, registry in world.WORLDS.items() for name in registry]
+BOTH = [
+    pytest.param(name, registry, id=f"{key}-{name}")
+    for key, registry in synthetic.ENVIRONMENTS.items()
+    for name in registry
+]
 
 
 @pytest.mark.parametrize(("name", "registry"), BOTH)
@@ -254,17 +267,17 @@ def test_a_stated_preference_is_followed_imperfectly(name, registry):
     """The judge prefers answers written for it, on average; writers who always obey do better still."""
 
     def mean(stated, obedience):
-        rng, habits = random.Random(3), world.Habits(obedience=obedience)
-        answers = [world.answer(PROMPT, stated, rng, habits, registry) for _ in range(1500)]
-        return sum(world.score(PROMPT, text, name, registry) for text in answers) / len(answers)
+        rng, habits = random.Random(3), synthetic.Habits(obedience=obedience)
+        answers = [synthetic.answer(PROMPT, stated, rng, habits, registry) for _ in range(1500)]
+        return sum(synthetic.score(PROMPT, text, name, registry) for text in answers) / len(answers)
 
-    usual = world.Habits().obedience
+    usual = synthetic.Habits().obedience
     unstated, stated, obeyed = mean((), usual), mean((name,), usual), mean((name,), 1.0)
     assert unstated + 0.03 < stated < obeyed - 0.03
 
 
 def test_prompts_split_without_overlap():
-    prompts = world.prompts()
+    prompts = synthetic.prompts()
     train, held = split_by(prompts, 0.25, 0)
     assert len(held) == 48 and len(train) == 144
     assert not {prompts[i] for i in train} & {prompts[i] for i in held}
@@ -275,18 +288,18 @@ def test_prompts_split_without_overlap():
 
 @pytest.fixture(scope="module")
 def tokenizer(registry, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("world") / "tokenizer"
-    world.write_tokenizer(folder, registry)
+    folder = tmp_path_factory.mktemp("synthetic") / "tokenizer"
+    synthetic.write_tokenizer(folder, registry)
     return load_tokenizer(folder)
 
 
 def test_the_vocabulary_covers_the_language(tokenizer, registry):
-    words = world.vocabulary(registry)
+    words = synthetic.vocabulary(registry)
     assert len(words) == len(set(words)) == tokenizer.vocab_size
     unknown = tokenizer.backend.unk_token_id
     texts = list(itertools.chain.from_iterable(record.values() for record in records(5, 500, registry)))
-    remarks = itertools.chain.from_iterable(world.REMARKS[tone] for tone in world.tones(registry).values())
-    for text in [*texts, *world.prompts(), *PLAIN, *EXPERT, *remarks, *(p.label for p in registry.values())]:
+    remarks = itertools.chain.from_iterable(synthetic.REMARKS[tone] for tone in synthetic.tones(registry).values())
+    for text in [*texts, *synthetic.prompts(), *PLAIN, *EXPERT, *remarks, *(p.label for p in registry.values())]:
         ids = tokenizer.backend(text, add_special_tokens=False)["input_ids"]
         assert unknown not in ids and len(ids) == len(text.split())
         assert tokenizer.decode(ids) == text
@@ -295,9 +308,9 @@ def test_the_vocabulary_covers_the_language(tokenizer, registry):
 
 def test_the_larger_vocabulary_begins_with_the_plain_one():
     """So that a token keeps its id; and no model of the plain world can make a remark of the new tones."""
-    plain, larger = (world.vocabulary(registry) for registry in world.WORLDS.values())
+    plain, larger = (synthetic.vocabulary(registry) for registry in synthetic.ENVIRONMENTS.values())
     assert larger[: len(plain)] == plain and {"sassy", "sarcastic"} < set(larger[len(plain) :])
-    for remark in (*world.SASSY, *world.SARCASTIC):
+    for remark in (*synthetic.SASSY, *synthetic.SARCASTIC):
         assert not set(remark.split()) <= set(plain)
 
 
@@ -318,11 +331,11 @@ def test_prompts_and_answers_fit_the_lengths_of_the_shipped_config(tokenizer, re
     spec = importlib.util.spec_from_file_location("soups", pathlib.Path(__file__).parents[2] / "configs" / "soups.py")
     config = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(config)
-    shipped = config.get_config({"world": "world", "world16": "styles"}[world_name])
+    shipped = config.get_config({"synthetic": "synthetic", "synthetic16": "styles"}[world_name])
     assert shipped.preferences == shipped.model.tokenizer == world_name and shipped.objectives == tuple(registry)
     data = shipped.data
     people = combinations(registry, registry)
-    for prompt, ids in itertools.product(world.prompts(), people):
+    for prompt, ids in itertools.product(synthetic.prompts(), people):
         text = f"{prompt} {sentences(registry, ids)}"
         assert len(tokenizer.encode_prompt([{"role": "user", "content": text}])) <= data.max_prompt
     longest = max(len(record["completion"].split()) for record in records(registry=registry))

@@ -279,11 +279,11 @@ def test_table_rows():
 def test_long_prompts_are_dropped_shortened_or_refused():
     tokenizer = Tokenizer(backend(bos=True))
     examples = [pair("abcdefgh"), pair("abc")]
-    dropped = tokenize(examples, "preference", tokenizer, Lengths(prompt=5, completion=9), max_bad_share=0.5)
+    dropped = tokenize(examples, "preference", tokenizer, Lengths(prompt=5, completion=9), max_bad_fraction=0.5)
     assert [row["prompt"].tolist() for row in dropped] == [[BOS, *codes("abc")]]
     assert dropped.bad.items[0][:2] == ("t.jsonl line 8", "prompt too long")
     with pytest.raises(
-        UserError, match=r"t.jsonl line 8: prompt too long \(9 tokens, the limit is 5\); .*max_bad_share"
+        UserError, match=r"t.jsonl line 8: prompt too long \(9 tokens, the limit is 5\); .*max_bad_fraction"
     ):
         tokenize(examples, "preference", tokenizer, Lengths(prompt=5, completion=9))
     cut = tokenize(examples, "prompt", tokenizer, Lengths(prompt=5, completion=9, long_prompt="truncate_left"))
@@ -295,13 +295,13 @@ def test_long_prompts_are_dropped_shortened_or_refused():
 def test_long_completions_are_dropped_or_cut_but_never_empty():
     tokenizer = Tokenizer(backend())
     examples = [pair("a", "yesterday", "no"), pair("a", "yes", "no")]
-    dropped = tokenize(examples, "preference", tokenizer, Lengths(prompt=5, completion=4), max_bad_share=0.5)
+    dropped = tokenize(examples, "preference", tokenizer, Lengths(prompt=5, completion=4), max_bad_fraction=0.5)
     assert len(dropped) == 1 and dropped.bad.counts == {"chosen too long": 1}
     cut = tokenize(examples, "preference", tokenizer, Lengths(prompt=5, completion=1, long_completion="truncate"))
     assert cut[0]["chosen"].tolist() == codes("y") and cut[0]["rejected"].tolist() == codes("n")
     same = [*examples, pair("a", "yes, it is", "yes, it was")]
     table = tokenize(
-        same, "preference", tokenizer, Lengths(prompt=5, completion=5, long_completion="truncate"), max_bad_share=0.5
+        same, "preference", tokenizer, Lengths(prompt=5, completion=5, long_completion="truncate"), max_bad_fraction=0.5
     )
     assert len(table) == 2 and table.bad.counts == {"chosen equals rejected": 1}
     assert table[0]["chosen"].tolist() == codes("yeste") and table[1]["chosen"].tolist() == [*codes("yes"), END]

@@ -20,7 +20,7 @@ ACCURACY["users"] = {
 MODELS = ("pooled", "one <b>each</b>")
 USER_MODELS = {
     "accuracy": {model: ACCURACY | {"generic": 0.4321, "majority": 0.75, "minority": 1.0} for model in MODELS},
-    "ceiling": {"majority_share": 0.6789},
+    "ceiling": {"majority_fraction": 0.6789},
     "gain": {MODELS[1]: {"against": "pooled", "mean": 0.0777, "low": 0.0123, "high": 0.15, "users": 3}},
     "choices": {model: {"mean": 0.6161, "low": 0.5, "high": 0.7, "chance": 0.25, "questions": 9} for model in MODELS},
     "grid": {

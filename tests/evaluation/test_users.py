@@ -79,7 +79,7 @@ def test_the_interval_is_over_people_not_pairs():
         (None, set()),
         ({"anna": "x", "bert": "x", "cleo": "x"}, {"majority"}),
         ({"anna": "x", "bert": "y", "cleo": "z"}, set()),
-        # Whoever is not measured still says which taste is the largest.
+        # Whoever is not measured still says which persona is the largest.
         (TASTES | {"dora": "long", "emil": "long"}, {"majority", "minority"}),
     ],
 )

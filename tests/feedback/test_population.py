@@ -1,4 +1,4 @@
-"""Comparisons of given answers by people of conflicting taste, as in P-RLHF's length experiment."""
+"""Comparisons of given answers by people of conflicting persona, as in P-RLHF's length experiment."""
 
 import collections
 import gzip
@@ -16,7 +16,7 @@ COUNT, LONG = 24, "word " * 60
 PEOPLE = {
     "population.users": 4,
     "population.new_users": 2,
-    "population.tastes": ("longer", "shorter"),
+    "population.personas": ("longer", "shorter"),
     "population.shares": (0.75, 0.25),
     "population.pairs_per_user": 32,
     "population.heldout_pairs_per_user": 16,
@@ -51,7 +51,7 @@ def length_settings(tmp_path):
         "data.max_completion": 32,
         "data.long_completion": "drop",
     }
-    config = settings("style_pairs", **PEOPLE, **sizes, **{"data.heldout_share": 0.25, "data.max_bad_share": 0.5})
+    config = settings("style_pairs", **PEOPLE, **sizes, **{"data.heldout_fraction": 0.25, "data.max_bad_fraction": 0.5})
     config.data.prompts.path = config.population.data.path = write_records(tmp_path / "pairs.jsonl", pairs())
     config.sft.data.path = write_records(tmp_path / "answers.jsonl", answers)
     config.population.data.columns = {"chosen": "brief", "rejected": "full"}
@@ -78,7 +78,7 @@ def test_everybody_labels_by_characters_and_own_taste(made):
     for record in train + held + new:
         chosen, rejected = (record[side][0]["content"] for side in ("chosen", "rejected"))
         longer = len(chosen) > len(rejected)
-        assert record["taste"] == crowd[record["user_id"]] == ("longer" if longer else "shorter")
+        assert record["persona"] == crowd[record["user_id"]] == ("longer" if longer else "shorter")
     assert {r["user_id"] for r in train} == {r["user_id"] for r in held} == set(info["people"])
     assert {r["user_id"] for r in new} == set(info["new_people"])
 
@@ -109,8 +109,8 @@ def test_long_answers_are_judged_whole_where_their_beginning_is_read(tmp_path):
     run = tiny.start(tmp_path / "run", config)
     assert population.run(run)["given_pairs"] == COUNT + 2
     found = [r for part in read(run) for r in part if r["request"] == request(1) and "chosen" in r]
-    texts = {r["taste"]: [r[side][0]["content"] for side in ("chosen", "rejected")] for r in found if LONG in str(r)}
-    assert texts and all(pair == ["yes", LONG][:: -1 if taste == "longer" else 1] for taste, pair in texts.items())
+    texts = {r["persona"]: [r[side][0]["content"] for side in ("chosen", "rejected")] for r in found if LONG in str(r)}
+    assert texts and all(pair == ["yes", LONG][:: -1 if persona == "longer" else 1] for persona, pair in texts.items())
 
 
 def test_the_base_never_sees_a_held_out_request(made):
@@ -130,7 +130,7 @@ def test_pairs_of_other_prompts(tmp_path):
 @pytest.mark.real_data
 def test_real_answers_of_conflicting_length(tmp_path, shared):
     config = settings("style_pairs", **PEOPLE, **{"data.max_completion": 160, "model.max_length": 224})
-    config.data.long_completion, config.data.max_bad_share = "drop", 0.95
+    config.data.long_completion, config.data.max_bad_fraction = "drop", 0.95
     for spec in (config.data.prompts, config.population.data, config.sft.data):
         name = "style_pairs" if spec is not config.sft.data else "responses"
         with gzip.open(shared / "data" / "alpaca_eval" / f"{name}.jsonl.gz", "rt", encoding="utf-8") as lines:
@@ -143,5 +143,7 @@ def test_real_answers_of_conflicting_length(tmp_path, shared):
     assert info["given_pairs"] > 50
     train, held, _ = read(run)
     assert not {r["request"] for r in train} & {r["request"] for r in held}
-    ratio = [len(r["chosen"][0]["content"]) / len(r["rejected"][0]["content"]) for r in held if r["taste"] == "shorter"]
+    ratio = [
+        len(r["chosen"][0]["content"]) / len(r["rejected"][0]["content"]) for r in held if r["persona"] == "shorter"
+    ]
     assert max(ratio) < 1

@@ -265,18 +265,18 @@ def test_registry_mistakes_are_named():
 
 
 def test_odd_people_do_not_take_a_centre_from_a_taste():
-    """Two tastes among much noise of everybody's own: one start of k-means often ends with a few odd people as a
-    cluster, and the tastes would share a centre.
+    """Two personas among much noise of everybody's own: one start of k-means often ends with a few odd people as a
+    cluster, and the personas would share a centre.
     """
     people, width = 40, 300
-    taste = np.arange(people) % 10 < 3
+    persona = np.arange(people) % 10 < 3
     model = UserModel(kind="individualized", num_users=people, tokens=1, width=width)
     for seed in range(6):
         rng = np.random.default_rng(seed)
-        apart = np.where(taste, 1, -1)[:, None] * rng.normal(size=width)
+        apart = np.where(persona, 1, -1)[:, None] * rng.normal(size=width)
         vectors = 0.2 * rng.normal(size=(people, width)) + 0.08 * apart
         offset = np.concatenate([np.zeros((1, width)), vectors]).reshape(people + 1, 1, width)
         params = {"shared": {"generic": jnp.zeros((1, width))}, "table": {"offset": jnp.asarray(offset, jnp.float32)}}
         found = clusters_of(model, params, 2, jax.random.key(seed))
         index = np.asarray(found["table"]["weights"])[1:].argmax(1)
-        assert ((index == index[0]) == (taste == taste[0])).all(), seed
+        assert ((index == index[0]) == (persona == persona[0])).all(), seed

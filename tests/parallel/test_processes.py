@@ -239,5 +239,5 @@ def test_start_up_mistakes(monkeypatch):
 
 
 def test_one_process_writes_and_gets_what_it_wrote(tmp_path):
-    assert processes.by_first(lambda value: value + 1)(1) == 2
-    assert processes.is_first() and processes.of_first(np.ones(2)).tolist() == [1, 1]
+    assert processes.on_process_zero(lambda value: value + 1)(1) == 2
+    assert processes.is_process_zero() and processes.broadcast_from_zero(np.ones(2)).tolist() == [1, 1]

@@ -14,7 +14,7 @@ from pjrlhf.models.config import ModelConfig
 from pjrlhf.models.decoder import Decoder, init_params
 from pjrlhf.parallel.mesh import make_mesh, row_sharding, shard_batch, shard_params
 from pjrlhf.parallel.roofline import collective_bytes
-from pjrlhf.rollout.decoding import Combined
+from pjrlhf.rollout.decoding import PolicyEnsemble
 from pjrlhf.rollout.sampler import Sampling, generate
 
 B, P, K = 8, 5, 2
@@ -43,7 +43,7 @@ def policies_of(kind, model, base, bank):
     if kind == "full parameters":
         return Policies(model, ADAPTERS["full"], base, bank, jnp.eye(K))
     if kind == "combined":
-        return Combined(model, lora, base, bank, jnp.asarray(SOUPS))
+        return PolicyEnsemble(model, lora, base, bank, jnp.asarray(SOUPS))
     users = jnp.asarray(np.random.default_rng(1).standard_normal((B, 2, 64)), jnp.float32)
     return Policies(model, lora, base, bank, jnp.asarray(SOUPS), users if kind == "user tokens" else None)
 

@@ -14,7 +14,7 @@ from support.small_policies import close, noise
 from pjrlhf.algorithms.pdpo import Preference
 from pjrlhf.algorithms.policies import Policy
 from pjrlhf.algorithms.reward import Reward
-from pjrlhf.data import synthetic as world
+from pjrlhf.data import synthetic
 from pjrlhf.feedback.pairs import Pairs
 from pjrlhf.merging import methods, trees
 from pjrlhf.merging.lora import merge_dense
@@ -43,7 +43,7 @@ def start(tmp_path_factory):
     folder = tmp_path_factory.mktemp("steps")
     model = tiny_users.save_base(folder, vocab_size=208)  # which eight devices can share
     records = []
-    for request in world.prompts()[:8]:
+    for request in synthetic.prompts()[:8]:
         for i in range(U):
             answers = ("it can shine .", "it can melt today .")
             record = {"prompt": request, "chosen": answers[i % 2], "rejected": answers[1 - i % 2]}

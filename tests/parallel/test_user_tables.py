@@ -12,7 +12,7 @@ from support import tiny, tiny_users
 
 from pjrlhf.algorithms import pdpo as preference
 from pjrlhf.algorithms.pdpo import Preference
-from pjrlhf.data import synthetic as world
+from pjrlhf.data import synthetic
 from pjrlhf.feedback.pairs import Pairs
 from pjrlhf.models.storage import save_tree
 from pjrlhf.models.users import UserModel, gather_rows
@@ -114,7 +114,7 @@ def start(tmp_path_factory):
     answers = ("it can shine .", "it can melt .")
     records = [
         {"prompt": request, "chosen": answers[i % 2], "rejected": answers[1 - i % 2], "user_id": f"person {i}"}
-        for request in world.prompts()[:8]
+        for request in synthetic.prompts()[:8]
         for i in range(U)
     ]
     path = tiny_users.write_records(folder / "records.jsonl", records)

@@ -40,7 +40,7 @@ def fails(message, folder, config, remove=None):
 MISTAKES = [
     ("stages", ("stf",), "stages: 'stf' is unknown; choose from sft, "),
     ("objectives", ("P1A", "P9"), "objective 'P9': not among the preferences P1A, .*; define it"),
-    ("preferences", "papers", "preferences 'papers': unknown; choose world or paper"),
+    ("preferences", "papers", "preferences 'papers': unknown; choose synthetic or paper"),
     ("prompt_preference", "sometimes", "'sometimes': unknown; choose never, always or half"),
     (
         "model.path",
@@ -53,7 +53,7 @@ MISTAKES = [
     ("model.max_length", 25, "prompt 20 . completion 10 tokens are more than the model's context of 25; shorten one"),
     ("data.max_prompt", 4, "prompt too long .* tokens, the limit is 4.*mend the data, or allow more"),
     ("data.long_prompt", "cut", "long_prompt 'cut': not one of drop, truncate_left, error; choose"),
-    ("data.heldout_share", 1.5, "held-out share 1.5: not between 0 and 1"),
+    ("data.heldout_fraction", 1.5, "held-out share 1.5: not between 0 and 1"),
     ("sft.optimizer.schedule", "cosin", "optimizer.schedule: 'cosin' is unknown; use one of constant, linear, cosine"),
     ("sft.optimizer.learning_rate", -1.0, "optimizer.learning_rate: -1.0 is no number >= 0"),
     ("sft.optimizer.warmup_steps", 60, "optimizer.warmup_steps: 60 leaves none of the 60 steps; make it smaller"),
@@ -216,12 +216,12 @@ def test_a_full_disk(copied, monkeypatch, stage, method, writer):
     def full(*_, **__):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    name = stage.__name__.rpartition(".")[2]
+    folder = {policy: "policy", evaluate: "report"}.get(stage, stage.__name__.rpartition(".")[2])
     monkeypatch.setattr(method or f"{stage.__name__}.{writer}", full)
     run = tiny.start(copied, tiny.settings(evaluate__sweep_points=2))
     with pytest.raises(
         UserError,
-        match=f"{copied}/{'report' if name == 'evaluate' else name}.*: cannot be written, the disk is full; free",
+        match=f"{copied}/{folder}.*: cannot be written, the disk is full; free",
     ):
         stage.run(run)
 

@@ -57,7 +57,7 @@ def test_figures_of_the_report(summary):
         assert found["mean"] == pytest.approx(np.mean(each)) and found["worst"] == min(each)
         assert found["low"] <= found["mean"] <= found["high"] and 0 <= found["generic"] <= 1
     assert summary["accuracy"]["pooled"]["generic"] == summary["accuracy"]["pooled"]["mean"]
-    assert summary["ceiling"]["majority_share"] == 0.75
+    assert summary["ceiling"]["majority_fraction"] == 0.75
     assert set(summary["gain"]) == set(MODELS) - {"pooled"}
     each = [summary["accuracy"][name]["users"] for name in ("cluster", "pooled")]
     gains = [each[0][user]["accuracy"] - each[1][user]["accuracy"] for user in each[0]]

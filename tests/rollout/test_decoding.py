@@ -10,7 +10,7 @@ from support.small_policies import ADAPTERS, CONFIG, EOS, MODEL, PAD, bank, base
 
 from pjrlhf.models.adapters import Policies
 from pjrlhf.objectives.multi_objective import combine_logps
-from pjrlhf.rollout.decoding import Combined
+from pjrlhf.rollout.decoding import PolicyEnsemble
 from pjrlhf.rollout.sampler import Sampling, generate
 
 K, B, P, N = 3, 4, 5, 6
@@ -19,7 +19,9 @@ GREEDY = Sampling(max_new_tokens=N, eos_id=EOS, pad_id=PAD, temperature=0.0)
 
 @functools.partial(jax.jit, static_argnums=0)
 def combined(divergence, weights, prompt):
-    policies = Combined(MODEL.clone(decode="turned"), ADAPTERS["lora"], base(), bank("lora", K), weights, divergence)
+    policies = PolicyEnsemble(
+        MODEL.clone(decode="turned"), ADAPTERS["lora"], base(), bank("lora", K), weights, divergence
+    )
     return generate(policies, GREEDY, prompt["prompt"], prompt["valid"], jax.random.key(0))
 
 

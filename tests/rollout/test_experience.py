@@ -32,8 +32,8 @@ def _collect(kind, config, numbers, ids, *arguments):
 
 def collect(kind, config, *arguments, ids=(EOS, PAD)):
     """(rows, statistics) as numpy arrays; arguments from `trainable` on."""
-    numbers = {name: getattr(config, name) for name in ("lam", "missing_eos")}
-    config = dataclasses.replace(config, lam=0.0, missing_eos=0.0)
+    numbers = {name: getattr(config, name) for name in ("lam", "missing_eos_penalty")}
+    config = dataclasses.replace(config, lam=0.0, missing_eos_penalty=0.0)
     return jax.device_get(_collect(kind, config, numbers, ids, base(), *arguments))
 
 
@@ -128,7 +128,7 @@ def test_scores_are_clipped_and_a_response_without_end_is_penalised():
     assert 0 < stopped.sum() < K * n and np.abs(SCORES).max() > 5
     want = np.clip(SCORES[:, 0], -5, 5) - 1.0 * ~stopped
     close(total_rewards(plain()[1]), want.reshape(K, n).sum(1), 1e-4)
-    config = ExperienceConfig(missing_eos=3.0, score_clip=0.0)
+    config = ExperienceConfig(missing_eos_penalty=3.0, score_clip=0.0)
     close(
         total_rewards(run("lora", bank("lora", K), config)[1]),
         (SCORES[:, 0] - 3.0 * ~stopped).reshape(K, n).sum(1),

@@ -13,7 +13,7 @@ from support.small_policies import ADAPTERS, CONFIG, EOS, KINDS, MODEL, PAD, ban
 from pjrlhf.errors import UserError
 from pjrlhf.models.adapters import Policies
 from pjrlhf.rollout import sampler, scoring
-from pjrlhf.rollout.decoding import Combined
+from pjrlhf.rollout.decoding import PolicyEnsemble
 from pjrlhf.rollout.sampler import Sampling, generate, truncate
 
 B, P, N, K = 8, 5, 7, 3
@@ -151,7 +151,7 @@ def test_rows_that_are_done_are_dropped(monkeypatch, decode, kind):
 
         @jax.jit
         def draw(base, bank):
-            counted = [type("Counted", (Counted, each), {}) for each in (Policies, Combined)]
+            counted = [type("Counted", (Counted, each), {}) for each in (Policies, PolicyEnsemble)]
             users = jnp.ones((B, 2, CONFIG.hidden_size)) * jnp.arange(B)[:, None, None] if kind == "users" else None
             if kind == "combined":
                 policies = counted[1](model, ADAPTERS["lora"], base, bank, jnp.asarray(SOUPS))

@@ -29,7 +29,7 @@ def inputs(vocab_size):
 @functools.cache
 def golden_families():
     """model_type -> {"config", "shapes" of the tensors, "logits" [2, 4, V] at the positions of `inputs`}."""
-    return json.loads((pathlib.Path(__file__).parent / "golden" / "families.json").read_text())
+    return json.loads((pathlib.Path(__file__).parents[1] / "golden" / "families.json").read_text())
 
 
 def weights_of(model_type):

@@ -36,7 +36,7 @@ TINY = {
     "data.prompt_buckets": (),
     "data.max_completion": 10,
     "data.long_completion": "truncate",
-    "data.heldout_share": 0.05,
+    "data.heldout_fraction": 0.05,
     "sft.records": 640,
     "sft.steps": 60,
     "sft.batch_size": 32,

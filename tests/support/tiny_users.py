@@ -4,7 +4,7 @@ import json
 
 import jax
 
-from pjrlhf.data import synthetic as world
+from pjrlhf.data import synthetic
 from pjrlhf.models.config import ModelConfig
 from pjrlhf.models.decoder import Decoder, init_params
 from pjrlhf.models.huggingface import save_params
@@ -17,10 +17,10 @@ TINY = SHARED | {
     "log_every": 1,
     "sample_rows": 64,
     "data.packing": "share",  # fewer shapes, fewer programs than joined rows
-    "data.heldout_share": 0.25,  # new people have pairs on both sides
+    "data.heldout_fraction": 0.25,  # new people have pairs on both sides
     "population.users": 4,
     "population.new_users": 2,
-    "population.tastes": ("P2A", "P2B"),  # short or long, on which answers of a bad base differ too
+    "population.personas": ("P2A", "P2B"),  # short or long, on which answers of a bad base differ too
     "population.shares": (0.75, 0.25),
     "population.pairs_per_user": 32,
     "population.heldout_pairs_per_user": 16,
@@ -36,12 +36,12 @@ TINY = SHARED | {
 }
 
 
-def settings(variant="world", **changes):
+def settings(variant="synthetic", **changes):
     """The tiny config; `changes` name keys with __ for the dots."""
     config = tiny.catalogue("pdpo").get_config(variant)
     changes = {key.replace("__", "."): value for key, value in changes.items()}
     models = changes.pop("preference.models", None)
-    config.update_from_flattened_dict({key: x for key, x in TINY.items() if variant == "world" or key[:3] != "sft"})
+    config.update_from_flattened_dict({key: x for key, x in TINY.items() if variant == "synthetic" or key[:3] != "sft"})
     with config.ignore_type():
         config.update_from_flattened_dict(changes)
     if models is not None:
@@ -55,12 +55,12 @@ def write_records(path, records):
 
 
 def save_base(folder, vocab_size=0):
-    """Writes a random model with the tokenizer of the built-in world (and as many entries as that, if not more);
+    """Writes a random model with the tokenizer of the synthetic environment (and as many entries as that, if not more);
     returns its Hugging Face folder.
     """
-    world.write_tokenizer(folder / "tokenizer")
+    synthetic.write_tokenizer(folder / "tokenizer")
     config = ModelConfig(
-        vocab_size=max(vocab_size, len(world.vocabulary())),
+        vocab_size=max(vocab_size, len(synthetic.vocabulary())),
         hidden_size=16,
         intermediate_size=24,
         num_layers=1,

@@ -46,7 +46,7 @@ def assert_same(a, b):
 
 
 def save(folder, **states):
-    with Checkpoints(folder, keep=3) as checkpoints:
+    with Checkpoints(folder, max_to_keep=3) as checkpoints:
         for step, state in states.items():
             checkpoints.save(int(step[1:]), state, POSITION)
 
@@ -96,7 +96,7 @@ def test_the_state_may_be_donated_while_it_is_written(tmp_path):
 
 
 def test_only_the_newest_stay(tmp_path):
-    with Checkpoints(tmp_path, keep=2) as checkpoints:
+    with Checkpoints(tmp_path, max_to_keep=2) as checkpoints:
         assert checkpoints.latest() is None
         for step in (3, 6, 9):
             checkpoints.save(step, make_state(), POSITION, wait=True)
@@ -106,7 +106,7 @@ def test_only_the_newest_stay(tmp_path):
 
 @pytest.mark.parametrize(("best", "step"), [("loss", 2), ("max accuracy", 1)])
 def test_the_best_stays_beside_the_newest(tmp_path, best, step):
-    with Checkpoints(tmp_path, keep=1, best=best) as checkpoints:
+    with Checkpoints(tmp_path, max_to_keep=1, best=best) as checkpoints:
         assert checkpoints.best() is None
         for number, loss, accuracy in ((1, 0.9, 0.8), (2, 0.3, 0.6), (3, 0.5, 0.7), (4, 0.7, 0.2)):
             metrics = {"loss": loss, "accuracy": accuracy}
@@ -115,7 +115,7 @@ def test_the_best_stays_beside_the_newest(tmp_path, best, step):
         assert_same(checkpoints.restore(make_state(), step)[0], make_state(step))
         with pytest.raises(UserError, match=r"keep_best: step 5 has no metric .*; it has lr"):
             checkpoints.save(5, make_state(), POSITION, metrics={"lr": 1.0})
-    with Checkpoints(tmp_path, keep=1, best=best) as checkpoints:
+    with Checkpoints(tmp_path, max_to_keep=1, best=best) as checkpoints:
         assert checkpoints.best() == step
 
 

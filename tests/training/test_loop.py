@@ -18,7 +18,7 @@ from pjrlhf.errors import UserError
 from pjrlhf.training import loop
 from pjrlhf.training.workdir import Workdir
 
-TOY = pathlib.Path(__file__).with_name("toy.py")
+TOY = pathlib.Path(__file__).parents[1] / "support" / "toy.py"
 
 
 def train(folder, method=None, **options):
