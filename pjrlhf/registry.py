@@ -1,0 +1,146 @@
+"""Registries: what a setting may name, of this package or of anybody's code."""
+
+import difflib
+import hashlib
+import importlib
+import importlib.util
+import os
+import pathlib
+import sys
+from collections.abc import Callable, ItemsView, Iterator
+from types import ModuleType
+from typing import Generic, TypeVar
+
+from pjrlhf.errors import UserError
+
+T = TypeVar("T")
+
+
+class Registry(Generic[T]):
+    """Entries by name, in the order of registration; `get` also loads entries from other code.
+
+        LOSSES: Registry[Loss] = Registry("pairwise loss")
+
+        @LOSSES.register("hinge")
+        def hinge(...): ...
+
+        LOSSES.get("hinge")
+        LOSSES.get("my_package.my_module:my_loss")
+        LOSSES.get("losses/mine.py:my_loss")
+
+    Args:
+      noun: what an entry is, for error messages.
+      check: returns what an entry must have and this one lacks, or "" for a valid entry.
+    """
+
+    def __init__(self, noun: str, check: Callable[[object], str] = lambda _: ""):
+        self.noun = noun
+        self._check = check
+        self._entries: dict[str, T] = {}
+
+    def register(self, name: str) -> Callable[[T], T]:
+        """A decorator that adds an entry under `name` and returns it unchanged.
+
+        Raises ValueError for a name in use, or an invalid entry.
+        """
+
+        def add(entry: T) -> T:
+            if name in self._entries:
+                raise ValueError(f"{self.noun} {name!r} is registered already")
+            if lacks := self._check(entry):
+                raise ValueError(f"{self.noun} {name!r} {lacks}")
+            self._entries[name] = entry
+            return entry
+
+        return add
+
+    def get(self, spec: str) -> T:
+        """The entry that `spec` names: a registered name, "package.module:name", or "path/to/file.py:name".
+
+        Raises:
+          UserError: unknown name, no such module, file or attribute, a module that fails to import, or a loaded object
+            that is not valid.
+        """
+        if spec in self._entries:
+            return self._entries[spec]
+        if not isinstance(spec, str) or ":" not in spec:
+            raise UserError(f"{self.noun} {spec!r}: unknown; {self._advice(spec)}")
+        entry = load(spec, self.noun)
+        if lacks := self._check(entry):
+            raise UserError(f"{self.noun} {spec!r}: {lacks}")
+        return entry  # type: ignore[return-value]  # `check` is what can be known about it
+
+    def _advice(self, spec: object) -> str:
+        near = difflib.get_close_matches(str(spec), self._entries, n=3)
+        known = f"choose one of {', '.join(self._entries)}, or name your own as package.module:name"
+        return f"did you mean {' or '.join(near)}? Otherwise {known}" if near else known
+
+    def __getitem__(self, name: str) -> T:
+        return self._entries[name]
+
+    def items(self) -> ItemsView[str, T]:
+        return self._entries.items()
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._entries
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._entries)
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+
+def load(spec: str, noun: str) -> object:
+    """The object that "package.module:name" or "path/to/file.py:name" names.
+
+    Modules are also looked up in the working directory, as for a script started there.
+
+    Raises:
+      UserError: the message starts with `noun` and names what is missing, or the error of the import.
+    """
+    place, _, name = spec.rpartition(":")
+    if not place or not name.isidentifier():
+        raise UserError(f"{noun} {spec!r}: not understood; write package.module:name or path/to/file.py:name")
+    try:
+        module = _from_file(pathlib.Path(place)) if place.endswith(".py") else _from_path(place)
+    except UserError as error:
+        raise UserError(f"{noun} {spec!r}: {error}") from error
+    except Exception as error:  # whatever the module's own code raises
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise UserError(f"{noun} {spec!r}: {place} cannot be imported ({reason}); correct that first") from error
+    if not hasattr(module, name):
+        near = difflib.get_close_matches(name, vars(module), n=3)
+        hint = f"did you mean {' or '.join(near)}?" if near else "check the name"
+        raise UserError(f"{noun} {spec!r}: {place} has no {name}; {hint}")
+    return getattr(module, name)
+
+
+def _from_path(name: str) -> ModuleType:
+    if "" not in sys.path and os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        # An import inside the module that fails is another problem than the module's absence.
+        if error.name and (name == error.name or name.startswith(f"{error.name}.")):
+            raise UserError(f"no module {error.name}; install it, or start in the folder that holds it") from error
+        raise
+
+
+def _from_file(path: pathlib.Path) -> ModuleType:
+    """The module of a file, the same one for every name in it."""
+    if not path.is_file():
+        raise UserError(f"no file {path}; check the path")
+    path = path.resolve()
+    name = f"{path.stem}_{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
+    if name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(name, path)
+        assert spec and spec.loader, path  # given for any name that ends in .py
+        module = sys.modules[name] = importlib.util.module_from_spec(spec)
+        try:
+            spec.loader.exec_module(module)
+        except BaseException:
+            del sys.modules[name]
+            raise
+    return sys.modules[name]
