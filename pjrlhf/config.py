@@ -2,6 +2,8 @@
 
 import ml_collections
 
+from pjrlhf.objectives import scalarization
+
 
 def base() -> ml_collections.ConfigDict:
     """Shared settings, at the size of the synthetic environment."""
@@ -147,19 +149,8 @@ def policies(c: ml_collections.ConfigDict) -> None:
         "mix": "own",  # own: an adapter per policy; weights: one per objective, mixed by the preference weights
         "prompt_format": {"form": "sentences", "decimals": 1, "levels": 10},  # sentences, numbers, tally
         "scale": "std",  # of rewards: std, or quantiles (0 to 1)
-        # How objectives become one advantage, see objectives/combination.py: sum, tchebycheff, gdpo, pama, min_norm.
-        "combine": {
-            "kind": "sum",
-            "heads": "reward_sum+control",  # min_norm; per_reward, per_reward+control, control, per_preference
-            "weights": "min_norm",  # min_norm; or equal
-            "normalize": "none",  # min_norm; or gradient
-            "target": "identity",  # of the control reward: identity, l2, max
-            "sided": "two",  # of the control reward: two, hinge
-            "control_weight": 1.0,  # of the control reward
-            "ideal": 1.0,  # tchebycheff
-            "smoothing": 0.0,  # tchebycheff
-            "noon": True,  # pama
-        },
+        # How objectives become one advantage: the kind of rule and the settings of all (objectives/scalarization.py).
+        "combine": scalarization.section(),
         "steps": 60,
         "rollouts": 16,  # per policy and step
         "top_k": 0,

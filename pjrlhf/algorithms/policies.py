@@ -2,7 +2,7 @@
 (Personalized Soups, arXiv 2310.11564; checklist of Huang et al. 2023).
 
 Soups, MORL, Prompted-MORL, MOC and CLP are settings of it: what the policies are trained for (see `goals`), how their
-objectives become one advantage (see `objectives.combination`), and what estimates it.
+objectives become one advantage (see `objectives.scalarization`), and what estimates it.
 """
 
 import dataclasses
@@ -25,7 +25,7 @@ from pjrlhf.models.huggingface import save_params
 from pjrlhf.models.peft import MANIFEST, save_peft
 from pjrlhf.models.storage import load_tree, save_tree
 from pjrlhf.objectives import policy_gradient as pg
-from pjrlhf.objectives.combination import Combination
+from pjrlhf.objectives.scalarization import make_rule
 from pjrlhf.parallel.mesh import shard_params
 from pjrlhf.parallel.processes import on_process_zero, to_host
 from pjrlhf.rollout import scoring
@@ -172,7 +172,7 @@ class Policy:
         if self.experience.estimator != "gae":
             self.ppo = dataclasses.replace(self.ppo, vf_coef=0.0)
         try:
-            self.combination = Combination(**settings.combine)
+            self.combination = make_rule(settings.combine.to_dict())
         except ValueError as error:
             raise UserError(f"policy.combine: {error}") from error
         self._check()
@@ -210,17 +210,13 @@ class Policy:
             )
         if settings.scale not in ("std", "quantiles"):
             raise UserError(f"policy.scale {settings.scale!r}: unknown; choose std or quantiles")
-        if combine.kind == "min_norm" and "control" in combine.heads and settings.scale != "quantiles":
+        if combine.needs_calibrated_rewards and settings.scale != "quantiles":
             raise UserError(
-                "policy.combine: a control reward compares rewards with preference weights, so they must be on one "
-                "scale; set policy.scale to quantiles"
+                "policy.combine: the rule compares rewards with preference weights, so they must be on one scale; set "
+                "policy.scale to quantiles"
             )
-        if (
-            combine.kind == "min_norm"
-            and combine.heads == "per_preference"
-            and self.goals.kind not in ("grid", "fixed")
-        ):
-            raise UserError("policy.combine: heads per_preference need a fixed set; set preferences.kind to grid")
+        if combine.needs_preference_groups and self.goals.kind not in ("grid", "fixed"):
+            raise UserError("policy.combine: the rule needs a fixed set of preferences; set preferences.kind to grid")
 
     @property
     def ingredients(self) -> tuple[str, ...]:

@@ -22,32 +22,19 @@ def weighted_sum(x: jax.Array, weights: jax.Array) -> jax.Array:
     return (x * weights).sum(-1)
 
 
-def sum_then_normalize(rewards: jax.Array, weights: jax.Array, mask: jax.Array | None = None) -> jax.Array:
-    """The weighted sum, standardised within each group: advantages [..., G] of GRPO (arXiv 2402.03300, section 4.1.2).
+def standardize(x: jax.Array, mask: jax.Array, axis: int | None) -> jax.Array:
+    """(x - mean) / sqrt(population variance + 1e-8) over `axis` (None: over everything) where `mask`, 0 elsewhere,
+    whatever x is there: the advantage of GRPO over the answers to one prompt (arXiv 2402.03300, section 4.1.2).
 
-    Args:
-      rewards: [..., G, N]; the G samples of a group answer one prompt.
-      weights: [N], or broadcast against `rewards`.
-      mask: [..., G], 0 leaves a sample out and gives it advantage 0; None counts every sample.
-
-    A large-scale reward drowns the others: `normalize_then_sum` mends that. Standardised is (x - mean) /
-    sqrt(variance + 1e-8) with the population variance, so a group of equal rewards, or of one sample, gives 0.
-    Raises ValueError for rewards without a group axis and for weights that do not fit.
+    Equal values, or a single one, give 0. `mask` broadcasts against `x`.
     """
-    rewards, mask = _groups(rewards, mask)
-    return standardize(weighted_sum(rewards, weights), mask, axis=-1)
-
-
-def normalize_then_sum(rewards: jax.Array, weights: jax.Array, mask: jax.Array | None = None) -> jax.Array:
-    """Each objective standardised within its group, their weighted sum standardised over the whole batch: advantages
-    [..., G] of GDPO (arXiv 2601.05242).
-
-    The scale of a reward no longer matters, its weight does; the last step keeps the size of advantages independent of
-    the number of objectives. Arguments, standardisation and errors are those of `sum_then_normalize`; the batch is
-    every axis but the last of `rewards`, counted by samples rather than by tokens.
-    """
-    rewards, mask = _groups(rewards, mask)
-    return standardize(weighted_sum(standardize(rewards, mask[..., None], axis=-2), weights), mask, axis=None)
+    x, mask = jnp.asarray(x, jnp.float32), jnp.asarray(mask) > 0
+    count = jnp.maximum(mask.sum(axis, keepdims=True), 1)
+    x = jnp.where(mask, x, 0.0)
+    # Twice, as the first mean is rounded: what is left of equal values would be divided by nearly 0.
+    for _ in range(2):
+        x = jnp.where(mask, x - x.sum(axis, keepdims=True) / count, 0.0)
+    return x * jax.lax.rsqrt((x * x).sum(axis, keepdims=True) / count + 1e-8)
 
 
 def tchebycheff(rewards: jax.Array, weights: jax.Array, ideal: jax.Array, smoothing: float = 0.0) -> jax.Array:
@@ -255,7 +242,7 @@ def moc_heads(
       target: "identity" by default, because controllability is reported as the squared error of R against p itself.
       sided: "two" by default, for the same reason. Where rewards end below what they could be, try "hinge" with "max".
 
-    `combination.Combination` has the readings that are not about rewards: a head per preference vector, the size of the
+    `scalarization.MinNorm` has the readings that are not about rewards: a head per preference vector, the size of the
     control reward, the normalisation of the Gram matrix.
 
     Raises ValueError for unknown settings, and for weights that do not fit.
@@ -359,22 +346,3 @@ def _fitting(x: jax.Array, weights: jax.Array, spread: int = 0) -> tuple[jax.Arr
     if x.ndim == 0 or weights.ndim == 0 or x.shape[-1] != weights.shape[-1]:
         raise ValueError(f"weights of shape {weights.shape} do not fit {x.shape}; give one per objective, last axis")
     return x, jnp.expand_dims(weights, tuple(range(-1 - spread, -1)))
-
-
-def _groups(rewards: jax.Array, mask: jax.Array | None) -> tuple[jax.Array, jax.Array]:
-    """Rewards in float32 and the samples that count, as bool."""
-    rewards = jnp.asarray(rewards, jnp.float32)
-    if rewards.ndim < 2:
-        raise ValueError(f"rewards of shape {rewards.shape} have no groups; give [..., samples, objectives]")
-    mask = jnp.ones(rewards.shape[:-1], bool) if mask is None else jnp.asarray(mask) > 0
-    return rewards, mask
-
-
-def standardize(x: jax.Array, mask: jax.Array, axis: int | None) -> jax.Array:
-    """(x - mean) / sqrt(population variance + 1e-8) over `axis` where `mask`, 0 elsewhere whatever stands there."""
-    count = jnp.maximum(mask.sum(axis, keepdims=True), 1)
-    x = jnp.where(mask, x, 0.0)
-    # Twice, as the first mean is rounded: what is left of equal values would be divided by nearly 0.
-    for _ in range(2):
-        x = jnp.where(mask, x - x.sum(axis, keepdims=True) / count, 0.0)
-    return x * jax.lax.rsqrt((x * x).sum(axis, keepdims=True) / count + 1e-8)

@@ -18,14 +18,14 @@ from pjrlhf.errors import UserError
 from pjrlhf.models.adapters import AdapterConfig, Policies
 from pjrlhf.models.decoder import Decoder
 from pjrlhf.objectives import policy_gradient as pg
-from pjrlhf.objectives.combination import Combination
 from pjrlhf.objectives.multi_objective import calibrate, standardize
+from pjrlhf.objectives.scalarization import CombinationRule, WeightedSum
 from pjrlhf.rollout import scoring
 from pjrlhf.rollout.sampler import Sampling, generate
 
 Arrays = dict[str, jax.Array]
 ESTIMATORS = ("gae", "rloo", "group")
-ONE_REWARD = Combination()
+ONE_REWARD = WeightedSum()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -151,7 +151,7 @@ def experience(
     scores: jax.Array,
     beta: jax.Array,
     goal: Arrays | None = None,
-    combination: Combination = ONE_REWARD,
+    combination: CombinationRule = ONE_REWARD,
 ) -> tuple[Arrays, Arrays]:
     """Log-probabilities, values, rewards and advantages of sampled responses.
 
@@ -204,7 +204,7 @@ def experience(
                 rewards = jax.vmap(lambda r: pg.whiten(r, mask, shift_mean=False), -1, -1)(rewards)
             gae = jax.vmap(lambda r, v: pg.gae(r, v, mask, config.gamma, config.lam), (-1, -1), -1)
             advantages, returns = gae(rewards, values)
-            if combination.kind == "gdpo":
+            if combination.standardizes_heads:
                 advantages = jax.vmap(lambda a: pg.whiten(a, mask), -1, -1)(advantages)
         else:
             total = (heads - beta * kl.sum(1)[:, None]).reshape(-1, config.samples_per_prompt, heads.shape[1])
@@ -218,7 +218,7 @@ def experience(
         mixed, info = combination.advantages(advantages, p, mask, group)
         if config.estimator == "gae":
             mixed = pg.whiten(mixed, mask)
-        elif config.estimator == "group" and combination.kind == "gdpo":
+        elif config.estimator == "group" and combination.standardizes_heads:
             # The last step of GDPO: over the answers of the batch.
             each = mixed[:, 0]
             mixed = standardize(each, jnp.ones_like(each, bool), axis=None)[:, None] * mask

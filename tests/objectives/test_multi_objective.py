@@ -46,26 +46,13 @@ def score(values):
     return (values - values.mean()) / np.sqrt(values.var() + 1e-8) if len(values) else values
 
 
-def grpo_loop(rewards, weights, mask):
+def score_loop(x, mask, axis):
+    """Standard scores along the last axis (-1) or of everything (None)."""
     out = np.zeros(mask.shape)
-    for b in range(len(mask)):
-        kept = np.flatnonzero(mask[b])
-        out[b, kept] = score(
-            [sum(float(w) * float(r) for w, r in zip(weights, rewards[b, g], strict=True)) for g in kept]
-        )
+    rows = [np.nonzero(mask)] if axis is None else [(b, np.flatnonzero(mask[b])) for b in range(len(mask))]
+    for row in rows:
+        out[row] = score(x[row])
     return out
-
-
-def gdpo_loop(rewards, weights, mask):
-    out = np.zeros(mask.shape)
-    for b, i in itertools.product(range(len(mask)), range(rewards.shape[-1])):
-        kept = np.flatnonzero(mask[b])
-        out[b, kept] += float(weights[i]) * score(rewards[b, kept, i])
-    out[mask > 0] = score(out[mask > 0])
-    return out
-
-
-LOOPS = {mo.sum_then_normalize: grpo_loop, mo.normalize_then_sum: gdpo_loop}
 
 
 @pytest.mark.parametrize("weights", [WEIGHTS, simplex(1, B, N), simplex(2, B, T, N)], ids=["one", "rows", "tokens"])
@@ -79,48 +66,44 @@ def test_weighted_sum_is_the_loop(weights):
     close(mo.weighted_sum(x, rows), want)
 
 
-@pytest.mark.parametrize("rule", LOOPS)
+@pytest.mark.parametrize("axis", [-1, None])
 @pytest.mark.parametrize("seed", [0, 1])
-def test_group_rules_are_their_loops(rule, seed):
-    rewards, mask = draw(seed, B, G, N) * [1, 5, 0.1] + [0, 3, -1], masks(seed, B, G)
-    close(rule(rewards, WEIGHTS, mask), LOOPS[rule](rewards, WEIGHTS, mask), 1e-4)
-    close(rule(rewards, WEIGHTS, mask > 0), LOOPS[rule](rewards, WEIGHTS, mask), 1e-4)
-    ones = np.ones((B, G), np.float32)
-    close(rule(rewards, WEIGHTS), LOOPS[rule](rewards, WEIGHTS, ones), 1e-4)
+def test_standardize_is_the_loop(axis, seed):
+    x, mask = draw(seed, B, G, scale=5) + 3, masks(seed, B, G) > 0
+    close(mo.standardize(x, mask, axis), score_loop(x, mask, axis), 1e-4)
+    ones = np.ones((B, G), bool)
+    close(mo.standardize(x, ones, axis), score_loop(x, ones, axis), 1e-4)
 
 
-@pytest.mark.parametrize("rule", LOOPS)
-def test_samples_left_out_change_nothing(rule):
-    rewards, mask = draw(2, B, G, N), masks(3, B, G)
-    want = np.asarray(rule(rewards, WEIGHTS, mask))
-    assert not want[mask == 0].any()
+@pytest.mark.parametrize("axis", [-1, None])
+def test_samples_left_out_change_nothing(axis):
+    x, mask = draw(2, B, G), masks(3, B, G) > 0
+    want = np.asarray(mo.standardize(x, mask, axis))
+    assert not want[~mask].any()
     for garbage in (np.nan, np.inf, 1e9):
-        np.testing.assert_array_equal(rule(np.where(mask[..., None], rewards, garbage), WEIGHTS, mask), want)
+        np.testing.assert_array_equal(mo.standardize(np.where(mask, x, garbage), mask, axis), want)
 
 
-def test_each_group_rule_treats_scale_its_own_way():
-    """Multiplying one reward by 1000 makes it the only one for GRPO and changes nothing for GDPO."""
-    rewards = draw(4, B, G, 2)
-    large, half = rewards * np.array([1, 1000], np.float32), np.array([0.5, 0.5], np.float32)
-    close(mo.normalize_then_sum(large, half), mo.normalize_then_sum(rewards, half), 1e-4)
-    close(mo.sum_then_normalize(large, half), mo.sum_then_normalize(rewards, np.array([0.0, 1.0])), 1e-2)
+def test_the_scale_of_a_reward_matters_before_it_is_standardized_alone():
+    """A reward times 1000 decides the standardized sum (GRPO); standardized alone, it is one of two (GDPO)."""
+    rewards, half, ones = draw(4, B, G, 2), np.array([0.5, 0.5], np.float32), np.ones((B, G), bool)
+    large = rewards * np.array([1, 1000], np.float32)
+    close(mo.standardize(mo.weighted_sum(large, half), ones, -1), mo.standardize(rewards[..., 1], ones, -1), 1e-2)
+    close(*(mo.weighted_sum(mo.standardize(x, ones[..., None], 1), half) for x in (large, rewards)), 1e-4)
 
 
-@pytest.mark.parametrize("rule", LOOPS)
+@pytest.mark.parametrize("axis", [-1, None])
 @pytest.mark.parametrize("value", [0.0, 0.1, 12345.678])
-def test_equal_rewards_and_lone_samples_give_no_advantage(rule, value):
-    close(rule(np.full((B, 7, N), value, np.float32), WEIGHTS), 0, 1e-4)
-    close(rule(draw(0, B, 1, N) + value, WEIGHTS), 0)
-    assert not np.asarray(rule(draw(0, B, G, N), WEIGHTS, np.zeros((B, G)))).any()
+def test_equal_rewards_and_lone_samples_give_no_advantage(axis, value):
+    close(mo.standardize(np.full((B, 7), value, np.float32), np.ones((B, 7), bool), axis), 0, 1e-4)
+    close(mo.standardize(draw(0, 1, 1) + value, np.ones((1, 1), bool), axis), 0)
+    assert not np.asarray(mo.standardize(draw(0, B, G), np.zeros((B, G), bool), axis)).any()
 
 
 @pytest.mark.parametrize("objective", range(N))
 def test_one_hot_weights_pick_an_objective(objective):
     x, one_hot = draw(5, B, G, N), np.eye(N, dtype=np.float32)[objective]
-    alone = x[..., objective : objective + 1]
     np.testing.assert_array_equal(mo.weighted_sum(x, one_hot), x[..., objective])
-    for rule in LOOPS:
-        close(rule(x, one_hot), rule(alone, np.ones(1)), 1e-4)
     close(mo.tchebycheff(x, one_hot, np.full(N, 10.0)), x[..., objective] - 10)
 
 
@@ -134,10 +117,6 @@ def test_with_one_objective_every_rule_is_the_plain_advantage():
     np.testing.assert_array_equal(mo.pama(x), np.maximum(plain, 0))
     mixed = mo.weighted_sum(x, mo.min_norm_weights(mo.gram_matrix(x)))
     np.testing.assert_array_equal(mixed, plain)
-    # Standardised within groups, and the batch of standard scores has mean 0 and variance 1 already.
-    scores = np.stack([score(row) for row in plain])
-    close(mo.sum_then_normalize(x, one), scores, 1e-4)
-    close(mo.normalize_then_sum(x, one), scores, 1e-4)
 
 
 def test_tchebycheff_is_the_loop_and_its_smooth_form_bounds_it():
@@ -463,7 +442,7 @@ def test_a_policy_of_two_actions_follows_its_preference():
 def test_the_order_of_objectives_does_not_matter():
     x, weights, ideal, order = draw(34, B, G, N), WEIGHTS, draw(35, N) + 3, np.array([2, 0, 1])
     moved = x[..., order]
-    for rule in (mo.weighted_sum, mo.sum_then_normalize, mo.normalize_then_sum, mo.control_reward):
+    for rule in (mo.weighted_sum, mo.control_reward):
         close(rule(moved, weights[order]), rule(x, weights), 1e-4)
     for smoothing in (0.0, 0.2):
         close(
@@ -626,8 +605,8 @@ def test_every_function_is_the_same_under_jit_and_float32():
     pairs = {"weights": WEIGHTS, "chosen_rewards": x[:, 0, 1:], "rejected_rewards": x[:, 1, 1:]}
     calls = [
         (mo.weighted_sum, (x, p)),
-        (mo.sum_then_normalize, (x, p, mask)),
-        (mo.normalize_then_sum, (x, p, mask)),
+        (functools.partial(mo.standardize, axis=-1), (x[..., 0], mask)),
+        (functools.partial(mo.standardize, axis=None), (x[..., 0], mask)),
         (mo.tchebycheff, (x, p, np.full(N, 3.0))),
         (functools.partial(mo.tchebycheff, smoothing=0.1), (x, p, np.full(N, 3.0))),
         (mo.pama, (x,)),
@@ -654,9 +633,7 @@ def test_every_function_is_the_same_under_jit_and_float32():
 X, ONES = np.zeros((2, 4, N), np.float32), np.ones(N, np.float32)
 ERRORS = [
     (lambda: mo.weighted_sum(X, np.ones(2)), r"weights of shape \(2,\) do not fit \(2, 4, 3\); give one per"),
-    (lambda: mo.normalize_then_sum(X, np.ones(2)), r"weights of shape \(2,\) do not fit"),
     (lambda: mo.weighted_sum(X, 1.0), r"weights of shape \(\) do not fit"),
-    (lambda: mo.sum_then_normalize(X[0, 0], ONES), r"rewards of shape \(3,\) have no groups; give"),
     (lambda: mo.tchebycheff(X, ONES, ONES, -1.0), "smoothing=-1.0 is negative; make it 0"),
     (lambda: mo.gram_matrix(X, "loss"), "'loss' is unknown; choose one of none, gradient"),
     (lambda: mo.min_norm_weights(jnp.ones((2, 3))), r"gram has shape \(2, 3\); give one"),

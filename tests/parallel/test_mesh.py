@@ -12,7 +12,7 @@ from support.small_policies import ADAPTERS, EOS, MODEL, PAD, bank, base, close,
 
 from pjrlhf.algorithms.policies import PPOConfig, ppo_loss
 from pjrlhf.errors import UserError
-from pjrlhf.objectives.combination import Combination
+from pjrlhf.objectives.scalarization import MinNorm
 from pjrlhf.parallel.mesh import leaf_sharding, make_mesh, shard_batch, shard_params
 from pjrlhf.rollout.experience import ExperienceConfig, experience, sample
 from pjrlhf.rollout.sampler import Sampling
@@ -141,7 +141,7 @@ def rollout_and_gradient(kind, base, trainable, prompt):
     line = jnp.linspace(-1.0, 1.0, K * n)
     scores, beta = jnp.stack([line, jnp.sin(5 * line)], 1), jnp.full(K, 0.1)
     goal = {"weights": jnp.full((K * n, 2), 0.5), "mix": one_hot}
-    rule = Combination(kind="min_norm", heads="per_reward")
+    rule = MinNorm(heads="per_reward")
     collected = base, trainable, prompt, response, scores, beta, goal, rule
     rows, statistics = experience(MODEL, adapter, ExperienceConfig(), sampling, *collected)
     moved = jax.tree.map(lambda x: 1.01 * x, trainable)

@@ -11,8 +11,8 @@ from support.small_policies import ADAPTERS, EOS, KINDS, MODEL, PAD, bank, base,
 
 from pjrlhf.errors import UserError
 from pjrlhf.objectives import policy_gradient as pg
-from pjrlhf.objectives.combination import Combination
-from pjrlhf.objectives.multi_objective import normalize_then_sum, standardize
+from pjrlhf.objectives.multi_objective import standardize, weighted_sum
+from pjrlhf.objectives.scalarization import GDPO, RULES, WeightedSum
 from pjrlhf.rollout.experience import ExperienceConfig, experience, sample
 from pjrlhf.rollout.sampler import Sampling
 
@@ -196,7 +196,7 @@ def totals(statistics, rows):
 
 def test_one_hot_weights_give_the_experience_of_that_objective():
     one_hot = np.tile(np.array([[0.0, 1.0]], np.float32), (K * n, 1))
-    rows, statistics = several(ExperienceConfig(), Combination(), one_hot)
+    rows, statistics = several(ExperienceConfig(), WeightedSum(), one_hot)
     want, expected = run("lora", bank("lora", K), scores=VECTORS[:, 1:])
     for name in ("advantages", "returns", "values"):
         close(rows[name], want[name], 1e-6)
@@ -205,7 +205,7 @@ def test_one_hot_weights_give_the_experience_of_that_objective():
 
 def test_the_baseline_of_rloo_is_the_mean_of_the_other_answers():
     config = ExperienceConfig(estimator="rloo", samples_per_prompt=2, score_clip=0.0)
-    rows, statistics = several(config, Combination())
+    rows, statistics = several(config, WeightedSum())
     total = totals(statistics, rows)[1].reshape(K, n // 2, 2)
     want = (total - total[..., ::-1]).reshape(K, n, 1) * rows["mask"]
     close(rows["advantages"], want, 1e-4)
@@ -215,19 +215,20 @@ def test_the_baseline_of_rloo_is_the_mean_of_the_other_answers():
 @pytest.mark.parametrize("kind", ["sum", "gdpo"])
 def test_group_advantages_are_those_of_grpo_and_gdpo(kind):
     config = ExperienceConfig(estimator="group", samples_per_prompt=4, score_clip=0.0)
-    rows, statistics = several(config, Combination(kind=kind), heads_each=1 if kind == "sum" else S)
+    rows, statistics = several(config, RULES.get(kind)(), heads_each=1 if kind == "sum" else S)
     each, total = totals(statistics, rows)
     for k in range(K):
         if kind == "sum":
             want = standardize(total[k].reshape(-1, 4), np.ones((1, 4), bool), axis=1).reshape(-1)
         else:
             weights = WEIGHTS.reshape(K, n, S)[k].reshape(-1, 4, S)
-            want = normalize_then_sum(each[k].reshape(-1, 4, S), weights).reshape(-1)
+            heads = standardize(each[k].reshape(-1, 4, S), np.ones((1, 4, 1), bool), axis=1)
+            want = standardize(weighted_sum(heads, weights), np.ones((n // 4, 4), bool), axis=None).reshape(-1)
         close(rows["advantages"][k], np.asarray(want)[:, None] * rows["mask"][k], 2e-4)
 
 
 def test_every_head_has_values_of_its_own():
-    rows, statistics = several(ExperienceConfig(lam=1.0), Combination(kind="gdpo"), heads_each=S)
+    rows, statistics = several(ExperienceConfig(lam=1.0), GDPO(), heads_each=S)
     assert rows["values"].shape == rows["returns"].shape == (K, n, N, S)
     each = totals(statistics, rows)[0]
     close(rows["returns"][:, :, 0], each, 1e-4)

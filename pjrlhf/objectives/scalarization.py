@@ -1,0 +1,310 @@
+"""Combination rules: how the rewards of several objectives become one advantage, each with its settings.
+
+Shapes: n answers of one policy, T response tokens, S objectives that an answer is rewarded for, H heads (each with its
+own values and advantages). `p` are preference weights [n, S]. All arrays are float32 unless said otherwise.
+
+A rule of your own is a frozen dataclass that inherits from `CombinationRule`; a config names it as
+`policy.combine.kind = "package.module:ClassName"`, with its fields beside `kind`.
+"""
+
+import abc
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from pjrlhf.objectives import multi_objective as mo
+from pjrlhf.registry import Registry
+
+
+def setting(default, help: str, *, low: float | None = None, choices: tuple[str, ...] = ()):
+    """A field of a rule: its default, what it means, its least value, and the values it may have."""
+    return dataclasses.field(default=default, metadata={"help": help, "low": low, "choices": choices})
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CombinationRule(abc.ABC):
+    """How objectives become one advantage; static in a jitted program, so the fields of a rule must be hashable.
+
+    Attributes:
+      standardizes_heads: whether the trainer standardizes the advantages of every head before this rule combines them,
+        and the combined advantage over the batch (GDPO).
+
+    Raises ValueError for a field out of range.
+    """
+
+    standardizes_heads: ClassVar[bool] = False
+
+    def __post_init__(self):
+        for field in dataclasses.fields(self):
+            value, low, choices = getattr(self, field.name), field.metadata.get("low"), field.metadata.get("choices")
+            if choices and value not in choices:
+                raise ValueError(f"{field.name} {value!r} is unknown; choose one of {', '.join(choices)}")
+            if low is not None and not value >= low:
+                raise ValueError(f"{field.name}={value} is out of range; make it at least {low}")
+
+    @property
+    def needs_calibrated_rewards(self) -> bool:
+        """Whether rewards are compared with preference weights, so that they must be on the scale from 0 to 1."""
+        return False
+
+    @property
+    def needs_preference_groups(self) -> bool:
+        """Whether `advantages` reads `group`, so that preferences must come from a fixed set."""
+        return False
+
+    @abc.abstractmethod
+    def names(self, objectives: Sequence[str]) -> tuple[str, ...]:
+        """Names of the H heads, given those of the S objectives."""
+
+    @abc.abstractmethod
+    def rewards(self, scores: Float[Array, "n S"], p: Float[Array, "n S"]) -> Float[Array, "n H"]:
+        """Rewards of the heads, from scores (calibrated to [0, 1] where `needs_calibrated_rewards`)."""
+
+    @abc.abstractmethod
+    def advantages(
+        self,
+        advantages: Float[Array, "n T H"],
+        p: Float[Array, "n S"],
+        mask: Float[Array, "n T"],
+        group: Int[Array, " n"] | None = None,
+    ) -> tuple[Float[Array, "n T"], dict[str, jax.Array]]:
+        """The advantage to train on, and statistics to log.
+
+        Args:
+          advantages: of every head; standardized where `standardizes_heads`.
+          p: preference weights.
+          mask: 1 on response tokens.
+          group: which preference vector each answer was asked for, where `needs_preference_groups`.
+
+        Returns:
+          the advantage, 0 outside the mask, and {"weights": [H], NaN for a rule without weights, "gradient_cosine":
+          scalar, the mean over pairs of heads}.
+        """
+
+
+def _check(rule: object) -> str:
+    is_rule = isinstance(rule, type) and issubclass(rule, CombinationRule) and dataclasses.is_dataclass(rule)
+    return "" if is_rule else "is not a dataclass that inherits from CombinationRule"
+
+
+RULES: Registry[type[CombinationRule]] = Registry("combination rule", _check)
+
+
+def make_rule(settings: Mapping[str, object]) -> CombinationRule:
+    """The rule `settings["kind"]` with the fields given beside it.
+
+    A section of a config holds the fields of every rule (see `section`), so a field of another rule is ignored while it
+    has its default.
+
+    Raises:
+      ValueError: unknown kind, a field that the rule does not have, or a field out of range.
+    """
+    fields = dict(settings)
+    kind = fields.pop("kind")
+    cls = RULES.get(kind)  # type: ignore[arg-type]  # whatever a config holds; the registry refuses what is no name
+    own, others = {field.name for field in dataclasses.fields(cls)}, section()
+    for name in set(fields) - own:
+        if name not in others:
+            raise ValueError(f"{name}: rule {kind!r} has no such setting; it has {', '.join(sorted(own)) or 'none'}")
+        if fields.pop(name) != others[name]:
+            raise ValueError(f"{name}: rule {kind!r} has no such setting; leave it at {others[name]!r}")
+    return cls(**fields)
+
+
+def section() -> dict[str, object]:
+    """The section of a config that chooses a rule: the kind, and the fields of all registered rules."""
+    defaults = {field.name: field.default for _, rule in RULES.items() for field in dataclasses.fields(rule)}
+    return {"kind": "sum", **defaults}
+
+
+@RULES.register("sum")
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class WeightedSum(CombinationRule):
+    """One head, of the weighted sum of the rewards: RLHF, MORL, soups, CLP."""
+
+    def names(self, objectives):
+        return ("reward",)
+
+    def rewards(self, scores, p):
+        return mo.weighted_sum(scores, p)[..., None]
+
+    def advantages(self, advantages, p, mask, group=None):
+        return _single(advantages, mask)
+
+
+@RULES.register("tchebycheff")
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Tchebycheff(CombinationRule):
+    """One head, of minus the largest weighted distance to an ideal reward (`multi_objective.tchebycheff`)."""
+
+    ideal: float = setting(1.0, "the best reward of every objective, on the scale of the rewards")
+    smoothing: float = setting(0.0, "0 for the exact maximum; larger values make it smooth", low=0)
+
+    def names(self, objectives):
+        return ("reward",)
+
+    def rewards(self, scores, p):
+        return mo.tchebycheff(scores, p, jnp.full(scores.shape[-1], self.ideal), self.smoothing)[..., None]
+
+    def advantages(self, advantages, p, mask, group=None):
+        return _single(advantages, mask)
+
+
+@RULES.register("gdpo")
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GDPO(CombinationRule):
+    """A head per objective; the weighted sum of their standardized advantages (GDPO, arXiv 2601.05242)."""
+
+    standardizes_heads = True
+
+    def names(self, objectives):
+        return tuple(objectives)
+
+    def rewards(self, scores, p):
+        return jnp.asarray(scores, jnp.float32)
+
+    def advantages(self, advantages, p, mask, group=None):
+        _, statistics = _gram(advantages, mask)
+        return mo.weighted_sum(advantages, p[:, None]) * mask, statistics | {"weights": p.mean(0)}
+
+
+@RULES.register("pama")
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PAMA(CombinationRule):
+    """A head per objective, combined token by token without weights (PAMA, arXiv 2508.07768)."""
+
+    noon: bool = setting(True, "raise negative advantages to 0 first, as published")
+
+    def names(self, objectives):
+        return tuple(objectives)
+
+    def rewards(self, scores, p):
+        return jnp.asarray(scores, jnp.float32)
+
+    def advantages(self, advantages, p, mask, group=None):
+        _, statistics = _gram(advantages, mask)
+        return mo.pama(advantages, self.noon) * mask, statistics | {"weights": jnp.full(advantages.shape[-1], jnp.nan)}
+
+
+@RULES.register("min_norm")
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MinNorm(CombinationRule):
+    """Heads weighted so that their mixed policy gradient has the least norm: MGDA (arXiv 1810.04650) with heads
+    "per_reward", MOC (arXiv 2604.04497) with a control reward.
+
+    The weights are those of the whole batch before its first update, where every ratio is 1 and no token is clipped, so
+    that the surrogate gradient of head k in the log-probs is its advantage. A head without any advantage takes no part.
+
+    The control reward is a mean of squares below 1. With `control_weight` 1 its gradient is the smallest, and min-norm
+    weights give it nearly everything.
+    """
+
+    heads: str = setting(
+        "reward_sum+control",
+        "reward_sum+control and per_reward+control as `multi_objective.moc_heads`; per_reward ignores the preference "
+        "weights; control is the control reward alone, an ablation; per_preference makes the weighted sum of every "
+        "trained preference vector an objective of its own",
+        choices=("per_reward", "reward_sum+control", "per_reward+control", "control", "per_preference"),
+    )
+    weights: str = setting("min_norm", "of the heads; equal weights are an ablation", choices=("min_norm", "equal"))
+    normalize: str = setting(
+        "none", "divide gradients by their norms first; two heads then get equal weights", choices=("none", "gradient")
+    )
+    target: str = setting(
+        "identity",
+        "rewards that the preference weights ask for (`multi_objective.target_map`)",
+        choices=("identity", "l2", "max"),
+    )
+    sided: str = setting(
+        "two",
+        "two: rewards beyond their target count against the policy; hinge: they do not",
+        choices=("two", "hinge"),
+    )
+    control_weight: float = setting(1.0, "factor of the control reward", low=0)
+
+    @property
+    def needs_calibrated_rewards(self):
+        return "control" in self.heads
+
+    @property
+    def needs_preference_groups(self):
+        return self.heads == "per_preference"
+
+    def names(self, objectives):
+        return {
+            "per_reward": tuple(objectives),
+            "reward_sum+control": ("reward", "control"),
+            "per_reward+control": (*objectives, "control"),
+            "control": ("control",),
+            "per_preference": ("reward",),
+        }[self.heads]
+
+    def rewards(self, scores, p):
+        if self.heads == "per_preference":
+            return mo.weighted_sum(scores, p)[..., None]
+        if self.heads == "per_reward":
+            return jnp.asarray(scores, jnp.float32)
+        if self.heads == "control":
+            return self.control_weight * mo.control_reward(scores, p, self.target, self.sided)[..., None]
+        heads = mo.moc_heads(scores, p, self.heads, self.target, self.sided)
+        return heads.at[..., -1].multiply(self.control_weight)
+
+    def advantages(self, advantages, p, mask, group=None):
+        if self.heads == "per_preference":
+            return self._per_preference(advantages, mask, group)
+        if advantages.shape[-1] == 1:
+            return _single(advantages, mask)
+        gram, statistics = _gram(advantages, mask)
+        present = jnp.diagonal(gram) > 0
+        if self.weights == "equal":
+            c = present / jnp.maximum(present.sum(), 1)
+        else:
+            c = _present_weights(mo.cosines(gram) if self.normalize == "gradient" else gram, present)
+        return mo.weighted_sum(advantages, c) * mask, statistics | {"weights": c}
+
+    def _per_preference(self, advantages, mask, group):
+        if group is None:
+            raise ValueError("per_preference: needs the index of every answer's preference; train on a fixed set")
+        scale = _disjoint_weights((jnp.square(advantages[..., 0]) * mask).sum(1), group)
+        scale = jnp.ones_like(scale) if self.weights == "equal" else scale
+        statistics = {"gradient_cosine": jnp.zeros(()), "weights": jnp.ones(1)}
+        return advantages[..., 0] * scale[:, None] * mask, statistics
+
+
+def _single(advantages, mask):
+    """The advantage of the only head."""
+    _, statistics = _gram(advantages, mask)
+    return advantages[..., 0] * mask, statistics | {"weights": jnp.ones(1)}
+
+
+def _gram(advantages, mask):
+    """Gram matrix [H, H] of the heads' surrogate gradients, and the statistics that follow from it."""
+    gram = mo.gram_matrix(mo.surrogate_gradients(advantages, jnp.ones(mask.shape), mask))
+    cosines, H = mo.cosines(gram), len(gram)
+    return gram, {"gradient_cosine": (cosines.sum() - jnp.trace(cosines)) / max(H * (H - 1), 1)}
+
+
+def _present_weights(gram: Float[Array, "H H"], present) -> Float[Array, " H"]:
+    """Min-norm weights among the heads that are `present` (bool [H]), 0 for the others."""
+    # An absent head gets the largest norm, many times over, and no weight from the least norm.
+    far = 1e6 * jnp.maximum(jnp.diagonal(gram).max(), 1e-30)
+    c = jnp.where(present, mo.min_norm_weights(jnp.where(present, gram, gram + far * jnp.eye(len(gram)))), 0.0)
+    return c / jnp.maximum(c.sum(), 1e-30)
+
+
+def _disjoint_weights(squares: Float[Array, " n"], group: Int[Array, " n"]) -> Float[Array, " n"]:
+    """Min-norm weight of every answer's preference, times the number of preferences in the batch.
+
+    Objectives of disjoint answers have a diagonal Gram matrix, whose min-norm weights are in proportion to
+    1 / ||g_m||^2; `squares` holds every answer's contribution to ||g_m||^2. A preference without any advantage takes
+    no part.
+    """
+    same = (group[:, None] == group).astype(jnp.float32)
+    norms, sizes = same @ squares, same.sum(1)
+    inverse = jnp.where(norms > 0, 1.0 / jnp.where(norms > 0, norms, 1.0), 0.0)
+    total, count = (inverse / sizes).sum(), ((norms > 0) / sizes).sum()
+    return inverse * count / jnp.maximum(total, 1e-30)
