@@ -4,7 +4,7 @@ drawn anew for every answer in training, so that the mixtures themselves are tra
 
     python -m pjrlhf.main --config=configs/clp.py
 
-This is full-CLP with LoRA, by PPO. 2 CPU cores: about 2 minutes; figures in BUILD_NOTES.md.
+This is full-CLP with LoRA, by PPO. 2 CPU cores: about 2 minutes; figures in docs/results/clp.md.
 """
 
 import ml_collections

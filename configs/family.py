@@ -11,7 +11,7 @@ so on, all told the same preferences in the same words.
 
 `--config.seeds="(0, 1, 2)"` runs one seed after the other and reports means with intervals. One CPU core: 7 minutes a
 seed with two objectives, 8 with three, 12 the ablation; on two cores run two of them side by side, each on its own
-(`taskset -c 0`, `taskset -c 1`). Figures in BUILD_NOTES.md.
+(`taskset -c 0`, `taskset -c 1`). Figures in docs/results/family.md.
 """
 
 import ml_collections

@@ -6,8 +6,8 @@
 
 Variants pdpo_8b, soups_8b (v5e-16 or v5p-16 and larger) and pdpo_70b, soups_70b (v5p-128, v6e-256 and larger). The
 first command needs neither TPUs nor weights: it compiles every step for these chips and says what it takes of them;
-figures in BUILD_NOTES.md. The second trains on your records; for soups these are prompts (`data.prompts.path`) and
-comparisons with an `objective` (`reward.data.path`).
+figures in docs/results/llama.md. The second trains on your records; for soups these are prompts (`data.prompts.path`)
+and comparisons with an `objective` (`reward.data.path`).
 """
 
 import ml_collections

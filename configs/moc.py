@@ -11,7 +11,7 @@ of PAMA's task (arXiv 2508.07768), beside its rivals:
 
     python -m pjrlhf.main --config=configs/moc.py:stories --config.model.path=FOLDER
 
-2 CPU cores: about 2 minutes, stories half an hour; figures in BUILD_NOTES.md.
+2 CPU cores: about 2 minutes, stories half an hour; figures in docs/results/moc.md.
 """
 
 import ml_collections

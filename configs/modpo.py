@@ -3,7 +3,7 @@ alone; beside it soups of policies trained by DPO on one objective each.
 
     python -m pjrlhf.main --config=configs/modpo.py
 
-2 CPU cores: about 3 minutes; figures in BUILD_NOTES.md.
+2 CPU cores: about 3 minutes; figures in docs/results/modpo.md.
 """
 
 import ml_collections

@@ -4,7 +4,7 @@ reference of the papers on soups (arXiv 2306.04488, 2310.11564), beside RLHF on 
     python -m pjrlhf.main --config=configs/morl.py
 
 Eleven policies train in one program. Other points: entry `morl`, `preferences.points`. 2 CPU cores: about 4 minutes;
-figures in BUILD_NOTES.md.
+figures in docs/results/morl.md.
 """
 
 import ml_collections

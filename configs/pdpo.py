@@ -1,4 +1,4 @@
-"""P-DPO and P-RM (P-RLHF, arXiv 2402.05133): people of conflicting persona, one policy that knows them apart.
+"""P-DPO and P-RM (P-RLHF, arXiv 2402.05133): people of conflicting personas, one policy that tells them apart.
 
     python -m pjrlhf.main --config=configs/pdpo.py
 
@@ -25,7 +25,7 @@ $PJRLHF_TEST_DATA (../shared by default), in data/alpaca_eval, data/llmfao and d
 people who are known by one sentence about themselves.
 
 2 CPU cores: synthetic environment about 4 minutes, :soup 6, the others 20 to 35, of which 8 make the base; figures in
-BUILD_NOTES.md.
+docs/results/pdpo.md.
 """
 
 import os

@@ -5,7 +5,7 @@ reward is their mean; beside it the base that is only prompted.
 
 Sentences cannot say how much, so over a grid of weights there are only as many kinds of answers as sets of sentences.
 For the paper's eight kinds of people see `configs/soups.py`, where it stands beside the soups. 2 CPU cores: about 2
-minutes; figures in BUILD_NOTES.md.
+minutes; figures in docs/results/pmorl.md.
 """
 
 import ml_collections

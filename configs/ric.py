@@ -4,7 +4,7 @@ got, then an online round on the policy's own best answers; preference weights b
     python -m pjrlhf.main --config=configs/ric.py
 
 Rewards are stated as a tally of words, for the synthetic environment has no digits; where there are,
-`--config.ric.prompt_format.form=numbers`. 2 CPU cores: about 2 minutes; figures in BUILD_NOTES.md.
+`--config.ric.prompt_format.form=numbers`. 2 CPU cores: about 2 minutes; figures in docs/results/ric.md.
 """
 
 import ml_collections

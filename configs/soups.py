@@ -4,7 +4,7 @@ The synthetic environment, from nothing:
 
     python -m pjrlhf.main --config=configs/soups.py
 
-Any Hugging Face Llama, here with two lengths and a persona for dialogue as preferences, judged by rule:
+Any Hugging Face Llama, here with length and dialogue as dimensions, judged by rule:
 
     python -m pjrlhf.main --config=configs/soups.py:hf --config.model.path=FOLDER
 
@@ -12,7 +12,8 @@ Two more styles in the synthetic environment, 8 to 16 kinds of people:
 
     python -m pjrlhf.main --config=configs/soups.py:styles
 
-Synthetic environment, default seed, 2 CPU cores: 3 to 5 minutes, compilation included; figures in BUILD_NOTES.md.
+Synthetic environment, default seed, 2 CPU cores: 5 to 6 minutes, compilation included; figures in
+docs/results/soups.md.
 """
 
 import ml_collections

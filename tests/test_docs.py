@@ -1,0 +1,92 @@
+"""The Markdown files: links, files, tests and commands that they name exist, and README's code runs."""
+
+import ast
+import functools
+import importlib.util
+import pathlib
+import re
+import urllib.parse
+
+import numpy as np
+import pytest
+from support.tiny_llamas import SMALL, random_params
+
+from pjrlhf.models.huggingface import save_params
+
+ROOT = pathlib.Path(__file__).parents[1]
+NOT_OURS = re.compile(r"^(runs|build|dist|node_modules|\.(?!github)[^/]*|[^/]*\.egg-info)(/|$)")
+PAGES = sorted(x for x in ROOT.rglob("*.md") if not NOT_OURS.match(x.relative_to(ROOT).as_posix()))
+LINK = re.compile(r"!?\[[^\]]*\]\(([^)\s]+)\)")
+CONFIG = re.compile(r"--config=(configs/[^\s`'\"),;]+)")
+# A path of this repository in backticks, perhaps with the name of a test.
+PATH = re.compile(r"`((?:benchmarks|configs|docs|launch|notebooks|pjrlhf|tests)/[\w./-]+?)(?:::(\w+))?(?::\w+)?`")
+
+pages = pytest.mark.parametrize("page", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
+
+
+def anchors(page):
+    """What GitHub calls the headings of a page."""
+    text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+    for title in re.findall(r"^#+ (.+)$", text, flags=re.MULTILINE):
+        yield re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-")
+
+
+@pages
+def test_relative_links_exist(page):
+    for link in LINK.findall(page.read_text(encoding="utf-8")):
+        path, _, anchor = urllib.parse.unquote(link).partition("#")
+        if re.match(r"[a-z]+:", path):
+            continue
+        target = (page.parent / path).resolve() if path else page
+        assert target.exists(), f"{link}: no such file"
+        assert target.is_relative_to(ROOT), f"{link}: outside the repository"
+        if anchor:
+            assert anchor in set(anchors(target)), f"{link}: no such heading"
+
+
+@pages
+def test_files_and_tests_exist(page):
+    for name, test in PATH.findall(page.read_text(encoding="utf-8")):
+        path = ROOT / name
+        assert path.exists(), f"{name}: no such file"
+        if test:
+            assert re.search(rf"^def {test}\(", path.read_text(encoding="utf-8"), re.MULTILINE), f"{name}::{test}"
+
+
+@functools.cache
+def load(path):
+    spec = importlib.util.spec_from_file_location(f"docs_{path.stem}", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pages
+def test_commands_name_configs(page):
+    for given in CONFIG.findall(page.read_text(encoding="utf-8")):
+        path, _, variant = given.partition(":")
+        assert (ROOT / path).is_file(), f"{given}: no such config"
+        if variant != "...":
+            load(ROOT / path).get_config(*([variant] if variant else []))
+
+
+def test_the_first_screen_of_readme_says_how_to_run_and_to_test():
+    blocks = re.findall(r"```sh\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), flags=re.DOTALL)
+    assert blocks[0].strip() == "pip install -e . && python -m pjrlhf.main --config=configs/soups.py"
+    assert blocks[1].strip() == "pip install -e '.[test]' && pytest"
+
+
+def test_the_code_of_readme_runs(tmp_path):
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), flags=re.DOTALL)
+    save_params(tmp_path / "model", SMALL, random_params(SMALL))
+    names = {"FOLDER": str(tmp_path / "model")}
+    exec(code, names)
+    assert names["logits"].shape == (*names["tokens"].shape, SMALL.vocab_size)
+    np.testing.assert_array_equal(names["logits"][0], names["logits"][1])  # fresh adapters change nothing
+
+
+def test_configs_point_to_pages_of_results():
+    for path in sorted((ROOT / "configs").glob("*.py")):
+        text = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")))
+        for page in re.findall(r"docs/[\w/]+\.md", text):
+            assert (ROOT / page).is_file(), f"{path.name}: {page}"
