@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
 # Runs a config on a Cloud TPU slice of any size:  launch/tpu_pod.sh [options] CONFIG [flags of pjrlhf.main]
-#   -t NAME    name of the TPU (made if it does not exist)
+#   -t NAME    name of the TPU (created if it does not exist)
 #   -z ZONE    for example us-east5-b
 #   -a TYPE    accelerator, for example v5litepod-16, v5p-16, v6e-256
 #   -r IMAGE   runtime, for example v2-alpha-tpuv5-lite (default: by accelerator)
-#   -b BUCKET  mounted on every worker by gcsfuse as ./bucket: what all workers share; the run goes to its runs/NAME
-#   -q         ask for it as a queued resource, and wait until there is capacity
-#   -s         spot capacity: cheaper, may be taken back; the same command goes on from the last checkpoint
-#   -d         delete the TPU when the run has ended
+#   -b BUCKET  shared by all workers: gcsfuse mounts it as ./bucket; the run directory is its runs/NAME
+#   -q         request a queued resource, and wait for capacity
+#   -s         spot capacity: cheaper, may be preempted; the same command resumes from the last checkpoint
+#   -d         delete the TPU after the run
 #   -n         print the commands instead of running them
 # Needs the gcloud command, logged in, with a default project.
 set -euo pipefail
