@@ -9,6 +9,7 @@ import urllib.parse
 
 import numpy as np
 import pytest
+import yaml
 from support.tiny_llamas import SMALL, random_params
 
 from pjrlhf.models.huggingface import save_params
@@ -90,3 +91,19 @@ def test_configs_point_to_pages_of_results():
         text = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")))
         for page in re.findall(r"docs/[\w/]+\.md", text):
             assert (ROOT / page).is_file(), f"{path.name}: {page}"
+
+
+def test_the_forms_of_the_repository_are_well_formed():
+    forms = [*(ROOT / ".github").rglob("*.yml"), ROOT / "CITATION.cff"]
+    loaded = {path.name: yaml.safe_load(path.read_text(encoding="utf-8")) for path in forms}
+    assert loaded["CITATION.cff"].keys() >= {"cff-version", "title", "message", "authors", "references"}
+    assert {x["url"].rpartition("/")[2] for x in loaded["CITATION.cff"]["references"]} == {
+        "2310.11564",
+        "2402.05133",
+        "2604.04497",
+    }
+    for name in ("bug.yml", "feature.yml", "question.yml"):
+        assert loaded[name].keys() >= {"name", "description", "body"}
+        fields = [part["id"] for part in loaded[name]["body"]]
+        assert len(set(fields)) == len(fields)
+    assert {"run": "bash .ci/run"} in loaded["ci.yml"]["jobs"]["ci"]["steps"]
