@@ -25,7 +25,7 @@ from ml_collections import config_flags
 from pjrlhf.aot.dry_run import DryRun
 from pjrlhf.aot.plan import PLANS
 from pjrlhf.parallel.mesh import make_mesh, shardings
-from pjrlhf.parallel.roofline import CHIPS, memory_bytes, product_cost
+from pjrlhf.parallel.roofline import CHIPS, matmul_cost, memory_bytes
 from pjrlhf.runtime.context import Run
 from pjrlhf.training.performance import peak_flops
 
@@ -70,7 +70,7 @@ class Measured(DryRun):
         def timed(*arguments: Any, **keywords: Any) -> Any:
             if ONLY.value not in self.naming and "rollout" not in self.naming:  # others need what was sampled
                 return None
-            cost = product_cost(jitted.trace(*arguments, **keywords).jaxpr.jaxpr, self.config.data.max_completion)
+            cost = matmul_cost(jitted.trace(*arguments, **keywords).jaxpr.jaxpr, self.config.data.max_completion)
             started = time.perf_counter()
             program = jitted.lower(*arguments, **keywords).compile()
             compiled = time.perf_counter() - started
@@ -124,7 +124,7 @@ def useful(config: Any, stage: str) -> dict[str, float]:
 
             def traced(*arguments, **keywords):
                 made = jitted.trace(*arguments, **keywords)
-                found[self.naming] = product_cost(made.jaxpr.jaxpr, self.config.data.max_completion).flops
+                found[self.naming] = matmul_cost(made.jaxpr.jaxpr, self.config.data.max_completion).flops
                 return made.out_info
 
             return traced

@@ -45,7 +45,7 @@ class Trainer:
         adam, lazy, objective = optax.adam(1e-3), lazy_adam(1e-2), PreferenceConfig(mixture="dropout")
         rest = {"bank": params["bank"], "shared": params["users"]["shared"]}
         self.state = params, adam.init(rest), lazy.init(params["users"]["table"])
-        self.rng, self.count, self.slots = np.random.default_rng(0), count, users.slots
+        self.rng, self.count, self.slots = np.random.default_rng(0), count, users.num_tokens
 
         @functools.partial(jax.jit, donate_argnums=0)
         def step(state, base, batch):

@@ -87,7 +87,7 @@ def main(_: list[str]) -> None:
         return
     from pjrlhf.parallel import processes
 
-    processes.start(_DISTRIBUTED.value, _COORDINATOR.value, _COUNT.value, _INDEX.value)
+    processes.initialize(_DISTRIBUTED.value, _COORDINATOR.value, _COUNT.value, _INDEX.value)
     from pjrlhf.pipeline import seeds, stages
     from pjrlhf.training.workdir import Workdir
 

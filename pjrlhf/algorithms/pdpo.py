@@ -22,7 +22,7 @@ from pjrlhf.feedback.pairs import SIDES, Pairs
 from pjrlhf.models.adapters import AdapterConfig, Policies, bank_size, init_bank, is_low_rank
 from pjrlhf.models.decoder import Decoder
 from pjrlhf.models.storage import load_tree, save_tree
-from pjrlhf.models.users import UserModel, clusters_of, gather_rows
+from pjrlhf.models.users import UserModel, fit_clusters, gather_rows
 from pjrlhf.objectives import preference as losses
 from pjrlhf.parallel.mesh import shard_params
 from pjrlhf.paths import local
@@ -258,7 +258,7 @@ class Preference:
 
     def collate(self, part: str, users: np.ndarray, rows: Sequence[Any]) -> Any:
         """A batch with room for the user tokens of this entry, see `Pairs.collate`."""
-        return self.pairs.collate(part, users, rows, self.users.slots)
+        return self.pairs.collate(part, users, rows, self.users.num_tokens)
 
     def init(self) -> State:
         # The step donates its state; what was given as a start stays the caller's.
@@ -354,7 +354,7 @@ def run(run: Run) -> dict[str, Any]:
             start = train(method, f"preference/{name}/individualized", first)
             people = sorted(pairs.registry.rows.values())
             vectors = method.users, start["users"], settings["clusters"], jax.random.fold_in(run.key, 61)
-            start = {**start, "users": clusters_of(*vectors, people=people)}
+            start = {**start, "users": fit_clusters(*vectors, user_rows=people)}
         method = Preference(run, name, pairs, steps=config.steps - first, start=start)
         trainable = train(method, f"preference/{name}", config.steps - first)
         note = {"users": pairs.registry.to_json(), "kind": method.users.kind, "base": run.base_hash}

@@ -32,8 +32,8 @@ from pjrlhf.models.families import leaf_shapes
 from pjrlhf.models.huggingface import read_config
 from pjrlhf.models.quantization import quantize_params
 from pjrlhf.models.registry import UserRegistry
-from pjrlhf.parallel.mesh import even_rows, make_mesh, row_sharding, shardings
-from pjrlhf.parallel.roofline import CHIPS, Cost, Estimate, collective_bytes, estimate, memory_bytes, product_cost
+from pjrlhf.parallel.mesh import batch_sharding, make_mesh, round_up_rows, shardings
+from pjrlhf.parallel.roofline import CHIPS, Cost, Estimate, collective_bytes, estimate, matmul_cost, memory_bytes
 from pjrlhf.paths import local
 from pjrlhf.rollout import reference
 from pjrlhf.runtime.context import Run
@@ -106,7 +106,7 @@ class DryRun(Run):
 
     def place(self, batch: Any) -> Any:
         def one(x):
-            return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=row_sharding(self.mesh, x.shape[0]))
+            return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=batch_sharding(self.mesh, x.shape[0]))
 
         return jax.tree.map(one, batch)
 
@@ -134,7 +134,7 @@ class DryRun(Run):
 
     def _compiled(self, traced: Any) -> Step:
         limit, started = int(CHIPS[self.chip].memory), time.perf_counter()
-        cost = product_cost(traced.jaxpr.jaxpr, self.config.data.max_completion)
+        cost = matmul_cost(traced.jaxpr.jaxpr, self.config.data.max_completion)
         memory, sent, problem = 0, {}, ""
         try:
             program = traced.lower().compile()
@@ -213,7 +213,7 @@ class DryRunPairs(Pairs):
 
     def __init__(self, run: Run):
         super().__init__(run)
-        capacity = even_rows(run.mesh, run.config.aot.users + 1) - 1
+        capacity = round_up_rows(run.mesh, run.config.aot.users + 1) - 1
         self.registry = UserRegistry.create(self.registry.rows, max(capacity, self.registry.capacity))
 
     def _reference(self, table: TokenTable) -> np.ndarray:
@@ -234,7 +234,7 @@ class DryRunModpo(Modpo):
 
 def compile_reference(run: DryRun, count: int) -> None:
     """The log-probs of `count` answers under the reference."""
-    sums = functools.partial(reference.summed_logps, run.model, run.adapter, prompt_slots=run.config.data.max_prompt)
+    sums = functools.partial(reference.summed_logps, run.model, run.adapter, prompt_length=run.config.data.max_prompt)
     with run.part("reference"):
         run.program(sums)(run.base, **run.rows(count))
 

@@ -22,7 +22,7 @@ from pjrlhf.algorithms.sft import Sft
 from pjrlhf.aot import dry_run as planned
 from pjrlhf.aot.dry_run import DryRun, DryRunModpo, DryRunPairs, Step, compile_reference, compile_rewards
 from pjrlhf.errors import UserError
-from pjrlhf.parallel.mesh import even_rows
+from pjrlhf.parallel.mesh import round_up_rows
 from pjrlhf.parallel.roofline import CHIPS
 from pjrlhf.rollout.experience import reward_scores, sample
 
@@ -64,7 +64,7 @@ def _policy(run: DryRun, settings: Any = None) -> None:
 def _preference(run: DryRun) -> None:
     pairs, config = DryRunPairs(run), run.config.preference
     if any(entry.get("head", "policy") == "policy" for entry in config.models.values()):
-        compile_reference(run, even_rows(run.mesh, 2 * config.batch_size))
+        compile_reference(run, round_up_rows(run.mesh, 2 * config.batch_size))
     for entry in config.models:
         if config.models[entry]["kind"] == "soup":
             continue  # its step is that of another bank's run

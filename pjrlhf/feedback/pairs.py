@@ -11,7 +11,7 @@ from pjrlhf.data.schema import Example, Prompt
 from pjrlhf.data.tokenization import TokenTable
 from pjrlhf.errors import UserError
 from pjrlhf.models.registry import UserRegistry
-from pjrlhf.parallel.mesh import even_rows
+from pjrlhf.parallel.mesh import round_up_rows
 from pjrlhf.runtime.context import Run
 
 SIDES = ("chosen", "rejected")
@@ -110,11 +110,12 @@ class Pairs:
                 parts[name] = (told, source)
         self.tables = {name: run.tokenized(examples, lengths, source) for name, (examples, source) in parts.items()}
         people = dict.fromkeys(e.user_id for e in self.tables["train"].examples)
-        self.registry = UserRegistry.create(people, even_rows(run.mesh, len(people) + 1) - 1)  # tables are split by row
+        capacity = round_up_rows(run.mesh, len(people) + 1) - 1  # tables are split by rows
+        self.registry = UserRegistry.create(people, capacity)
         self.reference = {name: self._reference(table) for name, table in self.tables.items()}
 
     def _reference(self, table: TokenTable) -> np.ndarray:
-        return self.run.reference(table, even_rows(self.run.mesh, 2 * self.run.config.preference.batch_size))
+        return self.run.reference(table, round_up_rows(self.run.mesh, 2 * self.run.config.preference.batch_size))
 
     def users(self, name: str) -> np.ndarray:
         """Row in the user table of each pair's person, int32 [N]; 0 for people who were not trained on."""

@@ -1,9 +1,9 @@
 """The adapter bank: K low-rank (LoRA, arXiv 2106.09685) or full-parameter policies over one frozen base.
 
-Every leaf of a bank has the leading axis K, whatever it holds, so ingredient k is `tree_map(lambda x: x[k], bank)`,
-an optimizer for K independent policies is `jax.vmap` of one, and a soup is a weighted sum over axis 0.
+Every leaf of a bank has K as its leading axis. So ingredient k is `tree_map(lambda x: x[k], bank)`, an optimizer for K
+independent policies is `jax.vmap` of one, and a soup is a weighted sum over axis 0.
 
-`mix` rows say which policy an example sees: zeros are the base, one-hot k is ingredient k, anything else is a soup.
+A row of `mix` selects the policy of an example: zeros select the base, one-hot k ingredient k, anything else a soup.
 """
 
 import copy
@@ -17,18 +17,22 @@ import jax.numpy as jnp
 from pjrlhf.errors import UserError
 from pjrlhf.models.decoder import Cache, Decoder, Layout
 from pjrlhf.models.quantization import refuse_quantized
-from pjrlhf.models.unrolled import TOGETHER, apart
+from pjrlhf.models.unrolled import SHARED_INPUTS, unroll
 from pjrlhf.models.users import reserve
 
 Params = Any
-# Projections that carry adapters: every linear layer of the block; "gate" only where the feed-forward has one.
-TARGETS = {block: tuple(itertools.chain(*groups)) for block, groups in TOGETHER.items()}
+# Linear layers that carry adapters: all of a block; "gate" only in gated feed-forward layers.
+TARGETS = {block: tuple(itertools.chain(*groups)) for block, groups in SHARED_INPUTS.items()}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AdapterConfig:
-    """`rank` 0 means full parameters: the bank then holds K complete parameter trees. `alpha / rank` scales the
-    update; `dtype` is that of the trained parameters and so of what an optimizer remembers of them.
+    """Size and dtype of the policies of a bank.
+
+    Attributes:
+      rank: LoRA rank R; 0 means full parameters, where the bank holds K complete parameter trees.
+      alpha: the update is scaled by alpha / rank.
+      dtype: "float32" or "bfloat16", of the trained parameters and hence of the optimizer's moments.
     """
 
     rank: int = 8
@@ -41,7 +45,7 @@ class AdapterConfig:
 
     @classmethod
     def of(cls, section: Any) -> "AdapterConfig":
-        """From a section of a config."""
+        """The settings in a section of a config."""
         return cls(rank=section.rank, alpha=float(section.alpha), dtype=section.get("dtype", "float32"))
 
     @property
@@ -52,8 +56,11 @@ class AdapterConfig:
 def init_bank(base: Params, adapter: AdapterConfig, count: int, key: jax.Array) -> Params:
     """A bank of `count` policies, all equal to the base.
 
-    LoRA: `a` [K, L, in, R] ~ N(0, 1/in), the same for all K (one shared key, which is what makes averaging factors
-    across ingredients meaningful, arXiv 2310.11564), and `b` [K, L, R, out] zero. Full parameters: K copies of `base`.
+    LoRA: `a` [K, L, in, R] ~ N(0, 1/in) and `b` [K, L, R, out] = 0. All K share one draw of `a`, so that averaging the
+    factors across ingredients is meaningful (arXiv 2310.11564). Full parameters: K copies of `base`.
+
+    Raises:
+      UserError: full parameters over a quantised base.
     """
     dtype = jnp.dtype(adapter.dtype)
     if not adapter.rank:
@@ -85,10 +92,9 @@ def bank_size(bank: Params) -> int:
 
 
 def mixed_params(base: Params | None, bank: Params, mix: jax.Array) -> Params:
-    """Full-parameter soups: base + sum_k mix[g, k] (theta_k - base) for every row of `mix` [G, K]; leaves [G, ...].
+    """Full-parameter soups: base + sum_k mix[g, k] (theta_k - base) for every row g of `mix` [G, K]; leaves [G, ...].
 
-    With `base` None the rows of `mix` must sum to 1. A one-hot row returns theta_k exactly, a zero row the base
-    exactly.
+    A one-hot row gives exactly theta_k and a zero row exactly the base. With `base` None, rows of `mix` must sum to 1.
     """
     rest = 1.0 - mix.sum(1)
 
@@ -104,23 +110,31 @@ def mixed_params(base: Params | None, bank: Params, mix: jax.Array) -> Params:
     return jax.tree.map(one, bank, base)
 
 
-def rows_of_copies(rows: jax.Array, copies: int) -> jax.Array:
-    """Where the copies of the examples `rows`, int32 [R], are in a batch with so many of each, int32 [R copies]."""
+def copy_indices(rows: jax.Array, copies: int) -> jax.Array:
+    """Indices, int32 [R copies], of the cache rows of the examples `rows`, int32 [R].
+
+    An example has `copies` consecutive rows in the cache.
+    """
     return (rows[:, None] * copies + jnp.arange(copies)).reshape(-1)
 
 
 class Policies:
-    """The policies named by the rows of `mix`, ready to run: hidden states by a call, logits by `logits`.
+    """The policies selected by the rows of `mix`: a call gives hidden states, `logits` maps these to the vocabulary.
 
     Args:
       model, adapter: static description.
       base: parameter tree of the frozen base; may be None for a full-parameter bank whose `mix` rows sum to 1.
       bank: adapter bank, or None for the base alone.
-      mix: float [G, K], or None for the base alone; examples come in G equal consecutive groups of B / G, and group
-      g uses
-        `mix[g]`. G = B gives every example its own row. A full-parameter bank materialises G parameter trees: keep G
-        small.
-      user_tokens: float [B, U, D], one set per example, or None. Rows must have room for them: see `reserve`.
+      mix: float [G, K], or None for the base alone. The batch consists of G consecutive groups of B / G examples, and
+        group g uses `mix[g]`; G = B gives every example a row of its own. A full-parameter bank materialises G
+        parameter trees: keep G small.
+      user_tokens: float [B, U, D], one set per example, or None. Rows need positions for them: see `reserve`.
+
+    Attributes:
+      copies: rows of the cache per example.
+      groups: number of groups with parameters of their own, 0 where all examples share theirs.
+      scaled_mix: float [G, K], `mix` times the scale of the adapters, or None without low-rank adapters.
+      variables: of the decoder; leaves of "params" are [groups, ...] where `groups` > 0.
     """
 
     def __init__(
@@ -133,49 +147,50 @@ class Policies:
         user_tokens: jax.Array | None = None,
     ):
         self.model = model
-        self.copies = 1  # rows of the cache per example
+        self.copies = 1
         self.user_tokens = user_tokens
-        self.groups = 0  # groups of examples with parameters of their own
-        self.rows = None
+        self.groups = 0
+        self.scaled_mix = None
         if bank is None or mix is None:
             self.variables = {"params": base}
         elif is_low_rank(bank):
             self.variables = {"params": base, "adapters": bank}
-            self.rows = mix * adapter.scale
+            self.scaled_mix = mix * adapter.scale
         else:
             params = mixed_params(base, bank, mix)
             self.groups = mix.shape[0] if mix.shape[0] > 1 else 0
             self.variables = {"params": params if self.groups else jax.tree.map(lambda x: x[0], params)}
 
-    def apart(self) -> "Policies":
-        """The same with the layers of the decoder apart, as `Decoder.decode` has them."""
-        found = copy.copy(self)
-        turned = self.model.decode == "turned"
-        found.model = self.model.clone(scan_layers=False, turned=turned)
-        # Joined kernels have no one rule by which devices could share them.
-        joined = self.model.rows is None
-        found.variables = apart(self.variables, 1 if self.groups else 0, turned, joined, self.model.dtype)
-        return found
+    def unroll(self) -> "Policies":
+        """The same policies with the layers of the decoder unrolled, in the layout that `Decoder.decode` names."""
+        policies = copy.copy(self)
+        transposed = self.model.decode == "transposed"
+        policies.model = self.model.clone(scan_layers=False, transposed=transposed)
+        # No partition rule fits a fused kernel.
+        fused = self.model.batch_sharding is None
+        policies.variables = unroll(self.variables, 1 if self.groups else 0, transposed, fused, self.model.dtype)
+        return policies
 
     @property
-    def separable(self) -> bool:
-        """Whether `take` can: groups have equally many rows, and devices a part of them each."""
-        return not self.groups and self.model.rows is None
+    def selectable(self) -> bool:
+        """Whether `select` is supported: groups need equal numbers of rows, and so do devices."""
+        return not self.groups and self.model.batch_sharding is None
 
-    def take(self, rows: jax.Array, count: int) -> "Policies":
-        """The same for `rows`, int32 [R], of a batch of `count`."""
-        found = copy.copy(self)
-        if self.rows is not None:
-            found.rows = self._per_example(count)[rows]
+    def select(self, rows: jax.Array, count: int) -> "Policies":
+        """The policies of the examples `rows`, int32 [R], of a batch of `count`."""
+        policies = copy.copy(self)
+        if self.scaled_mix is not None:
+            policies.scaled_mix = self._mix_per_example(self.scaled_mix, count)[rows]
         if self.user_tokens is not None:
-            found.user_tokens = jnp.asarray(self.user_tokens)[rows]
-        return found
+            policies.user_tokens = jnp.asarray(self.user_tokens)[rows]
+        return policies
 
-    def _per_example(self, count: int) -> jax.Array:
-        """The row of `mix` of each of `count` examples."""
-        if count % len(self.rows):
-            raise ValueError(f"{count} examples cannot be split into {len(self.rows)} equal groups, one per row of mix")
-        return jnp.repeat(self.rows, count // len(self.rows), axis=0, total_repeat_length=count)
+    @staticmethod
+    def _mix_per_example(mix: jax.Array, count: int) -> jax.Array:
+        """Rows of `mix` [G, K] repeated for `count` examples, [count, K]."""
+        if count % len(mix):
+            raise ValueError(f"{count} examples cannot be split into {len(mix)} equal groups, one per row of mix")
+        return jnp.repeat(mix, count // len(mix), axis=0, total_repeat_length=count)
 
     def _split(self, x: jax.Array, axis: int = 0) -> jax.Array:
         B = x.shape[axis]
@@ -184,7 +199,7 @@ class Policies:
         return x.reshape(*x.shape[:axis], self.groups, B // self.groups, *x.shape[axis + 1 :])
 
     def reserve(self, tokens: jax.Array, valid: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Rows [B, S] with slots for the user tokens, as a call takes them: [B, S + U]. Without any, the same rows."""
+        """Inserts positions for the user tokens, as a call expects: [B, T] -> [B, T + U]; U = 0 without any."""
         if self.user_tokens is None:
             return tokens, valid
         return reserve(tokens, valid, self.user_tokens.shape[1], self.model.user_offset)
@@ -199,32 +214,34 @@ class Policies:
     ) -> tuple[jax.Array, Cache | None]:
         """Hidden states [B, T, D] and the cache; arguments as in `Decoder.__call__`.
 
-        With a `layout` its `owner` chooses among the rows of `mix`, where there are several, and `user_tokens`; groups
-        of a full-parameter bank stay groups of rows. ValueError where B is no multiple of G.
+        With a `layout`, `layout.owner` selects each token's row of `mix` (where it has several) and its user tokens.
+        Groups of a full-parameter bank stay groups of rows.
+
+        Raises:
+          ValueError: B is not a multiple of G.
         """
         B = tokens.shape[0]
         if not self.groups:
-            rows = None
-            if self.rows is not None and layout is not None and len(self.rows) > 1:
-                rows = self.rows[layout.owner]
-            elif self.rows is not None:
-                rows = self._per_example(B)
+            mix = self.scaled_mix
+            if mix is not None:
+                mix = mix[layout.owner] if layout is not None and len(mix) > 1 else self._mix_per_example(mix, B)
             return self.model.apply(
                 self.variables,
                 tokens,
                 valid,
-                mix=rows,
+                mix=mix,
                 cache=cache,
                 offset=offset,
                 user_tokens=self.user_tokens,
                 layout=layout,
             )
 
-        # Groups are what is gone through; their rows are not those of the batch.
+        # Groups are mapped over, so sharding constraints on batch rows do not apply inside.
         loop = cache is None and self.model.attention == "blocks"
-        # Neither a fused kernel nor a loop over blocks takes the masks of several groups at once.
-        instead = {} if loop else {"cudnn": "xla", "splash": "xla", "blocks": "einsum", "auto": "einsum"}
-        model = self.model.clone(rows=None, attention=instead.get(self.model.attention, self.model.attention))
+        # Neither a fused kernel nor the loop over blocks supports vmap over masks.
+        fallbacks = {} if loop else {"cudnn": "xla", "splash": "xla", "blocks": "einsum", "auto": "einsum"}
+        attention = fallbacks.get(self.model.attention, self.model.attention)
+        model = self.model.clone(batch_sharding=None, attention=attention)
         shared = self.user_tokens if layout is not None else None
 
         def group(variables, tokens, valid, cache, user_tokens, layout):
@@ -233,7 +250,7 @@ class Policies:
                 variables, tokens, valid, cache=cache, offset=offset, user_tokens=user_tokens, layout=layout
             )
 
-        # Cache leaves are [L, B, ...], or [B, ...] of layers apart.
+        # Cache leaves are [L, B, ...], or [B, ...] per unrolled layer.
         axis = 1 if model.scan_layers else 0
         cache = jax.tree.map(lambda x: self._split(x, axis), cache)
         user_tokens = self._split(self.user_tokens) if self.user_tokens is not None and shared is None else None
@@ -250,7 +267,7 @@ class Policies:
         """Float32 logits [B, T, V] of hidden states [B, T, D]."""
         if not self.groups:
             return self.model.apply(self.variables, hidden, method="logits")
-        model = self.model.clone(rows=None)
+        model = self.model.clone(batch_sharding=None)
         logits = jax.vmap(lambda variables, h: model.apply(variables, h, method="logits"))(
             self.variables, self._split(hidden)
         )

@@ -1,4 +1,4 @@
-"""Attention over a (possibly cached) key/value sequence, with one switch for the implementation.
+"""Grouped-query attention, with or without a key/value cache, in one of several implementations.
 
 Shapes: B batch, T query tokens, S key tokens, H query heads, G key/value heads, C head width.
 """
@@ -14,17 +14,23 @@ from pjrlhf.errors import UserError
 from pjrlhf.models import splash
 from pjrlhf.models.blockwise import BLOCK, attend_blocks
 
-CUDNN_FORWARD = "dot_product_attention_fwd_wrapper"  # what JAX calls its primitive
+CUDNN_FORWARD = "dot_product_attention_fwd_wrapper"  # JAX's primitive for cuDNN attention
 IMPLEMENTATIONS = ("auto", "blocks", "einsum", "xla", "cudnn", "splash")
 
 
 @functools.lru_cache
 def choose(requested: str, backend: str, dtype: str, devices: int) -> str:
-    """Resolves `auto` for so many devices of a backend ("cpu", "gpu", "tpu") and logs the choice once.
+    """Resolves `auto` for `devices` devices of a backend ("cpu", "gpu", "tpu"), and logs the choice once.
 
-    `einsum` is the plain form with fp32 softmax; `blocks` the same block by block, fastest on a CPU, but on one device
-    only, as its loop goes through the rows of a batch; `xla` is `jax.nn.dot_product_attention`; `cudnn` the same
-    function on cuDNN's fused kernel, which takes half precision only; `splash` JAX's kernel for TPUs.
+    Implementations:
+      einsum: the plain form with a float32 softmax.
+      blocks: blockwise (see `blockwise`). Fastest on a CPU, but only on one device, because it loops over batch rows.
+      xla: `jax.nn.dot_product_attention`.
+      cudnn: the same function on cuDNN's fused kernel, which needs half precision.
+      splash: JAX's kernel for TPUs.
+
+    Raises:
+      UserError: an unknown implementation, or one that the backend lacks.
     """
     if requested not in IMPLEMENTATIONS:
         raise UserError(f"model.attention={requested!r} is unknown; choose one of {', '.join(IMPLEMENTATIONS)}")
@@ -59,19 +65,20 @@ def attend(
     mask: jax.Array,
     implementation: str = "auto",
     softcap: float | None = None,
-    rows: NamedSharding | None = None,
+    batch_sharding: NamedSharding | None = None,
 ) -> jax.Array:
     """Grouped-query attention.
 
     Args:
       query: [B, T, H, C].
       key, value: [B, S, G, C], H a multiple of G.
-      mask: bool [B, T, S], True where a query may look; where T = S, never at a later slot. What a query row with no
-        True entry gives is finite, and nothing else is said of it.
+      mask: bool [B, T, S], True where a query may attend; must be causal where T = S. The output of a query that may
+        attend nowhere is finite but unspecified.
       implementation: one of `IMPLEMENTATIONS`.
-      softcap: scores are bounded to c tanh(score / c), which `xla` and `cudnn` cannot do: `einsum` takes their place.
-      rows: where the rows of a batch live, on several devices, for `splash`; `xla` takes its place for few tokens, or
-        rows that do not divide evenly.
+      softcap: c of the capped scores c tanh(score / c), or None. `xla` and `cudnn` do not support it and fall back to
+        `einsum`.
+      batch_sharding: sharding of the batch axis over several devices, for `splash`. It falls back to `xla` for short
+        sequences and for batches that do not divide evenly.
 
     Returns:
       [B, T, H, C] in the dtype of `query`.
@@ -81,12 +88,12 @@ def attend(
     if implementation == "blocks" and query.shape[1] > BLOCK:
         return attend_blocks(query, key, value, mask, softcap)
     if implementation == "splash":
-        if not (reason := splash.unfit(query.shape, rows)):
-            return splash.attend_splash(query, key, value, mask, softcap, rows)
-        _log_once(f"attention: xla takes the place of splash: {reason}")
+        if not (reason := splash.unsupported(query.shape, batch_sharding)):
+            return splash.attend_splash(query, key, value, mask, softcap, batch_sharding)
+        _log_once(f"attention: falling back from splash to xla: {reason}")
         implementation = "xla"
     if implementation in ("xla", "cudnn") and softcap is None:
-        # The mask has it already, but cuDNN then leaves out the half that nobody sees.
+        # The mask is causal already; saying so lets cuDNN skip the masked half.
         causal = implementation == "cudnn" and query.shape[1] == key.shape[1]
         return jax.nn.dot_product_attention(
             query, key, value, mask=mask[:, None], is_causal=causal, implementation=implementation
@@ -97,8 +104,9 @@ def attend(
 def attend_cached(
     query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array, softcap: float | None = None
 ) -> jax.Array:
-    """The same in the plain form, for keys and values as they lie in a cache, [B, G, S, C]. Few query tokens read each
-    of them once, and leave nothing to fuse.
+    """The `einsum` implementation of `attend`, for keys and values [B, G, S, C] in the layout of the cache.
+
+    Decoding uses it everywhere: few queries read each key and value once, so a fused kernel would gain nothing.
     """
     B, T, H, C = query.shape
     G = key.shape[1]

@@ -1,11 +1,11 @@
-"""Attention in blocks that stay in the cache of a processor, those that nobody looks at left out.
+"""Blockwise attention that keeps one block of scores in the processor's cache and skips fully masked blocks.
 
-FlashAttention (arXiv 2205.14135, algorithms 1 and 4; normalised at the end as in 2307.08691) as a loop in XLA: of the
-scores [T, S] there is one block at a time, forwards and backwards. A causal mask leaves out half of the blocks, packed
-rows and padding more. On a CPU that is several times faster than softmax over whole rows.
+FlashAttention (arXiv 2205.14135, algorithms 1 and 4; normalised at the end as in 2307.08691) as an XLA loop: forward
+and backward pass hold one block of the scores [T, T] at a time. A causal mask skips half of the blocks; packing and
+padding skip more. On a CPU it is several times faster than a softmax over whole rows.
 
-Shapes: B batch, T tokens, H query heads, G key/value heads, C head width, N tokens of a block, n = B T / N blocks,
-M = H / G N queries that share a key/value head.
+Shapes: B batch, T tokens, H query heads, G key/value heads, C head width, N tokens per block, n = B T / N blocks,
+M = N H / G queries of a block that share a key/value head.
 """
 
 import functools
@@ -25,14 +25,17 @@ def attend_blocks(
     softcap: float | None = None,
     block: int = BLOCK,
 ) -> jax.Array:
-    """Grouped-query attention of tokens among themselves, see `attention.attend`; scores and sums in float32.
+    """Grouped-query self-attention, see `attention.attend`; scores and sums are float32.
 
     Args:
-      query: [B, T, H, C]. key, value: [B, T, G, C]. mask: bool [B, T, T].
+      query: [B, T, H, C].
+      key, value: [B, T, G, C].
+      mask: bool [B, T, T].
+      softcap: as in `attention.attend`.
       block: N; T is padded to a multiple of it.
 
     Returns:
-      [B, T, H, C] in the dtype of `query`; zeros where a query may look nowhere.
+      [B, T, H, C] in the dtype of `query`; zeros where a query may attend nowhere.
     """
     T = query.shape[1]
     if more := -T % block:
@@ -68,8 +71,10 @@ def _put(x: jax.Array, value: jax.Array, i: jax.Array) -> jax.Array:
 
 
 def _pairs(mask: jax.Array, N: int) -> tuple[jax.Array, jax.Array]:
-    """(numbers of the pairs of blocks in which somebody looks at somebody, int32 [B (T / N)^2] the first of which are
-    meant, their count); number i T / N + j is of query block i, of all rows, and key block j, of that row.
+    """The pairs of a query and a key block that the mask does not hide: (indices int32 [B (T / N)^2], their count).
+
+    Index i T / N + j stands for query block i, counted over all rows, and key block j of the same row. Entries beyond
+    the count are meaningless.
     """
     B, T, _ = mask.shape
     seen = mask.reshape(B, T // N, N, T // N, N).any((2, 4)).ravel()
@@ -77,78 +82,78 @@ def _pairs(mask: jax.Array, N: int) -> tuple[jax.Array, jax.Array]:
 
 
 def _over_pairs(mask, N, step, carry):
-    """`carry` after `step(carry, query block, key block, mask [heads of a group 1, N, N])` for every pair of blocks."""
-    rows, (numbers, count) = mask.shape[1] // N, _pairs(mask, N)
+    """Folds `step(carry, query block, key block, mask [1, N, N])` over every pair of blocks that is not masked."""
+    per_row, (indices, count) = mask.shape[1] // N, _pairs(mask, N)
 
     def body(t, carry):
-        i, j = numbers[t] // rows, numbers[t] % rows
-        row = i // rows
-        some = jax.lax.dynamic_slice(mask, (row, i % rows * N, j * N), (1, N, N))
-        return step(carry, i, row * rows + j, some)
+        i, j = indices[t] // per_row, indices[t] % per_row
+        row = i // per_row
+        block_mask = jax.lax.dynamic_slice(mask, (row, i % per_row * N, j * N), (1, N, N))
+        return step(carry, i, row * per_row + j, block_mask)
 
     return jax.lax.fori_loop(0, count, body, carry)
 
 
 def _scores(query, key, softcap):
-    """Float32 [G, M, N] and, of capped ones, what their gradient is multiplied by."""
+    """(scores float32 [G, M, N], derivative of the soft cap at them, None without a cap)."""
     slope, scores = None, jnp.einsum("gmc,gnc->gmn", query, key, preferred_element_type=jnp.float32)
     if softcap is not None:
-        bent = jnp.tanh(scores / softcap)
-        scores, slope = softcap * bent, 1 - bent * bent
+        tanh = jnp.tanh(scores / softcap)
+        scores, slope = softcap * tanh, 1 - tanh * tanh
     return scores, slope
 
 
-def _masked(x, mask, instead):
-    """`x` [G, M, N] where `mask` [1, N, N] is True."""
+def _masked(x, mask, fill):
+    """`x` [G, M, N] where `mask` [1, N, N] is True, `fill` elsewhere."""
     G, M, N = x.shape
-    return jnp.where(mask, x.reshape(G, M // N, N, N), instead).reshape(G, M, N)
+    return jnp.where(mask, x.reshape(G, M // N, N, N), fill).reshape(G, M, N)
 
 
 def _forward(query, key, value, mask, softcap, N):
     G = key.shape[2]
     q, k, v = _split(query, G, N), _split(key, G, N), _split(value, G, N)
 
-    def step(carry, i, j, some):
-        out, top, total = carry
+    def step(carry, i, j, block_mask):
+        out, maximum, total = carry
         scores, _ = _scores(_at(q, i), _at(k, j), softcap)
-        scores = _masked(scores, some, _LOWEST)
-        before = _at(top, i)
-        now = jnp.maximum(before, scores.max(-1))
-        shrink = jnp.exp(before - now)
-        weights = _masked(jnp.exp(scores - now[..., None]), some, 0.0)
-        found = jnp.einsum("gmn,gnc->gmc", weights.astype(v.dtype), _at(v, j), preferred_element_type=jnp.float32)
-        out = _put(out, _at(out, i) * shrink[..., None] + found, i)
-        return out, _put(top, now, i), _put(total, _at(total, i) * shrink + weights.sum(-1), i)
+        scores = _masked(scores, block_mask, _LOWEST)
+        old_max = _at(maximum, i)
+        new_max = jnp.maximum(old_max, scores.max(-1))
+        rescale = jnp.exp(old_max - new_max)
+        weights = _masked(jnp.exp(scores - new_max[..., None]), block_mask, 0.0)
+        update = jnp.einsum("gmn,gnc->gmc", weights.astype(v.dtype), _at(v, j), preferred_element_type=jnp.float32)
+        out = _put(out, _at(out, i) * rescale[..., None] + update, i)
+        return out, _put(maximum, new_max, i), _put(total, _at(total, i) * rescale + weights.sum(-1), i)
 
-    none = jnp.zeros(q.shape[:-1], jnp.float32)
-    out, top, total = _over_pairs(mask, N, step, (jnp.zeros(q.shape, jnp.float32), none + _LOWEST, none))
+    zeros = jnp.zeros(q.shape[:-1], jnp.float32)
+    out, maximum, total = _over_pairs(mask, N, step, (jnp.zeros(q.shape, jnp.float32), zeros + _LOWEST, zeros))
     total = jnp.maximum(total, jnp.finfo(jnp.float32).tiny)
     out = (out / total[..., None]).astype(query.dtype)
-    return _join(out, query.shape, N), (query, key, value, mask, out, top + jnp.log(total))
+    return _join(out, query.shape, N), (query, key, value, mask, out, maximum + jnp.log(total))
 
 
-def _backward(softcap, N, saved, gradient):
-    query, key, value, mask, out, log_total = saved
+def _backward(softcap, N, residuals, gradient):
+    query, key, value, mask, out, log_total = residuals
     G = key.shape[2]
     q, k, v, g = _split(query, G, N), _split(key, G, N), _split(value, G, N), _split(gradient, G, N)
-    shared = (out.astype(jnp.float32) * g.astype(jnp.float32)).sum(-1)
+    delta = (out.astype(jnp.float32) * g.astype(jnp.float32)).sum(-1)
 
-    def step(carry, i, j, some):
+    def step(carry, i, j, block_mask):
         dq, dk, dv = carry
         qi, kj, vj, gi = _at(q, i), _at(k, j), _at(v, j), _at(g, i)
         scores, slope = _scores(qi, kj, softcap)
-        weights = _masked(jnp.exp(scores - _at(log_total, i)[..., None]), some, 0.0)
-        of_weights = jnp.einsum("gmc,gnc->gmn", gi, vj, preferred_element_type=jnp.float32)
-        of_scores = weights * (of_weights - _at(shared, i)[..., None])
-        of_scores = (of_scores if slope is None else of_scores * slope).astype(q.dtype)
-        sums = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
-        dq = _put(dq, _at(dq, i) + sums("gmn,gnc->gmc", of_scores, kj), i)
-        dk = _put(dk, _at(dk, j) + sums("gmn,gmc->gnc", of_scores, qi), j)
-        return dq, dk, _put(dv, _at(dv, j) + sums("gmn,gmc->gnc", weights.astype(g.dtype), gi), j)
+        weights = _masked(jnp.exp(scores - _at(log_total, i)[..., None]), block_mask, 0.0)
+        d_weights = jnp.einsum("gmc,gnc->gmn", gi, vj, preferred_element_type=jnp.float32)
+        d_scores = weights * (d_weights - _at(delta, i)[..., None])
+        d_scores = (d_scores if slope is None else d_scores * slope).astype(q.dtype)
+        einsum = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+        dq = _put(dq, _at(dq, i) + einsum("gmn,gnc->gmc", d_scores, kj), i)
+        dk = _put(dk, _at(dk, j) + einsum("gmn,gmc->gnc", d_scores, qi), j)
+        return dq, dk, _put(dv, _at(dv, j) + einsum("gmn,gmc->gnc", weights.astype(g.dtype), gi), j)
 
     start = tuple(jnp.zeros(x.shape, jnp.float32) for x in (q, k, v))
-    found = _over_pairs(mask, N, step, start)
-    return *(_join(d, x.shape, N).astype(x.dtype) for d, x in zip(found, (query, key, value), strict=True)), None
+    gradients = _over_pairs(mask, N, step, start)
+    return *(_join(d, x.shape, N).astype(x.dtype) for d, x in zip(gradients, (query, key, value), strict=True)), None
 
 
 _attend.defvjp(_forward, _backward)

@@ -6,9 +6,10 @@ from typing import Any
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RopeScaling:
-    """Llama-3 frequency scaling (Llama 3.1 model card): long wavelengths divided by `factor`, smooth in between.
+    """Frequency scaling of rotary embeddings: that of Llama 3 (Llama 3.1 model card), or linear with `factor` alone.
 
-    With nothing but `factor` it is linear (arXiv 2306.15595): all frequencies are divided by it.
+    Llama 3 divides the frequencies of long wavelengths by `factor` and interpolates towards the short ones. Linear
+    scaling (arXiv 2306.15595) divides all frequencies by `factor`.
     """
 
     factor: float
@@ -17,12 +18,12 @@ class RopeScaling:
     original_max_position: int | None = None
 
     def __post_init__(self):
-        of_llama3 = (self.low_freq_factor, self.high_freq_factor, self.original_max_position)
-        if None in of_llama3 and any(x is not None for x in of_llama3):
-            raise ValueError(f"{self} is neither linear nor that of Llama 3; give factor alone, or all four numbers")
+        llama3 = (self.low_freq_factor, self.high_freq_factor, self.original_max_position)
+        if None in llama3 and any(x is not None for x in llama3):
+            raise ValueError(f"{self} is neither linear nor Llama 3 scaling; give factor alone, or all four numbers")
 
 
-# Every linear layer that may have a bias, by its name in the decoder.
+# Names of the decoder's linear layers that may have a bias.
 LINEARS = ("query", "key", "value", "output", "gate", "up", "down", "head")
 CHOICES = {
     "activation": ("silu", "gelu", "gelu_tanh"),
@@ -38,27 +39,31 @@ CHOICES = {
 class ModelConfig:
     """Dimensions and switches of a decoder; immutable and hashable, so it can be a static argument of `jax.jit`.
 
-    Switches that are not given make a Llama.
+    The defaults of the switches describe a Llama.
 
     Attributes:
-      max_length: tokens; with learned positions, rows of their table.
-      rope_theta, rope_scaling: of the rotary embeddings.
-      rotary_dim: how many channels of a head, its first ones, are rotated; None is all of them.
-      rotary_interleaved: neighbouring channels form the pairs (GPT-J), not the halves of the rotated part.
-      local_rope_theta: theta of the layers with a window, which then have no scaling (Gemma 3); None is `rope_theta`.
+      max_length: maximum sequence length in tokens; with learned positions, the number of rows of their table.
+      rope_theta, rope_scaling: base and frequency scaling of the rotary embeddings.
+      rotary_dim: number of leading channels of a head that are rotated; None rotates all.
+      rotary_interleaved: pair neighbouring channels (GPT-J) rather than the two halves of the rotated part.
+      local_rope_theta: `rope_theta` of sliding-window layers, whose frequencies are then unscaled (Gemma 3); None uses
+        `rope_theta` and `rope_scaling` for all layers.
       positions: "rotary", or "learned" vectors added to the embeddings (GPT-2).
-      windows: per layer, how many of the last tokens it sees, its own included, 0 for all; () where all see all.
-      norm: "rms", "rms_plus_one" (scaled by 1 + the parameter, Gemma) or "layer" (with a bias).
+      windows: attention window of each layer in tokens, the query's own included; 0 is global. () is global everywhere.
+      norm: "rms", "rms_plus_one" (scale is 1 + parameter, Gemma) or "layer" (LayerNorm with a bias).
       norm_placement: "before" attention and feed-forward, "after" them (OLMo 2), or "around" (Gemma 2).
-      qk_norm: "head" normalises queries and keys head by head, "all" over all heads together (OLMo 2); "" does not.
-      residual: "sequential", "parallel" (attention and feed-forward read the same input, GPT-NeoX) or "shared"
-        (parallel, after one norm for both, GPT-J).
-      activation: "silu", "gelu" or its approximation "gelu_tanh".
-      gated: the activation is multiplied by a second projection (arXiv 2002.05202).
-      biases: names of the linear layers that have one, of `LINEARS`.
-      query_scalar: scores are divided by its root; None is `head_dim`.
-      attention_softcap, logit_softcap: bounds of scores and logits, c tanh(x / c); None is unbounded.
-      scale_embeddings: embeddings are multiplied by the root of `hidden_size`.
+      qk_norm: normalise queries and keys per "head", over "all" heads together (OLMo 2), or not at all ("").
+      residual: "sequential"; "parallel", where attention and feed-forward read the same input (GPT-NeoX); or "shared",
+        parallel with one norm for both (GPT-J).
+      activation: "silu", "gelu", or its approximation "gelu_tanh".
+      gated: multiply the activation by a second projection (arXiv 2002.05202).
+      biases: names of the linear layers with a bias, from `LINEARS`.
+      query_scalar: attention scores are divided by its square root; None is `head_dim`.
+      attention_softcap, logit_softcap: c of the soft cap c tanh(x / c) on scores and logits; None is uncapped.
+      scale_embeddings: multiply embeddings by the square root of `hidden_size`.
+
+    Raises:
+      ValueError: dimensions or switches that contradict each other.
     """
 
     vocab_size: int

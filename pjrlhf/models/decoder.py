@@ -1,13 +1,13 @@
-"""One decoder in linen for every model family, with a bank of low-rank adapters mixed per example.
+"""One Flax decoder for every model family, with a bank of low-rank adapters mixed per example.
 
-Shapes: B batch, T tokens, S cache slots, D model width, V vocabulary, L layers, H query heads, G key/value heads,
+Shapes: B batch, T tokens, S cache positions, D model width, V vocabulary, L layers, H query heads, G key/value heads,
 C head width, F feed-forward width, K adapters, R adapter rank.
 
-The base lives in the collection `params` (layer leaves stacked `[L, ...]`), the bank in `adapters` (leaves `[K, L,
-...]`). A linear layer computes `x W + scale * sum_k mix[b, k] x A_k B_k` as one wide low-rank product.
+The collection `params` holds the base (layer leaves stacked `[L, ...]`), `adapters` the bank (leaves `[K, L, ...]`). A
+linear layer computes `x W + scale * sum_k mix[b, k] x A_k B_k` as one wide low-rank matmul.
 
-What families differ in are the switches of `ModelConfig`. Those that differ from layer to layer are arrays [L, ...]
-that the scan over layers hands out one by one, so that there is one layer to compile.
+Families differ in the switches of `ModelConfig`. Switches that vary by layer are arrays [L, ...], which the scan over
+layers slices, so that one layer is compiled for all.
 """
 
 import functools
@@ -22,17 +22,20 @@ from jax.sharding import NamedSharding
 from pjrlhf.errors import UserError
 from pjrlhf.models.attention import CUDNN_FORWARD, attend, attend_cached, soft_cap
 from pjrlhf.models.config import ModelConfig, RopeScaling
-from pjrlhf.models.matmul import product, turned_product
-from pjrlhf.parallel.activations import move_rows, split_between, split_rows
+from pjrlhf.models.matmul import matmul, matmul_transposed
+from pjrlhf.parallel.activations import constrain_batch, constrain_reshard, layer_sharding
 
 Cache = dict[str, jax.Array]
 
 
 class Layout(NamedTuple):
-    """What stands where in packed rows, int32 [B, T] each, see `data.packing`.
+    """Structure of packed rows (see `data.packing`), int32 [B, T] each.
 
-    A token sees those before it of its own segment that are in branch 0 or in its own branch; `owner` numbers the row
-    of `mix` and of the user tokens it goes by.
+    Attributes:
+      position: of the token in its sequence.
+      segment: sequence group of the token; 0 is padding.
+      branch: a token attends to earlier tokens of its segment in branch 0 and in its own branch.
+      owner: index of the token's row of `mix` and of its user tokens.
     """
 
     position: jax.Array
@@ -41,26 +44,28 @@ class Layout(NamedTuple):
     owner: jax.Array
 
     def mask(self) -> jax.Array:
-        """Bool [B, T, T], True where a query may look."""
+        """Attention mask, bool [B, T, T], True where a query may attend."""
         segment, branch = self.segment, self.branch
         own = (branch[:, None, :] == 0) | (branch[:, None, :] == branch[:, :, None])
         real = segment[:, None, :] > 0
         return jnp.tril(own & real & (segment[:, None, :] == segment[:, :, None]))
 
 
-def _products(primitive: Any, *arguments: Any, **parameters: Any) -> bool:
-    """Products with kernels, and what cuDNN's attention returns: that it is made of products is hidden from JAX."""
+def _save_matmuls(primitive: Any, *arguments: Any, **parameters: Any) -> bool:
+    """Remat policy: save matmuls with kernels, and cuDNN attention, which is opaque to JAX and treated as a matmul."""
     if primitive.name == CUDNN_FORWARD:
         return True
     return jax.checkpoint_policies.dots_with_no_batch_dims_saveable(primitive, *arguments, **parameters)
 
 
-REMAT_POLICIES = {"none": None, "full": jax.checkpoint_policies.nothing_saveable, "dots": _products}
+REMAT_POLICIES = {"none": None, "full": jax.checkpoint_policies.nothing_saveable, "dots": _save_matmuls}
 
 
 def rope_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None) -> jax.Array:
-    """Angular frequencies of rotary embeddings (RoFormer, eq. 15; Llama-3 scaling), float32 [C / 2], radians per
-    token; C is `head_dim`, or as much of it as is rotated.
+    """Angular frequencies of rotary embeddings (RoFormer, eq. 15; Llama-3 scaling).
+
+    Returns:
+      float32 [C / 2], radians per token; C = `head_dim` is the number of rotated channels.
     """
     frequencies = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
     if scaling is None:
@@ -68,22 +73,25 @@ def rope_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None) -
     if scaling.low_freq_factor is None:
         return frequencies / scaling.factor
     wavelength = 2 * jnp.pi / frequencies
-    turns = scaling.original_max_position / wavelength
+    rotations = scaling.original_max_position / wavelength
     smooth = jnp.clip(
-        (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor), 0.0, 1.0
+        (rotations - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor), 0.0, 1.0
     )
     return (1 - smooth) * frequencies / scaling.factor + smooth * frequencies
 
 
 def apply_rope(x: jax.Array, positions: jax.Array, frequencies: jax.Array, interleaved: bool = False) -> jax.Array:
-    """Rotates the first channels of `x` [B, T, H, C], two for each of `frequencies`, by `positions` [B, T].
+    """Applies rotary embeddings to the first 2 n channels of `x` [B, T, H, C].
 
-    First and second half of these channels form the pairs (Hugging Face order), or neighbours where `interleaved`.
+    Args:
+      positions: int32 [B, T].
+      frequencies: float32 [n], see `rope_frequencies`.
+      interleaved: rotate pairs of neighbouring channels rather than channels i and i + n (the order of Hugging Face).
     """
     rotated = 2 * frequencies.shape[-1]
     if rotated < x.shape[-1]:
-        turned = apply_rope(x[..., :rotated], positions, frequencies, interleaved)
-        return jnp.concatenate([turned, x[..., rotated:]], axis=-1)
+        head = apply_rope(x[..., :rotated], positions, frequencies, interleaved)
+        return jnp.concatenate([head, x[..., rotated:]], axis=-1)
     angles = positions[:, :, None, None].astype(jnp.float32) * frequencies
     cos, sin = jnp.cos(angles), jnp.sin(angles)
     if interleaved:
@@ -95,40 +103,45 @@ def apply_rope(x: jax.Array, positions: jax.Array, frequencies: jax.Array, inter
 
 
 def per_layer(config: ModelConfig) -> dict[str, jax.Array] | None:
-    """What the layers of a decoder differ in, leaves [L, ...], or None where they are all alike.
+    """Settings that vary by layer, leaves [L, ...]; None where all layers are alike.
 
-    `window` int32 [L], tokens that a layer sees; `frequencies` float32 [L, C / 2], of its rotary embeddings.
+    Returns:
+      `window` int32 [L], tokens that a query may attend to, its own included; and where sliding-window layers have
+      another theta, `frequencies` float32 [L, C / 2] of the rotary embeddings.
     """
     if not config.windows:
         return None
-    near = jnp.array(config.windows) > 0
-    arrays = {"window": jnp.where(near, jnp.array(config.windows, jnp.int32), jnp.iinfo(jnp.int32).max)}
+    sliding = jnp.array(config.windows) > 0
+    arrays = {"window": jnp.where(sliding, jnp.array(config.windows, jnp.int32), jnp.iinfo(jnp.int32).max)}
     if config.local_rope_theta is not None:
         width = config.rotary_dim or config.head_dim
-        local = rope_frequencies(width, config.local_rope_theta, None)
-        everywhere = rope_frequencies(width, config.rope_theta, config.rope_scaling)
-        arrays["frequencies"] = jnp.where(near[:, None], local, everywhere)
+        local_frequencies = rope_frequencies(width, config.local_rope_theta, None)
+        global_frequencies = rope_frequencies(width, config.rope_theta, config.rope_scaling)
+        arrays["frequencies"] = jnp.where(sliding[:, None], local_frequencies, global_frequencies)
     return arrays
 
 
 def choose_decode(backend: str) -> str:
-    """How a decoder on a backend ("cpu", "gpu", "tpu") had best sample, see `Decoder.decode`. TPUs read the layers of a
-    scan where they are; elsewhere each would be copied for every token.
+    """The fastest `Decoder.decode` on a backend ("cpu", "gpu", "tpu").
+
+    On TPUs a scan reads each layer's parameters in place; elsewhere it would copy them for every token.
     """
-    return {"tpu": "scan", "cpu": "turned"}.get(backend, "apart")
+    return {"tpu": "scan", "cpu": "transposed"}.get(backend, "unrolled")
 
 
 class Linear(nn.Module):
-    """`x W`, plus the mixed low-rank update where a bank is present. Kernel [in, out], [out, in] where `turned`; bias
-    [out] if any. W is the kernel, or its columns times `scale` [out] where that is present, see `models.quantization`.
-    Where `unstacked.apart` has joined them, first factors of the bank are further columns of the kernel.
+    """`x W`, plus the mixed low-rank update where a bank is present.
+
+    The kernel is [in, out], or [out, in] where `transposed`; the optional bias is [out]. A quantised kernel comes with
+    `scale` [out] for its columns (see `quantization`). In the fused layout of `unrolled.unroll`, the LoRA factors A are
+    appended to the kernel as further columns, and the bank holds B only.
     """
 
     features: int
     dtype: Any
     param_dtype: Any
     use_bias: bool = False
-    turned: bool = False
+    transposed: bool = False
 
     @nn.compact
     def __call__(self, x: jax.Array, mix: jax.Array | None) -> jax.Array:
@@ -139,16 +152,17 @@ class Linear(nn.Module):
                 low = jnp.einsum("btd,kdr->btkr", x, self.get_variable("adapters", "a").astype(self.dtype))
             else:
                 features += b.shape[0] * b.shape[1]
-        shape = (features, x.shape[-1]) if self.turned else (x.shape[-1], features)
+        shape = (features, x.shape[-1]) if self.transposed else (x.shape[-1], features)
         kernel = self.param("kernel", nn.initializers.lecun_normal(), shape, self.param_dtype)
         quantized = self.has_variable("params", "scale")
         if not quantized:
             kernel = kernel.astype(self.dtype)
-        elif x.shape[1] == 1 and self.path[0] != "layers" and not self.turned:
-            # Of layers apart, a compiler would take the conversion out of the loop that samples and keep floats of all
-            # of them. On a CPU, where kernels are turned, it may: converting takes longer there than the product.
+        elif x.shape[1] == 1 and self.path[0] != "layers" and not self.transposed:
+            # Stop XLA from hoisting the int8 -> float conversion of unrolled layers out of the decode loop, which would
+            # hold all kernels as floats. On a CPU (transposed kernels) hoisting is right: there the conversion takes
+            # longer than the matmul.
             x, kernel = jax.lax.optimization_barrier((x, kernel))
-        y = turned_product(x, kernel) if self.turned else product(x, kernel)
+        y = matmul_transposed(x, kernel) if self.transposed else matmul(x, kernel)
         if quantized:
             y = (y.astype(jnp.float32) * self.get_variable("params", "scale")).astype(self.dtype)
         if b is not None:
@@ -164,13 +178,13 @@ class Linear(nn.Module):
 
 
 def project(module: nn.Module, sizes: dict[str, int], x: jax.Array, mix: jax.Array | None) -> list[jax.Array]:
-    """The linear layers of a block that read `x`, name -> features; by one product where `unstacked.apart` has joined
-    them.
-    """
+    """Outputs of the linear layers that read `x`, given as name -> features; one matmul where they are fused."""
 
     def linear(features, *names):
         biased = bool(set(names) & set(module.config.biases))
-        return Linear(features, module.dtype, module.param_dtype, biased, module.turned, name="_".join(names))(x, mix)
+        return Linear(features, module.dtype, module.param_dtype, biased, module.transposed, name="_".join(names))(
+            x, mix
+        )
 
     if module.has_variable("params", "_".join(sizes)):
         ends = list(itertools.accumulate(sizes.values()))
@@ -179,8 +193,9 @@ def project(module: nn.Module, sizes: dict[str, int], x: jax.Array, mix: jax.Arr
 
 
 class Norm(nn.Module):
-    """Normalisation of the last axis in float32: root-mean-square (arXiv 1910.07467), or LayerNorm (arXiv 1607.06450)
-    with a bias; `kind` is the `norm` of `ModelConfig`.
+    """Normalisation of the last axis in float32: RMSNorm (arXiv 1910.07467), or LayerNorm (arXiv 1607.06450) with bias.
+
+    `kind` is the `norm` of `ModelConfig`.
     """
 
     kind: str
@@ -198,7 +213,7 @@ class Norm(nn.Module):
         x = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + self.epsilon)
         if self.kind == "rms":
             return x.astype(self.dtype) * scale.astype(self.dtype)
-        # As their authors have it, these two are rounded at the end alone.
+        # These two follow their authors in rounding to `dtype` only after scaling.
         scale = scale.astype(jnp.float32)
         if self.kind == "rms_plus_one":
             return (x * (1.0 + scale)).astype(self.dtype)
@@ -210,6 +225,7 @@ ACTIVATIONS = {"silu": nn.silu, "gelu": functools.partial(nn.gelu, approximate=F
 
 
 def _like(x: jax.Array, other: jax.Array) -> jax.Array:
+    """`x` in the dtype of `other`, with leading axes of size 1 up to its rank."""
     return x.astype(other.dtype).reshape(*[1] * (other.ndim - x.ndim), *x.shape)
 
 
@@ -218,20 +234,20 @@ class Attention(nn.Module):
     dtype: Any
     param_dtype: Any
     implementation: str
-    rows: NamedSharding | None
-    turned: bool
+    batch_sharding: NamedSharding | None
+    transposed: bool
 
     @nn.compact
     def __call__(self, x, positions, mask, mix, cache, offset, layer, own):
         c = self.config
         B, T, _ = x.shape
-        between = split_between(x.shape, self.rows)
+        between = layer_sharding(x.shape, self.batch_sharding)
 
         groups = c.num_kv_heads * c.head_dim
         query, key, value = project(self, {"query": c.num_heads * c.head_dim, "key": groups, "value": groups}, x, mix)
 
         def heads(name, y, normed=""):
-            y = move_rows(y, between, self.rows)
+            y = constrain_reshard(y, between, self.batch_sharding)
             if normed == "head":
                 y = y.reshape(B, T, -1, c.head_dim)
             if normed:
@@ -251,24 +267,24 @@ class Attention(nn.Module):
         if own:
             if cache is None:
                 distance = positions[:, :, None] - positions[:, None, :]
-            else:  # the valid tokens of a row are consecutive, so slots are as far apart as positions
+            else:  # valid tokens of a row are consecutive, so differences of cache positions are those of tokens
                 distance = (offset + jnp.arange(T))[:, None] - jnp.arange(mask.shape[-1])
             mask = mask & (distance < own["window"])
         if cache is not None:
-            # Only the new slots of this layer are written: the cache is carried from layer to layer, never copied.
+            # Writes only the new positions of this layer: the cache is the carry of the scan and updated in place.
             place = (0, 0, offset, 0) if layer is None else (layer, 0, 0, offset, 0)
             cache = {
                 name: jax.lax.dynamic_update_slice(old, _like(new.swapaxes(1, 2), old), place)
                 for name, old, new in (("key", cache["key"], key), ("value", cache["value"], value))
             }
-        if cache is None or mask.shape[-1] == T:  # the tokens are all there is to see
-            out = attend(query, key, value, mask, self.implementation, c.attention_softcap, self.rows)
+        if cache is None or mask.shape[-1] == T:  # keys are those of the tokens themselves
+            out = attend(query, key, value, mask, self.implementation, c.attention_softcap, self.batch_sharding)
         else:
             key, value = cache["key"], cache["value"]
             if layer is not None:
                 key, value = (jax.lax.dynamic_index_in_dim(x, layer, keepdims=False) for x in (key, value))
             out = attend_cached(query, key.astype(self.dtype), value.astype(self.dtype), mask, c.attention_softcap)
-        out = move_rows(out.reshape(B, T, -1), self.rows, between)
+        out = constrain_reshard(out.reshape(B, T, -1), self.batch_sharding, between)
         return project(self, {"output": c.hidden_size}, out, mix)[0], cache
 
 
@@ -277,8 +293,8 @@ class Layer(nn.Module):
     dtype: Any
     param_dtype: Any
     implementation: str
-    rows: NamedSharding | None
-    turned: bool
+    batch_sharding: NamedSharding | None
+    transposed: bool
 
     @nn.compact
     def __call__(self, carry, own, positions, mask, mix, offset):
@@ -290,25 +306,25 @@ class Layer(nn.Module):
         before, after = c.norm_placement != "after", c.norm_placement != "before"
         h = norm("attention_norm", x, before)
         common = c, self.dtype, self.param_dtype
-        attention = Attention(*common, self.implementation, self.rows, self.turned, name="attention")
-        mlp = FeedForward(*common, self.turned, name="mlp")
-        between = split_between(x.shape, self.rows)
+        attention = Attention(*common, self.implementation, self.batch_sharding, self.transposed, name="attention")
+        mlp = FeedForward(*common, self.transposed, name="mlp")
+        between = layer_sharding(x.shape, self.batch_sharding)
         attended, cache = attention(h, positions, mask, mix, cache, offset, layer, own)
         if c.residual != "sequential":
             h = norm("mlp_norm", x, True) if c.residual == "parallel" else h
-            return (split_rows(x + attended + mlp(h, mix), between), cache), None
-        x = split_rows(x + norm("attention_out_norm", attended, after), between)
+            return (constrain_batch(x + attended + mlp(h, mix), between), cache), None
+        x = constrain_batch(x + norm("attention_out_norm", attended, after), between)
         h = mlp(norm("mlp_norm", x, before), mix)
-        return (split_rows(x + norm("mlp_out_norm", h, after), between), cache), None
+        return (constrain_batch(x + norm("mlp_out_norm", h, after), between), cache), None
 
 
 class FeedForward(nn.Module):
-    """Two linear layers with an activation between them, or gated: SwiGLU and its kin (arXiv 2002.05202, eq. 6)."""
+    """Two linear layers with an activation in between, or a gated one such as SwiGLU (arXiv 2002.05202, eq. 6)."""
 
     config: ModelConfig
     dtype: Any
     param_dtype: Any
-    turned: bool
+    transposed: bool
 
     @nn.compact
     def __call__(self, x, mix):
@@ -324,23 +340,21 @@ class FeedForward(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Tokens to hidden states; `logits` maps hidden states to the vocabulary, so that callers choose which tokens to
-    score.
+    """Maps tokens to hidden states; `logits` maps hidden states to the vocabulary for the tokens that callers choose.
 
     Attributes:
-      config: dimensions.
+      config: dimensions and switches.
       dtype: dtype of activations; norms, softmax and rotary angles are computed in float32.
       param_dtype: dtype of created parameters.
-      scan_layers: one compiled layer scanned over L (default), or L layers apart, each with arrays of its own
-        (`unstacked.apart`); same numbers. A scan copies the parameters of a layer before it uses them, which costs a
-        decoder of few rows more than the rest of the step where the compiler does not fuse it (CPU, GPU).
-      decode: how to sample: with layers in a "scan", "apart", or apart and their kernels "turned", see
-        `unstacked.apart`.
-      turned: kernels are [out, in], see `products.turned_product`.
-      remat: "none", "full" or "dots" (keep products with kernels and cuDNN's attention).
-      attention: see `pjrlhf.models.attention`.
+      scan_layers: scan one compiled layer over L (default), or unroll L layers with parameters of their own (see
+        `unrolled.unroll`). The numbers are the same. A scan copies a layer's parameters before it uses them; on CPU and
+        GPU, where XLA does not fuse that copy, it costs more than the rest of a decode step with few rows.
+      decode: layout for sampling: "scan", "unrolled", or "transposed" (unrolled with kernels [out, in]).
+      transposed: kernels are [out, in], see `matmul.matmul_transposed`.
+      remat: "none", "full" or "dots" (save matmuls with kernels and cuDNN attention).
+      attention: implementation, see `attention.choose`.
       user_offset: position of the first user token: 1, after BOS, or 0 for tokenizers without BOS.
-      rows: where the rows of a batch live, on several devices.
+      batch_sharding: sharding of the batch axis over several devices, None on one.
     """
 
     config: ModelConfig
@@ -350,22 +364,23 @@ class Decoder(nn.Module):
     remat: str = "none"
     attention: str = "auto"
     user_offset: int = 1
-    rows: NamedSharding | None = None
+    batch_sharding: NamedSharding | None = None
     decode: str = "scan"
-    turned: bool = False
+    transposed: bool = False
 
     def setup(self):
         c = self.config
         if self.remat not in REMAT_POLICIES:
             raise UserError(f"model.remat={self.remat!r} is unknown; choose one of {', '.join(REMAT_POLICIES)}")
         self.embed = nn.Embed(c.vocab_size, c.hidden_size, dtype=self.dtype, param_dtype=self.param_dtype)
+        common = c, self.dtype, self.param_dtype, self.attention, self.batch_sharding, self.transposed
         layer = Layer
         if self.remat != "none":
             layer = nn.remat(layer, policy=REMAT_POLICIES[self.remat], prevent_cse=not self.scan_layers)
         if c.positions == "learned":
             self.position = nn.Embed(c.max_length, c.hidden_size, dtype=self.dtype, param_dtype=self.param_dtype)
         if self.scan_layers:
-            # Layers share positions, mask, mix and offset and hand on the cache; what they differ in comes one by one.
+            # Carried: hidden states and cache. Scanned: layer index and per-layer settings. The rest is shared.
             layers = nn.scan(
                 layer,
                 variable_axes={"params": 0, "adapters": 1},
@@ -373,13 +388,12 @@ class Decoder(nn.Module):
                 in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast, nn.broadcast),
                 length=c.num_layers,
             )
-            self.layers = layers(c, self.dtype, self.param_dtype, self.attention, self.rows, self.turned)
+            self.layers = layers(*common)
         else:
-            each = c, self.dtype, self.param_dtype, self.attention, self.rows, self.turned
-            self.layers = [layer(*each) for _ in range(c.num_layers)]
+            self.layers = [layer(*common) for _ in range(c.num_layers)]
         self.final_norm = Norm(c.norm, c.norm_eps, self.dtype, self.param_dtype)
         if not c.tie_embeddings:
-            self.head = Linear(c.vocab_size, self.dtype, self.param_dtype, "head" in c.biases, self.turned)
+            self.head = Linear(c.vocab_size, self.dtype, self.param_dtype, "head" in c.biases, self.transposed)
 
     def __call__(
         self,
@@ -396,19 +410,19 @@ class Decoder(nn.Module):
 
         Args:
           tokens: int32 [B, T].
-          valid: bool [B, S], False on padding. Without a cache S = T; with one, S is the number of cache slots and
-          `valid`
-            covers the whole cache including the T new tokens, which go to slots offset .. offset + T - 1.
-          mix: float [B, K], weights of the adapters per example, [B, T, K] per token, or None for the base alone.
-          cache: from `init_cache`, or None; of layers apart a list of L such, without that axis.
-          offset: int, first slot written; the same for every row (rows differ by left padding).
+          valid: bool [B, S], False on padding. Without a cache S = T. With a cache S is its length, and `valid` covers
+            the whole cache including the T new tokens, which are written to positions offset .. offset + T - 1.
+          mix: weights of the adapters, float [B, K] per example or [B, T, K] per token; None for the base alone.
+          cache: from `init_cache`, or None. Unrolled layers take a list of L caches without the axis L.
+          offset: int32, first cache position written, the same for every row (rows differ in left padding).
           user_tokens: float [B, U, D], or None. They replace the embeddings at positions user_offset .. user_offset +
-            U - 1, counted from the first valid token, where `users.reserve` makes room for them.
-          layout: of packed rows, without a cache; `valid` is then not looked at, and `user_tokens` are [E, U, D], of
-            which a token's `owner` has its own.
+            U - 1, counted from the first valid token; `users.reserve` inserts these positions.
+          layout: of packed rows, without a cache. `valid` is then unused, and `user_tokens` are [E, U, D], indexed by
+            `layout.owner`.
 
         Returns:
-          hidden: [B, T, D] after the final norm, in `dtype`; the cache with the new keys and values.
+          hidden: [B, T, D] after the final norm, in `dtype`.
+          cache: with the new keys and values, None without one.
         """
         T, S = tokens.shape[1], valid.shape[1]
         if layout is None:
@@ -420,8 +434,8 @@ class Decoder(nn.Module):
             owner = jnp.arange(tokens.shape[0])[:, None]
         else:
             positions, mask, owner = layout.position, layout.mask(), layout.owner
-        between = split_between((*tokens.shape, self.config.hidden_size), self.rows)
-        x = self.embed(move_rows(tokens, self.rows, between))
+        between = layer_sharding((*tokens.shape, self.config.hidden_size), self.batch_sharding)
+        x = self.embed(constrain_reshard(tokens, self.batch_sharding, between))
         if user_tokens is not None:
             place = positions - self.user_offset
             own = jnp.asarray(user_tokens)[owner, jnp.clip(place, 0, user_tokens.shape[1] - 1)]
@@ -430,8 +444,8 @@ class Decoder(nn.Module):
         if self.config.scale_embeddings:
             x = x * jnp.asarray(self.config.hidden_size**0.5, x.dtype)
         if self.config.positions == "learned":
-            x = x + self.position(move_rows(positions, self.rows, between))
-        x = split_rows(x, between)
+            x = x + self.position(constrain_reshard(positions, self.batch_sharding, between))
+        x = constrain_batch(x, between)
         own = per_layer(self.config)
         if self.scan_layers:
             each = jnp.arange(self.config.num_layers), own
@@ -448,13 +462,13 @@ class Decoder(nn.Module):
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """Float32 logits [..., V] of hidden states [..., D]."""
-        between = split_between(hidden.shape, self.rows)
-        hidden = hidden if between == self.rows else split_rows(hidden, between)
+        between = layer_sharding(hidden.shape, self.batch_sharding)
+        hidden = hidden if between == self.batch_sharding else constrain_batch(hidden, between)
         if not self.config.tie_embeddings:
             logits = self.head(hidden, None)
         else:
-            logits = turned_product(hidden, self.embed.embedding.astype(self.dtype))
-        logits = move_rows(logits, between, self.rows)
+            logits = matmul_transposed(hidden, self.embed.embedding.astype(self.dtype))
+        logits = constrain_reshard(logits, between, self.batch_sharding)
         return soft_cap(logits.astype(jnp.float32), self.config.logit_softcap)
 
 
@@ -464,7 +478,7 @@ def init_params(model: Decoder, key: jax.Array) -> Any:
     return jax.jit(model.init)(key, tokens, jnp.ones((1, 2), bool))["params"]
 
 
-def init_cache(config: ModelConfig, batch: int, slots: int, dtype: Any) -> Cache:
-    """Empty key/value cache: two arrays [L, B, G, S, C]."""
-    shape = (config.num_layers, batch, config.num_kv_heads, slots, config.head_dim)
+def init_cache(config: ModelConfig, batch: int, length: int, dtype: Any) -> Cache:
+    """Zero key/value cache for B = `batch` rows of S = `length` positions: "key" and "value" [L, B, G, S, C]."""
+    shape = (config.num_layers, batch, config.num_kv_heads, length, config.head_dim)
     return {"key": jnp.zeros(shape, dtype), "value": jnp.zeros(shape, dtype)}

@@ -1,6 +1,6 @@
-"""What a Hugging Face folder of each model family calls things: one table per `model_type`, for import and export.
+"""Names of weights and settings in Hugging Face folders: one table per `model_type`, for import and export.
 
-A new family is a new `Family` in `FAMILIES`; no code knows a weight by name.
+To add a family, add a `Family` to `FAMILIES`; no other code knows a weight by name.
 """
 
 import dataclasses
@@ -18,14 +18,18 @@ from pjrlhf.models.adapters import TARGETS
 from pjrlhf.models.config import ModelConfig
 from pjrlhf.models.decoder import Decoder, init_params
 
-FUSED = ("query", "key", "value")  # the parts of a fused projection, in the order of all families
+FUSED = ("query", "key", "value")  # parts of a fused projection, in the order that all families use
 
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """One leaf of our tree and its name on disk; with `{layer}` in `name`, one tensor per layer there, stacked here.
+    """One leaf of the parameter tree and its name on disk.
 
-    `part` numbers the third of the tensor that it is, where queries, keys and values are one on disk.
+    Attributes:
+      path: "/"-joined path of the leaf.
+      name: name of the tensor. With `{layer}` in it, one tensor per layer, which the leaf stacks.
+      transpose: the tensor on disk is the transpose of the leaf.
+      part: index into `FUSED` where queries, keys and values are one tensor on disk, else None.
     """
 
     path: str
@@ -44,19 +48,21 @@ class Family:
 
     Attributes:
       architecture: class name in `transformers`.
-      modules: our module -> theirs; those that a model of ours does not have are passed over.
-      fields: our name -> theirs, for the plain values of `ModelConfig`.
-      defaults: what `transformers` assumes where config.json is silent (their names).
-      fixed: settings our decoder has only one value for (their names); it is also the assumed value where absent.
-      switches: our name -> value, for what all models of the family have in common.
-      activation: their name of the activation, and `gelu_tanh` what they call that one.
+      modules: our module -> theirs; modules that a model does not have are skipped.
+      fields: our name -> theirs, for values of `ModelConfig` that are copied.
+      defaults: values that `transformers` assumes where config.json has none (their names).
+      fixed: settings for which the decoder supports one value only (their names), assumed where absent.
+      switches: our name -> value, for switches that are the same in all models of the family.
+      activation: their name of the activation setting.
+      gelu_tanh: their name of the activation "gelu_tanh".
       biases: their flag -> the linear layers that have a bias where it is set.
-      rope: "plain", "by_layer_type" (Gemma 3), "neox" (with a share of the head), or "" where config.json says nothing.
-      near: (content of config.json, L) -> for each layer whether it has the window, where `layer_types` does not say;
-        None for families without windows.
-      by_head: a fused projection holds queries, keys and values of one head, then of the next.
-      conv1d: kernels lie on disk as [in, out].
-      ignored: patterns of tensors that old exports carry and that hold nothing to load.
+      rope: "plain", "by_layer_type" (Gemma 3), "neox" (rotates a fraction of the head), or "" where config.json has no
+        settings of rotary embeddings.
+      sliding: (content of config.json, L) -> which layers use the sliding window, where `layer_types` is absent; None
+        for families without sliding windows.
+      by_head: a fused projection stores queries, keys and values head by head.
+      conv1d: kernels are stored as [in, out].
+      ignored: patterns of tensor names that old exports contain and that need no loading.
     """
 
     architecture: str
@@ -69,30 +75,30 @@ class Family:
     gelu_tanh: str = "gelu_pytorch_tanh"
     biases: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
     rope: str = "plain"
-    near: Callable[[Mapping[str, Any], int], list[bool]] | None = None
+    sliding: Callable[[Mapping[str, Any], int], list[bool]] | None = None
     by_head: bool = False
     conv1d: bool = False
     ignored: tuple[str, ...] = ()
 
     @functools.cached_property
     def entries(self) -> tuple[Entry, ...]:
-        """The weights: of every module a scale or kernel, and a bias, which not all models have."""
+        """All possible weights: for every module a scale, kernel or embedding, and a bias, which may be absent."""
         entries = []
         theirs = list(self.modules.values())
         for module, name in self.modules.items():
             kind = module.rpartition("/")[2]
             part = FUSED.index(kind) if theirs.count(name) == len(FUSED) else None
             leaf = "embedding" if kind in ("embed", "position") else "scale" if kind.endswith("norm") else "kernel"
-            turned = leaf == "kernel" and (kind == "head" or not self.conv1d)
+            transposed = leaf == "kernel" and (kind == "head" or not self.conv1d)
             entries += [
-                Entry(f"{module}/{leaf}", f"{name}.weight", turned, part),
+                Entry(f"{module}/{leaf}", f"{name}.weight", transposed, part),
                 Entry(f"{module}/bias", f"{name}.bias", False, part),
             ]
         return tuple(entries)
 
     @property
     def prefix(self) -> str:
-        """Of all names but the head's; weights saved without the head lack it."""
+        """Prefix of all names but the head's; folders saved without the head omit it."""
         return self.modules["embed"].partition(".")[0] + "."
 
 
@@ -162,8 +168,8 @@ _ATTENTION = ("query", "key", "value", "output")
 _GEMMA_SWITCHES = {"norm": "rms_plus_one", "norm_placement": "around", "scale_embeddings": True}
 
 
-def _near_above(raw: Mapping[str, Any], layers: int) -> list[bool]:
-    """Qwen: the layers from `max_window_layers` on."""
+def _sliding_above(raw: Mapping[str, Any], layers: int) -> list[bool]:
+    """Qwen: layers from `max_window_layers` on use the sliding window."""
     return [bool(raw.get("use_sliding_window")) and i >= raw.get("max_window_layers", 28) for i in range(layers)]
 
 
@@ -180,9 +186,9 @@ MISTRAL = Family(
     modules=_MODULES,
     fields=_FIELDS,
     defaults=_DEFAULTS | {"max_position_embeddings": 131072, "sliding_window": 4096},
-    # `transformers` lets all layers of the type have the window, whatever config.json says of them.
+    # `transformers` gives all layers of a Mistral the window and ignores `layer_types`.
     fixed={"layer_types": None},
-    near=lambda raw, layers: [True] * layers,
+    sliding=lambda raw, layers: [True] * layers,
     ignored=LLAMA.ignored,
 )
 QWEN2 = Family(
@@ -191,7 +197,7 @@ QWEN2 = Family(
     fields=_FIELDS,
     defaults=_DEFAULTS | {"sliding_window": 4096, "use_sliding_window": False},
     switches={"biases": ("query", "key", "value")},
-    near=_near_above,
+    sliding=_sliding_above,
     ignored=LLAMA.ignored,
 )
 QWEN3 = Family(
@@ -201,7 +207,7 @@ QWEN3 = Family(
     defaults=QWEN2.defaults | {"head_dim": 128},
     switches={"qk_norm": "head"},
     biases={"attention_bias": _ATTENTION},
-    near=_near_above,
+    sliding=_sliding_above,
 )
 GEMMA2 = Family(
     architecture="Gemma2ForCausalLM",
@@ -213,7 +219,7 @@ GEMMA2 = Family(
     switches=_GEMMA_SWITCHES,
     activation="hidden_activation",
     biases={"attention_bias": _ATTENTION},
-    near=lambda raw, layers: [i % 2 == 0 for i in range(layers)],
+    sliding=lambda raw, layers: [i % 2 == 0 for i in range(layers)],
     ignored=LLAMA.ignored,
 )
 GEMMA3 = Family(
@@ -226,7 +232,7 @@ GEMMA3 = Family(
     activation="hidden_activation",
     biases={"attention_bias": _ATTENTION},
     rope="by_layer_type",
-    near=lambda raw, layers: [(i + 1) % (raw.get("sliding_window_pattern") or 6) > 0 for i in range(layers)],
+    sliding=lambda raw, layers: [(i + 1) % (raw.get("sliding_window_pattern") or 6) > 0 for i in range(layers)],
 )
 OLMO2 = Family(
     architecture="Olmo2ForCausalLM",
@@ -310,7 +316,7 @@ GPTJ = Family(
     },
     fields=_GPT_FIELDS | {"rotary_dim": "rotary_dim"},
     defaults=_GPT_DEFAULTS | {"n_positions": 2048, "rotary_dim": 64, "tie_word_embeddings": False},
-    # Its head has a bias, which a tied one cannot have here.
+    # GPT-J's head has a bias, which the decoder supports for an untied head only.
     fixed={"tie_word_embeddings": False},
     switches={
         "norm": "layer",
@@ -340,7 +346,11 @@ FAMILIES = {
 
 
 def get_family(model_type: str | None, source: Any) -> Family:
-    """The table of a `model_type`; UserError naming `source` where there is none."""
+    """The table of a `model_type`.
+
+    Raises:
+      UserError: an unknown type; the message names `source`.
+    """
     if model_type not in FAMILIES:
         raise UserError(
             f"{source}: model_type {model_type!r} is not supported; use a model of type {', '.join(sorted(FAMILIES))}"
@@ -349,8 +359,9 @@ def get_family(model_type: str | None, source: Any) -> Family:
 
 
 def fused_runs(part: int, width: int, outputs: slice) -> Iterator[slice]:
-    """Where a range of the outputs of a part of a fused projection lies in it: in blocks of 3 `width` outputs, the
-    `part`-th `width` of each is its own.
+    """Slices of a fused projection that hold the range `outputs` of its part number `part`, in order.
+
+    The fused projection consists of blocks of 3 `width` outputs: `width` of each part in turn.
     """
     for block in range(outputs.start // width, -(-outputs.stop // width)):
         skipped = (block * (len(FUSED) - 1) + part) * width
@@ -359,15 +370,20 @@ def fused_runs(part: int, width: int, outputs: slice) -> Iterator[slice]:
 
 
 def part_runs(family: Family, part: int, outputs: int, head_dim: int) -> Iterator[slice]:
-    """Where the `outputs` of a part of a fused projection of a family lie in it."""
+    """Slices of a fused projection of the family that hold all `outputs` of its part number `part`."""
     return fused_runs(part, head_dim if family.by_head else outputs, slice(0, outputs))
 
 
 @dataclasses.dataclass(frozen=True)
 class Slot:
-    """Where one tensor on disk, of shape `shape`, belongs: `leaf[index]` of ours, transposed or not.
+    """The place of a tensor on disk, or of one part of a fused tensor, in the parameter tree: `leaf[index]`.
 
-    A fused tensor has a slot for each of its parts, see `fused_runs`.
+    Attributes:
+      path: "/"-joined path of the leaf.
+      index: layer of a stacked leaf, else ().
+      shape: of the tensor on disk.
+      transpose: the tensor is the transpose of `leaf[index]`.
+      part, width: see `fused_runs`; `part` is None for a tensor that is not fused.
     """
 
     path: str
@@ -378,11 +394,11 @@ class Slot:
     width: int = 0
 
     def runs(self, outputs: slice) -> Iterator[slice]:
-        """Where our `outputs`, a range of the last axis, lie in the tensor: consecutive runs, in their order."""
+        """Slices of the tensor that hold `outputs`, a range of the last axis of `leaf[index]`, in order."""
         return iter([outputs]) if self.part is None else fused_runs(self.part, self.width, outputs)
 
     def take(self, tensor: np.ndarray) -> np.ndarray:
-        """Our layer, of the whole tensor."""
+        """`leaf[index]` from the whole tensor."""
         tensor = tensor.T if self.transpose else tensor
         if self.part is None:
             return tensor
@@ -391,7 +407,7 @@ class Slot:
 
 
 def join(slots: tuple[Slot, ...], layers: list[np.ndarray]) -> np.ndarray:
-    """The tensor on disk, of our layers for each of its slots; `Slot.take` gives them back."""
+    """The tensor on disk from `leaf[index]` of each of its slots; the inverse of `Slot.take`."""
     first = slots[0]
     if first.part is None:
         (whole,) = layers
@@ -407,13 +423,13 @@ def join(slots: tuple[Slot, ...], layers: list[np.ndarray]) -> np.ndarray:
 
 @functools.lru_cache
 def leaf_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Shapes of the decoder's parameters by "/"-joined path, asked of the decoder itself."""
+    """Shapes of the decoder's parameters by "/"-joined path, from an abstract initialisation."""
     tree = jax.eval_shape(lambda: init_params(Decoder(config), jax.random.key(0)))
     return {path: leaf.shape for path, leaf in flax.traverse_util.flatten_dict(tree, sep="/").items()}
 
 
 def tensor_slots(family: Family, config: ModelConfig) -> dict[str, tuple[Slot, ...]]:
-    """Every tensor a folder of this model must hold: name on disk -> its slots, leaf by leaf and layer by layer."""
+    """All tensors that a folder of this model must contain: name on disk -> its slots, by leaf and layer."""
     shapes = leaf_shapes(config)
     slots: dict[str, tuple[Slot, ...]] = {}
     for entry in family.entries:
@@ -431,8 +447,9 @@ def tensor_slots(family: Family, config: ModelConfig) -> dict[str, tuple[Slot, .
 
 
 def adapter_modules(family: Family) -> dict[str, tuple[str, ...]]:
-    """Their module -> our paths of every linear layer that can carry a low-rank adapter ("layers/attention/query"):
-    one path, or those of the parts of a fused projection.
+    """Linear layers that can carry a low-rank adapter: their module -> our paths ("layers/attention/query").
+
+    A fused projection has the paths of its parts, other modules have one path.
     """
     targets = {f"layers/{block}/{name}" for block, names in TARGETS.items() for name in names}
     found: dict[str, tuple[str, ...]] = {}
@@ -443,6 +460,6 @@ def adapter_modules(family: Family) -> dict[str, tuple[str, ...]]:
 
 
 def is_ignorable(family: Family, config: ModelConfig, name: str) -> bool:
-    """True for a tensor that may lie in a folder unused: computed buffers, and a tied model's copy of its embedding."""
+    """True for a tensor that may be left unused: a computed buffer, or a tied model's copy of its embedding."""
     tied = [re.escape(e.name) for e in family.entries if config.tie_embeddings and e.path == "head/kernel"]
     return any(re.fullmatch(pattern, name) for pattern in (*family.ignored, *tied))

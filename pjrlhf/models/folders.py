@@ -1,4 +1,4 @@
-"""Folders in Hugging Face layout on a local disk: JSON, safetensors, and writing that leaves no half folder behind."""
+"""Local folders in Hugging Face layout: JSON, safetensors, and atomic writing of whole folders."""
 
 import contextlib
 import functools
@@ -15,7 +15,7 @@ import numpy as np
 from pjrlhf.errors import UserError
 
 Folder = str | pathlib.Path
-# How safetensors spells the dtypes of weights.
+# safetensors name -> numpy name of a dtype.
 DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
@@ -33,7 +33,11 @@ def reading(file: pathlib.Path) -> Iterator[None]:
 
 
 def read_json(file: pathlib.Path) -> dict[str, Any]:
-    """A JSON object from a file; UserError where there is none."""
+    """The JSON object in a file.
+
+    Raises:
+      UserError: the file is missing or holds no JSON object.
+    """
     with reading(file):
         content = json.loads(file.read_text())
     if not isinstance(content, dict):
@@ -42,7 +46,7 @@ def read_json(file: pathlib.Path) -> dict[str, Any]:
 
 
 def weight_files(folder: pathlib.Path) -> list[pathlib.Path]:
-    """The safetensors files of a model, sorted: one, or those its index names."""
+    """The safetensors files of a model, sorted: one, or the shards that its index names."""
     index = folder / "model.safetensors.index.json"
     if (folder / "model.safetensors").is_file() or not index.is_file():
         return [folder / "model.safetensors"]
@@ -50,7 +54,7 @@ def weight_files(folder: pathlib.Path) -> list[pathlib.Path]:
 
 
 class _File:
-    """An open safetensors file whose names lack a prefix, perhaps none."""
+    """An open safetensors file whose tensor names omit `prefix`, which may be empty."""
 
     def __init__(self, handle: Any, file: pathlib.Path, prefix: str):
         self._handle, self._file, self._prefix = handle, file, prefix
@@ -62,7 +66,7 @@ class _File:
         return self._handle.get_tensor(name.removeprefix(self._prefix))
 
     def flat(self, name: str) -> np.ndarray:
-        """The numbers of a tensor as they lie in the file, [n], read when they are looked at."""
+        """A tensor as a flat memory map [n] in the order of the file; reading is lazy."""
         header, content = self._mapped
         entry = header[name.removeprefix(self._prefix)]
         start, end = entry["data_offsets"]
@@ -70,7 +74,7 @@ class _File:
 
     @functools.cached_property
     def _mapped(self) -> tuple[dict[str, Any], np.ndarray]:
-        """What the file says of its tensors, and the bytes of all."""
+        """(header of the file, memory map uint8 of the bytes of all tensors)."""
         with self._file.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
             header = json.loads(file.read(length))
@@ -79,10 +83,10 @@ class _File:
 
 @contextlib.contextmanager
 def open_tensors(files: Iterable[pathlib.Path], prefix: str = "") -> Iterator[dict[str, _File]]:
-    """Tensor name -> the open safetensors file that holds it; nothing is read yet.
+    """Tensor name -> the open safetensors file that holds it; no tensor is read yet.
 
-    Where no name starts with `prefix`, all are given it: models are also saved without the head, and then without the
-    name of what it is put on.
+    Where no name starts with `prefix`, it is added to all: folders saved without the head omit the name of the module
+    below it.
     """
     from safetensors import safe_open
 
@@ -102,7 +106,7 @@ def open_tensors(files: Iterable[pathlib.Path], prefix: str = "") -> Iterator[di
 def write_tensors(
     file: pathlib.Path, tensors: Iterable[tuple[str, np.ndarray]], metadata: Mapping[str, str] | None = None
 ) -> None:
-    """A safetensors file that torch reads. safetensors writes memory as it lies, so views are made contiguous first."""
+    """Writes a safetensors file that torch can read. Views are made contiguous: safetensors writes raw memory."""
     from safetensors.numpy import save_file
 
     arrays = {name: np.ascontiguousarray(x) for name, x in tensors}
@@ -110,15 +114,24 @@ def write_tensors(
 
 
 class Stream(NamedTuple):
-    """A tensor that is made as it is written."""
+    """A tensor that is produced piece by piece while it is written.
+
+    Attributes:
+      shape, dtype: of the whole tensor.
+      pieces: gives consecutive pieces of its flat content, in `dtype`.
+    """
 
     shape: tuple[int, ...]
     dtype: np.dtype
-    pieces: Callable[[], Iterable[np.ndarray]]  # of its numbers, one after the other, in this dtype
+    pieces: Callable[[], Iterable[np.ndarray]]
 
 
 def stream_tensors(file: pathlib.Path, tensors: Mapping[str, Stream]) -> None:
-    """The same for tensors of which one piece at a time is to be in memory."""
+    """Writes a safetensors file holding one piece of one tensor in memory at a time.
+
+    Raises:
+      ValueError: the pieces of a tensor do not add up to its shape.
+    """
     names = {"float64": "F64"} | {dtype: name for name, dtype in DTYPES.items()}
     header, end = {"__metadata__": {"format": "pt"}}, 0
     for name, tensor in tensors.items():
@@ -139,9 +152,12 @@ def stream_tensors(file: pathlib.Path, tensors: Mapping[str, Stream]) -> None:
 
 @contextlib.contextmanager
 def new_folder(folder: Folder, marker: str) -> Iterator[pathlib.Path]:
-    """A temporary sibling that takes the name `folder` when the block ends, and vanishes where it fails.
+    """A temporary sibling folder, renamed to `folder` when the block succeeds and deleted when it fails.
 
-    A folder already there is replaced if it holds the file `marker`; UserError if it holds anything else.
+    Replaces an existing folder if that is empty or holds the file `marker`.
+
+    Raises:
+      UserError: `folder` exists and is neither empty nor an earlier export.
     """
     folder = pathlib.Path(folder).absolute()
     if folder.exists() and not (folder / marker).is_file() and not (folder.is_dir() and not any(folder.iterdir())):

@@ -1,6 +1,6 @@
-"""config.json of a Hugging Face folder to `ModelConfig` and back, through the tables of `families`.
+"""Conversion between config.json of a Hugging Face folder and `ModelConfig`, through the tables of `families`.
 
-What the decoder does not compute is refused; what it does not need, such as rates of dropout, is passed over.
+Settings that the decoder cannot compute raise an error. Settings that it does not need, such as dropout, are ignored.
 """
 
 import dataclasses
@@ -16,7 +16,7 @@ from pjrlhf.models.families import Family, get_family
 from pjrlhf.models.folders import Folder, read_json
 
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
-# Our names of the numbers of a scaling of RoPE -> theirs, by its type.
+# Type of RoPE scaling -> our name of each of its numbers -> theirs.
 ROPE_FIELDS = {
     "linear": {"factor": "factor"},
     "llama3": {
@@ -34,16 +34,18 @@ ACTIVATIONS = {
     "gelu_fast": "gelu_tanh",
     "gelu_pytorch_tanh": "gelu_tanh",
 }
-# Fields that null switches off; null means the default of all others.
+# Fields in which null means "off"; in all others it means the default.
 NULLABLE = ("attention_softcap", "logit_softcap")
 LOCAL, GLOBAL = "sliding_attention", "full_attention"
 
 
 def read_config(folder: Folder) -> ModelConfig:
-    """The shape of the model in `folder`, from its config.json.
+    """The dimensions and switches of the model in `folder`, from its config.json.
 
     Reads both spellings of RoPE: top-level `rope_theta` / `rope_scaling`, and `rope_parameters` of transformers 5.
-    Raises UserError on a missing or unreadable file, a missing key, or anything the decoder cannot compute.
+
+    Raises:
+      UserError: a missing or unreadable file, a missing key, or a setting that the decoder does not support.
     """
     source = pathlib.Path(folder) / "config.json"
     return _parse(read_json(source), source)
@@ -94,7 +96,7 @@ def _parse(raw: Mapping[str, Any], source: Any) -> ModelConfig:
 
 
 def _read_windows(raw: Mapping[str, Any], family: Family, layers: int, source: Any) -> tuple[int, ...]:
-    if family.near is None:
+    if family.sliding is None:
         return ()
     size = raw.get("sliding_window", family.defaults["sliding_window"])
     if raw.get("layer_types"):
@@ -102,20 +104,20 @@ def _read_windows(raw: Mapping[str, Any], family: Family, layers: int, source: A
             raise UserError(
                 f"{source}: layer type {min(unknown)!r} is not supported; use a model with {LOCAL} and {GLOBAL} alone"
             )
-        near = [kind == LOCAL for kind in raw["layer_types"]]
-        if any(near) and "use_sliding_window" in family.defaults and not raw.get("use_sliding_window"):
+        sliding = [kind == LOCAL for kind in raw["layer_types"]]
+        if any(sliding) and "use_sliding_window" in family.defaults and not raw.get("use_sliding_window"):
             raise UserError(
                 f"{source}: layer_types contradicts use_sliding_window; keep the one the model was trained with"
             )
     elif size is None and "layer_types" in family.fixed:
         return ()
     else:
-        near = family.near(raw, layers)
-    if any(near) and not size:
+        sliding = family.sliding(raw, layers)
+    if any(sliding) and not size:
         raise UserError(
             f"{source}: the key 'sliding_window' is missing; copy the config.json that came with the weights"
         )
-    return tuple(size if local else 0 for local in near) if any(near) else ()
+    return tuple(size if local else 0 for local in sliding) if any(sliding) else ()
 
 
 def _read_rope(raw: Mapping[str, Any], family: Family, head_dim: int, windows: bool, source: Any) -> dict[str, Any]:
@@ -140,19 +142,19 @@ def _read_rope(raw: Mapping[str, Any], family: Family, head_dim: int, windows: b
         return {"rope_theta": theta, "rope_scaling": scaling, "local_rope_theta": local if windows else None}
     old = {"rope_theta": raw.get("rotary_emb_base" if family.rope == "neox" else "rope_theta")}
     theta, scaling = _one_rope([old, *given.values()], 10_000.0, source)
-    shares = {block.get("partial_rotary_factor") for block in (raw, *given.values())}
+    fractions = {block.get("partial_rotary_factor") for block in (raw, *given.values())}
     if family.rope == "neox":
-        shares.add(raw.get("rotary_pct"))
-    shares -= {None}
-    share = shares.pop() if shares else 0.25 if family.rope == "neox" else 1.0
-    if shares or (family.rope != "neox" and share != 1.0):
+        fractions.add(raw.get("rotary_pct"))
+    fractions -= {None}
+    fraction = fractions.pop() if fractions else 0.25 if family.rope == "neox" else 1.0
+    if fractions or (family.rope != "neox" and fraction != 1.0):
         raise UserError(f"{source}: partial_rotary_factor is not supported; use a model that rotates whole heads")
-    width = {"rotary_dim": int(head_dim * share)} if family.rope == "neox" else {}
+    width = {"rotary_dim": int(head_dim * fraction)} if family.rope == "neox" else {}
     return {"rope_theta": theta, "rope_scaling": scaling, **width}
 
 
 def _one_rope(blocks: list[Mapping[str, Any]], theta: float, source: Any) -> tuple[float, RopeScaling | None]:
-    """(theta, scaling) that all of `blocks` agree on; `theta` where none has one."""
+    """(theta, scaling) that all `blocks` of settings agree on; the default `theta` where none has one."""
     thetas = {float(block["rope_theta"]) for block in blocks if block.get("rope_theta") is not None}
     scalings = {_read_scaling(block, source) for block in blocks if block.keys() - {"rope_theta"}}
     if len(thetas) > 1 or len(scalings) > 1:
@@ -186,8 +188,12 @@ def _read_scaling(block: Mapping[str, Any], source: Any) -> RopeScaling | None:
 def config_to_hf(config: ModelConfig, *, model_type: str = "llama", dtype: Any = jnp.float32, **token_ids: Any) -> dict:
     """The content of config.json, with both spellings of RoPE and of the dtype.
 
-    `token_ids`: bos_token_id, eos_token_id, pad_token_id (ints, or a list for eos); those not given are written as
-    null, so that no library fills in its own. Raises UserError where `model_type` cannot say what `config` says.
+    Args:
+      token_ids: bos_token_id, eos_token_id, pad_token_id (an int, or a list for eos). Absent ones are written as null,
+        so that no library fills in its default.
+
+    Raises:
+      UserError: an unknown token id, or a `model_type` that cannot express `config`.
     """
     if unknown := set(token_ids) - set(TOKEN_IDS):
         raise UserError(f"token_ids: {sorted(unknown)} is unknown; choose from {', '.join(TOKEN_IDS)}")
@@ -221,16 +227,16 @@ def config_to_hf(config: ModelConfig, *, model_type: str = "llama", dtype: Any =
 
 
 def _write_windows(config: ModelConfig, family: Family) -> dict[str, Any]:
-    if family.near is None:
+    if family.sliding is None:
         return {}
     size = max(config.windows, default=0)
     if "layer_types" in family.fixed:
         return {"sliding_window": size or None}
-    near = [window > 0 for window in config.windows] or [False] * config.num_layers
-    kinds = {"layer_types": [LOCAL if local else GLOBAL for local in near]}
+    sliding = [window > 0 for window in config.windows] or [False] * config.num_layers
+    kinds = {"layer_types": [LOCAL if local else GLOBAL for local in sliding]}
     if "use_sliding_window" not in family.defaults:
         return kinds | {"sliding_window": size or family.defaults["sliding_window"]}
-    first = near.index(True) if any(near) else config.num_layers
+    first = sliding.index(True) if any(sliding) else config.num_layers
     return kinds | {"sliding_window": size or None, "use_sliding_window": size > 0, "max_window_layers": first}
 
 
@@ -244,9 +250,9 @@ def _write_rope(config: ModelConfig, family: Family) -> dict[str, Any]:
         scaling["rope_type"] = kind
     new = {"rope_theta": config.rope_theta, **(scaling or {"rope_type": "default"})}
     if family.rope == "neox":
-        share = (config.rotary_dim or config.head_dim) / config.head_dim
-        new["partial_rotary_factor"] = share
-        old = {"rotary_emb_base": config.rope_theta, "rotary_pct": share}
+        fraction = (config.rotary_dim or config.head_dim) / config.head_dim
+        new["partial_rotary_factor"] = fraction
+        old = {"rotary_emb_base": config.rope_theta, "rotary_pct": fraction}
     elif family.rope == "by_layer_type":
         local = config.local_rope_theta or config.rope_theta
         old = {"rope_theta": config.rope_theta, "rope_local_base_freq": local}

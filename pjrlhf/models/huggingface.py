@@ -1,6 +1,6 @@
-"""Hugging Face folders in and out: weights in safetensors, tensor by tensor through the tables of `families`.
+"""Import and export of Hugging Face folders: safetensors weights, one tensor at a time, by the tables of `families`.
 
-Folders are local; a half-written export never carries the name of a finished one.
+Folders are local. An export appears under its name only when it is complete.
 """
 
 import functools
@@ -56,18 +56,19 @@ def load_params(
     place: Callable[[str, tuple[int, ...]], jax.sharding.Sharding] | None = None,
     quantized: bool = False,
 ) -> Params:
-    """The parameters in `folder` (one model.safetensors, or shards with their index) as our tree.
+    """Loads the parameters in `folder` (model.safetensors, or shards with an index) as a tree of the decoder.
 
-    A process reads what its devices hold and nothing else; host memory holds one device's part of one leaf, and of that
-    one layer twice. Where they are quantised, devices hold one leaf as floats besides.
+    A process reads only what its devices hold. Host memory peaks at one device's part of one leaf, plus one layer of
+    it. While quantising, devices also hold one leaf in floating point.
 
     Args:
       config: from `read_config` where None; its dimensions are checked against every tensor.
-      dtype: of all leaves, whatever the storage (float64, float32, bfloat16, float16).
-      place: `(path, shape) -> sharding` of a leaf; on the default device where None.
-      quantized: as a frozen base in 8 bits, see `models.quantization`.
+      dtype: of all leaves, for any stored dtype (float64, float32, bfloat16, float16).
+      place: `(path, shape) -> sharding` of a leaf; the default device where None.
+      quantized: quantise to int8, see `models.quantization`.
 
-    Raises UserError on missing, unused or wrongly shaped tensors, by name.
+    Raises:
+      UserError: a missing, unused or wrongly shaped tensor, by name.
     """
     folder = pathlib.Path(folder)
     config = read_config(folder) if config is None else config
@@ -101,7 +102,7 @@ def load_params(
 def _placed(
     read: Callable[[tuple[slice, ...]], np.ndarray], shape: tuple[int, ...], sharding: jax.sharding.Sharding
 ) -> jax.Array:
-    """The array of `shape` whose parts `read` gives, each read once for all devices that hold it."""
+    """An array of `shape` from `read(index)`, called once for each distinct shard."""
     parts = sharding.addressable_devices_indices_map(shape)
     holders: dict[str, list[Any]] = {}
     for device, index in parts.items():
@@ -120,8 +121,9 @@ def _read_part(
     dtype: np.dtype,
     index: tuple[slice, ...],
 ) -> np.ndarray:
-    """`leaf[index]` of the leaf of `shape` that is made of `tensors`: one, or one per layer, all with slots like
-    `slot`.
+    """`leaf[index]` of a leaf of `shape` that is stored as `tensors`: one, or one per layer.
+
+    `slot` describes any of them.
     """
     ranges = [range(*part.indices(size)) for part, size in zip(index, shape, strict=True)]
     part = np.empty([len(r) for r in ranges], dtype)
@@ -144,7 +146,7 @@ def _check_names(folder, found: Iterable[str], slots: Iterable[str], family: Fam
     unused = sorted(name for name in set(found) - set(slots) if not is_ignorable(family, config, name))
     for names, complaint in (
         (missing, "is missing from the weights"),
-        (unused, "in the weights has no place in the model"),
+        (unused, "in the weights does not belong to the model"),
     ):
         if names:
             more = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
@@ -165,18 +167,22 @@ def save_params(
     max_shard_bytes: int = 2 * 2**30,
     pieces: Mapping[str, Callable[[], Iterable[np.ndarray]]] | None = None,
 ) -> None:
-    """Writes a folder that `transformers` loads: weights, config.json, generation_config.json, the tokenizer's files.
+    """Writes a folder that `transformers` loads: weights, config.json, generation_config.json and tokenizer files.
 
-    An earlier export of the same name is replaced by renaming. Host memory holds one tensor. Leaves must be addressable
-    by this process: on several hosts, gather first and call it on one.
+    Replaces an earlier export of the same name atomically. Host memory holds one tensor at a time. This process must be
+    able to address all leaves: on several hosts, gather them first and call this on one.
 
     Args:
-      params: our tree, jax or numpy arrays.
-      dtype: of the stored weights; None keeps that of each leaf.
-      tokenizer_folder: its tokenizer files are copied.
+      params: parameter tree of the decoder, jax or numpy arrays.
+      dtype: of the stored weights; None keeps the dtype of each leaf.
+      tokenizer_folder: folder whose tokenizer files are copied.
       token_ids: see `config_to_hf`.
-      max_shard_bytes: weights beyond this go into several files with an index; a tensor is never split.
-      pieces: of tensors on disk that are not taken from `params`, by name: their numbers, see `folders.Stream`.
+      max_shard_bytes: larger weights are split into several files with an index; a tensor is never split.
+      pieces: by name on disk, content of tensors that are streamed instead of taken from `params`, see
+        `folders.Stream`.
+
+    Raises:
+      UserError: leaves that do not match `config`, or an existing folder that is no earlier export.
     """
     leaves = flax.traverse_util.flatten_dict(params, sep="/")
     shapes = leaf_shapes(config)
@@ -225,7 +231,7 @@ def save_params(
 
 
 def _take(leaf: Any, index: int | tuple[()]) -> np.ndarray:
-    """One layer of a stacked leaf, fetched alone: a device array would else keep a host copy of the whole stack."""
+    """`leaf[index]` on the host. Slices on the device first: else the array would cache a host copy of all layers."""
     if isinstance(leaf, jax.Array) and index != ():
         leaf, index = jax.lax.dynamic_index_in_dim(leaf, index, keepdims=False), ()
     return np.asarray(leaf[index])
@@ -240,8 +246,9 @@ def _copy_tokenizer(source: pathlib.Path, target: pathlib.Path) -> None:
 
 
 def fingerprint(folder: Folder) -> str:
-    """16 hex digits naming the model in `folder`: XXH3 over name and content of config.json and the weight files. It
-    tells models apart as fast as they can be read; it is no proof against forgery.
+    """Identifies the model in `folder` by 16 hex digits: XXH3 of the names and contents of config.json and weights.
+
+    XXH3 is as fast as reading the files, but not cryptographic.
     """
     folder = pathlib.Path(folder)
     digest = xxhash.xxh3_64()

@@ -1,4 +1,4 @@
-"""Products of activations with a kernel that suit the machine."""
+"""Matrix products of activations with a kernel, arranged for the fast path of each backend."""
 
 import jax
 import jax.numpy as jnp
@@ -7,48 +7,52 @@ FEW_ROWS = 64
 
 
 @jax.custom_vjp
-def product(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """`x` [..., D] times `kernel` [D, F], [..., F], in the dtype of `x`. A kernel of integers is constant to gradients.
+def matmul(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """`x` [..., D] @ `kernel` [D, F] -> [..., F], in the dtype of `x`. An integer kernel gets no gradient.
 
-    On a CPU the gradient of the kernel is taken from a turned copy of `x`: XLA's fast product there (jax 0.10) takes
-    no turned first factor, and its other one is half as fast. Elsewhere it is what JAX would have made of `x @ kernel`.
+    On a CPU the gradient of the kernel is computed from a transposed copy of `x`: XLA:CPU's fast GEMM (jax 0.10) does
+    not accept a transposed left operand, and its fallback is half as fast. On other backends the gradient is JAX's.
     """
     return x @ kernel.astype(x.dtype)
 
 
 def _forward(x, kernel):
-    # What is not asked for is not kept for the gradient: a frozen kernel has none. Integers are converted anew.
-    wanted = kernel.perturbed and not jnp.issubdtype(kernel.value.dtype, jnp.integer)
-    kept = x.value if wanted else None, kernel.value if x.perturbed else None
-    return x.value @ kernel.value.astype(x.value.dtype), kept
+    # Residuals are saved only where a gradient needs them: a frozen kernel needs no `x`. Integer kernels are converted
+    # again in the backward pass.
+    needs_gradient = kernel.perturbed and not jnp.issubdtype(kernel.value.dtype, jnp.integer)
+    residuals = x.value if needs_gradient else None, kernel.value if x.perturbed else None
+    return x.value @ kernel.value.astype(x.value.dtype), residuals
 
 
-def _backward(saved, gradient):
-    x, kernel = saved
+def _backward(residuals, gradient):
+    x, kernel = residuals
 
-    def turned(x, gradient):
+    def transposed(x, gradient):
         rows = x.reshape(-1, x.shape[-1])
         return jax.lax.optimization_barrier(rows.T) @ gradient.reshape(len(rows), -1)
 
     def plain(x, gradient):
         return jnp.einsum("...d,...f->df", x, gradient)
 
-    of_kernel = None if x is None else jax.lax.platform_dependent(x, gradient, cpu=turned, default=plain)
-    of_x = None if kernel is None else gradient @ kernel.astype(gradient.dtype).T
-    return of_x, of_kernel
+    kernel_gradient = None
+    if x is not None:
+        kernel_gradient = jax.lax.platform_dependent(x, gradient, cpu=transposed, default=plain)
+    x_gradient = None if kernel is None else gradient @ kernel.astype(gradient.dtype).T
+    return x_gradient, kernel_gradient
 
 
-product.defvjp(_forward, _backward, symbolic_zeros=True)
+matmul.defvjp(_forward, _backward, symbolic_zeros=True)
 
 
-def turned_product(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """`x` [..., D] times the turned `kernel` [F, D], [..., F].
+def matmul_transposed(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """`x` [..., D] times the transposed `kernel` [F, D] -> [..., F].
 
-    For few rows, as in decoding, a CPU is twice as fast with the kernel as the first factor, which is not rearranged.
+    For few rows, as in decoding, a CPU is twice as fast with the kernel as the left operand, which it then need not
+    repack.
     """
     rows = x.reshape(-1, x.shape[-1])
     if len(rows) > FEW_ROWS:
-        return product(x, kernel.T)
-    # The barriers keep XLA from turning both back.
-    found = jax.lax.optimization_barrier(kernel.astype(x.dtype) @ jax.lax.optimization_barrier(rows.T))
-    return found.T.reshape(*x.shape[:-1], len(kernel))
+        return matmul(x, kernel.T)
+    # The barriers stop XLA from undoing the transposes.
+    product = jax.lax.optimization_barrier(kernel.astype(x.dtype) @ jax.lax.optimization_barrier(rows.T))
+    return product.T.reshape(*x.shape[:-1], len(kernel))

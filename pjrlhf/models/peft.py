@@ -1,11 +1,11 @@
-"""One LoRA ingredient in the folder format of PEFT, out and in.
+"""Import and export of one LoRA ingredient in PEFT's folder format.
 
-An adapter here is an ingredient of a bank, so without the axis K: `{'layers': {'attention': {'query': {'a': [L, in, R],
-'b': [L, R, out]}, ...}, ...}}`, and its update of a kernel is `alpha / rank * a[l] @ b[l]`. PEFT stores both factors
+An adapter is an ingredient of a bank without the axis K: `{'layers': {'attention': {'query': {'a': [L, in, R], 'b':
+[L, R, out]}, ...}, ...}}`. It adds `alpha / rank * a[l] @ b[l]` to the kernel of layer l. PEFT stores both factors
 transposed.
 
-Where queries, keys and values are one module on disk, it gets their three updates as one of rank 3 R, exactly: the
-factors `a` side by side, and of `b` zeros but for the block that belongs to a part. Patterns of rank and alpha say so.
+Where queries, keys and values are one module on disk, their three updates become one of rank 3 R without loss: `a` is
+concatenated and `b` is block-diagonal. `rank_pattern` and `alpha_pattern` record this.
 """
 
 import json
@@ -23,11 +23,11 @@ from pjrlhf.models.folders import Folder, new_folder, open_tensors, read_json, w
 
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
-MANIFEST = "manifest.json"  # beside an adapter or a merged model: what it was made of
+MANIFEST = "manifest.json"  # provenance, next to an adapter or a merged model
 FACTORS = {"a": "lora_A", "b": "lora_B"}
-# What an adapter of ours always is: written, and demanded of a folder that states otherwise.
+# Settings with one supported value: always written, and required where a folder states them.
 FIXED = {"peft_type": "LORA", "bias": "none", "modules_to_save": None}
-# Settings that change the update and must be off; they are not written, for versions of PEFT that do not know them.
+# Settings that change the update and must be off. Not written, because older versions of PEFT do not know them.
 OFF = (
     "alora_invocation_tokens",
     "layer_replication",
@@ -52,8 +52,12 @@ def save_peft(
     Args:
       adapter: leaves `a` [L, in, R] and `b` [L, R, out]; modules may be absent.
       rank, alpha: the update is scaled by alpha / rank.
-      base_name: folder or hub name of the base model, for whoever loads it.
+      base_name: folder or hub name of the base model, recorded for loading.
+      model_type: family of the base.
       head_dim: of the base; needed for families whose projections are fused head by head.
+
+    Raises:
+      UserError: a leaf without a name in PEFT, a missing factor, or an existing folder that is no earlier export.
     """
     leaves = {path: np.asarray(leaf) for path, leaf in flax.traverse_util.flatten_dict(adapter, sep="/").items()}
     family = get_family(model_type, folder)
@@ -82,7 +86,7 @@ def save_peft(
     }
 
     def factors(paths):
-        """[L, in, R] and [L, R, out] of a module on disk."""
+        """Factors [L, in, R] and [L, R, out] of a module on disk; R is `rank` times the number of fused parts."""
         a, b = ([leaves[f"{path}/{factor}"] for path in paths] for factor in FACTORS)
         if len(paths) == 1:
             return a[0], b[0]
@@ -108,14 +112,14 @@ def save_peft(
 
 
 def _target(family: Family, module: str) -> str:
-    """The shortest end of the module's name that no other module has."""
+    """The shortest suffix of the module's name that identifies it."""
     names = module.split(".")
     ends = (".".join(names[-n:]) for n in range(1, len(names)))
     return next(end for end in ends if sum(x.endswith(f".{end}") for x in adapter_modules(family)) == 1)
 
 
 def _patterns(family: Family, modules: Mapping[str, tuple[str, ...]], rank: int, alpha: float) -> dict[str, Any]:
-    """What adapter_config.json says of fused modules among `modules`; nothing where there are none."""
+    """`rank_pattern` and `alpha_pattern` of the fused modules among `modules`; {} where there are none."""
     fused = {_target(family, module): len(paths) for module, paths in modules.items() if len(paths) > 1}
     if not fused:
         return {}
@@ -126,12 +130,14 @@ def _patterns(family: Family, modules: Mapping[str, tuple[str, ...]], rank: int,
 
 
 def load_peft(folder: Folder, model_type: str = "llama", head_dim: int = 0) -> tuple[Any, int, float]:
-    """(adapter, rank, alpha) of a LoRA folder; leaves float32 numpy arrays.
+    """Loads (adapter, rank, alpha) from a LoRA folder; leaves are float32 numpy arrays.
 
-    With `use_rslora` (arXiv 2312.03732) the update is scaled by alpha / sqrt(rank), so alpha * sqrt(rank) is returned:
-    alpha / rank is the factor to apply either way. An adapter of a fused projection becomes one of each of its parts:
-    those that `save_peft` wrote, or parts that share `a`. Raises UserError on anything but plain LoRA on whole linear
-    layers.
+    The update is always scaled by alpha / rank: for `use_rslora` (arXiv 2312.03732), which scales by alpha /
+    sqrt(rank), alpha * sqrt(rank) is returned. An adapter of a fused projection is split into one per part, either the
+    ones that `save_peft` fused, or ones that share `a`.
+
+    Raises:
+      UserError: anything but plain LoRA on whole linear layers.
     """
     folder = pathlib.Path(folder)
     config = read_json(folder / CONFIG)
@@ -141,16 +147,16 @@ def load_peft(folder: Folder, model_type: str = "llama", head_dim: int = 0) -> t
     rank, alpha = int(config["r"]), float(config["lora_alpha"])
     modules = adapter_modules(family)
     ours = _patterns(family, modules, rank, alpha)
-    joined = bool(ours) and not config.get("use_rslora") and all(config.get(name) == ours[name] for name in ours)
-    allowed = {**FIXED, **dict.fromkeys((*OFF, "rank_pattern", "alpha_pattern")), **(ours if joined else {})}
-    # Of a Conv1D the factors lie as of any other module, whatever the flag says.
+    block_diagonal = bool(ours) and not config.get("use_rslora") and all(config.get(key) == ours[key] for key in ours)
+    allowed = {**FIXED, **dict.fromkeys((*OFF, "rank_pattern", "alpha_pattern")), **(ours if block_diagonal else {})}
+    # For a Conv1D module, PEFT stores the factors as for any other, with either value of the flag.
     allowed["fan_in_fan_out"] = config.get("fan_in_fan_out") if family.conv1d else False
     for name, value in allowed.items():
         if (config.get(name) or value) != value:
             raise UserError(
                 f"{folder / CONFIG}: {name}={config[name]!r} is not supported; export the adapter as plain LoRA"
             )
-    factors = _read_factors(folder, rank, family, modules, joined, head_dim)
+    factors = _read_factors(folder, rank, family, modules, block_diagonal, head_dim)
     depth = 1 + max((layer for layers in factors.values() for layer in layers), default=-1)
     adapter = {}
     for path in sorted({path.rpartition("/")[0] for path in factors}):
@@ -178,10 +184,13 @@ def _read_factors(
     rank: int,
     family: Family,
     modules: Mapping[str, tuple[str, ...]],
-    joined: bool,
+    block_diagonal: bool,
     head_dim: int,
 ) -> dict[str, dict[int, np.ndarray]]:
-    """Our path -> layer -> factor, `a` [in, R] or `b` [R, out]."""
+    """Our path -> layer -> factor `a` [in, R] or `b` [R, out].
+
+    `block_diagonal`: fused modules hold one block per part, as `save_peft` writes them; else parts share `a`.
+    """
     factors: dict[str, dict[int, np.ndarray]] = {}
     with open_tensors([folder / WEIGHTS]) as files:
         for key in sorted(files):
@@ -193,7 +202,7 @@ def _read_factors(
                 )
             whole = files[key].get_tensor(key).astype(np.float32).T
             kind, axis = match[4].lower(), -1 if match[4] == "A" else 0
-            full_rank = rank * len(paths) if joined else rank
+            full_rank = rank * len(paths) if block_diagonal else rank
             if whole.ndim != 2 or whole.shape[axis] != full_rank:
                 raise UserError(
                     f"{folder}: {key} has shape {whole.shape[::-1]}, which is not of rank {full_rank}; export it again"
@@ -203,7 +212,7 @@ def _read_factors(
                 if len(paths) > 1 and kind == "b":
                     runs = part_runs(family, part, whole.shape[1] // len(paths), head_dim)
                     factor = np.concatenate([whole[:, run] for run in runs], axis=1)
-                if len(paths) > 1 and joined:
+                if len(paths) > 1 and block_diagonal:
                     own = slice(part * rank, (part + 1) * rank)
                     if kind == "b" and np.count_nonzero(factor) > np.count_nonzero(factor[own]):
                         raise UserError(

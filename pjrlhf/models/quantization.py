@@ -1,8 +1,8 @@
-"""A frozen base in 8 bits: kernels of the linear layers as integers with one scale per output column.
+"""Int8 weight quantisation of a frozen base: kernels of the linear layers with one scale per output column.
 
-A column w of a kernel is held as the nearest integers to w / s, where s = max |w| / 127 (symmetric, by the largest
-absolute value; arXiv 2208.07339, section 2, vector-wise). Layers have kernels {"kernel": int8 [L, in, out], "scale":
-float32 [L, out]}; embeddings, head, norms and biases stay as they are. What is trained beside them is not touched.
+A column w of a kernel is stored as round(w / s) with s = max |w| / 127 (symmetric absmax, vector-wise; section 2 of
+arXiv 2208.07339). A quantised layer has {"kernel": int8 [L, in, out], "scale": float32 [L, out]}. Embeddings, head,
+norms, biases and adapters keep their dtype.
 """
 
 import re
@@ -19,15 +19,19 @@ Params = Any
 KINDS = ("", "int8")
 _LARGEST = 127
 _NEEDS_FLOATS = (
-    "full parameters (adapter.rank 0) are sums with those of the base, which must be floats; set adapter.rank above 0, "
-    "or leave model.quantize empty"
+    "full-parameter training (adapter.rank 0) needs a base in floating point; set adapter.rank above 0, or leave "
+    "model.quantize empty"
 )
 _KERNEL = re.compile(r"layers/(attention|mlp)/\w+/kernel$")
 Place = Callable[[str, tuple[int, ...]], jax.sharding.Sharding]
 
 
 def check_quantize(kind: str, rank: int) -> None:
-    """Raises UserError where there is no such `model.quantize`, or it does not go with `adapter.rank`."""
+    """Checks `model.quantize` = `kind`.
+
+    Raises:
+      UserError: an unknown kind, or one that `adapter.rank` = `rank` does not allow.
+    """
     if kind not in KINDS:
         raise UserError(f"model.quantize {kind!r}: unknown; choose int8, or leave it empty")
     if kind and not rank:
@@ -35,28 +39,34 @@ def check_quantize(kind: str, rank: int) -> None:
 
 
 def quantize(kernel: jax.Array) -> dict[str, jax.Array]:
-    """{"kernel" int8 [..., in, out], "scale" float32 [..., out]} of a kernel: |kernel - its product| <= scale / 2."""
-    wide = kernel.astype(jnp.float32)
-    largest = jnp.max(jnp.abs(wide), axis=-2)
+    """Quantises a kernel [..., in, out] to {"kernel": int8 [..., in, out], "scale": float32 [..., out]}.
+
+    The error |kernel - quantised * scale| is at most scale / 2.
+    """
+    kernel = kernel.astype(jnp.float32)
+    largest = jnp.max(jnp.abs(kernel), axis=-2)
     scale = jnp.where(largest > 0, largest / _LARGEST, 1.0)
-    rounded = jnp.clip(jnp.round(wide / scale[..., None, :]), -_LARGEST, _LARGEST)
+    rounded = jnp.clip(jnp.round(kernel / scale[..., None, :]), -_LARGEST, _LARGEST)
     return {"kernel": rounded.astype(jnp.int8), "scale": scale}
 
 
 def quantize_leaf(path: str, leaf: jax.Array, place: Place | None = None) -> dict[str, jax.Array]:
-    """What the leaf at the "/"-joined `path` of a base becomes, by path; `place` says where that lives."""
+    """The leaves by path that replace the leaf at the "/"-joined `path` of a base: kernel and scale, or itself.
+
+    `place(path, shape)` gives the sharding of a result.
+    """
     if not _KERNEL.search(path):
         return {path: leaf}
     scale = path.removesuffix("kernel") + "scale"
-    where = None
+    shardings = None
     if place is not None:
-        where = {"kernel": place(path, leaf.shape), "scale": place(scale, (*leaf.shape[:-2], leaf.shape[-1]))}
-    made = jax.jit(quantize, out_shardings=where)(leaf)
-    return {path: made["kernel"], scale: made["scale"]}
+        shardings = {"kernel": place(path, leaf.shape), "scale": place(scale, (*leaf.shape[:-2], leaf.shape[-1]))}
+    quantized = jax.jit(quantize, out_shardings=shardings)(leaf)
+    return {path: quantized["kernel"], scale: quantized["scale"]}
 
 
 def quantize_params(params: Params) -> Params:
-    """The base `params` with the kernels of its layers quantised."""
+    """The base `params` with the kernels of its layers quantised to int8."""
     flat = {}
     for path, leaf in flax.traverse_util.flatten_dict(params, sep="/").items():
         flat |= quantize_leaf(path, leaf)
@@ -64,6 +74,10 @@ def quantize_params(params: Params) -> Params:
 
 
 def refuse_quantized(base: Params) -> None:
-    """Raises UserError where full parameters, which are sums with those of the base, are asked of a quantised one."""
+    """Checks that `base` can be trained in full.
+
+    Raises:
+      UserError: `base` is quantised.
+    """
     if any(leaf.dtype == jnp.int8 for leaf in jax.tree.leaves(base)):
         raise UserError(f"model.quantize: {_NEEDS_FLOATS}")

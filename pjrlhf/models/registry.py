@@ -1,4 +1,4 @@
-"""Who has which row: user names beside the tables of a user model, which people join and leave while it is in use."""
+"""The registry of users: which row of the tables of a user model belongs to which name."""
 
 import dataclasses
 import functools
@@ -16,19 +16,19 @@ Tree = Any  # leaves [U + 1, ...]: the table of a user model, optimizer moments 
 
 @dataclasses.dataclass(frozen=True)
 class UserRegistry:
-    """Names of the rows of user tables; immutable, changes return a new registry beside the new tables.
+    """Names of the rows of user tables. Immutable: changes return a new registry and new tables.
 
-    Row 0 is the generic user and has no name. Whatever happens to one user, rows of others keep every bit.
+    Row 0 is the generic user and has no name. A change to one user leaves the rows of all others bit-identical.
 
     Attributes:
-      names: one per row, None on row 0 and on free rows.
+      names: one per row; None for row 0 and for free rows.
     """
 
     names: tuple[str | None, ...]
 
     @classmethod
     def create(cls, users: Iterable[str], capacity: int = 0) -> "UserRegistry":
-        """Rows 1, 2, ... for `users` in their order, and free rows up to `capacity` users."""
+        """A registry with rows 1, 2, ... for `users` in order, and free rows up to `capacity` users in all."""
         users = tuple(users)
         registry = cls((None,) * (1 + max(len(users), capacity)))
         return dataclasses.replace(registry, names=registry._with(users))
@@ -47,15 +47,15 @@ class UserRegistry:
 
     @property
     def capacity(self) -> int:
-        """U: users that the tables have rows for."""
+        """U, the number of rows for users, taken or free."""
         return len(self.names) - 1
 
     def indices(self, users: Iterable[str | None]) -> np.ndarray:
-        """Rows int32 [B]; 0, the generic user, for None and unknown names."""
+        """Rows of `users`, int32 [B]; 0, the generic user, for None and unknown names."""
         return np.array([self.rows.get(user, 0) for user in users], np.int32)
 
     def add_users(self, table: Tree, users: Sequence[str]) -> tuple["UserRegistry", Tree]:
-        """Gives each new user a free row, equal to the generic user's.
+        """Gives each new user a free row, initialised with the generic user's.
 
         Raises:
           UserError: a user exists already, or there are too few free rows (see `grow`).
@@ -65,11 +65,13 @@ class UserRegistry:
         return new, self._map(lambda x: x.at[rows].set(x[0]), table)
 
     def remove_users(self, tree: Tree, users: Sequence[str]) -> tuple["UserRegistry", Tree]:
-        """Forgets users: their rows become zero in every leaf of `tree`, which should hold the optimizer's moments
-        (`state["rows"]` of `lazy_adam`) as well as the table, and may be given to somebody else.
+        """Removes users: zeroes their rows in every leaf of `tree` and frees them for others.
+
+        To leave no trace, `tree` must hold the optimizer's moments (`state["rows"]` of `lazy_adam`) as well as the
+        table.
 
         Raises:
-          UserError: there is no such user.
+          UserError: an unknown user.
         """
         rows = self._rows_of(users)
         names = tuple(None if i in rows else name for i, name in enumerate(self.names))
@@ -81,19 +83,19 @@ class UserRegistry:
         return UserRegistry(self.names + (None,) * count), grown
 
     def export_users(self, table: Tree, users: Sequence[str]) -> dict[str, Any]:
-        """Name -> everything the table knows about the user, as JSON values that `import_users` takes exactly.
+        """Name -> all parameters of the user as JSON values, which `import_users` restores exactly.
 
         Raises:
-          UserError: there is no such user.
+          UserError: an unknown user.
         """
         found = zip(users, self._rows_of(users).tolist(), strict=True)
         return {user: self._map(lambda x, row=row: np.asarray(x[row]).tolist(), table) for user, row in found}
 
     def import_users(self, table: Tree, exported: Mapping[str, Any]) -> tuple["UserRegistry", Tree]:
-        """Writes exported users to their rows, those that are new to free ones.
+        """Writes exported users to their rows, and new users to free rows.
 
         Raises:
-          UserError: a user of another kind or size of user model, or too few free rows (see `grow`).
+          UserError: parameters of another kind or size of user model, or too few free rows (see `grow`).
         """
         new = UserRegistry(self._with([user for user in exported if user not in self.rows]))
         for user, value in exported.items():
@@ -109,7 +111,7 @@ class UserRegistry:
     def _rows_of(self, users: Sequence[str]) -> np.ndarray:
         for user in users:
             if user not in self.rows:
-                raise UserError(f"user {user!r}: nobody has this name; known are {len(self.rows)} users")
+                raise UserError(f"user {user!r}: unknown name; the table has {len(self.rows)} users")
         return self.indices(users)
 
     def _with(self, users: Sequence[str]) -> tuple[str | None, ...]:
@@ -126,7 +128,7 @@ class UserRegistry:
                 "grow the table"
             )
         names = list(self.names)
-        for row, user in zip(free, users, strict=False):  # rows may be left
+        for row, user in zip(free, users, strict=False):  # may leave free rows
             names[row] = user
         return tuple(names)
 

@@ -1,4 +1,4 @@
-"""Pytrees of arrays in one safetensors file, with a note of JSON values beside them."""
+"""Pytrees of arrays in one safetensors file, with JSON metadata."""
 
 import json
 import os
@@ -14,7 +14,7 @@ from pjrlhf.parallel.processes import on_process_zero, to_host
 
 
 def save_tree(path: str | os.PathLike, tree: Any, note: dict[str, Any] | None = None) -> None:
-    """Writes a nested dict of arrays; a reader sees the whole file or none. Every process must call it."""
+    """Writes a nested dict of arrays, and `note` as JSON, atomically. Every process must call it."""
     _write(pathlib.Path(path), flax.traverse_util.flatten_dict(to_host(tree), sep="/"), note or {})
 
 
@@ -26,8 +26,10 @@ def _write(path: pathlib.Path, flat: dict[str, Any], note: dict[str, Any]) -> No
 
 
 def load_tree(path: str | os.PathLike) -> tuple[Any, dict[str, Any]]:
-    """The tree (jax arrays) and the note written by `save_tree`. Raises UserError where there is no such file, or a
-    broken one.
+    """(tree of jax arrays, note) as written by `save_tree`.
+
+    Raises:
+      UserError: the file is missing or damaged.
     """
     from safetensors import safe_open
 

@@ -1,4 +1,4 @@
-"""Parameters of a decoder for sampling: layers apart, and what reads the same input in one product."""
+"""Decoder parameters for sampling: layers unrolled, and linear layers that share an input fused into one matmul."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -6,25 +6,27 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-# Per block of a layer, linear layers of one input.
-TOGETHER = {"attention": (("query", "key", "value"), ("output",)), "mlp": (("gate", "up"), ("down",))}
+# Per block of a layer: groups of linear layers that read the same input.
+SHARED_INPUTS = {"attention": (("query", "key", "value"), ("output",)), "mlp": (("gate", "up"), ("down",))}
 
 
-def apart(
-    variables: Any, leading: int = 0, turned: bool = False, joined: bool = False, dtype: Any = jnp.float32
+def unroll(
+    variables: Any, leading: int = 0, transposed: bool = False, fused: bool = False, dtype: Any = jnp.float32
 ) -> Any:
-    """{"params"} and perhaps {"adapters"} of a decoder with `scan_layers` as one without takes them: layer i of
-    "layers" becomes "layers_i".
+    """Variables of a decoder with `scan_layers` -> those of the same decoder without: slice i of "layers" becomes
+    "layers_i".
 
     Args:
-      variables: leaves of params have `leading` axes before that of layers.
-      turned: kernels become [out, in].
-      joined: kernels that read the same input become one, "gate" [in, out] and "up" "gate_up" [in, 2 out]. So do
-        adapters, R of all together, "a" [K, in, R] as K R further columns of the kernel and "b" [K, R, 2 out], so that
-        [y, low] = x [W, A] and y + low B: four products for a layer and four small ones, in place of seven and
-        fourteen. Kernels are cast to `dtype`, in which they are multiplied.
+      variables: {"params"} and optionally {"adapters"}.
+      leading: number of axes before the layer axis in the leaves of "params".
+      transposed: store kernels as [out, in].
+      fused: concatenate kernels that read the same input along their outputs: "gate" and "up" [in, out] become
+        "gate_up" [in, 2 out]. LoRA factors "a" [K, in, R] of these layers are appended as K R further kernel columns,
+        and their factors "b" become one block-diagonal "b" [K, 2 R, 2 out], so that [y, low] = x [W, A] and the
+        output is y + low B: four matmuls of a layer plus four small ones, instead of seven plus fourteen. Fused
+        kernels are cast to `dtype`, the dtype of the matmul.
     """
-    found = {}
+    unrolled = {}
     for name, axis in (("params", leading), ("adapters", 1)):
         if name in variables:
             tree = dict(variables[name])
@@ -33,26 +35,26 @@ def apart(
                 tree[f"layers_{i}"] = jax.tree.map(
                     lambda x, i=i, axis=axis: jax.lax.index_in_dim(x, i, axis, keepdims=False), stacked
                 )
-            found[name] = tree
-    if joined:
-        bank = found.get("adapters", {})
-        for name in [name for name in found["params"] if name.startswith("layers_")]:
-            found["params"][name], low = _joined(found["params"][name], bank.get(name, {}), dtype)
+            unrolled[name] = tree
+    if fused:
+        bank = unrolled.get("adapters", {})
+        for name in [name for name in unrolled["params"] if name.startswith("layers_")]:
+            unrolled["params"][name], adapters = _fuse(unrolled["params"][name], bank.get(name, {}), dtype)
             if bank:
-                bank[name] = low
-    if turned:
-        found["params"] = jax.tree_util.tree_map_with_path(
-            lambda path, x: x.swapaxes(-1, -2) if path[-1].key == "kernel" else x, found["params"]
+                bank[name] = adapters
+    if transposed:
+        unrolled["params"] = jax.tree_util.tree_map_with_path(
+            lambda path, x: x.swapaxes(-1, -2) if path[-1].key == "kernel" else x, unrolled["params"]
         )
-    return found
+    return unrolled
 
 
-def _joined(params: Any, bank: Any, dtype: Any) -> tuple[Any, Any]:
-    """A layer and its part of the bank."""
-    params, low = dict(params), {}
-    for block, groups in TOGETHER.items():
+def _fuse(params: Any, bank: Any, dtype: Any) -> tuple[Any, Any]:
+    """(parameters, adapters) of one layer with the groups of `SHARED_INPUTS` fused where that pays."""
+    params, adapters = dict(params), {}
+    for block, groups in SHARED_INPUTS.items():
         tree, factors = dict(params[block]), bank.get(block, {})
-        low[block] = {}
+        adapters[block] = {}
         for names in groups:
             names = [name for name in names if name in tree]
             pairs = {name: factors[name] for name in names if name in factors}
@@ -60,26 +62,28 @@ def _joined(params: Any, bank: Any, dtype: Any) -> tuple[Any, Any]:
             columns = sum(pair["a"].shape[0] * pair["a"].shape[2] for pair in pairs.values())
             quantized = jnp.issubdtype(first.dtype, jnp.integer)
             if columns > first.shape[-2] // 8 or (pairs and quantized):
-                # Each pair has columns of its own in "b": of so many most would be zeros. Integers take no floats.
-                low[block].update(pairs)
+                # Fusing does not pay where adapters are wide, because most of the block-diagonal "b" is zeros, and it
+                # cannot append float columns to an integer kernel.
+                adapters[block].update(pairs)
                 continue
-            taken, together = [tree.pop(name) for name in names], "_".join(names)
-            whole = {key: jnp.concatenate([one[key] for one in taken], axis=-1) for key in taken[0]}
+            parts, fused_name = [tree.pop(name) for name in names], "_".join(names)
+            whole = {key: jnp.concatenate([part[key] for part in parts], axis=-1) for key in parts[0]}
             if not quantized:
                 whole["kernel"] = whole["kernel"].astype(dtype)
             if pairs:
                 a = jnp.concatenate([pair["a"] for pair in pairs.values()], axis=-1).swapaxes(0, 1)
                 columns = a.reshape(len(a), -1).astype(dtype)
                 whole["kernel"] = jnp.concatenate([whole["kernel"], columns], axis=-1)
-                widths = {name: one["kernel"].shape[-1] for name, one in zip(names, taken, strict=True)}
-                low[block][together] = {"b": _diagonal({name: pair["b"] for name, pair in pairs.items()}, widths)}
-            tree[together] = whole
+                widths = {name: part["kernel"].shape[-1] for name, part in zip(names, parts, strict=True)}
+                b = _block_diagonal({name: pair["b"] for name, pair in pairs.items()}, widths)
+                adapters[block][fused_name] = {"b": b}
+            tree[fused_name] = whole
         params[block] = tree
-    return params, low
+    return params, adapters
 
 
-def _diagonal(factors: Mapping[str, jax.Array], widths: Mapping[str, int]) -> jax.Array:
-    """[K, R, out] of all together, each in its own columns."""
+def _block_diagonal(factors: Mapping[str, jax.Array], widths: Mapping[str, int]) -> jax.Array:
+    """One "b" [K, sum of R, sum of widths] from `factors` [K, R, width], each in the columns of its own layer."""
     before, rows, total = 0, [], sum(widths.values())
     for name, width in widths.items():
         if name in factors:

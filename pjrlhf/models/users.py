@@ -1,13 +1,13 @@
-"""User models: from integer user indices to user tokens and mix rows, one function per kind.
+"""User models: map user indices to user tokens or to rows of `mix`, one function per kind.
 
-A user is a row of a table; index 0 is the generic user and stands for everybody unknown. What a user says about
-themselves in words needs no table: put the text into the prompt, where the model's own embeddings are its user model
-(P-RLHF, arXiv 2402.05133). User tokens sit in slots right after BOS (`reserve`), a mix row weighs the adapters.
+A user is a row of a table. Index 0 is the generic user, who stands for every unknown user. A textual user description
+needs no table: it goes into the prompt (P-RLHF, arXiv 2402.05133). User tokens take positions right after BOS (see
+`reserve`); a row of `mix` weighs the adapters.
 
-Shapes: B examples, U users, T user tokens, D model width, C clusters, K adapters, V vocabulary, S slots.
+Shapes: B examples, U users, T user tokens, D model width, C clusters, K adapters, V vocabulary, S positions of a row.
 
-Parameters are {"shared": what all users use, "table": one row per user, every leaf [U + 1, ...]}; a kind that has none
-of one leaves it out. They belong to one policy, so unlike those of a bank they have no axis of policies.
+Parameters are {"shared": leaves that all users share, "table": leaves [U + 1, ...], one row per user}; a kind without
+one of them omits it. They belong to one policy and, unlike a bank, have no axis K.
 """
 
 import dataclasses
@@ -22,28 +22,33 @@ from scipy.cluster.vq import kmeans2
 Params = Any
 Output = tuple[jax.Array | None, jax.Array | None]
 STARTS = ("vocabulary", "normal")
-STARTS_OF_K_MEANS = 20
+KMEANS_RESTARTS = 20
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class UserModel:
-    """Which user model, and how large.
+    """Kind and size of a user model.
 
-    Kinds (arXiv 2402.05133, section 4, but for the last):
-      uniform: nothing; training is then plain DPO.
-      individualized: e_i = e_0 + o_i with an offset of their own for every user but the generic one.
-      cluster: e_i = sum_c softmax(w_i)_c V_c with one weight vector for all T tokens; the generic user has its own.
+    Kinds (arXiv 2402.05133, section 4, except soup):
+      uniform: no parameters; training is then plain DPO.
+      individualized: tokens e_i = e_0 + o_i, with an offset o_i for every user but the generic one.
+      cluster: tokens e_i = sum_c softmax(w_i)_c V_c, with one weight vector w_i for all T tokens, also for the generic
+        user.
       soup: no tokens; mix_i = softmax(w_i) over the K adapters.
 
     Attributes:
-      num_users: rows beside the generic one.
-      tokens, width: T and D, of the kinds with tokens.
-      clusters: C, of kind cluster.
-      adapters: K, of kind soup.
-      start: what e_0, V (and non-zero offsets) start from: "vocabulary", input embeddings of tokens drawn with
-        replacement, or "normal", N(0, std^2).
-      zero_offset: every user starts equal to the generic one. If False, offsets start like e_0 (the authors' choice)
+      num_users: U, without the generic user.
+      tokens, width: T and D, for kinds with tokens.
+      clusters: C, for kind cluster.
+      adapters: K, for kind soup.
+      start: initial values of e_0, V and non-zero offsets: "vocabulary" (input embeddings of random tokens, drawn with
+        replacement) or "normal" (N(0, std^2)).
+      std: see `start`.
+      zero_offset: every user starts equal to the generic user. If False, offsets start like e_0 (the authors' choice)
         and weights w from N(0, 1).
+
+    Raises:
+      ValueError: an unknown kind or start, or a size below 1.
     """
 
     kind: str
@@ -66,17 +71,20 @@ class UserModel:
                 raise ValueError(f"{name}={getattr(self, name)} of user model {self.kind!r} must be at least 1")
 
     @property
-    def slots(self) -> int:
-        """T where the kind has user tokens, else 0: how much longer prompts become."""
+    def num_tokens(self) -> int:
+        """Number of user tokens, by which prompts become longer: T, or 0 for kinds without."""
         return self.tokens if "tokens" in KINDS[self.kind].sizes else 0
 
     def init(self, key: jax.Array, embedding: jax.Array | None = None) -> Params:
-        """Float32 parameters; `embedding` [V, D], the base's input embeddings, is needed to start from the vocabulary.
+        """Initial parameters, float32.
+
+        Args:
+          embedding: the base's input embeddings [V, D], required by `start` "vocabulary".
 
         Raises:
-          ValueError: no embedding where one is needed, or one of another width.
+          ValueError: `embedding` is required but missing, or has another width.
         """
-        if self.slots and self.start == "vocabulary":
+        if self.num_tokens and self.start == "vocabulary":
             if embedding is None:
                 raise ValueError("user tokens start from the vocabulary but no embedding is given; pass the base's")
             if embedding.shape[1] != self.width:
@@ -84,9 +92,9 @@ class UserModel:
         return KINDS[self.kind].init(self, key, embedding)
 
     def apply(self, params: Params, users: jax.Array) -> Output:
-        """(user tokens float32 [B, T, D] or None, mix float32 [B, K] or None) of users int32 [B].
+        """(user tokens float32 [B, T, D] or None, mix float32 [B, K] or None) of `users` int32 [B].
 
-        An index that is no row of the table, negative ones included, is the generic user: never somebody else's row.
+        An index outside the table, such as a negative one, stands for the generic user.
         """
         if not params:
             return None, None
@@ -94,6 +102,7 @@ class UserModel:
 
 
 def _known(users: jax.Array, table: Params) -> jax.Array:
+    """`users`, with 0 in place of indices outside the table."""
     return jnp.where((users >= 0) & (users < jax.tree.leaves(table)[0].shape[0]), users, 0)
 
 
@@ -146,7 +155,7 @@ def _apply_soup(params: Params, users: jax.Array) -> Output:
 class _Kind(NamedTuple):
     init: Callable[[UserModel, jax.Array, jax.Array | None], Params]
     apply: Callable[[Params, jax.Array], Output]
-    sizes: tuple[str, ...]  # the settings that must be positive
+    sizes: tuple[str, ...]  # settings that must be positive
 
 
 KINDS = {
@@ -157,51 +166,55 @@ KINDS = {
 }
 
 
-def clusters_of(
+def fit_clusters(
     model: UserModel,
     params: Params,
     count: int,
     key: jax.Array,
     sharpness: float = 4.0,
-    people: Sequence[int] | None = None,
+    user_rows: Sequence[int] | None = None,
 ) -> Params:
-    """Parameters of a cluster model of `count` centres from those of a trained individualized one, by k-means.
+    """Initialises a cluster model of `count` centres from a trained individualized one, by k-means.
 
-    Clusters trained from scratch tend to collapse: while the policy still ignores user tokens, nothing tells the
-    centres apart, the majority claims all of them, and the weights of the others then have nothing to choose. Vectors
-    of one's own separate at once, each pulled by its own user alone; their means are centres that the policy already
-    tells apart.
+    Clusters trained from scratch tend to collapse. While the policy still ignores user tokens, all centres get the same
+    gradient; the majority claims all of them, and minority users have no centre to choose. Individual vectors separate
+    at once, because each has the gradient of one user, so their means are centres that the policy already tells apart.
 
     Args:
-      sharpness: logit of a user's own centre; those of the others are 0. The generic user starts from the shares of
-        the centres.
-      people: rows of the people, the others being free; by default all but the generic user's. Weights of free rows
-        are zero.
+      model, params: the individualized model.
+      count: C of the cluster model.
+      key: seeds k-means.
+      sharpness: initial logit of a user's own centre; those of other centres are 0. The generic user's logits are the
+        log fractions of users per centre.
+      user_rows: rows of the table that belong to users, default all but row 0. Weights of free rows are zero.
+
+    Returns:
+      Parameters of a `UserModel` of kind cluster.
     """
     rows = params["table"]["offset"].shape[0]
-    people = np.arange(1, rows) if people is None else np.asarray(people, np.int32)
-    U = len(people)
-    vectors, _ = model.apply(params, jnp.asarray(people))
+    user_rows = np.arange(1, rows) if user_rows is None else np.asarray(user_rows, np.int32)
+    U = len(user_rows)
+    vectors, _ = model.apply(params, jnp.asarray(user_rows))
     flat = np.asarray(vectors, np.float64).reshape(U, -1)
     rng = np.random.default_rng(int(jax.random.randint(key, (), 0, 2**31 - 1)))
 
     def attempt():
-        # More centres than people cannot be told apart; k-means++ picks distant starts.
+        # k-means needs at least as many points as centres. k-means++ picks distant initial centres.
         centres, index = kmeans2(flat, min(count, U), minit="++", rng=rng)
         return np.square(flat - centres[index]).sum(), centres, index
 
-    # One start in three ends with a few odd people as a cluster of their own, which costs more than two personas apart.
-    _, centres, index = min((attempt() for _ in range(STARTS_OF_K_MEANS)), key=lambda found: found[0])
+    # A third of the restarts isolate a few outliers as a cluster; the best inertia of all restarts avoids that.
+    _, centres, index = min((attempt() for _ in range(KMEANS_RESTARTS)), key=lambda result: result[0])
     centres = np.concatenate([centres, np.repeat(flat.mean(0)[None], count - len(centres), 0)])
-    shares = np.bincount(index, minlength=count) / U
+    fractions = np.bincount(index, minlength=count) / U
     weights = np.zeros((rows, count))
-    weights[0], weights[people] = np.log(shares + 1e-3), sharpness * np.eye(count)[index]
+    weights[0], weights[user_rows] = np.log(fractions + 1e-3), sharpness * np.eye(count)[index]
     shared = {"centers": jnp.asarray(centres.reshape(count, *vectors.shape[1:]), jnp.float32)}
     return {"shared": shared, "table": {"weights": jnp.asarray(weights, jnp.float32)}}
 
 
 def gather_rows(params: Params, users: jax.Array) -> tuple[Params, jax.Array, jax.Array]:
-    """The parameters cut down to the users of a batch, so that the cost of a step does not grow with U.
+    """Gathers the parameters of the users in a batch, so that the cost of a step does not grow with U.
 
         small, local, indices = gather_rows(params, users)
         gradient = jax.grad(loss)(small, local)         # loss calls model.apply(small, local)
@@ -209,41 +222,41 @@ def gather_rows(params: Params, users: jax.Array) -> tuple[Params, jax.Array, ja
 
     Args:
       params: of any kind with a table.
-      users: int32 [B].
+      users: int32 [B], rows of the table.
 
     Returns:
       small: `params` with table leaves [B + 1, ...]: the generic row, then each user of the batch once, then zeros.
-      local: int32 [B], the place of each example's user in them; `apply(small, local)` equals `apply(params, users)`.
-      indices: int32 [B + 1], the row each came from, U + 1 (no row) where the batch has no such user: those must not
-        be written back.
+      local: int32 [B], rows of `users` in `small`; `apply(small, local)` equals `apply(params, users)`.
+      indices: int32 [B + 1], the row of `params` behind each row of `small`; U + 1, which is no row, for padding and
+        for a generic user who is not in the batch. `lazy_adam` skips these.
     """
     users = _known(users, params["table"])
-    nobody = jax.tree.leaves(params["table"])[0].shape[0]
-    named = jnp.where(users > 0, users, nobody)
-    found, place = jnp.unique(named, size=users.shape[0], fill_value=nobody, return_inverse=True)
-    local = jnp.where(users > 0, place.reshape(users.shape) + 1, 0).astype(jnp.int32)
-    generic = jnp.where((users == 0).any(), 0, nobody)
-    indices = jnp.concatenate([generic[None], found]).astype(jnp.int32)
+    no_row = jax.tree.leaves(params["table"])[0].shape[0]
+    named = jnp.where(users > 0, users, no_row)
+    unique, inverse = jnp.unique(named, size=users.shape[0], fill_value=no_row, return_inverse=True)
+    local = jnp.where(users > 0, inverse.reshape(users.shape) + 1, 0).astype(jnp.int32)
+    generic = jnp.where((users == 0).any(), 0, no_row)
+    indices = jnp.concatenate([generic[None], unique]).astype(jnp.int32)
     table = jax.tree.map(lambda x: x.at[indices].get(mode="fill", fill_value=0), params["table"])
     return {**params, "table": table}, local, indices
 
 
 def reserve(
-    tokens: jax.Array, valid: jax.Array, slots: int, user_offset: int = 1, placeholder: int = 0
+    tokens: jax.Array, valid: jax.Array, count: int, user_offset: int = 1, placeholder: int = 0
 ) -> tuple[jax.Array, jax.Array]:
-    """Makes room for user tokens: [B, S] to [B, S + slots] with `slots` placeholders in every row.
+    """Inserts positions for user tokens into every row: [B, S] -> [B, S + T].
 
     Args:
-      tokens, valid: int32 and bool [B, S]; the valid tokens of a row are consecutive, padding on either side is kept.
-      slots: T.
-      user_offset: 1 puts them after the first token, which is BOS; 0 puts them first, for tokenizers without BOS. It
-        must be the `user_offset` of the decoder.
-      placeholder: id that fills the slots; the decoder never looks it up.
+      tokens, valid: int32 and bool [B, S]. The valid tokens of a row must be consecutive; padding on either side stays.
+      count: T.
+      user_offset: 1 inserts after the first token, which is BOS; 0 inserts before it, for tokenizers without BOS. Must
+        equal the `user_offset` of the decoder.
+      placeholder: token id at the new positions; the decoder ignores it.
     """
     S = tokens.shape[1]
-    columns = jnp.arange(S + slots)
-    place = columns - jnp.argmax(valid, axis=1)[:, None]
-    slot = (place >= user_offset) & (place < user_offset + slots)
-    source = jnp.clip(jnp.where(place < user_offset, columns, columns - slots), 0, S - 1)
-    tokens = jnp.where(slot, placeholder, jnp.take_along_axis(tokens, source, axis=1))
-    return tokens, slot | jnp.take_along_axis(valid, source, axis=1)
+    columns = jnp.arange(S + count)
+    position = columns - jnp.argmax(valid, axis=1)[:, None]
+    is_user = (position >= user_offset) & (position < user_offset + count)
+    source = jnp.clip(jnp.where(position < user_offset, columns, columns - count), 0, S - 1)
+    tokens = jnp.where(is_user, placeholder, jnp.take_along_axis(tokens, source, axis=1))
+    return tokens, is_user | jnp.take_along_axis(valid, source, axis=1)

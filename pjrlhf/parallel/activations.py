@@ -1,47 +1,48 @@
-"""Where the rows of activations live while a decoder runs: asked for, so that the compiler sends what is small."""
+"""Sharding constraints on activations, so that XLA communicates the smaller operand of each matmul."""
 
 import jax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from pjrlhf.parallel.mesh import row_parts
+from pjrlhf.parallel.mesh import num_shards
 
 
-def split_rows(x: jax.Array, rows: NamedSharding | None) -> jax.Array:
-    """`x` [B, ...] with its rows on the devices that `rows` says, where B divides evenly.
+def constrain_batch(x: jax.Array, sharding: NamedSharding | None) -> jax.Array:
+    """`x` [B, ...] with its batch axis constrained to `sharding`; unchanged where B does not divide evenly.
 
-    Without it a compiler that is given split weights may split the sum over D instead, and send activations where it
-    should send weights: for an 8B model seven times as many bytes.
+    Without the constraint, XLA may split the contraction over D when weights are sharded, and communicate activations
+    instead of weights: seven times as many bytes for an 8B model.
     """
-    if rows is None or x.shape[0] % row_parts(rows):
+    if sharding is None or x.shape[0] % num_shards(sharding):
         return x
-    return jax.lax.with_sharding_constraint(x, rows)
+    return jax.lax.with_sharding_constraint(x, sharding)
 
 
-def split_between(shape: tuple[int, ...], rows: NamedSharding | None) -> NamedSharding | None:
-    """Where activations `shape` [B, T, D] live between layers, if the rows of a batch are split by `rows` (data x
-    fsdp).
+def layer_sharding(shape: tuple[int, ...], sharding: NamedSharding | None) -> NamedSharding | None:
+    """Sharding of activations of `shape` [B, T, D] between layers, given the batch's `sharding` (data x fsdp).
 
-    Of many tokens as `rows` says. For so few, one a row, that sums over a D split by fsdp are smaller than kernels, by
-    data and D: then kernels stay where they are and activations are sent (arXiv 2211.05102, section 3.2.2). An
-    all-reduce of [B, F] sends 2 B F, where to gather a kernel takes D F. Keys and values stay split by `rows`.
+    Usually `sharding` itself. In decoding (T = 1) with a small batch, activations are smaller than kernels, so the
+    batch is split by data and D by fsdp: kernels stay in place and activations are communicated (arXiv 2211.05102,
+    section 3.2.2). An all-reduce of [B, F] sends 2 B F elements; gathering the kernel would send D F. Keys and values
+    stay split by `sharding`.
     """
-    if rows is None or len(shape) != 3 or shape[1] > 1:
-        return rows
-    data, fsdp = rows.spec[0]
-    if shape[2] % rows.mesh.shape[fsdp] or 2 * shape[0] >= shape[2] * rows.mesh.shape[data]:
-        return rows
-    return NamedSharding(rows.mesh, P(data, None, fsdp))
+    if sharding is None or len(shape) != 3 or shape[1] > 1:
+        return sharding
+    data, fsdp = sharding.spec[0]
+    if shape[2] % sharding.mesh.shape[fsdp] or 2 * shape[0] >= shape[2] * sharding.mesh.shape[data]:
+        return sharding
+    return NamedSharding(sharding.mesh, P(data, None, fsdp))
 
 
-def move_rows(x: jax.Array, source: NamedSharding | None, target: NamedSharding | None) -> jax.Array:
-    """`x` [B, ...], first with its rows as those of `source` and then as those of `target`, where they differ; the
-    other axes as the compiler likes.
+def constrain_reshard(x: jax.Array, source: NamedSharding | None, target: NamedSharding | None) -> jax.Array:
+    """`x` [B, ...] with its batch axis constrained to `source` and then to `target`, where they differ.
+
+    The other axes are left to the compiler.
     """
     if source == target:
         return x
-    for place in (source, target):
-        if x.shape[0] % row_parts(place) == 0:
-            spec = P(place.spec[0], *[P.UNCONSTRAINED] * (x.ndim - 1))
-            x = jax.lax.with_sharding_constraint(x, NamedSharding(place.mesh, spec))
+    for sharding in (source, target):
+        if x.shape[0] % num_shards(sharding) == 0:
+            spec = P(sharding.spec[0], *[P.UNCONSTRAINED] * (x.ndim - 1))
+            x = jax.lax.with_sharding_constraint(x, NamedSharding(sharding.mesh, spec))
     return x

@@ -1,7 +1,7 @@
-"""The device mesh and where arrays live on it: the one list of rules that every stage uses.
+"""The device mesh, and the partition rules that all stages use to shard arrays over it.
 
-Axes: `data` (copies of the model, rows split), `fsdp` (rows split and parameters split), `tensor` (parameters split
-within a layer). Rows of a batch are split over data x fsdp, and so are those of user tables.
+Mesh axes: `data` replicates parameters, `fsdp` splits them and gathers them where they are used, `tensor` splits the
+matmuls of a layer. Batch rows and rows of user tables are split over data x fsdp.
 """
 
 import collections
@@ -20,11 +20,11 @@ from pjrlhf.errors import UserError
 from pjrlhf.parallel.processes import to_devices
 
 AXES = ("data", "fsdp", "tensor")
-ROWS = ("data", "fsdp")
+BATCH_AXES = ("data", "fsdp")
 Axis = str | tuple[str, ...] | None
 
-# (pattern on the "/"-joined path, spec of the last axes of the leaf); the first match counts, no match is
-# replicated. Leading axes (layers, adapters) are never split. A tuple splits one axis over several of the mesh.
+# (pattern on the "/"-joined path, partition spec of the last axes of the leaf). The first match counts; a leaf without
+# a match is replicated. Leading axes (layers, adapters) are never split. A tuple splits an axis over several mesh axes.
 RULES: tuple[tuple[str, tuple[Axis, ...]], ...] = (
     (r"embed/embedding$", ("tensor", "fsdp")),
     (r"position/embedding$", (None, "fsdp")),
@@ -35,18 +35,20 @@ RULES: tuple[tuple[str, tuple[Axis, ...]], ...] = (
     (r"(query|key|value|gate|up)/b$", (None, "tensor")),
     (r"(output|down)/a$", ("tensor", None)),
     (r"(output|down)/b$", (None, "fsdp")),
-    # Tables of user models and their row-wise moments and counts. Unlike a layer, which every example needs whole, a
-    # table is asked for the rows of a batch alone: to gather them is an all-reduce of that many rows however many
-    # devices share the table, and each device writes the rows it owns. So data, which layers are copied over, splits
-    # tables too.
-    (r"table/(rows/(mu|nu)/)?offset$", (ROWS, None, None)),
-    (r"table/(rows/(mu|nu)/)?weights$", (ROWS, None)),
-    (r"table/rows/count$", (ROWS,)),
+    # Tables of user models, with their row-wise moments and counts. A step reads only the rows of its batch: gathering
+    # them is an all-reduce of that many rows for any number of devices, and each device writes the rows it owns. So
+    # tables are split over data too, which replicates layers.
+    (r"table/(rows/(mu|nu)/)?offset$", (BATCH_AXES, None, None)),
+    (r"table/(rows/(mu|nu)/)?weights$", (BATCH_AXES, None)),
+    (r"table/rows/count$", (BATCH_AXES,)),
 )
 
 
 def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """A mesh over all devices, or those given; one size may be -1 for "the rest".
+    """A mesh over `devices`, by default all.
+
+    Args:
+      sizes: mesh axis -> size, 1 where absent; one size may be -1 for the remaining devices.
 
     Raises:
       UserError: unknown axis, more than one -1, or sizes that do not multiply to the number of devices.
@@ -63,32 +65,32 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = N
         shape[shape.index(-1)] = count // known if known > 0 and count % known == 0 else 0
     if min(shape) < 1 or math.prod(shape) != count:
         raise UserError(f"mesh: {dict(sizes)} does not fit {count} devices; the sizes must multiply to {count}")
-    # `jax.make_mesh` refuses an axis that is a part of one of the torus, such as 4 of 16x16.
+    # `jax.make_mesh` does not allow an axis that splits a physical axis of the torus, such as 4 of 16x16.
     grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
     return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
-def _parts(mesh: Mesh, axis: Axis) -> int:
-    """Into how many parts an axis split so falls."""
+def _axis_size(mesh: Mesh, axis: Axis) -> int:
+    """Number of shards along `axis`."""
     return math.prod(mesh.shape[name] for name in ((axis,) if isinstance(axis, str) else axis or ()))
 
 
-def row_parts(rows: NamedSharding) -> int:
-    """Into how many parts the rows of a batch that lives so fall."""
-    return _parts(rows.mesh, rows.spec[0])
+def num_shards(sharding: NamedSharding) -> int:
+    """Number of shards along axis 0 of an array with this sharding."""
+    return _axis_size(sharding.mesh, sharding.spec[0])
 
 
-def even_rows(mesh: Mesh, count: int) -> int:
-    """The smallest number of rows, `count` at least, that divides evenly over data x fsdp."""
-    return count + -count % _parts(mesh, ROWS)
+def round_up_rows(mesh: Mesh, count: int) -> int:
+    """The smallest number of rows >= `count` that divides evenly over data x fsdp."""
+    return count + -count % _axis_size(mesh, BATCH_AXES)
 
 
 def leaf_sharding(mesh: Mesh, path: str, shape: tuple[int, ...]) -> NamedSharding:
-    """Where the parameter (or optimizer moment) at `path` lives; an axis that does not divide evenly stays whole."""
+    """Sharding of the parameter or optimizer moment at `path`; an axis that does not divide evenly is not split."""
     for pattern, last in RULES:
         if re.search(pattern, path) and len(shape) >= len(last):
             spec = [None] * (len(shape) - len(last)) + [
-                axis if size % _parts(mesh, axis) == 0 else None
+                axis if size % _axis_size(mesh, axis) == 0 else None
                 for axis, size in zip(last, shape[-len(last) :], strict=True)
             ]
             return NamedSharding(mesh, P(*spec))
@@ -96,7 +98,7 @@ def leaf_sharding(mesh: Mesh, path: str, shape: tuple[int, ...]) -> NamedShardin
 
 
 def shardings(mesh: Mesh, tree: Any) -> Any:
-    """Where every leaf of `tree` lives by `RULES`; leaves need only a shape."""
+    """The shardings of all leaves of `tree` by `RULES`; leaves need only a shape."""
 
     def of(path, leaf):
         return leaf_sharding(mesh, jax.tree_util.keystr(path, simple=True, separator="/"), np.shape(leaf))
@@ -105,15 +107,15 @@ def shardings(mesh: Mesh, tree: Any) -> Any:
 
 
 def shard_params(mesh: Mesh, tree: Any) -> Any:
-    """Places parameters, adapter banks, heads or a whole training state by `RULES`.
+    """Places parameters, adapter banks, heads or a whole training state on devices by `RULES`.
 
-    On one device too: a step whose result lives elsewhere than its argument would be compiled twice.
+    Also on one device: a step would be compiled twice if its result were placed differently from its argument.
     """
     return jax.tree.map(to_devices, tree, shardings(mesh, tree))
 
 
 def bytes_per_device(tree: Any) -> int:
-    """What the arrays of `tree` take on that device of this process which holds most of them."""
+    """Bytes that the arrays of `tree` take on the device of this process that holds the most."""
     held: collections.Counter[jax.Device] = collections.Counter()
     for leaf in jax.tree.leaves(tree):
         for shard in leaf.addressable_shards:
@@ -122,37 +124,43 @@ def bytes_per_device(tree: Any) -> int:
 
 
 def sharded(mesh: Mesh, make: Callable[..., Any], *arguments: Any, donate: tuple[int, ...] = ()) -> Any:
-    """`make(*arguments)`, computed where `RULES` place its result: no device ever holds more than its part.
+    """`make(*arguments)`, jitted with its result sharded by `RULES`: no device ever holds more than its shards.
 
-    `donate` numbers the arguments whose memory the result may take.
+    `donate` lists the positions of arguments whose buffers the result may reuse.
     """
-    where = shardings(mesh, jax.eval_shape(make, *arguments))
-    return jax.jit(make, out_shardings=where, donate_argnums=donate)(*arguments)
+    out_shardings = shardings(mesh, jax.eval_shape(make, *arguments))
+    return jax.jit(make, out_shardings=out_shardings, donate_argnums=donate)(*arguments)
 
 
-def stay(mesh: Mesh, tree: Any) -> Any:
-    """Inside a compiled program: the same, placed by `RULES`. So what a step returns can take the memory of what it was
-    given, and be given to it again without compiling anew.
+def constrain_state(mesh: Mesh, tree: Any) -> Any:
+    """Inside `jax.jit`: constrains the leaves of `tree` to `RULES`.
+
+    A step that constrains its output to the shardings of its input can donate the input, and is not compiled again
+    when it gets its own output.
     """
     return tree if mesh.size == 1 else jax.lax.with_sharding_constraint(tree, shardings(mesh, tree))
 
 
-def row_sharding(mesh: Mesh, rows: int = 0) -> NamedSharding:
-    """Axis 0 split over data x fsdp. Raises UserError where `rows` cannot be split evenly."""
-    count = _parts(mesh, ROWS)
+def batch_sharding(mesh: Mesh, rows: int = 0) -> NamedSharding:
+    """Splits axis 0 over data x fsdp.
+
+    Raises:
+      UserError: `rows`, where given, cannot be split evenly.
+    """
+    count = _axis_size(mesh, BATCH_AXES)
     if rows % count:
         raise UserError(
             f"batch of {rows} rows: cannot be split over data x fsdp = {count} devices; make it a multiple of {count}"
         )
-    return NamedSharding(mesh, P(ROWS))
+    return NamedSharding(mesh, P(BATCH_AXES))
 
 
 def shard_batch(mesh: Mesh, batch: Any) -> Any:
-    """Splits axis 0 of every array over data x fsdp. Several processes give the same batch; each takes its rows.
+    """Splits axis 0 of every array over data x fsdp. All processes pass the same batch, and each places its rows.
 
     Raises:
       UserError: the rows cannot be split evenly.
     """
     if mesh.size == 1:
         return batch
-    return jax.tree.map(lambda x: to_devices(x, row_sharding(mesh, x.shape[0])), batch)
+    return jax.tree.map(lambda x: to_devices(x, batch_sharding(mesh, x.shape[0])), batch)

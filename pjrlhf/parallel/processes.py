@@ -1,7 +1,7 @@
-"""Several processes that run one program (JAX's multi-controller SPMD): start-up, who writes, and host copies.
+"""Multi-process runs (JAX's multi-controller SPMD): start-up, writing files on one process, and host copies.
 
-Every process runs every stage with the same numbers on the host; arrays on devices are shared between them. Files are
-written by process 0 alone, and the others go on when they are there.
+Every process runs every stage with the same host values; device arrays span all processes. Process 0 alone writes
+files, and the others wait until they are written.
 """
 
 import functools
@@ -19,12 +19,12 @@ from pjrlhf.errors import UserError
 T = TypeVar("T")
 
 MODES = ("auto", "on", "off")
-HEARTBEAT_SECONDS = 30  # a process silent for so long counts as dead, and the job ends
+HEARTBEAT_SECONDS = 30  # a process silent for this long counts as dead, which ends the job
 
 
-def several(environment: Mapping[str, str]) -> bool:
-    """Whether the environment says that this is one of several processes: Open MPI, SLURM, a Cloud TPU slice, a
-    Kubernetes job with an index, or JAX's own variable.
+def is_multiprocess(environment: Mapping[str, str]) -> bool:
+    """Whether the environment variables announce several processes: those of Open MPI, SLURM, a Cloud TPU slice, an
+    indexed Kubernetes job, or JAX itself.
     """
     steps = environment.get("SLURM_STEP_NUM_TASKS") or environment.get("SLURM_NTASKS") or "1"
     return (
@@ -36,21 +36,21 @@ def several(environment: Mapping[str, str]) -> bool:
     )
 
 
-def start(mode: str = "auto", coordinator: str = "", count: int = 0, index: int = -1) -> None:
-    """Joins the other processes of this run. Call it before anything asks JAX for its devices.
+def initialize(mode: str = "auto", coordinator: str = "", count: int = 0, index: int = -1) -> None:
+    """Connects to the other processes of this run. Call it before anything queries JAX for devices.
 
     Args:
-      mode: "on" and "off", or "auto": on where the environment says so (see `several`) or `coordinator` is given.
-      coordinator: "host:port" of process 0; found by JAX on Cloud TPU, SLURM and Open MPI.
-      count, index: number of processes, and which this one is; found in the same way. On Kubernetes the environment
-        variables JAX_COORDINATOR_ADDRESS, PJRLHF_PROCESS_COUNT and JOB_COMPLETION_INDEX say so.
+      mode: "on", "off", or "auto", which is on if `is_multiprocess` says so or `coordinator` is given.
+      coordinator: "host:port" of process 0; JAX detects it on Cloud TPU, SLURM and Open MPI.
+      count, index: number of processes, and the index of this one; detected likewise. On Kubernetes all three come from
+        the environment variables JAX_COORDINATOR_ADDRESS, PJRLHF_PROCESS_COUNT and JOB_COMPLETION_INDEX.
 
     Raises:
       UserError: an unknown mode, or the processes do not find each other.
     """
     if mode not in MODES:
         raise UserError(f"--distributed={mode}: unknown; choose one of {', '.join(MODES)}")
-    if mode == "off" or (mode == "auto" and not coordinator and not several(os.environ)):
+    if mode == "off" or (mode == "auto" and not coordinator and not is_multiprocess(os.environ)):
         return
     count = count or int(os.environ.get("PJRLHF_PROCESS_COUNT", 0))
     if index < 0 and count:
@@ -75,40 +75,40 @@ def start(mode: str = "auto", coordinator: str = "", count: int = 0, index: int 
 
 
 def is_process_zero() -> bool:
-    """Whether this process writes the shared files."""
+    """Whether this is process 0, which writes the shared files."""
     return jax.process_index() == 0
 
 
-def wait(name: str) -> None:
-    """Returns when every process has come here. `name` is for messages."""
+def barrier(name: str) -> None:
+    """Returns when every process has called it. `name` appears in error messages."""
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(name)
 
 
 def on_process_zero(write: Callable[..., T]) -> Callable[..., T | None]:
-    """Makes `write` run on process 0 alone; the others wait until it is done, and get None."""
+    """Decorates `write` to run on process 0 only; the other processes wait for it and get None."""
 
     @functools.wraps(write)
     def once(*args: Any, **kwargs: Any) -> T | None:
         result = write(*args, **kwargs) if is_process_zero() else None
-        wait(write.__qualname__)
+        barrier(write.__qualname__)
         return result
 
     return once
 
 
 def broadcast_from_zero(values: np.ndarray) -> np.ndarray:
-    """The values of process 0, on every process; all must call it, with arrays of one shape and dtype."""
+    """The values of process 0 on every process. All must call it, with arrays of the same shape and dtype."""
     return values if jax.process_count() == 1 else np.asarray(multihost_utils.broadcast_one_to_all(values))
 
 
-def everywhere(flag: bool) -> bool:
-    """Whether `flag` holds on every process; all must call it."""
+def on_all_processes(flag: bool) -> bool:
+    """Whether `flag` is true on every process. All must call it."""
     return flag if jax.process_count() == 1 else bool(np.all(multihost_utils.process_allgather(np.array(flag))))
 
 
 def to_host(tree: Any) -> Any:
-    """Numpy copies of all arrays, whole on every process, however they are sharded. All processes must call it."""
+    """Whole numpy copies of all arrays on every process, whatever their sharding. All processes must call it."""
 
     def one(x):
         if isinstance(x, jax.Array) and not (x.is_fully_addressable or x.is_fully_replicated):
@@ -119,9 +119,7 @@ def to_host(tree: Any) -> Any:
 
 
 def to_devices(x: Any, sharding: jax.sharding.Sharding) -> jax.Array:
-    """`x` placed by `sharding`. Where that names devices of other processes, `x` is the same on all of them and each
-    takes its part.
-    """
+    """Places `x` by `sharding`. If it spans several processes, all pass the same `x` and each places its shards."""
     if sharding.is_fully_addressable:
         return jax.device_put(x, sharding)
     if isinstance(x, jax.Array) and (jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key) or x.committed):

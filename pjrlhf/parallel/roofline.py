@@ -1,8 +1,7 @@
-"""What a compiled program costs on a chip: multiplications, bytes, collectives, and the time none can be faster than.
+"""Roofline model of a compiled program: FLOPs, bytes and collectives per chip, and the lower bound on its time.
 
-FLOPs and bytes are those of the matrix products in the traced program (loops counted as often as they run), shared
-evenly by the chips; everything else a transformer does is small beside them. XLA's own cost analysis counts the body of
-a loop once, and so is of no use for layers that are scanned.
+FLOPs and bytes count the matmuls of the traced program, loops included, divided evenly among chips; other operations of
+a transformer are negligible. XLA's cost analysis counts the body of a loop once and so underestimates scanned layers.
 """
 
 import dataclasses
@@ -17,8 +16,13 @@ import numpy as np
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """Published peak figures of one chip: bf16 FLOP/s, HBM bytes and bytes/s, and bytes/s it can send over all its
-    links together.
+    """Published peak figures of one chip.
+
+    Attributes:
+      flops: bf16 FLOP/s.
+      memory: bytes of HBM.
+      bandwidth: bytes/s of HBM.
+      interconnect: bytes/s sent over all links together.
     """
 
     flops: float
@@ -27,7 +31,7 @@ class Chip:
     interconnect: float
 
 
-# cloud.google.com/tpu/docs, system architecture pages.
+# Source: cloud.google.com/tpu/docs, system architecture pages.
 CHIPS = {
     "v4": Chip(275e12, 32 * 2**30, 1228e9, 2400e9 / 8),
     "v5e": Chip(197e12, 16 * 2**30, 819e9, 1600e9 / 8),
@@ -38,7 +42,7 @@ CHIPS = {
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
-    """Of one run of a program on all chips together: FLOPs, and bytes that its matrix products read and write."""
+    """Cost of one run of a program on all chips together: FLOPs, and bytes that its matmuls read and write."""
 
     flops: float = 0.0
     bytes: float = 0.0
@@ -50,16 +54,16 @@ class Cost:
         return Cost(self.flops * times, self.bytes * times)
 
 
-# Primitives of `jax.nn.dot_product_attention` on cuDNN -> matrix products.
+# Primitives of `jax.nn.dot_product_attention` on cuDNN -> number of matmuls.
 _FUSED = {"dot_product_attention_fwd_wrapper": 2, "dot_product_attention_bwd_wrapper": 4}
 
 
-def product_cost(jaxpr: Any, loop: int = 1) -> Cost:
-    """Of the matrix products of a jaxpr, with `loop` turns for every loop whose length is not fixed.
+def matmul_cost(jaxpr: Any, trip_count: int = 1) -> Cost:
+    """Cost of the matmuls of a jaxpr; loops without a static length run `trip_count` times.
 
-    A product of [.., m, k] and [.., k, n] takes 2 m k n FLOPs for each of the leading axes. A factor that was converted
-    from integers is read as these. cuDNN's fused attention is two products forwards and four backwards (it makes the
-    first one anew besides, which is not counted), half of each where it is causal.
+    A matmul of [..., m, k] and [..., k, n] takes 2 m k n FLOPs per batch element. An operand converted from integers is
+    read as integers. cuDNN attention counts as two matmuls forward and four backward, halved if causal; its backward
+    pass also recomputes the first one, which is not counted.
     """
     total, integers = Cost(), {}
     for equation in jaxpr.eqns:
@@ -80,26 +84,26 @@ def product_cost(jaxpr: Any, loop: int = 1) -> Cost:
             moved = sum(math.prod(x.aval.shape) * x.aval.dtype.itemsize for x in equation.invars + equation.outvars)
             total += Cost(_FUSED[name] * 2.0 * B * H * T * seen * C, moved)
             continue
-        inner = [product_cost(part, loop) for part in _parts(equation.params)]
+        inner = [matmul_cost(part, trip_count) for part in _subjaxprs(equation.params)]
         if not inner:
             continue
-        if name == "pallas_call":  # its products are of blocks that stay on the chip
+        if name == "pallas_call":  # operands of its matmuls are blocks on the chip: bytes are those of the call
             ends = [x.aval for x in (*equation.invars, *equation.outvars)]
             moved = sum(math.prod(x.shape) * x.dtype.itemsize for x in ends)
-            turns = math.prod(equation.params["grid_mapping"].grid)
-            total += Cost(turns * sum(cost.flops for cost in inner), moved)
+            programs = math.prod(equation.params["grid_mapping"].grid)
+            total += Cost(programs * sum(cost.flops for cost in inner), moved)
         elif name == "shard_map":  # every device runs it
             total += sum(inner, Cost()) * equation.params["mesh"].size
         elif name == "cond":
             total += max(inner, key=lambda cost: cost.flops)
         else:
-            turns = {"scan": equation.params.get("length", 1), "while": loop}.get(name, 1)
-            total += sum(inner, Cost()) * turns
+            trips = {"scan": equation.params.get("length", 1), "while": trip_count}.get(name, 1)
+            total += sum(inner, Cost()) * trips
     return total
 
 
-def _parts(params: Mapping[str, Any]) -> Iterator[Any]:
-    """The jaxprs in the parameters of an equation."""
+def _subjaxprs(params: Mapping[str, Any]) -> Iterator[Any]:
+    """The jaxprs among the parameters of an equation."""
     for value in params.values():
         for part in value if isinstance(value, tuple | list) else (value,):
             if hasattr(part, "eqns"):
@@ -120,6 +124,7 @@ _CONSTANT = re.compile(r"[su]32\[\][^=]* constant\((\d+)\)")
 
 
 def _array_bytes(text: str) -> list[int]:
+    """Sizes in bytes of the array types in HLO text, in order."""
     sizes = []
     for dtype, shape in _ARRAY.findall(text):
         bits = 8 if dtype == "pred" or dtype.startswith("f8") else int(re.sub(r"\D", "", dtype))
@@ -128,7 +133,7 @@ def _array_bytes(text: str) -> list[int]:
 
 
 def _group(line: str) -> int:
-    """How many chips take part in a collective."""
+    """Number of chips in a group of the collective on this line of HLO."""
     if found := re.search(r"replica_groups=\[(\d+),(\d+)\]", line):
         return int(found[2])
     if found := re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", line):
@@ -142,8 +147,8 @@ def _group(line: str) -> int:
 def collective_bytes(hlo: str) -> dict[str, float]:
     """Bytes that each chip sends per run of a compiled program, by kind of collective, from its HLO text.
 
-    Of a ring of g chips: gathering or scattering r bytes in all takes r (g - 1) / g, an all-reduce twice that. A loop
-    counts as often as the largest number its condition compares with.
+    In a ring of g chips, an all-gather or reduce-scatter of r bytes sends r (g - 1) / g, an all-reduce twice that.
+    The trip count of a loop is the largest constant in its condition.
     """
     starts = list(_COMPUTATION.finditer(hlo))
     bodies = {
@@ -151,31 +156,31 @@ def collective_bytes(hlo: str) -> dict[str, float]:
         for i, match in enumerate(starts)
     }
     entry = next((match[1] for match in starts if hlo.startswith("ENTRY", match.start())), None)
-    # An asynchronous collective is spread over several computations, of which each has a copy of the instruction with
-    # the same channel; the one that runs least often is where it starts.
+    # An async collective spans several computations, each with a copy of the instruction on the same channel. Its
+    # start is the copy that runs least often.
     found: dict[str, tuple[str, float]] = {}
 
-    def turns(name: str) -> int:
+    def trip_count(name: str) -> int:
         body = bodies.get(name, "")
         numbers = [int(x) for x in _CONSTANT.findall(body)]
-        numbers += [turns(one) for called in _CALLS.findall(body) for one in _names(called)]
+        numbers += [trip_count(one) for called in _CALLS.findall(body) for one in _names(called)]
         return max(numbers, default=1)
 
     def walk(name: str, times: int) -> None:
         for number, line in enumerate(bodies.get(name, "").splitlines()):
             if match := _COLLECTIVE.search(line):
-                # Several arrays may share a collective; but what starts one names its operand beside its result.
+                # A collective may combine several arrays. An async start, however, lists operand and result.
                 pair = match["start"] and match["kind"] != "all-reduce"
                 size, g = (max if pair else sum)(_array_bytes(match["shape"]) or [0]), _group(line)
-                share = (g - 1) / g
-                moved = {"all-reduce": 2 * size * share, "reduce-scatter": size * (g - 1), "collective-permute": size}
-                sent = times * moved.get(match["kind"], size * share)
+                ring = size * (g - 1) / g
+                moved = {"all-reduce": 2 * ring, "reduce-scatter": size * (g - 1), "collective-permute": size}
+                sent = times * moved.get(match["kind"], ring)
                 channel = re.search(r"channel_id=(\d+)", line)
                 key = channel[1] if channel else f"{name} {number}"
                 if key not in found or sent < found[key][1]:
                     found[key] = match["kind"], sent
             if loop := _WHILE.search(line):
-                walk(loop[2], times * turns(loop[1]))
+                walk(loop[2], times * trip_count(loop[1]))
             else:
                 for called in _CALLS.findall(line):
                     for one in _names(called):
@@ -195,7 +200,10 @@ def _names(called: str) -> list[str]:
 
 @dataclasses.dataclass(frozen=True)
 class Estimate:
-    """Seconds that a program takes at least: its products at peak speed, its bytes, its collectives."""
+    """Lower bounds in seconds on a program's time: matmuls at peak FLOP/s, HBM traffic, and collectives.
+
+    `seconds` is the largest of them and `bound` its name.
+    """
 
     compute: float
     memory: float
@@ -211,7 +219,7 @@ class Estimate:
 
 
 def estimate(chip: Chip, chips: int, cost: Cost, sent: float) -> Estimate:
-    """The roofline of a program of `cost` on `chips` of a kind, each of which sends `sent` bytes."""
+    """Roofline of a program of `cost` on `chips` chips, each of which sends `sent` bytes."""
     return Estimate(
         cost.flops / chips / chip.flops,
         cost.bytes / chips / chip.bandwidth,
@@ -220,18 +228,7 @@ def estimate(chip: Chip, chips: int, cost: Cost, sent: float) -> Estimate:
 
 
 def memory_bytes(compiled: Any) -> int:
-    """What a compiled program holds on one device at its peak: arguments, results, what lies between, and its code."""
+    """Peak bytes of a compiled program on one device: arguments, results, temporaries and code."""
     m = compiled.memory_analysis()
     held = m.argument_size_in_bytes + m.output_size_in_bytes - m.alias_size_in_bytes
     return int(held + m.temp_size_in_bytes + m.generated_code_size_in_bytes)
-
-
-def tree_bytes(tree: Any) -> int:
-    """Bytes of the part of `tree` (arrays or their shapes, with shardings) that one device holds."""
-
-    def one(x):
-        shape = x.sharding.shard_shape(x.shape) if getattr(x, "sharding", None) is not None else np.shape(x)
-        itemsize = 4 if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key) else x.dtype.itemsize
-        return math.prod(shape) * itemsize
-
-    return sum(one(x) for x in jax.tree.leaves(tree))

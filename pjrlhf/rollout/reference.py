@@ -72,10 +72,10 @@ def _written(folder: pathlib.Path) -> Iterator[None]:
 
 
 def summed_logps(
-    model: Decoder, adapter: AdapterConfig, base: Any, tokens: jax.Array, valid: jax.Array, prompt_slots: int
+    model: Decoder, adapter: AdapterConfig, base: Any, tokens: jax.Array, valid: jax.Array, prompt_length: int
 ) -> jax.Array:
-    """Float32 [B]: log-probs under the base of what follows the first `prompt_slots` of `tokens` [B, P + C]."""
-    return scoring.sequence_logps(Policies(model, adapter, base, None, None), tokens, valid, prompt_slots)[0]
+    """Float32 [B]: log-probs under the base of what follows the first `prompt_length` of `tokens` [B, P + C]."""
+    return scoring.sequence_logps(Policies(model, adapter, base, None, None), tokens, valid, prompt_length)[0]
 
 
 def reference_logps(
@@ -110,7 +110,7 @@ def reference_logps(
         return broadcast_from_zero(np.zeros(shape, np.float32) if cached is None else cached)
     with _written(folder):  # a folder that cannot be made is found out before the work, not after it
         folder.mkdir(parents=True, exist_ok=True)
-    score = jax.jit(functools.partial(summed_logps, model, adapter), static_argnames="prompt_slots")
+    score = jax.jit(functools.partial(summed_logps, model, adapter), static_argnames="prompt_length")
     # Many people may have compared the same answers: each is scored once.
     answers: dict[tuple[bytes, bytes], int] = {}
     texts, number = [], np.zeros((len(table), len(SIDES)), np.int64)
@@ -135,7 +135,7 @@ def reference_logps(
         )
         prompt = int(np.argmax(batch["loss_mask"].any(0)))
         placed = place({name: batch[name] for name in ("tokens", "valid")})
-        part = score(base, **placed, prompt_slots=prompt)
+        part = score(base, **placed, prompt_length=prompt)
         sums[index] = to_host(part)[: len(index)]
     found = sums[number]
     with _written(folder):

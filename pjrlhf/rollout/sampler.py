@@ -1,6 +1,6 @@
-"""Sampling with a key/value cache: one jitted prefill and a decode loop that drops rows that are done.
+"""Sampling with a key/value cache: one prefill, and a decode loop that compacts the batch as rows finish.
 
-Shapes: B rows, P prompt slots (left-padded), N new tokens, V vocabulary, K adapters, G rows of `mix`.
+Shapes: B rows, P prompt positions (left-padded), N new tokens, V vocabulary, K adapters, G rows of `mix`.
 """
 
 import dataclasses
@@ -9,18 +9,26 @@ import jax
 import jax.numpy as jnp
 
 from pjrlhf.errors import UserError
-from pjrlhf.models.adapters import Policies, rows_of_copies
+from pjrlhf.models.adapters import Policies, copy_indices
 from pjrlhf.models.decoder import init_cache
 
-FEWEST = 16  # rows that are worth to go on with alone: for fewer a product takes as long as its kernel is read
+# Smallest batch to compact to: with fewer rows, a matmul is bound by reading its kernel and gets no faster.
+MIN_COMPACT_ROWS = 16
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """How to sample.
+    """Settings of sampling.
 
-    `temperature` 0 is greedy. `top_k` 0 and `top_p` 1 are off; both are for serving and evaluation: a policy trained
-    on samples of a truncated distribution but scored on the full one sees wrong ratios.
+    Attributes:
+      max_new_tokens: N.
+      eos_id, pad_id: token ids.
+      temperature: 0 is greedy.
+      top_k, top_p: truncation of the distribution, 0 and 1 turn it off. For serving and evaluation only: training
+        scores samples under the full distribution, so truncated samples would give wrong ratios.
+
+    Raises:
+      UserError: a value out of range.
     """
 
     max_new_tokens: int
@@ -34,9 +42,9 @@ class Sampling:
         if self.temperature < 0:
             raise UserError(f"temperature {self.temperature}: below 0; choose 0 for greedy decoding, or above")
         if self.top_k < 0:
-            raise UserError(f"top_k {self.top_k}: below 0; choose 0 to switch it off")
+            raise UserError(f"top_k {self.top_k}: below 0; choose 0 to turn it off")
         if not 0 < self.top_p <= 1:
-            raise UserError(f"top_p {self.top_p}: not in (0, 1]; choose 1 to switch it off")
+            raise UserError(f"top_p {self.top_p}: not in (0, 1]; choose 1 to turn it off")
 
     @property
     def truncated(self) -> bool:
@@ -44,8 +52,10 @@ class Sampling:
 
 
 def truncate(logits: jax.Array, top_k: int, top_p: float) -> jax.Array:
-    """Keeps the `top_k` likeliest tokens and the smallest set of probability at least `top_p` (arXiv 1904.09751),
-    [B, V]; tokens tied with the last one kept stay too.
+    """Sets logits [B, V] outside the truncated distribution to -inf.
+
+    Keeps the `top_k` most likely tokens, then the smallest set with probability >= `top_p` (arXiv 1904.09751). Ties
+    with the last token kept are kept.
     """
     if top_k > 0:
         kth = jax.lax.top_k(logits, min(top_k, logits.shape[-1]))[0][:, -1:]
@@ -53,7 +63,7 @@ def truncate(logits: jax.Array, top_k: int, top_p: float) -> jax.Array:
     if top_p < 1.0:
         ordered = -jnp.sort(-logits, axis=-1)
         probabilities = jax.nn.softmax(ordered, axis=-1)
-        # A token stays while the mass before it is below top_p, so at least one always does.
+        # A token is kept if the mass before it is below top_p, so at least one is.
         keep = jnp.cumsum(probabilities, axis=-1) - probabilities < top_p
         threshold = jnp.min(jnp.where(keep, ordered, jnp.inf), axis=-1, keepdims=True)
         logits = jnp.where(logits < threshold, -jnp.inf, logits)
@@ -66,27 +76,29 @@ def generate(
     """Samples one continuation per row; call it inside `jax.jit`.
 
     Args:
-      policies: what to sample from, with a row of `mix` per group of rows.
-      sampling: static.
+      policies: `Policies` or a `PolicyEnsemble` for a batch of B.
+      sampling: static settings.
       prompt, prompt_valid: int32 and bool [B, P], left-padded.
       key: PRNG key.
 
     Returns:
-      tokens: int32 [B, N], pad after EOS; valid: bool [B, N], True up to and including EOS; logps: float32 [B, N],
-      log-probability of each token under softmax(logits / temperature) before any truncation, 0 outside `valid`.
+      tokens: int32 [B, N], padding after EOS.
+      valid: bool [B, N], True up to and including EOS.
+      logps: float32 [B, N], nats, log-probability of each token under softmax(logits / temperature) before truncation,
+        0 outside `valid`.
     """
     prompt, prompt_valid = policies.reserve(prompt, prompt_valid)
     B, P = prompt.shape
     N = sampling.max_new_tokens
     config = policies.model.config
-    slots = jnp.concatenate([prompt_valid, jnp.zeros((B, N), bool)], axis=1)
-    # Prefill looks at P slots only; the decode loop pays for all P + N.
+    cache_valid = jnp.concatenate([prompt_valid, jnp.zeros((B, N), bool)], axis=1)
+    # Prefill attends to P positions only; the decode loop pays for all P + N.
     cache = init_cache(config, B * policies.copies, P, policies.model.dtype)
     hidden, cache = policies(prompt, prompt_valid, cache, 0)
     cache = jax.tree.map(lambda x: jnp.pad(x, [(0, 0)] * 3 + [(0, N), (0, 0)]), cache)
     decoder = policies
     if policies.model.decode != "scan":
-        decoder = policies.apart()
+        decoder = policies.unroll()
         cache = [jax.tree.map(lambda x, i=i: x[i], cache) for i in range(config.num_layers)]
 
     def draw(decoder, hidden, key, rows):
@@ -95,29 +107,32 @@ def generate(
             token = jnp.argmax(logits, axis=-1)
         else:
             logits = logits / sampling.temperature
-            noise = jax.random.gumbel(key, (B, logits.shape[-1]), logits.dtype)  # of a row wherever it stands
+            # Noise for all B rows, so that compacting the batch does not change a sample.
+            noise = jax.random.gumbel(key, (B, logits.shape[-1]), logits.dtype)
             noise = noise if rows is None else noise[rows]
             token = jnp.argmax(truncate(logits, sampling.top_k, sampling.top_p) + noise, axis=-1)
         logp = jnp.take_along_axis(jax.nn.log_softmax(logits), token[:, None], axis=-1)[:, 0]
         return token.astype(jnp.int32), logp
 
     def record(decoder, i, hidden, state, rows=None):
-        """Draws token i and enters it."""
-        slots, done, tokens, valid, logps = state
+        """Draws token i and adds it to the state."""
+        cache_valid, done, tokens, valid, logps = state
         token, logp = draw(decoder, hidden, jax.random.fold_in(key, i), rows)
         token = jnp.where(done, sampling.pad_id, token)
         tokens = tokens.at[:, i].set(token)
         valid = valid.at[:, i].set(~done)
         logps = logps.at[:, i].set(jnp.where(done, 0.0, logp))
-        slots = jax.lax.dynamic_update_slice_in_dim(slots, ~done[:, None], P + i, 1)
-        return slots, done | (token == sampling.eos_id), tokens, valid, logps
+        cache_valid = jax.lax.dynamic_update_slice_in_dim(cache_valid, ~done[:, None], P + i, 1)
+        return cache_valid, done | (token == sampling.eos_id), tokens, valid, logps
 
     def finish(decoder, carry, rows):
-        """Tokens, valid and logps of `rows`, int32 [R], or None for all: steps until a quarter of them is left, and
-        goes on with these. Halves would save a little more, and compile the decoder once more.
+        """(tokens, valid, logps) of `rows`, int32 [R], None for all.
+
+        Decodes until a quarter of the rows are unfinished, then compacts the batch to these and recurses. Compacting by
+        halves would save a little more time, but compiles the decoder more often.
         """
         R = B if rows is None else len(rows)
-        left = R // 4 if decoder.separable and R // 4 >= FEWEST else 0
+        left = R // 4 if decoder.selectable and R // 4 >= MIN_COMPACT_ROWS else 0
 
         def step(carry):
             i, cache, state = carry
@@ -131,22 +146,22 @@ def generate(
         i, cache, state = jax.lax.while_loop(more, step, carry)
         if not left:
             return state[2:]
-        order = jnp.argsort(state[1], stable=True)[:left]  # those not done come first
-        copies = rows_of_copies(order, policies.copies)
+        order = jnp.argsort(state[1], stable=True)[:left]  # unfinished rows come first
+        copies = copy_indices(order, policies.copies)
         axis = 1 if policies.model.decode == "scan" else 0
         cache = jax.tree.map(lambda x: jnp.take(x, copies, axis=axis), cache)
         carry = i, cache, jax.tree.map(lambda x: x[order], state)
-        ended = finish(decoder.take(order, R), carry, order if rows is None else rows[order])
+        ended = finish(decoder.select(order, R), carry, order if rows is None else rows[order])
         return jax.tree.map(lambda whole, part: whole.at[order].set(part), state[2:], ended)
 
     start = (
-        slots,
+        cache_valid,
         jnp.zeros((B,), bool),
         jnp.full((B, N), sampling.pad_id, jnp.int32),
         jnp.zeros((B, N), bool),
         jnp.zeros((B, N), jnp.float32),
     )
-    # The last token drawn needs no pass of its own.
+    # Token 0 comes from the prefill, and the last token needs no forward pass.
     carry = jnp.int32(1), cache, record(decoder, 0, hidden[:, -1:], start)
     tokens, valid, logps = finish(decoder, carry, None)
     return {"tokens": tokens, "valid": valid, "logps": logps}

@@ -32,14 +32,14 @@ from pjrlhf.models.folders import read_json
 from pjrlhf.models.huggingface import fingerprint, load_params, read_config
 from pjrlhf.models.quantization import check_quantize
 from pjrlhf.parallel.mesh import (
+    batch_sharding,
     bytes_per_device,
-    even_rows,
+    constrain_state,
     leaf_sharding,
     make_mesh,
-    row_sharding,
+    round_up_rows,
     shard_batch,
     sharded,
-    stay,
 )
 from pjrlhf.parallel.processes import on_process_zero, to_host
 from pjrlhf.paths import local, user_cache
@@ -85,13 +85,13 @@ class Run:
         @functools.wraps(step)
         def in_place(state: State, *arguments: Any, **keywords: Any) -> tuple[State, Any]:
             state, metrics = step(state, *arguments, **keywords)
-            return stay(self.mesh, state), metrics
+            return constrain_state(self.mesh, state), metrics
 
         return self.program(in_place, donate_argnums=0, **options)
 
     def program(self, step: Callable[..., Any], **options: Any) -> Callable[..., Any]:
         """`step`, to be compiled."""
-        return Program(step, turns=self.config.data.max_completion, **options)
+        return Program(step, trip_count=self.config.data.max_completion, **options)
 
     def train(self, method: loop.Method, stage: str, steps: int, **options: Any) -> State:
         """The state after `steps` steps, see `training.loop.run`."""
@@ -260,14 +260,13 @@ class Run:
         check_quantize(m.quantize, self.adapter.rank)
         platform = self.mesh.devices.flat[0].platform
         attention = choose(m.attention, platform, m.dtype, self.mesh.size)
-        rows = row_sharding(self.mesh) if self.mesh.size > 1 else None
         return Decoder(
             self.model_config,
             dtype=jnp.dtype(m.dtype),
             remat=m.remat,
             attention=attention,
             user_offset=int(self.tokenizer.add_bos),
-            rows=rows,
+            batch_sharding=batch_sharding(self.mesh) if self.mesh.size > 1 else None,
             decode=choose_decode(platform),
         )
 
@@ -426,7 +425,7 @@ class Run:
             mode=mode,
             length=row_length(mode, d.max_prompt + user_slots, d.max_completion, len(answers[0])),
             pad_id=self.tokenizer.pad_id,
-            multiple=even_rows(self.mesh, 1),
+            multiple=round_up_rows(self.mesh, 1),
             groups=groups,
             user_slots=user_slots,
             user_offset=self.model.user_offset,
@@ -440,7 +439,7 @@ class Run:
     @functools.cached_property
     def sample_rows(self) -> int:
         """Rows sampled or scored at once outside training: as configured, rounded up to what the mesh can share."""
-        return even_rows(self.mesh, self.config.sample_rows)
+        return round_up_rows(self.mesh, self.config.sample_rows)
 
     def encode(self, prompts: Sequence[Any]) -> dict[str, np.ndarray]:
         """{"prompt" int32, "valid" bool [B, P]} of prompts made by `ask`, left-padded to a bucket."""

@@ -1,9 +1,8 @@
-"""Checkpoints of a stage: Orbax v1 behind one small class.
+"""Checkpoints of a stage, on top of Orbax v1.
 
 A checkpoint is `<folder>/<step>/` with the state and, as JSON, the data iterator's state and one checksum per array.
-Orbax writes into a temporary folder and renames it when complete, so a half-written checkpoint is never seen. What was
-committed and damaged later (a truncated or altered file) is found on restore, and the checkpoint before it is used, by
-all processes or by none.
+Orbax writes to a temporary folder and renames it when complete, so partial checkpoints are never visible. Later damage
+(a truncated or altered file) is detected on restore; all processes then fall back to the same earlier checkpoint.
 """
 
 import base64
@@ -21,7 +20,7 @@ from etils import epath
 from orbax.checkpoint import v1 as ocp
 
 from pjrlhf.errors import UserError
-from pjrlhf.parallel.processes import everywhere, on_process_zero, to_host
+from pjrlhf.parallel.processes import on_all_processes, on_process_zero, to_host
 from pjrlhf.paths import bucket_errors, is_remote
 from pjrlhf.training.workdir import disk_errors
 
@@ -30,12 +29,12 @@ _absl = logging.getLogger("absl")
 
 
 def _quiet(record: logging.LogRecord) -> bool:
-    """Drops Orbax's errors: each of its threads logs a full traceback of what is then raised here anyway."""
+    """Drops Orbax's error messages: each of its threads logs a traceback of an error that is raised here anyway."""
     return record.levelno < logging.ERROR or "/orbax/" not in record.pathname.replace("\\", "/")
 
 
 def abstract(tree: Any) -> Any:
-    """Shapes, dtypes and placement of `tree`, without values; an array not committed to a device has sharding None."""
+    """Shapes, dtypes and shardings of `tree`; the sharding of an uncommitted array is None."""
 
     def one(x):
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding if getattr(x, "committed", True) else None)
@@ -48,14 +47,14 @@ def _is_key(x: Any) -> bool:
 
 
 def _key_impl(x: jax.ShapeDtypeStruct) -> Any:
-    """Which generator an abstract PRNG key belongs to: JAX tells it of arrays and tracers only."""
+    """The PRNG implementation of an abstract key; JAX reveals it for arrays and tracers only."""
     found = []
     jax.eval_shape(lambda key: found.append(jax.random.key_impl(key)), x)
     return found[0]
 
 
 def _plain_abstract(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-    """The data of an abstract PRNG key, placed like the key; other arrays as they are."""
+    """The abstract data of a PRNG key, sharded like the key; other arrays unchanged."""
     return jax.eval_shape(jax.random.key_data, x).update(sharding=x.sharding) if _is_key(x) else x
 
 
@@ -79,7 +78,7 @@ _checksums_jit = jax.jit(_checksums)
 
 
 def _pack(value: Any) -> str:
-    """JSON text of an iterator state; bytes anywhere inside it survive."""
+    """JSON text of an iterator state, which may contain bytes anywhere."""
     return json.dumps(value, default=lambda x: {"__bytes__": base64.b64encode(x).decode()})
 
 
@@ -88,12 +87,19 @@ def _unpack(text: str) -> Any:
 
 
 class Checkpoints:
-    """The checkpoints in `folder`, of which the `max_to_keep` newest stay, and the best one if `best` says by which
-    metric: "loss" for the least, "max rewards/accuracies" for the greatest. A context manager: it exits when all is
-    written. The folder may be in a bucket.
+    """The checkpoints in `folder`, which may be in a bucket. A context manager that exits when everything is written.
 
-    All processes of a run must make the same calls. With several processes the iterator state kept is that of process
-    0, so it must be a position that means the same on all of them.
+    All processes of a run must make the same calls. The iterator state of process 0 is saved, so it must be valid on
+    all processes.
+
+    Args:
+      folder: created if absent.
+      max_to_keep: number of newest checkpoints to keep.
+      best: metric by which to keep the best checkpoint as well: "loss" keeps the smallest, "max rewards/accuracies" the
+        largest; "" keeps none.
+
+    Raises:
+      UserError: the folder cannot be reached or written.
     """
 
     def __init__(self, folder: str | os.PathLike, max_to_keep: int = 2, best: str = ""):
@@ -102,13 +108,13 @@ class Checkpoints:
         policies = ocp.training.preservation_policies
         preserved = [policies.LatestN(max_to_keep)]
         if best:
-            # Sorted by it, the last of them stay.
+            # Orbax sorts by the metric and keeps the last.
             order = {"get_metric_fn": lambda metrics: metrics[self._metric], "reverse": not self._greatest}
             preserved.append(policies.BestN(n=1, keep_checkpoints_without_metrics=False, **order))
         context = ocp.Context()
         context.checkpointables.registry = ocp.handlers.local_registry()
         context.checkpointables.registry.add(ocp.handlers.JsonHandler, checkpointable_name="host")
-        # Each process reads for itself: one that meets a damaged file does not leave the others waiting for it.
+        # Each process restores independently: one that finds a damaged file must not block the others.
         self._alone = ocp.Context(context)
         self._alone.multiprocessing.primary_host = jax.process_index()
         self._alone.multiprocessing.active_processes = {jax.process_index()}
@@ -132,20 +138,24 @@ class Checkpoints:
             _absl.removeFilter(_quiet)
 
     def wait(self) -> None:
-        """Returns when everything saved is committed. Raises UserError where the disk is full or unwritable."""
+        """Returns when all saves are committed.
+
+        Raises:
+          UserError: the disk is full or unwritable.
+        """
         with disk_errors(self.folder):
             self._orbax.wait()
 
     def steps(self) -> list[int]:
-        """Steps of the checkpoints committed or being written, ascending."""
+        """Steps of all checkpoints, committed or being written, ascending."""
         return [checkpoint.step for checkpoint in self._orbax.checkpoints]
 
     def latest(self) -> int | None:
-        """The newest of `steps`."""
+        """The newest step, None without checkpoints."""
         return max(self.steps(), default=None)
 
     def best(self) -> int | None:
-        """The step of the best checkpoint by the metric, None where none was saved with it."""
+        """The step of the best checkpoint by the metric, None where none has it."""
         found = {
             checkpoint.step: checkpoint.metrics[self._metric]
             for checkpoint in self._orbax.checkpoints
@@ -165,14 +175,14 @@ class Checkpoints:
         """Saves in the background; `state` may be donated as soon as this returns.
 
         Args:
-          step: name of the checkpoint; an existing one of that name is replaced.
-          state: pytree of arrays, typed PRNG keys included.
+          step: name of the checkpoint; an existing one of this step is replaced.
+          state: pytree of arrays, including typed PRNG keys.
           iterator_state: bytes, or JSON values with bytes anywhere inside.
           wait: return only when the checkpoint is committed.
-          metrics: of this step, among them the one to be best by.
+          metrics: metrics of this step, including the one that `best` names.
 
         Raises:
-          UserError: the disk is full or unwritable (also for the save before this one), or that metric is missing.
+          UserError: the disk is full or unwritable (perhaps in the previous save), or the metric is missing.
         """
         plain = jax.tree.map(lambda x: jax.random.key_data(x) if _is_key(x) else x, state)
         host = {"iterator": _pack(iterator_state), "checksums": to_host(_checksums_jit(plain)).tolist()}
@@ -191,15 +201,16 @@ class Checkpoints:
             self.wait()
 
     def restore(self, template: Any, step: int | None = None) -> tuple[Any, Any]:
-        """`(state, iterator_state)`, bit for bit, placed as `template` says; the number of devices may have changed.
+        """`(state, iterator_state)`, bit for bit. The number of devices may differ from that of the saving run.
 
         Args:
-          template: state or `abstract(state)` with the saved structure, shapes and dtypes.
-          step: which checkpoint. None takes the newest one that is readable: a damaged one is reported, renamed to
-            `<step>.damaged`, and passed over. What one process cannot read, none uses.
+          template: state or `abstract(state)` with the saved structure, shapes and dtypes, and the shardings to restore
+            to.
+          step: the checkpoint to restore. None restores the newest one that all processes can read; damaged ones are
+            reported, renamed to `<step>.damaged` and skipped.
 
         Raises:
-          UserError: there is no checkpoint, or none that can be read.
+          UserError: no checkpoint exists, or none can be read.
         """
         candidates = [step] if step is not None else self.steps()[::-1]
         if not candidates or candidates[0] not in self.steps():
@@ -214,22 +225,22 @@ class Checkpoints:
                 loaded = self._load(candidate, plain)
             except Exception as error:  # a damaged file surfaces as almost any type
                 reason = _reason(error)
-            if everywhere(loaded is not None):
+            if on_all_processes(loaded is not None):
                 state, host = loaded
                 if to_host(_checksums_jit(state)).tolist() == host["checksums"]:
-                    self._pass_over(damaged, candidate)
+                    self._set_aside(damaged, candidate)
                     return jax.tree.map(_with_keys, state, template), _unpack(host["iterator"])
                 reason = "its contents are not what was saved"
             damaged[candidate] = reason
-            loaded = state = None  # before the next one comes in
+            loaded = state = None  # frees its arrays before the next one is loaded
         newest = self.folder / str(candidates[0])
         raise UserError(
             f"{newest}: this checkpoint cannot be read ({damaged[candidates[0]]}); if this version wrote it "
             f"with this config it is damaged: delete {newest if step is not None else self.folder} to go on without it"
         )
 
-    def _pass_over(self, damaged: Mapping[int, str], step: int) -> None:
-        """Reports checkpoints that cannot be read and puts them aside."""
+    def _set_aside(self, damaged: Mapping[int, str], step: int) -> None:
+        """Reports and renames checkpoints that cannot be read."""
         for bad, reason in damaged.items():
             path = self.folder / str(bad)
             log.warning("%s cannot be read (%s); going on from step %d", path, reason, step)
@@ -238,7 +249,7 @@ class Checkpoints:
             self._orbax.reload()
 
     def _load(self, step: int, template: Any) -> tuple[Any, Any]:
-        """Plain arrays where `template` (abstract, without PRNG keys) says, and what was saved beside them."""
+        """(arrays sharded like `template`, which is abstract and without PRNG keys; JSON values of the checkpoint)."""
         here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         target = jax.tree.map(lambda x: x.update(sharding=x.sharding or here), template)
         with self._alone:

@@ -1,4 +1,4 @@
-"""Adam on the touched rows of large tables: the others neither move nor cost anything."""
+"""Lazy Adam for large tables: an update changes, and costs, only the rows of the batch."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -13,8 +13,8 @@ Table = Any  # leaves [U + 1, ...]
 class LazyAdam(NamedTuple):
     """`init(table) -> state` and `update(indices, gradients, state, table) -> (table, state)`.
 
-    Unlike optax, `update` returns the new table, because an update of all rows is what is to be avoided; jit it with
-    `table` and `state` donated and they change in place. `state["rows"]` has leaves [U + 1, ...], as the table has.
+    Unlike optax, `update` returns the new table, since a dense update is what it avoids. Donate `table` and `state` to
+    update them in place. Leaves of `state["rows"]` are [U + 1, ...] like those of the table.
     """
 
     init: Callable[[Table], Any]
@@ -22,13 +22,13 @@ class LazyAdam(NamedTuple):
 
 
 def lazy_adam(learning_rate: optax.ScalarOrSchedule, b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8) -> LazyAdam:
-    """Adam (arXiv 1412.6980) in which each row counts only the steps that touch it.
+    """Adam (arXiv 1412.6980) with a step count per row.
 
-    A row touched at every step moves as under dense Adam. A row not touched keeps every bit, moments and count
-    included, where dense Adam would still move it by its momentum.
+    A row updated at every step moves as under dense Adam. Other rows stay bit-identical, as do their moments and
+    counts, whereas dense Adam would still move them by their momentum.
 
-    `update` takes indices int32 [n] and gradients, leaves [n, ...]; gradients of equal indices are added up, and an
-    index that is no row (as `gather_rows` gives for empty places) is skipped. A schedule counts all updates.
+    `update` takes indices int32 [n] and gradients with leaves [n, ...]. It sums gradients of equal indices and skips
+    indices outside the table, such as the padding of `gather_rows`. A schedule counts all updates.
     """
 
     def init(table: Table) -> Any:
@@ -38,10 +38,10 @@ def lazy_adam(learning_rate: optax.ScalarOrSchedule, b1: float = 0.9, b2: float 
 
     def update(indices: jax.Array, gradients: Any, state: Any, table: Table) -> tuple[Table, Any]:
         n, rows = indices.shape[0], state["rows"]
-        nobody = rows["count"].shape[0]
-        indices = jnp.where(indices < 0, nobody, jnp.minimum(indices, nobody))
-        touched, place = jnp.unique(indices, size=n, fill_value=nobody, return_inverse=True)
-        gradients = jax.tree.map(lambda g: jax.ops.segment_sum(g, place.reshape(n), n), gradients)
+        no_row = rows["count"].shape[0]
+        indices = jnp.where(indices < 0, no_row, jnp.minimum(indices, no_row))
+        touched, inverse = jnp.unique(indices, size=n, fill_value=no_row, return_inverse=True)
+        gradients = jax.tree.map(lambda g: jax.ops.segment_sum(g, inverse.reshape(n), n), gradients)
 
         def take(tree):
             return jax.tree.map(lambda x: x.at[touched].get(mode="fill", fill_value=0), tree)

@@ -1,4 +1,4 @@
-"""The one training loop. It does not know which method runs: a method supplies `init`, `batches` and `step`."""
+"""The training loop of all methods; a method supplies `init`, `batches` and `step`."""
 
 import contextlib
 import math
@@ -23,7 +23,7 @@ from pjrlhf.training.workdir import Workdir, disk_errors
 
 
 class Batches(Protocol):
-    """An endless iterator whose position can be saved: JSON values or bytes, the same on every process."""
+    """An endless iterator with a checkpointable position: JSON values or bytes, the same on every process."""
 
     def __next__(self) -> Any: ...
 
@@ -33,19 +33,19 @@ class Batches(Protocol):
 
 
 class Method(Protocol):
-    """What a stage hands to `run`."""
+    """A training method, as a stage passes it to `run`."""
 
     batches: Batches
 
     def init(self) -> State:
-        """The state before the first step, placed on the devices where it shall live."""
+        """The state before the first step, with its final shardings."""
 
     def step(self, state: State, batch: Any) -> tuple[State, Metrics]:
-        """One step; adds 1 to `state.step`, and may donate `state`. Returns without waiting for the device."""
+        """One update, dispatched asynchronously; adds 1 to `state.step` and may donate `state`."""
 
 
 class Interrupted(SystemExit):
-    """SIGTERM or SIGINT came and a checkpoint was saved. Exit code 143 or 130; `str()` says how to go on."""
+    """Raised after SIGTERM or SIGINT once a checkpoint is saved. Exit code 143 or 130; `str()` says how to resume."""
 
     def __init__(self, message: str, number: int):
         super().__init__(message)
@@ -53,10 +53,9 @@ class Interrupted(SystemExit):
 
 
 class _Stop:
-    """Catches the first SIGTERM or SIGINT; the second one acts as usual.
+    """Catches the first SIGTERM or SIGINT; the second one has its usual effect.
 
-    With several processes all must stop after the same step: JAX's preemption service, which itself listens for
-    SIGTERM, chooses it.
+    Several processes must stop after the same step, which JAX's preemption service chooses; it handles SIGTERM itself.
     """
 
     number: int | None = None
@@ -76,7 +75,7 @@ class _Stop:
         self.__exit__()
 
     def after(self, step: int) -> int | None:
-        """The signal that says to stop after `step`, if any. Every process asks once per step."""
+        """The signal to stop for after `step`, None to continue. Every process must call it once per step."""
         if jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(step):
             self.number = signal.SIGTERM
         return self.number
@@ -103,36 +102,36 @@ def run(
     programs: Sequence[Program] = (),
     profile: bool = False,
 ) -> State:
-    """Trains `stage` up to `steps` steps, from its last checkpoint where there is one, and returns the final state.
+    """Trains `stage` up to `steps` steps, resuming from its last checkpoint, and returns the final state.
 
     Step N is dispatched before the metrics of step N - 1 are fetched, so the device never waits for the host. The last
-    step always ends in a committed checkpoint. An interrupted run, started again, gives the same numbers bit for bit.
+    step always commits a checkpoint. An interrupted and resumed run gives the same numbers bit for bit.
 
     Args:
       method: see `Method`.
       stage: name of the folder in `workdir` and of the stage in metrics.jsonl.
-      checkpoints: where they go, each stage into a folder of its name; <workdir>/<stage>/checkpoints by default.
-      checkpoint_every, log_every, eval_every: in steps; 0 means never. Besides, the first and last step are logged.
-      max_to_keep: how many of the newest checkpoints stay, beside the best one by `keep_best`, see `Checkpoints`.
-      on_eval: called as `on_eval(state, step)`; the values it returns join the metrics of that step.
+      checkpoints: folder for checkpoints, one subfolder per stage; default <workdir>/<stage>/checkpoints.
+      checkpoint_every, log_every, eval_every: in steps; 0 means never. The first and the last step are always logged.
+      max_to_keep, keep_best: number of newest checkpoints to keep, and the metric of the best one, see `Checkpoints`.
+      on_eval: called as `on_eval(state, step)`; the values it returns are added to the metrics of that step.
       on_start: called with the state, new or restored, before the first step.
-      ingredients: K names for [K] metrics.
+      ingredients: K names for metrics [K].
       show: metrics on the progress bar.
       watch: metrics (`name` or anything under `name/`) that must be finite.
       loggers: see `MetricWriter`.
-      programs: what the steps run, whose compilations performance.jsonl counts.
-      profile: record steps 3 to 5 after the start for XProf, in <workdir>/profile.
+      programs: programs that steps run, for the accounting in performance.jsonl.
+      profile: trace steps 3 to 5 after the start for XProf, in <workdir>/profile.
 
     Raises:
       UserError: a watched metric is NaN or infinite (the batch is saved beside the checkpoints), the data ended early,
         no checkpoint is readable, or the disk is full or unwritable.
-      Interrupted: SIGTERM or SIGINT came; the step was finished and saved.
+      Interrupted: SIGTERM or SIGINT was received; the current step was completed and saved.
     """
     folder, performance = workdir.stage(stage), Performance(programs)
     fetched_always = {*show, *watch}
 
     def settle(step: int, metrics: Metrics, batch: Any) -> dict[str, float]:
-        """Waits for a step's metrics, checks and shows them; returns those to be written."""
+        """Fetches a step's metrics, checks and displays them; returns those to write, {} where none are due."""
         due = step in (1, steps) or (log_every and step % log_every == 0)
         if not (due or keep_best):
             metrics = {name: pair for name, pair in metrics.items() if _under(name, fetched_always)}
@@ -152,14 +151,14 @@ def run(
         measured.update(pooled | values)
         return values if due else {}
 
-    measured: dict[str, float] = {}  # what the step settled last is ranked by
+    measured: dict[str, float] = {}  # latest metrics, by which `keep_best` ranks a checkpoint
     place = f"{checkpoints.rstrip('/')}/{stage}" if checkpoints else folder / "checkpoints"
     with Checkpoints(place, max_to_keep, keep_best) as saved:
-        with performance.aside():
+        with performance.excluded():
             state = method.init()
             done = saved.latest() or 0
             if done:
-                template, state = abstract(state), None  # frees the initial arrays before the saved ones come in
+                template, state = abstract(state), None  # frees the initial arrays before loading
                 state, position = saved.restore(template)
                 method.batches.set_state(position)
                 done = int(state.step)
@@ -194,11 +193,11 @@ def run(
                 save = stopped_by or done == steps or (checkpoint_every and done % checkpoint_every == 0)
                 if not (evaluate or save):
                     continue
-                # Nothing is evaluated or saved before this step's metrics are known to be finite.
+                # Check that this step's metrics are finite before evaluating or saving.
                 row = settle(*pending)
                 pending = None
                 if evaluate:
-                    with performance.aside():
+                    with performance.excluded():
                         row |= on_eval(state, done) or {}
                     measured.update(row)
                 if row:
@@ -207,7 +206,7 @@ def run(
                     if int(state.step) != done:
                         raise RuntimeError(f"{stage}: state.step is {int(state.step)} after {done} steps")
                     last = bool(stopped_by) or done == steps
-                    with performance.aside():
+                    with performance.excluded():
                         saved.save(done, state, method.batches.get_state(), last, measured)
                 if stopped_by:
                     name = signal.Signals(stopped_by).name
@@ -224,7 +223,7 @@ def _under(name: str, parents: Collection[str]) -> bool:
 
 
 def _save_batch(path: pathlib.Path, batch: Any) -> pathlib.Path:
-    """Writes a batch as .npz with flattened paths as names; bfloat16 becomes float32."""
+    """Saves a batch as .npz, leaves named by their paths; bfloat16 becomes float32."""
 
     def plain(x):
         if isinstance(x, jax.Array):

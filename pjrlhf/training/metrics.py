@@ -1,8 +1,8 @@
-"""Metrics as (sum, count) pairs, which average correctly over micro-batches and groups, and where they are written.
+"""Metrics as (sum, count) pairs, which average correctly over micro-batches and groups, and their writer.
 
     metrics = {"loss": (sum of losses, number of losses), "rewards/accuracies": (hits [K], comparisons [K])}
 
-The value is sum / count. A pair of [K] arrays holds one value per ingredient.
+The value of a metric is sum / count. A pair of arrays [K] has one value per ingredient.
 """
 
 import importlib
@@ -27,23 +27,18 @@ LOGGERS = {"tensorboard": "tensorboardX", "wandb": "wandb"}  # extra -> module
 
 
 def masked(values: jax.Array, mask: jax.Array, axis: int | Sequence[int] | None = None) -> tuple[jax.Array, jax.Array]:
-    """The pair for the mean of `values` where `mask` (broadcast against it) is true or by its weights, over `axis`."""
+    """The pair (sum, count) of the masked mean of `values` over `axis`; `mask` broadcasts and may hold weights."""
     mask = jnp.broadcast_to(mask, values.shape).astype(jnp.float32)
-    # where, not a product: a masked value may be infinite
+    # `where` rather than a product alone: a masked value may be infinite.
     return jnp.where(mask > 0, values * mask, 0.0).sum(axis), mask.sum(axis)
 
 
-def reduce(metrics: Metrics, axis: int = 0) -> Metrics:
-    """Adds up micro-batches stacked on `axis` (what `jax.lax.scan` returns): the pairs of the whole batch."""
-    return jax.tree.map(lambda x: x.sum(axis), metrics)
-
-
 def to_floats(metrics: Metrics, ingredients: Sequence[str] = ()) -> dict[str, float]:
-    """Values as Python floats; a pair without any count is left out.
+    """Values as Python floats; pairs with count 0 are omitted.
 
     Args:
-      metrics: pairs of scalars, or of [K] arrays.
-      ingredients: K names; a [K] pair becomes `name/<ingredient>`. Empty: pooled over the ingredients.
+      metrics: pairs of scalars, or of arrays [K].
+      ingredients: K names, by which a pair [K] becomes K values `name/<ingredient>`. If empty, it is pooled over K.
     """
     values: dict[str, float] = {}
     for name, pair in to_host(dict(metrics)).items():
@@ -57,17 +52,16 @@ def to_floats(metrics: Metrics, ingredients: Sequence[str] = ()) -> dict[str, fl
 
 
 class MetricWriter:
-    """Appends one JSON line per step to `<workdir>/metrics.jsonl`, and to the optional loggers. Process 0 writes.
+    """Appends one JSON line per step to `<workdir>/metrics.jsonl`, and logs to optional loggers. Process 0 writes.
 
-    What a step computed is the same whenever it runs; how fast that was is not, and has a file of its own,
-    `performance.jsonl`.
+    Timing goes to `performance.jsonl`, so that metrics.jsonl is reproducible.
 
     Args:
       loggers: any of "tensorboard", "wandb".
-      after: the stage continues from this step; its later lines, and any line cut short by a crash, are dropped.
+      after: the step from which the stage continues. Its later lines, and a line cut short by a crash, are dropped.
 
     Raises:
-      UserError: unknown logger or one that is not installed; disk full or unwritable.
+      UserError: an unknown logger, one that is not installed, or a disk that is full or unwritable.
     """
 
     def __init__(self, workdir: Workdir, stage: str, *, loggers: Collection[str] = (), after: int = 0):
@@ -90,7 +84,7 @@ class MetricWriter:
             self._wandb = modules["wandb"].init(
                 project="pjrlhf", name=name, id=name, resume="allow", dir=str(workdir.path)
             )
-            # Stages count their steps from 1, so each is its own axis.
+            # Every stage counts its steps from 1, so each needs its own axis.
             self._wandb.define_metric(f"{stage}/*", step_metric=f"{stage}/step")
 
     def _drop_after(self, after: int) -> None:
@@ -110,7 +104,7 @@ class MetricWriter:
             os.replace(half, self.path)
 
     def write(self, step: int, values: Mapping[str, float], performance: Mapping[str, float] | None = None) -> None:
-        """One line; NaN and infinity become null, which JSON has."""
+        """Writes one line per file. NaN and infinity become null, because JSON has neither."""
         if not self._active:
             return
         with disk_errors(self.path):

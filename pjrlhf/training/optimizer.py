@@ -1,4 +1,4 @@
-"""Optimizers from a config section, and the lift that trains K independent policies side by side."""
+"""Optimizers from a config section, and their vectorisation over K independent policies."""
 
 import difflib
 from collections.abc import Mapping
@@ -10,9 +10,9 @@ import optax
 
 from pjrlhf.errors import UserError
 
-# A key without a default (None) must be given.
+# Setting -> default; None marks a required setting.
 DEFAULTS = {
-    "name": "adamw",  # "adamw", "sgd", or "adafactor" (arXiv 1804.04235), whose second moments take hardly any memory
+    "name": "adamw",  # "adamw", "sgd", or "adafactor" (arXiv 1804.04235, factored second moments)
     "learning_rate": None,  # peak, reached after warm-up
     "schedule": "constant",  # after warm-up: "constant", or "linear" / "cosine" down to 0 at the end of the stage
     "warmup_steps": 0,  # linear rise; step 1 already moves
@@ -20,7 +20,7 @@ DEFAULTS = {
     "b2": 0.999,  # adamw: decay of the second moment
     "eps": 1e-8,  # adamw: added to the root of the second moment
     "eps_root": 0.0,  # adamw: added under the root
-    "weight_decay": 0.0,  # decoupled; leaves named scale or bias are exempt
+    "weight_decay": 0.0,  # decoupled; not applied to leaves named scale or bias
     "max_grad_norm": 1.0,  # global-norm clipping; 0 turns it off
 }
 SCHEDULES = ("constant", "linear", "cosine")
@@ -29,11 +29,11 @@ NO_DECAY = ("scale", "bias")
 
 
 def _settings(config: Mapping[str, Any]) -> dict[str, Any]:
-    """`config` over the defaults, checked."""
+    """`DEFAULTS` updated by `config`, checked."""
     for key in config:
         if key not in DEFAULTS:
-            near = difflib.get_close_matches(key, DEFAULTS, 1)
-            hint = f"did you mean {near[0]}?" if near else f"known keys: {', '.join(DEFAULTS)}"
+            closest = difflib.get_close_matches(key, DEFAULTS, 1)
+            hint = f"did you mean {closest[0]}?" if closest else f"known keys: {', '.join(DEFAULTS)}"
             raise UserError(f"optimizer.{key}: no such setting; {hint}")
     settings = {**DEFAULTS, **config}
     for key, known in (("name", OPTIMIZERS), ("schedule", SCHEDULES)):
@@ -64,14 +64,14 @@ def make_schedule(config: Mapping[str, Any], total_steps: int) -> optax.Schedule
     }[settings["schedule"]]
     if not warmup:
         return after
-    # Starting one notch above zero, so that the first step is not wasted.
+    # Warm-up starts at peak / (warmup + 1) rather than 0, so that the first step is not wasted.
     return optax.join_schedules([optax.linear_schedule(peak / (warmup + 1), peak, warmup), after], [warmup])
 
 
 def _decayed(params: Any) -> Any:
-    """True for the leaves that weight decay touches.
+    """True for leaves with weight decay.
 
-    By name, not by rank: a scanned norm scale is [L, D], a reward head's kernel [D].
+    Decided by name, not by rank: a scanned norm scale is [L, D], a reward head's kernel [D].
     """
     return jax.tree_util.tree_map_with_path(
         lambda path, _: jax.tree_util.keystr(path[-1:], simple=True) not in NO_DECAY, params
@@ -90,7 +90,7 @@ def make_optimizer(config: Mapping[str, Any], total_steps: int) -> optax.Gradien
     if settings["name"] == "sgd":
         return optax.chain(clip, optax.add_decayed_weights(settings["weight_decay"], _decayed), optax.sgd(schedule))
     if settings["name"] == "adafactor":
-        # Not `optax.adafactor`, which takes weight decay apart from the learning rate.
+        # Not `optax.adafactor`, whose weight decay is not scaled by the learning rate.
         return optax.chain(
             clip,
             optax.scale_by_factored_rms(),
@@ -105,9 +105,9 @@ def make_optimizer(config: Mapping[str, Any], total_steps: int) -> optax.Gradien
 def per_ingredient(optimizer: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
     """`optimizer` for K independent policies stacked on axis 0 of every leaf.
 
-    Clipping, moments and step counts never mix: the result equals K separate optimizers. `update` takes an optional
-    `active`, bool [K]: where False that ingredient's update is zero and its optimizer state stays, whatever its
-    gradient (even NaN) is.
+    Clipping, moments and step counts are per policy: the result equals K separate optimizers. `update` takes an
+    optional `active`, bool [K]. Where it is False, the update is zero and the optimizer state is unchanged, even if the
+    gradient is NaN.
     """
 
     def update(grads, state, params=None, *, active=None):

@@ -1,4 +1,4 @@
-"""A progress bar; where stderr is no terminal, a plain line now and then."""
+"""A progress bar on a terminal, plain lines at intervals elsewhere."""
 
 import sys
 import time
@@ -64,7 +64,7 @@ class progress:
             self._bar.update(self._task, completed=step, note=note)
             return
         now = time.monotonic()
-        # The first step carries the compilation: speed is measured from its end.
+        # The first step includes compilation, so speed is measured from its end.
         self._first = self._first or (step, now)
         done, seconds = step - self._first[0], now - self._first[1]
         if now - self._printed >= self.every or step >= self.total:

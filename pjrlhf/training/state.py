@@ -1,4 +1,4 @@
-"""What a training stage carries from step to step and what a checkpoint holds. The frozen base is no part of it."""
+"""The training state: what a step updates and a checkpoint holds. It excludes the frozen base."""
 
 from typing import Any
 
@@ -10,14 +10,14 @@ from flax import struct
 
 @struct.dataclass
 class State:
-    """A pytree.
+    """State of a training stage, a pytree.
 
     Attributes:
-      step: int32 scalar, updates done so far. `method.step` adds 1.
+      step: int32 scalar, number of updates so far. `method.step` adds 1.
       rng: typed PRNG key, `jax.random.key(...)`.
       trainable: the parameters being trained (adapter bank, heads, user tables, or full parameters).
       opt_state: state of the optimizer over `trainable`.
-      extra: whatever else must survive a restart as arrays (KL controller, reward normalisers); may be empty.
+      extra: further arrays that must survive a restart (KL controller, reward normalisers); may be empty.
     """
 
     step: jax.Array

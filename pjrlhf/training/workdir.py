@@ -1,4 +1,4 @@
-"""The run directory: its config, which stages are finished, and files that are either whole or absent."""
+"""The run directory: its config, the manifest of finished stages, and atomic writing of files."""
 
 import contextlib
 import errno
@@ -27,14 +27,14 @@ _DISK = {
 
 @contextlib.contextmanager
 def disk_errors(path: str | os.PathLike) -> Iterator[None]:
-    """Turns a full or unwritable disk met while writing `path` into one UserError; other errors pass through."""
+    """Turns errors of a full or unwritable disk while writing `path` into a UserError; other errors pass through."""
     try:
         yield
     except UserError:
         raise
     except Exception as error:
         for code, remedy in _DISK.items():
-            # Checkpoint libraries pass the system's message on in errors of their own kind.
+            # Checkpoint libraries wrap the system's message in errors of their own types.
             if (isinstance(error, OSError) and error.errno == code) or os.strerror(code) in str(error):
                 raise UserError(f"{path}: cannot be written, {remedy}") from error
         raise
@@ -84,11 +84,10 @@ def _flat(config: Any, prefix: str = "") -> dict[str, Any]:
 
 
 class Workdir:
-    """The folder of one run, which all its processes see. Create it after JAX's distributed start-up.
+    """The folder of one run, shared by all its processes. Create it after `processes.initialize`.
 
     Raises:
-      UserError: the folder cannot be created, or is in a bucket: metrics are appended to, and results take their names
-        when they are whole.
+      UserError: the folder cannot be created, or is in a bucket, which supports neither appending nor renaming.
     """
 
     def __init__(self, path: str | os.PathLike):
@@ -106,14 +105,14 @@ class Workdir:
         return folder
 
     def write_config(self, config: Mapping[str, Any], ignore: Collection[str] = ()) -> None:
-        """Stores the resolved config as config.json, after checking that it continues the run already here.
+        """Checks that the config continues the run already in the folder, and stores it as config.json.
 
         Args:
           config: nested mapping of JSON values.
-          ignore: dotted keys (or sections) that do not influence training, such as how often to log.
+          ignore: dotted keys (or sections) that may change between restarts, such as the logging interval.
 
         Raises:
-          UserError: another key differs from the stored config; the message lists old and new values.
+          UserError: any other key differs from the stored config; the message lists old and new values.
         """
         path = self.path / "config.json"
         config = json.loads(json.dumps(config))  # tuples become lists, as in the stored file
@@ -140,11 +139,11 @@ class Workdir:
             )
 
     def finished(self, stage: str) -> dict[str, Any] | None:
-        """What `mark_finished` recorded for `stage`, or None while it is unfinished."""
+        """The record of `mark_finished` for `stage`, None while it is unfinished."""
         return (_read_json(self.path / "manifest.json") or {}).get("stages", {}).get(stage)
 
     def mark_finished(self, stage: str, seconds: float, **info: Any) -> None:
-        """Records in manifest.json that `stage` is complete, how long it took, and any JSON values in `info`."""
+        """Records in manifest.json that `stage` finished after `seconds`, with JSON values `info`."""
         manifest = _read_json(self.path / "manifest.json") or {"stages": {}}
         manifest["stages"][stage] = {"seconds": seconds, **info}
         on_process_zero(write_json)(self.path / "manifest.json", manifest)

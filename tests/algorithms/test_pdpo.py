@@ -87,7 +87,7 @@ def doubled(run, pairs):
 
     def part(order):
         generic = np.array(order) >= 4
-        batch = batch_of(pairs, [rows[i] for i in order], user_slots=method.users.slots)
+        batch = batch_of(pairs, [rows[i] for i in order], user_slots=method.users.num_tokens)
         return {**batch, "generic": generic, "user": np.where(generic, 0, batch["user"])}
 
     @jax.jit

@@ -12,8 +12,8 @@ from pjrlhf.models.blockwise import BLOCK, attend_blocks
 from pjrlhf.models.config import ModelConfig
 from pjrlhf.models.decoder import Decoder, init_params
 from pjrlhf.models.splash import attend_splash
-from pjrlhf.parallel.mesh import make_mesh, row_sharding
-from pjrlhf.parallel.roofline import product_cost
+from pjrlhf.parallel.mesh import batch_sharding, make_mesh
+from pjrlhf.parallel.roofline import matmul_cost
 
 B, C, N = 3, 6, 8
 
@@ -126,7 +126,7 @@ def test_what_cudnn_computes_is_counted_and_kept(monkeypatch, remat, forwards):
             hidden, _ = model.clone(attention=attention).apply({"params": params}, tokens, jnp.ones((B, T), bool))
             return hidden.astype(jnp.float32).sum()
 
-        return product_cost(jax.make_jaxpr(jax.grad(loss))(params, jnp.zeros((B, T), jnp.int32)).jaxpr).flops
+        return matmul_cost(jax.make_jaxpr(jax.grad(loss))(params, jnp.zeros((B, T), jnp.int32)).jaxpr).flops
 
     one = config.num_layers * 2 * B * H * T * T * C
     products = {"none": 6, "dots": 8, "full": 8}[remat]  # of the plain form: both kinds of remat make two anew
@@ -156,12 +156,12 @@ def test_splash_is_exact(T, mask, H, G, softcap):
 def test_splash_on_several_devices(sizes):
     """Each takes its own rows and heads; what it takes to multiply is counted for all."""
     mesh = make_mesh(sizes)
-    rows = row_sharding(mesh)
+    rows = batch_sharding(mesh)
     x = [jnp.asarray(np.tile(a, (3, 1, 1, 1))[:8], jnp.float32) for a in inputs(128, 4, 2)[:3]]
     mask = jnp.asarray(np.tile(packed(128), (3, 1, 1))[:8])
 
     def fused(*x):
-        return attend_splash(*x, mask, rows=rows, block=128, interpret=True)
+        return attend_splash(*x, mask, batch_sharding=rows, block=128, interpret=True)
 
     def plain(*x):
         return attend(*x, mask, "einsum")
@@ -169,7 +169,7 @@ def test_splash_on_several_devices(sizes):
     looks = np.asarray(mask.any(-1))[..., None, None]
     got, want = (np.where(looks, jax.jit(one)(*x), 0.0) for one in (fused, plain))
     np.testing.assert_allclose(got, want, atol=1e-5, rtol=1e-4)
-    flops = [product_cost(jax.make_jaxpr(one)(*x).jaxpr).flops for one in (fused, plain)]
+    flops = [matmul_cost(jax.make_jaxpr(one)(*x).jaxpr).flops for one in (fused, plain)]
     assert flops[0] == flops[1] == 8 * 2 * 2 * 4 * 128 * 128 * C
 
 
@@ -180,10 +180,10 @@ def test_splash_is_for_tpus():
 
 
 def test_splash_leaves_to_xla_what_it_cannot_share():
-    rows = row_sharding(make_mesh({"fsdp": 8}))
-    assert not splash.unfit((8, 512, 4, 64), rows) and not splash.unfit((3, 512, 4, 64), None)
-    assert "rows" in splash.unfit((9, 512, 4, 64), rows)
-    assert "tokens" in splash.unfit((8, 40, 4, 64), rows)
+    rows = batch_sharding(make_mesh({"fsdp": 8}))
+    assert not splash.unsupported((8, 512, 4, 64), rows) and not splash.unsupported((3, 512, 4, 64), None)
+    assert "rows" in splash.unsupported((9, 512, 4, 64), rows)
+    assert "tokens" in splash.unsupported((8, 40, 4, 64), rows)
     q, k, v, _ = inputs(9, 4, 2)
     found = str(jax.make_jaxpr(lambda *x: attend(*x, packed(9), "splash"))(q, k, v))
     assert "pallas_call" not in found

@@ -130,7 +130,7 @@ def test_all_variants_create_the_same_parameters():
 
 
 @pytest.mark.parametrize("kind", ["base", "lora", "full"])
-def test_layers_apart_are_those_of_the_scan(kind):
+def test_unrolled_layers_equal_the_scan(kind):
     adapter = AdapterConfig(rank=0) if kind == "full" else ADAPTER
     bank = {"base": None, "lora": lora_bank(), "full": full_bank()}[kind]
     mix = np.eye(K, dtype=np.float32)[:2]
@@ -139,7 +139,7 @@ def test_layers_apart_are_those_of_the_scan(kind):
     @functools.partial(jax.jit, static_argnames="together")
     def hidden(params, bank, together):
         policies = Policies(MODEL, adapter, params, bank, mix)
-        return (policies if together else policies.apart())(tokens, valid)[0]
+        return (policies if together else policies.unroll())(tokens, valid)[0]
 
     assert_close(hidden(base(), bank, together=False), hidden(base(), bank, together=True))
 

@@ -20,7 +20,7 @@ from pjrlhf.models.decoder import Decoder
 from pjrlhf.models.families import FAMILIES, leaf_shapes, tensor_slots
 from pjrlhf.models.hf_config import config_to_hf, read_config
 from pjrlhf.models.huggingface import load_params, save_params
-from pjrlhf.models.unrolled import apart
+from pjrlhf.models.unrolled import unroll
 from pjrlhf.parallel.mesh import leaf_sharding, make_mesh, shard_params
 from pjrlhf.rollout.sampler import Sampling, generate
 
@@ -278,7 +278,7 @@ def test_a_type_that_cannot_say_what_the_config_says_is_refused(model_type, chan
 def test_mistakes_are_named(message, changes):
     with pytest.raises(ValueError, match=message):
         SMALL.replace(**changes)
-    with pytest.raises(ValueError, match="neither linear nor that of Llama 3"):
+    with pytest.raises(ValueError, match="neither linear nor Llama 3 scaling"):
         RopeScaling(factor=2.0, low_freq_factor=1.0)
 
 
@@ -294,7 +294,7 @@ def test_padding_and_unrolling_do_not_matter(model_type):
     left, left_valid = np.pad(left, ((0, 0), (3, 0)), constant_values=7), np.pad(valid[:, ::-1], ((0, 0), (3, 0)))
     got = forward(config, params, left, left_valid)
     np.testing.assert_allclose(got[left_valid], want[valid], rtol=0, atol=1e-5)
-    model, variables = Decoder(config, scan_layers=False), apart({"params": params}, joined=True)
+    model, variables = Decoder(config, scan_layers=False), unroll({"params": params}, fused=True)
     hidden, _ = jax.jit(model.apply)(variables, left, left_valid)
     logits = model.apply(variables, hidden, method="logits")
     np.testing.assert_allclose(logits[left_valid], got[left_valid], rtol=0, atol=1e-5)

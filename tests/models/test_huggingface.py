@@ -207,10 +207,10 @@ BROKEN_WEIGHTS = {
         lambda w: w.pop("model.layers.1.mlp.up_proj.weight")
     ),
     r"lm_head\.weight is missing": change_weights(lambda w: w.pop("lm_head.weight")),
-    r"model\.layers\.0\.self_attn\.q_proj\.bias in the weights has no place": change_weights(
+    r"model\.layers\.0\.self_attn\.q_proj\.bias in the weights does not belong": change_weights(
         lambda w: w.update({"model.layers.0.self_attn.q_proj.bias": np.ones(2, np.float32)})
     ),
-    r"old\.lm_head\.weight in the weights has no place": lambda folder: (
+    r"old\.lm_head\.weight in the weights does not belong": lambda folder: (
         edit(folder, tie_word_embeddings=True),
         # Only the head of a tied model may be left over, not one under another name.
         change_weights(lambda w: w.update({"old.lm_head.weight": w["lm_head.weight"]}))(folder),

@@ -14,10 +14,10 @@ from pjrlhf.models.adapters import Policies, init_bank, mixed_params
 from pjrlhf.models.config import ModelConfig
 from pjrlhf.models.decoder import Decoder, init_params
 from pjrlhf.models.huggingface import load_params, save_params
-from pjrlhf.models.matmul import FEW_ROWS, product, turned_product
+from pjrlhf.models.matmul import FEW_ROWS, matmul, matmul_transposed
 from pjrlhf.models.quantization import check_quantize, quantize, quantize_params
-from pjrlhf.parallel.mesh import leaf_sharding, make_mesh, row_sharding, shard_params
-from pjrlhf.parallel.roofline import product_cost, tree_bytes
+from pjrlhf.parallel.mesh import batch_sharding, leaf_sharding, make_mesh, shard_params
+from pjrlhf.parallel.roofline import matmul_cost
 from pjrlhf.rollout.sampler import Sampling, generate
 
 LORA, K = ADAPTERS["lora"], 3
@@ -78,7 +78,7 @@ def test_what_is_quantised_are_the_kernels_of_the_layers():
 
 
 @pytest.mark.parametrize("rows", [2, FEW_ROWS + 1])
-@pytest.mark.parametrize("multiply", [product, lambda x, kernel: turned_product(x, kernel.T)])
+@pytest.mark.parametrize("multiply", [matmul, lambda x, kernel: matmul_transposed(x, kernel.T)])
 def test_products_with_integers_and_their_gradients_are_those_with_floats(multiply, rows):
     x, kernel = jnp.round(4 * numbers(rows, 7)), quantize(numbers(7, 4))["kernel"]  # whole numbers: exact
     found, of_found = jax.vjp(lambda x: multiply(x, kernel), x)
@@ -109,7 +109,7 @@ def test_values_and_gradients_of_adapters_and_inputs_are_those_of_the_floats(cha
 
 
 @pytest.mark.parametrize(
-    "decode", ["apart", *(pytest.param(name, marks=pytest.mark.slow) for name in ("scan", "turned"))]
+    "decode", ["unrolled", *(pytest.param(name, marks=pytest.mark.slow) for name in ("scan", "transposed"))]
 )
 def test_samples_are_those_of_the_floats(decode):
     prompt, model = prompts(6, 5), MODEL.clone(decode=decode)
@@ -156,7 +156,7 @@ def test_activations_in_half_precision_are_within_its_rounding():
 @pytest.mark.slow
 def test_sharded_it_is_the_same():
     mesh, prompt = make_mesh({"data": 2, "fsdp": 2, "tensor": 2}), prompts(8, 5)
-    model = MODEL.clone(rows=row_sharding(mesh), remat="full")
+    model = MODEL.clone(batch_sharding=batch_sharding(mesh), remat="full")
     small, floats = both()
     moving = {"bank": bank("lora", K), "users": numbers(8, 2, CONFIG.hidden_size)}
     mix = numbers(8, K, seed=1)
@@ -182,12 +182,13 @@ def test_no_float_copy_of_all_layers_is_kept_for_the_gradient():
         program = jax.jit(jax.grad(run)).lower(adapters, params, tokens).compile()
         return program.memory_analysis().temp_size_in_bytes
 
-    assert memory(small) - memory(shapes) < tree_bytes(shapes["layers"]) / 8
+    held = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(shapes["layers"]))
+    assert memory(small) - memory(shapes) < held / 8
 
 
 def test_kernels_are_converted_inside_the_loop_that_samples():
     """Before it, floats of all layers would be kept; what stands there is the program's entry."""
-    model, prompt = MODEL.clone(decode="apart"), prompts(2, 3)
+    model, prompt = MODEL.clone(decode="unrolled"), prompts(2, 3)
     shapes = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
     sampling = Sampling(max_new_tokens=4, eos_id=1, pad_id=0)
 
@@ -217,10 +218,10 @@ def test_a_folder_is_read_as_what_its_floats_become(tmp_path, sizes):
         assert scale.sharding.is_equivalent_to(place("layers/mlp/down/scale", scale.shape), scale.ndim)
 
 
-def test_products_with_integers_cost_the_bytes_of_integers():
+def test_matmuls_with_integers_cost_the_bytes_of_integers():
     x = jax.ShapeDtypeStruct((4, 512), jnp.bfloat16)
     costs = [
-        product_cost(jax.make_jaxpr(product)(x, jax.ShapeDtypeStruct((512, 1024), dtype)).jaxpr)
+        matmul_cost(jax.make_jaxpr(matmul)(x, jax.ShapeDtypeStruct((512, 1024), dtype)).jaxpr)
         for dtype in (jnp.bfloat16, jnp.int8)
     ]
     assert costs[0].flops == costs[1].flops

@@ -1,4 +1,4 @@
-"""Layers apart and their kernels joined write what the scan over layers writes."""
+"""Unrolled layers with fused kernels compute what the scan over layers computes."""
 
 import functools
 
@@ -10,10 +10,10 @@ import pytest
 from pjrlhf.models.adapters import AdapterConfig, Policies, init_bank
 from pjrlhf.models.config import ModelConfig
 from pjrlhf.models.decoder import Decoder, init_params
-from pjrlhf.models.unrolled import apart
+from pjrlhf.models.unrolled import unroll
 
 LLAMA = {"norm": "rms", "gated": True}
-# Biases, norms of queries and keys, no gate: what else is between the products of a block.
+# Biases, norms of queries and keys, no gate: everything else that stands between the matmuls of a block.
 OTHER = {"norm": "layer", "gated": False, "biases": ("query", "key", "value", "up"), "qk_norm": "head"}
 K, B, T = 2, 3, 5
 
@@ -45,15 +45,15 @@ def setting(switches, rank):
 @pytest.mark.parametrize(
     "switches, decode, rank",
     [
-        (LLAMA, "apart", 1),
-        (LLAMA, "turned", 2),
-        pytest.param(OTHER, "turned", 1, marks=pytest.mark.slow),
-        pytest.param(OTHER, "apart", 2, marks=pytest.mark.slow),
-        (OTHER, "turned", 0),
+        (LLAMA, "unrolled", 1),
+        (LLAMA, "transposed", 2),
+        pytest.param(OTHER, "transposed", 1, marks=pytest.mark.slow),
+        pytest.param(OTHER, "unrolled", 2, marks=pytest.mark.slow),
+        (OTHER, "transposed", 0),
     ],
 )
-def test_joined_products_are_those_of_the_scan(switches, decode, rank):
-    """With rank 1 adapters join the kernels (6 columns to 64), with rank 2 those of attention's input do not."""
+def test_unrolled_and_fused_layers_equal_the_scan(switches, decode, rank):
+    """Adapters of rank 1 are fused (6 columns to 64); those of attention's inputs with rank 2 are too wide."""
     model, adapter, params, bank = setting(switches, rank)
     mix = np.random.default_rng(2).normal(size=(B, K)).astype(np.float32)
     if not rank:
@@ -63,21 +63,21 @@ def test_joined_products_are_those_of_the_scan(switches, decode, rank):
     @functools.partial(jax.jit, static_argnums=1)
     def hidden(bank, whole):
         policies = Policies(model.clone(decode=decode), adapter, params, bank, mix)
-        return (policies if whole else policies.apart())(tokens, valid)[0]
+        return (policies if whole else policies.unroll())(tokens, valid)[0]
 
     np.testing.assert_allclose(hidden(bank, False), hidden(bank, True), rtol=1e-4, atol=1e-5)
     assert np.abs(hidden(bank, True) - hidden(None, True)).max() > 0.1
 
 
-def test_what_is_joined():
+def test_which_kernels_are_fused():
     _, _, params, bank = setting(LLAMA, 1)
-    found = apart({"params": params, "adapters": bank}, joined=True, dtype=jnp.bfloat16)
+    found = unroll({"params": params, "adapters": bank}, fused=True, dtype=jnp.bfloat16)
     layer, low = found["params"]["layers_1"], found["adapters"]["layers_1"]
     assert layer["attention"]["query_key_value"]["kernel"].shape == (64, 32 + 16 + 16 + 3 * K)
     assert layer["mlp"]["gate_up"]["kernel"].shape == (64, 2 * 96 + 2 * K)
     assert layer["mlp"]["gate_up"]["kernel"].dtype == jnp.bfloat16
     assert low["mlp"]["gate_up"]["b"].shape == (K, 2, 2 * 96)
     assert {*layer["attention"]} == {"query_key_value", "output"}
-    wide = apart({"params": params, "adapters": setting(LLAMA, 2)[3]}, joined=True)
+    wide = unroll({"params": params, "adapters": setting(LLAMA, 2)[3]}, fused=True)
     assert {*wide["params"]["layers_0"]["attention"]} == {"query", "key", "value", "output"}
     assert "gate_up" in wide["params"]["layers_0"]["mlp"]

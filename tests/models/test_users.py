@@ -9,7 +9,7 @@ import pytest
 
 from pjrlhf.errors import UserError
 from pjrlhf.models.registry import UserRegistry
-from pjrlhf.models.users import KINDS, UserModel, clusters_of, gather_rows
+from pjrlhf.models.users import KINDS, UserModel, fit_clusters, gather_rows
 
 U, T, D, C, K, V = 6, 3, 4, 5, 2, 64
 EMBEDDING = np.random.default_rng(0).standard_normal((V, D)).astype(np.float32)
@@ -41,7 +41,7 @@ def output(kind, params, users):
 def test_uniform_has_neither_parameters_nor_output():
     model = UserModel(kind="uniform", num_users=U)
     params = model.init(jax.random.key(0))
-    assert jax.tree.leaves(params) == [] and model.slots == 0
+    assert jax.tree.leaves(params) == [] and model.num_tokens == 0
     assert model.apply(params, jnp.array([0, 3])) == (None, None)
 
 
@@ -164,8 +164,8 @@ def test_free_rows_are_no_people_to_cluster():
     # People on rows 1, 3 and 4 of a table whose other rows are far away, and the same people alone.
     people = [1, 3, 4]
     wide = jnp.full((U + 3, T, D), 100.0).at[0].set(offset[0]).at[jnp.array(people)].set(offset[1:4])
-    got = clusters_of(model, {**params, "table": {"offset": wide}}, C, key, people=people)
-    want = clusters_of(model, {**params, "table": {"offset": offset[:4]}}, C, key)
+    got = fit_clusters(model, {**params, "table": {"offset": wide}}, C, key, user_rows=people)
+    want = fit_clusters(model, {**params, "table": {"offset": offset[:4]}}, C, key)
     np.testing.assert_array_equal(got["shared"]["centers"], want["shared"]["centers"])
     weights, expected = (np.asarray(x["table"]["weights"]) for x in (got, want))
     assert weights.shape == (U + 3, C)
@@ -254,7 +254,7 @@ def test_registry_mistakes_are_named():
         UserRegistry.create(["bob", "bob"])
     with pytest.raises(UserError, match="user '': a name is a string"):
         registry.add_users(table, [""])
-    with pytest.raises(UserError, match="user 'bob': nobody has this name"):
+    with pytest.raises(UserError, match="user 'bob': unknown name"):
         registry.remove_users(table, ["bob"])
     with pytest.raises(UserError, match=r"user 'bob': does not fit the user table .*shape"):
         registry.import_users(table, {"bob": {"weights": [0.0] * (C + 1)}})
@@ -277,6 +277,6 @@ def test_odd_people_do_not_take_a_centre_from_a_taste():
         vectors = 0.2 * rng.normal(size=(people, width)) + 0.08 * apart
         offset = np.concatenate([np.zeros((1, width)), vectors]).reshape(people + 1, 1, width)
         params = {"shared": {"generic": jnp.zeros((1, width))}, "table": {"offset": jnp.asarray(offset, jnp.float32)}}
-        found = clusters_of(model, params, 2, jax.random.key(seed))
+        found = fit_clusters(model, params, 2, jax.random.key(seed))
         index = np.asarray(found["table"]["weights"])[1:].argmax(1)
         assert ((index == index[0]) == (persona == persona[0])).all(), seed

@@ -224,18 +224,18 @@ def test_a_mistake_ends_all_processes_with_one_message(tmp_path):
     ],
 )
 def test_what_the_environment_says(environment, expected):
-    assert processes.several(environment) is expected
+    assert processes.is_multiprocess(environment) is expected
 
 
 def test_start_up_mistakes(monkeypatch):
     with pytest.raises(UserError, match="--distributed=maybe: unknown; choose one of auto, on, off"):
-        processes.start("maybe")
+        processes.initialize("maybe")
     with pytest.raises(UserError, match=r"did not find each other .*--process_id"):
-        processes.start("on", "127.0.0.1:1", 2, 5)
+        processes.initialize("on", "127.0.0.1:1", 2, 5)
     for name in ("SLURM_PROCID", "OMPI_COMM_WORLD_SIZE", "JAX_COORDINATOR_ADDRESS"):
         monkeypatch.delenv(name, raising=False)
-    assert processes.start("off", "127.0.0.1:1", 2, 0) is None
-    assert processes.start() is None
+    assert processes.initialize("off", "127.0.0.1:1", 2, 0) is None
+    assert processes.initialize() is None
 
 
 def test_one_process_writes_and_gets_what_it_wrote(tmp_path):

@@ -12,7 +12,7 @@ from support.small_policies import ADAPTERS, EOS, PAD, close, noise, prompts
 from pjrlhf.models.adapters import Policies, init_bank
 from pjrlhf.models.config import ModelConfig
 from pjrlhf.models.decoder import Decoder, init_params
-from pjrlhf.parallel.mesh import make_mesh, row_sharding, shard_batch, shard_params
+from pjrlhf.parallel.mesh import batch_sharding, make_mesh, shard_batch, shard_params
 from pjrlhf.parallel.roofline import collective_bytes
 from pjrlhf.rollout.decoding import PolicyEnsemble
 from pjrlhf.rollout.sampler import Sampling, generate
@@ -32,7 +32,7 @@ CASES = [
     pytest.param(kind, mesh, decode, marks=() if (kind, mesh, decode) == FIRST else pytest.mark.slow)
     for kind in KINDS
     for mesh in MESHES
-    for decode in (("scan", "apart", "turned") if mesh == "2x2x2" else ("scan",))
+    for decode in (("scan", "unrolled", "transposed") if mesh == "2x2x2" else ("scan",))
 ]
 
 
@@ -73,7 +73,7 @@ def placed(kind, sizes):
     """The model and its arrays on a mesh."""
     mesh = make_mesh(sizes)
     base, bank, prompt = arrays(kind)
-    model = MODEL.clone(rows=row_sharding(mesh))
+    model = MODEL.clone(batch_sharding=batch_sharding(mesh))
     return model, shard_params(mesh, base), shard_params(mesh, bank), shard_batch(mesh, prompt)
 
 

@@ -16,7 +16,7 @@ from pjrlhf.data import synthetic
 from pjrlhf.feedback.pairs import Pairs
 from pjrlhf.models.storage import save_tree
 from pjrlhf.models.users import UserModel, gather_rows
-from pjrlhf.parallel.mesh import even_rows, leaf_sharding, make_mesh, shard_params
+from pjrlhf.parallel.mesh import leaf_sharding, make_mesh, round_up_rows, shard_params
 from pjrlhf.protocols.trained import Trained
 from pjrlhf.runtime.context import Run
 from pjrlhf.training.lazy_adam import lazy_adam
@@ -60,8 +60,8 @@ def test_rows_of_tables_moments_and_counts_are_split_over_data_and_fsdp():
 def test_rows_that_do_not_divide_are_replicated_and_even_rows_do():
     mesh = make_mesh(CUBE)
     assert leaf_sharding(mesh, "users/table/weights", (11, 3)).is_fully_replicated
-    assert [even_rows(mesh, count) for count in (1, 4, 5, 11, 12)] == [4, 4, 8, 12, 12]
-    assert not leaf_sharding(mesh, "users/table/weights", (even_rows(mesh, 11), 3)).is_fully_replicated
+    assert [round_up_rows(mesh, count) for count in (1, 4, 5, 11, 12)] == [4, 4, 8, 12, 12]
+    assert not leaf_sharding(mesh, "users/table/weights", (round_up_rows(mesh, 11), 3)).is_fully_replicated
 
 
 # ---- a step costs as much as its batch

@@ -10,7 +10,7 @@ from support import tiny, tiny_users
 
 from pjrlhf.errors import UserError
 from pjrlhf.feedback.pairs import Pairs
-from pjrlhf.models.users import UserModel, clusters_of
+from pjrlhf.models.users import UserModel, fit_clusters
 from pjrlhf.protocols.cold_start import fit_new_users
 from pjrlhf.protocols.trained import Trained
 from pjrlhf.protocols.users import _generation
@@ -153,7 +153,7 @@ def of_users(params, count):
 def test_people_apart_get_a_cluster_each():
     groups = (0, 1, 0, 2, 1, 0, 0, 0)
     params, centres = individuals(groups)
-    found, weights = of_users(clusters_of(MODEL, params, 3, jax.random.key(0)), 3)
+    found, weights = of_users(fit_clusters(MODEL, params, 3, jax.random.key(0)), 3)
     order = np.lexsort(centres.reshape(3, -1).T)
     np.testing.assert_allclose(found, centres.reshape(3, -1)[order], atol=0.15)
     place = np.argsort(order)[list(groups)]
@@ -162,7 +162,7 @@ def test_people_apart_get_a_cluster_each():
     np.testing.assert_allclose(weights[0], np.bincount(place) / 8, atol=0.01)
     # Users of the cluster model are near what they were.
     cluster = UserModel(kind="cluster", num_users=8, tokens=T, width=D, clusters=3)
-    tokens, _ = cluster.apply(clusters_of(MODEL, params, 3, jax.random.key(0), sharpness=20.0), jnp.arange(1, 9))
+    tokens, _ = cluster.apply(fit_clusters(MODEL, params, 3, jax.random.key(0), sharpness=20.0), jnp.arange(1, 9))
     np.testing.assert_allclose(tokens, MODEL.apply(params, jnp.arange(1, 9))[0], atol=0.3)
 
 
@@ -170,8 +170,8 @@ def test_the_order_of_people_does_not_matter():
     params, _ = individuals((0, 1, 0, 2, 1, 0, 0, 0))
     order = np.array([0, 5, 3, 8, 1, 7, 2, 6, 4])
     shuffled = {**params, "table": {"offset": params["table"]["offset"][order]}}
-    centres, weights = of_users(clusters_of(MODEL, params, 3, jax.random.key(0)), 3)
-    again, other = of_users(clusters_of(MODEL, shuffled, 3, jax.random.key(1)), 3)
+    centres, weights = of_users(fit_clusters(MODEL, params, 3, jax.random.key(0)), 3)
+    again, other = of_users(fit_clusters(MODEL, shuffled, 3, jax.random.key(1)), 3)
     np.testing.assert_allclose(again, centres, rtol=1e-5)
     np.testing.assert_allclose(other, weights[order], rtol=1e-5)
 
@@ -180,7 +180,7 @@ def test_the_order_of_people_does_not_matter():
 def test_more_clusters_than_people(people):
     params, _ = individuals(range(people))
     model = UserModel(kind="individualized", num_users=people, tokens=T, width=D)
-    found = clusters_of(model, params, 5, jax.random.key(0))
+    found = fit_clusters(model, params, 5, jax.random.key(0))
     assert found["shared"]["centers"].shape == (5, T, D) and found["table"]["weights"].shape == (people + 1, 5)
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(found))
     own = np.asarray(found["table"]["weights"])[1:].argmax(1)
@@ -193,5 +193,5 @@ def test_more_clusters_than_people(people):
 def test_people_who_never_moved():
     params, _ = individuals((0,) * 8)
     params["table"]["offset"] = jnp.zeros_like(params["table"]["offset"])
-    found = clusters_of(MODEL, params, 2, jax.random.key(0))
+    found = fit_clusters(MODEL, params, 2, jax.random.key(0))
     np.testing.assert_allclose(found["shared"]["centers"], np.stack([params["shared"]["generic"]] * 2), rtol=1e-5)

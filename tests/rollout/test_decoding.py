@@ -20,7 +20,7 @@ GREEDY = Sampling(max_new_tokens=N, eos_id=EOS, pad_id=PAD, temperature=0.0)
 @functools.partial(jax.jit, static_argnums=0)
 def combined(divergence, weights, prompt):
     policies = PolicyEnsemble(
-        MODEL.clone(decode="turned"), ADAPTERS["lora"], base(), bank("lora", K), weights, divergence
+        MODEL.clone(decode="transposed"), ADAPTERS["lora"], base(), bank("lora", K), weights, divergence
     )
     return generate(policies, GREEDY, prompt["prompt"], prompt["valid"], jax.random.key(0))
 

@@ -75,7 +75,7 @@ def test_greedy_decoding_is_the_argmax_of_the_full_forward(name):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_layers_apart_write_the_same(kind):
+def test_unrolled_layers_write_the_same(kind):
     prompt = jax.tree.map(lambda x: jnp.tile(x, (K, 1)), prompts(B, P))
 
     @functools.partial(jax.jit, static_argnums=0)
@@ -83,7 +83,7 @@ def test_layers_apart_write_the_same(kind):
         policies = Policies(MODEL.clone(decode=decode), ADAPTERS[kind], base, bank, ONE_HOT)
         return generate(policies, WARM, prompt["prompt"], prompt["valid"], jax.random.key(3))
 
-    one, *others = (draw(decode, base(), bank(kind, K)) for decode in ("scan", "apart", "turned"))
+    one, *others = (draw(decode, base(), bank(kind, K)) for decode in ("scan", "unrolled", "transposed"))
     for other in others:
         np.testing.assert_array_equal(one["tokens"], other["tokens"])
         close(one["logps"], other["logps"])
@@ -129,10 +129,10 @@ def test_rows_end_with_eos_and_padding_follows(pad_is_eos):
 @pytest.mark.parametrize(
     "decode, kind",
     [
-        ("turned", "soups"),
+        ("transposed", "soups"),
         pytest.param("scan", "soups", marks=pytest.mark.slow),
-        pytest.param("turned", "users", marks=pytest.mark.slow),
-        pytest.param("turned", "combined", marks=pytest.mark.slow),
+        pytest.param("transposed", "users", marks=pytest.mark.slow),
+        pytest.param("transposed", "combined", marks=pytest.mark.slow),
     ],
 )
 def test_rows_that_are_done_are_dropped(monkeypatch, decode, kind):
@@ -146,7 +146,7 @@ def test_rows_that_are_done_are_dropped(monkeypatch, decode, kind):
             return super().__call__(tokens, *rest)
 
     def run(fewest):
-        monkeypatch.setattr(sampler, "FEWEST", fewest)
+        monkeypatch.setattr(sampler, "MIN_COMPACT_ROWS", fewest)
         worked.clear()
 
         @jax.jit

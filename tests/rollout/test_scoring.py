@@ -130,7 +130,7 @@ class Flat:
 
     def __init__(self, logits):
         self.given = jnp.asarray(logits, jnp.float32)
-        self.model = types.SimpleNamespace(rows=None, config=types.SimpleNamespace(vocab_size=len(logits)))
+        self.model = types.SimpleNamespace(batch_sharding=None, config=types.SimpleNamespace(vocab_size=len(logits)))
 
     def logits(self, states):
         return jnp.broadcast_to(self.given, (*states.shape[:2], len(self.given)))

@@ -60,7 +60,7 @@ def test_utilisation_is_products_over_peak(monkeypatch):
     account.begin(10)
     program(jnp.ones((2, 3)), jnp.ones((3, 4)))
     assert program.flops == 2 * 2 * 3 * 4 and program.seconds == 1
-    with account.aside():
+    with account.excluded():
         pass
     row = account.row(12)
     # From `begin` to `row` 5 ticks, of which 1 was compiling and 1 aside; 2 steps.
