@@ -57,7 +57,7 @@ def test_rows_of_tables_moments_and_counts_are_split_over_data_and_fsdp():
         assert all(x.sharding.is_fully_replicated for x in shared)
 
 
-def test_rows_that_do_not_divide_are_replicated_and_even_rows_do():
+def test_rows_that_do_not_divide_are_replicated_and_rounded_rows_are_not():
     mesh = make_mesh(CUBE)
     assert leaf_sharding(mesh, "users/table/weights", (11, 3)).is_fully_replicated
     assert [round_up_rows(mesh, count) for count in (1, 4, 5, 11, 12)] == [4, 4, 8, 12, 12]
