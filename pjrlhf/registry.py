@@ -9,11 +9,12 @@ import pathlib
 import sys
 from collections.abc import Callable, ItemsView, Iterator
 from types import ModuleType
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from pjrlhf.errors import UserError
 
 T = TypeVar("T")
+X = TypeVar("X")
 
 
 class Registry(Generic[T]):
@@ -30,27 +31,26 @@ class Registry(Generic[T]):
 
     Args:
       noun: what an entry is, for error messages.
-      check: returns what an entry must have and this one lacks, or "" for a valid entry.
+      accept: makes the entry of a registered or loaded object, and raises ValueError, saying what it is not, for an
+        object that cannot be one. By default the object is the entry.
     """
 
-    def __init__(self, noun: str, check: Callable[[object], str] = lambda _: ""):
+    def __init__(self, noun: str, accept: Callable[[Any], T] = lambda thing: thing):
         self.noun = noun
-        self._check = check
+        self._accept = accept
         self._entries: dict[str, T] = {}
 
-    def register(self, name: str) -> Callable[[T], T]:
-        """A decorator that adds an entry under `name` and returns it unchanged.
+    def register(self, name: str) -> Callable[[X], X]:
+        """A decorator that adds an object under `name` and returns it unchanged.
 
-        Raises ValueError for a name in use, or an invalid entry.
+        Raises ValueError for a name in use, or an object that cannot be an entry.
         """
 
-        def add(entry: T) -> T:
+        def add(thing: X) -> X:
             if name in self._entries:
                 raise ValueError(f"{self.noun} {name!r} is registered already")
-            if lacks := self._check(entry):
-                raise ValueError(f"{self.noun} {name!r} {lacks}")
-            self._entries[name] = entry
-            return entry
+            self._entries[name] = self._accept(thing)
+            return thing
 
         return add
 
@@ -59,16 +59,17 @@ class Registry(Generic[T]):
 
         Raises:
           UserError: unknown name, no such module, file or attribute, a module that fails to import, or a loaded object
-            that is not valid.
+            that cannot be an entry.
         """
         if spec in self._entries:
             return self._entries[spec]
         if not isinstance(spec, str) or ":" not in spec:
             raise UserError(f"{self.noun} {spec!r}: unknown; {self._advice(spec)}")
-        entry = load(spec, self.noun)
-        if lacks := self._check(entry):
-            raise UserError(f"{self.noun} {spec!r}: {lacks}")
-        return entry  # type: ignore[return-value]  # `check` is what can be known about it
+        thing = load(spec, self.noun)
+        try:
+            return self._accept(thing)
+        except ValueError as error:
+            raise UserError(f"{self.noun} {spec!r}: {error}") from error
 
     def _advice(self, spec: object) -> str:
         near = difflib.get_close_matches(str(spec), self._entries, n=3)

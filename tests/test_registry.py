@@ -9,8 +9,8 @@ from pjrlhf.errors import UserError
 from pjrlhf.registry import Registry
 
 
-def colours(check=lambda _: ""):
-    registry = Registry("colour", check)
+def colours(**accept):
+    registry = Registry("colour", **accept)
     for name in ("red", "green", "blue"):
         registry.register(name)(name.upper())
     return registry
@@ -70,10 +70,16 @@ def test_mistakes_are_one_line(spec, message, tmp_path):
         assert "\n" not in str(caught.value)
 
 
-def test_an_entry_that_is_not_valid_is_refused():
-    registry = colours(lambda entry: "" if isinstance(entry, str) else "is not a text")
-    assert registry.get("json.decoder:__name__") == "json.decoder"
+def test_what_an_entry_is_made_of():
+    def accept(thing):
+        if not isinstance(thing, str):
+            raise ValueError("is not a text")
+        return [thing]
+
+    registry = colours(accept=accept)
+    assert registry.get("red") == ["RED"]
+    assert registry.get("json.decoder:__name__") == ["json.decoder"]
     with pytest.raises(UserError, match="colour 'json:dumps': is not a text"):
         registry.get("json:dumps")
-    with pytest.raises(ValueError, match="colour 'black' is not a text"):
+    with pytest.raises(ValueError, match="is not a text"):
         registry.register("black")(0)

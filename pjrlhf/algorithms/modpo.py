@@ -95,12 +95,10 @@ def policies_loss(
     K = weights.shape[0]
     policies = Policies(model, adapter, base, bank, jnp.eye(K))
     logps = scoring.packed_logps(policies, batch["rows"], reference.size).reshape(reference.shape)
-    sides = [x[..., side] for x in (logps, reference) for side in (0, 1)]
-    losses = modpo_loss(
-        *sides, beta, weights=weights, chosen_rewards=rewards[:, 0], rejected_rewards=rewards[:, 1], kind=kind
-    )
-    chosen, rejected = implicit_rewards(*sides, beta)
-    margins = chosen - rejected - weighted_sum(rewards[:, 0] - rewards[:, 1], weights[..., 1:])
+    logps, reference, rewards = jnp.moveaxis(logps, -1, 0), jnp.moveaxis(reference, -1, 0), rewards.swapaxes(0, 1)
+    losses = modpo_loss(logps, reference, beta, weights=weights, rewards=rewards, kind=kind)
+    chosen, rejected = implicit_rewards(logps, reference, beta)
+    margins = chosen - rejected - weighted_sum(rewards[0] - rewards[1], weights[..., 1:])
     margins = margins / weights[..., 0]
     count = jnp.full(K, losses.shape[1], jnp.float32)
     metrics = {

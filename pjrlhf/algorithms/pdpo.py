@@ -40,7 +40,6 @@ ENTRY = {
     "user_text": False,  # what a person says about themselves (`user_text` of the records) stands before the prompt
 }
 HEADS = ("policy", "reward")
-REWARD_LOSSES = ("sigmoid", "robust", "hinge")  # those that need neither a reference nor lengths
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -64,19 +63,20 @@ class PreferenceConfig:
 
     def __post_init__(self):
         try:
-            known = losses.options(self.loss)
-        except ValueError as error:
+            loss = losses.PAIRWISE.get(self.loss)
+        except UserError as error:
             raise UserError(f"preference.loss: {error}") from error
-        if self.label_smoothing and "label_smoothing" not in known:
+        if self.label_smoothing and "label_smoothing" not in loss.options:
             raise UserError(
                 f"preference.label_smoothing: loss {self.loss!r} has none; set it to 0 or choose another loss"
             )
         if self.head not in HEADS:
             raise UserError(f"preference.head {self.head!r}: unknown; choose {' or '.join(HEADS)}")
-        if self.head == "reward" and (self.loss not in REWARD_LOSSES or self.sft_weight):
+        if self.head == "reward" and (self.sft_weight or not loss.for_rewards):
+            known = [name for name, other in losses.PAIRWISE.items() if other.for_rewards]
             raise UserError(
                 f"preference.head 'reward': loss {self.loss!r} with sft_weight {self.sft_weight} needs a policy; "
-                f"choose from {', '.join(REWARD_LOSSES)}, and sft_weight 0"
+                f"choose from {', '.join(known)}, and sft_weight 0"
             )
         if self.mixture not in ("exact", "dropout"):
             raise UserError(f"preference.mixture {self.mixture!r}: unknown; choose exact or dropout")
@@ -119,23 +119,35 @@ def pair_rewards(config: PreferenceConfig, scores: jax.Array, batch: Any) -> tup
     """(chosen, rejected) rewards float32 [B] from what `answer_scores` gives, constants to the gradient: those of the
     head, or beta log(pi / reference), per token where the loss is.
     """
-    rewards = losses.implicit_rewards(*scores, *_references(config, batch), config.scale)
-    if "chosen_length" in losses.options(config.loss):
+    rewards = losses.implicit_rewards(scores, _references(config, batch), config.scale)
+    if "lengths" in losses.PAIRWISE.get(config.loss).options:
         rewards = tuple(reward / count for reward, count in zip(rewards, batch["counts"].T, strict=True))
     return rewards
 
 
+def reward_shift(config: PreferenceConfig, scores: jax.Array, batch: Any) -> jax.Array:
+    """Float32 [2], sum and number of the rewards of both answers so far: those before this batch, which `batch` may
+    hold as "shift", and its own. Their mean is the reward shift of BCO (arXiv 2404.04656).
+    """
+    rewards = jnp.stack(losses.implicit_rewards(scores, _references(config, batch), config.scale))
+    return batch.get("shift", jnp.zeros(2)) + jnp.stack([rewards.sum(), jnp.asarray(float(rewards.size))])
+
+
 def pair_losses(config: PreferenceConfig, scores: jax.Array, batch: Any) -> jax.Array:
     """Float32 [B], the loss of every pair from what `answer_scores` gives."""
+    takes, delta = losses.PAIRWISE.get(config.loss).options, None
+    if "delta" in takes:
+        total, count = reward_shift(config, scores, batch)
+        delta = total / count
     return losses.pairwise_loss(
         config.loss,
-        *scores,
-        *_references(config, batch),
+        scores,
+        _references(config, batch),
         config.scale,
+        lengths=batch["counts"].T,
         label_smoothing=config.label_smoothing,
-        chosen_length=batch["counts"][:, 0],
-        rejected_length=batch["counts"][:, 1],
-        margin=batch["margin"] if "margin" in losses.options(config.loss) else None,
+        margin=batch["margin"] if "margin" in takes else None,
+        delta=delta,
     )
 
 
@@ -170,6 +182,8 @@ def preference_loss(
         "rewards/rejected": ((rejected * counted).sum(), counted.sum()),
         "wasted_tokens": scoring.wasted_tokens(batch["rows"]),
     }
+    if "shift" in batch:
+        metrics["rewards/shift"] = tuple(reward_shift(config, scores, batch))
     if config.head == "policy":
         for side, logps in zip(SIDES, scores, strict=True):
             metrics[f"logps/{side}"] = ((logps * counted).sum(), counted.sum())
@@ -245,6 +259,7 @@ class Preference:
         except (TypeError, ValueError) as error:
             raise UserError(f"preference.models.{name}: {error}") from error
         self.personal = self.users.kind != "uniform"
+        self.shifted = "delta" in losses.PAIRWISE.get(self.objective.loss).options
         self.optimizer = per_ingredient(make_optimizer(config.optimizer.to_dict(), steps))
         self.shared = make_optimizer(config.user_optimizer.to_dict(), steps)
         self.lazy = lazy_adam(make_schedule(config.user_optimizer.to_dict(), steps))
@@ -281,7 +296,8 @@ class Preference:
             "shared": self.shared.init(users.get("shared", {})),
             "table": self.lazy.init(users["table"]) if self.personal else {},
         }
-        return State(jnp.zeros((), jnp.int32), jax.random.fold_in(key, 2), trainable, opt_state, {})
+        extra = {"shift": jnp.zeros(2)} if self.shifted else {}
+        return State(jnp.zeros((), jnp.int32), jax.random.fold_in(key, 2), trainable, opt_state, extra)
 
     def _step(self, state: State, base: Any, frozen: Any, batch: Any) -> tuple[State, Metrics]:
         run, trainable, opt_state = self.run, dict(state.trainable), dict(state.opt_state)
@@ -296,6 +312,7 @@ class Preference:
         small, indices = users, None
         if self.personal:
             small, batch["user"], indices = gather_rows(users, batch["user"])
+        batch |= state.extra
 
         def loss(moving: Any) -> tuple[jax.Array, Metrics]:
             policies = {**frozen, **moving}
@@ -317,7 +334,8 @@ class Preference:
         norm = optax.global_norm(gradient)
         metrics = {**metrics, "grad_norm": (norm, jnp.ones_like(norm))}
         trainable["users"] = users
-        return state.replace(step=state.step + 1, trainable=trainable, opt_state=opt_state), metrics
+        extra = {"shift": jnp.stack(metrics["rewards/shift"])} if self.shifted else {}
+        return state.replace(step=state.step + 1, trainable=trainable, opt_state=opt_state, extra=extra), metrics
 
     def step(self, state: State, batch: Any) -> tuple[State, Metrics]:
         return self._update(state, self.run.base, self.frozen, self.run.place(batch))

@@ -5,9 +5,16 @@ Objectives lie on the last axis, and a user's preference weights beside them: [N
 taken as they are, never renormalised. Everything is computed and returned in float32.
 """
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float
+
+from pjrlhf.objectives.preference import Pair
+
+DIVERGENCES = {"reverse_kl": 0.0, "forward_kl": 1.0}
 
 # ---- combination rules: [..., N] -> [...], larger is better
 
@@ -260,28 +267,26 @@ def moc_heads(
 
 
 def modpo_loss(
-    chosen: jax.Array,
-    rejected: jax.Array,
-    ref_chosen: jax.Array,
-    ref_rejected: jax.Array,
+    logps: Pair,
+    reference: Pair,
     beta: float,
     *,
-    weights: jax.Array,
-    chosen_rewards: jax.Array,
-    rejected_rewards: jax.Array,
+    weights: Float[Array, "*#B N"],
+    rewards: Pair,
     kind: str = "sigmoid",
-) -> jax.Array:
-    """Losses [B] of pairs labelled for objective 0, with the other objectives as margins (MODPO, arXiv 2310.03708).
+) -> Float[Array, "*B"]:
+    """Losses of pairs labelled for objective 0, with the other objectives as margins (MODPO, arXiv 2310.03708).
 
     h = (beta (log-ratio of chosen - of rejected) - sum_{i>0} w_i (r_i(chosen) - r_i(rejected))) / w_0, and the loss is
     -log s(h), or max(0, 1 - h) for "hinge". With w_0 = 1 and the rest 0 it is `preference.sigmoid`, or `hinge`.
 
     Args:
-      chosen, rejected, ref_chosen, ref_rejected: log-probs [B], float32, summed over the tokens of the answer.
+      logps, reference: log-probs [*B] of the chosen and the rejected answers, summed over tokens, under the policy and
+        under the reference.
       beta: strength of the tie to the reference, positive.
-      weights: [N] or [B, N], that of the labelled objective first and positive.
-      chosen_rewards, rejected_rewards: rewards [B, N - 1] of the other objectives, in the units of Bradley-Terry
-        (a gap of 1 is odds of e), as are those of `preference.implicit_rewards`.
+      weights: that of the labelled objective first and positive.
+      rewards: rewards [*B, N - 1] of the chosen and the rejected answers by the other objectives, in the units of
+        Bradley-Terry (a gap of 1 is odds of e), as are those of `preference.implicit_rewards`.
       kind: "sigmoid" or "hinge".
 
     Raises ValueError for an unknown kind, rewards that are not one fewer than weights, and a w_0 that is not positive
@@ -291,45 +296,51 @@ def modpo_loss(
         raise ValueError(f"MODPO loss {kind!r} is unknown; choose one of sigmoid, hinge")
     if _concrete(weights) and not (np.asarray(weights)[..., 0] > 0).all():
         raise ValueError(f"weights {weights} of MODPO start with one that is not positive; label pairs for another one")
-    gaps = jnp.asarray(chosen_rewards, jnp.float32) - jnp.asarray(rejected_rewards, jnp.float32)
+    gaps = jnp.asarray(rewards[0], jnp.float32) - jnp.asarray(rewards[1], jnp.float32)
     weights = jnp.asarray(weights, jnp.float32)
     margin = weighted_sum(gaps, weights[..., 1:])
-    h = (beta * ((chosen - ref_chosen) - (rejected - ref_rejected)) - margin) / weights[..., 0]
+    h = (beta * ((logps[0] - reference[0]) - (logps[1] - reference[1])) - margin) / weights[..., 0]
     return -jax.nn.log_sigmoid(h) if kind == "sigmoid" else jax.nn.relu(1 - h)
 
 
+def divergence_alpha(divergence: str | float) -> float:
+    """The alpha of a divergence of `combine_logps`. Raises ValueError for one that is unknown or not finite."""
+    if isinstance(divergence, int | float) and math.isfinite(divergence):
+        return float(divergence)
+    if divergence not in DIVERGENCES:
+        raise ValueError(f"divergence {divergence!r} is unknown; choose {', '.join(DIVERGENCES)} or a number (alpha)")
+    return DIVERGENCES[divergence]
+
+
 def combine_logps(
-    logps: jax.Array, weights: jax.Array, divergence: str = "reverse_kl", alpha: float | None = None
-) -> jax.Array:
-    """Normalised log-probs [..., V] of K policies mixed for decoding (MOD, arXiv 2406.18853).
+    logps: Float[Array, "*B K V"], weights: Float[Array, "*#B K"], divergence: str | float = "reverse_kl"
+) -> Float[Array, "*B V"]:
+    """Normalised log-probs of K policies mixed for decoding (MOD, arXiv 2406.18853).
 
     The rule follows the divergence that tied the policies to their common reference:
-      reverse_kl: prod_k pi_k^{w_k}, the weighted geometric mean; RLHF and DPO. Weights may be negative.
-      forward_kl: 1 / sum_k (w_k / pi_k), the weighted harmonic mean.
-      alpha: (sum_k w_k pi_k^-alpha)^(-1/alpha); 1 is forward_kl, towards 0 it is reverse_kl, -1 the plain mixture.
+      alpha, a number: (sum_k w_k pi_k^-alpha)^(-1/alpha); -1 is the plain mixture.
+      forward_kl: alpha 1, the weighted harmonic mean 1 / sum_k (w_k / pi_k).
+      reverse_kl: the limit alpha 0, the weighted geometric mean prod_k pi_k^{w_k}; RLHF and DPO. Weights may be
+        negative.
     One-hot weights give that policy, which no policy of weight 0 can disturb. Normalising per token, not per answer,
-    is an approximation; for all but reverse_kl adding to `logps` each policy's log-prob of the tokens so far is nearer.
+    is an approximation; for all but reverse_kl, adding to `logps` each policy's log-prob of the tokens so far reduces
+    its error.
 
     Args:
-      logps: [..., K, V], log-probs of the next token.
-      weights: [K] or [..., K].
-      alpha: not 0, for "alpha" only.
+      logps: log-probs of the next token.
+      weights: [K], or one row per example.
 
-    Raises ValueError for an unknown divergence, an alpha missing, 0 or out of place, weights that do not fit, and
-    negative ones outside reverse_kl (seen only outside jit).
+    Raises ValueError for an unknown divergence, weights that do not fit, and negative ones outside reverse_kl (seen only
+    outside jit).
     """
-    if divergence not in ("reverse_kl", "forward_kl", "alpha"):
-        raise ValueError(f"divergence {divergence!r} is unknown; choose one of reverse_kl, forward_kl, alpha")
-    if (divergence == "alpha") != (alpha is not None) or alpha == 0:
-        raise ValueError(f"alpha={alpha} with divergence {divergence!r}; give a number other than 0, for 'alpha' only")
-    if divergence != "reverse_kl" and _concrete(weights) and (np.asarray(weights) < 0).any():
+    alpha = divergence_alpha(divergence)
+    if alpha != 0 and _concrete(weights) and (np.asarray(weights) < 0).any():
         raise ValueError(f"weights {weights} are negative for some policy; only reverse_kl takes such weights")
     by_policy, weights = _fitting(jnp.swapaxes(logps, -1, -2), weights, spread=1)
-    # where, not a product alone: a policy of weight 0 may rule a token out with -inf
-    if divergence == "reverse_kl":
+    # `where`, because a policy of weight 0 may rule a token out with -inf.
+    if alpha == 0:
         mixed = jnp.where(weights == 0, 0.0, weights * by_policy).sum(-1)
     else:
-        alpha = 1.0 if alpha is None else alpha
         terms = jnp.where(weights == 0, -jnp.inf, jnp.log(weights) - alpha * by_policy)
         mixed = -jax.nn.logsumexp(terms, axis=-1) / alpha
     return jax.nn.log_softmax(mixed, axis=-1)

@@ -1,22 +1,41 @@
-"""Losses on preference pairs, on arrays. B pairs; s is the logistic function."""
+"""Losses on preference pairs, on arrays. B pairs; s is the logistic function; arrays are float32.
 
-import inspect
-from collections.abc import Callable
+A pairwise loss is a function of the log-ratios w = log pi/ref of the chosen and l of the rejected answers, [B], summed
+over tokens, and of beta; it returns losses [B]. `takes` declares what else it needs. A config names one of `PAIRWISE`,
+or a function of your own as "package.module:function".
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, Num, PRNGKeyArray
+
+from pjrlhf.registry import Registry
+
+# What a pairwise loss can ask for, as keyword arguments:
+#   lengths: number of scored tokens of the chosen and rejected answers, [2, B].
+#   label_smoothing: fraction of labels assumed wrong.
+#   margin: how much larger the implicit reward of the chosen answer must be, [B] or scalar.
+#   delta: running mean of the implicit rewards of both answers, scalar.
+OPTIONS = ("lengths", "label_smoothing", "margin", "delta")
+# Of the chosen and of the rejected answers: [2, B], or two arrays [B] (or of any equal shape).
+Pair = Array | Sequence[Array]
 
 
 def bradley_terry_loss(
-    chosen: jax.Array, rejected: jax.Array, margin: jax.Array | float = 0.0, weight: jax.Array | None = None
-) -> jax.Array:
-    """-log sigmoid(r(chosen) - r(rejected) - margin), averaged with `weight` (Ouyang et al. 2022, eq. 1; Llama 2,
-    eq. 2).
+    chosen: Float[Array, " B"],
+    rejected: Float[Array, " B"],
+    margin: jax.Array | float = 0.0,
+    weight: Float[Array, " B"] | None = None,
+) -> Float[Array, ""]:
+    """-log s(r(chosen) - r(rejected) - margin), averaged with `weight` (Ouyang et al. 2022, eq. 1; Llama 2, eq. 2).
 
     Args:
-      chosen, rejected: rewards [B].
+      chosen, rejected: rewards.
       margin: [B] or scalar, how much better chosen must be.
-      weight: [B], 0 leaves a pair out; None counts every pair once.
+      weight: 0 leaves a pair out; None counts every pair once.
     """
     losses = -jax.nn.log_sigmoid(chosen - rejected - margin)
     if weight is None:
@@ -24,31 +43,68 @@ def bradley_terry_loss(
     return (losses * weight).sum() / jnp.maximum(weight.sum(), 1)
 
 
-def accuracy(chosen: jax.Array, rejected: jax.Array) -> jax.Array:
-    """1 where chosen is strictly better, 0 where it is not; NaN where either reward is NaN, so that it cannot pass
-    for 0.
-    """
+def accuracy(chosen: Float[Array, "*B"], rejected: Float[Array, "*B"] | float) -> Float[Array, "*B"]:
+    """1 where the reward of chosen is strictly larger, 0 where it is not, NaN where either reward is NaN."""
     margin = chosen - rejected
     return jnp.where(jnp.isnan(margin), jnp.nan, (margin > 0).astype(jnp.float32))
 
 
-def implicit_rewards(
-    chosen: jax.Array, rejected: jax.Array, ref_chosen: jax.Array, ref_rejected: jax.Array, beta: float
-) -> tuple[jax.Array, jax.Array]:
-    """(chosen, rejected) rewards [B] of summed log-probs [B]: beta log(pi / ref), constants to the gradient (DPO, arXiv
+def implicit_rewards(logps: Pair, reference: Pair, beta: float) -> tuple[jax.Array, jax.Array]:
+    """(chosen, rejected) rewards of summed log-probs: beta log(pi / ref), constants to the gradient (DPO, arXiv
     2305.18290, eq. 5 without the term that both answers share).
     """
-    rewards = beta * (chosen - ref_chosen), beta * (rejected - ref_rejected)
+    rewards = beta * (logps[0] - reference[0]), beta * (logps[1] - reference[1])
     return jax.lax.stop_gradient(rewards)
 
 
-# A pairwise loss takes the log-ratios w = log pi/ref of the chosen and l of the rejected answer, float32 [B], summed
-# over tokens, and gives losses [B]. Its keyword-only arguments are the options that it knows.
+@dataclasses.dataclass(frozen=True)
+class PairwiseLoss:
+    """A loss on pairs and what it needs.
+
+    Attributes:
+      function: (w, l, beta, **options) -> losses [B].
+      options: the names among `OPTIONS` that it takes.
+      for_rewards: whether it also trains reward models, where w and l are rewards and beta is 1.
+    """
+
+    function: Callable[..., Float[Array, " B"]]
+    options: frozenset[str] = frozenset()
+    for_rewards: bool = False
+
+    def __call__(
+        self, w: Float[Array, " B"], l: Float[Array, " B"], beta: float, **options: jax.Array | float
+    ) -> Float[Array, " B"]:
+        return self.function(w, l, beta, **options)
 
 
+def takes(*options: str, for_rewards: bool = False) -> Callable[[Callable[..., jax.Array]], PairwiseLoss]:
+    """A decorator that declares the options of a pairwise loss. Raises ValueError for one that is not in `OPTIONS`."""
+    if unknown := set(options) - set(OPTIONS):
+        raise ValueError(f"a pairwise loss cannot take {', '.join(sorted(unknown))}; it may take {', '.join(OPTIONS)}")
+    return lambda function: PairwiseLoss(function, frozenset(options), for_rewards)
+
+
+def _loss(thing: object) -> PairwiseLoss:
+    if isinstance(thing, PairwiseLoss):
+        return thing
+    if callable(thing):
+        return PairwiseLoss(thing)
+    raise ValueError("is not a function of log-ratios w, l and beta")
+
+
+PAIRWISE: Registry[PairwiseLoss] = Registry("pairwise loss", _loss)
+
+
+@PAIRWISE.register("sigmoid")
+@takes("label_smoothing", "margin", for_rewards=True)
 def sigmoid(
-    w: jax.Array, l: jax.Array, beta: float, *, label_smoothing: float = 0.0, margin: jax.Array | float = 0.0
-) -> jax.Array:
+    w: Float[Array, " B"],
+    l: Float[Array, " B"],
+    beta: float,
+    *,
+    label_smoothing: float = 0.0,
+    margin: jax.Array | float = 0.0,
+) -> Float[Array, " B"]:
     """-log s(h), h = beta (w - l) - margin (DPO, arXiv 2305.18290, eq. 7; the margin is the offset of ODPO, arXiv
     2402.10571).
 
@@ -59,68 +115,90 @@ def sigmoid(
     return -(1 - label_smoothing) * jax.nn.log_sigmoid(h) - label_smoothing * jax.nn.log_sigmoid(-h)
 
 
+@PAIRWISE.register("robust")
+@takes("label_smoothing", "margin", for_rewards=True)
 def robust(
-    w: jax.Array, l: jax.Array, beta: float, *, label_smoothing: float = 0.0, margin: jax.Array | float = 0.0
-) -> jax.Array:
-    """(-(1 - e) log s(h) + e log s(-h)) / (1 - 2 e): the DPO loss of clean labels in expectation where a share e =
-    `label_smoothing` < 1/2 of them is flipped (arXiv 2403.00409). May be negative.
+    w: Float[Array, " B"],
+    l: Float[Array, " B"],
+    beta: float,
+    *,
+    label_smoothing: float = 0.0,
+    margin: jax.Array | float = 0.0,
+) -> Float[Array, " B"]:
+    """(-(1 - e) log s(h) + e log s(-h)) / (1 - 2 e): the DPO loss of clean labels in expectation where a fraction
+    e = `label_smoothing` < 1/2 of them is flipped (arXiv 2403.00409). May be negative.
     """
     h = beta * (w - l) - margin
     losses = -(1 - label_smoothing) * jax.nn.log_sigmoid(h) + label_smoothing * jax.nn.log_sigmoid(-h)
     return losses / (1 - 2 * label_smoothing)
 
 
-def ipo(w: jax.Array, l: jax.Array, beta: float) -> jax.Array:
+@PAIRWISE.register("ipo")
+@takes()
+def ipo(w: Float[Array, " B"], l: Float[Array, " B"], beta: float) -> Float[Array, " B"]:
     """(w - l - 1 / (2 beta))^2 (IPO, arXiv 2310.12036, eq. 17, beta is its tau); log-probs summed over tokens."""
     return (w - l - 1 / (2 * beta)) ** 2
 
 
-def ipo_norm(
-    w: jax.Array, l: jax.Array, beta: float, *, chosen_length: jax.Array, rejected_length: jax.Array
-) -> jax.Array:
+@PAIRWISE.register("ipo_norm")
+@takes("lengths")
+def ipo_norm(w: Float[Array, " B"], l: Float[Array, " B"], beta: float, *, lengths: Pair) -> Float[Array, " B"]:
     """`ipo` on log-probs averaged over the tokens of each answer: what IPO's authors ran, and TRL's "ipo"."""
-    return ipo(_per_token(w, chosen_length), _per_token(l, rejected_length), beta)
+    return ipo(_per_token(w, lengths[0]), _per_token(l, lengths[1]), beta)
 
 
-def hinge(w: jax.Array, l: jax.Array, beta: float, *, margin: jax.Array | float = 0.0) -> jax.Array:
+@PAIRWISE.register("hinge")
+@takes("margin", for_rewards=True)
+def hinge(
+    w: Float[Array, " B"], l: Float[Array, " B"], beta: float, *, margin: jax.Array | float = 0.0
+) -> Float[Array, " B"]:
     """max(0, 1 - beta (w - l) + margin): SLiC (arXiv 2305.10425, eq. 1) on log-ratios, as normalised by RSO (arXiv
     2309.06657, "hinge-norm").
     """
     return jax.nn.relu(1 - beta * (w - l) + margin)
 
 
+@PAIRWISE.register("sigmoid_norm")
+@takes("lengths", "label_smoothing", "margin")
 def sigmoid_norm(
-    w: jax.Array,
-    l: jax.Array,
+    w: Float[Array, " B"],
+    l: Float[Array, " B"],
     beta: float,
     *,
-    chosen_length: jax.Array,
-    rejected_length: jax.Array,
+    lengths: Pair,
     label_smoothing: float = 0.0,
     margin: jax.Array | float = 0.0,
-) -> jax.Array:
+) -> Float[Array, " B"]:
     """`sigmoid` on log-ratios averaged over the tokens of each answer (length-normalised DPO, Tulu 3, arXiv
     2411.15124); `beta` is about as many times larger as answers have tokens.
     """
-    w, l = _per_token(w, chosen_length), _per_token(l, rejected_length)
+    w, l = _per_token(w, lengths[0]), _per_token(l, lengths[1])
     return sigmoid(w, l, beta, label_smoothing=label_smoothing, margin=margin)
 
 
-def apo_zero(w: jax.Array, l: jax.Array, beta: float) -> jax.Array:
+@PAIRWISE.register("apo_zero")
+@takes()
+def apo_zero(w: Float[Array, " B"], l: Float[Array, " B"], beta: float) -> Float[Array, " B"]:
     """1 - s(beta w) + s(beta l): chosen up and rejected down, for chosen answers better than the model's own (APO,
     arXiv 2408.06266, eq. 7).
     """
     return jax.nn.sigmoid(-beta * w) + jax.nn.sigmoid(beta * l)
 
 
-def apo_down(w: jax.Array, l: jax.Array, beta: float) -> jax.Array:
+@PAIRWISE.register("apo_down")
+@takes()
+def apo_down(w: Float[Array, " B"], l: Float[Array, " B"], beta: float) -> Float[Array, " B"]:
     """s(beta w) + 1 - s(beta (w - l)): both down, rejected further, for chosen answers worse than the model's own (APO,
     arXiv 2408.06266, eq. 8).
     """
     return jax.nn.sigmoid(beta * w) + jax.nn.sigmoid(-beta * (w - l))
 
 
-def bco_pair(w: jax.Array, l: jax.Array, beta: float, *, delta: jax.Array | float = 0.0) -> jax.Array:
+@PAIRWISE.register("bco_pair")
+@takes("delta")
+def bco_pair(
+    w: Float[Array, " B"], l: Float[Array, " B"], beta: float, *, delta: jax.Array | float = 0.0
+) -> Float[Array, " B"]:
     """-log s(beta w - delta) - log s(-(beta l - delta)) (BCO, arXiv 2404.04656).
 
     `delta` is the reward shift: a running mean of the implicit rewards of both answers, kept by the caller and no part
@@ -130,110 +208,79 @@ def bco_pair(w: jax.Array, l: jax.Array, beta: float, *, delta: jax.Array | floa
     return -jax.nn.log_sigmoid(beta * w - delta) - jax.nn.log_sigmoid(delta - beta * l)
 
 
-PAIRWISE: dict[str, Callable[..., jax.Array]] = {
-    "sigmoid": sigmoid,
-    "robust": robust,
-    "ipo": ipo,
-    "ipo_norm": ipo_norm,
-    "hinge": hinge,
-    "sigmoid_norm": sigmoid_norm,
-    "apo_zero": apo_zero,
-    "apo_down": apo_down,
-    "bco_pair": bco_pair,
-}
-
-
-def options(kind: str) -> frozenset[str]:
-    """The options of `pairwise_loss` that the loss `kind` uses. ValueError where there is no such loss."""
-    if kind not in PAIRWISE:
-        raise ValueError(f"pairwise loss {kind!r} is unknown; choose one of {', '.join(PAIRWISE)}")
-    parameters = inspect.signature(PAIRWISE[kind]).parameters.values()
-    return frozenset(p.name for p in parameters if p.kind is p.KEYWORD_ONLY)
-
-
 def pairwise_loss(
     kind: str,
-    chosen: jax.Array,
-    rejected: jax.Array,
-    ref_chosen: jax.Array,
-    ref_rejected: jax.Array,
+    logps: Pair,
+    reference: Pair,
     beta: float,
     *,
+    lengths: Pair | None = None,
     label_smoothing: float = 0.0,
-    chosen_length: jax.Array | None = None,
-    rejected_length: jax.Array | None = None,
     margin: jax.Array | float | None = None,
     delta: jax.Array | float | None = None,
-) -> jax.Array:
-    """Losses [B] of preference pairs.
+) -> Float[Array, " B"]:
+    """Losses of preference pairs.
 
     Args:
-      kind: a key of `PAIRWISE`.
-      chosen, rejected, ref_chosen, ref_rejected: log-probs [B], float32, summed over the tokens of the answer.
+      kind: a name in `PAIRWISE`, or "package.module:function".
+      logps: log-probs of the chosen and the rejected answers under the policy, summed over tokens.
+      reference: the same under the reference.
       beta: strength of the tie to the reference, positive.
-      label_smoothing: share of labels taken for wrong, in [0, 1/2).
-      chosen_length, rejected_length: scored tokens [B]; needed by the losses per token, ignored by the others.
-      margin: [B] or scalar, how much larger the implicit reward of chosen must be.
-      delta: reward shift of "bco_pair".
+      lengths, label_smoothing, margin, delta: see `OPTIONS`; `label_smoothing` in [0, 1/2). A loss that does not work
+        per token ignores `lengths`.
 
     Raises:
-      ValueError: unknown kind, an option that this kind does not use, or lengths missing.
+      ValueError: unknown kind, an option that this kind does not take, or lengths missing.
     """
-    known = options(kind)
-    given = {
-        "label_smoothing": label_smoothing or None,
-        "chosen_length": chosen_length,
-        "rejected_length": rejected_length,
-        "margin": margin,
-        "delta": delta,
-    }
+    loss = PAIRWISE.get(kind)
+    given = {"label_smoothing": label_smoothing or None, "margin": margin, "delta": delta}
     given = {name: value for name, value in given.items() if value is not None}
-    for name in ("label_smoothing", "margin", "delta"):
-        if name in given and name not in known:
+    for name in given:
+        if name not in loss.options:
             raise ValueError(f"pairwise loss {kind!r} has no {name}; leave it out or choose another loss")
     if not 0 <= label_smoothing < 0.5:
-        raise ValueError(f"label_smoothing={label_smoothing} is not in [0, 0.5); make it the share of wrong labels")
-    missing = [name for name in ("chosen_length", "rejected_length") if name in known and name not in given]
-    if missing:
-        raise ValueError(f"pairwise loss {kind!r} works per token; give {' and '.join(missing)}")
-    given = {name: value for name, value in given.items() if name in known}
-    return PAIRWISE[kind](chosen - ref_chosen, rejected - ref_rejected, beta, **given)
+        raise ValueError(f"label_smoothing={label_smoothing} is not in [0, 0.5); make it the fraction of wrong labels")
+    if "lengths" in loss.options:
+        if lengths is None:
+            raise ValueError(f"pairwise loss {kind!r} works per token; give lengths")
+        given["lengths"] = lengths
+    return loss(logps[0] - reference[0], logps[1] - reference[1], beta, **given)
 
 
-def sft_term(chosen: jax.Array, chosen_length: jax.Array) -> jax.Array:
-    """Negative log-likelihood per token of the chosen answers, [B] nats, to be added with a weight of one's own
-    (iterative RPO, arXiv 2404.19733, eq. 1).
+def sft_term(chosen: Float[Array, " B"], chosen_length: Num[Array, " B"]) -> Float[Array, " B"]:
+    """Negative log-likelihood per token of the chosen answers, nats, to be added to a loss (iterative RPO, arXiv
+    2404.19733, eq. 1).
     """
     return -_per_token(chosen, chosen_length)
 
 
-def _per_token(logps: jax.Array, length: jax.Array) -> jax.Array:
+def _per_token(logps: Float[Array, " B"], length: Num[Array, " B"]) -> Float[Array, " B"]:
     return logps / jnp.maximum(length, 1)
 
 
 def mixture(
-    losses: jax.Array, generic: jax.Array, alpha: float, weight: jax.Array | None = None
-) -> tuple[jax.Array, jax.Array]:
+    losses: Float[Array, " B"], generic: Bool[Array, " B"], alpha: float, weight: Float[Array, " B"] | None = None
+) -> tuple[Float[Array, ""], Float[Array, ""]]:
     """alpha mean over user rows + (1 - alpha) mean over generic rows (P-RLHF, arXiv 2402.05133), as (sum, count).
 
     Every pair goes in twice, once with its user and once as the generic user, so both means are over equally many
     rows and the mixture is sum / count with row weights 2 alpha and 2 (1 - alpha). Sums and counts of micro-batches
-    add up to those of the whole batch, however its rows are dealt out; the means themselves would not.
+    add up to those of the whole batch, in any order of the rows; the means themselves would not.
 
     Args:
-      losses: [B], half of them (by `weight`) generic.
-      generic: bool [B], which copy a row is; the user copy of an unknown user counts as a user row.
-      alpha: share of the user rows, in [0, 1].
-      weight: [B], 0 leaves a row out, equal for both copies of a pair; None counts every row once.
+      losses: half of them (by `weight`) generic.
+      generic: which copy a row is; the user copy of an unknown user counts as a user row.
+      alpha: weight of the user-specific mean, in [0, 1].
+      weight: 0 leaves a row out, equal for both copies of a pair; None counts every row once.
     """
     weight = jnp.ones_like(losses) if weight is None else weight
-    share = jnp.where(generic, 2 * (1 - alpha), 2 * alpha)
-    # where, not a product alone: the loss of a row left out may be infinite
-    return jnp.where(weight > 0, losses * weight * share, 0.0).sum(), weight.sum()
+    fraction = jnp.where(generic, 2 * (1 - alpha), 2 * alpha)
+    # `where`, because the loss of a row left out may be infinite.
+    return jnp.where(weight > 0, losses * weight * fraction, 0.0).sum(), weight.sum()
 
 
-def user_dropout(key: jax.Array, users: jax.Array, alpha: float) -> jax.Array:
-    """User indices [B] with each replaced by 0, the generic user, with probability 1 - alpha.
+def user_dropout(key: PRNGKeyArray, users: Int[Array, " B"], alpha: float) -> Int[Array, " B"]:
+    """User indices with each replaced by 0, the generic user, with probability 1 - alpha.
 
     One row per pair then has the gradient of `mixture` in expectation, at half its cost and with more variance.
     """

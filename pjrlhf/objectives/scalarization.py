@@ -86,12 +86,13 @@ class CombinationRule(abc.ABC):
         """
 
 
-def _check(rule: object) -> str:
-    is_rule = isinstance(rule, type) and issubclass(rule, CombinationRule) and dataclasses.is_dataclass(rule)
-    return "" if is_rule else "is not a dataclass that inherits from CombinationRule"
+def _rule(thing: object) -> type[CombinationRule]:
+    if isinstance(thing, type) and issubclass(thing, CombinationRule) and dataclasses.is_dataclass(thing):
+        return thing
+    raise ValueError("is not a dataclass that inherits from CombinationRule")
 
 
-RULES: Registry[type[CombinationRule]] = Registry("combination rule", _check)
+RULES: Registry[type[CombinationRule]] = Registry("combination rule", _rule)
 
 
 def make_rule(settings: Mapping[str, object]) -> CombinationRule:

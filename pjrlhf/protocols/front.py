@@ -37,7 +37,7 @@ from pjrlhf.evaluation.report import write_report
 from pjrlhf.merging.methods import bone_soup_weights
 from pjrlhf.models.adapters import AdapterConfig, is_low_rank
 from pjrlhf.models.decoder import Decoder
-from pjrlhf.objectives.multi_objective import target_map
+from pjrlhf.objectives.multi_objective import divergence_alpha, target_map
 from pjrlhf.parallel.processes import on_process_zero
 from pjrlhf.rollout.decoding import PolicyEnsemble
 from pjrlhf.rollout.experience import sample
@@ -51,7 +51,7 @@ ANSWERS = ("soup", "bone", "mod")
 
 
 def sample_combined(
-    divergence: str,
+    divergence: str | float,
     model: Decoder,
     adapter: AdapterConfig,
     sampling: Sampling,
@@ -133,7 +133,12 @@ class Front:
         if answer == "mod":
             if not is_low_rank(bank):
                 raise UserError(f"methods.{name}: MOD runs every policy as a row, which takes adapters; set a rank")
-            draw = functools.partial(sample_combined, spec.get("divergence", "reverse_kl"))
+            divergence = spec.get("divergence", "reverse_kl")
+            try:
+                divergence_alpha(divergence)
+            except ValueError as error:
+                raise UserError(f"methods.{name}: {error}") from error
+            draw = functools.partial(sample_combined, divergence)
         return EvaluatedPolicy(
             bank, mix, self._words(goals.prompt_format) if goals.told else _silence, points, _drawing(draw)
         )

@@ -30,7 +30,7 @@ class PolicyEnsemble:
         base: Any,
         bank: Any,
         weights: jax.Array,
-        divergence: str = "reverse_kl",
+        divergence: str | float = "reverse_kl",
     ):
         self.model, self.weights, self.divergence = model, weights, divergence
         self.copies = weights.shape[1]

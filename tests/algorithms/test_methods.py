@@ -97,6 +97,10 @@ def test_an_entry_whose_settings_changed(family):
         ({"rolouts": 3}, r"methods.moc.rolouts: no such setting of policy; it has "),
         ({"answer": "guess"}, r"methods.moc.answer 'guess': unknown; choose one of soup, bone, mod"),
         ({"of": "nobody"}, r"methods: there is no entry 'nobody'; there are mo"),
+        (
+            {"of": "rsoups", "answer": "mod", "divergence": "alpha"},
+            r"methods.moc: divergence 'alpha' is unknown; choose reverse_kl, forward_kl or a number \(alpha\)",
+        ),
     ],
 )
 def test_wrong_entries(family, change, message):

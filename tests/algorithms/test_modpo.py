@@ -153,7 +153,7 @@ def test_one_hot_weights_are_dpo(method, bank, batch, kind):
             policies = Policies(run.model, run.adapter, base, bank, mix)
             return scoring.sequence_logps(policies, tokens, valid, slots)[0].reshape(2, n)
 
-        return pairwise_loss(kind, *logps(one, np.ones((1, 1))), *logps(None, None), BETA).mean()
+        return pairwise_loss(kind, logps(one, np.ones((1, 1))), logps(None, None), BETA).mean()
 
     loss, slope = jax.value_and_grad(dpo)(only(bank, 0), run.base)
     assert losses(method, bank, batch, kind)[0] == pytest.approx(float(loss), rel=1e-4)

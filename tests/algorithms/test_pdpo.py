@@ -413,16 +413,39 @@ def test_records_without_text(records, tmp_path):
 # ---- losses and mistakes
 
 
+def unigrams(model, adapter, users, trainable, base, batch):
+    """In place of the decoder, a policy that draws words at random, to compile a step in little time."""
+    vector = trainable["bank"]["layers"]["mlp"]["down"]["b"].sum((0, 1, 2))
+    logps = jax.nn.log_softmax(base["embed"]["embedding"] @ vector)
+    rows = batch["rows"]
+    sums = jnp.zeros(2 * len(batch["user"])).at[rows["answer"]].add(logps[rows["targets"]], mode="drop")
+    return sums.reshape(-1, 2).T
+
+
+def test_the_reward_shift_of_bco_is_the_mean_of_all_rewards_so_far(records, tmp_path, monkeypatch):
+    monkeypatch.setattr(preference, "answer_scores", unigrams)
+    changes = {"preference__models": {"pooled": {"kind": "uniform"}}, "preference__loss": "bco_pair"}
+    run = tiny.start(tmp_path / "run", records(**changes))
+    pairs = Pairs(run)
+    method = Preference(run, "pooled", pairs)
+    state, seen = method.init(), []
+    for i in (0, 8):
+        batch = batch_of(pairs, [pairs.tables["train"][i + k] for k in range(8)])
+        scores = np.asarray(unigrams(None, None, None, state.trainable, run.base, batch))
+        state, metrics = method.step(state, batch)
+        rewards = 0.1 * (scores - batch["reference"].T)
+        seen.append(rewards)
+        shift = np.mean(seen)
+        assert abs(shift) > 1e-2
+        np.testing.assert_allclose(state.extra["shift"], [np.sum(seen), np.size(seen)], rtol=1e-4)
+        total, count = metrics["rewards/shift"]
+        assert total / count == pytest.approx(shift, rel=1e-4)
+        want = np.log1p(np.exp(shift - rewards[0])) + np.log1p(np.exp(rewards[1] - shift))
+        assert metrics["loss"][0] / metrics["loss"][1] == pytest.approx(want.mean(), rel=1e-4)
+
+
 @pytest.mark.slow
 def test_every_loss_trains(records, tmp_path, monkeypatch):
-    def unigrams(model, adapter, users, trainable, base, batch):
-        """In place of the decoder, a policy that draws words at random, to compile nine programs in little time."""
-        vector = trainable["bank"]["layers"]["mlp"]["down"]["b"].sum((0, 1, 2))
-        logps = jax.nn.log_softmax(base["embed"]["embedding"] @ vector)
-        rows = batch["rows"]
-        sums = jnp.zeros(2 * len(batch["user"])).at[rows["answer"]].add(logps[rows["targets"]], mode="drop")
-        return sums.reshape(-1, 2).T
-
     monkeypatch.setattr(preference, "answer_scores", unigrams)
     run = tiny.start(tmp_path / "run", records(preference__models={"pooled": {"kind": "uniform"}}))
     pairs = Pairs(run)
@@ -440,7 +463,7 @@ def test_every_loss_trains(records, tmp_path, monkeypatch):
 
 
 MISTAKES = [
-    ({"preference__loss": "sigmoyd"}, "preference.loss: pairwise loss 'sigmoyd' is unknown; choose one of sigmoid"),
+    ({"preference__loss": "sigmoyd"}, "preference.loss: pairwise loss 'sigmoyd': unknown; did you mean sigmoid"),
     ({"preference__mixture": "both"}, "preference.mixture 'both': unknown; choose exact or dropout"),
     ({"preference__alpha": 1.5}, "preference.alpha 1.5: not in .0, 1.; it is the share"),
     (

@@ -461,13 +461,13 @@ def test_the_order_of_objectives_does_not_matter():
 
 # ---- MODPO
 
-PAIRS = [draw(seed, B, scale=4) - 20 for seed in (36, 37, 38, 39)]
+PAIRS = [np.stack([draw(seed, B, scale=4) - 20 for seed in seeds]) for seeds in ((36, 37), (38, 39))]
 
 
 def modpo(weights, kind="sigmoid", gaps=None, beta=0.1):
     chosen = draw(40, B, N - 1) if gaps is None else gaps
     rejected = draw(41, B, N - 1) if gaps is None else 0 * gaps
-    return mo.modpo_loss(*PAIRS, beta, weights=weights, chosen_rewards=chosen, rejected_rewards=rejected, kind=kind)
+    return mo.modpo_loss(*PAIRS, beta, weights=weights, rewards=(chosen, rejected), kind=kind)
 
 
 @pytest.mark.parametrize("kind", ["sigmoid", "hinge"])
@@ -476,7 +476,7 @@ def test_modpo_is_the_loop(weights, kind):
     chosen, rejected, rows = draw(40, B, N - 1), draw(41, B, N - 1), np.broadcast_to(weights, (B, N)).astype(np.float64)
     want = []
     for b in range(B):
-        w, l, ref_w, ref_l = (float(x[b]) for x in PAIRS)
+        w, l, ref_w, ref_l = (float(x[b]) for pair in PAIRS for x in pair)
         margin = sum(rows[b, i + 1] * (float(chosen[b, i]) - float(rejected[b, i])) for i in range(N - 1))
         h = (0.1 * ((w - ref_w) - (l - ref_l)) - margin) / rows[b, 0]
         want.append(np.log1p(np.exp(-h)) if kind == "sigmoid" else max(0, 1 - h))
@@ -484,7 +484,7 @@ def test_modpo_is_the_loop(weights, kind):
 
 
 def test_modpo_of_one_objective_is_dpo():
-    w, l = PAIRS[0] - PAIRS[2], PAIRS[1] - PAIRS[3]
+    w, l = PAIRS[0] - PAIRS[1]
     for kind in ("sigmoid", "hinge"):
         want = preference.PAIRWISE[kind](w, l, 0.1)
         np.testing.assert_array_equal(modpo(np.array([1.0, 0.0, 0.0], np.float32), kind), want)
@@ -499,16 +499,8 @@ def test_modpo_is_at_rest_where_the_policy_fits_the_sum_of_rewards():
 
     def expected(x):
         def loss(sign):
-            return mo.modpo_loss(
-                sign * x,
-                0.0,
-                0.0,
-                0.0,
-                beta,
-                weights=weights,
-                chosen_rewards=sign * gaps[1:],
-                rejected_rewards=0 * gaps[1:],
-            )
+            rewards = sign * gaps[1:], 0 * gaps[1:]
+            return mo.modpo_loss((sign * x, 0.0), (0.0, 0.0), beta, weights=weights, rewards=rewards)
 
         return p * loss(1.0) + (1 - p) * loss(-1.0)
 
@@ -521,16 +513,15 @@ def test_modpo_is_at_rest_where_the_policy_fits_the_sum_of_rewards():
 
 POLICIES = np.asarray(jax.nn.log_softmax(draw(43, B, K, V, scale=1.5)))
 RULES = {
-    "reverse_kl": (None, lambda p, w: np.prod(p**w, 0)),
-    "forward_kl": (None, lambda p, w: 1 / (w / p).sum(0)),
+    "reverse_kl": ("reverse_kl", lambda p, w: np.prod(p**w, 0)),
+    "forward_kl": ("forward_kl", lambda p, w: 1 / (w / p).sum(0)),
     "half": (0.5, lambda p, w: (w * p**-0.5).sum(0) ** -2),
     "mixture": (-1.0, lambda p, w: (w * p).sum(0)),
 }
 
 
 def combine(rule, logps, weights):
-    alpha = RULES[rule][0]
-    return mo.combine_logps(logps, weights, rule if alpha is None else "alpha", alpha)
+    return mo.combine_logps(logps, weights, RULES[rule][0])
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -573,8 +564,10 @@ def test_a_token_that_one_policy_rules_out():
 
 
 def test_the_family_of_alpha():
-    close(mo.combine_logps(POLICIES, WEIGHTS, "alpha", 1.0), mo.combine_logps(POLICIES, WEIGHTS, "forward_kl"))
-    close(mo.combine_logps(POLICIES, WEIGHTS, "alpha", 1e-3), mo.combine_logps(POLICIES, WEIGHTS), 2e-2)
+    for alpha, divergence in ((0, "reverse_kl"), (1, "forward_kl")):
+        named = mo.combine_logps(POLICIES, WEIGHTS, divergence)
+        np.testing.assert_array_equal(mo.combine_logps(POLICIES, WEIGHTS, alpha), named)
+    close(mo.combine_logps(POLICIES, WEIGHTS, 1e-3), mo.combine_logps(POLICIES, WEIGHTS), 2e-2)
 
 
 def test_reverse_kl_is_the_best_answer_to_the_weighted_rewards():
@@ -602,7 +595,7 @@ def test_negative_weights_extrapolate_away_from_a_policy():
 
 def test_every_function_is_the_same_under_jit_and_float32():
     x, mask, p = draw(46, B, G, N), masks(47, B, G), simplex(48, N)
-    pairs = {"weights": WEIGHTS, "chosen_rewards": x[:, 0, 1:], "rejected_rewards": x[:, 1, 1:]}
+    pairs = {"weights": WEIGHTS, "rewards": (x[:, 0, 1:], x[:, 1, 1:])}
     calls = [
         (mo.weighted_sum, (x, p)),
         (functools.partial(mo.standardize, axis=-1), (x[..., 0], mask)),
@@ -645,10 +638,11 @@ ERRORS = [
     (lambda: modpo(ONES, "ipo"), "'ipo' is unknown; choose one of sigmoid, hinge"),
     (lambda: modpo(np.array([0.0, 0.5, 0.5])), "start with one that is not positive; label pairs"),
     (lambda: modpo(np.ones(2)), r"weights of shape \(1,\) do not fit \(7, 2\)"),
-    (lambda: mo.combine_logps(POLICIES, ONES, "jsd"), "'jsd' is unknown; choose one of reverse_kl, forward_kl, alpha"),
-    (lambda: mo.combine_logps(POLICIES, ONES, "alpha"), "alpha=None with divergence 'alpha'; give a number"),
-    (lambda: mo.combine_logps(POLICIES, ONES, "alpha", 0.0), "alpha=0.0 with divergence 'alpha'; give a number"),
-    (lambda: mo.combine_logps(POLICIES, ONES, alpha=0.5), "alpha=0.5 with divergence 'reverse_kl'; give"),
+    (
+        lambda: mo.combine_logps(POLICIES, ONES, "jsd"),
+        r"'jsd' is unknown; choose reverse_kl, forward_kl or a number \(alpha\)",
+    ),
+    (lambda: mo.combine_logps(POLICIES, ONES, np.nan), "divergence nan is unknown"),
     (lambda: mo.combine_logps(POLICIES, -ONES, "forward_kl"), "only reverse_kl takes such weights"),
     (lambda: mo.combine_logps(POLICIES, np.ones(2)), r"weights of shape \(2,\) do not fit"),
 ]

@@ -1,7 +1,10 @@
 """Pairwise losses against published definitions, and the mixture of personal and generic rows."""
 
+import inspect
 import json
 import pathlib
+import sys
+import types
 
 import jax
 import jax.numpy as jnp
@@ -12,17 +15,18 @@ from pjrlhf.objectives.preference import (
     PAIRWISE,
     implicit_rewards,
     mixture,
-    options,
     pairwise_loss,
     sft_term,
+    takes,
     user_dropout,
 )
 
 # Written by tests/golden/make_losses.py from the definitions in the papers, in float64.
 GOLDEN = json.loads((pathlib.Path(__file__).parent.parent / "golden" / "losses.json").read_text())
 INPUTS = {name: np.array(values, np.float32) for name, values in GOLDEN["inputs"].items()}
-LOGPS = [INPUTS[name] for name in ("chosen", "rejected", "ref_chosen", "ref_rejected")]
-LENGTHS = {name: INPUTS[name] for name in ("chosen_length", "rejected_length")}
+LOGPS, REFERENCE, LENGTHS = (
+    np.stack([INPUTS[form.format(side)] for side in ("chosen", "rejected")]) for form in ("{}", "ref_{}", "{}_length")
+)
 
 
 def label(case):
@@ -36,11 +40,11 @@ def test_losses_and_gradients_are_those_of_the_papers(case):
         settings["margin"] = INPUTS["margin"]
     beta = settings.pop("beta")
 
-    def total(chosen, rejected):
-        losses = pairwise_loss(case["kind"], chosen, rejected, *LOGPS[2:], beta, **settings, **LENGTHS)
+    def total(logps):
+        losses = pairwise_loss(case["kind"], logps, REFERENCE, beta, lengths=LENGTHS, **settings)
         return losses.sum(), losses
 
-    (_, losses), gradients = jax.value_and_grad(total, (0, 1), has_aux=True)(*LOGPS[:2])
+    (_, losses), gradients = jax.value_and_grad(total, has_aux=True)(LOGPS)
     assert losses.shape == LOGPS[0].shape and losses.dtype == jnp.float32
     np.testing.assert_allclose(losses, case["losses"], rtol=2e-5, atol=1e-6)
     np.testing.assert_allclose(gradients[0], case["chosen_gradient"], rtol=2e-4, atol=1e-6)
@@ -53,55 +57,46 @@ def test_every_loss_has_golden_numbers():
 
 @pytest.mark.parametrize("kind", PAIRWISE)
 def test_far_from_the_reference_losses_and_gradients_stay_finite(kind):
-    far = jnp.array([1e4, -1e4, 1e4, -1e4]), jnp.array([-1e4, 1e4, 1e4, -1e4])
-    ones = jnp.ones(4)
+    far = jnp.array([[1e4, -1e4, 1e4, -1e4], [-1e4, 1e4, 1e4, -1e4]])
 
-    def total(chosen, rejected):
-        return pairwise_loss(
-            kind, chosen, rejected, 0 * ones, 0 * ones, 0.1, chosen_length=ones, rejected_length=ones
-        ).sum()
+    def total(logps):
+        return pairwise_loss(kind, logps, 0 * far, 0.1, lengths=jnp.ones_like(far)).sum()
 
-    value, gradients = jax.value_and_grad(total, (0, 1))(*far)
+    value, gradients = jax.value_and_grad(total)(far)
     assert np.isfinite(value) and np.isfinite(gradients).all()
 
 
 @pytest.mark.parametrize("kind", PAIRWISE)
 def test_a_step_down_the_gradient_prefers_chosen_more(kind):
     """At the reference, where all of them push chosen from rejected."""
-    zero, one = jnp.zeros(1), jnp.ones(1)
-
-    def total(chosen, rejected):
-        return pairwise_loss(kind, chosen, rejected, zero, zero, 0.1, chosen_length=one, rejected_length=one).sum()
-
-    chosen, rejected = jax.grad(total, (0, 1))(zero, zero)
+    zero, one = jnp.zeros((2, 1)), jnp.ones((2, 1))
+    chosen, rejected = jax.grad(lambda logps: pairwise_loss(kind, logps, zero, 0.1, lengths=one).sum())(zero)
     assert (chosen < rejected).all()
 
 
 def test_smoothing_and_robustness_undo_each_other_on_flipped_labels():
-    """With a share e of flipped pairs the robust loss is, on average, the plain one on clean pairs."""
+    """With a fraction e of flipped pairs the robust loss is, on average, the plain one on clean pairs."""
     e, beta = 0.2, 0.1
-    chosen, rejected, ref_chosen, ref_rejected = LOGPS
-    kept = pairwise_loss("robust", chosen, rejected, ref_chosen, ref_rejected, beta, label_smoothing=e)
-    flipped = pairwise_loss("robust", rejected, chosen, ref_rejected, ref_chosen, beta, label_smoothing=e)
-    clean = pairwise_loss("sigmoid", chosen, rejected, ref_chosen, ref_rejected, beta)
+    kept = pairwise_loss("robust", LOGPS, REFERENCE, beta, label_smoothing=e)
+    flipped = pairwise_loss("robust", LOGPS[::-1], REFERENCE[::-1], beta, label_smoothing=e)
+    clean = pairwise_loss("sigmoid", LOGPS, REFERENCE, beta)
     np.testing.assert_allclose((1 - e) * kept + e * flipped, clean, rtol=1e-4, atol=1e-5)
 
 
 def test_the_reward_shift_of_bco_carries_no_gradient():
-    chosen, rejected, ref_chosen, ref_rejected = LOGPS
-
     def total(delta):
-        return pairwise_loss("bco_pair", chosen, rejected, ref_chosen, ref_rejected, 0.1, delta=delta).sum()
+        return pairwise_loss("bco_pair", LOGPS, REFERENCE, 0.1, delta=delta).sum()
 
     assert jax.grad(total)(0.3) == 0.0
     assert not np.allclose(total(0.3), total(0.0))
 
 
 def test_implicit_rewards_explain_the_dpo_loss_and_carry_no_gradient():
-    chosen, rejected = implicit_rewards(*LOGPS, 0.1)
-    np.testing.assert_allclose(np.log1p(np.exp(rejected - chosen)), pairwise_loss("sigmoid", *LOGPS, 0.1), rtol=1e-5)
-    gradient = jax.grad(lambda x: implicit_rewards(x, *LOGPS[1:], 0.1)[0].sum())(LOGPS[0])
-    np.testing.assert_array_equal(gradient, np.zeros_like(LOGPS[0]))
+    chosen, rejected = implicit_rewards(LOGPS, REFERENCE, 0.1)
+    want = pairwise_loss("sigmoid", LOGPS, REFERENCE, 0.1)
+    np.testing.assert_allclose(np.log1p(np.exp(rejected - chosen)), want, rtol=1e-5)
+    gradient = jax.grad(lambda logps: implicit_rewards(logps, REFERENCE, 0.1)[0].sum())(LOGPS)
+    np.testing.assert_array_equal(gradient, np.zeros_like(LOGPS))
 
 
 def test_the_sft_term_is_per_token():
@@ -110,19 +105,45 @@ def test_the_sft_term_is_per_token():
 
 
 def test_mistakes_are_named():
-    with pytest.raises(ValueError, match="pairwise loss 'dpo' is unknown; choose one of sigmoid, robust"):
-        pairwise_loss("dpo", *LOGPS, 0.1)
+    with pytest.raises(ValueError, match="pairwise loss 'sigmoyd': unknown; did you mean sigmoid"):
+        pairwise_loss("sigmoyd", LOGPS, REFERENCE, 0.1)
     with pytest.raises(ValueError, match="'ipo' has no label_smoothing"):
-        pairwise_loss("ipo", *LOGPS, 0.1, label_smoothing=0.1)
+        pairwise_loss("ipo", LOGPS, REFERENCE, 0.1, label_smoothing=0.1)
     with pytest.raises(ValueError, match="'apo_zero' has no margin"):
-        pairwise_loss("apo_zero", *LOGPS, 0.1, margin=INPUTS["margin"])
+        pairwise_loss("apo_zero", LOGPS, REFERENCE, 0.1, margin=INPUTS["margin"])
     with pytest.raises(ValueError, match="'sigmoid' has no delta"):
-        pairwise_loss("sigmoid", *LOGPS, 0.1, delta=1.0)
+        pairwise_loss("sigmoid", LOGPS, REFERENCE, 0.1, delta=1.0)
     with pytest.raises(ValueError, match=r"label_smoothing=0.5 is not in"):
-        pairwise_loss("robust", *LOGPS, 0.1, label_smoothing=0.5)
-    with pytest.raises(ValueError, match="give chosen_length and rejected_length"):
-        pairwise_loss("sigmoid_norm", *LOGPS, 0.1)
-    assert options("bco_pair") == {"delta"}
+        pairwise_loss("robust", LOGPS, REFERENCE, 0.1, label_smoothing=0.5)
+    with pytest.raises(ValueError, match="'sigmoid_norm' works per token; give lengths"):
+        pairwise_loss("sigmoid_norm", LOGPS, REFERENCE, 0.1)
+    with pytest.raises(ValueError, match="a pairwise loss cannot take colour; it may take lengths"):
+        takes("margin", "colour")
+
+
+def test_what_losses_take():
+    """The options of a loss are those of its function."""
+    for name, loss in PAIRWISE.items():
+        parameters = inspect.signature(loss.function).parameters.values()
+        assert loss.options == {p.name for p in parameters if p.kind is p.KEYWORD_ONLY}, name
+    assert {name for name, loss in PAIRWISE.items() if loss.for_rewards} == {"sigmoid", "robust", "hinge"}
+
+
+def test_losses_from_outside(monkeypatch):
+    """A plain function takes no options; `takes` declares them."""
+    module = types.ModuleType("losses_from_outside")
+    module.squared = lambda w, l, beta: jnp.square(1 - beta * (w - l))
+    module.shifted = takes("margin")(lambda w, l, beta, *, margin=0.0: module.squared(w, l, beta) + margin)
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    plain = pairwise_loss("losses_from_outside:squared", LOGPS, REFERENCE, 0.1)
+    w, l = LOGPS - REFERENCE
+    np.testing.assert_allclose(plain, (1 - 0.1 * (w - l)) ** 2, rtol=1e-5)
+    moved = pairwise_loss("losses_from_outside:shifted", LOGPS, REFERENCE, 0.1, margin=INPUTS["margin"])
+    np.testing.assert_allclose(moved, plain + INPUTS["margin"], rtol=1e-5)
+    with pytest.raises(ValueError, match="squared' has no margin"):
+        pairwise_loss("losses_from_outside:squared", LOGPS, REFERENCE, 0.1, margin=1.0)
+    with pytest.raises(ValueError, match="pairwise loss 'losses_from_outside:__name__': is not a function"):
+        pairwise_loss("losses_from_outside:__name__", LOGPS, REFERENCE, 0.1)
 
 
 def linear_losses(offsets, users, features, signs):

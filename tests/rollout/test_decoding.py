@@ -25,7 +25,7 @@ def combined(divergence, weights, prompt):
     return generate(policies, GREEDY, prompt["prompt"], prompt["valid"], jax.random.key(0))
 
 
-@pytest.mark.parametrize("divergence", ["reverse_kl", "forward_kl"])
+@pytest.mark.parametrize("divergence", ["reverse_kl", "forward_kl", -1.0])
 def test_one_hot_weights_decode_that_policy(divergence):
     prompt, weights = prompts(B, P), jnp.eye(K)[jnp.array([0, 1, 2, 1])]
     alone = jax.jit(

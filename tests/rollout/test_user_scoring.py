@@ -114,7 +114,7 @@ def pdpo(params, users):
     reference = Policies(MODEL, ADAPTER, base(), None, None)
     logps = [sequence_logps(policies, *copies[i : i + 2], start)[0] for i in (0, 2)]
     fixed = [jax.lax.stop_gradient(sequence_logps(reference, *copies[i : i + 2], start)[0]) for i in (0, 2)]
-    losses = pairwise_loss("sigmoid", *logps, *fixed, 0.5)
+    losses = pairwise_loss("sigmoid", logps, fixed, 0.5)
     total, count = mixture(losses, jnp.arange(4) >= 2, 0.5)
     return total / count, fixed
 
