@@ -95,7 +95,8 @@ def policies_loss(
     K = weights.shape[0]
     policies = Policies(model, adapter, base, bank, jnp.eye(K))
     logps = scoring.packed_logps(policies, batch["rows"], reference.size).reshape(reference.shape)
-    logps, reference, rewards = jnp.moveaxis(logps, -1, 0), jnp.moveaxis(reference, -1, 0), rewards.swapaxes(0, 1)
+    logps, reference = ((x[..., 0], x[..., 1]) for x in (logps, reference))
+    rewards = rewards[:, 0], rewards[:, 1]
     losses = modpo_loss(logps, reference, beta, weights=weights, rewards=rewards, kind=kind)
     chosen, rejected = implicit_rewards(logps, reference, beta)
     margins = chosen - rejected - weighted_sum(rewards[0] - rewards[1], weights[..., 1:])

@@ -10,6 +10,7 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jaxtyping import Array, Float
 
 from pjrlhf.objectives.preference import Pair
@@ -330,8 +331,8 @@ def combine_logps(
       logps: log-probs of the next token.
       weights: [K], or one row per example.
 
-    Raises ValueError for an unknown divergence, weights that do not fit, and negative ones outside reverse_kl (seen only
-    outside jit).
+    Raises ValueError for an unknown divergence, weights that do not fit, and negative ones outside reverse_kl (seen
+    only outside jit).
     """
     alpha = divergence_alpha(divergence)
     if alpha != 0 and _concrete(weights) and (np.asarray(weights) < 0).any():
@@ -348,7 +349,7 @@ def combine_logps(
 
 def _concrete(*arrays) -> bool:
     """Whether the values are known, as they are outside jit."""
-    return not any(isinstance(x, jax.core.Tracer) for x in arrays)
+    return not any(isinstance(x, Tracer) for x in arrays)
 
 
 def _fitting(x: jax.Array, weights: jax.Array, spread: int = 0) -> tuple[jax.Array, jax.Array]:

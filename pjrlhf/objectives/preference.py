@@ -7,6 +7,7 @@ or a function of your own as "package.module:function".
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -88,7 +89,7 @@ def _loss(thing: object) -> PairwiseLoss:
     if isinstance(thing, PairwiseLoss):
         return thing
     if callable(thing):
-        return PairwiseLoss(thing)
+        return PairwiseLoss(cast(Callable[..., Array], thing))
     raise ValueError("is not a function of log-ratios w, l and beta")
 
 

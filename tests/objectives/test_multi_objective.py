@@ -640,7 +640,7 @@ ERRORS = [
     (lambda: modpo(np.ones(2)), r"weights of shape \(1,\) do not fit \(7, 2\)"),
     (
         lambda: mo.combine_logps(POLICIES, ONES, "jsd"),
-        r"'jsd' is unknown; choose reverse_kl, forward_kl or a number \(alpha\)",
+        "'jsd' is unknown; choose reverse_kl, forward_kl or",
     ),
     (lambda: mo.combine_logps(POLICIES, ONES, np.nan), "divergence nan is unknown"),
     (lambda: mo.combine_logps(POLICIES, -ONES, "forward_kl"), "only reverse_kl takes such weights"),
