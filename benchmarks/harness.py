@@ -495,7 +495,7 @@ def our_run(job: Mapping[str, Any], config_file: str, variant: str, changes: Map
     import ast
     import importlib.util
 
-    from pjrlhf.runtime.context import Run
+    from pjrlhf.runtime.run import Run
     from pjrlhf.training.workdir import Workdir
 
     spec = importlib.util.spec_from_file_location("config", FOLDER.parent / "configs" / f"{config_file}.py")

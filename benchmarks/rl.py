@@ -18,7 +18,7 @@ def policy(job, count=1):
     import jax
     import jax.numpy as jnp
 
-    from pjrlhf.algorithms.policies import Policy
+    from pjrlhf.algorithms.policy import Policy
     from pjrlhf.models.adapters import init_bank
     from pjrlhf.rollout.scoring import init_heads
 
@@ -43,8 +43,8 @@ def policy(job, count=1):
     }
     run = harness.our_run(job, "soups", "hf", changes)
     rewarder = {
-        "bank": init_bank(run.base, run.adapter, count, jax.random.key(1)),
-        "heads": init_heads(count, run.model_config.hidden_size, jax.random.key(2)),
+        "bank": init_bank(run.workspace.base, run.workspace.adapter, count, jax.random.key(1)),
+        "heads": init_heads(count, run.workspace.model_config.hidden_size, jax.random.key(2)),
         "mean": jnp.zeros(count),
         "std": jnp.ones(count),
         "low": jnp.zeros(count),

@@ -26,7 +26,7 @@ from pjrlhf.aot.dry_run import DryRun
 from pjrlhf.aot.plan import PLANS
 from pjrlhf.parallel.mesh import make_mesh, shardings
 from pjrlhf.parallel.roofline import CHIPS, matmul_cost, memory_bytes
-from pjrlhf.runtime.context import Run
+from pjrlhf.runtime.run import Run
 from pjrlhf.training.performance import peak_flops
 
 # Bytes per second of a device's memory, from the vendors' data sheets.
@@ -156,15 +156,17 @@ def main(_: list[str]) -> None:
             if peak:
                 row["mfu"] = flops[row["step"]] / best / peak / jax.device_count()
             if row["step"].endswith("rollout"):
-                rows = config.policy.rollouts * len(run.rewards)
-                c, width = run.model_config, jnp.dtype(config.model.dtype).itemsize
+                rows = config.policy.rollouts * len(run.audience.rewards)
+                c, width = run.workspace.model_config, jnp.dtype(config.model.dtype).itemsize
                 cache = (
                     2 * c.num_layers * rows * c.num_kv_heads * c.head_dim * width * (d.max_prompt + d.max_completion)
                 )
-                weights = sum(x.nbytes for x in jax.tree.leaves(run.base))
+                weights = sum(x.nbytes for x in jax.tree.leaves(run.workspace.base))
                 row["tokens_per_second"] = rows * d.max_completion / best
                 if bandwidth:
-                    row["bandwidth_share"] = d.max_completion * (weights + cache) / best / bandwidth / run.mesh.size
+                    row["bandwidth_share"] = (
+                        d.max_completion * (weights + cache) / best / bandwidth / run.devices.mesh.size
+                    )
             print({k: round(v, 3) for k, v in row.items() if k in ("mfu", "tokens_per_second", "bandwidth_share")})
             with open(OUTPUT.value, "a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")

@@ -34,6 +34,8 @@ from typing import Any
 import ml_collections
 
 from pjrlhf import config
+from pjrlhf.feedback.population import PopulationSettings
+from pjrlhf.settings import to_config
 
 
 def get_config(variant: str = "synthetic") -> ml_collections.ConfigDict:
@@ -41,18 +43,7 @@ def get_config(variant: str = "synthetic") -> ml_collections.ConfigDict:
     c.title = "P-DPO with ten people of the synthetic environment"
     c.stages = ("sft", "population", "preference", "evaluate_users")
 
-    # The built-in people: everybody has one persona and labels pairs of answers by it.
-    c.population = {
-        "data": "base",  # two answers of the base, or a source of pairs: {"kind": "jsonl", ..., "columns": {...}}
-        "whole_answers": 0,  # of a given pair, how many must fit into data.max_completion where longer ones are cut
-        "users": 10,
-        "new_users": 10,
-        "personas": ("P3A", "P3B"),
-        "shares": (0.7, 0.3),
-        "pairs_per_user": 320,
-        "heldout_pairs_per_user": 64,
-        "new_pairs_per_user": 96,
-    }
+    c.population = to_config(PopulationSettings())
     config.people(c)
     variants = {"synthetic": None, "soup": soup, "records": records, "style_pairs": style_pairs, "llmfao": llmfao}
     variants["prefeval"] = prefeval
@@ -70,7 +61,7 @@ def soup(c: ml_collections.ConfigDict) -> None:
     c.stages = ("sft", "comparisons", "reward", "policy", "population", "preference", "evaluate_users")
     config.policies(c)
     c.objectives = ("P2A", "P2B", "P3A", "P3B")
-    c.population.update({"users": 12, "new_users": 12, "personas": c.objectives, "shares": (0.25, 0.25, 0.25, 0.25)})
+    c.population.update({"users": 12, "new_users": 12, "personas": c.objectives, "fractions": (0.25, 0.25, 0.25, 0.25)})
     c.preference.bank = "policy"
     individualized = c.preference.models.individualized.to_dict()
     with c.ignore_type():

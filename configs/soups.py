@@ -19,6 +19,8 @@ docs/results/soups.md.
 import ml_collections
 
 from pjrlhf import config
+from pjrlhf.protocols.soups import SoupsSettings
+from pjrlhf.settings import to_config
 
 
 def get_config(variant: str = "synthetic") -> ml_collections.ConfigDict:
@@ -31,18 +33,7 @@ def get_config(variant: str = "synthetic") -> ml_collections.ConfigDict:
     c.methods = {"pmorl": pmorl}
     c.general = "helpful"  # the general reward of the RLHF baseline; "" leaves the baseline out
     c.prompt_preference = "half"
-    c.evaluate = {
-        "weight_scale": 1.0,  # sum of a soup's weights; 1 gives w = 1/3 each for three criteria, as in the paper
-        "sweep_points": 11,
-        "samples_per_prompt": 1,  # in the comparison of methods
-        "sweep_samples": 3,  # answers per prompt and point of a sweep
-        "resamples": 2000,
-        "shown": 2,  # sample answers per combination in the report
-        # Which methods read the user's preferences in the prompt, besides "prompting", as in the paper.
-        "prompted": ("soups",),
-        "new_preferences": (),  # that came later, and for each method the entries of `methods` trained for them
-        "scaling": {},
-    }
+    c.evaluate = to_config(SoupsSettings())
     if variant == "hf":
         huggingface(c)
     elif variant == "styles":

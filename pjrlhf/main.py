@@ -78,7 +78,10 @@ def main(_: list[str]) -> None:
     logging.get_absl_handler().addFilter(
         lambda r: r.levelno > logging.converter.STANDARD_INFO or "pjrlhf" in r.pathname
     )
+    from pjrlhf.pipeline import seeds, stages
+
     config = _CONFIG.value
+    plan = stages.read(config)  # whatever is wrong with it is said before anything else happens
     compilation_cache()
     if _AOT.value:
         from pjrlhf.aot import plan as aot
@@ -88,12 +91,11 @@ def main(_: list[str]) -> None:
     from pjrlhf.parallel import processes
 
     processes.initialize(_DISTRIBUTED.value, _COORDINATOR.value, _COUNT.value, _INDEX.value)
-    from pjrlhf.pipeline import seeds, stages
     from pjrlhf.training.workdir import Workdir
 
     workdir = Workdir(_WORKDIR.value or default_workdir(FLAGS["config"].config_filename))
-    workdir.write_config(config.to_dict(), ignore=FREE)
-    (seeds if config.get("seeds") else stages).run(config, workdir)
+    workdir.write_config(plan.to_dict(), ignore=FREE)
+    (seeds if plan.settings.seeds else stages).run(config, workdir)
     summary = workdir.path / "report" / "summary.json"
     if summary.is_file() and processes.is_process_zero():
         from pjrlhf.evaluation.report import print_tables

@@ -41,10 +41,10 @@ def shared() -> pathlib.Path:
 def cache_folder(tmp_path_factory):
     """Where runs keep what depends on content alone: not in the cache folder of whoever runs the tests."""
     folder = tmp_path_factory.mktemp("cache")
-    from pjrlhf.runtime.context import Run
+    from pjrlhf.runtime.workspace import Workspace
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Run, "cache_folder", property(lambda run: folder))
+        patch.setattr(Workspace, "cache_folder", property(lambda workspace: folder))
         yield folder
 
 

@@ -7,24 +7,41 @@ the section of that name; `evaluate_front` says what else an entry may hold.
 
 import importlib
 import json
+import pkgutil
 import time
 from typing import Any
 
 from absl import logging
 
-from pjrlhf.algorithms import policies as policy
+from pjrlhf import algorithms
 from pjrlhf.errors import UserError
 from pjrlhf.parallel.processes import on_process_zero
-from pjrlhf.runtime.context import Run
+from pjrlhf.registry import load
+from pjrlhf.runtime.run import Run, Stage, Trainer
+from pjrlhf.settings import Settings, overlay
 from pjrlhf.training.workdir import write_json
 
-TRAINERS = {
-    "policy": "pjrlhf.algorithms.policies",
-    "modpo": "pjrlhf.algorithms.modpo",
-    "ric": "pjrlhf.algorithms.ric",
-}
-# What an entry says about answering, not about training; see `evaluate_front`.
+# What an entry says about answering, not about training; see `protocols.front`.
 ANSWERING = ("of", "answer", "extrapolation", "divergence", "prompted")
+
+
+def trainer_of(name: str) -> Trainer:
+    """The trainer of a name: `TRAINER` of the module of that name in this folder, or "package.module:trainer" of yours.
+
+    Raises:
+      UserError: there is none.
+    """
+    known = [module.name for module in pkgutil.iter_modules(algorithms.__path__)]
+    if name in known:
+        found = getattr(importlib.import_module(f"pjrlhf.algorithms.{name}"), "TRAINER", None)
+    elif ":" in name:
+        found = load(name, "methods: train")
+    else:
+        found = None
+    if isinstance(found, Trainer):
+        return found
+    names = [one for one in known if hasattr(importlib.import_module(f"pjrlhf.algorithms.{one}"), "TRAINER")]
+    raise UserError(f"methods: train {name!r} is no trainer; choose one of {', '.join(names)}, or package.module:name")
 
 
 def folder(name: str) -> str:
@@ -34,42 +51,30 @@ def folder(name: str) -> str:
 
 def entry(run: Run, name: str) -> dict[str, Any]:
     """The entry of that name. Raises UserError for one there is not."""
-    if name not in run.config.methods:
-        raise UserError(f"methods: there is no entry {name!r}; there are {', '.join(run.config.methods)}")
-    return run.config.methods[name].to_dict()
+    if name not in run.settings.methods:
+        raise UserError(f"methods: there is no entry {name!r}; there are {', '.join(run.settings.methods)}")
+    return dict(run.settings.methods[name])
 
 
-def settings_of(run: Run, name: str) -> Any:
+def settings_of(run: Run, name: str) -> Settings:
     """The section that trains an entry, with the changes of the entry.
 
     Raises UserError for an unknown trainer or setting.
     """
     changes = entry(run, name)
-    trainer = changes.pop("train", "policy")
-    if trainer not in TRAINERS:
-        raise UserError(f"methods.{name}.train {trainer!r}: unknown; choose one of {', '.join(TRAINERS)}")
-    settings = policy.settings_of(run) if trainer == "policy" else run.config[trainer].copy_and_resolve_references()
-    with settings.unlocked(), settings.ignore_type():
-        for key, value in changes.items():
-            if key in ANSWERING:
-                continue
-            if key not in settings:
-                raise UserError(f"methods.{name}.{key}: no such setting of {trainer}; it has {', '.join(settings)}")
-            if isinstance(value, dict):
-                settings[key].update(value)
-            else:
-                settings[key] = value
-    return settings
+    trainer = trainer_of(changes.pop("train", "policy"))
+    changes = {key: value for key, value in changes.items() if key not in ANSWERING}
+    return overlay(trainer.settings(run), changes, f"methods.{name}")
 
 
 def run(run: Run) -> dict[str, Any]:
     """Trains the entries that are not yet trained."""
-    for name in run.config.methods:
+    for name in run.settings.methods:
         changes = entry(run, name)
         if not changes.get("train", "policy"):
             continue
         stage, settings = folder(name), settings_of(run, name)
-        described = json.loads(json.dumps(settings.to_dict()))
+        described = settings.to_dict()
         kept = run.workdir.stage(stage) / "settings.json"
         if kept.is_file() and json.loads(kept.read_text(encoding="utf-8")) != described:
             raise UserError(f"methods.{name}: trained with other settings before; choose another name for it")
@@ -78,7 +83,9 @@ def run(run: Run) -> dict[str, Any]:
             continue
         on_process_zero(write_json)(kept, described)
         started = time.perf_counter()
-        trainer = importlib.import_module(TRAINERS[changes.get("train", "policy")])
-        info = trainer.train(run, settings, stage)
+        info = trainer_of(changes.get("train", "policy")).train(run, settings, stage)
         run.workdir.mark_finished(stage, time.perf_counter() - started, **info)
-    return {"methods": list(run.config.methods)}
+    return {"methods": list(run.settings.methods)}
+
+
+STAGE = Stage("methods", run)

@@ -5,6 +5,7 @@ A policy learns from the pairs labelled for the objective that weighs most for i
 enter as margins. With one-hot weights it is DPO (arXiv 2305.18290) on that objective.
 """
 
+import dataclasses
 import functools
 from collections.abc import Sequence
 from typing import Any
@@ -13,10 +14,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pjrlhf.algorithms import policies as policy
-from pjrlhf.algorithms import reward
-from pjrlhf.algorithms.targets import Targets
+from pjrlhf.algorithms import policy, reward
+from pjrlhf.algorithms.targets import Targets, TargetSettings
 from pjrlhf.data.batching import batches, collate_completion
+from pjrlhf.data.preferences import PreferencePrompt
 from pjrlhf.data.tokenization import TokenTable
 from pjrlhf.errors import UserError
 from pjrlhf.feedback.pairs import SPLITS
@@ -27,19 +28,48 @@ from pjrlhf.objectives.preference import accuracy, implicit_rewards
 from pjrlhf.parallel.processes import to_host
 from pjrlhf.rollout import experience, scoring
 from pjrlhf.rollout.reference import SIDES
-from pjrlhf.runtime.context import Run
+from pjrlhf.runtime.run import Run, Trainer
+from pjrlhf.settings import Settings, setting
+from pjrlhf.training.loop import Method
 from pjrlhf.training.metrics import Metrics
-from pjrlhf.training.optimizer import make_optimizer, per_ingredient
+from pjrlhf.training.optimizer import OptimizerSettings, make_optimizer, per_ingredient
 from pjrlhf.training.state import State
 from pjrlhf.training.workdir import disk_errors
 
 LOSSES = ("sigmoid", "hinge")
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModpoSettings(Settings):
+    """K policies by MODPO."""
+
+    preferences: TargetSettings = setting(TargetSettings(), "own or fixed")
+    mix: str = setting("own", "an adapter per policy", choices=("own",))
+    prompt_format: PreferencePrompt = setting(PreferencePrompt())
+    prompt_preference: str = setting("never", "the pairs have plain prompts", choices=("never", "always", "half"))
+    steps: int = setting(120, "updates", low=1, high=10**9)
+    batch_size: int = setting(8, "pairs per policy and step", low=1, high=2**20)
+    beta: float = setting(0.1, "inverse temperature of the implicit reward", above=0.0, high=1e6)
+    loss: str = setting("sigmoid", "of the margins", choices=LOSSES)
+    optimizer: OptimizerSettings = setting(OptimizerSettings(learning_rate=3e-3, schedule="linear"))
+
+    def check(self) -> None:
+        if self.preferences.kind not in ("own", "fixed"):
+            raise UserError(
+                f"preferences.kind: {self.preferences.kind!r} draws preferences, and MODPO trains one policy per "
+                "preference; choose own or fixed"
+            )
+        if self.prompt_preference != "never":
+            raise UserError(
+                f"prompt_preference: {self.prompt_preference!r}, but MODPO learns from pairs whose prompts state no "
+                "preference; set it to never"
+            )
+
+
 def scores(run: Run, rewarder: Any, base: Any, tokens: jax.Array, valid: jax.Array) -> jax.Array:
     """The rewards [B, R] of rows [B, T], as `raw_rewards` gives them."""
-    everything = jnp.arange(len(run.rewards))[None]
-    return experience.raw_rewards(run.model, run.adapter, base, rewarder, everything, tokens, valid)
+    everything = jnp.arange(len(run.audience.rewards))[None]
+    return experience.raw_rewards(run.workspace.model, run.workspace.adapter, base, rewarder, everything, tokens, valid)
 
 
 def raw_rewards(run: Run, rewarder: Any, rows: Sequence[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
@@ -47,21 +77,21 @@ def raw_rewards(run: Run, rewarder: Any, rows: Sequence[tuple[np.ndarray, np.nda
 
     Args:
       rewarder: as `reward.load` gives it.
-      rows: M pairs of token ids, prompt and answer; `run.sample_rows` of them are scored at once.
+      rows: M pairs of token ids, prompt and answer; `run.text.sample_rows` of them are scored at once.
     """
-    score, size, found = jax.jit(functools.partial(scores, run)), run.sample_rows, []
+    score, size, found = jax.jit(functools.partial(scores, run)), run.text.sample_rows, []
     for start in range(0, len(rows), size):
         part = list(rows[start : start + size])
         # The last chunk is filled up so that one program serves all.
         filled = part + [part[0]] * (size - len(part))
         batch = collate_completion(
             [{"prompt": prompt, "completion": answer} for prompt, answer in filled],
-            prompt_length=run.prompt_lengths,
-            completion_length=run.completion_lengths,
-            pad_id=run.tokenizer.pad_id,
+            prompt_length=run.text.prompt_lengths,
+            completion_length=run.text.completion_lengths,
+            pad_id=run.workspace.tokenizer.pad_id,
         )
-        placed = run.place({name: batch[name] for name in ("tokens", "valid")})
-        raw = score(rewarder, run.base, **placed)
+        placed = run.devices.place({name: batch[name] for name in ("tokens", "valid")})
+        raw = score(rewarder, run.workspace.base, **placed)
         found.append(to_host(raw)[: len(part)])
     return np.concatenate(found)
 
@@ -111,7 +141,7 @@ def policies_loss(
     return losses.mean(1).sum(), metrics
 
 
-class Modpo:
+class Modpo(Method):
     """The method for `training.loop.run`.
 
     Attributes:
@@ -125,42 +155,28 @@ class Modpo:
       UserError: settings that MODPO cannot follow, or an objective without pairs.
     """
 
-    def __init__(self, run: Run, settings: Any):
+    show = ("loss", "rewards/accuracies")
+
+    def __init__(self, run: Run, settings: ModpoSettings):
         self.run, self.settings, self.goals = run, settings, Targets(run, settings)
-        self._check()
         K = len(self.goals.policies)
-        weights = np.zeros((K, len(run.rewards)), np.float32)
+        weights = np.zeros((K, len(run.audience.rewards)), np.float32)
         for k in range(K):
             goal = self.goals.goal(0, k)
             weights[k, list(goal.objectives)] = goal.weights
         labels = weights.argmax(1)  # the first of equals
         self.weights = np.array([[w[i], *np.delete(w, i)] for w, i in zip(weights, labels, strict=True)])[:, None]
-        self.table = self._pairs([run.rewards[i] for i in labels])
-        of = [run.rewards.index(example.objective) for example in self.table.examples]
+        self.table = self._pairs([run.audience.rewards[i] for i in labels])
+        of = [run.audience.rewards.index(example.objective) for example in self.table.examples]
         raw = self._raw(self.table)
         self.rewards = np.stack([np.delete(x, i, axis=1) for x, i in zip(raw, of, strict=True)])
         self.reference = self._reference(self.table)
-        self.optimizer = per_ingredient(make_optimizer(settings.optimizer.to_dict(), settings.steps))
+        self.optimizer = per_ingredient(make_optimizer(settings.optimizer, settings.steps))
         self.tables = [[row for row, i in zip(self.table, of, strict=True) if i == label] for label in labels]
-        source = reward.Grouped(self.tables, run.config.seed)
-        self.batches = batches(source, settings.batch_size, seed=run.config.seed, collate=self.collate)
-        self._update = run.training_step(self._step)
-
-    def _check(self) -> None:
-        settings, goals = self.settings, self.goals
-        if goals.sampled:
-            raise UserError(
-                f"preferences.kind {goals.kind!r}: MODPO trains one policy per preference; choose own or fixed"
-            )
-        if goals.told:
-            raise UserError(
-                f"prompt_preference {settings.prompt_preference!r}: MODPO learns from pairs whose prompts state no "
-                "preference; set it to never"
-            )
-        if settings.loss not in LOSSES:
-            raise UserError(f"modpo.loss {settings.loss!r}: unknown; choose {' or '.join(LOSSES)}")
-        if settings.beta <= 0:
-            raise UserError(f"modpo.beta {settings.beta}: not positive; choose for example 0.1")
+        source = reward.Grouped(self.tables, run.settings.seed)
+        self.batches = batches(source, settings.batch_size, seed=run.settings.seed, collate=self.collate)
+        self._update = run.devices.training_step(self._step)
+        self.programs, self.ingredients = (self._update,), self.goals.policies
 
     def _pairs(self, labels: Sequence[str]) -> TokenTable:
         """The comparisons of the run labelled for any of `labels`, one per policy."""
@@ -178,7 +194,7 @@ class Modpo:
         return table_rewards(self.run, reward.load(self.run), table)
 
     def _reference(self, table: TokenTable) -> np.ndarray:
-        return self.run.reference(table, self.run.sample_rows)
+        return self.run.reference(table, self.run.text.sample_rows)
 
     @property
     def samples(self) -> int:
@@ -192,36 +208,35 @@ class Modpo:
         return {"rows": packed, "reference": self.reference[index], "rewards": self.rewards[index]}
 
     def init(self) -> State:
-        return self.run.create(self._initial, self.run.base)
+        return self.run.devices.create(self._initial, self.run.workspace.base)
 
     def _initial(self, base: Any) -> State:
         run = self.run
-        bank = init_bank(base, run.adapter, len(self.goals.adapters), jax.random.fold_in(run.key, 110))
-        return State.create(jax.random.fold_in(run.key, 111), bank, self.optimizer)
+        bank = init_bank(base, run.workspace.adapter, len(self.goals.adapters), run.streams.key("modpo/adapter"))
+        return State.create(run.streams.key("modpo/state"), bank, self.optimizer)
 
     def _step(self, state: State, base: Any, batch: Any) -> tuple[State, Metrics]:
         run, settings = self.run, self.settings
-        loss = functools.partial(policies_loss, run.model, run.adapter, float(settings.beta), settings.loss)
+        loss = functools.partial(
+            policies_loss, run.workspace.model, run.workspace.adapter, settings.beta, settings.loss
+        )
         (_, metrics), gradient = jax.value_and_grad(loss, has_aux=True)(state.trainable, base, batch)
         return state.apply_gradients(gradient, self.optimizer), metrics
 
     def step(self, state: State, batch: Any) -> tuple[State, Metrics]:
-        batch = batch | {"rows": self.run.place(batch["rows"]), "weights": self.weights}
-        return self._update(state, self.run.base, batch)
+        batch = batch | {"rows": self.run.devices.place(batch["rows"]), "weights": self.weights}
+        return self._update(state, self.run.workspace.base, batch)
 
 
-def train(run: Run, settings: Any, stage: str) -> dict[str, Any]:
+def train(run: Run, settings: ModpoSettings, stage: str) -> dict[str, Any]:
     """Trains the policies by the section `settings`, see `config.neighbours`; writes <workdir>/<stage>/bank.safetensors
     and one folder per adapter.
     """
     method = Modpo(run, settings)
-    state = run.train(
-        method,
-        stage,
-        settings.steps,
-        ingredients=method.goals.policies,
-        show=("loss", "rewards/accuracies"),
-    )
+    state = run.train(method, stage, settings.steps)
     with disk_errors(run.workdir.path / stage):
         base_hash = policy.save(run, stage, method.goals.adapters, state.trainable)
     return {"ingredients": list(method.goals.adapters), "samples": method.samples, "base": base_hash}
+
+
+TRAINER = Trainer(lambda run: run.section(ModpoSettings), train)

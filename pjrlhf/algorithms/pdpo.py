@@ -8,7 +8,7 @@ have those of `PreferenceConfig`, where they differ from the section's, and of `
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -18,32 +18,27 @@ import optax
 
 from pjrlhf.data.batching import batches
 from pjrlhf.errors import UserError
-from pjrlhf.feedback.pairs import SIDES, Pairs
+from pjrlhf.feedback.pairs import SIDES, Pairs, PairSettings
 from pjrlhf.models.adapters import AdapterConfig, Policies, bank_size, init_bank, is_low_rank
 from pjrlhf.models.decoder import Decoder
 from pjrlhf.models.storage import load_tree, save_tree
-from pjrlhf.models.users import UserModel, fit_clusters, gather_rows
+from pjrlhf.models.users import KINDS, STARTS, UserModel, fit_clusters, gather_rows
 from pjrlhf.objectives import preference as losses
-from pjrlhf.parallel.mesh import shard_params
 from pjrlhf.paths import local
 from pjrlhf.rollout import scoring
-from pjrlhf.runtime.context import Run
+from pjrlhf.runtime.run import Run, Stage
+from pjrlhf.settings import Settings, parse, setting
 from pjrlhf.training.lazy_adam import lazy_adam
+from pjrlhf.training.loop import Method
 from pjrlhf.training.metrics import Metrics
-from pjrlhf.training.optimizer import make_optimizer, make_schedule, per_ingredient
+from pjrlhf.training.optimizer import OptimizerSettings, make_optimizer, make_schedule, per_ingredient
 from pjrlhf.training.state import State
 
-# What an entry of `preference.models` may say besides, and what it is where the entry does not.
-ENTRY = {
-    "permuted": False,  # train on the same pairs under wrong names (or texts): the control
-    "warm_start": 0.0,  # kind cluster: share of the steps that train vectors of everybody's own, to be clustered
-    "user_text": False,  # what a person says about themselves (`user_text` of the records) stands before the prompt
-}
 HEADS = ("policy", "reward")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class PreferenceConfig:
+class PreferenceConfig(Settings):
     """The objective.
 
     `head` "policy" scores an answer by beta log(pi / reference), as DPO does; "reward" by a scalar head on its last
@@ -53,40 +48,108 @@ class PreferenceConfig:
     the same gradient in expectation at half the cost.
     """
 
-    head: str = "policy"
-    loss: str = "sigmoid"
-    beta: float = 0.1
-    alpha: float = 0.5
-    mixture: str = "exact"
-    label_smoothing: float = 0.0
-    sft_weight: float = 0.0
+    head: str = setting("policy", "policy (P-DPO), or reward (P-RM)", choices=HEADS)
+    loss: str = setting(
+        "sigmoid", "see objectives/preference.py", choices=lambda: tuple(losses.PAIRWISE), extensible=True
+    )
+    beta: float = setting(0.1, "inverse temperature of the implicit reward", above=0.0, high=1e6)
+    alpha: float = setting(
+        0.5, "fraction of the user-specific term; the rest trains the generic user", low=0.0, high=1.0
+    )
+    mixture: str = setting(
+        "exact", "exact: every pair twice; dropout: once, at half the cost", choices=("exact", "dropout")
+    )
+    label_smoothing: float = setting(0.0, "fraction of labels taken for wrong", low=0.0, below=0.5)
+    sft_weight: float = setting(0.0, "weight of the log-likelihood of the chosen answers", low=0.0, high=1e6)
 
-    def __post_init__(self):
+    def check(self) -> None:
         try:
             loss = losses.PAIRWISE.get(self.loss)
         except UserError as error:
-            raise UserError(f"preference.loss: {error}") from error
+            raise UserError(f"loss: {error}") from error
         if self.label_smoothing and "label_smoothing" not in loss.options:
-            raise UserError(
-                f"preference.label_smoothing: loss {self.loss!r} has none; set it to 0 or choose another loss"
-            )
-        if self.head not in HEADS:
-            raise UserError(f"preference.head {self.head!r}: unknown; choose {' or '.join(HEADS)}")
+            raise UserError(f"label_smoothing: loss {self.loss!r} has none; set it to 0 or choose another loss")
         if self.head == "reward" and (self.sft_weight or not loss.for_rewards):
             known = [name for name, other in losses.PAIRWISE.items() if other.for_rewards]
             raise UserError(
-                f"preference.head 'reward': loss {self.loss!r} with sft_weight {self.sft_weight} needs a policy; "
-                f"choose from {', '.join(known)}, and sft_weight 0"
+                f"head: 'reward' with loss {self.loss!r} and sft_weight {self.sft_weight} needs a policy; choose from "
+                f"{', '.join(known)}, and sft_weight 0"
             )
-        if self.mixture not in ("exact", "dropout"):
-            raise UserError(f"preference.mixture {self.mixture!r}: unknown; choose exact or dropout")
-        if not 0 <= self.alpha <= 1:
-            raise UserError(f"preference.alpha {self.alpha}: not in [0, 1]; it is the share of the user-specific term")
 
     @property
     def scale(self) -> float:
         """What a score difference is multiplied by: beta for log-ratios, 1 for rewards."""
         return self.beta if self.head == "policy" else 1.0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EntrySettings(Settings):
+    """An entry of `preference.models`: a user model, and what differs from the section where it differs."""
+
+    kind: str = setting("individualized", "the user model", choices=tuple(KINDS))
+    tokens: int = setting(10, "user tokens, of the kinds that have them", low=1, high=4096)
+    clusters: int = setting(5, "of kind cluster", low=1, high=10**6)
+    start: str = setting("vocabulary", "what user tokens start from", choices=STARTS)
+    std: float = setting(0.02, "of user tokens that start normal", low=0.0, high=1e3)
+    zero_offset: bool = setting(True, "every user starts equal to the generic one")
+    permuted: bool = setting(False, "train on the same pairs under wrong names (or texts): the control")
+    warm_start: float = setting(
+        0.0,
+        "of kind cluster: fraction of the steps that train vectors of everybody's own, then clustered",
+        low=0.0,
+        below=1.0,
+    )
+    user_text: bool = setting(False, "what people say about themselves stands before the prompt")
+
+    def check(self) -> None:
+        if self.warm_start and self.kind != "cluster":
+            raise UserError(f"warm_start: kind {self.kind!r} has no clusters to start; set it to 0")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PreferenceSettings(PairSettings, PreferenceConfig):
+    """Entries of user models, trained on the same pairs with the same budget."""
+
+    models: Mapping[str, Any] = setting(
+        {
+            "pooled": {"kind": "uniform"},
+            "individualized": {"kind": "individualized", "tokens": 4},
+            "cluster": {"kind": "cluster", "tokens": 4, "clusters": 2, "warm_start": 0.5},
+            "permuted": {"kind": "individualized", "tokens": 4, "permuted": True},
+        },
+        "name -> entry; an entry may differ from the section in everything from head to sft_weight",
+    )
+    bank: str = setting("", "for entries of kind soup: policy, or bank.safetensors of a stage policy on the same base")
+    steps: int = setting(160, "updates of each entry", low=1, high=10**9)
+    optimizer: OptimizerSettings = setting(
+        OptimizerSettings(learning_rate=3e-3, schedule="cosine", warmup_steps=5), "of the policy or reward model"
+    )
+    user_optimizer: OptimizerSettings = setting(
+        OptimizerSettings(learning_rate=3e-2, schedule="cosine"), "of the user model"
+    )
+
+    def check(self) -> None:
+        super().check()
+        if not self.models:
+            raise UserError("models: there is none; add an entry such as {'pooled': {'kind': 'uniform'}}")
+        for name in self.models:
+            self.entry(name)
+
+    def entry(self, name: str) -> tuple[EntrySettings, PreferenceConfig]:
+        """The user model of an entry, and its objective.
+
+        Raises:
+          UserError: a setting of the entry that is not known or does not fit.
+        """
+        values = self.models[name]
+        if not isinstance(values, Mapping):
+            raise UserError(f"models.{name}: {values!r} is not an entry; give it a kind")
+        objective = {field.name: getattr(self, field.name) for field in dataclasses.fields(PreferenceConfig)}
+        objective |= {key: value for key, value in values.items() if key in objective}
+        own = {key: value for key, value in values.items() if key not in objective}
+        if "kind" not in own:
+            raise UserError(f"models.{name}: has no kind; choose one of {', '.join(KINDS)}")
+        return parse(EntrySettings, own, f"models.{name}"), parse(PreferenceConfig, objective, f"models.{name}")
 
 
 def answer_scores(
@@ -208,7 +271,7 @@ def soup_bank(run: Run) -> Any:
     Raises:
       UserError: no such file, or adapters that belong to another base or were scaled in another way.
     """
-    path = run.config.preference.bank
+    path = run.section(PreferenceSettings).bank
     if not path:
         raise UserError(
             "preference.bank: not set; name the bank.safetensors of a stage policy, whose policies soups mix, or "
@@ -221,15 +284,15 @@ def soup_bank(run: Run) -> Any:
         raise UserError(f"{path}: holds full parameters, of which every pair would need a copy; train adapters instead")
     rank = bank["layers"]["attention"]["query"]["a"].shape[-1]
     found = {"base": note.get("base"), "rank": rank, "alpha": note.get("alpha")}
-    wanted = {"base": run.base_hash, "rank": run.adapter.rank, "alpha": run.adapter.alpha}
+    wanted = {"base": run.workspace.base_hash, "rank": run.workspace.adapter.rank, "alpha": run.workspace.adapter.alpha}
     if found != wanted:
         raise UserError(
             f"{path}: its adapters have {found}, this run {wanted}; use the base and adapter settings of both"
         )
-    return shard_params(run.mesh, bank)
+    return run.devices.shard(bank)
 
 
-class Preference:
+class Preference(Method):
     """The method for `training.loop.run`: one entry of `preference.models`, or a part of its training.
 
     Args:
@@ -238,38 +301,39 @@ class Preference:
       start: {"bank", "users"} to go on from.
     """
 
+    show = ("loss", "rewards/accuracies")
+
     def __init__(
         self, run: Run, name: str, pairs: Pairs, *, kind: str | None = None, steps: int = 0, start: Any = None
     ):
         self.run, self.name, self.pairs, self.start = run, name, pairs, start
-        config = run.config.preference
-        self.settings = ENTRY | config.models[name].to_dict()
+        config = run.section(PreferenceSettings)
+        self.settings, self.objective = config.entry(name)
         steps = steps or config.steps
-        fields = [field.name for field in dataclasses.fields(PreferenceConfig)]
-        self.objective = PreferenceConfig(**{key: self.settings.get(key, config[key]) for key in fields})
-        kind = kind or self.settings["kind"]
+        kind = kind or self.settings.kind
         # What the policies are made of beside the base but is not trained.
         self.frozen = {"bank": soup_bank(run)} if kind == "soup" else {}
-        sizes = {"num_users": pairs.registry.capacity, "width": run.model_config.hidden_size}
+        sizes = {"num_users": pairs.registry.capacity, "width": run.workspace.model_config.hidden_size}
         if self.frozen:
             sizes["adapters"] = bank_size(self.frozen["bank"])
-        own = {key: value for key, value in self.settings.items() if key not in ("kind", *ENTRY, *fields)}
+        own = {key: getattr(self.settings, key) for key in ("tokens", "clusters", "start", "std", "zero_offset")}
         try:
             self.users = UserModel(kind=kind, **sizes, **own)
-        except (TypeError, ValueError) as error:
+        except ValueError as error:
             raise UserError(f"preference.models.{name}: {error}") from error
         self.personal = self.users.kind != "uniform"
         self.shifted = "delta" in losses.PAIRWISE.get(self.objective.loss).options
-        self.optimizer = per_ingredient(make_optimizer(config.optimizer.to_dict(), steps))
-        self.shared = make_optimizer(config.user_optimizer.to_dict(), steps)
-        self.lazy = lazy_adam(make_schedule(config.user_optimizer.to_dict(), steps))
+        self.optimizer = per_ingredient(make_optimizer(config.optimizer, steps))
+        self.shared = make_optimizer(config.user_optimizer, steps)
+        self.lazy = lazy_adam(make_schedule(config.user_optimizer, steps))
         users = pairs.users("train")
-        if self.settings["permuted"]:
+        if self.settings.permuted:
             # The control: the same people and pairs, but nobody's pairs are their own.
-            users = np.random.default_rng(run.config.seed).permutation(users)
+            users = run.streams.numpy("preference/permutation").permutation(users)
         collate = functools.partial(self.collate, "train", users)
-        self.batches = batches(pairs.tables["train"], config.batch_size, seed=run.config.seed, collate=collate)
-        self._update = run.training_step(self._step)
+        self.batches = batches(pairs.tables["train"], config.batch_size, seed=run.settings.seed, collate=collate)
+        self._update = run.devices.training_step(self._step)
+        self.programs = (self._update,)
 
     def collate(self, part: str, users: np.ndarray, rows: Sequence[Any]) -> Any:
         """A batch with room for the user tokens of this entry, see `Pairs.collate`."""
@@ -277,19 +341,21 @@ class Preference:
 
     def init(self) -> State:
         # The step donates its state; what was given as a start stays the caller's.
-        return self.run.create(self._initial, self.run.base, self.start)
+        return self.run.devices.create(self._initial, self.run.workspace.base, self.start)
 
     def _initial(self, base: Any, start: Any) -> State:
         run = self.run
-        key = jax.random.fold_in(run.key, 60)
+        key = run.streams.key("preference/init")
         trainable = start
         if start is None:
             users = self.users.init(jax.random.fold_in(key, 1), base["embed"]["embedding"])
             trainable = {"users": users}
             if not self.frozen:
-                trainable["bank"] = init_bank(base, run.adapter, 1, jax.random.fold_in(key, 0))
+                trainable["bank"] = init_bank(base, run.workspace.adapter, 1, jax.random.fold_in(key, 0))
             if self.objective.head == "reward":
-                trainable["heads"] = scoring.init_heads(1, run.model_config.hidden_size, jax.random.fold_in(key, 3))
+                trainable["heads"] = scoring.init_heads(
+                    1, run.workspace.model_config.hidden_size, jax.random.fold_in(key, 3)
+                )
         users = trainable["users"]
         opt_state = {
             "policy": self.optimizer.init(policy) if (policy := _policy(trainable)) else {},
@@ -316,7 +382,9 @@ class Preference:
 
         def loss(moving: Any) -> tuple[jax.Array, Metrics]:
             policies = {**frozen, **moving}
-            return preference_loss(run.model, run.adapter, self.users, self.objective, policies, base, batch)
+            return preference_loss(
+                run.workspace.model, run.workspace.adapter, self.users, self.objective, policies, base, batch
+            )
 
         gradient, metrics = jax.grad(loss, has_aux=True)({**trainable, "users": small})
         if policy := _policy(trainable):
@@ -338,7 +406,7 @@ class Preference:
         return state.replace(step=state.step + 1, trainable=trainable, opt_state=opt_state, extra=extra), metrics
 
     def step(self, state: State, batch: Any) -> tuple[State, Metrics]:
-        return self._update(state, self.run.base, self.frozen, self.run.place(batch))
+        return self._update(state, self.run.workspace.base, self.frozen, self.run.devices.place(batch))
 
 
 def _policy(trainable: Any) -> Any:
@@ -350,32 +418,26 @@ def run(run: Run) -> dict[str, Any]:
     """Trains every entry of `preference.models`; writes <workdir>/preference/<name>/model.safetensors with the
     users' names.
     """
-    config = run.config.preference
-    made = functools.cache(functools.partial(Pairs, run))
+    config = run.section(PreferenceSettings)
+    made = functools.cache(functools.partial(Pairs, run, config))
 
     def train(method: Preference, stage: str, steps: int) -> Any:
-        state = run.train(
-            method,
-            stage,
-            steps,
-            show=("loss", "rewards/accuracies"),
-        )
-        return state.trainable
+        return run.train(method, stage, steps).trainable
 
     for name in config.models:
-        settings = ENTRY | config.models[name].to_dict()
-        texts = settings["user_text"]
-        pairs = made(user_text=texts, permuted_text=texts and settings["permuted"])
-        first, start = round(settings["warm_start"] * config.steps), None
+        settings, _ = config.entry(name)
+        texts = settings.user_text
+        pairs = made(user_text=texts, permuted_text=texts and settings.permuted)
+        first, start = round(settings.warm_start * config.steps), None
         if first:
             method = Preference(run, name, pairs, kind="individualized", steps=first)
             start = train(method, f"preference/{name}/individualized", first)
             people = sorted(pairs.registry.rows.values())
-            vectors = method.users, start["users"], settings["clusters"], jax.random.fold_in(run.key, 61)
+            vectors = method.users, start["users"], settings.clusters, run.streams.key("preference/clusters")
             start = {**start, "users": fit_clusters(*vectors, user_rows=people)}
         method = Preference(run, name, pairs, steps=config.steps - first, start=start)
         trainable = train(method, f"preference/{name}", config.steps - first)
-        note = {"users": pairs.registry.to_json(), "kind": method.users.kind, "base": run.base_hash}
+        note = {"users": pairs.registry.to_json(), "kind": method.users.kind, "base": run.workspace.base_hash}
         save_tree(run.workdir.stage(f"preference/{name}") / "model.safetensors", {**method.frozen, **trainable}, note)
     counts = {name: len(table) for name, table in pairs.tables.items()}
     return {"pairs": counts, "users": len(pairs.registry.rows)}
@@ -384,4 +446,7 @@ def run(run: Run) -> dict[str, Any]:
 def load(run: Run, name: str) -> Any:
     """{"bank", "users"} of a trained entry, on the mesh."""
     tree, _ = load_tree(run.workdir.path / "preference" / name / "model.safetensors")
-    return shard_params(run.mesh, {"users": {}, **tree})
+    return run.devices.shard({"users": {}, **tree})
+
+
+STAGE = Stage("preference", run, PreferenceSettings)

@@ -5,6 +5,7 @@ First on answers of the base; then, in online rounds, on answers of its own to p
 as far as they are good by some objective. Weights p are answered by stating `target_map(p)`.
 """
 
+import dataclasses
 import functools
 import json
 import pathlib
@@ -14,24 +15,49 @@ from typing import Any
 import jax
 import numpy as np
 
-from pjrlhf.algorithms import policies as policy
-from pjrlhf.algorithms import reward, sft
+from pjrlhf.algorithms import policy, reward, sft
 from pjrlhf.algorithms.modpo import raw_rewards
 from pjrlhf.algorithms.targets import encode
 from pjrlhf.data.batching import batches
 from pjrlhf.data.preferences import PreferencePrompt
 from pjrlhf.data.schema import Example
-from pjrlhf.data.tokenization import TokenTable, tokenize
+from pjrlhf.data.tokenization import TokenTable
 from pjrlhf.errors import UserError
 from pjrlhf.models.adapters import init_bank
 from pjrlhf.objectives.multi_objective import calibrate, target_map
 from pjrlhf.parallel.processes import on_process_zero
 from pjrlhf.runtime.answers import Row, Sampler, sample_base
-from pjrlhf.runtime.context import Run
+from pjrlhf.runtime.run import Run, Trainer
+from pjrlhf.settings import Settings, setting
+from pjrlhf.training.loop import Method
 from pjrlhf.training.metrics import Metrics
-from pjrlhf.training.optimizer import make_optimizer, per_ingredient
+from pjrlhf.training.optimizer import OptimizerSettings, make_optimizer, per_ingredient
 from pjrlhf.training.state import State
 from pjrlhf.training.workdir import disk_errors, write_lines
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RicSettings(Settings):
+    """Rewards-in-Context."""
+
+    prompt_format: PreferencePrompt = setting(
+        PreferencePrompt(form="tally", levels=5), "how a prompt states scores of 0 to 1; it must fit data.max_prompt"
+    )
+    target: str = setting("l2", "scores that preference weights ask for", choices=("identity", "l2", "max"))
+    samples: int = setting(2048, "answers of the base", low=1, high=10**8)
+    steps: int = setting(200, "updates on the answers of the base", low=1, high=10**9)
+    batch_size: int = setting(64, "answers a step", low=1, high=2**20)
+    rounds: int = setting(1, "online rounds after that", low=0, high=1000)
+    online_samples: int = setting(1024, "answers of the policy in each round", low=1, high=10**8)
+    online_steps: int = setting(80, "updates in each round", low=1, high=10**9)
+    quantile: float = setting(
+        0.7, "of the base's scores, which an online answer must reach by some objective", low=0.0, high=1.0
+    )
+    base_fraction: float = setting(
+        0.25, "fraction of the base's answers that join those of an online round", low=0.0, high=1.0
+    )
+    optimizer: OptimizerSettings = setting(OptimizerSettings(learning_rate=3e-3, schedule="cosine"))
+
 
 Answer = dict[str, Any]  # {"request", "text", "scores": N numbers in [0, 1]}
 
@@ -42,8 +68,8 @@ def prompt_format(run: Run, settings: Any, request: str, scores: Sequence[float]
     Raises:
       UserError: the tokenizer does not know them, or the prompt gets longer than `data.max_prompt`.
     """
-    words = PreferencePrompt(**settings.prompt_format)(run.registry, run.objectives, scores)
-    length, limit = len(encode(run, request, words)), run.lengths.prompt
+    words = settings.prompt_format(run.audience.registry, run.audience.objectives, scores)
+    length, limit = len(encode(run, request, words)), run.text.lengths.prompt
     if length > limit:
         raise UserError(
             f"prompt_format {words[:60]!r}: the prompt has {length} tokens with it, more than data.max_prompt={limit}; "
@@ -58,14 +84,16 @@ def scored(run: Run, rewarder: Any, requests: Sequence[str], texts: Sequence[str
     The reward models read the plain request, whatever was stated. `name` is what messages call the answers.
     """
     examples = [
-        Example(prompt=run.ask(request), completion=text, extra={"request": request}, where=f"{name} answer {i}")
+        Example(
+            prompt=run.records.ask(request), completion=text, extra={"request": request}, where=f"{name} answer {i}"
+        )
         for i, (request, text) in enumerate(zip(requests, texts, strict=True), 1)
         if text.strip()
     ]
     if not examples:
         raise UserError(f"{name}: all of {len(texts)} answers are empty; train the base longer")
     table = _tokenized(run, examples, name)
-    N = len(run.objectives)
+    N = len(run.audience.objectives)
     raw = raw_rewards(run, rewarder, list(zip(table.tokens["prompt"], table.tokens["completion"], strict=True)))
     scores = np.asarray(calibrate(raw[:, :N], rewarder["low"][:N], rewarder["high"][:N])).tolist()
     return [
@@ -79,22 +107,19 @@ def stated(run: Run, settings: Any, answers: Sequence[Answer], name: str) -> Tok
     examples = []
     for i, answer in enumerate(answers, 1):
         words = prompt_format(run, settings, answer["request"], answer["scores"])
-        prompt = run.ask(answer["request"], words)
+        prompt = run.records.ask(answer["request"], words)
         examples.append(Example(prompt=prompt, completion=answer["text"], where=f"{name} answer {i}"))
     return _tokenized(run, examples, name)
 
 
 def _tokenized(run: Run, examples: Sequence[Example], name: str) -> TokenTable:
-    share = run.config.data.max_bad_fraction
-    return tokenize(
-        examples, "completion", run.tokenizer, run.sampled_lengths, source_name=name, max_bad_fraction=share
-    )
+    return run.text.tokenized(examples, run.text.sampled_lengths, name, "completion")
 
 
 def wanted(run: Run, settings: Any, number: int) -> list[Row]:
     """What online round `number` asks for: requests in turn, each with the target of weights from Dirichlet(1)."""
-    requests, N = run.requests[0], len(run.objectives)
-    rng = np.random.default_rng((run.config.seed, 120, number))
+    requests, N = run.records.requests[0], len(run.audience.objectives)
+    rng = run.streams.numpy("ric/targets", number)
     goals = np.asarray(target_map(rng.dirichlet(np.ones(N), settings.online_samples), settings.target)).tolist()
     asked = [requests[i % len(requests)] for i in range(len(goals))]
     return [Row(q, prompt_format(run, settings, q, goal), (1.0,)) for q, goal in zip(asked, goals, strict=True)]
@@ -116,7 +141,7 @@ def stored(path: pathlib.Path, make: Callable[[], list[Answer]]) -> list[Answer]
     return answers
 
 
-class Ric:
+class Ric(Method):
     """The method for `training.loop.run`: one round of fine-tuning, through one adapter.
 
     Args:
@@ -127,28 +152,29 @@ class Ric:
 
     def __init__(self, run: Run, settings: Any, table: TokenTable, steps: int, start: Any = None):
         self.run, self.start = run, start
-        self.optimizer = per_ingredient(make_optimizer(settings.optimizer.to_dict(), steps))
+        self.optimizer = per_ingredient(make_optimizer(settings.optimizer, steps))
         make = functools.partial(sft.collate, run)
-        self.batches = batches(table, settings.batch_size, seed=run.config.seed, collate=make)
-        self._update = run.training_step(self._step)
+        self.batches = batches(table, settings.batch_size, seed=run.settings.seed, collate=make)
+        self._update = run.devices.training_step(self._step)
+        self.programs = (self._update,)
 
     def init(self) -> State:
         # The step donates its state; what was given as a start stays the caller's.
-        return self.run.create(self._initial, self.run.base, self.start)
+        return self.run.devices.create(self._initial, self.run.workspace.base, self.start)
 
     def _initial(self, base: Any, start: Any) -> State:
         run, bank = self.run, start
         if start is None:
-            bank = init_bank(base, run.adapter, 1, jax.random.fold_in(run.key, 120))
-        return State.create(jax.random.fold_in(run.key, 121), bank, self.optimizer)
+            bank = init_bank(base, run.workspace.adapter, 1, run.streams.key("ric/adapter"))
+        return State.create(run.streams.key("ric/state"), bank, self.optimizer)
 
     def _step(self, state: State, base: Any, batch: Any) -> tuple[State, Metrics]:
-        loss = functools.partial(sft.sft_loss, self.run.model, self.run.adapter)
+        loss = functools.partial(sft.sft_loss, self.run.workspace.model, self.run.workspace.adapter)
         (_, metrics), gradient = jax.value_and_grad(loss, has_aux=True)(state.trainable, base, batch)
         return state.apply_gradients(gradient, self.optimizer), metrics
 
     def step(self, state: State, batch: Any) -> tuple[State, Metrics]:
-        return self._update(state, self.run.base, self.run.place(batch))
+        return self._update(state, self.run.workspace.base, self.run.devices.place(batch))
 
 
 def fine_tune(run: Run, settings: Any, stage: str, number: int, answers: Sequence[Answer], start: Any = None) -> Any:
@@ -159,21 +185,13 @@ def fine_tune(run: Run, settings: Any, stage: str, number: int, answers: Sequenc
     return state.trainable
 
 
-def _check(run: Run, settings: Any) -> None:
-    for name in ("quantile", "base_fraction"):
-        if not 0 <= settings[name] <= 1:
-            raise UserError(f"ric.{name} {settings[name]}: not a fraction; choose one between 0 and 1")
-    N = len(run.objectives)
-    try:
-        target_map(np.ones(N), settings.target)
-    except ValueError as error:
-        raise UserError(f"ric.target: {error}") from error
+def _check(run: Run, settings: RicSettings) -> None:
     # Every label by itself, before anything is sampled.
-    for scores in np.eye(N):
-        prompt_format(run, settings, run.requests[0][0], scores)
+    for scores in np.eye(len(run.audience.objectives)):
+        prompt_format(run, settings, run.records.requests[0][0], scores)
 
 
-def train(run: Run, settings: Any, stage: str) -> dict[str, Any]:
+def train(run: Run, settings: RicSettings, stage: str) -> dict[str, Any]:
     """Trains the policy by the section `settings`, see `config.neighbours`; writes <workdir>/<stage>/bank.safetensors,
     the adapter as a folder, and the answers of every round.
     """
@@ -181,14 +199,14 @@ def train(run: Run, settings: Any, stage: str) -> dict[str, Any]:
     folder, rewarder = run.workdir.stage(stage), reward.load(run)
 
     def offline_answers() -> list[Answer]:
-        requests = [run.requests[0][i % len(run.requests[0])] for i in range(settings.samples)]
-        prompts = [run.ask(request) for request in requests]
-        texts = sample_base(run, prompts, jax.random.fold_in(run.key, 122), stage)
+        requests = [run.records.requests[0][i % len(run.records.requests[0])] for i in range(settings.samples)]
+        prompts = [run.records.ask(request) for request in requests]
+        texts = sample_base(run, prompts, run.streams.key("ric/base_answers"), stage)
         return scored(run, rewarder, requests, texts, f"{stage}/round0")
 
     def online_answers(bank: Any, number: int) -> list[Answer]:
         rows = wanted(run, settings, number)
-        texts = Sampler(run, bank)(rows, 122 + number)
+        texts = Sampler(run, bank)(rows, run.streams.key("ric/answers", number))
         return scored(run, rewarder, [row.request for row in rows], texts, f"{stage}/round{number}")
 
     offline = stored(folder / "answers0.jsonl", offline_answers)
@@ -197,7 +215,7 @@ def train(run: Run, settings: Any, stage: str) -> dict[str, Any]:
     for number in range(1, settings.rounds + 1):
         found = stored(folder / f"answers{number}.jsonl", functools.partial(online_answers, bank, number))
         best = good(found, offline, settings.quantile)
-        rng = np.random.default_rng((run.config.seed, 121, number))
+        rng = run.streams.numpy("ric/kept", number)
         again = rng.choice(len(offline), round(settings.base_fraction * len(offline)), replace=False)
         bank = fine_tune(run, settings, stage, number, [*best, *(offline[i] for i in again)], bank)
         usable, kept = usable + len(found), [*kept, len(best)]
@@ -211,3 +229,6 @@ def train(run: Run, settings: Any, stage: str) -> dict[str, Any]:
         "empty_answers": samples - usable,
         "kept": kept,
     }
+
+
+TRAINER = Trainer(lambda run: run.section(RicSettings), train)

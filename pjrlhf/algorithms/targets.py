@@ -22,10 +22,26 @@ from pjrlhf.data.preferences import PreferencePrompt
 from pjrlhf.errors import UserError
 from pjrlhf.merging.methods import mixing_matrix
 from pjrlhf.objectives.simplex import simplex_grid
-from pjrlhf.runtime.context import Run
+from pjrlhf.runtime.run import Run
+from pjrlhf.settings import Settings, setting
 
 KINDS = ("own", "fixed", "grid", "dirichlet", "combinations")
 NEAR = 0.02  # a drawn preference this near to a held-out one is drawn again
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TargetSettings(Settings):
+    """Which preference weights the policies of a stage are trained for."""
+
+    kind: str = setting("own", "where the weights come from; see the table above", choices=KINDS)
+    objectives: tuple[str, ...] = setting((), "of own and combinations: train for these alone")
+    points: str | tuple[tuple[float, ...], ...] = setting(
+        (), "of fixed and grid: rows of weights, or the name of a set", choices=lambda: tuple(NAMED)
+    )
+    alpha: float = setting(1.0, "of dirichlet: its concentration", above=0.0, high=1e6)
+    held_out: str | tuple[tuple[float, ...], ...] = setting(
+        (), "weights that are never trained on: rows, or the name of a set", choices=lambda: tuple(NAMED)
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,63 +71,59 @@ class Targets:
 
     def __init__(self, run: Run, settings: Any):
         self.run = run
-        spec = settings.preferences
-        self.kind = spec["kind"]
-        if self.kind not in KINDS:
-            raise UserError(f"preferences.kind {self.kind!r}: unknown; choose one of {', '.join(KINDS)}")
+        spec: TargetSettings = settings.preferences
+        self.kind = spec.kind
         self.sampled = self.kind in ("grid", "dirichlet", "combinations")
-        self.alpha = float(spec.get("alpha", 1.0))
-        self.held_out = simplex_points(spec.get("held_out", ()), run.objectives, "held_out")
+        self.alpha = spec.alpha
+        self.held_out = simplex_points(spec.held_out, run.audience.objectives, "held_out")
         if self.kind in ("fixed", "grid"):
-            self.points = simplex_points(spec["points"], run.objectives, "points")
+            self.points = simplex_points(spec.points, run.audience.objectives, "points")
             apart = [p for p in self.points if not any(_near(p, h, 1e-6) for h in self.held_out)]
             if self.kind == "grid":
                 self.points = apart
             if not self.points:
                 raise UserError("preferences.points: none is left to train on; give some that are not held out")
-        own = tuple(spec.get("objectives", ())) or run.rewards
-        if unknown := [name for name in own if name not in run.rewards]:
+        own = spec.objectives or run.audience.rewards
+        if unknown := [name for name in own if name not in run.audience.rewards]:
             raise UserError(
                 f"preferences.objectives: no reward model for {unknown[0]!r}; add it to --config.objectives"
             )
-        self.combos = preferences.combinations(run.registry, [name for name in own if name in run.objectives])
+        self.combos = preferences.combinations(
+            run.audience.registry, [name for name in own if name in run.audience.objectives]
+        )
         self.policies = {
             "own": own,
-            "fixed": tuple(point_name(run.objectives, p) for p in getattr(self, "points", ())),
+            "fixed": tuple(point_name(run.audience.objectives, p) for p in getattr(self, "points", ())),
         }.get(self.kind, ("policy",))
         self.mix = settings.mix
-        if self.mix not in ("own", "weights"):
-            raise UserError(f"mix {self.mix!r}: unknown; choose own or weights")
         if self.mix == "weights" and self.kind not in ("grid", "dirichlet"):
             raise UserError(f"mix 'weights': needs weights over all objectives, which {self.kind!r} does not draw")
-        if self.mix == "weights" and not run.adapter.rank:
+        if self.mix == "weights" and not run.workspace.adapter.rank:
             raise UserError("mix 'weights': every example has parameters of its own, which takes adapters; set a rank")
-        if self.kind == "combinations" and not run.adapter.rank:
+        if self.kind == "combinations" and not run.workspace.adapter.rank:
             raise UserError("preferences.kind combinations: every answer has reward models of its own; set a rank")
-        self.adapters = run.objectives if self.mix == "weights" else self.policies
-        self.prompt_format = PreferencePrompt(**settings.prompt_format)
+        self.adapters = run.audience.objectives if self.mix == "weights" else self.policies
+        self.prompt_format: PreferencePrompt = settings.prompt_format
         stated = settings.prompt_preference
-        if stated not in ("never", "always", "half"):
-            raise UserError(f"prompt_preference {stated!r}: unknown; choose never, always or half")
         # "half": each request comes once with and once without the prompt_format.
         self.forms = (False, True) if stated == "half" else (stated == "always",)
         self.told = stated != "never"
 
     def goal(self, row: int, policy: int) -> Target:
         """What policy `policy` is rewarded for in row `row` of the data; the same whenever it is asked."""
-        everything = tuple(range(len(self.run.objectives)))
+        everything = tuple(range(len(self.run.audience.objectives)))
         if self.kind == "own":
-            return Target((self.run.rewards.index(self.policies[policy]),), (1.0,), policy)
+            return Target((self.run.audience.rewards.index(self.policies[policy]),), (1.0,), policy)
         if self.kind == "fixed":
             return Target(everything, self.points[policy], policy)
-        rng = np.random.default_rng((self.run.config.seed, 35, row))
+        rng = self.run.streams.numpy("targets/weights", row)
         if self.kind == "grid":
             index = int(rng.integers(len(self.points)))
             return Target(everything, self.points[index], index)
         if self.kind == "combinations":
             index = int(rng.integers(len(self.combos)))
             combo = self.combos[index]
-            return Target(tuple(map(self.run.rewards.index, combo)), (1 / len(combo),) * len(combo), index)
+            return Target(tuple(map(self.run.audience.rewards.index, combo)), (1 / len(combo),) * len(combo), index)
         while True:
             point = tuple(rng.dirichlet([self.alpha] * len(everything)).tolist())
             if not any(_near(point, h, NEAR) for h in self.held_out):
@@ -123,24 +135,26 @@ class Targets:
         them; else None.
         """
         if self.kind == "own":
-            return np.array([[self.run.rewards.index(name)] for name in self.policies], np.int32)
-        return None if self.kind == "combinations" else np.arange(len(self.run.objectives), dtype=np.int32)[None]
+            return np.array([[self.run.audience.rewards.index(name)] for name in self.policies], np.int32)
+        return (
+            None if self.kind == "combinations" else np.arange(len(self.run.audience.objectives), dtype=np.int32)[None]
+        )
 
     @property
     def scored(self) -> tuple[str, ...]:
         """Names of the S objectives of an answer, where they are the same for all; else places."""
         if self.kind in ("own", "combinations"):
             return tuple(f"objective {s + 1}" for s in range(len(self.goal(0, 0).objectives)))
-        return self.run.objectives
+        return self.run.audience.objectives
 
     def words(self, names: Sequence[str], weights: Sequence[float]) -> str:
         """The statement of these weights; what has no entry in the registry (the general reward) says nothing."""
-        known = [(name, w) for name, w in zip(names, weights, strict=True) if name in self.run.registry]
-        return self.prompt_format(self.run.registry, *zip(*known, strict=True)) if known else ""
+        known = [(name, w) for name, w in zip(names, weights, strict=True) if name in self.run.audience.registry]
+        return self.prompt_format(self.run.audience.registry, *zip(*known, strict=True)) if known else ""
 
     def state(self, goal: Target) -> str:
         """The statement of a goal."""
-        return self.words([self.run.rewards[i] for i in goal.objectives], goal.weights)
+        return self.words([self.run.audience.rewards[i] for i in goal.objectives], goal.weights)
 
 
 class Rows(Sequence):
@@ -152,7 +166,7 @@ class Rows(Sequence):
 
     def __init__(self, run: Run, goals: Targets, count: int = 0):
         self.run, self.goals = run, goals
-        self.requests = run.requests[0]
+        self.requests = run.records.requests[0]
         size = len(self.requests) * len(goals.forms)
         self.size = size * max(1, -(-count // size)) if goals.sampled else size
         self._ids = functools.cache(lambda request, words: encode(run, request, words))
@@ -174,8 +188,8 @@ class Rows(Sequence):
 
 def encode(run: Run, request: str, words: str) -> list[int]:
     """Token ids of a request and a statement after it. Raises UserError where the tokenizer has no token for a word."""
-    ids, plain = (run.tokenizer.encode_prompt(run.ask(request, w)) for w in (words, ""))
-    unknown = run.tokenizer.unk_id
+    ids, plain = (run.workspace.tokenizer.encode_prompt(run.records.ask(request, w)) for w in (words, ""))
+    unknown = run.workspace.tokenizer.unk_id
     if unknown is not None and unknown in ids and unknown not in plain:
         raise UserError(
             f"prompt_format {words!r}: the tokenizer has no token for some of it; choose other labels, or another "

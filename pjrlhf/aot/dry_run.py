@@ -16,6 +16,7 @@ from typing import Any
 import flax.traverse_util
 import jax
 import jax.numpy as jnp
+import ml_collections
 import numpy as np
 from absl import logging
 
@@ -26,17 +27,23 @@ from pjrlhf.data import synthetic
 from pjrlhf.data.schema import Example
 from pjrlhf.data.tokenization import TokenTable
 from pjrlhf.errors import UserError
-from pjrlhf.feedback.pairs import SIDES, Pairs
+from pjrlhf.feedback.pairs import SIDES, Pairs, PairSettings
 from pjrlhf.models.config import ModelConfig
 from pjrlhf.models.families import leaf_shapes
 from pjrlhf.models.huggingface import read_config
 from pjrlhf.models.quantization import quantize_params
 from pjrlhf.models.registry import UserRegistry
-from pjrlhf.parallel.mesh import batch_sharding, make_mesh, round_up_rows, shardings
+from pjrlhf.parallel.mesh import batch_sharding, make_mesh, shardings
 from pjrlhf.parallel.roofline import CHIPS, Cost, Estimate, collective_bytes, estimate, matmul_cost, memory_bytes
 from pjrlhf.paths import local
+from pjrlhf.pipeline.stages import read
 from pjrlhf.rollout import reference
-from pjrlhf.runtime.context import Run
+from pjrlhf.runtime.audience import Audience
+from pjrlhf.runtime.devices import Devices, MeshSettings
+from pjrlhf.runtime.records import DataSettings, Records
+from pjrlhf.runtime.run import Run
+from pjrlhf.runtime.streams import Streams
+from pjrlhf.runtime.workspace import Workspace
 
 FIRST_ID = 5  # of the ids that stand for text; lower ones are special
 
@@ -81,25 +88,28 @@ class _Text:
         return self.encode_prompt(prompt), [[FIRST_ID + i] * self.completion for i in range(len(answers))]
 
 
-class DryRun(Run):
-    """A run on devices that are not here: parameters are shapes, records are stand-ins of the greatest length, and a
-    program that is called is compiled and measured.
+class DryDevices(Devices):
+    """Devices that are not here: arrays are shapes, and a program that is called is compiled and measured.
+
+    Attributes:
+      steps: what was compiled so far.
+      naming: what the programs to come are called.
     """
 
-    def __init__(self, config: Any, topology: str):
-        super().__init__(config, types.SimpleNamespace(path=pathlib.Path("planned")))
+    def __init__(self, settings: MeshSettings, trip_count: int, topology: str):
         self.chip, self.devices = devices_of(topology)
-        self.mesh = make_mesh(config.mesh, self.devices)
+        super().__init__(settings, trip_count)
         self.steps: list[Step] = []
         self.naming = "step"
 
-    # ---- the devices
+    def make_mesh(self, settings: MeshSettings) -> jax.sharding.Mesh:
+        return make_mesh(settings.to_dict(), self.devices)
 
     def create(self, make: Callable[..., Any], *arguments: Any, donate: tuple[int, ...] = ()) -> Any:
-        return self.shapes(jax.eval_shape(make, *arguments))
+        return self.shard(jax.eval_shape(make, *arguments))
 
-    def shapes(self, tree: Any) -> Any:
-        """The shapes of parameters, with the shardings of `parallel.mesh.RULES`."""
+    def shard(self, tree: Any) -> Any:
+        """The shapes of parameters, sharded by the partition rules."""
         return jax.tree.map(
             lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), tree, shardings(self.mesh, tree)
         )
@@ -110,19 +120,14 @@ class DryRun(Run):
 
         return jax.tree.map(one, batch)
 
-    def rows(self, count: int) -> dict[str, Any]:
-        """{"tokens", "valid" [count, P + C]} of the greatest length, on the mesh."""
-        whole = np.zeros((count, self.config.data.max_prompt + self.config.data.max_completion), np.int32)
-        return self.place({"tokens": whole, "valid": whole.astype(bool)})
-
     @contextlib.contextmanager
     def part(self, name: str) -> Iterator[None]:
-        """Programs compiled inside are those of this part of what is planned."""
+        """Programs compiled inside are those of this part of the plan."""
         whole, self.naming = self.naming, f"{self.naming}: {name}"
         yield
         self.naming = whole
 
-    def program(self, step: Callable[..., Any], **options: Any) -> Callable[..., Any]:
+    def program(self, step: Callable[..., Any], **options: Any) -> Any:
         jitted = jax.jit(step, **options)
 
         def compiled(*arguments: Any, **keywords: Any) -> Any:
@@ -134,7 +139,7 @@ class DryRun(Run):
 
     def _compiled(self, traced: Any) -> Step:
         limit, started = int(CHIPS[self.chip].memory), time.perf_counter()
-        cost = matmul_cost(traced.jaxpr.jaxpr, self.config.data.max_completion)
+        cost = matmul_cost(traced.jaxpr.jaxpr, self.trip_count)
         memory, sent, problem = 0, {}, ""
         try:
             program = traced.lower().compile()
@@ -149,71 +154,108 @@ class DryRun(Run):
         logging.info("%s: compiled in %.0f s", self.naming, time.perf_counter() - started)
         return Step(self.naming, memory, limit, cost, sent, least, time.perf_counter() - started, problem)
 
-    # ---- what is read from disk elsewhere
 
-    @functools.cached_property
-    def model_config(self) -> ModelConfig:
-        path = self.config.model.path
-        if path and not os.path.isdir(path) and self.config.model.vocab_size:
-            return self.sized()
-        return read_config(local(f"{path}/config.json").parent) if path else self.sized()
+class DryRecords(Records):
+    """Stand-ins for records, enough for every batch.
 
-    @functools.cached_property
-    def tokenizer(self) -> Any:
-        d, spec = self.config.data, self.config.model.tokenizer
-        trained = (
-            len(synthetic.vocabulary(synthetic.ENVIRONMENTS[spec])) if isinstance(spec, str) else spec["vocab_size"]
-        )
-        return _Text(d.max_prompt, d.max_completion, self.config.model.vocab_size or trained)
+    Args:
+      count: requests to train on.
+    """
 
-    @functools.cached_property
-    def base(self) -> Any:
-        dtype = jnp.dtype(self.config.model.param_dtype)
-        leaves = {path: jax.ShapeDtypeStruct(shape, dtype) for path, shape in leaf_shapes(self.model_config).items()}
-        tree = flax.traverse_util.unflatten_dict(leaves, sep="/")
-        return self.shapes(jax.eval_shape(quantize_params, tree) if self.config.model.quantize else tree)
-
-    base_hash = "planned"
-
-    @functools.cached_property
-    def rewarder(self) -> Any:
-        """What `stages.reward.load` reads elsewhere."""
-        K = len(self.rewards)
-        scale = {name: jax.ShapeDtypeStruct((K,), jnp.float32) for name in ("mean", "std", "low", "high")}
-        return {**Reward(self).init().trainable, **self.shapes(scale)}
-
-    def start_params(self) -> Any:
-        return self.base
-
-    @property
-    def _rows(self) -> int:
-        """Records enough for every batch."""
-        return 2 * max([64, *batch_sizes(self.config).values()])
+    def __init__(self, settings: DataSettings, audience: Audience, streams: Streams, count: int):
+        super().__init__(settings, audience, streams)
+        self.count = count
 
     @functools.cached_property
     def requests(self) -> tuple[list[str], list[str]]:
-        names = [f"request {i}" for i in range(2 * self._rows)]
-        return names[: self._rows], names[self._rows :]
+        names = [f"request {i}" for i in range(2 * self.count)]
+        return names[: self.count], names[self.count :]
 
     @functools.cached_property
     def completions(self) -> list[Example]:
         return [Example(prompt=request, completion="answer") for request in self.requests[0]]
 
-    def preferences(self, spec: Mapping[str, Any]) -> tuple[list[Example], str]:
+    def comparisons(self, spec: Any) -> tuple[list[Example], str]:
         examples = [
             Example(prompt=request, chosen="one", rejected="other", user_id=f"user {i}", objective=name)
             for i, request in enumerate(self.requests[0])
-            for name in self.rewards
+            for name in self.audience.rewards
         ]
         return examples, "stand-ins"
+
+
+class DryWorkspace(Workspace):
+    """Models whose weights and tokenizers are not read."""
+
+    base_hash = "dry run"
+
+    @functools.cached_property
+    def model_config(self) -> ModelConfig:
+        path = self.settings.path
+        if path and not os.path.isdir(path) and self.settings.vocab_size:
+            return self.new_config()
+        return read_config(local(f"{path}/config.json").parent) if path else self.new_config()
+
+    @functools.cached_property
+    def tokenizer(self) -> Any:
+        d, spec = self.records.settings, self.settings.tokenizer
+        if isinstance(spec, str):
+            trained = len(synthetic.vocabulary(synthetic.ENVIRONMENTS[spec]))
+        else:
+            trained = spec["vocab_size"]
+        return _Text(d.max_prompt, d.max_completion, self.settings.vocab_size or trained)
+
+    @functools.cached_property
+    def base(self) -> Any:
+        dtype = jnp.dtype(self.settings.param_dtype)
+        leaves = {path: jax.ShapeDtypeStruct(shape, dtype) for path, shape in leaf_shapes(self.model_config).items()}
+        tree = flax.traverse_util.unflatten_dict(leaves, sep="/")
+        return self.devices.shard(jax.eval_shape(quantize_params, tree) if self.settings.quantize else tree)
+
+    def start_params(self, key: Any) -> Any:
+        return self.base
+
+
+class DryRun(Run):
+    """A run on devices that are not here: parameters are shapes, and records are stand-ins of the greatest length."""
+
+    def __init__(self, config: Any, topology: str):
+        plan = read(config)
+        super().__init__(plan.settings, plan.settings.sections, types.SimpleNamespace(path=pathlib.Path("dry_run")))
+        self.topology, self.batch_rows = topology, 2 * max([64, *batch_sizes(config).values()])
+
+    @functools.cached_property
+    def devices(self) -> DryDevices:
+        return DryDevices(self.settings.mesh, self.settings.data.max_completion, self.topology)
+
+    @functools.cached_property
+    def records(self) -> DryRecords:
+        return DryRecords(self.settings.data, self.audience, self.streams, self.batch_rows)
+
+    @functools.cached_property
+    def workspace(self) -> DryWorkspace:
+        s = self.settings
+        return DryWorkspace(s.model, s.adapter, self.workdir, self.devices, self.records, "sft" in s.stages)
+
+    @functools.cached_property
+    def rewarder(self) -> Any:
+        """What `algorithms.reward.load` reads in a real run."""
+        K = len(self.audience.rewards)
+        scale = {name: jax.ShapeDtypeStruct((K,), jnp.float32) for name in ("mean", "std", "low", "high")}
+        return {**Reward(self).init().trainable, **self.devices.shard(scale)}
+
+    def rows(self, count: int) -> dict[str, Any]:
+        """{"tokens", "valid" [count, P + C]} of the greatest length, on the mesh."""
+        whole = np.zeros((count, self.settings.data.max_prompt + self.settings.data.max_completion), np.int32)
+        return self.devices.place({"tokens": whole, "valid": whole.astype(bool)})
 
 
 class DryRunPairs(Pairs):
     """Comparisons of `aot.users` people."""
 
-    def __init__(self, run: Run):
-        super().__init__(run)
-        capacity = round_up_rows(run.mesh, run.config.aot.users + 1) - 1
+    def __init__(self, run: DryRun, settings: PairSettings):
+        super().__init__(run, settings)
+        capacity = run.devices.even(run.settings.aot.users + 1) - 1
         self.registry = UserRegistry.create(self.registry.rows, max(capacity, self.registry.capacity))
 
     def _reference(self, table: TokenTable) -> np.ndarray:
@@ -225,27 +267,31 @@ class DryRunModpo(Modpo):
 
     def _raw(self, table: TokenTable) -> np.ndarray:
         compile_rewards(self.run)
-        return np.zeros((len(table), len(SIDES), len(self.run.rewards)), np.float32)
+        return np.zeros((len(table), len(SIDES), len(self.run.audience.rewards)), np.float32)
 
     def _reference(self, table: TokenTable) -> np.ndarray:
-        compile_reference(self.run, self.run.sample_rows)
+        compile_reference(self.run, self.run.text.sample_rows)
         return np.zeros((len(table), len(SIDES)), np.float32)
 
 
 def compile_reference(run: DryRun, count: int) -> None:
     """The log-probs of `count` answers under the reference."""
-    sums = functools.partial(reference.summed_logps, run.model, run.adapter, prompt_length=run.config.data.max_prompt)
-    with run.part("reference"):
-        run.program(sums)(run.base, **run.rows(count))
+    sums = functools.partial(
+        reference.summed_logps, run.workspace.model, run.workspace.adapter, prompt_length=run.settings.data.max_prompt
+    )
+    with run.devices.part("reference"):
+        run.devices.program(sums)(run.workspace.base, **run.rows(count))
 
 
 def compile_rewards(run: DryRun) -> None:
-    """The rewards of `run.sample_rows` answers by all reward models."""
-    with run.part("rewards"):
-        run.program(functools.partial(modpo.scores, run))(run.rewarder, run.base, **run.rows(run.sample_rows))
+    """The rewards of `run.text.sample_rows` answers by all reward models."""
+    with run.devices.part("rewards"):
+        run.devices.program(functools.partial(modpo.scores, run))(
+            run.rewarder, run.workspace.base, **run.rows(run.text.sample_rows)
+        )
 
 
-def batch_sizes(config: Any) -> dict[str, int]:
+def batch_sizes(config: ml_collections.ConfigDict) -> dict[str, int]:
     """Dotted key -> how many rows a step takes."""
     flat = flax.traverse_util.flatten_dict(config.to_dict(), sep=".")
     return {key: value for key, value in flat.items() if key.endswith((".batch_size", ".rollouts"))}

@@ -15,14 +15,13 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from pjrlhf.algorithms import methods, ric
-from pjrlhf.algorithms.pdpo import Preference
-from pjrlhf.algorithms.policies import Policy, settings_of
+from pjrlhf.algorithms.pdpo import Preference, PreferenceSettings
+from pjrlhf.algorithms.policy import Policy, settings_of
 from pjrlhf.algorithms.reward import Reward
 from pjrlhf.algorithms.sft import Sft
-from pjrlhf.aot import dry_run as planned
+from pjrlhf.aot import dry_run
 from pjrlhf.aot.dry_run import DryRun, DryRunModpo, DryRunPairs, Step, compile_reference, compile_rewards
 from pjrlhf.errors import UserError
-from pjrlhf.parallel.mesh import round_up_rows
 from pjrlhf.parallel.roofline import CHIPS
 from pjrlhf.rollout.experience import reward_scores, sample
 
@@ -45,62 +44,65 @@ def _policy(run: DryRun, settings: Any = None) -> None:
     rewarder = run.rewarder
     method = Policy(run, settings or settings_of(run), rewarder)
     state, batch = method.init(), next(method.batches)
-    arrays = run.place({key: x.swapaxes(0, 1).reshape(-1, *x.shape[2:]) for key, x in batch.items()})
+    arrays = run.devices.place({key: x.swapaxes(0, 1).reshape(-1, *x.shape[2:]) for key, x in batch.items()})
     prompt = {"prompt": arrays["prompt"], "valid": arrays["valid"]}
     plain = {"prompt": arrays["reward_prompt"], "valid": arrays["reward_valid"]}
-    static = run.model, run.adapter
+    static = run.workspace.model, run.workspace.adapter
     mix = arrays["weights"] if method.goals.mix == "weights" else jnp.eye(len(method.goals.policies))
-    with run.part("rollout"):
-        draw = run.program(functools.partial(sample, *static, method.sampling))
-        response = run.place(draw(run.base, state.trainable["bank"], mix, prompt, run.key))
-    with run.part("rewards"):
+    with run.devices.part("rollout"):
+        draw = run.devices.program(functools.partial(sample, *static, method.sampling))
+        response = run.devices.place(draw(run.workspace.base, state.trainable["bank"], mix, prompt, run.streams.root))
+    with run.devices.part("rewards"):
         objectives = arrays["objectives"] if method.goals.objectives is None else jnp.asarray(method.goals.objectives)
-        score = run.program(functools.partial(reward_scores, *static, scale=method.settings.scale))
-        score(run.base, rewarder, objectives, plain, response)
-    with run.part("whole step"):
+        score = run.devices.program(functools.partial(reward_scores, *static, scale=method.settings.scale))
+        score(run.workspace.base, rewarder, objectives, plain, response)
+    with run.devices.part("whole step"):
         method.step(state, batch)
 
 
 def _preference(run: DryRun) -> None:
-    pairs, config = DryRunPairs(run), run.config.preference
-    if any(entry.get("head", "policy") == "policy" for entry in config.models.values()):
-        compile_reference(run, round_up_rows(run.mesh, 2 * config.batch_size))
-    for entry in config.models:
-        if config.models[entry]["kind"] == "soup":
+    config = run.section(PreferenceSettings)
+    pairs = DryRunPairs(run, config)
+    entries = {name: config.entry(name) for name in config.models}
+    if any(objective.head == "policy" for _, objective in entries.values()):
+        compile_reference(run, run.devices.even(2 * config.batch_size))
+    for entry, (users, _) in entries.items():
+        if users.kind == "soup":
             continue  # its step is that of another bank's run
-        with run.part(entry):
+        with run.devices.part(entry):
             _step(Preference(run, entry, pairs))
 
 
 def _modpo(run: DryRun, settings: Any) -> None:
     method = DryRunModpo(run, settings)
-    with run.part("step"):
+    with run.devices.part("step"):
         _step(method)
 
 
 def _ric(run: DryRun, settings: Any) -> None:
-    d, sampling = run.config.data, run.sampling()
-    tokens = np.zeros((run.sample_rows, d.max_prompt), np.int32)
-    prompt = run.place({"prompt": tokens, "valid": tokens.astype(bool)})
-    draw = run.program(functools.partial(sample, run.model, run.adapter, sampling))
-    with run.part("rollout of the base"):
-        draw(run.base, None, None, prompt, run.key)
+    d, sampling = run.settings.data, run.text.sampling()
+    tokens = np.zeros((run.text.sample_rows, d.max_prompt), np.int32)
+    prompt = run.devices.place({"prompt": tokens, "valid": tokens.astype(bool)})
+    draw = run.devices.program(functools.partial(sample, run.workspace.model, run.workspace.adapter, sampling))
+    with run.devices.part("rollout of the base"):
+        draw(run.workspace.base, None, None, prompt, run.streams.root)
     compile_rewards(run)
-    scores = [0.5] * len(run.objectives)
-    answers = [{"request": request, "text": "answer", "scores": scores} for request in run.requests[0]]
-    method = ric.Ric(run, settings, ric.stated(run, settings, answers, run.naming), settings.steps)
-    with run.part("step"):
+    scores = [0.5] * len(run.audience.objectives)
+    answers = [{"request": request, "text": "answer", "scores": scores} for request in run.records.requests[0]]
+    method = ric.Ric(run, settings, ric.stated(run, settings, answers, run.devices.naming), settings.steps)
+    with run.devices.part("step"):
         _step(method)
     if settings.rounds:
-        with run.part("rollout"):
-            draw(run.base, method.init().trainable, jnp.ones((run.sample_rows, 1)), prompt, run.key)
+        with run.devices.part("rollout"):
+            mix = jnp.ones((run.text.sample_rows, 1))
+            draw(run.workspace.base, method.init().trainable, mix, prompt, run.streams.root)
 
 
 def _methods(run: DryRun) -> None:
     trainers = {"policy": _policy, "modpo": _modpo, "ric": _ric}
-    for entry in run.config.methods:
+    for entry in run.settings.methods:
         if trainer := methods.entry(run, entry).get("train", "policy"):
-            run.naming = f"methods/{entry}"
+            run.devices.naming = f"methods/{entry}"
             trainers[trainer](run, methods.settings_of(run, entry))
 
 
@@ -121,9 +123,9 @@ def plan(config: Any, topology: str, stages: Sequence[str] = ()) -> list[Step]:
     found = []
     for stage in stages or [name for name in config.stages if name in PLANS]:
         run = DryRun(config, topology)
-        run.naming = stage
+        run.devices.naming = stage
         PLANS[stage](run)
-        found += run.steps
+        found += run.devices.steps
     return found
 
 
@@ -137,9 +139,9 @@ def remedies(config: Any) -> Iterator[tuple[str, ConfigDict]]:
     mesh = config.mesh.to_dict()
     if mesh.get("data") != 1:
         changes.append({"mesh.data": 1, "mesh.fsdp": -1})
-    sizes = planned.batch_sizes(config).items()
+    sizes = dry_run.batch_sizes(config).items()
     # Entries of `methods` have the settings of these where they do not say otherwise.
-    sections = {*config.stages, *(methods.TRAINERS if "methods" in config.stages else ())}
+    sections = {*config.stages, *(("policy", "modpo", "ric") if "methods" in config.stages else ())}
     changes.append({key: n // 2 for key, n in sizes if n > 1 and key.split(".")[0] in sections})
     changes.append({"data.max_completion": config.data.max_completion // 2})
     for many in (changes[:1], *([change] for change in changes[1:]), changes[:4]):
@@ -177,7 +179,7 @@ def report(config: Any, topology: str) -> list[dict[str, Any]]:
     steps = plan(config, topology)
     if not steps:
         raise UserError(f"--aot: none of the stages {', '.join(config.stages)} has a step to compile")
-    chip, chips = CHIPS[topology.partition(":")[0]], len(planned.devices_of(topology)[1])
+    chip, chips = CHIPS[topology.partition(":")[0]], len(dry_run.devices_of(topology)[1])
     table = Table(title=f"{config.title or 'run'} on {topology}, {chips} chips", title_justify="left")
     for name in (
         "step",

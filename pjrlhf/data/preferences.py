@@ -10,7 +10,7 @@ import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 
-from pjrlhf.errors import UserError
+from pjrlhf.settings import Settings, setting
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -79,7 +79,7 @@ FORMS = ("sentences", "numbers", "tally")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class PreferencePrompt:
+class PreferencePrompt(Settings):
     """How a prompt states preference weights.
 
     Attributes:
@@ -88,17 +88,11 @@ class PreferencePrompt:
         do not read numbers.
       decimals: of a number.
       levels: parts of a tally.
-
-    Raises UserError for an unknown form.
     """
 
-    form: str = "sentences"
-    decimals: int = 1
-    levels: int = 10
-
-    def __post_init__(self):
-        if self.form not in FORMS:
-            raise UserError(f"prompt_format.form {self.form!r}: unknown; choose one of {', '.join(FORMS)}")
+    form: str = setting("sentences", "sentences, numbers, or a tally of labels", choices=FORMS)
+    decimals: int = setting(1, "of a number", low=0, high=9)
+    levels: int = setting(10, "parts of a tally", low=1, high=1000)
 
     def __call__(self, registry: Registry, ids: Sequence[str], weights: Sequence[float]) -> str:
         """The words for `weights`, one per id. They need not sum to 1, so goals can be stated in the same way."""

@@ -32,6 +32,7 @@ from pjrlhf.models.peft import CONFIG as ADAPTER_CONFIG
 from pjrlhf.models.peft import MANIFEST, load_peft, save_peft
 from pjrlhf.models.peft import WEIGHTS as ADAPTER_WEIGHTS
 from pjrlhf.paths import local, refuse_remote
+from pjrlhf.settings import Settings, setting
 
 SPACES = ("delta", "factors", "concat")
 # The settings each method reads.
@@ -45,6 +46,44 @@ SETTINGS = {
     "model_stock": (),
 }
 SUMS = ("linear", "task_arithmetic")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MergeSettings(Settings):
+    """What is merged, and how. tau_i = theta_i - base is what ingredient i learned."""
+
+    base: str | None = setting(
+        None,
+        "Hugging Face folder the ingredients were trained from. LoRA ingredients need it, but for space concat. With "
+        "it the result is base + sum_i w_i tau_i; without it the weights must sum to 1",
+    )
+    ingredients: tuple[str, ...] = setting((), "folders of full models, or of LoRA adapters in PEFT layout")
+    weights: tuple[float, ...] = setting(
+        (), "one per ingredient; may be negative, and need not sum to 1 where there is a base"
+    )
+    space: str = setting(
+        "delta",
+        "delta: the exact weighted sum of updates, a dense model; factors: averages the two LoRA factors on their own, "
+        "to compare with published soups; concat: exact too, one LoRA adapter whose rank is the sum of the ranks",
+        choices=SPACES,
+    )
+    method: str = setting(
+        "linear",
+        "linear: the weighted sum; task_arithmetic: base + scale sum_i w_i tau_i; ties: the density of largest "
+        "magnitude of each tensor of tau_i, where signs disagree the weighted majority's; dare_linear, dare_ties: each "
+        "entry of tau_i with probability density, rescaled; slerp: along the arc between two ingredients; model_stock: "
+        "base + t mean(tau_i), t from the angles between the tau_i",
+        choices=tuple(SETTINGS),
+    )
+    density: float | None = setting(None, "of ties, dare_linear and dare_ties, which need it", above=0.0, high=1.0)
+    scale: float | None = setting(None, "of task_arithmetic, ties and dare; 1 where not set", low=-1e6, high=1e6)
+    seed: int | None = setting(None, "of the draws of dare; 0 where not set", low=0, high=2**32 - 1)
+    output: str | None = setting(None, "must be new or empty; <workdir>/export/soup where not set")
+    dtype: str | None = setting(
+        None,
+        "of the written weights; that of the base (or the first ingredient) where not set, float32 for concat",
+        choices=tuple(DTYPES.values()),
+    )
 
 
 @dataclasses.dataclass
@@ -71,20 +110,16 @@ class Ingredient:
         return {"folder": str(self.folder), "hash": content, "kind": kind, "weight": self.weight}
 
 
-def merge(config: Any, workdir: Any = None) -> dict[str, Any]:
+def merge(config: MergeSettings, workdir: pathlib.Path | None = None) -> dict[str, Any]:
     """Writes the merged folder and returns its manifest (also written there, as manifest.json).
 
     Args:
-      config: the section `merge` of configs/merge.py.
+      config: what is merged, and how.
       workdir: the run directory; the output goes to <workdir>/export/soup where `config.output` is not set.
 
     Raises UserError on ingredients that do not fit each other, the base or the weights, naming what differs.
     """
     weights = _read_weights(config)
-    if config.space not in SPACES:
-        raise UserError(f"merge.space: {config.space!r} is unknown; choose one of {', '.join(SPACES)}")
-    if config.dtype and config.dtype not in DTYPES.values():
-        raise UserError(f"merge.dtype: {config.dtype!r} is unknown; choose one of {', '.join(DTYPES.values())}")
     settings = _read_method(config, weights)
     output = _output_folder(config, workdir)
     base = local(config.base) if config.base else None
@@ -113,14 +148,7 @@ def merge(config: Any, workdir: Any = None) -> dict[str, Any]:
     return manifest
 
 
-def run(context: Any) -> dict[str, Any]:
-    """The stage: merges as `config.merge` says; one process writes."""
-    if jax.process_index() > 0:
-        return {}
-    return merge(context.config.merge, context.workdir.path)
-
-
-def _read_weights(config: Any) -> list[float]:
+def _read_weights(config: MergeSettings) -> list[float]:
     try:
         weights = [float(weight) for weight in config.weights]
         trees.check_weights(weights, len(config.ingredients))
@@ -131,11 +159,9 @@ def _read_weights(config: Any) -> list[float]:
     return weights
 
 
-def _read_method(config: Any, weights: Sequence[float]) -> dict[str, Any]:
+def _read_method(config: MergeSettings, weights: Sequence[float]) -> dict[str, Any]:
     """The settings that `config.method` reads; UserError where they, the weights, the base or the space do not suit."""
     method = config.method
-    if method not in SETTINGS:
-        raise UserError(f"merge.method: {method!r} is unknown; choose one of {', '.join(SETTINGS)}")
     if method != "linear" and config.space != "delta":
         raise UserError(f"merge.space: {method!r} merges dense weights; use merge.space='delta'")
     if method not in ("linear", "slerp") and not config.base:
@@ -145,18 +171,17 @@ def _read_method(config: Any, weights: Sequence[float]) -> dict[str, Any]:
     if method == "model_stock" and (len(weights) < 2 or len(set(weights)) > 1):
         raise UserError("merge.weights: 'model_stock' weighs by angles; give two or more ingredients equal weights")
     for name in ("density", "scale", "seed"):
-        if config[name] is not None and name not in SETTINGS[method]:
+        if getattr(config, name) is not None and name not in SETTINGS[method]:
             raise UserError(f"merge.{name}: {method!r} does not read it; leave it out")
     defaults = {"density": None, "scale": 1.0, "seed": 0}
-    settings = {name: defaults[name] if config[name] is None else config[name] for name in SETTINGS[method]}
-    if "density" in settings and (settings["density"] is None or not 0 < settings["density"] <= 1):
-        raise UserError(f"merge.density: is {settings['density']}; {method!r} needs one above 0 and up to 1")
-    if not math.isfinite(settings.get("scale", 1.0)):
-        raise UserError(f"merge.scale: is {settings['scale']}; give a finite number")
+    given = {name: getattr(config, name) for name in SETTINGS[method]}
+    settings = {name: defaults[name] if value is None else value for name, value in given.items()}
+    if "density" in settings and settings["density"] is None:
+        raise UserError(f"merge.density: is not set; {method!r} needs one above 0 and up to 1")
     return settings
 
 
-def _output_folder(config: Any, workdir: Any) -> pathlib.Path:
+def _output_folder(config: MergeSettings, workdir: pathlib.Path | None) -> pathlib.Path:
     if not config.output and not workdir:
         raise UserError("merge.output: no folder to write to; set it, or give --workdir")
     refuse_remote(config.output or "", "a merged model", "write it to a folder and copy that")
@@ -194,8 +219,8 @@ def _check_tokenizers(folders: Sequence[pathlib.Path]) -> None:
             continue
         content = read_json(folder / "tokenizer.json")
         # Left behind by whoever tokenised last; they name no token.
-        for setting in ("padding", "truncation"):
-            content.pop(setting, None)
+        for key in ("padding", "truncation"):
+            content.pop(key, None)
         if first is None:
             first, known = folder, content
         elif content != known:

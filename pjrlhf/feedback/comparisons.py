@@ -1,35 +1,43 @@
 """Comparisons as in Personalized Soups: two answers of the base per prompt, one label per preference from the judge."""
 
+import dataclasses
 import random
 from typing import Any
 
-import jax
 import numpy as np
 
 from pjrlhf.data import preferences
 from pjrlhf.errors import UserError
 from pjrlhf.parallel.processes import on_process_zero
 from pjrlhf.runtime.answers import sample_base
-from pjrlhf.runtime.context import Run
+from pjrlhf.runtime.run import Run, Stage
+from pjrlhf.settings import Settings, setting
 from pjrlhf.training.workdir import disk_errors, write_lines
 
 FILE = "comparisons.jsonl"
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ComparisonsSettings(Settings):
+    """Pairs of answers of the base, labelled by the judge."""
+
+    pairs: int = setting(1024, "pairs of answers, each labelled once per objective", low=1, high=10**8)
+
+
 def stated_sets(run: Run, count: int, rng: random.Random) -> list[tuple[str, ...]]:
     """For each of `count` answers, which preferences its prompt states: none, or one each of some dimensions."""
-    if run.config.prompt_preference == "never":
+    if run.settings.prompt_preference == "never":
         return [()] * count
-    groups = list(preferences.dimensions(run.registry, run.objectives).values())
+    groups = list(preferences.dimensions(run.audience.registry, run.audience.objectives).values())
     return [tuple(rng.choice(group) for group in groups if rng.random() < 0.5) for _ in range(count)]
 
 
 def preference_record(run: Run, request: str, chosen: str, rejected: str, **columns: Any) -> dict[str, Any]:
     """A TRL preference record of answers to `request`: messages where this run chats, text where it does not."""
     answers: dict[str, Any] = {"chosen": chosen, "rejected": rejected}
-    if run.config.data.chat:
+    if run.settings.data.chat:
         answers = {side: [{"role": "assistant", "content": text}] for side, text in answers.items()}
-    return {"prompt": run.ask(request), **answers, **columns, "request": request}
+    return {"prompt": run.records.ask(request), **answers, **columns, "request": request}
 
 
 def run(run: Run) -> dict[str, Any]:
@@ -39,28 +47,28 @@ def run(run: Run) -> dict[str, Any]:
     Prompts are the plain requests, whatever sentences were stated when the answers were sampled: a reward model is
     that of one preference and needs no sentence to know it.
     """
-    config = run.config.comparisons
-    rng = random.Random(run.config.seed)
-    requests = [run.requests[0][i % len(run.requests[0])] for i in range(config.pairs)]
+    config = run.section(ComparisonsSettings)
+    rng = run.streams.python("comparisons/prompts")
+    requests = [run.records.requests[0][i % len(run.records.requests[0])] for i in range(config.pairs)]
     stated = stated_sets(run, 2 * config.pairs, rng)
-    said = [preferences.sentences(run.registry, names) for names in stated]
-    prompts = [run.ask(request, words) for request, words in zip(requests * 2, said, strict=True)]
-    texts = sample_base(run, prompts, jax.random.fold_in(run.key, 10), "comparisons")
+    said = [preferences.sentences(run.audience.registry, names) for names in stated]
+    prompts = [run.records.ask(request, words) for request, words in zip(requests * 2, said, strict=True)]
+    texts = sample_base(run, prompts, run.streams.key("comparisons/answers"), "comparisons")
     first, second = texts[: config.pairs], texts[config.pairs :]
 
-    records, ties, unusable = [], dict.fromkeys(run.rewards, 0), 0
+    records, ties, unusable = [], dict.fromkeys(run.audience.rewards, 0), 0
     for request, a, b in zip(requests, first, second, strict=True):
         if not a.strip() or not b.strip():
             unusable += 1
             continue
-        for name in run.rewards:
-            gap = run.score(request, a, name) - run.score(request, b, name)
+        for name in run.audience.rewards:
+            gap = run.audience.score(request, a, name) - run.audience.score(request, b, name)
             if abs(gap) <= 1e-9:
                 ties[name] += 1
                 continue
             chosen, rejected = (a, b) if gap > 0 else (b, a)
             records.append(preference_record(run, request, chosen, rejected, objective=name))
-    undecided = set(run.rewards) - {record["objective"] for record in records}
+    undecided = set(run.audience.rewards) - {record["objective"] for record in records}
     if undecided:
         raise UserError(
             f"comparisons: none of {config.pairs} pairs of answers differs by {min(undecided)!r}; train the base "
@@ -71,3 +79,6 @@ def run(run: Run) -> dict[str, Any]:
         on_process_zero(write_lines)(path, records)
     lengths = [len(text.split()) for text in texts]
     return {"pairs": config.pairs, "ties": ties, "empty_answers": unusable, "mean_words": float(np.mean(lengths))}
+
+
+STAGE = Stage("comparisons", run, ComparisonsSettings)

@@ -11,8 +11,9 @@ from pjrlhf.data.schema import Example, Prompt
 from pjrlhf.data.tokenization import TokenTable
 from pjrlhf.errors import UserError
 from pjrlhf.models.registry import UserRegistry
-from pjrlhf.parallel.mesh import round_up_rows
-from pjrlhf.runtime.context import Run
+from pjrlhf.runtime.records import SourceSpec
+from pjrlhf.runtime.run import Run
+from pjrlhf.settings import Settings, setting
 
 SIDES = ("chosen", "rejected")
 PARTS = ("train", "heldout", "new_users")
@@ -21,6 +22,23 @@ SPLITS: dict[str, Callable[[Example], str]] = {
     "prompt": lambda example: repr(example.prompt),
     "pair": lambda example: repr((example.prompt, sorted((example.chosen, example.rejected)))),
 }
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PairSettings(Settings):
+    """Comparisons by people, and how they are split."""
+
+    data: str | SourceSpec = setting(
+        "population",
+        "the pairs of the stage population, or a source of preference records with `user_id`",
+        choices=("population",),
+    )
+    split: str = setting("prompt", "of your own data: what is never on both sides of the split", choices=tuple(SPLITS))
+    heldout_fraction: float = setting(0.2, "fraction of the prompts or pairs of your own data", above=0.0, below=1.0)
+    new_user_fraction: float = setting(
+        0.0, "fraction of the people of your own data, kept out to be met as new people", low=0.0, below=1.0
+    )
+    batch_size: int = setting(32, "pairs a step", low=1, high=2**20)
 
 
 def with_text(prompt: Prompt, text: str) -> Prompt:
@@ -36,7 +54,7 @@ def _told(example: Example, text: str | None) -> Example:
     return dataclasses.replace(example, prompt=with_text(example.prompt, text))
 
 
-def split(examples: Sequence[Example], config: Any, seed: int) -> dict[str, list[Example]]:
+def split(examples: Sequence[Example], config: PairSettings, seed: int) -> dict[str, list[Example]]:
     """Records in parts "train" and "heldout", of the same people, and, where a share of the people is new, "new_users",
     theirs: `extra["held_out"]` says on which side their prompt or pair is. No prompt (or pair) is in two parts but for
     those new users have in common with others, and no new person is anywhere else.
@@ -45,10 +63,8 @@ def split(examples: Sequence[Example], config: Any, seed: int) -> dict[str, list
       config: `split`, `heldout_fraction` and `new_user_fraction` of the section `preference`.
 
     Raises:
-      UserError: an unknown split, a share out of range, or a part that is left empty.
+      UserError: a part that is left empty.
     """
-    if config.split not in SPLITS:
-        raise UserError(f"preference.split {config.split!r}: unknown; choose {' or '.join(SPLITS)}")
     keys = [SPLITS[config.split](example) for example in examples]
     held = set(split_by(keys, config.heldout_fraction, seed)[1].tolist())
     new: set[int] = set()
@@ -85,37 +101,37 @@ class Pairs:
       UserError: records without `user_id` (or `user_text` where it is asked for), or that cannot be split.
     """
 
-    def __init__(self, run: Run, *, user_text: bool = False, permuted_text: bool = False):
-        self.run = run
-        config, data = run.config.preference, run.config.preference.data
+    def __init__(self, run: Run, settings: PairSettings, *, user_text: bool = False, permuted_text: bool = False):
+        self.run, self.settings, data = run, settings, settings.data
         if data == "population":
-            folder, lengths = run.workdir.path / "population", run.sampled_lengths
+            folder, lengths = run.workdir.path / "population", run.text.sampled_lengths
             specs = {name: {"kind": "jsonl", "path": str(folder / f"{name}.jsonl")} for name in PARTS}
-            parts = {name: run.preferences(spec) for name, spec in specs.items()}
+            parts = {name: run.records.comparisons(spec) for name, spec in specs.items()}
         else:
-            lengths = run.lengths
-            examples, source = run.preferences(data)
-            if run.config.data.chat:  # as every other request of the run is asked
-                asked = [run.ask(e.prompt) if isinstance(e.prompt, str) else e.prompt for e in examples]
+            lengths = run.text.lengths
+            examples, source = run.records.comparisons(data)
+            if run.settings.data.chat:  # as every other request of the run is asked
+                asked = [run.records.ask(e.prompt) if isinstance(e.prompt, str) else e.prompt for e in examples]
                 examples = [dataclasses.replace(e, prompt=p) for e, p in zip(examples, asked, strict=True)]
-            parts = {name: (part, source) for name, part in split(examples, config, run.config.seed).items()}
+            parts = {name: (part, source) for name, part in split(examples, settings, run.settings.seed).items()}
         names = [example.user_id for example in parts["train"][0]]
         if None in names:
             raise UserError(f"{parts['train'][0][names.index(None)].where}: no user_id; give every record one")
         if user_text:
-            rng = np.random.default_rng(run.config.seed)
+            rng = run.streams.numpy("preference/permutation")
             for name, (examples, source) in parts.items():
                 order = rng.permutation(len(examples)) if permuted_text and name == "train" else range(len(examples))
                 told = [_told(e, examples[i].user_text) for e, i in zip(examples, order, strict=True)]
                 parts[name] = (told, source)
-        self.tables = {name: run.tokenized(examples, lengths, source) for name, (examples, source) in parts.items()}
+        self.tables = {
+            name: run.text.tokenized(examples, lengths, source) for name, (examples, source) in parts.items()
+        }
         people = dict.fromkeys(e.user_id for e in self.tables["train"].examples)
-        capacity = round_up_rows(run.mesh, len(people) + 1) - 1  # tables are split by rows
-        self.registry = UserRegistry.create(people, capacity)
+        self.registry = UserRegistry.create(people, run.devices.even(len(people) + 1) - 1)  # tables are split by row
         self.reference = {name: self._reference(table) for name, table in self.tables.items()}
 
     def _reference(self, table: TokenTable) -> np.ndarray:
-        return self.run.reference(table, round_up_rows(self.run.mesh, 2 * self.run.config.preference.batch_size))
+        return self.run.reference(table, self.run.devices.even(2 * self.settings.batch_size))
 
     def users(self, name: str) -> np.ndarray:
         """Row in the user table of each pair's person, int32 [N]; 0 for people who were not trained on."""
@@ -131,7 +147,7 @@ class Pairs:
         index = np.array([row["index"] for row in rows], np.int32)
         answers = [[row[side] for side in SIDES] for row in rows]
         return {
-            "rows": self.run.pack([row["prompt"] for row in rows], answers, user_slots=user_slots),
+            "rows": self.run.text.pack([row["prompt"] for row in rows], answers, user_slots=user_slots),
             "index": index,
             "user": users[index],
             "reference": self.reference[name][index],

@@ -8,6 +8,7 @@ held-out prompts, and new people.
 
 import dataclasses
 import random
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -20,16 +21,48 @@ from pjrlhf.feedback.comparisons import preference_record
 from pjrlhf.feedback.pairs import SIDES
 from pjrlhf.parallel.processes import on_process_zero
 from pjrlhf.runtime.answers import sample_base
-from pjrlhf.runtime.context import Run
+from pjrlhf.runtime.records import SourceSpec
+from pjrlhf.runtime.run import Run, Stage
+from pjrlhf.settings import Settings, setting
 from pjrlhf.training.workdir import disk_errors, write_lines
 
 TRAIN, HELDOUT, NEW = "train.jsonl", "heldout.jsonl", "new_users.jsonl"
+STREAMS = {TRAIN: "population/train", HELDOUT: "population/heldout", NEW: "population/new_users"}
 Triple = tuple[str, str, str]  # a request and two answers
 
 
-def personas(names: tuple[str, ...], shares: tuple[float, ...], count: int, rng: random.Random) -> list[str]:
-    """`count` personas in the given shares, as exactly as whole people allow, in random order."""
-    bounds = [round(count * sum(shares[: i + 1]) / sum(shares)) for i in range(len(shares))]
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PopulationSettings(Settings):
+    """Simulated people with one persona each."""
+
+    data: str | SourceSpec = setting(
+        "base",
+        'two answers of the base, or a source of pairs: {"kind": "jsonl", ..., "columns": {...}}',
+        choices=("base",),
+    )
+    whole_answers: int = setting(
+        0, "of a given pair, how many must fit into data.max_completion where longer ones are cut", low=0, high=2
+    )
+    users: int = setting(10, "people who are trained on", low=1, high=10**7)
+    new_users: int = setting(10, "people who are met after training", low=1, high=10**7)
+    personas: tuple[str, ...] = setting(("P3A", "P3B"), "preferences, of which everybody has one")
+    fractions: tuple[float, ...] = setting((0.7, 0.3), "of the people, one for each persona", low=0.0)
+    pairs_per_user: int = setting(320, "pairs to train on", low=1, high=10**7)
+    heldout_pairs_per_user: int = setting(64, "pairs on held-out prompts", low=1, high=10**7)
+    new_pairs_per_user: int = setting(96, "pairs of each new person", low=1, high=10**7)
+
+    def check(self) -> None:
+        if not self.personas or len(self.personas) != len(self.fractions):
+            raise UserError(
+                f"fractions: {len(self.fractions)} for {len(self.personas)} personas; give one for each persona"
+            )
+        if sum(self.fractions) <= 0:
+            raise UserError("fractions: they sum to 0; make one of them positive")
+
+
+def personas(names: Sequence[str], fractions: Sequence[float], count: int, rng: random.Random) -> list[str]:
+    """`count` personas in the given fractions, as exactly as whole people allow, in random order."""
+    bounds = [round(count * sum(fractions[: i + 1]) / sum(fractions)) for i in range(len(fractions))]
     drawn = [name for name, low, high in zip(names, [0, *bounds], bounds, strict=False) for _ in range(high - low)]
     return rng.sample(drawn, len(drawn))
 
@@ -42,18 +75,18 @@ def given_pairs(run: Run) -> list[Triple]:
     Raises:
       UserError: no pair is left.
     """
-    examples, name = run.preferences(run.config.population.data)
+    examples, name = run.records.comparisons(run.section(PopulationSettings).data)
     examples = [dataclasses.replace(example, prompt=_text(example), extra={}) for example in examples]
-    asked = [dataclasses.replace(example, prompt=run.ask(example.prompt)) for example in examples]
-    table = run.tokenized(asked, run.lengths, name)
-    whole = sum(np.array([ids[-1] == run.tokenizer.eos_id for ids in table.tokens[side]]) for side in SIDES)
-    enough = run.config.population.whole_answers
+    asked = [dataclasses.replace(example, prompt=run.records.ask(example.prompt)) for example in examples]
+    table = run.text.tokenized(asked, run.text.lengths, name)
+    whole = sum(np.array([ids[-1] == run.workspace.tokenizer.eos_id for ids in table.tokens[side]]) for side in SIDES)
+    enough = run.section(PopulationSettings).whole_answers
     fits = {example.where for example, count in zip(table.examples, whole, strict=True) if count >= enough}
     logging.info("%s: %d of %d pairs have at least %d whole answers", name, len(fits), len(table), enough)
     if not fits:
         raise UserError(
-            f"population.data: none of {len(table)} pairs has {enough} answers of at most {run.lengths.completion} "
-            "tokens; raise data.max_completion, or lower population.whole_answers"
+            f"population.data: none of {len(table)} pairs has {enough} answers of at most "
+            f"{run.text.lengths.completion} tokens; raise data.max_completion, or lower population.whole_answers"
         )
     return [(e.prompt, e.chosen, e.rejected) for e in examples if e.where in fits]
 
@@ -66,7 +99,7 @@ def _text(example: Example) -> str:
 
 def _sampled(run: Run, requests: list[str], key: jax.Array) -> list[Triple]:
     """Two answers of the base to every request."""
-    texts = sample_base(run, [run.ask(request) for request in requests] * 2, key, "population")
+    texts = sample_base(run, [run.records.ask(request) for request in requests] * 2, key, "population")
     return list(zip(requests, texts[: len(requests)], texts[len(requests) :], strict=True))
 
 
@@ -77,16 +110,17 @@ def run(run: Run) -> dict[str, Any]:
     Raises:
       UserError: `population.data` cannot be used, or has no pair on one side of the split by prompt.
     """
-    config = run.config.population
-    rng = random.Random(run.config.seed + 1)
+    config = run.section(PopulationSettings)
+    rng = run.streams.python("population/people")
     people = {
-        f"user{i:02d}": persona for i, persona in enumerate(personas(config.personas, config.shares, config.users, rng))
+        f"user{i:02d}": persona
+        for i, persona in enumerate(personas(config.personas, config.fractions, config.users, rng))
     }
     strangers = {
         f"new{i:02d}": persona
-        for i, persona in enumerate(personas(config.personas, config.shares, config.new_users, rng))
+        for i, persona in enumerate(personas(config.personas, config.fractions, config.new_users, rng))
     }
-    train, held = run.requests
+    train, held = run.records.requests
     given = None if config.data == "base" else given_pairs(run)
     folder = run.workdir.stage("population")
     ties = {}
@@ -95,10 +129,10 @@ def run(run: Run) -> dict[str, Any]:
         (HELDOUT, people, held, config.heldout_pairs_per_user),
         (NEW, strangers, train + held, config.new_pairs_per_user),
     )
-    for number, (name, crowd, requests, pairs) in enumerate(plans):
+    for name, crowd, requests, pairs in plans:
         if given is None:
             users = [user for user in crowd for _ in range(pairs)]
-            triples = _sampled(run, [rng.choice(requests) for _ in users], jax.random.fold_in(run.key, 50 + number))
+            triples = _sampled(run, [rng.choice(requests) for _ in users], run.streams.key(STREAMS[name]))
         else:
             known = set(requests)
             usable = [triple for triple in given if triple[0] in known]
@@ -113,7 +147,7 @@ def run(run: Run) -> dict[str, Any]:
             triples = [triple for user in crowd for triple in drawn[user]]
         records, ties[name] = [], 0
         for user, (request, a, b) in zip(users, triples, strict=True):
-            gap = run.score(request, a, crowd[user]) - run.score(request, b, crowd[user])
+            gap = run.audience.score(request, a, crowd[user]) - run.audience.score(request, b, crowd[user])
             if abs(gap) <= 1e-9 or not a.strip() or not b.strip():
                 ties[name] += 1
                 continue
@@ -124,3 +158,6 @@ def run(run: Run) -> dict[str, Any]:
             on_process_zero(write_lines)(folder / name, records)
     found = {"people": people, "new_people": strangers, "ties": ties}
     return found if given is None else found | {"given_pairs": len(given)}
+
+
+STAGE = Stage("population", run, PopulationSettings)

@@ -13,12 +13,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax import struct
 
-from pjrlhf.errors import UserError
 from pjrlhf.models.decoder import Cache, Decoder, Layout
 from pjrlhf.models.quantization import refuse_quantized
 from pjrlhf.models.unrolled import SHARED_INPUTS, unroll
 from pjrlhf.models.users import reserve
+from pjrlhf.settings import Settings, setting
 
 Params = Any
 # Linear layers that carry adapters: all of a block; "gate" only in gated feed-forward layers.
@@ -26,27 +27,12 @@ TARGETS = {block: tuple(itertools.chain(*groups)) for block, groups in SHARED_IN
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class AdapterConfig:
-    """Size and dtype of the policies of a bank.
+class AdapterConfig(Settings):
+    """Size and dtype of the policies of a bank. Rank 0 means full parameters: the bank holds K parameter trees."""
 
-    Attributes:
-      rank: LoRA rank R; 0 means full parameters, where the bank holds K complete parameter trees.
-      alpha: the update is scaled by alpha / rank.
-      dtype: "float32" or "bfloat16", of the trained parameters and hence of the optimizer's moments.
-    """
-
-    rank: int = 8
-    alpha: float = 16.0
-    dtype: str = "float32"
-
-    def __post_init__(self):
-        if self.dtype not in ("float32", "bfloat16"):
-            raise UserError(f"adapter.dtype {self.dtype!r}: unknown; choose float32 or bfloat16")
-
-    @classmethod
-    def of(cls, section: Any) -> "AdapterConfig":
-        """The settings in a section of a config."""
-        return cls(rank=section.rank, alpha=float(section.alpha), dtype=section.get("dtype", "float32"))
+    rank: int = setting(8, "0 trains full parameters", low=0, high=65536)
+    alpha: float = setting(16.0, "alpha / rank scales the update", above=0.0, high=1e6)
+    dtype: str = setting("float32", "of what is trained", choices=("float32", "bfloat16"))
 
     @property
     def scale(self) -> float:
@@ -272,3 +258,23 @@ class Policies:
             self.variables, self._split(hidden)
         )
         return logits.reshape(hidden.shape[0], *logits.shape[2:])
+
+
+@struct.dataclass
+class Backbone:
+    """A frozen base with its model and the shape of its adapters, as one argument of a jitted function.
+
+    Attributes:
+      model, adapter: static.
+      base: parameters of the frozen base; None where full parameters are trained without one.
+    """
+
+    model: Decoder = struct.field(pytree_node=False)
+    adapter: AdapterConfig = struct.field(pytree_node=False)
+    base: Params
+
+    def policies(
+        self, bank: Params | None = None, mix: jax.Array | None = None, user_tokens: jax.Array | None = None
+    ) -> Policies:
+        """The policies of `bank` in the rows of `mix`; see `Policies`. Without a bank, the base itself."""
+        return Policies(self.model, self.adapter, self.base, bank, mix, user_tokens)

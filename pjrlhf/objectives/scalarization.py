@@ -18,15 +18,11 @@ from jaxtyping import Array, Float, Int
 
 from pjrlhf.objectives import multi_objective as mo
 from pjrlhf.registry import Registry
-
-
-def setting(default, help: str, *, low: float | None = None, choices: tuple[str, ...] = ()):
-    """A field of a rule: its default, what it means, its least value, and the values it may have."""
-    return dataclasses.field(default=default, metadata={"help": help, "low": low, "choices": choices})
+from pjrlhf.settings import Settings, setting
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class CombinationRule(abc.ABC):
+class CombinationRule(Settings, abc.ABC):
     """How objectives become one advantage; static in a jitted program, so the fields of a rule must be hashable.
 
     Attributes:
@@ -37,14 +33,6 @@ class CombinationRule(abc.ABC):
     """
 
     standardizes_heads: ClassVar[bool] = False
-
-    def __post_init__(self):
-        for field in dataclasses.fields(self):
-            value, low, choices = getattr(self, field.name), field.metadata.get("low"), field.metadata.get("choices")
-            if choices and value not in choices:
-                raise ValueError(f"{field.name} {value!r} is unknown; choose one of {', '.join(choices)}")
-            if low is not None and not value >= low:
-                raise ValueError(f"{field.name}={value} is out of range; make it at least {low}")
 
     @property
     def needs_calibrated_rewards(self) -> bool:

@@ -25,9 +25,7 @@ def run(config: Any, workdir: Workdir) -> None:
     Raises:
       UserError: seeds given twice, or stages that do not end in `evaluate_front`.
     """
-    seeds = tuple(config.seeds)
-    if len(set(seeds)) < len(seeds):
-        raise UserError(f"seeds {seeds}: one is given twice; their spread would be too small")
+    seeds = stages.read(config).settings.seeds
     if config.stages[-1] != "evaluate_front":
         raise UserError("seeds: only runs that end in evaluate_front can be averaged; set --config.seed instead")
     summaries = []

@@ -1,23 +1,30 @@
 """What a run does: each stage reads the results of earlier ones from the run directory and adds its own."""
 
-import contextlib
+import dataclasses
 import importlib
-import json
 import time
-from collections.abc import Iterator
+from collections.abc import Mapping
 from typing import Any
 
 from absl import logging
 
-from pjrlhf.errors import UserError, missing_key
+from pjrlhf import config as configs
+from pjrlhf.errors import UserError
+from pjrlhf.export import merge
+from pjrlhf.export.merge import MergeSettings
+from pjrlhf.parallel.processes import is_process_zero
+from pjrlhf.registry import load
+from pjrlhf.runtime.run import Run, Stage
+from pjrlhf.settings import Settings, parse
+from pjrlhf.training.workdir import Workdir
 
-# Stage -> the module whose `run(context)` it is.
+# Stage -> the module that has it as `STAGE`.
 STAGES = {
     # Personalized Soups
     "sft": "pjrlhf.algorithms.sft",
     "comparisons": "pjrlhf.feedback.comparisons",
     "reward": "pjrlhf.algorithms.reward",
-    "policy": "pjrlhf.algorithms.policies",
+    "policy": "pjrlhf.algorithms.policy",
     "evaluate": "pjrlhf.protocols.soups",
     # P-RLHF
     "population": "pjrlhf.feedback.population",
@@ -26,45 +33,91 @@ STAGES = {
     # the multi-objective family
     "methods": "pjrlhf.algorithms.methods",
     "evaluate_front": "pjrlhf.protocols.front",
-    "merge": "pjrlhf.export.merge",
+    "merge": "pjrlhf.pipeline.stages",
 }
 
 
-@contextlib.contextmanager
-def _config_errors(where: str) -> Iterator[None]:
-    """Turns the lack of a key in the config into a UserError."""
-    try:
-        yield
-    except (AttributeError, KeyError) as error:
-        if not (missing := missing_key(error)):
-            raise
-        raise UserError(f"{where}: the config has no {missing[0]!r}; add it as in configs/") from error
-
-
-def run(config: Any, workdir: Any) -> None:
-    """Runs `config.stages` in order; a stage that this run directory has finished is skipped.
-
-    Each stage is a module with `run(context) -> dict`, whose JSON values are recorded in manifest.json.
+def stage_of(name: str) -> Stage:
+    """The stage of a name, or of "package.module:stage" outside this package.
 
     Raises:
-      UserError: unknown stage, or bad input met by a stage.
+      UserError: there is none.
     """
-    from pjrlhf.runtime.context import Run
+    if name in STAGES:
+        return importlib.import_module(STAGES[name]).STAGE
+    if ":" not in name:
+        raise UserError(f"stages: {name!r} is unknown; choose from {', '.join(STAGES)}, or name package.module:stage")
+    found = load(name, "stages:")
+    if not isinstance(found, Stage):
+        raise UserError(f"stages: {name} is no Stage; make it one, see pjrlhf.runtime.run.Stage")
+    return found
 
-    unknown = [name for name in config.stages if name not in STAGES]
-    if unknown:
-        raise UserError(f"stages: {unknown[0]!r} is unknown; choose from {', '.join(STAGES)}")
-    with _config_errors("run"):
-        context = Run(config, workdir)
-    for name in config.stages:
-        section = config.get(name)
-        section = section and section.to_dict()
-        done = workdir.finished(name)
-        # Sections that may change between two runs of one folder (evaluate) make their stage run anew.
-        if done and done["config"] == json.loads(json.dumps(section)):
-            logging.info("stage %s: finished before, skipped", name)
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What a config asks for, checked.
+
+    Attributes:
+      settings: of this package.
+      foreign: sections of stages of other code, by name.
+      stages: in order.
+    """
+
+    settings: configs.RunSettings
+    foreign: Mapping[str, Settings]
+    stages: tuple[Stage, ...]
+
+    def run(self, workdir: Workdir) -> Run:
+        """The run in a folder."""
+        sections = self.settings.sections | {type(section): section for section in self.foreign.values()}
+        return Run(self.settings, sections, workdir)
+
+    def to_dict(self) -> dict[str, Any]:
+        """All settings as plain values."""
+        return self.settings.to_dict() | {name: section.to_dict() for name, section in self.foreign.items()}
+
+
+def read(config: Any) -> Plan:
+    """What a config asks for.
+
+    Raises:
+      UserError: an unknown stage or key, or a bad value.
+    """
+    values = dict(config)
+    names = values.get("stages", ())
+    if isinstance(names, str) or not all(isinstance(name, str) for name in names):
+        raise UserError(f"stages: {names!r} is not a list of names; choose from {', '.join(STAGES)}")
+    stages = tuple(stage_of(name) for name in names)
+    # A stage of other code has a section of its own class under its name.
+    known = {field.name for field in dataclasses.fields(configs.RunSettings)}
+    kinds = {stage.name: stage.settings for stage in stages if stage.name not in known and stage.settings}
+    foreign = {name: parse(kind, values.pop(name, {}), name) for name, kind in kinds.items()}
+    return Plan(configs.read(values), foreign, stages)
+
+
+def run(config: Any, workdir: Workdir) -> None:
+    """Runs `config.stages` in order; a stage that this run directory has finished is skipped.
+
+    Raises:
+      UserError: an unknown stage, a bad setting, or bad input met by a stage.
+    """
+    plan = read(config)
+    run = plan.run(workdir)
+    for stage in plan.stages:
+        section = run.section(stage.settings).to_dict() if stage.settings else None
+        done = workdir.finished(stage.name)
+        # Sections that may change between two runs of one folder (evaluate) make their stage run again.
+        if done and done["config"] == section:
+            logging.info("stage %s: finished before, skipped", stage.name)
             continue
         started = time.perf_counter()
-        with _config_errors(f"stage {name}"):
-            info = importlib.import_module(STAGES[name]).run(context) or {}
-        workdir.mark_finished(name, time.perf_counter() - started, config=section, **info)
+        info = stage.run(run) or {}
+        workdir.mark_finished(stage.name, time.perf_counter() - started, config=section, **info)
+
+
+def _merge(run: Run) -> dict[str, Any]:
+    """Merges as the section `merge` says; one process writes."""
+    return merge.merge(run.section(MergeSettings), run.workdir.path) if is_process_zero() else {}
+
+
+STAGE = Stage("merge", _merge, MergeSettings)

@@ -41,14 +41,14 @@ def fit_new_users(trained: Trained, counts: Sequence[int], steps: int, learning_
         def loss(rows):
             users = {**trainable["users"], "table": rows}
             policies = {**trainable, "users": users}
-            scores = answer_scores(run.model, run.adapter, method.users, policies, base, batch)
+            scores = answer_scores(run.workspace.model, run.workspace.adapter, method.users, policies, base, batch)
             return (pair_losses(method.objective, scores, batch) * batch["weight"]).sum()
 
         return jax.grad(loss)(rows)
 
     # Every cell's k pairs, one after another, with the cell's row as their user.
     fit = [(i, cell + 1) for cell, (user, k) in enumerate(cells) for i in people[user][False][:k]]
-    size, prepared = run.config.preference.batch_size, []
+    size, prepared = pairs.settings.batch_size, []
     for start in range(0, len(fit), size):
         part = fit[start : start + size]
         padded = part + [part[0]] * (size - len(part))
@@ -62,7 +62,7 @@ def fit_new_users(trained: Trained, counts: Sequence[int], steps: int, learning_
         for step in range(steps):
             total = jax.tree.map(jnp.zeros_like, rows)
             for batch in prepared:
-                part = gradient(rows, trained.trainable, run.base, batch)
+                part = gradient(rows, trained.trainable, run.workspace.base, batch)
                 total = jax.tree.map(jnp.add, total, part)
             updates, state = optimizer.update(total, state)
             rows = optax.apply_updates(rows, updates)

@@ -19,7 +19,6 @@ apart. How an entry of `config.methods` answers for weights p:
 
 import dataclasses
 import functools
-import json
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -27,8 +26,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from pjrlhf.algorithms import methods
-from pjrlhf.algorithms import policies as policy
+from pjrlhf.algorithms import methods, policy
+from pjrlhf.algorithms.reward import check_quantiles
 from pjrlhf.algorithms.targets import Targets, simplex_points
 from pjrlhf.data.preferences import PreferencePrompt
 from pjrlhf.errors import UserError
@@ -43,11 +42,32 @@ from pjrlhf.rollout.decoding import PolicyEnsemble
 from pjrlhf.rollout.experience import sample
 from pjrlhf.rollout.sampler import Sampling, generate
 from pjrlhf.runtime.answers import Row, Sampler, sample_base
-from pjrlhf.runtime.context import Run
+from pjrlhf.runtime.run import Run, Stage
+from pjrlhf.settings import Settings, setting
 from pjrlhf.training.workdir import disk_errors
 
 Point = tuple[float, ...]
 ANSWERS = ("soup", "bone", "mod")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FrontSettings(Settings):
+    """The comparison of methods on one front."""
+
+    points: tuple[tuple[float, ...], ...] = setting(
+        (), "preference weights; by default those of the literature, see objectives.simplex.simplex_grid"
+    )
+    unseen: bool = setting(True, "measure weights too that no method was trained on")
+    samples_per_prompt: int = setting(1, "answers per held-out prompt and point", low=1, high=10**4)
+    base_samples: int = setting(
+        8, "answers of the base per held-out prompt, whose quantiles are the scale", low=1, high=10**4
+    )
+    quantiles: tuple[float, ...] = setting((0.02, 0.98), "of the base that are 0 and 1", low=0.0, high=1.0)
+    reference: float = setting(-0.1, "of the hypervolume, on that scale, for every objective", low=-1e3, high=1.0)
+    target: str = setting("identity", "the rewards that weights ask for, of the MSE", choices=("identity", "l2", "max"))
+
+    def check(self) -> None:
+        check_quantiles(self.quantiles)
 
 
 def sample_combined(
@@ -84,28 +104,30 @@ class Front:
     """The evaluation of one run."""
 
     def __init__(self, run: Run):
-        self.run, self.config = run, run.config.evaluate_front
-        self.names = run.objectives
-        self.requests = run.requests[1]
+        self.run, self.config = run, run.section(FrontSettings)
+        self.names = run.audience.objectives
+        self.requests = run.records.requests[1]
         self.points = simplex_points(self.config.points or "simplex", self.names, "points")
         self.unseen = simplex_points("between" if self.config.unseen else (), self.names, "unseen")
         texts = sample_base(
-            run, [run.ask(request) for request in self.requests * self.config.base_samples], self._key(60), "base"
+            run,
+            [run.records.ask(request) for request in self.requests * self.config.base_samples],
+            run.streams.key("evaluate_front/base_answers"),
+            "base",
         )
         scores = self.scores(self.requests * self.config.base_samples, texts)
         self.low, self.high = np.quantile(scores, self.config.quantiles, axis=0)
         if not (self.high > self.low).all():
             name = self.names[int(np.argmin(self.high - self.low))]
             raise UserError(f"evaluate_front: the base's answers all score alike by {name!r}; nothing can be scaled")
-        self.reference = np.full(len(self.names), float(self.config.reference))
-
-    def _key(self, number: int) -> jax.Array:
-        return jax.random.fold_in(self.run.key, number)
+        self.reference = np.full(len(self.names), self.config.reference)
 
     def scores(self, requests: Sequence[str], texts: Sequence[str]) -> np.ndarray:
         """The judge's scores [n, N] of answers."""
         pairs = list(zip(requests, texts, strict=True))
-        return np.array([[self.run.score(q, text, name) for name in self.names] for q, text in pairs], np.float64)
+        return np.array(
+            [[self.run.audience.score(q, text, name) for name in self.names] for q, text in pairs], np.float64
+        )
 
     def player(self, name: str) -> EvaluatedPolicy:
         """The method of an entry. Raises UserError for an entry that cannot answer."""
@@ -120,7 +142,7 @@ class Front:
         settings = methods.settings_of(run, source)
         if trainer == "ric":
             bank = policy.load_bank(run, methods.folder(source), ["policy"])
-            words = self._words(PreferencePrompt(**settings.prompt_format))
+            words = self._words(settings.prompt_format)
 
             def goal(p):
                 return words(np.asarray(target_map(np.array(p), settings.target)).tolist())
@@ -144,7 +166,7 @@ class Front:
         )
 
     def _words(self, prompt_format: PreferencePrompt) -> Callable[[Point], str]:
-        return functools.partial(prompt_format, self.run.registry, self.names)
+        return functools.partial(prompt_format, self.run.audience.registry, self.names)
 
     def _mix(self, goals: Targets, answer: str, away: Any) -> tuple[Callable[[Point], Point], list[Point] | None]:
         """Weights p -> a row of `mix`, and the only p there is one for (None: any)."""
@@ -158,11 +180,11 @@ class Front:
             return lambda p: tuple(one_hot[goals.points.index(p)].tolist()), list(goals.points)
         return lambda p: (1.0,), None
 
-    def answers(self, player: EvaluatedPolicy, points: Sequence[Point], seed: int) -> np.ndarray:
+    def answers(self, player: EvaluatedPolicy, points: Sequence[Point]) -> np.ndarray:
         """Scaled scores [n, P, N] of a method at `points`, for P held-out prompts."""
         requests = self.requests * self.config.samples_per_prompt
         rows = [Row(q, player.words(p), tuple(player.mix(p))) for p in points for q in requests]
-        texts = Sampler(self.run, player.bank, player.draw)(rows, seed)
+        texts = Sampler(self.run, player.bank, player.draw)(rows, self.run.streams.key("evaluate_front/answers"))
         scores = self.scores([row.request for row in rows], texts)
         return ((scores - self.low) / (self.high - self.low)).reshape(len(points), len(requests), -1)
 
@@ -173,7 +195,7 @@ class Front:
         found = pareto.front_metrics(weights, means, self.reference, targets)
         return found | {"prompt_tau": pareto.prompt_tau(weights, scores)}
 
-    def method(self, name: str, seed: int) -> dict[str, Any]:
+    def method(self, name: str) -> dict[str, Any]:
         """One row of the report."""
         started = time.perf_counter()
         player, run = self.player(name), self.run
@@ -181,7 +203,7 @@ class Front:
         if len(points) < 2:
             raise UserError(f"methods.{name}: has a policy for fewer than two of the evaluated weights; add them")
         unseen = self.unseen if player.points is None else []
-        scores = self.answers(player, [*points, *unseen], seed)
+        scores = self.answers(player, [*points, *unseen])
         of = run.workdir.finished(methods.folder(methods.entry(run, name).get("of") or name)) or {}
         found = self.measure(points, scores[: len(points)])
         found |= {"samples": of.get("samples", 0), "seconds": of.get("seconds", 0.0)}
@@ -207,13 +229,13 @@ def run(run: Run) -> dict[str, Any]:
     """Measures every method; writes <workdir>/report."""
     started = time.perf_counter()
     front = Front(run)
-    found = {name: front.method(name, 61) for name in run.config.methods}
-    seconds = {name: info["seconds"] for name in run.config.stages if (info := run.workdir.finished(name))}
+    found = {name: front.method(name) for name in run.settings.methods}
+    seconds = {name: info["seconds"] for name in run.settings.stages if (info := run.workdir.finished(name))}
     seconds["evaluate_front"] = time.perf_counter() - started
     names = ("seed", "objectives", "adapter", "methods")
     summary = {
-        "title": run.config.title,
-        "config": json.loads(json.dumps({name: run.config[name] for name in names}, default=lambda x: x.to_dict())),
+        "title": run.settings.title,
+        "config": {name: run.settings.to_dict()[name] for name in names},
         "stage_seconds": seconds,
         "total_seconds": sum(seconds.values()),
         "held_out_prompts": len(front.requests),
@@ -231,3 +253,6 @@ def run(run: Run) -> dict[str, Any]:
     with disk_errors(run.workdir.path / "report"):
         on_process_zero(write_report)(run.workdir.path / "report", summary, metrics=run.workdir.path / "metrics.jsonl")
     return {"held_out_prompts": len(front.requests)}
+
+
+STAGE = Stage("evaluate_front", run, FrontSettings)

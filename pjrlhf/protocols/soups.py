@@ -6,6 +6,7 @@ trained for all combinations (Prompted-MORL, entries of `config.methods`), and t
 ingredient on its own criterion; and a sweep of the weights between opposite preferences.
 """
 
+import dataclasses
 import functools
 import itertools
 import json
@@ -17,8 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pjrlhf.algorithms import methods
-from pjrlhf.algorithms import policies as policy
+from pjrlhf.algorithms import methods, policy
 from pjrlhf.algorithms.targets import Targets
 from pjrlhf.data import preferences
 from pjrlhf.errors import UserError
@@ -28,10 +28,32 @@ from pjrlhf.evaluation.statistics import chord_gap, spearman
 from pjrlhf.evaluation.winrate import aggregate, combo_outcomes, win_rate
 from pjrlhf.parallel.processes import on_process_zero
 from pjrlhf.runtime.answers import Row, Sampler
-from pjrlhf.runtime.context import Run
+from pjrlhf.runtime.run import Run, Stage
+from pjrlhf.settings import Settings, setting
 from pjrlhf.training.workdir import disk_errors
 
 TIE = 1e-9  # scores closer than this are equal up to rounding
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SoupsSettings(Settings):
+    """The comparison of soups with the base, prompting, RLHF and Prompted-MORL."""
+
+    weight_scale: float = setting(
+        1.0, "sum of a soup's weights; 1 gives 1/3 each for three criteria, as in the paper", low=-100.0, high=100.0
+    )
+    sweep_points: int = setting(11, "weights from one preference to its opposite", low=2, high=10**4)
+    samples_per_prompt: int = setting(1, "answers per prompt in the comparison of methods", low=1, high=10**4)
+    sweep_samples: int = setting(3, "answers per prompt and point of a sweep", low=1, high=10**4)
+    resamples: int = setting(2000, "of the bootstrap", low=2, high=10**6)
+    shown: int = setting(2, "sample answers per combination in the report", low=0, high=10**4)
+    prompted: tuple[str, ...] = setting(
+        ("soups",),
+        "methods whose prompt states the preferences, beside prompting and Prompted-MORL",
+        choices=("soups", "base", "rlhf"),
+    )
+    new_preferences: tuple[str, ...] = setting((), "preferences that came later")
+    scaling: Mapping[str, Any] = setting({}, "method -> the entries of `methods` trained for the new preferences")
 
 
 def adapters(run: Run) -> tuple[Any, tuple[str, ...], tuple[str, ...]]:
@@ -39,10 +61,10 @@ def adapters(run: Run) -> tuple[Any, tuple[str, ...], tuple[str, ...]]:
     policies of the stage of that name, then the entries of `methods` for preferences of their own or combinations.
     """
     parts, names, prompted = [], [], []
-    if "policy" in run.config.stages:
+    if "policy" in run.settings.stages:
         parts.append(policy.load_bank(run))
-        names += run.rewards
-    for name in run.config.methods if "methods" in run.config.stages else ():
+        names += run.audience.rewards
+    for name in run.settings.methods if "methods" in run.settings.stages else ():
         goals = Targets(run, methods.settings_of(run, name))
         if goals.kind not in ("own", "combinations"):
             raise UserError(f"methods.{name}: kind {goals.kind!r} has no place among combinations; use evaluate_front")
@@ -50,7 +72,7 @@ def adapters(run: Run) -> tuple[Any, tuple[str, ...], tuple[str, ...]]:
         own = goals.adapters if goals.kind == "own" else (name,)
         prompted += own if goals.kind == "combinations" else ()
         names += own
-    if missing := [name for name in run.objectives if name not in names]:
+    if missing := [name for name in run.audience.objectives if name not in names]:
         raise UserError(
             f"evaluate: nothing is trained for {missing[0]!r}; add the stage policy, or an entry of methods"
         )
@@ -60,28 +82,28 @@ def adapters(run: Run) -> tuple[Any, tuple[str, ...], tuple[str, ...]]:
 def scaling(run: Run, rates: Mapping[str, Any]) -> dict[str, Any]:
     """What adding preferences took: `evaluate.scaling` names, for each method, the entries trained when they came."""
     found = {}
-    for method, entries in run.config.evaluate.scaling.items():
+    for method, entries in run.section(SoupsSettings).scaling.items():
         info = [run.workdir.finished(methods.folder(name)) for name in entries]
         found[method] = {
             "samples": sum(one["samples"] for one in info),
             "seconds": sum(one["seconds"] for one in info),
             "ingredients_trained": sum(len(one["ingredients"]) for one in info),
         }
-    return {"new": list(run.config.evaluate.new_preferences), "methods": found, "win_rate": rates}
+    return {"new": list(run.section(SoupsSettings).new_preferences), "methods": found, "win_rate": rates}
 
 
 class Evaluation:
     """Everything the report says about one run."""
 
     def __init__(self, run: Run):
-        self.run, self.config = run, run.config.evaluate
+        self.run, self.config = run, run.section(SoupsSettings)
         bank, self.names, self.prompted = adapters(run)
-        self.requests = run.requests[1]
+        self.requests = run.records.requests[1]
         self.sample = Sampler(run, bank)
-        self.scorer = ScoreJudge(run.score, TIE)
+        self.scorer = ScoreJudge(run.audience.score, TIE)
         self.judge = BothOrders(self.scorer)
-        self.combos = preferences.combinations(run.registry, run.objectives)
-        self.rate = functools.partial(win_rate, resamples=self.config.resamples, seed=run.config.seed)
+        self.combos = preferences.combinations(run.audience.registry, run.audience.objectives)
+        self.rate = functools.partial(win_rate, resamples=self.config.resamples, seed=run.settings.seed)
 
     def weights(self, **given: float) -> tuple[float, ...]:
         """A row of `mix` with the named policies' weights."""
@@ -99,13 +121,13 @@ class Evaluation:
         share = self.config.weight_scale / len(combo)
         soup = self.weights(**dict.fromkeys(combo, share))
         weights = {"base": self.weights(), "prompting": self.weights(), "soups": soup, "soups_untold": soup}
-        if self.run.config.general:
-            weights["rlhf"] = self.weights(**{self.run.config.general: 1.0})
+        if self.run.settings.general:
+            weights["rlhf"] = self.weights(**{self.run.settings.general: 1.0})
         weights |= {name: self.weights(**{name: 1.0}) for name in self.prompted}
         told = {"prompting", *self.prompted, *self.config.prompted}
         if "soups" not in told:
             del weights["soups_untold"]
-        words = preferences.sentences(self.run.registry, combo)
+        words = preferences.sentences(self.run.audience.registry, combo)
         if not words.strip():
             # Nothing can be said to this model, so prompting is the base.
             del weights["prompting"]
@@ -122,7 +144,7 @@ class Evaluation:
             for _ in range(repeats)
             for request in self.requests
         ]
-        texts = self.sample(rows, 40)
+        texts = self.sample(rows, self.run.streams.key("evaluate/people"))
         size = repeats * len(self.requests)
         answers = {key: texts[i * size : (i + 1) * size] for i, key in enumerate(keys)}
 
@@ -177,7 +199,7 @@ class Evaluation:
         names = [name for name in self.names if name not in self.prompted]
         for name in names:
             rows += [Row(request, "", self.weights(**{name: 1.0})) for request in requests]
-        texts = self.sample(rows, 41)
+        texts = self.sample(rows, self.run.streams.key("evaluate/ingredients"))
         size = len(requests)
         base = texts[:size]
         kl = _last_values(self.run, "objective/kl")
@@ -199,7 +221,7 @@ class Evaluation:
     def sweep(self) -> dict[str, Any]:
         """From one end of every two-sided dimension to the other in equal steps, the prompt telling nothing."""
         grid = np.linspace(0.0, 1.0, self.config.sweep_points)
-        groups = preferences.dimensions(self.run.registry, self.run.objectives)
+        groups = preferences.dimensions(self.run.audience.registry, self.run.audience.objectives)
         pairs = {dimension: ends for dimension, ends in groups.items() if len(ends) == 2}
         rows = [
             Row(request, "", self.weights(**{low: 1.0 - w, high: w}))
@@ -207,7 +229,7 @@ class Evaluation:
             for w in grid
             for request in self.requests * self.config.sweep_samples
         ]
-        texts = iter(self.sample(rows, 42)) if rows else iter(())
+        texts = iter(self.sample(rows, self.run.streams.key("evaluate/sweep"))) if rows else iter(())
         size = len(self.requests) * self.config.sweep_samples
         found = {}
         for dimension, (low, high) in pairs.items():
@@ -229,7 +251,7 @@ class Evaluation:
 
 def _last_values(run: Run, metric: str, count: int = 3) -> dict[str, float]:
     """Mean of the last `count` logged values of a metric of the policies, wherever they were trained."""
-    values: dict[str, list[float]] = {name: [] for name in run.rewards}
+    values: dict[str, list[float]] = {name: [] for name in run.audience.rewards}
     with open(run.workdir.path / "metrics.jsonl", encoding="utf-8") as file:
         for line in file:
             record = json.loads(line)
@@ -260,13 +282,13 @@ def run(run: Run) -> dict[str, Any]:
     people = evaluation.people()
     ingredients = evaluation.ingredients()
     sweep = evaluation.sweep()
-    stages = {name: run.workdir.finished(name) for name in run.config.stages}
+    stages = {name: run.workdir.finished(name) for name in run.settings.stages}
     seconds = {name: info["seconds"] for name, info in stages.items() if info}
     seconds["evaluate"] = time.perf_counter() - started
     models = (stages.get("reward") or {}).get("models", {})
     summary = {
-        "title": run.config.title,
-        "config": {name: run.config[name] for name in ("seed", "objectives", "general", "adapter")},
+        "title": run.settings.title,
+        "config": {name: run.settings.to_dict()[name] for name in ("seed", "objectives", "general", "adapter")},
         "stage_seconds": seconds,
         "total_seconds": sum(seconds.values()),
         "held_out_prompts": len(evaluation.requests),
@@ -276,11 +298,13 @@ def run(run: Run) -> dict[str, Any]:
         "sweep": sweep,
         "notes": _notes(sweep),
     }
-    if run.config.evaluate.get("scaling"):
+    if run.section(SoupsSettings).scaling:
         summary["scaling"] = scaling(run, people["sections"]["win_rate"])
-    summary["config"] = json.loads(json.dumps(summary["config"], default=lambda x: x.to_dict()))
     with disk_errors(run.workdir.path / "report"):
         on_process_zero(write_report)(
             run.workdir.path / "report", summary, people["samples"], metrics=run.workdir.path / "metrics.jsonl"
         )
     return {"held_out_prompts": len(evaluation.requests)}
+
+
+STAGE = Stage("evaluate", run, SoupsSettings)

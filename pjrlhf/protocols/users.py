@@ -3,6 +3,7 @@
 The controls stand beside every personalized figure: pooled DPO on the same data and budget, and permuted user ids.
 """
 
+import dataclasses
 import functools
 import time
 from collections.abc import Sequence
@@ -10,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from pjrlhf.algorithms.pdpo import PreferenceSettings
 from pjrlhf.data.schema import Example, request_of
 from pjrlhf.evaluation import surface
 from pjrlhf.evaluation.report import write_report
@@ -25,20 +27,44 @@ from pjrlhf.feedback.pairs import SIDES, Pairs
 from pjrlhf.parallel.processes import on_process_zero
 from pjrlhf.protocols.cold_start import fit_new_users
 from pjrlhf.protocols.trained import Trained
-from pjrlhf.runtime.context import Run
+from pjrlhf.runtime.run import Run, Stage
+from pjrlhf.settings import Settings, setting
 from pjrlhf.training.workdir import disk_errors
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class UsersSettings(Settings):
+    """How well each person is served."""
+
+    resamples: int = setting(2000, "of the bootstrap", low=2, high=10**6)
+    grid_pairs: int = setting(
+        400,
+        "at most, per cell of known and new people and prompts: enough to tell a fraction within 5 %",
+        low=1,
+        high=10**8,
+    )
+    surface: bool = setting(False, "compare with logistic regressions on surface features of the answers")
+    generate_for: int = setting(4, "held-out prompts answered as every user; 0 skips generation", low=0, high=10**6)
+    max_new_tokens: int = setting(0, "of these answers; 0 is data.max_completion", low=0, high=2**20)
+    cold_start: tuple[int, ...] = setting(
+        (0, 1, 2, 4, 8, 16), "comparisons a new person gives; () skips it", low=0, high=10**6
+    )
+    cold_start_models: tuple[str, ...] = setting(("individualized", "cluster"), "entries that meet new people")
+    cold_start_steps: int = setting(20, "updates of a new person's row", low=1, high=10**6)
+    cold_start_learning_rate: float = setting(0.1, "of these updates", above=0.0, high=1e6)
 
 
 def run(run: Run) -> dict[str, Any]:
     """Evaluates every trained entry; writes <workdir>/report."""
     started = time.perf_counter()
-    config, models = run.config.evaluate_users, run.config.preference.models
-    made = functools.cache(functools.partial(Pairs, run))
+    config, preference = run.section(UsersSettings), run.section(PreferenceSettings)
+    models = preference.models
+    made = functools.cache(functools.partial(Pairs, run, preference))
     pairs = made(user_text=False)
     held = pairs.tables["heldout"].examples
     groups = {e.user_id: e.extra["persona"] for e in held if e.extra.get("persona")} or None
-    settings = {"groups": groups, "resamples": config.resamples, "seed": run.config.seed}
-    summary: dict[str, Any] = {"title": run.config.title, "config": {"seed": run.config.seed}}
+    settings = {"groups": groups, "resamples": config.resamples, "seed": run.settings.seed}
+    summary: dict[str, Any] = {"title": run.settings.title, "config": {"seed": run.settings.seed}}
     sections = ("accuracy", "gain", "choices", "length_matched", "grid", "embedding", "cold_start", "generation")
     summary |= {section: {} for section in sections}
     samples: list[dict[str, Any]] = []
@@ -49,7 +75,7 @@ def run(run: Run) -> dict[str, Any]:
     for name, (own, generic) in _surface(pairs).items() if config.surface else ():
         score(name, own, generic, held)
     for name in models:
-        trained = Trained(run, name, made(user_text=bool(models[name].get("user_text"))))
+        trained = Trained(run, name, made(user_text=preference.entry(name)[0].user_text), config.max_new_tokens)
         held = trained.pairs.tables["heldout"].examples
         own, nobody = trained.pairs.users("heldout"), np.zeros(len(held), np.int32)
         score(name, trained.margins("heldout", own), trained.margins("heldout", nobody), held)
@@ -74,7 +100,7 @@ def run(run: Run) -> dict[str, Any]:
     if groups:
         counts = list(groups.values())
         summary["ceiling"] = {"majority_fraction": max(counts.count(persona) for persona in set(counts)) / len(counts)}
-    stages = {name: run.workdir.finished(name) for name in run.config.stages}
+    stages = {name: run.workdir.finished(name) for name in run.settings.stages}
     seconds = {name: info["seconds"] for name, info in stages.items() if info}
     seconds["evaluate_users"] = time.perf_counter() - started
     summary |= {"stage_seconds": seconds, "total_seconds": sum(seconds.values())}
@@ -123,19 +149,20 @@ def _surface(pairs: Pairs) -> dict[str, tuple[np.ndarray, np.ndarray]]:
 
 def _pooled_models(run: Run, surface: bool) -> dict[str, str]:
     """The model that does not know people apart, for each that may, of the same kind of head."""
-    config = run.config.preference
-    pooled = {}
-    for name, entry in config.models.items():
-        if entry.kind == "uniform" and not entry.get("user_text"):
-            pooled.setdefault(entry.get("head", config.head), name)
-    found = {name: pooled.get(entry.get("head", config.head)) for name, entry in config.models.items()}
+    config = run.section(PreferenceSettings)
+    entries = {name: config.entry(name) for name in config.models}
+    pooled: dict[str, str] = {}
+    for name, (users, objective) in entries.items():
+        if users.kind == "uniform" and not users.user_text:
+            pooled.setdefault(objective.head, name)
+    found = {name: pooled.get(objective.head) for name, (_, objective) in entries.items()}
     found |= {"surface_personal": "surface"} if surface else {}
     return {name: against for name, against in found.items() if against not in (None, name)}
 
 
 def _grid(trained: Trained) -> dict[str, float]:
     """Accuracy of seen and unseen users on seen and unseen prompts; unseen users are the generic one."""
-    pairs, most = trained.pairs, trained.run.config.evaluate_users.grid_pairs
+    pairs, most = trained.pairs, trained.run.section(UsersSettings).grid_pairs
     hits: dict[str, list[bool]] = {}
     for part, table in pairs.tables.items():
         users = pairs.users(part)
@@ -163,10 +190,15 @@ def _generation(
     section = {}
     for user, texts in zip(users, answers, strict=True):
         scores = {
-            persona: float(np.mean([run.score(p, text, persona) for p, text in zip(plain, texts, strict=True)]))
+            persona: float(
+                np.mean([run.audience.score(p, text, persona) for p, text in zip(plain, texts, strict=True)])
+            )
             for persona in personas
         }
         length = float(np.mean([len(text.split()) for text in texts]))
         section[user] = {"group": groups.get(user), "length": length, "score": scores}
     shown = {user: texts[0] for user, texts in zip(users, answers, strict=True)}
     return section, [{"prompt": plain[0], "model": trained.method.name, "answers": shown}]
+
+
+STAGE = Stage("evaluate_users", run, UsersSettings)

@@ -22,6 +22,7 @@ from pjrlhf.objectives.multi_objective import calibrate, standardize
 from pjrlhf.objectives.scalarization import CombinationRule, WeightedSum
 from pjrlhf.rollout import scoring
 from pjrlhf.rollout.sampler import Sampling, generate
+from pjrlhf.settings import Settings, setting
 
 Arrays = dict[str, jax.Array]
 ESTIMATORS = ("gae", "rloo", "group")
@@ -29,7 +30,7 @@ ONE_REWARD = WeightedSum()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ExperienceConfig:
+class ExperienceConfig(Settings):
     """Settings of the reward and advantage computation.
 
     `missing_eos_penalty` is taken from the score of a response cut off before EOS; `score_clip` bounds normalised
@@ -40,18 +41,20 @@ class ExperienceConfig:
     Raises UserError for an unknown estimator, or one without answers to compare.
     """
 
-    gamma: float = 1.0
-    lam: float = 0.95
-    kl_kind: str = "k1"
-    missing_eos_penalty: float = 1.0
-    score_clip: float = 5.0
-    whiten_rewards: bool = False
-    estimator: str = "gae"
-    samples_per_prompt: int = 1
+    estimator: str = setting(
+        "gae",
+        "gae with values; without a critic rloo or group, with samples_per_prompt of 2 or more",
+        choices=ESTIMATORS,
+    )
+    samples_per_prompt: int = setting(1, "answers to one prompt", low=1, high=2**16)
+    gamma: float = setting(1.0, "discount", low=0.0, high=1.0)
+    lam: float = setting(0.95, "lambda of GAE", low=0.0, high=1.0)
+    kl_kind: str = setting("k1", "estimator of the KL", choices=("k1", "k2", "k3"))
+    missing_eos_penalty: float = setting(1.0, "taken from the score of an answer cut off before EOS", low=0.0, high=1e6)
+    score_clip: float = setting(5.0, "bound of normalised scores; 0: off", low=0.0, high=1e6)
+    whiten_rewards: bool = setting(False, "gae: divide the rewards of a batch by their standard deviation")
 
-    def __post_init__(self):
-        if self.estimator not in ESTIMATORS:
-            raise UserError(f"estimator {self.estimator!r}: unknown; choose one of {', '.join(ESTIMATORS)}")
+    def check(self) -> None:
         if self.estimator != "gae" and self.samples_per_prompt < 2:
             raise UserError(
                 f"estimator {self.estimator!r}: compares answers to one prompt; set samples_per_prompt to 2"

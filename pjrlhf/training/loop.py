@@ -1,6 +1,7 @@
 """The training loop of all methods; a method supplies `init`, `batches` and `step`."""
 
 import contextlib
+import dataclasses
 import math
 import pathlib
 import signal
@@ -14,12 +15,31 @@ from jax.experimental import multihost_utils
 
 from pjrlhf.errors import UserError
 from pjrlhf.parallel.processes import is_process_zero, to_host
+from pjrlhf.settings import Settings, setting
 from pjrlhf.training.checkpoint import Checkpoints, abstract
-from pjrlhf.training.metrics import Metrics, MetricWriter, to_floats
+from pjrlhf.training.metrics import LOGGERS, Metrics, MetricWriter, to_floats
 from pjrlhf.training.performance import Performance, Program
 from pjrlhf.training.progress import progress
 from pjrlhf.training.state import State
 from pjrlhf.training.workdir import Workdir, disk_errors
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LoopSettings(Settings):
+    """How a stage is trained, whatever it trains."""
+
+    checkpoints: str = setting(
+        "", "where checkpoints go if not into the run directory: a folder or gs://, s3:// of this run alone"
+    )
+    checkpoint_every: int = setting(100, "steps; 0 saves the last step alone", low=0)
+    max_to_keep: int = setting(2, "how many of the newest checkpoints stay", low=1, high=10**6)
+    keep_best: str = setting(
+        "", 'the best checkpoint stays too: "loss" by the least, "max rewards/accuracies" by the greatest value'
+    )
+    log_every: int = setting(5, "steps; 0 logs the first and the last step alone", low=0)
+    eval_every: int = setting(0, "steps between evaluations on held-out data; 0 is never", low=0)
+    loggers: tuple[str, ...] = setting((), "beside metrics.jsonl", choices=tuple(LOGGERS))
+    profile: bool = setting(False, "a trace of steps 3 to 5 of every stage, for XProf")
 
 
 class Batches(Protocol):
@@ -32,16 +52,33 @@ class Batches(Protocol):
     def set_state(self, state: Any) -> None: ...
 
 
-class Method(Protocol):
-    """A training method, as a stage passes it to `run`."""
+class Method:
+    """What a stage hands to `run`: `init`, `step` and `batches`, and what to show of its metrics.
+
+    Attributes:
+      ingredients: K names for [K] metrics.
+      show: metrics on the progress bar.
+      watch: metrics (`name` or anything under `name/`) that must be finite.
+      programs: what the steps run, whose compilations performance.jsonl counts.
+    """
 
     batches: Batches
+    ingredients: Sequence[str] = ()
+    show: Sequence[str] = ("loss",)
+    watch: Collection[str] = ("loss", "grad_norm")
+    programs: Sequence[Program] = ()
 
     def init(self) -> State:
-        """The state before the first step, with its final shardings."""
+        """The state before the first step, placed on the devices where it shall live."""
+        raise NotImplementedError
 
     def step(self, state: State, batch: Any) -> tuple[State, Metrics]:
-        """One update, dispatched asynchronously; adds 1 to `state.step` and may donate `state`."""
+        """One step; adds 1 to `state.step`, and may donate `state`. Returns without waiting for the device."""
+        raise NotImplementedError
+
+    def evaluate(self, state: State) -> Mapping[str, float]:
+        """Values on held-out data, logged as eval/<name> every `eval_every` steps; none by default."""
+        return {}
 
 
 class Interrupted(SystemExit):
@@ -85,22 +122,9 @@ def run(
     method: Method,
     workdir: Workdir,
     stage: str,
-    *,
     steps: int,
-    checkpoints: str = "",
-    checkpoint_every: int = 0,
-    max_to_keep: int = 2,
-    keep_best: str = "",
-    log_every: int = 1,
-    eval_every: int = 0,
-    on_eval: Callable[[State, int], Mapping[str, float] | None] | None = None,
+    settings: LoopSettings = LoopSettings(),
     on_start: Callable[[State], None] | None = None,
-    ingredients: Sequence[str] = (),
-    show: Sequence[str] = ("loss",),
-    watch: Collection[str] = ("loss", "grad_norm"),
-    loggers: Collection[str] = (),
-    programs: Sequence[Program] = (),
-    profile: bool = False,
 ) -> State:
     """Trains `stage` up to `steps` steps, resuming from its last checkpoint, and returns the final state.
 
@@ -108,26 +132,20 @@ def run(
     step always commits a checkpoint. An interrupted and resumed run gives the same numbers bit for bit.
 
     Args:
-      method: see `Method`.
+      method: what to train; see `Method`.
       stage: name of the folder in `workdir` and of the stage in metrics.jsonl.
-      checkpoints: folder for checkpoints, one subfolder per stage; default <workdir>/<stage>/checkpoints.
-      checkpoint_every, log_every, eval_every: in steps; 0 means never. The first and the last step are always logged.
-      max_to_keep, keep_best: number of newest checkpoints to keep, and the metric of the best one, see `Checkpoints`.
-      on_eval: called as `on_eval(state, step)`; the values it returns are added to the metrics of that step.
       on_start: called with the state, new or restored, before the first step.
-      ingredients: K names for metrics [K].
-      show: metrics on the progress bar.
-      watch: metrics (`name` or anything under `name/`) that must be finite.
-      loggers: see `MetricWriter`.
-      programs: programs that steps run, for the accounting in performance.jsonl.
-      profile: trace steps 3 to 5 after the start for XProf, in <workdir>/profile.
 
     Raises:
       UserError: a watched metric is NaN or infinite (the batch is saved beside the checkpoints), the data ended early,
         no checkpoint is readable, or the disk is full or unwritable.
       Interrupted: SIGTERM or SIGINT was received; the current step was completed and saved.
     """
-    folder, performance = workdir.stage(stage), Performance(programs)
+    checkpoint_every, max_to_keep, keep_best = settings.checkpoint_every, settings.max_to_keep, settings.keep_best
+    log_every, eval_every, profile = settings.log_every, settings.eval_every, settings.profile
+    ingredients, show, watch, checkpoints = method.ingredients, method.show, method.watch, settings.checkpoints
+    on_eval = method.evaluate if eval_every else None
+    folder, performance = workdir.stage(stage), Performance(method.programs)
     fetched_always = {*show, *watch}
 
     def settle(step: int, metrics: Metrics, batch: Any) -> dict[str, float]:
@@ -167,7 +185,7 @@ def run(
         if on_start is not None:
             on_start(state)
 
-        writer = MetricWriter(workdir, stage, loggers=loggers, after=done)
+        writer = MetricWriter(workdir, stage, loggers=settings.loggers, after=done)
         with contextlib.closing(writer), progress(stage, steps, show, start=done) as bar, _Stop() as stop:
             pending, first = None, done + 1
             performance.begin(done)
@@ -198,7 +216,7 @@ def run(
                 pending = None
                 if evaluate:
                     with performance.excluded():
-                        row |= on_eval(state, done) or {}
+                        row |= {f"eval/{name}": value for name, value in on_eval(state).items()}
                     measured.update(row)
                 if row:
                     writer.write(done, row, performance.row(done))

@@ -1,7 +1,6 @@
 """Optimizers from a config section, and their vectorisation over K independent policies."""
 
-import difflib
-from collections.abc import Mapping
+import dataclasses
 from typing import Any
 
 import jax
@@ -9,51 +8,38 @@ import jax.numpy as jnp
 import optax
 
 from pjrlhf.errors import UserError
+from pjrlhf.settings import Settings, setting
 
-# Setting -> default; None marks a required setting.
-DEFAULTS = {
-    "name": "adamw",  # "adamw", "sgd", or "adafactor" (arXiv 1804.04235, factored second moments)
-    "learning_rate": None,  # peak, reached after warm-up
-    "schedule": "constant",  # after warm-up: "constant", or "linear" / "cosine" down to 0 at the end of the stage
-    "warmup_steps": 0,  # linear rise; step 1 already moves
-    "b1": 0.9,  # adamw: decay of the first moment
-    "b2": 0.999,  # adamw: decay of the second moment
-    "eps": 1e-8,  # adamw: added to the root of the second moment
-    "eps_root": 0.0,  # adamw: added under the root
-    "weight_decay": 0.0,  # decoupled; not applied to leaves named scale or bias
-    "max_grad_norm": 1.0,  # global-norm clipping; 0 turns it off
-}
 SCHEDULES = ("constant", "linear", "cosine")
 OPTIMIZERS = ("adamw", "sgd", "adafactor")
 NO_DECAY = ("scale", "bias")
 
 
-def _settings(config: Mapping[str, Any]) -> dict[str, Any]:
-    """`DEFAULTS` updated by `config`, checked."""
-    for key in config:
-        if key not in DEFAULTS:
-            closest = difflib.get_close_matches(key, DEFAULTS, 1)
-            hint = f"did you mean {closest[0]}?" if closest else f"known keys: {', '.join(DEFAULTS)}"
-            raise UserError(f"optimizer.{key}: no such setting; {hint}")
-    settings = {**DEFAULTS, **config}
-    for key, known in (("name", OPTIMIZERS), ("schedule", SCHEDULES)):
-        if settings[key] not in known:
-            raise UserError(f"optimizer.{key}: {settings[key]!r} is unknown; use one of {', '.join(known)}")
-    for key in DEFAULTS.keys() - {"name", "schedule"}:
-        value = settings[key]
-        if isinstance(value, bool) or not isinstance(value, int | float) or not value >= 0:
-            raise UserError(f"optimizer.{key}: {value!r} is no number >= 0; set it in the config")
-    return settings
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OptimizerSettings(Settings):
+    """An optimizer and its learning-rate schedule. Adafactor (arXiv 1804.04235) keeps factored second moments."""
+
+    name: str = setting("adamw", "the optimizer", choices=OPTIMIZERS)
+    learning_rate: float = setting(1e-3, "peak, reached after the warm-up", low=0.0)
+    schedule: str = setting(
+        "constant", "after the warm-up: constant, or down to 0 at the end of the stage", choices=SCHEDULES
+    )
+    warmup_steps: int = setting(0, "steps of linear rise; the first step already moves", low=0)
+    b1: float = setting(0.9, "adamw: decay of the first moment", low=0.0, below=1.0)
+    b2: float = setting(0.999, "adamw: decay of the second moment", low=0.0, below=1.0)
+    eps: float = setting(1e-8, "adamw: added to the root of the second moment", low=0.0)
+    eps_root: float = setting(0.0, "adamw: added under the root", low=0.0)
+    weight_decay: float = setting(0.0, "decoupled; leaves named scale or bias are exempt", low=0.0)
+    max_grad_norm: float = setting(1.0, "global-norm clipping; 0 turns it off", low=0.0)
 
 
-def make_schedule(config: Mapping[str, Any], total_steps: int) -> optax.Schedule:
-    """Learning rate as a function of the number of updates already done; see `DEFAULTS` for the keys.
+def make_schedule(settings: OptimizerSettings, total_steps: int) -> optax.Schedule:
+    """Learning rate as a function of the number of updates already done.
 
     Raises:
-      UserError: unknown key or value, or a warm-up that is not shorter than the stage.
+      UserError: a warm-up that is not shorter than the stage.
     """
-    settings = _settings(config)
-    peak, warmup = settings["learning_rate"], int(settings["warmup_steps"])
+    peak, warmup = settings.learning_rate, settings.warmup_steps
     if warmup >= max(total_steps, 1):
         raise UserError(f"optimizer.warmup_steps: {warmup} leaves none of the {total_steps} steps; make it smaller")
     rest = max(total_steps - warmup, 1)
@@ -61,7 +47,7 @@ def make_schedule(config: Mapping[str, Any], total_steps: int) -> optax.Schedule
         "constant": optax.constant_schedule(peak),
         "linear": optax.linear_schedule(peak, 0.0, rest),
         "cosine": optax.cosine_decay_schedule(peak, rest),
-    }[settings["schedule"]]
+    }[settings.schedule]
     if not warmup:
         return after
     # Warm-up starts at peak / (warmup + 1) rather than 0, so that the first step is not wasted.
@@ -78,27 +64,26 @@ def _decayed(params: Any) -> Any:
     )
 
 
-def make_optimizer(config: Mapping[str, Any], total_steps: int) -> optax.GradientTransformation:
-    """The optimizer of one policy, from a config section with the keys of `DEFAULTS`.
+def make_optimizer(settings: OptimizerSettings, total_steps: int) -> optax.GradientTransformation:
+    """The optimizer of one policy that is updated `total_steps` times.
 
     Raises:
-      UserError: unknown key or value.
+      UserError: a warm-up that is not shorter than the stage.
     """
-    settings = _settings(config)
-    schedule = make_schedule(config, total_steps)
-    clip = optax.clip_by_global_norm(settings["max_grad_norm"]) if settings["max_grad_norm"] else optax.identity()
-    if settings["name"] == "sgd":
-        return optax.chain(clip, optax.add_decayed_weights(settings["weight_decay"], _decayed), optax.sgd(schedule))
-    if settings["name"] == "adafactor":
-        # Not `optax.adafactor`, whose weight decay is not scaled by the learning rate.
+    schedule = make_schedule(settings, total_steps)
+    clip = optax.clip_by_global_norm(settings.max_grad_norm) if settings.max_grad_norm else optax.identity()
+    if settings.name == "sgd":
+        return optax.chain(clip, optax.add_decayed_weights(settings.weight_decay, _decayed), optax.sgd(schedule))
+    if settings.name == "adafactor":
+        # Not `optax.adafactor`, which takes weight decay apart from the learning rate.
         return optax.chain(
             clip,
             optax.scale_by_factored_rms(),
             optax.clip_by_block_rms(1.0),
-            optax.add_decayed_weights(settings["weight_decay"], _decayed),
+            optax.add_decayed_weights(settings.weight_decay, _decayed),
             optax.scale_by_learning_rate(schedule),
         )
-    adam = {key: settings[key] for key in ("b1", "b2", "eps", "eps_root", "weight_decay")}
+    adam = {key: getattr(settings, key) for key in ("b1", "b2", "eps", "eps_root", "weight_decay")}
     return optax.chain(clip, optax.adamw(schedule, **adam, mask=_decayed))
 
 

@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 from support import tiny, tiny_family
 
-from pjrlhf.algorithms import methods
-from pjrlhf.algorithms import policies as policy
+from pjrlhf.algorithms import methods, policy
 from pjrlhf.errors import UserError
 from pjrlhf.evaluation import pareto
 from pjrlhf.merging.methods import bone_soup_weights
@@ -77,7 +76,7 @@ def test_metrics_are_logged_per_objective(family):
 
 def test_finished_entries_are_skipped_and_new_ones_trained(family, monkeypatch):
     trained = []
-    monkeypatch.setattr("pjrlhf.algorithms.policies.train", lambda run, settings, stage: trained.append(stage) or {})
+    monkeypatch.setattr("pjrlhf.algorithms.policy.train", lambda run, settings, stage: trained.append(stage) or {})
     monkeypatch.setattr(evaluate_front, "run", lambda run: {})
     again(family, tiny_family.settings((*tiny_family.QUICK, "clp")))
     assert trained == ["methods/clp"]
@@ -122,7 +121,7 @@ def player(family, entry, monkeypatch, name="other"):
     with config.methods.unlocked():
         config.methods[name] = entry
     run = tiny.start(family, config)
-    monkeypatch.setattr("pjrlhf.algorithms.policies.load_bank", lambda run, stage, names: {"layers": list(names)})
+    monkeypatch.setattr("pjrlhf.algorithms.policy.load_bank", lambda run, stage, names: {"layers": list(names)})
     monkeypatch.setattr(evaluate_front, "sample_base", lambda run, prompts, key, stage: VARIED(len(prompts)))
     return Front(run).player(name)
 

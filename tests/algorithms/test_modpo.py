@@ -9,8 +9,7 @@ import pytest
 from support import tiny
 from support.small_trees import assert_same
 
-from pjrlhf.algorithms import modpo, reward
-from pjrlhf.algorithms import policies as policy
+from pjrlhf.algorithms import modpo, policy, reward
 from pjrlhf.algorithms.modpo import Modpo, policies_loss
 from pjrlhf.config import neighbours
 from pjrlhf.data.batching import pad_left, pad_right
@@ -78,7 +77,9 @@ def gradient(method, bank, batch, k=None, kind="sigmoid"):
     if k is not None:
         batch, bank, weights = [row[k : k + 1] for row in batch], only(bank, k), weights[k : k + 1]
     arrays = {**method.collate(batch), "weights": weights}
-    return _gradient(method.run.model, method.run.adapter, kind, bank, method.run.base, arrays)
+    return _gradient(
+        method.run.workspace.model, method.run.workspace.adapter, kind, bank, method.run.workspace.base, arrays
+    )
 
 
 def plain(pairs):
@@ -109,13 +110,15 @@ def test_policies_learn_from_the_pairs_of_what_weighs_most(method, batch):
 
 def test_rewards_are_raw_and_those_of_the_pairs_one_by_one(method):
     run, rewarder = method.run, reward.load(method.run)
-    assert len(method.table) > 2 * run.config.sample_rows, "one chunk proves nothing"
-    R, judge, score = len(run.rewards), reward.Reward(run), jax.jit(reward.pair_rewards, static_argnums=(0, 1))
+    assert len(method.table) > 2 * run.settings.sample_rows, "one chunk proves nothing"
+    R, judge, score = len(run.audience.rewards), reward.Reward(run), jax.jit(reward.pair_rewards, static_argnums=(0, 1))
     for i in (0, 17, len(method.table) - 1):
         raw = judge.collate([[method.table[i]] * R])
         models = {name: rewarder[name] for name in ("bank", "heads")}
-        sides = score(run.model, run.adapter, models, run.base, raw)  # [R, 1] each
-        others = np.delete(np.array(sides)[..., 0], run.rewards.index(method.table.examples[i].objective), axis=1)
+        sides = score(run.workspace.model, run.workspace.adapter, models, run.workspace.base, raw)  # [R, 1] each
+        others = np.delete(
+            np.array(sides)[..., 0], run.audience.rewards.index(method.table.examples[i].objective), axis=1
+        )
         np.testing.assert_allclose(method.rewards[i], others, atol=1e-5)
     assert np.abs(method.rewards).max() > 0.1
 
@@ -150,12 +153,12 @@ def test_one_hot_weights_are_dpo(method, bank, batch, kind):
     @jax.jit
     def dpo(one, base):
         def logps(bank, mix):
-            policies = Policies(run.model, run.adapter, base, bank, mix)
+            policies = Policies(run.workspace.model, run.workspace.adapter, base, bank, mix)
             return scoring.sequence_logps(policies, tokens, valid, slots)[0].reshape(2, n)
 
         return pairwise_loss(kind, logps(one, np.ones((1, 1))), logps(None, None), BETA).mean()
 
-    loss, slope = jax.value_and_grad(dpo)(only(bank, 0), run.base)
+    loss, slope = jax.value_and_grad(dpo)(only(bank, 0), run.workspace.base)
     assert losses(method, bank, batch, kind)[0] == pytest.approx(float(loss), rel=1e-4)
     found = gradient(method, bank, batch, kind=kind)[1]
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x[0], y[0], rtol=1e-3, atol=1e-5), found, slope)
@@ -168,12 +171,12 @@ def test_the_loss_of_a_mixture_is_the_papers(method, bank, batch):
 
     @jax.jit
     def logps(bank, base):
-        policies = Policies(run.model, run.adapter, base, bank, np.ones((1, 1)))
+        policies = Policies(run.workspace.model, run.workspace.adapter, base, bank, np.ones((1, 1)))
         return scoring.sequence_logps(policies, tokens, valid, slots)[0].reshape(2, n)
 
     index = [pair["index"] for pair in mine]
-    ratio = np.array(logps(only(bank, 1), run.base)) - method.reference[index].T
-    column = [name for name in run.rewards if name != "P1A"].index("P2A")
+    ratio = np.array(logps(only(bank, 1), run.workspace.base)) - method.reference[index].T
+    column = [name for name in run.audience.rewards if name != "P1A"].index("P2A")
     gap = method.rewards[index, 0, column] - method.rewards[index, 1, column]
     assert np.abs(gap).min() > 0.01
     h = (BETA * (ratio[0] - ratio[1]) - 0.3 * gap) / 0.7
@@ -189,7 +192,7 @@ def test_a_reward_model_reaches_the_policies_that_weigh_it_beside_their_label(
 ):
     before = losses(method, bank, batch)
     model = reward.load(method.run)
-    number = method.run.rewards.index(changed)
+    number = method.run.audience.rewards.index(changed)
     model["heads"]["kernel"] = model["heads"]["kernel"].at[number].multiply(-3.0)
     monkeypatch.setattr(reward, "load", lambda run: model)
     other = made(finished)

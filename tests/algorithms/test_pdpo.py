@@ -13,7 +13,7 @@ import pytest
 from support import tiny, tiny_users
 
 from pjrlhf.algorithms import pdpo as preference
-from pjrlhf.algorithms.pdpo import (
+from pjrlhf.algorithms.pdpo import PreferenceSettings, (
     Preference,
     PreferenceConfig,
     answer_scores,
@@ -71,7 +71,9 @@ def test_the_reference_is_the_policy_without_users(run, pairs):
     method = Preference(run, "pooled", pairs)
     rows = [pairs.tables["train"][i] for i in range(8)]
     batch = batch_of(pairs, rows)
-    logps = answer_scores(run.model, run.adapter, method.users, method.init().trainable, run.base, batch)
+    logps = answer_scores(
+        run.workspace.model, run.workspace.adapter, method.users, method.init().trainable, run.workspace.base, batch
+    )
     np.testing.assert_allclose(logps.T, pairs.reference["train"][:8], rtol=1e-5)
     np.testing.assert_array_equal(batch["counts"], [[len(row["chosen"]), len(row["rejected"])] for row in rows])
 
@@ -93,11 +95,11 @@ def doubled(run, pairs):
     @jax.jit
     def loss_and_gradient(trainable, batch):
         config = PreferenceConfig(alpha=0.3, beta=0.5)
-        shared = (run.model, run.adapter, method.users)
-        loss, gradient = jax.value_and_grad(lambda p: preference_loss(*shared, config, p, run.base, batch)[0])(
-            trainable
-        )
-        return loss, gradient, answer_scores(*shared, trainable, run.base, batch)
+        shared = (run.workspace.model, run.workspace.adapter, method.users)
+        loss, gradient = jax.value_and_grad(
+            lambda p: preference_loss(*shared, config, p, run.workspace.base, batch)[0]
+        )(trainable)
+        return loss, gradient, answer_scores(*shared, trainable, run.workspace.base, batch)
 
     return trainable, part, loss_and_gradient
 
@@ -317,7 +319,7 @@ def test_the_reward_loss_is_that_of_the_paper(records, tmp_path):
     state, metrics = method.step(method.init().replace(trainable=jax.tree.map(jnp.copy, trainable)), batch)
 
     def gaps(users):
-        shared = (run.model, run.adapter, method.users, trainable, run.base)
+        shared = (run.workspace.model, run.workspace.adapter, method.users, trainable, run.workspace.base)
         rewards = answer_scores(*shared, {**batch, "user": users})
         return np.asarray(rewards[0] - rewards[1], np.float64)
 
@@ -333,7 +335,9 @@ def test_the_reward_loss_is_that_of_the_paper(records, tmp_path):
 @pytest.mark.slow
 def test_a_reward_model_knows_people_apart(records, tmp_path):
     run = tiny.start(tmp_path / "run", records(preference__models=REWARD, preference__steps=40, preference__alpha=0.5))
-    run.config.preference.optimizer.learning_rate = run.config.preference.user_optimizer.learning_rate = 3e-2
+    run.section(PreferenceSettings).optimizer.learning_rate = run.section(
+        PreferenceSettings
+    ).user_optimizer.learning_rate = 3e-2
     preference.run(run)
     trained = Trained(run, "mine", Pairs(run))
     own = trained.margins("heldout", trained.pairs.users("heldout"))
@@ -449,10 +453,10 @@ def test_every_loss_trains(records, tmp_path, monkeypatch):
     monkeypatch.setattr(preference, "answer_scores", unigrams)
     run = tiny.start(tmp_path / "run", records(preference__models={"pooled": {"kind": "uniform"}}))
     pairs = Pairs(run)
-    run.config.preference.optimizer.update({"name": "sgd", "learning_rate": 0.3})
+    run.section(PreferenceSettings).optimizer.update({"name": "sgd", "learning_rate": 0.3})
     batch = batch_of(pairs, [pairs.tables["train"][i] for i in range(0, 16, 2)])  # ann's
     for kind in PAIRWISE:
-        run.config.preference.loss = kind
+        run.section(PreferenceSettings).loss = kind
         method = Preference(run, "pooled", pairs)
         state, margins, found = method.init(), [], []
         for _ in range(3):
@@ -500,7 +504,7 @@ def opposites(records, tmp_path):
     run = tiny.start(
         tmp_path / "bank", records(preference__models={"pooled": {"kind": "uniform"}}, preference__steps=12)
     )
-    run.config.preference.optimizer.learning_rate = 3e-2
+    run.section(PreferenceSettings).optimizer.learning_rate = 3e-2
     pairs = Pairs(run)
     users, banks = pairs.users("train"), []
     method = Preference(run, "pooled", pairs)
@@ -512,7 +516,7 @@ def opposites(records, tmp_path):
         assert metrics["rewards/accuracies"][0] == 8
         banks.append(state.trainable["bank"])
     path = tmp_path / "bank.safetensors"
-    note = {"base": fingerprint(run.base_folder), "alpha": run.adapter.alpha}
+    note = {"base": fingerprint(run.workspace.base_folder), "alpha": run.workspace.adapter.alpha}
     save_tree(path, jax.tree.map(lambda *x: jnp.concatenate(x), *banks), note)
     changes = {"preference__bank": str(path), "preference__models": {"soup": {"kind": "soup"}}}
     return functools.partial(records, preference__steps=30, **changes), path

@@ -23,7 +23,7 @@ from support.small_policies import (
     value_heads,
 )
 
-from pjrlhf.algorithms.policies import PPOConfig, ppo_gradient, ppo_loss, ppo_update
+from pjrlhf.algorithms.policy import PPOConfig, ppo_gradient, ppo_loss, ppo_update
 from pjrlhf.merging.lora import merge_dense
 from pjrlhf.models.adapters import AdapterConfig, init_bank
 from pjrlhf.models.config import ModelConfig

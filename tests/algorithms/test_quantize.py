@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from support import tiny, tiny_users
 
-from pjrlhf.algorithms import policies as policy
-from pjrlhf.algorithms.policies import Policy
+from pjrlhf.algorithms import policy
+from pjrlhf.algorithms.policy import Policy
 from pjrlhf.algorithms.sft import Sft
 from pjrlhf.errors import UserError
 from pjrlhf.export import merge
@@ -26,8 +26,8 @@ def close(got, want):
 def test_the_base_is_that_of_the_folder_quantised_and_has_a_name_of_its_own(finished):
     run = tiny.start(finished, tiny.settings(model__quantize="int8"))
     floats = tiny.start(finished, tiny.settings())
-    close(run.base, quantize_params(load_params(finished / "sft" / "model")))
-    assert run.base_hash != floats.base_hash == run.folder_hash == floats.folder_hash
+    close(run.workspace.base, quantize_params(load_params(finished / "sft" / "model")))
+    assert run.workspace.base_hash != floats.base_hash == run.workspace.folder_hash == floats.folder_hash
 
 
 def test_policies_train_on_it_and_their_adapters_merge_into_the_folder(copied, tmp_path):
@@ -35,23 +35,27 @@ def test_policies_train_on_it_and_their_adapters_merge_into_the_folder(copied, t
     run = tiny.start(copied, tiny.settings(model__quantize="int8", policy__steps=1))
     method = Policy(run)
     state = method.init()
-    before = tiny.bits(run.base)
+    before = tiny.bits(run.workspace.base)
     state, metrics = method.step(state, next(method.batches))
     # Nothing has moved yet when the first minibatch is scored: rollout and update see the same base.
     np.testing.assert_allclose(metrics["policy/first_approxkl"][0], 0.0, atol=1e-6)
-    assert tiny.bits(run.base) == before
+    assert tiny.bits(run.workspace.base) == before
     bank = state.trainable["bank"]
     assert max(np.abs(leaf).max() for path, leaf in jax.tree.leaves_with_path(bank) if path[-1].key == "b") > 0
     names = method.goals.adapters
-    assert policy.save(run, "policy", names, bank) == run.base_hash
+    assert policy.save(run, "policy", names, bank) == run.workspace.base_hash
     config = tiny.catalogue("merge").get_config().merge
     folder = copied / "policy" / "ingredients" / names[0]
-    config.update({"base": str(run.base_folder), "ingredients": (str(folder),), "weights": (1.0,)})
+    config.update({"base": str(run.workspace.base_folder), "ingredients": (str(folder),), "weights": (1.0,)})
     config.output = str(tmp_path / "merged")
     merge.merge(config)
-    found, floats = (load_params(x)["layers"]["mlp"]["down"]["kernel"] for x in (config.output, run.base_folder))
+    found, floats = (
+        load_params(x)["layers"]["mlp"]["down"]["kernel"] for x in (config.output, run.workspace.base_folder)
+    )
     pair = jax.tree.map(lambda x: x[0], bank["layers"]["mlp"]["down"])
-    np.testing.assert_allclose(found, floats + run.adapter.scale * pair["a"] @ pair["b"], rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(
+        found, floats + run.workspace.adapter.scale * pair["a"] @ pair["b"], rtol=1e-5, atol=1e-6
+    )
     assert json.loads((folder / merge.MANIFEST).read_text())["quantize"] == "int8"
 
 

@@ -38,7 +38,13 @@ _score = jax.jit(pair_rewards, static_argnums=(0, 1))
 def score(method, trainable, raw):
     """Rewards (chosen, rejected) [K, n] of a batch as `collate` makes it."""
     run = method.run
-    return _score(run.model, run.adapter, {name: trainable[name] for name in ("bank", "heads")}, run.base, raw)
+    return _score(
+        run.workspace.model,
+        run.workspace.adapter,
+        {name: trainable[name] for name in ("bank", "heads")},
+        run.workspace.base,
+        raw,
+    )
 
 
 # ---- the source of batches
@@ -89,19 +95,20 @@ def noisy(tree, seed, scale=0.3):
 def test_k_models_in_one_program_equal_k_programs(method, rank):
     run, K = method.run, len(tiny.REWARDS)
     adapter = AdapterConfig(rank=rank, alpha=4.0)
-    width = run.model_config.hidden_size
+    width = run.workspace.model_config.hidden_size
     trainable = noisy(
-        {"bank": init_bank(run.base, adapter, K, jax.random.key(0)), "heads": scoring.init_heads(K, width)}, seed=0
+        {"bank": init_bank(run.workspace.base, adapter, K, jax.random.key(0)), "heads": scoring.init_heads(K, width)},
+        seed=0,
     )
     source = Grouped(method.train, 0)
     pairs = [[{**row, "margin": 0.1 * i + 0.01 * k} for k, row in enumerate(source[i])] for i in range(4)]
     raw = method.collate(pairs)
-    grad = jax.jit(jax.value_and_grad(functools.partial(reward_loss, run.model, adapter), has_aux=True))
-    (total, metrics), whole = grad(trainable, run.base, raw)
+    grad = jax.jit(jax.value_and_grad(functools.partial(reward_loss, run.workspace.model, adapter), has_aux=True))
+    (total, metrics), whole = grad(trainable, run.workspace.base, raw)
     losses = []
     for k in range(K):
         one = jax.tree.map(lambda x, k=k: x[k : k + 1], trainable)
-        (loss, _), alone = grad(one, run.base, method.collate([row[k : k + 1] for row in pairs]))
+        (loss, _), alone = grad(one, run.workspace.base, method.collate([row[k : k + 1] for row in pairs]))
         losses.append(float(loss))
         # Sums of another shape are taken in another order, which differs from processor to processor.
         jax.tree.map(lambda x, y, k=k: np.testing.assert_allclose(x[k], y[0], rtol=1e-4, atol=1e-5), whole, alone)
@@ -157,15 +164,23 @@ def test_calibrated_rewards_have_mean_0_and_deviation_1(method, trained, monkeyp
         tokens = prompt["prompt"][:, -sampling.max_new_tokens :] * 3 % model.config.vocab_size
         return {"tokens": tokens, "valid": jnp.cumsum(tokens % 5 == 0, axis=1) < 2}
 
-    encode = run.encode
+    encode = run.text.encode
     monkeypatch.setattr(run, "encode", lambda prompts: asked.append(encode(prompts)) or asked[-1], raising=False)
     monkeypatch.setattr(reward, "sample", answer)
     scale = method.calibrate(trained)
-    assert len(asked) * run.config.sample_rows == run.config.reward.calibration_samples
+    assert len(asked) * run.settings.sample_rows == run.section(RewardSettings).calibration_samples
     prompt = {name: jnp.concatenate([x[name] for x in asked]) for name in ("prompt", "valid")}
-    response = answer(run.model, None, run.sampling(), None, None, None, prompt, None)
+    response = answer(run.workspace.model, None, run.text.sampling(), None, None, None, prompt, None)
     prompt, response = jax.tree.map(lambda x: jnp.tile(x, (K, 1)), (prompt, response))
-    arguments = run.model, run.adapter, run.base, {**trained, **scale}, jnp.arange(K)[:, None], prompt, response
+    arguments = (
+        run.workspace.model,
+        run.workspace.adapter,
+        run.workspace.base,
+        {**trained, **scale},
+        jnp.arange(K)[:, None],
+        prompt,
+        response,
+    )
     scores = reward_scores(*arguments).reshape(K, -1)
     np.testing.assert_allclose(scores.mean(1), 0, atol=1e-4)
     np.testing.assert_allclose(scores.std(1), 1, atol=1e-4)

@@ -10,8 +10,7 @@ import pytest
 from support import tiny
 from support.small_trees import assert_same
 
-from pjrlhf.algorithms import policies as policy
-from pjrlhf.algorithms import reward, ric
+from pjrlhf.algorithms import policy, reward, ric
 from pjrlhf.config import neighbours
 from pjrlhf.data.batching import pad_right
 from pjrlhf.data.preferences import PreferencePrompt
@@ -81,7 +80,7 @@ def answers_of(run, number):
 
 
 def words(run, scores):
-    return PreferencePrompt(form="tally", levels=2)(run.registry, run.objectives, scores)
+    return PreferencePrompt(form="tally", levels=2)(run.audience.registry, run.audience.objectives, scores)
 
 
 # ---- the data
@@ -90,14 +89,17 @@ def words(run, scores):
 def test_scores_are_calibrated_rewards_of_the_answers_to_plain_requests(trained):
     run, _, _, _ = trained
     score = jax.jit(reward_scores, static_argnums=(0, 1), static_argnames="scale")
-    found, arguments = [], (run.model, run.adapter, run.base, reward.load(run), jnp.arange(N)[None])
+    found, arguments = (
+        [],
+        (run.workspace.model, run.workspace.adapter, run.workspace.base, reward.load(run), jnp.arange(N)[None]),
+    )
     records = [answer for number in range(3) for answer in answers_of(run, number)]
     for record in records[:: len(records) // 12]:
-        plain = run.ask(record["request"])
-        answer = run.tokenizer.encode_pair(plain, record["text"])[1][: run.lengths.completion]
-        tokens, valid = pad_right([answer], run.lengths.completion, run.tokenizer.pad_id)
+        plain = run.records.ask(record["request"])
+        answer = run.workspace.tokenizer.encode_pair(plain, record["text"])[1][: run.text.lengths.completion]
+        tokens, valid = pad_right([answer], run.text.lengths.completion, run.workspace.tokenizer.pad_id)
         response = {"tokens": tokens, "valid": valid}
-        found.append((record["scores"], score(*arguments, run.encode([plain]), response, scale="quantiles")[0]))
+        found.append((record["scores"], score(*arguments, run.text.encode([plain]), response, scale="quantiles")[0]))
     np.testing.assert_allclose(*zip(*found, strict=True), atol=1e-5)
     scores = np.array([record["scores"] for record in records])
     assert scores.min() >= 0 and scores.max() <= 1 and (scores.std(0) > 0.05).all()
@@ -106,7 +108,7 @@ def test_scores_are_calibrated_rewards_of_the_answers_to_plain_requests(trained)
 def test_requests_come_in_turn(trained):
     run, section, _, _ = trained
     asked = [answer["request"] for answer in answers_of(run, 0)]
-    assert asked == [q for q in run.requests[0][: section.samples] if q in asked]
+    assert asked == [q for q in run.records.requests[0][: section.samples] if q in asked]
     assert len(asked) > section.samples / 2
 
 
@@ -116,9 +118,9 @@ def test_prompts_state_the_scores_their_answers_got(trained):
         table = ric.stated(run, section, answers, "test")
         assert len(table) == len(answers) > 0
         for row, answer in zip(table, answers, strict=True):
-            prompt = run.ask(answer["request"], words(run, answer["scores"]))
-            assert row["prompt"].tolist() == run.tokenizer.encode_prompt(prompt)
-            assert run.tokenizer.decode(row["completion"]).split() == answer["text"].split()
+            prompt = run.records.ask(answer["request"], words(run, answer["scores"]))
+            assert row["prompt"].tolist() == run.workspace.tokenizer.encode_prompt(prompt)
+            assert run.workspace.tokenizer.decode(row["completion"]).split() == answer["text"].split()
         assert len({words(run, answer["scores"]) for answer in answers}) > 3, number
     # Online these are not the scores that were asked for.
     goals = {row.request: row.words for row in ric.wanted(run, section, 1)}
@@ -129,12 +131,12 @@ def test_prompts_state_the_scores_their_answers_got(trained):
 
 def test_online_rounds_ask_for_targets_of_drawn_weights(trained):
     run, section, _, _ = trained
-    weights = np.random.default_rng((run.config.seed, 120, 1)).dirichlet(np.ones(N), section.online_samples)
+    weights = np.random.default_rng((run.settings.seed, 120, 1)).dirichlet(np.ones(N), section.online_samples)
     rows = ric.wanted(run, section, 1)
     assert [row.words for row in rows] == [words(run, p) for p in target_map(weights, "l2").tolist()]
     assert rows == ric.wanted(run, section, 1)
     assert [row.words for row in rows] != [row.words for row in ric.wanted(run, section, 2)]
-    assert [row.request for row in rows] == run.requests[0][: section.online_samples]
+    assert [row.request for row in rows] == run.records.requests[0][: section.online_samples]
 
 
 # ---- what is kept
@@ -171,10 +173,10 @@ def test_an_online_round_learns_from_the_good_and_a_share_of_the_first(trained):
 def test_empty_answers_are_left_out(trained, monkeypatch):
     run, _, _, _ = trained
     texts = ["it can grow .", "  ", "", "be kind ."]
-    found = ric.scored(run, reward.load(run), run.requests[0][:4], texts, "test")
-    assert [answer["request"] for answer in found] == [run.requests[0][0], run.requests[0][3]]
+    found = ric.scored(run, reward.load(run), run.records.requests[0][:4], texts, "test")
+    assert [answer["request"] for answer in found] == [run.records.requests[0][0], run.records.requests[0][3]]
     with pytest.raises(UserError, match="test: all of 2 answers are empty; train the base longer"):
-        ric.scored(run, reward.load(run), run.requests[0][:2], ["", " "], "test")
+        ric.scored(run, reward.load(run), run.records.requests[0][:2], ["", " "], "test")
 
 
 # ---- training

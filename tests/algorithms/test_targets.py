@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from support import tiny
 
-from pjrlhf.algorithms.policies import settings_of
+from pjrlhf.algorithms.policy import settings_of
 from pjrlhf.algorithms.targets import NEAR, Rows, Targets, point_name
 from pjrlhf.errors import UserError
 from pjrlhf.objectives.simplex import simplex_grid
@@ -90,13 +90,15 @@ def test_a_combination_takes_one_preference_of_each_dimension(run):
 def test_rows_state_the_goal_in_the_prompt_and_never_to_the_reward_model(run):
     found = goals(run, preferences__kind="dirichlet", prompt_preference="half", prompt_format__form="tally")
     rows = Rows(run, found, 500)
-    assert len(rows) >= 500 and len(rows) % (2 * len(run.requests[0])) == 0
+    assert len(rows) >= 500 and len(rows) % (2 * len(run.records.requests[0])) == 0
     for i in (0, 1, 2, 3, len(rows) - 1):
         row = rows[i]
         (goal,) = row["goals"]
-        text = run.tokenizer.decode(row["prompts"][0])
+        text = run.workspace.tokenizer.decode(row["prompts"][0])
         assert (found.state(goal) in text) == bool(i % 2)
-        assert row["reward_prompt"] == run.tokenizer.encode_prompt(run.ask(rows.requests[i // 2 % len(rows.requests)]))
+        assert row["reward_prompt"] == run.workspace.tokenizer.encode_prompt(
+            run.records.ask(rows.requests[i // 2 % len(rows.requests)])
+        )
     assert rows[1]["goals"] != rows[1 + 2 * len(rows.requests)]["goals"], "a request comes with ever new weights"
 
 
@@ -129,7 +131,7 @@ def test_wrong_settings(run, changes, message):
 
 
 def test_mixed_adapters_take_a_rank(run):
-    config = run.config.copy_and_resolve_references()
+    config = run.settings.copy_and_resolve_references()
     config.adapter.rank = 0
     full = tiny.start(run.workdir.path, config)
     with pytest.raises(UserError, match="which takes adapters; set a rank"):

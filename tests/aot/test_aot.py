@@ -2,7 +2,6 @@
 
 import importlib.util
 import json
-import math
 import pathlib
 
 import jax
@@ -12,7 +11,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from support import tiny, tiny_family, tiny_users
 
 from pjrlhf.algorithms.pdpo import Preference
-from pjrlhf.algorithms.policies import Policy
+from pjrlhf.algorithms.policy import Policy
 from pjrlhf.algorithms.reward import Reward
 from pjrlhf.aot import dry_run as planned
 from pjrlhf.aot import plan as aot
@@ -115,8 +114,8 @@ def found_shardings(variant):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(planned, "devices_of", lambda topology: ("v5e", jax.devices()))
         run = aot.DryRun(config, "v5e:2x4")
-    run.config.model.attention = "xla"
-    trees = {"base": run.base}
+    run.settings.model.attention = "xla"
+    trees = {"base": run.workspace.base}
     if variant.startswith("pdpo"):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(aot.DryRun, "_rows", property(lambda self: 64))
@@ -194,8 +193,7 @@ def test_planned_memory_is_what_the_program_holds(monkeypatch):
     config = tiny.settings(policy__rollouts=8)
     (step,) = aot.plan(config, "v5e:2x4", ["reward"])
     run = aot.DryRun(config, "v5e:2x4")
-    held = sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(run.base))
-    assert step.memory > held > 0
+    assert step.memory > roofline.tree_bytes(run.workspace.base) > 0
 
 
 @pytest.mark.parametrize(

@@ -86,8 +86,8 @@ def test_everybody_labels_by_characters_and_own_taste(made):
 def test_pairs_are_split_by_prompt_and_nobody_labels_one_twice(made):
     run, _ = made
     train, held, new = read(run)
-    assert {r["request"] for r in train} <= set(run.requests[0])
-    assert {r["request"] for r in held} <= set(run.requests[1])
+    assert {r["request"] for r in train} <= set(run.records.requests[0])
+    assert {r["request"] for r in held} <= set(run.records.requests[1])
     assert {r["held_out"] for r in new} == {True, False}
     for records in (train, held, new):
         seen = collections.Counter((r["user_id"], r["request"]) for r in records)
@@ -115,8 +115,8 @@ def test_long_answers_are_judged_whole_where_their_beginning_is_read(tmp_path):
 
 def test_the_base_never_sees_a_held_out_request(made):
     run, _ = made
-    asked = {example.prompt[0]["content"] for example in run.completions}
-    assert asked == set(run.requests[0])
+    asked = {example.prompt[0]["content"] for example in run.records.completions}
+    assert asked == set(run.records.requests[0])
 
 
 def test_pairs_of_other_prompts(tmp_path):

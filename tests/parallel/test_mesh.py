@@ -10,7 +10,7 @@ import pytest
 from jax.sharding import PartitionSpec
 from support.small_policies import ADAPTERS, EOS, MODEL, PAD, bank, base, close, heads, prompts, value_heads
 
-from pjrlhf.algorithms.policies import PPOConfig, ppo_loss
+from pjrlhf.algorithms.policy import PPOConfig, ppo_loss
 from pjrlhf.errors import UserError
 from pjrlhf.objectives.scalarization import MinNorm
 from pjrlhf.parallel.mesh import leaf_sharding, make_mesh, shard_batch, shard_params

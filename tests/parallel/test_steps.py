@@ -12,7 +12,7 @@ from support.meshes import MESHES
 from support.small_policies import close, noise
 
 from pjrlhf.algorithms.pdpo import Preference
-from pjrlhf.algorithms.policies import Policy
+from pjrlhf.algorithms.policy import Policy
 from pjrlhf.algorithms.reward import Reward
 from pjrlhf.data import synthetic
 from pjrlhf.feedback.pairs import Pairs
@@ -21,7 +21,7 @@ from pjrlhf.merging.lora import merge_dense
 from pjrlhf.models.adapters import init_bank
 from pjrlhf.parallel.mesh import bytes_per_device, shard_params
 from pjrlhf.parallel.processes import to_host
-from pjrlhf.runtime.context import Run
+from pjrlhf.runtime.run import Run
 from pjrlhf.training.checkpoint import Checkpoints
 from pjrlhf.training.workdir import Workdir
 
@@ -80,7 +80,7 @@ def reward_models(run):
     """Reward models that tell answers apart, and a scale."""
     trained = noise(to_host(Reward(run).init().trainable), 7, 0.3)
     count = np.ones(len(OBJECTIVES), np.float32)
-    return shard_params(run.mesh, trained | {"mean": 0 * count, "std": count, "low": -count, "high": count})
+    return shard_params(run.devices.mesh, trained | {"mean": 0 * count, "std": count, "low": -count, "high": count})
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +101,7 @@ def taken(start):
             method = Reward(run) if step == "reward" else Policy(run, rewarder=reward_models(run))
         state = method.init()
         moved = noise({name: to_host(x) for name, x in state.trainable.items() if name != "users"}, 5, 0.1)
-        state = state.replace(trainable={**state.trainable, **shard_params(run.mesh, moved)})
+        state = state.replace(trainable={**state.trainable, **shard_params(run.devices.mesh, moved)})
         return run, *method.step(state, next(method.batches))
 
     return take
@@ -144,9 +144,9 @@ def whole_bytes(tree):
 def test_every_device_holds_its_part(taken, step, mesh):
     run, state, _ = taken(step, mesh)
     sizes = {"data": 1, "fsdp": 1, "tensor": 1} | MESHES[mesh]
-    whole = whole_bytes([x for name, x in named(run.base) if "norm" in name])
-    matrices = whole_bytes(run.base) - whole
-    assert bytes_per_device(run.base) == whole + matrices // (sizes["fsdp"] * sizes["tensor"])
+    whole = whole_bytes([x for name, x in named(run.workspace.base) if "norm" in name])
+    matrices = whole_bytes(run.workspace.base) - whole
+    assert bytes_per_device(run.workspace.base) == whole + matrices // (sizes["fsdp"] * sizes["tensor"])
     want = 0
     for name, x in named(state.trainable["bank"]):
         # Of the factors [in, R] and [R, out] each is split as its side of the kernel is.
@@ -164,7 +164,7 @@ def test_a_run_says_what_its_parameters_take(start, caplog):
     with caplog.at_level("INFO"):
         state = run.train(method, "reward", 1)
     line = next(record.getMessage() for record in caplog.records if "bytes per device" in record.getMessage())
-    for name, tree in {"base": run.base, **state.trainable, "optimizer": state.opt_state}.items():
+    for name, tree in {"base": run.workspace.base, **state.trainable, "optimizer": state.opt_state}.items():
         assert f"{name} {bytes_per_device(tree):,}" in line
 
 
@@ -181,19 +181,19 @@ def test_merging_from_sharded_checkpoints(start, tmp_path, mesh):
     with Checkpoints(tmp_path) as checkpoints:
         checkpoints.save(1, saved, 0)
     with Checkpoints(tmp_path) as checkpoints:
-        found, _ = checkpoints.restore(shard_params(run.mesh, jax.tree.map(np.zeros_like, saved)))
+        found, _ = checkpoints.restore(shard_params(run.devices.mesh, jax.tree.map(np.zeros_like, saved)))
     weights = (0.7, 0.5)
 
-    soup = trees.soup(run.base, found["models"], weights)
+    soup = trees.soup(run.workspace.base, found["models"], weights)
     close(to_host(soup), jax.tree.map(lambda x, y, z: x + 0.7 * (y - x) + 0.5 * (z - x), base, *models))
-    layer = [x["layers"]["mlp"] for x in (run.base, *found["models"], base, *models)]
+    layer = [x["layers"]["mlp"] for x in (run.workspace.base, *found["models"], base, *models)]
     ties, want = (methods.ties(layer[i], layer[i + 1 : i + 3], weights, density=0.5) for i in (0, 3))
     close(to_host(ties), want)
 
     each = [jax.tree.map(lambda x, k=k: x[k], found["bank"]) for k in range(2)]
-    dense = merge_dense(run.base, each, [run.adapter.scale] * 2, weights)
+    dense = merge_dense(run.workspace.base, each, [run.workspace.adapter.scale] * 2, weights)
     kernel, factors = (tree["layers"]["mlp"]["up"] for tree in (base, bank))
-    deltas = [w * run.adapter.scale * factors["a"][k] @ factors["b"][k] for k, w in enumerate(weights)]
+    deltas = [w * run.workspace.adapter.scale * factors["a"][k] @ factors["b"][k] for k, w in enumerate(weights)]
     close(to_host(dense["layers"]["mlp"]["up"]["kernel"]), kernel["kernel"] + sum(deltas))
     assert bytes_per_device(ties) == bytes_per_device(layer[0])
-    assert bytes_per_device(soup) == bytes_per_device(dense) == bytes_per_device(run.base)
+    assert bytes_per_device(soup) == bytes_per_device(dense) == bytes_per_device(run.workspace.base)

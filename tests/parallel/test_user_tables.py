@@ -18,7 +18,7 @@ from pjrlhf.models.storage import save_tree
 from pjrlhf.models.users import UserModel, gather_rows
 from pjrlhf.parallel.mesh import leaf_sharding, make_mesh, round_up_rows, shard_params
 from pjrlhf.protocols.trained import Trained
-from pjrlhf.runtime.context import Run
+from pjrlhf.runtime.run import Run
 from pjrlhf.training.lazy_adam import lazy_adam
 from pjrlhf.training.workdir import Workdir
 

@@ -11,8 +11,7 @@ import numpy as np
 import pytest
 from support import tiny
 
-from pjrlhf.algorithms import policies as policy
-from pjrlhf.algorithms import reward, sft
+from pjrlhf.algorithms import policy, reward, sft
 from pjrlhf.data.tokenization import load_tokenizer
 from pjrlhf.errors import UserError
 from pjrlhf.evaluation.judges import ScoreJudge
@@ -21,7 +20,7 @@ from pjrlhf.feedback import comparisons
 from pjrlhf.models.storage import load_tree, save_tree
 from pjrlhf.pipeline import stages
 from pjrlhf.protocols import soups as evaluate
-from pjrlhf.runtime.context import Run
+from pjrlhf.runtime.run import Run
 from pjrlhf.training import loop
 from pjrlhf.training.workdir import Workdir
 
@@ -180,7 +179,7 @@ def test_bad_completion_records(finished, tmp_path):
 def test_a_held_out_prompt_that_is_too_long(copied):
     run = tiny.start(copied, tiny.settings(data__max_prompt=9))
     with pytest.raises(UserError, match=r"prompt .*tokens, more than data.max_prompt=9; raise it"):
-        run.encode([run.ask(run.requests[1][0], "use easy words . keep it short .")])
+        run.text.encode([run.records.ask(run.records.requests[1][0], "use easy words . keep it short .")])
 
 
 def test_answers_that_no_judge_can_tell_apart(copied, monkeypatch):

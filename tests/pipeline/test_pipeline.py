@@ -196,8 +196,8 @@ def test_comparisons_are_preference_records_labelled_by_the_judge(finished, tmp_
     for example in examples:
         (message,) = example.prompt
         request = message["content"]
-        assert request in run.requests[0], "a held-out request, or one with a preference sentence"
-        score = [run.score(request, text, example.objective) for text in (example.chosen, example.rejected)]
+        assert request in run.records.requests[0], "a held-out request, or one with a preference sentence"
+        score = [run.audience.score(request, text, example.objective) for text in (example.chosen, example.rejected)]
         assert score[0] > score[1]
 
 

@@ -13,7 +13,7 @@ import jax
 import pytest
 from support import tiny, tiny_family, tiny_users
 
-from pjrlhf.algorithms.policies import Policy
+from pjrlhf.algorithms.policy import Policy
 from pjrlhf.algorithms.reward import Reward
 from pjrlhf.algorithms.sft import Sft
 from pjrlhf.models.storage import load_tree
@@ -36,7 +36,9 @@ def train(folder, stage, stop_at=None):
         return step(state, batch)
 
     method.step = interrupted
-    state = loop.run(method, run.workdir, stage, steps=config[stage].steps, ingredients=run.rewards, log_every=1)
+    state = loop.run(
+        method, run.workdir, stage, steps=config[stage].steps, ingredients=run.audience.rewards, log_every=1
+    )
     return tiny.bits(state), tiny.lines(folder, stage)
 
 

@@ -68,14 +68,14 @@ def test_rows_reach_the_decoder_with_their_own_weights_and_prompts(run, monkeypa
     seen = []
 
     def fake(model, adapter, sampling, base, bank, mix, prompt, key):
-        seen.append((np.array(mix), run.tokenizer.backend.batch_decode(prompt["prompt"])))
-        ids = run.tokenizer.backend.convert_tokens_to_ids(["shine", "grow"])
+        seen.append((np.array(mix), run.workspace.tokenizer.backend.batch_decode(prompt["prompt"])))
+        ids = run.workspace.tokenizer.backend.convert_tokens_to_ids(["shine", "grow"])
         tokens = np.array([[ids[0] if row[0] else ids[1]] for row in mix])
         return {"tokens": tokens, "valid": np.ones(tokens.shape, bool)}
 
     sampler = Sampler(run, {"layers": np.zeros(1)})
     monkeypatch.setattr(sampler, "_draw", fake)
-    requests = run.requests[1]
+    requests = run.records.requests[1]
     rows = [
         Row(
             requests[i % len(requests)],
@@ -93,10 +93,10 @@ def test_rows_reach_the_decoder_with_their_own_weights_and_prompts(run, monkeypa
 
 
 def test_weights_zero_sample_the_base(run):
-    from pjrlhf.algorithms.policies import load_bank
+    from pjrlhf.algorithms.policy import load_bank
 
     bank = load_bank(run)
-    rows = [Row(request, "", (0.0,) * bank_size(bank)) for request in run.requests[1]]
+    rows = [Row(request, "", (0.0,) * bank_size(bank)) for request in run.records.requests[1]]
     other = jax.tree.map(lambda x: x + 1.0, bank)
     assert Sampler(run, bank)(rows, 5) == Sampler(run, other)(rows, 5)
     soup = [Row(row.request, "", (1.0,) * bank_size(bank)) for row in rows]
@@ -126,7 +126,7 @@ def test_win_rates_are_those_of_the_answers(run):
     found = evaluation(run, wordy)
     sections = found.people()["sections"]
     rows = iter(found.sample.rows[40])
-    requests = run.requests[1]
+    requests = run.records.requests[1]
     answers = {
         (combo, method): {request: wordy(next(rows)) for request in requests}
         for combo in found.combos
@@ -138,7 +138,10 @@ def test_win_rates_are_those_of_the_answers(run):
         for request in requests:
             votes = 0
             for criterion in combo:
-                a, b = (run.score(request, answers[combo, method][request], criterion) for method in ("soups", "base"))
+                a, b = (
+                    run.audience.score(request, answers[combo, method][request], criterion)
+                    for method in ("soups", "base")
+                )
                 votes += (a > b) - (a < b)
             pooled.append(np.sign(votes))
     rate = sections["win_rate"]["soups"]["base"]
@@ -158,14 +161,14 @@ def test_win_rates_are_those_of_the_answers(run):
 def test_equal_answers_are_ties(run):
     sections = evaluation(run, lambda row: PLAIN).people()["sections"]
     rate = sections["win_rate"]["soups"]["base"]
-    assert (rate.wins, rate.losses, rate.ties) == (0, 0, 4 * len(run.requests[1]))
+    assert (rate.wins, rate.losses, rate.ties) == (0, 0, 4 * len(run.records.requests[1]))
     assert np.isnan(rate.rate) and rate.rate_half == 0.5
 
 
 def test_ingredients_are_set_against_the_base_by_their_own_criterion(run):
     found = evaluation(run, lambda row: EXPERT if weight(row) == {"P1B": 1.0} else PLAIN)
     ingredients = found.ingredients()
-    count = 2 * len(run.requests[1])
+    count = 2 * len(run.records.requests[1])
     rates = {name: one["win_rate_vs_base"] for name, one in ingredients.items()}
     assert (rates["P1B"].wins, rates["P1B"].ties) == (count, 0)
     for name in set(tiny.REWARDS) - {"P1B"}:

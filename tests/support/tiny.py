@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 
 from pjrlhf.parallel.mesh import AXES
 from pjrlhf.pipeline import stages
-from pjrlhf.runtime import context
+from pjrlhf.runtime import devices
 from pjrlhf.training.workdir import Workdir
 
 CATALOGUE = pathlib.Path(__file__).parents[2] / "configs"
@@ -74,14 +74,14 @@ def settings(**changes):
 def one_device():
     """A machine with one device, as most users have; the test session has eight."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(context, "make_mesh", lambda sizes: Mesh(np.array(jax.devices()[:1]).reshape(1, 1, 1), AXES))
+        patch.setattr(devices, "make_mesh", lambda sizes: Mesh(np.array(jax.devices()[:1]).reshape(1, 1, 1), AXES))
         yield
 
 
 def run(folder, config):
     """Runs all stages of `config` in `folder`, as `main` does, on one device."""
     workdir = Workdir(folder)
-    workdir.write_config(config.to_dict())
+    workdir.write_config(stages.read(config).to_dict())
     with one_device():
         stages.run(config, workdir)
     return workdir.path
@@ -89,9 +89,9 @@ def run(folder, config):
 
 def start(folder, config):
     """What the stages share, for tests that drive one of them by hand."""
-    made = context.Run(config, Workdir(folder))
+    made = stages.read(config).run(Workdir(folder))
     with one_device():
-        _ = made.mesh
+        _ = made.devices
     return made
 
 

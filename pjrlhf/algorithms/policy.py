@@ -7,7 +7,7 @@ objectives become one advantage (see `objectives.scalarization`), and what estim
 
 import dataclasses
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -16,8 +16,9 @@ import numpy as np
 import optax
 
 from pjrlhf.algorithms import reward
-from pjrlhf.algorithms.targets import Rows, Targets
+from pjrlhf.algorithms.targets import Rows, Targets, TargetSettings
 from pjrlhf.data.batching import batches
+from pjrlhf.data.preferences import PreferencePrompt
 from pjrlhf.errors import UserError
 from pjrlhf.models.adapters import AdapterConfig, Policies, init_bank
 from pjrlhf.models.decoder import Decoder
@@ -25,8 +26,7 @@ from pjrlhf.models.huggingface import save_params
 from pjrlhf.models.peft import MANIFEST, save_peft
 from pjrlhf.models.storage import load_tree, save_tree
 from pjrlhf.objectives import policy_gradient as pg
-from pjrlhf.objectives.scalarization import make_rule
-from pjrlhf.parallel.mesh import shard_params
+from pjrlhf.objectives.scalarization import CombinationRule, make_rule, section
 from pjrlhf.parallel.processes import on_process_zero, to_host
 from pjrlhf.rollout import scoring
 from pjrlhf.rollout.experience import (
@@ -37,9 +37,11 @@ from pjrlhf.rollout.experience import (
     sample,
     values_of,
 )
-from pjrlhf.runtime.context import Run
+from pjrlhf.runtime.run import Run, Stage, Trainer
+from pjrlhf.settings import Settings, setting
+from pjrlhf.training.loop import Method
 from pjrlhf.training.metrics import Metrics
-from pjrlhf.training.optimizer import make_optimizer, per_ingredient
+from pjrlhf.training.optimizer import OptimizerSettings, make_optimizer, per_ingredient
 from pjrlhf.training.state import State
 from pjrlhf.training.workdir import disk_errors, write_json
 
@@ -47,18 +49,82 @@ BANK = "bank.safetensors"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class PPOConfig:
-    """Settings of the PPO update; `epochs` passes over the batch, each in `minibatches` parts. `policies_at_once`, 0
-    for all, have their gradients taken together: fewer change no gradient, but the memory of the step.
-    """
+class PPOConfig(Settings):
+    """Settings of the PPO update."""
 
-    epochs: int = 2
-    minibatches: int = 2
-    policies_at_once: int = 0
-    clip: float = 0.2
-    value_clip: float = 0.2
-    vf_coef: float = 0.1
-    entropy_coef: float = 0.0
+    epochs: int = setting(2, "passes over a batch", low=1, high=1000)
+    minibatches: int = setting(2, "parts of every pass", low=1, high=2**20)
+    policies_at_once: int = setting(
+        0, "policies whose gradients are taken together, 0: all; fewer take less memory and change no number", low=0
+    )
+    clip: float = setting(0.2, "range of the ratio around 1", above=0.0, high=1e6)
+    value_clip: float = setting(0.2, "range of the values around the old ones", above=0.0, high=1e6)
+    vf_coef: float = setting(0.1, "weight of the value loss", low=0.0, high=1e6)
+    entropy_coef: float = setting(0.0, "weight of the entropy bonus", low=0.0, high=1e6)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class KLSettings(Settings):
+    """The coefficient of the KL penalty, fixed or adapted (Ziegler et al. 2019)."""
+
+    coefficient: float = setting(0.1, "at the start", low=0.0, high=1e6)
+    target: float = setting(0.0, "KL in nats per answer that the coefficient is adapted to; 0 keeps it fixed", low=0.0)
+    horizon: int = setting(10000, "answers over which it adapts", low=1, high=10**9)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PolicySettings(Settings):
+    """K policies trained by PPO or a critic-free relative."""
+
+    preferences: TargetSettings = setting(TargetSettings())
+    mix: str = setting(
+        "own",
+        "own: an adapter per policy; weights: an adapter per objective, mixed by the preference weights",
+        choices=("own", "weights"),
+    )
+    prompt_format: PreferencePrompt = setting(PreferencePrompt())
+    prompt_preference: str = setting(
+        "",
+        "as the setting of that name of the run, which holds where this is empty",
+        choices=("", "never", "always", "half"),
+    )
+    scale: str = setting("std", "of rewards: std, or quantiles (0 to 1)", choices=("std", "quantiles"))
+    combine: Mapping[str, Any] = setting(
+        section(), "how objectives become one advantage: the kind of rule and the settings of all rules"
+    )
+    steps: int = setting(60, "rollouts, each followed by an update", low=1, high=10**9)
+    rollouts: int = setting(16, "answers per policy and step", low=1, high=2**20)
+    top_k: int = setting(0, "0: off; a policy cannot be trained on truncated samples", low=0)
+    top_p: float = setting(1.0, "1: off; a policy cannot be trained on truncated samples", above=0.0, high=1.0)
+    kl: KLSettings = setting(KLSettings())
+    ppo: PPOConfig = setting(PPOConfig())
+    experience: ExperienceConfig = setting(ExperienceConfig())
+    optimizer: OptimizerSettings = setting(OptimizerSettings(learning_rate=3e-3, schedule="linear", b2=0.99, eps=1e-5))
+
+    @property
+    def rule(self) -> CombinationRule:
+        """The combination rule that `combine` describes."""
+        return make_rule({**section(), **self.combine})
+
+    def check(self) -> None:
+        try:
+            _ = self.rule
+        except ValueError as error:
+            raise UserError(f"combine.{error}") from error
+        if self.rollouts % self.experience.samples_per_prompt:
+            raise UserError(
+                f"rollouts: {self.rollouts} is not a multiple of experience.samples_per_prompt="
+                f"{self.experience.samples_per_prompt}; make it one"
+            )
+        if self.rollouts % self.ppo.minibatches:
+            raise UserError(
+                f"rollouts: {self.rollouts} cannot be split into ppo.minibatches={self.ppo.minibatches} equal parts"
+            )
+        if self.top_k or self.top_p < 1:
+            raise UserError(
+                f"{'top_k' if self.top_k else 'top_p'}: truncated sampling would train on other probabilities than it "
+                "samples from; set top_k to 0 and top_p to 1"
+            )
 
 
 def ppo_loss(
@@ -155,7 +221,7 @@ def ppo_update(
     return trainable, opt_state, metrics | {"policy/first_approxkl": first}
 
 
-class Policy:
+class Policy(Method):
     """The method for `training.loop.run`: rollouts, scores and PPO updates of all K policies in one jitted step.
 
     Args:
@@ -163,53 +229,41 @@ class Policy:
       rewarder: reward models as `reward.load` gives them, which it is by default.
     """
 
-    def __init__(self, run: Run, settings: Any = None, rewarder: Any = None):
+    show = ("objective/scores", "objective/kl")
+    watch = ("loss/policy_avg", "loss/value_avg", "objective/kl")
+
+    def __init__(self, run: Run, settings: PolicySettings | None = None, rewarder: Any = None):
         settings = settings or settings_of(run)
         self.run, self.settings = run, settings
         self.goals = Targets(run, settings)
-        self.ppo = PPOConfig(**settings.ppo)
-        self.experience = ExperienceConfig(**settings.experience)
+        self.ppo, self.experience, self.combination = settings.ppo, settings.experience, settings.rule
         if self.experience.estimator != "gae":
             self.ppo = dataclasses.replace(self.ppo, vf_coef=0.0)
-        try:
-            self.combination = make_rule(settings.combine.to_dict())
-        except ValueError as error:
-            raise UserError(f"policy.combine: {error}") from error
         self._check()
-        self.sampling = run.sampling(top_k=settings.top_k, top_p=float(settings.top_p))
-        if self.sampling.truncated:
-            raise UserError(
-                f"policy.top_k={settings.top_k}, policy.top_p={settings.top_p}: truncated sampling would train on "
-                "other probabilities than it samples from; set them to 0 and 1"
-            )
+        self.sampling = run.text.sampling()
         if self.sampling.temperature <= 0:
             raise UserError("temperature: a policy cannot learn from greedy samples; set it above 0, for example to 1")
         updates = settings.steps * self.ppo.epochs * self.ppo.minibatches
-        optimizer = make_optimizer(settings.optimizer.to_dict(), updates)
+        optimizer = make_optimizer(settings.optimizer, updates)
         # Adapters that one policy mixes are trained together.
         self.optimizer = optimizer if self.goals.mix == "weights" else per_ingredient(optimizer)
         prompts = settings.rollouts // self.experience.samples_per_prompt
         source = Rows(run, self.goals, settings.steps * prompts)
-        self.batches = batches(source, prompts, seed=run.config.seed, collate=self.collate)
+        self.batches = batches(source, prompts, seed=run.settings.seed, collate=self.collate)
         self.rewarder = rewarder or reward.load(run)
-        self._update = run.training_step(self._step)
+        self._update = run.devices.training_step(self._step)
+        self.programs = (self._update,)
+        self.ingredients = () if self.goals.sampled else self.goals.policies  # a policy alone needs no name
 
     def _check(self) -> None:
         """Raises UserError for settings that do not go together."""
         settings, combine = self.settings, self.combination
-        if settings.rollouts % self.experience.samples_per_prompt:
-            raise UserError(
-                f"policy.rollouts={settings.rollouts}: not a multiple of samples_per_prompt="
-                f"{self.experience.samples_per_prompt}; make it one"
-            )
         together, policies = self.ppo.policies_at_once, len(self.goals.policies)
-        if together and (together < 0 or policies % together or self.goals.mix == "weights"):
+        if together and (policies % together or self.goals.mix == "weights"):
             raise UserError(
                 f"policy.ppo.policies_at_once={together}: must divide the {policies} policies, which must not share "
                 "adapters (policy.mix=own); set it to 1, or to 0 for all"
             )
-        if settings.scale not in ("std", "quantiles"):
-            raise UserError(f"policy.scale {settings.scale!r}: unknown; choose std or quantiles")
         if combine.needs_calibrated_rewards and settings.scale != "quantiles":
             raise UserError(
                 "policy.combine: the rule compares rewards with preference weights, so they must be on one scale; set "
@@ -217,11 +271,6 @@ class Policy:
             )
         if combine.needs_preference_groups and self.goals.kind not in ("grid", "fixed"):
             raise UserError("policy.combine: the rule needs a fixed set of preferences; set preferences.kind to grid")
-
-    @property
-    def ingredients(self) -> tuple[str, ...]:
-        """Names for [K] metrics; a policy alone needs none."""
-        return () if self.goals.sampled else self.goals.policies
 
     def collate(self, rows: Sequence[Any]) -> Any:
         """m rows of `Rows`, each for s samples, n = m s -> {"prompt", "valid" [n, K, P], "reward_prompt",
@@ -232,10 +281,10 @@ class Policy:
         prompts = [ids for row in rows for ids in row["prompts"]]
         plain = [row["reward_prompt"] for row in rows for _ in range(K)]
         longest = max(map(len, prompts + plain))
-        if longest > run.lengths.prompt:
+        if longest > run.text.lengths.prompt:
             raise UserError(f"prompts: one has {longest} tokens, more than data.max_prompt; raise it")
-        prompt, valid = run.pad_prompts(prompts)
-        reward_prompt, reward_valid = run.pad_prompts(plain)
+        prompt, valid = run.text.pad_prompts(prompts)
+        reward_prompt, reward_valid = run.text.pad_prompts(plain)
         arrays = {"prompt": prompt, "valid": valid, "reward_prompt": reward_prompt, "reward_valid": reward_valid}
         goals = [goal for row in rows for goal in row["goals"]]
         arrays["weights"] = np.array([goal.weights for goal in goals], np.float32)
@@ -244,20 +293,20 @@ class Policy:
         return {name: x.reshape(len(rows), K, *x.shape[1:]) for name, x in arrays.items()}
 
     def init(self) -> State:
-        return self.run.create(self._initial, self.run.base)
+        return self.run.devices.create(self._initial, self.run.workspace.base)
 
     def _initial(self, base: Any) -> State:
         run, goals = self.run, self.goals
         heads = len(self.combination.names(goals.scored))
         trainable = {
-            "bank": init_bank(base, run.adapter, len(goals.adapters), jax.random.fold_in(run.key, 30)),
-            "heads": init_value_heads(len(goals.policies), heads, run.model_config.hidden_size),
+            "bank": init_bank(base, run.workspace.adapter, len(goals.adapters), run.streams.key("policy/adapter")),
+            "heads": init_value_heads(len(goals.policies), heads, run.workspace.model_config.hidden_size),
         }
-        beta = jnp.full((len(goals.policies),), float(self.settings.kl.coefficient))
-        return State.create(jax.random.fold_in(run.key, 31), trainable, self.optimizer, beta=beta)
+        beta = jnp.full((len(goals.policies),), self.settings.kl.coefficient)
+        return State.create(run.streams.key("policy/state"), trainable, self.optimizer, beta=beta)
 
     def _step(self, state: State, base: Any, rewarder: Any, batch: Any) -> tuple[State, Metrics]:
-        kl, model, adapter = self.settings.kl, self.run.model, self.run.adapter
+        kl, model, adapter = self.settings.kl, self.run.workspace.model, self.run.workspace.adapter
         sampling, goals = self.sampling, self.goals
         mix = batch["weights"] if goals.mix == "weights" else jnp.eye(len(goals.policies))
         draw, shuffle = jax.random.split(jax.random.fold_in(state.rng, state.step))
@@ -319,7 +368,7 @@ class Policy:
             return {}
         scores, objectives = scores.reshape(K, -1), objectives.reshape(K, -1)
         metrics = {}
-        for i, name in enumerate(self.run.rewards):
+        for i, name in enumerate(self.run.audience.rewards):
             own = (objectives == i).astype(jnp.float32)
             count = own.sum(1)
             mean = (scores * own).sum(1) / jnp.maximum(count, 1)
@@ -338,15 +387,13 @@ class Policy:
     def step(self, state: State, batch: Any) -> tuple[State, Metrics]:
         # Rows of one policy stand one after another: [n, K, P] -> [K n, P].
         rows = {name: x.swapaxes(0, 1).reshape(-1, *x.shape[2:]) for name, x in batch.items()}
-        return self._update(state, self.run.base, self.rewarder, self.run.place(rows))
+        return self._update(state, self.run.workspace.base, self.rewarder, self.run.devices.place(rows))
 
 
-def settings_of(run: Run) -> Any:
-    """The section of the stage, told in prompts as the run says."""
-    settings = run.config.policy.copy_and_resolve_references()
-    with settings.unlocked():
-        settings.prompt_preference = run.config.prompt_preference
-    return settings
+def settings_of(run: Run) -> PolicySettings:
+    """The section of the stage; its prompts state preferences as the run says, where it does not say so itself."""
+    settings = run.section(PolicySettings)
+    return dataclasses.replace(settings, prompt_preference=settings.prompt_preference or run.settings.prompt_preference)
 
 
 def run(run: Run) -> dict[str, Any]:
@@ -359,14 +406,7 @@ def run(run: Run) -> dict[str, Any]:
 def train(run: Run, settings: Any, stage: str) -> dict[str, Any]:
     """The same by the section `settings`, into <workdir>/<stage>."""
     method = Policy(run, settings)
-    state = run.train(
-        method,
-        stage,
-        settings.steps,
-        ingredients=method.ingredients,
-        show=("objective/scores", "objective/kl"),
-        watch=("loss/policy_avg", "loss/value_avg", "objective/kl"),
-    )
+    state = run.train(method, stage, settings.steps)
     with disk_errors(run.workdir.path / stage):
         base_hash = save(run, stage, method.goals.adapters, state.trainable["bank"])
     return {
@@ -381,9 +421,13 @@ def save(run: Run, stage: str, names: Sequence[str], bank: Any) -> str:
     """Writes the bank, and each adapter as a folder of its own; returns the fingerprint of the base."""
     folder = run.workdir.stage(stage)
     bank = to_host(bank)
-    save_tree(folder / BANK, bank, {"adapters": list(names), "base": run.base_hash, "alpha": run.adapter.alpha})
+    save_tree(
+        folder / BANK,
+        bank,
+        {"adapters": list(names), "base": run.workspace.base_hash, "alpha": run.workspace.adapter.alpha},
+    )
     _save_ingredients(run, folder, names, bank)
-    return run.base_hash
+    return run.workspace.base_hash
 
 
 @on_process_zero
@@ -391,28 +435,40 @@ def _save_ingredients(run: Run, folder: pathlib.Path, names: Sequence[str], bank
     for k, name in enumerate(names):
         one = jax.tree.map(lambda x, k=k: x[k], bank)
         target = folder / "ingredients" / name
-        if run.adapter.rank:
-            adapter, head_dim = run.adapter, run.model_config.head_dim
-            save_peft(target, one, adapter.rank, adapter.alpha, str(run.base_folder), run.model_type, head_dim)
+        if run.workspace.adapter.rank:
+            adapter, head_dim = run.workspace.adapter, run.workspace.model_config.head_dim
+            save_peft(
+                target,
+                one,
+                adapter.rank,
+                adapter.alpha,
+                str(run.workspace.base_folder),
+                run.workspace.model_type,
+                head_dim,
+            )
             # By this the merge refuses an adapter that was trained on another base. One trained on a quantised base
             # is merged into the floats that stand in the folder.
-            base = {"folder": str(run.base_folder), "hash": run.folder_hash}
-            write_json(target / MANIFEST, {"base": base, "quantize": run.config.model.quantize})
+            base = {"folder": str(run.workspace.base_folder), "hash": run.workspace.folder_hash}
+            write_json(target / MANIFEST, {"base": base, "quantize": run.settings.model.quantize})
         else:
             save_params(
                 target,
-                run.model_config,
+                run.workspace.model_config,
                 one,
-                model_type=run.model_type,
-                tokenizer_folder=run.base_folder,
-                token_ids=run.token_ids,
+                model_type=run.workspace.model_type,
+                tokenizer_folder=run.workspace.base_folder,
+                token_ids=run.workspace.token_ids,
             )
 
 
 def load_bank(run: Run, stage: str = "policy", names: Sequence[str] | None = None) -> Any:
-    """The adapter bank of a stage of this run, on the mesh; its adapters must be `names`, by default `run.rewards`."""
-    names = list(run.rewards if names is None else names)
+    """The adapter bank of a stage of this run, on the mesh; its adapters must be `names`, by default all rewards."""
+    names = list(run.audience.rewards if names is None else names)
     bank, note = load_tree(run.workdir.path / stage / BANK)
     if note.get("adapters") != names:
         raise UserError(f"{stage}: the bank holds {note.get('adapters')}, this run needs {names}")
-    return shard_params(run.mesh, bank)
+    return run.devices.shard(bank)
+
+
+TRAINER = Trainer(settings_of, train)
+STAGE = Stage("policy", run, PolicySettings)

@@ -1,0 +1,76 @@
+"""Who a run pleases: its preferences, which of them get a policy, and how an answer is scored by each."""
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from pjrlhf.data import preferences, synthetic
+from pjrlhf.data.preferences import Preference, Registry
+from pjrlhf.errors import UserError
+from pjrlhf.rewards.scorers import scorer
+
+NAMED: Mapping[str, Registry] = {**synthetic.ENVIRONMENTS, "paper": preferences.PAPER}
+
+
+class Audience:
+    """The preferences of a run.
+
+    Args:
+      named: "synthetic", "synthetic16", "paper", or {id: {"dimension", "sentence", optional "label"}}.
+      objectives: ids of the preferences that get an ingredient each.
+      general: the criterion of the general reward of RLHF; "" for none.
+      judge: "synthetic", or {criterion: name of a scorer}.
+
+    Raises:
+      UserError: a preference without a definition, or an objective that is not among the preferences.
+    """
+
+    def __init__(self, named: str | Mapping[str, Any], objectives: Sequence[str], general: str, judge: Any):
+        self.named, self.judge = named, judge
+        self.objectives = tuple(objectives)
+        self.general = general
+        self.registry = self._registry()
+
+    def _registry(self) -> Registry:
+        """Preference id -> dimension, sentence and label."""
+        if isinstance(self.named, str):
+            registry = NAMED[self.named]
+        else:
+            registry = {name: _preference(name, fields) for name, fields in self.named.items()}
+        missing = [name for name in self.objectives if name not in registry]
+        if missing:
+            raise UserError(f"objective {missing[0]!r}: not among the preferences {', '.join(registry)}; define it")
+        return registry
+
+    @property
+    def synthetic(self) -> Registry:
+        """The preferences that the corpus and the judge of the synthetic environment know."""
+        if isinstance(self.named, str):
+            return synthetic.ENVIRONMENTS.get(self.named, synthetic.PREFERENCES)
+        return synthetic.PREFERENCES
+
+    @property
+    def rewards(self) -> tuple[str, ...]:
+        """What gets a reward model and a policy: the objectives, then the general criterion of RLHF if there is one."""
+        return self.objectives + ((self.general,) if self.general else ())
+
+    @functools.cached_property
+    def score(self) -> Callable[[str, str, str], float]:
+        """The judge's score of (prompt, answer, criterion), on plain requests."""
+        if self.judge == "synthetic":
+            return functools.partial(synthetic.score, registry=self.synthetic)
+        criteria = dict(self.judge)
+        missing = [name for name in self.rewards if name not in criteria]
+        if missing:
+            raise UserError(f"judge: no scorer for {missing[0]!r}; add it to --config.judge")
+        scorers = {name: scorer(spec) for name, spec in criteria.items()}
+        return lambda prompt, text, criterion: scorers[criterion](prompt, text)
+
+
+def _preference(name: str, fields: Any) -> Preference:
+    try:
+        return Preference(**fields)
+    except TypeError as error:
+        raise UserError(
+            f"preferences.{name}: give it a dimension and a sentence, and a label if you like, not {fields!r}"
+        ) from error

@@ -1,0 +1,71 @@
+"""The devices of a run: its mesh, and how arrays and programs get there."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from pjrlhf.parallel.mesh import constrain_state, make_mesh, round_up_rows, shard_batch, shard_params, sharded
+from pjrlhf.settings import Settings, setting
+from pjrlhf.training.performance import Program
+from pjrlhf.training.state import State
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MeshSettings(Settings):
+    """Devices along each axis of the mesh; -1 stands for the rest."""
+
+    data: int = setting(-1, "copies of the model", low=-1)
+    fsdp: int = setting(1, "parts of the parameters, which also split the rows of a batch", low=-1)
+    tensor: int = setting(1, "parts of every layer", low=-1)
+
+
+class Devices:
+    """The mesh, and the programs that run on it.
+
+    Args:
+      settings: sizes of the mesh.
+      trip_count: the most tokens a sampling loop generates, for counting FLOPs.
+
+    Raises:
+      UserError: the sizes do not fit the number of devices.
+    """
+
+    def __init__(self, settings: MeshSettings, trip_count: int):
+        self.mesh = self.make_mesh(settings)
+        self.trip_count = trip_count
+
+    def make_mesh(self, settings: MeshSettings) -> jax.sharding.Mesh:
+        return make_mesh(settings.to_dict())
+
+    def create(self, make: Callable[..., Any], *arguments: Any, donate: tuple[int, ...] = ()) -> Any:
+        """`make(*arguments)`, sharded by the partition rules; see `parallel.mesh.sharded`."""
+        return sharded(self.mesh, make, *arguments, donate=donate)
+
+    def place(self, batch: Any) -> Any:
+        """A batch with its rows split over the devices; see `parallel.mesh.shard_batch`."""
+        return shard_batch(self.mesh, batch)
+
+    def shard(self, tree: Any) -> Any:
+        """Parameters sharded by the partition rules."""
+        return shard_params(self.mesh, tree)
+
+    def even(self, rows: int) -> int:
+        """The smallest number of rows, at least `rows`, that divides evenly over the devices."""
+        return round_up_rows(self.mesh, rows)
+
+    def training_step(self, step: Callable[..., Any], **options: Any) -> Program:
+        """A program of `step`: (state, ...) -> (state, metrics); the new state takes the memory of the old one."""
+
+        @functools.wraps(step)
+        def in_place(state: State, *arguments: Any, **keywords: Any) -> tuple[State, Any]:
+            state, metrics = step(state, *arguments, **keywords)
+            return constrain_state(self.mesh, state), metrics
+
+        return self.program(in_place, donate_argnums=0, **options)
+
+    def program(self, step: Callable[..., Any], **options: Any) -> Program:
+        """A program of `step`, jitted at its first call; `options` are those of `jax.jit`."""
+        return Program(step, trip_count=self.trip_count, **options)

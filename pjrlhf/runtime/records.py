@@ -1,0 +1,130 @@
+"""The records of a run: requests, completions to fine-tune on, and comparisons, read and checked but not tokenized."""
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+from pjrlhf.data import synthetic
+from pjrlhf.data.batching import split_by
+from pjrlhf.data.schema import Example, Message, validate
+from pjrlhf.data.sources import open_source
+from pjrlhf.errors import UserError
+from pjrlhf.runtime.audience import Audience
+from pjrlhf.runtime.streams import Streams
+from pjrlhf.settings import Settings, setting
+
+SourceSpec = Mapping[str, Any]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DataSettings(Settings):
+    """Where prompts come from, and how long prompts and completions may be."""
+
+    prompts: str | SourceSpec = setting(
+        "synthetic", 'a source of prompt records, such as {"kind": "jsonl", "path": ...}', choices=("synthetic",)
+    )
+    chat: bool = setting(True, "put requests through the chat template of the tokenizer")
+    columns: Mapping[str, Any] = setting({}, "our column -> its name in your data")
+    max_prompt: int = setting(20, "tokens of a prompt", low=1, high=2**20)
+    prompt_buckets: tuple[int, ...] = setting(
+        (12,), "shorter lengths to pad prompts to; each is compiled once", low=1, high=2**20
+    )
+    max_completion: int = setting(28, "tokens of a completion", low=1, high=2**20)
+    completion_buckets: tuple[int, ...] = setting(
+        (), "shorter lengths to pad completions to; each is compiled once", low=1, high=2**20
+    )
+    long_prompt: str = setting("drop", "what happens to longer prompts", choices=("drop", "truncate_left", "error"))
+    long_completion: str = setting("drop", "what happens to longer completions", choices=("drop", "truncate"))
+    packing: str = setting(
+        "auto",
+        "how examples fill rows: one answer a row (none), a prompt with all its answers (share), several of those "
+        "(pack), or all in one row (join); auto is join where attention goes by blocks, else share",
+        choices=("auto", "none", "share", "pack", "join"),
+    )
+    heldout_fraction: float = setting(0.25, "fraction of the prompts kept for evaluation", above=0.0, below=1.0)
+    max_bad_fraction: float = setting(0.01, "a larger fraction of bad records stops the run", low=0.0, high=1.0)
+
+    def check(self) -> None:
+        for name, limit in (("prompt_buckets", "max_prompt"), ("completion_buckets", "max_completion")):
+            longest = max(getattr(self, name), default=0)
+            if longest > getattr(self, limit):
+                raise UserError(f"{name}: {longest} is more than {limit}={getattr(self, limit)}; make it smaller")
+
+
+class Records:
+    """The records of a run.
+
+    Args:
+      settings: the section `data`.
+      fine_tuning: the source of completion records, or "synthetic".
+      corpus_size: records of the synthetic corpus.
+    """
+
+    def __init__(
+        self,
+        settings: DataSettings,
+        audience: Audience,
+        streams: Streams,
+        fine_tuning: str | SourceSpec = "synthetic",
+        corpus_size: int = 0,
+    ):
+        self.settings, self.audience, self.streams = settings, audience, streams
+        self.fine_tuning, self.corpus_size = fine_tuning, corpus_size
+
+    def ask(self, request: str, words: str = "") -> str | list[Message]:
+        """The prompt that puts `request`, followed by `words` about the user's preferences, to the model."""
+        text = " ".join(filter(None, [request, words]))
+        return [{"role": "user", "content": text}] if self.settings.chat else text
+
+    @functools.cached_property
+    def requests(self) -> tuple[list[str], list[str]]:
+        """(training, held out) plain requests, split by prompt and never by row."""
+        d = self.settings
+        if d.prompts == "synthetic":
+            texts = synthetic.prompts()
+        else:
+            examples, _ = validate(
+                open_source(d.prompts), "prompt", columns=d.columns, max_bad_fraction=d.max_bad_fraction
+            )
+            texts = []
+            for example in examples:
+                if not isinstance(example.prompt, str):
+                    raise UserError(f"{example.where}: the prompt is a conversation; requests must be text here")
+                texts.append(example.prompt)
+            texts = list(dict.fromkeys(texts))
+        train, held = split_by(texts, d.heldout_fraction, self.streams.seed)
+        # An order that does not follow the file, so that chunks of the list are fair samples of it.
+        held = self.streams.python("requests/heldout_order").sample(list(held), len(held))
+        return [texts[i] for i in train], [texts[i] for i in held]
+
+    @functools.cached_property
+    def completions(self) -> list[Example]:
+        """What the base is fine-tuned on: answers to requests that are not held out, asked as this run asks."""
+        d = self.settings
+        if self.fine_tuning == "synthetic":
+            corpus = synthetic.corpus(
+                self.requests[0], self.corpus_size, self.streams.seed, registry=self.audience.synthetic
+            )
+            records = [
+                {"messages": [*self.ask(record["prompt"]), {"role": "assistant", "content": record["completion"]}]}
+                for record in corpus
+            ]
+            source = open_source({"kind": "records", "records": records, "name": "synthetic environment"})
+        else:
+            source = open_source(self.fine_tuning)
+        examples, _ = validate(source, "completion", columns=d.columns, max_bad_fraction=d.max_bad_fraction)
+        held, found = set(self.requests[1]), []
+        for example in examples:
+            if isinstance(example.prompt, str) and example.prompt:
+                if example.prompt in held:
+                    continue
+                example = dataclasses.replace(example, prompt=self.ask(example.prompt))
+            found.append(example)
+        return found
+
+    def comparisons(self, spec: SourceSpec) -> tuple[list[Example], str]:
+        """The preference records of a source, checked, and its name."""
+        source, d = open_source(spec), self.settings
+        columns = spec.get("columns") or d.columns
+        return validate(source, "preference", columns=columns, max_bad_fraction=d.max_bad_fraction)[0], source.name

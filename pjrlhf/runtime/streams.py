@@ -1,0 +1,84 @@
+"""Random streams by name: every draw of a run comes from a stream of its own.
+
+A stream of JAX is `fold_in(key(seed), number)`; generators of NumPy and Python are seeded by (seed, number). The table
+gives each name its number, so that renaming a file never changes a result. A name that is not in the table, such as
+one of an extension, gets a number computed from the name.
+"""
+
+import functools
+import random
+import zlib
+
+import jax
+import numpy as np
+
+STREAMS = {
+    "base/init": 0,
+    "sft/adapter": 1,
+    "sft/state": 2,
+    "comparisons/answers": 10,
+    "reward/adapter": 20,
+    "reward/head": 21,
+    "reward/state": 22,
+    "reward/calibration": 23,
+    "policy/adapter": 30,
+    "policy/state": 31,
+    "targets/weights": 35,
+    "evaluate/people": 40,
+    "evaluate/ingredients": 41,
+    "evaluate/sweep": 42,
+    "population/train": 50,
+    "population/heldout": 51,
+    "population/new_users": 52,
+    "preference/init": 60,
+    "preference/clusters": 61,
+    "evaluate_users/answers": 70,
+    "modpo/adapter": 110,
+    "modpo/state": 111,
+    "ric/adapter": 126,
+    "ric/state": 127,
+    "ric/targets": 120,
+    "ric/kept": 121,
+    "ric/base_answers": 122,
+    "ric/answers": 123,
+    "evaluate_front/base_answers": 160,
+    "evaluate_front/answers": 161,
+    "preference/permutation": 162,
+    "requests/heldout_order": 163,
+    "population/people": 164,
+    "comparisons/prompts": 165,
+}
+UNNAMED = 2**31  # numbers from here on belong to names outside the table
+
+
+def number_of(name: str) -> int:
+    """The number of a stream, below 2**32."""
+    return STREAMS.get(name, UNNAMED + zlib.crc32(name.encode()) % UNNAMED)
+
+
+class Streams:
+    """The random streams of a run with a seed."""
+
+    def __init__(self, seed: int):
+        self.seed = seed
+
+    @functools.cached_property
+    def root(self) -> jax.Array:
+        """The PRNG key of the run."""
+        with jax.ensure_compile_time_eval():  # the first to ask may be a program that is being traced
+            return jax.random.key(self.seed)
+
+    def key(self, name: str, *indices: int) -> jax.Array:
+        """The PRNG key of a stream, and of a part of it: one `fold_in` for each index."""
+        key = jax.random.fold_in(self.root, number_of(name))
+        for index in indices:
+            key = jax.random.fold_in(key, index)
+        return key
+
+    def numpy(self, name: str, *indices: int) -> np.random.Generator:
+        """The NumPy generator of a stream and of a part of it."""
+        return np.random.default_rng((self.seed, number_of(name), *indices))
+
+    def python(self, name: str) -> random.Random:
+        """The generator of Python's `random` of a stream."""
+        return random.Random(f"{self.seed}/{number_of(name)}")

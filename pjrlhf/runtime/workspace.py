@@ -1,0 +1,227 @@
+"""The folder of a run and the models in it: tokenizer, dimensions, frozen base."""
+
+import dataclasses
+import functools
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import jax.numpy as jnp
+
+from pjrlhf.data import bpe, synthetic
+from pjrlhf.data.schema import request_of
+from pjrlhf.data.tokenization import Tokenizer, load_tokenizer
+from pjrlhf.errors import UserError
+from pjrlhf.models.adapters import AdapterConfig, Backbone
+from pjrlhf.models.attention import IMPLEMENTATIONS, choose
+from pjrlhf.models.config import ModelConfig, RopeScaling
+from pjrlhf.models.decoder import REMAT_POLICIES, Decoder, choose_decode, init_params
+from pjrlhf.models.folders import read_json
+from pjrlhf.models.huggingface import fingerprint, load_params, read_config
+from pjrlhf.models.quantization import check_quantize
+from pjrlhf.parallel.mesh import batch_sharding, leaf_sharding
+from pjrlhf.parallel.processes import on_process_zero
+from pjrlhf.paths import local, user_cache
+from pjrlhf.runtime.devices import Devices
+from pjrlhf.runtime.records import Records
+from pjrlhf.settings import Settings, setting
+from pjrlhf.training.workdir import Workdir
+
+FLOATS = ("float32", "bfloat16", "float16")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelSettings(Settings):
+    """The base model: a folder, or the dimensions of a new one."""
+
+    path: str = setting("", 'Hugging Face folder to start from; "" trains a new model of the dimensions below')
+    tokenizer: str | Mapping[str, Any] = setting(
+        "synthetic",
+        'tokenizer of a new model, or {"kind": "bpe", "vocab_size": ..., "texts": sft records to train it on}',
+        choices=tuple(synthetic.ENVIRONMENTS),
+    )
+    hidden_size: int = setting(64, "of a new model, as all dimensions", low=1, high=2**17)
+    intermediate_size: int = setting(192, "width of the feed-forward layers", low=1, high=2**19)
+    num_layers: int = setting(2, "layers", low=1, high=1000)
+    num_heads: int = setting(4, "attention heads", low=1, high=1024)
+    num_kv_heads: int = setting(2, "heads of keys and values", low=1, high=1024)
+    max_length: int = setting(128, "tokens of the context", low=2, high=2**24)
+    vocab_size: int = setting(0, "0 takes that of the tokenizer", low=0, high=2**24)
+    tie_embeddings: bool = setting(True, "the head is the transposed embedding")
+    rope_theta: float = setting(10000.0, "base of the rotary frequencies", above=0.0)
+    rope_scaling: Mapping[str, Any] = setting(
+        {}, "of Llama 3: factor, low_freq_factor, high_freq_factor, original_max_position"
+    )
+    dtype: str = setting("float32", "of activations", choices=FLOATS)
+    param_dtype: str = setting("float32", "of the frozen base", choices=FLOATS)
+    quantize: str = setting(
+        "", "int8 holds the linear layers of the frozen base in 8 bits; for adapters", choices=("", "int8")
+    )
+    remat: str = setting("none", "what is computed again for the gradient", choices=tuple(REMAT_POLICIES))
+    attention: str = setting("auto", "implementation of attention", choices=IMPLEMENTATIONS)
+    eos_token: str = setting("", "the token that ends an answer, where it is not the EOS of the tokenizer")
+
+    def check(self) -> None:
+        if self.hidden_size % self.num_heads:
+            raise UserError(f"hidden_size: {self.hidden_size} is not a multiple of num_heads={self.num_heads}")
+        if self.num_heads % self.num_kv_heads:
+            raise UserError(f"num_heads: {self.num_heads} is not a multiple of num_kv_heads={self.num_kv_heads}")
+        if self.rope_scaling:
+            try:
+                RopeScaling(**self.rope_scaling)
+            except TypeError as error:
+                raise UserError(
+                    "rope_scaling: give factor, low_freq_factor, high_freq_factor and original_max_position, not "
+                    f"{dict(self.rope_scaling)}"
+                ) from error
+
+
+class Workspace:
+    """Folders and models of a run. Models are read when they are first asked for.
+
+    Args:
+      fine_tuned: the run trains its own base, in <workdir>/sft/model.
+    """
+
+    def __init__(
+        self,
+        settings: ModelSettings,
+        adapter: AdapterConfig,
+        workdir: Workdir,
+        devices: Devices,
+        records: Records,
+        fine_tuned: bool,
+    ):
+        self.settings, self.adapter = settings, adapter
+        self.workdir, self.devices, self.records = workdir, devices, records
+        self.fine_tuned = fine_tuned
+
+    # ---- folders
+
+    @property
+    def cache_folder(self) -> pathlib.Path:
+        """For what depends on content and not on a run: the cache folder of the user."""
+        return user_cache()
+
+    @property
+    def base_folder(self) -> pathlib.Path:
+        """Where the frozen base lives: the result of supervised fine-tuning where the run has that stage."""
+        return self.workdir.path / "sft" / "model" if self.fine_tuned else self.start_folder
+
+    @functools.cached_property
+    def start_folder(self) -> pathlib.Path:
+        """The model the run starts from; without `model.path`, the folder of a new tokenizer."""
+        if self.settings.path:
+            return local(self.settings.path)
+        if not self.fine_tuned:
+            raise UserError(
+                "model.path: not set, and there is no stage sft to train a base; name a Hugging Face folder"
+            )
+        folder = self.workdir.stage("tokenizer")
+        on_process_zero(self._write_tokenizer)(folder)
+        return folder
+
+    def _write_tokenizer(self, folder: pathlib.Path) -> None:
+        """Writes a new tokenizer where there is none yet."""
+        if (folder / "tokenizer.json").is_file():
+            return
+        spec = self.settings.tokenizer
+        if isinstance(spec, str):
+            synthetic.write_tokenizer(folder, synthetic.ENVIRONMENTS[spec])
+            return
+        if spec.get("kind") != "bpe":
+            raise UserError(
+                f"model.tokenizer {spec.get('kind')!r}: unknown; choose "
+                f'{", ".join(synthetic.ENVIRONMENTS)} or {{"kind": "bpe", "vocab_size": ...}}'
+            )
+        examples = self.records.completions
+        texts = [f"{request_of(e.prompt)}\n{e.completion}" for e in examples]
+        # Evenly spaced, for files are often ordered by origin.
+        bpe.write_tokenizer(folder, texts[:: max(1, len(texts) // spec["texts"])], spec["vocab_size"])
+
+    # ---- models
+
+    @functools.cached_property
+    def tokenizer(self) -> Tokenizer:
+        return load_tokenizer(self.start_folder, eos_token=self.settings.eos_token or None)
+
+    @property
+    def token_ids(self) -> dict[str, int | None]:
+        """The special tokens as an exported model names them."""
+        t = self.tokenizer
+        return {"bos_token_id": t.bos_id, "eos_token_id": t.eos_id, "pad_token_id": t.pad_id}
+
+    @functools.cached_property
+    def model_type(self) -> str:
+        """Of the base and of what is made of it, as a Hugging Face folder names it."""
+        return read_json(self.start_folder / "config.json").get("model_type") if self.settings.path else "llama"
+
+    @functools.cached_property
+    def model_config(self) -> ModelConfig:
+        """Dimensions of the base, from its folder or, for a new model, from the settings."""
+        return read_config(self.start_folder) if self.settings.path else self.new_config()
+
+    def new_config(self) -> ModelConfig:
+        """The dimensions that the settings give."""
+        m = self.settings
+        size = self.tokenizer.vocab_size
+        if m.vocab_size and m.vocab_size < size:
+            raise UserError(f"model.vocab_size: {m.vocab_size} is less than the {size} tokens of the tokenizer")
+        return ModelConfig(
+            vocab_size=m.vocab_size or size,
+            hidden_size=m.hidden_size,
+            intermediate_size=m.intermediate_size,
+            num_layers=m.num_layers,
+            num_heads=m.num_heads,
+            num_kv_heads=m.num_kv_heads,
+            head_dim=m.hidden_size // m.num_heads,
+            max_length=m.max_length,
+            rope_theta=m.rope_theta,
+            rope_scaling=RopeScaling(**m.rope_scaling) if m.rope_scaling else None,
+            tie_embeddings=m.tie_embeddings,
+        )
+
+    @functools.cached_property
+    def model(self) -> Decoder:
+        m, mesh = self.settings, self.devices.mesh
+        check_quantize(m.quantize, self.adapter.rank)
+        platform = mesh.devices.flat[0].platform
+        return Decoder(
+            self.model_config,
+            dtype=jnp.dtype(m.dtype),
+            remat=m.remat,
+            attention=choose(m.attention, platform, m.dtype, mesh.size),
+            user_offset=int(self.tokenizer.add_bos),
+            batch_sharding=batch_sharding(mesh) if mesh.size > 1 else None,
+            decode=choose_decode(platform),
+        )
+
+    def start_params(self, key: Any) -> Any:
+        """Parameters to start from: read from `model.path`, or random."""
+        if self.settings.path:
+            return self._read(self.start_folder)
+        return self.devices.create(functools.partial(init_params, self.model), key)
+
+    @functools.cached_property
+    def base(self) -> Any:
+        """Parameters of the frozen base, on the mesh; kernels in 8 bits where `model.quantize` says so."""
+        return self._read(self.base_folder, quantized=bool(self.settings.quantize))
+
+    @property
+    def backbone(self) -> Backbone:
+        """The frozen base with its model and the shape of its adapters."""
+        return Backbone(self.model, self.adapter, self.base)
+
+    @functools.cached_property
+    def folder_hash(self) -> str:
+        """What tells the folder of the base from others; see `models.huggingface.fingerprint`."""
+        return fingerprint(self.base_folder)
+
+    @property
+    def base_hash(self) -> str:
+        """What tells the base, as this run computes with it, from others."""
+        return "-".join(filter(None, [self.folder_hash, self.settings.quantize]))
+
+    def _read(self, folder: pathlib.Path, quantized: bool = False) -> Any:
+        place = functools.partial(leaf_sharding, self.devices.mesh)
+        return load_params(folder, dtype=jnp.dtype(self.settings.param_dtype), place=place, quantized=quantized)

@@ -1,0 +1,341 @@
+"""Settings: frozen dataclasses that state every default, unit, range and help text once, and are checked when made.
+
+A config file builds its `ml_collections.ConfigDict` from these classes with `to_config`, and a run reads it back with
+`parse`. A bad value raises one UserError that names the key, the value and what is allowed.
+"""
+
+import dataclasses
+import difflib
+import functools
+import math
+import numbers
+import types
+import typing
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+
+import ml_collections
+from ml_collections import config_dict
+
+from pjrlhf.errors import UserError
+
+T = TypeVar("T", bound="Settings")
+
+# Old dotted keys, without the section where several have it, and what they are called now.
+RENAMED = {
+    "keep": "max_to_keep",
+    "heldout_share": "heldout_fraction",
+    "max_bad_share": "max_bad_fraction",
+    "new_user_share": "new_user_fraction",
+    "missing_eos": "missing_eos_penalty",
+    "value_weight": "vf_coef",
+    "statement": "prompt_format",
+    "told": "prompted",
+    "tastes": "personas",
+    "shares": "fractions",
+    "ric.keep": "base_fraction",
+}
+RENAMED_VALUES = {"world": "synthetic", "world16": "synthetic16"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """What a field may hold beyond its type: an interval (`low`, `high` inclusive; `above`, `below` exclusive), or one
+    of `choices`, given or computed when asked. Each bound holds for every number in a tuple.
+    """
+
+    help: str = ""
+    low: float | None = None
+    high: float | None = None
+    above: float | None = None
+    below: float | None = None
+    choices: tuple[Any, ...] | Callable[[], tuple[Any, ...]] = ()
+    extensible: bool = False  # "package.module:name" may stand for a choice
+
+    @property
+    def allowed(self) -> tuple[Any, ...]:
+        return tuple(self.choices() if callable(self.choices) else self.choices)
+
+    def describe(self) -> str:
+        """The interval in words, "" without one."""
+        parts = []
+        if self.low is not None:
+            parts.append(f"at least {_number(self.low)}")
+        if self.above is not None:
+            parts.append(f"above {_number(self.above)}")
+        if self.high is not None:
+            parts.append(f"at most {_number(self.high)}")
+        if self.below is not None:
+            parts.append(f"below {_number(self.below)}")
+        return " and ".join(parts)
+
+    def holds(self, value: float) -> bool:
+        return (
+            (self.low is None or value >= self.low)
+            and (self.high is None or value <= self.high)
+            and (self.above is None or value > self.above)
+            and (self.below is None or value < self.below)
+        )
+
+
+def _number(value: float) -> str:
+    return f"{value:,}" if isinstance(value, int) else f"{value:g}"
+
+
+def setting(default: Any, help: str = "", **rule: Any) -> Any:
+    """A field of a `Settings` class; keywords are those of `Rule`. A mapping or a `Settings` may be the default."""
+    metadata = {"rule": Rule(help=help, **rule)}
+    if isinstance(default, dict):
+        return dataclasses.field(default_factory=functools.partial(dict, default), metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings:
+    """Base of all settings.
+
+    Raises:
+      UserError: a field of a wrong type, out of range, not finite or not among the choices; or fields that do not go
+        together, see `check`. The message starts with the name of the field.
+    """
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value = _checked(field.name, getattr(self, field.name), _hints(type(self))[field.name], rule_of(field))
+            object.__setattr__(self, field.name, value)
+        self.check()
+
+    def check(self) -> None:
+        """Raises UserError for fields that do not go together; starts with the name of one of them."""
+
+    def replace(self: T, path: str = "", **changes: Any) -> T:
+        """A copy with `changes`, nested mappings changing nested settings; `path` is the key of `self` for messages."""
+        return overlay(self, changes, path)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Nested dictionaries of plain values."""
+        return {field.name: _plain(getattr(self, field.name)) for field in dataclasses.fields(self)}
+
+
+def rule_of(field: dataclasses.Field) -> Rule:
+    return field.metadata.get("rule", Rule())
+
+
+@functools.cache
+def _hints(cls: type) -> dict[str, Any]:
+    return typing.get_type_hints(cls)
+
+
+def fields_of(cls: type, prefix: str = "") -> dict[str, tuple[Any, dataclasses.Field]]:
+    """Dotted key -> (type, field) of every setting of a class and of the classes inside it."""
+    found = {}
+    for field in dataclasses.fields(cls):
+        hint, key = _hints(cls)[field.name], f"{prefix}{field.name}"
+        nested = nested_class(hint)
+        if nested:
+            found |= fields_of(nested, f"{key}.")
+        else:
+            found[key] = (hint, field)
+    return found
+
+
+def nested_class(hint: Any) -> type | None:
+    """The `Settings` class that a type annotation names, alone or as an option; None where it names none."""
+    for option in _options(hint):
+        if isinstance(option, type) and issubclass(option, Settings):
+            return option
+    return None
+
+
+def _options(hint: Any) -> tuple[Any, ...]:
+    return typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
+
+
+_NAMES = {int: "a whole number", float: "a number", str: "text", bool: "True or False", type(None): "nothing"}
+
+
+def _name(hint: Any) -> str:
+    if typing.get_origin(hint) is tuple:
+        return "a list"
+    return _NAMES.get(hint, "a section of settings")
+
+
+def _checked(name: str, value: Any, hint: Any, rule: Rule) -> Any:
+    """`value` as a field of this type, or UserError."""
+    options = _options(hint)
+    for option in options:
+        matched, converted = _converted(value, option)
+        if matched:
+            _check_rule(name, converted, rule)
+            return converted
+    if isinstance(value, str) and rule.allowed:
+        _check_rule(name, value, rule)  # the message with the choices says more
+    wanted = " or ".join(dict.fromkeys(_name(option) for option in options if option is not type(None)))
+    raise UserError(f"{name}: {_shown(value)} is not {wanted}{_hint_of(rule)}")
+
+
+def _converted(value: Any, hint: Any) -> tuple[bool, Any]:
+    """(whether `value` can stand for the type, and as what)."""
+    if hint is Any:
+        return True, value
+    if hint is type(None):
+        return value is None, value
+    if hint is bool:
+        return isinstance(value, bool), value
+    if hint is int:
+        whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
+        return whole, int(value) if whole else value
+    if hint is float:
+        real = isinstance(value, numbers.Real) and not isinstance(value, bool)
+        return real and _fits_float(value), float(value) if real and _fits_float(value) else value
+    if hint is str:
+        return isinstance(value, str), value
+    origin = typing.get_origin(hint)
+    if origin is tuple:
+        if not isinstance(value, list | tuple):
+            return False, value
+        inner = typing.get_args(hint)[0]
+        parts = [next((c for ok, c in (_converted(x, o) for o in _options(inner)) if ok), _MISSING) for x in value]
+        return _MISSING not in parts, tuple(parts)
+    if origin in (dict, Mapping):
+        if isinstance(value, ml_collections.ConfigDict):
+            value = value.to_dict()
+        return isinstance(value, Mapping) and all(isinstance(key, str) for key in value), value
+    if isinstance(hint, type) and issubclass(hint, Settings):
+        return isinstance(value, hint), value
+    raise TypeError(f"settings cannot be of type {hint}")
+
+
+_MISSING = object()
+
+
+def _fits_float(value: Any) -> bool:
+    try:
+        float(value)
+    except OverflowError:
+        return False
+    return True
+
+
+def _check_rule(name: str, value: Any, rule: Rule) -> None:
+    if isinstance(value, tuple):
+        for one in value:
+            _check_rule(name, one, rule)
+        return
+    if rule.choices and isinstance(value, str) and value not in rule.allowed and not (rule.extensible and ":" in value):
+        if RENAMED_VALUES.get(value) in rule.allowed:
+            raise UserError(f"{name}: {value!r} is called {RENAMED_VALUES[value]!r} now; write that")
+        near = difflib.get_close_matches(value, [c for c in rule.allowed if isinstance(c, str)], 1)
+        raise UserError(
+            f"{name}: {value!r} is unknown; "
+            + (f"did you mean {near[0]!r}? The choices are " if near else "choose one of ")
+            + ", ".join(str(choice) or "''" for choice in rule.allowed)
+        )
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        if not math.isfinite(value):
+            raise UserError(f"{name}: {value} is not finite{_hint_of(rule)}")
+        if not rule.holds(value):
+            raise UserError(f"{name}: {_number(value)} is out of range; choose a number {rule.describe()}")
+        if rule.choices and value not in rule.allowed:
+            raise UserError(f"{name}: {value} is unknown; choose one of {', '.join(map(str, rule.allowed))}")
+
+
+def _hint_of(rule: Rule) -> str:
+    if rule.allowed:
+        return f"; choose one of {', '.join(str(choice) or repr('') for choice in rule.allowed)}"
+    return f"; choose a number {rule.describe()}" if rule.describe() else "; change it"
+
+
+def _shown(value: Any) -> str:
+    text = " ".join(repr(value).split())
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Settings):
+        return value.to_dict()
+    if isinstance(value, Mapping):
+        return {key: _plain(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(one) for one in value]
+    return value
+
+
+# ---- configs
+
+
+def to_config(settings: Settings) -> ml_collections.ConfigDict:
+    """The settings as a mutable config, whose values flags can override."""
+    config = ml_collections.ConfigDict()
+    with config.ignore_type():
+        for field in dataclasses.fields(settings):
+            value, hint = getattr(settings, field.name), _hints(type(settings))[field.name]
+            if isinstance(value, Settings):
+                config[field.name] = to_config(value)
+            elif isinstance(value, Mapping):
+                config[field.name] = _open(value)
+            elif value is None:
+                kinds = [option for option in _options(hint) if option in (int, float, str, bool)]
+                if kinds:
+                    config[field.name] = config_dict.placeholder(kinds[0])
+            else:
+                config[field.name] = value
+    return config
+
+
+def _open(values: Mapping[str, Any]) -> ml_collections.ConfigDict:
+    """A section whose keys a config chooses; names may hold dots."""
+    config = ml_collections.ConfigDict()
+    with config.ignore_type():
+        for key, value in values.items():
+            config[key] = _open(value) if isinstance(value, Mapping) else value
+    return config
+
+
+def parse(cls: type[T], values: Any, path: str = "") -> T:
+    """Settings from a config section; keys that are left out keep their defaults.
+
+    Raises:
+      UserError: an unknown or renamed key, or a bad value; the message starts with its dotted key.
+    """
+    return overlay(cls(), values, path)
+
+
+def overlay(settings: T, values: Any, path: str = "") -> T:
+    """`settings` with the keys of `values` changed; nested mappings change nested settings.
+
+    Raises:
+      UserError: see `parse`.
+    """
+    if isinstance(values, ml_collections.ConfigDict):
+        values = dict(values.items(preserve_field_references=False))
+    if not isinstance(values, Mapping):
+        raise UserError(f"{path or 'config'}: {_shown(values)} is not a section of settings; give keys and values")
+    known = {field.name for field in dataclasses.fields(settings)}
+    changes = {}
+    for key, value in values.items():
+        dotted = f"{path}.{key}" if path else str(key)
+        if key not in known:
+            raise UserError(unknown_key(dotted, known))
+        current = getattr(settings, key)
+        nested = nested_class(_hints(type(settings))[key])
+        if nested and isinstance(value, Mapping | ml_collections.ConfigDict):
+            value = overlay(current if isinstance(current, Settings) else nested(), value, dotted)
+        elif isinstance(value, ml_collections.ConfigDict):
+            value = value.to_dict()
+        changes[key] = value
+    try:
+        return dataclasses.replace(settings, **changes)
+    except UserError as error:
+        raise UserError(f"{path}.{error}" if path else str(error)) from error.__cause__
+
+
+def unknown_key(dotted: str, known: Any) -> str:
+    """What to say about a key that no settings class has."""
+    section, _, key = dotted.rpartition(".")
+    new = RENAMED.get(f"{section.rpartition('.')[2]}.{key}", RENAMED.get(key))
+    if new in known:
+        return f"{dotted}: is called {f'{section}.' if section else ''}{new} now; rename it"
+    near = difflib.get_close_matches(key, sorted(known), 1)
+    hint = f"did you mean {near[0]}?" if near else f"known keys: {', '.join(sorted(known))}"
+    return f"{dotted}: no such setting; {hint}"
