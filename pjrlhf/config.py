@@ -42,6 +42,11 @@ class RunSettings(SharedSettings):
     evaluate_front: FrontSettings | None = setting(None)
     merge: MergeSettings | None = setting(None)
 
+    def to_dict(self) -> dict[str, Any]:
+        """Nested dictionaries of plain values; sections that the config does not have are left out."""
+        absent = {field.name for field in dataclasses.fields(self) if getattr(self, field.name) is None}
+        return {name: value for name, value in super().to_dict().items() if name not in absent}
+
     @property
     def sections(self) -> dict[type, Settings]:
         """The sections the config has, by class."""
