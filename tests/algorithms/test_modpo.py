@@ -10,7 +10,7 @@ from support import tiny
 from support.small_trees import assert_same
 
 from pjrlhf.algorithms import modpo, policy, reward
-from pjrlhf.algorithms.modpo import Modpo, policies_loss
+from pjrlhf.algorithms.modpo import Modpo, ModpoSettings, policies_loss
 from pjrlhf.config import neighbours
 from pjrlhf.data.batching import pad_left, pad_right
 from pjrlhf.errors import UserError
@@ -36,9 +36,12 @@ def settings(**changes):
     return config
 
 
+def of_run(run):
+    return Modpo(run, run.section(ModpoSettings))
+
+
 def made(folder, **changes):
-    config = settings(**changes)
-    return Modpo(tiny.start(folder, config), config.modpo)
+    return of_run(tiny.start(folder, settings(**changes)))
 
 
 @pytest.fixture(scope="module")
@@ -215,7 +218,8 @@ def test_an_untrained_dpo_policy_starts_at_log_2(method, batch):
 def test_training(copied):
     config = settings(steps=25, optimizer={"learning_rate": 2e-2, "schedule": "constant"})
     run = tiny.start(copied, config)
-    info = modpo.train(run, config.modpo, "methods/modpo")
+    section = run.section(ModpoSettings)
+    info = modpo.train(run, section, "methods/modpo")
     names = ["P2A1", "P1A0.7+P2A0.3", "P1A0.1+P1B0.2+P2A0.3+P2B0.4", "P1B0.5+P2B0.5"]
     assert info["ingredients"] == names
     assert len(info["base"]) > 8 and info["samples"] > 0
@@ -230,7 +234,7 @@ def test_training(copied):
         assert last < first - 0.05, name
         assert {f"rewards/accuracies/{name}", f"rewards/margins/{name}"} < rows[0].keys()
     # Started again it only hands out what is there.
-    assert modpo.train(run, config.modpo, "methods/modpo") == info
+    assert modpo.train(run, section, "methods/modpo") == info
     assert_same(policy.load_bank(run, "methods/modpo", names), bank)
     assert tiny.lines(copied, "methods/modpo") == rows
 
@@ -243,12 +247,18 @@ def test_own_preferences_are_those_of_the_reward_models(finished):
 
 
 MISTAKES = [
-    ({"preferences": {"kind": "dirichlet"}}, "preferences.kind 'dirichlet': MODPO .*; choose own or fixed"),
-    ({"preferences": {"kind": "grid", "points": POINTS}}, "preferences.kind 'grid': .*; choose own or fixed"),
-    ({"preferences": {"kind": "own"}, "mix": "weights"}, "mix 'weights': needs weights over all objectives"),
-    ({"prompt_preference": "half"}, "prompt_preference 'half': .*; set it to never"),
-    ({"loss": "ipo"}, "modpo.loss 'ipo': unknown; choose sigmoid or hinge"),
-    ({"beta": 0.0}, "modpo.beta 0.0: not positive"),
+    (
+        {"preferences": {"kind": "dirichlet"}},
+        "modpo.preferences.kind: 'dirichlet' draws preferences, .*; choose own or",
+    ),
+    (
+        {"preferences": {"kind": "grid", "points": POINTS}},
+        "modpo.preferences.kind: 'grid' draws .*; choose own or fixed",
+    ),
+    ({"mix": "weights"}, "modpo.mix: 'weights' is unknown; choose one of own"),
+    ({"prompt_preference": "half"}, "modpo.prompt_preference: 'half', but MODPO .*; set it to never"),
+    ({"loss": "ipo"}, "modpo.loss: 'ipo' is unknown; choose one of sigmoid, hinge"),
+    ({"beta": 0.0}, "modpo.beta: 0 is out of range; choose a number above 0"),
     ({"batch_size": 10_000}, "batch_size 10000: the data set has only"),
 ]
 
@@ -274,7 +284,7 @@ def test_pairs_of_a_source(finished, tmp_path):
     config = settings(batch_size=2)
     with config.ignore_type():
         config.reward.data = {"kind": "jsonl", "path": str(tmp_path / "pairs.jsonl")}
-    half, whole = Modpo(tiny.start(finished, config), config.modpo), made(finished)
+    half, whole = of_run(tiny.start(finished, config)), made(finished)
     assert 0 < len(half.table) < len(whole.table)
     assert half.table.bad.source_name == "pairs.jsonl"
     for one, other in zip(half.table.examples, whole.table.examples, strict=False):

@@ -11,11 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from support import tiny, tiny_users
+from support.tiny_users import pairs_of
 
 from pjrlhf.algorithms import pdpo as preference
-from pjrlhf.algorithms.pdpo import PreferenceSettings, (
+from pjrlhf.algorithms.pdpo import (
     Preference,
     PreferenceConfig,
+    PreferenceSettings,
     answer_scores,
     pair_losses,
     pair_rewards,
@@ -23,7 +25,7 @@ from pjrlhf.algorithms.pdpo import PreferenceSettings, (
 )
 from pjrlhf.data import synthetic
 from pjrlhf.errors import UserError
-from pjrlhf.feedback.pairs import Pairs, with_text
+from pjrlhf.feedback.pairs import with_text
 from pjrlhf.models.huggingface import fingerprint
 from pjrlhf.models.storage import load_tree, save_tree
 from pjrlhf.objectives.preference import PAIRWISE
@@ -38,7 +40,7 @@ def run(people):
 
 @pytest.fixture(scope="module")
 def pairs(run):
-    return Pairs(run)
+    return pairs_of(run)
 
 
 def one_each(pairs, count):
@@ -257,7 +259,7 @@ def records(tmp_path, base_folder):
 
 
 def test_own_records_are_split_by_prompt(records, tmp_path):
-    pairs = Pairs(tiny.start(tmp_path / "run", records()))
+    pairs = pairs_of(tiny.start(tmp_path / "run", records()))
     prompts = {name: {example.prompt for example in table.examples} for name, table in pairs.tables.items()}
     assert set(prompts) == {"train", "heldout"} and not prompts["train"] & prompts["heldout"]
     assert len(prompts["train"]) == 19 and len(prompts["heldout"]) == 5
@@ -269,11 +271,11 @@ def test_records_without_a_user_are_refused(records, tmp_path):
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     tiny_users.write_records(path, [{**line, "user_id": None} for line in lines])
     with pytest.raises(UserError, match=r"records.jsonl line .*: no user_id; give every record one"):
-        Pairs(tiny.start(tmp_path / "run", records()))
+        pairs_of(tiny.start(tmp_path / "run", records()))
 
 
 def test_a_split_by_pair_keeps_a_pair_on_one_side(records, tmp_path):
-    pairs = Pairs(tiny.start(tmp_path / "run", records(preference__split="pair")))
+    pairs = pairs_of(tiny.start(tmp_path / "run", records(preference__split="pair")))
     # ann and bob judge the same pair in opposite ways: it is one pair all the same.
     keys = {name: {(e.prompt, *sorted((e.chosen, e.rejected))) for e in t.examples} for name, t in pairs.tables.items()}
     assert not keys["train"] & keys["heldout"]
@@ -282,7 +284,7 @@ def test_a_split_by_pair_keeps_a_pair_on_one_side(records, tmp_path):
 
 def test_people_who_are_kept_out_are_met_as_new(records, tmp_path):
     run = tiny.start(tmp_path / "run", records(preference__new_user_fraction=0.5))
-    pairs = Pairs(run)
+    pairs = pairs_of(run)
     who = {name: {example.user_id for example in table.examples} for name, table in pairs.tables.items()}
     assert len(who["new_users"]) == 1 and who["train"] == who["heldout"] == {"ann", "bob"} - who["new_users"]
     # Their comparisons of prompts that were trained on may be used to get to know them, the others to test it.
@@ -295,7 +297,7 @@ def test_people_who_are_kept_out_are_met_as_new(records, tmp_path):
 def test_entries_may_differ_in_their_objective(records, tmp_path):
     models = {"one": {"kind": "individualized", "tokens": 2, "alpha": 0.9, "loss": "ipo", "beta": 0.3}}
     run = tiny.start(tmp_path / "run", records(preference__models=models | {"two": {"kind": "uniform"}}))
-    pairs = Pairs(run)
+    pairs = pairs_of(run)
     one, two = (Preference(run, name, pairs).objective for name in ("one", "two"))
     assert (one.alpha, one.loss, one.beta, one.mixture) == (0.9, "ipo", 0.3, "exact")
     assert two == PreferenceConfig()
@@ -310,7 +312,7 @@ REWARD = {"mine": {"kind": "individualized", "tokens": 2, "head": "reward"}}
 @pytest.mark.slow
 def test_the_reward_loss_is_that_of_the_paper(records, tmp_path):
     run = tiny.start(tmp_path / "run", records(preference__models=REWARD, preference__alpha=0.3))
-    pairs = Pairs(run)
+    pairs = pairs_of(run)
     method = Preference(run, "mine", pairs)
     leaves, treedef = jax.tree.flatten(method.init().trainable)
     rng = np.random.default_rng(0)
@@ -335,11 +337,10 @@ def test_the_reward_loss_is_that_of_the_paper(records, tmp_path):
 @pytest.mark.slow
 def test_a_reward_model_knows_people_apart(records, tmp_path):
     run = tiny.start(tmp_path / "run", records(preference__models=REWARD, preference__steps=40, preference__alpha=0.5))
-    run.section(PreferenceSettings).optimizer.learning_rate = run.section(
-        PreferenceSettings
-    ).user_optimizer.learning_rate = 3e-2
+    rate = {"learning_rate": 3e-2}
+    run.sections[PreferenceSettings] = run.section(PreferenceSettings).replace(optimizer=rate, user_optimizer=rate)
     preference.run(run)
-    trained = Trained(run, "mine", Pairs(run))
+    trained = Trained(run, "mine", pairs_of(run))
     own = trained.margins("heldout", trained.pairs.users("heldout"))
     assert (own > 0).mean() == 1, "ann and bob want opposite answers"
     generic = trained.margins("heldout", np.zeros(len(own), np.int32))
@@ -366,7 +367,7 @@ def told(records, tmp_path):
 
 def test_text_of_a_user_stands_before_the_prompt(told, tmp_path):
     run = tiny.start(tmp_path / "run", told())
-    plain, pairs = Pairs(run), Pairs(run, user_text=True)
+    plain, pairs = pairs_of(run), pairs_of(run, user_text=True)
     for part in ("train", "heldout"):
         assert len(plain.tables[part]) == len(pairs.tables[part])
         for after, before in zip(pairs.tables[part].examples, plain.tables[part].examples, strict=True):
@@ -380,7 +381,7 @@ def test_text_of_a_user_stands_before_the_prompt(told, tmp_path):
 
 def test_texts_under_wrong_names_are_a_control_of_training(told, tmp_path):
     run = tiny.start(tmp_path / "run", told())
-    own, permuted = Pairs(run, user_text=True), Pairs(run, user_text=True, permuted_text=True)
+    own, permuted = pairs_of(run, user_text=True), pairs_of(run, user_text=True, permuted_text=True)
     prompts = {name: [e.prompt for e in made.tables["train"].examples] for name, made in (("a", own), ("b", permuted))}
     assert 0.2 < np.mean([a != b for a, b in zip(prompts["a"], prompts["b"], strict=True)]) < 0.8
     words = [[prompt.split("\n")[0] for prompt in part] for part in prompts.values()]
@@ -403,7 +404,7 @@ def test_a_text_alone_tells_people_apart(told, tmp_path):
     preference.run(run)
     shares = {}
     for name in models:
-        trained = Trained(run, name, Pairs(run, user_text=name == "text"))
+        trained = Trained(run, name, pairs_of(run, user_text=name == "text"))
         margins = trained.margins("heldout", trained.pairs.users("heldout"))
         shares[name] = (margins > 0).mean()
     assert shares == {"text": 1.0, "pooled": 0.5}
@@ -411,7 +412,7 @@ def test_a_text_alone_tells_people_apart(told, tmp_path):
 
 def test_records_without_text(records, tmp_path):
     with pytest.raises(UserError, match=r"records.jsonl line .*: no user_text; give every record one, or set"):
-        Pairs(tiny.start(tmp_path / "run", records()), user_text=True)
+        pairs_of(tiny.start(tmp_path / "run", records()), user_text=True)
 
 
 # ---- losses and mistakes
@@ -430,12 +431,12 @@ def test_the_reward_shift_of_bco_is_the_mean_of_all_rewards_so_far(records, tmp_
     monkeypatch.setattr(preference, "answer_scores", unigrams)
     changes = {"preference__models": {"pooled": {"kind": "uniform"}}, "preference__loss": "bco_pair"}
     run = tiny.start(tmp_path / "run", records(**changes))
-    pairs = Pairs(run)
+    pairs = pairs_of(run)
     method = Preference(run, "pooled", pairs)
     state, seen = method.init(), []
     for i in (0, 8):
         batch = batch_of(pairs, [pairs.tables["train"][i + k] for k in range(8)])
-        scores = np.asarray(unigrams(None, None, None, state.trainable, run.base, batch))
+        scores = np.asarray(unigrams(None, None, None, state.trainable, run.workspace.base, batch))
         state, metrics = method.step(state, batch)
         rewards = 0.1 * (scores - batch["reference"].T)
         seen.append(rewards)
@@ -452,11 +453,11 @@ def test_the_reward_shift_of_bco_is_the_mean_of_all_rewards_so_far(records, tmp_
 def test_every_loss_trains(records, tmp_path, monkeypatch):
     monkeypatch.setattr(preference, "answer_scores", unigrams)
     run = tiny.start(tmp_path / "run", records(preference__models={"pooled": {"kind": "uniform"}}))
-    pairs = Pairs(run)
-    run.section(PreferenceSettings).optimizer.update({"name": "sgd", "learning_rate": 0.3})
+    pairs = pairs_of(run)
+    given = run.section(PreferenceSettings).replace(optimizer={"name": "sgd", "learning_rate": 0.3})
     batch = batch_of(pairs, [pairs.tables["train"][i] for i in range(0, 16, 2)])  # ann's
     for kind in PAIRWISE:
-        run.section(PreferenceSettings).loss = kind
+        run.sections[PreferenceSettings] = given.replace(loss=kind)
         method = Preference(run, "pooled", pairs)
         state, margins, found = method.init(), [], []
         for _ in range(3):
@@ -467,29 +468,27 @@ def test_every_loss_trains(records, tmp_path, monkeypatch):
 
 
 MISTAKES = [
-    ({"preference__loss": "sigmoyd"}, "preference.loss: pairwise loss 'sigmoyd': unknown; did you mean sigmoid"),
-    ({"preference__mixture": "both"}, "preference.mixture 'both': unknown; choose exact or dropout"),
-    ({"preference__alpha": 1.5}, "preference.alpha 1.5: not in .0, 1.; it is the share"),
+    ({"loss": "sigmoyd"}, "preference.loss: 'sigmoyd' is unknown; did you mean 'sigmoid'"),
+    ({"mixture": "both"}, "preference.mixture: 'both' is unknown; choose one of exact, dropout"),
+    ({"alpha": 1.5}, "preference.alpha: 1.5 is out of range; choose a number at least 0 and at most 1"),
+    ({"loss": "ipo", "label_smoothing": 0.1}, "preference.label_smoothing: loss 'ipo' has none; set it to 0"),
+    ({"models": {"mine": {"kind": "own"}}}, "preference.models.mine.kind: 'own' is unknown; choose one of uniform,"),
+    ({"models": {"mine": {"kind": "cluster", "cluster": 2}}}, "models.mine.cluster: no such setting; did you mean clu"),
+    ({"new_user_fraction": 1.5}, "preference.new_user_fraction: 1.5 is out of range"),
+    ({"split": "user"}, "preference.split: 'user' is unknown; choose one of prompt, pair"),
+    ({"head": "scalar"}, "preference.head: 'scalar' is unknown; choose one of policy, reward"),
     (
-        {"preference__loss": "ipo", "preference__label_smoothing": 0.1},
-        "label_smoothing: loss 'ipo' has none; set it to",
+        {"models": {"mine": {"kind": "uniform", "head": "reward", "loss": "ipo"}}},
+        "preference.models.mine.head: 'reward' with loss 'ipo' and sft_weight 0.0 needs a policy; choose from sigmoid, ",
     ),
-    ({"preference__models": {"mine": {"kind": "own"}}}, "preference.models.mine: user model 'own' is unknown; choose"),
-    ({"preference__models": {"mine": {"kind": "cluster", "cluster": 2}}}, "models.mine: .* argument 'cluster'"),
-    ({"preference__new_user_fraction": 1.5}, "held-out share 1.5: not between 0 and 1"),
-    ({"preference__split": "user"}, "preference.split 'user': unknown; choose prompt or pair"),
-    ({"preference__head": "scalar"}, "preference.head 'scalar': unknown; choose policy or reward"),
-    (
-        {"preference__models": {"mine": {"kind": "uniform", "head": "reward", "loss": "ipo"}}},
-        "preference.head 'reward': loss 'ipo' with sft_weight 0.0 needs a policy; choose from sigmoid, robust, hinge",
-    ),
-    ({"preference__models": {"mine": {"kind": "soup"}}}, "preference.bank: not set; name the bank.safetensors"),
-    ({"preference__batch_size": 100}, "batch_size 100: the data set has only 38 rows"),
+    ({"models": {"mine": {"kind": "soup"}}}, "preference.bank: not set; name the bank.safetensors"),
+    ({"batch_size": 100}, "batch_size 100: the data set has only 38 rows"),
 ]
 
 
 @pytest.mark.parametrize(("changes", "message"), MISTAKES, ids=[str(list(x.values())[-1]) for x, _ in MISTAKES])
 def test_mistakes_are_named(records, tmp_path, changes, message):
+    changes = {f"preference__{key}": value for key, value in changes.items()}
     with pytest.raises(UserError, match=message) as caught:
         preference.run(tiny.start(tmp_path / "run", records(**changes)))
     assert "\n" not in str(caught.value)
@@ -504,8 +503,8 @@ def opposites(records, tmp_path):
     run = tiny.start(
         tmp_path / "bank", records(preference__models={"pooled": {"kind": "uniform"}}, preference__steps=12)
     )
-    run.section(PreferenceSettings).optimizer.learning_rate = 3e-2
-    pairs = Pairs(run)
+    run.sections[PreferenceSettings] = run.section(PreferenceSettings).replace(optimizer={"learning_rate": 3e-2})
+    pairs = pairs_of(run)
     users, banks = pairs.users("train"), []
     method = Preference(run, "pooled", pairs)
     for user in (1, 2):
@@ -535,7 +534,7 @@ def test_soup_weights_find_the_right_policy(opposites, tmp_path):
     weights = jax.nn.softmax(found["users"]["table"]["weights"])
     assert weights[1, 0] > 0.8 and weights[2, 1] > 0.8
     assert abs(weights[0, 0] - 0.5) < 0.2, "the generic user hears both"
-    method = Preference(run, "soup", Pairs(run))
+    method = Preference(run, "soup", pairs_of(run))
     assert list(method.init().trainable) == ["users"]
 
 
@@ -545,7 +544,7 @@ def test_the_bank_of_the_same_run(opposites, tmp_path):
     with pytest.raises(UserError, match=r"run/policy/bank.safetensors: there is no such file"):
         preference.run(run)
     shutil.copy(path, run.workdir.stage("policy"))
-    assert list(Preference(run, "soup", Pairs(run)).frozen) == ["bank"]
+    assert list(Preference(run, "soup", pairs_of(run)).frozen) == ["bank"]
 
 
 def test_a_bank_must_fit(opposites, tmp_path):

@@ -10,7 +10,7 @@ import pytest
 from support import tiny
 
 from pjrlhf.algorithms import reward
-from pjrlhf.algorithms.reward import Grouped, Reward, pair_rewards, reward_loss
+from pjrlhf.algorithms.reward import Grouped, Reward, RewardSettings, pair_rewards, reward_loss
 from pjrlhf.data.packing import NOWHERE
 from pjrlhf.models.adapters import AdapterConfig, init_bank
 from pjrlhf.models.storage import load_tree
@@ -144,7 +144,7 @@ def test_heads_and_adapters_move_in_the_first_step(method):
 
 def test_each_held_out_pair_counts_once(finished, method, trained):
     models = json.loads((finished / "manifest.json").read_text())["stages"]["reward"]["models"]
-    found = method.evaluate({name: trained[name] for name in ("bank", "heads")})
+    found = method.heldout_accuracy({name: trained[name] for name in ("bank", "heads")})
     for k, (name, table) in enumerate(zip(tiny.REWARDS, method.heldout, strict=True)):
         assert found[name].items() <= models[name].items()
         assert found[name]["pairs"] == len(table)
@@ -165,7 +165,7 @@ def test_calibrated_rewards_have_mean_0_and_deviation_1(method, trained, monkeyp
         return {"tokens": tokens, "valid": jnp.cumsum(tokens % 5 == 0, axis=1) < 2}
 
     encode = run.text.encode
-    monkeypatch.setattr(run, "encode", lambda prompts: asked.append(encode(prompts)) or asked[-1], raising=False)
+    monkeypatch.setattr(run.text, "encode", lambda prompts: asked.append(encode(prompts)) or asked[-1])
     monkeypatch.setattr(reward, "sample", answer)
     scale = method.calibrate(trained)
     assert len(asked) * run.settings.sample_rows == run.section(RewardSettings).calibration_samples

@@ -93,9 +93,7 @@ def test_weights_in_words():
         == "short everything everything everything"
     )
     assert PreferencePrompt(form="numbers")({"a": Preference(dimension="d", sentence="")}, ["a"], [1.0]) == "a 1.0"
-    with pytest.raises(
-        UserError, match=r"prompt_format\.form 'colours': unknown; choose one of sentences, numbers, tally"
-    ):
+    with pytest.raises(UserError, match="form: 'colours' is unknown; choose one of sentences, numbers, tally"):
         PreferencePrompt(form="colours")
 
 

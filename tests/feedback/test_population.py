@@ -17,7 +17,7 @@ PEOPLE = {
     "population.users": 4,
     "population.new_users": 2,
     "population.personas": ("longer", "shorter"),
-    "population.shares": (0.75, 0.25),
+    "population.fractions": (0.75, 0.25),
     "population.pairs_per_user": 32,
     "population.heldout_pairs_per_user": 16,
     "population.new_pairs_per_user": 40,

@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from support import tiny, tiny_users
+from support.tiny_users import pairs_of
 
 from pjrlhf.errors import UserError
-from pjrlhf.feedback.pairs import Pairs
 from pjrlhf.models.users import UserModel, fit_clusters
 from pjrlhf.protocols.cold_start import fit_new_users
 from pjrlhf.protocols.trained import Trained
@@ -29,7 +29,7 @@ def summary(people):
 def trained(people):
     """The individualized model of the finished run."""
     run = tiny.start(people, tiny_users.settings())
-    return Trained(run, "individualized", Pairs(run))
+    return Trained(run, "individualized", pairs_of(run))
 
 
 def test_files_of_a_run(people):

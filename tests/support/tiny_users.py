@@ -4,7 +4,9 @@ import json
 
 import jax
 
+from pjrlhf.algorithms.pdpo import PreferenceSettings
 from pjrlhf.data import synthetic
+from pjrlhf.feedback.pairs import Pairs
 from pjrlhf.models.config import ModelConfig
 from pjrlhf.models.decoder import Decoder, init_params
 from pjrlhf.models.huggingface import save_params
@@ -21,7 +23,7 @@ TINY = SHARED | {
     "population.users": 4,
     "population.new_users": 2,
     "population.personas": ("P2A", "P2B"),  # short or long, on which answers of a bad base differ too
-    "population.shares": (0.75, 0.25),
+    "population.fractions": (0.75, 0.25),
     "population.pairs_per_user": 32,
     "population.heldout_pairs_per_user": 16,
     "population.new_pairs_per_user": 40,
@@ -47,6 +49,11 @@ def settings(variant="synthetic", **changes):
     if models is not None:
         config.preference.models = type(config)(models)
     return config
+
+
+def pairs_of(run, **options):
+    """The comparisons of a run, by the settings of its section `preference`."""
+    return Pairs(run, run.section(PreferenceSettings), **options)
 
 
 def write_records(path, records):
