@@ -236,8 +236,9 @@ def _check_rule(name: str, value: Any, rule: Rule) -> None:
             raise UserError(f"{name}: {value} is not finite{_hint_of(rule)}")
         if not rule.holds(value):
             raise UserError(f"{name}: {_number(value)} is out of range; choose a number {rule.describe()}")
-        if rule.choices and value not in rule.allowed:
-            raise UserError(f"{name}: {value} is unknown; choose one of {', '.join(map(str, rule.allowed))}")
+        choices = [choice for choice in rule.allowed if not isinstance(choice, str)]
+        if choices and value not in choices:
+            raise UserError(f"{name}: {value} is unknown; choose one of {', '.join(map(str, choices))}")
 
 
 def _hint_of(rule: Rule) -> str:
