@@ -15,6 +15,7 @@ from pjrlhf.algorithms.policy import PolicySettings
 from pjrlhf.algorithms.reward import RewardSettings
 from pjrlhf.algorithms.ric import RicSettings
 from pjrlhf.algorithms.sft import SftSettings
+from pjrlhf.errors import UserError
 from pjrlhf.export.merge import MergeSettings
 from pjrlhf.feedback.comparisons import ComparisonsSettings
 from pjrlhf.feedback.population import PopulationSettings
@@ -46,6 +47,37 @@ class RunSettings(SharedSettings):
         """Nested dictionaries of plain values; sections that the config does not have are left out."""
         absent = {field.name for field in dataclasses.fields(self) if getattr(self, field.name) is None}
         return {name: value for name, value in super().to_dict().items() if name not in absent}
+
+    def check(self) -> None:
+        super().check()
+        known = self.audience.registry
+        for name in self.population.personas if self.population else ():
+            if name not in known:
+                raise UserError(f"population.personas: {name!r} is not among the preferences {', '.join(known)}")
+        if self.evaluate_users and self.preference:
+            for name in self.evaluate_users.cold_start_models if self.evaluate_users.cold_start else ():
+                if name not in self.preference.models:
+                    raise UserError(
+                        f"evaluate_users.cold_start_models: {name!r} is not among preference.models; choose from "
+                        f"{', '.join(self.preference.models)}"
+                    )
+        for method, entries in (self.evaluate.scaling if self.evaluate else {}).items():
+            for name in entries:
+                if name not in self.methods:
+                    raise UserError(f"evaluate.scaling.{method}: {name!r} is not among methods; add the entry")
+        if self.policy and self.temperature == 0:
+            raise UserError("temperature: a policy cannot learn from greedy samples; set it above 0, for example to 1")
+        if (
+            not self.model.path
+            and "sft" in self.stages
+            and self.data.max_prompt + self.data.max_completion > self.model.max_length
+        ):
+            raise UserError(
+                f"model.max_length: {self.model.max_length} is less than data.max_prompt + data.max_completion = "
+                f"{self.data.max_prompt} + {self.data.max_completion}; raise it or shorten one of them"
+            )
+        if self.seeds and (not self.stages or self.stages[-1] != "evaluate_front"):
+            raise UserError("seeds: only runs that end in evaluate_front can be averaged; set --config.seed instead")
 
     @property
     def sections(self) -> dict[type, Settings]:

@@ -9,6 +9,7 @@ import importlib
 import json
 import pkgutil
 import time
+from collections.abc import Mapping
 from typing import Any
 
 from absl import logging
@@ -53,7 +54,10 @@ def entry(run: Run, name: str) -> dict[str, Any]:
     """The entry of that name. Raises UserError for one there is not."""
     if name not in run.settings.methods:
         raise UserError(f"methods: there is no entry {name!r}; there are {', '.join(run.settings.methods)}")
-    return dict(run.settings.methods[name])
+    found = run.settings.methods[name]
+    if not isinstance(found, Mapping):
+        raise UserError(f"methods.{name}: {found!r} is not an entry; give settings such as {{'train': 'policy'}}")
+    return dict(found)
 
 
 def settings_of(run: Run, name: str) -> Settings:
@@ -65,6 +69,16 @@ def settings_of(run: Run, name: str) -> Settings:
     trainer = trainer_of(changes.pop("train", "policy"))
     changes = {key: value for key, value in changes.items() if key not in ANSWERING}
     return overlay(trainer.settings(run), changes, f"methods.{name}")
+
+
+def check(run: Run) -> None:
+    """Raises UserError for an entry that cannot be trained as it stands."""
+    for name in run.settings.methods:
+        changes = entry(run, name)
+        if (source := changes.get("of")) and source not in run.settings.methods:
+            raise UserError(f"methods.{name}.of: there is no entry {source!r}; name one of the others")
+        if changes.get("train", "policy"):
+            settings_of(run, name)
 
 
 def run(run: Run) -> dict[str, Any]:

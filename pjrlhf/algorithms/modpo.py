@@ -32,7 +32,7 @@ from pjrlhf.runtime.run import Run, Trainer
 from pjrlhf.settings import Settings, setting
 from pjrlhf.training.loop import Method
 from pjrlhf.training.metrics import Metrics
-from pjrlhf.training.optimizer import OptimizerSettings, make_optimizer, per_ingredient
+from pjrlhf.training.optimizer import OptimizerSettings, check_warmup, make_optimizer, per_ingredient
 from pjrlhf.training.state import State
 from pjrlhf.training.workdir import disk_errors
 
@@ -54,6 +54,7 @@ class ModpoSettings(Settings):
     optimizer: OptimizerSettings = setting(OptimizerSettings(learning_rate=3e-3, schedule="linear"))
 
     def check(self) -> None:
+        check_warmup(self.optimizer, self.steps)
         if self.preferences.kind not in ("own", "fixed"):
             raise UserError(
                 f"preferences.kind: {self.preferences.kind!r} draws preferences, and MODPO trains one policy per "

@@ -31,7 +31,7 @@ from pjrlhf.settings import Settings, parse, setting
 from pjrlhf.training.lazy_adam import lazy_adam
 from pjrlhf.training.loop import Method
 from pjrlhf.training.metrics import Metrics
-from pjrlhf.training.optimizer import OptimizerSettings, make_optimizer, make_schedule, per_ingredient
+from pjrlhf.training.optimizer import OptimizerSettings, check_warmup, make_optimizer, make_schedule, per_ingredient
 from pjrlhf.training.state import State
 
 HEADS = ("policy", "reward")
@@ -133,7 +133,12 @@ class PreferenceSettings(PairSettings, PreferenceConfig):
         if not self.models:
             raise UserError("models: there is none; add an entry such as {'pooled': {'kind': 'uniform'}}")
         for name in self.models:
-            self.entry(name)
+            users, _ = self.entry(name)
+            # Two parts where the first trains vectors for the clusters.
+            first = round(users.warm_start * self.steps)
+            for part in filter(None, (first, self.steps - first)):
+                check_warmup(self.optimizer, part)
+                check_warmup(self.user_optimizer, part, "user_optimizer")
 
     def entry(self, name: str) -> tuple[EntrySettings, PreferenceConfig]:
         """The user model of an entry, and its objective.

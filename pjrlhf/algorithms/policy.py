@@ -41,7 +41,7 @@ from pjrlhf.runtime.run import Run, Stage, Trainer
 from pjrlhf.settings import Settings, setting
 from pjrlhf.training.loop import Method
 from pjrlhf.training.metrics import Metrics
-from pjrlhf.training.optimizer import OptimizerSettings, make_optimizer, per_ingredient
+from pjrlhf.training.optimizer import OptimizerSettings, check_warmup, make_optimizer, per_ingredient
 from pjrlhf.training.state import State
 from pjrlhf.training.workdir import disk_errors, write_json
 
@@ -111,6 +111,7 @@ class PolicySettings(Settings):
             _ = self.rule
         except ValueError as error:
             raise UserError(f"combine.{error}") from error
+        check_warmup(self.optimizer, self.steps * self.ppo.epochs * self.ppo.minibatches)
         if self.rollouts % self.experience.samples_per_prompt:
             raise UserError(
                 f"rollouts: {self.rollouts} is not a multiple of experience.samples_per_prompt="

@@ -30,7 +30,7 @@ from pjrlhf.runtime.run import Run, Stage
 from pjrlhf.settings import Settings, setting
 from pjrlhf.training.loop import Method
 from pjrlhf.training.metrics import Metrics
-from pjrlhf.training.optimizer import OptimizerSettings, make_optimizer, per_ingredient
+from pjrlhf.training.optimizer import OptimizerSettings, check_warmup, make_optimizer, per_ingredient
 from pjrlhf.training.state import State
 from pjrlhf.training.workdir import disk_errors
 
@@ -58,6 +58,7 @@ class RewardSettings(Settings):
 
     def check(self) -> None:
         check_quantiles(self.quantiles)
+        check_warmup(self.optimizer, self.steps)
 
 
 def check_quantiles(quantiles: Sequence[float]) -> None:

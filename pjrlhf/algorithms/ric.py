@@ -31,7 +31,7 @@ from pjrlhf.runtime.run import Run, Trainer
 from pjrlhf.settings import Settings, setting
 from pjrlhf.training.loop import Method
 from pjrlhf.training.metrics import Metrics
-from pjrlhf.training.optimizer import OptimizerSettings, make_optimizer, per_ingredient
+from pjrlhf.training.optimizer import OptimizerSettings, check_warmup, make_optimizer, per_ingredient
 from pjrlhf.training.state import State
 from pjrlhf.training.workdir import disk_errors, write_lines
 
@@ -57,6 +57,9 @@ class RicSettings(Settings):
         0.25, "fraction of the base's answers that join those of an online round", low=0.0, high=1.0
     )
     optimizer: OptimizerSettings = setting(OptimizerSettings(learning_rate=3e-3, schedule="cosine"))
+
+    def check(self) -> None:
+        check_warmup(self.optimizer, min(self.steps, self.online_steps) if self.rounds else self.steps)
 
 
 Answer = dict[str, Any]  # {"request", "text", "scores": N numbers in [0, 1]}

@@ -23,7 +23,7 @@ from pjrlhf.runtime.run import Run, Stage
 from pjrlhf.settings import Settings, setting
 from pjrlhf.training.loop import Method
 from pjrlhf.training.metrics import Metrics, masked
-from pjrlhf.training.optimizer import OptimizerSettings, make_optimizer, per_ingredient
+from pjrlhf.training.optimizer import OptimizerSettings, check_warmup, make_optimizer, per_ingredient
 from pjrlhf.training.state import State
 from pjrlhf.training.workdir import disk_errors
 
@@ -40,6 +40,9 @@ class SftSettings(Settings):
     optimizer: OptimizerSettings = setting(
         OptimizerSettings(learning_rate=4e-3, schedule="cosine", warmup_steps=20, b2=0.98, weight_decay=0.01)
     )
+
+    def check(self) -> None:
+        check_warmup(self.optimizer, self.steps)
 
 
 def sft_loss(model: Decoder, adapter: AdapterConfig, trainable: Any, base: Any, rows: Any) -> tuple[jax.Array, Metrics]:

@@ -6,7 +6,6 @@ from typing import Any
 import numpy as np
 from absl import logging
 
-from pjrlhf.errors import UserError
 from pjrlhf.evaluation.report import write_report
 from pjrlhf.evaluation.statistics import mean_interval
 from pjrlhf.parallel.processes import on_process_zero
@@ -26,8 +25,6 @@ def run(config: Any, workdir: Workdir) -> None:
       UserError: seeds given twice, or stages that do not end in `evaluate_front`.
     """
     seeds = stages.read(config).settings.seeds
-    if config.stages[-1] != "evaluate_front":
-        raise UserError("seeds: only runs that end in evaluate_front can be averaged; set --config.seed instead")
     summaries = []
     for seed in seeds:
         logging.info("seed %s", seed)

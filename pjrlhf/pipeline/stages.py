@@ -9,6 +9,7 @@ from typing import Any
 from absl import logging
 
 from pjrlhf import config as configs
+from pjrlhf.algorithms import methods
 from pjrlhf.errors import UserError
 from pjrlhf.export import merge
 from pjrlhf.export.merge import MergeSettings
@@ -67,8 +68,8 @@ class Plan:
     foreign: Mapping[str, Settings]
     stages: tuple[Stage, ...]
 
-    def run(self, workdir: Workdir) -> Run:
-        """The run in a folder."""
+    def run(self, workdir: Workdir | None) -> Run:
+        """The run in a folder; without one, for checks that touch no file."""
         sections = self.settings.sections | {type(section): section for section in self.foreign.values()}
         return Run(self.settings, sections, workdir)
 
@@ -92,7 +93,10 @@ def read(config: Any) -> Plan:
     known = {field.name for field in dataclasses.fields(configs.RunSettings)}
     kinds = {stage.name: stage.settings for stage in stages if stage.name not in known and stage.settings}
     foreign = {name: parse(kind, values.pop(name, {}), name) for name, kind in kinds.items()}
-    return Plan(configs.read(values), foreign, stages)
+    plan = Plan(configs.read(values), foreign, stages)
+    if methods.STAGE in stages:
+        methods.check(plan.run(None))
+    return plan
 
 
 def run(config: Any, workdir: Workdir) -> None:

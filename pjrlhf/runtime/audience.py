@@ -31,6 +31,10 @@ class Audience:
         self.general = general
         self.registry = self._registry()
 
+    def check(self) -> None:
+        """Raises UserError for a scorer that is missing or unknown."""
+        _ = self.score
+
     def _registry(self) -> Registry:
         """Preference id -> dimension, sentence and label."""
         if isinstance(self.named, str):

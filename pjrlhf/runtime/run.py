@@ -68,6 +68,7 @@ class SharedSettings(LoopSettings):
     methods: Mapping[str, Any] = setting({}, "the entries of the stage methods; see algorithms/methods.py")
 
     def check(self) -> None:
+        super().check()
         if len(set(self.objectives)) < len(self.objectives):
             raise UserError(f"objectives: {self.objectives} names one twice; leave it out")
         if not self.objectives:
@@ -76,6 +77,12 @@ class SharedSettings(LoopSettings):
             raise UserError(f"seeds: {self.seeds} has one twice; their spread would be too small")
         if self.general in self.objectives:
             raise UserError(f"general: {self.general!r} is an objective already; leave it empty")
+        self.audience.check()
+
+    @functools.cached_property
+    def audience(self) -> Audience:
+        """Who the run pleases."""
+        return Audience(self.preferences, self.objectives, self.general, self.judge)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,10 +121,10 @@ class Run:
       sections: the settings of the stages, by class; see `section`.
     """
 
-    def __init__(self, settings: SharedSettings, sections: Mapping[type, Settings], workdir: Workdir):
+    def __init__(self, settings: SharedSettings, sections: Mapping[type, Settings], workdir: Workdir | None):
         self.settings, self.sections, self.workdir = settings, dict(sections), workdir
         self.streams = Streams(settings.seed)
-        self.audience = Audience(settings.preferences, settings.objectives, settings.general, settings.judge)
+        self.audience = settings.audience
 
     @functools.cached_property
     def devices(self) -> Devices:

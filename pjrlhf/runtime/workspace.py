@@ -64,6 +64,11 @@ class ModelSettings(Settings):
     def check(self) -> None:
         if self.hidden_size % self.num_heads:
             raise UserError(f"hidden_size: {self.hidden_size} is not a multiple of num_heads={self.num_heads}")
+        if self.hidden_size // self.num_heads % 2:
+            raise UserError(
+                f"hidden_size: {self.hidden_size} gives num_heads={self.num_heads} an odd width each, and rotary "
+                "embeddings need an even one"
+            )
         if self.num_heads % self.num_kv_heads:
             raise UserError(f"num_heads: {self.num_heads} is not a multiple of num_kv_heads={self.num_kv_heads}")
         if self.rope_scaling:

@@ -17,7 +17,7 @@ from pjrlhf.errors import UserError
 from pjrlhf.parallel.processes import is_process_zero, to_host
 from pjrlhf.settings import Settings, setting
 from pjrlhf.training.checkpoint import Checkpoints, abstract
-from pjrlhf.training.metrics import LOGGERS, Metrics, MetricWriter, to_floats
+from pjrlhf.training.metrics import LOGGERS, Metrics, MetricWriter, import_logger, to_floats
 from pjrlhf.training.performance import Performance, Program
 from pjrlhf.training.progress import progress
 from pjrlhf.training.state import State
@@ -40,6 +40,10 @@ class LoopSettings(Settings):
     eval_every: int = setting(0, "steps between evaluations on held-out data; 0 is never", low=0)
     loggers: tuple[str, ...] = setting((), "beside metrics.jsonl", choices=tuple(LOGGERS))
     profile: bool = setting(False, "a trace of steps 3 to 5 of every stage, for XProf")
+
+    def check(self) -> None:
+        for logger in self.loggers:
+            import_logger(logger)
 
 
 class Batches(Protocol):

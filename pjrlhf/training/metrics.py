@@ -67,7 +67,7 @@ class MetricWriter:
     def __init__(self, workdir: Workdir, stage: str, *, loggers: Collection[str] = (), after: int = 0):
         self.path = workdir.path / "metrics.jsonl"
         self.stage = stage
-        modules = {name: _import(name) for name in loggers}
+        modules = {name: import_logger(name) for name in loggers}
         self._active = is_process_zero()
         self._tensorboard = self._wandb = None
         if not self._active:
@@ -132,7 +132,8 @@ class MetricWriter:
             self._wandb.finish()
 
 
-def _import(logger: str) -> Any:
+def import_logger(logger: str) -> Any:
+    """The module of a logger. Raises UserError where it is unknown or not installed."""
     if logger not in LOGGERS:
         raise UserError(f"loggers: {logger!r} is unknown; use any of {', '.join(LOGGERS)}")
     try:

@@ -33,6 +33,14 @@ class OptimizerSettings(Settings):
     max_grad_norm: float = setting(1.0, "global-norm clipping; 0 turns it off", low=0.0)
 
 
+def check_warmup(settings: OptimizerSettings, updates: int, name: str = "optimizer") -> None:
+    """Raises UserError for a warm-up that is not shorter than `updates`; `name` is the key of the section."""
+    if settings.warmup_steps >= max(updates, 1):
+        raise UserError(
+            f"{name}.warmup_steps: {settings.warmup_steps} leaves none of the {updates} updates; make it smaller"
+        )
+
+
 def make_schedule(settings: OptimizerSettings, total_steps: int) -> optax.Schedule:
     """Learning rate as a function of the number of updates already done.
 
@@ -40,8 +48,7 @@ def make_schedule(settings: OptimizerSettings, total_steps: int) -> optax.Schedu
       UserError: a warm-up that is not shorter than the stage.
     """
     peak, warmup = settings.learning_rate, settings.warmup_steps
-    if warmup >= max(total_steps, 1):
-        raise UserError(f"optimizer.warmup_steps: {warmup} leaves none of the {total_steps} steps; make it smaller")
+    check_warmup(settings, total_steps)
     rest = max(total_steps - warmup, 1)
     after = {
         "constant": optax.constant_schedule(peak),

@@ -1,0 +1,93 @@
+"""The command `pjrlhf`: thin verbs over the package. Nothing heavy is imported before a verb is known."""
+
+import argparse
+import contextlib
+import json
+import pathlib
+import sys
+from collections.abc import Iterator, Sequence
+
+VERBS = {
+    "train": "run a config: pjrlhf train --config=configs/soups.py --workdir=runs/mine --config.seed=1",
+    "merge": "merge models or adapters into one folder: pjrlhf merge A B --weights 0.7 0.3 --base BASE --output OUT",
+    "report": "print the tables of a finished run: pjrlhf report runs/soups",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The entry point of the console script."""
+    from pjrlhf import __version__
+
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    parser = argparse.ArgumentParser(
+        prog="pjrlhf",
+        description="Personalized RLHF in JAX.",
+        epilog="pjrlhf VERB --help says more of a verb.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"pjrlhf {__version__}")
+    verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
+    for name, text in VERBS.items():
+        verbs.add_parser(name, help=text, add_help=False)
+    verb = parser.parse_args(arguments[:1]).verb
+    {"train": _train, "merge": _merge, "report": _report}[verb](arguments[1:])
+
+
+def _train(arguments: Sequence[str]) -> None:
+    """`python -m pjrlhf.main` with the same flags."""
+    from pjrlhf import main as program
+
+    sys.argv = ["pjrlhf train", *arguments]
+    program.run()
+
+
+def _merge(arguments: Sequence[str]) -> None:
+    from pjrlhf.export.merge import SETTINGS, SPACES, MergeSettings, merge
+    from pjrlhf.settings import fields_of, parse, rule_of
+
+    helps = {key: rule_of(field).help for key, (_, field) in fields_of(MergeSettings).items()}
+    parser = argparse.ArgumentParser(
+        prog="pjrlhf merge", description="Merges models or LoRA adapters into one folder.", allow_abbrev=False
+    )
+    parser.add_argument("ingredients", nargs="+", metavar="FOLDER", help=helps["ingredients"])
+    parser.add_argument("--weights", nargs="+", type=float, required=True, metavar="W", help=helps["weights"])
+    parser.add_argument("--output", required=True, metavar="FOLDER", help="the folder to write; must be new or empty")
+    parser.add_argument("--base", metavar="FOLDER", help=helps["base"])
+    parser.add_argument("--space", choices=SPACES, help=helps["space"])
+    parser.add_argument("--method", choices=tuple(SETTINGS), help=helps["method"])
+    for name, kind in (("density", float), ("scale", float), ("seed", int), ("dtype", str)):
+        parser.add_argument(f"--{name}", type=kind, help=helps[name])
+    given = {key: value for key, value in vars(parser.parse_args(arguments)).items() if value is not None}
+    with _one_line():
+        merge(parse(MergeSettings, given, "merge"))
+        print(f"merged model: {given['output']}")
+
+
+def _report(arguments: Sequence[str]) -> None:
+    parser = argparse.ArgumentParser(prog="pjrlhf report", description="Prints the tables of a finished run.")
+    parser.add_argument("run", metavar="RUN", help="the run directory, such as runs/soups")
+    folder = pathlib.Path(parser.parse_args(arguments).run) / "report"
+    with _one_line():
+        from pjrlhf.errors import UserError
+        from pjrlhf.evaluation.report import print_tables
+
+        try:
+            summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise UserError(f"{folder}: there is no summary.json; name a run directory whose run ended") from None
+        except (OSError, ValueError) as error:
+            raise UserError(f"{folder}/summary.json: cannot be read ({error}); run the evaluation again") from error
+        print_tables(summary)
+        print(f"report: {folder / 'index.html'}")
+
+
+@contextlib.contextmanager
+def _one_line() -> Iterator[None]:
+    """Turns a UserError into one line on stderr and exit code 2."""
+    from pjrlhf.errors import UserError
+
+    try:
+        yield
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
