@@ -1,35 +1,43 @@
 """Fronts of several objectives, all maximised, and whether a policy follows the preference weights it is given.
 
-Legend: N objectives, n points (one per preference, evaluated means), P prompts.
+Shapes: N objectives, n points (one per preference, evaluated means), P prompts. All arrays are float64.
+
+A front metric of your own is a function of an `EvaluatedFront`; a config adds it to the report as
+`evaluate_front.metrics = ("package.module:function",)`.
 """
 
-from typing import Any
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any, cast
 
+import moocore
 import numpy as np
+from numpy.typing import ArrayLike
 
 from pjrlhf.errors import UserError
 from pjrlhf.evaluation.statistics import kendall, spearman
+from pjrlhf.registry import Registry
 
 
-def non_dominated(points: np.ndarray) -> np.ndarray:
-    """Which points no other beats, bool [n]: nobody is as good everywhere and better somewhere. Copies stay together.
+def non_dominated(points: ArrayLike) -> np.ndarray:
+    """Which points no other point dominates, bool [n]: none is as good in every objective and better in one. Copies of
+    a non-dominated point all count.
 
     Args:
-      points: float [n, N].
+      points: [n, N].
     """
     points = _points(points)
-    return np.array([not ((points >= p).all(1) & (points > p).any(1)).any() for p in points], bool)
+    if not len(points):
+        return np.zeros(0, bool)
+    return np.asarray(moocore.is_nondominated(points, maximise=True, keep_weakly=True))
 
 
-def hypervolume(points: np.ndarray, reference: np.ndarray) -> float:
+def hypervolume(points: ArrayLike, reference: ArrayLike) -> float:
     """Volume that the points dominate above `reference`, exact for any N; exponential in N in the worst case.
 
-    For N > 2 each point adds what it dominates beyond the points that are better in the last objective (the exclusive
-    volume of WFG; While, Bradstreet and Barone 2012), which is a product with the same question in N - 1.
-
     Args:
-      points: float [n, N]; those not above the reference in every objective add nothing, nor do dominated ones.
-      reference: float [N], one for all methods that are compared.
+      points: [n, N]; those not above the reference in every objective add nothing.
+      reference: [N], the same for all methods that are compared.
 
     Raises:
       UserError: shapes that do not fit, or values that are not finite.
@@ -39,52 +47,36 @@ def hypervolume(points: np.ndarray, reference: np.ndarray) -> float:
         raise UserError(
             f"reference {reference.tolist()}: give one finite number for each of {points.shape[1]} objectives"
         )
-    above = points - reference
-    return float(_volume(above[(above > 0).all(1)]))
+    return float(moocore.hypervolume(points, ref=reference, maximise=True)) if len(points) else 0.0
 
 
-def _volume(points: np.ndarray) -> float:
-    if not len(points):
-        return 0.0
-    if points.shape[1] == 1:
-        return points.max()
-    if points.shape[1] == 2:
-        x, y = points[np.argsort(-points[:, 0])].T
-        return x @ np.diff(np.maximum.accumulate(y), prepend=0.0)
-    points = np.unique(points[non_dominated(points)], axis=0)
-    points = points[np.argsort(points[:, -1])]
-    height, base = points[:, -1], points[:, :-1]
-    exclusive = [base[i].prod() - _volume(np.minimum(base[i + 1 :], base[i])) for i in range(len(points))]
-    return height @ exclusive
-
-
-def controllability(preferences: np.ndarray, rewards: np.ndarray) -> dict[str, np.ndarray]:
-    """Does a reward follow its own weight over the grid? Rank correlations of weight and reward, per objective.
+def controllability(preferences: ArrayLike, rewards: ArrayLike) -> dict[str, np.ndarray]:
+    """Rank correlations of each objective's weight with its reward over the grid.
 
     Spearman's is the controllability of arXiv 2605.10585: a front can be wide while the weights are ignored.
 
     Args:
-      preferences: float [n, N], points of the simplex.
-      rewards: float [n, N], mean reward at each.
+      preferences: [n, N], points of the simplex.
+      rewards: [n, N], mean reward at each.
 
     Returns:
-      {"spearman": float64 [N], "kendall": float64 [N]}, 0 where the reward does not move.
+      {"spearman": [N], "kendall": [N]}, 0 where the reward does not move.
     """
     preferences, rewards = _grid(preferences, rewards)
     pairs = list(zip(preferences.T, rewards.T, strict=True))
     return {test.__name__: np.array([test(p, r) for p, r in pairs]) for test in (spearman, kendall)}
 
 
-def prompt_tau(preferences: np.ndarray, rewards: np.ndarray) -> float:
+def prompt_tau(preferences: ArrayLike, rewards: ArrayLike) -> float:
     """Kendall's tau-b between the order of the weights and the order of the rewards, over the objectives of one answer,
     averaged over prompts and preferences (MOC, arXiv 2604.04497).
 
     Args:
-      preferences: float [n, N], points of the simplex; those with equal weights have no order and are left out.
-      rewards: float [n, P, N], reward of each answer, calibrated: the objectives must be on one scale.
+      preferences: [n, N], points of the simplex; those with equal weights have no order and are left out.
+      rewards: [n, P, N], reward of each answer, calibrated: the objectives must be on one scale.
 
     Raises:
-      UserError: as `front_metrics`; no prompts, or no preference with an order.
+      UserError: as `EvaluatedFront`; no prompts, or no preference with an order.
     """
     rewards = np.asarray(rewards, np.float64)
     if rewards.ndim != 3 or not rewards.shape[1]:
@@ -97,24 +89,24 @@ def prompt_tau(preferences: np.ndarray, rewards: np.ndarray) -> float:
     return float(np.mean(taus))
 
 
-def mse_to_target(rewards: np.ndarray, targets: np.ndarray) -> float:
-    """Mean of (reward - target)^2 over points and objectives, both float [n, N] and on one scale."""
+def mse_to_target(rewards: ArrayLike, targets: ArrayLike) -> float:
+    """Mean of (reward - target)^2 over points and objectives, both [n, N] and on one scale."""
     rewards, targets = _points(rewards, "rewards"), _points(targets, "targets")
     if rewards.shape != targets.shape or not len(rewards):
         raise UserError(f"targets: shape {targets.shape} for rewards of shape {rewards.shape}; give one per reward")
     return float(np.mean((rewards - targets) ** 2))
 
 
-def mean_inner_product(preferences: np.ndarray, rewards: np.ndarray) -> float:
-    """MIP: mean over the grid of p . R(p), what each preference gets by its own weights; both float [n, N]."""
+def mean_inner_product(preferences: ArrayLike, rewards: ArrayLike) -> float:
+    """MIP: mean over the grid of p . R(p), the utility of each preference by its own weights; both [n, N]."""
     preferences, rewards = _grid(preferences, rewards)
     return float(np.mean(np.sum(preferences * rewards, 1)))
 
 
-def expected_utility(weights: np.ndarray, rewards: np.ndarray) -> float:
-    """EUM: mean over weights [m, N] of max over points [n, N] of w . r, when everyone may choose from all the points.
+def expected_utility(weights: ArrayLike, rewards: ArrayLike) -> float:
+    """EUM: mean over weights [m, N] of max over points [n, N] of w . r, when everyone may choose among all points.
 
-    At least the MIP on the same grid; where it is larger, somebody would rather have another preference's answer.
+    At least the MIP on the same grid; where it is larger, some preference does better with another one's answer.
     """
     weights, rewards = _points(weights, "weights"), _points(rewards, "rewards")
     if weights.shape[1] != rewards.shape[1] or not (len(weights) and len(rewards)):
@@ -122,26 +114,26 @@ def expected_utility(weights: np.ndarray, rewards: np.ndarray) -> float:
     return float((weights @ rewards.T).max(1).mean())
 
 
-def sparsity(points: np.ndarray) -> float:
+def sparsity(points: ArrayLike) -> float:
     """Squared gaps between neighbours, summed over objectives, per gap (as MORL-Baselines); 0 for fewer than two.
 
     Args:
-      points: float [n, N], of which the distinct non-dominated ones count. Lower is denser.
+      points: [n, N], of which the distinct non-dominated ones count. Lower is denser.
     """
     points = _points(points)
     front = np.unique(points[non_dominated(points)], axis=0)
     return float((np.diff(np.sort(front, axis=0), axis=0) ** 2).sum() / max(len(front) - 1, 1))
 
 
-def violations(preferences: np.ndarray, rewards: np.ndarray, tolerance: float = 0.0) -> tuple[int, int]:
+def violations(preferences: ArrayLike, rewards: ArrayLike, tolerance: float = 0.0) -> tuple[int, int]:
     """(edges along which a reward falls although its weight rises, edges).
 
-    An edge of the grid turns one objective up while the others keep their proportions: from each point to the next one
-    on its way to that objective's corner. Between two objectives these are the neighbours, seen from either side.
+    An edge of the grid raises one weight while the others keep their proportions: from each point to the next one
+    towards that objective's corner. With two objectives these are the neighbours, in either direction.
 
     Args:
-      preferences: float [n, N], points of the simplex.
-      rewards: float [n, N], mean reward at each.
+      preferences: [n, N], points of the simplex.
+      rewards: [n, N], mean reward at each.
       tolerance: how far a reward may fall unnoticed, for example its standard error.
     """
     preferences, rewards = _grid(preferences, rewards)
@@ -160,57 +152,157 @@ def violations(preferences: np.ndarray, rewards: np.ndarray, tolerance: float = 
     return fallen, edges
 
 
-def additive_epsilon(points: np.ndarray, front: np.ndarray) -> float:
-    """The least number that, added to every reward of `points`, lets them reach each point of `front` in everything.
+@dataclasses.dataclass(frozen=True)
+class EvaluatedFront:
+    """What a method earned over a grid of preferences.
 
-    With the union of all methods' points as `front` it is not negative, and 0 for who owns the whole union front.
-
-    Args:
-      points: float [n, N]; front: float [m, N], where dominated points make no difference.
-    """
-    points, front = _points(points), _points(front, "front")
-    if points.shape[1] != front.shape[1] or not (len(points) and len(front)):
-        raise UserError(f"points, front: shapes {points.shape} and {front.shape}; give [n, N] and [m, N]")
-    return float(max((target - points).max(1).min() for target in front))
-
-
-def front_metrics(
-    preferences: np.ndarray, rewards: np.ndarray, reference: np.ndarray, targets: np.ndarray | None = None
-) -> dict[str, Any]:
-    """The front and the controllability of one method, for a report.
-
-    Args:
-      preferences: float [n, N], points of the simplex.
-      rewards: float [n, N], mean reward at each.
-      reference: float [N], of the hypervolume; the same for all methods.
-      targets: float [n, N], the rewards that were asked for.
-
-    Returns:
-      Floats "hypervolume", "spearman" and "tau" (Kendall), means over objectives of `controllability`, "mse" to the
-      targets (None without), "mip", "eum" (its weights are the preferences), "sparsity", "dominated" = share of points
-      that another beats, and ints "violations" of "edges".
+    Attributes:
+      preferences: [n, N], points of the simplex.
+      rewards: [n, N], mean reward at each.
+      reference: [N], of the hypervolume; the same for all methods.
+      targets: [n, N], the rewards that were asked for, if any.
+      answers: [n, P, N], the reward of every answer, if known; `rewards` are its means over P.
 
     Raises:
       UserError: shapes that do not fit, values that are not finite, or preferences off the simplex.
     """
-    preferences, rewards = _grid(preferences, rewards)
-    control = controllability(preferences, rewards)
-    fallen, edges = violations(preferences, rewards)
-    return {
-        "hypervolume": hypervolume(rewards, reference),
-        "spearman": float(control["spearman"].mean()),
-        "tau": float(control["kendall"].mean()),
-        "mse": None if targets is None else mse_to_target(rewards, targets),
-        "mip": mean_inner_product(preferences, rewards),
-        "eum": expected_utility(preferences, rewards),
-        "sparsity": sparsity(rewards),
-        "violations": fallen,
-        "edges": edges,
-        "dominated": float(1 - non_dominated(rewards).mean()),
-    }
+
+    preferences: np.ndarray
+    rewards: np.ndarray
+    reference: np.ndarray
+    targets: np.ndarray | None = None
+    answers: np.ndarray | None = None
+
+    def __post_init__(self):
+        preferences, rewards = _grid(self.preferences, self.rewards)
+        object.__setattr__(self, "preferences", preferences)
+        object.__setattr__(self, "rewards", rewards)
 
 
-def _points(values, name: str = "points") -> np.ndarray:
+@dataclasses.dataclass(frozen=True)
+class FrontMetric:
+    """A number that a report gives for every front.
+
+    Attributes:
+      function: from an `EvaluatedFront` to the number, or None where it does not apply.
+      heading: of its column in the tables; "" leaves it to summary.json.
+      digits, scale: how the column shows it, rounded after multiplication.
+      averaged: whether runs with several seeds report a mean and an interval; False for what is alike in all of them.
+    """
+
+    function: Callable[[EvaluatedFront], float | None]
+    heading: str = ""
+    digits: int = 3
+    scale: float = 1
+    averaged: bool = True
+
+    def __call__(self, front: EvaluatedFront) -> float | None:
+        return self.function(front)
+
+
+def metric(
+    heading: str = "", digits: int = 3, scale: float = 1, averaged: bool = True
+) -> Callable[[Callable[[EvaluatedFront], float | None]], FrontMetric]:
+    """A decorator that makes a `FrontMetric` of a function."""
+    return lambda function: FrontMetric(function, heading, digits, scale, averaged)
+
+
+def _metric(thing: object) -> FrontMetric:
+    if isinstance(thing, FrontMetric):
+        return thing
+    if callable(thing):
+        heading = getattr(thing, "__name__", type(thing).__name__).replace("_", " ")
+        return FrontMetric(cast(Callable[[EvaluatedFront], float | None], thing), heading)
+    raise ValueError("is not a function of an EvaluatedFront")
+
+
+# In the order of the columns of the tables.
+METRICS: Registry[FrontMetric] = Registry("front metric", _metric)
+
+METRICS.register("hypervolume")(FrontMetric(lambda front: hypervolume(front.rewards, front.reference), "hypervolume"))
+
+
+@METRICS.register("spearman")
+@metric("Spearman", digits=2)
+def _spearman(front: EvaluatedFront) -> float:
+    """Mean over objectives of Spearman's correlation of `controllability`."""
+    return float(controllability(front.preferences, front.rewards)["spearman"].mean())
+
+
+@METRICS.register("tau")
+@metric("tau", digits=2)
+def _tau(front: EvaluatedFront) -> float:
+    """Mean over objectives of Kendall's tau of `controllability`."""
+    return float(controllability(front.preferences, front.rewards)["kendall"].mean())
+
+
+@METRICS.register("mse")
+@metric("MSE")
+def _mse(front: EvaluatedFront) -> float | None:
+    return None if front.targets is None else mse_to_target(front.rewards, front.targets)
+
+
+@METRICS.register("mip")
+@metric("mean p.R")
+def _mip(front: EvaluatedFront) -> float:
+    return mean_inner_product(front.preferences, front.rewards)
+
+
+@METRICS.register("eum")
+@metric("expected utility")
+def _eum(front: EvaluatedFront) -> float:
+    """With the preferences of the grid as weights."""
+    return expected_utility(front.preferences, front.rewards)
+
+
+@METRICS.register("dominated")
+@metric("dominated, %", digits=1, scale=100)
+def _dominated(front: EvaluatedFront) -> float:
+    """Fraction of the points that another point dominates."""
+    return float(1 - non_dominated(front.rewards).mean())
+
+
+METRICS.register("sparsity")(FrontMetric(lambda front: sparsity(front.rewards)))
+
+
+@METRICS.register("prompt_tau")
+@metric()
+def _prompt_tau(front: EvaluatedFront) -> float | None:
+    return None if front.answers is None else prompt_tau(front.preferences, front.answers)
+
+
+@METRICS.register("violations")
+@metric()
+def _violations(front: EvaluatedFront) -> int:
+    return violations(front.preferences, front.rewards)[0]
+
+
+@METRICS.register("edges")
+@metric(averaged=False)
+def _edges(front: EvaluatedFront) -> int:
+    return violations(front.preferences, front.rewards)[1]
+
+
+def chosen_metrics(extra: Sequence[str] = ()) -> dict[str, FrontMetric]:
+    """All registered metrics, and `extra` ones as `METRICS.get` finds them, by name.
+
+    Raises UserError for an extra metric that cannot be found.
+    """
+    return dict(METRICS.items()) | {spec.rpartition(":")[2]: METRICS.get(spec) for spec in extra}
+
+
+def described(metrics: dict[str, FrontMetric]) -> dict[str, dict[str, Any]]:
+    """What a summary says about its metrics, so that a report needs no code of theirs."""
+    fields = ("heading", "digits", "scale", "averaged")
+    return {name: {field: getattr(one, field) for field in fields} for name, one in metrics.items()}
+
+
+def front_metrics(front: EvaluatedFront, metrics: dict[str, FrontMetric] | None = None) -> dict[str, float | None]:
+    """The metrics of one method's front by name; by default all that are registered."""
+    return {name: function(front) for name, function in (metrics or chosen_metrics()).items()}
+
+
+def _points(values: ArrayLike, name: str = "points") -> np.ndarray:
     values = np.asarray(values, np.float64)
     if values.ndim != 2 or not values.shape[1]:
         raise UserError(f"{name}: shape {values.shape}; give one row per point and one column per objective")
@@ -219,7 +311,7 @@ def _points(values, name: str = "points") -> np.ndarray:
     return values
 
 
-def _grid(preferences, rewards) -> tuple[np.ndarray, np.ndarray]:
+def _grid(preferences: ArrayLike, rewards: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
     preferences, rewards = _points(preferences, "preferences"), _points(rewards, "rewards")
     if preferences.shape != rewards.shape or not len(rewards):
         raise UserError(f"preferences, rewards: shapes {preferences.shape} and {rewards.shape}; give two alike [n, N]")

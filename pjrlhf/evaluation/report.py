@@ -18,9 +18,9 @@ Layout of `summary` (every section may be absent, every number may be nan or Non
 of several methods on one front, for N objectives, where a metric is a number or, over seeds, {"mean", "low", "high"},
 
     front                 {objectives: [N] names; reference: [N], of the hypervolume; low, high: [N], the judge's scores
-                          that count as 0 and 1; held_out: number of preferences never trained on; seeds: number}
-    methods               {method: {hypervolume, spearman, tau, prompt_tau, mse, mip, eum, sparsity, dominated,
-                          violations, edges: metrics of `pareto.front_metrics`; samples, seconds: of training;
+                          that count as 0 and 1; held_out: number of preferences never trained on; seeds: number;
+                          metrics: `pareto.described`, all that are registered where it is missing}
+    methods               {method: {each metric of `front`; samples, seconds: of training;
                           unseen: the same metrics on preferences never trained on;
                           points: {weights, rewards: [n, N], means over seeds; unseen: [n] bool}}}
     claims                [str], findings in words

@@ -7,21 +7,10 @@ from typing import Any
 import rich.console
 import rich.text
 
-from pjrlhf.evaluation import plots, plots_front
+from pjrlhf.evaluation import pareto, plots, plots_front
 from pjrlhf.evaluation.formats import duration, estimate, mean_of, number, print_table
 
 Table = tuple[Sequence[str], Sequence[Sequence[str]]]  # columns, rows
-
-# Metric: heading, digits and scale.
-_METRICS = {
-    "hypervolume": ("hypervolume", 3, 1),
-    "spearman": ("Spearman", 2, 1),
-    "tau": ("tau", 2, 1),
-    "mse": ("MSE", 3, 1),
-    "mip": ("mean p.R", 3, 1),
-    "eum": ("expected utility", 3, 1),
-    "dominated": ("dominated, %", 1, 100),
-}
 
 
 def page(summary: Mapping[str, Any]) -> dict[str, Any]:
@@ -31,19 +20,26 @@ def page(summary: Mapping[str, Any]) -> dict[str, Any]:
 
 def tables(summary: Mapping[str, Any]) -> dict[str, Table]:
     """The tables front, unseen, scales and scaling; without rows where the summary has nothing to tell."""
-    methods = summary.get("methods") or {}
+    methods, columns = summary.get("methods") or {}, _columns(summary)
     unseen = {method: one["unseen"] for method, one in methods.items() if one.get("unseen")}
-    headings = ["method", *(heading for heading, _, _ in _METRICS.values())]
+    headings = ["method", *(one["heading"] for one in columns.values())]
+    rows = [[*_metrics(method, one, columns), *_cost(one)] for method, one in methods.items()]
     return {
-        "front": ([*headings, "samples", "time"], [[*_metrics(*item), *_cost(item[1])] for item in methods.items()]),
-        "unseen": (headings, [_metrics(*item) for item in unseen.items()]),
+        "front": ([*headings, "samples", "time"], rows),
+        "unseen": (headings, [_metrics(method, one, columns) for method, one in unseen.items()]),
         "scales": _scales(summary.get("front") or {}),
         "scaling": _scaling(summary.get("scaling") or {}),
     }
 
 
-def _metrics(method: str, one: Mapping[str, Any]) -> list[str]:
-    return [method, *(estimate(one.get(key), digits, scale) for key, (_, digits, scale) in _METRICS.items())]
+def _columns(summary: Mapping[str, Any]) -> dict[str, Any]:
+    """The metrics that have a column, as `pareto.described`; where the summary does not say, those registered."""
+    metrics = (summary.get("front") or {}).get("metrics") or pareto.described(pareto.chosen_metrics())
+    return {name: one for name, one in metrics.items() if one["heading"]}
+
+
+def _metrics(method: str, one: Mapping[str, Any], columns: Mapping[str, Any]) -> list[str]:
+    return [method, *(estimate(one.get(key), how["digits"], how["scale"]) for key, how in columns.items())]
 
 
 def _cost(one: Mapping[str, Any]) -> list[str]:

@@ -12,11 +12,6 @@ from pjrlhf.parallel.processes import on_process_zero
 from pjrlhf.pipeline import stages
 from pjrlhf.training.workdir import Workdir, disk_errors
 
-METRICS = (
-    *("hypervolume", "spearman", "tau", "prompt_tau", "mse", "mip"),
-    *("eum", "sparsity", "dominated", "violations", "seconds"),
-)
-
 
 def run(config: Any, workdir: Workdir) -> None:
     """Runs `config` once for every one of `config.seeds` in <workdir>/seed<n>; writes <workdir>/report.
@@ -40,10 +35,11 @@ def run(config: Any, workdir: Workdir) -> None:
 def average(summaries: list[dict[str, Any]]) -> dict[str, Any]:
     """One summary of several seeds: metrics as {"mean", "low", "high"} (95 %, Student's t), points as means."""
     first = summaries[0]
-    methods = {name: _average([s["methods"][name] for s in summaries]) for name in first["methods"]}
+    metrics = first["front"]["metrics"] | {"seconds": {"averaged": True}, "samples": {"averaged": False}}
+    methods = {name: _average([s["methods"][name] for s in summaries], metrics) for name in first["methods"]}
     for name, found in methods.items():
         unseen = [s["methods"][name]["unseen"] for s in summaries]
-        found["unseen"] = _average(unseen) if all(unseen) else None
+        found["unseen"] = _average(unseen, metrics) if all(unseen) else None
         points = [s["methods"][name]["points"] for s in summaries]
         rewards = np.mean([p["rewards"] for p in points], axis=0).tolist()
         found["points"] = {**points[0], "rewards": rewards}
@@ -58,6 +54,9 @@ def average(summaries: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def _average(values: list[dict[str, Any]]) -> dict[str, Any]:
-    found = {key: mean_interval([v[key] for v in values]) for key in METRICS if key in values[0]}
-    return found | {key: values[0][key] for key in ("samples", "edges") if key in values[0]}
+def _average(values: list[dict[str, Any]], metrics: dict[str, Any]) -> dict[str, Any]:
+    found = {}
+    for key, how in metrics.items():
+        if key in values[0]:
+            found[key] = mean_interval([v[key] for v in values]) if how["averaged"] else values[0][key]
+    return found

@@ -66,8 +66,14 @@ class FrontSettings(Settings):
     reference: float = setting(-0.1, "of the hypervolume, on that scale, for every objective", low=-1e3, high=1.0)
     target: str = setting("identity", "the rewards that weights ask for, of the MSE", choices=("identity", "l2", "max"))
 
+    metrics: tuple[str, ...] = setting((), "more front metrics, as package.module:function; see evaluation.pareto")
+
     def check(self) -> None:
         check_quantiles(self.quantiles)
+        try:
+            pareto.chosen_metrics(self.metrics)
+        except UserError as error:
+            raise UserError(f"metrics: {error}") from error
 
 
 def sample_combined(
@@ -105,6 +111,7 @@ class Front:
 
     def __init__(self, run: Run):
         self.run, self.config = run, run.section(FrontSettings)
+        self.metrics = pareto.chosen_metrics(self.config.metrics)
         self.names = run.audience.objectives
         self.requests = run.records.requests[1]
         self.points = simplex_points(self.config.points or "simplex", self.names, "points")
@@ -189,11 +196,11 @@ class Front:
         return ((scores - self.low) / (self.high - self.low)).reshape(len(points), len(requests), -1)
 
     def measure(self, points: Sequence[Point], scores: np.ndarray) -> dict[str, Any]:
-        """The metrics of `pareto.front_metrics` and the order within answers."""
-        weights, means = np.array(points), scores.mean(1)
+        """The front metrics of scaled scores [n, P, N] at `points`."""
+        weights = np.array(points)
         targets = np.asarray(target_map(weights, self.config.target))
-        found = pareto.front_metrics(weights, means, self.reference, targets)
-        return found | {"prompt_tau": pareto.prompt_tau(weights, scores)}
+        front = pareto.EvaluatedFront(weights, scores.mean(1), self.reference, targets, scores)
+        return pareto.front_metrics(front, self.metrics)
 
     def method(self, name: str) -> dict[str, Any]:
         """One row of the report."""
@@ -247,6 +254,7 @@ def run(run: Run) -> dict[str, Any]:
             "high": front.high.tolist(),
             "held_out": len(front.unseen),
             "seeds": 1,
+            "metrics": pareto.described(front.metrics),
         },
         "methods": found,
     }

@@ -1,19 +1,25 @@
-"""Fronts against closed forms, counting, sampling and an independent library."""
+"""Fronts against closed forms, counting and sampling."""
 
 import itertools
 import math
+import sys
+import types
 
 import numpy as np
 import pytest
 
 from pjrlhf.errors import UserError
 from pjrlhf.evaluation import pareto
-from pjrlhf.evaluation.pareto import front_metrics, hypervolume, non_dominated, sparsity, violations
+from pjrlhf.evaluation.pareto import EvaluatedFront, hypervolume, non_dominated, sparsity, violations
 from pjrlhf.objectives.simplex import simplex_grid
 
 pytestmark = pytest.mark.filterwarnings("error")
 
 POINTS = np.array([[5.0, 5.0], [4.0, 6.0], [2.0, 7.0], [7.0, 4.0]])
+
+
+def front_metrics(*arguments, **named):
+    return pareto.front_metrics(EvaluatedFront(*arguments, **named))
 
 
 def sphere(n, objectives, seed=0):
@@ -54,24 +60,16 @@ def test_hypervolume_by_counting_cells(objectives):
 def test_hypervolume_by_sampling(objectives):
     points = sphere(30, objectives)
     samples = np.random.default_rng(1).random((40_000, objectives))
-    share = (points[:, None, :] > samples).all(2).any(0).mean()
-    assert hypervolume(points, np.zeros(objectives)) == pytest.approx(share, abs=4 * 0.5 / 200)
+    fraction = (points[:, None, :] > samples).all(2).any(0).mean()
+    assert hypervolume(points, np.zeros(objectives)) == pytest.approx(fraction, abs=4 * 0.5 / 200)
 
 
-@pytest.mark.parametrize("objectives", [2, 3, 4])
-def test_an_independent_library_agrees(objectives):
-    moocore = pytest.importorskip("moocore")
+@pytest.mark.parametrize("objectives", [1, 2, 3, 4])
+def test_dominated_points_by_comparing_all_pairs(objectives):
     rng = np.random.default_rng(objectives)
-    for n in (1, 3, 13, 40):
-        for points in (sphere(n, objectives, n), rng.normal(size=(n, objectives)), rng.integers(0, 4, (n, objectives))):
-            points, other = points.astype(float), rng.normal(size=(7, objectives))
-            reference = np.full(objectives, -0.5)
-            expected = moocore.hypervolume(points, ref=reference, maximise=True)
-            assert hypervolume(points, reference) == pytest.approx(expected, rel=1e-9)
-            expected = moocore.is_nondominated(points, maximise=True, keep_weakly=True)
-            np.testing.assert_array_equal(non_dominated(points), expected)
-            expected = moocore.epsilon_additive(points, ref=other, maximise=True)
-            assert pareto.additive_epsilon(points, other) == pytest.approx(expected)
+    for points in (rng.normal(size=(40, objectives)), rng.integers(0, 4, (40, objectives))):
+        beaten = [((points >= p).all(1) & (points > p).any(1)).any() for p in points]
+        np.testing.assert_array_equal(non_dominated(points), ~np.array(beaten))
 
 
 @pytest.mark.parametrize("objectives", [2, 3, 4])
@@ -145,7 +143,8 @@ def test_the_best_rewards_of_a_sphere_are_in_full_control(objectives):
     if objectives == 2:
         assert found["spearman"] == found["tau"] == pytest.approx(1.0)
     assert set(found) == {
-        *("hypervolume", "spearman", "tau", "mse", "mip", "eum", "sparsity", "violations", "edges", "dominated")
+        *("hypervolume", "spearman", "tau", "mse", "mip", "eum", "dominated"),
+        *("sparsity", "prompt_tau", "violations", "edges"),
     }
 
 
@@ -210,16 +209,6 @@ def test_violations_by_hand():
     assert violations(np.repeat([[0.0, 1.0], [1.0, 0.0]], 2, axis=0), np.zeros((4, 2))) == (0, 8)
 
 
-def test_epsilon_to_the_union():
-    a, b = np.array([[0, 4], [4, 0]]), np.array([[3, 3], [1, 1]])
-    union = np.vstack([a, b])
-    assert pareto.additive_epsilon(a, union) == 3.0  # (0, 4) must gain 3 to reach (3, 3)
-    assert pareto.additive_epsilon(b, union) == 1.0
-    assert pareto.additive_epsilon(union, union) == pareto.additive_epsilon(union, a) == 0.0
-    assert pareto.additive_epsilon(b, b - 1.5) == -1.5
-    assert pareto.additive_epsilon(a, union[non_dominated(union)]) == 3.0
-
-
 def test_metrics_do_not_depend_on_the_order_of_points_or_objectives():
     rng = np.random.default_rng(7)
     p, rewards = simplex_grid(3), rng.random((13, 3))
@@ -251,5 +240,25 @@ def test_bad_input_is_named():
             front_metrics([[0.5, 0.5], off], np.ones((2, 2)), [0, 0])
     with pytest.raises(UserError, match=r"\(11, 2\) and \(1, 3\)"):
         pareto.expected_utility(p, np.ones((1, 3)))
-    with pytest.raises(UserError, match=r"\(11, 2\) and \(0, 2\)"):
-        pareto.additive_epsilon(p, np.zeros((0, 2)))
+
+
+def test_a_metric_from_outside(monkeypatch):
+    module = types.ModuleType("metrics_from_outside")
+    module.best_reward = lambda front: float(front.rewards.max())
+    module.best_reward.__name__ = "best_reward"
+    module.nothing = pareto.metric("nothing, %", digits=1, scale=100)(lambda front: None)
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    metrics = pareto.chosen_metrics(("metrics_from_outside:best_reward", "metrics_from_outside:nothing"))
+    assert list(metrics)[:-2] == list(pareto.METRICS) and list(metrics)[-2:] == ["best_reward", "nothing"]
+    front = EvaluatedFront(simplex_grid(2), simplex_grid(2), np.zeros(2))
+    found = pareto.front_metrics(front, metrics)
+    assert found["best_reward"] == 1.0 and found["nothing"] is None
+    assert pareto.described(metrics)["best_reward"] == {
+        "heading": "best reward",
+        "digits": 3,
+        "scale": 1,
+        "averaged": True,
+    }
+    for wrong, message in (("hipervolume", "did you mean hypervolume"), ("math:pi", "is not a function of an Evalu")):
+        with pytest.raises(UserError, match=message):
+            pareto.chosen_metrics((wrong,))

@@ -11,7 +11,7 @@ from support.pages import Page, printed
 from test_report import SUMMARY
 from test_report_users import USER_MODELS
 
-from pjrlhf.evaluation import plots_front, report
+from pjrlhf.evaluation import plots_front, report, report_front
 from pjrlhf.evaluation.formats import estimate
 
 NAMES = ("soup", "one <script>alert(1)</script>", "Méthode & <b>fils</b>")
@@ -160,6 +160,19 @@ def test_control_averages_points_of_equal_weight(monkeypatch):
     plots_front.figures({"methods": {"soup": {"points": points}}})
     line = drawn["control"].axes[0].lines[0]
     assert line.get_xydata().tolist() == [[0.2, 1.5], [0.6, 4.0]]
+
+
+def test_a_summary_chooses_the_columns(tmp_path):
+    """Also metrics that no code here knows; those without a heading are in the summary alone."""
+    metrics = {
+        "tau": {"heading": "tau", "digits": 2, "scale": 1, "averaged": True},
+        "kindness": {"heading": "kindness, %", "digits": 1, "scale": 100, "averaged": True},
+        "secret": {"heading": "", "digits": 1, "scale": 1, "averaged": True},
+    }
+    summary = {"front": {"metrics": metrics}, "methods": {"a": {"tau": 0.5, "kindness": 0.123, "secret": 7.5}}}
+    columns, rows = report_front.tables(summary)["front"]
+    assert columns == ["method", "tau", "kindness, %", "samples", "time"] and rows[0][:3] == ["a", "0.50", "12.3"]
+    assert "kindness, %" in report.write_report(tmp_path, summary).read_text()
 
 
 @pytest.mark.parametrize("key", FRONTS)
