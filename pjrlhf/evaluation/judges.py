@@ -1,4 +1,4 @@
-"""Judges: which of two answers serves a criterion better, and how much the order of asking matters.
+"""Judges: which of two answers is better by a criterion, and how much the order of asking matters.
 
 A verdict is +1 (first wins), -1 (second wins) or 0 (tie): swapping the answers changes the sign, and a tie stays a tie.
 """
@@ -6,20 +6,25 @@ A verdict is +1 (first wins), -1 (second wins) or 0 (tie): swapping the answers 
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import ClassVar, Protocol, cast
 
 import numpy as np
 
 from pjrlhf.errors import UserError
+from pjrlhf.registry import Registry
 
 
 class Judge(Protocol):
-    """Anything that compares answers: a reward model, a rule, a person, a language model behind an API."""
+    """Anything that compares answers: a reward model, a rule, a person, a language model behind an API.
+
+    A judge whose verdict cannot depend on the order of the answers may say so with `order_invariant = True`.
+    """
 
     def __call__(
         self, prompts: Sequence[str], first: Sequence[str], second: Sequence[str], criterion: str
     ) -> np.ndarray:
         """Verdicts int8 [N] in {+1, 0, -1} for N pairs of answers under one criterion."""
+        ...
 
 
 def ask(
@@ -52,6 +57,8 @@ class ScoreJudge:
     Raises UserError for a score that is not finite.
     """
 
+    order_invariant: ClassVar[bool] = True
+
     score: Callable[[str, str, str], float]
     tolerance: float = 0.0
     cache: dict[tuple[str, str, str], float] = dataclasses.field(default_factory=dict, repr=False)
@@ -76,6 +83,22 @@ class ScoreJudge:
         return np.array(found, np.float64)
 
 
+def _maker(thing: object) -> "Callable[[ScoreJudge], Judge]":
+    if not callable(thing):
+        raise ValueError("is not a function from a ScoreJudge to a Judge")
+    return cast(Callable[[ScoreJudge], Judge], thing)
+
+
+# Each makes a judge for a run from the judge by the scores of the run, which it may ignore.
+JUDGES: Registry[Callable[[ScoreJudge], Judge]] = Registry("judge", _maker)
+
+
+@JUDGES.register("score")
+def by_score(scores: ScoreJudge) -> Judge:
+    """The higher score wins."""
+    return scores
+
+
 def both_orders(
     judge: Judge, prompts: Sequence[str], a: Sequence[str], b: Sequence[str], criterion: str
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -93,7 +116,7 @@ def both_orders(
 
 @dataclasses.dataclass
 class BothOrders:
-    """A judge that asks `judge` in both orders and counts how often the answer depended on the order."""
+    """A judge that asks `judge` in both orders and counts how often the two verdicts agree."""
 
     judge: Judge
     asked: int = 0
@@ -109,5 +132,9 @@ class BothOrders:
 
     @property
     def consistency(self) -> float:
-        """Share of comparisons decided alike in both orders: 1 without position bias, nan before the first question."""
-        return self.consistent / self.asked if self.asked else math.nan
+        """Fraction of comparisons with the same verdict in both orders, 1 without position bias. NaN before the first
+        question, and for a judge that is `order_invariant`, whose fraction says nothing.
+        """
+        if getattr(self.judge, "order_invariant", False) or not self.asked:
+            return math.nan
+        return self.consistent / self.asked

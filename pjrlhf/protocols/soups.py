@@ -22,7 +22,7 @@ from pjrlhf.algorithms import methods, policy
 from pjrlhf.algorithms.targets import Targets
 from pjrlhf.data import preferences
 from pjrlhf.errors import UserError
-from pjrlhf.evaluation.judges import BothOrders, ScoreJudge
+from pjrlhf.evaluation.judges import JUDGES, BothOrders, ScoreJudge
 from pjrlhf.evaluation.report import write_report
 from pjrlhf.evaluation.statistics import chord_gap, spearman
 from pjrlhf.evaluation.winrate import aggregate, combo_outcomes, win_rate
@@ -39,6 +39,9 @@ TIE = 1e-9  # scores closer than this are equal up to rounding
 class SoupsSettings(Settings):
     """The comparison of soups with the base, prompting, RLHF and Prompted-MORL."""
 
+    judge: str = setting(
+        "score", "who compares answers; score: the scorers of `judge` of the run", choices=tuple(JUDGES), extensible=True
+    )
     weight_scale: float = setting(
         1.0, "sum of a soup's weights; 1 gives 1/3 each for three criteria, as in the paper", low=-100.0, high=100.0
     )
@@ -54,6 +57,9 @@ class SoupsSettings(Settings):
     )
     new_preferences: tuple[str, ...] = setting((), "preferences that came later")
     scaling: Mapping[str, Any] = setting({}, "method -> the entries of `methods` trained for the new preferences")
+
+    def check(self) -> None:
+        JUDGES.get(self.judge)
 
 
 def adapters(run: Run) -> tuple[Any, tuple[str, ...], tuple[str, ...]]:
@@ -101,7 +107,7 @@ class Evaluation:
         self.requests = run.records.requests[1]
         self.sample = Sampler(run, bank)
         self.scorer = ScoreJudge(run.audience.score, TIE)
-        self.judge = BothOrders(self.scorer)
+        self.judge = BothOrders(JUDGES.get(self.config.judge)(self.scorer))
         self.combos = preferences.combinations(run.audience.registry, run.audience.objectives)
         self.rate = functools.partial(win_rate, resamples=self.config.resamples, seed=run.settings.seed)
 

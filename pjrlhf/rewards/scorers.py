@@ -1,13 +1,21 @@
-"""Rule-based scores of plain text, for models and prompts without a ground truth."""
+"""Rule-based scores of plain text, for models and prompts without a ground truth.
+
+A scorer is a function `(prompt, text) -> float`. A config names a registered one, "words:happy,glad" for a word list, or
+your own as "package.module:function".
+"""
 
 import functools
 import re
 from collections.abc import Callable
+from typing import Protocol, cast
 
 from pjrlhf.errors import UserError
+from pjrlhf.registry import Registry
+
+Scorer = Callable[[str, str], float]
 
 _WORD = re.compile(r"[^\W_]+(?:'[^\W_]+)*")
-# A quotation still open at the end counts: sampled answers are often cut by the length limit.
+# A quotation may be open at the end: sampled answers are often cut by the length limit.
 _QUOTED = re.compile(r'"([^"]*)(?:"|$)|“([^”]*)(?:”|$)')
 
 
@@ -16,54 +24,95 @@ def words(text: str) -> list[str]:
     return _WORD.findall(text.lower().replace("\N{RIGHT SINGLE QUOTATION MARK}", "'"))
 
 
-def lexicon_share(text: str, lexicon: frozenset[str]) -> float:
-    """Share of the words of `text` that are in `lexicon` (lower case), 0 for an empty text."""
+def lexicon_fraction(text: str, lexicon: frozenset[str]) -> float:
+    """Fraction of the words of `text` that are in `lexicon` (lower case), 0 for an empty text."""
     found = words(text)
     return sum(word in lexicon for word in found) / max(len(found), 1)
 
 
-def dialogue_share(text: str) -> float:
-    """Share of the words of `text` that stand inside double quotes, straight or curly, 0 for an empty text."""
+def dialogue_fraction(text: str) -> float:
+    """Fraction of the words of `text` inside double quotes, straight or curly, 0 for an empty text."""
     spoken = sum(len(words(straight or curly)) for straight, curly in _QUOTED.findall(text))
     return spoken / max(len(words(text)), 1)
 
 
-# "short" and "long" count words, "shorter" and "longer" characters.
-SCORERS: dict[str, Callable[[str, str], float]] = {
-    "short": lambda prompt, text: -float(len(words(text))),
-    "long": lambda prompt, text: float(len(words(text))),
-    "shorter": lambda prompt, text: -float(len(text)),
-    "longer": lambda prompt, text: float(len(text)),
-    "dialogue": lambda prompt, text: dialogue_share(text),
-    "plain": lambda prompt, text: -dialogue_share(text),
-}
+def _scorer(thing: object) -> Scorer:
+    if not callable(thing):
+        raise ValueError("is not a function (prompt, text) -> float")
+    return cast(Scorer, thing)
+
+
+SCORERS: Registry[Scorer] = Registry("scorer", _scorer)
+
+
+@SCORERS.register("short")
+def short(prompt: str, text: str) -> float:
+    """Minus the number of words."""
+    return -float(len(words(text)))
+
+
+@SCORERS.register("long")
+def long(prompt: str, text: str) -> float:
+    """The number of words."""
+    return float(len(words(text)))
+
+
+@SCORERS.register("shorter")
+def shorter(prompt: str, text: str) -> float:
+    """Minus the number of characters."""
+    return -float(len(text))
+
+
+@SCORERS.register("longer")
+def longer(prompt: str, text: str) -> float:
+    """The number of characters."""
+    return float(len(text))
+
+
+@SCORERS.register("dialogue")
+def dialogue(prompt: str, text: str) -> float:
+    """The fraction of words in quotes."""
+    return dialogue_fraction(text)
+
+
+@SCORERS.register("plain")
+def plain(prompt: str, text: str) -> float:
+    """Minus the fraction of words in quotes."""
+    return -dialogue_fraction(text)
+
+
+@SCORERS.register("sentiment")
+def sentiment(prompt: str, text: str) -> float:
+    """Sentiment from -1 to 1, by the lexicon of VADER. Raises UserError where vaderSentiment is not installed."""
+    return float(_vader().polarity_scores(text)["compound"])
+
+
+class _Analyzer(Protocol):
+    def polarity_scores(self, text: str) -> dict[str, float]: ...
 
 
 @functools.cache
-def scorer(name: str) -> Callable[[str, str], float]:
-    """A scoring function `(prompt, text) -> float` by name: a key of `SCORERS`, "sentiment" (-1 to 1, by the lexicon of
-    VADER), or "words:happy,glad" for a word list.
-
-    Raises:
-      UserError: unknown name or empty word list, or VADER is not installed.
-    """
-    if name in SCORERS:
-        return SCORERS[name]
-    if name == "sentiment":
-        return _sentiment()
-    kind, _, listed = name.partition(":")
-    lexicon = frozenset(words(listed))
-    if kind != "words" or not lexicon:
-        raise UserError(
-            f"scorer {name!r}: unknown; use one of {', '.join(SCORERS)}, sentiment or words:<comma-separated words>"
-        )
-    return lambda prompt, text: lexicon_share(text, lexicon)
-
-
-def _sentiment() -> Callable[[str, str], float]:
+def _vader() -> _Analyzer:
     try:
         from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
     except ImportError as error:
         raise UserError("scorer 'sentiment': needs vaderSentiment; pip install 'pjrlhf[sentiment]'") from error
-    analyzer = SentimentIntensityAnalyzer()
-    return lambda prompt, text: float(analyzer.polarity_scores(text)["compound"])
+    return SentimentIntensityAnalyzer()
+
+
+@functools.cache
+def scorer(spec: str) -> Scorer:
+    """The scorer that `spec` names, see the module.
+
+    Raises:
+      UserError: unknown name, an empty word list, or VADER is not installed.
+    """
+    kind, _, listed = spec.partition(":")
+    if kind == "words":
+        lexicon = frozenset(words(listed))
+        if not lexicon:
+            raise UserError(f"scorer {spec!r}: has no words; write words:happy,glad")
+        return lambda prompt, text: lexicon_fraction(text, lexicon)
+    if spec == "sentiment":
+        _vader()  # a missing package must be found before the run
+    return SCORERS.get(spec)

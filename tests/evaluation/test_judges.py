@@ -1,18 +1,21 @@
 """Verdicts: what swapping the answers may and may not change, and the scorers of plain text."""
 
 import math
+import sys
+import types
 
 import numpy as np
 import pytest
 
 from pjrlhf.errors import UserError
 from pjrlhf.evaluation.judges import (
+    JUDGES,
     BothOrders,
     ScoreJudge,
     ask,
     both_orders,
 )
-from pjrlhf.rewards.scorers import dialogue_share, scorer, words
+from pjrlhf.rewards.scorers import dialogue_fraction, scorer, words
 
 
 def score_by_name(prompt, text, criterion):
@@ -83,6 +86,12 @@ def test_position_bias_is_removed_where_it_matters_only_and_counted():
     assert judge.consistency == pytest.approx(2 / 3)
 
 
+def test_the_consistency_of_a_judge_that_cannot_differ_is_no_finding():
+    judge = BothOrders(ScoreJudge(score_by_name))
+    assert judge(PROMPTS, A, B, "long").tolist() == [1, -1, 0]
+    assert math.isnan(judge.consistency)
+
+
 @pytest.mark.parametrize("answer", [[1, 0], [1, 0, 3], [[1], [0], [0]], [0.5, 0, 0]])
 def test_a_judge_with_other_verdicts_is_refused(answer):
     with pytest.raises(UserError, match="verdicts"):
@@ -94,6 +103,17 @@ def test_unequal_lists_and_bad_scores_are_refused():
         ask(first_always, PROMPTS, A, B[:2], "long")
     with pytest.raises(UserError, match="'long': score nan"):
         ScoreJudge(lambda *_: math.nan)(PROMPTS, A, B, "long")
+
+
+def test_judges_by_name_and_from_outside(monkeypatch):
+    scores = ScoreJudge(score_by_name)
+    assert JUDGES.get("score")(scores) is scores
+    module = types.ModuleType("judges_from_outside")
+    module.biased = lambda scores: first_always
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    assert JUDGES.get("judges_from_outside:biased")(scores)(PROMPTS, A, B, "any").tolist() == [1, 1, 1]
+    with pytest.raises(UserError, match="judge 'math:pi': is not a function from a ScoreJudge to a Judge"):
+        JUDGES.get("math:pi")
 
 
 def test_words():
@@ -108,7 +128,7 @@ def test_words():
 
 
 @pytest.mark.parametrize(
-    ("text", "share"),
+    ("text", "fraction"),
     [
         ("", 0.0),
         ("No one spoke.", 0.0),
@@ -118,15 +138,21 @@ def test_words():
         ('"Yes." "No."', 1.0),
     ],
 )
-def test_dialogue_share(text, share):
-    assert dialogue_share(text) == pytest.approx(share)
-    assert score_by_name("", text, "plain") == pytest.approx(-share)
+def test_dialogue_fraction(text, fraction):
+    assert dialogue_fraction(text) == pytest.approx(fraction)
+    assert score_by_name("", text, "plain") == pytest.approx(-fraction)
 
 
 def test_scorers_by_name():
     assert score_by_name("", "A happy, happy dog", "words:happy,glad") == 0.5
     assert score_by_name("", "", "words:happy") == 0.0
     assert scorer("long")("", "a b c") == 3 == -scorer("short")("", "a b c")
-    for name in ("longest", "words:", "words: , "):
-        with pytest.raises(UserError, match="unknown"):
+    assert scorer("string:capwords").__name__ == "capwords"
+    for name, message in (
+        ("longst", "scorer 'longst': unknown; did you mean"),
+        ("words:", "has no words"),
+        ("words: , ", "has no words"),
+        ("math:pi", "scorer 'math:pi': is not a function"),
+    ):
+        with pytest.raises(UserError, match=message):
             scorer(name)

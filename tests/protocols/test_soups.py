@@ -155,7 +155,7 @@ def test_win_rates_are_those_of_the_answers(run):
     assert sections["win_rate_average"]["soups"].wins == sum(rate.wins for rate in others)
     untold = sections["ablation"]["soups_untold"]
     assert untold.keys() == {"base", "prompting", "rlhf", "pmorl", "soups"}
-    assert sections["position_consistency"] == 1
+    assert np.isnan(sections["position_consistency"])  # scores do not depend on the order of the answers
 
 
 def test_equal_answers_are_ties(run):
