@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from pjrlhf.errors import UserError
 from pjrlhf.objectives import multi_objective as mo
 from pjrlhf.registry import Registry
 from pjrlhf.settings import Settings, setting
@@ -28,8 +29,6 @@ class CombinationRule(Settings, abc.ABC):
     Attributes:
       standardizes_heads: whether the trainer standardizes the advantages of every head before this rule combines them,
         and the combined advantage over the batch (GDPO).
-
-    Raises ValueError for a field out of range.
     """
 
     standardizes_heads: ClassVar[bool] = False
@@ -90,17 +89,20 @@ def make_rule(settings: Mapping[str, object]) -> CombinationRule:
     has its default.
 
     Raises:
-      ValueError: unknown kind, a field that the rule does not have, or a field out of range.
+      UserError: unknown kind, a field that the rule does not have, or a bad value; starts with the name of the field.
     """
     fields = dict(settings)
     kind = fields.pop("kind")
-    cls = RULES.get(kind)  # type: ignore[arg-type]  # whatever a config holds; the registry refuses what is no name
+    try:
+        cls = RULES.get(kind)  # type: ignore[arg-type]  # whatever a config holds; the registry refuses what is no name
+    except UserError as error:
+        raise UserError(f"kind: {error}") from error
     own, others = {field.name for field in dataclasses.fields(cls)}, section()
     for name in set(fields) - own:
         if name not in others:
-            raise ValueError(f"{name}: rule {kind!r} has no such setting; it has {', '.join(sorted(own)) or 'none'}")
+            raise UserError(f"{name}: rule {kind!r} has no such setting; it has {', '.join(sorted(own)) or 'none'}")
         if fields.pop(name) != others[name]:
-            raise ValueError(f"{name}: rule {kind!r} has no such setting; leave it at {others[name]!r}")
+            raise UserError(f"{name}: rule {kind!r} has no such setting; leave it at {others[name]!r}")
     return cls(**fields)
 
 
@@ -130,8 +132,8 @@ class WeightedSum(CombinationRule):
 class Tchebycheff(CombinationRule):
     """One head, of minus the largest weighted distance to an ideal reward (`multi_objective.tchebycheff`)."""
 
-    ideal: float = setting(1.0, "the best reward of every objective, on the scale of the rewards")
-    smoothing: float = setting(0.0, "0 for the exact maximum; larger values make it smooth", low=0)
+    ideal: float = setting(1.0, "the best reward of every objective, on the scale of the rewards", low=-1e6, high=1e6)
+    smoothing: float = setting(0.0, "0 for the exact maximum; larger values make it smooth", low=0.0, high=1e6)
 
     def names(self, objectives):
         return ("reward",)
@@ -213,7 +215,7 @@ class MinNorm(CombinationRule):
         "two: rewards beyond their target count against the policy; hinge: they do not",
         choices=("two", "hinge"),
     )
-    control_weight: float = setting(1.0, "factor of the control reward", low=0)
+    control_weight: float = setting(1.0, "factor of the control reward", low=0.0, high=1e6)
 
     @property
     def needs_calibrated_rewards(self):

@@ -40,7 +40,10 @@ class SoupsSettings(Settings):
     """The comparison of soups with the base, prompting, RLHF and Prompted-MORL."""
 
     judge: str = setting(
-        "score", "who compares answers; score: the scorers of `judge` of the run", choices=tuple(JUDGES), extensible=True
+        "score",
+        "who compares answers; score: by the scorers of the run",
+        choices=tuple(JUDGES),
+        extensible=True,
     )
     weight_scale: float = setting(
         1.0, "sum of a soup's weights; 1 gives 1/3 each for three criteria, as in the paper", low=-100.0, high=100.0

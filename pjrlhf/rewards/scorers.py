@@ -1,7 +1,7 @@
 """Rule-based scores of plain text, for models and prompts without a ground truth.
 
-A scorer is a function `(prompt, text) -> float`. A config names a registered one, "words:happy,glad" for a word list, or
-your own as "package.module:function".
+A scorer is a function `(prompt, text) -> float`. A config names a registered one, "words:happy,glad" for a word list,
+or your own as "package.module:function".
 """
 
 import functools
