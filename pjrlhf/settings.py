@@ -154,9 +154,12 @@ def _options(hint: Any) -> tuple[Any, ...]:
 _NAMES = {int: "a whole number", float: "a number", str: "text", bool: "True or False", type(None): "nothing"}
 
 
+_SEVERAL = {int: "a list of whole numbers", float: "a list of numbers", str: "a list of texts"}
+
+
 def _name(hint: Any) -> str:
     if typing.get_origin(hint) is tuple:
-        return "a list"
+        return _SEVERAL.get(typing.get_args(hint)[0], "a list")
     return _NAMES.get(hint, "a section of settings")
 
 
@@ -233,15 +236,15 @@ def _check_rule(name: str, value: Any, rule: Rule) -> None:
         )
     if isinstance(value, int | float) and not isinstance(value, bool):
         if not math.isfinite(value):
-            raise UserError(f"{name}: {value} is not finite{_hint_of(rule)}")
+            raise UserError(f"{name}: {value} is not finite{_hint_of(rule) or '; give a finite number'}")
         if not rule.holds(value):
-            raise UserError(f"{name}: {_number(value)} is out of range; choose a number {rule.describe()}")
+            raise UserError(f"{name}: {_shown(value)} is out of range; choose a number {rule.describe()}")
 
 
 def _hint_of(rule: Rule) -> str:
     if rule.allowed:
         return f"; choose one of {', '.join(str(choice) or repr('') for choice in rule.allowed)}"
-    return f"; choose a number {rule.describe()}" if rule.describe() else "; change it"
+    return f"; choose a number {rule.describe()}" if rule.describe() else ""
 
 
 def _shown(value: Any) -> str:

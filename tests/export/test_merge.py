@@ -1,9 +1,7 @@
 import contextlib
 import functools
 import gc
-import importlib.util
 import json
-import pathlib
 import shutil
 import subprocess
 import weakref
@@ -15,7 +13,8 @@ import numpy as np
 import pytest
 
 from pjrlhf.errors import UserError
-from pjrlhf.export import merge as stage
+from pjrlhf.export import merge
+from pjrlhf.export.merge import MergeSettings
 from pjrlhf.merging import lora, methods, trees
 from pjrlhf.models.adapters import AdapterConfig, Policies, init_bank
 from pjrlhf.models.config import ModelConfig
@@ -24,6 +23,7 @@ from pjrlhf.models.families import leaf_shapes
 from pjrlhf.models.folders import open_tensors
 from pjrlhf.models.huggingface import fingerprint, load_params, read_config, save_params
 from pjrlhf.models.peft import load_peft, save_peft
+from pjrlhf.settings import parse
 
 CONFIG = ModelConfig(
     vocab_size=24,
@@ -37,7 +37,6 @@ CONFIG = ModelConfig(
     tie_embeddings=False,
 )
 LORA = AdapterConfig(rank=3, alpha=6.0)
-CATALOGUE = pathlib.Path(__file__).parents[2] / "configs" / "merge.py"
 
 
 @pytest.fixture(scope="session")
@@ -66,20 +65,11 @@ def bank(base):
     return jax.tree.unflatten(structure, noise)
 
 
-def settings(**changes):
-    spec = importlib.util.spec_from_file_location("merge_config", CATALOGUE)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    config = module.get_config().merge
-    config.update(changes)
-    return config
-
-
 def run(kitchen, output, names, weights, base=None, **changes):
     folders = tuple(str(kitchen / name) for name in names)
     base = str(kitchen / base) if base else None
-    config = settings(ingredients=folders, weights=tuple(weights), base=base, output=str(output), **changes)
-    return stage.merge(config)
+    values = {"ingredients": folders, "weights": tuple(weights), "base": base, "output": str(output), **changes}
+    return merge.merge(parse(MergeSettings, values, "merge"))
 
 
 def assert_close(actual, expected, atol=0.0):
@@ -336,7 +326,7 @@ def test_folder_holds_config_tokenizer_and_manifest(kitchen, tmp_path):
 
 
 def test_output_defaults_to_the_run_directory(kitchen, tmp_path):
-    stage.merge(settings(ingredients=(str(kitchen / "one"),), weights=(1,)), tmp_path)
+    merge.merge(MergeSettings(ingredients=(str(kitchen / "one"),), weights=(1,)), tmp_path)
     assert_close(load_params(tmp_path / "export" / "soup"), load_params(kitchen / "one"))
 
 
@@ -375,7 +365,7 @@ def test_one_tensor_of_one_ingredient_is_alive_at_a_time(kitchen, tmp_path, monk
         with open_tensors(files, prefix) as found:
             yield {name: Counting(handle) for name, handle in found.items()}
 
-    monkeypatch.setattr(stage, "open_tensors", counting)
+    monkeypatch.setattr(merge, "open_tensors", counting)
     run(kitchen, tmp_path / "out", ("one", "two", "lora0"), (0.25, 0.25, 1.0), base="base")
     with open_tensors([kitchen / "one" / "model.safetensors"]) as files:
         assert sorted(whole + mapped) == sorted([*files] * 3)
@@ -449,9 +439,9 @@ def test_settings_of_whoever_tokenised_last_do_not_matter(kitchen, tmp_path):
     ("names", "weights", "changes", "message"),
     [
         (("one", "two"), (1, 2, 3), {}, "merge.weights: 3 weights for 2 ingredients"),
-        (("one", "two"), (1, float("nan")), {}, "merge.weights: weight 1 is nan"),
-        (("one", "two"), (float("-inf"), 1), {}, "merge.weights: weight 0 is -inf"),
-        (("one", "two"), (1, "much"), {}, "merge.weights: could not convert"),
+        (("one", "two"), (1, float("nan")), {}, "merge.weights: nan is not finite; give a finite number"),
+        (("one", "two"), (float("-inf"), 1), {}, "merge.weights: -inf is not finite"),
+        (("one", "two"), (1, "much"), {}, r"merge.weights: \(1, 'much'\) is not a list of numbers"),
         (("one", "two"), (0.5, 0.6), {}, "merge.weights: they sum to 1.1, not 1"),
         ((), (), {}, "merge.ingredients: there are none"),
         (("one",), (1,), {"space": "slerp"}, "merge.space: 'slerp' is unknown"),
@@ -468,9 +458,14 @@ def test_settings_of_whoever_tokenised_last_do_not_matter(kitchen, tmp_path):
         (("lora0", "one"), (0.5, 0.5), {"method": "slerp"}, "merge.base: LoRA folders need the model they adapt"),
         (("one",), (1,), {"method": "model_stock", "base": "base"}, "merge.weights: 'model_stock' weighs by angles"),
         (("one", "two"), (1, 2), {"method": "model_stock", "base": "base"}, "merge.weights: 'model_stock' weighs by"),
-        (("one",), (1,), {"method": "ties", "base": "base"}, "merge.density: is None; 'ties' needs one above 0"),
-        (("one",), (1,), {"method": "dare_ties", "base": "base", "density": 1.5}, "merge.density: is 1.5; 'dare_ties'"),
-        (("one",), (1,), {"method": "ties", "base": "base", "density": 0.0}, "merge.density: is 0.0; 'ties' needs"),
+        (("one",), (1,), {"method": "ties", "base": "base"}, "merge.density: is not set; 'ties' needs one above 0"),
+        (
+            ("one",),
+            (1,),
+            {"method": "dare_ties", "base": "base", "density": 1.5},
+            "merge.density: 1.5 is out of range; choose a number above 0 and at most 1",
+        ),
+        (("one",), (1,), {"method": "ties", "base": "base", "density": 0.0}, "merge.density: 0.0 is out of range"),
         (("one",), (1,), {"density": 0.5}, "merge.density: 'linear' does not read it; leave it out"),
         (("one",), (1,), {"scale": 2.0}, "merge.scale: 'linear' does not read it"),
         (
@@ -479,7 +474,12 @@ def test_settings_of_whoever_tokenised_last_do_not_matter(kitchen, tmp_path):
             {"method": "task_arithmetic", "base": "base", "seed": 1},
             "merge.seed: 'task_arithmetic' does",
         ),
-        (("one",), (1,), {"method": "task_arithmetic", "base": "base", "scale": float("nan")}, "merge.scale: is nan"),
+        (
+            ("one",),
+            (1,),
+            {"method": "task_arithmetic", "base": "base", "scale": float("nan")},
+            "merge.scale: nan is not finite",
+        ),
         (("one",), (1,), {"space": "concat"}, "one: a full model has no low-rank factors"),
         (("lora0", "one"), (1, 1), {"space": "factors", "base": "base"}, "one: a full model has no low-rank factors"),
         (("lora0",), (1,), {}, "merge.base: LoRA folders need the model they adapt"),
@@ -500,7 +500,7 @@ def test_refuses_an_output_that_is_taken_or_absent(kitchen, tmp_path):
         run(kitchen, tmp_path / "out", ("two",), (1,))
     assert (tmp_path / "out" / "model.safetensors").read_bytes() == before
     with pytest.raises(UserError, match=r"merge\.output: no folder to write to"):
-        stage.merge(settings(ingredients=(str(kitchen / "one"),), weights=(1,)))
+        merge.merge(MergeSettings(ingredients=(str(kitchen / "one"),), weights=(1,)))
 
 
 def test_refuses_adapters_of_another_base(kitchen, tmp_path):

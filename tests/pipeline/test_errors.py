@@ -1,107 +1,174 @@
 """The error table: what goes wrong in a user's hands ends in one sentence that names the thing and the way out."""
 
+import dataclasses
 import errno
 import json
 import os
 import re
 import shutil
+import typing
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from support import tiny
 
+from pjrlhf import settings
 from pjrlhf.algorithms import policy, reward, sft
+from pjrlhf.config import RunSettings
 from pjrlhf.data.tokenization import load_tokenizer
 from pjrlhf.errors import UserError
 from pjrlhf.evaluation.judges import ScoreJudge
 from pjrlhf.export import merge
+from pjrlhf.export.merge import MergeSettings
 from pjrlhf.feedback import comparisons
 from pjrlhf.models.storage import load_tree, save_tree
 from pjrlhf.pipeline import stages
 from pjrlhf.protocols import soups as evaluate
-from pjrlhf.runtime.run import Run
-from pjrlhf.training import loop
 from pjrlhf.training.workdir import Workdir
 
 
-def fails(message, folder, config, remove=None):
+def fails(message, folder, config):
     """Running `config` in `folder` raises one sentence that matches `message`."""
-    if remove:
-        section, _, key = remove.rpartition(".")
-        with config.unlocked():
-            del (config[section] if section else config)[key]
     with pytest.raises(UserError, match=message) as caught:
         tiny.run(folder, config)
     assert "\n" not in str(caught.value)
 
 
+# What reading a config refuses. Values that a flag would refuse already come from a file.
 MISTAKES = [
     ("stages", ("stf",), "stages: 'stf' is unknown; choose from sft, "),
-    ("objectives", ("P1A", "P9"), "objective 'P9': not among the preferences P1A, .*; define it"),
-    ("preferences", "papers", "preferences 'papers': unknown; choose synthetic or paper"),
-    ("prompt_preference", "sometimes", "'sometimes': unknown; choose never, always or half"),
+    ("stages", "sft", "stages: 'sft' is not a list of names; choose from sft, "),
+    ("preferences", "papers", "preferences: 'papers' is unknown; did you mean 'paper'\\? The choices are synthetic, "),
+    ("objectives", ("P1A", "P1A"), "objectives: .* names one twice; leave it out"),
+    ("objectives", (), "objectives: there are none; name the preferences that get an ingredient"),
+    ("prompt_preference", "sometimes", "prompt_preference: 'sometimes' is unknown; choose one of never, always, half"),
+    ("seed", "one", "seed: 'one' is not a whole number; choose a number at least 0 and at most 4,294,967,295"),
+    ("seed", True, "seed: True is not a whole number"),
+    ("seed", 1.5, "seed: 1.5 is not a whole number"),
+    ("temperature", float("nan"), "temperature: nan is not finite; choose a number at least 0 and at most 100"),
+    ("mesh", 8, "mesh: 8 is not a section of settings"),
+    ("mesh.model", 8, "mesh.model: no such setting; known keys: data, fsdp, tensor"),
+    ("mesh.tensr", 8, "mesh.tensr: no such setting; did you mean tensor\\?"),
+    ("model.attention", "flash", "model.attention: 'flash' is unknown; .* auto, blocks"),
+    ("model.remat", "some", "model.remat: 'some' is unknown; choose one of none, full, dots"),
+    ("model.param_dtype", "int8", "model.param_dtype: 'int8' is unknown; .*float32, bfloat16, float16"),
+    ("model.hidden_size", 15, "model.hidden_size: 15 is not a multiple of num_heads=2"),
+    ("data.long_prompt", "cut", "data.long_prompt: 'cut' is unknown; choose one of drop, truncate_left, error"),
+    ("data.heldout_fraction", 1.5, "data.heldout_fraction: 1.5 is out of range; choose a number above 0 and below 1"),
+    ("data.prompt_buckets", (12, 40), "data.prompt_buckets: 40 is more than max_prompt=20; make it smaller"),
+    ("data.prompt_buckets", (12, "x"), "data.prompt_buckets: \\(12, 'x'\\) is not a list of whole numbers"),
+    (
+        "sft.optimizer.schedule",
+        "cosin",
+        "sft.optimizer.schedule: 'cosin' is unknown; did you mean 'cosine'\\? The choices are constant, linear, cosine",
+    ),
+    (
+        "sft.optimizer.learning_rate",
+        -1.0,
+        "sft.optimizer.learning_rate: -1.0 is out of range; choose a number at least 0",
+    ),
+    ("sft.steps", -1, "sft.steps: -1 is out of range; choose a number at least 1"),
+    ("sft.data", "wrold", "sft.data: 'wrold' is unknown; choose one of synthetic, or give a section of settings"),
+    ("policy.ppo.clip", -1, "policy.ppo.clip: -1 is out of range; choose a number above 0"),
+    ("policy.top_k", 5, "policy.top_k: truncated sampling would train .*; set top_k to 0 and top_p to 1"),
+    ("policy.combine.kind", "summ", "policy.combine.*'summ'.*; did you mean sum\\?"),
+]
+
+
+@pytest.mark.parametrize(("key", "value", "message"), MISTAKES, ids=[f"{key}={value}" for key, value, _ in MISTAKES])
+def test_a_wrong_setting_is_refused_when_it_is_read(key, value, message):
+    with pytest.raises(UserError, match=f"^{message}") as caught:
+        stages.read(with_value(tiny.settings(), key, value))
+    assert "\n" not in str(caught.value)
+
+
+def with_value(config, key, value):
+    """`config` with a value that it may not be of the right type for, or have no such key for."""
+    section, _, name = key.rpartition(".")
+    with config.ignore_type(), config.unlocked():
+        target = config
+        for part in filter(None, section.split(".")):
+            target = target[part]
+        target[name] = value
+    return config
+
+
+@pytest.mark.parametrize("old", settings.RENAMED)
+def test_a_renamed_key_is_answered_with_its_new_name(old):
+    """In every section that has the new one."""
+    section, _, name = old.rpartition(".")
+    new = settings.RENAMED[old]
+    keys = settings.fields_of(RunSettings)
+    inside = [key.rpartition(".")[0] for key in keys if key.rpartition(".")[2] == new]
+    inside += [".".join(key.split(".")[: key.split(".").index(new)]) for key in keys if new in key.split(".")[:-1]]
+    inside = [one for one in dict.fromkeys(inside) if not section or one == section]
+    assert inside, f"nothing is called {new}"
+    for one in inside:
+        values = {name: 1}
+        for part in reversed(one.split(".") if one else []):
+            values = {part: values}
+        with pytest.raises(UserError) as caught:
+            stages.read({"stages": (), **values})
+        dotted = f"{one}." if one else ""
+        assert str(caught.value) == f"{dotted}{name}: is called {dotted}{new} now; rename it"
+
+
+@pytest.mark.parametrize("old", settings.RENAMED_VALUES)
+def test_a_renamed_value_is_answered_with_its_new_name(old):
+    new = settings.RENAMED_VALUES[old]
+    with pytest.raises(UserError, match=f"preferences: {old!r} is called {new!r} now; write that"):
+        stages.read(tiny.settings(preferences=old))
+
+
+WRONG_RUNS = [
     (
         "model.path",
         "/no/such/model",
         "tokenizer /no/such/model: there is no such folder; give one with a tokenizer.json",
     ),
-    ("model.attention", "flash", "model.attention='flash' is unknown; choose one of auto, blocks"),
-    ("model.remat", "some", "model.remat='some' is unknown; choose one of none, full, dots"),
     ("model.eos_token", "<end>", "eos_token '<end>': not in the tokenizer's vocabulary; name one of its tokens"),
     ("model.max_length", 25, "prompt 20 . completion 10 tokens are more than the model's context of 25; shorten one"),
     ("data.max_prompt", 4, "prompt too long .* tokens, the limit is 4.*mend the data, or allow more"),
-    ("data.long_prompt", "cut", "long_prompt 'cut': not one of drop, truncate_left, error; choose"),
-    ("data.heldout_fraction", 1.5, "held-out share 1.5: not between 0 and 1"),
-    ("sft.optimizer.schedule", "cosin", "optimizer.schedule: 'cosin' is unknown; use one of constant, linear, cosine"),
-    ("sft.optimizer.learning_rate", -1.0, "optimizer.learning_rate: -1.0 is no number >= 0"),
     ("sft.optimizer.warmup_steps", 60, "optimizer.warmup_steps: 60 leaves none of the 60 steps; make it smaller"),
     ("sft.batch_size", 10_000, "batch_size 10000: the data set has only 640 rows; lower the batch size"),
-    ("sft.data", "wrold", "data kind 'wrold': not one of jsonl, datasets, tfds, records"),
+    ("objectives", ("P1A", "P9"), "objective 'P9': not among the preferences P1A, .*; define it"),
 ]
 
 
-@pytest.mark.parametrize(("key", "value", "message"), MISTAKES, ids=[key for key, _, _ in MISTAKES])
-def test_wrong_settings(copied, tmp_path, key, value, message):
-    config = tiny.settings(**{key: value})
-    folder = tmp_path / "new"
-    if key == "prompt_preference":
-        folder, config.stages = copied, ("policy",)
-        for name in ("manifest.json", "config.json"):
-            (folder / name).unlink()
-        config.model.path = str(copied / "sft" / "model")
-    elif key != "stages":
-        config.stages = ("sft", "comparisons") if key == "objectives" else ("sft",)
-        if key == "preferences":
-            config.sft.steps = 3
-            config.stages = ("sft", "comparisons")
-    fails(message, folder, config)
+@pytest.mark.parametrize(("key", "value", "message"), WRONG_RUNS, ids=[key for key, _, _ in WRONG_RUNS])
+def test_settings_that_do_not_fit_the_data_or_the_model(tmp_path, key, value, message):
+    fails(message, tmp_path / "new", tiny.settings(stages=("sft",), **{key: value}))
 
 
-@pytest.mark.parametrize("key", ["seed", "data.max_prompt", "sft.steps", "sft.optimizer"])
-def test_a_missing_key_is_named(tmp_path, key):
-    config = tiny.settings(stages=("sft",), sft__steps=3)
-    fails(f"config has no '{key.rpartition('.')[2]}'; add it", tmp_path / "run", config, remove=key)
+@pytest.mark.parametrize("name", [field.name for field in dataclasses.fields(RunSettings)])
+def test_an_empty_section_holds_the_defaults(name):
+    """A key that a config leaves out keeps its default, at every depth."""
+    kind = settings.nested_class(typing.get_type_hints(RunSettings)[name])
+    want = getattr(stages.read({}).settings, name)
+    if kind is None:
+        return
+    found = getattr(stages.read({name: {}}).settings, name)
+    assert found == (kind() if want is None else want)
 
 
 @pytest.mark.parametrize(
     ("axes", "message"),
     [
-        ({"data": 1, "model": 8}, "mesh: unknown axis 'model'; the axes are data, fsdp, tensor"),
         ({"data": 3}, "mesh: .*does not fit 8 devices; the sizes must multiply to 8"),
         ({"data": -1, "fsdp": -1}, "mesh: more than one axis is -1"),
     ],
 )
 def test_wrong_mesh(tmp_path, axes, message):
     config = tiny.settings(stages=("sft",))
-    config.mesh = type(config)(axes)
+    config.mesh.update(axes)
     with pytest.raises(UserError, match=message):
         stages.run(config, Workdir(tmp_path))
 
 
 def test_rows_that_eight_devices_cannot_share(tmp_path):
     with pytest.raises(UserError, match="batch of 12 rows: cannot be split over data x fsdp = 8 devices; make it a"):
-        Run(tiny.settings(), Workdir(tmp_path)).place({"user": np.zeros(12)})
+        stages.read(tiny.settings()).run(Workdir(tmp_path)).devices.place({"user": np.zeros(12)})
 
 
 # ---- tokenizers
@@ -130,7 +197,7 @@ def test_a_tokenizer_without_pad_works(finished, tmp_path):
     without(model, "pad_token")
     config = tiny.settings(stages=("sft",), sft__steps=3, model__path=str(model))
     folder = tiny.run(tmp_path / "run", config)
-    assert tiny.start(folder, config).tokenizer.pad_id != 2
+    assert tiny.start(folder, config).workspace.tokenizer.pad_id != 2
     assert all(row["loss"] < 3 for row in tiny.lines(folder)), "the trained base is where it starts"
 
 
@@ -279,13 +346,13 @@ def test_a_config_that_differs_from_that_of_the_folder(finished):
 
 def train_sft(folder, config):
     run = tiny.start(folder, config)
-    return loop.run(sft.Sft(run), run.workdir, "sft", steps=config.sft.steps, checkpoint_every=30)
+    return run.train(sft.Sft(run), "sft", config.sft.steps)
 
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning", "ignore::RuntimeWarning")
 def test_damaged_checkpoints(tmp_path, caplog):
-    config = tiny.settings()
+    config = tiny.settings(checkpoint_every=30)
     whole = tiny.bits(train_sft(tmp_path, config))
     checkpoints = tmp_path / "sft" / "checkpoints"
 
@@ -316,19 +383,18 @@ def test_a_loss_that_is_nan_stops_the_run_and_keeps_the_batch(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("settings", "message"),
+    ("changes", "message"),
     [
         (
             {"policy__ppo__policies_at_once": 3},
             r"policies_at_once=3: must divide the \d policies, .*; set it to 1, or to 0",
         ),
-        ({"policy__top_k": 5}, "policy.top_k=5, policy.top_p=1.0: truncated sampling .*; set them to 0 and 1"),
         ({"temperature": 0.0}, "temperature: a policy cannot learn from greedy samples; set it above 0"),
     ],
 )
-def test_settings_that_policies_cannot_be_trained_with(finished, settings, message):
+def test_settings_that_policies_cannot_be_trained_with(finished, changes, message):
     with pytest.raises(UserError, match=message):
-        policy.Policy(tiny.start(finished, tiny.settings(**settings)))
+        policy.Policy(tiny.start(finished, tiny.settings(**changes)))
 
 
 # ---- merging
@@ -338,18 +404,23 @@ def test_settings_that_policies_cannot_be_trained_with(finished, settings, messa
     ("changes", "message"),
     [
         ({"weights": (0.5,)}, "merge.weights: .*1.*2.*; give one finite number per ingredient"),
-        ({"weights": (0.5, float("nan"))}, "merge.weights: .*; give one finite number per ingredient"),
-        ({"space": "deltas"}, "merge.space: 'deltas' is unknown; choose one of delta, factors, concat"),
+        ({"weights": (0.5, float("nan"))}, "merge.weights: nan is not finite; give a finite number"),
+        (
+            {"space": "deltas"},
+            "merge.space: 'deltas' is unknown; did you mean 'delta'.* The choices are delta, factors, concat",
+        ),
         ({"ingredients": ("/no/such", "/no/other")}, "/no/such: holds neither config.json nor adapter_config.json; "),
         ({"base": None}, "merge.base: LoRA folders need the model they adapt; set it"),
     ],
 )
 def test_wrong_merges(finished, tmp_path, changes, message):
-    config = tiny.catalogue("merge").get_config().merge
-    config.base, config.output = str(finished / "sft" / "model"), str(tmp_path / "out")
-    config.ingredients = tuple(str(finished / "policy" / "ingredients" / name) for name in ("P1A", "P2A"))
-    config.weights = (0.5, 0.5)
-    config.update(changes)
+    values = {
+        "base": str(finished / "sft" / "model"),
+        "ingredients": tuple(str(finished / "policy" / "ingredients" / name) for name in ("P1A", "P2A")),
+        "weights": (0.5, 0.5),
+        "output": str(tmp_path / "out"),
+        **changes,
+    }
     with pytest.raises(UserError, match=message):
-        merge.merge(config)
+        merge.merge(settings.parse(MergeSettings, values, "merge"))
     assert not (tmp_path / "out").exists()

@@ -14,12 +14,14 @@ from support import tiny
 from pjrlhf.data.schema import validate
 from pjrlhf.data.sources import open_source
 from pjrlhf.export import merge
+from pjrlhf.export.merge import MergeSettings
 from pjrlhf.models.adapters import Policies
 from pjrlhf.models.decoder import Decoder
 from pjrlhf.models.huggingface import load_params, read_config
 from pjrlhf.models.peft import load_peft
 from pjrlhf.models.storage import load_tree
 from pjrlhf.pipeline import stages
+from pjrlhf.settings import parse
 from pjrlhf.training.workdir import Workdir
 
 
@@ -40,7 +42,7 @@ def logits(config, params, adapter=None, bank=None, mix=None):
 
 def test_run_directory(finished):
     config = tiny.settings()
-    assert read(finished / "config.json") == json.loads(json.dumps(config.to_dict()))
+    assert read(finished / "config.json") == json.loads(json.dumps(stages.read(config).to_dict()))
     assert set(read(finished / "manifest.json")["stages"]) == {*config.stages, "methods/pmorl"}
     for stage in tiny.TRAINING:
         steps = config[stage].steps
@@ -169,13 +171,11 @@ def test_ingredient_folders_hold_the_slices_of_the_bank(finished):
 @pytest.mark.parametrize("weights", [(0.5, 0.0, 0.0, 0.5, 0.0), (1.5, 0.25, -0.5, 0.0, 0.3)])
 def test_merged_ingredients_equal_the_bank_run_with_mix(finished, tmp_path, weights):
     base = finished / "sft" / "model"
-    config = tiny.catalogue("merge").get_config().merge
-    config.base, config.output = str(base), str(tmp_path / "soup")
-    config.ingredients = tuple(str(finished / "policy" / "ingredients" / name) for name in tiny.REWARDS)
-    config.weights = weights
-    merge.merge(config)
+    ingredients = tuple(str(finished / "policy" / "ingredients" / name) for name in tiny.REWARDS)
+    output = str(tmp_path / "soup")
+    merge.merge(MergeSettings(base=str(base), ingredients=ingredients, weights=weights, output=output))
     bank, _ = load_tree(finished / "policy" / "bank.safetensors")
-    adapter = tiny.start(tmp_path / "unused", tiny.settings()).adapter
+    adapter = stages.read(tiny.settings()).settings.adapter
     shape = read_config(base)
     expected = logits(shape, load_params(base), adapter, bank, jnp.array([weights]))
     np.testing.assert_allclose(logits(shape, load_params(tmp_path / "soup")), expected, atol=1e-4, rtol=0)
@@ -206,7 +206,7 @@ def test_sft_with_lora(tmp_path):
     config = tiny.settings(stages=("sft",), sft__steps=3, sft__adapter__rank=2)
     folder = tiny.run(tmp_path / "run", config) / "sft" / "model"
     start = tiny.start(tmp_path / "other", config)
-    before, after = start.start_params(), load_params(folder)
+    before, after = start.workspace.start_params(start.streams.key("base/init")), load_params(folder)
     assert tiny.bits(before["embed"]) == tiny.bits(after["embed"]), "LoRA leaves the embedding alone"
     moved = jax.tree.map(lambda x, y: float(jnp.abs(x - y).max()), before["layers"], after["layers"])
     assert min(jax.tree.leaves(moved["attention"])) > 0 and max(jax.tree.leaves(moved["attention_norm"])) == 0
@@ -254,9 +254,7 @@ def test_the_merge_config_runs_as_a_stage(finished, tmp_path):
     config.merge.weights = (0.7, -0.2)
     workdir = Workdir(tmp_path / "merge")
     stages.run(config, workdir)
-    direct = config.merge.copy_and_resolve_references()
-    direct.output = str(tmp_path / "direct")
-    merge.merge(direct)
+    merge.merge(parse(MergeSettings, config.merge, "merge").replace(output=str(tmp_path / "direct")))
     assert (workdir.path / "export" / "soup" / "model.safetensors").read_bytes() == (
         tmp_path / "direct" / "model.safetensors"
     ).read_bytes()

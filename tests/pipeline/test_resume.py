@@ -36,9 +36,7 @@ def train(folder, stage, stop_at=None):
         return step(state, batch)
 
     method.step = interrupted
-    state = loop.run(
-        method, run.workdir, stage, steps=config[stage].steps, ingredients=run.audience.rewards, log_every=1
-    )
+    state = run.train(method, stage, config[stage].steps)
     return tiny.bits(state), tiny.lines(folder, stage)
 
 

@@ -12,9 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from pjrlhf.training.loop import run
+from pjrlhf.training.loop import LoopSettings, Method, run
 from pjrlhf.training.metrics import masked
-from pjrlhf.training.optimizer import make_optimizer
+from pjrlhf.training.optimizer import OptimizerSettings, make_optimizer
 from pjrlhf.training.state import State
 from pjrlhf.training.workdir import Workdir
 
@@ -45,13 +45,14 @@ class Shuffled:
         self.position = state["position"]
 
 
-class Linear:
+class Linear(Method):
     """Noisy least squares: the noise uses `state.rng`, the running mean sits in `state.extra`."""
 
     def __init__(self, poison: int | None = None, delay: float = 0.0, steps: int = STEPS):
         self.batches = Shuffled(poison)
         self.delay = delay
-        self.optimizer = make_optimizer({"learning_rate": 0.1, "schedule": "cosine", "warmup_steps": 2}, steps)
+        settings = OptimizerSettings(learning_rate=0.1, schedule="cosine", warmup_steps=2)
+        self.optimizer = make_optimizer(settings, steps)
         self._step = jax.jit(self._update, donate_argnums=0)
 
     def init(self):
@@ -87,4 +88,5 @@ if __name__ == "__main__":
         # What a full disk looks like to the one who writes.
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (int(limit), int(limit)))
-    run(Linear(delay=float(delay)), Workdir(folder), "fit", steps=STEPS, checkpoint_every=int(every))
+    settings = LoopSettings(checkpoint_every=int(every), log_every=1)
+    run(Linear(delay=float(delay)), Workdir(folder), "fit", STEPS, settings)

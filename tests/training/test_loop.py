@@ -16,13 +16,15 @@ from support.toy import STEPS, Linear
 
 from pjrlhf.errors import UserError
 from pjrlhf.training import loop
+from pjrlhf.training.loop import LoopSettings
 from pjrlhf.training.workdir import Workdir
 
 TOY = pathlib.Path(__file__).parents[1] / "support" / "toy.py"
 
 
-def train(folder, method=None, **options):
-    return loop.run(method or Linear(), Workdir(folder), "fit", **{"steps": STEPS, "checkpoint_every": 5, **options})
+def train(folder, method=None, steps=STEPS, **settings):
+    settings = LoopSettings(**{"checkpoint_every": 5, "log_every": 1, **settings})
+    return loop.run(method or Linear(), Workdir(folder), "fit", steps, settings)
 
 
 def lines(folder):
@@ -172,12 +174,16 @@ def test_nan_stops_with_the_batch_saved_and_no_checkpoint_after_it(tmp_path, ste
 
 def test_evaluation_joins_the_line_of_its_step(tmp_path):
     seen = []
-    train(
-        tmp_path, log_every=4, eval_every=3, on_eval=lambda state, step: seen.append(int(state.step)) or {"held": step}
-    )
+
+    class Evaluated(Linear):
+        def evaluate(self, state):
+            seen.append(int(state.step))
+            return {"held": 0.5}
+
+    train(tmp_path, Evaluated(), log_every=4, eval_every=3)
     assert seen == [3, 6, 9, 12]
     assert [row["step"] for row in lines(tmp_path)] == [1, 3, 4, 6, 8, 9, 12]
-    assert lines(tmp_path)[-1].keys() == {"stage", "step", "loss", "mean", "held"}
+    assert lines(tmp_path)[-1].keys() == {"stage", "step", "loss", "mean", "eval/held"}
 
 
 def test_step_n_is_dispatched_before_the_metrics_of_the_step_before_are_fetched(tmp_path, monkeypatch):

@@ -10,6 +10,7 @@ import pytest
 from support import toy
 
 from pjrlhf.training import loop, performance
+from pjrlhf.training.loop import LoopSettings
 from pjrlhf.training.performance import Performance, Program, RecompiledWarning, peak_flops
 from pjrlhf.training.workdir import Workdir
 
@@ -72,7 +73,7 @@ def test_utilisation_is_products_over_peak(monkeypatch):
 
 def test_a_stage_leaves_its_account(tmp_path):
     method = toy.Linear()
-    loop.run(method, Workdir(tmp_path), "fit", steps=toy.STEPS, log_every=4, checkpoint_every=5)
+    loop.run(method, Workdir(tmp_path), "fit", toy.STEPS, LoopSettings(log_every=4, checkpoint_every=5))
     rows = [json.loads(line) for line in (tmp_path / "performance.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [1, 4, 8, 12] and {row["stage"] for row in rows} == {"fit"}
     for row in rows:
@@ -80,5 +81,5 @@ def test_a_stage_leaves_its_account(tmp_path):
 
 
 def test_profile(tmp_path):
-    loop.run(toy.Linear(), Workdir(tmp_path), "fit", steps=6, profile=True)
+    loop.run(toy.Linear(), Workdir(tmp_path), "fit", 6, LoopSettings(profile=True))
     assert list((tmp_path / "profile").rglob("*.xplane.pb"))
