@@ -166,13 +166,14 @@ def _name(hint: Any) -> str:
 def _checked(name: str, value: Any, hint: Any, rule: Rule) -> Any:
     """`value` as a field of this type, or UserError."""
     options = _options(hint)
+    section = ", or give a section" if any(typing.get_origin(option) in (dict, Mapping) for option in options) else ""
     for option in options:
         matched, converted = _converted(value, option)
         if matched:
-            _check_rule(name, converted, rule)
+            _check_rule(name, converted, rule, section)
             return converted
     if isinstance(value, str) and rule.allowed:
-        _check_rule(name, value, rule)  # the message with the choices says more
+        _check_rule(name, value, rule, section)  # the message with the choices says more
     wanted = " or ".join(dict.fromkeys(_name(option) for option in options if option is not type(None)))
     raise UserError(f"{name}: {_shown(value)} is not {wanted}{_hint_of(rule)}")
 
@@ -220,10 +221,11 @@ def _fits_float(value: Any) -> bool:
     return True
 
 
-def _check_rule(name: str, value: Any, rule: Rule) -> None:
+def _check_rule(name: str, value: Any, rule: Rule, section: str = "") -> None:
+    """UserError where the rule does not hold; `section` ends the list of choices."""
     if isinstance(value, tuple):
         for one in value:
-            _check_rule(name, one, rule)
+            _check_rule(name, one, rule, section)
         return
     if rule.choices and isinstance(value, str) and value not in rule.allowed and not (rule.extensible and ":" in value):
         if RENAMED_VALUES.get(value) in rule.allowed:
@@ -232,7 +234,7 @@ def _check_rule(name: str, value: Any, rule: Rule) -> None:
         raise UserError(
             f"{name}: {_shown(value)} is unknown; "
             + (f"did you mean {near[0]!r}? The choices are " if near else "choose one of ")
-            + ", ".join(str(choice) or "''" for choice in rule.allowed)
+            + f"{_listed(rule)}{section}"
         )
     if isinstance(value, int | float) and not isinstance(value, bool):
         if not math.isfinite(value):
@@ -241,9 +243,14 @@ def _check_rule(name: str, value: Any, rule: Rule) -> None:
             raise UserError(f"{name}: {_shown(value)} is out of range; choose a number {rule.describe()}")
 
 
+def _listed(rule: Rule) -> str:
+    choices = ", ".join(str(choice) or repr("") for choice in rule.allowed)
+    return f"{choices}, or package.module:name" if rule.extensible else choices
+
+
 def _hint_of(rule: Rule) -> str:
     if rule.allowed:
-        return f"; choose one of {', '.join(str(choice) or repr('') for choice in rule.allowed)}"
+        return f"; choose one of {_listed(rule)}"
     return f"; choose a number {rule.describe()}" if rule.describe() else ""
 
 

@@ -11,6 +11,7 @@ from pjrlhf import paths
 from pjrlhf.data.sources import open_source
 from pjrlhf.errors import UserError
 from pjrlhf.export import merge
+from pjrlhf.export.merge import MergeSettings
 from pjrlhf.training.checkpoint import Checkpoints
 from pjrlhf.training.workdir import Workdir
 
@@ -58,7 +59,7 @@ def test_a_model_in_a_bucket(bucket, tmp_path):
     runs = []
     for path in (str(model), "gs://mine/models/small"):
         config = tiny.settings(model__path=path, stages=("reward",))
-        runs.append(tiny.start(tmp_path / f"run{len(runs)}", config))
+        runs.append(tiny.start(tmp_path / f"run{len(runs)}", config).workspace)
     one, other = runs
     assert other.start_folder != model and other.start_folder.name == "small"
     assert one.model_config == other.model_config and one.base_hash == other.base_hash
@@ -124,10 +125,8 @@ def test_what_is_written_needs_a_file_system(tmp_path):
         UserError, match=r"gs://mine/run: a run directory must be on a file system; mount .*checkpoints"
     ):
         Workdir("gs://mine/run")
-    config = tiny.catalogue("merge").get_config().merge
-    config.update(ingredients=("a",), weights=(1.0,), output="s3://mine/model")
     with pytest.raises(UserError, match="s3://mine/model: a merged model must be on a file system"):
-        merge.merge(config)
+        merge.merge(MergeSettings(ingredients=("a",), weights=(1.0,), output="s3://mine/model"))
 
 
 def test_a_folder_of_checkpoints_in_a_bucket_keeps_its_scheme(monkeypatch):

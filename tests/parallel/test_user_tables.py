@@ -13,12 +13,11 @@ from support import tiny, tiny_users
 from pjrlhf.algorithms import pdpo as preference
 from pjrlhf.algorithms.pdpo import Preference
 from pjrlhf.data import synthetic
-from pjrlhf.feedback.pairs import Pairs
 from pjrlhf.models.storage import save_tree
 from pjrlhf.models.users import UserModel, gather_rows
 from pjrlhf.parallel.mesh import leaf_sharding, make_mesh, round_up_rows, shard_params
+from pjrlhf.pipeline import stages
 from pjrlhf.protocols.trained import Trained
-from pjrlhf.runtime.run import Run
 from pjrlhf.training.lazy_adam import lazy_adam
 from pjrlhf.training.workdir import Workdir
 
@@ -123,20 +122,17 @@ def start(tmp_path_factory):
 
     def make(mesh):
         sizes = {"data__max_prompt": 16, "data__max_completion": 8, "model__path": str(model)}
-        settings = tiny_users.settings(
+        config = tiny_users.settings(
             "records", preference__data__path=path, preference__models=models, preference__steps=len(STEPS), **sizes
         )
         if mesh is None:
-            run = tiny.start(folder / "one", settings)
+            run = tiny.start(folder / "one", config)
         else:
-            settings.mesh = type(settings)(MESHES[mesh][0])
-            run = Run(settings, Workdir(folder / mesh))
-        with pytest.MonkeyPatch.context() as patch:
-            # Not what is tested: any numbers do.
-            patch.setattr(
-                "pjrlhf.runtime.context.reference_logps", lambda table, *_, **__: np.zeros((len(table), 2), "f4")
-            )
-            return run, Pairs(run)
+            config.mesh.update(MESHES[mesh][0])
+            run = stages.read(config).run(Workdir(folder / mesh))
+        # Not what is tested: any numbers do.
+        run.reference = lambda table, rows: np.zeros((len(table), 2), np.float32)
+        return run, tiny_users.pairs_of(run)
 
     return functools.cache(make)
 

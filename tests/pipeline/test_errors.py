@@ -69,8 +69,8 @@ MISTAKES = [
         "sft.optimizer.learning_rate: -1.0 is out of range; choose a number at least 0",
     ),
     ("sft.steps", -1, "sft.steps: -1 is out of range; choose a number at least 1"),
-    ("sft.data", "wrold", "sft.data: 'wrold' is unknown; choose one of synthetic, or give a section of settings"),
-    ("policy.ppo.clip", -1, "policy.ppo.clip: -1 is out of range; choose a number above 0"),
+    ("sft.data", "wrold", "sft.data: 'wrold' is unknown; choose one of synthetic, or give a section"),
+    ("policy.ppo.clip", -1, "policy.ppo.clip: -1.0 is out of range; choose a number above 0"),
     ("policy.top_k", 5, "policy.top_k: truncated sampling would train .*; set top_k to 0 and top_p to 1"),
     ("policy.combine.kind", "summ", "policy.combine.*'summ'.*; did you mean sum\\?"),
 ]
@@ -125,7 +125,7 @@ WRONG_RUNS = [
     (
         "model.path",
         "/no/such/model",
-        "tokenizer /no/such/model: there is no such folder; give one with a tokenizer.json",
+        "/no/such/model/config.json: no such file; name a folder in Hugging Face layout with safetensors weights",
     ),
     ("model.eos_token", "<end>", "eos_token '<end>': not in the tokenizer's vocabulary; name one of its tokens"),
     ("model.max_length", 25, "prompt 20 . completion 10 tokens are more than the model's context of 25; shorten one"),
