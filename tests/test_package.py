@@ -18,7 +18,8 @@ MODULES = {
 }
 # A room may import what stands after it.
 ROOMS = (
-    ("main", "cli"),
+    ("cli",),
+    ("main",),
     ("aot",),
     ("pipeline",),
     ("config",),

@@ -68,6 +68,8 @@ MISTAKES = [
         -1.0,
         "sft.optimizer.learning_rate: -1.0 is out of range; choose a number at least 0",
     ),
+    ("sft.optimizer.warmup_steps", 60, "sft.optimizer.warmup_steps: 60 leaves none of the 60 updates; make it smaller"),
+    ("model.max_length", 25, "model.max_length: 25 is less than data.max_prompt .* = 20 . 10; raise it or shorten one"),
     ("sft.steps", -1, "sft.steps: -1 is out of range; choose a number at least 1"),
     ("sft.data", "wrold", "sft.data: 'wrold' is unknown; choose one of synthetic, or give a section"),
     ("policy.ppo.clip", -1, "policy.ppo.clip: -1.0 is out of range; choose a number above 0"),
@@ -128,9 +130,7 @@ WRONG_RUNS = [
         "/no/such/model/config.json: no such file; name a folder in Hugging Face layout with safetensors weights",
     ),
     ("model.eos_token", "<end>", "eos_token '<end>': not in the tokenizer's vocabulary; name one of its tokens"),
-    ("model.max_length", 25, "prompt 20 . completion 10 tokens are more than the model's context of 25; shorten one"),
     ("data.max_prompt", 4, "prompt too long .* tokens, the limit is 4.*mend the data, or allow more"),
-    ("sft.optimizer.warmup_steps", 60, "optimizer.warmup_steps: 60 leaves none of the 60 steps; make it smaller"),
     ("sft.batch_size", 10_000, "batch_size 10000: the data set has only 640 rows; lower the batch size"),
     ("objectives", ("P1A", "P9"), "objective 'P9': not among the preferences P1A, .*; define it"),
 ]
