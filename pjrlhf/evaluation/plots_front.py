@@ -1,17 +1,21 @@
-"""Fronts of several methods: the figures front and control, and the front as a drawing for the page.
+"""Fronts of several methods: the figure of control, and the front as a drawing for the page.
 
-Legend: N objectives, n points of a method.
+Shapes: N objectives, n points of a method.
 """
 
 import itertools
 import math
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from pjrlhf.evaluation.pareto import non_dominated
-from pjrlhf.evaluation.plots import COLOURS, GREY, INK, draw, new_figure
+from pjrlhf.evaluation.plots import COLOURS, draw, new_figure
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 _KINDS = {"dominated": "dominated", "unseen": "not trained on"}
@@ -20,23 +24,21 @@ _NAME = 28  # letters of a method in a legend; longer names would leave no room 
 
 
 def figures(summary: Mapping[str, Any]) -> dict[str, bytes]:
-    """PNG files by name: front and control, each where there is something to draw.
+    """PNG files by name: control, if there is something to draw.
 
     Args:
       summary: as described in `report`, with None where a number is missing.
     """
     found = _fronts(summary)
-    names = _objectives(summary, found)
-    reference = (summary.get("front") or {}).get("reference") or []
-    return draw({"front": lambda: _front(names, reference, found), "control": lambda: _control(names, found)})
+    return draw({"control": lambda: _control(_objectives(summary, found), found)})
 
 
 def _fronts(summary: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """The points of each method that has any, and how it is drawn wherever it is.
 
     Returns:
-      {method: {"weights", "rewards": float [n, N], "unseen", "dominated": bool [n], "colour", "marker"}} by rising
-      first weight, without points of which a number is missing. Colour and marker go by the place among all methods.
+      {method: {"weights", "rewards": float [n, N], "unseen", "dominated": bool [n], "colour", "marker"}}, points in
+      order of the first weight, without those that lack a number. The index of a method decides colour and marker.
     """
     found = {}
     for i, (method, one) in enumerate((summary.get("methods") or {}).items()):
@@ -70,73 +72,46 @@ def _pairs(names: list[str]) -> list[tuple[int, int]]:
     return list(itertools.combinations(range(len(names)), 2))[:_PAIRS]
 
 
-def _mix(colour: str, other: str, share: float) -> str:
-    """`colour` with a share of `other`, all "#rrggbb"."""
+def _mix(colour: str, other: str, fraction: float) -> str:
+    """`colour` with a fraction of `other`, all "#rrggbb"."""
     a, b = (np.array([int(one[i : i + 2], 16) for i in (1, 3, 5)]) for one in (colour, other))
-    return "#" + "".join(f"{value:02x}" for value in np.rint(a + share * (b - a)).astype(int))
+    return "#" + "".join(f"{value:02x}" for value in np.rint(a + fraction * (b - a)).astype(int))
 
 
-def _panels(count: int, found: Mapping[str, Any]):
+def _panels(count: int, found: Mapping[str, Any]) -> "tuple[Figure, list[Axes]]":
     """(figure, the axes of `count` panels), with room on the right for a legend of all methods."""
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
+
     columns = min(_COLUMNS, count)
     rows = math.ceil(count / columns)
     height = max((5.0 if count == 1 else 3.3) * rows, 1.2 + 0.2 * len(found))
     figure, axes = new_figure(2.4 + (7.6 if columns == 1 else 3.3 * columns), height, rows, columns)
-    figure.get_layout_engine().set(w_pad=0.1)
+    figure.set_layout_engine(ConstrainedLayoutEngine(w_pad=0.1))
     for axis in axes.flat[count:]:
         axis.set_visible(False)
-    return figure, axes.flat[:count]
+    return figure, list(axes.flat[:count])
 
 
-def _legend(figure, axis, found: Mapping[str, Any], **keys: Mapping[str, Any]) -> None:
-    """All methods and then the `keys`, in the order given, outside the panels."""
-    looks = {method: {"marker": one["marker"], "color": one["colour"]} for method, one in found.items()} | keys
-    handles = [axis.plot([], [], **{"linestyle": "none", "markersize": 6} | look)[0] for look in looks.values()]
-    figure.legend(handles, map(_short, looks), loc="outside right upper", fontsize=9)
+def _legend(figure: "Figure", axis: "Axes", found: Mapping[str, Any]) -> None:
+    """All methods, outside the panels."""
+    handles = [
+        axis.plot([], [], linestyle="none", markersize=6, marker=one["marker"], color=one["colour"])[0]
+        for one in found.values()
+    ]
+    figure.legend(handles, [_short(method) for method in found], loc="outside right upper", fontsize=9)
 
 
 def _short(name: str) -> str:
     return name if len(name) <= _NAME else f"{name[: _NAME - 1]}…"
 
 
-def _front(names: list[str], reference: list[float | None], found: Mapping[str, Any]):
-    """One panel per pair of objectives: full what is not dominated, pale what is, a dark edge where not trained on."""
-    shown = _pairs(names)
-    if not found or not shown:
-        return None
-    figure, axes = _panels(len(shown), found)
-    size = 34 if len(shown) == 1 else 22
-    for axis, (a, b) in zip(axes, shown, strict=True):
-        for one in found.values():
-            x, y, colour = one["rewards"][:, a], one["rewards"][:, b], one["colour"]
-            if len(names) == 2:
-                axis.plot(x, y, color=colour, linewidth=1, alpha=0.55)
-            faces = [_mix(colour, "#ffffff", 0.75) if dominated else colour for dominated in one["dominated"]]
-            edges = [INK if unseen else colour for unseen in one["unseen"]]
-            axis.scatter(
-                x, y, s=size, marker=one["marker"], facecolors=faces, edgecolors=edges, linewidths=1.1, zorder=3
-            )
-        if marked := _at(reference, a, b):
-            axis.plot(*marked, "+", color=INK, markersize=11, markeredgewidth=1.6)
-        axis.set(xlabel=f"reward of {names[a]}", ylabel=f"reward of {names[b]}")
-    keys = {}
-    if any(one["dominated"].any() for one in found.values()):
-        keys[_KINDS["dominated"]] = {"marker": "o", "color": GREY, "markerfacecolor": _mix(GREY, "#ffffff", 0.75)}
-    if any(one["unseen"].any() for one in found.values()):
-        keys[_KINDS["unseen"]] = {"marker": "o", "color": GREY, "markeredgecolor": INK}
-    if any(_at(reference, a, b) for a, b in shown):
-        keys["reference"] = {"marker": "+", "color": INK, "markersize": 10, "markeredgewidth": 1.6}
-    _legend(figure, axes[0], found, **keys)
-    return figure
-
-
 def _at(reference: list[float | None], a: int, b: int) -> tuple[float, float] | None:
     """The reference in the panel of objectives a and b, if it is known there."""
-    known = len(reference) > b and reference[a] is not None and reference[b] is not None
-    return (reference[a], reference[b]) if known else None
+    x, y = (reference[k] if len(reference) > k else None for k in (a, b))
+    return None if x is None or y is None else (x, y)
 
 
-def _control(names: list[str], found: Mapping[str, Any]):
+def _control(names: list[str], found: Mapping[str, Any]) -> "Figure | None":
     """One panel per objective: reward against its own weight, the mean of the points of one weight."""
     if not found:
         return None

@@ -69,7 +69,7 @@ def circles(source):
 def test_fronts_have_their_sections_and_figures(of_fronts):
     page = Page((of_fronts / "index.html").read_text())
     assert page.ids() == {"claims", "front", "scaling"}
-    assert {path.stem for path in of_fronts.glob("*.png")} == {"front", "control"}
+    assert {path.stem for path in of_fronts.glob("*.png")} == {"control"}
     text = " ".join("".join(page.text).split())
     metrics = ("0.712 (0.690-0.740)", "0.88", "-0.31 (-0.42 to -0.21)", "0.012", "0.457", "0.568", "25.0")
     unseen, cost = ("0.346", "12.5 (0.0-50.0)"), ("1280", "1 min 15 s", "1 min 1 s", "65.4 (60.0-70.0)", "34.6")
@@ -89,7 +89,7 @@ def test_names_of_methods_objectives_and_preferences_are_text(of_fronts):
     for expected in (*NAMES, "reward of <u>harmless</u>", "Soups <em>suffice</em>.", "P4A, <i>P4B</i>"):
         assert expected in text, expected
     links = [value for _, attributes in page.tags for key, value in attributes.items() if key in ("src", "href")]
-    assert len(links) == 2 and all(link.startswith("data:image/png;base64,") for link in links)
+    assert len(links) == 1 and all(link.startswith("data:image/png;base64,") for link in links)
     assert not re.search(r"url\(|@import|https?:", source)
 
 
@@ -136,28 +136,15 @@ def test_more_objectives_have_a_panel_per_pair(tmp_path, objectives, panels):
     )
 
 
-def test_marks_of_the_figure(monkeypatch):
-    drawn = {}
-    monkeypatch.setattr(plots_front, "draw", lambda makers: drawn.update({key: make() for key, make in makers.items()}))
-    plots_front.figures(report.clean(FRONTS))
-    (axis,) = drawn["front"].axes
-    fill, edge = axis.collections[0].get_facecolor(), axis.collections[0].get_edgecolor()
-    assert len(axis.collections) == len(NAMES) and len(fill) == len(WEIGHTS)
-    # By rising first weight: plain, dominated, unseen, plain.
-    assert (fill[0] == fill[2]).all() and (fill[0] == fill[3]).all() and (fill[0] != fill[1]).any()
-    assert (edge[0] == edge[1]).all() and (edge[0] == edge[3]).all() and (edge[0] != edge[2]).any()
-    (legend,) = drawn["front"].legends
-    assert [text.get_text() for text in legend.texts][-3:] == ["dominated", "not trained on", "reference"]
-    assert not any(one.get_legend() for figure in drawn.values() for one in figure.axes)
-    assert [one.get_title(loc="left") or one.get_title() for one in drawn["control"].axes] == FRONT["objectives"]
-
-
 def test_control_averages_points_of_equal_weight(monkeypatch):
     drawn = {}
     monkeypatch.setattr(plots_front, "draw", lambda makers: drawn.update({key: make() for key, make in makers.items()}))
     weights = [[0.2, 0.3, 0.5], [0.2, 0.5, 0.3], [0.6, 0.2, 0.2]]
     points = {"weights": weights, "rewards": [[1.0, 0, 0], [2.0, 0, 0], [4.0, 0, 0]]}
     plots_front.figures({"methods": {"soup": {"points": points}}})
+    assert [one.get_title(loc="left") or one.get_title() for one in drawn["control"].axes] == [
+        f"objective {k}" for k in (1, 2, 3)
+    ]
     line = drawn["control"].axes[0].lines[0]
     assert line.get_xydata().tolist() == [[0.2, 1.5], [0.6, 4.0]]
 
@@ -180,7 +167,7 @@ def test_a_section_of_fronts_may_stand_alone(tmp_path, key):
     summary = {key: FRONTS[key]}
     page = Page(report.write_report(tmp_path, summary).read_text())
     assert page.ids() == ({"methods": {"front"}, "front": set()} | {n: {n} for n in ("claims", "scaling")})[key]
-    assert {path.stem for path in tmp_path.glob("*.png")} == ({"front", "control"} if key == "methods" else set())
+    assert {path.stem for path in tmp_path.glob("*.png")} == ({"control"} if key == "methods" else set())
     printed(summary)
 
 
@@ -215,7 +202,7 @@ def test_reports_without_fronts_are_as_before(tmp_path, summary):
     assert printed(summary | empty) == printed(summary)
     page = Page(path.read_text())
     assert not {"front", "claims", "scaling"} & page.ids() and "svg" not in {tag for tag, _ in page.tags}
-    assert not {"front", "control"} & {image.stem for image in (tmp_path / "without").glob("*.png")}
+    assert "control" not in {image.stem for image in (tmp_path / "without").glob("*.png")}
 
 
 def test_tables_of_fronts_fit_a_terminal():
