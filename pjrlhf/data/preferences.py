@@ -1,13 +1,11 @@
-"""Preferences: ids, dimensions and the sentences that state them, rendered from one registry.
+"""Preferences: ids, dimensions and the sentences that state them.
 
-Code and records carry ids ("P1A"); text is made from them and parsed back here, so that a missing comma cannot
-change a method.
+Code and records carry ids ("P1A"); this module writes the text for them.
 """
 
 import dataclasses
 import itertools
 import math
-import re
 from collections.abc import Iterable, Mapping, Sequence
 
 from pjrlhf.settings import Settings, setting
@@ -15,8 +13,8 @@ from pjrlhf.settings import Settings, setting
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Preference:
-    """One preference: the dimension it belongs to, the sentence that states it, and a word for it beside a weight
-    (its id where there is none).
+    """One preference: its dimension, the sentence that states it, and a label to put beside a weight (by default the
+    id).
     """
 
     dimension: str
@@ -24,10 +22,10 @@ class Preference:
     label: str = ""
 
 
-Registry = Mapping[str, Preference]
+Preferences = Mapping[str, Preference]
 
 # Personalized Soups (arXiv 2310.11564), table 1.
-PAPER: Registry = {
+PAPER: Preferences = {
     "P1A": Preference(
         dimension="expertise",
         sentence="Generate a response that can be easily understood by an elementary school student.",
@@ -57,7 +55,7 @@ PAPER: Registry = {
 }
 
 
-def dimensions(registry: Registry, ids: Iterable[str]) -> dict[str, list[str]]:
+def dimensions(registry: Preferences, ids: Iterable[str]) -> dict[str, list[str]]:
     """Dimension -> the ids among `ids` that belong to it, in the order given."""
     found: dict[str, list[str]] = {}
     for name in ids:
@@ -65,12 +63,12 @@ def dimensions(registry: Registry, ids: Iterable[str]) -> dict[str, list[str]]:
     return found
 
 
-def combinations(registry: Registry, ids: Iterable[str]) -> list[tuple[str, ...]]:
+def combinations(registry: Preferences, ids: Iterable[str]) -> list[tuple[str, ...]]:
     """Every choice of one preference per dimension: 2 x 2 x 2 = 8 kinds of people for the paper's six."""
     return list(itertools.product(*dimensions(registry, ids).values()))
 
 
-def sentences(registry: Registry, ids: Iterable[str]) -> str:
+def sentences(registry: Preferences, ids: Iterable[str]) -> str:
     """The sentences of `ids`, joined by spaces; empty where no preference has one."""
     return " ".join(filter(None, (registry[name].sentence for name in ids)))
 
@@ -83,19 +81,19 @@ class PreferencePrompt(Settings):
     """How a prompt states preference weights.
 
     Attributes:
-      form: "sentences", those of preferences with half an equal share or more, which cannot say how much; "numbers",
-        every label and its weight; "tally", every label as often as it has of `levels` equal parts, for models that
-        do not read numbers.
+      form: "sentences", those of preferences with at least half of an equal weight, without saying how much;
+        "numbers", every label and its weight; "tally", every label in proportion to its weight, `levels` in all, for
+        models that do not read numbers.
       decimals: of a number.
-      levels: parts of a tally.
+      levels: labels of a tally.
     """
 
     form: str = setting("sentences", "sentences, numbers, or a tally of labels", choices=FORMS)
     decimals: int = setting(1, "of a number", low=0, high=9)
-    levels: int = setting(10, "parts of a tally", low=1, high=1000)
+    levels: int = setting(10, "labels of a tally", low=1, high=1000)
 
-    def __call__(self, registry: Registry, ids: Sequence[str], weights: Sequence[float]) -> str:
-        """The words for `weights`, one per id. They need not sum to 1, so goals can be stated in the same way."""
+    def __call__(self, registry: Preferences, ids: Sequence[str], weights: Sequence[float]) -> str:
+        """The text for `weights`, one per id; they need not sum to 1, so that it can also state targets."""
         if self.form == "sentences":
             least = 0.5 / len(ids)
             return sentences(registry, [name for name, w in zip(ids, weights, strict=True) if w >= least - 1e-9])
@@ -107,32 +105,11 @@ class PreferencePrompt(Settings):
 
 
 def parts(weights: Sequence[float], levels: int) -> list[int]:
-    """Weights in `levels`-ths, whole numbers; of weights that sum to 1 they sum to `levels` (largest remainders)."""
+    """Weights as whole numbers of `levels`-ths; those of weights that sum to 1 sum to `levels` (largest remainders)."""
     exact = [max(float(w), 0.0) * levels for w in weights]
     counts = [math.floor(x + 1e-6) for x in exact]
     missing = round(sum(exact)) - sum(counts)
-    # Of equal remainders the first in order gets the part, so that a statement is a function of its weights.
+    # Among equal remainders the first gets the part, so that the text is a function of the weights.
     for i in sorted(range(len(exact)), key=lambda i: counts[i] - exact[i])[: max(missing, 0)]:
         counts[i] += 1
     return counts
-
-
-def _pattern(sentence: str) -> re.Pattern[str]:
-    """The sentence at the very end of a text, whatever its case, commas, full stops and spaces."""
-    words = re.split(r"[\s,.]+", sentence.strip(" \t\n,."))
-    return re.compile(r"(?<!\w)" + r"[\s,.]+".join(map(re.escape, words)) + r"[\s,.]*$", re.IGNORECASE)
-
-
-def split_sentences(registry: Registry, text: str) -> tuple[str, tuple[str, ...]]:
-    """Takes the preference sentences off the end of `text`.
-
-    Returns:
-      the text before them, and their ids in order of appearance. Published data omits commas that the released
-      prompts contain, so an exact match would silently miss half of the preferences.
-    """
-    patterns = {name: _pattern(preference.sentence) for name, preference in registry.items() if preference.sentence}
-    found: list[str] = []
-    while hit := next(((name, m) for name, p in patterns.items() if (m := p.search(text))), None):
-        found.append(hit[0])
-        text = text[: hit[1].start()]
-    return text.rstrip(), tuple(reversed(found))

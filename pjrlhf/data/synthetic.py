@@ -17,10 +17,10 @@ import hashlib
 import itertools
 import random
 
-from pjrlhf.data.preferences import Preference, Registry, dimensions
+from pjrlhf.data.preferences import Preference, Preferences, dimensions
 from pjrlhf.data.tokenization import write_folder
 
-PREFERENCES: Registry = {
+PREFERENCES: Preferences = {
     "P1A": Preference(dimension="expertise", sentence="use easy words .", label="easy"),
     "P1B": Preference(dimension="expertise", sentence="use expert words .", label="expert"),
     "P2A": Preference(dimension="informativeness", sentence="keep it short .", label="short"),
@@ -29,7 +29,7 @@ PREFERENCES: Registry = {
     "P3B": Preference(dimension="style", sentence="be rude .", label="rude"),
 }
 # 2 x 2 x 4 = 16 kinds of people.
-PREFERENCES16: Registry = {
+PREFERENCES16: Preferences = {
     **PREFERENCES,
     "P3C": Preference(dimension="style", sentence="be sassy .", label="sassy"),
     "P3D": Preference(dimension="style", sentence="be sarcastic .", label="sarcastic"),
@@ -162,7 +162,7 @@ def _remarks() -> dict[str, str]:
     return {remark: tone for tone, remarks in REMARKS.items() for remark in remarks}
 
 
-def tones(registry: Registry) -> dict[str, str]:
+def tones(registry: Preferences) -> dict[str, str]:
     """`TONES` of the styles in `registry`."""
     return {name: tone for name, tone in TONES.items() if name in registry}
 
@@ -200,7 +200,7 @@ def answer(
     stated: tuple[str, ...],
     rng: random.Random,
     habits: Habits = Habits(),
-    registry: Registry = PREFERENCES,
+    registry: Preferences = PREFERENCES,
 ) -> str:
     """One answer as a writer of the corpus would give it, following each stated preference with chance
     `habits.obedience`.
@@ -255,7 +255,7 @@ def corpus(
     size: int,
     seed: int,
     habits: Habits = Habits(),
-    registry: Registry = PREFERENCES,
+    registry: Preferences = PREFERENCES,
 ) -> list[dict[str, str]]:
     """`size` records {"prompt", "completion"}: half without preference sentences, half with one to three of them."""
     rng = random.Random(seed)
@@ -317,7 +317,7 @@ def parse(prompt: str, text: str) -> dict[str, float]:
     }
 
 
-def score(prompt: str, text: str, criterion: str, registry: Registry = PREFERENCES) -> float:
+def score(prompt: str, text: str, criterion: str, registry: Preferences = PREFERENCES) -> float:
     """How well `text` answers `prompt` by one criterion, higher is better, about -2 to 1; nonsense costs by its share.
 
     Criteria: the preferences, a style by its own remarks less those of other tones, and "helpful", what people agree
@@ -350,7 +350,7 @@ CHAT_TEMPLATE = (
 )
 
 
-def vocabulary(registry: Registry = PREFERENCES) -> list[str]:
+def vocabulary(registry: Preferences = PREFERENCES) -> list[str]:
     """Every word of the language, special tokens first; words that only the larger world has come last."""
     words = list(SPECIAL)
     for known in (PREFERENCES, registry):
@@ -360,7 +360,7 @@ def vocabulary(registry: Registry = PREFERENCES) -> list[str]:
     return words
 
 
-def write_tokenizer(folder, registry: Registry = PREFERENCES) -> None:
+def write_tokenizer(folder, registry: Preferences = PREFERENCES) -> None:
     """Writes a Hugging Face tokenizer of the language (word level) into `folder`: tokenizer.json and
     tokenizer_config.json.
     """

@@ -116,24 +116,6 @@ def soup(
     return _summed((base, *trees), (1.0 - sum(weights), *weights), out)
 
 
-def weighted_sum_stacked(bank: Tree, weights: Sequence[float] | np.ndarray | jax.Array) -> Tree:
-    """sum_k weights[k] * leaf[k] for leaves [K, ...], in the dtypes of the bank; leaves lose their leading axis.
-
-    Raises ValueError for a wrong number of weights and weights that are not finite.
-    """
-    (count, *others) = {leaf.shape[0] for leaf in jax.tree.leaves(bank)}
-    if others:
-        raise ValueError(f"the leaves of a stacked bank disagree on their leading axis: {sorted([count, *others])}")
-    check_weights(weights, count)
-
-    def one(leaf):
-        wide = wide_dtype(leaf.dtype)
-        row = jnp.asarray(weights, wide)
-        return jnp.tensordot(row, leaf.astype(wide), axes=1, precision=jax.lax.Precision.HIGHEST).astype(leaf.dtype)
-
-    return jax.tree.map(one, bank)
-
-
 def wide_dtype(dtype: Any) -> Any:
     """The dtype sums are taken in: at least float32."""
     return jnp.promote_types(dtype, jnp.float32)

@@ -5,11 +5,11 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from pjrlhf.data import preferences, synthetic
-from pjrlhf.data.preferences import Preference, Registry
+from pjrlhf.data.preferences import Preference, Preferences
 from pjrlhf.errors import UserError
 from pjrlhf.rewards.scorers import scorer
 
-NAMED: Mapping[str, Registry] = {**synthetic.ENVIRONMENTS, "paper": preferences.PAPER}
+NAMED: Mapping[str, Preferences] = {**synthetic.ENVIRONMENTS, "paper": preferences.PAPER}
 
 
 class Audience:
@@ -35,7 +35,7 @@ class Audience:
         """Raises UserError for a scorer that is missing or unknown."""
         _ = self.score
 
-    def _registry(self) -> Registry:
+    def _registry(self) -> Preferences:
         """Preference id -> dimension, sentence and label."""
         if isinstance(self.named, str):
             registry = NAMED[self.named]
@@ -47,7 +47,7 @@ class Audience:
         return registry
 
     @property
-    def synthetic(self) -> Registry:
+    def synthetic(self) -> Preferences:
         """The preferences that the corpus and the judge of the synthetic environment know."""
         if isinstance(self.named, str):
             return synthetic.ENVIRONMENTS.get(self.named, synthetic.PREFERENCES)

@@ -59,7 +59,6 @@ def test_one_hot_is_the_ingredient(ingredients, k):
     row = np.eye(3)[k]
     assert_same(trees.weighted_sum(ingredients, row), ingredients[k])
     assert_same(trees.soup(tree(9), ingredients, row), ingredients[k])
-    assert_same(trees.weighted_sum_stacked(stack(ingredients), row), ingredients[k])
 
 
 def test_zero_weights_are_the_base(ingredients):
@@ -83,15 +82,6 @@ def test_opposite_weights_cancel(ingredients):
     there = trees.soup(base, ingredients, WEIGHTS)
     back = trees.soup(base, ingredients, [-w for w in WEIGHTS])
     assert_trees(trees.weighted_sum([there, back], (0.5, 0.5)), base, atol=1e-6)
-
-
-def stack(ingredients):
-    return jax.tree.map(lambda *x: jnp.stack(x), *ingredients)
-
-
-def test_stacked_equals_listed(ingredients):
-    expected = trees.weighted_sum(ingredients, WEIGHTS)
-    assert_trees(trees.weighted_sum_stacked(stack(ingredients), WEIGHTS), expected, atol=1e-6)
 
 
 def test_accumulate_one_at_a_time_equals_the_sum(ingredients):
@@ -125,7 +115,6 @@ def test_sixteen_bit_trees_sum_in_float32():
     values = [{"x": jnp.asarray([v], jnp.bfloat16)} for v in (256.0, 1.0, 256.0)]
     merged = trees.weighted_sum(values, (1, 1, -1))
     assert merged["x"].dtype == jnp.bfloat16 and merged["x"][0] == 1
-    assert trees.weighted_sum_stacked(stack(values), (1, 1, -1))["x"][0] == 1
     assert trees.soup({"x": jnp.zeros(1, jnp.bfloat16)}, values, (1, 1, -1))["x"][0] == 1
     assert trees.accumulate(None, values[0], 1.0)["x"].dtype == jnp.float32
 
@@ -175,15 +164,11 @@ def test_refuses_what_does_not_fit(others, weights, message):
         trees.weighted_sum([tree(0), *others], weights)
 
 
-def test_refuses_a_wrong_running_sum_base_or_bank():
+def test_refuses_a_wrong_running_sum_or_base():
     with pytest.raises(ValueError, match=r"\(4,\) in the new ingredient but \(3,\) in the running sum"):
         trees.accumulate(tree(0), {**tree(1), "scale": jnp.ones(4)}, 1.0)
     with pytest.raises(ValueError, match=r"\(3,\) in ingredient 0 but \(4,\) in the base"):
         trees.soup({**tree(1), "scale": jnp.ones(4)}, [tree(0)], (1,))
-    with pytest.raises(ValueError, match="2 weights for 3 ingredients"):
-        trees.weighted_sum_stacked(stack([tree(0)] * 3), (1, 1))
-    with pytest.raises(ValueError, match=r"leading axis: \[2, 3\]"):
-        trees.weighted_sum_stacked({"x": jnp.ones((2, 1)), "y": jnp.ones((3, 1))}, (1, 1))
     with pytest.raises(ValueError, match=r"'scale' has shape \(4,\) in out but \(3,\) in the first tree"):
         trees.weighted_sum([tree(0)], (1,), out={**tree(1), "scale": jnp.ones(4)})
     with pytest.raises(ValueError, match="'embed/embedding' is bfloat16 in out but float32 in the first tree"):
