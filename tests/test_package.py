@@ -27,6 +27,7 @@ ROOMS = (
     ("algorithms",),
     ("feedback",),
     ("runtime",),
+    ("language_model",),
     ("export",),
     ("evaluation",),
     ("rewards",),

@@ -1,0 +1,139 @@
+"""The public names: documented, few, loaded when asked for, and the way a notebook uses them."""
+
+import ast
+import inspect
+import pathlib
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from support import tiny_users
+
+import pjrlhf
+from pjrlhf.errors import UserError
+
+STUB = pathlib.Path(pjrlhf.__file__).with_suffix(".pyi")
+
+
+def test_the_names_are_few_documented_and_where_the_stub_says():
+    names = [
+        (node.module, alias.name)
+        for node in ast.parse(STUB.read_text()).body
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+    ]
+    assert len(names) <= 40 and sorted(pjrlhf.__all__) == sorted(name for _, name in names)
+    for module, name in names:
+        found = getattr(pjrlhf, name)
+        assert inspect.getdoc(found), name
+        if inspect.isclass(found) or inspect.isfunction(found):
+            assert found.__module__ == f"pjrlhf.{module}", name
+
+
+def test_the_package_is_light_until_a_name_is_used():
+    code = "import pjrlhf, sys; assert 'jax' not in sys.modules; pjrlhf.AdapterConfig; assert 'jax' in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_an_unknown_name_is_an_attribute_error():
+    with pytest.raises(AttributeError, match="no_such_name"):
+        _ = pjrlhf.no_such_name
+
+
+# ---- a model in a notebook
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    folder = tiny_users.save_base(tmp_path_factory.mktemp("base"))
+    return pjrlhf.load_model(folder, adapter=pjrlhf.AdapterConfig(rank=2, alpha=4.0))
+
+
+@pytest.fixture(scope="module")
+def bank(model):
+    import jax
+
+    bank = pjrlhf.init_bank(model.backbone.base, model.backbone.adapter, 2, jax.random.key(0))
+    return jax.tree.map(lambda x: x + 0.3 * jax.random.normal(jax.random.key(x.size), x.shape), bank)
+
+
+PROMPTS = ["what is rain ?", "where is the sun ?"]
+
+
+def test_answers_do_not_depend_on_the_other_prompts(model, bank):
+    mix = [[1.0, 0.0], [0.25, 0.75]]
+    both = model.generate(PROMPTS, bank, mix, max_new_tokens=5)
+    alone = [model.generate([p], bank, [m], max_new_tokens=5)[0] for p, m in zip(PROMPTS, mix, strict=True)]
+    assert both == alone and all(isinstance(text, str) for text in both)
+
+
+def test_a_row_of_zeros_is_the_base_and_one_row_serves_all(model, bank):
+    base = model.score(PROMPTS, ["it can shine .", "it can grow ."])
+    np.testing.assert_array_equal(model.score(PROMPTS, ["it can shine .", "it can grow ."], bank, [0.0, 0.0]), base)
+    one = model.score(PROMPTS, ["it can shine .", "it can grow ."], bank, [0.5, 0.5])
+    rows = model.score(PROMPTS, ["it can shine .", "it can grow ."], bank, [[0.5, 0.5]] * 2)
+    np.testing.assert_allclose(one, rows, rtol=1e-6)
+    assert (one != base).all()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            (["rain"] * 2, "bank", [1.0]),
+            r"mix: has shape \[1, 1\]; give 2 weights, or a row of as many for each of the 2",
+        ),
+        ((["rain"] * 2, "bank", [[1.0, 0.0]] * 3), r"mix: has shape \[3, 2\]"),
+        ((["rain"], None, [1.0]), "mix: there is no bank to mix"),
+        ((["rain " * 100], None, None), "tokens do not fit the context of 40"),
+    ],
+)
+def test_mistakes_are_named(model, bank, arguments, message):
+    prompts, which, mix = arguments
+    with pytest.raises(UserError, match=message):
+        model.generate(prompts, bank if which else None, mix)
+
+
+def test_a_file_that_is_no_bank(tmp_path):
+    from pjrlhf.models.storage import save_tree
+
+    save_tree(tmp_path / "bank.safetensors", {"a": np.zeros(1)})
+    with pytest.raises(UserError, match="is no adapter bank; name bank"):
+        pjrlhf.load_bank(tmp_path)
+
+
+# ---- the command
+
+
+def command(*arguments):
+    return subprocess.run(
+        [sys.executable, "-c", "from pjrlhf.cli import main; main()", *arguments], capture_output=True, text=True
+    )
+
+
+def test_the_command_says_what_it_can_do_without_loading_jax():
+    code = (
+        "import sys, atexit; atexit.register(lambda: print('jax' in sys.modules)); from pjrlhf.cli import main; main()"
+    )
+    done = subprocess.run([sys.executable, "-c", code, "--help"], capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.endswith("False\n")
+    assert all(verb in done.stdout for verb in ("train", "merge", "report"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            ("report", "nowhere"),
+            "error: nowhere/report: there is no summary.json; name a run directory whose run ended",
+        ),
+        (("merge", "nowhere", "--weights", "1", "--output", "out"), "error: nowhere: .*"),
+        (("train",), "error: --config: not given; for example --config=configs/soups.py"),
+        (("trian",), "invalid choice: 'trian'"),
+    ],
+)
+def test_mistakes_of_the_command_are_one_line(arguments, message):
+    done = command(*arguments)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert message.removesuffix(".*") in done.stderr.splitlines()[-1]
