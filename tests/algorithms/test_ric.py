@@ -45,7 +45,8 @@ def settings(**changes):
 
 def started(folder, **changes):
     config = settings(**changes)
-    return tiny.start(folder, config), config.ric
+    run = tiny.start(folder, config)
+    return run, run.section(ric.RicSettings)
 
 
 @pytest.fixture(scope="module")
@@ -89,10 +90,8 @@ def words(run, scores):
 def test_scores_are_calibrated_rewards_of_the_answers_to_plain_requests(trained):
     run, _, _, _ = trained
     score = jax.jit(reward_scores, static_argnums=(0, 1), static_argnames="scale")
-    found, arguments = (
-        [],
-        (run.workspace.model, run.workspace.adapter, run.workspace.base, reward.load(run), jnp.arange(N)[None]),
-    )
+    model, adapter, base = run.workspace.model, run.workspace.adapter, run.workspace.base
+    found, arguments = [], (model, adapter, base, reward.load(run), jnp.arange(N)[None])
     records = [answer for number in range(3) for answer in answers_of(run, number)]
     for record in records[:: len(records) // 12]:
         plain = run.records.ask(record["request"])
@@ -131,7 +130,7 @@ def test_prompts_state_the_scores_their_answers_got(trained):
 
 def test_online_rounds_ask_for_targets_of_drawn_weights(trained):
     run, section, _, _ = trained
-    weights = np.random.default_rng((run.settings.seed, 120, 1)).dirichlet(np.ones(N), section.online_samples)
+    weights = run.streams.numpy("ric/targets", 1).dirichlet(np.ones(N), section.online_samples)
     rows = ric.wanted(run, section, 1)
     assert [row.words for row in rows] == [words(run, p) for p in target_map(weights, "l2").tolist()]
     assert rows == ric.wanted(run, section, 1)

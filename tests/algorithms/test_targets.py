@@ -1,5 +1,6 @@
 """What policies are trained for: names, weights, held-out preferences, and what prompts say."""
 
+import flax.traverse_util
 import numpy as np
 import pytest
 from support import tiny
@@ -18,10 +19,8 @@ def run(finished):
 
 
 def goals(run, **changes):
-    settings = settings_of(run)
-    with settings.unlocked(), settings.ignore_type():
-        settings.update_from_flattened_dict({k.replace("__", "."): v for k, v in changes.items()})
-    return Targets(run, settings)
+    nested = flax.traverse_util.unflatten_dict({tuple(key.split("__")): value for key, value in changes.items()})
+    return Targets(run, settings_of(run).replace(**nested))
 
 
 def test_soups_have_a_policy_per_reward_and_one_objective_each(run):
@@ -111,18 +110,18 @@ def test_words_the_tokenizer_does_not_know(run):
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"preferences__kind": "all"}, "preferences.kind 'all': unknown; choose one of own"),
+        ({"preferences__kind": "all"}, r"preferences\.kind: 'all' is unknown; choose one of own"),
         ({"preferences__kind": "fixed", "preferences__points": ((0.5, 0.5),)}, "2 weights; give one for each of"),
         ({"preferences__kind": "grid", "preferences__points": ((0.5, 0.6, 0.0, 0.0),)}, "not shares"),
         ({"preferences__kind": "fixed", "preferences__points": ()}, "none is left to train on"),
         (
             {"preferences__kind": "grid", "preferences__points": "all"},
-            "points 'all': unknown; give rows of weights, or",
+            r"preferences\.points: 'all' is unknown; choose one of simplex",
         ),
         ({"preferences__objectives": ("P9",)}, "no reward model for 'P9'"),
-        ({"mix": "both"}, "mix 'both': unknown"),
+        ({"mix": "both"}, "mix: 'both' is unknown; choose one of own, weights"),
         ({"mix": "weights"}, "needs weights over all objectives"),
-        ({"prompt_preference": "often"}, "prompt_preference 'often': unknown; choose never, always or half"),
+        ({"prompt_preference": "often"}, "prompt_preference: 'often' is unknown; choose one of .*never, always, half"),
     ],
 )
 def test_wrong_settings(run, changes, message):
@@ -131,8 +130,6 @@ def test_wrong_settings(run, changes, message):
 
 
 def test_mixed_adapters_take_a_rank(run):
-    config = run.settings.copy_and_resolve_references()
-    config.adapter.rank = 0
-    full = tiny.start(run.workdir.path, config)
+    full = tiny.start(run.workdir.path, tiny.settings(adapter__rank=0))
     with pytest.raises(UserError, match="which takes adapters; set a rank"):
         goals(full, mix="weights", preferences__kind="dirichlet")

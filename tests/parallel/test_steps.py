@@ -11,7 +11,7 @@ from support import tiny, tiny_users
 from support.meshes import MESHES
 from support.small_policies import close, noise
 
-from pjrlhf.algorithms.pdpo import Preference
+from pjrlhf.algorithms.pdpo import Preference, PreferenceSettings
 from pjrlhf.algorithms.policy import Policy
 from pjrlhf.algorithms.reward import Reward
 from pjrlhf.data import synthetic
@@ -21,7 +21,7 @@ from pjrlhf.merging.lora import merge_dense
 from pjrlhf.models.adapters import init_bank
 from pjrlhf.parallel.mesh import bytes_per_device, shard_params
 from pjrlhf.parallel.processes import to_host
-from pjrlhf.runtime.run import Run
+from pjrlhf.pipeline import stages
 from pjrlhf.training.checkpoint import Checkpoints
 from pjrlhf.training.workdir import Workdir
 
@@ -70,8 +70,8 @@ def start(tmp_path_factory):
                 settings.reward.data = type(settings)(data)
         if mesh is None:
             return tiny.start(folder / "one" / step, settings)
-        settings.mesh = type(settings)(MESHES[mesh])
-        return Run(settings, Workdir(folder / mesh / step))
+        settings.mesh.update({"data": 1, **MESHES[mesh]})
+        return stages.read(settings).run(Workdir(folder / mesh / step))
 
     return make
 
@@ -94,9 +94,9 @@ def taken(start):
             with pytest.MonkeyPatch.context() as patch:
                 # Not what is tested: any numbers do.
                 patch.setattr(
-                    "pjrlhf.runtime.context.reference_logps", lambda table, *_, **__: -np.ones((len(table), 2))
+                    "pjrlhf.runtime.run.reference_logps", lambda table, *_, **__: -np.ones((len(table), 2))
                 )
-                method = Preference(run, "cluster", Pairs(run))
+                method = Preference(run, "cluster", Pairs(run, run.section(PreferenceSettings)))
         else:
             method = Reward(run) if step == "reward" else Policy(run, rewarder=reward_models(run))
         state = method.init()
@@ -175,13 +175,15 @@ def test_a_run_says_what_its_parameters_take(start, caplog):
 def test_merging_from_sharded_checkpoints(start, tmp_path, mesh):
     """Full models and adapters, saved from one mesh and merged on another, without leaving their places."""
     first, run = start("reward", "4x2"), start("reward", mesh)
-    base, adapter = to_host(first.base), to_host(init_bank(first.base, first.adapter, 2, first.key))
+    backbone = first.workspace.backbone
+    adapter = init_bank(backbone.base, backbone.adapter, 2, first.streams.root)
+    base, adapter = to_host(backbone.base), to_host(adapter)
     models, bank = [noise(base, seed, 0.3) for seed in (11, 12)], noise(adapter, 13, 0.3)
-    saved = shard_params(first.mesh, {"models": models, "bank": bank})
+    saved = first.devices.shard({"models": models, "bank": bank})
     with Checkpoints(tmp_path) as checkpoints:
         checkpoints.save(1, saved, 0)
     with Checkpoints(tmp_path) as checkpoints:
-        found, _ = checkpoints.restore(shard_params(run.devices.mesh, jax.tree.map(np.zeros_like, saved)))
+        found, _ = checkpoints.restore(run.devices.shard(jax.tree.map(np.zeros_like, saved)))
     weights = (0.7, 0.5)
 
     soup = trees.soup(run.workspace.base, found["models"], weights)

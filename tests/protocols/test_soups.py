@@ -28,14 +28,22 @@ def weight(row):
 
 
 class Stub:
-    """Stands in for the sampler: keeps the rows and answers in the world's words by a rule of the row."""
+    """Replaces the sampler: keeps the rows, and answers by a rule of the row in words of the synthetic environment."""
 
     def __init__(self, answer):
         self.answer, self.rows = answer, {}
 
-    def __call__(self, rows, seed):
-        self.rows[seed] = list(rows)
+    def __call__(self, rows, key):
+        self.rows[_bytes(key)] = list(rows)
         return [self.answer(row) for row in rows]
+
+    def asked(self, key):
+        """The rows that were sampled with `key`."""
+        return self.rows[_bytes(key)]
+
+
+def _bytes(key):
+    return np.asarray(jax.random.key_data(key)).tobytes()
 
 
 def evaluation(run, answer):
@@ -84,7 +92,7 @@ def test_rows_reach_the_decoder_with_their_own_weights_and_prompts(run, monkeypa
         )
         for i in range(21)  # more than one chunk of 16, the last not full
     ]
-    assert sampler(rows, seed=1) == ["shine" if i % 2 else "grow" for i in range(21)]
+    assert sampler(rows, jax.random.key(1)) == ["shine" if i % 2 else "grow" for i in range(21)]
     mixes = np.concatenate([mix for mix, _ in seen])[:21]
     assert (mixes == [row.mix for row in rows]).all() and [len(mix) for mix, _ in seen] == [16, 16]
     texts = [text for _, texts in seen for text in texts][:21]
@@ -95,12 +103,12 @@ def test_rows_reach_the_decoder_with_their_own_weights_and_prompts(run, monkeypa
 def test_weights_zero_sample_the_base(run):
     from pjrlhf.algorithms.policy import load_bank
 
-    bank = load_bank(run)
+    bank, key = load_bank(run), jax.random.key(5)
     rows = [Row(request, "", (0.0,) * bank_size(bank)) for request in run.records.requests[1]]
     other = jax.tree.map(lambda x: x + 1.0, bank)
-    assert Sampler(run, bank)(rows, 5) == Sampler(run, other)(rows, 5)
+    assert Sampler(run, bank)(rows, key) == Sampler(run, other)(rows, key)
     soup = [Row(row.request, "", (1.0,) * bank_size(bank)) for row in rows]
-    assert Sampler(run, bank)(soup, 5) != Sampler(run, other)(soup, 5)
+    assert Sampler(run, bank)(soup, key) != Sampler(run, other)(soup, key)
 
 
 # ---- who is compared
@@ -125,7 +133,7 @@ def test_methods_differ_in_prompt_and_weights(run):
 def test_win_rates_are_those_of_the_answers(run):
     found = evaluation(run, wordy)
     sections = found.people()["sections"]
-    rows = iter(found.sample.rows[40])
+    rows = iter(found.sample.asked(run.streams.key("evaluate/people")))
     requests = run.records.requests[1]
     answers = {
         (combo, method): {request: wordy(next(rows)) for request in requests}
@@ -185,7 +193,7 @@ def test_ingredients_are_set_against_the_base_by_their_own_criterion(run):
 def test_a_score_that_rises_with_the_weight_of_its_own_preference_has_spearman_1(run):
     found = evaluation(run, wordy)
     sweep = found.sweep()
-    rows = found.sample.rows[42]
+    rows = found.sample.asked(run.streams.key("evaluate/sweep"))
     assert all(row.words == "" and sum(row.mix) == pytest.approx(1) for row in rows)
     part = sweep["informativeness"]
     assert (part["low"], part["high"], part["weights"]) == ("P2A", "P2B", [0, 0.5, 1])
