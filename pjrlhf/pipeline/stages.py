@@ -108,7 +108,8 @@ def run(config: Any, workdir: Workdir) -> None:
     plan = read(config)
     run = plan.run(workdir)
     for stage in plan.stages:
-        section = run.section(stage.settings).to_dict() if stage.settings else None
+        # The entries of `methods` are settings that all stages share.
+        section = run.section(stage.settings).to_dict() if stage.settings else plan.to_dict().get(stage.name)
         done = workdir.finished(stage.name)
         # Sections that may change between two runs of one folder (evaluate) make their stage run again.
         if done and done["config"] == section:

@@ -1,5 +1,6 @@
 """Methods side by side: what is trained, what is skipped, and what the report says of them."""
 
+import dataclasses
 import json
 
 import jax
@@ -76,15 +77,15 @@ def test_metrics_are_logged_per_objective(family):
 
 def test_finished_entries_are_skipped_and_new_ones_trained(family, monkeypatch):
     trained = []
-    monkeypatch.setattr("pjrlhf.algorithms.policy.train", lambda run, settings, stage: trained.append(stage) or {})
-    monkeypatch.setattr(evaluate_front, "run", lambda run: {})
+    fake = dataclasses.replace(policy.TRAINER, train=lambda run, settings, stage: trained.append(stage) or {})
+    monkeypatch.setattr(policy, "TRAINER", fake)
     again(family, tiny_family.settings((*tiny_family.QUICK, "clp")))
     assert trained == ["methods/clp"]
 
 
 def test_an_entry_whose_settings_changed(family):
     config = tiny_family.settings()
-    config.methods.moc.combine.kind = "sum"
+    config.methods.moc.combine.control_weight = 2.0
     with pytest.raises(UserError, match=r"methods.moc: trained with other settings before; choose another name for it"):
         again(family, config)
 
@@ -92,10 +93,13 @@ def test_an_entry_whose_settings_changed(family):
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"train": "magic"}, r"methods.moc.train 'magic': unknown; choose one of policy, modpo, ric"),
-        ({"rolouts": 3}, r"methods.moc.rolouts: no such setting of policy; it has "),
+        (
+            {"train": "magic"},
+            r"methods: train 'magic' is no trainer; choose one of modpo, policy, ric, or pack",
+        ),
+        ({"rolouts": 3}, r"methods.moc.rolouts: no such setting; did you mean rollouts\?"),
         ({"answer": "guess"}, r"methods.moc.answer 'guess': unknown; choose one of soup, bone, mod"),
-        ({"of": "nobody"}, r"methods: there is no entry 'nobody'; there are mo"),
+        ({"of": "nobody"}, r"methods.moc.of: there is no entry 'nobody'; name one of the others"),
         (
             {"of": "rsoups", "answer": "mod", "divergence": "alpha"},
             r"methods.moc: divergence 'alpha' is unknown; choose reverse_kl, forward_kl or a number \(alpha\)",
@@ -106,10 +110,8 @@ def test_wrong_entries(family, change, message):
     config = tiny_family.settings()
     with config.methods.moc.unlocked():
         config.methods.moc.update(change)
-    run = tiny.start(family, config)
     with pytest.raises(UserError, match=message):
-        methods.settings_of(run, "moc")
-        Front(run).player("moc")
+        Front(tiny.start(family, config)).player("moc")
 
 
 # ---- who answers how
@@ -192,9 +194,7 @@ def test_a_policy_for_a_corner_is_the_policy_of_that_reward(family, tmp_path):
     run = tiny.start(family, config)
     banks = []
     for spec in ({"kind": "own"}, {"kind": "fixed", "points": ((1.0, 0.0), (0.0, 1.0))}):
-        settings = methods.settings_of(run, "rsoups")
-        with settings.unlocked(), settings.ignore_type():
-            settings.preferences = type(settings)(spec)
+        settings = methods.settings_of(run, "rsoups").replace(preferences=spec)
         method = policy.Policy(run, settings)
         state = method.init()
         for _ in range(2):
@@ -239,7 +239,7 @@ def test_every_seed_has_its_folder(tmp_path, monkeypatch, summary):
 
 @pytest.mark.parametrize(
     "changes, message",
-    [({"seeds": (1, 1)}, "one is given twice"), ({"seeds": (1,), "stages": ("sft",)}, "end in evaluate_front")],
+    [({"seeds": (1, 1)}, "seeds: .* has one twice"), ({"seeds": (1,), "stages": ("sft",)}, "end in evaluate_front")],
 )
 def test_wrong_seeds(tmp_path, changes, message):
     with pytest.raises(UserError, match=message):

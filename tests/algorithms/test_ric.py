@@ -246,24 +246,23 @@ MISTAKES = [
     ),
     (
         {"prompt_format": {"form": "verse"}},
-        "prompt_format.form 'verse': unknown; choose one of sentences, numbers, tally",
+        "ric.prompt_format.form: 'verse' is unknown; choose one of sentences, numbers, tally",
     ),
     (
         {"prompt_format": {"levels": 30}},
         r"prompt_format .*: the prompt has \d+ tokens with it, more than data.max_prompt=20",
     ),
-    ({"target": "linf"}, "ric.target: target map 'linf' is unknown; choose one of identity, l2, max"),
-    ({"quantile": 1.5}, "ric.quantile 1.5: not a share; choose one between 0 and 1"),
-    ({"base_fraction": -0.1}, "ric.base_fraction -0.1: not a fraction"),
+    ({"target": "linf"}, "ric.target: 'linf' is unknown; choose one of identity, l2, max"),
+    ({"quantile": 1.5}, "ric.quantile: 1.5 is out of range; choose a number at least 0 and at most 1"),
+    ({"base_fraction": -0.1}, "ric.base_fraction: -0.1 is out of range"),
 ]
 
 
 @pytest.mark.parametrize(("changes", "message"), MISTAKES, ids=[str(changes) for changes, _ in MISTAKES])
 def test_wrong_settings_are_found_before_anything_is_sampled(copied, monkeypatch, changes, message):
     monkeypatch.setattr(ric, "sample_base", never)
-    run, section = started(copied, **changes)
     with pytest.raises(UserError, match=message):
-        ric.train(run, section, STAGE)
+        ric.train(*started(copied, **changes), STAGE)
 
 
 def test_too_large_a_batch(copied):

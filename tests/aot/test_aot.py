@@ -112,9 +112,10 @@ def found_shardings(variant):
     config = llama(variant)
     config.mesh.fsdp = 8 // config.mesh.tensor
     config.model.attention = "xla"
+    run = aot.DryRun(config, "v5e:2x4")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(planned, "devices_of", lambda topology: ("v5e", jax.devices()))
-        run = aot.DryRun(config, "v5e:2x4")
+        _ = run.devices
     trees = {"base": run.workspace.base}
     if variant.startswith("pdpo"):
         run.records.count = 64  # enough for a batch

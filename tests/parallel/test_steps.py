@@ -61,6 +61,7 @@ def start(tmp_path_factory):
         if step == "preference":
             models = {"cluster": {"kind": "cluster", "tokens": 2, "clusters": 3}}
             changes |= {"preference__data__path": data["path"], "preference__models": models}
+            changes["evaluate_users__cold_start_models"] = ()
             settings = tiny_users.settings("records", **changes)
         else:
             changes |= {"objectives": OBJECTIVES, "general": "", "stages": ("reward", "policy")}
@@ -93,9 +94,7 @@ def taken(start):
         if step == "preference":
             with pytest.MonkeyPatch.context() as patch:
                 # Not what is tested: any numbers do.
-                patch.setattr(
-                    "pjrlhf.runtime.run.reference_logps", lambda table, *_, **__: -np.ones((len(table), 2))
-                )
+                patch.setattr("pjrlhf.runtime.run.reference_logps", lambda table, *_, **__: -np.ones((len(table), 2)))
                 method = Preference(run, "cluster", Pairs(run, run.section(PreferenceSettings)))
         else:
             method = Reward(run) if step == "reward" else Policy(run, rewarder=reward_models(run))
