@@ -1,4 +1,4 @@
-"""Numbers and tables as people read them; what is no number is a dash."""
+"""Numbers and tables as text; a dash for what is no number."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -8,10 +8,12 @@ import rich.table
 import rich.text
 
 MISSING = "\N{EN DASH}"
+# A number alone, or a mapping with mean (or another key), low and high.
+Estimate = float | Mapping[str, Any] | None
 
 
-def percent(share: float | None) -> str:
-    return MISSING if not isinstance(share, int | float) else f"{100 * share:.1f}"
+def percent(fraction: float | None) -> str:
+    return MISSING if not isinstance(fraction, int | float) else f"{100 * fraction:.1f}"
 
 
 def interval(rate: Mapping[str, Any] | None) -> str:
@@ -43,7 +45,7 @@ def cell(rate: Mapping[str, Any] | None, key: str = "rate") -> str:
     return f"{percent(rate[key])}\n{100 * rate['low']:.0f}-{100 * rate['high']:.0f}"
 
 
-def estimate(value: Any, digits: int = 2, scale: float = 1, key: str = "mean") -> str:
+def estimate(value: Estimate, digits: int = 2, scale: float = 1, key: str = "mean") -> str:
     """A number, or `key` of a mapping and its interval in brackets: "0.71", "0.71 (0.69-0.74)"."""
     one = mean_of(value, key)
     middle, low, high = (None if one.get(part) is None else scale * one[part] for part in (key, "low", "high"))
@@ -52,9 +54,9 @@ def estimate(value: Any, digits: int = 2, scale: float = 1, key: str = "mean") -
     return f"{number(middle, digits)} ({number(low, digits)}{' to ' if low < 0 else '-'}{number(high, digits)})"
 
 
-def mean_of(share: Any, key: str = "mean") -> dict[str, Any]:
-    """A share that is a mapping with mean (or another `key`), low and high, or a number alone, as a mapping."""
-    return dict(share) if isinstance(share, Mapping) else {key: share}
+def mean_of(value: Estimate, key: str = "mean") -> dict[str, Any]:
+    """An estimate as a mapping with `key`, and low and high if it has an interval."""
+    return dict(value) if isinstance(value, Mapping) else {key: value}
 
 
 def print_table(

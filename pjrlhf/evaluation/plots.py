@@ -7,14 +7,19 @@ import json
 import math
 import pathlib
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.colors import Colormap
+    from matplotlib.figure import Figure
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#6B4C9A", "#555555")
 INK, GREY = "#1f2933", "#9aa5b1"
 _CURVES = {"scores": "reward", "kl": "KL from the reference"}
-_STYLE = {
+_STYLE: dict[str, Any] = {
     "axes.axisbelow": True,
     "axes.edgecolor": "#c3cad2",
     "axes.grid": True,
@@ -52,16 +57,16 @@ def figures(summary: Mapping[str, Any], metrics: str | pathlib.Path | None = Non
     )
 
 
-def draw(makers: Mapping[str, Callable[[], Any]]) -> dict[str, bytes]:
+def draw(makers: Mapping[str, Callable[[], "Figure | None"]]) -> dict[str, bytes]:
     """PNG files by name of the figures that the functions make in the report's style; None makes no file."""
     import matplotlib
 
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(rc=cast(Any, _STYLE)):
         drawn = {name: make() for name, make in makers.items()}
         return {name: _png(figure) for name, figure in drawn.items() if figure is not None}
 
 
-def new_figure(width: float, height: float, rows: int, columns: int):
+def new_figure(width: float, height: float, rows: int, columns: int) -> "tuple[Figure, np.ndarray]":
     """(figure of inches, axes [rows, columns])."""
     # A bare Figure draws with Agg and needs neither pyplot's global state nor a display.
     from matplotlib.figure import Figure
@@ -70,7 +75,7 @@ def new_figure(width: float, height: float, rows: int, columns: int):
     return figure, figure.subplots(rows, columns, squeeze=False)
 
 
-def _png(figure) -> bytes:
+def _png(figure: "Figure") -> bytes:
     file = io.BytesIO()
     figure.savefig(file, format="png", dpi=110)
     return file.getvalue()
@@ -80,7 +85,7 @@ def number_or_nan(value: float | None) -> float:
     return math.nan if value is None else float(value)
 
 
-def _rate_bars(axis, rates: Mapping[str, Mapping[str, Any]], title: str) -> None:
+def _rate_bars(axis: "Axes", rates: Mapping[str, Mapping[str, Any]], title: str) -> None:
     """Horizontal bars of win rates in percent with their intervals, the first on top."""
     rate, low, high = (
         np.array([100 * number_or_nan(one.get(key)) for one in rates.values()]) for key in ("rate", "low", "high")
@@ -96,7 +101,7 @@ def _rate_bars(axis, rates: Mapping[str, Mapping[str, Any]], title: str) -> None
     axis.invert_yaxis()
 
 
-def _win_rate(table: Mapping[str, Any], average: Mapping[str, Any]):
+def _win_rate(table: Mapping[str, Any], average: Mapping[str, Any]) -> "Figure | None":
     # Two methods have one comparison: the page's table says it all.
     panels = [name for name, drawn in (("average", average), ("table", len(table) > 2)) if drawn]
     if not panels:
@@ -132,14 +137,14 @@ def opponents(table: Mapping[str, Mapping[str, Any]]) -> list[str]:
     return [name for name in table if name in named] + [name for name in named if name not in table]
 
 
-def _diverging():
+def _diverging() -> "Colormap":
     """Orange for losing, white half way, blue for winning."""
     from matplotlib.colors import LinearSegmentedColormap
 
     return LinearSegmentedColormap.from_list("won", (COLOURS[1], "#ffffff", COLOURS[0]))
 
 
-def _ingredients(ingredients: Mapping[str, Any]):
+def _ingredients(ingredients: Mapping[str, Any]) -> "Figure | None":
     rates = {name: one["win_rate_vs_base"] for name, one in ingredients.items() if one.get("win_rate_vs_base")}
     kl = {name: one["kl"] for name, one in ingredients.items() if one.get("kl") is not None}
     panels = [part for part in (rates, kl) if part]
@@ -158,10 +163,10 @@ def _ingredients(ingredients: Mapping[str, Any]):
     return figure
 
 
-def _sweep(sweep: Mapping[str, Any]):
+def _sweep(sweep: Mapping[str, Any]) -> "Figure | None":
     """One column per dimension, one row per end: its score against the weight, and the straight line between the ends.
 
-    Scores of different criteria need not share a unit, so each has a panel of its own.
+    Scores of different criteria need not have a common unit, so each has a panel of its own.
     """
     sweep = {name: one for name, one in sweep.items() if one.get("weights") and one.get("scores")}
     if not sweep:
@@ -190,7 +195,7 @@ def _sweep(sweep: Mapping[str, Any]):
     return figure
 
 
-def _training(curves: Mapping[tuple[str, str, str], Mapping[str, np.ndarray]]):
+def _training(curves: Mapping[tuple[str, str, str], Mapping[str, np.ndarray]]) -> "Figure | None":
     """One row per stage, reward beside KL, one line per policy."""
     if not curves:
         return None

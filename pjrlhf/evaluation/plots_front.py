@@ -5,7 +5,7 @@ Shapes: N objectives, n points of a method.
 
 import itertools
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -173,7 +173,7 @@ def drawing(summary: Mapping[str, Any]) -> dict[str, Any] | None:
     return size | {"legend": columns * width + 10, "radius": radius, "panels": panels, "methods": methods}
 
 
-def _scale(values: np.ndarray, start: float, end: float):
+def _scale(values: np.ndarray, start: float, end: float) -> tuple[list[tuple[float, str]], Callable[[Any], Any]]:
     """([(place, number)] of round ticks around the values, a function from values to places between start and end)."""
     from matplotlib.ticker import MaxNLocator
 

@@ -2,13 +2,16 @@
 
 import collections
 import math
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pjrlhf.evaluation.formats import mean_of
+from pjrlhf.evaluation.formats import Estimate, mean_of
 from pjrlhf.evaluation.plots import COLOURS, GREY, INK, draw, new_figure, number_or_nan
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 CELLS = {
     "seen_user_seen_prompt": "known people, known prompts",
@@ -16,8 +19,8 @@ CELLS = {
     "unseen_user_seen_prompt": "new people, known prompts",
     "unseen_user_unseen_prompt": "new people, new prompts",
 }
-# Tastes start at another colour than models, for the two never share a figure.
-_TASTES = (*COLOURS[2:], *COLOURS[:2])
+# Personas start at another colour than models, because no figure shows both.
+_PERSONA_COLOURS = (*COLOURS[2:], *COLOURS[:2])
 _PARTS = {
     "generic": ("generic user", "D"),
     "majority": ("majority persona", "^"),
@@ -65,16 +68,16 @@ def personas(summary: Mapping[str, Any]) -> dict[str, str]:
     return found
 
 
-def _estimates(shares: list[Any]) -> tuple[np.ndarray, np.ndarray]:
-    """Means [N] in percent and error bars [2, N] of shares, nan where one is missing."""
+def _estimates(values: Sequence[Estimate]) -> tuple[np.ndarray, np.ndarray]:
+    """Means [N] in percent and error bars [2, N] of fractions, nan where one is missing."""
     mean, low, high = (
-        np.array([100 * number_or_nan(mean_of(share).get(key)) for share in shares]) for key in ("mean", "low", "high")
+        np.array([100 * number_or_nan(mean_of(value).get(key)) for value in values]) for key in ("mean", "low", "high")
     )
     # A BCa interval may leave its own estimate outside; an error bar cannot.
     return mean, np.nan_to_num(np.maximum([mean - low, high - mean], 0))
 
 
-def _accuracy(accuracy: Mapping[str, Any], matched: Mapping[str, Any], ceiling: float | None):
+def _accuracy(accuracy: Mapping[str, Any], matched: Mapping[str, Any], ceiling: float | None) -> "Figure | None":
     """One row per model: the mean over people with its interval, its parts, and below it the pairs of like length."""
     models = list(dict.fromkeys([*accuracy, *matched]))
     if not models:
@@ -91,9 +94,9 @@ def _accuracy(accuracy: Mapping[str, Any], matched: Mapping[str, Any], ceiling: 
             axis.errorbar(mean, rows + shift, xerr=errors, color=COLOURS[0], markerfacecolor=fill, label=name, **style)
     for key, colour in zip(_PARTS, (COLOURS[7], COLOURS[2], COLOURS[4], COLOURS[1]), strict=True):
         name, marker = _PARTS[key]
-        shares = np.array([100 * number_or_nan((accuracy.get(model) or {}).get(key)) for model in models])
-        if not np.isnan(shares).all():
-            axis.scatter(shares, rows - 0.24, s=42, marker=marker, color=colour, label=name, zorder=3)
+        fractions = np.array([100 * number_or_nan((accuracy.get(model) or {}).get(key)) for model in models])
+        if not np.isnan(fractions).all():
+            axis.scatter(fractions, rows - 0.24, s=42, marker=marker, color=colour, label=name, zorder=3)
     if ceiling is not None:
         axis.axvline(100 * ceiling, color=INK, linestyle="--", linewidth=1.2, label="ceiling without the person")
     axis.set(yticks=rows, yticklabels=models, ylim=(len(models) - 0.45, -0.55), xlabel="accuracy, %")
@@ -103,7 +106,7 @@ def _accuracy(accuracy: Mapping[str, Any], matched: Mapping[str, Any], ceiling: 
     return figure
 
 
-def _by_taste(values: Mapping[str, Mapping[str, Any]], people: Mapping[str, str]) -> dict[str, list[str]]:
+def _by_persona(values: Mapping[str, Mapping[str, Any]], people: Mapping[str, str]) -> dict[str, list[str]]:
     """{persona: users}, the most common persona first, its users by rising mean over the models."""
     seen = collections.defaultdict(list)
     for users in values.values():
@@ -122,9 +125,9 @@ def _strips(
     ceiling: float | None = None,
     *,
     bars: bool = False,
-):
-    """One row per model, a person at the same place in all: dots of accuracies, or bars of lengths."""
-    groups = _by_taste(values, people)
+) -> "Figure | None":
+    """One row per model with the same people in the same order: dots of accuracies, or bars of lengths."""
+    groups = _by_persona(values, people)
     if not groups:
         return None
     models = [model for model, users in values.items() if any(value is not None for value in users.values())]
@@ -160,10 +163,10 @@ def _strips(
 def _coloured(groups: Mapping[str, Any]) -> Iterator[tuple[str, tuple[str, Any]]]:
     """(colour, (persona, ...)); people without a persona are grey."""
     for i, (persona, part) in enumerate(groups.items()):
-        yield (_TASTES[i % len(_TASTES)] if persona else GREY), (persona, part)
+        yield (_PERSONA_COLOURS[i % len(_PERSONA_COLOURS)] if persona else GREY), (persona, part)
 
 
-def _grid(grid: Mapping[str, Any]):
+def _grid(grid: Mapping[str, Any]) -> "Figure | None":
     grid = {model: table for model, table in grid.items() if any(table.get(key) is not None for key in CELLS)}
     if not grid:
         return None
@@ -182,7 +185,7 @@ def _grid(grid: Mapping[str, Any]):
     return figure
 
 
-def _cold_start(curves: Mapping[str, Any], ceiling: float | None):
+def _cold_start(curves: Mapping[str, Any], ceiling: float | None) -> "Figure | None":
     """Accuracy on new people against the number of their comparisons, spaced like log(1 + k)."""
     curves = {model: curve for model, curve in curves.items() if curve}
     if not curves:
@@ -190,8 +193,8 @@ def _cold_start(curves: Mapping[str, Any], ceiling: float | None):
     figure, axes = new_figure(10.4, 3.6, 1, 1)
     axis, counts = axes[0, 0], set()
     for i, (model, curve) in enumerate(curves.items()):
-        curve = sorted((float(k), share) for k, share in curve.items())
-        x, (mean, errors) = np.array([k for k, _ in curve]), _estimates([share for _, share in curve])
+        curve = sorted((float(k), fraction) for k, fraction in curve.items())
+        x, (mean, errors) = np.array([k for k, _ in curve]), _estimates([fraction for _, fraction in curve])
         colour = COLOURS[i % len(COLOURS)]
         axis.plot(x, mean, "o-", color=colour, markersize=5, label=model)
         axis.fill_between(x, mean - errors[0], mean + errors[1], color=colour, alpha=0.15, linewidth=0)
@@ -206,7 +209,7 @@ def _cold_start(curves: Mapping[str, Any], ceiling: float | None):
     return figure
 
 
-def _embedding(maps: Mapping[str, Any]):
+def _embedding(maps: Mapping[str, Any]) -> "Figure | None":
     maps = {model: one for model, one in maps.items() if one.get("x") and one.get("y")}
     if not maps:
         return None

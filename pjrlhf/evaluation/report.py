@@ -29,12 +29,12 @@ of several methods on one front, for N objectives, where a metric is a number or
 
 and of user models, where `accuracy` is the dict of `users.user_accuracy`:
 
-    accuracy              {model: accuracy and "generic": share of the same pairs that the generic user gets right}
+    accuracy              {model: accuracy and "generic": fraction of the same pairs that the generic user gets right}
     gain                  {model: {against: a model} and the dict of `users.paired_gain`}
     choices               {model: the dict of `users.choice_accuracy`}
     ceiling               {majority_fraction: the best accuracy possible without knowing the person}
     grid                  {model: {"seen_user_seen_prompt", "seen_user_unseen_prompt", "unseen_user_seen_prompt",
-                          "unseen_user_unseen_prompt": share, or a mapping with mean, low and high}}
+                          "unseen_user_unseen_prompt": fraction, or a mapping with mean, low and high}}
     length_matched        {model: the dict of `users.length_matched`}
     cold_start            {model: the dict of `users.cold_start_curve`}
     embedding             {model: {users, groups: [U] names; x, y: [U]}}, a map of the people
@@ -49,7 +49,7 @@ import dataclasses
 import json
 import math
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import jinja2
@@ -97,12 +97,12 @@ def write_report(
     return folder / "index.html"
 
 
-def clean(value: Any) -> Any:
+def clean(value: object) -> Any:
     """`value` in JSON types: dataclasses and mappings as dicts, arrays as lists, nan and inf None, the rest as text."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         value = dataclasses.asdict(value)
-    if hasattr(value, "tolist"):  # numpy and jax, arrays and scalars
-        value = value.tolist()
+    if tolist := getattr(value, "tolist", None):  # numpy and jax, arrays and scalars
+        value = tolist()
     if isinstance(value, Mapping):
         return {str(key): clean(item) for key, item in value.items()}
     if isinstance(value, list | tuple | set | frozenset):
@@ -128,8 +128,7 @@ def _by_combo(combos: Mapping[str, Any]) -> dict[str, dict[str, dict[str, Any]]]
     return {combo: {method: _pooled(row.values()) for method, row in table.items()} for combo, table in combos.items()}
 
 
-def _pooled(rates) -> dict[str, Any]:
-    rates = list(rates)
+def _pooled(rates: Collection[Mapping[str, Any]]) -> dict[str, Any]:
     total = {key: sum(rate.get(key) or 0 for rate in rates) for key in ("wins", "losses", "ties")}
     decided = total["wins"] + total["losses"]
     return total | {"rate": total["wins"] / decided if decided else None}

@@ -1,4 +1,4 @@
-"""The tables of user models, for the page and the terminal; what they read is described in `report`."""
+"""The tables of user models, for the page and the terminal; `report` describes what they read."""
 
 import collections
 import statistics
@@ -14,10 +14,10 @@ from pjrlhf.evaluation.plots_users import CELLS
 
 def page(summary: Mapping[str, Any]) -> dict[str, Any]:
     """What report_users.html reads beside the summary."""
-    answers = _by_taste(summary.get("generation") or {})
+    answers = _by_persona(summary.get("generation") or {})
     return {
         "personas": plots_users.personas(summary),
-        "by_taste": answers,
+        "by_persona": answers,
         "score_names": _score_names(answers),
         "cells": CELLS,
         "counts": _counts(summary.get("cold_start") or {}),
@@ -31,8 +31,8 @@ def print_users(console: rich.console.Console, summary: Mapping[str, Any]) -> No
     rows = []
     for model in dict.fromkeys([*accuracy, *matched]):
         one = accuracy.get(model) or {}
-        shares = [percent(one.get(part)) for part in parts]
-        rows.append([model, cell(one, "mean"), *shares, cell(matched.get(model), "mean")])
+        fractions = [percent(one.get(part)) for part in parts]
+        rows.append([model, cell(one, "mean"), *fractions, cell(matched.get(model), "mean")])
     ceiling = (summary.get("ceiling") or {}).get("majority_fraction")
     title = "Accuracy over people, % (95% interval)"
     if ceiling is not None:
@@ -63,7 +63,7 @@ def print_users(console: rich.console.Console, summary: Mapping[str, Any]) -> No
     rows = [[model, *(cell(curve.get(k), "mean") for k in counts)] for model, curve in curves.items()]
     print_table(console, "Accuracy on new people by number of their comparisons, %", ["model", *counts], rows)
 
-    tables = _by_taste(summary.get("generation") or {})
+    tables = _by_persona(summary.get("generation") or {})
     scores = _score_names(tables)
     rows = [
         [
@@ -79,7 +79,7 @@ def print_users(console: rich.console.Console, summary: Mapping[str, Any]) -> No
     print_table(console, "Answers by persona", ["model", "persona", "people", "mean length", *scores], rows)
 
 
-def _by_taste(generation: Mapping[str, Any]) -> dict[str, dict[str, dict[str, Any]]]:
+def _by_persona(generation: Mapping[str, Any]) -> dict[str, dict[str, dict[str, Any]]]:
     """{model: {persona: {"people", "length", "shortest", "longest", "score": {name: x}}}}, means over people."""
     found = collections.defaultdict(dict)
     for model, people in generation.items():
@@ -103,8 +103,8 @@ def _by_taste(generation: Mapping[str, Any]) -> dict[str, dict[str, dict[str, An
     return found
 
 
-def _score_names(by_taste: Mapping[str, Any]) -> list[str]:
-    return list(dict.fromkeys(name for table in by_taste.values() for one in table.values() for name in one["score"]))
+def _score_names(by_persona: Mapping[str, Any]) -> list[str]:
+    return list(dict.fromkeys(name for table in by_persona.values() for one in table.values() for name in one["score"]))
 
 
 def _counts(curves: Mapping[str, Mapping[str, Any]]) -> list[str]:

@@ -1,17 +1,19 @@
 """Intervals and rank statistics for small evaluations."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
+from numpy.typing import ArrayLike
 from scipy import stats
 
 from pjrlhf.errors import UserError
 
 
 def bootstrap_interval(
-    values: np.ndarray,
-    clusters: np.ndarray | None = None,
+    values: ArrayLike,
+    clusters: ArrayLike | None = None,
     statistic: str = "mean",
     *,
     resamples: int = 2000,
@@ -42,7 +44,7 @@ def bootstrap_interval(
         )
     if len(labels) != len(values):
         raise UserError(f"clusters: {len(labels)} labels for {len(values)} values; give one label per value")
-    # Both statistics are a ratio of two sums, so a cluster is fully described by its share of each.
+    # Both statistics are a ratio of two sums, so a cluster is fully described by its two sums.
     if statistic == "mean":
         parts = values, np.ones_like(values)
     elif statistic == "ratio":
@@ -71,7 +73,7 @@ def bootstrap_interval(
     return float(interval.low), float(interval.high)
 
 
-def mean_interval(values: Sequence[float], level: float = 0.95) -> dict[str, float]:
+def mean_interval(values: ArrayLike, level: float = 0.95) -> dict[str, float]:
     """{"mean", "low", "high"} of a few independent values, by Student's t; one value has an interval of zero width."""
     values = np.asarray(values, np.float64)
     mean = float(values.mean())
@@ -81,24 +83,24 @@ def mean_interval(values: Sequence[float], level: float = 0.95) -> dict[str, flo
     return {"mean": mean, "low": mean - error, "high": mean + error}
 
 
-def spearman(x: Sequence[float], y: Sequence[float]) -> float:
-    """Spearman's rank correlation in [-1, 1]; 0 where a side is constant (what does not move is not controlled)."""
+def spearman(x: ArrayLike, y: ArrayLike) -> float:
+    """Spearman's rank correlation in [-1, 1]; 0 where a side is constant."""
     return _rank_correlation(stats.spearmanr, x, y)
 
 
-def kendall(x: Sequence[float], y: Sequence[float]) -> float:
+def kendall(x: ArrayLike, y: ArrayLike) -> float:
     """Kendall's tau-b in [-1, 1]; 0 where a side is constant."""
     return _rank_correlation(stats.kendalltau, x, y)
 
 
-def _rank_correlation(test, x, y) -> float:
+def _rank_correlation(test: Callable[..., Any], x: ArrayLike, y: ArrayLike) -> float:
     x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
     if len(x) < 2 or np.ptp(x) == 0 or np.ptp(y) == 0:
         return 0.0
     return float(test(x, y).statistic)
 
 
-def chord_gap(weights: Sequence[float], scores: Sequence[float]) -> dict[str, float]:
+def chord_gap(weights: ArrayLike, scores: ArrayLike) -> dict[str, float]:
     """How far the scores of a sweep lie above (+) or below (-) the straight line between its two ends.
 
     Args:

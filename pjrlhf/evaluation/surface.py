@@ -1,13 +1,14 @@
 """A baseline without a language model: preferences explained by the surface of the answers.
 
-A Bradley-Terry model whose score is linear in six features of an answer, with weights for everyone and, around them,
-weights per person. A reward model that is not clearly better has learned no more than length and layout.
+A Bradley-Terry model whose score is linear in six features of an answer, with shared weights and deviations from them
+per person. A reward model that is not clearly better has learned no more than length and layout.
 """
 
 import math
 import re
 
 import numpy as np
+from numpy.typing import ArrayLike
 from scipy import optimize, special
 
 from pjrlhf.errors import UserError
@@ -22,10 +23,10 @@ _MARK = re.compile(r"^[ \t]*(?:[-*+•][ \t]|\d+[.)][ \t]|#{1,6}[ \t]|>|\||```)|
 
 
 def features(prompt: str, answer: str) -> np.ndarray:
-    """What can be seen of an answer without understanding it, float64 [6] in the order of `NAMES`.
+    """Surface features of an answer, float64 [6] in the order of `NAMES`.
 
     Logarithms of one plus the number of characters, of words per sentence, of lines that are not blank and of Markdown
-    marks; the share of visible characters that are not letters; the share of the answer's distinct words that the
+    marks; the fraction of visible characters that are not letters; the fraction of the answer's distinct words that the
     prompt uses too. White space around the answer does not count, and a blank answer is all zeros.
     """
     answer = answer.strip()
@@ -47,9 +48,7 @@ def features(prompt: str, answer: str) -> np.ndarray:
     )
 
 
-def fit(
-    differences: np.ndarray, users: np.ndarray, num_users: int, l2: float = 1.0, user_l2: float = 10.0
-) -> np.ndarray:
+def fit(differences: ArrayLike, users: ArrayLike, num_users: int, l2: float = 1.0, user_l2: float = 10.0) -> np.ndarray:
     """Logistic regression through the origin with shared weights and deviations per person: the mode of
 
         sum_i -log sigmoid((w + v[users_i]) . x_i)  +  l2/2 |w|^2  +  user_l2/2 sum_u |v_u|^2
@@ -59,8 +58,8 @@ def fit(
 
     Args:
       differences: float [n, D], features of the chosen answer less those of the rejected one.
-      users: int [n] in 0..num_users, whose pair it is; pairs of user 0 (nobody in particular) move only w.
-      num_users: people besides user 0.
+      users: int [n] in 0..num_users, whose pair it is; pairs of user 0, the generic user, move only w.
+      num_users: people without user 0.
       l2, user_l2: precisions of the Gaussian priors, positive; `user_l2=math.inf` gives everyone the pooled weights.
 
     Returns:
@@ -92,7 +91,7 @@ def fit(
     return np.broadcast_to(weights, (num_users + 1, differences.shape[1])) / scale
 
 
-def margins(weights: np.ndarray, differences: np.ndarray, users: np.ndarray) -> np.ndarray:
+def margins(weights: ArrayLike, differences: ArrayLike, users: ArrayLike) -> np.ndarray:
     """Score of the chosen answer less that of the rejected one, float64 [n]; its sigmoid is P(chosen is preferred).
 
     Args:
@@ -125,7 +124,7 @@ def _objective(flat: np.ndarray, x: np.ndarray, users: np.ndarray, precision: np
     return value / len(x), gradient.ravel() / len(x)
 
 
-def _pairs(differences, users, rows: int) -> tuple[np.ndarray, np.ndarray]:
+def _pairs(differences: ArrayLike, users: ArrayLike, rows: int) -> tuple[np.ndarray, np.ndarray]:
     differences, users = np.asarray(differences, np.float64), np.asarray(users)
     if differences.ndim != 2 or users.shape != differences.shape[:1]:
         raise UserError(f"differences, users: shapes {differences.shape} and {users.shape}; give [n, D] and [n]")

@@ -6,33 +6,34 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from pjrlhf.errors import UserError
 from pjrlhf.evaluation.statistics import bootstrap_interval
 
 
 def user_accuracy(
-    margins: np.ndarray,
-    users: np.ndarray,
+    margins: ArrayLike,
+    users: ArrayLike,
     *,
     groups: Mapping[str, str] | None = None,
     resamples: int = 2000,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """Share of pairs whose chosen answer scores higher, per person and over people.
+    """Fraction of pairs whose chosen answer scores higher, per person and over people.
 
     Args:
       margins: float [N], score of the chosen answer less that of the rejected one; exactly 0 is no hit.
       users: str [N], whose pair it is.
-      groups: the persona of every person in `users`; people beyond those count towards which persona is the largest.
+      groups: the persona of every person in `users`, and perhaps of others; all count when the largest is determined.
       resamples, seed: of the bootstrap over people.
 
     Returns:
       Shares in [0, 1]: "mean" over people (each weighs the same) with its 95 % interval "low" and "high", "micro" over
       pairs, "worst" person, "worst_decile" (mean of the worst tenth of the people, rounded down, at least one),
-      "majority" and "minority" (mean over people of the largest persona and of all others; absent without groups, where
-      nobody is in it, or where two personas are equally large), besides "pairs" = N and
-      "users": {user: {"accuracy", "pairs", "group" or None}} in order of name.
+      "majority" and "minority" (mean over people of the largest persona and of all others; absent without groups, for
+      an empty one, or where two personas are equally large), "pairs" = N, and "users": {user: {"accuracy", "pairs",
+      "group" or None}} in order of name.
 
     Raises:
       UserError: nothing to count, margins that are nan, users that do not fit, or a person without a group.
@@ -69,21 +70,24 @@ def user_accuracy(
 
 
 def length_matched(
-    margins: np.ndarray,
-    users: np.ndarray,
-    lengths_chosen: np.ndarray,
-    lengths_rejected: np.ndarray,
-    share: float = 0.25,
-    **options: Any,
+    margins: ArrayLike,
+    users: ArrayLike,
+    lengths_chosen: ArrayLike,
+    lengths_rejected: ArrayLike,
+    fraction: float = 0.25,
+    *,
+    groups: Mapping[str, str] | None = None,
+    resamples: int = 2000,
+    seed: int = 0,
 ) -> dict[str, Any]:
-    """`user_accuracy` on the `share` of pairs whose answers differ least in length, where length can decide least.
+    """`user_accuracy` on the `fraction` of pairs whose answers differ least in length, where length explains least.
 
     Args:
       margins, users: as for `user_accuracy`.
       lengths_chosen, lengths_rejected: [N] in any one unit, not negative.
-      share: of the pairs to keep, rounded up. Pairs that differ as much as the last one kept are kept too, so the
+      fraction: of the pairs to keep, rounded up. Pairs that differ as much as the last one kept are kept too, so the
         result does not depend on the order of the pairs.
-      options: `groups`, `resamples`, `seed` of `user_accuracy`.
+      groups, resamples, seed: as for `user_accuracy`.
 
     Returns:
       As `user_accuracy`, and "max_difference": the largest |chosen - rejected| / longer among the pairs kept. People
@@ -95,12 +99,13 @@ def length_matched(
         raise UserError(f"lengths: {len(chosen)} and {len(rejected)} for {len(margins)} pairs; give two per pair")
     if not (np.isfinite(chosen).all() and np.isfinite(rejected).all() and min(chosen.min(), rejected.min()) >= 0):
         raise UserError("lengths: some are negative or not finite; count the tokens or words of each answer")
-    if not 0 < share <= 1:
-        raise UserError(f"share {share}: not in (0, 1]; it is the part of the pairs to keep")
+    if not 0 < fraction <= 1:
+        raise UserError(f"fraction {fraction}: not in (0, 1]; it is the part of the pairs to keep")
     difference = np.abs(chosen - rejected) / np.maximum(np.maximum(chosen, rejected), 1e-12)
-    last = np.sort(difference)[math.ceil(share * len(difference)) - 1]
+    last = np.sort(difference)[math.ceil(fraction * len(difference)) - 1]
     kept = difference <= last
-    return user_accuracy(margins[kept], users[kept], **options) | {"max_difference": float(last)}
+    found = user_accuracy(margins[kept], users[kept], groups=groups, resamples=resamples, seed=seed)
+    return found | {"max_difference": float(last)}
 
 
 def paired_gain(
@@ -116,7 +121,7 @@ def paired_gain(
       people, and how many people there are.
 
     Raises:
-      UserError: nobody is in both.
+      UserError: no person is in both.
     """
     shared = sorted(one.keys() & other.keys())
     if not shared:
@@ -127,16 +132,16 @@ def paired_gain(
 
 
 def choice_accuracy(
-    margins: np.ndarray, questions: np.ndarray, *, resamples: int = 2000, seed: int = 0
+    margins: ArrayLike, questions: ArrayLike, *, resamples: int = 2000, seed: int = 0
 ) -> dict[str, Any]:
-    """Share of questions whose right option scores above every other one.
+    """Fraction of questions whose right option scores above every other one.
 
     Args:
       margins: float [N], score of the right option less that of one other; exactly 0 is no hit.
       questions: str [N], which question each belongs to.
 
     Returns:
-      {"mean", "low", "high"} with the 95 % bootstrap interval over questions, "chance" (mean share by guessing) and
+      {"mean", "low", "high"} with the 95 % bootstrap interval over questions, "chance" (mean fraction by guessing) and
       "questions", their number.
 
     Raises:
@@ -154,7 +159,7 @@ def choice_accuracy(
 def cold_start_curve(
     accuracies: Mapping[int, Sequence[float]], *, resamples: int = 2000, seed: int = 0
 ) -> dict[str, dict[str, Any]]:
-    """How well new people are served after k comparisons of theirs.
+    """Accuracy for new people after k of their comparisons.
 
     Args:
       accuracies: {k: accuracy of each new person}.
@@ -163,19 +168,19 @@ def cold_start_curve(
       {str(k): {"mean", "low", "high", "users"}} by rising k, with the 95 % bootstrap interval over people.
 
     Raises:
-      UserError: a k with nobody, or an accuracy that is not finite.
+      UserError: a k without people, or an accuracy that is not finite.
     """
     curve = {}
     for k in sorted(accuracies):
         values = np.asarray(accuracies[k], np.float64)
         if not values.size:
-            raise UserError(f"cold start with {k} comparisons: nobody was measured; leave this number out")
+            raise UserError(f"cold start with {k} comparisons: no person was measured; leave this number out")
         low, high = bootstrap_interval(values, resamples=resamples, seed=seed)
         curve[str(k)] = {"mean": float(values.mean()), "low": low, "high": high, "users": values.size}
     return curve
 
 
-def principal_axes(vectors: np.ndarray) -> np.ndarray:
+def principal_axes(vectors: ArrayLike) -> np.ndarray:
     """Coordinates on the two directions in which the rows differ most, float64 [U, 2] (principal components).
 
     The sign of an axis is free; here its largest loading (the first of several within rounding) is positive.
@@ -198,7 +203,7 @@ def principal_axes(vectors: np.ndarray) -> np.ndarray:
     return points
 
 
-def _pairs(margins, users) -> tuple[np.ndarray, np.ndarray]:
+def _pairs(margins: ArrayLike, users: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
     margins, users = np.asarray(margins, np.float64).ravel(), np.asarray(users, str).ravel()
     if not len(margins):
         raise UserError("margins: there are no pairs; accuracy needs at least one")

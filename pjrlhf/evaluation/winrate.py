@@ -1,6 +1,6 @@
 """Pairwise win rates under several criteria (the protocol of Personalized Soups, arXiv 2310.11564).
 
-A user is a combination of criteria. Two answers are compared under each criterion alone, the verdicts are put together
+A user is a combination of criteria. A judge compares two answers under each criterion alone, the verdicts are combined
 per prompt, and the rate counts prompts won against prompts lost.
 """
 
@@ -9,6 +9,7 @@ import math
 from collections.abc import Sequence
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from pjrlhf.errors import UserError
 from pjrlhf.evaluation.judges import Judge, ask
@@ -19,8 +20,8 @@ from pjrlhf.evaluation.statistics import bootstrap_interval
 class Rate:
     """Counts of n = wins + losses + ties comparisons and their rates in [0, 1].
 
-    `rate` = wins / (wins + losses) leaves ties out, `rate_half` = (wins + ties / 2) / n shares them; `low` and `high`
-    are the bootstrap interval of `rate` over prompts. What has nothing to count is nan.
+    `rate` = wins / (wins + losses) leaves ties out, `rate_half` = (wins + ties / 2) / n counts a tie as half a win;
+    `low` and `high` are the bootstrap interval of `rate` over prompts. A rate of no comparisons is NaN.
     """
 
     wins: int
@@ -38,14 +39,14 @@ def combo_outcomes(
 ) -> np.ndarray:
     """Verdicts of answers `a` against `b` under each of C criteria, int8 [N, C].
 
-    Wrap the judge in `judges.BothOrders` where the order of the answers may sway it.
+    Wrap the judge in `judges.BothOrders` if its verdict may depend on the order of the answers.
     """
     if not criteria:
         raise UserError("criteria: the combination is empty; name at least one criterion")
     return np.stack([ask(judge, prompts, a, b, criterion) for criterion in criteria], axis=1)
 
 
-def aggregate(outcomes: np.ndarray, how: str = "sum_sign") -> np.ndarray:
+def aggregate(outcomes: ArrayLike, how: str = "sum_sign") -> np.ndarray:
     """One outcome per prompt from verdicts [N, C], for `win_rate`.
 
     Args:
@@ -62,8 +63,8 @@ def aggregate(outcomes: np.ndarray, how: str = "sum_sign") -> np.ndarray:
 
 
 def win_rate(
-    outcomes: np.ndarray,
-    clusters: np.ndarray | None = None,
+    outcomes: ArrayLike,
+    clusters: ArrayLike | None = None,
     *,
     resamples: int = 2000,
     seed: int = 0,

@@ -124,7 +124,7 @@ def bone_soup_weights(
     """The weights [..., N] of N backbones trained on mixed rewards that stand for `preferences` (arXiv 2502.10762).
 
     x = sum_j preferences[j] * k_j * x_j, where x_j solves sum_i x_j[i] mixing[i] = one_hot(j) and k_j = 1 / (1 - a_j).
-    Give them to `trees.soup` (or as a row of a mix): its share of the base, 1 - sum(x), is then the paper's
+    Give them to `trees.soup` (or as a row of a mix): its fraction of the base, 1 - sum(x), is then the paper's
     sum_j preferences[j] (1 - k_j), for rows of `mixing` and preferences that sum to 1. Weights may be negative.
 
     Args:
@@ -289,8 +289,8 @@ def _arc(a, b, t):
     arc = jnp.stack([jnp.sin((1 - t) * angle), jnp.sin(t * angle)]) / jnp.sin(angle)
     # The ends are on the line too, and exact there.
     straight = (lengths == 0) | (jnp.abs(cosine) > STRAIGHT) | (t == 0) | (t == 1)
-    share = jnp.where(straight, jnp.stack([1 - t, t]), arc)
-    return (share[0] * x + share[1] * y).astype(a.dtype)
+    fraction = jnp.where(straight, jnp.stack([1 - t, t]), arc)
+    return (fraction[0] * x + fraction[1] * y).astype(a.dtype)
 
 
 def _model_stock(base: jax.Array, leaves: Sequence[jax.Array], weights: Sequence[float] = ()) -> jax.Array:
@@ -320,7 +320,7 @@ def _linear(
 
 # name -> function(base, leaves, weights, ...) -> leaf, for one tensor: `leaves` lists the ingredients' versions of it.
 # The DARE pair takes `key`, a `tensor_key`. "linear" and "slerp" do without a base (None), which slerp ignores;
-# slerp's t is the second of its two weights, as a share of both; model_stock finds its own weights.
+# slerp's t is the second of its two weights, as a fraction of both; model_stock finds its own weights.
 METHODS: Mapping[str, Callable[..., jax.Array]] = {
     "linear": _linear,
     "task_arithmetic": _linear,

@@ -102,7 +102,7 @@ def ppo_policy_loss(
 def value_loss(
     values: jax.Array, old_values: jax.Array, returns: jax.Array, mask: jax.Array, clip: float = 0.2
 ) -> tuple[jax.Array, jax.Array]:
-    """Clipped value loss of PPO: half the larger of the squared errors with and without clipping; and the share
+    """Clipped value loss of PPO: half the larger of the squared errors with and without clipping; and the fraction
     clipped.
     """
     # Clipped this way round, values within the range stay what they are to the last bit, and count as not clipped.

@@ -30,10 +30,10 @@ def simplex_grid(objectives: int, *, held_out: bool = False) -> np.ndarray:
         rows = [np.roll(ranks, k) for ranks in (falling, falling[::-1]) for k in range(objectives)]
     else:
         rows = [np.ones(objectives)]
-        for size, share in ((1, 1.0), (1, 0.8), (1, 0.6), (2, 0.4)):
+        for size, fraction in ((1, 1.0), (1, 0.8), (1, 0.6), (2, 0.4)):
             for leading in itertools.combinations(range(objectives), size):
-                row = np.full(objectives, (1 - size * share) / (objectives - size))
-                row[list(leading)] = share
+                row = np.full(objectives, (1 - size * fraction) / (objectives - size))
+                row[list(leading)] = fraction
                 rows.append(row)
     rows = np.round([row / np.sum(row) for row in rows], 12)
     return rows[np.lexsort(rows.T[::-1])]

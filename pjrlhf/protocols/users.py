@@ -175,7 +175,7 @@ def _grid(trained: Trained) -> dict[str, float]:
             # Evenly spaced, for the file is ordered by user.
             rows = rows[:: max(1, len(rows) // most)]
             hits.setdefault(name, []).extend(trained.margins(part, users, rows) > 0)
-    return {name: float(np.mean(shares)) for name, shares in hits.items()}
+    return {name: float(np.mean(fractions)) for name, fractions in hits.items()}
 
 
 def _generation(

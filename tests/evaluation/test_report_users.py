@@ -58,8 +58,8 @@ def test_user_models_have_their_sections_and_figures(of_users):
     assert page.ids() == USER_SECTIONS | {"samples"}
     assert {path.stem for path in of_users.glob("*.png")} == USER_FIGURES
     text = " ".join("".join(page.text).split())
-    shares = ("43.2", "67.9 %", "98.8", "54.3", "9.8", "0.50", "83.3", "7.8", "61.6")
-    for expected in (*shares, "20.0 to 20.0", "10.0 to 30.0"):
+    fractions = ("43.2", "67.9 %", "98.8", "54.3", "9.8", "0.50", "83.3", "7.8", "61.6")
+    for expected in (*fractions, "20.0 to 20.0", "10.0 to 30.0"):
         assert expected in text, expected
     assert "nan" not in text.lower() and "None" not in text
     table = json.loads((of_users / "summary.json").read_text())

@@ -101,8 +101,8 @@ def test_bad_input_is_named():
         user_accuracy([1.0, 2.0], ["a"])
     with pytest.raises(UserError, match="1 people, first 'cleo'"):
         user_accuracy(MARGINS, USERS, groups={"anna": "x", "bert": "y"})
-    with pytest.raises(UserError, match="share 0"):
-        length_matched(MARGINS, USERS, np.ones(7), np.ones(7), share=0)
+    with pytest.raises(UserError, match="fraction 0"):
+        length_matched(MARGINS, USERS, np.ones(7), np.ones(7), fraction=0)
     with pytest.raises(UserError, match="lengths: 6 and 7"):
         length_matched(MARGINS, USERS, np.ones(6), np.ones(7))
     with pytest.raises(UserError, match="negative or not finite"):
@@ -120,7 +120,7 @@ def test_length_matching_keeps_the_relatively_closest_quarter():
     assert found["pairs"] == 2 and found["max_difference"] == pytest.approx(0.1)
     assert found["users"]["a"]["accuracy"] == 1.0 and found["users"]["b"]["accuracy"] == 0.0
     assert found["majority"] == 0.0
-    everything = length_matched(margins, users, chosen, rejected, share=1.0)
+    everything = length_matched(margins, users, chosen, rejected, fraction=1.0)
     assert everything == user_accuracy(margins, users) | {"max_difference": 1.0}
 
 
@@ -177,7 +177,7 @@ def test_vectors_must_be_finite():
 
 
 def people(**accuracies):
-    return {name: {"accuracy": share} for name, share in accuracies.items()}
+    return {name: {"accuracy": value} for name, value in accuracies.items()}
 
 
 def test_a_gain_is_counted_person_by_person():
