@@ -4,6 +4,9 @@ changes what it likes.
 Every default stands in the `Settings` class of the code that reads it; `RunSettings` puts them together.
 """
 
+# A ConfigDict has the attributes that it is given.
+# pyright: reportAttributeAccessIssue=false, reportOptionalMemberAccess=false, reportArgumentType=false
+
 import dataclasses
 from typing import Any
 

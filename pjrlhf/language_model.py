@@ -55,7 +55,7 @@ def load_model(
         read_config(path),
         dtype=jnp.dtype(dtype),
         attention=choose("auto", platform, dtype, 1),
-        user_offset=int(tokenizer.add_bos),
+        user_offset=int(bool(tokenizer.add_bos)),
         decode=choose_decode(platform),
     )
     return LanguageModel(Backbone(model, adapter, load_params(path, dtype=jnp.dtype(param_dtype))), tokenizer)

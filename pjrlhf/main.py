@@ -8,6 +8,7 @@ import sys
 import traceback
 
 from absl import app, flags, logging
+from absl.logging import converter
 from ml_collections import config_flags
 
 from pjrlhf.errors import UserError, missing_key
@@ -32,7 +33,7 @@ def compilation_cache() -> None:
     """Keeps compiled programs in the user's cache folder, so that a second run starts at once."""
     import jax
 
-    if jax.config.jax_compilation_cache_dir is None:
+    if jax.config.read("jax_compilation_cache_dir") is None:
         jax.config.update("jax_compilation_cache_dir", str(user_cache() / "jax"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
@@ -75,9 +76,7 @@ def parse(argv: list[str]) -> list[str]:
 
 def main(_: list[str]) -> None:
     # Libraries below report their own bookkeeping at this level; ours is what a user asked for.
-    logging.get_absl_handler().addFilter(
-        lambda r: r.levelno > logging.converter.STANDARD_INFO or "pjrlhf" in r.pathname
-    )
+    logging.get_absl_handler().addFilter(lambda r: r.levelno > converter.STANDARD_INFO or "pjrlhf" in r.pathname)
     from pjrlhf.pipeline import seeds, stages
 
     config = _CONFIG.value
@@ -93,7 +92,7 @@ def main(_: list[str]) -> None:
     processes.initialize(_DISTRIBUTED.value, _COORDINATOR.value, _COUNT.value, _INDEX.value)
     from pjrlhf.training.workdir import Workdir
 
-    workdir = Workdir(_WORKDIR.value or default_workdir(FLAGS["config"].config_filename))
+    workdir = Workdir(_WORKDIR.value or default_workdir(config_flags.get_config_filename(FLAGS["config"])))
     workdir.write_config(plan.to_dict(), ignore=FREE)
     (seeds if plan.settings.seeds else stages).run(config, workdir)
     summary = workdir.path / "report" / "summary.json"

@@ -18,7 +18,7 @@ from pjrlhf import algorithms
 from pjrlhf.errors import UserError
 from pjrlhf.parallel.processes import on_process_zero
 from pjrlhf.registry import load
-from pjrlhf.runtime.run import Run, Stage, Trainer
+from pjrlhf.runtime.run import Run, Sections, Stage, Trainer
 from pjrlhf.settings import Settings, overlay
 from pjrlhf.training.workdir import write_json
 
@@ -50,7 +50,7 @@ def folder(name: str) -> str:
     return f"methods/{name}"
 
 
-def entry(run: Run, name: str) -> dict[str, Any]:
+def entry(run: Sections, name: str) -> dict[str, Any]:
     """The entry of that name. Raises UserError for one there is not."""
     if name not in run.settings.methods:
         raise UserError(f"methods: there is no entry {name!r}; there are {', '.join(run.settings.methods)}")
@@ -60,7 +60,7 @@ def entry(run: Run, name: str) -> dict[str, Any]:
     return dict(found)
 
 
-def settings_of(run: Run, name: str) -> Settings:
+def settings_of(run: Sections, name: str) -> Settings:
     """The section that trains an entry, with the changes of the entry.
 
     Raises UserError for an unknown trainer or setting.
@@ -71,7 +71,7 @@ def settings_of(run: Run, name: str) -> Settings:
     return overlay(trainer.settings(run), changes, f"methods.{name}")
 
 
-def check(run: Run) -> None:
+def check(run: Sections) -> None:
     """Raises UserError for an entry that cannot be trained as it stands."""
     for name in run.settings.methods:
         changes = entry(run, name)

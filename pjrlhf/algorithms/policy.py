@@ -37,7 +37,7 @@ from pjrlhf.rollout.experience import (
     sample,
     values_of,
 )
-from pjrlhf.runtime.run import Run, Stage, Trainer
+from pjrlhf.runtime.run import Run, Sections, Stage, Trainer
 from pjrlhf.settings import Settings, setting
 from pjrlhf.training.loop import Method
 from pjrlhf.training.metrics import Metrics
@@ -391,7 +391,7 @@ class Policy(Method):
         return self._update(state, self.run.workspace.base, self.rewarder, self.run.devices.place(rows))
 
 
-def settings_of(run: Run) -> PolicySettings:
+def settings_of(run: Sections) -> PolicySettings:
     """The section of the stage; its prompts state preferences as the run says, where it does not say so itself."""
     settings = run.section(PolicySettings)
     return dataclasses.replace(settings, prompt_preference=settings.prompt_preference or run.settings.prompt_preference)

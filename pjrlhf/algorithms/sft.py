@@ -18,9 +18,9 @@ from pjrlhf.models.decoder import Decoder
 from pjrlhf.models.huggingface import save_params
 from pjrlhf.parallel.processes import on_process_zero, to_host
 from pjrlhf.rollout import scoring
-from pjrlhf.runtime.records import SourceSpec
+from pjrlhf.runtime.records import CorpusSettings
 from pjrlhf.runtime.run import Run, Stage
-from pjrlhf.settings import Settings, setting
+from pjrlhf.settings import setting
 from pjrlhf.training.loop import Method
 from pjrlhf.training.metrics import Metrics, masked
 from pjrlhf.training.optimizer import OptimizerSettings, check_warmup, make_optimizer, per_ingredient
@@ -29,11 +29,9 @@ from pjrlhf.training.workdir import disk_errors
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class SftSettings(Settings):
+class SftSettings(CorpusSettings):
     """Supervised fine-tuning of the base."""
 
-    data: str | SourceSpec = setting("synthetic", "a source of completion records", choices=("synthetic",))
-    records: int = setting(8000, "of the synthetic corpus", low=1, high=10**8)
     steps: int = setting(400, "updates", low=1, high=10**9)
     batch_size: int = setting(64, "records a step", low=1, high=2**20)
     adapter: AdapterConfig = setting(AdapterConfig(rank=0), "rank 0 trains full parameters")

@@ -40,7 +40,7 @@ from pjrlhf.pipeline.stages import read
 from pjrlhf.rollout import reference
 from pjrlhf.runtime.audience import Audience
 from pjrlhf.runtime.devices import Devices, MeshSettings
-from pjrlhf.runtime.records import DataSettings, Records
+from pjrlhf.runtime.records import CorpusSettings, DataSettings, Records
 from pjrlhf.runtime.run import Run
 from pjrlhf.runtime.streams import Streams
 from pjrlhf.runtime.workspace import Workspace
@@ -163,7 +163,7 @@ class DryRecords(Records):
     """
 
     def __init__(self, settings: DataSettings, audience: Audience, streams: Streams, count: int):
-        super().__init__(settings, audience, streams)
+        super().__init__(settings, audience, streams, CorpusSettings())
         self.count = count
 
     @functools.cached_property

@@ -15,7 +15,7 @@ from pjrlhf.export import merge
 from pjrlhf.export.merge import MergeSettings
 from pjrlhf.parallel.processes import is_process_zero
 from pjrlhf.registry import load
-from pjrlhf.runtime.run import Run, Stage
+from pjrlhf.runtime.run import Run, Sections, Stage
 from pjrlhf.settings import Settings, parse
 from pjrlhf.training.workdir import Workdir
 
@@ -68,10 +68,14 @@ class Plan:
     foreign: Mapping[str, Settings]
     stages: tuple[Stage, ...]
 
-    def run(self, workdir: Workdir | None) -> Run:
-        """The run in a folder; without one, for checks that touch no file."""
-        sections = self.settings.sections | {type(section): section for section in self.foreign.values()}
-        return Run(self.settings, sections, workdir)
+    @property
+    def sections(self) -> dict[type, Settings]:
+        """The sections of the stages, by class."""
+        return self.settings.sections | {type(section): section for section in self.foreign.values()}
+
+    def run(self, workdir: Workdir) -> Run:
+        """The run in a folder."""
+        return Run(self.settings, self.sections, workdir)
 
     def to_dict(self) -> dict[str, Any]:
         """All settings as plain values."""
@@ -95,7 +99,7 @@ def read(config: Any) -> Plan:
     foreign = {name: parse(kind, values.pop(name, {}), name) for name, kind in kinds.items()}
     plan = Plan(configs.read(values), foreign, stages)
     if methods.STAGE in stages:
-        methods.check(plan.run(None))
+        methods.check(Sections(plan.settings, plan.sections))
     return plan
 
 

@@ -52,25 +52,24 @@ class DataSettings(Settings):
                 raise UserError(f"{name}: {longest} is more than {limit}={getattr(self, limit)}; make it smaller")
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CorpusSettings(Settings):
+    """What a base is fine-tuned on."""
+
+    data: str | SourceSpec = setting("synthetic", "a source of completion records", choices=("synthetic",))
+    records: int = setting(8000, "of the synthetic corpus", low=1, high=10**8)
+
+
 class Records:
     """The records of a run.
 
     Args:
       settings: the section `data`.
-      fine_tuning: the source of completion records, or "synthetic".
-      corpus_size: records of the synthetic corpus.
+      corpus: what the base is fine-tuned on, if it is.
     """
 
-    def __init__(
-        self,
-        settings: DataSettings,
-        audience: Audience,
-        streams: Streams,
-        fine_tuning: str | SourceSpec = "synthetic",
-        corpus_size: int = 0,
-    ):
-        self.settings, self.audience, self.streams = settings, audience, streams
-        self.fine_tuning, self.corpus_size = fine_tuning, corpus_size
+    def __init__(self, settings: DataSettings, audience: Audience, streams: Streams, corpus: CorpusSettings):
+        self.settings, self.audience, self.streams, self.corpus = settings, audience, streams, corpus
 
     def ask(self, request: str, words: str = "") -> str | list[Message]:
         """The prompt that puts `request`, followed by `words` about the user's preferences, to the model."""
@@ -81,7 +80,7 @@ class Records:
     def requests(self) -> tuple[list[str], list[str]]:
         """(training, held out) plain requests, split by prompt and never by row."""
         d = self.settings
-        if d.prompts == "synthetic":
+        if isinstance(d.prompts, str):
             texts = synthetic.prompts()
         else:
             examples, _ = validate(
@@ -102,9 +101,9 @@ class Records:
     def completions(self) -> list[Example]:
         """What the base is fine-tuned on: answers to requests that are not held out, asked as this run asks."""
         d = self.settings
-        if self.fine_tuning == "synthetic":
+        if isinstance(self.corpus.data, str):
             corpus = synthetic.corpus(
-                self.requests[0], self.corpus_size, self.streams.seed, registry=self.audience.synthetic
+                self.requests[0], self.corpus.records, self.streams.seed, registry=self.audience.synthetic
             )
             records = [
                 {"messages": [*self.ask(record["prompt"]), {"role": "assistant", "content": record["completion"]}]}
@@ -112,7 +111,7 @@ class Records:
             ]
             source = open_source({"kind": "records", "records": records, "name": "synthetic environment"})
         else:
-            source = open_source(self.fine_tuning)
+            source = open_source(self.corpus.data)
         examples, _ = validate(source, "completion", columns=d.columns, max_bad_fraction=d.max_bad_fraction)
         held, found = set(self.requests[1]), []
         for example in examples:

@@ -19,7 +19,7 @@ from pjrlhf.parallel.mesh import bytes_per_device
 from pjrlhf.rollout.reference import reference_logps
 from pjrlhf.runtime.audience import NAMED, Audience
 from pjrlhf.runtime.devices import Devices, MeshSettings
-from pjrlhf.runtime.records import DataSettings, Records, SourceSpec
+from pjrlhf.runtime.records import CorpusSettings, DataSettings, Records
 from pjrlhf.runtime.streams import Streams
 from pjrlhf.runtime.text import Text
 from pjrlhf.runtime.workspace import ModelSettings, Workspace
@@ -105,24 +105,38 @@ class Trainer:
     """A training method that entries of `methods` can name.
 
     Attributes:
-      settings: run -> the section that an entry changes.
+      settings: the settings of a run -> the section that an entry changes.
       train: (run, settings, stage) -> JSON values for manifest.json; writes <workdir>/<stage>/bank.safetensors.
     """
 
-    settings: Callable[["Run"], Settings]
+    settings: Callable[["Sections"], Settings]
     train: Callable[["Run", Any, str], dict[str, Any]]
 
 
-class Run:
-    """One run of a pipeline of stages.
+class Sections:
+    """The settings of a run.
 
     Args:
       settings: what all stages share.
-      sections: the settings of the stages, by class; see `section`.
+      sections: the settings of the stages, by class.
     """
 
-    def __init__(self, settings: SharedSettings, sections: Mapping[type, Settings], workdir: Workdir | None):
-        self.settings, self.sections, self.workdir = settings, dict(sections), workdir
+    def __init__(self, settings: SharedSettings, sections: Mapping[type, Settings]):
+        self.settings, self.sections = settings, dict(sections)
+
+    def section(self, kind: type[S]) -> S:
+        """The settings of a stage, by their class; the defaults where the config has no such section."""
+        found = self.sections.setdefault(kind, kind())
+        assert isinstance(found, kind), kind  # sections are kept by their class
+        return found
+
+
+class Run(Sections):
+    """One run of a pipeline of stages: its settings, and the objects that each know one thing about it."""
+
+    def __init__(self, settings: SharedSettings, sections: Mapping[type, Settings], workdir: Workdir):
+        super().__init__(settings, sections)
+        self.workdir = workdir
         self.streams = Streams(settings.seed)
         self.audience = settings.audience
 
@@ -132,14 +146,13 @@ class Run:
 
     @functools.cached_property
     def records(self) -> Records:
-        return Records(self.settings.data, self.audience, self.streams, *self._fine_tuning())
+        return Records(self.settings.data, self.audience, self.streams, self.corpus)
 
-    def _fine_tuning(self) -> tuple[str | SourceSpec, int]:
-        """The source of completion records and the size of the synthetic corpus, where a stage fine-tunes on them."""
-        for section in self.sections.values():
-            if hasattr(section, "records"):
-                return section.data, section.records
-        return "synthetic", 0
+    @property
+    def corpus(self) -> CorpusSettings:
+        """What the base is fine-tuned on, by the stage that does so."""
+        found = [section for section in self.sections.values() if isinstance(section, CorpusSettings)]
+        return found[0] if found else CorpusSettings()
 
     @functools.cached_property
     def workspace(self) -> Workspace:
@@ -150,10 +163,6 @@ class Run:
     def text(self) -> Text:
         s = self.settings
         return Text(s.data, self.workspace, self.devices, s.temperature, s.sample_rows)
-
-    def section(self, kind: type[S]) -> S:
-        """The settings of a stage, by their class; the defaults where the config has no such section."""
-        return self.sections.setdefault(kind, kind())
 
     # ---- what stages do alike
 

@@ -159,7 +159,7 @@ class Workspace:
     @functools.cached_property
     def model_type(self) -> str:
         """Of the base and of what is made of it, as a Hugging Face folder names it."""
-        return read_json(self.start_folder / "config.json").get("model_type") if self.settings.path else "llama"
+        return str(read_json(self.start_folder / "config.json").get("model_type")) if self.settings.path else "llama"
 
     @functools.cached_property
     def model_config(self) -> ModelConfig:
@@ -196,7 +196,7 @@ class Workspace:
             dtype=jnp.dtype(m.dtype),
             remat=m.remat,
             attention=choose(m.attention, platform, m.dtype, mesh.size),
-            user_offset=int(self.tokenizer.add_bos),
+            user_offset=int(bool(self.tokenizer.add_bos)),
             batch_sharding=batch_sharding(mesh) if mesh.size > 1 else None,
             decode=choose_decode(platform),
         )
