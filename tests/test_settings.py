@@ -60,7 +60,7 @@ def test_values_are_converted_to_their_types():
         ({"sizes": (1, 0)}, "x.sizes: 0 is out of range; choose a number at least 1"),
         ({"sizes": 3}, "x.sizes: 3 is not a list"),
         ({"sizes": (1, "2")}, "x.sizes: .* is not a list"),
-        ({"inner": {"rate": 1.0}}, "x.inner.rate: 1 is out of range; choose a number at least 0 and below 1"),
+        ({"inner": {"rate": 1.0}}, "x.inner.rate: 1.0 is out of range; choose a number at least 0 and below 1"),
         ({"inner": {"rate": math.nan}}, "x.inner.rate: nan is not finite; choose a number at least 0 and below 1"),
         ({"inner": {"rate": math.inf}}, "x.inner.rate: inf is not finite"),
         ({"inner": {"rate": 10**400}}, "x.inner.rate: .* is not a number"),
