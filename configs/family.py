@@ -17,6 +17,7 @@ seed with two objectives, 8 with three, 12 the ablation; on two cores run two of
 import ml_collections
 
 from pjrlhf import config
+from pjrlhf.errors import UserError
 
 ABLATION = ("moc", "moc_equal", "moc_small_control", "moc_per_reward", "moc_per_preference", "moc_hinge", "moc_mixed")
 RULES = ("control", "sum", "mgda", "tchebycheff", "gdpo", "pama")
@@ -41,5 +42,5 @@ def get_config(variant: str = "two") -> ml_collections.ConfigDict:
             held_out = {**c.methods.moc.to_dict(), "preferences": {"kind": "grid", "points": HELD_OUT}}
             c.methods["moc_held_out"] = ml_collections.ConfigDict(held_out)
     else:
-        raise ValueError(f"configs/family.py:{variant}: unknown variant; use two, three or ablation")
+        raise UserError(f"configs/family.py:{variant}: unknown variant; use two, three or ablation")
     return c

@@ -13,6 +13,7 @@ and comparisons with an `objective` (`reward.data.path`).
 import ml_collections
 
 from pjrlhf import config
+from pjrlhf.errors import UserError
 
 SIZES = {
     "8b": {"hidden_size": 4096, "intermediate_size": 14336, "num_layers": 32, "num_heads": 32},
@@ -25,7 +26,7 @@ SCALING = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "orig
 def get_config(variant: str = "pdpo_8b") -> ml_collections.ConfigDict:
     method, _, size = variant.partition("_")
     if method not in ("pdpo", "soups") or size not in SIZES:
-        raise ValueError(f"configs/llama.py:{variant}: unknown variant; use pdpo_8b, soups_8b, pdpo_70b or soups_70b")
+        raise UserError(f"configs/llama.py:{variant}: unknown variant; use pdpo_8b, soups_8b, pdpo_70b or soups_70b")
     c = config.base()
     c.title = f"{'P-DPO' if method == 'pdpo' else 'Personalized Soups'} with Llama 3.1 {size.upper()}"
     c.model.update({**SIZES[size], **SHAPE, "dtype": "bfloat16", "param_dtype": "bfloat16", "remat": "full"})

@@ -17,11 +17,12 @@ of PAMA's task (arXiv 2508.07768), beside its rivals:
 import ml_collections
 
 from pjrlhf import config
+from pjrlhf.errors import UserError
 
 
 def get_config(variant: str = "synthetic") -> ml_collections.ConfigDict:
     if variant not in ("synthetic", "stories"):
-        raise ValueError(f"configs/moc.py:{variant}: unknown variant; use configs/moc.py or configs/moc.py:stories")
+        raise UserError(f"configs/moc.py:{variant}: unknown variant; use configs/moc.py or configs/moc.py:stories")
     c = config.base()
     c.title = "MOC: one policy that is told preference weights"
     if variant == "synthetic":

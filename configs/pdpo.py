@@ -34,6 +34,7 @@ from typing import Any
 import ml_collections
 
 from pjrlhf import config
+from pjrlhf.errors import UserError
 from pjrlhf.feedback.population import PopulationSettings
 from pjrlhf.settings import to_config
 
@@ -49,7 +50,7 @@ def get_config(variant: str = "synthetic") -> ml_collections.ConfigDict:
     variants["prefeval"] = prefeval
     if variant not in variants:
         names = ", ".join(f":{name}" for name, change in variants.items() if change)
-        raise ValueError(f"configs/pdpo.py:{variant}: unknown variant; use configs/pdpo.py, or after it one of {names}")
+        raise UserError(f"configs/pdpo.py:{variant}: unknown variant; use configs/pdpo.py, or after it one of {names}")
     if variants[variant]:
         variants[variant](c)
     return c

@@ -19,6 +19,7 @@ docs/results/soups.md.
 import ml_collections
 
 from pjrlhf import config
+from pjrlhf.errors import UserError
 from pjrlhf.protocols.soups import SoupsSettings
 from pjrlhf.settings import to_config
 
@@ -40,7 +41,7 @@ def get_config(variant: str = "synthetic") -> ml_collections.ConfigDict:
         styles(c)
     elif variant != "synthetic":
         known = "configs/soups.py or configs/soups.py:hf or configs/soups.py:styles"
-        raise ValueError(f"configs/soups.py:{variant}: unknown variant; use {known}")
+        raise UserError(f"configs/soups.py:{variant}: unknown variant; use {known}")
     return c
 
 

@@ -8,7 +8,7 @@ Every default stands in the `Settings` class of the code that reads it; `RunSett
 # pyright: reportAttributeAccessIssue=false, reportOptionalMemberAccess=false, reportArgumentType=false
 
 import dataclasses
-from typing import Any
+from typing import Any, get_type_hints
 
 import ml_collections
 
@@ -26,7 +26,7 @@ from pjrlhf.protocols.front import FrontSettings
 from pjrlhf.protocols.soups import SoupsSettings
 from pjrlhf.protocols.users import UsersSettings
 from pjrlhf.runtime.run import SharedSettings
-from pjrlhf.settings import Settings, overlay, setting, to_config
+from pjrlhf.settings import Settings, fill, nested_class, overlay, setting, to_config
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -97,6 +97,21 @@ def read(config: Any) -> RunSettings:
       UserError: an unknown key, a bad value, or settings that do not go together.
     """
     return overlay(RunSettings(), config)
+
+
+def complete(config: ml_collections.ConfigDict) -> None:
+    """Adds the settings that a config leaves out, with their defaults, so that a flag can change each of them.
+
+    A section that is not in the config is added where the config has the stage.
+    """
+    fill(config, SharedSettings())
+    for name in {field.name for field in dataclasses.fields(RunSettings)} - {*config}:
+        if isinstance(config.stages, list | tuple) and name in config.stages:
+            config[name] = ml_collections.ConfigDict()
+    for name, kind in get_type_hints(RunSettings).items():
+        section = config.get(name)
+        if isinstance(section, ml_collections.ConfigDict) and (cls := nested_class(kind)):
+            fill(section, cls())
 
 
 def base() -> ml_collections.ConfigDict:

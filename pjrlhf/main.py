@@ -1,17 +1,21 @@
 """Starts a run: `python -m pjrlhf.main --config=configs/soups.py --workdir=runs/mine --config.seed=1`."""
 
+import importlib.machinery
+import importlib.util
+import inspect
 import json
 import os
 import pathlib
 import re
 import sys
 import traceback
+from typing import Any
 
 from absl import app, flags, logging
 from absl.logging import converter
-from ml_collections import config_flags
+from ml_collections import ConfigDict, FrozenConfigDict, config_flags
 
-from pjrlhf.errors import UserError, missing_key
+from pjrlhf.errors import UserError
 from pjrlhf.paths import user_cache
 
 FLAGS = flags.FLAGS
@@ -20,13 +24,109 @@ FREE = (
     *("log_every", "loggers", "profile", "aot", "checkpoint_every", "max_to_keep", "keep_best"),
     *("title", "seeds", "stages", "methods", "evaluate", "evaluate_users", "evaluate_front"),
 )
-_CONFIG = config_flags.DEFINE_config_file("config", None, "What to run: a file of configs/, optionally with :variant.")
-_WORKDIR = flags.DEFINE_string("workdir", None, "Run directory; runs/<name of the config> where not given.")
-_AOT = flags.DEFINE_string("aot", "", "Compile for these TPUs, which need not be here, and run nothing: v5e:4x4.")
-_DISTRIBUTED = flags.DEFINE_string("distributed", "auto", "Is this one of several processes: on, off, or auto.")
-_COORDINATOR = flags.DEFINE_string("coordinator", "", "host:port of process 0, where the environment does not say it.")
-_COUNT = flags.DEFINE_integer("num_processes", 0, "How many processes, where the environment does not say it.")
-_INDEX = flags.DEFINE_integer("process_id", -1, "Which one this is, where the environment does not say it.")
+
+
+class _ConfigFile(flags.ArgumentParser):
+    """Reads a config file, and checks the names of all settings on the command line."""
+
+    def parse(self, path: str) -> ConfigDict:
+        from pjrlhf.config import complete
+
+        config = read_file(path)
+        complete(config)
+        for arg in sys.argv[1:]:
+            if found := re.match(r"--?(?:no)?config\.([^=]+)", arg):
+                check_key(config, found[1])
+        return config.lock()
+
+
+def define(values: flags.FlagValues) -> None:
+    """Adds the flags of this program."""
+    config_flags.DEFINE_config_file(
+        "config", None, "What to run: a file of configs/, optionally with :variant.", flag_values=values
+    )
+    values["config"].parser = _ConfigFile()
+    for name, default, text in (
+        ("workdir", None, "Run directory; runs/<name of the config> where not given."),
+        ("aot", "", "Compile for these TPUs, which need not be here, and run nothing: v5e:4x4."),
+        ("distributed", "auto", "Is this one of several processes: on, off, or auto."),
+        ("coordinator", "", "host:port of process 0, where the environment does not say it."),
+    ):
+        flags.DEFINE_string(name, default, text, flag_values=values)
+    for name, default, text in (
+        ("num_processes", 0, "How many processes, where the environment does not say it."),
+        ("process_id", -1, "Which one this is, where the environment does not say it."),
+    ):
+        flags.DEFINE_integer(name, default, text, flag_values=values)
+
+
+define(FLAGS)
+
+
+def read_file(spec: str) -> ConfigDict:
+    """What `get_config` of a config file returns.
+
+    Args:
+      spec: the file, optionally with :variant, which `get_config` is called with.
+
+    Raises:
+      UserError: no such file, a file that fails, or a result that is no ConfigDict of settings.
+    """
+    path, _, variant = spec.partition(":")
+    if not os.path.isfile(path):
+        raise UserError(f"--config: no file {path!r}; check the path, for example --config=configs/soups.py")
+    loader = importlib.machinery.SourceFileLoader("config_file", path)
+    module_spec = importlib.util.spec_from_file_location("config_file", path, loader=loader)
+    assert module_spec, path  # given for any file with a loader
+    module = importlib.util.module_from_spec(module_spec)
+    try:
+        loader.exec_module(module)
+        get_config = getattr(module, "get_config", None)
+        if not callable(get_config):
+            raise UserError(f"{path}: has no function get_config; define one that returns a ConfigDict")
+        arguments = [variant] if variant else []
+        try:
+            inspect.signature(get_config).bind(*arguments)
+        except TypeError:
+            remedy = f"leave out :{variant}" if variant else f"name one as {path}:VARIANT"
+            raise UserError(f"{path}: get_config {'has no' if variant else 'needs a'} variant; {remedy}") from None
+        config = get_config(*arguments)
+    except UserError:
+        raise
+    except (Exception, SystemExit) as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split()).removesuffix(":")
+        raise UserError(f"{_place(error, path)}: {reason}; correct the config file") from error
+    if not isinstance(config, ConfigDict):
+        what = "nothing" if config is None else f"a {type(config).__name__}"
+        raise UserError(f"{path}: get_config returns {what}; return an ml_collections.ConfigDict")
+    return ConfigDict(config) if isinstance(config, FrozenConfigDict) else config
+
+
+def _place(error: BaseException, path: str) -> str:
+    """The config file, with the line that failed where it is known."""
+    if isinstance(error, SyntaxError):
+        return path  # the message has the line
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
+    return f"{path} line {lines[-1]}" if lines else path
+
+
+def check_key(config: Any, key: str) -> None:
+    """UserError unless a config has the setting `key`, dotted, that a flag names."""
+    from pjrlhf.config import RunSettings
+    from pjrlhf.settings import unknown_key
+
+    done = "--config"
+    for part in key.split("."):
+        if "[" in part:
+            return  # an index, which the flag itself explains
+        if not isinstance(config, ConfigDict):
+            raise UserError(f"--config.{key}: {done} is a value and has no parts; set {done}")
+        done = f"{done}.{part}"
+        if part not in config:
+            if done == f"--config.{part}" and part in RunSettings.__dataclass_fields__:
+                raise UserError(f"{done}: this config has no section {part}; add it to the file, or use another config")
+            raise UserError(unknown_key(done, list(config)))
+        config = config[part]
 
 
 def compilation_cache() -> None:
@@ -50,25 +150,21 @@ def parse(argv: list[str]) -> list[str]:
     """Reads the flags. Raises UserError where they, or the config file, cannot be understood."""
     try:
         rest = FLAGS(argv)
-        if _CONFIG.value is None:
-            raise UserError("--config: not given; for example --config=configs/soups.py")
-        _ = _CONFIG.value.keys  # a file that is not there is reported by the first look inside
     except SystemExit:
         sys.exit(0)  # --help; for absl that is an error
+    except UserError:
+        raise
     except flags.UnrecognizedFlagError as error:
         if error.flagname.startswith("config."):
             raise UserError("--config: not given; for example --config=configs/soups.py") from None
         raise UserError(f"{error}; --help lists them, and settings of the config start with --config.") from None
-    except (flags.Error, OSError) as error:
-        reason = str(error).strip().splitlines()[-1].strip().removeprefix("ValueError: ")
-        raise UserError(f"--config: {reason}; check it" if isinstance(error, OSError) else reason) from None
-    except (AttributeError, KeyError) as error:
-        if not (missing := missing_key(error)):
-            raise
-        key, near = missing
-        given = next((arg for arg in argv if re.match(rf"--config\.(.*\.)?{key}\b", arg)), key)
-        hint = f"did you mean {near}?" if near else "see the config file"
-        raise UserError(f"{given}: the config has no {key}; {hint}") from None
+    except (flags.Error, TypeError, ValueError, LookupError, AttributeError, SyntaxError, RecursionError) as error:
+        if isinstance(error.__context__, UserError):  # of the config file; absl makes it an error of the flag
+            raise error.__context__ from None
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f"{reason}; check the flags") from None
+    if FLAGS.config is None:
+        raise UserError("--config: not given; for example --config=configs/soups.py")
     if len(rest) > 1:
         raise UserError(f"{rest[1]}: not a flag; settings of the config start with --config.")
     return rest
@@ -79,20 +175,20 @@ def main(_: list[str]) -> None:
     logging.get_absl_handler().addFilter(lambda r: r.levelno > converter.STANDARD_INFO or "pjrlhf" in r.pathname)
     from pjrlhf.pipeline import seeds, stages
 
-    config = _CONFIG.value
+    config = FLAGS.config
     plan = stages.read(config)  # whatever is wrong with it is said before anything else happens
     compilation_cache()
-    if _AOT.value:
+    if FLAGS.aot:
         from pjrlhf.aot import plan as aot
 
-        aot.report(config, _AOT.value)
+        aot.report(config, FLAGS.aot)
         return
     from pjrlhf.parallel import processes
 
-    processes.initialize(_DISTRIBUTED.value, _COORDINATOR.value, _COUNT.value, _INDEX.value)
+    processes.initialize(FLAGS.distributed, FLAGS.coordinator, FLAGS.num_processes, FLAGS.process_id)
     from pjrlhf.training.workdir import Workdir
 
-    workdir = Workdir(_WORKDIR.value or default_workdir(config_flags.get_config_filename(FLAGS["config"])))
+    workdir = Workdir(FLAGS.workdir or default_workdir(config_flags.get_config_filename(FLAGS["config"])))
     workdir.write_config(plan.to_dict(), ignore=FREE)
     (seeds if plan.settings.seeds else stages).run(config, workdir)
     summary = workdir.path / "report" / "summary.json"

@@ -170,6 +170,8 @@ def _checked(name: str, value: Any, hint: Any, rule: Rule) -> Any:
     for option in options:
         matched, converted = _converted(value, option)
         if matched:
+            if isinstance(converted, Mapping):
+                converted = _open_section(name, converted)
             _check_rule(name, converted, rule, section)
             return converted
     if isinstance(value, str) and rule.allowed:
@@ -204,10 +206,27 @@ def _converted(value: Any, hint: Any) -> tuple[bool, Any]:
     if origin in (dict, Mapping):
         if isinstance(value, ml_collections.ConfigDict):
             value = value.to_dict()
-        return isinstance(value, Mapping) and all(isinstance(key, str) for key in value), value
+        return isinstance(value, Mapping), value
     if isinstance(hint, type) and issubclass(hint, Settings):
         return isinstance(value, hint), value
     raise TypeError(f"settings cannot be of type {hint}")
+
+
+def _open_section(name: str, value: Any) -> Any:
+    """A section whose keys a config chooses, numbers as those of Python, or UserError where JSON cannot hold it."""
+    if isinstance(value, Mapping):
+        if odd := [key for key in value if not isinstance(key, str)]:
+            raise UserError(f"{name}: the key {_shown(odd[0])} is not text; write it in quotes")
+        return {key: _open_section(f"{name}.{key}", one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(_open_section(name, one) for one in value)
+    if value is None or isinstance(value, str | bool | Settings):
+        return value
+    if isinstance(value, numbers.Integral):
+        return int(value)
+    if isinstance(value, numbers.Real):
+        return float(value)
+    raise UserError(f"{name}: {_shown(value)} is not text, a number, a list or a section of such; give one of these")
 
 
 _MISSING = object()
@@ -298,6 +317,15 @@ def _open(values: Mapping[str, Any]) -> ml_collections.ConfigDict:
         for key, value in values.items():
             config[key] = _open(value) if isinstance(value, Mapping) else value
     return config
+
+
+def fill(config: ml_collections.ConfigDict, settings: Settings) -> None:
+    """Adds the keys that a config section leaves out, with their values in `settings`, at every depth."""
+    for key, value in to_config(settings).items(preserve_field_references=True):
+        if key not in config:
+            config[key] = value
+        elif isinstance(config[key], ml_collections.ConfigDict) and isinstance(getattr(settings, key), Settings):
+            fill(config[key], getattr(settings, key))
 
 
 def parse(cls: type[T], values: Any, path: str = "") -> T:

@@ -7,9 +7,10 @@ import subprocess
 import sys
 
 import pytest
+from support import tiny
 
-from pjrlhf.errors import missing_key
 from pjrlhf.main import default_workdir
+from pjrlhf.settings import RENAMED
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -24,47 +25,172 @@ def call(*arguments):
 SOUPS = "--config=configs/soups.py"
 
 
+@pytest.fixture
+def ended(monkeypatch, capsys):
+    """(exit code, lines on stderr) of the program called with some arguments; in this process, with flags of its own,
+    as a process each would take minutes in all. Where the flags are right, `main` reads the config and ends.
+    """
+    from absl import flags
+
+    from pjrlhf import main
+    from pjrlhf.pipeline import stages
+
+    monkeypatch.chdir(ROOT)
+
+    def call(*arguments):
+        values = flags.FlagValues()
+        main.define(values)
+        monkeypatch.setattr(main, "FLAGS", values)
+
+        def start(_, flags_parser):
+            flags_parser(["main", *arguments])
+            stages.read(values.config)
+            raise SystemExit(0)
+
+        monkeypatch.setattr(main.app, "run", start)
+        monkeypatch.setattr(sys, "argv", ["main", *arguments])
+        with pytest.raises(SystemExit) as stopped:
+            main.run()
+        return stopped.value.code, capsys.readouterr().err.splitlines()
+
+    return call
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ([], "--config: not given; for example --config=configs/soups.py"),
         (["--config.seed=1"], "--config: not given; for example --config=configs/soups.py"),
-        (["--config=configs/none.py"], "--config: .*No such file or directory: 'configs/none.py'; check it"),
-        ([SOUPS, "--config.policy.stpes=3"], "--config.policy.stpes=3: the config has no stpes; did you mean steps?"),
-        ([SOUPS, "--config.polcy.steps=3"], "--config.polcy.steps=3: the config has no polcy; did you mean policy?"),
+        (["--config="], "--config: no file ''; check the path, for example --config=configs/soups.py"),
+        (["--config=configs/none.py"], "--config: no file 'configs/none.py'; check the path, for example --config="),
+        (["--config=configs"], "--config: no file 'configs'"),
+        (["--config.seed=1", SOUPS], "before a value for --config"),
+        ([SOUPS, "--config.policy.stpes=3"], "--config.policy.stpes: no such setting; did you mean steps?"),
+        ([SOUPS, "--config.polcy.steps=3"], "--config.polcy: no such setting; did you mean policy?"),
+        ([SOUPS, "--config.xyz=3"], "--config.xyz: no such setting; known keys: "),
+        ([SOUPS, "--noconfig.profil"], "--config.profil: no such setting; did you mean profile?"),
+        ([SOUPS, "--config.seed.x=3"], "--config.seed.x: --config.seed is a value and has no parts; set --config.seed"),
+        ([SOUPS, "--config.merge.seed=3"], "--config.merge: this config has no section merge; add it to the file, or"),
+        ([SOUPS, "--config.mesh.model=8"], "--config.mesh.model: no such setting; known keys: data, fsdp, tensor"),
         ([SOUPS, "--config.policy.steps=many"], "--config.policy.steps=many: invalid literal for int"),
+        ([SOUPS, "--config.policy.steps"], "Missing value for flag --config.policy.steps"),
+        ([SOUPS, "--config.policy=3"], "--config.policy=3: Failed to parse '3' as a ConfigDict"),
+        ([SOUPS, "--config.objectives[=3"], "objectives["),
+        ([SOUPS, "--config.objectives[9]=3"], "check the flags"),
+        ([SOUPS, "--config.policy.steps=-1"], "policy.steps: -1 is out of range; choose a number at least 1"),
+        ([SOUPS, "--config.policy.optimizer.schedule=cosin"], "policy.optimizer.schedule: 'cosin' is unknown; did you"),
         ([f"{SOUPS}:none"], "configs/soups.py:none: unknown variant; use configs/soups.py or configs/soups.py:hf"),
+        (["--config=configs/merge.py:none"], "configs/merge.py: get_config has no variant; leave out :none"),
         ([SOUPS, "--wrokdir=x"], "Unknown command line flag 'wrokdir'. Did you mean: workdir"),
+        ([SOUPS, "--num_processes=x"], "--num_processes=x: invalid literal for int"),
         ([SOUPS, "seed=1"], "seed=1: not a flag; settings of the config start with --config."),
     ],
 )
-def test_mistakes_on_the_command_line(monkeypatch, capsys, arguments, message):
-    """In this process, with flags of its own, as a process each would take minutes in all."""
-    from absl import flags
-    from ml_collections import config_flags
+def test_mistakes_on_the_command_line(ended, arguments, message):
+    code, (line,) = ended(*arguments)
+    assert code == 2 and line.startswith("error: ") and message in line
 
+
+@pytest.mark.parametrize("config", ["soups", "pdpo", "family"])
+def test_a_flag_of_a_renamed_setting_is_answered_with_its_new_name(ended, config):
+    """Every renamed key of every section that the config has."""
+    keys = tiny.catalogue(config).get_config().to_dict()
+
+    def sections(values, prefix=""):
+        yield prefix, values
+        for key, value in values.items():
+            if isinstance(value, dict):
+                yield from sections(value, f"{prefix}{key}.")
+
+    asked = set()
+    for prefix, values in sections(keys):
+        for old, new in RENAMED.items():
+            section, _, name = old.rpartition(".")
+            if new in values and section in ("", prefix[:-1]) and not ("." not in old and f"{prefix}{old}" in RENAMED):
+                code, (line,) = ended(f"--config=configs/{config}.py", f"--config.{prefix}{name}=1")
+                assert code == 2
+                assert line == f"error: --config.{prefix}{name}: is called --config.{prefix}{new} now; rename it"
+                asked.add(old)
+    assert asked
+
+
+FILES = {
+    "def get_config(:": "FILE: SyntaxError: invalid syntax (config.py, line 1); correct the config file",
+    "x = 1": "FILE: has no function get_config; define one that returns a ConfigDict",
+    "get_config = 3": "FILE: has no function get_config",
+    "import no_such_module": "FILE line 1: ModuleNotFoundError: No module named 'no_such_module'; correct the config",
+    "raise SystemExit": "FILE line 1: SystemExit; correct the config file",
+    "\x00": "FILE: ",
+    "def get_config():\n    return 1 / 0": "FILE line 2: ZeroDivisionError: division by zero; correct the config file",
+    "def get_config():\n    pass": "FILE: get_config returns nothing; return an ml_collections.ConfigDict",
+    "def get_config():\n    return {'seed': 1}": "FILE: get_config returns a dict; return an ml_collections.ConfigDict",
+    "def get_config(size):\n    pass": "FILE: get_config needs a variant; name one as FILE:VARIANT",
+    "def get_config():\n    raise ValueError('two\\nlines')": "FILE line 2: ValueError: two lines; correct",
+    **{
+        f"from ml_collections import ConfigDict\ndef get_config():\n    return ConfigDict({values})": message
+        for values, message in {
+            "{'seed': lambda: 1}": "seed: <function get_config.<locals>.<lambda> at ",
+            "{'methods': {'a': {'rollouts': max}}}": "methods.a.rollouts: <built-in function max> is not text, a",
+            "{'methods': {'a': {'rollouts': [object()]}}}": "methods.a.rollouts: <object object at ",
+            "{'sft': {'stpes': 1}}": "sft.stpes: no such setting; did you mean steps?",
+            "{'keep': 1}": "keep: is called max_to_keep now; rename it",
+            "{'mesh': {'model': 1}}": "mesh.model: no such setting; known keys: data, fsdp, tensor",
+            "{'stages': 3}": "stages: 3 is not a list of names",
+            "{'sft': 3}": "sft: 3 is not a section of settings",
+        }.items()
+    },
+}
+
+
+@pytest.mark.parametrize("content", FILES, ids=list(map(str, range(len(FILES)))))
+def test_a_file_that_is_no_config_ends_in_one_line(ended, tmp_path, content):
+    file = tmp_path / "config.py"
+    file.write_text(content)
+    code, (line,) = ended(f"--config={file}", f"--workdir={tmp_path / 'run'}")
+    assert code == 2 and line.startswith(f"error: {FILES[content]}".replace("FILE", str(file)))
+    assert [path.name for path in tmp_path.iterdir() if path.name != "__pycache__"] == ["config.py"]
+
+
+def test_a_flag_reaches_what_a_config_leaves_out(ended, tmp_path):
+    """Shared settings, and those of sections and stages, of which the file names few or none."""
+    file = tmp_path / "config.py"
+    file.write_text(
+        "from ml_collections import ConfigDict\n"
+        "def get_config():\n    return ConfigDict({'stages': ('sft', 'comparisons'), 'sft': {'steps': 30}})\n"
+    )
+    names = ("seed=1", "model.num_layers=3", "sft.optimizer.learning_rate=0.5", "comparisons.pairs=7")
+    assert ended(f"--config={file}", *(f"--config.{name}" for name in names)) == (0, [])
     from pjrlhf import main
+    from pjrlhf.pipeline import stages
 
-    values = flags.FlagValues()
-    monkeypatch.setattr(main, "FLAGS", values)
-    config = config_flags.DEFINE_config_file("config", None, "", flag_values=values)
-    monkeypatch.setattr(main, "_CONFIG", config)
-    flags.DEFINE_string("workdir", None, "", flag_values=values)
-    monkeypatch.chdir(ROOT)
-    monkeypatch.setattr(main.app, "run", lambda _, flags_parser: flags_parser(["main", *arguments]))
-    monkeypatch.setattr(sys, "argv", ["main", *arguments])
-    with pytest.raises(SystemExit) as stopped:
-        main.run()
-    assert stopped.value.code == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("error: ")
-    for part in message.split(".*"):
-        assert part in line
+    found = stages.read(main.FLAGS.config).settings
+    assert (found.seed, found.model.num_layers, found.sft.steps, found.comparisons.pairs) == (1, 3, 30, 7)
+    assert found.sft.optimizer.learning_rate == 0.5 and found.sft.optimizer.schedule == "cosine"
+
+
+def test_a_signal_and_a_failure_have_codes_of_their_own(monkeypatch, capsys):
+    from pjrlhf import main
+    from pjrlhf.training.loop import Interrupted
+
+    def stop(error):
+        def start(*_, **__):
+            raise error
+
+        monkeypatch.setattr(main.app, "run", start)
+        with pytest.raises(SystemExit) as stopped:
+            main.run()
+        return stopped.value.code, capsys.readouterr().err
+
+    assert stop(Interrupted("sft: stopped", 15)) == (143, "sft: stopped\n")
+    assert stop(SystemExit(0)) == (0, "")
+    code, text = stop(RuntimeError("a bug"))
+    assert code == 1 and text.startswith("Traceback") and "RuntimeError: a bug" in text
 
 
 def test_a_mistake_ends_in_one_line(tmp_path):
-    done = call(SOUPS, "--config.policy.stpes=3", f"--workdir={tmp_path / 'run'}")
-    expected = "error: --config.policy.stpes=3: the config has no stpes; did you mean steps?"
+    """A bad value is told before anything is written or compiled."""
+    done = call(SOUPS, "--config.policy.steps=0", f"--workdir={tmp_path / 'run'}")
+    expected = "error: policy.steps: 0 is out of range; choose a number at least 1 and at most 1,000,000,000"
     assert (done.returncode, done.stderr.splitlines(), done.stdout) == (2, [expected], "")
     assert not (tmp_path / "run").exists()
 
@@ -100,18 +226,3 @@ def test_help_is_no_error_and_needs_no_library():
 def test_default_workdir():
     assert default_workdir("configs/soups.py") == "runs/soups"
     assert default_workdir("configs/soups.py:hf") == "runs/soups-hf"
-
-
-def test_only_keys_missing_from_a_config_count_as_such():
-    import ml_collections
-
-    config = ml_collections.ConfigDict({"data": {"max_prompt": 1}})
-    for look in (lambda: config.data.max_promt, lambda: config.data["max_promt"]):
-        with pytest.raises((AttributeError, KeyError)) as caught:
-            look()
-        assert missing_key(caught.value) == ("max_promt", "max_prompt")
-    with pytest.raises(AttributeError) as caught:
-        _ = config.zzz
-    assert missing_key(caught.value) == ("zzz", "")
-    for error in (KeyError("x"), KeyError(), AttributeError("'str' object has no attribute 'x'"), AttributeError()):
-        assert missing_key(error) is None

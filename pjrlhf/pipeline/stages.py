@@ -90,7 +90,7 @@ def read(config: Any) -> Plan:
     """
     values = dict(config)
     names = values.get("stages", ())
-    if isinstance(names, str) or not all(isinstance(name, str) for name in names):
+    if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
         raise UserError(f"stages: {names!r} is not a list of names; choose from {', '.join(STAGES)}")
     stages = tuple(stage_of(name) for name in names)
     # A stage of other code has a section of its own class under its name.

@@ -1,6 +1,5 @@
 """The error table: what goes wrong in a user's hands ends in one sentence that names the thing and the way out."""
 
-import dataclasses
 import errno
 import json
 import os
@@ -107,15 +106,22 @@ def test_settings_that_do_not_fit_the_data_or_the_model(tmp_path, key, value, me
     fails(message, tmp_path / "new", tiny.settings(stages=("sft",), **{key: value}))
 
 
-@pytest.mark.parametrize("name", [field.name for field in dataclasses.fields(RunSettings)])
+SECTIONS = {
+    name: kind
+    for name, hint in typing.get_type_hints(RunSettings).items()
+    if (kind := settings.nested_class(hint)) is not None
+}
+
+
+@pytest.mark.parametrize("name", SECTIONS)
 def test_an_empty_section_holds_the_defaults(name):
-    """A key that a config leaves out keeps its default, at every depth."""
-    kind = settings.nested_class(typing.get_type_hints(RunSettings)[name])
-    want = getattr(stages.read({}).settings, name)
-    if kind is None:
-        return
+    """What a config leaves out keeps its default, at every depth."""
+    default = getattr(stages.read({}).settings, name)
     found = getattr(stages.read({name: {}}).settings, name)
-    assert found == (kind() if want is None else want)
+    assert found == (SECTIONS[name]() if default is None else default)
+    for inner in found.to_dict():
+        if isinstance(getattr(found, inner), settings.Settings):
+            assert getattr(stages.read({name: {inner: {}}}).settings, name) == found
 
 
 @pytest.mark.parametrize(
