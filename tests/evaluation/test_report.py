@@ -7,42 +7,11 @@ import re
 import numpy as np
 import pytest
 from support.pages import Page, printed
+from support.summaries import METHODS, RATE, SUMMARY
 
 from pjrlhf.evaluation import plots, report
 from pjrlhf.evaluation.winrate import win_rate
 
-METHODS = ("Soups", "Prompted", "Base")
-COMBOS = ("P1A+P2A", "P1A+P2B")
-RATE = win_rate(np.array([1, 1, 1, -1, 0]), resamples=50)
-TABLE = {a: {b: RATE for b in METHODS if b != a} for a in METHODS}
-WEIGHTS = np.linspace(0, 1, 3)
-SUMMARY = {
-    "title": "Soups & <b>spoons</b>",
-    "config": {"model": {"layers": 2}, "seed": 0, "lr": 1e-3, "empty": {}},
-    "stage_seconds": {"sft": 1.5, "policy": 75.0},
-    "total_seconds": 76.5,
-    "reward_models": {p: {"accuracy": 0.9, "pairs": 64, "mean": math.nan, "std": 1.0} for p in ("P1A", "P1B")},
-    "ingredients": {
-        p: {"win_rate_vs_base": RATE, "kl": 1.25, "length": 7.0, "score": np.float32(0.5), "base_score": None}
-        for p in ("P1A", "P1B")
-    },
-    "win_rate": TABLE,
-    "win_rate_average": {method: RATE for method in METHODS},
-    "combos": {combo: TABLE for combo in COMBOS},
-    "sweep": {
-        "expertise": {
-            "low": "P1A",
-            "high": "P1B",
-            "weights": WEIGHTS,
-            "scores": {"P1A": 1 - WEIGHTS, "P1B": WEIGHTS**2},
-            "length": [5, 6, 7],
-            "spearman": {"P1A": -1.0, "P1B": 1.0},
-            "chord_gap": {"P1B": {"mean": -0.25, "min": -0.25, "max": -0.25}},
-        }
-    },
-    "position_consistency": 0.98,
-    "notes": ["A note."],
-}
 SAMPLES = [
     {"combo": ("P1A", "P2A"), "prompt": "Why <i>so</i>?", "answers": {"Soups": "<script>alert('x')</script> & more"}},
     {"prompt": "No combination", "answers": {"Base": "an answer"}},

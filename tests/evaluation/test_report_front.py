@@ -8,8 +8,7 @@ import re
 import numpy as np
 import pytest
 from support.pages import Page, printed
-from test_report import SUMMARY
-from test_report_users import USER_MODELS
+from support.summaries import SUMMARY, USER_MODELS
 
 from pjrlhf.evaluation import plots_front, report, report_front
 from pjrlhf.evaluation.formats import estimate

@@ -4,43 +4,12 @@ import json
 import math
 import re
 
-import numpy as np
 import pytest
 from support.pages import Page, printed
+from support.summaries import MODELS, USER_MODELS
 
 from pjrlhf.evaluation import plots_users, report
-from pjrlhf.evaluation.users import cold_start_curve, user_accuracy
 
-PEOPLE = {"ann": "short", "bob": "long & <i>wordy</i>", "<u>eve</u>": "short"}
-ACCURACY = user_accuracy(np.array([1, -1, 1, 1, 1.0]), list("aabbe"), resamples=50)
-ACCURACY["users"] = {
-    user: {"accuracy": right, "pairs": 2, "group": PEOPLE[user]}
-    for user, right in zip(PEOPLE, (0.5, 1.0, 1.0), strict=True)
-}
-MODELS = ("pooled", "one <b>each</b>")
-USER_MODELS = {
-    "accuracy": {model: ACCURACY | {"generic": 0.4321, "majority": 0.75, "minority": 1.0} for model in MODELS},
-    "ceiling": {"majority_fraction": 0.6789},
-    "gain": {MODELS[1]: {"against": "pooled", "mean": 0.0777, "low": 0.0123, "high": 0.15, "users": 3}},
-    "choices": {model: {"mean": 0.6161, "low": 0.5, "high": 0.7, "chance": 0.25, "questions": 9} for model in MODELS},
-    "grid": {
-        "pooled": {"seen_user_seen_prompt": 0.9876, "unseen_user_seen_prompt": None},
-        MODELS[1]: dict.fromkeys(plots_users.CELLS, ACCURACY),
-    },
-    "length_matched": {model: ACCURACY | {"mean": 0.5432, "max_difference": 0.0975} for model in MODELS},
-    "cold_start": {model: cold_start_curve({0: [0.5, 0.75], 2: [0.8, 0.6], 10: [1, 1]}) for model in MODELS},
-    "embedding": {
-        model: {"users": list(PEOPLE), "groups": list(PEOPLE.values()), "x": np.arange(3.0), "y": np.ones(3)}
-        for model in MODELS
-    },
-    "generation": {
-        model: {
-            user: {"group": group, "length": 10.0 * i, "score": {"P3A": 0.25 * i, "P3B": math.nan}}
-            for i, (user, group) in enumerate(PEOPLE.items(), 1)
-        }
-        for model in MODELS
-    },
-}
 USER_SAMPLES = [{"model": MODELS[1], "prompt": "Why?", "answers": {"bob": "<script>x</script>", "unheard": "so"}}]
 USER_SECTIONS = {"accuracy", "choices", "length-matched", "grid", "cold-start", "embedding", "generation"}
 USER_FIGURES = {"accuracy", "people", "grid", "cold_start", "embedding", "generation"}

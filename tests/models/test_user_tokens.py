@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_decoder import (
+from support.tiny_decoder import (
     ADAPTER,
     CONFIG,
     LENGTHS,
