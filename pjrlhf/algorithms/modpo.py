@@ -6,29 +6,31 @@ enter as margins. With one-hot weights it is DPO (arXiv 2305.18290) on that obje
 """
 
 import dataclasses
-import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import struct
 
 from pjrlhf.algorithms import policy, reward
 from pjrlhf.algorithms.targets import Targets, TargetSettings
-from pjrlhf.data.batching import batches, collate_completion
+from pjrlhf.data.batching import batches
+from pjrlhf.data.packing import Ids, PackedRows
 from pjrlhf.data.preferences import PreferencePrompt
 from pjrlhf.data.tokenization import TokenTable
 from pjrlhf.errors import UserError
 from pjrlhf.feedback.pairs import SPLITS
-from pjrlhf.models.adapters import AdapterConfig, Policies, init_bank
-from pjrlhf.models.decoder import Decoder
+from pjrlhf.models.adapters import Backbone, init_bank
 from pjrlhf.objectives.multi_objective import modpo_loss, weighted_sum
 from pjrlhf.objectives.preference import accuracy, implicit_rewards
-from pjrlhf.parallel.processes import to_host
 from pjrlhf.rollout import experience, scoring
-from pjrlhf.rollout.reference import SIDES
+from pjrlhf.rollout.reference import unique_answers
+from pjrlhf.runtime.devices import Devices
 from pjrlhf.runtime.run import Run, Trainer
+from pjrlhf.runtime.streams import Streams
+from pjrlhf.runtime.text import Text
 from pjrlhf.settings import Settings, setting
 from pjrlhf.training.loop import Method
 from pjrlhf.training.metrics import Metrics
@@ -67,65 +69,67 @@ class ModpoSettings(Settings):
             )
 
 
-def scores(run: Run, rewarder: Any, base: Any, tokens: jax.Array, valid: jax.Array) -> jax.Array:
+def scores(backbone: Backbone, rewarder: Any, tokens: jax.Array, valid: jax.Array) -> jax.Array:
     """The rewards [B, R] of rows [B, T], as `raw_rewards` gives them."""
-    everything = jnp.arange(len(run.audience.rewards))[None]
-    return experience.raw_rewards(run.workspace.model, run.workspace.adapter, base, rewarder, everything, tokens, valid)
+    everything = jnp.arange(rewarder["heads"]["bias"].shape[0])[None]
+    return experience.raw_rewards(backbone.model, backbone.adapter, backbone.base, rewarder, everything, tokens, valid)
 
 
-def raw_rewards(run: Run, rewarder: Any, rows: Sequence[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
+def raw_rewards(run: Run, rewarder: Any, rows: Sequence[dict[str, Ids]]) -> np.ndarray:
     """Rewards float32 [M, R] by all R reward models of the run, in their own units, those of Bradley-Terry.
 
     Args:
       rewarder: as `reward.load` gives it.
-      rows: M pairs of token ids, prompt and answer; `run.text.sample_rows` of them are scored at once.
+      rows: M rows {"prompt", "completion"} of token ids.
     """
-    score, size, found = jax.jit(functools.partial(scores, run)), run.text.sample_rows, []
-    for start in range(0, len(rows), size):
-        part = list(rows[start : start + size])
-        # The last chunk is filled up so that one program serves all.
-        filled = part + [part[0]] * (size - len(part))
-        batch = collate_completion(
-            [{"prompt": prompt, "completion": answer} for prompt, answer in filled],
-            prompt_length=run.text.prompt_lengths,
-            completion_length=run.text.completion_lengths,
-            pad_id=run.workspace.tokenizer.pad_id,
-        )
-        placed = run.devices.place({name: batch[name] for name in ("tokens", "valid")})
-        raw = score(rewarder, run.workspace.base, **placed)
-        found.append(to_host(raw)[: len(part)])
-    return np.concatenate(found)
+    score, backbone = jax.jit(scores), run.workspace.backbone
+    lengths = [len(row["prompt"]) + len(row["completion"]) for row in rows]
+    return run.scorer()(
+        "rewards",
+        rows,
+        run.text.pad_completions,
+        lambda batch: score(backbone, rewarder, batch.tokens, batch.valid),
+        lengths,
+    )
 
 
 def table_rewards(run: Run, rewarder: Any, table: TokenTable) -> np.ndarray:
     """Raw rewards float32 [M, 2, R] of the chosen and the rejected answers of M pairs."""
     # A pair is labelled once per objective, but each of its answers is scored once.
-    numbers: dict[tuple[bytes, bytes], int] = {}
-    place = [
-        [numbers.setdefault((prompt.tobytes(), table.tokens[side][i].tobytes()), len(numbers)) for side in SIDES]
-        for i, prompt in enumerate(table.tokens["prompt"])
-    ]
-    rows = [(np.frombuffer(prompt, np.int32), np.frombuffer(answer, np.int32)) for prompt, answer in numbers]
-    return raw_rewards(run, rewarder, rows)[np.array(place)]
+    answers, numbers = unique_answers(table)
+    return raw_rewards(run, rewarder, answers)[numbers]
+
+
+@struct.dataclass
+class ModpoBatch:
+    """n pairs for each of K policies; R reward models.
+
+    Attributes:
+      rows: see `reward.by_model`.
+      reference: float32 [K, n, 2], log-probabilities of the chosen and the rejected answers under the reference, nats.
+      rewards: float32 [K, n, 2, R - 1], by the models of the objectives that the pair is not labelled for.
+      weights: float32 [K, 1, R], of each policy that of the labelled objective first.
+    """
+
+    rows: PackedRows
+    reference: np.ndarray | jax.Array
+    rewards: np.ndarray | jax.Array
+    weights: np.ndarray | jax.Array
 
 
 def policies_loss(
-    model: Decoder, adapter: AdapterConfig, beta: float, kind: str, bank: Any, base: Any, batch: Any
+    backbone: Backbone, bank: Any, batch: ModpoBatch, beta: float, kind: str
 ) -> tuple[jax.Array, Metrics]:
     """Sum over the K policies of their mean MODPO losses; metrics [K].
 
     Accuracies and margins are those of the rewards that the policies imply for the labelled objective, (beta log(pi /
     reference) - sum_{i>0} w_i r_i) / w_0: what the labels are about. With one-hot weights they are DPO's.
 
-    Args:
-      beta, kind: see `modpo_loss`.
-      batch: {"rows": see `reward.by_model`; float32 "reference" [K, n, 2], log-probs of the reference; "rewards" [K, n,
-        2, R - 1] of the objectives the pair is not labelled for; "weights" [K, 1, R], that of the labelled one first}.
+    `beta` and `kind` are those of `modpo_loss`.
     """
-    weights, reference, rewards = batch["weights"], batch["reference"], batch["rewards"].swapaxes(1, 2)
+    weights, reference, rewards = batch.weights, batch.reference, batch.rewards.swapaxes(1, 2)
     K = weights.shape[0]
-    policies = Policies(model, adapter, base, bank, jnp.eye(K))
-    logps = scoring.packed_logps(policies, batch["rows"], reference.size).reshape(reference.shape)
+    logps = scoring.packed_logps(backbone.policies(bank, jnp.eye(K)), batch.rows).reshape(reference.shape)
     logps, reference = ((x[..., 0], x[..., 1]) for x in (logps, reference))
     rewards = rewards[:, 0], rewards[:, 1]
     losses = modpo_loss(logps, reference, beta, weights=weights, rewards=rewards, kind=kind)
@@ -137,107 +141,154 @@ def policies_loss(
         "loss": (losses.sum(1), count),
         "rewards/accuracies": (accuracy(margins, 0.0).sum(1), count),
         "rewards/margins": (margins.sum(1), count),
-        "wasted_tokens": scoring.wasted_tokens(batch["rows"]),
+        "wasted_tokens": scoring.wasted_tokens(batch.rows),
     }
     return losses.mean(1).sum(), metrics
 
 
-class Modpo(Method):
-    """The method for `training.loop.run`.
+@dataclasses.dataclass(frozen=True)
+class ModpoData:
+    """What K policies learn from.
 
     Attributes:
-      weights: float32 [K, 1, R] over the reward models of the run, for each policy that of its labelled objective
-        first, the others in order.
-      table: the pairs labelled for any of those objectives.
-      reference, rewards: of each of its M rows, [M, 2] and [M, 2, R - 1], see `policies_loss`.
-      tables: for each policy its rows of `table`.
-
-    Raises:
-      UserError: settings that MODPO cannot follow, or an objective without pairs.
+      policies: K names.
+      labels: the objective that the pairs of each policy are labelled for, the one that weighs most.
+      weights: float32 [K, 1, R] over the reward models of the run, for each policy that of its label first, the others
+        in order.
+      table: the M pairs labelled for any of those objectives.
+      reference, rewards: float32 [M, 2] and [M, 2, R - 1], see `ModpoBatch`.
     """
 
-    show = ("loss", "rewards/accuracies")
+    policies: tuple[str, ...]
+    labels: tuple[str, ...]
+    weights: np.ndarray
+    table: TokenTable
+    reference: np.ndarray
+    rewards: np.ndarray
 
-    def __init__(self, run: Run, settings: ModpoSettings):
-        self.run, self.settings, self.goals = run, settings, Targets(run, settings)
-        K = len(self.goals.policies)
-        weights = np.zeros((K, len(run.audience.rewards)), np.float32)
-        for k in range(K):
-            goal = self.goals.goal(0, k)
-            weights[k, list(goal.objectives)] = goal.weights
-        labels = weights.argmax(1)  # the first of equals
-        self.weights = np.array([[w[i], *np.delete(w, i)] for w, i in zip(weights, labels, strict=True)])[:, None]
-        self.table = self._pairs([run.audience.rewards[i] for i in labels])
-        of = [run.audience.rewards.index(example.objective) for example in self.table.examples]
-        raw = self._raw(self.table)
-        self.rewards = np.stack([np.delete(x, i, axis=1) for x, i in zip(raw, of, strict=True)])
-        self.reference = self._reference(self.table)
-        self.optimizer = per_ingredient(make_optimizer(settings.optimizer, settings.steps))
-        self.tables = [[row for row, i in zip(self.table, of, strict=True) if i == label] for label in labels]
-        source = reward.Grouped(self.tables, run.settings.seed)
-        self.batches = batches(source, settings.batch_size, seed=run.settings.seed, collate=self.collate)
-        self._update = run.devices.training_step(self._step)
-        self.programs, self.ingredients = (self._update,), self.goals.policies
-
-    def _pairs(self, labels: Sequence[str]) -> TokenTable:
-        """The comparisons of the run labelled for any of `labels`, one per policy."""
-        table = reward.comparisons(self.run)
-        found = {example.objective for example in table.examples}
-        for name, label in zip(self.goals.policies, labels, strict=True):
-            if label not in found:
-                raise UserError(
-                    f"{table.bad.source_name}: no pair is labelled for {label!r}, which weighs most for policy "
-                    f"{name!r}; add comparisons, or train for other preferences"
-                )
-        return table.select([i for i, example in enumerate(table.examples) if example.objective in labels])
-
-    def _raw(self, table: TokenTable) -> np.ndarray:
-        return table_rewards(self.run, reward.load(self.run), table)
-
-    def _reference(self, table: TokenTable) -> np.ndarray:
-        return self.run.reference(table, self.run.text.sample_rows)
+    @property
+    def tables(self) -> list[list[Any]]:
+        """For each policy the rows of `table` with its label."""
+        return [[row for row in self.table if row["objective"] == label] for label in self.labels]
 
     @property
     def samples(self) -> int:
         """How many answers were sampled for the pairs: two for each, however often it is labelled."""
         return 2 * len({SPLITS["pair"](example) for example in self.table.examples})
 
-    def collate(self, rows: Sequence[Sequence[Any]]) -> Any:
-        """n lists of K rows -> a batch as `policies_loss` takes it, but for the weights."""
-        packed, pairs = reward.by_model(self.run, rows)
+
+class Modpo(Method):
+    """The method for `training.loop.run`."""
+
+    show = ("loss", "rewards/accuracies")
+
+    def __init__(
+        self,
+        settings: ModpoSettings,
+        data: ModpoData,
+        devices: Devices,
+        backbone: Backbone,
+        text: Text,
+        streams: Streams,
+    ):
+        self.settings, self.data, self.devices, self.backbone = settings, data, devices, backbone
+        self.text, self.streams = text, streams
+        self.optimizer = per_ingredient(make_optimizer(settings.optimizer, settings.steps))
+        source = reward.Grouped(data.tables, streams.seed)
+        self.batches = batches(source, settings.batch_size, seed=streams.seed, collate=self.collate)
+        self._update = devices.training_step(self._step)
+        self.programs, self.ingredients = (self._update,), data.policies
+
+    def collate(self, rows: Sequence[Sequence[Any]]) -> ModpoBatch:
+        """n lists of K rows -> a batch."""
+        packed, pairs = reward.by_model(self.text, rows)
         index = np.array([pair["index"] for pair in pairs]).reshape(-1, len(rows))
-        return {"rows": packed, "reference": self.reference[index], "rewards": self.rewards[index]}
+        return ModpoBatch(packed, self.data.reference[index], self.data.rewards[index], self.data.weights)
 
     def init(self) -> State:
-        return self.run.devices.create(self._initial, self.run.workspace.base)
+        return self.devices.create(self._initial, self.backbone)
 
-    def _initial(self, base: Any) -> State:
-        run = self.run
-        bank = init_bank(base, run.workspace.adapter, len(self.goals.adapters), run.streams.key("modpo/adapter"))
-        return State.create(run.streams.key("modpo/state"), bank, self.optimizer)
+    def _initial(self, backbone: Backbone) -> State:
+        bank = init_bank(backbone.base, backbone.adapter, len(self.data.policies), self.streams.key("modpo/adapter"))
+        return State.create(self.streams.key("modpo/state"), bank, self.optimizer)
 
-    def _step(self, state: State, base: Any, batch: Any) -> tuple[State, Metrics]:
-        run, settings = self.run, self.settings
-        loss = functools.partial(
-            policies_loss, run.workspace.model, run.workspace.adapter, settings.beta, settings.loss
-        )
-        (_, metrics), gradient = jax.value_and_grad(loss, has_aux=True)(state.trainable, base, batch)
+    def _step(self, state: State, backbone: Backbone, batch: ModpoBatch) -> tuple[State, Metrics]:
+        def loss(bank: Any) -> tuple[jax.Array, Metrics]:
+            return policies_loss(backbone, bank, batch, self.settings.beta, self.settings.loss)
+
+        gradient, metrics = jax.grad(loss, has_aux=True)(state.trainable)
         return state.apply_gradients(gradient, self.optimizer), metrics
 
-    def step(self, state: State, batch: Any) -> tuple[State, Metrics]:
-        batch = batch | {"rows": self.run.devices.place(batch["rows"]), "weights": self.weights}
-        return self._update(state, self.run.workspace.base, batch)
+    def step(self, state: State, batch: ModpoBatch) -> tuple[State, Metrics]:
+        # The rest of a batch is small: every device has all of it.
+        return self._update(state, self.backbone, batch.replace(rows=self.devices.place(batch.rows)))
+
+
+# ---- the stage
+
+
+def labelled(run: Run, settings: ModpoSettings) -> tuple[Targets, tuple[str, ...], np.ndarray, TokenTable]:
+    """(targets, labels, weights, table): see `ModpoData`.
+
+    Raises:
+      UserError: settings that MODPO cannot follow, or an objective without pairs.
+    """
+    targets, rewards = Targets(run, settings), run.audience.rewards
+    K = len(targets.policies)
+    weights = np.zeros((K, len(rewards)), np.float32)
+    for k in range(K):
+        target = targets.goal(0, k)
+        weights[k, list(target.objectives)] = target.weights
+    numbers = weights.argmax(1)  # the first of equals
+    labels = tuple(rewards[i] for i in numbers)
+    ordered = np.array([[w[i], *np.delete(w, i)] for w, i in zip(weights, numbers, strict=True)])[:, None]
+    table = reward.comparisons(run)
+    found = {example.objective for example in table.examples}
+    for name, label in zip(targets.policies, labels, strict=True):
+        if label not in found:
+            raise UserError(
+                f"{table.bad.source_name}: no pair is labelled for {label!r}, which weighs most for policy "
+                f"{name!r}; add comparisons, or train for other preferences"
+            )
+    rows = [i for i, example in enumerate(table.examples) if example.objective in labels]
+    return targets, labels, ordered, table.select(rows)
+
+
+def data_of(
+    run: Run,
+    settings: ModpoSettings,
+    raw: Callable[[TokenTable], np.ndarray],
+    reference: Callable[[TokenTable], np.ndarray],
+) -> ModpoData:
+    """What MODPO learns from, where `raw` and `reference` give the rewards [M, 2, R] and log-probabilities [M, 2] of a
+    table; see `labelled` for errors.
+    """
+    targets, labels, weights, table = labelled(run, settings)
+    of = [run.audience.rewards.index(example.objective) for example in table.examples]
+    rewards = np.stack([np.delete(x, i, axis=1) for x, i in zip(raw(table), of, strict=True)])
+    return ModpoData(tuple(targets.policies), labels, weights, table, reference(table), rewards)
+
+
+def method_of(run: Run, settings: ModpoSettings) -> Modpo:
+    """The method for the policies of a run."""
+    data = data_of(
+        run,
+        settings,
+        raw=lambda table: table_rewards(run, reward.load(run), table),
+        reference=lambda table: run.reference(table, run.text.sample_rows),
+    )
+    return Modpo(settings, data, run.devices, run.workspace.backbone, run.text, run.streams)
 
 
 def train(run: Run, settings: ModpoSettings, stage: str) -> dict[str, Any]:
     """Trains the policies by the section `settings`, see `config.neighbours`; writes <workdir>/<stage>/bank.safetensors
     and one folder per adapter.
     """
-    method = Modpo(run, settings)
-    state = run.train(method, stage, settings.steps)
+    method = method_of(run, settings)
+    state, names = run.train(method, stage, settings.steps), list(method.data.policies)
     with disk_errors(run.workdir.path / stage):
-        base_hash = policy.save(run, stage, method.goals.adapters, state.trainable)
-    return {"ingredients": list(method.goals.adapters), "samples": method.samples, "base": base_hash}
+        base_hash = policy.save(run, stage, names, state.trainable)
+    return {"ingredients": names, "samples": method.data.samples, "base": base_hash}
 
 
 TRAINER = Trainer(lambda run: run.section(ModpoSettings), train)

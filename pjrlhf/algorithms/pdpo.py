@@ -9,7 +9,7 @@ have those of `PreferenceConfig`, where they differ from the section's, and of `
 import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,17 +18,19 @@ import optax
 
 from pjrlhf.data.batching import batches
 from pjrlhf.errors import UserError
-from pjrlhf.feedback.pairs import SIDES, Pairs, PairSettings
-from pjrlhf.models.adapters import AdapterConfig, Policies, bank_size, init_bank, is_low_rank
-from pjrlhf.models.decoder import Decoder
+from pjrlhf.feedback.pairs import SIDES, PairBatch, Pairs, PairSettings, read_pairs
+from pjrlhf.models.adapters import Backbone, bank_size, init_bank, is_low_rank
 from pjrlhf.models.storage import load_tree, save_tree
 from pjrlhf.models.users import KINDS, STARTS, UserModel, fit_clusters, gather_rows
 from pjrlhf.objectives import preference as losses
 from pjrlhf.paths import local
 from pjrlhf.rollout import scoring
+from pjrlhf.runtime.devices import Devices
 from pjrlhf.runtime.run import Run, Stage
+from pjrlhf.runtime.scorer import Scorer
+from pjrlhf.runtime.streams import Streams
 from pjrlhf.settings import Settings, parse, setting
-from pjrlhf.training.lazy_adam import lazy_adam
+from pjrlhf.training.lazy_adam import LazyAdam, lazy_adam
 from pjrlhf.training.loop import Method
 from pjrlhf.training.metrics import Metrics
 from pjrlhf.training.optimizer import OptimizerSettings, check_warmup, make_optimizer, make_schedule, per_ingredient
@@ -86,7 +88,7 @@ class PreferenceConfig(Settings):
 class EntrySettings(Settings):
     """An entry of `preference.models`: a user model, and what differs from the section where it differs."""
 
-    kind: str = setting("individualized", "the user model", choices=tuple(KINDS))
+    kind: str = setting("individualized", "the user model", choices=lambda: tuple(KINDS), extensible=True)
     tokens: int = setting(10, "user tokens, of the kinds that have them", low=1, high=4096)
     clusters: int = setting(5, "of kind cluster", low=1, high=10**6)
     start: str = setting("vocabulary", "what user tokens start from", choices=STARTS)
@@ -102,8 +104,35 @@ class EntrySettings(Settings):
     user_text: bool = setting(False, "what people say about themselves stands before the prompt")
 
     def check(self) -> None:
+        try:
+            KINDS.get(self.kind)
+        except UserError as error:
+            raise UserError(f"kind: {error}") from error
         if self.warm_start and self.kind != "cluster":
             raise UserError(f"warm_start: kind {self.kind!r} has no clusters to start; set it to 0")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Entry:
+    """One training: a user model, its objective and its budget.
+
+    Attributes:
+      name: in `preference.models`.
+      steps, batch_size: updates, and pairs of each.
+      optimizer, user_optimizer: of the policy or reward model, and of the user model.
+    """
+
+    name: str
+    users: EntrySettings
+    objective: PreferenceConfig
+    steps: int
+    batch_size: int
+    optimizer: OptimizerSettings
+    user_optimizer: OptimizerSettings
+
+    def part(self, steps: int, kind: str) -> "Entry":
+        """A part of the training, with another kind of user model."""
+        return dataclasses.replace(self, steps=steps, users=self.users.replace(kind=kind, warm_start=0.0))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -140,8 +169,8 @@ class PreferenceSettings(PairSettings, PreferenceConfig):
                 check_warmup(self.optimizer, part)
                 check_warmup(self.user_optimizer, part, "user_optimizer")
 
-    def entry(self, name: str) -> tuple[EntrySettings, PreferenceConfig]:
-        """The user model of an entry, and its objective.
+    def entry(self, name: str) -> Entry:
+        """An entry of `models`.
 
         Raises:
           UserError: a setting of the entry that is not known or does not fit.
@@ -154,103 +183,106 @@ class PreferenceSettings(PairSettings, PreferenceConfig):
         own = {key: value for key, value in values.items() if key not in objective}
         if "kind" not in own:
             raise UserError(f"models.{name}: has no kind; choose one of {', '.join(KINDS)}")
-        return parse(EntrySettings, own, f"models.{name}"), parse(PreferenceConfig, objective, f"models.{name}")
+        return Entry(
+            name=name,
+            users=parse(EntrySettings, own, f"models.{name}"),
+            objective=parse(PreferenceConfig, objective, f"models.{name}"),
+            steps=self.steps,
+            batch_size=self.batch_size,
+            optimizer=self.optimizer,
+            user_optimizer=self.user_optimizer,
+        )
 
 
-def answer_scores(
-    model: Decoder, adapter: AdapterConfig, users: UserModel, trainable: Any, base: Any, batch: Any
-) -> jax.Array:
+# ---- the objective
+
+
+def answer_scores(backbone: Backbone, users: UserModel, trainable: Any, batch: PairBatch) -> jax.Array:
     """Float32 [2, B], of the chosen and rejected answers as each pair's user sees them: summed log-probs, nats, or,
     where `trainable` has "heads", rewards.
 
     Args:
-      trainable: {"bank": the adapters, "users": parameters of the user model}, and "heads" of a reward model.
-      batch: {"rows", "user"} of B pairs, see `stages.pairs.Pairs.collate`.
+      trainable: {"bank": the adapters, "users": parameters of the user model, whose table has a row for each of
+        `batch.places`}, and "heads" of a reward model.
     """
-    user_tokens, mix = users.apply(trainable["users"], batch["user"])
-    if mix is None:
-        mix = jnp.ones((1, 1))
-    policies, count = Policies(model, adapter, base, trainable["bank"], mix, user_tokens), 2 * len(batch["user"])
+    user_tokens, mix = users.apply(trainable["users"], batch.places)
+    one = jnp.ones((1, 1))
+    policies = backbone.policies(trainable["bank"], one if mix is None else mix, user_tokens)
     if "heads" in trainable:
-        scores = scoring.packed_rewards(policies, trainable["heads"], jnp.ones((1, 1)), batch["rows"], count)
+        scores = scoring.packed_rewards(policies, trainable["heads"], one, batch.rows)
     else:
-        scores = scoring.packed_logps(policies, batch["rows"], count)
+        scores = scoring.packed_logps(policies, batch.rows)
     return scores.reshape(-1, 2).T
 
 
-def _references(config: PreferenceConfig, batch: Any) -> jax.Array:
+def _references(config: PreferenceConfig, batch: PairBatch) -> jax.Array:
     """Float32 [2, B]: what the scores of `answer_scores` are measured against; rewards against nothing."""
-    return batch["reference"].T if config.head == "policy" else jnp.zeros_like(batch["reference"].T)
+    return batch.reference.T if config.head == "policy" else jnp.zeros_like(batch.reference.T)
 
 
-def pair_rewards(config: PreferenceConfig, scores: jax.Array, batch: Any) -> tuple[jax.Array, jax.Array]:
+def pair_rewards(config: PreferenceConfig, scores: jax.Array, batch: PairBatch) -> tuple[jax.Array, jax.Array]:
     """(chosen, rejected) rewards float32 [B] from what `answer_scores` gives, constants to the gradient: those of the
     head, or beta log(pi / reference), per token where the loss is.
     """
     rewards = losses.implicit_rewards(scores, _references(config, batch), config.scale)
     if "lengths" in losses.PAIRWISE.get(config.loss).options:
-        rewards = tuple(reward / count for reward, count in zip(rewards, batch["counts"].T, strict=True))
+        rewards = tuple(reward / count for reward, count in zip(rewards, batch.counts.T, strict=True))
     return rewards
 
 
-def reward_shift(config: PreferenceConfig, scores: jax.Array, batch: Any) -> jax.Array:
-    """Float32 [2], sum and number of the rewards of both answers so far: those before this batch, which `batch` may
-    hold as "shift", and its own. Their mean is the reward shift of BCO (arXiv 2404.04656).
+def reward_shift(config: PreferenceConfig, scores: jax.Array, batch: PairBatch) -> jax.Array:
+    """Float32 [2], sum and number of the rewards of both answers so far: `batch.shift` and those of the batch. Their
+    mean is the reward shift of BCO (arXiv 2404.04656).
     """
     rewards = jnp.stack(losses.implicit_rewards(scores, _references(config, batch), config.scale))
-    return batch.get("shift", jnp.zeros(2)) + jnp.stack([rewards.sum(), jnp.asarray(float(rewards.size))])
+    before = jnp.zeros(2) if batch.shift is None else batch.shift
+    return before + jnp.stack([rewards.sum(), jnp.asarray(float(rewards.size))])
 
 
-def pair_losses(config: PreferenceConfig, scores: jax.Array, batch: Any) -> jax.Array:
+def pair_losses(config: PreferenceConfig, scores: jax.Array, batch: PairBatch) -> jax.Array:
     """Float32 [B], the loss of every pair from what `answer_scores` gives."""
-    takes, delta = losses.PAIRWISE.get(config.loss).options, None
+    takes, options = losses.PAIRWISE.get(config.loss).options, {}
+    if "lengths" in takes:
+        options["lengths"] = batch.counts.T
+    if "label_smoothing" in takes:
+        options["label_smoothing"] = config.label_smoothing
+    if "margin" in takes:
+        options["margin"] = batch.margin
     if "delta" in takes:
         total, count = reward_shift(config, scores, batch)
-        delta = total / count
-    return losses.pairwise_loss(
-        config.loss,
-        scores,
-        _references(config, batch),
-        config.scale,
-        lengths=batch["counts"].T,
-        label_smoothing=config.label_smoothing,
-        margin=batch["margin"] if "margin" in takes else None,
-        delta=delta,
-    )
+        options["delta"] = total / count
+    return losses.pairwise_loss(config.loss, scores, _references(config, batch), config.scale, **options)
 
 
 def preference_loss(
-    model: Decoder,
-    adapter: AdapterConfig,
-    users: UserModel,
-    config: PreferenceConfig,
-    trainable: Any,
-    base: Any,
-    batch: Any,
+    backbone: Backbone, users: UserModel, config: PreferenceConfig, trainable: Any, batch: PairBatch
 ) -> tuple[jax.Array, Metrics]:
-    """The personalized loss of a batch, see `stages.pairs.Pairs.collate`, with "generic" bool [B] besides: which
-    copies are the generic user's (`both_copies`); None where every pair is in it once and counts once, as in plain DPO.
+    """The personalized loss of a batch (P-RLHF, arXiv 2402.05133): alpha times the mean over pairs as their users see
+    them, and 1 - alpha times the mean over the copies of the generic user. Without such copies (`batch.generic` is
+    None) every pair counts once, as in plain DPO.
+
+    `trainable` is that of `answer_scores`.
     """
-    scores = answer_scores(model, adapter, users, trainable, base, batch)
+    scores = answer_scores(backbone, users, trainable, batch)
     pairwise = pair_losses(config, scores, batch)
     if config.sft_weight:
-        pairwise = pairwise + config.sft_weight * losses.sft_term(scores[0], batch["counts"][:, 0])
+        pairwise = pairwise + config.sft_weight * losses.sft_term(scores[0], batch.counts[:, 0])
     ones = jnp.ones_like(pairwise)
-    if batch["generic"] is None:
+    if batch.generic is None:
         pair = (pairwise.sum(), ones.sum())
     else:
-        pair = losses.mixture(pairwise, batch["generic"], config.alpha)
+        pair = losses.mixture(pairwise, batch.generic, config.alpha)
     chosen, rejected = pair_rewards(config, scores, batch)
-    counted = ones if batch["generic"] is None else 1.0 - batch["generic"]
+    counted = ones if batch.generic is None else 1.0 - batch.generic
     metrics = {
         "loss": pair,
         "rewards/accuracies": ((losses.accuracy(chosen, rejected) * counted).sum(), counted.sum()),
         "rewards/margins": (((chosen - rejected) * counted).sum(), counted.sum()),
         "rewards/chosen": ((chosen * counted).sum(), counted.sum()),
         "rewards/rejected": ((rejected * counted).sum(), counted.sum()),
-        "wasted_tokens": scoring.wasted_tokens(batch["rows"]),
+        "wasted_tokens": scoring.wasted_tokens(batch.rows),
     }
-    if "shift" in batch:
+    if batch.shift is not None:
         metrics["rewards/shift"] = tuple(reward_shift(config, scores, batch))
     if config.head == "policy":
         for side, logps in zip(SIDES, scores, strict=True):
@@ -258,16 +290,93 @@ def preference_loss(
     return pair[0] / pair[1], metrics
 
 
-def both_copies(batch: Any) -> Any:
-    """A batch with every pair twice: as its user said it, and as the generic user."""
-    B = len(batch["user"])
-    both = jax.tree.map(lambda x: jnp.concatenate([x, x]), batch)
-    # The copies' pairs are numbered on.
-    for name, step in (("owner", B), ("answer", 2 * B), ("last_answer", 2 * B)):
-        numbers = batch["rows"][name]
-        both["rows"][name] = jnp.concatenate([numbers, numbers + step])
-    generic = jnp.arange(2 * B) >= B
-    return {**both, "user": jnp.where(generic, 0, both["user"]), "generic": generic}
+class PairMargins:
+    """Reward margins of comparisons: the reward of chosen minus that of rejected, as people see them.
+
+    Args:
+      size: pairs scored at once.
+    """
+
+    def __init__(self, objective: PreferenceConfig, users: UserModel, pairs: Pairs, backbone: Backbone, scorer: Scorer):
+        self.objective, self.users, self.pairs, self.backbone = objective, users, pairs, backbone
+        self.scorer = scorer
+        self._margins = jax.jit(self._of_batch)
+
+    def _of_batch(self, backbone: Backbone, trainable: Any, batch: PairBatch) -> jax.Array:
+        chosen, rejected = pair_rewards(self.objective, answer_scores(backbone, self.users, trainable, batch), batch)
+        return chosen - rejected
+
+    def __call__(self, trainable: Any, part: str, users: np.ndarray, rows: Sequence[int] | None = None) -> np.ndarray:
+        """Float32 [M], of `rows` of a part (all by default), as seen by `users` int32 [N], rows of the user table for
+        all N pairs of the part. Of a policy these are the implicit margins, beta Delta log(pi / reference).
+        """
+        table = self.pairs.tables[part]
+        rows = range(len(table)) if rows is None else rows
+        return self.scorer(
+            "margins",
+            rows,
+            lambda chunk: self.pairs.collate(part, users, [table[i] for i in chunk], self.users.num_tokens),
+            functools.partial(self._margins, self.backbone, trainable),
+        )
+
+
+# ---- one update
+
+
+class Optimizers(NamedTuple):
+    """`dense` moves everything but the table of users, whose rows `table` moves one by one."""
+
+    dense: optax.GradientTransformationExtraArgs
+    table: LazyAdam
+
+    @classmethod
+    def create(cls, entry: Entry, trains_policy: bool) -> "Optimizers":
+        """Those of an entry: per policy for adapters and heads, and one for what all users share."""
+        parts = {"users": make_optimizer(entry.user_optimizer, entry.steps)}
+        if trains_policy:
+            parts["policy"] = per_ingredient(make_optimizer(entry.optimizer, entry.steps))
+        dense = optax.multi_transform(
+            parts, lambda dense: {name: "users" if name == "users" else "policy" for name in dense}
+        )
+        return cls(dense, lazy_adam(make_schedule(entry.user_optimizer, entry.steps)))
+
+    def init(self, trainable: Any) -> dict[str, Any]:
+        """{"dense", "table"}: the state before the first update."""
+        dense, table = _split(trainable)
+        return {"dense": self.dense.init(dense), "table": {} if table is None else self.table.init(table)}
+
+    def update(self, gradient: Any, indices: jax.Array | None, trainable: Any, state: Any) -> tuple[Any, Any]:
+        """(trainable, state) after one update.
+
+        Args:
+          gradient: of `trainable`, but for the table of users that of the rows `indices`, see `gather_rows`.
+        """
+        dense, table = _split(trainable)
+        slopes, row_slopes = _split(gradient)
+        updates, dense_state = self.dense.update(slopes, state["dense"], dense)
+        dense, state = optax.apply_updates(dense, updates), {**state, "dense": dense_state}
+        if table is None:
+            return dense, state
+        table, rows = self.table.update(indices, row_slopes, state["table"], table)
+        return {**dense, "users": {**dense["users"], "table": table}}, {**state, "table": rows}
+
+
+def _split(trainable: Any) -> tuple[Any, Any]:
+    """(everything but the table of users, the table or None)."""
+    users = dict(trainable["users"])
+    table = users.pop("table", None)
+    return {**trainable, "users": users}, table
+
+
+def copies(objective: PreferenceConfig, batch: PairBatch, key: jax.Array) -> PairBatch:
+    """The batch with its part for the generic user: a second copy of every pair ("exact"), or pairs that lose their
+    user with probability 1 - alpha ("dropout").
+    """
+    if objective.alpha == 1:
+        return batch
+    if objective.mixture == "exact":
+        return batch.both_copies()
+    return batch.replace(users=losses.user_dropout(key, batch.users, objective.alpha))
 
 
 def soup_bank(run: Run) -> Any:
@@ -297,151 +406,134 @@ def soup_bank(run: Run) -> Any:
     return run.devices.shard(bank)
 
 
-class Preference(Method):
-    """The method for `training.loop.run`: one entry of `preference.models`, or a part of its training.
+def user_model(entry: Entry, capacity: int, width: int, bank: Any = None) -> UserModel:
+    """The user model of an entry.
 
     Args:
-      kind: the kind of user model; that of the entry by default.
-      steps: of this part; all by default.
-      start: {"bank", "users"} to go on from.
+      capacity: people it has room for.
+      width: of the base.
+      bank: adapters that it mixes, of kinds that do.
+
+    Raises:
+      UserError: sizes that the kind refuses.
+    """
+    own = {key: getattr(entry.users, key) for key in ("kind", "tokens", "clusters", "start", "std", "zero_offset")}
+    adapters = bank_size(bank) if KINDS.get(entry.users.kind).mixes and bank is not None else 0
+    try:
+        return UserModel(num_users=capacity, width=width, adapters=adapters, **own)
+    except ValueError as error:
+        raise UserError(f"preference.models.{entry.name}: {error}") from error
+
+
+class Preference(Method):
+    """The method for `training.loop.run`: the training of one entry, or a part of it.
+
+    Args:
+      start: parameters to go on from, {"bank", "users"}. A user model that mixes adapters only needs their "bank",
+        which is not trained.
     """
 
     show = ("loss", "rewards/accuracies")
 
     def __init__(
-        self, run: Run, name: str, pairs: Pairs, *, kind: str | None = None, steps: int = 0, start: Any = None
+        self, entry: Entry, pairs: Pairs, devices: Devices, backbone: Backbone, streams: Streams, start: Any = None
     ):
-        self.run, self.name, self.pairs, self.start = run, name, pairs, start
-        config = run.section(PreferenceSettings)
-        self.settings, self.objective = config.entry(name)
-        steps = steps or config.steps
-        kind = kind or self.settings.kind
+        self.entry, self.pairs, self.devices, self.streams = entry, pairs, devices, streams
+        self.backbone, self.objective = backbone, entry.objective
+        given = dict(start or {})
+        width = backbone.model.config.hidden_size
+        self.users = user_model(entry, pairs.registry.capacity, width, given.get("bank"))
         # What the policies are made of beside the base but is not trained.
-        self.frozen = {"bank": soup_bank(run)} if kind == "soup" else {}
-        sizes = {"num_users": pairs.registry.capacity, "width": run.workspace.model_config.hidden_size}
-        if self.frozen:
-            sizes["adapters"] = bank_size(self.frozen["bank"])
-        own = {key: getattr(self.settings, key) for key in ("tokens", "clusters", "start", "std", "zero_offset")}
-        try:
-            self.users = UserModel(kind=kind, **sizes, **own)
-        except ValueError as error:
-            raise UserError(f"preference.models.{name}: {error}") from error
-        self.personal = self.users.kind != "uniform"
+        self.frozen = {"bank": given.pop("bank")} if self.users.mixes else {}
+        self.start = given or None
         self.shifted = "delta" in losses.PAIRWISE.get(self.objective.loss).options
-        self.optimizer = per_ingredient(make_optimizer(config.optimizer, steps))
-        self.shared = make_optimizer(config.user_optimizer, steps)
-        self.lazy = lazy_adam(make_schedule(config.user_optimizer, steps))
+        self.optimizers = Optimizers.create(entry, not self.frozen or self.objective.head == "reward")
         users = pairs.users("train")
-        if self.settings.permuted:
+        if entry.users.permuted:
             # The control: the same people and pairs, but nobody's pairs are their own.
-            users = run.streams.numpy("preference/permutation").permutation(users)
+            users = streams.numpy("preference/permutation").permutation(users)
         collate = functools.partial(self.collate, "train", users)
-        self.batches = batches(pairs.tables["train"], config.batch_size, seed=run.settings.seed, collate=collate)
-        self._update = run.devices.training_step(self._step)
+        self.batches = batches(pairs.tables["train"], entry.batch_size, seed=streams.seed, collate=collate)
+        self._margins = PairMargins(self.objective, self.users, pairs, backbone, Scorer(devices, entry.batch_size))
+        self._update = devices.training_step(self._step)
         self.programs = (self._update,)
 
-    def collate(self, part: str, users: np.ndarray, rows: Sequence[Any]) -> Any:
+    def collate(self, part: str, users: np.ndarray, rows: Sequence[Any]) -> PairBatch:
         """A batch with room for the user tokens of this entry, see `Pairs.collate`."""
         return self.pairs.collate(part, users, rows, self.users.num_tokens)
 
     def init(self) -> State:
         # The step donates its state; what was given as a start stays the caller's.
-        return self.run.devices.create(self._initial, self.run.workspace.base, self.start)
+        return self.devices.create(self._initial, self.backbone, self.start)
 
-    def _initial(self, base: Any, start: Any) -> State:
-        run = self.run
-        key = run.streams.key("preference/init")
+    def _initial(self, backbone: Backbone, start: Any) -> State:
+        key = self.streams.key("preference/init")
         trainable = start
         if start is None:
-            users = self.users.init(jax.random.fold_in(key, 1), base["embed"]["embedding"])
+            users = self.users.init(jax.random.fold_in(key, 1), backbone.base["embed"]["embedding"])
             trainable = {"users": users}
             if not self.frozen:
-                trainable["bank"] = init_bank(base, run.workspace.adapter, 1, jax.random.fold_in(key, 0))
+                trainable["bank"] = init_bank(backbone.base, backbone.adapter, 1, jax.random.fold_in(key, 0))
             if self.objective.head == "reward":
-                trainable["heads"] = scoring.init_heads(
-                    1, run.workspace.model_config.hidden_size, jax.random.fold_in(key, 3)
-                )
-        users = trainable["users"]
-        opt_state = {
-            "policy": self.optimizer.init(policy) if (policy := _policy(trainable)) else {},
-            "shared": self.shared.init(users.get("shared", {})),
-            "table": self.lazy.init(users["table"]) if self.personal else {},
-        }
+                width = backbone.model.config.hidden_size
+                trainable["heads"] = scoring.init_heads(1, width, jax.random.fold_in(key, 3))
         extra = {"shift": jnp.zeros(2)} if self.shifted else {}
-        return State(jnp.zeros((), jnp.int32), jax.random.fold_in(key, 2), trainable, opt_state, extra)
+        rng, opt_state = jax.random.fold_in(key, 2), self.optimizers.init(trainable)
+        return State(jnp.zeros((), jnp.int32), rng, trainable, opt_state, extra)
 
-    def _step(self, state: State, base: Any, frozen: Any, batch: Any) -> tuple[State, Metrics]:
-        run, trainable, opt_state = self.run, dict(state.trainable), dict(state.opt_state)
-        batch = {**batch, "generic": None}
-        if self.personal and self.objective.alpha < 1:
-            if self.objective.mixture == "exact":
-                batch = both_copies(batch)
-            else:
-                key = jax.random.fold_in(state.rng, state.step)
-                batch["user"] = losses.user_dropout(key, batch["user"], self.objective.alpha)
-        users = dict(trainable["users"])
-        small, indices = users, None
-        if self.personal:
-            small, batch["user"], indices = gather_rows(users, batch["user"])
-        batch |= state.extra
+    def _step(self, state: State, backbone: Backbone, frozen: Any, batch: PairBatch) -> tuple[State, Metrics]:
+        trainable, indices = state.trainable, None
+        moving = trainable
+        if self.users.personal:
+            batch = copies(self.objective, batch, jax.random.fold_in(state.rng, state.step))
+            # Only the rows of users in the batch are differentiated.
+            small, local, indices = gather_rows(trainable["users"], batch.users)
+            moving, batch = {**trainable, "users": small}, batch.replace(local=local)
+        batch = batch.replace(**state.extra)
 
         def loss(moving: Any) -> tuple[jax.Array, Metrics]:
-            policies = {**frozen, **moving}
-            return preference_loss(
-                run.workspace.model, run.workspace.adapter, self.users, self.objective, policies, base, batch
-            )
+            return preference_loss(backbone, self.users, self.objective, {**frozen, **moving}, batch)
 
-        gradient, metrics = jax.grad(loss, has_aux=True)({**trainable, "users": small})
-        if policy := _policy(trainable):
-            updates, opt_state["policy"] = self.optimizer.update(_policy(gradient), opt_state["policy"], policy)
-            trainable |= optax.apply_updates(policy, updates)
-        if "shared" in users:
-            updates, opt_state["shared"] = self.shared.update(
-                gradient["users"]["shared"], opt_state["shared"], users["shared"]
-            )
-            users["shared"] = optax.apply_updates(users["shared"], updates)
-        if self.personal:
-            users["table"], opt_state["table"] = self.lazy.update(
-                indices, gradient["users"]["table"], opt_state["table"], users["table"]
-            )
+        gradient, metrics = jax.grad(loss, has_aux=True)(moving)
+        trainable, opt_state = self.optimizers.update(gradient, indices, trainable, state.opt_state)
         norm = optax.global_norm(gradient)
         metrics = {**metrics, "grad_norm": (norm, jnp.ones_like(norm))}
-        trainable["users"] = users
         extra = {"shift": jnp.stack(metrics["rewards/shift"])} if self.shifted else {}
         return state.replace(step=state.step + 1, trainable=trainable, opt_state=opt_state, extra=extra), metrics
 
-    def step(self, state: State, batch: Any) -> tuple[State, Metrics]:
-        return self._update(state, self.run.workspace.base, self.frozen, self.run.devices.place(batch))
+    def step(self, state: State, batch: PairBatch) -> tuple[State, Metrics]:
+        return self._update(state, self.backbone, self.frozen, self.devices.place(batch))
 
-
-def _policy(trainable: Any) -> Any:
-    """What one optimizer moves: everything but the users."""
-    return {name: tree for name, tree in trainable.items() if name != "users"}
+    def evaluate(self, state: State) -> dict[str, float]:
+        """Accuracy on the held-out pairs, each as its own user sees it."""
+        trainable = {**self.frozen, **state.trainable}
+        margins = self._margins(trainable, "heldout", self.pairs.users("heldout"))
+        return {"accuracy": float((margins > 0).mean())}
 
 
 def run(run: Run) -> dict[str, Any]:
     """Trains every entry of `preference.models`; writes <workdir>/preference/<name>/model.safetensors with the
     users' names.
     """
-    config = run.section(PreferenceSettings)
-    made = functools.cache(functools.partial(Pairs, run, config))
-
-    def train(method: Preference, stage: str, steps: int) -> Any:
-        return run.train(method, stage, steps).trainable
-
-    for name in config.models:
-        settings, _ = config.entry(name)
-        texts = settings.user_text
-        pairs = made(user_text=texts, permuted_text=texts and settings.permuted)
-        first, start = round(settings.warm_start * config.steps), None
-        if first:
-            method = Preference(run, name, pairs, kind="individualized", steps=first)
-            start = train(method, f"preference/{name}/individualized", first)
+    settings = run.section(PreferenceSettings)
+    made = functools.cache(functools.partial(read_pairs, run, settings))
+    parts = run.devices, run.workspace.backbone, run.streams
+    for name in settings.models:
+        entry = settings.entry(name)
+        texts = entry.users.user_text
+        pairs = made(user_text=texts, permuted_text=texts and entry.users.permuted)
+        first, start = round(entry.users.warm_start * entry.steps), None
+        if KINDS.get(entry.users.kind).mixes:
+            start = {"bank": soup_bank(run)}
+        elif first:
+            method = Preference(entry.part(first, "individualized"), pairs, *parts)
+            start = run.train(method, f"preference/{name}/individualized", first).trainable
             people = sorted(pairs.registry.rows.values())
-            vectors = method.users, start["users"], settings.clusters, run.streams.key("preference/clusters")
+            vectors = method.users, start["users"], entry.users.clusters, run.streams.key("preference/clusters")
             start = {**start, "users": fit_clusters(*vectors, user_rows=people)}
-        method = Preference(run, name, pairs, steps=config.steps - first, start=start)
-        trainable = train(method, f"preference/{name}", config.steps - first)
+        rest = entry.steps - first
+        method = Preference(entry.part(rest, entry.users.kind), pairs, *parts, start)
+        trainable = run.train(method, f"preference/{name}", rest).trainable
         note = {"users": pairs.registry.to_json(), "kind": method.users.kind, "base": run.workspace.base_hash}
         save_tree(run.workdir.stage(f"preference/{name}") / "model.safetensors", {**method.frozen, **trainable}, note)
     counts = {name: len(table) for name, table in pairs.tables.items()}

@@ -4,29 +4,35 @@ frozen base.
 
 import dataclasses
 import functools
+import itertools
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import struct
 
 from pjrlhf.data.batching import batches, split_by
+from pjrlhf.data.packing import PackedRows
+from pjrlhf.data.schema import Prompt
 from pjrlhf.data.tokenization import TokenTable
 from pjrlhf.errors import UserError
 from pjrlhf.feedback.comparisons import FILE
-from pjrlhf.models.adapters import AdapterConfig, Policies, init_bank
-from pjrlhf.models.decoder import Decoder
+from pjrlhf.models.adapters import Backbone, init_bank
 from pjrlhf.models.storage import load_tree, save_tree
 from pjrlhf.objectives.preference import accuracy, bradley_terry_loss
-from pjrlhf.parallel.processes import to_host
 from pjrlhf.paths import local
 from pjrlhf.rollout import scoring
 from pjrlhf.rollout.experience import raw_rewards, sample
 from pjrlhf.rollout.reference import SIDES
+from pjrlhf.runtime.devices import Devices
 from pjrlhf.runtime.records import SourceSpec
 from pjrlhf.runtime.run import Run, Stage
+from pjrlhf.runtime.scorer import Scorer
+from pjrlhf.runtime.streams import Streams
+from pjrlhf.runtime.text import Text
 from pjrlhf.settings import Settings, setting
 from pjrlhf.training.loop import Method
 from pjrlhf.training.metrics import Metrics
@@ -92,42 +98,49 @@ def _order(size: int, seed: int, turn: int) -> np.ndarray:
     return np.random.default_rng((seed, turn)).permutation(size)
 
 
-def by_model(run: Run, rows: Sequence[Sequence[Any]]) -> tuple[Any, list[Any]]:
-    """n lists of K pairs -> (packed rows, see `data.packing.pack`, and the K n pairs in their order). Pair k n + i
-    belongs to model k, which is the owner of its tokens; its answers are 2 (k n + i), chosen, and the one after.
+def by_model(text: Text, rows: Sequence[Sequence[Any]]) -> tuple[PackedRows, list[Any]]:
+    """n lists of K pairs -> (packed rows, and the K n pairs in their order). Pair k n + i belongs to model k, which is
+    the owner of its tokens; its answers are 2 (k n + i), chosen, and the one after.
     """
-    n, K = len(rows), len(rows[0])
+    K = len(rows[0])
     pairs = [each[k] for k in range(K) for each in rows]
-    packed = run.text.pack(
-        [pair["prompt"] for pair in pairs], [[pair[side] for side in SIDES] for pair in pairs], groups=K
-    )
-    return packed | {"owner": packed["owner"] // n}, pairs
+    prompts, answers = [pair["prompt"] for pair in pairs], [[pair[side] for side in SIDES] for pair in pairs]
+    return text.pack(prompts, answers, groups=K).by_group(K), pairs
 
 
-def pair_rewards(
-    model: Decoder, adapter: AdapterConfig, trainable: Any, base: Any, batch: Any
-) -> tuple[jax.Array, jax.Array]:
+@struct.dataclass
+class RewardBatch:
+    """n pairs for each of K reward models.
+
+    Attributes:
+      rows: see `by_model`.
+      margin: float32 [K, n], by how much the reward of chosen must exceed that of rejected.
+    """
+
+    rows: PackedRows
+    margin: np.ndarray | jax.Array
+
+
+def pair_rewards(backbone: Backbone, trainable: Any, rows: PackedRows) -> tuple[jax.Array, jax.Array]:
     """Raw rewards (chosen, rejected), each [K, n].
 
     Args:
       trainable: {"bank", "heads"} of K reward models.
-      batch: {"rows", "margin" [K n]}, see `Reward.collate`.
+      rows: see `by_model`.
     """
     K = trainable["heads"]["bias"].shape[0]
-    mix, count = jnp.eye(K), 2 * len(batch["margin"])
-    policies = Policies(model, adapter, base, trainable["bank"], mix)
-    rewards = scoring.packed_rewards(policies, trainable["heads"], mix, batch["rows"], count).reshape(K, -1, 2)
+    mix = jnp.eye(K)
+    policies = backbone.policies(trainable["bank"], mix)
+    rewards = scoring.packed_rewards(policies, trainable["heads"], mix, rows).reshape(K, -1, 2)
     return rewards[..., 0], rewards[..., 1]
 
 
-def reward_loss(
-    model: Decoder, adapter: AdapterConfig, trainable: Any, base: Any, batch: Any
-) -> tuple[jax.Array, Metrics]:
+def reward_loss(backbone: Backbone, trainable: Any, batch: RewardBatch) -> tuple[jax.Array, Metrics]:
     """Sum over the K models of their mean Bradley-Terry losses, with margins where the records have them; metrics
     [K].
     """
-    chosen, rejected = pair_rewards(model, adapter, trainable, base, batch)
-    losses = jax.vmap(bradley_terry_loss)(chosen, rejected, batch["margin"].reshape(chosen.shape))
+    chosen, rejected = pair_rewards(backbone, trainable, batch.rows)
+    losses = jax.vmap(bradley_terry_loss)(chosen, rejected, batch.margin)
     count = jnp.full(losses.shape, chosen.shape[1], jnp.float32)
     metrics = {
         "loss": (losses * count, count),
@@ -135,9 +148,162 @@ def reward_loss(
         "rewards/margins": ((chosen - rejected).sum(1), count),
         "rewards/chosen": (chosen.sum(1), count),
         "rewards/rejected": (rejected.sum(1), count),
-        "wasted_tokens": scoring.wasted_tokens(batch["rows"]),
+        "wasted_tokens": scoring.wasted_tokens(batch.rows),
     }
     return losses.sum(), metrics
+
+
+Tables = Mapping[str, TokenTable]  # objective -> its pairs
+
+
+def split_tables(
+    table: TokenTable, objectives: Sequence[str], heldout_fraction: float, seed: int
+) -> tuple[Tables, Tables]:
+    """(training, held-out) pairs of every objective, split by prompt.
+
+    Raises:
+      UserError: a pair of another objective, or an objective without pairs on one side.
+    """
+    for example in table.examples:
+        if example.objective not in objectives:
+            raise UserError(
+                f"{example.where}: objective {example.objective!r} is not one of {', '.join(objectives)}; "
+                "mend the record or add it to --config.objectives"
+            )
+    sides = split_by([json.dumps(example.prompt) for example in table.examples], heldout_fraction, seed)
+    tables = []
+    for side, name in zip(sides, ("training", "held-out"), strict=True):
+        rows = {objective: [i for i in side if table.examples[i].objective == objective] for objective in objectives}
+        empty = [objective for objective in objectives if not rows[objective]]
+        if empty:
+            raise UserError(
+                f"{table.bad.source_name}: no {name} pair for objective {empty[0]!r}; add comparisons, or leave it "
+                "out of --config.objectives"
+            )
+        tables.append({objective: table.select(rows[objective]) for objective in objectives})
+    return tables[0], tables[1]
+
+
+class Reward(Method):
+    """Trains the reward models.
+
+    Args:
+      tables: (training, held-out) pairs of every objective.
+    """
+
+    show = ("loss", "rewards/accuracies")
+
+    def __init__(
+        self,
+        settings: RewardSettings,
+        devices: Devices,
+        backbone: Backbone,
+        text: Text,
+        streams: Streams,
+        tables: tuple[Tables, Tables],
+    ):
+        self.settings, self.devices, self.backbone, self.text, self.streams = settings, devices, backbone, text, streams
+        self.train, self.heldout = tables
+        self.ingredients = tuple(self.train)
+        self.optimizer = per_ingredient(make_optimizer(settings.optimizer, settings.steps))
+        source = Grouped(list(self.train.values()), streams.seed)
+        self.batches = batches(source, settings.batch_size, seed=streams.seed, collate=self.collate)
+        self._update = devices.training_step(self._step)
+        self._hits = jax.jit(self._are_hits)
+        self.programs = (self._update,)
+
+    def collate(self, rows: Sequence[Sequence[Any]]) -> RewardBatch:
+        """n lists of K pairs -> a batch."""
+        packed, pairs = by_model(self.text, rows)
+        margin = np.array([pair["margin"] or 0.0 for pair in pairs], np.float32)
+        return RewardBatch(packed, margin.reshape(-1, len(rows)))
+
+    def init(self) -> State:
+        return self.devices.create(self._initial, self.backbone)
+
+    def _initial(self, backbone: Backbone) -> State:
+        K, streams = len(self.ingredients), self.streams
+        trainable = {
+            "bank": init_bank(backbone.base, backbone.adapter, K, streams.key("reward/adapter")),
+            "heads": scoring.init_heads(K, backbone.model.config.hidden_size, streams.key("reward/head")),
+        }
+        return State.create(streams.key("reward/state"), trainable, self.optimizer)
+
+    def _step(self, state: State, backbone: Backbone, batch: RewardBatch) -> tuple[State, Metrics]:
+        def loss(trainable: Any) -> tuple[jax.Array, Metrics]:
+            return reward_loss(backbone, trainable, batch)
+
+        gradient, metrics = jax.grad(loss, has_aux=True)(state.trainable)
+        return state.apply_gradients(gradient, self.optimizer), metrics
+
+    def step(self, state: State, batch: RewardBatch) -> tuple[State, Metrics]:
+        # Margins are few: every device has them all.
+        return self._update(state, self.backbone, batch.replace(rows=self.devices.place(batch.rows)))
+
+    def evaluate(self, state: State) -> dict[str, float]:
+        """Held-out accuracy per objective."""
+        return {f"accuracy/{name}": found["accuracy"] for name, found in self.heldout_accuracy(state.trainable).items()}
+
+    def _are_hits(self, backbone: Backbone, trainable: Any, rows: PackedRows) -> jax.Array:
+        """Float32 [n, K], 1 where a model rewards chosen more than rejected."""
+        return accuracy(*pair_rewards(backbone, trainable, rows)).T
+
+    def heldout_accuracy(self, trainable: Any) -> dict[str, dict[str, float]]:
+        """Held-out accuracy and number of pairs per objective.
+
+        Raises:
+          UserError: a reward that is NaN.
+        """
+        tables = list(self.heldout.values())
+        longest = max(map(len, tables))
+        hits = Scorer(self.devices, self.settings.batch_size)(
+            "held-out pairs",
+            [[table[i % len(table)] for table in tables] for i in range(longest)],
+            lambda rows: by_model(self.text, rows)[0],
+            functools.partial(self._hits, self.backbone, trainable),
+        )
+        found = {}
+        for k, (name, table) in enumerate(self.heldout.items()):
+            share = float(hits[: len(table), k].mean(dtype=np.float64))
+            if not np.isfinite(share):
+                raise UserError(f"reward: the model of {name!r} gives NaN on held-out pairs; lower its learning rate")
+            found[name] = {"accuracy": share, "pairs": len(table)}
+        return found
+
+    def calibrate(self, trainable: Any, prompts: Sequence[Prompt]) -> dict[str, jax.Array]:
+        """The scale of raw rewards on samples of the base, measured once: "mean", "std", and "low", "high", the
+        quantiles `reward.quantiles`, float32 [K] each.
+
+        Args:
+          prompts: which the samples answer, taken from the first on, and again where there are too few.
+        """
+        everything = jnp.arange(len(self.ingredients))[None]
+        draw = jax.jit(sample, static_argnums=(0, 1, 2))
+
+        @jax.jit
+        def score(backbone: Backbone, trainable: Any, prompt: Any, response: Any) -> jax.Array:
+            tokens = scoring.join(prompt["prompt"], response["tokens"])
+            valid = scoring.join(prompt["valid"], response["valid"])
+            return raw_rewards(backbone.model, backbone.adapter, backbone.base, trainable, everything, tokens, valid)
+
+        backbone, sampling, chunks = self.backbone, self.text.sampling(), itertools.count()
+
+        def rewards(prompt: Any) -> jax.Array:
+            key = self.streams.key("reward/calibration", next(chunks))
+            response = draw(backbone.model, backbone.adapter, sampling, backbone.base, None, None, prompt, key)
+            return score(backbone, trainable, prompt, response)
+
+        size = self.text.sample_rows
+        count = max(1, self.settings.calibration_samples // size) * size
+        rows = [prompts[i % len(prompts)] for i in range(count)]
+        raw = Scorer(self.devices, size)("calibration", rows, self.text.encode, rewards)
+        low, high = np.quantile(raw, self.settings.quantiles, axis=0)
+        scale = {"mean": raw.mean(0), "std": np.maximum(raw.std(0), 1e-6)}
+        scale |= {"low": low, "high": np.maximum(high, low + 1e-6)}
+        return {name: jnp.asarray(x, jnp.float32) for name, x in scale.items()}
+
+
+# ---- the stage
 
 
 def comparisons(run: Run) -> TokenTable:
@@ -150,146 +316,22 @@ def comparisons(run: Run) -> TokenTable:
     return run.text.tokenized(examples, lengths, name)
 
 
-class Reward(Method):
-    """Trains the reward models."""
-
-    show = ("loss", "rewards/accuracies")
-
-    def __init__(self, run: Run):
-        self.run, config = run, run.section(RewardSettings)
-        self.optimizer = per_ingredient(make_optimizer(config.optimizer, config.steps))
-        self.train, self.heldout = self._tables()
-        source = Grouped(self.train, run.settings.seed)
-        self.batches = batches(source, config.batch_size, seed=run.settings.seed, collate=self.collate)
-        self._update = run.devices.training_step(self._step)
-        self.programs, self.ingredients = (self._update,), run.audience.rewards
-
-    def _tables(self) -> tuple[list[TokenTable], list[TokenTable]]:
-        """Per objective: training and held-out rows, split by prompt."""
-        run = self.run
-        table = comparisons(run)
-        known = run.audience.rewards
-        for example in table.examples:
-            if example.objective not in known:
-                raise UserError(
-                    f"{example.where}: objective {example.objective!r} is not one of {', '.join(known)}; "
-                    "mend the record or add it to --config.objectives"
-                )
-        keys = [json.dumps(example.prompt) for example in table.examples]
-        sides = split_by(keys, run.section(RewardSettings).heldout_fraction, run.settings.seed)
-        tables = []
-        for side, name in zip(sides, ("training", "held-out"), strict=True):
-            of = {
-                objective: [i for i in side if table.examples[i].objective == objective]
-                for objective in run.audience.rewards
-            }
-            empty = [objective for objective, rows in of.items() if not rows]
-            if empty:
-                raise UserError(
-                    f"{table.bad.source_name}: no {name} pair for objective {empty[0]!r}; add comparisons, or leave it "
-                    "out of --config.objectives"
-                )
-            tables.append([table.select(rows) for rows in of.values()])
-        return tables[0], tables[1]
-
-    def collate(self, rows: Sequence[Sequence[Any]]) -> Any:
-        """n lists of K pairs -> {"rows", "margin" float32 [K n]}, see `by_model`."""
-        packed, pairs = by_model(self.run, rows)
-        return {"rows": packed, "margin": np.array([pair["margin"] or 0.0 for pair in pairs], np.float32)}
-
-    def init(self) -> State:
-        return self.run.devices.create(self._initial, self.run.workspace.base)
-
-    def _initial(self, base: Any) -> State:
-        run, K = self.run, len(self.run.audience.rewards)
-        trainable = {
-            "bank": init_bank(base, run.workspace.adapter, K, run.streams.key("reward/adapter")),
-            "heads": scoring.init_heads(K, run.workspace.model_config.hidden_size, run.streams.key("reward/head")),
-        }
-        return State.create(run.streams.key("reward/state"), trainable, self.optimizer)
-
-    def _step(self, state: State, base: Any, batch: Any) -> tuple[State, Metrics]:
-        loss = functools.partial(reward_loss, self.run.workspace.model, self.run.workspace.adapter)
-        (_, metrics), gradient = jax.value_and_grad(loss, has_aux=True)(state.trainable, base, batch)
-        return state.apply_gradients(gradient, self.optimizer), metrics
-
-    def step(self, state: State, batch: Any) -> tuple[State, Metrics]:
-        return self._update(state, self.run.workspace.base, self._placed(batch))
-
-    def _placed(self, batch: Any) -> Any:
-        return batch | {"rows": self.run.devices.place(batch["rows"])}  # few margins: every device has them all
-
-    def evaluate(self, state: State) -> dict[str, float]:
-        """Held-out accuracy per objective."""
-        return {f"accuracy/{name}": found["accuracy"] for name, found in self.heldout_accuracy(state.trainable).items()}
-
-    def heldout_accuracy(self, trainable: Any) -> dict[str, dict[str, float]]:
-        """Held-out accuracy and number of pairs per objective."""
-        run, n = self.run, self.run.section(RewardSettings).batch_size
-        score = jax.jit(functools.partial(pair_rewards, run.workspace.model, run.workspace.adapter))
-        longest = max(len(table) for table in self.heldout)
-        hits: list[list[float]] = [[] for _ in self.heldout]
-        for start in range(0, longest, n):
-            rows = [[table[i % len(table)] for table in self.heldout] for i in range(start, start + n)]
-            chosen, rejected = score(trainable, run.workspace.base, self._placed(self.collate(rows)))
-            better = to_host(accuracy(chosen, rejected))
-            for k, table in enumerate(self.heldout):
-                hits[k] += better[k, : max(0, len(table) - start)].tolist()
-        found = {name: (np.mean(h), len(h)) for name, h in zip(run.audience.rewards, hits, strict=True)}
-        bad = [name for name, (share, _) in found.items() if not np.isfinite(share)]
-        if bad:
-            raise UserError(f"reward: the model of {bad[0]!r} gives NaN on held-out pairs; lower its learning rate")
-        return {name: {"accuracy": float(share), "pairs": count} for name, (share, count) in found.items()}
-
-    def calibrate(self, trainable: Any) -> dict[str, jax.Array]:
-        """The scale of raw rewards on samples of the base for training prompts, measured once: "mean", "std", and
-        "low", "high", the quantiles `reward.quantiles`, [K] each.
-        """
-        run, rows = self.run, self.run.text.sample_rows
-        K = len(run.audience.rewards)
-        draw = jax.jit(sample, static_argnums=(0, 1, 2))
-
-        @jax.jit
-        def score(trainable, base, prompt, response):
-            tokens = scoring.join(prompt["prompt"], response["tokens"])
-            valid = scoring.join(prompt["valid"], response["valid"])
-            return raw_rewards(
-                run.workspace.model, run.workspace.adapter, base, trainable, jnp.arange(K)[None], tokens, valid
-            )
-
-        found = []
-        requests = run.records.requests[0]
-        for i in range(max(1, run.section(RewardSettings).calibration_samples // rows)):
-            chosen = [requests[(i * rows + j) % len(requests)] for j in range(rows)]
-            prompt = run.devices.place(run.text.encode([run.records.ask(request) for request in chosen]))
-            key = run.streams.key("reward/calibration", i)
-            out = draw(
-                run.workspace.model,
-                run.workspace.adapter,
-                run.text.sampling(),
-                run.workspace.base,
-                None,
-                None,
-                prompt,
-                key,
-            )
-            found.append(to_host(score(trainable, run.workspace.base, prompt, out)))
-        raw = np.concatenate(found)
-        low, high = np.quantile(raw, run.section(RewardSettings).quantiles, axis=0)
-        scale = {"mean": raw.mean(0), "std": np.maximum(raw.std(0), 1e-6)}
-        scale |= {"low": low, "high": np.maximum(high, low + 1e-6)}
-        return {name: jnp.asarray(x, jnp.float32) for name, x in scale.items()}
+def method_of(run: Run) -> Reward:
+    """The method for the reward models of a run."""
+    settings = run.section(RewardSettings)
+    tables = split_tables(comparisons(run), run.audience.rewards, settings.heldout_fraction, run.settings.seed)
+    return Reward(settings, run.devices, run.workspace.backbone, run.text, run.streams, tables)
 
 
 def run(run: Run) -> dict[str, Any]:
     """Trains, tests and calibrates the reward models; writes <workdir>/reward/model.safetensors."""
-    config = run.section(RewardSettings)
-    method = Reward(run)
-    state = run.train(method, "reward", config.steps)
+    method = method_of(run)
+    state = run.train(method, "reward", method.settings.steps)
     models = method.heldout_accuracy(state.trainable)
-    scale = method.calibrate(state.trainable)
-    for k, name in enumerate(run.audience.rewards):
-        models[name] |= {key: float(x[k]) for key, x in scale.items()} | {"train_pairs": len(method.train[k])}
+    prompts = [run.records.ask(request) for request in run.records.requests[0]]
+    scale = method.calibrate(state.trainable, prompts)
+    for k, (name, table) in enumerate(method.train.items()):
+        models[name] |= {key: float(x[k]) for key, x in scale.items()} | {"train_pairs": len(table)}
     tree = {**state.trainable, **scale}
     path = run.workdir.stage("reward") / MODEL
     with disk_errors(path):
@@ -301,11 +343,8 @@ def load(run: Run) -> Any:
     """The reward models of this run, one per reward, and their scale, on the mesh: {"bank", "heads", "mean", "std",
     "low", "high"}.
     """
-    path = (
-        local(run.section(RewardSettings).path)
-        if run.section(RewardSettings).path
-        else run.workdir.path / "reward" / MODEL
-    )
+    other = run.section(RewardSettings).path
+    path = local(other) if other else run.workdir.path / "reward" / MODEL
     tree, note = load_tree(path)
     if note.get("rewards") != list(run.audience.rewards):
         raise UserError(

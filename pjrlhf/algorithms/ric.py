@@ -19,11 +19,12 @@ from pjrlhf.algorithms import policy, reward, sft
 from pjrlhf.algorithms.modpo import raw_rewards
 from pjrlhf.algorithms.targets import encode
 from pjrlhf.data.batching import batches
+from pjrlhf.data.packing import PackedRows
 from pjrlhf.data.preferences import PreferencePrompt
 from pjrlhf.data.schema import Example
 from pjrlhf.data.tokenization import TokenTable
 from pjrlhf.errors import UserError
-from pjrlhf.models.adapters import init_bank
+from pjrlhf.models.adapters import Backbone, init_bank
 from pjrlhf.objectives.multi_objective import calibrate, target_map
 from pjrlhf.parallel.processes import on_process_zero
 from pjrlhf.runtime.answers import Row, Sampler, sample_base
@@ -97,7 +98,7 @@ def scored(run: Run, rewarder: Any, requests: Sequence[str], texts: Sequence[str
         raise UserError(f"{name}: all of {len(texts)} answers are empty; train the base longer")
     table = _tokenized(run, examples, name)
     N = len(run.audience.objectives)
-    raw = raw_rewards(run, rewarder, list(zip(table.tokens["prompt"], table.tokens["completion"], strict=True)))
+    raw = raw_rewards(run, rewarder, list(table))
     scores = np.asarray(calibrate(raw[:, :N], rewarder["low"][:N], rewarder["high"][:N])).tolist()
     return [
         {"request": example.extra["request"], "text": example.completion, "scores": row}
@@ -156,7 +157,7 @@ class Ric(Method):
     def __init__(self, run: Run, settings: Any, table: TokenTable, steps: int, start: Any = None):
         self.run, self.start = run, start
         self.optimizer = per_ingredient(make_optimizer(settings.optimizer, steps))
-        make = functools.partial(sft.collate, run)
+        make = functools.partial(sft.collate, run.text)
         self.batches = batches(table, settings.batch_size, seed=run.settings.seed, collate=make)
         self._update = run.devices.training_step(self._step)
         self.programs = (self._update,)
@@ -171,13 +172,15 @@ class Ric(Method):
             bank = init_bank(base, run.workspace.adapter, 1, run.streams.key("ric/adapter"))
         return State.create(run.streams.key("ric/state"), bank, self.optimizer)
 
-    def _step(self, state: State, base: Any, batch: Any) -> tuple[State, Metrics]:
-        loss = functools.partial(sft.sft_loss, self.run.workspace.model, self.run.workspace.adapter)
-        (_, metrics), gradient = jax.value_and_grad(loss, has_aux=True)(state.trainable, base, batch)
+    def _step(self, state: State, backbone: Backbone, batch: PackedRows) -> tuple[State, Metrics]:
+        def loss(bank: Any) -> tuple[jax.Array, Metrics]:
+            return sft.sft_loss(backbone, bank, batch)
+
+        gradient, metrics = jax.grad(loss, has_aux=True)(state.trainable)
         return state.apply_gradients(gradient, self.optimizer), metrics
 
     def step(self, state: State, batch: Any) -> tuple[State, Metrics]:
-        return self._update(state, self.run.workspace.base, self.run.devices.place(batch))
+        return self._update(state, self.run.workspace.backbone, self.run.devices.place(batch))
 
 
 def fine_tune(run: Run, settings: Any, stage: str, number: int, answers: Sequence[Answer], start: Any = None) -> Any:

@@ -12,14 +12,19 @@ import jax.numpy as jnp
 import optax
 
 from pjrlhf.data.batching import batches
+from pjrlhf.data.packing import PackedRows
+from pjrlhf.data.tokenization import TokenTable
 from pjrlhf.merging.lora import merge_dense
-from pjrlhf.models.adapters import AdapterConfig, Policies, init_bank
-from pjrlhf.models.decoder import Decoder
+from pjrlhf.models.adapters import AdapterConfig, Backbone, init_bank
 from pjrlhf.models.huggingface import save_params
 from pjrlhf.parallel.processes import on_process_zero, to_host
 from pjrlhf.rollout import scoring
+from pjrlhf.runtime.devices import Devices
 from pjrlhf.runtime.records import CorpusSettings
 from pjrlhf.runtime.run import Run, Stage
+from pjrlhf.runtime.streams import Streams
+from pjrlhf.runtime.text import Text
+from pjrlhf.runtime.workspace import Workspace
 from pjrlhf.settings import setting
 from pjrlhf.training.loop import Method
 from pjrlhf.training.metrics import Metrics, masked
@@ -43,80 +48,98 @@ class SftSettings(CorpusSettings):
         check_warmup(self.optimizer, self.steps)
 
 
-def sft_loss(model: Decoder, adapter: AdapterConfig, trainable: Any, base: Any, rows: Any) -> tuple[jax.Array, Metrics]:
+def sft_loss(backbone: Backbone, bank: Any, rows: PackedRows) -> tuple[jax.Array, Metrics]:
     """Mean negative log-likelihood of the completion tokens, nats.
 
     Args:
-      trainable: the parameters, or with `base` given a LoRA bank of one adapter.
-      rows: of prompts and one answer each, see `data.packing.pack`.
+      bank: a LoRA bank of one adapter; None for the base itself.
+      rows: prompts with one answer each.
     """
-    if base is None:
-        policies = Policies(model, adapter, trainable, None, None)
-    else:
-        policies = Policies(model, adapter, base, trainable, jnp.ones((1, 1)))
+    policies = backbone.policies(bank, None if bank is None else jnp.ones((1, 1)))
     logps, mask = scoring.packed_token_logps(policies, rows)
     pair = masked(-logps, mask)
     metrics = {"loss": pair, "num_tokens": (pair[1], jnp.ones(())), "wasted_tokens": scoring.wasted_tokens(rows)}
     return pair[0] / jnp.maximum(pair[1], 1), metrics
 
 
-def collate(run: Run, rows: Sequence[Any]) -> Any:
-    """Rows of prompts and one answer each, see `data.packing.pack`."""
-    return run.text.pack([row["prompt"] for row in rows], [[row["completion"]] for row in rows])
+def collate(text: Text, rows: Sequence[Any]) -> PackedRows:
+    """Rows of prompts and one answer each."""
+    return text.pack([row["prompt"] for row in rows], [[row["completion"]] for row in rows])
 
 
 class Sft(Method):
-    """The method for `training.loop.run`: full parameters, or LoRA where `sft.adapter.rank` > 0."""
+    """The method for `training.loop.run`: full parameters, or LoRA where `settings.adapter.rank` > 0.
 
-    def __init__(self, run: Run):
-        self.run, config = run, run.section(SftSettings)
-        self.adapter = config.adapter
-        optimizer = make_optimizer(config.optimizer, config.steps)
+    Args:
+      table: prompts and completions.
+    """
+
+    def __init__(
+        self,
+        settings: SftSettings,
+        devices: Devices,
+        workspace: Workspace,
+        text: Text,
+        streams: Streams,
+        table: TokenTable,
+    ):
+        self.devices, self.workspace, self.streams = devices, workspace, streams
+        self.adapter = settings.adapter
+        optimizer = make_optimizer(settings.optimizer, settings.steps)
         self.optimizer = per_ingredient(optimizer) if self.adapter.rank else optimizer
-        make = functools.partial(collate, run)
-        self.batches = batches(self._table(), config.batch_size, seed=run.settings.seed, collate=make)
-        self.base = None
-        self._update = run.devices.training_step(self._step)
+        make = functools.partial(collate, text)
+        self.batches = batches(table, settings.batch_size, seed=streams.seed, collate=make)
+        self.backbone = Backbone(workspace.model, self.adapter, None)
+        self._update = devices.training_step(self._step)
         self.programs = (self._update,)
 
-    def _table(self) -> Any:
-        text = self.run.text
-        return text.tokenized(self.run.records.completions, text.lengths, "sft.data", "completion")
-
     def init(self) -> State:
-        params = self.run.workspace.start_params(self.run.streams.key("base/init"))
+        params = self.workspace.start_params(self.streams.key("base/init"))
         if self.adapter.rank:
-            self.base = params
+            self.backbone = self.backbone.replace(base=params)
         # Full parameters become those of the state; beside an adapter they stay.
-        return self.run.devices.create(self._initial, params, donate=() if self.adapter.rank else (0,))
+        return self.devices.create(self._initial, params, donate=() if self.adapter.rank else (0,))
 
     def _initial(self, params: Any) -> State:
         if self.adapter.rank:
-            params = init_bank(params, self.adapter, 1, self.run.streams.key("sft/adapter"))
-        return State.create(self.run.streams.key("sft/state"), params, self.optimizer)
+            params = init_bank(params, self.adapter, 1, self.streams.key("sft/adapter"))
+        return State.create(self.streams.key("sft/state"), params, self.optimizer)
 
-    def _step(self, state: State, base: Any, batch: Any) -> tuple[State, Metrics]:
-        loss = functools.partial(sft_loss, self.run.workspace.model, self.adapter)
-        (_, metrics), gradient = jax.value_and_grad(loss, has_aux=True)(state.trainable, base, batch)
+    def _step(self, state: State, backbone: Backbone, batch: PackedRows) -> tuple[State, Metrics]:
+        def loss(trainable: Any) -> tuple[jax.Array, Metrics]:
+            if self.adapter.rank:
+                return sft_loss(backbone, trainable, batch)
+            return sft_loss(backbone.replace(base=trainable), None, batch)
+
+        gradient, metrics = jax.grad(loss, has_aux=True)(state.trainable)
         norm = optax.global_norm(gradient)
         metrics = {**metrics, "grad_norm": (norm, jnp.ones_like(norm))}
         return state.apply_gradients(gradient, self.optimizer), metrics
 
-    def step(self, state: State, batch: Any) -> tuple[State, Metrics]:
-        return self._update(state, self.base, self.run.devices.place(batch))
+    def step(self, state: State, batch: PackedRows) -> tuple[State, Metrics]:
+        return self._update(state, self.backbone, self.devices.place(batch))
 
     def result(self, state: State) -> Any:
         """The fine-tuned parameters."""
         if not self.adapter.rank:
             return state.trainable
         one = jax.tree.map(lambda x: x[0], state.trainable)
-        return merge_dense(self.base, [one], [self.adapter.scale], [1.0])
+        return merge_dense(self.backbone.base, [one], [self.adapter.scale], [1.0])
+
+
+# ---- the stage
+
+
+def method_of(run: Run) -> Sft:
+    """The method for the base of a run."""
+    table = run.text.tokenized(run.records.completions, run.text.lengths, "sft.data", "completion")
+    return Sft(run.section(SftSettings), run.devices, run.workspace, run.text, run.streams, table)
 
 
 def run(run: Run) -> dict[str, Any]:
     """Trains the base and writes it to <workdir>/sft/model as a Hugging Face folder."""
     config = run.section(SftSettings)
-    method = Sft(run)
+    method = method_of(run)
     state = run.train(method, "sft", config.steps)
     with disk_errors(run.workspace.base_folder):
         on_process_zero(save_params)(

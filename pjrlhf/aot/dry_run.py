@@ -20,19 +20,18 @@ import ml_collections
 import numpy as np
 from absl import logging
 
-from pjrlhf.algorithms import modpo
+from pjrlhf.algorithms import modpo, reward
 from pjrlhf.algorithms.modpo import Modpo
-from pjrlhf.algorithms.reward import Reward
 from pjrlhf.data import synthetic
+from pjrlhf.data.batching import Completions
 from pjrlhf.data.schema import Example
 from pjrlhf.data.tokenization import TokenTable
 from pjrlhf.errors import UserError
-from pjrlhf.feedback.pairs import SIDES, Pairs, PairSettings
+from pjrlhf.feedback.pairs import SIDES, Pairs, PairSettings, registry_of, tables_of
 from pjrlhf.models.config import ModelConfig
 from pjrlhf.models.families import leaf_shapes
 from pjrlhf.models.huggingface import read_config
 from pjrlhf.models.quantization import quantize_params
-from pjrlhf.models.registry import UserRegistry
 from pjrlhf.parallel.mesh import batch_sharding, make_mesh, shardings
 from pjrlhf.parallel.roofline import CHIPS, Cost, Estimate, collective_bytes, estimate, matmul_cost, memory_bytes
 from pjrlhf.paths import local
@@ -242,53 +241,48 @@ class DryRun(Run):
         """What `algorithms.reward.load` reads in a real run."""
         K = len(self.audience.rewards)
         scale = {name: jax.ShapeDtypeStruct((K,), jnp.float32) for name in ("mean", "std", "low", "high")}
-        return {**Reward(self).init().trainable, **self.devices.shard(scale)}
+        return {**reward.method_of(self).init().trainable, **self.devices.shard(scale)}
 
-    def rows(self, count: int) -> dict[str, Any]:
-        """{"tokens", "valid" [count, P + C]} of the greatest length, on the mesh."""
-        whole = np.zeros((count, self.settings.data.max_prompt + self.settings.data.max_completion), np.int32)
-        return self.devices.place({"tokens": whole, "valid": whole.astype(bool)})
+    def rows(self, count: int) -> Completions:
+        """`count` prompts and completions of the greatest length, on the mesh."""
+        P = self.settings.data.max_prompt
+        whole = np.zeros((count, P + self.settings.data.max_completion), np.int32)
+        return self.devices.place(Completions(whole, whole.astype(bool), P))
 
 
-class DryRunPairs(Pairs):
+def dry_pairs(run: DryRun, settings: PairSettings) -> Pairs:
     """Comparisons of `aot.users` people."""
+    tables = tables_of(run, settings)
+    reference = {name: np.zeros((len(table), len(SIDES)), np.float32) for name, table in tables.items()}
+    return Pairs(tables, registry_of(run, tables["train"], run.settings.aot.users), reference, run.text)
 
-    def __init__(self, run: DryRun, settings: PairSettings):
-        super().__init__(run, settings)
-        capacity = run.devices.even(run.settings.aot.users + 1) - 1
-        self.registry = UserRegistry.create(self.registry.rows, max(capacity, self.registry.capacity))
 
-    def _reference(self, table: TokenTable) -> np.ndarray:
+def dry_modpo(run: DryRun, settings: modpo.ModpoSettings) -> Modpo:
+    """The method, where what is asked of each pair before training is compiled, and then made up."""
+
+    def raw(table: TokenTable) -> np.ndarray:
+        compile_rewards(run)
+        return np.zeros((len(table), len(SIDES), len(run.audience.rewards)), np.float32)
+
+    def logps(table: TokenTable) -> np.ndarray:
+        compile_reference(run, run.text.sample_rows)
         return np.zeros((len(table), len(SIDES)), np.float32)
 
-
-class DryRunModpo(Modpo):
-    """What is asked of each pair before training is compiled, and then made up."""
-
-    def _raw(self, table: TokenTable) -> np.ndarray:
-        compile_rewards(self.run)
-        return np.zeros((len(table), len(SIDES), len(self.run.audience.rewards)), np.float32)
-
-    def _reference(self, table: TokenTable) -> np.ndarray:
-        compile_reference(self.run, self.run.text.sample_rows)
-        return np.zeros((len(table), len(SIDES)), np.float32)
+    data = modpo.data_of(run, settings, raw, logps)
+    return Modpo(settings, data, run.devices, run.workspace.backbone, run.text, run.streams)
 
 
 def compile_reference(run: DryRun, count: int) -> None:
     """The log-probs of `count` answers under the reference."""
-    sums = functools.partial(
-        reference.summed_logps, run.workspace.model, run.workspace.adapter, prompt_length=run.settings.data.max_prompt
-    )
     with run.devices.part("reference"):
-        run.devices.program(sums)(run.workspace.base, **run.rows(count))
+        run.devices.program(reference.summed_logps)(run.workspace.backbone, run.rows(count))
 
 
 def compile_rewards(run: DryRun) -> None:
     """The rewards of `run.text.sample_rows` answers by all reward models."""
+    rows = run.rows(run.text.sample_rows)
     with run.devices.part("rewards"):
-        run.devices.program(functools.partial(modpo.scores, run))(
-            run.rewarder, run.workspace.base, **run.rows(run.text.sample_rows)
-        )
+        run.devices.program(modpo.scores)(run.workspace.backbone, run.rewarder, rows.tokens, rows.valid)
 
 
 def batch_sizes(config: ml_collections.ConfigDict) -> dict[str, int]:

@@ -14,14 +14,13 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from pjrlhf.algorithms import methods, ric
+from pjrlhf.algorithms import methods, reward, ric, sft
 from pjrlhf.algorithms.pdpo import Preference, PreferenceSettings
 from pjrlhf.algorithms.policy import Policy, settings_of
-from pjrlhf.algorithms.reward import Reward
-from pjrlhf.algorithms.sft import Sft
 from pjrlhf.aot import dry_run
-from pjrlhf.aot.dry_run import DryRun, DryRunModpo, DryRunPairs, Step, compile_reference, compile_rewards
+from pjrlhf.aot.dry_run import DryRun, Step, compile_reference, compile_rewards, dry_modpo, dry_pairs
 from pjrlhf.errors import UserError
+from pjrlhf.models.users import KINDS
 from pjrlhf.parallel.roofline import CHIPS
 from pjrlhf.rollout.experience import reward_scores, sample
 
@@ -33,11 +32,11 @@ def _step(method: Any) -> None:
 
 
 def _sft(run: DryRun) -> None:
-    _step(Sft(run))
+    _step(sft.method_of(run))
 
 
 def _reward(run: DryRun) -> None:
-    _step(Reward(run))
+    _step(reward.method_of(run))
 
 
 def _policy(run: DryRun, settings: Any = None) -> None:
@@ -62,19 +61,19 @@ def _policy(run: DryRun, settings: Any = None) -> None:
 
 def _preference(run: DryRun) -> None:
     config = run.section(PreferenceSettings)
-    pairs = DryRunPairs(run, config)
-    entries = {name: config.entry(name) for name in config.models}
-    if any(objective.head == "policy" for _, objective in entries.values()):
+    pairs = dry_pairs(run, config)
+    entries = [config.entry(name) for name in config.models]
+    if any(entry.objective.head == "policy" for entry in entries):
         compile_reference(run, run.devices.even(2 * config.batch_size))
-    for entry, (users, _) in entries.items():
-        if users.kind == "soup":
+    for entry in entries:
+        if KINDS.get(entry.users.kind).mixes:
             continue  # its step is that of another bank's run
-        with run.devices.part(entry):
-            _step(Preference(run, entry, pairs))
+        with run.devices.part(entry.name):
+            _step(Preference(entry, pairs, run.devices, run.workspace.backbone, run.streams))
 
 
 def _modpo(run: DryRun, settings: Any) -> None:
-    method = DryRunModpo(run, settings)
+    method = dry_modpo(run, settings)
     with run.devices.part("step"):
         _step(method)
 

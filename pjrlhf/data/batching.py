@@ -2,15 +2,34 @@
 
 import hashlib
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
+import jax
 import numpy as np
+from flax import struct
 
 from pjrlhf.errors import UserError
 
 Row = Mapping[str, Any]
-Batch = dict[str, Any]  # arrays [B, ...], or dicts of them
+Batch = TypeVar("Batch")  # a pytree of arrays
 Length = int | Sequence[int]  # one length, or buckets of which the smallest that holds a batch is taken
+
+
+@struct.dataclass
+class Completions:
+    """B prompts with a completion each, padded to [B, P + C].
+
+    The prompt is padded on its left and the completion on its right, so that they meet at column P.
+
+    Attributes:
+      tokens: int32 [B, P + C].
+      valid: bool [B, P + C], False on padding.
+      prompt_length: P, static.
+    """
+
+    tokens: np.ndarray | jax.Array
+    valid: np.ndarray | jax.Array
+    prompt_length: int = struct.field(pytree_node=False)
 
 
 def pad_left(rows: Sequence[Sequence[int]], length: int, pad_id: int) -> tuple[np.ndarray, np.ndarray]:
@@ -43,16 +62,15 @@ def buckets(lengths: Sequence[int] | np.ndarray, sizes: Sequence[int]) -> np.nda
     return sizes[found]
 
 
-def collate_completion(rows: Sequence[Row], *, prompt_length: Length, completion_length: Length, pad_id: int) -> Batch:
-    """{"tokens" int32, "valid" bool, "loss_mask" bool, each [B, P + C]}.
-
-    The prompt is padded on its left and the completion on its right, so they meet at column P; `loss_mask` marks
-    the tokens of the completion.
-    """
-    prompt = pad_left(*_fitted([row["prompt"] for row in rows], prompt_length), pad_id)
+def collate_completion(
+    rows: Sequence[Row], *, prompt_length: Length, completion_length: Length, pad_id: int
+) -> Completions:
+    """Pads rows {"prompt", "completion"} of token ids to these lengths, or to the smallest buckets that hold them."""
+    prompts, P = _fitted([row["prompt"] for row in rows], prompt_length)
+    prompt = pad_left(prompts, P, pad_id)
     completion = pad_right(*_fitted([row["completion"] for row in rows], completion_length), pad_id)
     tokens, valid = (np.concatenate(pair, axis=1) for pair in zip(prompt, completion, strict=True))
-    return {"tokens": tokens, "valid": valid, "loss_mask": valid & (np.arange(valid.shape[1]) >= prompt[0].shape[1])}
+    return Completions(tokens, valid, P)
 
 
 def _fitted(ids: Sequence[np.ndarray], length: Length) -> tuple[Sequence[np.ndarray], int]:
@@ -68,7 +86,6 @@ def batches(
     collate: Callable[[Sequence[Row]], Batch],
     shuffle: bool = True,
     epochs: int | None = None,
-    drop_remainder: bool = True,
 ) -> Iterator[Batch]:
     """A grain iterator over batches; `get_state()` is a small dict fit for JSON, `set_state(state)` continues exactly.
 
@@ -80,29 +97,23 @@ def batches(
       table: a random-access sequence of rows.
       batch_size: rows of a batch.
       collate: rows -> batch.
-      epochs: passes over the table; endless by default. Batches run on over the end of an epoch.
-      drop_remainder: leave out the last, partial batch. If False, that batch is filled up with copies of its first row,
-        and every batch has "real", bool [B], False for the copies.
+      epochs: passes over the table; endless by default. Batches run on over the end of an epoch, and a partial last
+        batch is left out.
 
     Raises:
-      UserError: the table is empty or smaller than a batch that must be full.
+      UserError: the table is smaller than a batch.
     """
     import grain
 
-    if not len(table) or (drop_remainder and batch_size > len(table)):
+    if batch_size > len(table):
         raise UserError(
             f"batch_size {batch_size}: the data set has only {len(table)} rows; lower the batch size or add data"
         )
 
-    def build(rows: Sequence[Row]) -> Batch:
-        rows, count = list(rows), len(rows)
-        batch = collate(rows + [rows[0]] * (batch_size - count))
-        return batch if drop_remainder else batch | {"real": np.arange(batch_size) < count}
-
     dataset = grain.MapDataset.source(table)
     if shuffle:
         dataset = dataset.shuffle(seed=seed)
-    dataset = dataset.repeat(epochs).batch(batch_size, drop_remainder=drop_remainder, batch_fn=build)
+    dataset = dataset.repeat(epochs).batch(batch_size, drop_remainder=True, batch_fn=lambda rows: collate(list(rows)))
     # The rows are in memory: threads would only contend for the interpreter.
     return iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)))
 

@@ -4,20 +4,94 @@ Answers to one prompt share it: each sees the prompt and itself (its branch), no
 have alone, so that nothing but the amount of work tells a packed batch from a plain one.
 """
 
+import dataclasses
 import math
 from collections.abc import Sequence
 
+import jax
+import jax.numpy as jnp
 import numpy as np
+from flax import struct
 
 from pjrlhf.errors import UserError
 
-Arrays = dict[str, np.ndarray]
+Array = np.ndarray | jax.Array
 Ids = Sequence[int] | np.ndarray
 # none: an answer per row, each with its prompt; share: a prompt with all its answers per row; pack: as many of those
 # as a row holds; join: all in one row per device, the least padding, for attention that leaves out what nobody sees.
 MODES = ("none", "share", "pack", "join")
 NOWHERE = 2**30  # in place of an answer's number: of no answer
 _SHAPES = 8  # how many lengths, or numbers of rows, there are at most: each is compiled once
+
+
+@struct.dataclass
+class PackedRows:
+    """E examples, prompts of A answers each, in R rows of T slots.
+
+    The rows are Z parts of R / Z consecutive rows, with S scored tokens and M last tokens each. Answer a of example e
+    has the number A e + a. The shapes depend on the lengths, within a few steps, so that few programs are compiled.
+
+    Attributes:
+      tokens: int32 [R, T].
+      segment: int32 [R, T], number of the example plus 1, 0 on padding.
+      branch: int32 [R, T], 0 in a prompt, a + 1 in answer a.
+      position: int32 [R, T], the position that a token would have in a row of its own.
+      owner: int32 [R, T], whose token it is, below `owners`; 0 on padding. An example owns itself, see `by_group`.
+      columns, targets, answer: int32 [Z, S]: at slot `columns` of a part's rows [R / Z T] the token `targets` of answer
+        number `answer` is predicted, `NOWHERE` in places left over.
+      last, last_answer: int32 [Z, M], the slot of the last token of each answer, and its number.
+      answers: E A, static.
+      owners: number of owners, static.
+    """
+
+    tokens: Array
+    segment: Array
+    branch: Array
+    position: Array
+    owner: Array
+    columns: Array
+    targets: Array
+    answer: Array
+    last: Array
+    last_answer: Array
+    answers: int = struct.field(pytree_node=False)
+    owners: int = struct.field(pytree_node=False)
+
+    def by_group(self, groups: int) -> "PackedRows":
+        """The same rows, owned by the `groups` equal consecutive groups of examples."""
+        return self.replace(owner=self.owner // (self.owners // groups), owners=groups)
+
+    def repeat(self, times: int) -> "PackedRows":
+        """`times` copies of all rows, one after another; answers and owners of later copies are numbered on."""
+        copied = jax.tree.map(lambda x: jnp.concatenate([x] * times), self)
+        numbers = {"owner": self.owners, "answer": self.answers, "last_answer": self.answers}
+        moved = {
+            name: jnp.concatenate([getattr(self, name) + i * step for i in range(times)])
+            for name, step in numbers.items()
+        }
+        return copied.replace(**moved, answers=times * self.answers, owners=times * self.owners)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PackLayout:
+    """How `pack` fills rows.
+
+    Attributes:
+      mode: one of `MODES`.
+      length: slots that an example may have, see `row_length`, and a row where they are not joined.
+      pad_id: token of padding.
+      multiple: what R and Z are multiples of: devices.
+      groups: examples come in so many equal consecutive groups, and so do rows and parts: none has examples of two.
+      user_slots, user_offset: room for user tokens in every prompt, see `models.users.reserve`.
+    """
+
+    mode: str
+    length: int
+    pad_id: int
+    multiple: int = 1
+    groups: int = 1
+    user_slots: int = 0
+    user_offset: int = 1
 
 
 def choose_mode(mode: str, attention: str) -> str:
@@ -34,48 +108,23 @@ def row_length(mode: str, prompt: int, answer: int, answers: int) -> int:
     return prompt + answer * (1 if mode == "none" else answers)
 
 
-def pack(
-    prompts: Sequence[Ids],
-    answers: Sequence[Sequence[Ids]],
-    *,
-    mode: str,
-    length: int,
-    pad_id: int,
-    multiple: int = 1,
-    groups: int = 1,
-    user_slots: int = 0,
-    user_offset: int = 1,
-) -> Arrays:
+def pack(prompts: Sequence[Ids], answers: Sequence[Sequence[Ids]], layout: PackLayout) -> PackedRows:
     """Rows for E prompts of A answers each.
-
-    Shapes: R rows, T slots, Z parts of R / Z consecutive rows, S scored tokens of a part, M last tokens of a part. They
-    depend on the lengths, within a few steps, so that few programs are compiled.
 
     Args:
       prompts: E sequences of ids.
       answers: E times A sequences of ids, none empty.
-      mode: one of `MODES`.
-      length: slots an example may have, see `row_length`, and a row where they are not joined.
-      multiple: what R and Z are multiples of: devices.
-      groups: examples come in so many equal consecutive groups, and so do rows and parts: none has examples of two.
-      user_slots, user_offset: room for user tokens in every prompt, see `models.users.reserve`.
-
-    Returns:
-      tokens [R, T]; segment [R, T], the number of the example plus 1, 0 on padding; branch [R, T], 0 in a prompt, a + 1
-      in answer a; position [R, T]; owner [R, T], the number of the example (0 on padding); all int32;
-      columns, targets, answer [Z, S]: at slot `columns` of a part's rows [R / Z T] the token `targets` of answer
-      number `answer` is predicted, A e + a, `NOWHERE` in places left over;
-      last, last_answer [Z, M]: the slot of the last token of each answer.
 
     Raises:
-      ValueError: an example that does not fit into `length`, or groups that are not equal.
+      ValueError: an example that does not fit into `layout.length`, or groups that are not equal.
     """
+    mode, length, groups, multiple = layout.mode, layout.length, layout.groups, layout.multiple
     E, A = len(prompts), len(answers[0])
     if E % groups:
         raise ValueError(f"{E} examples cannot be split into {groups} equal groups")
     # A part stands in one row: an example and the numbers of its answers there.
     parts = [(e, [a]) for e in range(E) for a in range(A)] if mode == "none" else [(e, range(A)) for e in range(E)]
-    sizes = [len(prompts[e]) + user_slots + sum(len(answers[e][a]) for a in some) for e, some in parts]
+    sizes = [len(prompts[e]) + layout.user_slots + sum(len(answers[e][a]) for a in some) for e, some in parts]
     if max(sizes) > length:
         raise ValueError(f"an example of {max(sizes)} tokens does not fit into rows of {length}")
     each, Z = len(parts) // groups, math.lcm(groups, multiple)
@@ -98,8 +147,8 @@ def pack(
     rows = [row for some in bins for row in [*some, *[[]] * (per_group - len(some))]]
 
     made = {name: np.zeros((len(rows), T), np.int32) for name in ("segment", "branch", "position", "owner")}
-    made["tokens"] = np.full((len(rows), T), pad_id, np.int32)
-    together = len(rows) // Z  # rows of a part
+    made["tokens"] = np.full((len(rows), T), layout.pad_id, np.int32)
+    together, offset = len(rows) // Z, layout.user_offset  # rows of a part
     scored: list[tuple[list, list, list]] = [([], [], []) for _ in range(Z)]
     last: list[tuple[list, list]] = [([], []) for _ in range(Z)]
     for r, row in enumerate(rows):
@@ -107,7 +156,7 @@ def pack(
         columns, targets, numbers = scored[r // together]
         for i in row:
             e, some = parts[i]
-            prompt = [*prompts[e][:user_offset], *[0] * user_slots, *prompts[e][user_offset:]]
+            prompt = [*prompts[e][:offset], *[0] * layout.user_slots, *prompts[e][offset:]]
             start, P = at, len(prompt)
             tokens += prompt
             made["position"][r, at : at + P] = np.arange(P)
@@ -135,7 +184,7 @@ def pack(
             made[name] = np.full((Z, width), NOWHERE if "answer" in name else 0, np.int32)
             for z, values in enumerate(found):
                 made[name][z, : len(values[k])] = values[k]
-    return made
+    return PackedRows(**made, answers=E * A, owners=E)
 
 
 def _up(x: int, unit: int) -> int:

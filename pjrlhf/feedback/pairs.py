@@ -1,20 +1,26 @@
 """The comparisons of a run of user models: tokens, reference log-probs, and who said so."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
+from flax import struct
 
 from pjrlhf.data.batching import split_by
+from pjrlhf.data.packing import PackedRows
 from pjrlhf.data.schema import Example, Prompt
 from pjrlhf.data.tokenization import TokenTable
 from pjrlhf.errors import UserError
 from pjrlhf.models.registry import UserRegistry
 from pjrlhf.runtime.records import SourceSpec
 from pjrlhf.runtime.run import Run
+from pjrlhf.runtime.text import Text
 from pjrlhf.settings import Settings, setting
 
+Array = np.ndarray | jax.Array
 SIDES = ("chosen", "rejected")
 PARTS = ("train", "heldout", "new_users")
 # What is never on both sides of the split: a prompt, or a pair of answers whoever compared them and however.
@@ -39,6 +45,49 @@ class PairSettings(Settings):
         0.0, "fraction of the people of your own data, kept out to be met as new people", low=0.0, below=1.0
     )
     batch_size: int = setting(32, "pairs a step", low=1, high=2**20)
+
+
+@struct.dataclass
+class PairBatch:
+    """B comparisons of people.
+
+    Attributes:
+      rows: pair b is owner b; its answers are 2 b, chosen, and 2 b + 1, rejected.
+      index: int32 [B], rows of the token table.
+      users: int32 [B], rows of the user table: who made each comparison; 0 is the generic user.
+      reference: float32 [B, 2], summed log-probabilities under the reference, nats.
+      counts: float32 [B, 2], scored tokens.
+      margin: float32 [B], by how much the reward of chosen must exceed that of rejected.
+      local: int32 [B], places of the users in a gathered table, see `models.users.gather_rows`; None where the user
+        model has its whole table.
+      generic: bool [B], which copies are the generic user's, see `both_copies`; None where every pair is in once.
+      shift: float32 [2], sum and number of the rewards before this batch, for losses with a reward shift, or None.
+    """
+
+    rows: PackedRows
+    index: Array
+    users: Array
+    reference: Array
+    counts: Array
+    margin: Array
+    local: Array | None = None
+    generic: Array | None = None
+    shift: Array | None = None
+
+    def __len__(self) -> int:
+        return len(self.users)
+
+    @property
+    def places(self) -> Array:
+        """int32 [B]: each user's place in the table that the user model has."""
+        return self.users if self.local is None else self.local
+
+    def both_copies(self) -> "PairBatch":
+        """Every pair twice: as its user said it, and as the generic user."""
+        B = len(self)
+        both = jax.tree.map(lambda x: jnp.concatenate([x, x]), self.replace(rows=None))
+        generic = jnp.arange(2 * B) >= B
+        return both.replace(rows=self.rows.repeat(2), users=jnp.where(generic, 0, both.users), generic=generic)
 
 
 def with_text(prompt: Prompt, text: str) -> Prompt:
@@ -89,8 +138,10 @@ def split(examples: Sequence[Example], config: PairSettings, seed: int) -> dict[
     return parts
 
 
-class Pairs:
-    """The comparisons of a run: tokens, reference log-probs, and who said so, in training and held-out parts.
+def tables_of(
+    run: Run, settings: PairSettings, *, user_text: bool = False, permuted_text: bool = False
+) -> dict[str, TokenTable]:
+    """The comparisons of a run in training and held-out parts, as token ids.
 
     Args:
       user_text: put what each person says about themselves before the prompt, for whoever answers it: the user's
@@ -100,57 +151,81 @@ class Pairs:
     Raises:
       UserError: records without `user_id` (or `user_text` where it is asked for), or that cannot be split.
     """
+    if settings.data == "population":
+        folder, lengths = run.workdir.path / "population", run.text.sampled_lengths
+        specs = {name: {"kind": "jsonl", "path": str(folder / f"{name}.jsonl")} for name in PARTS}
+        parts = {name: run.records.comparisons(spec) for name, spec in specs.items()}
+    else:
+        lengths = run.text.lengths
+        examples, source = run.records.comparisons(settings.data)
+        if run.settings.data.chat:  # as every other request of the run is asked
+            asked = [run.records.ask(e.prompt) if isinstance(e.prompt, str) else e.prompt for e in examples]
+            examples = [dataclasses.replace(e, prompt=p) for e, p in zip(examples, asked, strict=True)]
+        parts = {name: (part, source) for name, part in split(examples, settings, run.settings.seed).items()}
+    names = [example.user_id for example in parts["train"][0]]
+    if None in names:
+        raise UserError(f"{parts['train'][0][names.index(None)].where}: no user_id; give every record one")
+    if user_text:
+        rng = run.streams.numpy("preference/permutation")
+        for name, (examples, source) in parts.items():
+            order = rng.permutation(len(examples)) if permuted_text and name == "train" else range(len(examples))
+            told = [_told(e, examples[i].user_text) for e, i in zip(examples, order, strict=True)]
+            parts[name] = (told, source)
+    return {name: run.text.tokenized(examples, lengths, source) for name, (examples, source) in parts.items()}
 
-    def __init__(self, run: Run, settings: PairSettings, *, user_text: bool = False, permuted_text: bool = False):
-        self.run, self.settings, data = run, settings, settings.data
-        if data == "population":
-            folder, lengths = run.workdir.path / "population", run.text.sampled_lengths
-            specs = {name: {"kind": "jsonl", "path": str(folder / f"{name}.jsonl")} for name in PARTS}
-            parts = {name: run.records.comparisons(spec) for name, spec in specs.items()}
-        else:
-            lengths = run.text.lengths
-            examples, source = run.records.comparisons(data)
-            if run.settings.data.chat:  # as every other request of the run is asked
-                asked = [run.records.ask(e.prompt) if isinstance(e.prompt, str) else e.prompt for e in examples]
-                examples = [dataclasses.replace(e, prompt=p) for e, p in zip(examples, asked, strict=True)]
-            parts = {name: (part, source) for name, part in split(examples, settings, run.settings.seed).items()}
-        names = [example.user_id for example in parts["train"][0]]
-        if None in names:
-            raise UserError(f"{parts['train'][0][names.index(None)].where}: no user_id; give every record one")
-        if user_text:
-            rng = run.streams.numpy("preference/permutation")
-            for name, (examples, source) in parts.items():
-                order = rng.permutation(len(examples)) if permuted_text and name == "train" else range(len(examples))
-                told = [_told(e, examples[i].user_text) for e, i in zip(examples, order, strict=True)]
-                parts[name] = (told, source)
-        self.tables = {
-            name: run.text.tokenized(examples, lengths, source) for name, (examples, source) in parts.items()
-        }
-        people = dict.fromkeys(e.user_id for e in self.tables["train"].examples)
-        self.registry = UserRegistry.create(people, run.devices.even(len(people) + 1) - 1)  # tables are split by row
-        self.reference = {name: self._reference(table) for name, table in self.tables.items()}
 
-    def _reference(self, table: TokenTable) -> np.ndarray:
-        return self.run.reference(table, self.run.devices.even(2 * self.settings.batch_size))
+def registry_of(run: Run, table: TokenTable, people: int = 0) -> UserRegistry:
+    """The people of a training table, with room for `people` or more; user tables are split evenly over the devices."""
+    names = dict.fromkeys(example.user_id for example in table.examples)
+    return UserRegistry.create(names, run.devices.even(max(len(names), people) + 1) - 1)
 
-    def users(self, name: str) -> np.ndarray:
+
+def read_pairs(run: Run, settings: PairSettings, **texts: bool) -> "Pairs":
+    """The comparisons of a run with their reference log-probabilities; `texts` and errors are those of `tables_of`."""
+    tables = tables_of(run, settings, **texts)
+    rows = run.devices.even(2 * settings.batch_size)
+    reference = {name: run.reference(table, rows) for name, table in tables.items()}
+    return Pairs(tables, registry_of(run, tables["train"]), reference, run.text)
+
+
+class Pairs:
+    """Comparisons of people in training and held-out parts.
+
+    Args:
+      tables: part -> its N pairs.
+      registry: who has which row of the user table.
+      reference: part -> float32 [N, 2], see `PairBatch.reference`.
+      text: packs rows.
+    """
+
+    def __init__(
+        self,
+        tables: Mapping[str, TokenTable],
+        registry: UserRegistry,
+        reference: Mapping[str, np.ndarray],
+        text: Text,
+    ):
+        self.tables, self.registry, self.reference, self.text = tables, registry, reference, text
+
+    def users(self, part: str) -> np.ndarray:
         """Row in the user table of each pair's person, int32 [N]; 0 for people who were not trained on."""
-        return self.registry.indices([example.user_id for example in self.tables[name].examples])
+        return self.registry.indices([example.user_id for example in self.tables[part].examples])
 
-    def collate(self, name: str, users: np.ndarray, rows: Sequence[Any], user_slots: int = 0) -> Any:
-        """A batch of B pairs of part `name` with `users` [N] as the people who said so.
+    def collate(self, part: str, users: np.ndarray, rows: Sequence[Any], user_slots: int = 0) -> PairBatch:
+        """A batch of B pairs of a part.
 
-        {"rows": see `data.packing.pack`, pair b having answers 2 b, chosen, and 2 b + 1, rejected; "index" int32 [B],
-        rows of the table; "user" int32 [B]; "reference" float32 [B, 2]; "counts" float32 [B, 2], scored tokens;
-        "margin" float32 [B]}.
+        Args:
+          users: int32 [N], the person of every pair of the part.
+          rows: B rows of the part's table.
+          user_slots: room for user tokens in every prompt.
         """
         index = np.array([row["index"] for row in rows], np.int32)
         answers = [[row[side] for side in SIDES] for row in rows]
-        return {
-            "rows": self.run.text.pack([row["prompt"] for row in rows], answers, user_slots=user_slots),
-            "index": index,
-            "user": users[index],
-            "reference": self.reference[name][index],
-            "counts": np.array([[len(answer) for answer in pair] for pair in answers], np.float32),
-            "margin": np.array([row["margin"] or 0.0 for row in rows], np.float32),
-        }
+        return PairBatch(
+            rows=self.text.pack([row["prompt"] for row in rows], answers, user_slots=user_slots),
+            index=index,
+            users=users[index],
+            reference=self.reference[part][index],
+            counts=np.array([[len(answer) for answer in pair] for pair in answers], np.float32),
+            margin=np.array([row["margin"] or 0.0 for row in rows], np.float32),
+        )

@@ -1,4 +1,4 @@
-"""User models: map user indices to user tokens or to rows of `mix`, one function per kind.
+"""User models: map user indices to user tokens or to rows of `mix`, one `UserKind` per kind.
 
 A user is a row of a table. Index 0 is the generic user, who stands for every unknown user. A textual user description
 needs no table: it goes into the prompt (P-RLHF, arXiv 2402.05133). User tokens take positions right after BOS (see
@@ -12,16 +12,19 @@ one of them omits it. They belong to one policy and, unlike a bank, have no axis
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from scipy.cluster.vq import kmeans2
 
+from pjrlhf.registry import Registry
+
 Params = Any
 Output = tuple[jax.Array | None, jax.Array | None]
 STARTS = ("vocabulary", "normal")
+SIZES = ("tokens", "width", "clusters", "adapters")
 KMEANS_RESTARTS = 20
 
 
@@ -29,7 +32,7 @@ KMEANS_RESTARTS = 20
 class UserModel:
     """Kind and size of a user model.
 
-    Kinds (arXiv 2402.05133, section 4, except soup):
+    Kinds (arXiv 2402.05133, section 4, except soup), or "package.module:kind" of your own, see `UserKind`:
       uniform: no parameters; training is then plain DPO.
       individualized: tokens e_i = e_0 + o_i, with an offset o_i for every user but the generic one.
       cluster: tokens e_i = sum_c softmax(w_i)_c V_c, with one weight vector w_i for all T tokens, also for the generic
@@ -48,7 +51,8 @@ class UserModel:
         and weights w from N(0, 1).
 
     Raises:
-      ValueError: an unknown kind or start, or a size below 1.
+      UserError: an unknown kind.
+      ValueError: an unknown start, or a size below 1.
     """
 
     kind: str
@@ -62,18 +66,30 @@ class UserModel:
     zero_offset: bool = True
 
     def __post_init__(self):
-        if self.kind not in KINDS:
-            raise ValueError(f"user model {self.kind!r} is unknown; choose one of {', '.join(KINDS)}")
         if self.start not in STARTS:
             raise ValueError(f"start={self.start!r} of the user model is unknown; choose one of {', '.join(STARTS)}")
-        for name in ("num_users", *KINDS[self.kind].sizes):
+        for name in ("num_users", *self._kind.sizes):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} of user model {self.kind!r} must be at least 1")
 
     @property
+    def _kind(self) -> "UserKind":
+        return KINDS.get(self.kind)
+
+    @property
+    def personal(self) -> bool:
+        """Whether every user has a row of their own in a table."""
+        return self._kind.personal
+
+    @property
+    def mixes(self) -> bool:
+        """Whether it mixes adapters that are given, instead of adding user tokens."""
+        return self._kind.mixes
+
+    @property
     def num_tokens(self) -> int:
         """Number of user tokens, by which prompts become longer: T, or 0 for kinds without."""
-        return self.tokens if "tokens" in KINDS[self.kind].sizes else 0
+        return self.tokens if "tokens" in self._kind.sizes else 0
 
     def init(self, key: jax.Array, embedding: jax.Array | None = None) -> Params:
         """Initial parameters, float32.
@@ -89,7 +105,7 @@ class UserModel:
                 raise ValueError("user tokens start from the vocabulary but no embedding is given; pass the base's")
             if embedding.shape[1] != self.width:
                 raise ValueError(f"width={self.width} of the user model is not the embedding's {embedding.shape[1]}")
-        return KINDS[self.kind].init(self, key, embedding)
+        return self._kind.init(self, key, embedding)
 
     def apply(self, params: Params, users: jax.Array) -> Output:
         """(user tokens float32 [B, T, D] or None, mix float32 [B, K] or None) of `users` int32 [B].
@@ -98,7 +114,7 @@ class UserModel:
         """
         if not params:
             return None, None
-        return KINDS[self.kind].apply(params, _known(users, params["table"]))
+        return self._kind.apply(params, _known(users, params["table"]) if self.personal else users)
 
 
 def _known(users: jax.Array, table: Params) -> jax.Array:
@@ -152,18 +168,44 @@ def _apply_soup(params: Params, users: jax.Array) -> Output:
     return None, jax.nn.softmax(params["table"]["weights"][users])
 
 
-class _Kind(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class UserKind:
+    """A kind of user model.
+
+    Attributes:
+      init: (model, key, embedding [V, D] or None) -> parameters {"shared", "table"}; see the module. Table leaves named
+        "offset" [U + 1, T, D] or "weights" [U + 1, any] are split over devices, others are copied.
+      apply: (parameters, users int32 [B]) -> (user tokens float32 [B, T, D] or None, mix float32 [B, K] or None).
+      sizes: those of `SIZES` that must be positive. A kind with "tokens" adds user tokens; one with "adapters"
+        mixes adapters that are trained already.
+      personal: whether its parameters have a "table", a row for each user.
+    """
+
     init: Callable[[UserModel, jax.Array, jax.Array | None], Params]
     apply: Callable[[Params, jax.Array], Output]
-    sizes: tuple[str, ...]  # settings that must be positive
+    sizes: tuple[str, ...] = ()
+    personal: bool = True
+
+    @property
+    def mixes(self) -> bool:
+        return "adapters" in self.sizes
 
 
-KINDS = {
-    "uniform": _Kind(lambda model, key, embedding: {}, lambda params, users: (None, None), ()),
-    "individualized": _Kind(_init_individualized, _apply_individualized, ("tokens", "width")),
-    "cluster": _Kind(_init_cluster, _apply_cluster, ("tokens", "width", "clusters")),
-    "soup": _Kind(_init_soup, _apply_soup, ("adapters",)),
-}
+def _kind(thing: object) -> UserKind:
+    if not isinstance(thing, UserKind):
+        raise ValueError("is not a UserKind; see pjrlhf.models.users")
+    if unknown := set(thing.sizes) - set(SIZES):
+        raise ValueError(f"has no size {min(unknown)!r}; the sizes are {', '.join(SIZES)}")
+    return thing
+
+
+KINDS: Registry[UserKind] = Registry("user model", _kind)
+KINDS.register("uniform")(
+    UserKind(lambda model, key, embedding: {}, lambda params, users: (None, None), personal=False)
+)
+KINDS.register("individualized")(UserKind(_init_individualized, _apply_individualized, ("tokens", "width")))
+KINDS.register("cluster")(UserKind(_init_cluster, _apply_cluster, ("tokens", "width", "clusters")))
+KINDS.register("soup")(UserKind(_init_soup, _apply_soup, ("adapters",)))
 
 
 def fit_clusters(

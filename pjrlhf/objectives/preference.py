@@ -210,15 +210,7 @@ def bco_pair(
 
 
 def pairwise_loss(
-    kind: str,
-    logps: Pair,
-    reference: Pair,
-    beta: float,
-    *,
-    lengths: Pair | None = None,
-    label_smoothing: float = 0.0,
-    margin: jax.Array | float | None = None,
-    delta: jax.Array | float | None = None,
+    kind: str, logps: Pair, reference: Pair, beta: float, **options: Pair | Array | float
 ) -> Float[Array, " B"]:
     """Losses of preference pairs.
 
@@ -227,24 +219,21 @@ def pairwise_loss(
       logps: log-probs of the chosen and the rejected answers under the policy, summed over tokens.
       reference: the same under the reference.
       beta: strength of the tie to the reference, positive.
-      lengths, label_smoothing, margin, delta: see `OPTIONS`; `label_smoothing` in [0, 1/2). A loss that does not work
-        per token ignores `lengths`.
+      options: see `OPTIONS`; `label_smoothing` in [0, 1/2). A loss that does not work per token ignores `lengths`.
 
     Raises:
       ValueError: unknown kind, an option that this kind does not take, or lengths missing.
     """
-    loss = PAIRWISE.get(kind)
-    given = {"label_smoothing": label_smoothing or None, "margin": margin, "delta": delta}
-    given = {name: value for name, value in given.items() if value is not None}
-    for name in given:
-        if name not in loss.options:
+    loss, smoothing = PAIRWISE.get(kind), options.get("label_smoothing", 0.0)
+    for name, value in options.items():
+        neutral = name == "lengths" or (name == "label_smoothing" and not value)
+        if name not in loss.options and not neutral:
             raise ValueError(f"pairwise loss {kind!r} has no {name}; leave it out or choose another loss")
-    if not 0 <= label_smoothing < 0.5:
-        raise ValueError(f"label_smoothing={label_smoothing} is not in [0, 0.5); make it the fraction of wrong labels")
-    if "lengths" in loss.options:
-        if lengths is None:
-            raise ValueError(f"pairwise loss {kind!r} works per token; give lengths")
-        given["lengths"] = lengths
+    if not 0 <= smoothing < 0.5:
+        raise ValueError(f"label_smoothing={smoothing} is not in [0, 0.5); make it the fraction of wrong labels")
+    if "lengths" in loss.options and "lengths" not in options:
+        raise ValueError(f"pairwise loss {kind!r} works per token; give lengths")
+    given = {name: value for name, value in options.items() if name in loss.options}
     return loss(logps[0] - reference[0], logps[1] - reference[1], beta, **given)
 
 

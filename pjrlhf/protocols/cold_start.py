@@ -22,7 +22,7 @@ def fit_new_users(trained: Trained, counts: Sequence[int], steps: int, learning_
     Raises:
       UserError: nobody has enough comparisons.
     """
-    run, pairs, method = trained.run, trained.pairs, trained.method
+    pairs, entry, backbone = trained.pairs, trained.entry, trained.backbone
     table = pairs.tables["new_users"]
     people: dict[str, dict[bool, list[int]]] = {}
     for i, example in enumerate(table.examples):
@@ -37,32 +37,30 @@ def fit_new_users(trained: Trained, counts: Sequence[int], steps: int, learning_
     state = optimizer.init(rows)
 
     @jax.jit
-    def gradient(rows, trainable, base, batch):
+    def gradient(rows, trainable, backbone, batch, weight):
         def loss(rows):
             users = {**trainable["users"], "table": rows}
-            policies = {**trainable, "users": users}
-            scores = answer_scores(run.workspace.model, run.workspace.adapter, method.users, policies, base, batch)
-            return (pair_losses(method.objective, scores, batch) * batch["weight"]).sum()
+            scores = answer_scores(backbone, trained.users, {**trainable, "users": users}, batch)
+            return (pair_losses(entry.objective, scores, batch) * weight).sum()
 
         return jax.grad(loss)(rows)
 
-    # Every cell's k pairs, one after another, with the cell's row as their user.
+    # Every cell's k pairs, one after another, in the table of cells.
     fit = [(i, cell + 1) for cell, (user, k) in enumerate(cells) for i in people[user][False][:k]]
-    size, prepared = pairs.settings.batch_size, []
+    size, prepared, nobody = entry.batch_size, [], np.zeros(len(table), np.int32)
     for start in range(0, len(fit), size):
         part = fit[start : start + size]
         padded = part + [part[0]] * (size - len(part))
-        batch = method.collate("new_users", np.zeros(len(table), np.int32), [table[i] for i, _ in padded])
-        batch["user"] = np.array([cell for _, cell in padded], np.int32)
+        batch = pairs.collate("new_users", nobody, [table[i] for i, _ in padded], trained.users.num_tokens)
+        batch = batch.replace(local=np.array([cell for _, cell in padded], np.int32))
         # The mean over each person's own pairs, so that a step is as long for 1 comparison as for 16.
         weight = np.array([1.0 / cells[cell - 1][1] for _, cell in padded], np.float32)
-        batch["weight"] = weight * (np.arange(size) < len(part))
-        prepared.append(batch)
+        prepared.append((batch, weight * (np.arange(size) < len(part))))
     with progress("cold start", steps, ()) as bar:
         for step in range(steps):
             total = jax.tree.map(jnp.zeros_like, rows)
-            for batch in prepared:
-                part = gradient(rows, trained.trainable, run.workspace.base, batch)
+            for batch, weight in prepared:
+                part = gradient(rows, trained.trainable, backbone, batch, weight)
                 total = jax.tree.map(jnp.add, total, part)
             updates, state = optimizer.update(total, state)
             rows = optax.apply_updates(rows, updates)

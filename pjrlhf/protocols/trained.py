@@ -7,52 +7,42 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pjrlhf.algorithms import pdpo as preference
-from pjrlhf.algorithms.pdpo import Preference, answer_scores, pair_rewards
+from pjrlhf.algorithms import pdpo
+from pjrlhf.algorithms.pdpo import Entry, PairMargins
 from pjrlhf.feedback.pairs import Pairs, with_text
-from pjrlhf.models.adapters import Policies
+from pjrlhf.models.adapters import Backbone
 from pjrlhf.parallel.processes import to_host
 from pjrlhf.rollout.sampler import generate
 from pjrlhf.runtime.run import Run
 
 
 class Trained:
-    """One entry of `preference.models` after training."""
+    """One entry of `preference.models` after training.
 
-    def __init__(self, run: Run, name: str, pairs: Pairs, max_new_tokens: int = 0):
-        self.run, self.pairs, self.max_new_tokens = run, pairs, max_new_tokens
-        self.method = Preference(run, name, pairs)
-        self.trainable = preference.load(run, name)
-        self._margins = jax.jit(self._batch_margins)
+    Attributes:
+      trainable: {"bank", "users"}, and "heads" of a reward model.
+      users: its user model.
+    """
+
+    def __init__(self, run: Run, entry: Entry, pairs: Pairs, max_new_tokens: int = 0):
+        self.run, self.entry, self.pairs, self.max_new_tokens = run, entry, pairs, max_new_tokens
+        self.backbone = run.workspace.backbone
+        self.trainable = pdpo.load(run, entry.name)
+        width = self.backbone.model.config.hidden_size
+        self.users = pdpo.user_model(entry, pairs.registry.capacity, width, self.trainable["bank"])
+        scorer = run.scorer(entry.batch_size)
+        self._margins = PairMargins(entry.objective, self.users, pairs, self.backbone, scorer)
         self._answers = jax.jit(self._sample)
-
-    def _batch_margins(self, trainable: Any, base: Any, batch: Any) -> jax.Array:
-        run, objective = self.run, self.method.objective
-        scores = answer_scores(run.workspace.model, run.workspace.adapter, self.method.users, trainable, base, batch)
-        chosen, rejected = pair_rewards(objective, scores, batch)
-        return chosen - rejected
 
     def margins(
         self, part: str, users: np.ndarray, rows: Sequence[int] | None = None, trainable: Any = None
     ) -> np.ndarray:
-        """Reward margins (of a policy the implicit ones, beta Delta), float32, of `rows` of `part`, as seen by `users`
-        [N of the part].
-        """
-        table = self.pairs.tables[part]
-        rows = range(len(table)) if rows is None else rows
-        size, found = self.pairs.settings.batch_size, []
-        for start in range(0, len(rows), size):
-            index = [rows[i] for i in range(start, min(start + size, len(rows)))]
-            padded = [table[i] for i in index + [index[0]] * (size - len(index))]
-            batch = self.run.devices.place(self.method.collate(part, users, padded))
-            margins = self._margins(trainable or self.trainable, self.run.workspace.base, batch)
-            found.append(to_host(margins)[: len(index)])
-        return np.concatenate(found)
+        """Margins of `rows` of a part as seen by `users`, see `algorithms.pdpo.PairMargins`."""
+        return self._margins(trainable or self.trainable, part, users, rows)
 
-    def _sample(self, trainable: Any, base: Any, prompt: Any, users: jax.Array, key: jax.Array) -> Any:
-        tokens, mix = self.method.users.apply(trainable["users"], users)
-        mix = jnp.ones((1, 1)) if mix is None else mix
-        policies = Policies(self.run.workspace.model, self.run.workspace.adapter, base, trainable["bank"], mix, tokens)
+    def _sample(self, trainable: Any, backbone: Backbone, prompt: Any, users: jax.Array, key: jax.Array) -> Any:
+        tokens, mix = self.users.apply(trainable["users"], users)
+        policies = backbone.policies(trainable["bank"], jnp.ones((1, 1)) if mix is None else mix, tokens)
         longest = self.max_new_tokens or self.run.settings.data.max_completion
         sampling = self.run.text.sampling(max_new_tokens=longest)
         return generate(policies, sampling, prompt["prompt"], prompt["valid"], key)
@@ -62,21 +52,19 @@ class Trained:
         user model reads that.
         """
         pairs, told = self.pairs, {}
-        if self.method.settings.user_text:
+        if self.entry.users.user_text:
             told = {e.user_id: e.user_text for e in pairs.tables["train"].examples}
         asked = [with_text(prompt, told[user]) if told else prompt for user in users for prompt in prompts]
         who = np.repeat(pairs.registry.indices(users), len(prompts))
         arrays = self.run.text.encode(asked)
-        out = self._answers(
-            self.trainable, self.run.workspace.base, arrays, who, self.run.streams.key("evaluate_users/answers")
-        )
+        out = self._answers(self.trainable, self.backbone, arrays, who, self.run.streams.key("evaluate_users/answers"))
         texts = self.run.text.decode(arrays, out)
         return [texts[i * len(prompts) : (i + 1) * len(prompts)] for i in range(len(users))]
 
     def vectors(self) -> np.ndarray | None:
         """What the user model knows about each user, in the order of their rows, [U, D'], or None."""
-        if not self.method.personal:
+        if not self.users.personal:
             return None
         rows = np.array(list(self.pairs.registry.rows.values()), np.int32)
-        tokens, mix = self.method.users.apply(self.trainable["users"], rows)
+        tokens, mix = self.users.apply(self.trainable["users"], rows)
         return to_host(tokens if tokens is not None else mix).reshape(len(rows), -1)

@@ -23,7 +23,7 @@ from pjrlhf.evaluation.users import (
     principal_axes,
     user_accuracy,
 )
-from pjrlhf.feedback.pairs import SIDES, Pairs
+from pjrlhf.feedback.pairs import SIDES, Pairs, read_pairs
 from pjrlhf.parallel.processes import on_process_zero
 from pjrlhf.protocols.cold_start import fit_new_users
 from pjrlhf.protocols.trained import Trained
@@ -59,7 +59,7 @@ def run(run: Run) -> dict[str, Any]:
     started = time.perf_counter()
     config, preference = run.section(UsersSettings), run.section(PreferenceSettings)
     models = preference.models
-    made = functools.cache(functools.partial(Pairs, run, preference))
+    made = functools.cache(functools.partial(read_pairs, run, preference))
     pairs = made(user_text=False)
     held = pairs.tables["heldout"].examples
     groups = {e.user_id: e.extra["persona"] for e in held if e.extra.get("persona")} or None
@@ -75,7 +75,8 @@ def run(run: Run) -> dict[str, Any]:
     for name, (own, generic) in _surface(pairs).items() if config.surface else ():
         score(name, own, generic, held)
     for name in models:
-        trained = Trained(run, name, made(user_text=preference.entry(name)[0].user_text), config.max_new_tokens)
+        entry = preference.entry(name)
+        trained = Trained(run, entry, made(user_text=entry.users.user_text), config.max_new_tokens)
         held = trained.pairs.tables["heldout"].examples
         own, nobody = trained.pairs.users("heldout"), np.zeros(len(held), np.int32)
         score(name, trained.margins("heldout", own), trained.margins("heldout", nobody), held)
@@ -89,7 +90,7 @@ def run(run: Run) -> dict[str, Any]:
         if name in config.cold_start_models and config.cold_start:
             found = fit_new_users(trained, config.cold_start, config.cold_start_steps, config.cold_start_learning_rate)
             summary["cold_start"][name] = cold_start_curve(found)
-        if config.generate_for and trained.method.objective.head == "policy":
+        if config.generate_for and entry.objective.head == "policy":
             section, shown = _generation(trained, prompts, groups or {})
             summary["generation"][name] = section
             samples += shown
@@ -152,10 +153,10 @@ def _pooled_models(run: Run, surface: bool) -> dict[str, str]:
     config = run.section(PreferenceSettings)
     entries = {name: config.entry(name) for name in config.models}
     pooled: dict[str, str] = {}
-    for name, (users, objective) in entries.items():
-        if users.kind == "uniform" and not users.user_text:
-            pooled.setdefault(objective.head, name)
-    found = {name: pooled.get(objective.head) for name, (_, objective) in entries.items()}
+    for name, entry in entries.items():
+        if entry.users.kind == "uniform" and not entry.users.user_text:
+            pooled.setdefault(entry.objective.head, name)
+    found = {name: pooled.get(entry.objective.head) for name, entry in entries.items()}
     found |= {"surface_personal": "surface"} if surface else {}
     return {name: against for name, against in found.items() if against not in (None, name)}
 
@@ -198,7 +199,7 @@ def _generation(
         length = float(np.mean([len(text.split()) for text in texts]))
         section[user] = {"group": groups.get(user), "length": length, "score": scores}
     shown = {user: texts[0] for user, texts in zip(users, answers, strict=True)}
-    return section, [{"prompt": plain[0], "model": trained.method.name, "answers": shown}]
+    return section, [{"prompt": plain[0], "model": trained.entry.name, "answers": shown}]
 
 
 STAGE = Stage("evaluate_users", run, UsersSettings)

@@ -5,23 +5,22 @@ text alone.
 """
 
 import contextlib
-import functools
 import hashlib
 import os
 import pathlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 import numpy as np
 from absl import logging
 
-from pjrlhf.data.batching import collate_completion
+from pjrlhf.data.batching import Completions
 from pjrlhf.data.tokenization import TokenTable
 from pjrlhf.errors import UserError
-from pjrlhf.models.adapters import AdapterConfig, Policies
+from pjrlhf.models.adapters import Backbone
 from pjrlhf.models.decoder import Decoder
-from pjrlhf.parallel.processes import broadcast_from_zero, on_process_zero, to_host
+from pjrlhf.parallel.processes import broadcast_from_zero, on_process_zero
 from pjrlhf.rollout import scoring
 
 SIDES = ("chosen", "rejected")
@@ -29,7 +28,7 @@ _VERSION = 1  # of the computation; raise it where the same key would give other
 
 
 def cache_key(table: TokenTable, base_hash: str, param_dtype: Any, model: Decoder) -> str:
-    """Hex digest of everything the numbers depend on.
+    """Hex digest of everything the numbers of `reference_logps` depend on.
 
     The token ids of every row stand for the data, its columns, the chat template, the tokenizer and the length
     limits; the base by the hash of its files and the dtype they are read as; the computation by its dtype, attention
@@ -71,76 +70,52 @@ def _written(folder: pathlib.Path) -> Iterator[None]:
         ) from error
 
 
-def summed_logps(
-    model: Decoder, adapter: AdapterConfig, base: Any, tokens: jax.Array, valid: jax.Array, prompt_length: int
-) -> jax.Array:
-    """Float32 [B]: log-probs under the base of what follows the first `prompt_length` of `tokens` [B, P + C]."""
-    return scoring.sequence_logps(Policies(model, adapter, base, None, None), tokens, valid, prompt_length)[0]
+def summed_logps(backbone: Backbone, batch: Completions) -> jax.Array:
+    """Float32 [B]: log-probabilities of the completions under the base, nats."""
+    return scoring.sequence_logps(backbone.policies(), batch.tokens, batch.valid, batch.prompt_length)[0]
 
 
 def reference_logps(
-    table: TokenTable,
-    model: Decoder,
-    adapter: AdapterConfig,
-    base: Any,
-    base_hash: str,
-    *,
-    prompt_lengths: Sequence[int],
-    completion_lengths: Sequence[int],
-    pad_id: int,
-    rows: int,
-    folder: pathlib.Path,
-    place: Callable[[Any], Any] = lambda batch: batch,
+    table: TokenTable, key: str, folder: pathlib.Path, score: Callable[[list[dict[str, np.ndarray]]], np.ndarray]
 ) -> np.ndarray:
     """float32 [N, 2]: summed log-probs of the chosen and rejected answer of every row of a preference table.
 
     Args:
-      prompt_lengths, completion_lengths: buckets to pad to.
-      rows: answers per batch.
-      folder: where the cache lies; a file there is used if and only if its key is that of these data and this base.
-      place: brings a batch to where `base` is.
+      key: see `cache_key`.
+      folder: where the cache lies; a file there is used if and only if it has this key.
+      score: rows {"prompt", "completion"} of token ids -> `summed_logps` of each, float32 [M].
 
     Raises:
       UserError: the cache cannot be written.
     """
-    path = folder / f"{cache_key(table, base_hash, jax.tree.leaves(base)[0].dtype, model)}.npy"
-    shape = (len(table), len(SIDES))
+    path, shape = folder / f"{key}.npy", (len(table), len(SIDES))
     cached = _cached(path, shape)
     if broadcast_from_zero(np.array(cached is not None)):  # every process has a cache folder of its own
         return broadcast_from_zero(np.zeros(shape, np.float32) if cached is None else cached)
     with _written(folder):  # a folder that cannot be made is found out before the work, not after it
         folder.mkdir(parents=True, exist_ok=True)
-    score = jax.jit(functools.partial(summed_logps, model, adapter), static_argnames="prompt_length")
-    # Many people may have compared the same answers: each is scored once.
-    answers: dict[tuple[bytes, bytes], int] = {}
-    texts, number = [], np.zeros((len(table), len(SIDES)), np.int64)
+    answers, numbers = unique_answers(table)
+    found = score(answers)[numbers]
+    with _written(folder):
+        on_process_zero(_write)(path, found)
+    return found
+
+
+def unique_answers(table: TokenTable) -> tuple[list[dict[str, np.ndarray]], np.ndarray]:
+    """(M different answers {"prompt", "completion"} of a preference table of N rows, int [N, 2] the number of each
+    chosen and rejected answer among them): many people may have compared the same two answers.
+    """
+    numbers: dict[tuple[bytes, bytes], int] = {}
+    answers, found = [], np.zeros((len(table), len(SIDES)), np.int64)
     for i, prompt in enumerate(table.tokens["prompt"]):
         for column, side in enumerate(SIDES):
             answer = table.tokens[side][i]
             key = (prompt.tobytes(), answer.tobytes())
-            if key not in answers:
-                answers[key] = len(texts)
-                texts.append({"prompt": prompt, "completion": answer})
-            number[i, column] = answers[key]
-    # Those of like length go together, so that padding is not what is computed.
-    order = np.argsort([len(text["prompt"]) + len(text["completion"]) for text in texts], kind="stable")
-    sums = np.zeros(len(texts), np.float32)
-    for start in range(0, len(order), rows):
-        index = order[start : start + rows]
-        batch = collate_completion(
-            [texts[i] for i in [*index, *[index[0]] * (rows - len(index))]],
-            prompt_length=list(prompt_lengths),
-            completion_length=list(completion_lengths),
-            pad_id=pad_id,
-        )
-        prompt = int(np.argmax(batch["loss_mask"].any(0)))
-        placed = place({name: batch[name] for name in ("tokens", "valid")})
-        part = score(base, **placed, prompt_length=prompt)
-        sums[index] = to_host(part)[: len(index)]
-    found = sums[number]
-    with _written(folder):
-        on_process_zero(_write)(path, found)
-    return found
+            if key not in numbers:
+                numbers[key] = len(answers)
+                answers.append({"prompt": prompt, "completion": answer})
+            found[i, column] = numbers[key]
+    return answers, found
 
 
 def _write(path: pathlib.Path, values: np.ndarray) -> None:

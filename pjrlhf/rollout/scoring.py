@@ -8,14 +8,14 @@ V vocabulary. `data.packing` gives the shapes of packed rows.
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 
-from pjrlhf.data.packing import NOWHERE
+from pjrlhf.data.packing import NOWHERE, PackedRows
 from pjrlhf.models.adapters import Policies
 from pjrlhf.models.decoder import Layout
 
@@ -135,10 +135,10 @@ def sequence_logps(
     return jnp.where(mask, logps, 0.0).sum(1), mask.sum(1).astype(jnp.float32)
 
 
-def _packed_states(policies: Policies, rows: Mapping[str, jax.Array], columns: jax.Array) -> jax.Array:
+def _packed_states(policies: Policies, rows: PackedRows, columns: jax.Array) -> jax.Array:
     """Hidden states [Z, S, D] of packed rows at positions `columns` [Z, S] of their parts."""
-    layout = Layout(rows["position"], rows["segment"], rows["branch"], rows["owner"])
-    hidden, _ = policies(rows["tokens"], rows["segment"] > 0, layout=layout)
+    layout = Layout(rows.position, rows.segment, rows.branch, rows.owner)
+    hidden, _ = policies(rows.tokens, rows.segment > 0, layout=layout)
     return _at(hidden, columns)
 
 
@@ -153,41 +153,38 @@ def _per_answer(values: jax.Array, answer: jax.Array, count: int) -> jax.Array:
     return jnp.zeros(count, values.dtype).at[answer].add(values, mode="drop")
 
 
-def packed_token_logps(policies: Policies, rows: Mapping[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
+def packed_token_logps(policies: Policies, rows: PackedRows) -> tuple[jax.Array, jax.Array]:
     """(log-probabilities float32 [Z, S] in nats, mask bool [Z, S]) of the answers' tokens in packed rows.
 
-    Args:
-      rows: from `data.packing.pack`; `owner` indexes the rows of `mix` (where it has several) and of user tokens.
+    `rows.owner` indexes the rows of `mix` (where it has several) and of user tokens.
     """
-    states = _packed_states(policies, rows, rows["columns"])
-    return _logps(policies, states, rows["targets"]), rows["answer"] < NOWHERE
+    states = _packed_states(policies, rows, rows.columns)
+    return _logps(policies, states, rows.targets), rows.answer < NOWHERE
 
 
-def packed_logps(policies: Policies, rows: Mapping[str, jax.Array], count: int) -> jax.Array:
-    """Log-probabilities of `packed_token_logps` summed by answer, float32 [count]."""
-    return _per_answer(packed_token_logps(policies, rows)[0], rows["answer"], count)
+def packed_logps(policies: Policies, rows: PackedRows) -> jax.Array:
+    """Log-probabilities of `packed_token_logps` summed by answer, float32 [E A]."""
+    return _per_answer(packed_token_logps(policies, rows)[0], rows.answer, rows.answers)
 
 
-def packed_rewards(
-    policies: Policies, heads: dict[str, jax.Array], mix: jax.Array, rows: Mapping[str, jax.Array], count: int
-) -> jax.Array:
-    """Rewards of the answers in packed rows, float32 [count]: the head at each answer's last token.
+def packed_rewards(policies: Policies, heads: dict[str, jax.Array], mix: jax.Array, rows: PackedRows) -> jax.Array:
+    """Rewards of the answers in packed rows, float32 [E A]: the head at each answer's last token.
 
     `mix` [1, K] or [owners, K] combines the heads.
     """
-    states = _packed_states(policies, rows, rows["last"]).astype(jnp.float32)
+    states = _packed_states(policies, rows, rows.last).astype(jnp.float32)
     kernel, bias = mix @ heads["kernel"], mix @ heads["bias"]
     if len(mix) == 1:
         values = states @ kernel[0] + bias[0]
     else:
-        owner = _at(rows["owner"], rows["last"])
+        owner = _at(rows.owner, rows.last)
         values = jnp.einsum("zmd,zmd->zm", states, kernel[owner]) + bias[owner]
-    return _per_answer(values, rows["last_answer"], count)
+    return _per_answer(values, rows.last_answer, rows.answers)
 
 
-def wasted_tokens(rows: Mapping[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
+def wasted_tokens(rows: PackedRows) -> tuple[jax.Array, jax.Array]:
     """(padding positions, all positions) of packed rows, float32."""
-    padding = (rows["segment"] == 0).astype(jnp.float32)
+    padding = (rows.segment == 0).astype(jnp.float32)
     return padding.sum(), jnp.float32(padding.size)
 
 

@@ -9,6 +9,7 @@ import functools
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
+import jax
 import numpy as np
 from absl import logging
 
@@ -16,10 +17,11 @@ from pjrlhf.data.tokenization import TokenTable
 from pjrlhf.errors import UserError
 from pjrlhf.models.adapters import AdapterConfig, is_low_rank
 from pjrlhf.parallel.mesh import bytes_per_device
-from pjrlhf.rollout.reference import reference_logps
+from pjrlhf.rollout.reference import cache_key, reference_logps, summed_logps
 from pjrlhf.runtime.audience import NAMED, Audience
 from pjrlhf.runtime.devices import Devices, MeshSettings
 from pjrlhf.runtime.records import CorpusSettings, DataSettings, Records
+from pjrlhf.runtime.scorer import Scorer
 from pjrlhf.runtime.streams import Streams
 from pjrlhf.runtime.text import Text
 from pjrlhf.runtime.workspace import ModelSettings, Workspace
@@ -166,24 +168,23 @@ class Run(Sections):
 
     # ---- what stages do alike
 
+    def scorer(self, size: int = 0) -> Scorer:
+        """Scores rows `size` at a time, by default `sample_rows`."""
+        return Scorer(self.devices, size or self.text.sample_rows)
+
     def reference(self, table: TokenTable, rows: int) -> np.ndarray:
         """float32 [N, 2]: log-probs of both answers of every pair under the base, `rows` answers at a time, which are
         kept on disk; see `rollout.reference`.
         """
-        workspace, text = self.workspace, self.text
-        return reference_logps(
-            table,
-            workspace.model,
-            workspace.adapter,
-            workspace.base,
-            workspace.base_hash,
-            prompt_lengths=text.prompt_lengths,
-            completion_lengths=text.completion_lengths,
-            pad_id=workspace.tokenizer.pad_id,
-            rows=rows,
-            folder=workspace.cache_folder / "reference",
-            place=self.devices.place,
-        )
+        workspace, backbone = self.workspace, self.workspace.backbone
+        scorer, logps = self.scorer(rows), functools.partial(jax.jit(summed_logps), backbone)
+        key = cache_key(table, workspace.base_hash, jax.tree.leaves(backbone.base)[0].dtype, backbone.model)
+
+        def score(answers: list[dict[str, np.ndarray]]) -> np.ndarray:
+            lengths = [len(answer["prompt"]) + len(answer["completion"]) for answer in answers]
+            return scorer("reference", answers, self.text.pad_completions, logps, lengths)
+
+        return reference_logps(table, key, workspace.cache_folder / "reference", score)
 
     def train(self, method: loop.Method, stage: str, steps: int) -> State:
         """The state after `steps` steps; see `training.loop.run`."""

@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from pjrlhf.data.batching import buckets, pad_left
-from pjrlhf.data.packing import Ids, choose_mode, pack, row_length
+from pjrlhf.data.batching import Completions, buckets, collate_completion, pad_left
+from pjrlhf.data.packing import Ids, PackedRows, PackLayout, choose_mode, pack, row_length
 from pjrlhf.data.schema import Example, Prompt
 from pjrlhf.data.tokenization import Lengths, TokenTable, cut_left, tokenize
 from pjrlhf.errors import UserError
@@ -79,13 +79,11 @@ class Text:
 
     def pack(
         self, prompts: Sequence[Ids], answers: Sequence[Sequence[Ids]], *, groups: int = 1, user_slots: int = 0
-    ) -> dict[str, np.ndarray]:
+    ) -> PackedRows:
         """Rows of prompts and their answers as `data.packing` says; see `data.packing.pack`."""
         d, model = self.settings, self.workspace.model
         mode = choose_mode(d.packing, model.attention)
-        return pack(
-            prompts,
-            answers,
+        layout = PackLayout(
             mode=mode,
             length=row_length(mode, d.max_prompt + user_slots, d.max_completion, len(answers[0])),
             pad_id=self.workspace.tokenizer.pad_id,
@@ -94,11 +92,21 @@ class Text:
             user_slots=user_slots,
             user_offset=model.user_offset,
         )
+        return pack(prompts, answers, layout)
 
     def pad_prompts(self, ids: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
         """(tokens int32, valid bool) [B, P], left-padded to the smallest length that holds them all."""
         length = int(buckets([max(map(len, ids))], self.prompt_lengths)[0])
         return pad_left(ids, length, self.workspace.tokenizer.pad_id)
+
+    def pad_completions(self, rows: Sequence[Mapping[str, Ids]]) -> Completions:
+        """Rows {"prompt", "completion"} of token ids, padded to the smallest lengths that hold them all."""
+        return collate_completion(
+            rows,
+            prompt_length=self.prompt_lengths,
+            completion_length=self.completion_lengths,
+            pad_id=self.workspace.tokenizer.pad_id,
+        )
 
     def encode(self, prompts: Sequence[Prompt]) -> dict[str, np.ndarray]:
         """{"prompt" int32, "valid" bool [B, P]} of prompts, left-padded to a bucket.

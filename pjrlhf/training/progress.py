@@ -27,17 +27,34 @@ class progress:
       keys: metrics to show, where present.
       start: steps done before this run.
       every: seconds between plain lines.
+      patience: seconds before anything is shown.
     """
 
-    def __init__(self, stage: str, total: int, keys: Sequence[str] = ("loss",), *, start: int = 0, every: float = 10.0):
+    def __init__(
+        self,
+        stage: str,
+        total: int,
+        keys: Sequence[str] = ("loss",),
+        *,
+        start: int = 0,
+        every: float = 10.0,
+        patience: float = 0.0,
+    ):
         self.stage, self.total, self.keys, self.every = stage, total, keys, every
         self._step = start
         self._visible = is_process_zero()
         self._bar: Progress | None = None
         self._first: tuple[int, float] | None = None
         self._printed = -every
+        self._silent_until = time.monotonic() + patience
 
     def __enter__(self) -> "progress":
+        if time.monotonic() >= self._silent_until:
+            self._open()
+        return self
+
+    def _open(self) -> None:
+        """Shows the bar, where there is a terminal."""
         if self._visible and sys.stderr.isatty():
             self._bar = Progress(
                 TextColumn("{task.description}"),
@@ -49,7 +66,6 @@ class progress:
             )
             self._bar.start()
             self._task = self._bar.add_task(self.stage, total=self.total, completed=self._step, note="")
-        return self
 
     def __exit__(self, *_: Any) -> None:
         if self._bar:
@@ -59,13 +75,17 @@ class progress:
         """`step` steps are done; `metrics` are the latest values, of which those in `keys` are shown."""
         if not self._visible:
             return
+        now = time.monotonic()
+        # The first step includes compilation, so speed is measured from its end.
+        self._first = self._first or (step, now)
+        if now < self._silent_until:
+            return
+        if not self._bar:
+            self._open()
         note = "  ".join(f"{key} {metrics[key]:.4g}" for key in self.keys if key in metrics)
         if self._bar:
             self._bar.update(self._task, completed=step, note=note)
             return
-        now = time.monotonic()
-        # The first step includes compilation, so speed is measured from its end.
-        self._first = self._first or (step, now)
         done, seconds = step - self._first[0], now - self._first[1]
         if now - self._printed >= self.every or step >= self.total:
             self._printed = now

@@ -1,6 +1,5 @@
 """MODPO: K policies in one program, DPO where weights are one-hot, margins from reward models where they are not."""
 
-import functools
 import json
 
 import jax
@@ -10,11 +9,10 @@ from support import tiny
 from support.small_trees import assert_same
 
 from pjrlhf.algorithms import modpo, policy, reward
-from pjrlhf.algorithms.modpo import Modpo, ModpoSettings, policies_loss
+from pjrlhf.algorithms.modpo import ModpoSettings, policies_loss
 from pjrlhf.config import neighbours
 from pjrlhf.data.batching import pad_left, pad_right
 from pjrlhf.errors import UserError
-from pjrlhf.models.adapters import Policies
 from pjrlhf.objectives.preference import pairwise_loss
 from pjrlhf.rollout import scoring
 
@@ -37,7 +35,7 @@ def settings(**changes):
 
 
 def of_run(run):
-    return Modpo(run, run.section(ModpoSettings))
+    return modpo.method_of(run, run.section(ModpoSettings))
 
 
 def made(folder, **changes):
@@ -45,8 +43,13 @@ def made(folder, **changes):
 
 
 @pytest.fixture(scope="module")
-def method(finished):
-    return made(finished)
+def run(finished):
+    return tiny.start(finished, settings())
+
+
+@pytest.fixture(scope="module")
+def method(run):
+    return of_run(run)
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +63,7 @@ def bank(method):
 @pytest.fixture(scope="module")
 def batch(method):
     """n lists of K pairs."""
-    source = reward.Grouped(method.tables, 0)
+    source = reward.Grouped(method.data.tables, 0)
     return [source[i] for i in range(n)]
 
 
@@ -68,21 +71,15 @@ def only(tree, k):
     return jax.tree.map(lambda x: x[k : k + 1], tree)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _gradient(model, adapter, kind, bank, base, arrays):
-    loss = functools.partial(policies_loss, model, adapter, BETA, kind)
-    return jax.value_and_grad(loss, has_aux=True)(bank, base, arrays)
+_gradient = jax.jit(jax.value_and_grad(policies_loss, argnums=1, has_aux=True), static_argnames=("beta", "kind"))
 
 
 def gradient(method, bank, batch, k=None, kind="sigmoid"):
     """((loss, metrics), gradient) of all policies, or of policy k in a program of its own."""
-    weights = method.weights
+    weights = method.data.weights
     if k is not None:
         batch, bank, weights = [row[k : k + 1] for row in batch], only(bank, k), weights[k : k + 1]
-    arrays = {**method.collate(batch), "weights": weights}
-    return _gradient(
-        method.run.workspace.model, method.run.workspace.adapter, kind, bank, method.run.workspace.base, arrays
-    )
+    return _gradient(method.backbone, bank, method.collate(batch).replace(weights=weights), beta=BETA, kind=kind)
 
 
 def plain(pairs):
@@ -103,34 +100,31 @@ def losses(method, bank, batch, kind="sigmoid"):
 
 
 def test_policies_learn_from_the_pairs_of_what_weighs_most(method, batch):
-    assert [{row["objective"] for row in table} for table in method.tables] == [{label} for label in LABELS]
-    assert {example.objective for example in method.table.examples} == set(LABELS)
+    assert [{row["objective"] for row in table} for table in method.data.tables] == [{label} for label in LABELS]
+    assert {example.objective for example in method.data.table.examples} == set(LABELS)
     assert [[row["objective"] for row in rows] for rows in batch] == [list(LABELS)] * n
     # One weight per reward model, the general one included; that of the labelled objective first.
     expected = [[1, 0, 0, 0, 0], [0.7, 0, 0.3, 0, 0], [0.4, 0.1, 0.2, 0.3, 0], [0.5, 0, 0, 0.5, 0]]
-    np.testing.assert_allclose(method.weights[:, 0], expected, rtol=1e-6)
+    np.testing.assert_allclose(method.data.weights[:, 0], expected, rtol=1e-6)
 
 
-def test_rewards_are_raw_and_those_of_the_pairs_one_by_one(method):
-    run, rewarder = method.run, reward.load(method.run)
-    assert len(method.table) > 2 * run.settings.sample_rows, "one chunk proves nothing"
-    R, judge, score = len(run.audience.rewards), reward.Reward(run), jax.jit(reward.pair_rewards, static_argnums=(0, 1))
-    for i in (0, 17, len(method.table) - 1):
-        raw = judge.collate([[method.table[i]] * R])
-        models = {name: rewarder[name] for name in ("bank", "heads")}
-        sides = score(run.workspace.model, run.workspace.adapter, models, run.workspace.base, raw)  # [R, 1] each
-        others = np.delete(
-            np.array(sides)[..., 0], run.audience.rewards.index(method.table.examples[i].objective), axis=1
-        )
-        np.testing.assert_allclose(method.rewards[i], others, atol=1e-5)
-    assert np.abs(method.rewards).max() > 0.1
+def test_rewards_are_raw_and_those_of_the_pairs_one_by_one(method, run):
+    rewarder, score, table = reward.load(run), jax.jit(reward.pair_rewards), method.data.table
+    assert len(table) > 2 * run.settings.sample_rows, "one chunk proves nothing"
+    models = {name: rewarder[name] for name in ("bank", "heads")}
+    for i in (0, 17, len(table) - 1):
+        rows, _ = reward.by_model(run.text, [[table[i]] * len(tiny.REWARDS)])
+        sides = score(method.backbone, models, rows)  # [R, 1] each
+        others = np.delete(np.array(sides)[..., 0], tiny.REWARDS.index(table.examples[i].objective), axis=1)
+        np.testing.assert_allclose(method.data.rewards[i], others, atol=1e-5)
+    assert np.abs(method.data.rewards).max() > 0.1
 
 
 def test_samples_are_answers_not_labels(method, finished):
     records = [json.loads(x) for x in (finished / "comparisons" / "comparisons.jsonl").read_text().splitlines()]
     pairs = {(r["request"], *sorted([r["chosen"][0]["content"], r["rejected"][0]["content"]])) for r in records}
-    assert len(pairs) < len(method.table) < len(records), "some label is used, and not every one"
-    assert method.samples == 2 * len(pairs) <= 2 * tiny.TINY["comparisons.pairs"]
+    assert len(pairs) < len(method.data.table) < len(records), "some label is used, and not every one"
+    assert method.data.samples == 2 * len(pairs) <= 2 * tiny.TINY["comparisons.pairs"]
 
 
 # ---- the loss
@@ -151,17 +145,17 @@ def test_policies_in_one_program_have_the_gradients_of_programs_of_their_own(met
 
 @pytest.mark.parametrize("kind", ["sigmoid", "hinge"])
 def test_one_hot_weights_are_dpo(method, bank, batch, kind):
-    run, (tokens, valid, slots) = method.run, plain([row[0] for row in batch])
+    tokens, valid, slots = plain([row[0] for row in batch])
 
     @jax.jit
-    def dpo(one, base):
+    def dpo(one, backbone):
         def logps(bank, mix):
-            policies = Policies(run.workspace.model, run.workspace.adapter, base, bank, mix)
+            policies = backbone.policies(bank, mix)
             return scoring.sequence_logps(policies, tokens, valid, slots)[0].reshape(2, n)
 
         return pairwise_loss(kind, logps(one, np.ones((1, 1))), logps(None, None), BETA).mean()
 
-    loss, slope = jax.value_and_grad(dpo)(only(bank, 0), run.workspace.base)
+    loss, slope = jax.value_and_grad(dpo)(only(bank, 0), method.backbone)
     assert losses(method, bank, batch, kind)[0] == pytest.approx(float(loss), rel=1e-4)
     found = gradient(method, bank, batch, kind=kind)[1]
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x[0], y[0], rtol=1e-3, atol=1e-5), found, slope)
@@ -169,18 +163,18 @@ def test_one_hot_weights_are_dpo(method, bank, batch, kind):
 
 def test_the_loss_of_a_mixture_is_the_papers(method, bank, batch):
     """Policy 1: 0.7 P1A, which its pairs are labelled for, and 0.3 P2A."""
-    run, mine = method.run, [row[1] for row in batch]
+    mine = [row[1] for row in batch]
     tokens, valid, slots = plain(mine)
 
     @jax.jit
-    def logps(bank, base):
-        policies = Policies(run.workspace.model, run.workspace.adapter, base, bank, np.ones((1, 1)))
+    def logps(bank, backbone):
+        policies = backbone.policies(bank, np.ones((1, 1)))
         return scoring.sequence_logps(policies, tokens, valid, slots)[0].reshape(2, n)
 
     index = [pair["index"] for pair in mine]
-    ratio = np.array(logps(only(bank, 1), run.workspace.base)) - method.reference[index].T
-    column = [name for name in run.audience.rewards if name != "P1A"].index("P2A")
-    gap = method.rewards[index, 0, column] - method.rewards[index, 1, column]
+    ratio = np.array(logps(only(bank, 1), method.backbone)) - method.data.reference[index].T
+    column = [name for name in tiny.REWARDS if name != "P1A"].index("P2A")
+    gap = method.data.rewards[index, 0, column] - method.data.rewards[index, 1, column]
     assert np.abs(gap).min() > 0.01
     h = (BETA * (ratio[0] - ratio[1]) - 0.3 * gap) / 0.7
     assert losses(method, bank, batch)[1] == pytest.approx(np.log1p(np.exp(-h)).mean(), rel=1e-4)
@@ -191,11 +185,10 @@ def test_the_loss_of_a_mixture_is_the_papers(method, bank, batch):
 
 @pytest.mark.parametrize(("changed", "touched"), [("P2A", [1, 2]), ("P1B", [2]), ("helpful", [])])
 def test_a_reward_model_reaches_the_policies_that_weigh_it_beside_their_label(
-    method, bank, batch, finished, monkeypatch, changed, touched
+    method, run, bank, batch, finished, monkeypatch, changed, touched
 ):
     before = losses(method, bank, batch)
-    model = reward.load(method.run)
-    number = method.run.audience.rewards.index(changed)
+    model, number = reward.load(run), tiny.REWARDS.index(changed)
     model["heads"]["kernel"] = model["heads"]["kernel"].at[number].multiply(-3.0)
     monkeypatch.setattr(reward, "load", lambda run: model)
     other = made(finished)
@@ -241,9 +234,9 @@ def test_training(copied):
 
 def test_own_preferences_are_those_of_the_reward_models(finished):
     own = made(finished, preferences={"kind": "own"})
-    assert own.goals.policies == tiny.REWARDS
-    np.testing.assert_array_equal(own.weights[:, 0], np.eye(len(tiny.REWARDS))[[0] * len(tiny.REWARDS)])
-    assert [table[0]["objective"] for table in own.tables] == list(tiny.REWARDS)
+    assert own.data.policies == own.data.labels == tiny.REWARDS
+    np.testing.assert_array_equal(own.data.weights[:, 0], np.eye(len(tiny.REWARDS))[[0] * len(tiny.REWARDS)])
+    assert [table[0]["objective"] for table in own.data.tables] == list(tiny.REWARDS)
 
 
 MISTAKES = [
@@ -284,7 +277,7 @@ def test_pairs_of_a_source(finished, tmp_path):
     config = settings(batch_size=2)
     with config.ignore_type():
         config.reward.data = {"kind": "jsonl", "path": str(tmp_path / "pairs.jsonl")}
-    half, whole = of_run(tiny.start(finished, config)), made(finished)
+    half, whole = of_run(tiny.start(finished, config)).data, made(finished).data
     assert 0 < len(half.table) < len(whole.table)
     assert half.table.bad.source_name == "pairs.jsonl"
     for one, other in zip(half.table.examples, whole.table.examples, strict=False):

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from support import tiny, tiny_users
-from support.tiny_users import pairs_of
+from support.tiny_users import entry_of, method_of, pairs_of, trained_of
 
 from pjrlhf.algorithms import pdpo as preference
 from pjrlhf.algorithms.pdpo import (
@@ -25,11 +25,10 @@ from pjrlhf.algorithms.pdpo import (
 )
 from pjrlhf.data import synthetic
 from pjrlhf.errors import UserError
-from pjrlhf.feedback.pairs import with_text
+from pjrlhf.feedback.pairs import PairBatch, with_text
 from pjrlhf.models.huggingface import fingerprint
 from pjrlhf.models.storage import load_tree, save_tree
 from pjrlhf.objectives.preference import PAIRWISE
-from pjrlhf.protocols.trained import Trained
 from pjrlhf.training import loop
 
 
@@ -70,20 +69,18 @@ def test_training_starts_from_the_reference(people):
 
 
 def test_the_reference_is_the_policy_without_users(run, pairs):
-    method = Preference(run, "pooled", pairs)
+    method = method_of(run, "pooled", pairs)
     rows = [pairs.tables["train"][i] for i in range(8)]
     batch = batch_of(pairs, rows)
-    logps = answer_scores(
-        run.workspace.model, run.workspace.adapter, method.users, method.init().trainable, run.workspace.base, batch
-    )
+    logps = answer_scores(method.backbone, method.users, method.init().trainable, batch)
     np.testing.assert_allclose(logps.T, pairs.reference["train"][:8], rtol=1e-5)
-    np.testing.assert_array_equal(batch["counts"], [[len(row["chosen"]), len(row["rejected"])] for row in rows])
+    np.testing.assert_array_equal(batch.counts, [[len(row["chosen"]), len(row["rejected"])] for row in rows])
 
 
 @pytest.fixture(scope="module")
 def doubled(run, pairs):
     """A noisy policy of the individualized method and a batch of four pairs, each as its user and as nobody."""
-    method = Preference(run, "individualized", pairs)
+    method = method_of(run, "individualized", pairs)
     leaves, treedef = jax.tree.flatten(method.init().trainable)
     rng = np.random.default_rng(0)
     trainable = treedef.unflatten([x + 0.1 * rng.standard_normal(x.shape).astype(np.float32) for x in leaves])
@@ -92,16 +89,14 @@ def doubled(run, pairs):
     def part(order):
         generic = np.array(order) >= 4
         batch = batch_of(pairs, [rows[i] for i in order], user_slots=method.users.num_tokens)
-        return {**batch, "generic": generic, "user": np.where(generic, 0, batch["user"])}
+        return batch.replace(generic=generic, users=np.where(generic, 0, batch.users))
 
     @jax.jit
     def loss_and_gradient(trainable, batch):
         config = PreferenceConfig(alpha=0.3, beta=0.5)
-        shared = (run.workspace.model, run.workspace.adapter, method.users)
-        loss, gradient = jax.value_and_grad(
-            lambda p: preference_loss(*shared, config, p, run.workspace.base, batch)[0]
-        )(trainable)
-        return loss, gradient, answer_scores(*shared, trainable, run.workspace.base, batch)
+        shared = method.backbone, method.users
+        loss, gradient = jax.value_and_grad(lambda p: preference_loss(*shared, config, p, batch)[0])(trainable)
+        return loss, gradient, answer_scores(*shared, trainable, batch)
 
     return trainable, part, loss_and_gradient
 
@@ -110,7 +105,7 @@ def test_the_exact_mixture_is_that_of_the_paper(doubled):
     trainable, part, loss_and_gradient = doubled
     batch = part(range(8))
     loss, _, logps = loss_and_gradient(trainable, batch)
-    h = 0.5 * (np.asarray(logps, np.float64) - batch["reference"].T)
+    h = 0.5 * (np.asarray(logps, np.float64) - batch.reference.T)
     losses = np.log1p(np.exp(-(h[0] - h[1])))
     assert abs(losses[:4] - losses[4:]).min() > 1e-3
     assert loss == pytest.approx(0.3 * losses[:4].mean() + 0.7 * losses[4:].mean(), rel=1e-5)
@@ -131,7 +126,9 @@ def test_the_mixture_does_not_depend_on_micro_batches(doubled):
 def test_rewards_are_what_the_loss_compares(loss, head):
     rng = np.random.default_rng(0)
     scores, counts = rng.normal(size=(2, 8)), rng.integers(1, 9, (8, 2)).astype(np.float32)
-    batch = {"reference": rng.normal(size=(8, 2)), "margin": np.zeros(8), "counts": counts}
+    batch = PairBatch(
+        rows=None, index=None, users=None, reference=rng.normal(size=(8, 2)), counts=counts, margin=np.zeros(8)
+    )
     config = PreferenceConfig(loss=loss, head=head, beta=0.7)
     chosen, rejected = pair_rewards(config, scores, batch)
     expected = np.log1p(np.exp(rejected - chosen))
@@ -140,8 +137,7 @@ def test_rewards_are_what_the_loss_compares(loss, head):
 
 @pytest.mark.parametrize(("mixture", "alpha", "times"), [("exact", 0.5, 2), ("dropout", 0.0, 1)])
 def test_rows_of_a_step(run, pairs, mixture, alpha, times):
-    method = Preference(run, "individualized", pairs)
-    method.objective = PreferenceConfig(mixture=mixture, alpha=alpha)
+    method = method_of(run, entry_of(run, "individualized", mixture=mixture, alpha=alpha), pairs)
     state, metrics = method.step(method.init(), batch_of(pairs, one_each(pairs, 4) * 2))
     assert metrics["loss"][1] == 8 * times
     assert metrics["rewards/margins"][1] == 8  # the generic copies are no part of what is reported
@@ -156,7 +152,7 @@ def test_rows_of_a_step(run, pairs, mixture, alpha, times):
 
 @pytest.mark.parametrize("name", ["individualized", "cluster"])
 def test_absent_users_keep_every_bit(run, pairs, name, caplog):
-    method = Preference(run, name, pairs, steps=6 if name == "individualized" else 3)
+    method = method_of(run, name, pairs)
     rows = one_each(pairs, 4) * 2
     two = np.where(pairs.users("train") > 2, pairs.users("train") - 2, pairs.users("train"))
     # A first step for everybody: moments that a dense optimizer would go on to apply.
@@ -174,7 +170,7 @@ def test_absent_users_keep_every_bit(run, pairs, name, caplog):
 def test_pooled_training_does_not_know_who_is_asking(run, pairs):
     found = []
     for users in (pairs.users("train"), np.zeros(len(pairs.tables["train"]), np.int32)):
-        method = Preference(run, "pooled", pairs)
+        method = method_of(run, "pooled", pairs)
         rows = [pairs.tables["train"][i] for i in range(8)]
         found.append(tiny.bits(method.step(method.init(), batch_of(pairs, rows, users=users))))
     assert found[0] == found[1]
@@ -184,10 +180,10 @@ def test_the_control_trains_on_everybodys_pairs_under_wrong_names(run, pairs):
     own = pairs.users("train")
     drawn = {}
     for name in ("individualized", "permuted"):
-        method, drawn[name] = Preference(run, name, pairs), {}
+        method, drawn[name] = method_of(run, name, pairs), {}
         for _ in range(2 * len(own) // 8):
             batch = next(method.batches)
-            drawn[name] |= dict(zip(batch["index"].tolist(), batch["user"].tolist(), strict=True))
+            drawn[name] |= dict(zip(batch.index.tolist(), batch.users.tolist(), strict=True))
         assert len(drawn[name]) == len(own)
     named = {name: np.array([users[i] for i in range(len(own))]) for name, users in drawn.items()}
     np.testing.assert_array_equal(named["individualized"], own)
@@ -297,8 +293,7 @@ def test_people_who_are_kept_out_are_met_as_new(records, tmp_path):
 def test_entries_may_differ_in_their_objective(records, tmp_path):
     models = {"one": {"kind": "individualized", "tokens": 2, "alpha": 0.9, "loss": "ipo", "beta": 0.3}}
     run = tiny.start(tmp_path / "run", records(preference__models=models | {"two": {"kind": "uniform"}}))
-    pairs = pairs_of(run)
-    one, two = (Preference(run, name, pairs).objective for name in ("one", "two"))
+    one, two = (entry_of(run, name).objective for name in ("one", "two"))
     assert (one.alpha, one.loss, one.beta, one.mixture) == (0.9, "ipo", 0.3, "exact")
     assert two == PreferenceConfig()
 
@@ -313,7 +308,7 @@ REWARD = {"mine": {"kind": "individualized", "tokens": 2, "head": "reward"}}
 def test_the_reward_loss_is_that_of_the_paper(records, tmp_path):
     run = tiny.start(tmp_path / "run", records(preference__models=REWARD, preference__alpha=0.3))
     pairs = pairs_of(run)
-    method = Preference(run, "mine", pairs)
+    method = method_of(run, "mine", pairs)
     leaves, treedef = jax.tree.flatten(method.init().trainable)
     rng = np.random.default_rng(0)
     trainable = treedef.unflatten([x + 0.3 * rng.standard_normal(x.shape).astype(np.float32) for x in leaves])
@@ -321,12 +316,11 @@ def test_the_reward_loss_is_that_of_the_paper(records, tmp_path):
     state, metrics = method.step(method.init().replace(trainable=jax.tree.map(jnp.copy, trainable)), batch)
 
     def gaps(users):
-        shared = (run.workspace.model, run.workspace.adapter, method.users, trainable, run.workspace.base)
-        rewards = answer_scores(*shared, {**batch, "user": users})
+        rewards = answer_scores(method.backbone, method.users, trainable, batch.replace(users=users))
         return np.asarray(rewards[0] - rewards[1], np.float64)
 
     # alpha of the users' Bradley-Terry loss and 1 - alpha of the generic user's, without beta and without a reference.
-    own, generic = (np.log1p(np.exp(-gaps(users))).mean() for users in (batch["user"], 0 * batch["user"]))
+    own, generic = (np.log1p(np.exp(-gaps(users))).mean() for users in (batch.users, 0 * batch.users))
     loss = metrics["loss"][0] / metrics["loss"][1]
     assert abs(own - generic) > 1e-3 and loss == pytest.approx(0.3 * own + 0.7 * generic, rel=1e-5)
     # Head, adapters and users learn in the first step.
@@ -340,7 +334,7 @@ def test_a_reward_model_knows_people_apart(records, tmp_path):
     rate = {"learning_rate": 3e-2}
     run.sections[PreferenceSettings] = run.section(PreferenceSettings).replace(optimizer=rate, user_optimizer=rate)
     preference.run(run)
-    trained = Trained(run, "mine", pairs_of(run))
+    trained = trained_of(run, "mine", pairs_of(run))
     own = trained.margins("heldout", trained.pairs.users("heldout"))
     assert (own > 0).mean() == 1, "ann and bob want opposite answers"
     generic = trained.margins("heldout", np.zeros(len(own), np.int32))
@@ -376,7 +370,7 @@ def test_text_of_a_user_stands_before_the_prompt(told, tmp_path):
     # It is text: the reference reads it too, and it is no part of what is scored.
     assert np.abs(plain.reference["train"] - pairs.reference["train"]).min() > 1e-6
     batch = batch_of(pairs, [pairs.tables["train"][0]])
-    assert batch["counts"].tolist() == [[len(plain.tables["train"][0][side]) for side in ("chosen", "rejected")]]
+    assert batch.counts.tolist() == [[len(plain.tables["train"][0][side]) for side in ("chosen", "rejected")]]
 
 
 def test_texts_under_wrong_names_are_a_control_of_training(told, tmp_path):
@@ -404,7 +398,7 @@ def test_a_text_alone_tells_people_apart(told, tmp_path):
     preference.run(run)
     shares = {}
     for name in models:
-        trained = Trained(run, name, pairs_of(run, user_text=name == "text"))
+        trained = trained_of(run, name, pairs_of(run, user_text=name == "text"))
         margins = trained.margins("heldout", trained.pairs.users("heldout"))
         shares[name] = (margins > 0).mean()
     assert shares == {"text": 1.0, "pooled": 0.5}
@@ -418,12 +412,11 @@ def test_records_without_text(records, tmp_path):
 # ---- losses and mistakes
 
 
-def unigrams(model, adapter, users, trainable, base, batch):
+def unigrams(backbone, users, trainable, batch):
     """In place of the decoder, a policy that draws words at random, to compile a step in little time."""
     vector = trainable["bank"]["layers"]["mlp"]["down"]["b"].sum((0, 1, 2))
-    logps = jax.nn.log_softmax(base["embed"]["embedding"] @ vector)
-    rows = batch["rows"]
-    sums = jnp.zeros(2 * len(batch["user"])).at[rows["answer"]].add(logps[rows["targets"]], mode="drop")
+    logps = jax.nn.log_softmax(backbone.base["embed"]["embedding"] @ vector)
+    sums = jnp.zeros(batch.rows.answers).at[batch.rows.answer].add(logps[batch.rows.targets], mode="drop")
     return sums.reshape(-1, 2).T
 
 
@@ -432,13 +425,13 @@ def test_the_reward_shift_of_bco_is_the_mean_of_all_rewards_so_far(records, tmp_
     changes = {"preference__models": {"pooled": {"kind": "uniform"}}, "preference__loss": "bco_pair"}
     run = tiny.start(tmp_path / "run", records(**changes))
     pairs = pairs_of(run)
-    method = Preference(run, "pooled", pairs)
+    method = method_of(run, "pooled", pairs)
     state, seen = method.init(), []
     for i in (0, 8):
         batch = batch_of(pairs, [pairs.tables["train"][i + k] for k in range(8)])
-        scores = np.asarray(unigrams(None, None, None, state.trainable, run.workspace.base, batch))
+        scores = np.asarray(unigrams(method.backbone, None, state.trainable, batch))
         state, metrics = method.step(state, batch)
-        rewards = 0.1 * (scores - batch["reference"].T)
+        rewards = 0.1 * (scores - batch.reference.T)
         seen.append(rewards)
         shift = np.mean(seen)
         assert abs(shift) > 1e-2
@@ -458,7 +451,7 @@ def test_every_loss_trains(records, tmp_path, monkeypatch):
     batch = batch_of(pairs, [pairs.tables["train"][i] for i in range(0, 16, 2)])  # ann's
     for kind in PAIRWISE:
         run.sections[PreferenceSettings] = given.replace(loss=kind)
-        method = Preference(run, "pooled", pairs)
+        method = method_of(run, "pooled", pairs)
         state, margins, found = method.init(), [], []
         for _ in range(3):
             state, metrics = method.step(state, batch)
@@ -479,7 +472,7 @@ MISTAKES = [
     ({"head": "scalar"}, "preference.head: 'scalar' is unknown; choose one of policy, reward"),
     (
         {"models": {"mine": {"kind": "uniform", "head": "reward", "loss": "ipo"}}},
-        "preference.models.mine.head: 'reward' with loss 'ipo' and sft_weight 0.0 needs a policy; choose from sigmoid, ",
+        "preference.models.mine.head: 'reward' with loss 'ipo' and sft_weight 0.0 needs a policy; choose from sigmoid",
     ),
     ({"models": {"mine": {"kind": "soup"}}}, "preference.bank: not set; name the bank.safetensors"),
     ({"batch_size": 100}, "batch_size 100: the data set has only 38 rows"),
@@ -506,7 +499,7 @@ def opposites(records, tmp_path):
     run.sections[PreferenceSettings] = run.section(PreferenceSettings).replace(optimizer={"learning_rate": 3e-2})
     pairs = pairs_of(run)
     users, banks = pairs.users("train"), []
-    method = Preference(run, "pooled", pairs)
+    method = method_of(run, "pooled", pairs)
     for user in (1, 2):
         rows = [pairs.tables["train"][i] for i in np.flatnonzero(users == user)[:8]]
         state = method.init()
@@ -534,7 +527,7 @@ def test_soup_weights_find_the_right_policy(opposites, tmp_path):
     weights = jax.nn.softmax(found["users"]["table"]["weights"])
     assert weights[1, 0] > 0.8 and weights[2, 1] > 0.8
     assert abs(weights[0, 0] - 0.5) < 0.2, "the generic user hears both"
-    method = Preference(run, "soup", pairs_of(run))
+    method = method_of(run, "soup", pairs_of(run), start={"bank": preference.soup_bank(run)})
     assert list(method.init().trainable) == ["users"]
 
 
@@ -544,7 +537,7 @@ def test_the_bank_of_the_same_run(opposites, tmp_path):
     with pytest.raises(UserError, match=r"run/policy/bank.safetensors: there is no such file"):
         preference.run(run)
     shutil.copy(path, run.workdir.stage("policy"))
-    assert list(Preference(run, "soup", pairs_of(run)).frozen) == ["bank"]
+    assert tiny.bits(preference.soup_bank(run)) == tiny.bits(load_tree(path)[0])
 
 
 def test_a_bank_must_fit(opposites, tmp_path):

@@ -8,9 +8,8 @@ import numpy as np
 import pytest
 from support import tiny, tiny_users
 
-from pjrlhf.algorithms import policy
+from pjrlhf.algorithms import policy, sft
 from pjrlhf.algorithms.policy import Policy
-from pjrlhf.algorithms.sft import Sft
 from pjrlhf.errors import UserError
 from pjrlhf.export import merge
 from pjrlhf.export.merge import MergeSettings
@@ -68,7 +67,7 @@ def test_policies_train_on_it_and_their_adapters_merge_into_the_folder(copied, t
 
 def test_the_base_is_trained_as_floats(tmp_path):
     run = tiny.start(tmp_path, tiny.settings(model__quantize="int8"))
-    leaves = jax.tree.leaves(Sft(run).init().trainable)
+    leaves = jax.tree.leaves(sft.method_of(run).init().trainable)
     assert {leaf.dtype for leaf in leaves} == {jnp.dtype("float32")}
 
 

@@ -1,6 +1,5 @@
 """Reward models: equal shares of all objectives, K models in one program, and what is measured on held-out pairs."""
 
-import functools
 import json
 
 import jax
@@ -10,7 +9,7 @@ import pytest
 from support import tiny
 
 from pjrlhf.algorithms import reward
-from pjrlhf.algorithms.reward import Grouped, Reward, RewardSettings, pair_rewards, reward_loss
+from pjrlhf.algorithms.reward import Grouped, pair_rewards, reward_loss
 from pjrlhf.data.packing import NOWHERE
 from pjrlhf.models.adapters import AdapterConfig, init_bank
 from pjrlhf.models.storage import load_tree
@@ -20,7 +19,7 @@ from pjrlhf.rollout.experience import reward_scores
 
 @pytest.fixture(scope="module")
 def method(finished):
-    return Reward(tiny.start(finished, tiny.settings()))
+    return reward.method_of(tiny.start(finished, tiny.settings()))
 
 
 @pytest.fixture(scope="module")
@@ -32,19 +31,12 @@ def slice_of(trained, k):
     return jax.tree.map(lambda x: x[k : k + 1], {name: trained[name] for name in ("bank", "heads")})
 
 
-_score = jax.jit(pair_rewards, static_argnums=(0, 1))
+_score = jax.jit(pair_rewards)
 
 
-def score(method, trainable, raw):
-    """Rewards (chosen, rejected) [K, n] of a batch as `collate` makes it."""
-    run = method.run
-    return _score(
-        run.workspace.model,
-        run.workspace.adapter,
-        {name: trainable[name] for name in ("bank", "heads")},
-        run.workspace.base,
-        raw,
-    )
+def score(method, trainable, batch):
+    """Rewards (chosen, rejected) [K, n] of a batch."""
+    return _score(method.backbone, {name: trainable[name] for name in ("bank", "heads")}, batch.rows)
 
 
 # ---- the source of batches
@@ -66,16 +58,16 @@ def test_every_row_is_seen_equally_often_and_each_turn_has_its_own_order():
 def test_a_batch_has_equally_many_rows_of_each_objective(method):
     batch = next(method.batches)
     n, K = 4, len(tiny.REWARDS)
-    owner, last = batch["rows"]["owner"], batch["rows"]["last_answer"]
+    owner, last = batch.rows.owner, batch.rows.last_answer
     assert [(last[(owner == k).any(1)] < NOWHERE).sum() for k in range(1, K)] == [2 * n] * (K - 1)
-    assert batch["margin"].shape == (n * K,)
-    texts = [{row["objective"] for row in table} for table in method.train]
+    assert batch.margin.shape == (K, n)
+    texts = [{row["objective"] for row in table} for table in method.train.values()]
     assert texts == [{name} for name in tiny.REWARDS]
 
 
 def test_no_prompt_is_on_both_sides(method):
     train, held = (
-        {json.dumps(example.prompt) for table in side for example in table.examples}
+        {json.dumps(example.prompt) for table in side.values() for example in table.examples}
         for side in (method.train, method.heldout)
     )
     assert train and held and not train & held
@@ -93,22 +85,18 @@ def noisy(tree, seed, scale=0.3):
 @pytest.mark.slow
 @pytest.mark.parametrize("rank", [2, pytest.param(0, marks=pytest.mark.slow)])
 def test_k_models_in_one_program_equal_k_programs(method, rank):
-    run, K = method.run, len(tiny.REWARDS)
-    adapter = AdapterConfig(rank=rank, alpha=4.0)
-    width = run.workspace.model_config.hidden_size
-    trainable = noisy(
-        {"bank": init_bank(run.workspace.base, adapter, K, jax.random.key(0)), "heads": scoring.init_heads(K, width)},
-        seed=0,
-    )
-    source = Grouped(method.train, 0)
+    K, adapter = len(tiny.REWARDS), AdapterConfig(rank=rank, alpha=4.0)
+    backbone = method.backbone.replace(adapter=adapter)
+    heads = scoring.init_heads(K, backbone.model.config.hidden_size)
+    trainable = noisy({"bank": init_bank(backbone.base, adapter, K, jax.random.key(0)), "heads": heads}, seed=0)
+    source = Grouped(list(method.train.values()), 0)
     pairs = [[{**row, "margin": 0.1 * i + 0.01 * k} for k, row in enumerate(source[i])] for i in range(4)]
-    raw = method.collate(pairs)
-    grad = jax.jit(jax.value_and_grad(functools.partial(reward_loss, run.workspace.model, adapter), has_aux=True))
-    (total, metrics), whole = grad(trainable, run.workspace.base, raw)
+    grad = jax.jit(jax.value_and_grad(reward_loss, argnums=1, has_aux=True))
+    (total, metrics), whole = grad(backbone, trainable, method.collate(pairs))
     losses = []
     for k in range(K):
         one = jax.tree.map(lambda x, k=k: x[k : k + 1], trainable)
-        (loss, _), alone = grad(one, run.workspace.base, method.collate([row[k : k + 1] for row in pairs]))
+        (loss, _), alone = grad(backbone, one, method.collate([row[k : k + 1] for row in pairs]))
         losses.append(float(loss))
         # Sums of another shape are taken in another order, which differs from processor to processor.
         jax.tree.map(lambda x, y, k=k: np.testing.assert_allclose(x[k], y[0], rtol=1e-4, atol=1e-5), whole, alone)
@@ -119,7 +107,7 @@ def test_k_models_in_one_program_equal_k_programs(method, rank):
 
 
 def test_the_rewards_are_those_of_the_pairs_one_by_one(method, trained):
-    source = Grouped(method.train, 0)
+    source = Grouped(list(method.train.values()), 0)
     pairs = [source[i] for i in range(4)]
     n, K = len(pairs), len(pairs[0])
     chosen, rejected = score(method, trained, method.collate(pairs))
@@ -145,7 +133,8 @@ def test_heads_and_adapters_move_in_the_first_step(method):
 def test_each_held_out_pair_counts_once(finished, method, trained):
     models = json.loads((finished / "manifest.json").read_text())["stages"]["reward"]["models"]
     found = method.heldout_accuracy({name: trained[name] for name in ("bank", "heads")})
-    for k, (name, table) in enumerate(zip(tiny.REWARDS, method.heldout, strict=True)):
+    assert tuple(method.heldout) == tiny.REWARDS
+    for k, (name, table) in enumerate(method.heldout.items()):
         assert found[name].items() <= models[name].items()
         assert found[name]["pairs"] == len(table)
         hits = []
@@ -157,25 +146,26 @@ def test_each_held_out_pair_counts_once(finished, method, trained):
 
 @pytest.mark.slow
 def test_calibrated_rewards_have_mean_0_and_deviation_1(method, trained, monkeypatch):
-    run, K, asked = method.run, len(tiny.REWARDS), []
+    text, K, asked = method.text, len(tiny.REWARDS), []
+    requests = [f"question {i}" for i in range(5)]
 
     def answer(model, adapter, sampling, base, bank, mix, prompt, key):
         """Stands in for sampling: an answer that the prompt decides."""
         tokens = prompt["prompt"][:, -sampling.max_new_tokens :] * 3 % model.config.vocab_size
         return {"tokens": tokens, "valid": jnp.cumsum(tokens % 5 == 0, axis=1) < 2}
 
-    encode = run.text.encode
-    monkeypatch.setattr(run.text, "encode", lambda prompts: asked.append(encode(prompts)) or asked[-1])
+    encode = text.encode
+    monkeypatch.setattr(text, "encode", lambda prompts: asked.append(encode(prompts)) or asked[-1])
     monkeypatch.setattr(reward, "sample", answer)
-    scale = method.calibrate(trained)
-    assert len(asked) * run.settings.sample_rows == run.section(RewardSettings).calibration_samples
+    scale = method.calibrate(trained, requests)
+    assert len(asked) * text.sample_rows == method.settings.calibration_samples
     prompt = {name: jnp.concatenate([x[name] for x in asked]) for name in ("prompt", "valid")}
-    response = answer(run.workspace.model, None, run.text.sampling(), None, None, None, prompt, None)
+    response = answer(method.backbone.model, None, text.sampling(), None, None, None, prompt, None)
     prompt, response = jax.tree.map(lambda x: jnp.tile(x, (K, 1)), (prompt, response))
     arguments = (
-        run.workspace.model,
-        run.workspace.adapter,
-        run.workspace.base,
+        method.backbone.model,
+        method.backbone.adapter,
+        method.backbone.base,
         {**trained, **scale},
         jnp.arange(K)[:, None],
         prompt,

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from pjrlhf.algorithms.sft import sft_loss
-from pjrlhf.data.packing import NOWHERE, pack
-from pjrlhf.models.adapters import AdapterConfig, Policies
+from pjrlhf.data.packing import NOWHERE, PackLayout, pack
+from pjrlhf.models.adapters import AdapterConfig, Backbone
 from pjrlhf.models.config import ModelConfig
 from pjrlhf.models.decoder import Decoder, init_params
 from pjrlhf.training.metrics import to_floats
@@ -42,24 +42,24 @@ def examples(count=4, seed=0):
 
 def packed(rows, mode="none", length=PROMPT + COMPLETION, **options):
     prompts, completions = [prompt for prompt, _ in rows], [[completion] for _, completion in rows]
-    return pack(prompts, completions, mode=mode, length=length, pad_id=0, **options)
+    return pack(prompts, completions, PackLayout(mode=mode, length=length, pad_id=0, **options))
 
 
 @jax.jit
 def loss(params, batch):
-    return sft_loss(MODEL, NONE, params, None, batch)
+    return sft_loss(Backbone(MODEL, NONE, params), None, batch)
 
 
 @jax.jit
 def gradient(params, batch):
-    return jax.grad(lambda p: sft_loss(MODEL, NONE, p, None, batch)[0])(params)
+    return jax.grad(lambda p: sft_loss(Backbone(MODEL, NONE, p), None, batch)[0])(params)
 
 
 @jax.jit
 def run(params, batch):
     """(hidden states, logits) of rows with one example each."""
-    policies = Policies(MODEL, NONE, params, None, None)
-    hidden, _ = policies(batch["tokens"], batch["segment"] > 0)
+    policies = Backbone(MODEL, NONE, params).policies()
+    hidden, _ = policies(batch.tokens, batch.segment > 0)
     return hidden, policies.logits(hidden)
 
 
@@ -76,7 +76,7 @@ def test_the_loss_is_the_mean_over_completion_tokens(params):
     assert float(value) == pytest.approx(np.mean(each), rel=1e-5)
     found = to_floats(metrics)
     assert found["loss"] == pytest.approx(np.mean(each), rel=1e-5) and found["num_tokens"] == len(each)
-    padding = 1 - sum(len(prompt) + len(completion) for prompt, completion in rows) / packed(rows)["tokens"].size
+    padding = 1 - sum(len(prompt) + len(completion) for prompt, completion in rows) / packed(rows).tokens.size
     assert found["wasted_tokens"] == pytest.approx(padding)
 
 
@@ -87,11 +87,11 @@ def test_only_completion_tokens_are_targets(params):
     head = gradient(params, batch)["head"]["kernel"]
     # A token that is no target has the gradient of a softmax: its probabilities, so it never pulls the state closer.
     hidden, logits = run(params, batch)
-    weight = np.zeros(batch["tokens"].shape)
+    weight = np.zeros(batch.tokens.shape)
     for i, (prompt, completion) in enumerate(rows):
         weight[i, len(prompt) - 1 : len(prompt) + len(completion) - 1] = 1
     chance = jax.nn.softmax(logits)
-    target = jax.nn.one_hot(np.roll(batch["tokens"], -1, axis=1), CONFIG.vocab_size)
+    target = jax.nn.one_hot(np.roll(batch.tokens, -1, axis=1), CONFIG.vocab_size)
     expected = jnp.einsum("bt,btd,btv->dv", weight / weight.sum(), hidden, chance - target)
     np.testing.assert_allclose(head, expected, atol=1e-5)
 
@@ -105,7 +105,7 @@ def test_prompt_tokens_are_context(params):
 @pytest.mark.parametrize("options", [{"mode": "pack", "length": 24}, {"length": 200}, {"mode": "pack", "multiple": 8}])
 def test_how_rows_are_packed_does_not_matter(params, options):
     narrow, other = packed(examples()), packed(examples(), **options)
-    assert narrow["tokens"].shape != other["tokens"].shape
+    assert narrow.tokens.shape != other.tokens.shape
     assert float(loss(params, other)[0]) == pytest.approx(float(loss(params, narrow)[0]), rel=1e-6)
     same = functools.partial(np.testing.assert_allclose, atol=1e-6)
     jax.tree.map(same, gradient(params, other), gradient(params, narrow))
@@ -113,7 +113,7 @@ def test_how_rows_are_packed_does_not_matter(params, options):
 
 def test_what_stands_in_the_padding_does_not_matter(params):
     batch = packed(examples())
-    noisy = {**batch, "tokens": np.where(batch["segment"] > 0, batch["tokens"], 7)}
+    noisy = batch.replace(tokens=np.where(batch.segment > 0, batch.tokens, 7))
     assert float(loss(params, noisy)[0]) == float(loss(params, batch)[0])
 
 
@@ -129,6 +129,6 @@ def test_micro_batches_add_up_to_the_whole(params):
 
 def test_a_batch_without_completion_tokens_is_no_nan(params):
     batch = packed(examples())
-    batch["answer"] = np.full_like(batch["answer"], NOWHERE)
+    batch = batch.replace(answer=np.full_like(batch.answer, NOWHERE))
     assert float(loss(params, batch)[0]) == 0
     assert not any(np.asarray(leaf).any() for leaf in jax.tree.leaves(gradient(params, batch)))

@@ -63,9 +63,9 @@ def test_buckets_round_up():
 def test_completion_batch():
     rows = [make_row(4, prompt=(5,)), make_row(7, completion=(3, 4, 2))]
     batch = collate_completion(rows, prompt_length=3, completion_length=4, pad_id=PAD)
-    assert batch["tokens"].tolist() == [[0, 0, 5, 3, 2, 0, 0], [0, 5, 6, 3, 4, 2, 0]]
-    assert batch["valid"].tolist() == (batch["tokens"] != PAD).tolist()
-    assert [np.flatnonzero(row).tolist() for row in batch["loss_mask"]] == [[3, 4], [3, 4, 5]]
+    assert batch.tokens.tolist() == [[0, 0, 5, 3, 2, 0, 0], [0, 5, 6, 3, 4, 2, 0]]
+    assert batch.valid.tolist() == (batch.tokens != PAD).tolist()
+    assert batch.prompt_length == 3
 
 
 def test_epochs_hold_every_row_once_in_new_orders():
@@ -96,19 +96,11 @@ def test_resume_is_exact_from_any_step():
         assert indices(first) == whole[step:]  # looking at the state moves nothing
 
 
-def test_last_batch_is_filled_up_and_marked():
-    last = list(batches(ROWS, 8, seed=0, shuffle=False, epochs=1, collate=prompts_of, drop_remainder=False))[-1]
-    assert last["index"].tolist() == [16, 17, 18, 19, 20, 21, 22, 16]
-    assert last["real"].tolist() == [True] * 7 + [False]
-    small = list(batches(ROWS[:2], 4, seed=0, epochs=1, collate=prompts_of, drop_remainder=False))
-    assert [batch["real"].tolist() for batch in small] == [[True, True, False, False]]
-
-
 @pytest.mark.parametrize(
     ("rows", "change", "message"),
     [
         (ROWS, {"batch_size": 24}, "batch_size 24: the data set has only 23 rows"),
-        ([], {"batch_size": 1, "drop_remainder": False}, "only 0 rows"),
+        ([], {"batch_size": 1}, "only 0 rows"),
     ],
 )
 def test_batches_that_cannot_be(rows, change, message):

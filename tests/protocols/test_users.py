@@ -7,12 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from support import tiny, tiny_users
-from support.tiny_users import pairs_of
+from support.tiny_users import pairs_of, trained_of
 
 from pjrlhf.errors import UserError
 from pjrlhf.models.users import UserModel, fit_clusters
 from pjrlhf.protocols.cold_start import fit_new_users
-from pjrlhf.protocols.trained import Trained
 from pjrlhf.protocols.users import _generation
 
 pytestmark = pytest.mark.slow  # many programs to compile
@@ -29,7 +28,7 @@ def summary(people):
 def trained(people):
     """The individualized model of the finished run."""
     run = tiny.start(people, tiny_users.settings())
-    return Trained(run, "individualized", pairs_of(run))
+    return trained_of(run, "individualized", pairs_of(run))
 
 
 def test_files_of_a_run(people):

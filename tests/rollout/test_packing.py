@@ -1,7 +1,5 @@
 """Packed rows give what plain ones give: log-probs, rewards and gradients, for any way of packing."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,7 +7,7 @@ import pytest
 
 from pjrlhf.data import packing
 from pjrlhf.data.batching import pad_left, pad_right
-from pjrlhf.data.packing import MODES, NOWHERE, pack
+from pjrlhf.data.packing import MODES, NOWHERE, PackLayout, pack
 from pjrlhf.errors import UserError
 from pjrlhf.models.adapters import AdapterConfig, Policies, init_bank
 from pjrlhf.models.config import ModelConfig
@@ -31,6 +29,10 @@ def examples():
         [rng.integers(1, 37, n).tolist() for n in pair] for pair in ((3, 1), (2, 6), (5, 5), (1, 4), (2, 2), (4, 3))
     ]
     return prompts, answers
+
+
+def packed(examples, mode, length=40, **settings):
+    return pack(*examples, PackLayout(mode=mode, length=length, pad_id=0, **settings))
 
 
 @pytest.fixture(scope="module")
@@ -69,13 +71,13 @@ def plain(policy, examples):
 
 @pytest.mark.parametrize("mode", MODES)
 def test_packed_rows_score_as_plain_ones(policy, examples, plain, mode):
-    rows = pack(*examples, mode=mode, length=40, pad_id=0, user_slots=U)
+    rows = packed(examples, mode=mode, user_slots=U)
 
     @jax.jit
     def score():
         policies = Policies(MODEL, ADAPTER, policy["base"], policy["bank"], policy["mix"], policy["users"])
-        logps = scoring.packed_logps(policies, rows, 2 * E).reshape(E, 2)
-        return logps, scoring.packed_rewards(policies, policy["heads"], policy["mix"], rows, 2 * E).reshape(E, 2)
+        logps = scoring.packed_logps(policies, rows).reshape(E, 2)
+        return logps, scoring.packed_rewards(policies, policy["heads"], policy["mix"], rows).reshape(E, 2)
 
     logps, rewards = score()
     np.testing.assert_allclose(logps, plain[0], rtol=2e-5)
@@ -87,11 +89,11 @@ def test_windows_and_learned_positions_are_counted_in_tokens_not_slots(examples)
     model = Decoder(CONFIG.replace(windows=(3, 0), positions="learned", max_length=32))
     base = jax.jit(init_params, static_argnums=0)(model, jax.random.key(0))
 
-    @functools.partial(jax.jit, static_argnames="count")
-    def score(rows, count):
-        return scoring.packed_logps(Policies(model, ADAPTER, base, None, None), rows, count)
+    @jax.jit
+    def score(rows):
+        return scoring.packed_logps(Policies(model, ADAPTER, base, None, None), rows)
 
-    alone, shared = (score(pack(*examples, mode=mode, length=40, pad_id=0), 2 * E) for mode in ("none", "pack"))
+    alone, shared = (score(packed(examples, mode=mode)) for mode in ("none", "pack"))
     np.testing.assert_allclose(shared, alone, rtol=2e-5)
 
 
@@ -99,11 +101,11 @@ def test_every_way_of_packing_has_the_same_gradient(policy, examples):
     weight = np.random.default_rng(1).standard_normal(2 * E).astype(np.float32)
 
     def gradient(mode):
-        rows = pack(*examples, mode=mode, length=40, pad_id=0, user_slots=U)
+        rows = packed(examples, mode=mode, user_slots=U)
 
         def loss(moving):
             policies = Policies(MODEL, ADAPTER, policy["base"], moving["bank"], moving["mix"], moving["users"])
-            return scoring.packed_logps(policies, rows, 2 * E) @ weight
+            return scoring.packed_logps(policies, rows) @ weight
 
         return jax.jit(jax.grad(loss))({name: policy[name] for name in ("bank", "mix", "users")})
 
@@ -118,7 +120,6 @@ def test_full_parameters_packed_by_group(policy, examples, monkeypatch, mode, at
     """Of K full policies each has its own rows, whether they are gone through or taken at once."""
     monkeypatch.setattr("pjrlhf.models.attention.BLOCK", 8)
     model = MODEL.clone(attention=attention)
-    prompts, answers = examples
     params = jax.tree.map(lambda x: jnp.stack([x, 1.1 * x]), policy["base"])
     full = AdapterConfig(rank=0)
     mix = jnp.eye(2)
@@ -126,34 +127,33 @@ def test_full_parameters_packed_by_group(policy, examples, monkeypatch, mode, at
     @jax.jit
     def rewards(params, heads, rows):
         policies = Policies(model, full, None, params, jnp.eye(len(heads)))
-        return scoring.packed_rewards(policies, policy["heads"], heads, rows, 2 * E).reshape(E, 2)
+        return scoring.packed_rewards(policies, policy["heads"], heads, rows).reshape(E, 2)
 
-    rows = pack(prompts, answers, mode=mode, length=40, pad_id=0, groups=2)
-    rows["owner"] //= E // 2
+    rows = packed(examples, mode=mode, groups=2).by_group(2)
     both = rewards(params, mix, rows)
     for k in range(2):
-        alone = pack(prompts, answers, mode="none", length=40, pad_id=0)
+        alone = packed(examples, mode="none")
         found = rewards(jax.tree.map(lambda x, k=k: x[k : k + 1], params), mix[k : k + 1], alone)
         half = slice(k * E // 2, (k + 1) * E // 2)
         np.testing.assert_allclose(both[half], found[half], rtol=1e-4, atol=1e-5)
 
 
 def test_what_is_packed(examples):
-    total = {mode: pack(*examples, mode=mode, length=40, pad_id=0) for mode in MODES}
+    total = {mode: packed(examples, mode=mode) for mode in MODES}
     answers = sum(len(answer) for pair in examples[1] for answer in pair)
     for mode, rows in total.items():
-        real = rows["segment"] > 0
+        real = rows.segment > 0
         copies = 2 if mode == "none" else 1
         assert real.sum() == copies * sum(map(len, examples[0])) + answers, mode
-        assert (rows["answer"] < NOWHERE).sum() == answers and (rows["tokens"][~real] == 0).all()
+        assert (rows.answer < NOWHERE).sum() == answers and (rows.tokens[~real] == 0).all()
         # Every answer once, and at its last slot its last token.
-        assert sorted(rows["last_answer"][rows["last_answer"] < NOWHERE]) == list(range(2 * E))
-        parts = rows["tokens"].reshape(len(rows["last"]), -1)
-        for z, m in zip(*np.nonzero(rows["last_answer"] < NOWHERE), strict=True):
-            e, a = divmod(int(rows["last_answer"][z, m]), 2)
-            assert parts[z, rows["last"][z, m]] == examples[1][e][a][-1]
-    assert len(total["none"]["tokens"]) == 2 * E and len(total["share"]["tokens"]) == E
-    assert 1 < len(total["pack"]["tokens"]) < E and len(total["join"]["tokens"]) == 1
+        assert sorted(rows.last_answer[rows.last_answer < NOWHERE]) == list(range(2 * E))
+        parts = rows.tokens.reshape(len(rows.last), -1)
+        for z, m in zip(*np.nonzero(rows.last_answer < NOWHERE), strict=True):
+            e, a = divmod(int(rows.last_answer[z, m]), 2)
+            assert parts[z, rows.last[z, m]] == examples[1][e][a][-1]
+    assert len(total["none"].tokens) == 2 * E and len(total["share"].tokens) == E
+    assert 1 < len(total["pack"].tokens) < E and len(total["join"].tokens) == 1
 
 
 def test_rows_are_joined_for_attention_by_blocks_alone():
@@ -164,20 +164,39 @@ def test_rows_are_joined_for_attention_by_blocks_alone():
 @pytest.mark.parametrize("mode", MODES)
 def test_rows_and_parts_are_a_multiple_of_the_devices(examples, mode):
     for groups in (1, 2, 3):
-        rows = pack(*examples, mode=mode, length=40, pad_id=0, multiple=4, groups=groups)
+        rows = packed(examples, mode=mode, multiple=4, groups=groups)
         for name in ("tokens", "columns", "last"):
-            assert len(rows[name]) % 4 == 0 and len(rows[name]) % groups == 0
-        group = np.arange(len(rows["tokens"])) // (len(rows["tokens"]) // groups)
+            assert len(getattr(rows, name)) % 4 == 0 and len(getattr(rows, name)) % groups == 0
+        group = np.arange(len(rows.tokens)) // (len(rows.tokens) // groups)
         for g in range(groups):
-            owners = rows["owner"][group == g][rows["segment"][group == g] > 0]
+            owners = rows.owner[group == g][rows.segment[group == g] > 0]
             assert set(owners) == set(range(g * E // groups, (g + 1) * E // groups))
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_repeated_rows_number_their_answers_and_owners_on(policy, examples, mode):
+    """Two copies score as two batches would, each copy with its own users and weights of adapters."""
+    rows = packed(examples, mode=mode, user_slots=U)
+    both = {name: jnp.concatenate([policy[name], 1.5 * policy[name]]) for name in ("mix", "users")}
+
+    @jax.jit
+    def score(rows, mix, users):
+        policies = Policies(MODEL, ADAPTER, policy["base"], policy["bank"], mix, users)
+        return scoring.packed_logps(policies, rows), scoring.packed_rewards(policies, policy["heads"], mix, rows)
+
+    found = score(rows.repeat(2), both["mix"], both["users"])
+    copies = [score(rows, *(both[name][i : i + E] for name in ("mix", "users"))) for i in (0, E)]
+    for whole, *parts in zip(found, *copies, strict=True):
+        assert np.abs(parts[0] - parts[1]).max() > 1e-2
+        np.testing.assert_allclose(whole, np.concatenate(parts), rtol=1e-4, atol=1e-4)
+    assert rows.repeat(2).answers == 2 * rows.answers == 4 * E
 
 
 def test_what_does_not_fit_is_refused(examples):
     with pytest.raises(ValueError, match="an example of 15 tokens does not fit into rows of 14"):
-        pack(*examples, mode="pack", length=14, pad_id=0)
+        packed(examples, mode="pack", length=14)
     with pytest.raises(ValueError, match="6 examples cannot be split into 4"):
-        pack(*examples, mode="share", length=40, pad_id=0, groups=4)
+        packed(examples, mode="share", groups=4)
     with pytest.raises(UserError, match=r"data\.packing 'yes': unknown; choose one of auto, none, share, pack, join"):
         packing.choose_mode("yes", "xla")
 

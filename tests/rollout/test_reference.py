@@ -8,13 +8,14 @@ import numpy as np
 import pytest
 from support.small_policies import ADAPTERS, MODEL, PAD, base
 
+from pjrlhf.data.batching import collate_completion
 from pjrlhf.data.records import BadRecords
 from pjrlhf.data.schema import Example
 from pjrlhf.data.tokenization import TokenTable
 from pjrlhf.errors import UserError
-from pjrlhf.models.adapters import Policies
+from pjrlhf.models.adapters import Backbone
 from pjrlhf.rollout import reference, scoring
-from pjrlhf.rollout.reference import cache_key, reference_logps
+from pjrlhf.rollout.reference import cache_key, reference_logps, summed_logps
 
 COLUMNS = ("prompt", "chosen", "rejected")
 N = 5
@@ -33,16 +34,28 @@ def drawn():
     return {name: [rng.integers(2, 24, rng.integers(*sizes[name])) for _ in range(N)] for name in COLUMNS}
 
 
-def logps(table, folder, base_hash="b" * 16, **changes):
-    settings = {"prompt_lengths": (6,), "completion_lengths": (5,), "pad_id": PAD, "rows": 2} | changes
-    return reference_logps(table, MODEL, ADAPTERS["lora"], base(), base_hash, folder=folder, **settings)
+@jax.jit
+def summed(batch):
+    return summed_logps(Backbone(MODEL, ADAPTERS["lora"], base()), batch)
+
+
+def score(answers):
+    return np.asarray(summed(collate_completion(answers, prompt_length=6, completion_length=5, pad_id=PAD)))
+
+
+def refuse(answers):
+    raise AssertionError("computed")
+
+
+def logps(table, folder, base_hash="b" * 16, score=score):
+    return reference_logps(table, cache_key(table, base_hash, np.dtype("float32"), MODEL), folder, score)
 
 
 def test_sums_are_those_of_the_base_on_each_row_alone(tmp_path):
     table = table_of(drawn())
     found = logps(table, tmp_path)
     assert found.shape == (N, 2) and found.dtype == np.float32
-    policy = Policies(MODEL, ADAPTERS["lora"], base(), None, None)
+    policy = Backbone(MODEL, ADAPTERS["lora"], base()).policies()
 
     @jax.jit
     def alone(tokens, valid):
@@ -56,22 +69,14 @@ def test_sums_are_those_of_the_base_on_each_row_alone(tmp_path):
             assert value == pytest.approx(float(alone(tokens, valid)[0]), rel=1e-5)
 
 
-def no_computing(monkeypatch):
-    def refuse(*_, **__):
-        raise AssertionError("computed")
-
-    monkeypatch.setattr(reference, "summed_logps", refuse)
-
-
-def test_the_second_call_reads_the_file(tmp_path, monkeypatch):
+def test_the_second_call_reads_the_file(tmp_path):
     first = logps(table_of(drawn()), tmp_path)
     assert [path.suffix for path in tmp_path.iterdir()] == [".npy"]
-    no_computing(monkeypatch)
-    # Who said so, and how rows are put into batches, do not matter.
-    again = logps(table_of(drawn(), user="bob"), tmp_path, rows=3, prompt_lengths=(8,), pad_id=3)
+    # Who said so does not matter.
+    again = logps(table_of(drawn(), user="bob"), tmp_path, score=refuse)
     assert first.tobytes() == again.tobytes()
     with pytest.raises(AssertionError, match="computed"):
-        logps(table_of(drawn()), tmp_path, base_hash="c" * 16)
+        logps(table_of(drawn()), tmp_path, base_hash="c" * 16, score=refuse)
 
 
 def one_token(tokens):
@@ -164,22 +169,20 @@ DAMAGES = [cut, emptied, garbled, of_other_rows, of_other_type]
 
 
 @pytest.mark.parametrize("damage", DAMAGES, ids=[damage.__name__ for damage in DAMAGES])
-def test_a_damaged_file_is_computed_again(tmp_path, monkeypatch, caplog, damage):
+def test_a_damaged_file_is_computed_again(tmp_path, caplog, damage):
     table = table_of(drawn())
     first = logps(table, tmp_path)
     (path,) = tmp_path.iterdir()
     damage(path)
     assert logps(table, tmp_path).tobytes() == first.tobytes()
     assert f"{path}: not a whole cache" in caplog.text
-    no_computing(monkeypatch)
-    assert logps(table, tmp_path).tobytes() == first.tobytes()
+    assert logps(table, tmp_path, score=refuse).tobytes() == first.tobytes()
 
 
-def test_a_cache_that_cannot_be_written(tmp_path, monkeypatch):
+def test_a_cache_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("")
-    no_computing(monkeypatch)  # known before the work is done
     with pytest.raises(UserError, match=r"reference: reference log-probs cannot be kept there .*XDG_CACHE_HOME"):
-        logps(table_of(drawn()), tmp_path / "file" / "reference")
+        logps(table_of(drawn()), tmp_path / "file" / "reference", score=refuse)  # known before the work is done
 
 
 def test_a_full_disk(tmp_path, monkeypatch):
@@ -191,19 +194,18 @@ def test_a_full_disk(tmp_path, monkeypatch):
         logps(table_of(drawn()), tmp_path)
 
 
-def test_an_answer_that_many_people_compared_is_scored_once(tmp_path, monkeypatch):
+def test_an_answer_that_many_people_compared_is_scored_once(tmp_path):
     tokens = drawn()
     # Everybody compared everything, every second person the other way around.
     swapped = tokens | {"chosen": tokens["rejected"], "rejected": tokens["chosen"]}
     many = {name: tokens[name] + swapped[name] + tokens[name] for name in COLUMNS}
-    seen, collate = [], reference.collate_completion
+    seen = []
 
-    def watched(rows, **settings):
-        seen.extend((tuple(row["prompt"]), tuple(row["completion"])) for row in rows)
-        return collate(rows, **settings)
+    def watched(answers):
+        seen.extend((tuple(row["prompt"]), tuple(row["completion"])) for row in answers)
+        return score(answers)
 
-    monkeypatch.setattr(reference, "collate_completion", watched)
-    found = logps(table_of(many), tmp_path / "many")
+    found = logps(table_of(many), tmp_path / "many", score=watched)
     assert len(seen) == len(set(seen)) == 2 * N
     once = logps(table_of(tokens), tmp_path / "once")
     np.testing.assert_allclose(found, np.concatenate([once, once[:, ::-1], once]), rtol=1e-6)

@@ -1,15 +1,17 @@
 """The catalogue's P-DPO, small enough to run whole in a test."""
 
+import dataclasses
 import json
 
 import jax
 
-from pjrlhf.algorithms.pdpo import PreferenceSettings
+from pjrlhf.algorithms.pdpo import Preference, PreferenceSettings
 from pjrlhf.data import synthetic
-from pjrlhf.feedback.pairs import Pairs
+from pjrlhf.feedback.pairs import read_pairs
 from pjrlhf.models.config import ModelConfig
 from pjrlhf.models.decoder import Decoder, init_params
 from pjrlhf.models.huggingface import save_params
+from pjrlhf.protocols.trained import Trained
 from support import tiny
 
 # As the soups, but for the base: its training, the longest part, only has to give answers that differ.
@@ -51,9 +53,26 @@ def settings(variant="synthetic", **changes):
     return config
 
 
-def pairs_of(run, **options):
+def pairs_of(run, **texts):
     """The comparisons of a run, by the settings of its section `preference`."""
-    return Pairs(run, run.section(PreferenceSettings), **options)
+    return read_pairs(run, run.section(PreferenceSettings), **texts)
+
+
+def entry_of(run, name, **objective):
+    """An entry of `preference.models`, with changes of its objective."""
+    entry = run.section(PreferenceSettings).entry(name)
+    return dataclasses.replace(entry, objective=entry.objective.replace(**objective))
+
+
+def method_of(run, entry, pairs, **options):
+    """The training of an entry, by itself or by its name."""
+    entry = entry_of(run, entry) if isinstance(entry, str) else entry
+    return Preference(entry, pairs, run.devices, run.workspace.backbone, run.streams, **options)
+
+
+def trained_of(run, name, pairs):
+    """A trained entry."""
+    return Trained(run, entry_of(run, name), pairs)
 
 
 def write_records(path, records):

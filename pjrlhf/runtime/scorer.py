@@ -1,0 +1,66 @@
+"""Scores of many rows, computed in chunks of one size on the devices of a run."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from pjrlhf.parallel.processes import to_host
+from pjrlhf.runtime.devices import Devices
+from pjrlhf.training.progress import progress
+
+PATIENCE = 5.0  # seconds before a pass shows its progress
+
+
+class Scorer:
+    """Scores rows in chunks.
+
+    All chunks have `size` rows: the last one repeats its first row, so that one program serves all chunks of a shape.
+    A chunk is dispatched before the scores of the previous one are fetched.
+
+    Args:
+      devices: where the chunks go.
+      size: rows of a chunk, rounded up to what the devices can share.
+    """
+
+    def __init__(self, devices: Devices, size: int):
+        self.devices, self.size = devices, devices.even(size)
+
+    def __call__(
+        self,
+        name: str,
+        rows: Sequence[Any],
+        collate: Callable[[list[Any]], Any],
+        score: Callable[[Any], jax.Array],
+        lengths: Sequence[int] | None = None,
+    ) -> np.ndarray:
+        """Scores [N, ...] of N rows, in their order.
+
+        Args:
+          name: of the pass, for its progress.
+          rows: N rows, at least one.
+          collate: makes a batch of `size` rows.
+          score: maps a batch on the devices to scores [size, ...].
+          lengths: length of each row; rows of like length share a chunk, so that little padding is computed. Without
+            them, chunks are consecutive rows.
+        """
+        N = len(rows)
+        order = np.arange(N) if lengths is None else np.argsort(lengths, kind="stable")
+        chunks = [order[i : i + self.size] for i in range(0, N, self.size)]
+        scores: list[np.ndarray] = []
+        with progress(name, len(chunks), (), patience=PATIENCE) as bar:
+            pending: jax.Array | None = None
+            for index in chunks:
+                padded = [rows[i] for i in (*index, *[index[0]] * (self.size - len(index)))]
+                batch = self.devices.place(collate(padded))
+                pending, previous = score(batch), pending
+                if previous is not None:
+                    scores.append(to_host(previous))
+                    bar.update(len(scores), {})
+            scores.append(to_host(pending))
+            bar.update(len(scores), {})
+        joined = np.concatenate(scores)[:N]
+        found = np.empty_like(joined)
+        found[order] = joined
+        return found
