@@ -18,8 +18,8 @@ POOLED = "ours"
 def ours(job, turn):
     import jax
 
-    from pjrlhf.algorithms.pdpo import Preference
-    from pjrlhf.feedback.pairs import Pairs
+    from pjrlhf.algorithms.pdpo import Preference, PreferenceSettings
+    from pjrlhf.feedback.pairs import read_pairs
 
     harness.load_ours()
     turn.begin()
@@ -37,11 +37,12 @@ def ours(job, turn):
         **pairs.length_settings(job),
     }
     run = harness.our_run(job, "pdpo", "records", changes)
-    comparisons = Pairs(run)
-    method = Preference(run, "entry", comparisons)
+    settings = run.section(PreferenceSettings)
+    comparisons = read_pairs(run, settings)
+    method = Preference(settings.entry("entry"), comparisons, run.devices, run.workspace.backbone, run.streams)
     state = jax.block_until_ready(method.init())
     examples, start = comparisons.tables["train"].examples, method.batches.get_state()
-    rows = [[examples[i].extra["row"] for i in next(method.batches)["index"]] for _ in range(job["batches"])]
+    rows = [[examples[i].extra["row"] for i in next(method.batches).index] for _ in range(job["batches"])]
     turn({"rows": rows, "peak": harness.gemm_peak("jax"), "versions": harness.our_versions()})
 
     def loss(metrics):

@@ -495,7 +495,7 @@ def our_run(job: Mapping[str, Any], config_file: str, variant: str, changes: Map
     import ast
     import importlib.util
 
-    from pjrlhf.runtime.run import Run
+    from pjrlhf.pipeline import stages
     from pjrlhf.training.workdir import Workdir
 
     spec = importlib.util.spec_from_file_location("config", FOLDER.parent / "configs" / f"{config_file}.py")
@@ -511,7 +511,7 @@ def our_run(job: Mapping[str, Any], config_file: str, variant: str, changes: Map
             given[key] = value
     with config.ignore_type():
         config.update_from_flattened_dict({"model.path": job["model"], "data.chat": False, **changes, **given})
-    return Run(config, Workdir(pathlib.Path(job["folder"]) / f"work-{os.getpid()}"))
+    return stages.read(config).run(Workdir(pathlib.Path(job["folder"]) / f"work-{os.getpid()}"))
 
 
 def step_by_turns(

@@ -13,7 +13,7 @@ def ours(job, turn):
     import jax
     import numpy as np
 
-    from pjrlhf.algorithms.reward import Reward
+    from pjrlhf.algorithms import reward
 
     harness.load_ours()
     turn.begin()
@@ -28,7 +28,7 @@ def ours(job, turn):
         "adapter.rank": 0,
         **pairs.length_settings(job),
     }
-    method = Reward(harness.our_run(job, "soups", "hf", changes))
+    method = reward.method_of(harness.our_run(job, "soups", "hf", changes))
     state = jax.block_until_ready(method.init())
     places = {}
     for record in harness.read_records(job["records"]):
@@ -36,12 +36,12 @@ def ours(job, turn):
         places[tuple(question + chosen)] = record["row"]
     start, rows = method.batches.get_state(), []
     for _ in range(job["batches"]):
-        packed, taken = next(method.batches)["rows"], []
+        packed, taken = next(method.batches).rows, []
         for segment in range(1, job["pairs"] + 1):
             # The prompt is in branch 0 and chosen in branch 1 of the row that has both.
-            row = (packed["segment"] == segment) & (packed["branch"] <= 1)
-            row &= (row & (packed["branch"] == 1)).any(1, keepdims=True)
-            taken.append(places[tuple(packed["tokens"][row].tolist())])
+            row = (packed.segment == segment) & (packed.branch <= 1)
+            row &= (row & (packed.branch == 1)).any(1, keepdims=True)
+            taken.append(places[tuple(packed.tokens[row].tolist())])
         rows.append(taken)
     head = np.asarray(state.trainable["heads"]["kernel"][0]).tolist()
     turn({"rows": rows, "head": head, "peak": harness.gemm_peak("jax"), "versions": harness.our_versions()})

@@ -16,9 +16,10 @@ import matplotlib
 import numpy as np
 import optax
 
-from pjrlhf.algorithms.pdpo import PreferenceConfig, preference_loss
-from pjrlhf.data.packing import pack
-from pjrlhf.models.adapters import AdapterConfig, init_bank
+from pjrlhf.algorithms.pdpo import Optimizers, PreferenceConfig, preference_loss
+from pjrlhf.data.packing import PackLayout, pack
+from pjrlhf.feedback.pairs import PairBatch
+from pjrlhf.models.adapters import AdapterConfig, Backbone, init_bank
 from pjrlhf.models.config import ModelConfig
 from pjrlhf.models.decoder import Decoder, init_params
 from pjrlhf.models.users import UserModel, gather_rows
@@ -38,50 +39,46 @@ class Trainer:
 
     def __init__(self, kind: str, count: int):
         model, adapter = Decoder(CONFIG), AdapterConfig(rank=4, alpha=8.0)
+        self.backbone = Backbone(model, adapter, init_params(model, jax.random.key(0)))
+        base = self.backbone.base
         users = UserModel(kind=kind, num_users=count, tokens=2, width=CONFIG.hidden_size, clusters=4)
-        self.base = init_params(model, jax.random.key(0))
-        params = {"bank": init_bank(self.base, adapter, 1, jax.random.key(1))}
-        params["users"] = users.init(jax.random.key(2), self.base["embed"]["embedding"])
-        adam, lazy, objective = optax.adam(1e-3), lazy_adam(1e-2), PreferenceConfig(mixture="dropout")
-        rest = {"bank": params["bank"], "shared": params["users"]["shared"]}
-        self.state = params, adam.init(rest), lazy.init(params["users"]["table"])
+        params = {"bank": init_bank(base, adapter, 1, jax.random.key(1))}
+        params["users"] = users.init(jax.random.key(2), base["embed"]["embedding"])
+        optimizers, objective = Optimizers(optax.adam(1e-3), lazy_adam(1e-2)), PreferenceConfig(mixture="dropout")
+        self.state = params, optimizers.init(params)
         self.rng, self.count, self.slots = np.random.default_rng(0), count, users.num_tokens
 
         @functools.partial(jax.jit, donate_argnums=0)
-        def step(state, base, batch):
-            params, adam_state, lazy_state = state
-            small, local, rows = gather_rows(params["users"], batch["user"])
-            batch = {**batch, "user": local, "generic": None}
-            loss = functools.partial(preference_loss, model, adapter, users, objective)
-            gradient, _ = jax.grad(loss, has_aux=True)({"bank": params["bank"], "users": small}, base, batch)
-            rest = {"bank": params["bank"], "shared": params["users"]["shared"]}
-            moves = {"bank": gradient["bank"], "shared": gradient["users"]["shared"]}
-            updates, adam_state = adam.update(moves, adam_state)
-            rest = optax.apply_updates(rest, updates)
-            table, lazy_state = lazy.update(rows, gradient["users"]["table"], lazy_state, params["users"]["table"])
-            users_new = {"shared": rest["shared"], "table": table}
-            return {"bank": rest["bank"], "users": users_new}, adam_state, lazy_state
+        def step(state, backbone, batch):
+            params, opt_state = state
+            small, local, rows = gather_rows(params["users"], batch.users)
+            gradient, _ = jax.grad(preference_loss, argnums=3, has_aux=True)(
+                backbone, users, objective, {**params, "users": small}, batch.replace(local=local)
+            )
+            return optimizers.update(gradient, rows, params, opt_state)
 
         self.step = step
 
-    def batch(self) -> dict:
+    def batch(self) -> PairBatch:
         ids = self.rng.integers(3, CONFIG.vocab_size, (PAIRS, PROMPT + 2 * ANSWER), np.int32)
         answers = [(row[PROMPT : PROMPT + ANSWER], row[PROMPT + ANSWER :]) for row in ids]
         length = PROMPT + self.slots + 2 * ANSWER
-        return {
-            "rows": pack(ids[:, :PROMPT], answers, mode="share", length=length, pad_id=0, user_slots=self.slots),
-            "user": self.rng.integers(1, self.count + 1, PAIRS, np.int32),
-            "reference": np.zeros((PAIRS, 2), np.float32),
-            "counts": np.full((PAIRS, 2), ANSWER, np.float32),
-            "margin": np.zeros(PAIRS, np.float32),
-        }
+        layout = PackLayout(mode="share", length=length, pad_id=0, user_slots=self.slots)
+        return PairBatch(
+            rows=pack(ids[:, :PROMPT], answers, layout),
+            index=np.arange(PAIRS, dtype=np.int32),
+            users=self.rng.integers(1, self.count + 1, PAIRS, np.int32),
+            reference=np.zeros((PAIRS, 2), np.float32),
+            counts=np.full((PAIRS, 2), ANSWER, np.float32),
+            margin=np.zeros(PAIRS, np.float32),
+        )
 
     def seconds(self, steps: int) -> float:
         """Per step."""
         batches = jax.block_until_ready([jax.tree.map(jnp.asarray, self.batch()) for _ in range(steps)])
         start = time.perf_counter()
         for batch in batches:
-            self.state = self.step(self.state, self.base, batch)
+            self.state = self.step(self.state, self.backbone, batch)
         jax.block_until_ready(self.state)
         return (time.perf_counter() - start) / steps
 

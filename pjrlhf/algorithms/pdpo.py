@@ -2,8 +2,8 @@
 arXiv 2402.05133).
 
 Each entry of `preference.models` is one run of the same training on the same pairs with the same budget; the
-controls, pooled DPO and permuted user ids, are two more entries. Besides the settings of its user model an entry may
-have those of `PreferenceConfig`, where they differ from the section's, and of `ENTRY`.
+controls, pooled DPO and permuted user ids, are two more entries. An entry has the settings of its user model
+(`EntrySettings`), and may have those of `PreferenceConfig` where they differ from the section's.
 """
 
 import dataclasses
@@ -162,9 +162,8 @@ class PreferenceSettings(PairSettings, PreferenceConfig):
         if not self.models:
             raise UserError("models: there is none; add an entry such as {'pooled': {'kind': 'uniform'}}")
         for name in self.models:
-            users, _ = self.entry(name)
             # Two parts where the first trains vectors for the clusters.
-            first = round(users.warm_start * self.steps)
+            first = round(self.entry(name).users.warm_start * self.steps)
             for part in filter(None, (first, self.steps - first)):
                 check_warmup(self.optimizer, part)
                 check_warmup(self.user_optimizer, part, "user_optimizer")

@@ -4,7 +4,7 @@ import gzip
 import json
 import pathlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from etils import epath
@@ -13,6 +13,7 @@ from pjrlhf import paths
 from pjrlhf.data.joined import read_choices, read_votes
 from pjrlhf.data.records import RecordError, plain
 from pjrlhf.errors import UserError
+from pjrlhf.registry import Registry
 
 _FORMATS = {"jsonl": "json", "json": "json", "csv": "csv", "parquet": "parquet", "arrow": "arrow"}
 
@@ -68,7 +69,7 @@ class JsonLines(Source):
 
 
 def open_source(spec: Mapping[str, Any]) -> Source:
-    """Opens what `spec` (a mapping or a ConfigDict) describes by its `kind`.
+    """Opens what `spec` (a mapping or a ConfigDict) describes by its `kind`: one of `READERS`, or your own.
 
     "jsonl":    `path` of a .jsonl or .jsonl.gz file.
     "datasets": `path` of a folder written by `save_to_disk`, of a data file or a folder of them, or a name on the hub;
@@ -77,16 +78,31 @@ def open_source(spec: Mapping[str, Any]) -> Source:
     "votes":    votes on pairs of answers, see `joined.read_votes`.
     "choices":  multiple-choice questions, see `joined.read_choices`.
     "records":  `records`, any random-access sequence of mappings, and a `name` for messages.
+    "package.module:reader" or "path/to/file.py:reader": a `Reader`.
 
     Raises:
       UserError: the kind is unknown, or there is no such file, data set or split.
     """
-    kinds = {"jsonl": _jsonl, "datasets": _datasets, "tfds": _tfds, "records": _records}
-    kinds |= {"votes": _votes, "choices": _choices}
     kind = spec.get("kind") if hasattr(spec, "get") else spec
-    if kind not in kinds:
-        raise UserError(f"data kind {kind!r}: not one of {', '.join(kinds)}; set --config.data.kind")
-    return kinds[kind](spec)
+    found = READERS.get(kind)(spec)
+    if isinstance(found, Source):
+        return found
+    if not isinstance(found, Sequence):
+        raise UserError(f"data kind {kind!r}: gives a {type(found).__name__}; let it return a sequence of records")
+    return Source(str(spec.get("name") or kind), found)
+
+
+# Opens what a specification describes: a `Source`, or any random-access sequence of mappings.
+Reader = Callable[[Mapping[str, Any]], Sequence[Mapping[str, Any]]]
+
+
+def _reader(thing: object) -> Reader:
+    if not callable(thing):
+        raise ValueError("is not a function of a specification")
+    return thing
+
+
+READERS: Registry[Reader] = Registry("data kind", _reader)
 
 
 def _required(spec: Mapping[str, Any], key: str) -> Any:
@@ -95,22 +111,27 @@ def _required(spec: Mapping[str, Any], key: str) -> Any:
     return spec[key]
 
 
+@READERS.register("jsonl")
 def _jsonl(spec: Mapping[str, Any]) -> Source:
     return JsonLines(_required(spec, "path"))
 
 
+@READERS.register("records")
 def _records(spec: Mapping[str, Any]) -> Source:
     return Source(spec.get("name") or "records", _required(spec, "records"))
 
 
+@READERS.register("votes")
 def _votes(spec: Mapping[str, Any]) -> Source:
     return Source(pathlib.Path(str(spec.get("votes"))).name, read_votes(spec))
 
 
+@READERS.register("choices")
 def _choices(spec: Mapping[str, Any]) -> Source:
     return Source(pathlib.Path(str(spec.get("path"))).name, read_choices(spec))
 
 
+@READERS.register("datasets")
 def _datasets(spec: Mapping[str, Any]) -> Source:
     import datasets
 
@@ -144,6 +165,7 @@ def _datasets(spec: Mapping[str, Any]) -> Source:
     return Source(f"{local.name} [{split}]", data, cut(len(data)))
 
 
+@READERS.register("tfds")
 def _tfds(spec: Mapping[str, Any]) -> Source:
     import tensorflow_datasets as tfds
 

@@ -17,7 +17,7 @@ from pjrlhf.errors import UserError
 from pjrlhf.parallel.processes import is_process_zero, to_host
 from pjrlhf.settings import Settings, setting
 from pjrlhf.training.checkpoint import Checkpoints, abstract
-from pjrlhf.training.metrics import LOGGERS, Metrics, MetricWriter, import_logger, to_floats
+from pjrlhf.training.metrics import LOGGERS, Metrics, MetricWriter, logger_factory, to_floats
 from pjrlhf.training.performance import Performance, Program
 from pjrlhf.training.progress import progress
 from pjrlhf.training.state import State
@@ -38,12 +38,12 @@ class LoopSettings(Settings):
     )
     log_every: int = setting(5, "steps; 0 logs the first and the last step alone", low=0)
     eval_every: int = setting(0, "steps between evaluations on held-out data; 0 is never", low=0)
-    loggers: tuple[str, ...] = setting((), "beside metrics.jsonl", choices=tuple(LOGGERS))
+    loggers: tuple[str, ...] = setting((), "beside metrics.jsonl", choices=lambda: tuple(LOGGERS), extensible=True)
     profile: bool = setting(False, "a trace of steps 3 to 5 of every stage, for XProf")
 
     def check(self) -> None:
         for logger in self.loggers:
-            import_logger(logger)
+            logger_factory(logger)
 
 
 class Batches(Protocol):

@@ -10,8 +10,8 @@ import json
 import logging
 import math
 import os
-from collections.abc import Collection, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -19,11 +19,91 @@ import numpy as np
 
 from pjrlhf.errors import UserError
 from pjrlhf.parallel.processes import is_process_zero, to_host
+from pjrlhf.registry import Registry
 from pjrlhf.training.workdir import Workdir, disk_errors
 
 Metrics = Mapping[str, tuple[jax.Array, jax.Array]]
 log = logging.getLogger(__name__)
-LOGGERS = {"tensorboard": "tensorboardX", "wandb": "wandb"}  # extra -> module
+
+
+class Logger(Protocol):
+    """Where the metrics of one stage also go. Its class or function takes (workdir, stage, after), where `after` is the
+    step from which the stage continues. The attribute `module` of that class names a module that it needs.
+    """
+
+    def write(self, step: int, values: Mapping[str, float]) -> None: ...
+
+    def close(self) -> None: ...
+
+
+LoggerFactory = Callable[[Workdir, str, int], Logger]
+
+
+def _factory(thing: object) -> LoggerFactory:
+    if not callable(thing):
+        raise ValueError("is not a class or function of workdir, stage and step")
+    return thing
+
+
+LOGGERS: Registry[LoggerFactory] = Registry("logger", _factory)
+
+
+@LOGGERS.register("tensorboard")
+class TensorBoard:
+    """Events in <workdir>/tensorboard/<stage>."""
+
+    module = "tensorboardX"
+
+    def __init__(self, workdir: Workdir, stage: str, after: int):
+        folder = str(workdir.path / "tensorboard" / stage)
+        self._writer = importlib.import_module(self.module).SummaryWriter(folder, purge_step=after + 1)
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        for name, value in values.items():
+            self._writer.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+@LOGGERS.register("wandb")
+class WeightsAndBiases:
+    """A run of project pjrlhf with the name of the run directory."""
+
+    module = "wandb"
+
+    def __init__(self, workdir: Workdir, stage: str, after: int):
+        self.stage, name = stage, workdir.path.name
+        self._run = importlib.import_module(self.module).init(
+            project="pjrlhf", name=name, id=name, resume="allow", dir=str(workdir.path)
+        )
+        # Every stage counts its steps from 1, so each needs its own axis.
+        self._run.define_metric(f"{stage}/*", step_metric=f"{stage}/step")
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        self._run.log({f"{self.stage}/{name}": value for name, value in ({**values, "step": step}).items()})
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+def logger_factory(name: str) -> LoggerFactory:
+    """What makes the logger of a name in `LOGGERS`, or "package.module:logger".
+
+    Raises:
+      UserError: an unknown logger, or one whose module is not installed.
+    """
+    try:
+        factory = LOGGERS.get(name)
+        module = getattr(factory, "module", None)
+        if module:
+            importlib.import_module(module)
+    except UserError as error:
+        raise UserError(f"loggers: {error}") from error
+    except ImportError as error:
+        install = f"pip install 'pjrlhf[{name}]'" if name in LOGGERS else "install it"
+        raise UserError(f"loggers: {name!r} needs {module}, which is not installed; {install}") from error
+    return factory
 
 
 def masked(values: jax.Array, mask: jax.Array, axis: int | Sequence[int] | None = None) -> tuple[jax.Array, jax.Array]:
@@ -57,7 +137,7 @@ class MetricWriter:
     Timing goes to `performance.jsonl`, so that metrics.jsonl is reproducible.
 
     Args:
-      loggers: any of "tensorboard", "wandb".
+      loggers: names in `LOGGERS`, or "package.module:logger".
       after: the step from which the stage continues. Its later lines, and a line cut short by a crash, are dropped.
 
     Raises:
@@ -67,25 +147,16 @@ class MetricWriter:
     def __init__(self, workdir: Workdir, stage: str, *, loggers: Collection[str] = (), after: int = 0):
         self.path = workdir.path / "metrics.jsonl"
         self.stage = stage
-        modules = {name: import_logger(name) for name in loggers}
+        factories = [logger_factory(name) for name in loggers]
         self._active = is_process_zero()
-        self._tensorboard = self._wandb = None
+        self._loggers: list[Logger] = []
         if not self._active:
             return
         with disk_errors(self.path):
             self._drop_after(after)
             self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 (open as long as the stage runs)
             self._performance = open(workdir.path / "performance.jsonl", "a", encoding="utf-8")  # noqa: SIM115
-        if "tensorboard" in modules:
-            folder = str(workdir.path / "tensorboard" / stage)
-            self._tensorboard = modules["tensorboard"].SummaryWriter(folder, purge_step=after + 1)
-        if "wandb" in modules:
-            name = workdir.path.name
-            self._wandb = modules["wandb"].init(
-                project="pjrlhf", name=name, id=name, resume="allow", dir=str(workdir.path)
-            )
-            # Every stage counts its steps from 1, so each needs its own axis.
-            self._wandb.define_metric(f"{stage}/*", step_metric=f"{stage}/step")
+        self._loggers = [factory(workdir, stage, after) for factory in factories]
 
     def _drop_after(self, after: int) -> None:
         lines = self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else []
@@ -114,31 +185,13 @@ class MetricWriter:
                     row |= {name: value if math.isfinite(value) else None for name, value in numbers.items()}
                     file.write(json.dumps(row) + "\n")
                     file.flush()
-        values = {**values, **(performance or {})}
-        if self._tensorboard:
-            for name, value in values.items():
-                self._tensorboard.add_scalar(name, value, step)
-        if self._wandb:
-            self._wandb.log({f"{self.stage}/{name}": value for name, value in (values | {"step": step}).items()})
+        for logger in self._loggers:
+            logger.write(step, {**values, **(performance or {})})
 
     def close(self) -> None:
         if self._active:
             with disk_errors(self.path):
                 self._file.close()
                 self._performance.close()
-        if self._tensorboard:
-            self._tensorboard.close()
-        if self._wandb:
-            self._wandb.finish()
-
-
-def import_logger(logger: str) -> Any:
-    """The module of a logger. Raises UserError where it is unknown or not installed."""
-    if logger not in LOGGERS:
-        raise UserError(f"loggers: {logger!r} is unknown; use any of {', '.join(LOGGERS)}")
-    try:
-        return importlib.import_module(LOGGERS[logger])
-    except ImportError as error:
-        raise UserError(
-            f"loggers: {logger!r} needs {LOGGERS[logger]}, which is not installed; pip install 'pjrlhf[{logger}]'"
-        ) from error
+        for logger in self._loggers:
+            logger.close()

@@ -5,6 +5,8 @@ import json
 import os
 import shutil
 import signal
+import sys
+import types
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +30,7 @@ from pjrlhf.errors import UserError
 from pjrlhf.feedback.pairs import PairBatch, with_text
 from pjrlhf.models.huggingface import fingerprint
 from pjrlhf.models.storage import load_tree, save_tree
+from pjrlhf.models.users import UserKind
 from pjrlhf.objectives.preference import PAIRWISE
 from pjrlhf.training import loop
 
@@ -194,6 +197,52 @@ def test_the_control_trains_on_everybodys_pairs_under_wrong_names(run, pairs):
 def test_people_who_were_not_trained_on_are_the_generic_user(pairs):
     assert set(pairs.users("train")) == set(pairs.users("heldout")) == {1, 2, 3, 4}
     assert not pairs.users("new_users").any() and len(pairs.users("new_users"))
+
+
+def _toy_init(model, key, embedding):
+    return {"table": {"weights": jnp.zeros((model.num_users + 1, model.width))}}
+
+
+def _toy_apply(params, users):
+    return jnp.tanh(params["table"]["weights"][users])[:, None], None
+
+
+def test_a_user_model_of_other_code(records, tmp_path, monkeypatch):
+    """One user token, which is the user's own row."""
+    module = types.ModuleType("toy_users")
+    module.one_token = UserKind(_toy_init, _toy_apply, ("tokens", "width"))
+    module.nothing = UserKind(_toy_init, _toy_apply, ("height",))
+    monkeypatch.setitem(sys.modules, "toy_users", module)
+    models = {"toy": {"kind": "toy_users:one_token", "tokens": 1}}
+    run = tiny.start(tmp_path / "run", records(preference__models=models, preference__alpha=1.0))
+    pairs = pairs_of(run)
+    method, users = method_of(run, "toy", pairs), pairs.users("train")
+    first = [pairs.tables["train"][i] for i in np.flatnonzero(users == 1)[:8]]
+    state, _ = method.step(method.init(), method.collate("train", users, first))
+    moved = np.abs(state.trainable["users"]["table"]["weights"]).max(1) > 0
+    assert moved.tolist() == [False, True, False]
+    for name, message in (("absent", "toy_users has no absent"), ("nothing", "has no size 'height'")):
+        config = records(preference__models={"toy": {"kind": f"toy_users:{name}"}})
+        with pytest.raises(UserError, match=f"models.toy.kind: user model 'toy_users:{name}': {message}"):
+            tiny.start(tmp_path / "run", config)
+
+
+# ---- evaluation
+
+
+def test_held_out_accuracy_is_that_of_the_margins(run, pairs):
+    method = method_of(run, "individualized", pairs)
+    state, _ = method.step(method.init(), next(method.batches))
+    table, users = pairs.tables["heldout"], pairs.users("heldout")
+    hits = []
+    for start in range(0, len(table), 8):  # batches of their own
+        rows = [table[i % len(table)] for i in range(start, start + 8)]
+        batch = method.collate("heldout", users, rows)
+        scores = answer_scores(method.backbone, method.users, state.trainable, batch)
+        chosen, rejected = pair_rewards(method.objective, scores, batch)
+        hits += np.asarray(chosen > rejected)[: len(table) - start].tolist()
+    assert method.evaluate(state) == {"accuracy": pytest.approx(np.mean(hits))}
+    assert 0 < np.mean(hits) < 1
 
 
 # ---- resuming

@@ -2,6 +2,8 @@
 
 import gzip
 import json
+import sys
+import types
 
 import ml_collections
 import pytest
@@ -128,7 +130,9 @@ def test_tfds_without_tensorflow(tfds_folder):
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ({"kind": "csv"}, "'csv': not one of jsonl, datasets, tfds, records"),
+        ({"kind": "csv"}, "data kind 'csv': unknown; .*choose one of jsonl, records, votes, choices, datasets, tfds"),
+        ("csv", "data kind 'csv': unknown"),
+        ({}, "data kind None: unknown"),
         ({"kind": "jsonl"}, "--config.data.path"),
         ({"kind": "jsonl", "path": "/nowhere/a.jsonl"}, "/nowhere/a.jsonl: there is no such file"),
         ({"kind": "datasets", "path": "/nowhere/data"}, "/nowhere/data: there is no such file or folder"),
@@ -140,6 +144,22 @@ def test_tfds_without_tensorflow(tfds_folder):
 def test_user_errors_name_the_thing_and_the_way_out(spec, message):
     with pytest.raises(UserError, match=message):
         open_source(spec)
+
+
+def test_a_reader_of_other_code(monkeypatch):
+    module = types.ModuleType("toy_readers")
+    module.plain = lambda spec: [{"prompt": f"{spec['word']} {i}"} for i in range(3)]
+    module.named = lambda spec: Source("mine", [{"prompt": "x"}])
+    module.none, module.number = lambda spec: None, 3
+    monkeypatch.setitem(sys.modules, "toy_readers", module)
+    examples, _ = validate(open_source({"kind": "toy_readers:plain", "word": "hello"}), "prompt")
+    assert [example.prompt for example in examples] == ["hello 0", "hello 1", "hello 2"]
+    assert examples[1].where == "toy_readers:plain row 1"
+    assert open_source({"kind": "toy_readers:named"}).where(0) == "mine row 0"
+    with pytest.raises(UserError, match="data kind 'toy_readers:none': gives a NoneType; let it return a sequence"):
+        open_source({"kind": "toy_readers:none"})
+    with pytest.raises(UserError, match="data kind 'toy_readers:number': is not a function of a specification"):
+        open_source({"kind": "toy_readers:number"})
 
 
 def test_absent_split_of_a_folder_names_those_there_are(tmp_path):

@@ -174,7 +174,7 @@ def test_free_rows_are_no_people_to_cluster():
 
 
 def test_mistakes_are_named():
-    with pytest.raises(ValueError, match="user model 'personal' is unknown; choose one of uniform, individualized"):
+    with pytest.raises(UserError, match="user model 'personal': unknown; choose one of uniform, individualized"):
         model_of("personal")
     with pytest.raises(ValueError, match="start='zeros'"):
         model_of("cluster", start="zeros")

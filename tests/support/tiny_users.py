@@ -50,6 +50,8 @@ def settings(variant="synthetic", **changes):
         config.update_from_flattened_dict(changes)
     if models is not None:
         config.preference.models = type(config)(models)
+        section = config.evaluate_users
+        section.cold_start_models = tuple(name for name in section.cold_start_models if name in models)
     return config
 
 

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from pjrlhf.errors import UserError
+from pjrlhf.training.loop import LoopSettings
 from pjrlhf.training.metrics import MetricWriter, masked, to_floats
 from pjrlhf.training.workdir import Workdir
 
@@ -87,7 +88,7 @@ def test_missing_and_unknown_loggers_are_named(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(UserError, match=r"'wandb' needs wandb.*pjrlhf\[wandb\]"):
         MetricWriter(Workdir(tmp_path), "s", loggers=["wandb"])
-    with pytest.raises(UserError, match="'mlflow' is unknown; use any of tensorboard, wandb"):
+    with pytest.raises(UserError, match="loggers: logger 'mlflow': unknown; choose one of tensorboard, wandb, or"):
         MetricWriter(Workdir(tmp_path), "s", loggers=["mlflow"])
 
 
@@ -127,3 +128,28 @@ def test_loggers_receive_the_values(tmp_path, monkeypatch):
         "closed",
         "finished",
     ]
+
+
+def test_a_logger_of_other_code(tmp_path, monkeypatch):
+    calls = []
+
+    class Toy:
+        def __init__(self, workdir, stage, after):
+            calls.append((workdir.path, stage, after))
+
+        def write(self, step, values):
+            calls.append((step, values))
+
+        def close(self):
+            calls.append("closed")
+
+    module = types.ModuleType("toy_loggers")
+    module.Toy, module.number = Toy, 3
+    monkeypatch.setitem(sys.modules, "toy_loggers", module)
+    settings = LoopSettings(loggers=("toy_loggers:Toy",))
+    writer = MetricWriter(Workdir(tmp_path), "s", loggers=settings.loggers, after=4)
+    writer.write(5, {"loss": 0.5}, {"perf/goodput": 1.0})
+    writer.close()
+    assert calls == [(tmp_path, "s", 4), (5, {"loss": 0.5, "perf/goodput": 1.0}), "closed"]
+    with pytest.raises(UserError, match="loggers: logger 'toy_loggers:number': is not a class or function"):
+        LoopSettings(loggers=("toy_loggers:number",))

@@ -20,6 +20,18 @@ def test_plain_lines_where_stderr_is_no_terminal(capsys, monkeypatch):
     assert len(lines) == 16
 
 
+def test_a_short_pass_is_silent_and_a_long_one_is_not(capsys, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(module.time, "monotonic", lambda: now[0])
+    for seconds in (1.0, 1.5):
+        with progress("rewards", 4, (), patience=5.0) as bar:
+            for step in range(1, 5):
+                now[0] += seconds
+                bar.update(step, {})
+        shown = capsys.readouterr().err.splitlines()
+        assert shown == ([] if seconds == 1.0 else ["rewards  4/4  0:00 left"])
+
+
 def test_a_bar_on_a_terminal(capsys, monkeypatch):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
     monkeypatch.setenv("FORCE_COLOR", "1")
