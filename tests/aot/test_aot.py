@@ -10,9 +10,9 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 from support import tiny, tiny_family, tiny_users
 
-from pjrlhf.algorithms.pdpo import Preference, PreferenceSettings
+from pjrlhf.algorithms import reward
+from pjrlhf.algorithms.pdpo import PreferenceSettings
 from pjrlhf.algorithms.policy import Policy
-from pjrlhf.algorithms.reward import Reward
 from pjrlhf.aot import dry_run as planned
 from pjrlhf.aot import plan as aot
 from pjrlhf.errors import UserError
@@ -119,10 +119,10 @@ def found_shardings(variant):
     trees = {"base": run.workspace.base}
     if variant.startswith("pdpo"):
         run.records.count = 64  # enough for a batch
-        pairs = planned.DryRunPairs(run, run.section(PreferenceSettings))
-        trees["preference"] = Preference(run, "individualized", pairs).init().trainable
+        pairs = planned.dry_pairs(run, run.section(PreferenceSettings))
+        trees["preference"] = tiny_users.method_of(run, "individualized", pairs).init().trainable
     else:
-        trees["reward"] = Reward(run).init().trainable
+        trees["reward"] = reward.method_of(run).init().trainable
         trees["policy"] = Policy(run, rewarder=trees["reward"]).init().trainable
     leaves = jax.tree_util.tree_leaves_with_path(trees)
     return {

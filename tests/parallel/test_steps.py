@@ -11,11 +11,9 @@ from support import tiny, tiny_users
 from support.meshes import MESHES
 from support.small_policies import close, noise
 
-from pjrlhf.algorithms.pdpo import Preference, PreferenceSettings
+from pjrlhf.algorithms import reward
 from pjrlhf.algorithms.policy import Policy
-from pjrlhf.algorithms.reward import Reward
 from pjrlhf.data import synthetic
-from pjrlhf.feedback.pairs import Pairs
 from pjrlhf.merging import methods, trees
 from pjrlhf.merging.lora import merge_dense
 from pjrlhf.models.adapters import init_bank
@@ -79,7 +77,7 @@ def start(tmp_path_factory):
 
 def reward_models(run):
     """Reward models that tell answers apart, and a scale."""
-    trained = noise(to_host(Reward(run).init().trainable), 7, 0.3)
+    trained = noise(to_host(reward.method_of(run).init().trainable), 7, 0.3)
     count = np.ones(len(OBJECTIVES), np.float32)
     return shard_params(run.devices.mesh, trained | {"mean": 0 * count, "std": count, "low": -count, "high": count})
 
@@ -92,12 +90,11 @@ def taken(start):
     def take(step, mesh):
         run = start(step, mesh)
         if step == "preference":
-            with pytest.MonkeyPatch.context() as patch:
-                # Not what is tested: any numbers do.
-                patch.setattr("pjrlhf.runtime.run.reference_logps", lambda table, *_, **__: -np.ones((len(table), 2)))
-                method = Preference(run, "cluster", Pairs(run, run.section(PreferenceSettings)))
+            # Not what is tested: any numbers do.
+            run.reference = lambda table, rows: -np.ones((len(table), 2), np.float32)
+            method = tiny_users.method_of(run, "cluster", tiny_users.pairs_of(run))
         else:
-            method = Reward(run) if step == "reward" else Policy(run, rewarder=reward_models(run))
+            method = reward.method_of(run) if step == "reward" else Policy(run, rewarder=reward_models(run))
         state = method.init()
         moved = noise({name: to_host(x) for name, x in state.trainable.items() if name != "users"}, 5, 0.1)
         state = state.replace(trainable={**state.trainable, **shard_params(run.devices.mesh, moved)})
@@ -159,7 +156,7 @@ def test_every_device_holds_its_part(taken, step, mesh):
 
 def test_a_run_says_what_its_parameters_take(start, caplog):
     run = start("reward", "1x8")
-    method = Reward(run)
+    method = reward.method_of(run)
     with caplog.at_level("INFO"):
         state = run.train(method, "reward", 1)
     line = next(record.getMessage() for record in caplog.records if "bytes per device" in record.getMessage())

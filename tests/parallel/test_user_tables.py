@@ -11,13 +11,11 @@ from jax.sharding import NamedSharding, PartitionSpec
 from support import tiny, tiny_users
 
 from pjrlhf.algorithms import pdpo as preference
-from pjrlhf.algorithms.pdpo import Preference
 from pjrlhf.data import synthetic
 from pjrlhf.models.storage import save_tree
 from pjrlhf.models.users import UserModel, gather_rows
 from pjrlhf.parallel.mesh import leaf_sharding, make_mesh, round_up_rows, shard_params
 from pjrlhf.pipeline import stages
-from pjrlhf.protocols.trained import Trained
 from pjrlhf.training.lazy_adam import lazy_adam
 from pjrlhf.training.workdir import Workdir
 
@@ -137,16 +135,16 @@ def start(tmp_path_factory):
     return functools.cache(make)
 
 
-def words(model, adapter, users, trainable, base, batch):
+def words(backbone, users, trainable, batch):
     """In place of the decoder, a policy whose words depend on who is asking alone, to compile many programs in little
     time.
     """
-    user_tokens, _ = users.apply(trainable["users"], batch["user"])
+    user_tokens, _ = users.apply(trainable["users"], batch.places)
     vectors = user_tokens.mean(1) + trainable["bank"]["layers"]["mlp"]["down"]["b"].sum((0, 1, 2))
-    logps = jax.nn.log_softmax(vectors @ base["embed"]["embedding"].T)
-    rows, B = batch["rows"], len(batch["user"])
-    scored = logps[jnp.minimum(rows["answer"] // 2, B - 1), rows["targets"]]
-    return jnp.zeros(2 * B).at[rows["answer"]].add(scored, mode="drop").reshape(-1, 2).T
+    logps = jax.nn.log_softmax(vectors @ backbone.base["embed"]["embedding"].T)
+    rows = batch.rows
+    scored = logps[jnp.minimum(rows.answer // 2, len(batch) - 1), rows.targets]
+    return jnp.zeros(rows.answers).at[rows.answer].add(scored, mode="drop").reshape(-1, 2).T
 
 
 def tables(state):
@@ -162,7 +160,7 @@ def trained(start):
     @functools.cache
     def make(kind, mesh, policy):
         run, pairs = start(mesh)
-        method = Preference(run, kind, pairs)
+        method = tiny_users.method_of(run, kind, pairs)
         users, state = pairs.users("train"), method.init()
         placed = [x.sharding for x in jax.tree.leaves(state)]
         history, losses = [jax.tree.map(np.array, tables(state))], []
@@ -246,10 +244,10 @@ def test_vectors_are_those_of_the_people_in_the_order_of_their_names(start, trai
     run, pairs = start(mesh)
     _, state, _, _ = trained(kind, mesh)
     save_tree(run.workdir.stage(f"preference/{kind}") / "model.safetensors", state.trainable)
-    found = Trained(run, kind, pairs)
+    found = tiny_users.trained_of(run, kind, pairs)
     assert not any(x.sharding.is_fully_replicated for x in jax.tree.leaves(found.trainable["users"]["table"]))
     vectors = found.vectors()
     names = [name for name in pairs.registry.names[1:] if name]
     assert len(vectors) == len(names) == U
-    tokens, _ = found.method.users.apply(state.trainable["users"], jnp.asarray(pairs.registry.indices(names)))
+    tokens, _ = found.users.apply(state.trainable["users"], jnp.asarray(pairs.registry.indices(names)))
     np.testing.assert_allclose(vectors, np.asarray(tokens).reshape(U, -1), rtol=1e-6)

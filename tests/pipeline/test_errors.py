@@ -305,7 +305,7 @@ def test_a_stage_whose_predecessor_is_missing(copied):
             load(tiny.start(copied, tiny.settings()))
     (copied / "comparisons" / "comparisons.jsonl").unlink()
     with pytest.raises(UserError, match=r"comparisons.jsonl: there is no such file"):
-        reward.Reward(tiny.start(copied, tiny.settings()))
+        reward.method_of(tiny.start(copied, tiny.settings()))
 
 
 def test_a_config_that_differs_from_that_of_the_folder(finished):
@@ -318,7 +318,7 @@ def test_a_config_that_differs_from_that_of_the_folder(finished):
 
 def train_sft(folder, config):
     run = tiny.start(folder, config)
-    return run.train(sft.Sft(run), "sft", config.sft.steps)
+    return run.train(sft.method_of(run), "sft", config.sft.steps)
 
 
 @pytest.mark.slow
