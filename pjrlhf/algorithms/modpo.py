@@ -111,9 +111,10 @@ class ModpoBatch:
       weights: float32 [K, 1, R], of each policy that of the labelled objective first.
     """
 
-    rows: PackedRows
+    # The order of a program's arguments, on which the rounding of its results depends.
     reference: np.ndarray | jax.Array
     rewards: np.ndarray | jax.Array
+    rows: PackedRows
     weights: np.ndarray | jax.Array
 
 
@@ -203,7 +204,8 @@ class Modpo(Method):
         """n lists of K rows -> a batch."""
         packed, pairs = reward.by_model(self.text, rows)
         index = np.array([pair["index"] for pair in pairs]).reshape(-1, len(rows))
-        return ModpoBatch(packed, self.data.reference[index], self.data.rewards[index], self.data.weights)
+        reference, rewards = self.data.reference[index], self.data.rewards[index]
+        return ModpoBatch(rows=packed, reference=reference, rewards=rewards, weights=self.data.weights)
 
     def init(self) -> State:
         return self.devices.create(self._initial, self.backbone)

@@ -329,14 +329,20 @@ class Optimizers(NamedTuple):
     table: LazyAdam
 
     @classmethod
-    def create(cls, entry: Entry, trains_policy: bool) -> "Optimizers":
-        """Those of an entry: per policy for adapters and heads, and one for what all users share."""
-        parts = {"users": make_optimizer(entry.user_optimizer, entry.steps)}
-        if trains_policy:
-            parts["policy"] = per_ingredient(make_optimizer(entry.optimizer, entry.steps))
-        dense = optax.multi_transform(
-            parts, lambda dense: {name: "users" if name == "users" else "policy" for name in dense}
-        )
+    def create(cls, entry: Entry, trainable: Any) -> "Optimizers":
+        """Those of an entry: per policy for adapters and heads, and one for what all users share.
+
+        Args:
+          trainable: parameters, or their shapes; an optimizer without any is left out.
+        """
+        made = {
+            "policy": per_ingredient(make_optimizer(entry.optimizer, entry.steps)),
+            "users": make_optimizer(entry.user_optimizer, entry.steps),
+        }
+        dense, _ = _split(trainable)
+        labels = {name: "users" if name == "users" else "policy" for name, tree in dense.items()}
+        needed = {label for name, label in labels.items() if jax.tree.leaves(dense[name])}
+        dense = optax.multi_transform({label: made[label] for label in needed}, labels)
         return cls(dense, lazy_adam(make_schedule(entry.user_optimizer, entry.steps)))
 
     def init(self, trainable: Any) -> dict[str, Any]:
@@ -446,7 +452,7 @@ class Preference(Method):
         self.frozen = {"bank": given.pop("bank")} if self.users.mixes else {}
         self.start = given or None
         self.shifted = "delta" in losses.PAIRWISE.get(self.objective.loss).options
-        self.optimizers = Optimizers.create(entry, not self.frozen or self.objective.head == "reward")
+        self.optimizers = Optimizers.create(entry, jax.eval_shape(self._trainable, backbone, self.start))
         users = pairs.users("train")
         if entry.users.permuted:
             # The control: the same people and pairs, but nobody's pairs are their own.
@@ -465,20 +471,24 @@ class Preference(Method):
         # The step donates its state; what was given as a start stays the caller's.
         return self.devices.create(self._initial, self.backbone, self.start)
 
+    def _trainable(self, backbone: Backbone, start: Any) -> Any:
+        """The parameters before the first step."""
+        if start is not None:
+            return start
+        key, base = self.streams.key("preference/init"), backbone.base
+        trainable = {"users": self.users.init(jax.random.fold_in(key, 1), base["embed"]["embedding"])}
+        if not self.frozen:
+            trainable["bank"] = init_bank(base, backbone.adapter, 1, jax.random.fold_in(key, 0))
+        if self.objective.head == "reward":
+            width = backbone.model.config.hidden_size
+            trainable["heads"] = scoring.init_heads(1, width, jax.random.fold_in(key, 3))
+        return trainable
+
     def _initial(self, backbone: Backbone, start: Any) -> State:
-        key = self.streams.key("preference/init")
-        trainable = start
-        if start is None:
-            users = self.users.init(jax.random.fold_in(key, 1), backbone.base["embed"]["embedding"])
-            trainable = {"users": users}
-            if not self.frozen:
-                trainable["bank"] = init_bank(backbone.base, backbone.adapter, 1, jax.random.fold_in(key, 0))
-            if self.objective.head == "reward":
-                width = backbone.model.config.hidden_size
-                trainable["heads"] = scoring.init_heads(1, width, jax.random.fold_in(key, 3))
+        trainable = self._trainable(backbone, start)
         extra = {"shift": jnp.zeros(2)} if self.shifted else {}
-        rng, opt_state = jax.random.fold_in(key, 2), self.optimizers.init(trainable)
-        return State(jnp.zeros((), jnp.int32), rng, trainable, opt_state, extra)
+        rng = jax.random.fold_in(self.streams.key("preference/init"), 2)
+        return State(jnp.zeros((), jnp.int32), rng, trainable, self.optimizers.init(trainable), extra)
 
     def _step(self, state: State, backbone: Backbone, frozen: Any, batch: PairBatch) -> tuple[State, Metrics]:
         trainable, indices = state.trainable, None

@@ -117,8 +117,9 @@ class RewardBatch:
       margin: float32 [K, n], by how much the reward of chosen must exceed that of rejected.
     """
 
-    rows: PackedRows
+    # The order of a program's arguments, on which the rounding of its results depends.
     margin: np.ndarray | jax.Array
+    rows: PackedRows
 
 
 def pair_rewards(backbone: Backbone, trainable: Any, rows: PackedRows) -> tuple[jax.Array, jax.Array]:
@@ -216,7 +217,7 @@ class Reward(Method):
         """n lists of K pairs -> a batch."""
         packed, pairs = by_model(self.text, rows)
         margin = np.array([pair["margin"] or 0.0 for pair in pairs], np.float32)
-        return RewardBatch(packed, margin.reshape(-1, len(rows)))
+        return RewardBatch(rows=packed, margin=margin.reshape(-1, len(rows)))
 
     def init(self) -> State:
         return self.devices.create(self._initial, self.backbone)

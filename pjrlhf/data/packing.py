@@ -44,16 +44,17 @@ class PackedRows:
       owners: number of owners, static.
     """
 
-    tokens: Array
-    segment: Array
-    branch: Array
-    position: Array
-    owner: Array
-    columns: Array
-    targets: Array
+    # The order of a program's arguments, on which the rounding of its results depends.
     answer: Array
+    branch: Array
+    columns: Array
     last: Array
     last_answer: Array
+    owner: Array
+    position: Array
+    segment: Array
+    targets: Array
+    tokens: Array
     answers: int = struct.field(pytree_node=False)
     owners: int = struct.field(pytree_node=False)
 

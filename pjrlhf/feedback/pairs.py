@@ -64,14 +64,15 @@ class PairBatch:
       shift: float32 [2], sum and number of the rewards before this batch, for losses with a reward shift, or None.
     """
 
-    rows: PackedRows
-    index: Array
-    users: Array
-    reference: Array
+    # The order of a program's arguments, on which the rounding of its results depends.
     counts: Array
+    index: Array
     margin: Array
-    local: Array | None = None
+    reference: Array
+    rows: PackedRows
+    users: Array
     generic: Array | None = None
+    local: Array | None = None
     shift: Array | None = None
 
     def __len__(self) -> int:
