@@ -340,10 +340,12 @@ class Optimizers(NamedTuple):
             "users": make_optimizer(entry.user_optimizer, entry.steps),
         }
         dense, _ = _split(trainable)
-        labels = {name: "users" if name == "users" else "policy" for name, tree in dense.items()}
-        needed = {label for name, label in labels.items() if jax.tree.leaves(dense[name])}
-        dense = optax.multi_transform({label: made[label] for label in needed}, labels)
-        return cls(dense, lazy_adam(make_schedule(entry.user_optimizer, entry.steps)))
+        labels = {
+            name: jax.tree.map(lambda _, label="users" if name == "users" else "policy": label, tree)
+            for name, tree in dense.items()
+        }
+        parts = {label: made[label] for label in {*jax.tree.leaves(labels)}}
+        return cls(optax.multi_transform(parts, labels), lazy_adam(make_schedule(entry.user_optimizer, entry.steps)))
 
     def init(self, trainable: Any) -> dict[str, Any]:
         """{"dense", "table"}: the state before the first update."""
