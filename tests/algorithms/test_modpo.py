@@ -251,7 +251,7 @@ MISTAKES = [
     ({"mix": "weights"}, "modpo.mix: 'weights' is unknown; choose one of own"),
     ({"prompt_preference": "half"}, "modpo.prompt_preference: 'half', but MODPO .*; set it to never"),
     ({"loss": "ipo"}, "modpo.loss: 'ipo' is unknown; choose one of sigmoid, hinge"),
-    ({"beta": 0.0}, "modpo.beta: 0 is out of range; choose a number above 0"),
+    ({"beta": 0.0}, "modpo.beta: 0.0 is out of range; choose a number above 0"),
     ({"batch_size": 10_000}, "batch_size 10000: the data set has only"),
 ]
 

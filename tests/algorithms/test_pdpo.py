@@ -253,6 +253,7 @@ def test_held_out_accuracy_is_that_of_the_margins(run, pairs):
 def test_a_stopped_run_ends_as_the_undisturbed_one(people, tmp_path, monkeypatch, stop_at):
     config = tiny_users.settings()
     config.preference.models = {"cluster": config.preference.models["cluster"].to_dict()}
+    config.evaluate_users.cold_start_models = ()
     folder = tmp_path / "run"
     shutil.copytree(people, folder, ignore=shutil.ignore_patterns("preference", "report", "metrics.jsonl"))
     step, seen = Preference.step, []

@@ -10,6 +10,7 @@ from support import tiny
 
 from pjrlhf.algorithms import reward
 from pjrlhf.algorithms.reward import Grouped, pair_rewards, reward_loss
+from pjrlhf.data import synthetic
 from pjrlhf.data.packing import NOWHERE
 from pjrlhf.models.adapters import AdapterConfig, init_bank
 from pjrlhf.models.storage import load_tree
@@ -147,7 +148,7 @@ def test_each_held_out_pair_counts_once(finished, method, trained):
 @pytest.mark.slow
 def test_calibrated_rewards_have_mean_0_and_deviation_1(method, trained, monkeypatch):
     text, K, asked = method.text, len(tiny.REWARDS), []
-    requests = [f"question {i}" for i in range(5)]
+    requests = synthetic.prompts()[:20]
 
     def answer(model, adapter, sampling, base, bank, mix, prompt, key):
         """Stands in for sampling: an answer that the prompt decides."""
