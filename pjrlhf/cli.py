@@ -42,7 +42,7 @@ def _train(arguments: Sequence[str]) -> None:
 
 
 def _merge(arguments: Sequence[str]) -> None:
-    from pjrlhf.export.merge import SETTINGS, SPACES, MergeSettings, merge
+    from pjrlhf.export.merge import METHOD_OPTIONS, SPACES, MergeSettings, merge
     from pjrlhf.settings import fields_of, parse, rule_of
 
     helps = {key: rule_of(field).help for key, (_, field) in fields_of(MergeSettings).items()}
@@ -54,7 +54,7 @@ def _merge(arguments: Sequence[str]) -> None:
     parser.add_argument("--output", required=True, metavar="FOLDER", help="the folder to write; must be new or empty")
     parser.add_argument("--base", metavar="FOLDER", help=helps["base"])
     parser.add_argument("--space", choices=SPACES, help=helps["space"])
-    parser.add_argument("--method", choices=tuple(SETTINGS), help=helps["method"])
+    parser.add_argument("--method", choices=tuple(METHOD_OPTIONS), help=helps["method"])
     for name, kind in (("density", float), ("scale", float), ("seed", int), ("dtype", str)):
         parser.add_argument(f"--{name}", type=kind, help=helps[name])
     given = {key: value for key, value in vars(parser.parse_args(arguments)).items() if value is not None}

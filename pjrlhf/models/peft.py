@@ -43,7 +43,7 @@ def save_peft(
     adapter: Any,
     rank: int,
     alpha: float,
-    base_name: str,
+    base_name: str | None,
     model_type: str = "llama",
     head_dim: int = 0,
 ) -> None:
@@ -52,7 +52,7 @@ def save_peft(
     Args:
       adapter: leaves `a` [L, in, R] and `b` [L, R, out]; modules may be absent.
       rank, alpha: the update is scaled by alpha / rank.
-      base_name: folder or hub name of the base model, recorded for loading.
+      base_name: folder or hub name of the base model, recorded for loading; None where it is not known.
       model_type: family of the base.
       head_dim: of the base; needed for families whose projections are fused head by head.
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from pjrlhf.errors import UserError
-from pjrlhf.export import merge
+from pjrlhf.export import dense, merge
 from pjrlhf.export.merge import MergeSettings
 from pjrlhf.merging import lora, methods, trees
 from pjrlhf.models.adapters import AdapterConfig, Policies, init_bank
@@ -365,7 +365,7 @@ def test_one_tensor_of_one_ingredient_is_alive_at_a_time(kitchen, tmp_path, monk
         with open_tensors(files, prefix) as found:
             yield {name: Counting(handle) for name, handle in found.items()}
 
-    monkeypatch.setattr(merge, "open_tensors", counting)
+    monkeypatch.setattr(dense, "open_tensors", counting)
     run(kitchen, tmp_path / "out", ("one", "two", "lora0"), (0.25, 0.25, 1.0), base="base")
     with open_tensors([kitchen / "one" / "model.safetensors"]) as files:
         assert sorted(whole + mapped) == sorted([*files] * 3)
@@ -443,14 +443,14 @@ def test_settings_of_whoever_tokenised_last_do_not_matter(kitchen, tmp_path):
         (("one", "two"), (float("-inf"), 1), {}, "merge.weights: -inf is not finite"),
         (("one", "two"), (1, "much"), {}, r"merge.weights: \(1, 'much'\) is not a list of numbers"),
         (("one", "two"), (0.5, 0.6), {}, "merge.weights: they sum to 1.1, not 1"),
-        ((), (), {}, "merge.ingredients: there are none"),
+        ((), (), {}, "merge.ingredients: is empty; name the folders"),
         (("one",), (1,), {"space": "slerp"}, "merge.space: 'slerp' is unknown"),
         (("one",), (1,), {"dtype": "int8"}, "merge.dtype: 'int8' is unknown"),
         (("one",), (1,), {"method": "mean"}, "merge.method: 'mean' is unknown; choose one of linear, task_arithmetic"),
         (("lora0",), (1,), {"method": "ties", "space": "concat", "base": "base"}, "merge.space: 'ties' merges dense"),
         (("lora0",), (1,), {"method": "ties", "space": "factors"}, "merge.space: 'ties' merges dense weights"),
         *(
-            (("one", "two"), (0.5, 0.5), {"method": method}, f"merge.base: '{method}' merges what was learned since")
+            (("one", "two"), (0.5, 0.5), {"method": method}, f"merge.base: '{method}' merges updates of a base")
             for method in ("task_arithmetic", "ties", "dare_linear", "dare_ties", "model_stock")
         ),
         (("one",), (1,), {"method": "slerp"}, "merge.weights: 'slerp' goes from one ingredient to another"),
@@ -458,7 +458,7 @@ def test_settings_of_whoever_tokenised_last_do_not_matter(kitchen, tmp_path):
         (("lora0", "one"), (0.5, 0.5), {"method": "slerp"}, "merge.base: LoRA folders need the model they adapt"),
         (("one",), (1,), {"method": "model_stock", "base": "base"}, "merge.weights: 'model_stock' weighs by angles"),
         (("one", "two"), (1, 2), {"method": "model_stock", "base": "base"}, "merge.weights: 'model_stock' weighs by"),
-        (("one",), (1,), {"method": "ties", "base": "base"}, "merge.density: is not set; 'ties' needs one above 0"),
+        (("one",), (1,), {"method": "ties", "base": "base"}, "merge.density: is not set; 'ties' needs a number"),
         (
             ("one",),
             (1,),

@@ -1,0 +1,191 @@
+"""The folders that go into a merge, and the checks that they fit each other and the base."""
+
+import dataclasses
+import hashlib
+import math
+import pathlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import flax.traverse_util
+import numpy as np
+
+from pjrlhf.errors import UserError
+from pjrlhf.models.config import ModelConfig
+from pjrlhf.models.families import Slot, leaf_shapes
+from pjrlhf.models.folders import DTYPES, read_json
+from pjrlhf.models.hf_config import read_config
+from pjrlhf.models.huggingface import fingerprint
+from pjrlhf.models.peft import CONFIG as ADAPTER_CONFIG
+from pjrlhf.models.peft import MANIFEST, load_peft
+from pjrlhf.models.peft import WEIGHTS as ADAPTER_WEIGHTS
+
+
+@dataclasses.dataclass(frozen=True)
+class Ingredient:
+    """One folder to merge.
+
+    Attributes:
+      folder: a full model in Hugging Face layout, or a LoRA adapter in PEFT layout.
+      weight: its weight in the merge.
+      adapter: nested dict with leaves `a` [L, D, R] and `b` [L, R, F], float32; None for a full model.
+      rank, alpha: of the adapter.
+    """
+
+    folder: pathlib.Path
+    weight: float
+    adapter: Any = None
+    rank: int = 0
+    alpha: float = 0.0
+
+    @property
+    def scale(self) -> float:
+        """The factor of the update a @ b."""
+        return self.alpha / self.rank
+
+    @property
+    def factors(self) -> dict[str, np.ndarray]:
+        """The leaves of the adapter by "/"-joined path, such as "layers/mlp/up/a"."""
+        leaves = flax.traverse_util.flatten_dict(self.adapter, sep="/")
+        return {path: np.asarray(leaf) for path, leaf in leaves.items()}
+
+    def manifest_entry(self) -> dict[str, Any]:
+        """What the manifest of a merge records: folder, hash of the content, kind and weight."""
+        if self.adapter is None:
+            kind, content = "full", fingerprint(self.folder)
+        else:
+            files = [(self.folder / name).read_bytes() for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS)]
+            kind, content = "lora", hashlib.sha256(b"".join(files)).hexdigest()[:16]
+        return {"folder": str(self.folder), "hash": content, "kind": kind, "weight": self.weight}
+
+
+def open_ingredient(folder: pathlib.Path, weight: float, model_type: str, head_dim: int) -> Ingredient:
+    """Reads the adapter of a PEFT folder; of a full model, nothing is read yet.
+
+    Args:
+      model_type, head_dim: of the base, which name the modules of an adapter; see `models.peft.load_peft`.
+
+    Raises:
+      UserError: the folder holds neither a model nor an adapter, or an adapter that is not plain LoRA.
+    """
+    if (folder / ADAPTER_CONFIG).is_file():
+        return Ingredient(folder, weight, *load_peft(folder, model_type, head_dim))
+    if (folder / "config.json").is_file():
+        return Ingredient(folder, weight)
+    raise UserError(f"{folder}: holds neither config.json nor {ADAPTER_CONFIG}; name a Hugging Face or PEFT folder")
+
+
+def combine_adapters(function: Callable[..., Any], ingredients: Sequence[Ingredient]) -> Any:
+    """One adapter from several, by `lora.concatenate` or `lora.average_factors`.
+
+    Raises:
+      UserError: the adapters update different kernels or have different ranks.
+    """
+    adapters, scales = [x.adapter for x in ingredients], [x.scale for x in ingredients]
+    try:
+        return function(adapters, scales, [x.weight for x in ingredients])
+    except ValueError as error:
+        raise UserError(f"merge.ingredients: {error}; use merge.space='delta'") from error
+
+
+# ---- checks: each raises a UserError that names the folder
+
+
+def check_kinds(base: pathlib.Path | None, ingredients: Sequence[Ingredient], space: str) -> None:
+    """Full models have no factors to concatenate; without a base, all must be full models with weights of sum 1."""
+    full = [ingredient for ingredient in ingredients if ingredient.adapter is None]
+    if full and space != "delta":
+        raise UserError(f"{full[0].folder}: a full model has no low-rank factors; use merge.space='delta'")
+    if base is None and space != "concat":
+        if len(full) < len(ingredients):
+            raise UserError("merge.base: LoRA folders need the model they adapt; set it, or use merge.space='concat'")
+        total = math.fsum(ingredient.weight for ingredient in full)
+        if abs(total - 1) > 1e-6:
+            raise UserError(f"merge.weights: they sum to {total:g}, not 1; make them sum to 1, or set merge.base")
+
+
+def check_tokenizers(folders: Sequence[pathlib.Path]) -> None:
+    """All folders that have a tokenizer must have the same one."""
+    first, known = None, None
+    for folder in folders:
+        if not (folder / "tokenizer.json").is_file():
+            continue
+        content = read_json(folder / "tokenizer.json")
+        # `tokenizers` saves the padding and truncation of its last call; they change no token.
+        for key in ("padding", "truncation"):
+            content.pop(key, None)
+        if first is None:
+            first, known = folder, content
+        elif content != known:
+            raise UserError(f"{folder}: tokenizer.json differs from that of {first}; merge models of one tokenizer")
+
+
+def check_bases(base: pathlib.Path | None, ingredients: Sequence[Ingredient]) -> str | None:
+    """Adapters that record the hash of their base must all record that of `base`, or the same one; returns the hash."""
+    owner, known = base, fingerprint(base) if base else None
+    for ingredient in ingredients:
+        if ingredient.adapter is None or not (ingredient.folder / MANIFEST).is_file():
+            continue
+        recorded = read_json(ingredient.folder / MANIFEST).get("base", {}).get("hash")
+        if recorded and not known:
+            owner, known = ingredient.folder, recorded
+        if recorded and recorded != known:
+            raise UserError(
+                f"{ingredient.folder}: was made for the base {recorded}, not for that of {owner} ({known}); "
+                "merge adapters of one base"
+            )
+    return known
+
+
+def check_config(folder: pathlib.Path, source: pathlib.Path) -> None:
+    """Two full models must have the same family and dimensions."""
+    here, there = (
+        {"model_type": read_json(f / "config.json").get("model_type"), **dataclasses.asdict(read_config(f))}
+        for f in (folder, source)
+    )
+    for name, value in here.items():
+        if value != there[name]:
+            raise UserError(f"{folder}: {name} is {value} but {there[name]} in {source}; merge models of one shape")
+
+
+def check_tensors(
+    folder: pathlib.Path,
+    files: Mapping[str, Any],
+    slots: Mapping[str, tuple[Slot, ...]],
+    ignorable: Callable[[str], bool],
+) -> None:
+    """The weights must be those of the model: every tensor, its shape, and a floating-point dtype.
+
+    Args:
+      files: tensor name -> the open file that holds it.
+      slots: tensor name -> its places in the parameter tree, see `models.families.tensor_slots`.
+      ignorable: whether a tensor that the model does not have may be left out.
+    """
+    for name in sorted({*files, *slots}):
+        if name not in files:
+            raise UserError(f"{folder}: {name} is missing from the weights; export the model again")
+        if name not in slots:
+            if not ignorable(name):
+                raise UserError(f"{folder}: {name} has no place in the model; merge models of one shape")
+            continue
+        view = files[name].get_slice(name)
+        shape, expected = tuple(view.get_shape()), slots[name][0].shape
+        if shape != expected:
+            raise UserError(f"{folder}: {name} has shape {shape}, the model {expected}; merge models of one shape")
+        if view.get_dtype() not in DTYPES:
+            raise UserError(
+                f"{folder}: {name} is stored as {view.get_dtype()}; store it as {', '.join(DTYPES.values())}"
+            )
+
+
+def check_adapter(ingredient: Ingredient, config: ModelConfig, base: pathlib.Path) -> None:
+    """The factors of an adapter must fit the kernels of the base."""
+    for path, leaf in ingredient.factors.items():
+        module, _, factor = path.rpartition("/")
+        L, D, F = leaf_shapes(config)[f"{module}/kernel"]
+        expected = (L, D, ingredient.rank) if factor == "a" else (L, ingredient.rank, F)
+        if leaf.shape != expected:
+            raise UserError(
+                f"{ingredient.folder}: {path} has shape {leaf.shape}, {base} needs {expected}; "
+                "merge adapters made for this base"
+            )
