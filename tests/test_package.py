@@ -40,8 +40,8 @@ ROOMS = (
 )
 # Training never imports evaluation.
 TRAINING = ("algorithms", "feedback", "runtime", "rollout", "training")
-FREE = ("errors", "paths", "registry", "settings")  # for everyone
-BELOW = ("pjrlhf", "pjrlhf.errors", "pjrlhf.registry", "pjrlhf.settings")  # also for objectives and merging
+FREE = ("errors", "paths", "registry", "settings", "types")  # for everyone
+BELOW = ("pjrlhf", *(f"pjrlhf.{name}" for name in FREE if name != "paths"))  # also for objectives and merging
 
 
 def room(module):

@@ -1,29 +1,34 @@
-"""Sums of low-rank updates (LoRA, arXiv 2106.09685): the update of a kernel [..., in, out] is `scale * a @ b`.
+"""Sums of low-rank updates (LoRA, arXiv 2106.09685): the update of a kernel [..., D, F] is `scale * a @ b`.
 
-An adapter is a nested dict whose innermost dicts are pairs {'a': [..., in, R], 'b': [..., R, out]} with equal leading
+An adapter is a nested dict whose innermost dicts are pairs {'a': [..., D, R], 'b': [..., R, F]} with equal leading
 axes (layers). `scale` is alpha / rank, or alpha / sqrt(rank) where rank-stabilised, and belongs to one adapter.
 
 `merge_dense` and `concatenate` are exact for any ranks, scales and weights. `average_factors` is not: see there.
 """
 
-from collections.abc import Mapping, Sequence
+import functools
+import operator
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Float
 
 from pjrlhf.merging import trees
+from pjrlhf.merging.trees import Weights
+from pjrlhf.types import Array, Tree
 
-Tree = Any
 
-
-def delta(a: jax.Array, b: jax.Array, scale: float | jax.Array) -> jax.Array:
-    """The dense update `scale * a @ b`, [..., in, out], at least float32 whatever the dtype of the factors."""
+def delta(
+    a: Float[Array, "*layers D R"], b: Float[Array, "*layers R F"], scale: float | Float[Array, ""]
+) -> Float[Array, "*layers D F"]:
+    """The dense update `scale * a @ b`, at least float32 for any dtype of the factors."""
     wide = trees.wide_dtype(jnp.promote_types(a.dtype, b.dtype))
     return scale * jnp.matmul(a.astype(wide), b.astype(wide), precision=jax.lax.Precision.HIGHEST)
 
 
-def merge_dense(kernels: Tree, adapters: Sequence[Tree], scales: Sequence[float], weights: Sequence[float]) -> Tree:
+def merge_dense(kernels: Tree, adapters: Sequence[Tree], scales: Weights, weights: Weights) -> Tree:
     """`kernels` + sum_i weights[i] * scales[i] * a_i @ b_i, in the dtypes of `kernels`.
 
     Args:
@@ -40,7 +45,7 @@ def merge_dense(kernels: Tree, adapters: Sequence[Tree], scales: Sequence[float]
         for path, pair in _pairs(adapter).items():
             updates.setdefault(f"{path}/kernel", []).append((pair, weight * scale))
 
-    def add(path, kernel):
+    def add(path: tuple[Any, ...], kernel: Array) -> Array:
         total = kernel.astype(trees.wide_dtype(kernel.dtype))
         for pair, factor in updates.pop(_name(path), ()):
             update = delta(pair["a"], pair["b"], factor)
@@ -55,7 +60,7 @@ def merge_dense(kernels: Tree, adapters: Sequence[Tree], scales: Sequence[float]
     return merged
 
 
-def concatenate(adapters: Sequence[Tree], scales: Sequence[float], weights: Sequence[float]) -> Tree:
+def concatenate(adapters: Sequence[Tree], scales: Weights, weights: Weights) -> Tree:
     """One adapter of rank sum_i R_i and scale 1 with the update sum_i weights[i] * scales[i] * a_i @ b_i, exactly.
 
     Weights and scales are folded into `b`; dtypes are those of the first adapter.
@@ -65,7 +70,7 @@ def concatenate(adapters: Sequence[Tree], scales: Sequence[float], weights: Sequ
     _check_numbers(adapters, scales, weights)
     flat = [_pairs(adapter) for adapter in adapters]
 
-    def join(path, first):
+    def join(path: tuple[Any, ...], first: Mapping[str, Array]) -> dict[str, Array]:
         pairs = [each[_name(path)] for each in flat]
         folded = [_times(pair["b"], w * s) for pair, w, s in zip(pairs, weights, scales, strict=True)]
         return {
@@ -77,13 +82,13 @@ def concatenate(adapters: Sequence[Tree], scales: Sequence[float], weights: Sequ
     return jax.tree.map_with_path(join, adapters[0], is_leaf=_is_pair)
 
 
-def average_factors(adapters: Sequence[Tree], scales: Sequence[float], weights: Sequence[float]) -> Tree:
+def average_factors(adapters: Sequence[Tree], scales: Weights, weights: Weights) -> Tree:
     """Factor averaging, as the released code of Personalized Soups (arXiv 2310.11564) merges: an adapter of scale 1.
 
     a = sum_i w_i a_i and b = sum_i w_i scale_i b_i, each on its own. The product of the two sums holds the cross terms
-    w_i w_j a_i b_j, so this is the weighted mean of the updates only where all adapters share `a` and the weights sum
-    to 1. Training from one shared draw of `a` keeps it close; from independent draws the mean turns and shrinks. It is
-    here to compare with published soups: use `concatenate` or `merge_dense` otherwise.
+    w_i w_j a_i b_j, so this equals the weighted mean of the updates only if all adapters share `a` and the weights sum
+    to 1. Training from one shared draw of `a` stays close to that; for independent draws the mean is rotated and
+    smaller. Its purpose is comparison with published soups: use `concatenate` or `merge_dense` otherwise.
 
     Raises ValueError as `concatenate` does, and where ranks differ.
     """
@@ -91,28 +96,32 @@ def average_factors(adapters: Sequence[Tree], scales: Sequence[float], weights: 
     trees.check_same(adapters, [f"adapter {i}" for i in range(len(adapters))])
     flat = [_pairs(adapter) for adapter in adapters]
 
-    def average(path, first):
+    def average(path: tuple[Any, ...], first: Mapping[str, Array]) -> dict[str, Array]:
         pairs = [each[_name(path)] for each in flat]
-        a = sum(_times(pair["a"], w) for pair, w in zip(pairs, weights, strict=True))
-        b = sum(_times(pair["b"], w * s) for pair, w, s in zip(pairs, weights, scales, strict=True))
+        a = _sum(_times(pair["a"], w) for pair, w in zip(pairs, weights, strict=True))
+        b = _sum(_times(pair["b"], w * s) for pair, w, s in zip(pairs, weights, scales, strict=True))
         return {"a": a.astype(first["a"].dtype), "b": b.astype(first["b"].dtype)}
 
     return jax.tree.map_with_path(average, adapters[0], is_leaf=_is_pair)
 
 
-def _is_pair(node: Any) -> bool:
+def _sum(terms: Iterable[Array]) -> Array:
+    return functools.reduce(operator.add, terms)
+
+
+def _is_pair(node: object) -> bool:
     return isinstance(node, Mapping) and set(node) == {"a", "b"}
 
 
-def _name(path: Any) -> str:
+def _name(path: tuple[Any, ...]) -> str:
     return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
-def _times(x: jax.Array, factor: float | jax.Array) -> jax.Array:
+def _times(x: Float[Array, "..."], factor: float | Array) -> Float[Array, "..."]:
     return x.astype(trees.wide_dtype(x.dtype)) * factor
 
 
-def _pairs(adapter: Tree) -> dict[str, Mapping[str, jax.Array]]:
+def _pairs(adapter: Tree) -> dict[str, Mapping[str, Array]]:
     """The pairs of an adapter by their path; ValueError where a pair is incomplete or its factors do not multiply."""
     found = {}
     for path, pair in jax.tree.leaves_with_path(adapter, is_leaf=_is_pair):
@@ -125,7 +134,7 @@ def _pairs(adapter: Tree) -> dict[str, Mapping[str, jax.Array]]:
     return found
 
 
-def _check_numbers(adapters: Sequence[Tree], scales: Sequence[float], weights: Sequence[float]) -> None:
+def _check_numbers(adapters: Sequence[Tree], scales: Weights, weights: Weights) -> None:
     if not adapters:
         raise ValueError("no adapter to merge")
     trees.check_weights(weights, len(adapters))

@@ -1,8 +1,8 @@
 """Relatives of the weighted sum: TIES, DARE, SLERP, Model Stock on pytrees, and the coefficients of Bone Soups.
 
-With tau_i = theta_i - base, most are base + scale * sum_i w_i s(tau_i), where s thins an update out: task arithmetic
-(arXiv 2212.04089), TIES (2306.01708), DARE (2311.03099). They differ from a plain sum in what they do tensor by tensor,
-so a leaf is taken to be one tensor; where a leaf stacks one tensor per layer, name it in `stacked`.
+With tau_i = theta_i - base, most are base + scale * sum_i w_i s(tau_i), where s sparsifies an update: task arithmetic
+(arXiv 2212.04089), TIES (2306.01708), DARE (2311.03099). Unlike a plain sum they work tensor by tensor. A leaf counts
+as one tensor; name leaves that stack one tensor per layer in `stacked`.
 
 All compute in float32 (float64 where the leaves are float64) and cast back. Weights may be negative.
 """
@@ -17,16 +17,18 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Float
 
 from pjrlhf.merging import trees
+from pjrlhf.merging.trees import Weights
+from pjrlhf.types import Array, PRNGKey, Tree
 
-Tree = Any
 RESCALES = ("l1", "inverse_density")
-# Beyond this cosine, either way, an arc between two vectors is not told from a line or has no plane of its own.
+# Beyond this cosine of either sign, an arc between two vectors is numerically a line, or its plane is undefined.
 STRAIGHT = 0.9995
 
 
-def task_arithmetic(base: Tree, ingredients: Sequence[Tree], weights: Sequence[float], scale: float = 1.0) -> Tree:
+def task_arithmetic(base: Tree, ingredients: Sequence[Tree], weights: Weights, scale: float = 1.0) -> Tree:
     """base + scale * sum_i weights[i] * tau_i (arXiv 2212.04089, section 2), in the dtypes of `base`.
 
     It is `trees.soup` with scaled weights: one-hot weights return that ingredient exactly where `scale` is 1.
@@ -39,7 +41,7 @@ def task_arithmetic(base: Tree, ingredients: Sequence[Tree], weights: Sequence[f
 def ties(
     base: Tree,
     ingredients: Sequence[Tree],
-    weights: Sequence[float],
+    weights: Weights,
     density: float,
     *,
     scale: float = 1.0,
@@ -62,9 +64,9 @@ def ties(
 def dare(
     base: Tree,
     ingredients: Sequence[Tree],
-    weights: Sequence[float],
+    weights: Weights,
     density: float,
-    key: jax.Array,
+    key: PRNGKey,
     *,
     scale: float = 1.0,
     rescale: str = "l1",
@@ -77,21 +79,21 @@ def dare(
     tensor keeps its L1 norm ("l1": unless nothing stays). `sign` then drops terms against the elected sign, as `ties`
     does, but does not normalise.
 
-    The draw depends on `key`, the path of the leaf, the layer and the place among the ingredients, and on nothing else:
-    not on other leaves, nor on their order. One-hot weights return that ingredient (to rounding) only at density 1.
-    Raises ValueError as `ties` does, and for an unknown `rescale`.
+    The draw depends only on `key`, the path of the leaf, the layer and the index of the ingredient. One-hot weights
+    return that ingredient (to rounding) only at density 1. Raises ValueError as `ties` does, and for an unknown
+    `rescale`.
     """
     name = "dare_ties" if sign else "dare_linear"
     function = functools.partial(METHODS[name], density=density, scale=scale, rescale=rescale)
     return _per_tensor(function, base, ingredients, weights, key, stacked)
 
 
-def slerp(a: Tree, b: Tree, t: float, *, stacked: Sequence[str] = ()) -> Tree:
+def slerp(a: Tree, b: Tree, t: float | Float[Array, ""], *, stacked: Sequence[str] = ()) -> Tree:
     """(sin((1-t) o) a + sin(t o) b) / sin(o) per tensor, o the angle between them, in the dtypes of `a`.
 
-    Vectors keep their lengths. A line, (1-t) a + t b, stands in where |cos o| > 0.9995 or a vector is 0. t = 0 returns
-    `a` and t = 1 returns `b` exactly; other t extrapolate. Raises ValueError for a `t` that is not finite and trees
-    that do not match.
+    Vectors keep their lengths. If |cos o| > 0.9995 or a vector is 0, it is the line (1-t) a + t b. t = 0 returns `a`
+    and t = 1 returns `b` exactly; other t extrapolate. Raises ValueError for a `t` that is not finite and trees that do
+    not match.
     """
     return _per_tensor(lambda _, leaves, row: _arc(*leaves, row[1]), None, [a, b], [1.0 - t, t], None, stacked)
 
@@ -107,9 +109,9 @@ def model_stock(base: Tree, ingredients: Sequence[Tree], *, stacked: Sequence[st
 
 
 def mixing_matrix(count: int, beta: float) -> np.ndarray:
-    """The rewards of Bone Soups' backbones (arXiv 2502.10762), [N, N]: row i weighs the N objectives for backbone i.
+    """The rewards of Bone Soups' backbones (arXiv 2502.10762), [S, S]: row i weighs the S objectives for backbone i.
 
-    `beta` on the diagonal and (1 - beta) / (N - 1) elsewhere. Raises ValueError for fewer than two objectives.
+    `beta` on the diagonal and (1 - beta) / (S - 1) elsewhere. Raises ValueError for fewer than two objectives.
     """
     if count < 2:
         raise ValueError(f"{count} objective(s) cannot be mixed")
@@ -121,22 +123,24 @@ def bone_soup_weights(
     mixing: float | Sequence[Sequence[float]] | np.ndarray,
     extrapolation: float | Sequence[float] | np.ndarray = 0.0,
 ) -> np.ndarray:
-    """The weights [..., N] of N backbones trained on mixed rewards that stand for `preferences` (arXiv 2502.10762).
+    """The weights [..., S] of S backbones trained on mixed rewards that correspond to `preferences` (arXiv 2502.10762).
 
     x = sum_j preferences[j] * k_j * x_j, where x_j solves sum_i x_j[i] mixing[i] = one_hot(j) and k_j = 1 / (1 - a_j).
-    Give them to `trees.soup` (or as a row of a mix): its fraction of the base, 1 - sum(x), is then the paper's
+    Give them to `trees.soup` (or as a row of a mix): its weight of the base, 1 - sum(x), is then the paper's
     sum_j preferences[j] (1 - k_j), for rows of `mixing` and preferences that sum to 1. Weights may be negative.
 
     Args:
-      preferences: [..., N].
-      mixing: `beta` of `mixing_matrix`, or rows [N, N], one per backbone.
+      preferences: [..., S].
+      mixing: `beta` of `mixing_matrix`, or rows [S, S], one per backbone.
       extrapolation: a < 1, away from the base; one for all objectives or one for each.
 
     Raises ValueError for shapes that do not fit, a mixing that cannot be inverted, and numbers that are not finite.
     """
     preferences = np.asarray(preferences, np.float64)
     count = preferences.shape[-1]
-    matrix = mixing_matrix(count, mixing) if np.ndim(mixing) == 0 else np.asarray(mixing, np.float64)
+    matrix = np.asarray(mixing, np.float64)
+    if not matrix.ndim:
+        matrix = mixing_matrix(count, float(matrix))
     away = np.asarray(extrapolation, np.float64)
     if matrix.shape != (count, count) or away.shape not in ((), (count,)):
         raise ValueError(f"{count} preferences, but a mixing of {matrix.shape} and an extrapolation of {away.shape}")
@@ -145,18 +149,18 @@ def bone_soup_weights(
     if np.any(away >= 1):
         raise ValueError(f"extrapolation {extrapolation} is not below 1")
     if np.linalg.cond(matrix) > 1e8:
-        raise ValueError("mixing has no inverse: the backbones' rewards do not tell the objectives apart")
+        raise ValueError("mixing has no inverse: the backbones' rewards do not distinguish the objectives")
     scaled = preferences / (1.0 - away)
     return np.linalg.solve(matrix.T, scaled.reshape(-1, count).T).T.reshape(scaled.shape)
 
 
-def tensor_key(key: jax.Array, path: str, layer: int | None = None) -> jax.Array:
+def tensor_key(key: PRNGKey, path: str, layer: int | None = None) -> PRNGKey:
     """The key of one tensor: of the leaf at `path` ("layers/mlp/up/kernel"), and of one layer of a stacked leaf."""
     key = jax.random.fold_in(key, zlib.crc32(path.encode()))
     return key if layer is None else jax.random.fold_in(key, layer)
 
 
-def _check(base: Tree | None, ingredients: Sequence[Tree], weights: Sequence[float]) -> None:
+def _check(base: Tree | None, ingredients: Sequence[Tree], weights: Weights) -> None:
     if not ingredients:
         raise ValueError("no ingredient to merge")
     trees.check_weights(weights, len(ingredients))
@@ -166,23 +170,23 @@ def _check(base: Tree | None, ingredients: Sequence[Tree], weights: Sequence[flo
 
 
 def _per_tensor(
-    function: Callable[..., jax.Array],
+    function: Callable[..., Array],
     base: Tree | None,
     ingredients: Sequence[Tree],
-    weights: Sequence[float],
-    key: jax.Array | None,
+    weights: Weights,
+    key: PRNGKey | None,
     stacked: Sequence[str],
 ) -> Tree:
     """Applies a function of METHODS to every tensor: a leaf, or a row of a leaf below one of the names `stacked`."""
     _check(base, ingredients, weights)
 
-    def merge(path, layer, first, *others):
+    def merge(path: str, layer: int | None, first: Array, *others: Array) -> Array:
         start, leaves = (None, (first, *others)) if base is None else (first, others)
         extra = {} if key is None else {"key": tensor_key(key, path, layer)}
         return function(start, leaves, weights, **extra)
 
-    def leaf(path, *leaves):
-        path = jax.tree_util.keystr(path, simple=True, separator="/")
+    def leaf(place: tuple[Any, ...], *leaves: Array) -> Array:
+        path = jax.tree_util.keystr(place, simple=True, separator="/")
         if path.split("/")[0] not in stacked:
             return merge(path, None, *leaves)
         return jnp.stack([merge(path, i, *(x[i] for x in leaves)) for i in range(len(leaves[0]))])
@@ -191,18 +195,18 @@ def _per_tensor(
 
 
 def _sum_of_updates(
-    base: jax.Array,
-    leaves: Sequence[jax.Array],
-    weights: Sequence[float],
+    base: Array,
+    leaves: Sequence[Array],
+    weights: Weights,
     *,
     density: float,
     scale: float = 1.0,
     draw: bool = False,
-    key: jax.Array | None = None,
+    key: PRNGKey | None = None,
     rescale: str = "l1",
     sign: bool = False,
     normalize: bool = False,
-) -> jax.Array:
+) -> Array:
     """base + scale * sum_i w_i s(tau_i) of one tensor; `s` draws entries with `key`, or keeps the largest."""
     if draw == (key is None):
         raise ValueError("DARE draws entries and needs a key; TIES takes none")
@@ -210,16 +214,26 @@ def _sum_of_updates(
         raise ValueError(f"density {density} is not in (0, 1]")
     if rescale not in RESCALES:
         raise ValueError(f"rescale {rescale!r} is unknown; choose one of {', '.join(RESCALES)}")
-    weights = jnp.asarray(weights, trees.wide_dtype(base.dtype))
+    numbers = jnp.asarray(weights, trees.wide_dtype(base.dtype))
     masks = None
-    if draw and density < 1:
-        # Drawn out here, a draw compiles once for a shape.
+    if key is not None and density < 1:
+        # Outside the jitted function, so that a draw compiles once for a shape.
         masks = [jax.random.bernoulli(jax.random.fold_in(key, i), density, base.shape) for i in range(len(leaves))]
-    return _merged(base, tuple(leaves), weights, masks, scale, density, rescale, sign, normalize)
+    return _merged(base, tuple(leaves), numbers, masks, scale, density, rescale, sign, normalize)
 
 
 @functools.partial(jax.jit, static_argnames=("density", "rescale", "sign", "normalize"))
-def _merged(base, leaves, weights, masks, scale, density, rescale, sign, normalize):
+def _merged(
+    base: Array,
+    leaves: tuple[Array, ...],
+    weights: Float[Array, " K"],
+    masks: list[Array] | None,
+    scale: float | Array,
+    density: float,
+    rescale: str,
+    sign: bool,
+    normalize: bool,
+) -> Array:
     start = base.astype(weights.dtype)
     terms = []
     for i, leaf in enumerate(leaves):
@@ -242,20 +256,20 @@ def _merged(base, leaves, weights, masks, scale, density, rescale, sign, normali
     return (start + scale * total).astype(base.dtype)
 
 
-def _trimmed(update: jax.Array, density: float) -> jax.Array:
+def _trimmed(update: Array, density: float) -> Array:
     # The margin is for products such as 0.29 * 100, a little less than 29.
     count = max(1, math.floor(density * update.size + 1e-6))
     magnitude = jnp.abs(update)
     return jnp.where(magnitude >= _largest(magnitude, count), update, 0)
 
 
-def _largest(magnitude: jax.Array, count: int) -> jax.Array:
+def _largest(magnitude: Array, count: int) -> Array:
     """The `count`-th largest of an array of no negative floats, found bit by bit: large leaves are slow to sort."""
     width = 8 * magnitude.dtype.itemsize
     unsigned = jnp.dtype(f"uint{width}")
     bits = jax.lax.bitcast_convert_type(magnitude, unsigned)  # in the order of the floats
 
-    def settle(i, low):
+    def settle(i: Array, low: Array) -> Array:
         probe = low | (jnp.asarray(1, unsigned) << (width - 2 - i).astype(unsigned))
         return jnp.where(jnp.sum(bits >= probe) >= count, probe, low)
 
@@ -263,7 +277,7 @@ def _largest(magnitude: jax.Array, count: int) -> jax.Array:
     return jax.lax.bitcast_convert_type(found, magnitude.dtype)
 
 
-def _masked(update: jax.Array, mask: jax.Array, density: float, rescale: str) -> jax.Array:
+def _masked(update: Array, mask: Array, density: float, rescale: str) -> Array:
     kept = jnp.where(mask, update, 0)
     if rescale == "inverse_density":
         return kept / density
@@ -271,7 +285,7 @@ def _masked(update: jax.Array, mask: jax.Array, density: float, rescale: str) ->
     return kept * jnp.where(norm > 0, jnp.sum(jnp.abs(update)) / jnp.where(norm > 0, norm, 1), 1)
 
 
-def _slerp(base: None, leaves: Sequence[jax.Array], weights: Sequence[float]) -> jax.Array:
+def _slerp(base: Array | None, leaves: Sequence[Array], weights: Weights) -> Array:
     if len(leaves) != 2:
         raise ValueError(f"slerp goes between two ingredients, not {len(leaves)}")
     if abs(sum(weights)) < 1e-6:
@@ -280,27 +294,27 @@ def _slerp(base: None, leaves: Sequence[jax.Array], weights: Sequence[float]) ->
 
 
 @jax.jit
-def _arc(a, b, t):
+def _arc(a: Array, b: Array, t: float | Array) -> Array:
     wide = trees.wide_dtype(a.dtype)
     x, y, t = a.astype(wide), b.astype(wide), jnp.asarray(t, wide)
     lengths = jnp.linalg.norm(x.ravel()) * jnp.linalg.norm(y.ravel())
     cosine = jnp.sum(x * y) / jnp.where(lengths > 0, lengths, 1)
     angle = jnp.arccos(jnp.clip(cosine, -STRAIGHT, STRAIGHT))
     arc = jnp.stack([jnp.sin((1 - t) * angle), jnp.sin(t * angle)]) / jnp.sin(angle)
-    # The ends are on the line too, and exact there.
+    # The ends are on the line as well, where they are exact.
     straight = (lengths == 0) | (jnp.abs(cosine) > STRAIGHT) | (t == 0) | (t == 1)
-    fraction = jnp.where(straight, jnp.stack([1 - t, t]), arc)
-    return (fraction[0] * x + fraction[1] * y).astype(a.dtype)
+    part = jnp.where(straight, jnp.stack([1 - t, t]), arc)
+    return (part[0] * x + part[1] * y).astype(a.dtype)
 
 
-def _model_stock(base: jax.Array, leaves: Sequence[jax.Array], weights: Sequence[float] = ()) -> jax.Array:
+def _model_stock(base: Array, leaves: Sequence[Array], weights: Weights = ()) -> Array:
     if len(leaves) < 2:
         raise ValueError("model_stock needs at least two ingredients: it reads their angles")
     return _stocked(base, tuple(leaves))
 
 
 @jax.jit
-def _stocked(base, leaves):
+def _stocked(base: Array, leaves: tuple[Array, ...]) -> Array:
     start = base.astype(trees.wide_dtype(base.dtype))
     updates = [leaf.astype(start.dtype) - start for leaf in leaves]
     lengths = [jnp.linalg.norm(update.ravel()) for update in updates]
@@ -311,17 +325,15 @@ def _stocked(base, leaves):
     return (start + ratio * (sum(updates) / N)).astype(base.dtype)
 
 
-def _linear(
-    base: jax.Array | None, leaves: Sequence[jax.Array], weights: Sequence[float], *, scale: float = 1.0
-) -> jax.Array:
+def _linear(base: Array | None, leaves: Sequence[Array], weights: Weights, *, scale: float = 1.0) -> Array:
     weights = [scale * weight for weight in weights]
     return trees.weighted_sum(leaves, weights) if base is None else trees.soup(base, leaves, weights)
 
 
 # name -> function(base, leaves, weights, ...) -> leaf, for one tensor: `leaves` lists the ingredients' versions of it.
-# The DARE pair takes `key`, a `tensor_key`. "linear" and "slerp" do without a base (None), which slerp ignores;
-# slerp's t is the second of its two weights, as a fraction of both; model_stock finds its own weights.
-METHODS: Mapping[str, Callable[..., jax.Array]] = {
+# The two DARE methods take `key`, a `tensor_key`. "linear" and "slerp" need no base (None), and slerp ignores it;
+# slerp's t is the second weight divided by the sum of both; model_stock ignores the weights.
+METHODS: Mapping[str, Callable[..., Array]] = {
     "linear": _linear,
     "task_arithmetic": _linear,
     "ties": functools.partial(_sum_of_updates, sign=True, normalize=True),

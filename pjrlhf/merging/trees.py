@@ -7,31 +7,34 @@ to 1.
 import functools
 import math
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
+from jaxtyping import Float
 
-Tree = Any
+from pjrlhf.types import Array, DType, Tree
+
+# One number per ingredient.
+Weights = Sequence[float] | Sequence[float | Float[Array, ""]] | Float[Array, " K"]
 
 
-def check_weights(weights: Sequence[float] | np.ndarray | jax.Array, count: int) -> Any:
-    """`weights` as given, if there are `count` of them and all are finite; ValueError otherwise.
+def check_weights(weights: Weights, count: int) -> None:
+    """Raises ValueError unless there are `count` weights and all are finite.
 
     The values of weights traced by `jax.jit` or `jax.grad` cannot be seen and are not checked.
     """
     if len(weights) != count:
         raise ValueError(f"{_counted(len(weights), 'weight')} for {_counted(count, 'ingredient')}")
     for i, weight in enumerate(weights):
-        if not isinstance(weight, jax.core.Tracer) and not math.isfinite(weight):
+        if not isinstance(weight, Tracer) and not math.isfinite(weight):
             raise ValueError(f"weight {i} is {weight}; weights must be finite")
-    return weights
 
 
 def check_same(trees: Sequence[Tree], names: Sequence[str] | None = None, dtypes: bool = False) -> None:
-    """ValueError, naming the leaf, where a tree differs from the first in structure or shape, perhaps dtypes, or holds
-    non-floats.
+    """Raises ValueError, naming the leaf, for a tree that differs from the first in structure or shape (with `dtypes`,
+    also in dtypes), or holds non-floats.
     """
     names = names or [f"ingredient {i}" for i in range(len(trees))]
     flat = [
@@ -55,7 +58,7 @@ def check_same(trees: Sequence[Tree], names: Sequence[str] | None = None, dtypes
                 raise ValueError(f"leaf {path!r} of {name} is {leaves[path].dtype}; only floats are merged")
 
 
-def accumulate(total: Tree | None, tree: Tree, weight: float | jax.Array) -> Tree:
+def accumulate(total: Tree | None, tree: Tree, weight: float | Float[Array, ""]) -> Tree:
     """`total + weight * tree`, for one ingredient at a time; None starts the sum.
 
     The result is float32 (or float64); `total` is donated, so at most one ingredient and one running sum are alive.
@@ -66,12 +69,10 @@ def accumulate(total: Tree | None, tree: Tree, weight: float | jax.Array) -> Tre
     return _added(total, tree, weight)
 
 
-def weighted_sum(
-    trees: Sequence[Tree], weights: Sequence[float] | np.ndarray | jax.Array, out: Tree | None = None
-) -> Tree:
+def weighted_sum(trees: Sequence[Tree], weights: Weights, out: Tree | None = None) -> Tree:
     """sum_i weights[i] * trees[i], in the dtypes of the first tree.
 
-    `out`, a tree like the result, is donated: the sum takes its memory, as that of the soup merged before this one.
+    `out`, a tree like the result, is donated: the sum reuses its memory, for example that of the last soup.
 
     Raises ValueError for no tree, a wrong number of weights, weights that are not finite, and trees that do not match.
     """
@@ -84,9 +85,9 @@ def weighted_sum(
 
 
 def sum_in_pieces(
-    arrays: Sequence[np.ndarray], weights: Sequence[float], dtype: Any, piece: int = 2**18
+    arrays: Sequence[np.ndarray], weights: Weights, dtype: DType, piece: int = 2**18
 ) -> Iterator[np.ndarray]:
-    """The same of flat arrays [n] that need not fit into memory, `piece` numbers at a time, in `dtype`."""
+    """`weighted_sum` of flat arrays that need not fit into memory, in parts of `piece` numbers, in `dtype`."""
     check_weights(weights, len(arrays))
     wide = functools.reduce(jnp.promote_types, (x.dtype for x in arrays), np.float32)
     total, term = np.empty((2, piece), wide)
@@ -102,7 +103,7 @@ def sum_in_pieces(
 def soup(
     base: Tree,
     trees: Sequence[Tree],
-    weights: Sequence[float] | np.ndarray | jax.Array,
+    weights: Weights,
     out: Tree | None = None,
 ) -> Tree:
     """base + sum_i weights[i] * (trees[i] - base), in the dtypes of `base`.
@@ -116,8 +117,8 @@ def soup(
     return _summed((base, *trees), (1.0 - sum(weights), *weights), out)
 
 
-def wide_dtype(dtype: Any) -> Any:
-    """The dtype sums are taken in: at least float32."""
+def wide_dtype(dtype: DType) -> DType:
+    """The dtype of sums: at least float32."""
     return jnp.promote_types(dtype, jnp.float32)
 
 
@@ -130,16 +131,16 @@ def _check_out(out: Tree | None, like: Tree) -> None:
         check_same([like, out], ["the first tree", "out"], dtypes=True)
 
 
-def _times(x: jax.Array, weight: jax.Array) -> jax.Array:
+def _times(x: Float[Array, "..."], weight: float | Array) -> Float[Array, "..."]:
     wide = wide_dtype(x.dtype)
     return x.astype(wide) * jnp.asarray(weight).astype(wide)
 
 
 @functools.partial(jax.jit, donate_argnums=2, keep_unused=True)
-def _summed(trees: tuple[Tree, ...], weights: tuple[Any, ...], out: Tree | None) -> Tree:
-    """In one pass, which reads every ingredient once and writes the sum alone; `out` lends its memory."""
+def _summed(trees: tuple[Tree, ...], weights: tuple[float | Array, ...], out: Tree | None) -> Tree:
+    """In one pass, which reads every ingredient once and writes only the sum, into the memory of `out`."""
 
-    def one(*leaves):
+    def one(*leaves: Array) -> Array:
         terms = [_times(x, weight) for x, weight in zip(leaves, weights, strict=True)]
         return functools.reduce(lambda total, term: total + term.astype(total.dtype), terms).astype(leaves[0].dtype)
 
@@ -147,10 +148,10 @@ def _summed(trees: tuple[Tree, ...], weights: tuple[Any, ...], out: Tree | None)
 
 
 @jax.jit
-def _scaled(tree: Tree, weight: jax.Array) -> Tree:
+def _scaled(tree: Tree, weight: float | Array) -> Tree:
     return jax.tree.map(lambda x: _times(x, weight), tree)
 
 
 @functools.partial(jax.jit, donate_argnums=0)
-def _added(total: Tree, tree: Tree, weight: jax.Array) -> Tree:
+def _added(total: Tree, tree: Tree, weight: float | Array) -> Tree:
     return jax.tree.map(lambda x, y: x + _times(y, weight).astype(x.dtype), total, tree)

@@ -1,8 +1,7 @@
 """Several objectives at once, on arrays: rules that combine them, MOC, MODPO and the decoding of MOD.
 
-Shapes: B examples, T response tokens, N objectives (rewards), K heads or policies, G samples of a prompt, V vocabulary.
-Objectives lie on the last axis, and a user's preference weights beside them: [N], or one row per example. Weights are
-taken as they are, never renormalised. Everything is computed and returned in float32.
+Shapes: see `pjrlhf.types`. Objectives are the last axis of rewards and of preference weights, which have shape [S] or
+one row per example. Weights are used as given, without normalisation. All functions compute and return float32.
 """
 
 import math
@@ -11,26 +10,26 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
-from jaxtyping import Array, Float
+from jaxtyping import Float, Num, Shaped
 
 from pjrlhf.objectives.preference import Pair
+from pjrlhf.types import Array
 
 DIVERGENCES = {"reverse_kl": 0.0, "forward_kl": 1.0}
 
-# ---- combination rules: [..., N] -> [...], larger is better
+# ---- combination rules: [..., S] -> [...], larger is better
 
 
-def weighted_sum(x: jax.Array, weights: jax.Array) -> jax.Array:
-    """sum_i w_i x_i, [...] from rewards or advantages [..., N] and weights [N] or [..., N].
+def weighted_sum(x: Num[Array, "... S"], weights: Num[Array, "..."]) -> Float[Array, "..."]:
+    """sum_i w_i x_i of rewards or advantages; weights [S] or [..., S].
 
-    With one-hot weights it is that objective to the last bit. Raises ValueError where the weights are not one per
-    objective.
+    One-hot weights give that objective to the last bit. Raises ValueError for weights that are not one per objective.
     """
     x, weights = _fitting(x, weights)
     return (x * weights).sum(-1)
 
 
-def standardize(x: jax.Array, mask: jax.Array, axis: int | None) -> jax.Array:
+def standardize(x: Num[Array, "*batch"], mask: Shaped[Array, "..."], axis: int | None) -> Float[Array, "*batch"]:
     """(x - mean) / sqrt(population variance + 1e-8) over `axis` (None: over everything) where `mask`, 0 elsewhere,
     whatever x is there: the advantage of GRPO over the answers to one prompt (arXiv 2402.03300, section 4.1.2).
 
@@ -39,22 +38,24 @@ def standardize(x: jax.Array, mask: jax.Array, axis: int | None) -> jax.Array:
     x, mask = jnp.asarray(x, jnp.float32), jnp.asarray(mask) > 0
     count = jnp.maximum(mask.sum(axis, keepdims=True), 1)
     x = jnp.where(mask, x, 0.0)
-    # Twice, as the first mean is rounded: what is left of equal values would be divided by nearly 0.
+    # Twice, because the first mean is rounded, and the remainder of equal values would be divided by nearly 0.
     for _ in range(2):
         x = jnp.where(mask, x - x.sum(axis, keepdims=True) / count, 0.0)
     return x * jax.lax.rsqrt((x * x).sum(axis, keepdims=True) / count + 1e-8)
 
 
-def tchebycheff(rewards: jax.Array, weights: jax.Array, ideal: jax.Array, smoothing: float = 0.0) -> jax.Array:
-    """-max_i w_i (z_i - r_i), [...]: minus the weighted distance to the ideal point that is largest.
+def tchebycheff(
+    rewards: Num[Array, "... S"], weights: Num[Array, "..."], ideal: Num[Array, "..."], smoothing: float = 0.0
+) -> Float[Array, "..."]:
+    """-max_i w_i (z_i - r_i): minus the largest weighted distance to the ideal point.
 
-    Its maximisers reach the parts of a front that bends inwards, where no weighted sum leads. With `smoothing` m > 0:
-    -m log sum_i exp(w_i (z_i - r_i) / m), differentiable and at most m log N lower (arXiv 2402.19078).
+    Its maximisers reach the concave parts of a front, which no weighted sum reaches. With `smoothing` m > 0: -m log
+    sum_i exp(w_i (z_i - r_i) / m), differentiable and at most m log S lower (arXiv 2402.19078).
 
     Args:
-      rewards: [..., N], on one scale (see `calibrate`).
-      weights: [N] or [..., N], not negative.
-      ideal: z, [N] or [..., N], at least the best reward of every objective; a reward beyond it counts as a negative
+      rewards: on one scale (see `calibrate`).
+      weights: [S] or [..., S], not negative.
+      ideal: z, [S] or [..., S], at least the best reward of every objective; a reward beyond it counts as a negative
         distance, so that more is never worse.
       smoothing: not negative.
 
@@ -69,13 +70,13 @@ def tchebycheff(rewards: jax.Array, weights: jax.Array, ideal: jax.Array, smooth
     return -smoothing * jax.nn.logsumexp(distance / smoothing, axis=-1)
 
 
-def pama(advantages: jax.Array, noon: bool = True) -> jax.Array:
-    """The point nearest 0 between the least and the largest of the N advantages, [...] from [..., N]: the min-norm
-    mixture of every token by itself (PAMA, arXiv 2508.07768).
+def pama(advantages: Num[Array, "*batch S"], noon: bool = True) -> Float[Array, "*batch"]:
+    """The point nearest 0 between the least and the largest of the S advantages: the min-norm mixture of every token by
+    itself (PAMA, arXiv 2508.07768).
 
     Where objectives disagree in sign it is 0; where they agree, the one of smallest size. `noon`, as published, first
-    raises negative advantages to 0, and the mixture is max(min_i A_i, 0). There are no weights: it aims at no
-    particular trade-off.
+    raises negative advantages to 0, and the mixture is max(min_i A_i, 0). Without weights, it aims at no particular
+    trade-off.
     """
     advantages = jnp.asarray(advantages, jnp.float32)
     if noon:
@@ -87,20 +88,19 @@ def pama(advantages: jax.Array, noon: bool = True) -> jax.Array:
 
 
 def surrogate_gradients(
-    advantages: jax.Array, ratio: jax.Array, mask: jax.Array, clip: float | jax.Array = 0.2
-) -> jax.Array:
-    """g_k = mask 1[PPO's unclipped branch] rho A_k, [B, T, K]: gradient of objective k, summed over the tokens, in the
-    log-probs of the sampled tokens. A constant to the gradient.
+    advantages: Num[Array, "B T H"], ratio: Num[Array, "B T"], mask: Shaped[Array, "B T"], clip: float = 0.2
+) -> Float[Array, "B T H"]:
+    """g_k = mask 1[PPO's unclipped branch] rho A_k: gradient of head k, summed over the tokens, in the log-probs of the
+    sampled tokens. A constant to the gradient.
 
-    With J the Jacobian of the log-probs in the parameters, the gradient there is J^T g_k, so ||sum_k c_k J^T g_k|| <=
-    ||J|| ||sum_k c_k g_k||: small on the right is small on the left, for one backward pass instead of K (the upper
-    bound of MGDA-UB, arXiv 1810.04650, moved to log-probs). PPO clips the mixture by the sign of the mixed advantage,
-    so the two agree exactly only while no token is clipped, as in the first minibatch.
+    With J the Jacobian of the log-probs in the parameters, the gradient in the parameters is J^T g_k, and
+    ||sum_k c_k J^T g_k|| <= ||J|| ||sum_k c_k g_k||. A small right side therefore bounds the left side, for one
+    backward pass instead of H (the upper bound of MGDA-UB, arXiv 1810.04650, for log-probs). PPO clips the mixture by
+    the sign of the mixed advantage, so the two agree exactly only while no token is clipped, as in the first minibatch.
 
     Args:
-      advantages: [B, T, K].
-      ratio: rho = pi / pi_old, [B, T].
-      mask: [B, T]; whatever lies outside, NaN included, counts as 0.
+      ratio: rho = pi / pi_old.
+      mask: positions outside count as 0, whatever their values (NaN included).
       clip: range of PPO.
     """
     advantages, ratio = jnp.asarray(advantages, jnp.float32), jnp.asarray(ratio, jnp.float32)[..., None]
@@ -109,13 +109,12 @@ def surrogate_gradients(
     return jax.lax.stop_gradient(jnp.where(counted, ratio * advantages, 0.0))
 
 
-def gram_matrix(g: jax.Array, normalize: str = "none") -> jax.Array:
-    """M_kl = <g_k, g_l>, [K, K] from g [..., K], summed over all other axes.
+def gram_matrix(g: Num[Array, "... H"], normalize: str = "none") -> Float[Array, "H H"]:
+    """M_kl = <g_k, g_l>, summed over all other axes; for sharded g, the matrix of the whole batch.
 
-    The sums are plain, so for sharded g a jitted caller gets the matrix of the whole batch. `normalize="gradient"`
-    divides every g_k by its norm (GAPO, arXiv 2507.01915): without it the objective of smallest gradient gets most of
-    the weight. An objective without any gradient is a row of zeros either way, and then takes all the weight.
-    Raises ValueError for an unknown `normalize`.
+    `normalize="gradient"` divides every g_k by its norm (GAPO, arXiv 2507.01915): without it the objective with the
+    smallest gradient gets most of the weight. An objective without any gradient is a row of zeros either way, and then
+    takes all the weight. Raises ValueError for an unknown `normalize`.
     """
     if normalize not in ("none", "gradient"):
         raise ValueError(f"Gram normalisation {normalize!r} is unknown; choose one of none, gradient")
@@ -125,37 +124,37 @@ def gram_matrix(g: jax.Array, normalize: str = "none") -> jax.Array:
     return gram if normalize == "none" else cosines(gram)
 
 
-def cosines(gram: jax.Array) -> jax.Array:
-    """The Gram matrix [K, K] of the same gradients, each divided by its norm; rows of zeros stay."""
+def cosines(gram: Float[Array, "H H"]) -> Float[Array, "H H"]:
+    """The Gram matrix of the same gradients, each divided by its norm; rows of zeros stay."""
     squares = jnp.diagonal(gram)
     scale = jnp.where(squares == 0, 0.0, jax.lax.rsqrt(squares))
     return gram * scale[:, None] * scale
 
 
-def min_norm_weights(gram: jax.Array, iterations: int = 50) -> jax.Array:
-    """argmin_c c^T M c over the simplex, [K] float32 (MGDA; Désidéri 2012): the convex mixture of gradients with the
-    least norm, whose ascent direction hurts no objective.
+def min_norm_weights(gram: Num[Array, "..."], iterations: int = 50) -> Float[Array, " H"]:
+    """argmin_c c^T M c over the simplex (MGDA; Désidéri 2012): the convex mixture of gradients with the least norm,
+    whose ascent direction hurts no objective.
 
-    K = 2 has a closed form. Beyond, fully corrective Frank-Wolfe: a step towards the best vertex, then one towards the
-    optimum of the face that is reached, until twice the duality gap, a bound on c^T M c - min, is below
-    2e-6 sum_k c_k M_kk: a few iterations even for singular M. Where the minimiser is not unique it is one of them; for
-    M = 0 it is 1/K. A constant to the gradient. M that is not finite gives NaN.
+    H = 2 has a closed form. Beyond, fully corrective Frank-Wolfe: a step towards the best vertex, then one towards the
+    optimum of the reached face, until twice the duality gap, a bound on c^T M c - min, is below 2e-6 sum_k c_k M_kk: a
+    few iterations even for singular M. If the minimiser is not unique, the result is one of them; for M = 0 it is 1/H.
+    A constant to the gradient. M that is not finite gives NaN.
 
     Args:
-      gram: [K, K], symmetric and positive semi-definite, of any scale.
-      iterations: the most there may be.
+      gram: [H, H], symmetric and positive semi-definite, of any scale.
+      iterations: at most.
 
     Raises ValueError where it is not square.
     """
     if gram.ndim != 2 or gram.shape[0] != gram.shape[1]:
-        raise ValueError(f"gram has shape {gram.shape}; give one [K, K] matrix, and vmap over more")
+        raise ValueError(f"gram has shape {gram.shape}; give one [H, H] matrix, and vmap over more")
     gram = jax.lax.stop_gradient(jnp.asarray(gram, jnp.float32))
     n, largest, tiny = gram.shape[0], jnp.diagonal(gram).max(), jnp.finfo(jnp.float32).tiny
     m = gram / jnp.where(largest > 0, largest, 1.0)  # so that no scale of gradients underflows below
     squares, identity = jnp.diagonal(m), jnp.eye(n)
 
-    def advance(c, d):
-        """To the least norm along d, which sums to 0, or to the edge of the simplex."""
+    def advance(c: Array, d: Array) -> Array:
+        """c moved along d, which sums to 0, to the least norm or to the edge of the simplex."""
         room, slope = jnp.where(d < 0, -c / d, jnp.inf), (m * d).sum(-1)
         size = jnp.minimum(-(c * slope).sum() / jnp.maximum((d * slope).sum(), tiny), room.min())
         moved = jnp.where(room <= size, 0.0, jnp.maximum(c + size * d, 0))
@@ -165,7 +164,7 @@ def min_norm_weights(gram: jax.Array, iterations: int = 50) -> jax.Array:
         i, c = state
         c = advance(c, identity[(m * c).sum(-1).argmin()] - c)
         face = c > 0
-        # M x = 1 on the face, whose multiple is its optimum; the ridge is for singular M.
+        # M x = 1 on the face: a multiple of x is the optimum there. The ridge is for singular M.
         x = jnp.linalg.solve(jnp.where(face[:, None] & face, m + 1e-6 * identity * squares, identity), face * 1.0)
         d = x / x.sum() - c
         c = advance(c, jnp.where(face, d - (d * face).sum() / face.sum(), 0.0))
@@ -188,11 +187,13 @@ def min_norm_weights(gram: jax.Array, iterations: int = 50) -> jax.Array:
 # ---- MOC: control, rewards near the preference
 
 
-def calibrate(rewards: jax.Array, low: jax.Array, high: jax.Array) -> jax.Array:
-    """clip((R - low) / (high - low), 0, 1), [..., N]: rewards on the scale of preference weights.
+def calibrate(
+    rewards: Num[Array, "... S"], low: Num[Array, "... S"], high: Num[Array, "... S"]
+) -> Float[Array, "... S"]:
+    """clip((R - low) / (high - low), 0, 1): rewards on the scale of preference weights.
 
-    `low` and `high` [N] are best quantiles of the starting policy's rewards, frozen for the whole of training. Raises
-    ValueError where high is not above low, as for a constant reward (seen only outside jit).
+    `low` and `high` are best quantiles of the initial policy's rewards, fixed for the whole training. Raises ValueError
+    where high is not above low, as for a constant reward (seen only outside jit).
     """
     if _concrete(low, high) and not (np.asarray(high) > np.asarray(low)).all():
         raise ValueError(f"high {high} is not above low {low} everywhere; leave out rewards that are constant")
@@ -200,12 +201,12 @@ def calibrate(rewards: jax.Array, low: jax.Array, high: jax.Array) -> jax.Array:
     return jnp.clip((jnp.asarray(rewards, jnp.float32) - low) / (high - low), 0, 1)
 
 
-def target_map(p: jax.Array, kind: str = "identity") -> jax.Array:
-    """Calibrated rewards t(p) that preference weights p [..., N] ask for: p itself, p / ||p||_2 ("l2", as
+def target_map(p: Num[Array, "*batch S"], kind: str = "identity") -> Float[Array, "*batch S"]:
+    """Calibrated rewards t(p) that preference weights p ask for: p itself, p / ||p||_2 ("l2", as
     Rewards-in-Context, arXiv 2402.10207) or p / max p ("max").
 
-    The targets of "identity" sum to 1 only: two equal weights ask for 1/2 each even where 1 is within reach. "max"
-    always asks for all of the favourite. Raises ValueError for an unknown kind.
+    The targets of "identity" sum to 1: two equal weights ask for 1/2 each even where 1 is within reach. "max" always
+    asks for 1 in the objective with the largest weight. Raises ValueError for an unknown kind.
     """
     p = jnp.asarray(p, jnp.float32)
     if kind == "identity":
@@ -217,11 +218,13 @@ def target_map(p: jax.Array, kind: str = "identity") -> jax.Array:
     raise ValueError(f"target map {kind!r} is unknown; choose one of identity, l2, max")
 
 
-def control_reward(calibrated: jax.Array, p: jax.Array, target: str = "identity", sided: str = "two") -> jax.Array:
-    """-(1/N) sum_i (R_i - t_i(p))^2, [...] from calibrated rewards [..., N] and weights p [N] or [..., N].
+def control_reward(
+    calibrated: Num[Array, "... S"], p: Num[Array, "..."], target: str = "identity", sided: str = "two"
+) -> Float[Array, "..."]:
+    """-(1/S) sum_i (R_i - t_i(p))^2 of calibrated rewards and weights p [S] or [..., S].
 
     "two" is the squared distance that MOC's reviews describe; it also pushes a reward down to its target. "hinge" is
-    -(1/N) sum_i max(0, t_i(p) - R_i)^2, content with more. Raises ValueError for unknown `target` or `sided`, and for
+    -(1/S) sum_i max(0, t_i(p) - R_i)^2, which allows more. Raises ValueError for unknown `target` or `sided`, and for
     weights that do not fit.
     """
     calibrated, p = _fitting(calibrated, p)
@@ -234,24 +237,28 @@ def control_reward(calibrated: jax.Array, p: jax.Array, target: str = "identity"
 
 
 def moc_heads(
-    calibrated: jax.Array, p: jax.Array, heads: str = "reward_sum+control", target: str = "identity", sided: str = "two"
-) -> jax.Array:
-    """Rewards of MOC's K heads, [..., K], from calibrated rewards [..., N] and preference weights p [N] or [..., N].
+    calibrated: Num[Array, "... S"],
+    p: Num[Array, "..."],
+    heads: str = "reward_sum+control",
+    target: str = "identity",
+    sided: str = "two",
+) -> Float[Array, "... H"]:
+    """Rewards of MOC's H heads from calibrated rewards and preference weights p [S] or [..., S].
 
-    MOC (arXiv 2604.04497) trains one policy for all p, read in its prompt, on min-norm mixtures of objectives. Its full
-    text was not available: this is a reconstruction from the abstract and the public reviews of an earlier version.
-    Each head has its own values and advantages A_k; an update mixes them as
+    MOC (arXiv 2604.04497) trains one policy for all p, stated in its prompt, on min-norm mixtures of objectives. Its
+    full text was not available: this is a reconstruction from the abstract and the public reviews of an earlier
+    version. Each head has its own values and advantages A_k; an update mixes them as
     `weighted_sum(A, min_norm_weights(gram_matrix(surrogate_gradients(A, ratio, mask))))` and goes on as PPO.
 
-    The readings left open are settings:
-      heads: "reward_sum+control", K = 2: sum_i p_i R_i and the control reward; the default, because the reviews speak
-        of two weights, and because min-norm weights of bare rewards do not know p, they favour the smallest gradient.
-        "per_reward+control", K = N + 1: every R_i and the control reward; p enters through control only.
+    Settings choose among the interpretations:
+      heads: "reward_sum+control", H = 2: sum_i p_i R_i and the control reward; the default, because the reviews mention
+        two weights, and because min-norm weights of the rewards alone ignore p and favour the smallest gradient.
+        "per_reward+control", H = S + 1: every R_i and the control reward; p enters through control only.
       target: "identity" by default, because controllability is reported as the squared error of R against p itself.
-      sided: "two" by default, for the same reason. Where rewards end below what they could be, try "hinge" with "max".
+      sided: "two" by default, for the same reason. If rewards end lower than necessary, try "hinge" with "max".
 
-    `scalarization.MinNorm` has the readings that are not about rewards: a head per preference vector, the size of the
-    control reward, the normalisation of the Gram matrix.
+    `scalarization.MinNorm` has the other ones: a head per preference vector, the size of the control reward, the
+    normalisation of the Gram matrix.
 
     Raises ValueError for unknown settings, and for weights that do not fit.
     """
@@ -272,10 +279,10 @@ def modpo_loss(
     reference: Pair,
     beta: float,
     *,
-    weights: Float[Array, "*#B N"],
+    weights: Num[Array, "... S"],
     rewards: Pair,
     kind: str = "sigmoid",
-) -> Float[Array, "*B"]:
+) -> Float[Array, "..."]:
     """Losses of pairs labelled for objective 0, with the other objectives as margins (MODPO, arXiv 2310.03708).
 
     h = (beta (log-ratio of chosen - of rejected) - sum_{i>0} w_i (r_i(chosen) - r_i(rejected))) / w_0, and the loss is
@@ -286,7 +293,7 @@ def modpo_loss(
         under the reference.
       beta: strength of the tie to the reference, positive.
       weights: that of the labelled objective first and positive.
-      rewards: rewards [*B, N - 1] of the chosen and the rejected answers by the other objectives, in the units of
+      rewards: rewards [*B, S - 1] of the chosen and the rejected answers by the other objectives, in the units of
         Bradley-Terry (a gap of 1 is odds of e), as are those of `preference.implicit_rewards`.
       kind: "sigmoid" or "hinge".
 
@@ -314,8 +321,8 @@ def divergence_alpha(divergence: str | float) -> float:
 
 
 def combine_logps(
-    logps: Float[Array, "*B K V"], weights: Float[Array, "*#B K"], divergence: str | float = "reverse_kl"
-) -> Float[Array, "*B V"]:
+    logps: Num[Array, "... K V"], weights: Num[Array, "..."], divergence: str | float = "reverse_kl"
+) -> Float[Array, "... V"]:
     """Normalised log-probs of K policies mixed for decoding (MOD, arXiv 2406.18853).
 
     The rule follows the divergence that tied the policies to their common reference:
@@ -347,12 +354,14 @@ def combine_logps(
     return jax.nn.log_softmax(mixed, axis=-1)
 
 
-def _concrete(*arrays) -> bool:
+def _concrete(*arrays: Array) -> bool:
     """Whether the values are known, as they are outside jit."""
     return not any(isinstance(x, Tracer) for x in arrays)
 
 
-def _fitting(x: jax.Array, weights: jax.Array, spread: int = 0) -> tuple[jax.Array, jax.Array]:
+def _fitting(
+    x: Num[Array, "..."], weights: Num[Array, "..."], spread: int = 0
+) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
     """Both in float32, the weights with `spread` new axes before their last."""
     x, weights = jnp.asarray(x, jnp.float32), jnp.asarray(weights, jnp.float32)
     if x.ndim == 0 or weights.ndim == 0 or x.shape[-1] != weights.shape[-1]:

@@ -1,20 +1,24 @@
 """Policy-gradient maths on arrays: rewards per token, advantages, PPO losses, KL estimates.
 
-Shapes: B examples, T response tokens; `mask` [B, T] is 1 on real response tokens up to and including EOS, which are
-contiguous from slot 0. Every mean is over masked tokens. Leading axes may be added with `jax.vmap`, for example one
-for K objectives.
+Shapes: B examples, T response tokens; `mask` is 1 on real response tokens up to and including EOS, which are contiguous
+from position 0. Every mean is over masked tokens. `jax.vmap` adds leading axes, for example one for K policies.
 """
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Float, Shaped
+
+from pjrlhf.types import Array
 
 
-def masked_mean(x: jax.Array, mask: jax.Array) -> jax.Array:
+def masked_mean(x: Float[Array, "*batch"], mask: Shaped[Array, "*batch"]) -> Float[Array, ""]:
     """Mean of `x` where `mask`; 0 for an empty mask."""
     return (x * mask).sum() / jnp.maximum(mask.sum(), 1)
 
 
-def kl_estimate(logps: jax.Array, reference: jax.Array, kind: str = "k1") -> jax.Array:
+def kl_estimate(
+    logps: Float[Array, "*batch"], reference: Float[Array, "*batch"], kind: str = "k1"
+) -> Float[Array, "*batch"]:
     """Per-token estimate of KL(policy || reference) on samples of the policy (Schulman 2020).
 
     k1 = log p - log q is unbiased but may be negative; k2 = k1^2 / 2; k3 = exp(-k1) - 1 + k1 is unbiased and
@@ -30,31 +34,34 @@ def kl_estimate(logps: jax.Array, reference: jax.Array, kind: str = "k1") -> jax
     raise ValueError(f"KL estimate {kind!r} is unknown; choose one of k1, k2, k3")
 
 
-def last_token(mask: jax.Array) -> jax.Array:
-    """One-hot float [B, T] of the last real token of each row, zeros for an empty row; found from the mask, never
-    from ids.
-    """
+def last_token(mask: Shaped[Array, "B T"]) -> Float[Array, "B T"]:
+    """One-hot of the last real token of each row, zeros for an empty row; found from the mask, never from ids."""
     following = jnp.pad(mask[:, 1:], ((0, 0), (0, 1)))
     return (mask.astype(jnp.float32)) * (1 - following.astype(jnp.float32))
 
 
-def token_rewards(score: jax.Array, kl: jax.Array, mask: jax.Array, beta: jax.Array | float) -> jax.Array:
-    """r_t = -beta KL_t + 1[t last real token] score (Ziegler et al. 2019, eq. 2); [B, T] from score [B], kl [B, T]."""
+def token_rewards(
+    score: Float[Array, " B"], kl: Float[Array, "B T"], mask: Shaped[Array, "B T"], beta: Float[Array, ""] | float
+) -> Float[Array, "B T"]:
+    """r_t = -beta KL_t + 1[t last real token] score (Ziegler et al. 2019, eq. 2)."""
     return (-beta * kl) * mask + score[:, None] * last_token(mask)
 
 
 def gae(
-    rewards: jax.Array, values: jax.Array, mask: jax.Array, gamma: float = 1.0, lam: float = 0.95
-) -> tuple[jax.Array, jax.Array]:
+    rewards: Float[Array, "B T"],
+    values: Float[Array, "B T"],
+    mask: Shaped[Array, "B T"],
+    gamma: float = 1.0,
+    lam: float = 0.95,
+) -> tuple[Float[Array, "B T"], Float[Array, "B T"]]:
     """Generalised advantage estimation (arXiv 1506.02438, eq. 16) over masked tokens.
 
     Args:
-      rewards, values, mask: [B, T]; values[t] is the value of the state before token t. The state after the last
-      real token is
-        terminal, worth 0.
+      values: values[t] is the value of the state before token t. The state after the last real token is terminal, of
+        value 0.
 
     Returns:
-      advantages, returns = advantages + values: [B, T], zero outside the mask. Not whitened.
+      advantages, and returns = advantages + values; zero outside the mask, not whitened.
     """
     mask = mask.astype(rewards.dtype)
     following = jnp.pad(mask[:, 1:], ((0, 0), (0, 1)))
@@ -71,8 +78,8 @@ def gae(
     return advantages, (advantages + values) * mask
 
 
-def whiten(x: jax.Array, mask: jax.Array, shift_mean: bool = True) -> jax.Array:
-    """(x - mean) / std over the mask (population variance), zero outside it; `shift_mean=False` puts the mean back."""
+def whiten(x: Float[Array, "*batch"], mask: Shaped[Array, "*batch"], shift_mean: bool = True) -> Float[Array, "*batch"]:
+    """(x - mean) / std over the mask (population variance), zero outside it; `shift_mean=False` adds the mean back."""
     mean = masked_mean(x, mask)
     variance = masked_mean((x - mean) ** 2, mask)
     white = (x - mean) * jax.lax.rsqrt(variance + 1e-8)
@@ -80,8 +87,12 @@ def whiten(x: jax.Array, mask: jax.Array, shift_mean: bool = True) -> jax.Array:
 
 
 def ppo_policy_loss(
-    logps: jax.Array, old_logps: jax.Array, advantages: jax.Array, mask: jax.Array, clip: float = 0.2
-) -> tuple[jax.Array, dict[str, jax.Array]]:
+    logps: Float[Array, "B T"],
+    old_logps: Float[Array, "B T"],
+    advantages: Float[Array, "B T"],
+    mask: Shaped[Array, "B T"],
+    clip: float = 0.2,
+) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
     """Clipped surrogate of PPO (arXiv 1707.06347, eq. 7), averaged over the masked tokens of the whole batch.
 
     Returns:
@@ -100,12 +111,16 @@ def ppo_policy_loss(
 
 
 def value_loss(
-    values: jax.Array, old_values: jax.Array, returns: jax.Array, mask: jax.Array, clip: float = 0.2
-) -> tuple[jax.Array, jax.Array]:
-    """Clipped value loss of PPO: half the larger of the squared errors with and without clipping; and the fraction
-    clipped.
+    values: Float[Array, "B T"],
+    old_values: Float[Array, "B T"],
+    returns: Float[Array, "B T"],
+    mask: Shaped[Array, "B T"],
+    clip: float = 0.2,
+) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    """Clipped value loss of PPO (half the larger of the squared errors with and without clipping), and the fraction of
+    clipped values.
     """
-    # Clipped this way round, values within the range stay what they are to the last bit, and count as not clipped.
+    # Clipped values, not clipped differences: values within the range keep every bit and count as not clipped.
     clipped = jnp.clip(values, old_values - clip, old_values + clip)
     plain, limited = (values - returns) ** 2, (clipped - returns) ** 2
     return 0.5 * masked_mean(jnp.maximum(plain, limited), mask), masked_mean(
@@ -114,8 +129,8 @@ def value_loss(
 
 
 def adapt_kl_coefficient(
-    beta: jax.Array, kl: jax.Array, target: float, samples: jax.Array | int, horizon: float
-) -> jax.Array:
+    beta: Float[Array, "*K"], kl: Float[Array, "*K"], target: float, samples: int, horizon: float
+) -> Float[Array, "*K"]:
     """Adaptive controller (Ziegler et al. 2019, section 2.2): beta (1 + clip(KL / target - 1, -0.2, 0.2) samples /
     horizon).
 

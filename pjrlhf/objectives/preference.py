@@ -11,9 +11,10 @@ from typing import cast
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, Num, PRNGKeyArray
+from jaxtyping import Bool, Float, Int, Num
 
 from pjrlhf.registry import Registry
+from pjrlhf.types import Array, PRNGKey
 
 # What a pairwise loss can ask for, as keyword arguments:
 #   lengths: number of scored tokens of the chosen and rejected answers, [2, B].
@@ -23,12 +24,13 @@ from pjrlhf.registry import Registry
 OPTIONS = ("lengths", "label_smoothing", "margin", "delta")
 # Of the chosen and of the rejected answers: [2, B], or two arrays [B] (or of any equal shape).
 Pair = Array | Sequence[Array]
+Option = Pair | float
 
 
 def bradley_terry_loss(
     chosen: Float[Array, " B"],
     rejected: Float[Array, " B"],
-    margin: jax.Array | float = 0.0,
+    margin: Array | float = 0.0,
     weight: Float[Array, " B"] | None = None,
 ) -> Float[Array, ""]:
     """-log s(r(chosen) - r(rejected) - margin), averaged with `weight` (Ouyang et al. 2022, eq. 1; Llama 2, eq. 2).
@@ -50,7 +52,7 @@ def accuracy(chosen: Float[Array, "*B"], rejected: Float[Array, "*B"] | float) -
     return jnp.where(jnp.isnan(margin), jnp.nan, (margin > 0).astype(jnp.float32))
 
 
-def implicit_rewards(logps: Pair, reference: Pair, beta: float) -> tuple[jax.Array, jax.Array]:
+def implicit_rewards(logps: Pair, reference: Pair, beta: float) -> tuple[Array, Array]:
     """(chosen, rejected) rewards of summed log-probs: beta log(pi / ref), constants to the gradient (DPO, arXiv
     2305.18290, eq. 5 without the term that both answers share).
     """
@@ -73,12 +75,12 @@ class PairwiseLoss:
     for_rewards: bool = False
 
     def __call__(
-        self, w: Float[Array, " B"], l: Float[Array, " B"], beta: float, **options: jax.Array | float
+        self, w: Float[Array, " B"], l: Float[Array, " B"], beta: float, **options: Option
     ) -> Float[Array, " B"]:
         return self.function(w, l, beta, **options)
 
 
-def takes(*options: str, for_rewards: bool = False) -> Callable[[Callable[..., jax.Array]], PairwiseLoss]:
+def takes(*options: str, for_rewards: bool = False) -> Callable[[Callable[..., Array]], PairwiseLoss]:
     """A decorator that declares the options of a pairwise loss. Raises ValueError for one that is not in `OPTIONS`."""
     if unknown := set(options) - set(OPTIONS):
         raise ValueError(f"a pairwise loss cannot take {', '.join(sorted(unknown))}; it may take {', '.join(OPTIONS)}")
@@ -104,7 +106,7 @@ def sigmoid(
     beta: float,
     *,
     label_smoothing: float = 0.0,
-    margin: jax.Array | float = 0.0,
+    margin: Array | float = 0.0,
 ) -> Float[Array, " B"]:
     """-log s(h), h = beta (w - l) - margin (DPO, arXiv 2305.18290, eq. 7; the margin is the offset of ODPO, arXiv
     2402.10571).
@@ -124,7 +126,7 @@ def robust(
     beta: float,
     *,
     label_smoothing: float = 0.0,
-    margin: jax.Array | float = 0.0,
+    margin: Array | float = 0.0,
 ) -> Float[Array, " B"]:
     """(-(1 - e) log s(h) + e log s(-h)) / (1 - 2 e): the DPO loss of clean labels in expectation where a fraction
     e = `label_smoothing` < 1/2 of them is flipped (arXiv 2403.00409). May be negative.
@@ -151,7 +153,7 @@ def ipo_norm(w: Float[Array, " B"], l: Float[Array, " B"], beta: float, *, lengt
 @PAIRWISE.register("hinge")
 @takes("margin", for_rewards=True)
 def hinge(
-    w: Float[Array, " B"], l: Float[Array, " B"], beta: float, *, margin: jax.Array | float = 0.0
+    w: Float[Array, " B"], l: Float[Array, " B"], beta: float, *, margin: Array | float = 0.0
 ) -> Float[Array, " B"]:
     """max(0, 1 - beta (w - l) + margin): SLiC (arXiv 2305.10425, eq. 1) on log-ratios, as normalised by RSO (arXiv
     2309.06657, "hinge-norm").
@@ -168,7 +170,7 @@ def sigmoid_norm(
     *,
     lengths: Pair,
     label_smoothing: float = 0.0,
-    margin: jax.Array | float = 0.0,
+    margin: Array | float = 0.0,
 ) -> Float[Array, " B"]:
     """`sigmoid` on log-ratios averaged over the tokens of each answer (length-normalised DPO, Tulu 3, arXiv
     2411.15124); `beta` is about as many times larger as answers have tokens.
@@ -198,7 +200,7 @@ def apo_down(w: Float[Array, " B"], l: Float[Array, " B"], beta: float) -> Float
 @PAIRWISE.register("bco_pair")
 @takes("delta")
 def bco_pair(
-    w: Float[Array, " B"], l: Float[Array, " B"], beta: float, *, delta: jax.Array | float = 0.0
+    w: Float[Array, " B"], l: Float[Array, " B"], beta: float, *, delta: Array | float = 0.0
 ) -> Float[Array, " B"]:
     """-log s(beta w - delta) - log s(-(beta l - delta)) (BCO, arXiv 2404.04656).
 
@@ -209,9 +211,7 @@ def bco_pair(
     return -jax.nn.log_sigmoid(beta * w - delta) - jax.nn.log_sigmoid(delta - beta * l)
 
 
-def pairwise_loss(
-    kind: str, logps: Pair, reference: Pair, beta: float, **options: Pair | Array | float
-) -> Float[Array, " B"]:
+def pairwise_loss(kind: str, logps: Pair, reference: Pair, beta: float, **options: Option) -> Float[Array, " B"]:
     """Losses of preference pairs.
 
     Args:
@@ -224,7 +224,7 @@ def pairwise_loss(
     Raises:
       ValueError: unknown kind, an option that this kind does not take, or lengths missing.
     """
-    loss, smoothing = PAIRWISE.get(kind), options.get("label_smoothing", 0.0)
+    loss, smoothing = PAIRWISE.get(kind), cast(float, options.get("label_smoothing", 0.0))
     for name, value in options.items():
         neutral = name == "lengths" or (name == "label_smoothing" and not value)
         if name not in loss.options and not neutral:
@@ -269,7 +269,7 @@ def mixture(
     return jnp.where(weight > 0, losses * weight * fraction, 0.0).sum(), weight.sum()
 
 
-def user_dropout(key: PRNGKeyArray, users: Int[Array, " B"], alpha: float) -> Int[Array, " B"]:
+def user_dropout(key: PRNGKey, users: Int[Array, " B"], alpha: float) -> Int[Array, " B"]:
     """User indices with each replaced by 0, the generic user, with probability 1 - alpha.
 
     One row per pair then has the gradient of `mixture` in expectation, at half its cost and with more variance.

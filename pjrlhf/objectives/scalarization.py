@@ -1,7 +1,7 @@
 """Combination rules: how the rewards of several objectives become one advantage, each with its settings.
 
-Shapes: n answers of one policy, T response tokens, S objectives that an answer is rewarded for, H heads (each with its
-own values and advantages). `p` are preference weights [n, S]. All arrays are float32 unless said otherwise.
+Shapes: n answers of one policy, T response tokens, S objectives, H heads (each with its own values and advantages). `p`
+are preference weights [n, S]. All arrays are float32 unless said otherwise.
 
 A rule of your own is a frozen dataclass that inherits from `CombinationRule`; a config names it as
 `policy.combine.kind = "package.module:ClassName"`, with its fields beside `kind`.
@@ -12,14 +12,14 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
-import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Bool, Float, Int
 
 from pjrlhf.errors import UserError
 from pjrlhf.objectives import multi_objective as mo
 from pjrlhf.registry import Registry
 from pjrlhf.settings import Settings, setting
+from pjrlhf.types import Array
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -58,7 +58,7 @@ class CombinationRule(Settings, abc.ABC):
         p: Float[Array, "n S"],
         mask: Float[Array, "n T"],
         group: Int[Array, " n"] | None = None,
-    ) -> tuple[Float[Array, "n T"], dict[str, jax.Array]]:
+    ) -> tuple[Float[Array, "n T"], dict[str, Array]]:
         """The advantage to train on, and statistics to log.
 
         Args:
@@ -266,21 +266,23 @@ class MinNorm(CombinationRule):
         return advantages[..., 0] * scale[:, None] * mask, statistics
 
 
-def _single(advantages, mask):
+def _single(
+    advantages: Float[Array, "n T 1"], mask: Float[Array, "n T"]
+) -> tuple[Float[Array, "n T"], dict[str, Array]]:
     """The advantage of the only head."""
     _, statistics = _gram(advantages, mask)
     return advantages[..., 0] * mask, statistics | {"weights": jnp.ones(1)}
 
 
-def _gram(advantages, mask):
+def _gram(advantages: Float[Array, "n T H"], mask: Float[Array, "n T"]) -> tuple[Float[Array, "H H"], dict[str, Array]]:
     """Gram matrix [H, H] of the heads' surrogate gradients, and the statistics that follow from it."""
     gram = mo.gram_matrix(mo.surrogate_gradients(advantages, jnp.ones(mask.shape), mask))
     cosines, H = mo.cosines(gram), len(gram)
     return gram, {"gradient_cosine": (cosines.sum() - jnp.trace(cosines)) / max(H * (H - 1), 1)}
 
 
-def _present_weights(gram: Float[Array, "H H"], present) -> Float[Array, " H"]:
-    """Min-norm weights among the heads that are `present` (bool [H]), 0 for the others."""
+def _present_weights(gram: Float[Array, "H H"], present: Bool[Array, " H"]) -> Float[Array, " H"]:
+    """Min-norm weights among the heads that are `present`, 0 for the others."""
     # An absent head gets the largest norm, many times over, and no weight from the least norm.
     far = 1e6 * jnp.maximum(jnp.diagonal(gram).max(), 1e-30)
     c = jnp.where(present, mo.min_norm_weights(jnp.where(present, gram, gram + far * jnp.eye(len(gram)))), 0.0)

@@ -135,7 +135,7 @@ def test_tchebycheff_finds_what_no_weighted_sum_does():
     front = np.stack([x**2, (1 - x) ** 2], -1)
     half = np.array([0.5, 0.5])
     assert np.argmax(mo.tchebycheff(front, half, np.ones(2))) == 50
-    assert all(np.argmax(mo.weighted_sum(front, [w, 1 - w])) in (0, 100) for w in np.linspace(0, 1, 21))
+    assert all(np.argmax(mo.weighted_sum(front, np.array([w, 1 - w]))) in (0, 100) for w in np.linspace(0, 1, 21))
 
 
 @pytest.mark.parametrize("noon", [False, True])
@@ -500,7 +500,8 @@ def test_modpo_is_at_rest_where_the_policy_fits_the_sum_of_rewards():
     def expected(x):
         def loss(sign):
             rewards = sign * gaps[1:], 0 * gaps[1:]
-            return mo.modpo_loss((sign * x, 0.0), (0.0, 0.0), beta, weights=weights, rewards=rewards)
+            logps = jnp.array([sign * x, 0.0])
+            return mo.modpo_loss(logps, 0 * logps, beta, weights=weights, rewards=rewards)
 
         return p * loss(1.0) + (1 - p) * loss(-1.0)
 
@@ -626,7 +627,7 @@ def test_every_function_is_the_same_under_jit_and_float32():
 X, ONES = np.zeros((2, 4, N), np.float32), np.ones(N, np.float32)
 ERRORS = [
     (lambda: mo.weighted_sum(X, np.ones(2)), r"weights of shape \(2,\) do not fit \(2, 4, 3\); give one per"),
-    (lambda: mo.weighted_sum(X, 1.0), r"weights of shape \(\) do not fit"),
+    (lambda: mo.weighted_sum(X, np.array(1.0)), r"weights of shape \(\) do not fit"),
     (lambda: mo.tchebycheff(X, ONES, ONES, -1.0), "smoothing=-1.0 is negative; make it 0"),
     (lambda: mo.gram_matrix(X, "loss"), "'loss' is unknown; choose one of none, gradient"),
     (lambda: mo.min_norm_weights(jnp.ones((2, 3))), r"gram has shape \(2, 3\); give one"),
