@@ -1,6 +1,6 @@
-"""Paths in a config: of this machine, or in a bucket (gs://, s3://), which is read, and where checkpoints may go.
+"""Paths in a config: local, or in a bucket (gs://, s3://) that is read, and to which checkpoints may be written.
 
-Nothing is appended to a bucket and nothing in it is renamed, so run directories and exports stay on file systems.
+Files in a bucket cannot be appended to or renamed, so run directories and exports must be on file systems.
 """
 
 import contextlib
@@ -14,14 +14,14 @@ from etils import epath
 
 from pjrlhf.errors import UserError
 
-EXTRAS = {"gs": "gcs", "s3": "s3"}  # scheme -> what to install for it
-# Weights in formats that are never read, which lie beside those that are.
+EXTRAS = {"gs": "gcs", "s3": "s3"}  # scheme -> the optional dependency that reads it
+# Weights in formats that are never read; model folders often have several formats.
 _UNUSED = (".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")
-_CHUNK = 2**24  # bytes held while a file is copied
+_CHUNK = 2**24  # bytes in memory while a file is copied
 
 
 def user_cache() -> pathlib.Path:
-    """The user's folder for what can be made, or fetched, again."""
+    """The user's cache folder: its files can be computed or downloaded again."""
     root = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
     return pathlib.Path(root) / "pjrlhf"
 
@@ -31,21 +31,21 @@ def is_remote(path: str | os.PathLike) -> bool:
 
 
 def refuse_remote(path: str | os.PathLike, what: str, remedy: str) -> None:
-    """Raises UserError for a path in a bucket, where `what` cannot be."""
+    """Raises UserError for a path in a bucket; the message says that `what` needs a file system."""
     if is_remote(path):
         raise UserError(f"{path}: {what} must be on a file system; {remedy}")
 
 
 @contextlib.contextmanager
 def bucket_errors(path: str | os.PathLike) -> Iterator[None]:
-    """Turns what goes wrong with a path in a bucket into one UserError; errors of local paths pass through."""
+    """Turns errors of a path in a bucket into one UserError; errors of local paths pass through."""
     if not is_remote(path):
         yield
         return
     scheme = os.fspath(path).split("://")[0]
     if scheme not in EXTRAS:
         raise UserError(
-            f"{path}: {scheme}:// is not understood; use {', '.join(f'{x}://' for x in EXTRAS)}, or a folder"
+            f"{path}: {scheme}:// is not supported; use {', '.join(f'{x}://' for x in EXTRAS)}, or a folder"
         )
     try:
         yield
@@ -53,17 +53,18 @@ def bucket_errors(path: str | os.PathLike) -> Iterator[None]:
         raise
     except ImportError as error:
         raise UserError(f"{path}: {error}; pip install 'pjrlhf[{EXTRAS[scheme]}]'") from error
-    except Exception as error:  # of the network, the credentials or the store, in kinds of its client's own
+    except Exception as error:  # clients raise their own kinds for network, credentials and store
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise UserError(f"{path}: cannot be reached ({reason}); check the name and the credentials") from error
 
 
 def local(path: str | os.PathLike) -> pathlib.Path:
-    """The file or folder `path` on this machine: itself, or a copy of what is in a bucket, kept in the user's cache for
-    as long as names, sizes and times there are the same.
+    """The local path of a file or folder: `path` itself, or a copy of what is in a bucket.
+
+    The copy stays in the user's cache and is used again while names, sizes and times in the bucket are unchanged.
 
     Raises:
-      UserError: there is no such file or folder in the bucket, or no way to it.
+      UserError: no such file or folder in the bucket, or the bucket cannot be reached.
     """
     if not is_remote(path):
         return pathlib.Path(path)
@@ -74,7 +75,7 @@ def local(path: str | os.PathLike) -> pathlib.Path:
         elif source.is_file():
             files = [source]
         else:
-            raise UserError(f"{path}: there is no such file or folder; check the name")
+            raise UserError(f"{path}: no such file or folder; check the name")
         stats = [(x, x.stat()) for x in files]
         listing = repr([(str(x), stat.length, stat.mtime) for x, stat in stats])
         folder = user_cache() / "fetched" / hashlib.sha256(listing.encode()).hexdigest()[:16]
@@ -94,7 +95,7 @@ def _files(folder: epath.Path) -> Iterator[epath.Path]:
 
 
 def _fetch(source: epath.Path, files: list[epath.Path], folder: pathlib.Path) -> None:
-    """Copies `files` to their places below `folder`, which is there whole or not at all."""
+    """Copies `files` into `folder`, which appears only when it is complete."""
     half = folder.with_name(f".{folder.name}.{os.getpid()}")
     try:
         for file in files:
@@ -102,7 +103,7 @@ def _fetch(source: epath.Path, files: list[epath.Path], folder: pathlib.Path) ->
             copy.parent.mkdir(parents=True, exist_ok=True)
             with file.open("rb") as there, copy.open("wb") as here:
                 shutil.copyfileobj(there, here, _CHUNK)
-        with contextlib.suppress(OSError):  # another process was faster
+        with contextlib.suppress(OSError):  # another process has renamed its copy first
             half.rename(folder)
     finally:
         shutil.rmtree(half, ignore_errors=True)

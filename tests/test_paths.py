@@ -103,9 +103,9 @@ def test_data_in_a_bucket(bucket):
 
 def test_what_is_not_there(bucket):
     for spec in ({"kind": "jsonl"}, {"kind": "datasets"}, {"kind": "choices"}):
-        with pytest.raises(UserError, match=r"gs://mine/nothing.jsonl: there is no such file"):
+        with pytest.raises(UserError, match=r"gs://mine/nothing.jsonl: no such file"):
             open_source({**spec, "path": "gs://mine/nothing.jsonl"})
-    with pytest.raises(UserError, match=r"ftp://mine/x: ftp:// is not understood; use gs://, s3://, or a folder"):
+    with pytest.raises(UserError, match=r"ftp://mine/x: ftp:// is not supported; use gs://, s3://, or a folder"):
         paths.local("ftp://mine/x")
 
 

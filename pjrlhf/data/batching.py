@@ -1,4 +1,4 @@
-"""Rows to padded arrays, in an order that a checkpoint can continue exactly."""
+"""Pads rows of token ids, and iterates over batches in an order that a resumed run continues exactly."""
 
 import hashlib
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
@@ -12,18 +12,19 @@ from pjrlhf.errors import UserError
 
 Row = Mapping[str, Any]
 Batch = TypeVar("Batch")  # a pytree of arrays
-Length = int | Sequence[int]  # one length, or buckets of which the smallest that holds a batch is taken
+Ids = Sequence[int] | np.ndarray  # token ids of one text
+Length = int | Sequence[int]  # one length, or buckets; the smallest bucket that holds a batch is used
 
 
 @struct.dataclass
 class Completions:
-    """B prompts with a completion each, padded to [B, P + C].
+    """B prompts with one completion each, padded to [B, P + N].
 
-    The prompt is padded on its left and the completion on its right, so that they meet at column P.
+    Prompts are padded on the left and completions on the right, so that they meet at column P.
 
     Attributes:
-      tokens: int32 [B, P + C].
-      valid: bool [B, P + C], False on padding.
+      tokens: int32 [B, P + N].
+      valid: bool [B, P + N], False on padding.
       prompt_length: P, static.
     """
 
@@ -32,14 +33,22 @@ class Completions:
     prompt_length: int = struct.field(pytree_node=False)
 
 
-def pad_left(rows: Sequence[Sequence[int]], length: int, pad_id: int) -> tuple[np.ndarray, np.ndarray]:
-    """(tokens int32 [B, length], valid bool [B, length]) rows at the right edge; ValueError if one is longer."""
+def pad_left(rows: Sequence[Ids], length: int, pad_id: int) -> tuple[np.ndarray, np.ndarray]:
+    """Pads rows on the left: (tokens int32 [B, length], valid bool [B, length]).
+
+    Raises:
+      ValueError: a row is longer than `length`.
+    """
     tokens, valid = pad_right([row[::-1] for row in rows], length, pad_id)
     return tokens[:, ::-1], valid[:, ::-1]
 
 
-def pad_right(rows: Sequence[Sequence[int]], length: int, pad_id: int) -> tuple[np.ndarray, np.ndarray]:
-    """(tokens int32 [B, length], valid bool [B, length]) rows at the left edge; ValueError if one is longer."""
+def pad_right(rows: Sequence[Ids], length: int, pad_id: int) -> tuple[np.ndarray, np.ndarray]:
+    """Pads rows on the right: (tokens int32 [B, length], valid bool [B, length]).
+
+    Raises:
+      ValueError: a row is longer than `length`.
+    """
     counts = np.array([len(row) for row in rows])
     if counts.max(initial=0) > length:
         raise ValueError(f"a row of {counts.max()} tokens does not fit into {length}")
@@ -50,22 +59,26 @@ def pad_right(rows: Sequence[Sequence[int]], length: int, pad_id: int) -> tuple[
 
 
 def buckets(lengths: Sequence[int] | np.ndarray, sizes: Sequence[int]) -> np.ndarray:
-    """The smallest of `sizes` that holds each length, int64 [...]: few shapes, so few compiled programs.
+    """The smallest of `sizes` that holds each length, int64 [...]. Few shapes mean few compiled programs.
 
     Raises:
-      ValueError: a length is beyond the largest size.
+      ValueError: a length exceeds the largest size.
     """
-    sizes = np.sort(np.asarray(sizes, np.int64))
-    found = np.searchsorted(sizes, lengths)
-    if np.max(found, initial=0) == len(sizes):
-        raise ValueError(f"length {np.max(lengths)} is beyond the largest bucket, {sizes[-1]}")
-    return sizes[found]
+    ordered = np.sort(np.asarray(sizes, np.int64))
+    found = np.searchsorted(ordered, lengths)
+    if np.max(found, initial=0) == len(ordered):
+        raise ValueError(f"length {np.max(lengths)} is beyond the largest bucket, {ordered[-1]}")
+    return ordered[found]
 
 
 def collate_completion(
     rows: Sequence[Row], *, prompt_length: Length, completion_length: Length, pad_id: int
 ) -> Completions:
-    """Pads rows {"prompt", "completion"} of token ids to these lengths, or to the smallest buckets that hold them."""
+    """Pads the "prompt" and "completion" ids of rows to these lengths, or to the smallest buckets that hold them.
+
+    Raises:
+      ValueError: a prompt or completion is longer than its length, or than the largest bucket.
+    """
     prompts, P = _fitted([row["prompt"] for row in rows], prompt_length)
     prompt = pad_left(prompts, P, pad_id)
     completion = pad_right(*_fitted([row["completion"] for row in rows], completion_length), pad_id)
@@ -74,7 +87,7 @@ def collate_completion(
 
 
 def _fitted(ids: Sequence[np.ndarray], length: Length) -> tuple[Sequence[np.ndarray], int]:
-    """`ids` and the length to pad them to."""
+    """(`ids`, the length to pad them to)."""
     return ids, length if isinstance(length, int) else int(buckets([max(map(len, ids))], length)[0])
 
 
@@ -87,18 +100,18 @@ def batches(
     shuffle: bool = True,
     epochs: int | None = None,
 ) -> Iterator[Batch]:
-    """A grain iterator over batches; `get_state()` is a small dict fit for JSON, `set_state(state)` continues exactly.
+    """A grain iterator over batches, whose `get_state()` is a small JSON dict; after `set_state(state)` it continues
+    exactly.
 
-    Every epoch has its own order, fixed by `seed`. Several processes make the same batches, and their devices take
-    their rows (`parallel.mesh.shard_batch`): which rows a process needs depends on the mesh, and where layers are split
-    over processes, several need the same ones.
+    Every epoch has its own order, fixed by `seed`. All processes make the same batches, and every device takes its rows
+    (`parallel.mesh.shard_batch`). Which rows a process needs depends on the mesh, and processes that split layers need
+    the same ones.
 
     Args:
       table: a random-access sequence of rows.
       batch_size: rows of a batch.
       collate: rows -> batch.
-      epochs: passes over the table; endless by default. Batches run on over the end of an epoch, and a partial last
-        batch is left out.
+      epochs: passes over the table; endless where None. Batches may span two epochs; a partial last batch is dropped.
 
     Raises:
       UserError: the table is smaller than a batch.
@@ -114,28 +127,37 @@ def batches(
     if shuffle:
         dataset = dataset.shuffle(seed=seed)
     dataset = dataset.repeat(epochs).batch(batch_size, drop_remainder=True, batch_fn=lambda rows: collate(list(rows)))
-    # The rows are in memory: threads would only contend for the interpreter.
+    # Rows are in memory, so threads would only compete for the interpreter lock.
     return iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)))
 
 
-def split_by(keys: Sequence[Hashable], share: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """(train, held out) row numbers, int64, such that rows of one key (a user, a prompt) are never on both sides.
+def split_by(keys: Sequence[Hashable], fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Splits rows by key, such as a user or a prompt: all rows of one key are on the same side.
 
-    The keys are ordered by a hash of key and seed, and the first `share` of them (at least one, never all) are held
-    out: the same on every machine, and independent of the order of the rows.
+    Keys are ordered by a hash of key and seed, and the first `fraction` of them, at least one and never all, is held
+    out. The split is the same on every machine and does not depend on the order of the rows.
+
+    Args:
+      keys: one per row.
+      fraction: of the keys, between 0 and 1, exclusive.
+
+    Returns:
+      (numbers of the training rows, numbers of the held-out rows), int64 each.
 
     Raises:
-      UserError: `share` is not between 0 and 1, a key is None, or there are fewer than two keys.
+      UserError: `fraction` is not between 0 and 1, a key is None, or all keys are equal.
     """
-    if not 0 < share < 1:
-        raise UserError(f"held-out share {share}: not between 0 and 1; choose for example 0.1")
+    if not 0 < fraction < 1:
+        raise UserError(f"held-out fraction {fraction}: not between 0 and 1; choose for example 0.1")
     keys = list(keys)
     if None in keys:
-        raise UserError(f"row {keys.index(None)}: it has no key to split by; give every row one or split by another")
+        raise UserError(
+            f"row {keys.index(None)}: has no key to split by; give every row a key, or split by another one"
+        )
     names = [str(key) for key in keys]
     groups = sorted(set(names), key=lambda name: hashlib.sha256(f"{seed}\0{name}".encode()).digest())
     if len(groups) < 2:
         raise UserError(f"split by key: all {len(names)} rows have the same key; split by another one")
-    held = set(groups[: min(max(round(share * len(groups)), 1), len(groups) - 1)])
+    held = set(groups[: min(max(round(fraction * len(groups)), 1), len(groups) - 1)])
     is_held = np.array([name in held for name in names])
     return np.flatnonzero(~is_held), np.flatnonzero(is_held)

@@ -14,13 +14,16 @@ CHAT_TEMPLATE = (
 
 
 def write_tokenizer(folder: pathlib.Path, texts: Iterable[str], vocab_size: int) -> None:
-    """Trains a tokenizer on `texts` and writes it into `folder` as Hugging Face files: tokenizer.json and
-    tokenizer_config.json.
+    """Trains a tokenizer on `texts` and writes it to `folder` as tokenizer.json and tokenizer_config.json.
 
-    Every byte is a token, so any text can be encoded and comes back unchanged. The same texts give the same files.
+    Every byte is a token (byte-level BPE, Radford et al. 2019, section 2.2), so every text can be encoded, and decoding
+    returns it. The same texts give the same files.
+
+    Args:
+      vocab_size: number of tokens, special tokens included.
 
     Raises:
-      UserError: `vocab_size` leaves no room for the bytes and the special tokens.
+      UserError: `vocab_size` is less than the number of bytes and special tokens.
     """
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
@@ -28,7 +31,7 @@ def write_tokenizer(folder: pathlib.Path, texts: Iterable[str], vocab_size: int)
     smallest = len(alphabet) + len(SPECIAL)
     if vocab_size < smallest:
         raise UserError(
-            f"model.tokenizer.vocab_size {vocab_size}: bytes and special tokens alone are {smallest}; raise it"
+            f"model.tokenizer.vocab_size: {vocab_size} is less than the {smallest} bytes and special tokens; raise it"
         )
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

@@ -1,4 +1,4 @@
-"""Preference records made of records of another form: votes on pairs of answers, and multiple-choice questions."""
+"""Preference records from two other formats: votes on pairs of answers, and multiple-choice questions."""
 
 import csv
 import io
@@ -13,9 +13,9 @@ from absl import logging
 from pjrlhf.errors import UserError
 from pjrlhf.paths import local
 
-# What the columns of votes and of pairs are called unless `spec` says otherwise.
+# Default names of the columns of votes and pairs.
 VOTES = {
-    "pair": "id",  # of both files
+    "pair": "id",  # in both files
     "prompt": "prompt",
     "left": "left",
     "right": "right",
@@ -30,14 +30,16 @@ CHOICES = {
 
 
 def read_votes(spec: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Joins the votes of a CSV file with the pairs of a JSONL file they are about.
+    """Joins the votes in a CSV file with the pairs in a JSONL file.
+
+    Ties, and people with fewer than `min_votes` other votes, are left out and counted in the log.
 
     Args:
-      spec: `path` of the pairs, `votes` of the CSV, `min_votes` a person must have cast besides ties (others are left
-        out), and names of columns where they differ from `VOTES`.
+      spec: `path` of the pairs, `votes` of the CSV file, `min_votes` (1 by default), and column names that differ from
+        `VOTES`.
 
     Returns:
-      TRL preference records with `user_id`; ties, and people with too few votes, are counted in the log.
+      TRL preference records with `user_id`.
 
     Raises:
       UserError: a file or column is missing, or a vote names an unknown pair.
@@ -69,14 +71,14 @@ def read_votes(spec: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def read_choices(spec: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """A pair of the first option and each other one, for every question of one JSON file or a folder of them.
+    """Pairs from multiple-choice questions: the first option is chosen over each other one.
 
     Args:
-      spec: `path`, and names of columns where they differ from `CHOICES`.
+      spec: `path` of a JSON file or of a folder with JSON files, and column names that differ from `CHOICES`.
 
     Returns:
-      TRL preference records with `user_text`; every question is a person of their own, `user_id` and `question`
-      are "<file> <number>", `group` is the file's name, and which option comes first is no longer visible.
+      TRL preference records with `user_text`. Every question is a user: `user_id` and `question` are
+      "<file> <number>". `group` is the name of the file.
 
     Raises:
       UserError: a file or column is missing, or a question has fewer than two options.
@@ -85,13 +87,13 @@ def read_choices(spec: Mapping[str, Any]) -> list[dict[str, Any]]:
     path = local(_required(spec, "path"))
     files = sorted(path.glob("*.json")) if path.is_dir() else [_file(spec, "path")]
     if not files:
-        raise UserError(f"{path}: a folder without .json files; name one that has some, or a file")
+        raise UserError(f"{path}: a folder without .json files; name a .json file, or a folder that has some")
     records = []
     for file in files:
         for number, row in enumerate(_rows(file, names, tuple(CHOICES))):
             options, who = row[names["options"]], f"{file.stem} {number}"
             if not isinstance(options, list) or len(options) < 2:
-                raise UserError(f"{file} question {number}: {names['options']} is no list of at least two options")
+                raise UserError(f"{file} question {number}: {names['options']} is not a list of two or more options")
             shared = {"prompt": row[names["prompt"]], "user_text": row[names["user_text"]], "user_id": who}
             shared |= {"question": who, "group": file.stem}
             records += [{**shared, "chosen": options[0], "rejected": option} for option in options[1:]]
@@ -100,19 +102,23 @@ def read_choices(spec: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 def _required(spec: Mapping[str, Any], key: str) -> str:
     if not spec.get(key):
-        raise UserError(f"data kind {spec['kind']!r}: it needs {key!r}; set it in the config")
+        raise UserError(f"data kind {spec['kind']!r}: needs {key!r}; set it in the config")
     return str(spec[key])
 
 
 def _file(spec: Mapping[str, Any], key: str) -> pathlib.Path:
     path = local(_required(spec, key))
     if not path.is_file():
-        raise UserError(f"{path}: there is no such file; check {key!r} of the data in the config")
+        raise UserError(f"{path}: no such file; check {key!r} of the data in the config")
     return path
 
 
 def _rows(path: pathlib.Path, names: Mapping[str, str], needed: tuple[str, ...]) -> Iterator[dict[str, Any]]:
-    """The records of a .csv, .jsonl or .json file, each of which has the `needed` columns."""
+    """The records of a .csv, .jsonl or .json file.
+
+    Raises:
+      UserError: the file cannot be read, or a record lacks one of the `needed` columns.
+    """
     try:
         text = path.read_text(encoding="utf-8-sig")
         if path.suffix == ".csv":
@@ -122,12 +128,12 @@ def _rows(path: pathlib.Path, names: Mapping[str, str], needed: tuple[str, ...])
         else:
             rows = json.loads(text)
     except ValueError as error:
-        raise UserError(f"{path}: cannot be read ({error}); mend it") from error
+        raise UserError(f"{path}: cannot be read ({error}); correct it") from error
     for number, row in enumerate(rows, 1):
         missing = [names[key] for key in needed if not isinstance(row, dict) or names[key] not in row]
         if missing:
             found = sorted(row) if isinstance(row, dict) else type(row).__name__
             raise UserError(
-                f"{path} record {number}: no column {missing[0]!r}; found {found}; name it in the config, beside path"
+                f"{path} record {number}: no column {missing[0]!r} (found {found}); give its name in the config"
             )
         yield row

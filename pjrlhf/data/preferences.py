@@ -1,6 +1,6 @@
-"""Preferences: ids, dimensions and the sentences that state them.
+"""Preferences: their ids, their dimensions, and the text that states them in a prompt.
 
-Code and records carry ids ("P1A"); this module writes the text for them.
+Records refer to a preference by its id, such as "P1A".
 """
 
 import dataclasses
@@ -13,8 +13,12 @@ from pjrlhf.settings import Settings, setting
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Preference:
-    """One preference: its dimension, the sentence that states it, and a label to put beside a weight (by default the
-    id).
+    """One preference.
+
+    Attributes:
+      dimension: preferences of one dimension exclude each other.
+      sentence: states the preference in a prompt; may be empty.
+      label: stands beside its weight in a prompt; "" stands for the id.
     """
 
     dimension: str
@@ -22,9 +26,9 @@ class Preference:
     label: str = ""
 
 
-Preferences = Mapping[str, Preference]
+Preferences = Mapping[str, Preference]  # by id
 
-# Personalized Soups (arXiv 2310.11564), table 1.
+# Table 1 of Personalized Soups (arXiv 2310.11564).
 PAPER: Preferences = {
     "P1A": Preference(
         dimension="expertise",
@@ -55,22 +59,22 @@ PAPER: Preferences = {
 }
 
 
-def dimensions(registry: Preferences, ids: Iterable[str]) -> dict[str, list[str]]:
-    """Dimension -> the ids among `ids` that belong to it, in the order given."""
+def dimensions(preferences: Preferences, ids: Iterable[str]) -> dict[str, list[str]]:
+    """Dimension -> those of `ids` that belong to it, in order."""
     found: dict[str, list[str]] = {}
     for name in ids:
-        found.setdefault(registry[name].dimension, []).append(name)
+        found.setdefault(preferences[name].dimension, []).append(name)
     return found
 
 
-def combinations(registry: Preferences, ids: Iterable[str]) -> list[tuple[str, ...]]:
-    """Every choice of one preference per dimension: 2 x 2 x 2 = 8 kinds of people for the paper's six."""
-    return list(itertools.product(*dimensions(registry, ids).values()))
+def combinations(preferences: Preferences, ids: Iterable[str]) -> list[tuple[str, ...]]:
+    """All choices of one preference per dimension: 2 x 2 x 2 = 8 personas from the six preferences of the paper."""
+    return list(itertools.product(*dimensions(preferences, ids).values()))
 
 
-def sentences(registry: Preferences, ids: Iterable[str]) -> str:
-    """The sentences of `ids`, joined by spaces; empty where no preference has one."""
-    return " ".join(filter(None, (registry[name].sentence for name in ids)))
+def sentences(preferences: Preferences, ids: Iterable[str]) -> str:
+    """The sentences of `ids`, joined by spaces; "" where none of them has a sentence."""
+    return " ".join(filter(None, (preferences[name].sentence for name in ids)))
 
 
 FORMS = ("sentences", "numbers", "tally")
@@ -81,23 +85,23 @@ class PreferencePrompt(Settings):
     """How a prompt states preference weights.
 
     Attributes:
-      form: "sentences", those of preferences with at least half of an equal weight, without saying how much;
-        "numbers", every label and its weight; "tally", every label in proportion to its weight, `levels` in all, for
-        models that do not read numbers.
-      decimals: of a number.
-      levels: labels of a tally.
+      form: "sentences" gives the sentences of all preferences whose weight is at least half of an equal weight, and no
+        weights; "numbers" gives every label with its weight; "tally" repeats every label in proportion to its weight,
+        `levels` labels in all, for models that do not read numbers.
+      decimals: of the weights, for "numbers".
+      levels: number of labels, for "tally".
     """
 
     form: str = setting("sentences", "sentences, numbers, or a tally of labels", choices=FORMS)
-    decimals: int = setting(1, "of a number", low=0, high=9)
-    levels: int = setting(10, "labels of a tally", low=1, high=1000)
+    decimals: int = setting(1, "decimals of the weights, for numbers", low=0, high=9)
+    levels: int = setting(10, "number of labels, for a tally", low=1, high=1000)
 
-    def __call__(self, registry: Preferences, ids: Sequence[str], weights: Sequence[float]) -> str:
-        """The text for `weights`, one per id; they need not sum to 1, so that it can also state targets."""
+    def __call__(self, preferences: Preferences, ids: Sequence[str], weights: Sequence[float]) -> str:
+        """The text for `weights`, one per id. They need not sum to 1, so target rewards can be stated as well."""
         if self.form == "sentences":
             least = 0.5 / len(ids)
-            return sentences(registry, [name for name, w in zip(ids, weights, strict=True) if w >= least - 1e-9])
-        labels = [registry[name].label or name for name in ids]
+            return sentences(preferences, [name for name, w in zip(ids, weights, strict=True) if w >= least - 1e-9])
+        labels = [preferences[name].label or name for name in ids]
         if self.form == "numbers":
             return " ".join(f"{label} {w:.{self.decimals}f}" for label, w in zip(labels, weights, strict=True))
         counts = parts(weights, self.levels)
@@ -105,11 +109,11 @@ class PreferencePrompt(Settings):
 
 
 def parts(weights: Sequence[float], levels: int) -> list[int]:
-    """Weights as whole numbers of `levels`-ths; those of weights that sum to 1 sum to `levels` (largest remainders)."""
+    """Weights in units of 1 / `levels`, rounded so that weights of sum 1 give `levels` units (largest remainders)."""
     exact = [max(float(w), 0.0) * levels for w in weights]
     counts = [math.floor(x + 1e-6) for x in exact]
     missing = round(sum(exact)) - sum(counts)
-    # Among equal remainders the first gets the part, so that the text is a function of the weights.
+    # Among equal remainders the first gets the unit, so that the same weights give the same text.
     for i in sorted(range(len(exact)), key=lambda i: counts[i] - exact[i])[: max(missing, 0)]:
         counts[i] += 1
     return counts

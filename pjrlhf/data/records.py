@@ -1,4 +1,4 @@
-"""Records in Python's own types, and the account of those that cannot be used."""
+"""Records as plain Python values, and a report of those that cannot be used."""
 
 import collections
 from collections.abc import Mapping
@@ -9,11 +9,16 @@ from absl import logging
 
 from pjrlhf.errors import UserError
 
-_LOGGED = 5  # bad records shown in the log; the report keeps all of them
+_LOGGED = 5  # bad records that are logged one by one
 
 
 class RecordError(ValueError):
-    """One record cannot be used: `reason` is a short phrase that is counted, `detail` what was seen in this record."""
+    """One record cannot be used.
+
+    Args:
+      reason: a short phrase; records are counted by it.
+      detail: what is wrong in this record.
+    """
 
     def __init__(self, reason: str, detail: str = ""):
         super().__init__(f"{reason} ({detail})" if detail else reason)
@@ -21,7 +26,12 @@ class RecordError(ValueError):
 
 
 class BadRecords:
-    """The records of one source that were left out: (where, reason, message) each, out of `total` seen."""
+    """The records of one source that were left out, each as (where, reason, message).
+
+    Args:
+      source_name: the name of the source, for messages.
+      total: number of records in the source, bad ones included.
+    """
 
     def __init__(self, source_name: str, total: int):
         self.source_name = source_name
@@ -39,24 +49,32 @@ class BadRecords:
         return dict(collections.Counter(reason for _, reason, _ in self.items).most_common())
 
     def check(self, max_bad_fraction: float) -> None:
-        """Raises `UserError` where no record is left or more than `max_bad_fraction` are bad; else logs the counts."""
+        """Logs how many records are bad.
+
+        Raises:
+          UserError: the source is empty, all records are bad, or more than `max_bad_fraction` of them.
+        """
         if not self.total:
-            raise UserError(f"{self.source_name}: there are no records; check the path and the split")
+            raise UserError(f"{self.source_name}: no records; check the path and the split")
         if not self.items:
             return
         reasons = ", ".join(f"{count} {reason}" for reason, count in self.counts.items())
-        bad = f"{len(self.items)} of {self.total} records are left out: {reasons}"
+        bad = f"{len(self.items)} of {self.total} records are bad ({reasons})"
         if len(self.items) == self.total or len(self.items) > max_bad_fraction * self.total:
             where, _, message = self.items[0]
             raise UserError(
-                f"{self.source_name}: {bad}; the first is {where}: {message}; mend the data, "
+                f"{self.source_name}: {bad}, the first at {where}: {message}; correct the data, "
                 f"or allow more than {max_bad_fraction:.2%} with --config.data.max_bad_fraction"
             )
-        logging.warning("%s: %s", self.source_name, bad)
+        logging.warning("%s: %s; they are left out", self.source_name, bad)
 
 
 def plain(value: Any) -> Any:
-    """The value in Python's own types: bytes become text (UTF-8), NumPy scalars and arrays numbers and lists."""
+    """The value as plain Python: bytes become text (UTF-8), NumPy scalars become numbers, arrays become lists.
+
+    Raises:
+      RecordError: bytes that are not UTF-8.
+    """
     if isinstance(value, bytes):
         try:
             return value.decode("utf-8")

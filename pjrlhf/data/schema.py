@@ -1,7 +1,7 @@
-"""What a record means: TRL's prompt, completion and preference columns, and the ones personalization adds.
+"""The columns of a record: those of TRL for prompts, completions and preferences, and those for personalization.
 
-A conversation is a list of messages `{"role": ..., "content": ...}`. Answers are always plain text: where the prompt is
-a conversation, an answer is the content of the one assistant message after it; where it is text, what follows it.
+A conversation is a list of messages `{"role": ..., "content": ...}`. Answers are always plain text: what follows a text
+prompt, or the content of the one assistant message that follows a conversation.
 """
 
 import dataclasses
@@ -18,22 +18,38 @@ COLUMNS = (
     *("prompt", "chosen", "rejected", "completion", "messages", "text"),
     *("user_id", "user_text", "objective", "preference_weights", "rewards", "margin"),
 )
-ASSISTANT_MARKER = "\n\nAssistant:"  # turns of the HH-RLHF transcripts
+ASSISTANT_MARKER = "\n\nAssistant:"  # begins a turn in the transcripts of HH-RLHF
 
 Message = dict[str, Any]
 Prompt = str | list[Message]
 
 
 def request_of(prompt: Prompt) -> str:
-    """The text to answer: the prompt, or the last message of a conversation."""
+    """The text to answer: a text prompt, or the last message of a conversation."""
     return prompt if isinstance(prompt, str) else prompt[-1]["content"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Example:
-    """A validated record: text is never blank, numbers are finite, `preference_weights` is a point of the simplex."""
+    """A validated record.
 
-    prompt: Prompt  # "" only for a completion without a prompt
+    Text is never blank and numbers are finite. Columns that the record does not have are None.
+
+    Attributes:
+      prompt: "" only for a completion without a prompt.
+      chosen, rejected: the answers of a preference record.
+      completion: the answer of a completion record.
+      user_id: whose preference it is; None for the generic user.
+      user_text: what the user says about themselves.
+      objective: the preference or criterion that the record is about.
+      preference_weights: none below 0, with sum 1 (to 1e-3), by name or in the order of the objectives.
+      rewards: scores of a completion by name.
+      margin: how much better `chosen` is, for losses that take a margin.
+      extra: all other columns, for reward functions.
+      where: place of the record, such as "train.jsonl line 17".
+    """
+
+    prompt: Prompt
     chosen: str | None = None
     rejected: str | None = None
     completion: str | None = None
@@ -43,8 +59,8 @@ class Example:
     preference_weights: dict[str, float] | list[float] | None = None
     rewards: dict[str, float] | None = None
     margin: float | None = None
-    extra: dict[str, Any] = dataclasses.field(default_factory=dict)  # every other column, for reward functions
-    where: str = ""  # "train.jsonl line 17"
+    extra: dict[str, Any] = dataclasses.field(default_factory=dict)
+    where: str = ""
 
 
 def validate(
@@ -55,17 +71,21 @@ def validate(
     columns: Mapping[str, str] | None = None,
     max_bad_fraction: float = 0.01,
 ) -> tuple[list[Example], BadRecords]:
-    """Parses every record; bad ones are named, counted and left out.
+    """Parses all records. Bad ones are left out, logged and counted.
 
     Args:
       records: a `Source`, or any sequence of mappings.
       kind: "prompt", "completion" or "preference".
-      source_name: what to call the source in messages; by default its own name.
+      source_name: the name of the source in messages; by default its own.
       columns: our column name -> theirs.
-      max_bad_fraction: the largest share of bad records that is let pass.
+      max_bad_fraction: a larger fraction of bad records is an error, in [0, 1].
+
+    Returns:
+      (the good records in order, the bad ones).
 
     Raises:
-      UserError: more than `max_bad_fraction` of the records are bad, or none is left; an unknown kind or column name.
+      UserError: more than `max_bad_fraction` of the records are bad, none is left, or `kind` or a key of `columns` is
+        unknown.
     """
     name = source_name or getattr(records, "name", "records")
     name_row = getattr(records, "where", lambda i: f"{name} row {i}")
@@ -85,14 +105,14 @@ def parse(
     """One record as an `Example`.
 
     kind "prompt":     `prompt`.
-    kind "completion": `prompt` and `completion`; or `messages`, the last of which is the completion; or `text`.
-    kind "preference": `chosen` and `rejected` with `prompt`, or without it where both answers repeat the prompt.
-      The implicit prompt of two conversations is their longest common run of messages; that of two texts ends with
-      their last common "\\n\\nAssistant:" (HH-RLHF), or else before the last white space of their common prefix, so
-      that a space stays with the word after it.
+    kind "completion": `prompt` and `completion`, or `messages` with the completion as the last one, or `text`.
+    kind "preference": `chosen` and `rejected` with `prompt`, or without it where both answers start with the prompt.
+      Two conversations start with the same messages: these are the prompt. Two texts start with the same prefix: the
+      prompt ends after its last "\\n\\nAssistant:" (HH-RLHF). Without that marker it ends before the last white space
+      of the prefix, so that a space stays with the next word.
 
-    Accepted too: a conversation whose answers are text; a text prompt whose answers are conversations (it is the one
-    user turn); answers that repeat an explicit conversation.
+    Also accepted: text answers to a conversation; conversations as answers to a text prompt, which is then the one user
+    turn; answers that repeat the conversation of the prompt.
 
     Raises:
       RecordError: the record cannot be used.
@@ -118,14 +138,14 @@ def parse(
 
 
 def shared_length(a: Sequence[Any], b: Sequence[Any]) -> int:
-    """How many first items two sequences share."""
+    """Length of the longest common prefix."""
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
 def _rename(record: dict[str, Any], columns: Mapping[str, str]) -> tuple[dict[str, Any], dict[str, Any]]:
     """(our columns that hold a value, all other columns)."""
     if unknown := sorted(set(columns) - set(COLUMNS)):
-        raise UserError(f"columns {unknown}: not columns of ours; map only {', '.join(COLUMNS)}")
+        raise UserError(f"columns {unknown}: unknown; map only {', '.join(COLUMNS)}")
     taken = set(columns.values())
     theirs = {ours: ours for ours in COLUMNS if ours not in columns and ours not in taken} | dict(columns)
     values = {ours: record[name] for ours, name in theirs.items() if record.get(name) is not None}
@@ -177,7 +197,7 @@ def _preference(values: dict[str, Any], found: list[str]) -> dict[str, Any]:
 def _explicit(prompt: Any, answers: dict[str, Any]) -> tuple[Prompt, list[str]]:
     if all(isinstance(answer, str) for answer in answers.values()):
         return _read_prompt(prompt), [_text(answer, name) for name, answer in answers.items()]
-    if isinstance(prompt, str):  # answers are conversations: so is the prompt, of one turn
+    if isinstance(prompt, str):  # the one user turn before the answers, which are conversations
         prompt = [{"role": "user", "content": prompt}]
     prompt = _read_prompt(prompt)
     texts = []
@@ -198,13 +218,15 @@ def _implicit(answers: dict[str, Any]) -> tuple[Prompt, list[str]]:
             end = gap.start() if gap else 0
         if not common[:end].strip():
             raise RecordError(
-                "no shared prompt", "chosen and rejected have no first words in common; give a prompt column"
+                "no shared prompt", "chosen and rejected do not start with the same words; add a prompt column"
             )
         return common[:end], [_text(text[end:], name) for text, name in zip(texts, answers, strict=True)]
     conversations = [_messages(answer, name) for name, answer in answers.items()]
     shared = conversations[0][: shared_length(*conversations)]
     if not shared:
-        raise RecordError("no shared prompt", "chosen and rejected share no first message; give a prompt column")
+        raise RecordError(
+            "no shared prompt", "chosen and rejected do not start with the same message; add a prompt column"
+        )
     return _read_prompt(shared), [
         _answer(c[len(shared) :], name) for c, name in zip(conversations, answers, strict=True)
     ]
@@ -220,7 +242,7 @@ def _read_prompt(value: Any) -> Prompt:
 
 
 def _messages(value: Any, name: str) -> list[Message]:
-    """A conversation, also from the column form `{"role": [...], "content": [...]}` (tfds); absent (None) keys go."""
+    """A conversation, also from the column form `{"role": [...], "content": [...]}` of tfds; keys of value None go."""
     if isinstance(value, Mapping) and all(isinstance(column, list) for column in value.values()):
         value = [dict(zip(value, row, strict=False)) for row in zip(*value.values(), strict=False)]
     if not isinstance(value, list):
@@ -240,7 +262,7 @@ def _messages(value: Any, name: str) -> list[Message]:
 def _answer(messages: list[Message], name: str) -> str:
     if len(messages) != 1 or messages[0]["role"] != "assistant":
         roles = [message["role"] for message in messages]
-        raise RecordError(f"{name} is not one answer", f"after the prompt come {roles}, not one assistant message")
+        raise RecordError(f"{name} is not one answer", f"{roles} follow the prompt, not one assistant message")
     return _text(messages[0]["content"], name)
 
 
@@ -268,7 +290,7 @@ def _number(value: Any, name: str) -> float:
 
 
 def _named_numbers(value: Any, name: str) -> dict[str, float] | None:
-    """Numbers by name; an absent (None) one is left out, since columnar files give every record all names."""
+    """Numbers by name, without those that are None: columnar files give every record all names."""
     if value is None:
         return None
     if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
@@ -285,5 +307,5 @@ def _weights(value: Any) -> dict[str, float] | list[float] | None:
         weights = _named_numbers(value, name)
         numbers = list((weights or {}).values())
     if weights is not None and (min(numbers, default=-1) < 0 or abs(sum(numbers) - 1) > 1e-3):
-        raise RecordError(f"bad {name}", f"{numbers} are not shares: none below 0, their sum 1")
+        raise RecordError(f"bad {name}", f"{numbers} must not be negative and must sum to 1")
     return weights

@@ -1,13 +1,13 @@
-"""The synthetic environment: a small generated language in which answers differ along the three dimensions of
-Personalized Soups.
+"""The synthetic environment: a small generated language whose answers differ along the three dimensions of
+Personalized Soups (arXiv 2310.11564).
 
-A request names a topic. An answer is a sequence of statements, each ended by a mark: facts about the topic, every
-one of them sayable in plain or in specialist words, and friendly or unfriendly remarks. Because every statement is
-known, any text can be judged exactly. The world stands in for a public instruction corpus and for GPT-4 as a judge;
-nothing that trains knows about it.
+A request names a topic. An answer is a sequence of statements, and each ends with a punctuation mark. A statement is a
+fact about the topic, in plain or in specialist words, or a friendly or unfriendly remark. All statements are known, so
+any text can be judged exactly. The environment replaces a public instruction corpus and GPT-4 as a judge. Training code
+treats it like any other data.
 
-A larger world has two more styles, sassy and sarcastic remarks, as in the scaling experiment of the paper. What
-differs between the two takes the registry of preferences.
+The larger environment has two more styles, sassy and sarcastic remarks, as in the scaling experiment of the paper.
+Functions that differ between the two environments take their preferences.
 """
 
 import collections
@@ -15,6 +15,7 @@ import dataclasses
 import functools
 import hashlib
 import itertools
+import pathlib
 import random
 
 from pjrlhf.data.preferences import Preference, Preferences, dimensions
@@ -28,7 +29,7 @@ PREFERENCES: Preferences = {
     "P3A": Preference(dimension="style", sentence="be kind .", label="kind"),
     "P3B": Preference(dimension="style", sentence="be rude .", label="rude"),
 }
-# 2 x 2 x 4 = 16 kinds of people.
+# 2 x 2 x 4 = 16 personas.
 PREFERENCES16: Preferences = {
     **PREFERENCES,
     "P3C": Preference(dimension="style", sentence="be sassy .", label="sassy"),
@@ -124,23 +125,24 @@ SARCASTIC = (
     "i am truly thrilled .",
     "please do ask more .",
 )
-# The first remarks of a tone open an answer, the others close it.
-OPENERS = 3
+OPENERS = 3  # the first remarks of a tone open an answer, the others close it
 REMARKS = {"friendly": FRIENDLY, "unfriendly": UNFRIENDLY, "sassy": SASSY, "sarcastic": SARCASTIC}
-# Style -> the tone it asks for.
+# Preference of the dimension style -> its tone.
 TONES = {"P3A": "friendly", "P3B": "unfriendly", "P3C": "sassy", "P3D": "sarcastic"}
 
-# No answer of the world itself is longer: two remarks and every aspect, in words.
+# The longest answer of `answer`, in words: two remarks and every aspect.
 MAX_WORDS = 5 + 5 + 5 * len(ASPECTS)
 
 
 def _values(aspect: str) -> list[tuple[str, str]]:
-    return [tuple(pair.split("/")) for pair in ASPECTS[aspect][1].split()]
+    """(plain word, specialist word) of every value of an aspect."""
+    pairs = (pair.partition("/") for pair in ASPECTS[aspect][1].split())
+    return [(plain, specialist) for plain, _, specialist in pairs]
 
 
 @functools.cache
 def truth(topic: str, aspect: str) -> int:
-    """Index of the true value of `aspect` for `topic`; fixed for all time by a hash."""
+    """Index of the true value of `aspect` for `topic`, from a hash of both."""
     digest = hashlib.sha256(f"{topic} {aspect}".encode()).digest()
     return digest[0] % len(_values(aspect))
 
@@ -162,18 +164,18 @@ def _remarks() -> dict[str, str]:
     return {remark: tone for tone, remarks in REMARKS.items() for remark in remarks}
 
 
-def tones(registry: Preferences) -> dict[str, str]:
-    """`TONES` of the styles in `registry`."""
-    return {name: tone for name, tone in TONES.items() if name in registry}
+def tones(preferences: Preferences) -> dict[str, str]:
+    """The part of `TONES` that belongs to `preferences`."""
+    return {name: tone for name, tone in TONES.items() if name in preferences}
 
 
 def prompts() -> list[str]:
-    """All requests, topic by topic."""
+    """All 192 requests, ordered by topic."""
     return [request.format(topic) for topic in TOPICS for request in REQUESTS]
 
 
 def topic_of(prompt: str) -> str | None:
-    """The topic a request names, or None."""
+    """The topic that a request names; None where it names none."""
     return next((word for word in prompt.split() if word in TOPICS), None)
 
 
@@ -183,13 +185,22 @@ def topic_of(prompt: str) -> str | None:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Habits:
-    """How the writers of the corpus answer; defaults make a base that follows a stated preference imperfectly."""
+    """Probabilities of what the writers of the corpus do. By default, a base trained on the corpus follows a stated
+    preference only in part.
 
-    obedience: float = 0.5  # chance that a stated preference decides its dimension
-    error: float = 0.25  # chance that a fact is wrong
-    evasion: float = 0.2  # chance of remarks without a single fact
-    specialist: float = 0.35  # share of specialist wording where no preference decides
-    friendly: float = 0.3  # chance of each tone the world has, where no preference decides
+    Attributes:
+      obedience: a stated preference decides its dimension.
+      error: a fact is wrong.
+      evasion: an answer has remarks and no fact.
+      specialist: a fact is in specialist words, where no preference decides.
+      friendly, unfriendly, sassy, sarcastic: an answer has this tone, where no preference decides.
+    """
+
+    obedience: float = 0.5
+    error: float = 0.25
+    evasion: float = 0.2
+    specialist: float = 0.35
+    friendly: float = 0.3
     unfriendly: float = 0.15
     sassy: float = 0.1
     sarcastic: float = 0.1
@@ -200,10 +211,14 @@ def answer(
     stated: tuple[str, ...],
     rng: random.Random,
     habits: Habits = Habits(),
-    registry: Preferences = PREFERENCES,
+    preferences: Preferences = PREFERENCES,
 ) -> str:
-    """One answer as a writer of the corpus would give it, following each stated preference with chance
-    `habits.obedience`.
+    """One answer of a writer of the corpus.
+
+    Args:
+      prompt: a request that names a topic.
+      stated: ids of the preferences that the prompt states; each is followed with probability `habits.obedience`.
+      rng: source of all draws.
     """
     obeyed = {name for name in stated if rng.random() < habits.obedience}
     topic = topic_of(prompt)
@@ -214,7 +229,7 @@ def answer(
         count = len(ASPECTS)
     else:
         count = rng.randint(1, len(ASPECTS))
-    # A writer has a register of his own and now and then slips out of it.
+    # Half of the answers have a register of their own: all plain, all specialist, or mixed.
     register = rng.choice((0.0, habits.specialist, 1.0)) if rng.random() < 0.5 else habits.specialist
     if "P1A" in obeyed:
         register = 0.0
@@ -230,10 +245,10 @@ def answer(
         specialist = rng.random() < register
         facts.append(templates[specialist].format(values[index][specialist]))
 
-    known = tones(registry)
+    known = tones(preferences)
     draw = rng.random()
     evasive = rng.random() < habits.evasion
-    # The chances of the tones lie end to end, and the draw falls into one of them or beyond.
+    # The intervals of the tones lie end to end in [0, 1]; a draw beyond the last one gives no tone.
     ends = itertools.accumulate(getattr(habits, tone) for tone in known.values())
     tone = next((tone for tone, end in zip(known.values(), ends, strict=True) if draw < end), None)
     tone = next((tone for name, tone in known.items() if name in obeyed), tone)
@@ -255,19 +270,19 @@ def corpus(
     size: int,
     seed: int,
     habits: Habits = Habits(),
-    registry: Preferences = PREFERENCES,
+    preferences: Preferences = PREFERENCES,
 ) -> list[dict[str, str]]:
-    """`size` records {"prompt", "completion"}: half without preference sentences, half with one to three of them."""
+    """`size` records {"prompt", "completion"}. Half of the prompts state one to three preferences, the others none."""
     rng = random.Random(seed)
-    groups = list(dimensions(registry, registry).values())
+    groups = list(dimensions(preferences, preferences).values())
     records = []
     for _ in range(size):
         prompt = rng.choice(prompt_list)
         stated: tuple[str, ...] = ()
         if rng.random() < 0.5:
             stated = tuple(sorted(rng.choice(group) for group in rng.sample(groups, rng.randint(1, len(groups)))))
-        text = " ".join([prompt, *(registry[name].sentence for name in stated)])
-        records.append({"prompt": text, "completion": answer(prompt, stated, rng, habits, registry)})
+        text = " ".join([prompt, *(preferences[name].sentence for name in stated)])
+        records.append({"prompt": text, "completion": answer(prompt, stated, rng, habits, preferences)})
     return records
 
 
@@ -276,12 +291,15 @@ def corpus(
 
 
 def parse(prompt: str, text: str) -> dict[str, float]:
-    """Counts what an answer contains.
+    """Counts the statements of an answer.
 
     Returns:
-      plain, specialist: facts in each wording; true, false: distinct facts that hold or do not hold for the topic;
-      aspects: distinct aspects covered; friendly, unfriendly, sassy, sarcastic: distinct remarks; words: length;
-      junk: share of words in no known statement, in [0, 1] (1 for an empty text).
+      plain, specialist: number of facts in each wording.
+      true, false: number of aspects whose first fact is true, or false, for the topic.
+      aspects: number of aspects with a fact, true + false.
+      friendly, unfriendly, sassy, sarcastic: number of distinct remarks of the tone.
+      words: length of the answer.
+      junk: fraction of the words that are in no known statement, in [0, 1]; 1 for an empty text.
     """
     words = text.split()
     counts: collections.Counter[str] = collections.Counter()
@@ -317,18 +335,24 @@ def parse(prompt: str, text: str) -> dict[str, float]:
     }
 
 
-def score(prompt: str, text: str, criterion: str, registry: Preferences = PREFERENCES) -> float:
-    """How well `text` answers `prompt` by one criterion, higher is better, about -2 to 1; nonsense costs by its share.
+def score(prompt: str, text: str, criterion: str, preferences: Preferences = PREFERENCES) -> float:
+    """How well `text` answers `prompt` by one criterion, about -2 to 1; higher is better.
 
-    Criteria: the preferences, a style by its own remarks less those of other tones, and "helpful", what people agree
-    on: two facts or more, none of them wrong, and nothing rude. It plays the part of general helpfulness in RLHF.
-    Raises KeyError for another criterion.
+    The fraction of nonsense words is subtracted. A style counts its own remarks minus those of other tones. The
+    criterion "helpful" stands for the general helpfulness of RLHF: two facts or more, none of them false, and no
+    unfriendly remark.
+
+    Args:
+      criterion: the id of a preference, or "helpful".
+
+    Raises:
+      KeyError: another criterion.
     """
     p = parse(prompt, text)
     facts = p["plain"] + p["specialist"]
     lean = (p["specialist"] - p["plain"]) / facts if facts else -1.0
     remarks = sum(p[tone] for tone in REMARKS)
-    styles = {name: min(max(2 * p[tone] - remarks, -2), 2) / 2 for name, tone in tones(registry).items()}
+    styles = {name: min(max(2 * p[tone] - remarks, -2), 2) / 2 for name, tone in tones(preferences).items()}
     value = {
         "P1A": -lean if facts else -1.0,
         "P1B": lean,
@@ -350,23 +374,23 @@ CHAT_TEMPLATE = (
 )
 
 
-def vocabulary(registry: Preferences = PREFERENCES) -> list[str]:
-    """Every word of the language, special tokens first; words that only the larger world has come last."""
-    words = list(SPECIAL)
-    for known in (PREFERENCES, registry):
+def vocabulary(preferences: Preferences = PREFERENCES) -> list[str]:
+    """All words of the language, special tokens first. Words that only the larger environment has come last, so that
+    both environments give the other words the same ids.
+    """
+    words: list[str] = list(SPECIAL)
+    for known in (PREFERENCES, preferences):
         remarks = itertools.chain.from_iterable(REMARKS[tone] for tone in tones(known).values())
         texts = [*REQUESTS, *TOPICS, *_facts(), *remarks, *(p.sentence for p in known.values())]
         words += sorted({word for text in texts for word in text.split()} - {"{}", *words})
     return words
 
 
-def write_tokenizer(folder, registry: Preferences = PREFERENCES) -> None:
-    """Writes a Hugging Face tokenizer of the language (word level) into `folder`: tokenizer.json and
-    tokenizer_config.json.
-    """
+def write_tokenizer(folder: pathlib.Path, preferences: Preferences = PREFERENCES) -> None:
+    """Writes the word-level tokenizer of the language to `folder` as tokenizer.json and tokenizer_config.json."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-    words = {word: i for i, word in enumerate(vocabulary(registry))}
+    words = {word: i for i, word in enumerate(vocabulary(preferences))}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer.decoder = decoders.WordPiece(prefix="##", cleanup=False)

@@ -1,4 +1,6 @@
-"""Text to token ids, once: templates, one BOS, one EOS, the boundary of prompt and answer found among the tokens."""
+"""Tokenizes records once: chat template, one BOS, one EOS, and the boundary between prompt and answer, which is found
+among the tokens.
+"""
 
 import dataclasses
 import functools
@@ -15,28 +17,34 @@ from pjrlhf.data.records import BadRecords, RecordError
 from pjrlhf.data.schema import Example, Prompt, shared_length
 from pjrlhf.errors import UserError
 
+# Kind of record -> its answers.
 ANSWERS = {
     "prompt": (),
     "completion": ("completion",),
     "preference": ("chosen", "rejected"),
-}  # text fields after the prompt
+}
 
 
 class Tokenizer:
-    """A Hugging Face tokenizer with the rules of this project around it.
+    """A Hugging Face tokenizer that sets exactly one BOS and one EOS, and finds the boundary of prompt and answer.
 
-    Ids of padding never decide what is scored or attended to (masks do), so `pad_id` may equal `eos_id`.
+    Attributes:
+      backend: the `transformers` tokenizer.
+      eos_id, bos_id, unk_id: ids of the special tokens; None where the tokenizer has none (`eos_id` always exists).
+      pad_id: fills rows. Masks decide what is scored and attended to, so it may equal `eos_id`.
+      vocab_size: the largest id plus 1.
+      add_bos: whether text starts with BOS.
     """
 
     def __init__(self, backend: Any, *, eos_token: str | None = None, add_bos: bool | None = None):
         """
         Args:
           backend: a `transformers` tokenizer.
-          eos_token: the end-of-sequence token where the backend has none, or another one of its vocabulary.
-          add_bos: whether text starts with BOS; by default what the backend does by itself.
+          eos_token: a token of the vocabulary that becomes EOS; the EOS of the backend where None.
+          add_bos: whether text starts with BOS; as the backend does where None.
 
         Raises:
-          UserError: there is no EOS, or `eos_token` is not in the vocabulary.
+          UserError: the backend has no EOS, or `eos_token` is not in the vocabulary.
         """
         vocabulary = backend.get_vocab()
         if eos_token is not None:
@@ -45,8 +53,8 @@ class Tokenizer:
             backend.add_special_tokens({"eos_token": eos_token})
         if backend.eos_token_id is None:
             raise UserError(
-                f"tokenizer {backend.name_or_path or type(backend).__name__}: it has no end-of-sequence token, so no "
-                "answer could end; name one of its tokens with --config.model.eos_token=..."
+                f"tokenizer {backend.name_or_path or type(backend).__name__}: has no end-of-sequence token, so answers "
+                "cannot end; name one of its tokens with --config.model.eos_token=..."
             )
         self.backend = backend
         self.eos_id: int = backend.eos_token_id
@@ -66,38 +74,33 @@ class Tokenizer:
 
     @property
     def start_id(self) -> int:
-        """What the first token is conditioned on where neither tokenizer nor prompt puts a token before it."""
+        """The token before an answer to an empty prompt: BOS, or EOS where the tokenizer has no BOS."""
         return self.eos_id if self.bos_id is None else self.bos_id
 
     def encode_prompt(self, prompt: Prompt) -> list[int]:
-        """Ids of a prompt, ready to be answered: a conversation ends with the generation prompt of the chat template.
+        """Ids of a prompt, at least one. A conversation ends with the generation prompt of the chat template.
 
-        A text starts with exactly one BOS where the tokenizer uses one; in a conversation the template decides. At
-        least one token always comes out.
+        Text starts with one BOS where the tokenizer uses BOS; in a conversation the template decides.
 
         Raises:
           RecordError: the template refuses the conversation.
-          UserError: a conversation, but the tokenizer has no chat template.
+          UserError: the prompt is a conversation and the tokenizer has no chat template.
         """
         (ids,) = self._encode([self._render(prompt)], bos=isinstance(prompt, str))
         return ids or [self.start_id]
 
-    def encode_pair(self, prompt: Prompt, completion: str, *, append_eos: bool = True) -> tuple[list[int], list[int]]:
-        """(prompt ids, completion ids): see `encode_answers`."""
-        prompt_ids, (completion_ids,) = self.encode_answers(prompt, [completion], append_eos=append_eos)
-        return prompt_ids, completion_ids
+    def encode_answers(self, prompt: Prompt, answers: Sequence[str]) -> tuple[list[int], list[list[int]]]:
+        """Ids of a prompt and of its answers: prompt + answer are the ids of the whole text, followed by one EOS.
 
-    def encode_answers(
-        self, prompt: Prompt, answers: Sequence[str], *, append_eos: bool = True
-    ) -> tuple[list[int], list[list[int]]]:
-        """Ids of one prompt and of answers to it: prompt + answer are the ids of the whole text, then exactly one EOS.
+        The prompt ends before the first token in which a whole text differs from the prompt alone. A token that
+        straddles the boundary therefore belongs to the answer and is scored.
 
-        The boundary is where the prompt ends, or the first token before that in which a text differs from the prompt
-        alone: a token that straddles the boundary belongs to the answer and is scored.
+        Returns:
+          (prompt ids, ids of every answer).
 
         Raises:
-          RecordError: an answer has no token, or holds an EOS before its end; the template refuses the conversation.
-          UserError: a conversation, but the tokenizer has no chat template.
+          RecordError: an answer has no token, or has an EOS before its end; or the template refuses the conversation.
+          UserError: the prompt is a conversation and the tokenizer has no chat template.
         """
         texts = [self._render(prompt), *(self._render(prompt, answer) for answer in answers)]
         alone, *whole = self._encode(texts, bos=isinstance(prompt, str))
@@ -105,8 +108,8 @@ class Tokenizer:
         if boundary < len(alone) and not isinstance(prompt, str):
             logging.log_first_n(
                 logging.WARNING,
-                "the chat template does not write its generation prompt before an answer: in training prompts end with "
-                "%r, in generation with %r",
+                "the chat template omits its generation prompt before an answer: prompts end with %r in training, and "
+                "with %r in generation",
                 1,
                 self.decode(alone[:boundary], False)[-40:],
                 self.decode(alone, False)[-40:],
@@ -119,10 +122,10 @@ class Tokenizer:
                 raise RecordError(
                     "end-of-sequence inside an answer", f"the token {self.backend.eos_token!r} before its end"
                 )
-        ending = [self.eos_id] if append_eos else []
-        return alone[:boundary] or [self.start_id], [ids + ending for ids in answer_ids]
+        return alone[:boundary] or [self.start_id], [[*ids, self.eos_id] for ids in answer_ids]
 
     def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
+        """The text of `ids`; `skip_special` leaves out special tokens."""
         return self.backend.decode(
             [int(i) for i in ids], skip_special_tokens=skip_special, clean_up_tokenization_spaces=False
         )
@@ -132,12 +135,12 @@ class Tokenizer:
         self.backend.save_pretrained(str(folder))
 
     def _render(self, prompt: Prompt, answer: str | None = None) -> str:
-        """The text the model reads: the prompt ready to be answered, or prompt and answer without a terminal EOS."""
+        """The text of a prompt with its generation prompt, or of prompt and answer without the final EOS."""
         if isinstance(prompt, str):
             return prompt if answer is None else prompt + self._without_eos(answer)
         if not self.has_chat_template:
             raise UserError(
-                "the prompt is a conversation but the tokenizer has no chat template; add chat_template to "
+                "prompt: is a conversation, and the tokenizer has no chat template; add chat_template to "
                 "tokenizer_config.json, or give prompts as text"
             )
         from jinja2 import TemplateError
@@ -150,16 +153,17 @@ class Tokenizer:
         return text if answer is None else self._without_eos(text)
 
     def _without_eos(self, text: str) -> str:
-        """Templates, and some data sets, end with EOS (and a line feed) already."""
+        """`text` without the EOS tokens at its end, which templates and some data sets write, and the space after."""
         while (cut := text.rstrip()).endswith(self.backend.eos_token):
             text = cut.removesuffix(self.backend.eos_token)
         return text
 
     def _encode(self, texts: list[str], *, bos: bool) -> list[list[int]]:
         rows = self.backend(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
-        if not self.add_bos:
+        start = self.bos_id
+        if not self.add_bos or start is None:
             return rows
-        return [[self.bos_id] * (bos or ids[:1] == [self.bos_id]) + _drop_leading(ids, self.bos_id) for ids in rows]
+        return [[start] * (bos or ids[:1] == [start]) + _drop_leading(ids, start) for ids in rows]
 
 
 def _drop_leading(ids: list[int], token: int) -> list[int]:
@@ -167,30 +171,36 @@ def _drop_leading(ids: list[int], token: int) -> list[int]:
 
 
 def load_tokenizer(folder: str | os.PathLike, *, eos_token: str | None = None) -> Tokenizer:
-    """The tokenizer of a Hugging Face folder, of which `tokenizer.json` alone is enough; no code of the folder is run.
+    """Reads the tokenizer of a Hugging Face folder; the file tokenizer.json is enough, and no code of the folder runs.
+
+    Args:
+      eos_token: see `Tokenizer`.
 
     Raises:
-      UserError: the folder has no tokenizer `transformers` can load, or one without EOS (see `Tokenizer`).
+      UserError: `transformers` cannot load a tokenizer from the folder, or the tokenizer has no EOS.
     """
     from transformers import AutoTokenizer
 
     folder = pathlib.Path(folder)
     if not folder.is_dir():
-        raise UserError(f"tokenizer {folder}: there is no such folder; give one with a tokenizer.json")
+        raise UserError(f"tokenizer {folder}: no such folder; give one with a tokenizer.json")
     try:
         backend = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
     except (OSError, ValueError, ImportError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"tokenizer {folder}: {reason}; give a folder with a tokenizer.json") from error
     settings = folder / "tokenizer_config.json"
-    # transformers 5 forgets this setting for classes it replaces by its own.
+    # transformers 5 ignores this setting for the classes that it replaces with its own.
     add_bos = json.loads(settings.read_text()).get("add_bos_token") if settings.is_file() else None
     return Tokenizer(backend, eos_token=eos_token, add_bos=add_bos if backend.bos_token_id is not None else False)
 
 
 def write_folder(folder: pathlib.Path, tokenizer: Any, **settings: Any) -> None:
-    """Writes a `tokenizers` tokenizer with the tokens <s>, </s> and <pad> as a Hugging Face folder; `settings` go into
-    its tokenizer_config.json.
+    """Writes tokenizer.json and tokenizer_config.json.
+
+    Args:
+      tokenizer: of the library `tokenizers`, with the special tokens <s>, </s> and <pad>.
+      settings: further keys of tokenizer_config.json.
     """
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(folder / "tokenizer.json"))
@@ -207,18 +217,29 @@ def write_folder(folder: pathlib.Path, tokenizer: Any, **settings: Any) -> None:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Lengths:
-    """How many tokens prompts (with BOS) and completions (with EOS) may have, and what to do with longer ones."""
+    """Limits on lengths, in tokens, and what happens to longer texts.
+
+    Attributes:
+      prompt: limit of a prompt, with BOS.
+      completion: limit of a completion, with EOS.
+      context: of the model; None does not check it.
+      long_prompt: "drop" leaves the record out, "truncate_left" keeps BOS and the end, "error" stops the run.
+      long_completion: "drop" leaves the record out, "truncate" keeps the start, without EOS.
+
+    Raises:
+      UserError: a limit is below 1, both limits exceed the context, or an unknown choice.
+    """
 
     prompt: int
     completion: int
-    context: int | None = None  # of the model
-    long_prompt: str = "drop"  # "drop", "truncate_left" (the end stays, and BOS), or "error"
-    long_completion: str = "drop"  # "drop", or "truncate" (the start stays, without EOS)
+    context: int | None = None
+    long_prompt: str = "drop"
+    long_completion: str = "drop"
 
     def __post_init__(self):
         if min(self.prompt, self.completion) < 1:
             raise UserError(
-                f"lengths: prompt {self.prompt} and completion {self.completion} must be at least 1; raise them"
+                f"lengths: prompt {self.prompt} and completion {self.completion}: both must be at least 1; raise them"
             )
         if self.context is not None and self.prompt + self.completion > self.context:
             raise UserError(
@@ -235,37 +256,39 @@ class Lengths:
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class TokenTable(Sequence):
-    """Tokenised examples, in order.
+    """Tokenized examples in order.
 
-    A row is a dict: `index` (its place in this table), `prompt` and the answers of `kind` (int32 arrays of ids), and
-    `user_id`, `objective`, `margin`, `where`. `examples[index]` has the text and every other column.
+    A row is a dict: `index`, its place in this table; `prompt` and the answers of `kind`, int32 [length] each; and
+    `user_id`, `objective`, `margin`, `where` of its example.
+
+    Attributes:
+      kind: "prompt", "completion" or "preference".
+      examples: the records themselves.
+      tokens: "prompt" and the answers of `kind` -> int32 [length] for every example.
+      bad: the examples that do not fit.
     """
 
     kind: str
     examples: tuple[Example, ...]
-    tokens: dict[str, tuple[np.ndarray, ...]]  # "prompt", "chosen", ... -> one int32 array per example
+    tokens: dict[str, tuple[np.ndarray, ...]]
     bad: BadRecords
 
     def __len__(self) -> int:
         return len(self.examples)
 
-    def __getitem__(self, i: int) -> dict[str, Any]:
+    def __getitem__(self, i: int) -> dict[str, Any]:  # pyright: ignore[reportIncompatibleMethodOverride] - no slices
         example = self.examples[i]
         row = {name: getattr(example, name) for name in ("user_id", "objective", "margin", "where")}
         return row | {name: ids[i] for name, ids in self.tokens.items()} | {"index": range(len(self))[i]}
 
-    def lengths(self, name: str) -> np.ndarray:
-        """Token counts of a column, int64 [rows]."""
-        return np.array([len(ids) for ids in self.tokens[name]], dtype=np.int64)
-
     def select(self, rows: Sequence[int]) -> "TokenTable":
-        """The table of some rows; `index` counts anew."""
+        """The table of the given rows; its `index` starts at 0."""
         tokens = {name: tuple(ids[i] for i in rows) for name, ids in self.tokens.items()}
         return dataclasses.replace(self, examples=tuple(self.examples[i] for i in rows), tokens=tokens)
 
 
 def cut_left(ids: list[int], limit: int, bos_id: int | None) -> list[int]:
-    """The last `limit` ids of a prompt; BOS, where it starts with one, stays."""
+    """The last `limit` ids of a prompt, with its BOS where it starts with one."""
     if len(ids) <= limit:
         return ids
     start = ids[:1] if ids[0] == bos_id and limit > 1 else []
@@ -281,10 +304,16 @@ def tokenize(
     source_name: str = "examples",
     max_bad_fraction: float = 0.01,
 ) -> TokenTable:
-    """Tokenises examples of one kind; those that do not fit are left out, counted and named in the table's `bad`.
+    """Tokenizes examples of one kind. Those that do not fit the lengths are left out, logged and kept in `bad`.
+
+    Args:
+      kind: "prompt", "completion" or "preference".
+      source_name: the name of the examples in messages.
+      max_bad_fraction: a larger fraction of examples that do not fit is an error, in [0, 1].
 
     Raises:
-      UserError: more than `max_bad_fraction` do not fit, or none does; a prompt is too long and the policy is "error".
+      UserError: more than `max_bad_fraction` of the examples do not fit, or all; or a prompt is too long and
+        `lengths.long_prompt` is "error".
     """
     kept, rows, bad = [], [], BadRecords(source_name, len(examples))
     for example in examples:
@@ -301,7 +330,11 @@ def tokenize(
 
 
 def _fit(example: Example, kind: str, tokenizer: Tokenizer, lengths: Lengths) -> list[list[int]]:
-    """Ids of the prompt and of each answer, within the lengths."""
+    """Ids of the prompt and of every answer, within the lengths.
+
+    Raises:
+      RecordError: a text is too long or has no tokens, or both answers have the same ids.
+    """
     names = ANSWERS[kind]
     if names:
         prompt, answers = tokenizer.encode_answers(example.prompt, [getattr(example, name) for name in names])
@@ -313,8 +346,8 @@ def _fit(example: Example, kind: str, tokenizer: Tokenizer, lengths: Lengths) ->
             raise RecordError("prompt too long", detail)
         if lengths.long_prompt == "error":
             raise UserError(
-                f"{example.where}: prompt too long ({detail}); raise --config.data.max_prompt, or leave such prompts "
-                "out or shorten them with --config.data.long_prompt=drop or truncate_left"
+                f"{example.where}: prompt too long ({detail}); raise --config.data.max_prompt, or drop or shorten "
+                "such prompts with --config.data.long_prompt=drop or truncate_left"
             )
         prompt = cut_left(prompt, lengths.prompt, tokenizer.bos_id)
     for name, ids in zip(names, answers, strict=True):

@@ -140,9 +140,10 @@ def _read_weights(config: MergeSettings) -> list[float]:
     if not config.ingredients:
         raise UserError("merge.ingredients: is empty; name the folders to merge")
     try:
-        return list(trees.check_weights(config.weights, len(config.ingredients)))
+        trees.check_weights(config.weights, len(config.ingredients))
     except ValueError as error:
         raise UserError(f"merge.weights: {error}; give one finite number per ingredient") from error
+    return list(config.weights)
 
 
 def _read_options(config: MergeSettings, weights: Sequence[float]) -> dict[str, Any]:

@@ -62,7 +62,7 @@ class Audience:
     def score(self) -> Callable[[str, str, str], float]:
         """The judge's score of (prompt, answer, criterion), on plain requests."""
         if self.judge == "synthetic":
-            return functools.partial(synthetic.score, registry=self.synthetic)
+            return functools.partial(synthetic.score, preferences=self.synthetic)
         criteria = dict(self.judge)
         missing = [name for name in self.rewards if name not in criteria]
         if missing:

@@ -103,7 +103,7 @@ class Records:
         d = self.settings
         if isinstance(self.corpus.data, str):
             corpus = synthetic.corpus(
-                self.requests[0], self.corpus.records, self.streams.seed, registry=self.audience.synthetic
+                self.requests[0], self.corpus.records, self.streams.seed, preferences=self.audience.synthetic
             )
             records = [
                 {"messages": [*self.ask(record["prompt"]), {"role": "assistant", "content": record["completion"]}]}

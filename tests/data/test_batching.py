@@ -127,19 +127,19 @@ def test_split_is_the_same_on_every_machine():
 
 
 def test_small_split_holds_out_one_group():
-    for share in (0.01, 0.99):
-        train, held = split_by(["a", "a", "b"], share, seed=0)
+    for fraction in (0.01, 0.99):
+        train, held = split_by(["a", "a", "b"], fraction, seed=0)
         assert len(train) and len(held)
 
 
 @pytest.mark.parametrize(
-    ("keys", "share", "message"),
+    ("keys", "fraction", "message"),
     [
-        (["a", "b"], 1.0, "held-out share 1.0"),
-        (["a", None], 0.5, "row 1: it has no key"),
+        (["a", "b"], 1.0, "held-out fraction 1.0"),
+        (["a", None], 0.5, "row 1: has no key"),
         (["a", "a"], 0.5, "all 2 rows have the same key"),
     ],
 )
-def test_splits_that_cannot_be(keys, share, message):
+def test_splits_that_cannot_be(keys, fraction, message):
     with pytest.raises(UserError, match=message):
-        split_by(keys, share, seed=0)
+        split_by(keys, fraction, seed=0)

@@ -1,6 +1,7 @@
 """The tokenizer of models trained from scratch on text."""
 
 import pytest
+from support.encoding import encode_pair
 
 from pjrlhf.data import bpe
 from pjrlhf.data.tokenization import load_tokenizer
@@ -19,13 +20,13 @@ def tokenizer(tmp_path_factory):
 
 def test_any_text_comes_back(tokenizer):
     for text in ("the lazy fox", " leading and  double  spaces ", "a\n\tb\r\n", "naïve café — 数字 🦊", "\x00\x7f"):
-        assert tokenizer.decode(tokenizer.encode_pair("", text, append_eos=False)[1]) == text
+        assert tokenizer.decode(encode_pair(tokenizer, "", text)[1]) == text
 
 
 def test_what_was_seen_often_becomes_short(tokenizer):
     assert tokenizer.vocab_size == 300
-    seen, unseen = (tokenizer.encode_pair("", text, append_eos=False)[1] for text in (" the lazy dog", " xvz qjkw pdb"))
-    assert len(seen) < 6 < 12 <= len(unseen)
+    seen, unseen = (encode_pair(tokenizer, "", text)[1] for text in (" the lazy dog", " xvz qjkw pdb"))
+    assert len(seen) < 7 < 13 <= len(unseen)  # EOS included
 
 
 def test_same_texts_same_files(tmp_path):
@@ -37,7 +38,7 @@ def test_same_texts_same_files(tmp_path):
 
 def test_conversations_have_one_bos_one_eos_and_a_boundary(tokenizer):
     assert len({tokenizer.pad_id, tokenizer.bos_id, tokenizer.eos_id}) == 3
-    prompt, answer = tokenizer.encode_pair(ASKED, "the dog")
+    prompt, answer = encode_pair(tokenizer, ASKED, "the dog")
     assert prompt == tokenizer.encode_prompt(ASKED)
     assert tokenizer.decode(prompt, skip_special=False) == "<s><user>the fox ?<assistant>"
     assert tokenizer.decode(answer, skip_special=False) == "the dog</s>"
@@ -45,11 +46,11 @@ def test_conversations_have_one_bos_one_eos_and_a_boundary(tokenizer):
 
 
 def test_plain_text_starts_with_one_bos(tokenizer):
-    prompt, answer = tokenizer.encode_pair("the fox", " jumps")
+    prompt, answer = encode_pair(tokenizer, "the fox", " jumps")
     assert tokenizer.decode(prompt, skip_special=False) == "<s>the fox"
     assert tokenizer.decode(answer, skip_special=False) == " jumps</s>"
 
 
 def test_too_small_a_vocabulary(tmp_path):
-    with pytest.raises(UserError, match="vocab_size 100: bytes and special tokens alone are 261; raise it"):
+    with pytest.raises(UserError, match="vocab_size: 100 is less than the 261 bytes and special tokens; raise it"):
         bpe.write_tokenizer(tmp_path, TEXTS, 100)

@@ -47,13 +47,13 @@ def test_people_with_few_votes_are_left_out_and_counted(votes, caplog):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"votes": ""}, "data kind 'votes': it needs 'votes'; set it in the config"),
-        ({"votes": "nowhere.csv"}, "nowhere.csv: there is no such file; check 'votes'"),
-        ({"left": "c"}, "pairs.jsonl record 1: no column 'c'; found .*; name it in the config"),
+        ({"votes": ""}, "data kind 'votes': needs 'votes'; set it in the config"),
+        ({"votes": "nowhere.csv"}, "nowhere.csv: no such file; check 'votes'"),
+        ({"left": "c"}, "pairs.jsonl record 1: no column 'c' .found .*; give its name in the config"),
         ({"user": "who"}, "votes.csv record 1: no column 'who'"),
     ],
 )
-def test_mistakes_in_votes(votes, changes, message):
+def test_bad_votes(votes, changes, message):
     with pytest.raises(UserError, match=message):
         open_source({**votes, **changes})
 
@@ -85,13 +85,16 @@ def test_a_question_is_a_pair_per_wrong_option(tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (json.dumps([{**QUESTION, "options": ["by train"]}]), "travel.json question 0: options is no list of at least"),
+        (
+            json.dumps([{**QUESTION, "options": ["by train"]}]),
+            "travel.json question 0: options is not a list of",
+        ),
         (json.dumps([{"question": "?"}]), "travel.json record 1: no column 'options'"),
-        (json.dumps(["by train"]), "travel.json record 1: no column 'question'; found str"),
+        (json.dumps(["by train"]), "travel.json record 1: no column 'question' .found str"),
         ("[", "travel.json: cannot be read"),
     ],
 )
-def test_mistakes_in_questions(tmp_path, content, message):
+def test_bad_questions(tmp_path, content, message):
     (tmp_path / "travel.json").write_text(content)
     with pytest.raises(UserError, match=message):
         open_source({"kind": "choices", "path": str(tmp_path / "travel.json")})

@@ -15,40 +15,40 @@ from pjrlhf.data.preferences import (
 )
 from pjrlhf.errors import UserError
 
-REGISTRIES = {"paper": PAPER, "synthetic": synthetic.PREFERENCES}
+SETS = {"paper": PAPER, "synthetic": synthetic.PREFERENCES}
 
 
-@pytest.mark.parametrize("registry", REGISTRIES.values(), ids=REGISTRIES)
-def test_eight_kinds_of_people(registry):
-    assert list(dimensions(registry, registry)) == ["expertise", "informativeness", "style"]
-    found = combinations(registry, registry)
+@pytest.mark.parametrize("preferences", SETS.values(), ids=SETS)
+def test_eight_personas(preferences):
+    assert list(dimensions(preferences, preferences)) == ["expertise", "informativeness", "style"]
+    found = combinations(preferences, preferences)
     assert len(found) == len(set(found)) == 8
     assert found[0] == ("P1A", "P2A", "P3A") and found[-1] == ("P1B", "P2B", "P3B")
-    assert combinations(registry, ["P3B", "P1A", "P3A"]) == [("P3B", "P1A"), ("P3A", "P1A")]
+    assert combinations(preferences, ["P3B", "P1A", "P3A"]) == [("P3B", "P1A"), ("P3A", "P1A")]
 
 
 def test_a_preference_without_a_sentence_adds_no_space():
-    registry = {
+    preferences = {
         "short": Preference(dimension="length", sentence=""),
         "kind": Preference(dimension="tone", sentence="Be kind."),
     }
-    assert sentences(registry, ["short", "kind", "short"]) == "Be kind."
-    assert sentences(registry, ["short", "short"]) == ""
+    assert sentences(preferences, ["short", "kind", "short"]) == "Be kind."
+    assert sentences(preferences, ["short", "short"]) == ""
 
 
-def test_the_sentences_of_one_registry_differ():
-    for registry in REGISTRIES.values():
-        assert len({preference.sentence for preference in registry.values()}) == len(registry) == 6
+def test_the_sentences_of_a_set_differ():
+    for preferences in SETS.values():
+        assert len({preference.sentence for preference in preferences.values()}) == len(preferences) == 6
 
 
 def test_weights_in_words():
-    registry, ids = synthetic.PREFERENCES, ("P2A", "P2B")
-    assert PreferencePrompt()(registry, ids, (1.0, 0.0)) == "keep it short ."
-    assert PreferencePrompt()(registry, ids, (0.6, 0.4)) == "keep it short . tell me everything ."
-    assert PreferencePrompt(form="numbers")(registry, ids, (0.25, 0.75)) == "short 0.2 everything 0.8"
-    assert PreferencePrompt(form="numbers", decimals=2)(registry, ids, (0.25, 0.75)) == "short 0.25 everything 0.75"
+    preferences, ids = synthetic.PREFERENCES, ("P2A", "P2B")
+    assert PreferencePrompt()(preferences, ids, (1.0, 0.0)) == "keep it short ."
+    assert PreferencePrompt()(preferences, ids, (0.6, 0.4)) == "keep it short . tell me everything ."
+    assert PreferencePrompt(form="numbers")(preferences, ids, (0.25, 0.75)) == "short 0.2 everything 0.8"
+    assert PreferencePrompt(form="numbers", decimals=2)(preferences, ids, (0.25, 0.75)) == "short 0.25 everything 0.75"
     assert (
-        PreferencePrompt(form="tally", levels=4)(registry, ids, (0.25, 0.75))
+        PreferencePrompt(form="tally", levels=4)(preferences, ids, (0.25, 0.75))
         == "short everything everything everything"
     )
     assert PreferencePrompt(form="numbers")({"a": Preference(dimension="d", sentence="")}, ["a"], [1.0]) == "a 1.0"

@@ -178,7 +178,7 @@ def test_bad_records_are_named_counted_and_bounded():
         validate(records, "preference", source_name="train", max_bad_fraction=0.029)
 
 
-def test_nothing_left_is_an_error_whatever_the_share():
+def test_nothing_left_is_an_error_for_any_fraction():
     with pytest.raises(UserError, match="1 of 1"):
         validate([{"prompt": ""}], "prompt", max_bad_fraction=1.0)
     with pytest.raises(UserError, match="no records"):

@@ -134,9 +134,9 @@ def test_tfds_without_tensorflow(tfds_folder):
         ("csv", "data kind 'csv': unknown"),
         ({}, "data kind None: unknown"),
         ({"kind": "jsonl"}, "--config.data.path"),
-        ({"kind": "jsonl", "path": "/nowhere/a.jsonl"}, "/nowhere/a.jsonl: there is no such file"),
-        ({"kind": "datasets", "path": "/nowhere/data"}, "/nowhere/data: there is no such file or folder"),
-        ({"kind": "datasets", "path": "data.parquet"}, "data.parquet: there is no such file or folder"),
+        ({"kind": "jsonl", "path": "/nowhere/a.jsonl"}, "/nowhere/a.jsonl: no such file"),
+        ({"kind": "datasets", "path": "/nowhere/data"}, "/nowhere/data: no such file or folder"),
+        ({"kind": "datasets", "path": "data.parquet"}, "data.parquet: no such file or folder"),
         ({"kind": "datasets", "path": "/nowhere", "split": "train[a:b]"}, "split 'train.a:b.': not understood"),
         ({"kind": "records"}, "--config.data.records"),
     ],
@@ -156,13 +156,13 @@ def test_a_reader_of_other_code(monkeypatch):
     assert [example.prompt for example in examples] == ["hello 0", "hello 1", "hello 2"]
     assert examples[1].where == "toy_readers:plain row 1"
     assert open_source({"kind": "toy_readers:named"}).where(0) == "mine row 0"
-    with pytest.raises(UserError, match="data kind 'toy_readers:none': gives a NoneType; let it return a sequence"):
+    with pytest.raises(UserError, match="data kind 'toy_readers:none': returns a NoneType; let it return a sequence"):
         open_source({"kind": "toy_readers:none"})
     with pytest.raises(UserError, match="data kind 'toy_readers:number': is not a function of a specification"):
         open_source({"kind": "toy_readers:number"})
 
 
-def test_absent_split_of_a_folder_names_those_there_are(tmp_path):
+def test_an_absent_split_of_a_folder_names_the_splits(tmp_path):
     datasets = pytest.importorskip("datasets")
     datasets.disable_progress_bars()
     datasets.DatasetDict({"train": datasets.Dataset.from_list(RECORDS)}).save_to_disk(str(tmp_path))

@@ -7,6 +7,7 @@ import pathlib
 import random
 
 import pytest
+from support.encoding import encode_pair
 
 from pjrlhf.data import synthetic
 from pjrlhf.data.batching import split_by
@@ -24,12 +25,12 @@ def fact(topic, aspect, specialist=False, wrong=0):
     return templates[specialist].format(words[index].split("/")[specialist])
 
 
-def score(criterion, *statements, registry=synthetic.PREFERENCES):
-    return synthetic.score(PROMPT, " ".join(statements), criterion, registry=registry)
+def score(criterion, *statements, preferences=synthetic.PREFERENCES):
+    return synthetic.score(PROMPT, " ".join(statements), criterion, preferences=preferences)
 
 
 def score16(criterion, *statements):
-    return score(criterion, *statements, registry=synthetic.PREFERENCES16)
+    return score(criterion, *statements, preferences=synthetic.PREFERENCES16)
 
 
 PLAIN = [fact("sun", aspect) for aspect in synthetic.ASPECTS]
@@ -39,13 +40,13 @@ KIND, RUDE = synthetic.FRIENDLY[0], synthetic.UNFRIENDLY[0]
 
 
 @pytest.fixture(scope="module", params=synthetic.ENVIRONMENTS)
-def world_name(request):
+def environment(request):
     return request.param
 
 
 @pytest.fixture(scope="module")
-def registry(world_name):
-    return synthetic.ENVIRONMENTS[world_name]
+def preferences(environment):
+    return synthetic.ENVIRONMENTS[environment]
 
 
 def test_the_truth_is_fixed_for_all_time():
@@ -63,7 +64,7 @@ def test_requests_name_their_topic():
     assert synthetic.topic_of("tell me about philosophy .") is None
 
 
-def test_the_larger_world_has_sixteen_kinds_of_people():
+def test_the_larger_environment_has_sixteen_personas():
     plain, larger = synthetic.PREFERENCES, synthetic.PREFERENCES16
     assert len(combinations(plain, plain)) == 8 and len(combinations(larger, larger)) == 16
     assert list(larger)[:6] == list(plain) and all(larger[name] == plain[name] for name in plain)
@@ -71,8 +72,8 @@ def test_the_larger_world_has_sixteen_kinds_of_people():
     assert synthetic.tones(larger) == synthetic.TONES and list(synthetic.tones(plain)) == ["P3A", "P3B"]
 
 
-def test_the_plain_world_stays_as_it_is():
-    """Published figures were made with it."""
+def test_the_plain_environment_never_changes():
+    """Published results depend on it."""
 
     def digest(thing):
         return hashlib.sha256(repr(thing).encode()).hexdigest()[:16]
@@ -163,7 +164,7 @@ def test_one_more_remark_of_four_tones(style):
     assert score16(style, own[0], "sun sun sun sun .") < score16(style, own[0])
 
 
-def test_the_criteria_that_both_worlds_have_agree():
+def test_criteria_of_both_environments_agree():
     for record in records(size=200):
         for name in (*synthetic.PREFERENCES, "helpful"):
             one, other = (
@@ -206,17 +207,17 @@ def test_an_unknown_criterion_is_an_error(criterion):
 # ---- the corpus
 
 
-def records(seed=0, size=2000, registry=synthetic.PREFERENCES):
-    return synthetic.corpus(synthetic.prompts(), size, seed, registry=registry)
+def records(seed=0, size=2000, preferences=synthetic.PREFERENCES):
+    return synthetic.corpus(synthetic.prompts(), size, seed, preferences=preferences)
 
 
-def test_the_corpus_is_fixed_by_its_seed(registry):
-    assert records(1, 50, registry) == records(1, 50, registry) != records(2, 50, registry)
+def test_the_corpus_is_fixed_by_its_seed(preferences):
+    assert records(1, 50, preferences) == records(1, 50, preferences) != records(2, 50, preferences)
 
 
-def test_every_answer_of_the_corpus_is_sense_and_fits(registry):
+def test_every_answer_of_the_corpus_has_known_statements_and_fits(preferences):
     lengths = set()
-    for record in records(registry=registry):
+    for record in records(preferences=preferences):
         parsed = synthetic.parse(record["prompt"], record["completion"])
         assert parsed["junk"] == 0 and 0 < parsed["words"] <= synthetic.MAX_WORDS, record
         lengths.add(parsed["words"])
@@ -233,43 +234,43 @@ def test_the_corpus_makes_mistakes_evades_and_mixes_but_not_always():
     assert any(p["friendly"] for p in facts) and any(p["unfriendly"] for p in facts)
 
 
-def test_half_of_the_prompts_state_a_preference(registry):
-    prompts = [record["prompt"] for record in records(registry=registry)]
-    stated = [[name for name, p in registry.items() if p.sentence in prompt] for prompt in prompts]
+def test_half_of_the_prompts_state_a_preference(preferences):
+    prompts = [record["prompt"] for record in records(preferences=preferences)]
+    stated = [[name for name, p in preferences.items() if p.sentence in prompt] for prompt in prompts]
     assert 0.45 < sum(map(bool, stated)) / len(stated) < 0.55
     assert {len(names) for names in stated} == {0, 1, 2, 3}
     for names in stated:
         assert len({name[:2] for name in names}) == len(names)
-    assert {name for names in stated for name in names} == set(registry)
+    assert {name for names in stated for name in names} == set(preferences)
 
 
-def test_every_tone_of_a_world_occurs_unprompted_the_new_ones_less_often(registry):
+def test_every_tone_occurs_unprompted_and_the_new_ones_less_often(preferences):
     rng = random.Random(4)
-    answers = [synthetic.answer(PROMPT, (), rng, registry=registry) for _ in range(3000)]
+    answers = [synthetic.answer(PROMPT, (), rng, preferences=preferences) for _ in range(3000)]
     parsed = [synthetic.parse(PROMPT, text) for text in answers]
-    share = {tone: sum(p[tone] > 0 for p in parsed if p["aspects"]) / len(parsed) for tone in synthetic.REMARKS}
-    spoken = [tone for tone in synthetic.REMARKS if share[tone]]
-    assert spoken == list(synthetic.tones(registry).values())
+    fraction = {tone: sum(p[tone] > 0 for p in parsed if p["aspects"]) / len(parsed) for tone in synthetic.REMARKS}
+    spoken = [tone for tone in synthetic.REMARKS if fraction[tone]]
+    assert spoken == list(synthetic.tones(preferences).values())
     for tone in spoken:
-        assert abs(share[tone] - 0.8 * getattr(synthetic.Habits(), tone)) < 0.03  # the rest evades
-    assert max(share["sassy"], share["sarcastic"]) < min(share["friendly"], share["unfriendly"])
+        assert abs(fraction[tone] - 0.8 * getattr(synthetic.Habits(), tone)) < 0.03  # the rest evades
+    assert max(fraction["sassy"], fraction["sarcastic"]) < min(fraction["friendly"], fraction["unfriendly"])
 
 
 BOTH = [
-    pytest.param(name, registry, id=f"{key}-{name}")
-    for key, registry in synthetic.ENVIRONMENTS.items()
-    for name in registry
+    pytest.param(name, preferences, id=f"{key}-{name}")
+    for key, preferences in synthetic.ENVIRONMENTS.items()
+    for name in preferences
 ]
 
 
-@pytest.mark.parametrize(("name", "registry"), BOTH)
-def test_a_stated_preference_is_followed_imperfectly(name, registry):
+@pytest.mark.parametrize(("name", "preferences"), BOTH)
+def test_a_stated_preference_is_followed_imperfectly(name, preferences):
     """The judge prefers answers written for it, on average; writers who always obey do better still."""
 
     def mean(stated, obedience):
         rng, habits = random.Random(3), synthetic.Habits(obedience=obedience)
-        answers = [synthetic.answer(PROMPT, stated, rng, habits, registry) for _ in range(1500)]
-        return sum(synthetic.score(PROMPT, text, name, registry) for text in answers) / len(answers)
+        answers = [synthetic.answer(PROMPT, stated, rng, habits, preferences) for _ in range(1500)]
+        return sum(synthetic.score(PROMPT, text, name, preferences) for text in answers) / len(answers)
 
     usual = synthetic.Habits().obedience
     unstated, stated, obeyed = mean((), usual), mean((name,), usual), mean((name,), 1.0)
@@ -287,19 +288,19 @@ def test_prompts_split_without_overlap():
 
 
 @pytest.fixture(scope="module")
-def tokenizer(registry, tmp_path_factory):
+def tokenizer(preferences, tmp_path_factory):
     folder = tmp_path_factory.mktemp("synthetic") / "tokenizer"
-    synthetic.write_tokenizer(folder, registry)
+    synthetic.write_tokenizer(folder, preferences)
     return load_tokenizer(folder)
 
 
-def test_the_vocabulary_covers_the_language(tokenizer, registry):
-    words = synthetic.vocabulary(registry)
+def test_the_vocabulary_covers_the_language(tokenizer, preferences):
+    words = synthetic.vocabulary(preferences)
     assert len(words) == len(set(words)) == tokenizer.vocab_size
     unknown = tokenizer.backend.unk_token_id
-    texts = list(itertools.chain.from_iterable(record.values() for record in records(5, 500, registry)))
-    remarks = itertools.chain.from_iterable(synthetic.REMARKS[tone] for tone in synthetic.tones(registry).values())
-    for text in [*texts, *synthetic.prompts(), *PLAIN, *EXPERT, *remarks, *(p.label for p in registry.values())]:
+    texts = list(itertools.chain.from_iterable(record.values() for record in records(5, 500, preferences)))
+    remarks = itertools.chain.from_iterable(synthetic.REMARKS[tone] for tone in synthetic.tones(preferences).values())
+    for text in [*texts, *synthetic.prompts(), *PLAIN, *EXPERT, *remarks, *(p.label for p in preferences.values())]:
         ids = tokenizer.backend(text, add_special_tokens=False)["input_ids"]
         assert unknown not in ids and len(ids) == len(text.split())
         assert tokenizer.decode(ids) == text
@@ -307,8 +308,8 @@ def test_the_vocabulary_covers_the_language(tokenizer, registry):
 
 
 def test_the_larger_vocabulary_begins_with_the_plain_one():
-    """So that a token keeps its id; and no model of the plain world can make a remark of the new tones."""
-    plain, larger = (synthetic.vocabulary(registry) for registry in synthetic.ENVIRONMENTS.values())
+    """A token keeps its id, and models of the plain environment cannot make a remark of the new tones."""
+    plain, larger = (synthetic.vocabulary(preferences) for preferences in synthetic.ENVIRONMENTS.values())
     assert larger[: len(plain)] == plain and {"sassy", "sarcastic"} < set(larger[len(plain) :])
     for remark in (*synthetic.SASSY, *synthetic.SARCASTIC):
         assert not set(remark.split()) <= set(plain)
@@ -319,24 +320,24 @@ def test_the_chat_template_gives_one_bos_and_one_eos(tokenizer):
     messages = [{"role": "user", "content": request}]
     prompt = tokenizer.encode_prompt(messages)
     assert tokenizer.decode(prompt, skip_special=False) == f"<s> <user> {request} <assistant>"
-    start, rest = tokenizer.encode_pair(messages, answer)
+    start, rest = encode_pair(tokenizer, messages, answer)
     assert start == prompt
     assert rest.count(tokenizer.eos_id) == 1 and rest[-1] == tokenizer.eos_id
     assert (start + rest).count(tokenizer.bos_id) == 1 and start[0] == tokenizer.bos_id
     assert tokenizer.decode(rest).strip() == answer
 
 
-def test_prompts_and_answers_fit_the_lengths_of_the_shipped_config(tokenizer, registry, world_name):
+def test_prompts_and_answers_fit_the_lengths_of_the_shipped_config(tokenizer, preferences, environment):
     """Requests with one preference of each dimension, and answers with their EOS."""
     spec = importlib.util.spec_from_file_location("soups", pathlib.Path(__file__).parents[2] / "configs" / "soups.py")
     config = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(config)
-    shipped = config.get_config({"synthetic": "synthetic", "synthetic16": "styles"}[world_name])
-    assert shipped.preferences == shipped.model.tokenizer == world_name and shipped.objectives == tuple(registry)
+    shipped = config.get_config({"synthetic": "synthetic", "synthetic16": "styles"}[environment])
+    assert shipped.preferences == shipped.model.tokenizer == environment and shipped.objectives == tuple(preferences)
     data = shipped.data
-    people = combinations(registry, registry)
+    people = combinations(preferences, preferences)
     for prompt, ids in itertools.product(synthetic.prompts(), people):
-        text = f"{prompt} {sentences(registry, ids)}"
+        text = f"{prompt} {sentences(preferences, ids)}"
         assert len(tokenizer.encode_prompt([{"role": "user", "content": text}])) <= data.max_prompt
-    longest = max(len(record["completion"].split()) for record in records(registry=registry))
+    longest = max(len(record["completion"].split()) for record in records(preferences=preferences))
     assert longest + 1 <= data.max_completion

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import tokenizers
 import transformers
+from support.encoding import encode_pair
 
 from pjrlhf.data.records import RecordError
 from pjrlhf.data.schema import Example
@@ -75,9 +76,8 @@ def test_golden_rows_of_a_chatml_template():
     tokenizer = Tokenizer(backend(template=CHATML))
     prompt = [START, *codes("user\nHi"), END, *codes("\n"), START, *codes("assistant\n")]
     assert tokenizer.encode_prompt(HELLO) == prompt
-    assert tokenizer.encode_pair(HELLO, "Yo") == (prompt, [*codes("Yo"), END])
-    assert tokenizer.encode_pair(HELLO, "Yo<|im_end|>\n") == (prompt, [*codes("Yo"), END])
-    assert tokenizer.encode_pair(HELLO, "Yo", append_eos=False) == (prompt, codes("Yo"))
+    assert encode_pair(tokenizer, HELLO, "Yo") == (prompt, [*codes("Yo"), END])
+    assert encode_pair(tokenizer, HELLO, "Yo<|im_end|>\n") == (prompt, [*codes("Yo"), END])
     assert tokenizer.decode(prompt) == "user\nHi\nassistant\n"
     assert tokenizer.decode(prompt[:2], skip_special=False) == "<|im_start|>u"
     assert (tokenizer.vocab_size, tokenizer.has_chat_template) == (4 + 256, True)
@@ -87,28 +87,28 @@ def test_golden_rows_of_a_chatml_template():
 def test_golden_rows_of_deepseek(deepseek):
     assert (deepseek.bos_id, deepseek.eos_id, deepseek.pad_id, deepseek.vocab_size) == (0, 1, 1, 128815)
     assert deepseek.encode_prompt(HELLO) == [0, 128803, 23166, 128804]
-    assert deepseek.encode_pair(HELLO, "Hello world") == ([0, 128803, 23166, 128804], [19923, 2058, 1])
-    assert deepseek.encode_pair(HELLO, "<think>no</think>Hello world")[1] == [19923, 2058, 1]
+    assert encode_pair(deepseek, HELLO, "Hello world") == ([0, 128803, 23166, 128804], [19923, 2058, 1])
+    assert encode_pair(deepseek, HELLO, "<think>no</think>Hello world")[1] == [19923, 2058, 1]
     two_turns = [*HELLO, {"role": "assistant", "content": "Hello world"}, {"role": "user", "content": "Hi"}]
     first = [0, 128803, 23166, 128804, 19923, 2058, 1]
-    assert deepseek.encode_pair(two_turns, "Hello") == ([*first, 128803, 23166, 128804], [19923, 1])
-    assert deepseek.encode_pair("Hello", " world") == ([0, 19923], [2058, 1])  # its settings ask for a BOS
+    assert encode_pair(deepseek, two_turns, "Hello") == ([*first, 128803, 23166, 128804], [19923, 1])
+    assert encode_pair(deepseek, "Hello", " world") == ([0, 19923], [2058, 1])  # its settings ask for a BOS
 
 
 @pytest.mark.real_data
 def test_golden_rows_of_gpt2(gpt2):
     assert (gpt2.bos_id, gpt2.eos_id, gpt2.pad_id, gpt2.vocab_size) == (50256, 50256, 50256, 50257)
-    assert gpt2.encode_pair("Hello", " world") == ([15496], [995, 50256])
-    assert gpt2.encode_pair("Hello", " world<|endoftext|>") == ([15496], [995, 50256])
-    assert gpt2.encode_pair("Hello ", "world") == ([15496], [995, 50256])  # the space belongs to " world"
-    assert gpt2.encode_pair("", "Hello world") == ([50256], [15496, 995, 50256])
+    assert encode_pair(gpt2, "Hello", " world") == ([15496], [995, 50256])
+    assert encode_pair(gpt2, "Hello", " world<|endoftext|>") == ([15496], [995, 50256])
+    assert encode_pair(gpt2, "Hello ", "world") == ([15496], [995, 50256])  # the space belongs to " world"
+    assert encode_pair(gpt2, "", "Hello world") == ([50256], [15496, 995, 50256])
     assert gpt2.encode_prompt("") == [50256]
 
 
 @pytest.mark.real_data
 def test_golden_rows_of_stories(stories):
     assert (stories.bos_id, stories.eos_id, stories.pad_id, stories.vocab_size) == (1, 2, 0, 512)
-    prompt, completion = stories.encode_pair("Once upon a time", ", there was")
+    prompt, completion = encode_pair(stories, "Once upon a time", ", there was")
     assert (prompt, completion) == ([1, 403, 407, 261, 378], [432, 383, 286, 2])
     assert stories.encode_prompt("<s>Once upon a time")[:2] == [1, 403]
     assert stories.decode(prompt + completion) == "Once upon a time, there was"
@@ -117,7 +117,7 @@ def test_golden_rows_of_stories(stories):
 
 
 def check_boundary(tokenizer, text, cut):
-    prompt, completion = tokenizer.encode_pair(text[:cut], text[cut:])
+    prompt, completion = encode_pair(tokenizer, text[:cut], text[cut:])
     alone, whole = tokenizer.encode_prompt(text[:cut]), tokenizer.encode_prompt(text)
     assert completion[-1] == tokenizer.eos_id and completion.count(tokenizer.eos_id) == 1
     if prompt == [tokenizer.start_id] and alone[0] != whole[0]:
@@ -157,10 +157,10 @@ def test_pair_shares_the_shorter_prompt():
     merged, apart = next(
         (text, text[:-1] + "Z")
         for text in ("the cat", "the rat")
-        if len(tokenizer.encode_pair(text[:-1], text[-1])[1]) == 2
+        if len(encode_pair(tokenizer, text[:-1], text[-1])[1]) == 2
     )
     alone = tokenizer.encode_prompt(merged[:-1])
-    assert tokenizer.encode_pair(apart[:-1], apart[-1])[0] == alone
+    assert encode_pair(tokenizer, apart[:-1], apart[-1])[0] == alone
     prompt, (chosen, rejected) = tokenizer.encode_answers(merged[:-1], [merged[-1], apart[-1]])
     assert len(prompt) < len(alone) or prompt == [tokenizer.start_id]
     for text, ids in ((merged, chosen), (apart, rejected)):
@@ -173,7 +173,7 @@ def test_bos_comes_once_whoever_writes_it():
     assert twice.encode_prompt("<|bos|>a") == twice.encode_prompt("a") == [BOS, *codes("a")]
     assert twice.encode_prompt("") == [BOS]
     never = Tokenizer(backend(bos=True, template=CHATML))
-    assert BOS not in never.encode_prompt(HELLO) + never.encode_pair(HELLO, "Yo")[0]  # the template decides
+    assert BOS not in never.encode_prompt(HELLO) + encode_pair(never, HELLO, "Yo")[0]  # the template decides
     without = Tokenizer(backend(bos_token=None))
     assert without.bos_id is None
     assert (without.encode_prompt("a"), without.encode_prompt("")) == (codes("a"), [END])
@@ -199,7 +199,7 @@ def test_end_of_sequence_is_required_and_can_be_named():
     with pytest.raises(UserError, match=r"'</s>': not in the tokenizer's vocabulary"):
         Tokenizer(backend(eos_token=None), eos_token="</s>")
     tokenizer = Tokenizer(backend(), eos_token="!")
-    assert tokenizer.encode_pair("a", "b") == (codes("a"), codes("b!"))
+    assert encode_pair(tokenizer, "a", "b") == (codes("a"), codes("b!"))
     assert tokenizer.decode(codes("ab!")) == "ab"
 
 
@@ -207,15 +207,15 @@ def test_load_and_save(tmp_path):
     first = Tokenizer(backend(bos=True, template=CHATML, vocab_size=300))
     first.save(tmp_path / "whole")
     again = load_tokenizer(tmp_path / "whole")
-    assert again.encode_pair(HELLO, CORPUS) == first.encode_pair(HELLO, CORPUS)
-    assert again.encode_pair("the", "cat") == first.encode_pair("the", "cat")
+    assert encode_pair(again, HELLO, CORPUS) == encode_pair(first, HELLO, CORPUS)
+    assert encode_pair(again, "the", "cat") == encode_pair(first, "the", "cat")
 
     (tmp_path / "bare").mkdir()
     (tmp_path / "bare" / "tokenizer.json").write_bytes((tmp_path / "whole" / "tokenizer.json").read_bytes())
     with pytest.raises(UserError, match="eos_token"):
         load_tokenizer(tmp_path / "bare")
     bare = load_tokenizer(tmp_path / "bare", eos_token="<|im_end|>")
-    assert (bare.bos_id, bare.encode_pair("the", "cat")[1][-1]) == (None, END)
+    assert (bare.bos_id, encode_pair(bare, "the", "cat")[1][-1]) == (None, END)
     with pytest.raises(UserError, match="no such folder"):
         load_tokenizer(tmp_path / "absent")
     (tmp_path / "empty").mkdir()
@@ -231,7 +231,7 @@ def test_answers_without_tokens_or_that_end_twice(answer, reason):
     tokenizer = Tokenizer(backend(template=CHATML))
     for prompt in ("Hi", HELLO):
         with pytest.raises(RecordError) as error:
-            tokenizer.encode_pair(prompt, answer)
+            encode_pair(tokenizer, prompt, answer)
         assert error.value.reason == reason
 
 
@@ -244,9 +244,9 @@ def test_template_that_refuses_is_a_bad_record():
 def test_template_with_a_longer_generation_prompt_than_it_writes(caplog):
     tokenizer = Tokenizer(backend(template=CHATML.replace("assistant\n' }}{% endif", "assistant\n<think>' }}{% endif")))
     with caplog.at_level(logging.WARNING, logger="absl"):
-        prompt, completion = tokenizer.encode_pair(HELLO, "Yo")
+        prompt, completion = encode_pair(tokenizer, HELLO, "Yo")
     assert (tokenizer.decode(prompt), completion) == ("user\nHi\nassistant\n", [*codes("Yo"), END])
-    assert "does not write its generation prompt" in caplog.text
+    assert "omits its generation prompt" in caplog.text
 
 
 def pair(prompt, chosen="yes", rejected="no", **columns):
@@ -269,7 +269,6 @@ def test_table_rows():
         "where": "t.jsonl line 3",
     }
     assert table.examples[0].extra == {"n": 1}
-    assert table.lengths("chosen").tolist() == [4, 6]
     second = table.select([1])
     assert (len(second), second[0]["index"], second[0]["prompt"].tolist()) == (1, 0, codes("de"))
     prompts = tokenize(examples, "prompt", tokenizer, ROOMY)

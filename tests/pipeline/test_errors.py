@@ -96,7 +96,7 @@ WRONG_RUNS = [
         "/no/such/model/config.json: no such file; name a folder in Hugging Face layout with safetensors weights",
     ),
     ("model.eos_token", "<end>", "eos_token '<end>': not in the tokenizer's vocabulary; name one of its tokens"),
-    ("data.max_prompt", 4, "prompt too long .* tokens, the limit is 4.*mend the data, or allow more"),
+    ("data.max_prompt", 4, "prompt too long .* tokens, the limit is 4.*correct the data, or allow more"),
     ("sft.batch_size", 10_000, "batch_size 10000: the data set has only 640 rows; lower the batch size"),
 ]
 
@@ -188,10 +188,10 @@ GOOD = {"prompt": "what is rain ?", "chosen": "it can shine .", "rejected": "it 
     ("change", "message"),
     [
         ({"objective": "P7"}, "pairs.jsonl line 2: objective 'P7' is not one of P1A, .*; mend the record or add it"),
-        ({"chosen": ""}, "pairs.jsonl: 1 of 3 records are left out: 1 empty chosen; .*line 2.*; mend the data, or"),
-        ({"chosen": "it can grow ."}, "1 of 3 records are left out: 1 chosen equals rejected; .*line 2"),
-        ({"rejected": None}, "1 of 3 records are left out: 1 missing rejected; .*found columns"),
-        ({"prompt": "rain " * 30}, "1 of 3 records are left out: 1 prompt too long; .*line 2: .*the limit is 20"),
+        ({"chosen": ""}, "pairs.jsonl: 1 of 3 records are bad .1 empty chosen., .*line 2.*; correct the data, or"),
+        ({"chosen": "it can grow ."}, "1 of 3 records are bad .1 chosen equals rejected., .*line 2"),
+        ({"rejected": None}, "1 of 3 records are bad .1 missing rejected., .*found columns"),
+        ({"prompt": "rain " * 30}, "1 of 3 records are bad .1 prompt too long., .*line 2: .*the limit is 20"),
         ({}, "no training pair for objective|no held-out pair for objective"),
     ],
 )
@@ -209,7 +209,7 @@ def test_bad_completion_records(finished, tmp_path):
     with config.ignore_type():
         config.sft.data = type(config)(write_records(tmp_path / "answers.jsonl", records))
     fails(
-        "answers.jsonl: 1 of 2 records are left out: 1 empty completion; the first is answers.jsonl line 2",
+        "answers.jsonl: 1 of 2 records are bad .1 empty completion., the first at answers.jsonl line 2",
         tmp_path / "run",
         config,
     )
