@@ -181,7 +181,7 @@ def test_every_value_is_taken_or_refused_in_one_line(cls):
 @pytest.mark.parametrize("key", KEYS)
 def test_every_value_is_taken_or_refused_by_a_config(key):
     """The same of a whole config, by its file and by a flag where flags can say it."""
-    for value in values_for(*KEYS[key]):
+    for value in ("nonsense", True, ["x"], {"x": 1}, -1, 0, math.nan, 10**30):
         for by_flag in (False, True):
             config = everything()
             if by_flag:
