@@ -1,5 +1,6 @@
 """Shared test set-up: eight CPU devices, a compilation cache, and the optional folder of real data."""
 
+import fcntl
 import os
 import pathlib
 import shutil
@@ -37,10 +38,34 @@ def shared() -> pathlib.Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def root(tmp_path_factory):
+    """A temporary folder that all workers of this test session share."""
+    folder = tmp_path_factory.getbasetemp()
+    return folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
+
+
+@pytest.fixture(scope="session")
+def once(root):
+    """Makes a folder once per test session: the worker that asks first makes it, the others wait for it."""
+
+    def make(name, build):
+        folder, done = root / name, root / f"{name}.done"
+        with open(root / f"{name}.lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not done.exists():
+                shutil.rmtree(folder, ignore_errors=True)  # half of it, from a worker that failed
+                build(folder)
+                done.touch()
+        return folder
+
+    return make
+
+
 @pytest.fixture(scope="session", autouse=True)
-def cache_folder(tmp_path_factory):
+def cache_folder(root):
     """Where runs keep what depends on content alone: not in the cache folder of whoever runs the tests."""
-    folder = tmp_path_factory.mktemp("cache")
+    folder = root / "cache"
     from pjrlhf.runtime.workspace import Workspace
 
     with pytest.MonkeyPatch.context() as patch:
@@ -49,11 +74,11 @@ def cache_folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def finished(tmp_path_factory):
+def finished(once):
     """The folder of a finished run of `tiny.settings()`; not to be changed."""
     from support import tiny
 
-    return tiny.run(tmp_path_factory.mktemp("finished") / "run", tiny.settings())
+    return once("finished", lambda folder: tiny.run(folder, tiny.settings()))
 
 
 @pytest.fixture
@@ -63,8 +88,16 @@ def copied(finished, tmp_path):
 
 
 @pytest.fixture(scope="session")
-def people(tmp_path_factory, cache_folder):
+def people(once, cache_folder):
     """The folder of a finished run of `tiny_users.settings()`; not to be changed."""
     from support import tiny, tiny_users
 
-    return tiny.run(tmp_path_factory.mktemp("people") / "run", tiny_users.settings())
+    return once("people", lambda folder: tiny.run(folder, tiny_users.settings()))
+
+
+@pytest.fixture(scope="session")
+def family(once, cache_folder):
+    """The folder of a finished run of `tiny_family.settings()`; not to be changed."""
+    from support import tiny, tiny_family
+
+    return once("family", lambda folder: tiny.run(folder, tiny_family.settings()))

@@ -1,9 +1,11 @@
 """Every setting: what it takes, what it refuses, and that a refusal is one line that names the key."""
 
 import dataclasses
+import importlib
 import importlib.util
 import math
 import pathlib
+import pkgutil
 import typing
 from collections.abc import Mapping
 from typing import Any
@@ -14,9 +16,12 @@ import pytest
 from absl import flags
 from ml_collections import config_flags
 
+import pjrlhf
 from pjrlhf import config as configs
+from pjrlhf.algorithms.pdpo import EntrySettings
 from pjrlhf.config import RunSettings
 from pjrlhf.errors import UserError
+from pjrlhf.objectives.scalarization import CombinationRule
 from pjrlhf.pipeline import stages
 from pjrlhf.settings import RENAMED, Settings, fields_of, nested_class, overlay, parse, rule_of, setting, to_config
 
@@ -119,6 +124,35 @@ def test_every_setting_is_reached_by_a_flag():
         for part in key.split("."):
             assert part in section, key
             section = section[part]
+
+
+def below(cls):
+    """All classes derived from one."""
+    return {one for direct in cls.__subclasses__() for one in (direct, *below(direct))}
+
+
+def test_every_class_of_settings_is_reached_by_a_flag():
+    """As a section, as what a section inherits, or under names that a config chooses."""
+    for module in pkgutil.walk_packages(pjrlhf.__path__, "pjrlhf."):
+        importlib.import_module(module.name)
+    package = {cls for cls in below(Settings) if cls.__module__.startswith("pjrlhf.")}
+    chosen = {EntrySettings, CombinationRule, *below(CombinationRule)}
+    inherited = {base for cls in classes() for base in cls.__mro__}
+    assert package - inherited - chosen == set()
+    combine = everything().policy.combine
+    for rule in below(CombinationRule) & package:
+        assert {field.name for field in dataclasses.fields(rule)} <= {*combine}, rule
+    config = everything()
+    config.preference.models = {"mine": to_config(EntrySettings())}
+    assert {field.name for field in dataclasses.fields(EntrySettings)} <= {*config.preference.models.mine}
+
+
+def test_the_defaults_of_a_config_are_those_of_the_classes():
+    """The building blocks of configs change nothing; `front`, which sizes a run, says what it changes."""
+    sections = {name: kind for name, hint in typing.get_type_hints(RunSettings).items() if (kind := nested_class(hint))}
+    config = everything()
+    del config.stages
+    assert configs.read(config) == RunSettings(**{name: kind() for name, kind in sections.items()})
 
 
 def values_for(hint, field):
