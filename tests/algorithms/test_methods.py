@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +13,6 @@ from support import tiny, tiny_family
 from pjrlhf.algorithms import methods, policy
 from pjrlhf.errors import UserError
 from pjrlhf.evaluation import pareto
-from pjrlhf.merging.methods import bone_soup_weights
 from pjrlhf.models.storage import load_tree
 from pjrlhf.objectives.simplex import simplex_grid
 from pjrlhf.pipeline import seeds, stages
@@ -24,20 +24,14 @@ pytestmark = pytest.mark.slow  # many programs to compile
 
 
 @pytest.fixture(scope="module")
-def family(tmp_path_factory):
-    """The folder of a finished run of `tiny_family.settings()`; not to be changed."""
-    return tiny.run(tmp_path_factory.mktemp("family") / "run", tiny_family.settings())
-
-
-@pytest.fixture(scope="module")
 def summary(family):
     return json.loads((family / "report" / "summary.json").read_text())
 
 
-def again(family, config):
+def again(folder, config):
     """All stages once more in the same folder."""
     with tiny.one_device():
-        stages.run(config, Workdir(family))
+        stages.run(config, Workdir(folder))
 
 
 def test_every_entry_has_its_folder_and_its_row(family, summary):
@@ -75,19 +69,19 @@ def test_metrics_are_logged_per_objective(family):
     assert "objective/scores/P2A" in soups and not any(name.startswith("rewards/") for name in soups)
 
 
-def test_finished_entries_are_skipped_and_new_ones_trained(family, monkeypatch):
+def test_finished_entries_are_skipped_and_new_ones_trained(family, tmp_path, monkeypatch):
     trained = []
     fake = dataclasses.replace(policy.TRAINER, train=lambda run, settings, stage: trained.append(stage) or {})
     monkeypatch.setattr(policy, "TRAINER", fake)
-    again(family, tiny_family.settings((*tiny_family.QUICK, "clp")))
+    again(shutil.copytree(family, tmp_path / "run"), tiny_family.settings((*tiny_family.QUICK, "clp")))
     assert trained == ["methods/clp"]
 
 
-def test_an_entry_whose_settings_changed(family):
+def test_an_entry_whose_settings_changed(family, tmp_path):
     config = tiny_family.settings()
     config.methods.moc.combine.control_weight = 2.0
     with pytest.raises(UserError, match=r"methods.moc: trained with other settings before; choose another name for it"):
-        again(family, config)
+        again(shutil.copytree(family, tmp_path / "run"), config)
 
 
 @pytest.mark.parametrize(
@@ -155,7 +149,8 @@ def test_bone_soups_invert_their_mixing(family, monkeypatch):
     points = ((0.7, 0.3), (0.3, 0.7))
     entry = {"preferences": {"kind": "fixed", "points": points}, "answer": "bone", "extrapolation": 0.2}
     found = player(family, entry, monkeypatch)
-    np.testing.assert_allclose(found.mix(P), bone_soup_weights(P, points, 0.2))
+    # (0.6, 0.4) / (1 - 0.2) = 0.9375 (0.7, 0.3) + 0.3125 (0.3, 0.7)
+    np.testing.assert_allclose(found.mix((0.6, 0.4)), (0.9375, 0.3125))
     plain = player(family, {k: v for k, v in entry.items() if k != "extrapolation"}, monkeypatch)
     np.testing.assert_allclose(plain.mix(points[0]), (1, 0), atol=1e-9)
 

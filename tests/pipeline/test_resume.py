@@ -100,30 +100,52 @@ def test_two_runs_give_the_same_bits(request, tmp_path, module, stages):
 
 MAIN = """
 import sys
-from ml_collections import config_dict
 sys.path.insert(0, {tests!r})
 from support import tiny
 def get_config():
-    return tiny.settings(stages=("sft",), sft__steps=60, checkpoint_every=0)
+    return tiny.settings(**{changes!r})
 """
 
 
-def start_main(tmp_path, workdir):
+def start_main(tmp_path, workdir, compile_flags=os.environ["XLA_FLAGS"], **changes):
     """`python -m pjrlhf.main` on one CPU device."""
     config = tmp_path / "config.py"
-    config.write_text(MAIN.format(tests=str(pathlib.Path(__file__).parents[1])))
+    config.write_text(MAIN.format(tests=str(pathlib.Path(__file__).parents[1]), changes=changes))
     command = [sys.executable, "-m", "pjrlhf.main", f"--config={config}", f"--workdir={workdir}"]
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "XDG_CACHE_HOME": str(tmp_path / "cache")}
+    env = {
+        **os.environ,
+        "PYTHONPATH": str(ROOT),
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": compile_flags,
+        "XDG_CACHE_HOME": str(tmp_path / "cache"),
+        "JAX_COMPILATION_CACHE_DIR": str(jax.config.jax_compilation_cache_dir),
+    }
     return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path)
+
+
+def test_two_processes_give_the_same_bits_with_the_default_compiler(tmp_path):
+    """As users run it: other tests compile without optimisation."""
+    short = {"reward__steps": 2, "policy__steps": 2}
+    short |= {"objectives": ("P1A", "P1B"), "general": ""}
+    stages = ("sft", "comparisons", "reward", "policy")
+    found = []
+    for name in ("first", "second"):
+        process = start_main(tmp_path, tmp_path / name, compile_flags="", stages=stages, **short)
+        _, errors = process.communicate(timeout=500)
+        assert process.returncode == 0, errors
+        found.append(results(tmp_path / name, stages))
+    assert {path.split("/")[0] for path in found[0][0]} == {"sft", "reward", "policy"}
+    assert len(found[0][1]) == 64 and found[0] == found[1]
 
 
 @pytest.mark.slow
 def test_sigterm_to_a_run(tmp_path):
-    whole = start_main(tmp_path, tmp_path / "whole")
+    sft = {"stages": ("sft",), "checkpoint_every": 0}
+    whole = start_main(tmp_path, tmp_path / "whole", **sft)
     _, errors = whole.communicate(timeout=300)
     assert whole.returncode == 0, errors
 
-    stopped = start_main(tmp_path, tmp_path / "parts")
+    stopped = start_main(tmp_path, tmp_path / "parts", **sft)
     deadline = time.monotonic() + 120
     while not (tmp_path / "parts/metrics.jsonl").exists() or len(tiny.lines(tmp_path / "parts")) < 3:
         assert stopped.poll() is None and time.monotonic() < deadline
@@ -137,7 +159,7 @@ def test_sigterm_to_a_run(tmp_path):
     assert "Traceback" not in errors
     assert not (tmp_path / "parts" / "manifest.json").exists()
 
-    resumed = start_main(tmp_path, tmp_path / "parts")
+    resumed = start_main(tmp_path, tmp_path / "parts", **sft)
     _, errors = resumed.communicate(timeout=300)
     assert resumed.returncode == 0, errors
     assert tiny.lines(tmp_path / "parts") == tiny.lines(tmp_path / "whole")
