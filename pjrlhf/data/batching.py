@@ -1,35 +1,55 @@
 """Pads rows of token ids, and iterates over batches in an order that a resumed run continues exactly."""
 
 import hashlib
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from typing import Any, TypeVar
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any, Protocol, TypeVar
 
-import jax
 import numpy as np
 from flax import struct
+from jaxtyping import Bool, Int
 
+from pjrlhf.data.tokenization import TokenRow
 from pjrlhf.errors import UserError
+from pjrlhf.types import Array
 
-Row = Mapping[str, Any]
+Row = TypeVar("Row")
 Batch = TypeVar("Batch")  # a pytree of arrays
+Row_co = TypeVar("Row_co", covariant=True)
+Batch_co = TypeVar("Batch_co", covariant=True)
 Ids = Sequence[int] | np.ndarray  # token ids of one text
 Length = int | Sequence[int]  # one length, or buckets; the smallest bucket that holds a batch is used
 
 
-@struct.dataclass
-class Completions:
-    """B prompts with one completion each, padded to [B, P + N].
+class Table(Protocol[Row_co]):
+    """Rows by their number."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, i: int, /) -> Row_co: ...
+
+
+class Batches(Protocol[Batch_co]):
+    """An iterator over batches whose position is a small JSON dict."""
+
+    def __next__(self) -> Batch_co: ...
+
+    def get_state(self) -> Any: ...
+
+    def set_state(self, state: Any) -> None: ...
+
+
+class Completions(struct.PyTreeNode):
+    """Prompts with one completion each, padded to T = P + N positions; NumPy arrays on the host.
 
     Prompts are padded on the left and completions on the right, so that they meet at column P.
 
     Attributes:
-      tokens: int32 [B, P + N].
-      valid: bool [B, P + N], False on padding.
+      valid: False on padding.
       prompt_length: P, static.
     """
 
-    tokens: np.ndarray | jax.Array
-    valid: np.ndarray | jax.Array
+    tokens: Int[Array, "B T"]
+    valid: Bool[Array, "B T"]
     prompt_length: int = struct.field(pytree_node=False)
 
 
@@ -72,7 +92,7 @@ def buckets(lengths: Sequence[int] | np.ndarray, sizes: Sequence[int]) -> np.nda
 
 
 def collate_completion(
-    rows: Sequence[Row], *, prompt_length: Length, completion_length: Length, pad_id: int
+    rows: Sequence[TokenRow], *, prompt_length: Length, completion_length: Length, pad_id: int
 ) -> Completions:
     """Pads the "prompt" and "completion" ids of rows to these lengths, or to the smallest buckets that hold them.
 
@@ -83,23 +103,24 @@ def collate_completion(
     prompt = pad_left(prompts, P, pad_id)
     completion = pad_right(*_fitted([row["completion"] for row in rows], completion_length), pad_id)
     tokens, valid = (np.concatenate(pair, axis=1) for pair in zip(prompt, completion, strict=True))
-    return Completions(tokens, valid, P)
+    arrays: dict[str, Any] = {"tokens": tokens, "valid": valid}
+    return Completions(**arrays, prompt_length=P)
 
 
-def _fitted(ids: Sequence[np.ndarray], length: Length) -> tuple[Sequence[np.ndarray], int]:
+def _fitted(ids: Sequence[Ids], length: Length) -> tuple[Sequence[Ids], int]:
     """(`ids`, the length to pad them to)."""
     return ids, length if isinstance(length, int) else int(buckets([max(map(len, ids))], length)[0])
 
 
 def batches(
-    table: Sequence[Row],
+    table: Table[Row],
     batch_size: int,
     *,
     seed: int,
-    collate: Callable[[Sequence[Row]], Batch],
+    collate: Callable[[list[Row]], Batch],
     shuffle: bool = True,
     epochs: int | None = None,
-) -> Iterator[Batch]:
+) -> Batches[Batch]:
     """A grain iterator over batches, whose `get_state()` is a small JSON dict; after `set_state(state)` it continues
     exactly.
 

@@ -7,16 +7,18 @@ have alone, so that nothing but the amount of work tells a packed batch from a p
 import dataclasses
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
+from jaxtyping import Int
 
+from pjrlhf.data.batching import Ids
 from pjrlhf.errors import UserError
+from pjrlhf.types import Array
 
-Array = np.ndarray | jax.Array
-Ids = Sequence[int] | np.ndarray
 # none: an answer per row, each with its prompt; share: a prompt with all its answers per row; pack: as many of those
 # as a row holds; join: all in one row per device, the least padding, for attention that leaves out what nobody sees.
 MODES = ("none", "share", "pack", "join")
@@ -24,37 +26,35 @@ NOWHERE = 2**30  # in place of an answer's number: of no answer
 _SHAPES = 8  # how many lengths, or numbers of rows, there are at most: each is compiled once
 
 
-@struct.dataclass
-class PackedRows:
-    """E examples, prompts of A answers each, in R rows of T slots.
+class PackedRows(struct.PyTreeNode):
+    """E examples, prompts of A answers each, in B rows of T slots; NumPy arrays on the host.
 
-    The rows are Z parts of R / Z consecutive rows, with S scored tokens and M last tokens each. Answer a of example e
+    The rows are Z parts of B / Z consecutive rows, with X scored tokens and Y last tokens each. Answer a of example e
     has the number A e + a. The shapes depend on the lengths, within a few steps, so that few programs are compiled.
 
     Attributes:
-      tokens: int32 [R, T].
-      segment: int32 [R, T], number of the example plus 1, 0 on padding.
-      branch: int32 [R, T], 0 in a prompt, a + 1 in answer a.
-      position: int32 [R, T], the position that a token would have in a row of its own.
-      owner: int32 [R, T], whose token it is, below `owners`; 0 on padding. An example owns itself, see `by_group`.
-      columns, targets, answer: int32 [Z, S]: at slot `columns` of a part's rows [R / Z T] the token `targets` of answer
-        number `answer` is predicted, `NOWHERE` in places left over.
-      last, last_answer: int32 [Z, M], the slot of the last token of each answer, and its number.
+      segment: number of the example plus 1, 0 on padding.
+      branch: 0 in a prompt, a + 1 in answer a.
+      position: the position that a token would have in a row of its own.
+      owner: whose token it is, below `owners`; 0 on padding. An example owns itself, see `by_group`.
+      columns, targets, answer: at slot `columns` of a part's rows [B / Z T] the token `targets` of answer number
+        `answer` is predicted, `NOWHERE` in places left over.
+      last, last_answer: the slot of the last token of each answer, and its number.
       answers: E A, static.
-      owners: number of owners, static.
+      owners: O, the number of owners, static.
     """
 
     # The order of a program's arguments, on which the rounding of its results depends.
-    answer: Array
-    branch: Array
-    columns: Array
-    last: Array
-    last_answer: Array
-    owner: Array
-    position: Array
-    segment: Array
-    targets: Array
-    tokens: Array
+    answer: Int[Array, "Z X"]
+    branch: Int[Array, "B T"]
+    columns: Int[Array, "Z X"]
+    last: Int[Array, "Z Y"]
+    last_answer: Int[Array, "Z Y"]
+    owner: Int[Array, "B T"]
+    position: Int[Array, "B T"]
+    segment: Int[Array, "B T"]
+    targets: Int[Array, "Z X"]
+    tokens: Int[Array, "B T"]
     answers: int = struct.field(pytree_node=False)
     owners: int = struct.field(pytree_node=False)
 
@@ -81,7 +81,7 @@ class PackLayout:
       mode: one of `MODES`.
       length: slots that an example may have, see `row_length`, and a row where they are not joined.
       pad_id: token of padding.
-      multiple: what R and Z are multiples of: devices.
+      multiple: what B and Z are multiples of: devices.
       groups: examples come in so many equal consecutive groups, and so do rows and parts: none has examples of two.
       user_slots, user_offset: room for user tokens in every prompt, see `models.users.reserve`.
     """
@@ -147,7 +147,9 @@ def pack(prompts: Sequence[Ids], answers: Sequence[Sequence[Ids]], layout: PackL
         per_group += 1
     rows = [row for some in bins for row in [*some, *[[]] * (per_group - len(some))]]
 
-    made = {name: np.zeros((len(rows), T), np.int32) for name in ("segment", "branch", "position", "owner")}
+    made: dict[str, Any] = {
+        name: np.zeros((len(rows), T), np.int32) for name in ("segment", "branch", "position", "owner")
+    }
     made["tokens"] = np.full((len(rows), T), layout.pad_id, np.int32)
     together, offset = len(rows) // Z, layout.user_offset  # rows of a part
     scored: list[tuple[list, list, list]] = [([], [], []) for _ in range(Z)]

@@ -62,7 +62,7 @@ class JsonLines(Source):
             raise UserError(f"{path}: a damaged gzip file ({error}); copy or download it again") from error
         super().__init__(file.name, self._lines)
 
-    def __getitem__(self, i: int) -> dict[str, Any]:
+    def __getitem__(self, i: int) -> dict[str, Any]:  # pyright: ignore[reportIncompatibleMethodOverride] (no slices)
         try:
             record = json.loads(self._lines[i][1].decode("utf-8-sig"))
         except UnicodeDecodeError as error:

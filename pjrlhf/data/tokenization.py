@@ -8,7 +8,7 @@ import json
 import os
 import pathlib
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 from absl import logging
@@ -254,12 +254,25 @@ class Lengths:
                 raise UserError(f"{name} {getattr(self, name)!r}: not one of {', '.join(choices)}; choose one of them")
 
 
-@dataclasses.dataclass(frozen=True, eq=False, repr=False)
-class TokenTable(Sequence):
-    """Tokenized examples in order.
+class TokenRow(TypedDict, total=False):
+    """A row of a `TokenTable`: its place there, the token ids (int32 [length]) of its prompt and answers, and fields of
+    its example.
+    """
 
-    A row is a dict: `index`, its place in this table; `prompt` and the answers of `kind`, int32 [length] each; and
-    `user_id`, `objective`, `margin`, `where` of its example.
+    index: int
+    prompt: np.ndarray
+    completion: np.ndarray
+    chosen: np.ndarray
+    rejected: np.ndarray
+    user_id: str | None
+    objective: str | None
+    margin: float | None
+    where: str
+
+
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class TokenTable(Sequence[TokenRow]):
+    """Tokenized examples in order.
 
     Attributes:
       kind: "prompt", "completion" or "preference".
@@ -276,10 +289,11 @@ class TokenTable(Sequence):
     def __len__(self) -> int:
         return len(self.examples)
 
-    def __getitem__(self, i: int) -> dict[str, Any]:  # pyright: ignore[reportIncompatibleMethodOverride] - no slices
+    def __getitem__(self, i: int) -> TokenRow:  # pyright: ignore[reportIncompatibleMethodOverride] - no slices
         example = self.examples[i]
-        row = {name: getattr(example, name) for name in ("user_id", "objective", "margin", "where")}
-        return row | {name: ids[i] for name, ids in self.tokens.items()} | {"index": range(len(self))[i]}
+        row: dict[str, Any] = {name: getattr(example, name) for name in ("user_id", "objective", "margin", "where")}
+        row |= {name: ids[i] for name, ids in self.tokens.items()}
+        return TokenRow(**row, index=range(len(self))[i])
 
     def select(self, rows: Sequence[int]) -> "TokenTable":
         """The table of the given rows; its `index` starts at 0."""

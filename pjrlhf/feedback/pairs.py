@@ -8,25 +8,26 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
+from jaxtyping import Bool, Float, Int
 
 from pjrlhf.data.batching import split_by
 from pjrlhf.data.packing import PackedRows
 from pjrlhf.data.schema import Example, Prompt
-from pjrlhf.data.tokenization import TokenTable
+from pjrlhf.data.tokenization import TokenRow, TokenTable
 from pjrlhf.errors import UserError
 from pjrlhf.models.registry import UserRegistry
 from pjrlhf.runtime.records import SourceSpec
 from pjrlhf.runtime.run import Run
 from pjrlhf.runtime.text import Text
 from pjrlhf.settings import Settings, setting
+from pjrlhf.types import Array
 
-Array = np.ndarray | jax.Array
 SIDES = ("chosen", "rejected")
 PARTS = ("train", "heldout", "new_users")
 # What is never on both sides of the split: a prompt, or a pair of answers whoever compared them and however.
 SPLITS: dict[str, Callable[[Example], str]] = {
     "prompt": lambda example: repr(example.prompt),
-    "pair": lambda example: repr((example.prompt, sorted((example.chosen, example.rejected)))),
+    "pair": lambda example: repr((example.prompt, sorted((str(example.chosen), str(example.rejected))))),
 }
 
 
@@ -47,46 +48,46 @@ class PairSettings(Settings):
     batch_size: int = setting(32, "pairs a step", low=1, high=2**20)
 
 
-@struct.dataclass
-class PairBatch:
-    """B comparisons of people.
+class PairBatch(struct.PyTreeNode):
+    """B comparisons of people; NumPy arrays on the host.
 
     Attributes:
       rows: pair b is owner b; its answers are 2 b, chosen, and 2 b + 1, rejected.
-      index: int32 [B], rows of the token table.
-      users: int32 [B], rows of the user table: who made each comparison; 0 is the generic user.
-      reference: float32 [B, 2], summed log-probabilities under the reference, nats.
-      counts: float32 [B, 2], scored tokens.
-      margin: float32 [B], by how much the reward of chosen must exceed that of rejected.
-      local: int32 [B], places of the users in a gathered table, see `models.users.gather_rows`; None where the user
-        model has its whole table.
-      generic: bool [B], which copies are the generic user's, see `both_copies`; None where every pair is in once.
-      shift: float32 [2], sum and number of the rewards before this batch, for losses with a reward shift, or None.
+      index: rows of the token table.
+      users: rows of the user table: who made each comparison; 0 is the generic user.
+      reference: summed log-probabilities of chosen and rejected under the reference, nats.
+      counts: scored tokens of chosen and rejected.
+      margin: by how much the reward of chosen must exceed that of rejected.
+      local: places of the users in a gathered table, see `models.users.gather_rows`; None where the user model has its
+        whole table.
+      generic: which copies are the generic user's, see `both_copies`; None where every pair is in once.
+      shift: sum and number of the rewards before this batch, for losses with a reward shift, or None.
     """
 
     # The order of a program's arguments, on which the rounding of its results depends.
-    counts: Array
-    index: Array
-    margin: Array
-    reference: Array
+    counts: Float[Array, "B 2"]
+    index: Int[Array, " B"]
+    margin: Float[Array, " B"]
+    reference: Float[Array, "B 2"]
     rows: PackedRows
-    users: Array
-    generic: Array | None = None
-    local: Array | None = None
-    shift: Array | None = None
+    users: Int[Array, " B"]
+    generic: Bool[Array, " B"] | None = None
+    local: Int[Array, " B"] | None = None
+    shift: Float[Array, "2"] | None = None
 
     def __len__(self) -> int:
         return len(self.users)
 
     @property
-    def places(self) -> Array:
-        """int32 [B]: each user's place in the table that the user model has."""
+    def places(self) -> Int[Array, " B"]:
+        """Each user's place in the table that the user model has."""
         return self.users if self.local is None else self.local
 
     def both_copies(self) -> "PairBatch":
         """Every pair twice: as its user said it, and as the generic user."""
         B = len(self)
-        both = jax.tree.map(lambda x: jnp.concatenate([x, x]), self.replace(rows=None))
+        rest: PairBatch = self.replace(rows=None)
+        both = jax.tree.map(lambda x: jnp.concatenate([x, x]), rest)
         generic = jnp.arange(2 * B) >= B
         return both.replace(rows=self.rows.repeat(2), users=jnp.where(generic, 0, both.users), generic=generic)
 
@@ -152,7 +153,7 @@ def tables_of(
     Raises:
       UserError: records without `user_id` (or `user_text` where it is asked for), or that cannot be split.
     """
-    if settings.data == "population":
+    if isinstance(settings.data, str):  # "population"
         folder, lengths = run.workdir.path / "population", run.text.sampled_lengths
         specs = {name: {"kind": "jsonl", "path": str(folder / f"{name}.jsonl")} for name in PARTS}
         parts = {name: run.records.comparisons(spec) for name, spec in specs.items()}
@@ -177,7 +178,7 @@ def tables_of(
 
 def registry_of(run: Run, table: TokenTable, people: int = 0) -> UserRegistry:
     """The people of a training table, with room for `people` or more; user tables are split evenly over the devices."""
-    names = dict.fromkeys(example.user_id for example in table.examples)
+    names = dict.fromkeys(str(example.user_id) for example in table.examples)
     return UserRegistry.create(names, run.devices.even(max(len(names), people) + 1) - 1)
 
 
@@ -212,7 +213,7 @@ class Pairs:
         """Row in the user table of each pair's person, int32 [N]; 0 for people who were not trained on."""
         return self.registry.indices([example.user_id for example in self.tables[part].examples])
 
-    def collate(self, part: str, users: np.ndarray, rows: Sequence[Any], user_slots: int = 0) -> PairBatch:
+    def collate(self, part: str, users: np.ndarray, rows: Sequence[TokenRow], user_slots: int = 0) -> PairBatch:
         """A batch of B pairs of a part.
 
         Args:
@@ -221,12 +222,12 @@ class Pairs:
           user_slots: room for user tokens in every prompt.
         """
         index = np.array([row["index"] for row in rows], np.int32)
-        answers = [[row[side] for side in SIDES] for row in rows]
-        return PairBatch(
-            rows=self.text.pack([row["prompt"] for row in rows], answers, user_slots=user_slots),
-            index=index,
-            users=users[index],
-            reference=self.reference[part][index],
-            counts=np.array([[len(answer) for answer in pair] for pair in answers], np.float32),
-            margin=np.array([row["margin"] or 0.0 for row in rows], np.float32),
-        )
+        answers = [[row["chosen"], row["rejected"]] for row in rows]
+        arrays: dict[str, Any] = {
+            "index": index,
+            "users": users[index],
+            "reference": self.reference[part][index],
+            "counts": np.array([[len(answer) for answer in pair] for pair in answers], np.float32),
+            "margin": np.array([row["margin"] or 0.0 for row in rows], np.float32),
+        }
+        return PairBatch(rows=self.text.pack([row["prompt"] for row in rows], answers, user_slots=user_slots), **arrays)

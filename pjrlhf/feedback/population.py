@@ -76,10 +76,10 @@ def given_pairs(run: Run) -> list[Triple]:
       UserError: no pair is left.
     """
     examples, name = run.records.comparisons(run.section(PopulationSettings).data)
-    examples = [dataclasses.replace(example, prompt=_text(example), extra={}) for example in examples]
-    asked = [dataclasses.replace(example, prompt=run.records.ask(example.prompt)) for example in examples]
+    asked = [dataclasses.replace(example, prompt=run.records.ask(_text(example)), extra={}) for example in examples]
     table = run.text.tokenized(asked, run.text.lengths, name)
-    whole = sum(np.array([ids[-1] == run.workspace.tokenizer.eos_id for ids in table.tokens[side]]) for side in SIDES)
+    ended = [[ids[-1] == run.workspace.tokenizer.eos_id for ids in table.tokens[side]] for side in SIDES]
+    whole = np.sum(ended, axis=0)
     enough = run.section(PopulationSettings).whole_answers
     fits = {example.where for example, count in zip(table.examples, whole, strict=True) if count >= enough}
     logging.info("%s: %d of %d pairs have at least %d whole answers", name, len(fits), len(table), enough)
@@ -88,7 +88,7 @@ def given_pairs(run: Run) -> list[Triple]:
             f"population.data: none of {len(table)} pairs has {enough} answers of at most "
             f"{run.text.lengths.completion} tokens; raise data.max_completion, or lower population.whole_answers"
         )
-    return [(e.prompt, e.chosen, e.rejected) for e in examples if e.where in fits]
+    return [(_text(e), str(e.chosen), str(e.rejected)) for e in examples if e.where in fits]
 
 
 def _text(example: Example) -> str:
