@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Callable, Hashable, Sequence
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar, cast
 
 import numpy as np
 from flax import struct
@@ -144,7 +144,7 @@ def batches(
             f"batch_size {batch_size}: the data set has only {len(table)} rows; lower the batch size or add data"
         )
 
-    dataset = grain.MapDataset.source(table)
+    dataset = grain.MapDataset.source(cast(Any, table))
     if shuffle:
         dataset = dataset.shuffle(seed=seed)
     dataset = dataset.repeat(epochs).batch(batch_size, drop_remainder=True, batch_fn=lambda rows: collate(list(rows)))

@@ -7,8 +7,8 @@ import functools
 import json
 import os
 import pathlib
-from collections.abc import Sequence
-from typing import Any, TypedDict
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeAlias
 
 import numpy as np
 from absl import logging
@@ -254,20 +254,9 @@ class Lengths:
                 raise UserError(f"{name} {getattr(self, name)!r}: not one of {', '.join(choices)}; choose one of them")
 
 
-class TokenRow(TypedDict, total=False):
-    """A row of a `TokenTable`: its place there, the token ids (int32 [length]) of its prompt and answers, and fields of
-    its example.
-    """
-
-    index: int
-    prompt: np.ndarray
-    completion: np.ndarray
-    chosen: np.ndarray
-    rejected: np.ndarray
-    user_id: str | None
-    objective: str | None
-    margin: float | None
-    where: str
+# A row of a `TokenTable`: `index`, its place there; `prompt` and the answers of its kind, int32 [length] each; and
+# `user_id`, `objective`, `margin`, `where` of its example.
+TokenRow: TypeAlias = Mapping[str, Any]
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
@@ -291,9 +280,8 @@ class TokenTable(Sequence[TokenRow]):
 
     def __getitem__(self, i: int) -> TokenRow:  # pyright: ignore[reportIncompatibleMethodOverride] - no slices
         example = self.examples[i]
-        row: dict[str, Any] = {name: getattr(example, name) for name in ("user_id", "objective", "margin", "where")}
-        row |= {name: ids[i] for name, ids in self.tokens.items()}
-        return TokenRow(**row, index=range(len(self))[i])
+        row = {name: getattr(example, name) for name in ("user_id", "objective", "margin", "where")}
+        return row | {name: ids[i] for name, ids in self.tokens.items()} | {"index": range(len(self))[i]}
 
     def select(self, rows: Sequence[int]) -> "TokenTable":
         """The table of the given rows; its `index` starts at 0."""
