@@ -1,4 +1,4 @@
-"""The command `pjrlhf`: thin verbs over the package. Nothing heavy is imported before a verb is known."""
+"""The command `pjrlhf`. Its verbs import the package only when they run, so that --help is fast."""
 
 import argparse
 import contextlib
@@ -15,14 +15,18 @@ VERBS = {
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """The entry point of the console script."""
+    """The entry point of the console script.
+
+    Args:
+      argv: the arguments; those of the process where None.
+    """
     from pjrlhf import __version__
 
     arguments = list(sys.argv[1:] if argv is None else argv)
     parser = argparse.ArgumentParser(
         prog="pjrlhf",
         description="Personalized RLHF in JAX.",
-        epilog="pjrlhf VERB --help says more of a verb.",
+        epilog="pjrlhf VERB --help describes a verb.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"pjrlhf {__version__}")
@@ -51,7 +55,7 @@ def _merge(arguments: Sequence[str]) -> None:
     )
     parser.add_argument("ingredients", nargs="+", metavar="FOLDER", help=helps["ingredients"])
     parser.add_argument("--weights", nargs="+", type=float, required=True, metavar="W", help=helps["weights"])
-    parser.add_argument("--output", required=True, metavar="FOLDER", help="the folder to write; must be new or empty")
+    parser.add_argument("--output", required=True, metavar="FOLDER", help="a new or empty folder")
     parser.add_argument("--base", metavar="FOLDER", help=helps["base"])
     parser.add_argument("--space", choices=SPACES, help=helps["space"])
     parser.add_argument("--method", choices=tuple(METHOD_OPTIONS), help=helps["method"])
@@ -74,7 +78,7 @@ def _report(arguments: Sequence[str]) -> None:
         try:
             summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
         except FileNotFoundError:
-            raise UserError(f"{folder}: there is no summary.json; name a run directory whose run ended") from None
+            raise UserError(f"{folder}: no summary.json; name the run directory of a finished run") from None
         except (OSError, ValueError) as error:
             raise UserError(f"{folder}/summary.json: cannot be read ({error}); run the evaluation again") from error
         print_tables(summary)

@@ -1,10 +1,9 @@
-"""Building blocks of configs: a file of configs/ takes the shared settings, adds its stages and their sections, and
-changes what it likes.
+"""Building blocks of configs. A config file starts from `base`, adds the sections of its stages and changes values.
 
-Every default stands in the `Settings` class of the code that reads it; `RunSettings` puts them together.
+Every default is in the `Settings` class of the code that reads it; `RunSettings` combines them.
 """
 
-# A ConfigDict has the attributes that it is given.
+# The attributes of a ConfigDict are dynamic.
 # pyright: reportAttributeAccessIssue=false, reportOptionalMemberAccess=false, reportArgumentType=false
 
 import dataclasses
@@ -31,7 +30,7 @@ from pjrlhf.settings import Settings, fill, nested_class, overlay, setting, to_c
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RunSettings(SharedSettings):
-    """Everything a config may say: what all stages share, and a section for every stage it has."""
+    """All settings of a config: those that all stages share, and a section for every stage."""
 
     sft: SftSettings | None = setting(None)
     comparisons: ComparisonsSettings | None = setting(None)
@@ -47,7 +46,7 @@ class RunSettings(SharedSettings):
     merge: MergeSettings | None = setting(None)
 
     def to_dict(self) -> dict[str, Any]:
-        """Nested dictionaries of plain values; sections that the config does not have are left out."""
+        """The settings as nested dictionaries of plain values, without the sections that the config does not have."""
         absent = {field.name for field in dataclasses.fields(self) if getattr(self, field.name) is None}
         return {name: value for name, value in super().to_dict().items() if name not in absent}
 
@@ -56,18 +55,18 @@ class RunSettings(SharedSettings):
         known = self.audience.registry
         for name in self.population.personas if self.population else ():
             if name not in known:
-                raise UserError(f"population.personas: {name!r} is not among the preferences {', '.join(known)}")
+                raise UserError(f"population.personas: {name!r} is unknown; choose from {', '.join(known)}")
         if self.evaluate_users and self.preference:
             for name in self.evaluate_users.cold_start_models if self.evaluate_users.cold_start else ():
                 if name not in self.preference.models:
                     raise UserError(
-                        f"evaluate_users.cold_start_models: {name!r} is not among preference.models; choose from "
+                        f"evaluate_users.cold_start_models: {name!r} is unknown; choose from preference.models: "
                         f"{', '.join(self.preference.models)}"
                     )
         for method, entries in (self.evaluate.scaling if self.evaluate else {}).items():
             for name in entries:
                 if name not in self.methods:
-                    raise UserError(f"evaluate.scaling.{method}: {name!r} is not among methods; add the entry")
+                    raise UserError(f"evaluate.scaling.{method}: {name!r} is not an entry of methods; add it")
         if self.policy and self.temperature == 0:
             raise UserError("temperature: a policy cannot learn from greedy samples; set it above 0, for example to 1")
         if (
@@ -84,25 +83,25 @@ class RunSettings(SharedSettings):
 
     @property
     def sections(self) -> dict[type, Settings]:
-        """The sections the config has, by class."""
+        """The sections of the config, by class."""
         shared = {field.name for field in dataclasses.fields(SharedSettings)}
         names = [field.name for field in dataclasses.fields(self) if field.name not in shared]
         return {type(found): found for name in names if (found := getattr(self, name)) is not None}
 
 
 def read(config: Any) -> RunSettings:
-    """The settings of a config, checked.
+    """The checked settings of a config, a ConfigDict or a mapping.
 
     Raises:
-      UserError: an unknown key, a bad value, or settings that do not go together.
+      UserError: an unknown key, a bad value, or settings that contradict each other.
     """
     return overlay(RunSettings(), config)
 
 
 def complete(config: ml_collections.ConfigDict) -> None:
-    """Adds the settings that a config leaves out, with their defaults, so that a flag can change each of them.
+    """Adds the settings that a config omits, with their defaults, so that flags can change them.
 
-    A section that is not in the config is added where the config has the stage.
+    A missing section is added if its stage is in the config.
     """
     fill(config, SharedSettings())
     for name in {field.name for field in dataclasses.fields(RunSettings)} - {*config}:
@@ -115,60 +114,66 @@ def complete(config: ml_collections.ConfigDict) -> None:
 
 
 def base() -> ml_collections.ConfigDict:
-    """Shared settings and supervised fine-tuning, at the size of the synthetic environment."""
+    """Shared settings and supervised fine-tuning, sized for the synthetic environment."""
     return to_config(RunSettings(sft=SftSettings()))
 
 
 def people(c: ml_collections.ConfigDict) -> None:
-    """Adds the sections of the stages that serve people known by their comparisons: preference, evaluate_users."""
+    """Adds the sections of the stages for user models: preference, evaluate_users."""
     c.preference = to_config(PreferenceSettings())
     c.evaluate_users = to_config(UsersSettings())
 
 
 def policies(c: ml_collections.ConfigDict) -> None:
-    """Adds the sections of the stages that make one policy per preference by PPO: comparisons, reward, policy."""
+    """Adds the sections of the stages that train one policy per preference by PPO: comparisons, reward, policy."""
     c.comparisons = to_config(ComparisonsSettings())
     c.reward = to_config(RewardSettings())
     c.policy = to_config(PolicySettings())
 
 
 def neighbours(c: ml_collections.ConfigDict) -> None:
-    """Adds the sections of the methods that PPO is compared with, beside those of `policies`: modpo, ric."""
+    """Adds the sections of methods without PPO: modpo, ric."""
     c.modpo = to_config(ModpoSettings())
     c.ric = to_config(RicSettings())
 
 
 def front(c: ml_collections.ConfigDict, objectives: tuple[str, ...]) -> None:
-    """Adds what compares methods on one front: the trainers' sections, `methods` (still empty) and `evaluate_front`.
+    """Adds the stages that compare methods on one front, with empty `methods`; `family` fills them.
 
-    All rewards are on the scale of quantiles, 0 to 1, which preference weights can be compared with, so that one KL
-    coefficient means the same to every method.
+    Rewards are quantiles, 0 to 1, so that they are comparable with preference weights, and one KL coefficient has the
+    same meaning for all methods.
+
+    Args:
+      objectives: ids of the preferences on the axes of the front.
     """
     policies(c)
     neighbours(c)
     c.objectives = objectives
     c.stages = ("sft", "comparisons", "reward", "methods", "evaluate_front")
-    c.seeds = ()  # several seeds, one run after the other, and a report of their means
+    c.seeds = ()  # several seeds run one after the other, and the report has their means
     c.data.update({"max_prompt": 36, "prompt_buckets": (12, 24)})
     c.comparisons.pairs = 768
     c.policy.update({"scale": "quantiles", "steps": 40, "rollouts": 64})
     c.policy.kl.coefficient = 0.03
     c.policy.experience.update({"missing_eos_penalty": 0.3, "score_clip": 0.0})
-    # Three seeds of two and of three objectives, side by side, within half an hour on two cores.
+    # Three seeds, with two and with three objectives side by side, take half an hour on two cores.
     c.sft.steps, c.modpo.steps = 300, 90
-    c.ric.update({"samples": 1536, "steps": 160, "online_steps": 60})  # in all as many samples as the policies
+    c.ric.update({"samples": 1536, "steps": 160, "online_steps": 60})  # as many samples in total as the policies
     c.evaluate_front = to_config(FrontSettings())
 
 
 def family(c: ml_collections.ConfigDict, *names: str) -> None:
-    """Fills `methods` with the entries of these names (all of them where none is given), sized for `c.objectives`.
+    """Fills `methods` with entries sized for `c.objectives`.
 
-    Each answers `policy.rollouts` prompts per step in all; only MORL, which trains a policy for every evaluated point,
-    gets a quarter of that for each of them.
+    All policies of an entry together answer `policy.rollouts` prompts per step. Only MORL, which trains one policy per
+    evaluated point, answers a quarter of that with each policy.
+
+    Args:
+      names: the entries; all but the ablations of MOC where none is given.
     """
-    each = c.policy.rollouts // len(c.objectives) // 4 * 4  # minibatches divide it
+    each = c.policy.rollouts // len(c.objectives) // 4 * 4  # a multiple of the number of minibatches
     on_grid = {"preferences": {"kind": "grid", "points": "simplex"}}
-    # What the base never read takes larger steps to learn; more than five words to tell apart, more samples.
+    # The base has never read a tally, so learning it takes larger steps. More than five labels would take more samples.
     tally = {"prompt_preference": "always", "prompt_format": {"form": "tally", "levels": 5}}
     tally["optimizer"] = {"learning_rate": 2 * c.policy.optimizer.learning_rate}
     min_norm = {"kind": "min_norm", "control_weight": 4.0}
@@ -187,7 +192,7 @@ def family(c: ml_collections.ConfigDict, *names: str) -> None:
         "dpo_soups": {"train": "modpo", "preferences": {"kind": "fixed", "points": "corners"}, "answer": "bone"},
         "mod": {"train": "", "of": "rsoups", "answer": "mod"},
     }
-    # MOC taken apart, and other rules under the same conditions.
+    # Ablations of MOC, and other combination rules under the same conditions.
     combine = {
         "moc_equal": {**min_norm, "weights": "equal"},
         "moc_small_control": {**min_norm, "control_weight": 1.0},
@@ -202,7 +207,7 @@ def family(c: ml_collections.ConfigDict, *names: str) -> None:
         "pama": {"kind": "pama"},
     }
     entries |= {name: {**on_grid, "combine": rule, **tally} for name, rule in combine.items()}
-    # The same conditions with the weights of adapters in place of words.
+    # The same conditions, with mixed adapters in place of a preference prompt.
     entries["moc_mixed"] = {**on_grid, "combine": min_norm, "mix": "weights"}
     with c.ignore_type():
         wanted = names or [name for name in entries if name not in (*combine, "moc_mixed")]

@@ -1,5 +1,8 @@
-"""The one exception for input a person can mend."""
+"""The exception for bad input."""
 
 
 class UserError(ValueError):
-    """Bad input: the message names the thing, the reason and the way out; `main` prints it without a traceback."""
+    """Bad input that the user can correct.
+
+    The message names the thing, the reason and the way out. The command line prints it without a traceback.
+    """

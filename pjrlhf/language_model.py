@@ -1,5 +1,5 @@
-"""A Hugging Face model in a notebook: text in, text or log-probabilities out, with an adapter bank and a row of mix per
-prompt.
+"""A Hugging Face model for notebooks: text in, text or log-probabilities out, with an adapter bank and one row of `mix`
+per prompt.
 """
 
 import dataclasses
@@ -26,7 +26,7 @@ from pjrlhf.paths import local
 from pjrlhf.rollout import sampler, scoring
 from pjrlhf.rollout.sampler import Sampling
 
-MULTIPLE = 32  # lengths are rounded up to multiples of it, so that few programs are compiled
+MULTIPLE = 32  # lengths are rounded up to multiples of 32, so that few programs are compiled
 
 
 def load_model(
@@ -37,16 +37,17 @@ def load_model(
     param_dtype: str = "float32",
     eos_token: str | None = None,
 ) -> "LanguageModel":
-    """Reads a model in Hugging Face layout with its tokenizer.
+    """Reads a model and its tokenizer.
 
     Args:
-      folder: config.json, safetensors weights and tokenizer files.
-      adapter: shape of the adapters that `LanguageModel.generate` and `score` may be given.
-      dtype, param_dtype: of activations and of the parameters.
-      eos_token: what ends an answer, where it is not the EOS of the tokenizer.
+      folder: in Hugging Face layout: config.json, safetensors weights and tokenizer files.
+      adapter: rank and alpha of the adapter banks that `LanguageModel.generate` and `score` take.
+      dtype: of activations, a dtype name.
+      param_dtype: of the parameters, a dtype name.
+      eos_token: the token that ends an answer; the EOS of the tokenizer where None.
 
     Raises:
-      UserError: no such folder, or a model or tokenizer that cannot be read.
+      UserError: no such folder, or the model or tokenizer cannot be read.
     """
     path = local(str(folder))
     tokenizer = load_tokenizer(path, eos_token=eos_token)
@@ -62,23 +63,34 @@ def load_model(
 
 
 def load_bank(path: str | os.PathLike) -> tuple[Any, tuple[str, ...], AdapterConfig]:
-    """(bank, names of its adapters, their shape) of a bank.safetensors, or of a stage folder that holds one.
+    """Reads an adapter bank.
+
+    Args:
+      path: bank.safetensors, or the folder of the stage that wrote it.
+
+    Returns:
+      (bank, whose leaves have a leading axis K; names of the K adapters; their rank and alpha).
 
     Raises:
-      UserError: no such file, or not a bank.
+      UserError: no such file, or the file is not a bank.
     """
     file = pathlib.Path(path)
     file = file / "bank.safetensors" if file.is_dir() else file
     bank, note = load_tree(file)
     if "adapters" not in note:
-        raise UserError(f"{file}: is no adapter bank; name bank.safetensors of a stage, or its folder")
+        raise UserError(f"{file}: is not an adapter bank; name the bank.safetensors of a stage, or its folder")
     rank = bank["layers"]["attention"]["query"]["a"].shape[-1] if "embed" not in bank else 0
     return jax.tree.map(jnp.asarray, bank), tuple(note["adapters"]), AdapterConfig(rank=rank, alpha=note["alpha"])
 
 
 @dataclasses.dataclass(frozen=True)
 class LanguageModel:
-    """A frozen base with its tokenizer. `model.backbone` is what jitted functions take."""
+    """A frozen base with its tokenizer.
+
+    Attributes:
+      backbone: model, parameters and adapter shape, as jitted functions take them.
+      tokenizer: of the base.
+    """
 
     backbone: Backbone
     tokenizer: Tokenizer
@@ -94,18 +106,19 @@ class LanguageModel:
         top_p: float = 1.0,
         seed: int = 0,
     ) -> list[str]:
-        """One answer per prompt.
+        """Samples one answer per prompt.
 
         Args:
-          prompts: texts, or conversations for a tokenizer with a chat template.
-          bank: an adapter bank of K adapters; None asks the base.
-          mix: float [K], or [B, K] with a row per prompt; None asks the base.
-          max_new_tokens: of an answer.
-          temperature: 0 is greedy.
-          top_p: nucleus sampling below 1 (arXiv 1904.09751).
+          prompts: B texts, or conversations for a tokenizer with a chat template.
+          bank: K adapters; None for the base alone.
+          mix: float [K] or [B, K], weights of the adapters; None for the base alone.
+          max_new_tokens: longest answer, in tokens.
+          temperature: of sampling; 0 is greedy.
+          top_p: nucleus sampling where below 1 (arXiv 1904.09751).
+          seed: of all draws.
 
         Raises:
-          UserError: a prompt that does not fit the context, or a mix that does not fit the bank or the prompts.
+          UserError: a prompt does not fit the context, or `mix` does not fit the bank or the prompts.
         """
         mix = _rows_of_mix(bank, mix, len(prompts))
         ids = [self.tokenizer.encode_prompt(prompt) for prompt in prompts]
@@ -129,10 +142,11 @@ class LanguageModel:
         return texts
 
     def score(self, prompts: Sequence[Prompt], answers: Sequence[str], bank: Any = None, mix: Any = None) -> np.ndarray:
-        """Float32 [B]: log-probability of every answer with its EOS after its prompt, nats.
+        """Log-probabilities of answers given their prompts, EOS included: float32 [B], in nats.
 
         Args:
-          bank, mix: as of `generate`.
+          prompts, answers: B each.
+          bank, mix: see `generate`.
 
         Raises:
           UserError: see `generate`.
@@ -159,12 +173,12 @@ def _rounded(length: int) -> int:
 def _rows_of_mix(bank: Any, mix: Any, count: int) -> jax.Array | None:
     if bank is None or mix is None:
         if mix is not None:
-            raise UserError("mix: there is no bank to mix; give one, or leave mix out")
+            raise UserError("mix: has no bank to mix; give one, or leave mix out")
         return None
     rows = jnp.atleast_2d(jnp.asarray(mix, jnp.float32))
     if rows.ndim != 2 or rows.shape[1] != bank_size(bank) or rows.shape[0] not in (1, count):
         raise UserError(
-            f"mix: has shape {list(rows.shape)}; give {bank_size(bank)} weights, or a row of as many for each of the "
+            f"mix: has shape {list(rows.shape)}; give {bank_size(bank)} weights, or {bank_size(bank)} for each of the "
             f"{count} prompts"
         )
     return rows

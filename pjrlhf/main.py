@@ -9,7 +9,7 @@ import pathlib
 import re
 import sys
 import traceback
-from typing import Any
+from typing import Any, cast
 
 from absl import app, flags, logging
 from absl.logging import converter
@@ -19,7 +19,7 @@ from pjrlhf.errors import UserError
 from pjrlhf.paths import user_cache
 
 FLAGS = flags.FLAGS
-# What may change between two runs of one run directory: it does not influence training.
+# Settings that may change between two runs in one run directory, because training does not depend on them.
 FREE = (
     *("log_every", "loggers", "profile", "aot", "checkpoint_every", "max_to_keep", "keep_best"),
     *("title", "seeds", "stages", "methods", "evaluate", "evaluate_users", "evaluate_front"),
@@ -29,10 +29,10 @@ FREE = (
 class _ConfigFile(flags.ArgumentParser):
     """Reads a config file, and checks the names of all settings on the command line."""
 
-    def parse(self, path: str) -> ConfigDict:
+    def parse(self, argument: str) -> ConfigDict:
         from pjrlhf.config import complete
 
-        config = read_file(path)
+        config = read_file(argument)
         complete(config)
         for arg in sys.argv[1:]:
             if found := re.match(r"--?(?:no)?config\.([^=]+)", arg):
@@ -43,19 +43,19 @@ class _ConfigFile(flags.ArgumentParser):
 def define(values: flags.FlagValues) -> None:
     """Adds the flags of this program."""
     config_flags.DEFINE_config_file(
-        "config", None, "What to run: a file of configs/, optionally with :variant.", flag_values=values
+        "config", None, "What to run: a config file, optionally with :variant.", flag_values=values
     )
     values["config"].parser = _ConfigFile()
     for name, default, text in (
-        ("workdir", None, "Run directory; runs/<name of the config> where not given."),
-        ("aot", "", "Compile for these TPUs, which need not be here, and run nothing: v5e:4x4."),
-        ("distributed", "auto", "Is this one of several processes: on, off, or auto."),
-        ("coordinator", "", "host:port of process 0, where the environment does not say it."),
+        ("workdir", None, "Run directory; runs/<name of the config> by default."),
+        ("aot", "", "Compile for these TPUs, such as v5e:4x4, and run nothing. No TPU is needed."),
+        ("distributed", "auto", "Whether this is one of several processes: on, off, or auto."),
+        ("coordinator", "", "host:port of process 0, where the environment does not give it."),
     ):
         flags.DEFINE_string(name, default, text, flag_values=values)
     for name, default, text in (
-        ("num_processes", 0, "How many processes, where the environment does not say it."),
-        ("process_id", -1, "Which one this is, where the environment does not say it."),
+        ("num_processes", 0, "Number of processes, where the environment does not give it."),
+        ("process_id", -1, "Number of this process, where the environment does not give it."),
     ):
         flags.DEFINE_integer(name, default, text, flag_values=values)
 
@@ -64,20 +64,20 @@ define(FLAGS)
 
 
 def read_file(spec: str) -> ConfigDict:
-    """What `get_config` of a config file returns.
+    """The config that `get_config` of a config file returns.
 
     Args:
-      spec: the file, optionally with :variant, which `get_config` is called with.
+      spec: path of the file, optionally with :variant, the argument of `get_config`.
 
     Raises:
-      UserError: no such file, a file that fails, or a result that is no ConfigDict of settings.
+      UserError: no such file, an error in the file, or a result that is not a ConfigDict.
     """
     path, _, variant = spec.partition(":")
     if not os.path.isfile(path):
         raise UserError(f"--config: no file {path!r}; check the path, for example --config=configs/soups.py")
     loader = importlib.machinery.SourceFileLoader("config_file", path)
     module_spec = importlib.util.spec_from_file_location("config_file", path, loader=loader)
-    assert module_spec, path  # given for any file with a loader
+    assert module_spec, path  # always present with a loader
     module = importlib.util.module_from_spec(module_spec)
     try:
         loader.exec_module(module)
@@ -99,28 +99,35 @@ def read_file(spec: str) -> ConfigDict:
     if not isinstance(config, ConfigDict):
         what = "nothing" if config is None else f"a {type(config).__name__}"
         raise UserError(f"{path}: get_config returns {what}; return an ml_collections.ConfigDict")
-    return ConfigDict(config) if isinstance(config, FrozenConfigDict) else config
+    return ConfigDict(cast(Any, config)) if isinstance(config, FrozenConfigDict) else config
 
 
 def _place(error: BaseException, path: str) -> str:
-    """The config file, with the line that failed where it is known."""
+    """The config file, with the line of the error where it is known."""
     if isinstance(error, SyntaxError):
-        return path  # the message has the line
+        return path  # the message names the line
     lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
     return f"{path} line {lines[-1]}" if lines else path
 
 
 def check_key(config: Any, key: str) -> None:
-    """UserError unless a config has the setting `key`, dotted, that a flag names."""
+    """Checks that a config has the setting of a flag.
+
+    Args:
+      key: dotted, without "config.".
+
+    Raises:
+      UserError: the config has no such setting or section.
+    """
     from pjrlhf.config import RunSettings
     from pjrlhf.settings import unknown_key
 
     done = "--config"
     for part in key.split("."):
         if "[" in part:
-            return  # an index, which the flag itself explains
+            return  # an index; the flag itself reports its errors
         if not isinstance(config, ConfigDict):
-            raise UserError(f"--config.{key}: {done} is a value and has no parts; set {done}")
+            raise UserError(f"--config.{key}: {done} is a value, not a section; set {done}")
         done = f"{done}.{part}"
         if part not in config:
             if done == f"--config.{part}" and part in RunSettings.__dataclass_fields__:
@@ -130,7 +137,7 @@ def check_key(config: Any, key: str) -> None:
 
 
 def compilation_cache() -> None:
-    """Keeps compiled programs in the user's cache folder, so that a second run starts at once."""
+    """Keeps compiled programs in the user's cache folder, so that later runs start fast."""
     import jax
 
     if jax.config.jax_compilation_cache_dir is None:  # pyright: ignore[reportAttributeAccessIssue]
@@ -140,18 +147,22 @@ def compilation_cache() -> None:
 
 
 def default_workdir(config_path: str) -> str:
-    """configs/soups.py:hf -> runs/soups-hf."""
+    """The run directory of a config: configs/soups.py:hf -> runs/soups-hf."""
     path, _, variant = config_path.partition(":")
     name = pathlib.Path(path).stem
     return str(pathlib.Path("runs") / (f"{name}-{variant}" if variant else name))
 
 
 def parse(argv: list[str]) -> list[str]:
-    """Reads the flags. Raises UserError where they, or the config file, cannot be understood."""
+    """Reads the flags and the config file.
+
+    Raises:
+      UserError: a flag or the config file is wrong or missing.
+    """
     try:
         rest = FLAGS(argv)
     except SystemExit:
-        sys.exit(0)  # --help; for absl that is an error
+        sys.exit(0)  # --help, which absl ends with an error code
     except UserError:
         raise
     except flags.UnrecognizedFlagError as error:
@@ -159,7 +170,7 @@ def parse(argv: list[str]) -> list[str]:
             raise UserError("--config: not given; for example --config=configs/soups.py") from None
         raise UserError(f"{error}; --help lists them, and settings of the config start with --config.") from None
     except (flags.Error, TypeError, ValueError, LookupError, AttributeError, SyntaxError, RecursionError) as error:
-        if isinstance(error.__context__, UserError):  # of the config file; absl makes it an error of the flag
+        if isinstance(error.__context__, UserError):  # an error of the config file that absl wraps
             raise error.__context__ from None
         reason = " ".join(str(error).split()) or type(error).__name__
         raise UserError(f"{reason}; check the flags") from None
@@ -171,12 +182,13 @@ def parse(argv: list[str]) -> list[str]:
 
 
 def main(_: list[str]) -> None:
-    # Libraries below report their own bookkeeping at this level; ours is what a user asked for.
+    """Runs the config of the flags, and prints the tables of its report."""
+    # At this level, libraries log their internals; users need the messages of this package only.
     logging.get_absl_handler().addFilter(lambda r: r.levelno > converter.STANDARD_INFO or "pjrlhf" in r.pathname)
     from pjrlhf.pipeline import seeds, stages
 
     config = FLAGS.config
-    plan = stages.read(config)  # whatever is wrong with it is said before anything else happens
+    plan = stages.read(config)  # reports errors in the config before anything else happens
     compilation_cache()
     if FLAGS.aot:
         from pjrlhf.aot import plan as aot
@@ -200,8 +212,9 @@ def main(_: list[str]) -> None:
 
 
 def leave(code: int) -> None:
-    """Ends this process. One of several goes at once: the usual way out would wait for the others, which may be waiting
-    for this one.
+    """Ends this process with an exit code.
+
+    One of several processes ends at once: a normal exit would wait for the others, and they may wait for this one.
     """
     jax = sys.modules.get("jax")
     if jax and jax.distributed.is_initialized():
@@ -212,14 +225,14 @@ def leave(code: int) -> None:
 
 
 def run() -> None:
-    """The entry point: a mistake a person can mend ends in one line, not in a traceback."""
+    """The entry point. A UserError ends in one line instead of a traceback."""
     try:
         app.run(main, flags_parser=parse)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         leave(2)
     except SystemExit as stop:
-        # Stopped by a signal: the message says how to go on, the code is the shell's.
+        # Stopped by a signal: the message says how to resume, and the code is that of the shell.
         if isinstance(stop.code, int) and stop.code > 128:
             print(stop, file=sys.stderr)
         raise

@@ -1,4 +1,4 @@
-"""Registries: what a setting may name, of this package or of anybody's code."""
+"""Registries of what a setting may name, in this package or in other code."""
 
 import difflib
 import hashlib
@@ -31,8 +31,8 @@ class Registry(Generic[T]):
 
     Args:
       noun: what an entry is, for error messages.
-      accept: makes the entry of a registered or loaded object, and raises ValueError, saying what it is not, for an
-        object that cannot be one. By default the object is the entry.
+      accept: turns a registered or loaded object into an entry; by default the object is the entry. It raises a
+        ValueError for an object that cannot be an entry, with a message such as "is not a function".
     """
 
     def __init__(self, noun: str, accept: Callable[[Any], T] = lambda thing: thing):
@@ -43,7 +43,8 @@ class Registry(Generic[T]):
     def register(self, name: str) -> Callable[[X], X]:
         """A decorator that adds an object under `name` and returns it unchanged.
 
-        Raises ValueError for a name in use, or an object that cannot be an entry.
+        Raises:
+          ValueError: the name is in use, or the object cannot be an entry.
         """
 
         def add(thing: X) -> X:
@@ -58,8 +59,8 @@ class Registry(Generic[T]):
         """The entry that `spec` names: a registered name, "package.module:name", or "path/to/file.py:name".
 
         Raises:
-          UserError: unknown name, no such module, file or attribute, a module that fails to import, or a loaded object
-            that cannot be an entry.
+          UserError: an unknown name, a module, file or attribute that does not exist, a module that cannot be imported,
+            or an object that cannot be an entry.
         """
         if spec in self._entries:
             return self._entries[spec]
@@ -95,19 +96,22 @@ class Registry(Generic[T]):
 def load(spec: str, noun: str) -> object:
     """The object that "package.module:name" or "path/to/file.py:name" names.
 
-    Modules are also looked up in the working directory, as for a script started there.
+    Modules are also searched in the working directory.
+
+    Args:
+      noun: what the object is, for error messages.
 
     Raises:
-      UserError: the message starts with `noun` and names what is missing, or the error of the import.
+      UserError: no such module, file or attribute, or the import fails.
     """
     place, _, name = spec.rpartition(":")
     if not place or not name.isidentifier():
-        raise UserError(f"{noun} {spec!r}: not understood; write package.module:name or path/to/file.py:name")
+        raise UserError(f"{noun} {spec!r}: cannot be read; write package.module:name or path/to/file.py:name")
     try:
         module = _from_file(pathlib.Path(place)) if place.endswith(".py") else _from_path(place)
     except UserError as error:
         raise UserError(f"{noun} {spec!r}: {error}") from error
-    except Exception as error:  # whatever the module's own code raises
+    except Exception as error:  # the module's own code may raise anything
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise UserError(f"{noun} {spec!r}: {place} cannot be imported ({reason}); correct that first") from error
     if not hasattr(module, name):
@@ -123,21 +127,21 @@ def _from_path(name: str) -> ModuleType:
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
-        # An import inside the module that fails is another problem than the module's absence.
+        # A failed import inside the module is an error of its own.
         if error.name and (name == error.name or name.startswith(f"{error.name}.")):
             raise UserError(f"no module {error.name}; install it, or start in the folder that holds it") from error
         raise
 
 
 def _from_file(path: pathlib.Path) -> ModuleType:
-    """The module of a file, the same one for every name in it."""
+    """The module of a file, imported once."""
     if not path.is_file():
         raise UserError(f"no file {path}; check the path")
     path = path.resolve()
     name = f"{path.stem}_{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
     if name not in sys.modules:
         spec = importlib.util.spec_from_file_location(name, path)
-        assert spec and spec.loader, path  # given for any name that ends in .py
+        assert spec and spec.loader, path  # always present for names that end in .py
         module = sys.modules[name] = importlib.util.module_from_spec(spec)
         try:
             spec.loader.exec_module(module)

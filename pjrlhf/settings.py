@@ -1,7 +1,7 @@
-"""Settings: frozen dataclasses that state every default, unit, range and help text once, and are checked when made.
+"""Settings: frozen dataclasses with the default, range and help text of every setting, checked at construction.
 
 A config file builds its `ml_collections.ConfigDict` from these classes with `to_config`, and a run reads it back with
-`parse`. A bad value raises one UserError that names the key, the value and what is allowed.
+`parse`. A bad value raises a UserError that names the key, the value and the allowed values.
 """
 
 import dataclasses
@@ -21,7 +21,7 @@ from pjrlhf.errors import UserError
 
 T = TypeVar("T", bound="Settings")
 
-# Old dotted keys, without the section where several have it, and what they are called now.
+# Old key -> new key. A section is given where the new key depends on it.
 RENAMED = {
     "keep": "max_to_keep",
     "heldout_share": "heldout_fraction",
@@ -40,8 +40,14 @@ RENAMED_VALUES = {"world": "synthetic", "world16": "synthetic16"}
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-    """What a field may hold beyond its type: an interval (`low`, `high` inclusive; `above`, `below` exclusive), or one
-    of `choices`, given or computed when asked. Each bound holds for every number in a tuple.
+    """The values that a field may have, within its type. In a tuple, the rule applies to every item.
+
+    Attributes:
+      help: one line for users.
+      low, high: inclusive bounds.
+      above, below: exclusive bounds.
+      choices: the allowed values, or a function that returns them; () for any value.
+      extensible: "package.module:name" is also allowed.
     """
 
     help: str = ""
@@ -50,14 +56,15 @@ class Rule:
     above: float | None = None
     below: float | None = None
     choices: tuple[Any, ...] | Callable[[], tuple[Any, ...]] = ()
-    extensible: bool = False  # "package.module:name" may stand for a choice
+    extensible: bool = False
 
     @property
     def allowed(self) -> tuple[Any, ...]:
+        """The choices."""
         return tuple(self.choices() if callable(self.choices) else self.choices)
 
     def describe(self) -> str:
-        """The interval in words, "" without one."""
+        """The interval in words; "" without bounds."""
         parts = []
         if self.low is not None:
             parts.append(f"at least {_number(self.low)}")
@@ -70,6 +77,7 @@ class Rule:
         return " and ".join(parts)
 
     def holds(self, value: float) -> bool:
+        """Whether a number is in the interval."""
         return (
             (self.low is None or value >= self.low)
             and (self.high is None or value <= self.high)
@@ -83,7 +91,13 @@ def _number(value: float) -> str:
 
 
 def setting(default: Any, help: str = "", **rule: Any) -> Any:
-    """A field of a `Settings` class; keywords are those of `Rule`. A mapping or a `Settings` may be the default."""
+    """A field of a `Settings` class.
+
+    Args:
+      default: a value, a mapping or a `Settings`.
+      help: one line for users.
+      rule: further attributes of `Rule`.
+    """
     metadata = {"rule": Rule(help=help, **rule)}
     if isinstance(default, dict):
         return dataclasses.field(default_factory=functools.partial(dict, default), metadata=metadata)
@@ -92,11 +106,11 @@ def setting(default: Any, help: str = "", **rule: Any) -> Any:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Settings:
-    """Base of all settings.
+    """Base class of all settings.
 
     Raises:
-      UserError: a field of a wrong type, out of range, not finite or not among the choices; or fields that do not go
-        together, see `check`. The message starts with the name of the field.
+      UserError: a value of the wrong type, out of range, not finite or not among the choices; or values that contradict
+        each other, see `check`. The message starts with the name of a field.
     """
 
     def __post_init__(self) -> None:
@@ -106,18 +120,26 @@ class Settings:
         self.check()
 
     def check(self) -> None:
-        """Raises UserError for fields that do not go together; starts with the name of one of them."""
+        """Raises UserError for values that contradict each other; the message starts with the name of a field."""
 
     def replace(self: T, path: str = "", **changes: Any) -> T:
-        """A copy with `changes`, nested mappings changing nested settings; `path` is the key of `self` for messages."""
+        """A copy with changed values; nested mappings change nested settings.
+
+        Args:
+          path: dotted key of these settings, for messages.
+
+        Raises:
+          UserError: see `parse`.
+        """
         return overlay(self, changes, path)
 
     def to_dict(self) -> dict[str, Any]:
-        """Nested dictionaries of plain values."""
+        """The settings as nested dictionaries of plain values."""
         return {field.name: _plain(getattr(self, field.name)) for field in dataclasses.fields(self)}
 
 
 def rule_of(field: dataclasses.Field) -> Rule:
+    """The rule of a field; without bounds or choices where it has none."""
     return field.metadata.get("rule", Rule())
 
 
@@ -127,7 +149,7 @@ def _hints(cls: type) -> dict[str, Any]:
 
 
 def fields_of(cls: type, prefix: str = "") -> dict[str, tuple[Any, dataclasses.Field]]:
-    """Dotted key -> (type, field) of every setting of a class and of the classes inside it."""
+    """Dotted key -> (type, field) of all settings of a class and of its nested classes."""
     found = {}
     for field in dataclasses.fields(cls):
         hint, key = _hints(cls)[field.name], f"{prefix}{field.name}"
@@ -140,7 +162,7 @@ def fields_of(cls: type, prefix: str = "") -> dict[str, tuple[Any, dataclasses.F
 
 
 def nested_class(hint: Any) -> type | None:
-    """The `Settings` class that a type annotation names, alone or as an option; None where it names none."""
+    """The `Settings` class in a type annotation, alone or in a union; None without one."""
     for option in _options(hint):
         if isinstance(option, type) and issubclass(option, Settings):
             return option
@@ -164,7 +186,7 @@ def _name(hint: Any) -> str:
 
 
 def _checked(name: str, value: Any, hint: Any, rule: Rule) -> Any:
-    """`value` as a field of this type, or UserError."""
+    """`value` converted to the type of its field; UserError where type or rule do not hold."""
     options = _options(hint)
     section = ", or give a section" if any(typing.get_origin(option) in (dict, Mapping) for option in options) else ""
     for option in options:
@@ -175,13 +197,13 @@ def _checked(name: str, value: Any, hint: Any, rule: Rule) -> Any:
             _check_rule(name, converted, rule, section)
             return converted
     if isinstance(value, str) and rule.allowed:
-        _check_rule(name, value, rule, section)  # the message with the choices says more
+        _check_rule(name, value, rule, section)  # a message with the choices helps more than one with the type
     wanted = " or ".join(dict.fromkeys(_name(option) for option in options if option is not type(None)))
     raise UserError(f"{name}: {_shown(value)} is not {wanted}{_hint_of(rule)}")
 
 
 def _converted(value: Any, hint: Any) -> tuple[bool, Any]:
-    """(whether `value` can stand for the type, and as what)."""
+    """(whether `value` fits the type, the converted value)."""
     if hint is Any:
         return True, value
     if hint is type(None):
@@ -241,7 +263,7 @@ def _fits_float(value: Any) -> bool:
 
 
 def _check_rule(name: str, value: Any, rule: Rule, section: str = "") -> None:
-    """UserError where the rule does not hold; `section` ends the list of choices."""
+    """UserError where the rule does not hold; `section` is appended to the list of choices."""
     if isinstance(value, tuple):
         for one in value:
             _check_rule(name, one, rule, section)
@@ -292,7 +314,7 @@ def _plain(value: Any) -> Any:
 
 
 def to_config(settings: Settings) -> ml_collections.ConfigDict:
-    """The settings as a mutable config, whose values flags can override."""
+    """The settings as a mutable config, which flags can override."""
     config = ml_collections.ConfigDict()
     with config.ignore_type():
         for field in dataclasses.fields(settings):
@@ -311,7 +333,7 @@ def to_config(settings: Settings) -> ml_collections.ConfigDict:
 
 
 def _open(values: Mapping[str, Any]) -> ml_collections.ConfigDict:
-    """A section whose keys a config chooses; names may hold dots."""
+    """A section with keys of the user's choice, which may contain dots."""
     config = ml_collections.ConfigDict()
     with config.ignore_type():
         for key, value in values.items():
@@ -320,16 +342,22 @@ def _open(values: Mapping[str, Any]) -> ml_collections.ConfigDict:
 
 
 def fill(config: ml_collections.ConfigDict, settings: Settings) -> None:
-    """Adds the keys that a config section leaves out, with their values in `settings`, at every depth."""
+    """Adds the keys that a config section omits, at every depth, with their values in `settings`."""
     for key, value in to_config(settings).items(preserve_field_references=True):
         if key not in config:
             config[key] = value
-        elif isinstance(config[key], ml_collections.ConfigDict) and isinstance(getattr(settings, key), Settings):
-            fill(config[key], getattr(settings, key))
+            continue
+        section, defaults = config[key], getattr(settings, key)
+        if isinstance(section, ml_collections.ConfigDict) and isinstance(defaults, Settings):
+            fill(section, defaults)
 
 
 def parse(cls: type[T], values: Any, path: str = "") -> T:
-    """Settings from a config section; keys that are left out keep their defaults.
+    """Settings from a config section; omitted keys keep their defaults.
+
+    Args:
+      values: a ConfigDict or a mapping.
+      path: dotted key of the section, for messages.
 
     Raises:
       UserError: an unknown or renamed key, or a bad value; the message starts with its dotted key.
@@ -338,7 +366,7 @@ def parse(cls: type[T], values: Any, path: str = "") -> T:
 
 
 def overlay(settings: T, values: Any, path: str = "") -> T:
-    """`settings` with the keys of `values` changed; nested mappings change nested settings.
+    """`settings` with the values of `values`; nested mappings change nested settings.
 
     Raises:
       UserError: see `parse`.
@@ -367,7 +395,7 @@ def overlay(settings: T, values: Any, path: str = "") -> T:
 
 
 def unknown_key(dotted: str, known: Any) -> str:
-    """What to say about a key that no settings class has."""
+    """The error message for a key that is not in `known`: its new name, or the nearest known one."""
     section, _, key = dotted.rpartition(".")
     new = RENAMED.get(f"{section.rpartition('.')[2]}.{key}", RENAMED.get(key))
     if new in known:

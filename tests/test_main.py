@@ -69,7 +69,7 @@ def ended(monkeypatch, capsys):
         ([SOUPS, "--config.polcy.steps=3"], "--config.polcy: no such setting; did you mean policy?"),
         ([SOUPS, "--config.xyz=3"], "--config.xyz: no such setting; known keys: "),
         ([SOUPS, "--noconfig.profil"], "--config.profil: no such setting; did you mean profile?"),
-        ([SOUPS, "--config.seed.x=3"], "--config.seed.x: --config.seed is a value and has no parts; set --config.seed"),
+        ([SOUPS, "--config.seed.x=3"], "--config.seed.x: --config.seed is a value, not a section; set --config.seed"),
         ([SOUPS, "--config.merge.seed=3"], "--config.merge: this config has no section merge; add it to the file, or"),
         ([SOUPS, "--config.mesh.model=8"], "--config.mesh.model: no such setting; known keys: data, fsdp, tensor"),
         ([SOUPS, "--config.policy.steps=many"], "--config.policy.steps=many: invalid literal for int"),

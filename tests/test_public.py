@@ -82,10 +82,10 @@ def test_a_row_of_zeros_is_the_base_and_one_row_serves_all(model, bank):
     [
         (
             (["rain"] * 2, "bank", [1.0]),
-            r"mix: has shape \[1, 1\]; give 2 weights, or a row of as many for each of the 2",
+            r"mix: has shape \[1, 1\]; give 2 weights, or 2 for each of the 2",
         ),
         ((["rain"] * 2, "bank", [[1.0, 0.0]] * 3), r"mix: has shape \[3, 2\]"),
-        ((["rain"], None, [1.0]), "mix: there is no bank to mix"),
+        ((["rain"], None, [1.0]), "mix: has no bank to mix"),
         ((["rain " * 100], None, None), "tokens do not fit the context of 40"),
     ],
 )
@@ -99,7 +99,7 @@ def test_a_file_that_is_no_bank(tmp_path):
     from pjrlhf.models.storage import save_tree
 
     save_tree(tmp_path / "bank.safetensors", {"a": np.zeros(1)})
-    with pytest.raises(UserError, match="is no adapter bank; name bank"):
+    with pytest.raises(UserError, match="is not an adapter bank; name"):
         pjrlhf.load_bank(tmp_path)
 
 
@@ -126,7 +126,7 @@ def test_the_command_says_what_it_can_do_without_loading_jax():
     [
         (
             ("report", "nowhere"),
-            "error: nowhere/report: there is no summary.json; name a run directory whose run ended",
+            "error: nowhere/report: no summary.json; name the run directory of a finished run",
         ),
         (("merge", "nowhere", "--weights", "1", "--output", "out"), "error: nowhere: .*"),
         (("train",), "error: --config: not given; for example --config=configs/soups.py"),
