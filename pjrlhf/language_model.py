@@ -24,6 +24,7 @@ from pjrlhf.models.huggingface import load_params, read_config
 from pjrlhf.models.storage import load_tree
 from pjrlhf.paths import local
 from pjrlhf.rollout import sampler, scoring
+from pjrlhf.rollout.batches import Prompts
 from pjrlhf.rollout.sampler import Sampling
 
 MULTIPLE = 32  # lengths are rounded up to multiples of 32, so that few programs are compiled
@@ -133,7 +134,7 @@ class LanguageModel:
         )
         out = jax.device_get(_generate(self.backbone, sampling, bank, mix, tokens, valid, jax.random.key(seed)))
         texts = []
-        for prompt, before, after, kept in zip(prompts, ids, out["tokens"], out["valid"], strict=True):
+        for prompt, before, after, kept in zip(prompts, ids, out.tokens, out.valid, strict=True):
             answer = after[kept].tolist()
             if isinstance(prompt, str):  # prompt + answer is the whole text
                 texts.append(self.tokenizer.decode(before + answer)[len(self.tokenizer.decode(before)) :])
@@ -186,7 +187,7 @@ def _rows_of_mix(bank: Any, mix: Any, count: int) -> jax.Array | None:
 
 @functools.partial(jax.jit, static_argnums=1)
 def _generate(backbone, sampling, bank, mix, tokens, valid, key):
-    return sampler.generate(backbone.policies(bank, mix), sampling, tokens, valid, key)
+    return sampler.generate(backbone.policies(bank, mix), sampling, Prompts(tokens, valid), key)
 
 
 @functools.partial(jax.jit, static_argnums=5)

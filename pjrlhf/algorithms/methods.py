@@ -1,10 +1,11 @@
 """Several methods on one base, one set of comparisons and one set of reward models: every entry of `config.methods` is
 trained into <workdir>/methods/<name>.
 
-An entry says how it is trained (`train`: policy, modpo or ric; "" for one that trains nothing) and what differs from
-the section of that name; `evaluate_front` says what else an entry may hold.
+An entry says how it is trained (`train`: policy, modpo, ric, or "package.module:TRAINER" of yours; "" for one that
+trains nothing), what differs from the section of that trainer, and how it answers (see `answering`).
 """
 
+import dataclasses
 import importlib
 import json
 import pkgutil
@@ -15,15 +16,14 @@ from typing import Any
 from absl import logging
 
 from pjrlhf import algorithms
+from pjrlhf.algorithms.answering import AnswerSettings, by_base, by_one_adapter
 from pjrlhf.errors import UserError
 from pjrlhf.parallel.processes import on_process_zero
 from pjrlhf.registry import load
+from pjrlhf.runtime.answers import EvaluatedPolicy
 from pjrlhf.runtime.run import Run, Sections, Stage, Trainer
-from pjrlhf.settings import Settings, overlay
+from pjrlhf.settings import Settings, overlay, parse
 from pjrlhf.training.workdir import write_json
-
-# What an entry says about answering, not about training; see `protocols.front`.
-ANSWERING = ("of", "answer", "extrapolation", "divergence", "prompted")
 
 
 def trainer_of(name: str) -> Trainer:
@@ -50,14 +50,45 @@ def folder(name: str) -> str:
     return f"methods/{name}"
 
 
-def entry(run: Sections, name: str) -> dict[str, Any]:
-    """The entry of that name. Raises UserError for one there is not."""
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """An entry of `config.methods`.
+
+    Attributes:
+      train: name of its trainer; "" for an entry that trains nothing.
+      answering: what it says about answering.
+      changes: what differs from the section of its trainer.
+    """
+
+    name: str
+    train: str
+    answering: AnswerSettings
+    changes: Mapping[str, Any]
+
+    @property
+    def stage(self) -> str:
+        """The folder that holds its adapters, below the run directory."""
+        return folder(self.answering.of or self.name)
+
+
+def entry(run: Sections, name: str) -> Entry:
+    """The entry of that name.
+
+    Raises:
+      UserError: there is none, or it says something wrong about answering.
+    """
     if name not in run.settings.methods:
         raise UserError(f"methods: there is no entry {name!r}; there are {', '.join(run.settings.methods)}")
     found = run.settings.methods[name]
     if not isinstance(found, Mapping):
         raise UserError(f"methods.{name}: {found!r} is not an entry; give settings such as {{'train': 'policy'}}")
-    return dict(found)
+    changes = dict(found)
+    train = changes.pop("train", "policy")
+    own = {field.name for field in dataclasses.fields(AnswerSettings)}
+    answering = parse(AnswerSettings, {key: changes.pop(key) for key in own & changes.keys()}, f"methods.{name}")
+    if answering.of and answering.of not in run.settings.methods:
+        raise UserError(f"methods.{name}.of: there is no entry {answering.of!r}; name one of the others")
+    return Entry(name, train, answering, changes)
 
 
 def settings_of(run: Sections, name: str) -> Settings:
@@ -65,27 +96,35 @@ def settings_of(run: Sections, name: str) -> Settings:
 
     Raises UserError for an unknown trainer or setting.
     """
-    changes = entry(run, name)
-    trainer = trainer_of(changes.pop("train", "policy"))
-    changes = {key: value for key, value in changes.items() if key not in ANSWERING}
-    return overlay(trainer.settings(run), changes, f"methods.{name}")
+    found = entry(run, name)
+    return overlay(trainer_of(found.train).settings(run), found.changes, f"methods.{name}")
 
 
 def check(run: Sections) -> None:
-    """Raises UserError for an entry that cannot be trained as it stands."""
+    """Raises UserError for an entry that cannot be trained or answer as it stands."""
     for name in run.settings.methods:
-        changes = entry(run, name)
-        if (source := changes.get("of")) and source not in run.settings.methods:
-            raise UserError(f"methods.{name}.of: there is no entry {source!r}; name one of the others")
-        if changes.get("train", "policy"):
+        if entry(run, name).train:
             settings_of(run, name)
+
+
+def evaluated(run: Run, name: str) -> EvaluatedPolicy:
+    """A trained entry, ready to be asked.
+
+    Raises:
+      UserError: it cannot answer as it says.
+    """
+    found = entry(run, name)
+    source = entry(run, found.answering.of or name)
+    if not source.train:
+        return by_base(run, found.answering)
+    answers = trainer_of(source.train).answers or by_one_adapter
+    return answers(run, settings_of(run, source.name), found.stage, found.answering)
 
 
 def run(run: Run) -> dict[str, Any]:
     """Trains the entries that are not yet trained."""
     for name in run.settings.methods:
-        changes = entry(run, name)
-        if not changes.get("train", "policy"):
+        if not (train := entry(run, name).train):
             continue
         stage, settings = folder(name), settings_of(run, name)
         described = settings.to_dict()
@@ -97,7 +136,7 @@ def run(run: Run) -> dict[str, Any]:
             continue
         on_process_zero(write_json)(kept, described)
         started = time.perf_counter()
-        info = trainer_of(changes.get("train", "policy")).train(run, settings, stage)
+        info = trainer_of(train).train(run, settings, stage)
         run.workdir.mark_finished(stage, time.perf_counter() - started, **info)
     return {"methods": list(run.settings.methods)}
 

@@ -14,8 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
-from pjrlhf.algorithms import policy, reward
-from pjrlhf.algorithms.targets import Targets, TargetSettings
+from pjrlhf.algorithms import answering, banks, reward
+from pjrlhf.algorithms.targets import Targets, TargetSettings, targets_of
 from pjrlhf.data.batching import batches
 from pjrlhf.data.packing import Ids, PackedRows
 from pjrlhf.data.preferences import PreferencePrompt
@@ -36,7 +36,6 @@ from pjrlhf.training.loop import Method
 from pjrlhf.training.metrics import Metrics
 from pjrlhf.training.optimizer import OptimizerSettings, check_warmup, make_optimizer, per_ingredient
 from pjrlhf.training.state import State
-from pjrlhf.training.workdir import disk_errors
 
 LOSSES = ("sigmoid", "hinge")
 
@@ -72,7 +71,7 @@ class ModpoSettings(Settings):
 def scores(backbone: Backbone, rewarder: Any, tokens: jax.Array, valid: jax.Array) -> jax.Array:
     """The rewards [B, R] of rows [B, T], as `raw_rewards` gives them."""
     everything = jnp.arange(rewarder["heads"]["bias"].shape[0])[None]
-    return experience.raw_rewards(backbone.model, backbone.adapter, backbone.base, rewarder, everything, tokens, valid)
+    return experience.raw_rewards(backbone, rewarder, everything, tokens, valid)
 
 
 def raw_rewards(run: Run, rewarder: Any, rows: Sequence[dict[str, Ids]]) -> np.ndarray:
@@ -235,11 +234,11 @@ def labelled(run: Run, settings: ModpoSettings) -> tuple[Targets, tuple[str, ...
     Raises:
       UserError: settings that MODPO cannot follow, or an objective without pairs.
     """
-    targets, rewards = Targets(run, settings), run.audience.rewards
+    targets, rewards = targets_of(run, settings), run.audience.rewards
     K = len(targets.policies)
     weights = np.zeros((K, len(rewards)), np.float32)
     for k in range(K):
-        target = targets.goal(0, k)
+        target = targets.target(0, k)
         weights[k, list(target.objectives)] = target.weights
     numbers = weights.argmax(1)  # the first of equals
     labels = tuple(rewards[i] for i in numbers)
@@ -288,9 +287,8 @@ def train(run: Run, settings: ModpoSettings, stage: str) -> dict[str, Any]:
     """
     method = method_of(run, settings)
     state, names = run.train(method, stage, settings.steps), list(method.data.policies)
-    with disk_errors(run.workdir.path / stage):
-        base_hash = policy.save(run, stage, names, state.trainable)
+    base_hash = banks.save(run, stage, names, state.trainable)
     return {"ingredients": names, "samples": method.data.samples, "base": base_hash}
 
 
-TRAINER = Trainer(lambda run: run.section(ModpoSettings), train)
+TRAINER = Trainer(lambda run: run.section(ModpoSettings), train, answering.by_targets)

@@ -1,66 +1,40 @@
 """K policies by PPO, or a critic-free relative, against rewards of one or several objectives, in one program
 (Personalized Soups, arXiv 2310.11564; checklist of Huang et al. 2023).
 
-Soups, MORL, Prompted-MORL, MOC and CLP are settings of it: what the policies are trained for (see `goals`), how their
+Soups, MORL, Prompted-MORL, MOC and CLP are settings of it: what the policies are trained for (see `targets`), how their
 objectives become one advantage (see `objectives.scalarization`), and what estimates it.
 """
 
 import dataclasses
-import pathlib
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-import optax
 
-from pjrlhf.algorithms import reward
-from pjrlhf.algorithms.targets import Rows, Targets, TargetSettings
+from pjrlhf.algorithms import answering, banks, reward
+from pjrlhf.algorithms.ppo import PPOConfig, ppo_update
+from pjrlhf.algorithms.targets import PromptRows, Targets, TargetSettings, targets_of
 from pjrlhf.data.batching import batches
 from pjrlhf.data.preferences import PreferencePrompt
 from pjrlhf.errors import UserError
-from pjrlhf.models.adapters import AdapterConfig, Policies, init_bank
-from pjrlhf.models.decoder import Decoder
-from pjrlhf.models.huggingface import save_params
-from pjrlhf.models.peft import MANIFEST, save_peft
-from pjrlhf.models.storage import load_tree, save_tree
+from pjrlhf.models.adapters import Backbone, init_bank
 from pjrlhf.objectives import policy_gradient as pg
 from pjrlhf.objectives.scalarization import CombinationRule, make_rule, section
-from pjrlhf.parallel.processes import on_process_zero, to_host
-from pjrlhf.rollout import scoring
-from pjrlhf.rollout.experience import (
-    ExperienceConfig,
-    experience,
-    init_value_heads,
-    reward_scores,
-    sample,
-    values_of,
-)
+from pjrlhf.parallel.processes import to_host
+from pjrlhf.rollout.batches import PromptBatch, Rollout, ScoredRollout, join_rows, split_rows
+from pjrlhf.rollout.experience import ExperienceConfig, Recipe, experience, init_value_heads, reward_scores, sample
+from pjrlhf.runtime.devices import Devices
 from pjrlhf.runtime.run import Run, Sections, Stage, Trainer
+from pjrlhf.runtime.streams import Streams
 from pjrlhf.settings import Settings, setting
 from pjrlhf.training.loop import Method
 from pjrlhf.training.metrics import Metrics
 from pjrlhf.training.optimizer import OptimizerSettings, check_warmup, make_optimizer, per_ingredient
 from pjrlhf.training.state import State
-from pjrlhf.training.workdir import disk_errors, write_json
 
-BANK = "bank.safetensors"
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class PPOConfig(Settings):
-    """Settings of the PPO update."""
-
-    epochs: int = setting(2, "passes over a batch", low=1, high=1000)
-    minibatches: int = setting(2, "parts of every pass", low=1, high=2**20)
-    policies_at_once: int = setting(
-        0, "policies whose gradients are taken together, 0: all; fewer take less memory and change no number", low=0
-    )
-    clip: float = setting(0.2, "range of the ratio around 1", above=0.0, high=1e6)
-    value_clip: float = setting(0.2, "range of the values around the old ones", above=0.0, high=1e6)
-    vf_coef: float = setting(0.1, "weight of the value loss", low=0.0, high=1e6)
-    entropy_coef: float = setting(0.0, "weight of the entropy bonus", low=0.0, high=1e6)
+KL_STEPS = 10  # the last steps, over whose mean the KL of a policy is reported
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -128,273 +102,188 @@ class PolicySettings(Settings):
             )
 
 
-def ppo_loss(
-    model: Decoder, adapter: AdapterConfig, config: PPOConfig, temperature: float, trainable: Any, base: Any, rows: Any
-) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Sum over the K policies of their PPO losses; `rows` as made by `rollout.experience`, leaves [K, n, ...].
-
-    Each policy's loss is a mean over its own tokens, and no parameter belongs to two policies, so the gradient is
-    that of K separate runs. Of several value heads the mean of the losses counts. Metrics are [K].
-    """
-    K, n, total = rows["tokens"].shape
-    N = rows["mask"].shape[2]
-    mix = rows["mix"].reshape(K * n, -1) if "mix" in rows else jnp.eye(K)
-    policies = Policies(model, adapter, base, trainable["bank"], mix)
-    tokens, valid = rows["tokens"].reshape(K * n, total), rows["valid"].reshape(K * n, total)
-    states = scoring.response_states(policies, tokens, valid, total - N)
-    logps, entropy = scoring.token_logps(policies, states, rows["response"].reshape(K * n, N), temperature)
-    values = values_of(trainable["heads"], states)
-
-    def per_policy(logps, entropy, values, rows):
-        policy_loss, metrics = pg.ppo_policy_loss(logps, rows["logps"], rows["advantages"], rows["mask"], config.clip)
-        per_head = jax.vmap(pg.value_loss, (-1, -1, -1, None, None))
-        value_loss, value_clipped = per_head(values, rows["values"], rows["returns"], rows["mask"], config.value_clip)
-        entropy = pg.masked_mean(entropy, rows["mask"])
-        loss = policy_loss + config.vf_coef * value_loss.mean() - config.entropy_coef * entropy
-        metrics |= {
-            "loss/policy_avg": policy_loss,
-            "loss/value_avg": value_loss.mean(),
-            "val/clipfrac_avg": value_clipped.mean(),
-            "policy/entropy_avg": entropy,
-        }
-        return loss, metrics
-
-    shape = (K, n, N)
-    losses, metrics = jax.vmap(per_policy)(logps.reshape(shape), entropy.reshape(shape), values, rows)
-    return losses.sum(), metrics
-
-
-def ppo_gradient(
-    model: Decoder, adapter: AdapterConfig, config: PPOConfig, temperature: float, trainable: Any, base: Any, rows: Any
-) -> tuple[Any, dict[str, jax.Array]]:
-    """Gradient of `ppo_loss` and its metrics [K]; of `config.policies_at_once` policies at once, one group of policies
-    after the other. Adapters mixed per row ("mix" in `rows`) belong to all policies, so these cannot be split.
-    """
-
-    def gradient(trainable, rows):
-        return jax.grad(ppo_loss, argnums=4, has_aux=True)(model, adapter, config, temperature, trainable, base, rows)
-
-    K = rows["tokens"].shape[0]
-    together = config.policies_at_once or K
-    if together == K:
-        return gradient(trainable, rows)
-    if K % together or "mix" in rows:
-        raise ValueError(f"gradients of {K} policies cannot be taken of {together} at once")
-    groups = jax.tree.map(lambda x: x.reshape(K // together, together, *x.shape[1:]), (trainable, rows))
-    return jax.tree.map(lambda x: x.reshape(K, *x.shape[2:]), jax.lax.map(lambda x: gradient(*x), groups))
-
-
-def ppo_update(
-    model: Decoder,
-    adapter: AdapterConfig,
-    config: PPOConfig,
-    tx: optax.GradientTransformation,
-    temperature: float,
-    trainable: Any,
-    opt_state: Any,
-    base: Any,
-    rows: Any,
-    key: jax.Array,
-) -> tuple[Any, Any, dict[str, jax.Array]]:
-    """`epochs` x `minibatches` PPO steps on one batch of experience; old log-probs and advantages stay fixed.
-
-    Returns:
-      trainable, opt_state, and metrics [K] averaged over the steps; `policy/first_approxkl` is that of the first
-      step, 0 up to rounding because nothing has moved yet.
-    """
-    n = rows["tokens"].shape[1]
-    if n % config.minibatches:
-        raise ValueError(f"{n} rollouts per policy cannot be split into {config.minibatches} equal minibatches")
-
-    def step(carry, index):
-        trainable, opt_state = carry
-        part = jax.tree.map(lambda x: x[:, index], rows)
-        gradient, metrics = ppo_gradient(model, adapter, config, temperature, trainable, base, part)
-        updates, opt_state = tx.update(gradient, opt_state, trainable)
-        return (optax.apply_updates(trainable, updates), opt_state), metrics
-
-    keys = jax.random.split(key, config.epochs)
-    order = jax.vmap(lambda k: jax.random.permutation(k, n))(keys)
-    order = order.reshape(config.epochs * config.minibatches, n // config.minibatches)
-    (trainable, opt_state), metrics = jax.lax.scan(step, (trainable, opt_state), order)
-    first = metrics["policy/approxkl_avg"][0]
-    metrics = jax.tree.map(lambda x: x.mean(0), metrics)
-    return trainable, opt_state, metrics | {"policy/first_approxkl": first}
-
-
 class Policy(Method):
-    """The method for `training.loop.run`: rollouts, scores and PPO updates of all K policies in one jitted step.
+    """The method for `training.loop.run`: rollouts, scores and PPO updates of all K policies in one program.
+
+    `rollout`, `score` and `update` are the parts of a step, functions of their arguments.
 
     Args:
-      settings: a section like `config.policy`, which it is by default.
-      rewarder: reward models as `reward.load` gives them, which it is by default.
+      data: the prompts to train on.
+      rewarder: reward models as `reward.load` gives them.
     """
 
     show = ("objective/scores", "objective/kl")
     watch = ("loss/policy_avg", "loss/value_avg", "objective/kl")
 
-    def __init__(self, run: Run, settings: PolicySettings | None = None, rewarder: Any = None):
-        settings = settings or settings_of(run)
-        self.run, self.settings = run, settings
-        self.goals = Targets(run, settings)
-        self.ppo, self.experience, self.combination = settings.ppo, settings.experience, settings.rule
-        if self.experience.estimator != "gae":
+    def __init__(
+        self,
+        settings: PolicySettings,
+        data: PromptRows,
+        rewarder: Any,
+        devices: Devices,
+        backbone: Backbone,
+        streams: Streams,
+    ):
+        self.settings, self.data, self.rewarder = settings, data, rewarder
+        self.devices, self.backbone, self.streams = devices, backbone, streams
+        self.targets: Targets = data.targets
+        self.ppo = settings.ppo
+        if settings.experience.estimator != "gae":
             self.ppo = dataclasses.replace(self.ppo, vf_coef=0.0)
+        self.recipe = Recipe(settings.experience, data.text.sampling(), settings.rule)
         self._check()
-        self.sampling = run.text.sampling()
-        if self.sampling.temperature <= 0:
-            raise UserError("temperature: a policy cannot learn from greedy samples; set it above 0, for example to 1")
         updates = settings.steps * self.ppo.epochs * self.ppo.minibatches
         optimizer = make_optimizer(settings.optimizer, updates)
         # Adapters that one policy mixes are trained together.
-        self.optimizer = optimizer if self.goals.mix == "weights" else per_ingredient(optimizer)
-        prompts = settings.rollouts // self.experience.samples_per_prompt
-        source = Rows(run, self.goals, settings.steps * prompts)
-        self.batches = batches(source, prompts, seed=run.settings.seed, collate=self.collate)
-        self.rewarder = rewarder or reward.load(run)
-        self._update = run.devices.training_step(self._step)
+        self.optimizer = optimizer if self.targets.mix == "weights" else per_ingredient(optimizer)
+        samples = settings.experience.samples_per_prompt
+        collate = functools.partial(data.collate, samples=samples)
+        self.batches = batches(data, settings.rollouts // samples, seed=streams.seed, collate=collate)
+        self._update = devices.training_step(self._step)
         self.programs = (self._update,)
-        self.ingredients = () if self.goals.sampled else self.goals.policies  # a policy alone needs no name
+        # A policy alone needs no name.
+        self.ingredients = () if self.targets.sampled else self.targets.policies
+
+    @property
+    def K(self) -> int:
+        """Number of policies."""
+        return len(self.targets.policies)
 
     def _check(self) -> None:
         """Raises UserError for settings that do not go together."""
-        settings, combine = self.settings, self.combination
-        together, policies = self.ppo.policies_at_once, len(self.goals.policies)
-        if together and (policies % together or self.goals.mix == "weights"):
+        settings, rule, together = self.settings, self.recipe.rule, self.ppo.policies_at_once
+        if self.recipe.sampling.temperature <= 0:
+            raise UserError("temperature: a policy cannot learn from greedy samples; set it above 0, for example to 1")
+        if together and (self.K % together or self.targets.mix == "weights"):
             raise UserError(
-                f"policy.ppo.policies_at_once={together}: must divide the {policies} policies, which must not share "
+                f"policy.ppo.policies_at_once={together}: must divide the {self.K} policies, which must not share "
                 "adapters (policy.mix=own); set it to 1, or to 0 for all"
             )
-        if combine.needs_calibrated_rewards and settings.scale != "quantiles":
+        if rule.needs_calibrated_rewards and settings.scale != "quantiles":
             raise UserError(
                 "policy.combine: the rule compares rewards with preference weights, so they must be on one scale; set "
                 "policy.scale to quantiles"
             )
-        if combine.needs_preference_groups and self.goals.kind not in ("grid", "fixed"):
+        if rule.needs_preference_groups and self.targets.kind not in ("grid", "fixed"):
             raise UserError("policy.combine: the rule needs a fixed set of preferences; set preferences.kind to grid")
 
-    def collate(self, rows: Sequence[Any]) -> Any:
-        """m rows of `Rows`, each for s samples, n = m s -> {"prompt", "valid" [n, K, P], "reward_prompt",
-        "reward_valid" [n, K, Q], "weights" [n, K, S], "objectives" [n, K, S], "group" [n, K]}.
-        """
-        run, K = self.run, len(self.goals.policies)
-        rows = [row for row in rows for _ in range(self.experience.samples_per_prompt)]
-        prompts = [ids for row in rows for ids in row["prompts"]]
-        plain = [row["reward_prompt"] for row in rows for _ in range(K)]
-        longest = max(map(len, prompts + plain))
-        if longest > run.text.lengths.prompt:
-            raise UserError(f"prompts: one has {longest} tokens, more than data.max_prompt; raise it")
-        prompt, valid = run.text.pad_prompts(prompts)
-        reward_prompt, reward_valid = run.text.pad_prompts(plain)
-        arrays = {"prompt": prompt, "valid": valid, "reward_prompt": reward_prompt, "reward_valid": reward_valid}
-        goals = [goal for row in rows for goal in row["goals"]]
-        arrays["weights"] = np.array([goal.weights for goal in goals], np.float32)
-        arrays["objectives"] = np.array([goal.objectives for goal in goals], np.int32)
-        arrays["group"] = np.array([goal.group for goal in goals], np.int32)
-        return {name: x.reshape(len(rows), K, *x.shape[1:]) for name, x in arrays.items()}
-
     def init(self) -> State:
-        return self.run.devices.create(self._initial, self.run.workspace.base)
+        return self.devices.create(self._initial, self.backbone)
 
-    def _initial(self, base: Any) -> State:
-        run, goals = self.run, self.goals
-        heads = len(self.combination.names(goals.scored))
+    def _initial(self, backbone: Backbone) -> State:
+        K, width = self.K, backbone.model.config.hidden_size
+        names, adapters = self.recipe.rule.names(self.targets.scored), len(self.targets.adapters)
         trainable = {
-            "bank": init_bank(base, run.workspace.adapter, len(goals.adapters), run.streams.key("policy/adapter")),
-            "heads": init_value_heads(len(goals.policies), heads, run.workspace.model_config.hidden_size),
+            "bank": init_bank(backbone.base, backbone.adapter, adapters, self.streams.key("policy/adapter")),
+            "value_heads": init_value_heads(K, len(names), width),
         }
-        beta = jnp.full((len(goals.policies),), self.settings.kl.coefficient)
-        return State.create(run.streams.key("policy/state"), trainable, self.optimizer, beta=beta)
+        beta = jnp.full((K,), self.settings.kl.coefficient)
+        kl = jnp.zeros((min(KL_STEPS, self.settings.steps), K))
+        return State.create(self.streams.key("policy/state"), trainable, self.optimizer, beta=beta, kl=kl)
 
-    def _step(self, state: State, base: Any, rewarder: Any, batch: Any) -> tuple[State, Metrics]:
-        kl, model, adapter = self.settings.kl, self.run.workspace.model, self.run.workspace.adapter
-        sampling, goals = self.sampling, self.goals
-        mix = batch["weights"] if goals.mix == "weights" else jnp.eye(len(goals.policies))
-        draw, shuffle = jax.random.split(jax.random.fold_in(state.rng, state.step))
-        prompt = {"prompt": batch["prompt"], "valid": batch["valid"]}
-        plain = {"prompt": batch["reward_prompt"], "valid": batch["reward_valid"]}
-        response = sample(model, adapter, sampling, base, state.trainable["bank"], mix, prompt, draw)
-        objectives = batch["objectives"] if goals.objectives is None else jnp.asarray(goals.objectives)
-        scores = reward_scores(model, adapter, base, rewarder, objectives, plain, response, self.settings.scale)
+    # ---- a step and its parts
+
+    def place(self, batch: PromptBatch) -> PromptBatch:
+        """A batch [K, n, ...] on the devices, which share the rows of all policies: [K n, ...]."""
+        return self.devices.place(join_rows(batch))
+
+    def rollout(self, backbone: Backbone, bank: Any, batch: PromptBatch, key: jax.Array) -> Rollout:
+        """Responses [*rows, N] to the prompts [*rows, P] of a batch."""
+        mix = batch.targets.weights if self.targets.mix == "weights" else jnp.eye(self.K)
+        return sample(backbone, bank, mix, batch.prompts, self.recipe.sampling, key)
+
+    def score(self, backbone: Backbone, rewarder: Any, batch: PromptBatch, rollout: Rollout) -> jax.Array:
+        """Rewards float32 [*rows, S] of the responses to a batch."""
+        fixed = self.targets.objectives
+        objectives = batch.targets.objectives if fixed is None else jnp.asarray(fixed)
+        return reward_scores(backbone, rewarder, objectives, batch.reward_prompts, rollout, self.settings.scale)
+
+    def update(
+        self, backbone: Backbone, state: State, scored: ScoredRollout, key: jax.Array
+    ) -> tuple[State, dict[str, jax.Array]]:
+        """The state after the updates on scored responses [K, n, ...], and metrics [K]."""
+        mix = scored.targets.weights if self.targets.mix == "weights" else None
         beta = state.extra["beta"]
-        rows, statistics = experience(
-            model,
-            adapter,
-            self.experience,
-            sampling,
-            base,
-            state.trainable,
-            prompt,
-            response,
-            scores,
-            beta,
-            {"weights": batch["weights"], "group": batch["group"], "mix": mix},
-            self.combination,
-        )
-        rows, statistics = jax.lax.stop_gradient((rows, statistics))
-        trainable, opt_state, metrics = ppo_update(
-            model,
-            adapter,
-            self.ppo,
-            self.optimizer,
-            sampling.temperature,
-            state.trainable,
-            state.opt_state,
-            base,
-            rows,
-            shuffle,
-        )
-        if kl.target:
-            count = rows["mask"].shape[1]
-            beta = pg.adapt_kl_coefficient(beta, statistics["objective/kl"], kl.target, count, kl.horizon)
-        heads = statistics.pop("heads")
-        if heads.shape[1] > 1:
-            names = self.combination.names(goals.scored)
-            statistics |= {f"objective/weights/{name}": heads[:, h] for h, name in enumerate(names)}
+        found, statistics = experience(self.recipe, backbone, state.trainable, scored, beta, mix)
+        found, statistics = jax.lax.stop_gradient((found, statistics))
+        step = state.step
+        state, metrics = ppo_update(self.ppo, self.optimizer, backbone, state, found, key)
+        kl, settings = statistics["objective/kl"], self.settings.kl
+        if settings.target:
+            beta = pg.adapt_kl_coefficient(beta, kl, settings.target, found.tokens.shape[1], settings.horizon)
+        recent = state.extra["kl"]
+        extra = {"beta": beta, "kl": recent.at[step % len(recent)].set(kl)}
+        return state.replace(step=step + 1, extra=extra), statistics | metrics
+
+    def _step(self, state: State, backbone: Backbone, rewarder: Any, placed: PromptBatch) -> tuple[State, Metrics]:
+        batch = split_rows(placed, self.K)
+        draw, shuffle = jax.random.split(jax.random.fold_in(state.rng, state.step))
+        rollout = self.rollout(backbone, state.trainable["bank"], batch, draw)
+        scores = self.score(backbone, rewarder, batch, rollout)
+        scored = ScoredRollout(batch.prompts, rollout, scores, batch.targets)
+        # The x axis that methods share: answers sampled so far, of all policies.
+        samples = (state.step + 1.0) * scores.shape[0] * scores.shape[1]
+        state, statistics = self.update(backbone, state, scored, shuffle)
+        weights = statistics.pop("head_weights")
+        if weights.shape[1] > 1:
+            names = self.recipe.rule.names(self.targets.scored)
+            statistics |= {f"objective/weights/{name}": weights[:, h] for h, name in enumerate(names)}
         else:
             del statistics["objective/gradient_cosine"]
-        metrics = {name: (x, jnp.ones_like(x)) for name, x in {**statistics, **metrics}.items()}
-        metrics |= self._by_objective(scores, batch["objectives"])
-        # The x axis that methods share: answers sampled so far, of all policies.
-        metrics["samples"] = ((state.step + 1.0) * rows["mask"].shape[0] * rows["mask"].shape[1], jnp.ones(()))
-        state = state.replace(step=state.step + 1, trainable=trainable, opt_state=opt_state, extra={"beta": beta})
+        metrics = {name: (x, jnp.ones_like(x)) for name, x in statistics.items()}
+        metrics |= self._by_objective(scores, batch.targets.objectives)
+        metrics["samples"] = (samples, jnp.ones(()))
         return state, metrics
 
     def _by_objective(self, scores: jax.Array, objectives: jax.Array) -> Metrics:
         """Mean and standard deviation of every reward, and how the rewards of an answer go together, [K] each, of
-        `scores` and `objectives` [K n, S]; nothing where there is one objective per policy.
+        `scores` and `objectives` [K, n, S]; nothing where there is one objective per policy.
         """
-        K, S = len(self.goals.policies), scores.shape[1]
+        K, _, S = scores.shape
         if S == 1:
             return {}
-        scores, objectives = scores.reshape(K, -1), objectives.reshape(K, -1)
         metrics = {}
-        for i, name in enumerate(self.run.audience.rewards):
+        for i, name in enumerate(self.targets.audience.rewards):
             own = (objectives == i).astype(jnp.float32)
-            count = own.sum(1)
-            mean = (scores * own).sum(1) / jnp.maximum(count, 1)
-            spread = jnp.sqrt((jnp.square(scores - mean[:, None]) * own).sum(1) / jnp.maximum(count, 1))
+            count = own.sum((1, 2))
+            mean = (scores * own).sum((1, 2)) / jnp.maximum(count, 1)
+            squares = jnp.square(scores - mean[:, None, None]) * own
+            spread = jnp.sqrt(squares.sum((1, 2)) / jnp.maximum(count, 1))
             seen = (count > 0).astype(jnp.float32)
             metrics |= {f"rewards/{name}/mean": (mean * seen, seen), f"rewards/{name}/std": (spread * seen, seen)}
-        if self.goals.objectives is not None:
-            centred = scores.reshape(K, -1, S)
-            centred = centred - centred.mean(1, keepdims=True)
+        if self.targets.objectives is not None:
+            centred = scores - scores.mean(1, keepdims=True)
             unit = centred / jnp.maximum(jnp.linalg.norm(centred, axis=1, keepdims=True), 1e-6)
             correlation = jnp.einsum("kns,knt->kst", unit, unit)
             apart = (correlation.sum((1, 2)) - jnp.trace(correlation, axis1=1, axis2=2)) / (S * (S - 1))
             metrics["rewards/correlation"] = (apart, jnp.ones(K))
         return metrics
 
-    def step(self, state: State, batch: Any) -> tuple[State, Metrics]:
-        # Rows of one policy stand one after another: [n, K, P] -> [K n, P].
-        rows = {name: x.swapaxes(0, 1).reshape(-1, *x.shape[2:]) for name, x in batch.items()}
-        return self._update(state, self.run.workspace.base, self.rewarder, self.run.devices.place(rows))
+    def step(self, state: State, batch: PromptBatch) -> tuple[State, Metrics]:
+        return self._update(state, self.backbone, self.rewarder, self.place(batch))
+
+    def last_kl(self, state: State) -> dict[str, float]:
+        """Policy -> mean KL to the base over its last `KL_STEPS` steps, in nats per answer."""
+        means = to_host(state.extra["kl"]).mean(0)
+        return dict(zip(self.targets.policies, means.tolist(), strict=True))
+
+
+# ---- the stage
 
 
 def settings_of(run: Sections) -> PolicySettings:
     """The section of the stage; its prompts state preferences as the run says, where it does not say so itself."""
     settings = run.section(PolicySettings)
     return dataclasses.replace(settings, prompt_preference=settings.prompt_preference or run.settings.prompt_preference)
+
+
+def method_of(run: Run, settings: PolicySettings, rewarder: Any = None) -> Policy:
+    """The method for policies of a run; `rewarder` is by default its trained reward models."""
+    targets = targets_of(run, settings)
+    prompts = settings.steps * settings.rollouts // settings.experience.samples_per_prompt
+    data = PromptRows(targets, run.records, run.text, prompts)
+    rewarder = rewarder or reward.load(run)
+    return Policy(settings, data, rewarder, run.devices, run.workspace.backbone, run.streams)
 
 
 def run(run: Run) -> dict[str, Any]:
@@ -404,72 +293,19 @@ def run(run: Run) -> dict[str, Any]:
     return train(run, settings_of(run), "policy")
 
 
-def train(run: Run, settings: Any, stage: str) -> dict[str, Any]:
+def train(run: Run, settings: PolicySettings, stage: str) -> dict[str, Any]:
     """The same by the section `settings`, into <workdir>/<stage>."""
-    method = Policy(run, settings)
-    state = run.train(method, stage, settings.steps)
-    with disk_errors(run.workdir.path / stage):
-        base_hash = save(run, stage, method.goals.adapters, state.trainable["bank"])
+    method = method_of(run, settings)
+    state, names = run.train(method, stage, settings.steps), list(method.targets.adapters)
+    base_hash = banks.save(run, stage, names, state.trainable["bank"])
     return {
-        "ingredients": list(method.goals.adapters),
+        "ingredients": names,
         "rollouts_per_policy": settings.steps * settings.rollouts,
-        "samples": settings.steps * settings.rollouts * len(method.goals.policies),
+        "samples": settings.steps * settings.rollouts * method.K,
         "base": base_hash,
+        "kl": method.last_kl(state),
     }
 
 
-def save(run: Run, stage: str, names: Sequence[str], bank: Any) -> str:
-    """Writes the bank, and each adapter as a folder of its own; returns the fingerprint of the base."""
-    folder = run.workdir.stage(stage)
-    bank = to_host(bank)
-    save_tree(
-        folder / BANK,
-        bank,
-        {"adapters": list(names), "base": run.workspace.base_hash, "alpha": run.workspace.adapter.alpha},
-    )
-    _save_ingredients(run, folder, names, bank)
-    return run.workspace.base_hash
-
-
-@on_process_zero
-def _save_ingredients(run: Run, folder: pathlib.Path, names: Sequence[str], bank: Any) -> None:
-    for k, name in enumerate(names):
-        one = jax.tree.map(lambda x, k=k: x[k], bank)
-        target = folder / "ingredients" / name
-        if run.workspace.adapter.rank:
-            adapter, head_dim = run.workspace.adapter, run.workspace.model_config.head_dim
-            save_peft(
-                target,
-                one,
-                adapter.rank,
-                adapter.alpha,
-                str(run.workspace.base_folder),
-                run.workspace.model_type,
-                head_dim,
-            )
-            # By this the merge refuses an adapter that was trained on another base. One trained on a quantised base
-            # is merged into the floats that stand in the folder.
-            base = {"folder": str(run.workspace.base_folder), "hash": run.workspace.folder_hash}
-            write_json(target / MANIFEST, {"base": base, "quantize": run.settings.model.quantize})
-        else:
-            save_params(
-                target,
-                run.workspace.model_config,
-                one,
-                model_type=run.workspace.model_type,
-                tokenizer_folder=run.workspace.base_folder,
-                token_ids=run.workspace.token_ids,
-            )
-
-
-def load_bank(run: Run, stage: str = "policy", names: Sequence[str] | None = None) -> Any:
-    """The adapter bank of a stage of this run, on the mesh; its adapters must be `names`, by default all rewards."""
-    names = list(run.audience.rewards if names is None else names)
-    bank, note = load_tree(run.workdir.path / stage / BANK)
-    if note.get("adapters") != names:
-        raise UserError(f"{stage}: the bank holds {note.get('adapters')}, this run needs {names}")
-    return run.devices.shard(bank)
-
-
-TRAINER = Trainer(settings_of, train)
+TRAINER = Trainer(settings_of, train, answering.by_targets)
 STAGE = Stage("policy", run, PolicySettings)

@@ -25,6 +25,7 @@ from pjrlhf.models.storage import load_tree, save_tree
 from pjrlhf.objectives.preference import accuracy, bradley_terry_loss
 from pjrlhf.paths import local
 from pjrlhf.rollout import scoring
+from pjrlhf.rollout.batches import Prompts, Rollout
 from pjrlhf.rollout.experience import raw_rewards, sample
 from pjrlhf.rollout.reference import SIDES
 from pjrlhf.runtime.devices import Devices
@@ -279,20 +280,19 @@ class Reward(Method):
           prompts: which the samples answer, taken from the first on, and again where there are too few.
         """
         everything = jnp.arange(len(self.ingredients))[None]
-        draw = jax.jit(sample, static_argnums=(0, 1, 2))
+        draw = jax.jit(functools.partial(sample, sampling=self.text.sampling()))
 
         @jax.jit
-        def score(backbone: Backbone, trainable: Any, prompt: Any, response: Any) -> jax.Array:
-            tokens = scoring.join(prompt["prompt"], response["tokens"])
-            valid = scoring.join(prompt["valid"], response["valid"])
-            return raw_rewards(backbone.model, backbone.adapter, backbone.base, trainable, everything, tokens, valid)
+        def score(backbone: Backbone, trainable: Any, prompts: Prompts, rollout: Rollout) -> jax.Array:
+            tokens = scoring.join(prompts.tokens, rollout.tokens)
+            valid = scoring.join(prompts.valid, rollout.valid)
+            return raw_rewards(backbone, trainable, everything, tokens, valid)
 
-        backbone, sampling, chunks = self.backbone, self.text.sampling(), itertools.count()
+        backbone, chunks = self.backbone, itertools.count()
 
-        def rewards(prompt: Any) -> jax.Array:
+        def rewards(prompts: Prompts) -> jax.Array:
             key = self.streams.key("reward/calibration", next(chunks))
-            response = draw(backbone.model, backbone.adapter, sampling, backbone.base, None, None, prompt, key)
-            return score(backbone, trainable, prompt, response)
+            return score(backbone, trainable, prompts, draw(backbone, None, None, prompts, key=key))
 
         size = self.text.sample_rows
         count = max(1, self.settings.calibration_samples // size) * size

@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from pjrlhf.algorithms import policy, reward, sft
+from pjrlhf.algorithms import answering, banks, reward, sft
 from pjrlhf.algorithms.modpo import raw_rewards
 from pjrlhf.algorithms.targets import encode
 from pjrlhf.data.batching import batches
@@ -27,8 +27,11 @@ from pjrlhf.errors import UserError
 from pjrlhf.models.adapters import Backbone, init_bank
 from pjrlhf.objectives.multi_objective import calibrate, target_map
 from pjrlhf.parallel.processes import on_process_zero
-from pjrlhf.runtime.answers import Row, Sampler, sample_base
+from pjrlhf.runtime.answers import EvaluatedPolicy, Point, Row, sample_base, sample_rows
+from pjrlhf.runtime.devices import Devices
 from pjrlhf.runtime.run import Run, Trainer
+from pjrlhf.runtime.streams import Streams
+from pjrlhf.runtime.text import Text
 from pjrlhf.settings import Settings, setting
 from pjrlhf.training.loop import Method
 from pjrlhf.training.metrics import Metrics
@@ -66,14 +69,14 @@ class RicSettings(Settings):
 Answer = dict[str, Any]  # {"request", "text", "scores": N numbers in [0, 1]}
 
 
-def prompt_format(run: Run, settings: Any, request: str, scores: Sequence[float]) -> str:
+def prompt_format(run: Run, settings: RicSettings, request: str, scores: Sequence[float]) -> str:
     """The words after `request` that state N scores, one per objective.
 
     Raises:
       UserError: the tokenizer does not know them, or the prompt gets longer than `data.max_prompt`.
     """
     words = settings.prompt_format(run.audience.registry, run.audience.objectives, scores)
-    length, limit = len(encode(run, request, words)), run.text.lengths.prompt
+    length, limit = len(encode(run.records, run.text, request, words)), run.text.lengths.prompt
     if length > limit:
         raise UserError(
             f"prompt_format {words[:60]!r}: the prompt has {length} tokens with it, more than data.max_prompt={limit}; "
@@ -106,7 +109,7 @@ def scored(run: Run, rewarder: Any, requests: Sequence[str], texts: Sequence[str
     ]
 
 
-def stated(run: Run, settings: Any, answers: Sequence[Answer], name: str) -> TokenTable:
+def stated(run: Run, settings: RicSettings, answers: Sequence[Answer], name: str) -> TokenTable:
     """The answers as completions of prompts that state the scores they really got, whatever they were asked for."""
     examples = []
     for i, answer in enumerate(answers, 1):
@@ -120,13 +123,13 @@ def _tokenized(run: Run, examples: Sequence[Example], name: str) -> TokenTable:
     return run.text.tokenized(examples, run.text.sampled_lengths, name, "completion")
 
 
-def wanted(run: Run, settings: Any, number: int) -> list[Row]:
+def wanted(run: Run, settings: RicSettings, number: int) -> list[Row]:
     """What online round `number` asks for: requests in turn, each with the target of weights from Dirichlet(1)."""
     requests, N = run.records.requests[0], len(run.audience.objectives)
     rng = run.streams.numpy("ric/targets", number)
-    goals = np.asarray(target_map(rng.dirichlet(np.ones(N), settings.online_samples), settings.target)).tolist()
-    asked = [requests[i % len(requests)] for i in range(len(goals))]
-    return [Row(q, prompt_format(run, settings, q, goal), (1.0,)) for q, goal in zip(asked, goals, strict=True)]
+    targets = np.asarray(target_map(rng.dirichlet(np.ones(N), settings.online_samples), settings.target)).tolist()
+    asked = [requests[i % len(requests)] for i in range(len(targets))]
+    return [Row(q, prompt_format(run, settings, q, target), (1.0,)) for q, target in zip(asked, targets, strict=True)]
 
 
 def good(answers: Sequence[Answer], offline: Sequence[Answer], quantile: float) -> list[Answer]:
@@ -145,32 +148,49 @@ def stored(path: pathlib.Path, make: Callable[[], list[Answer]]) -> list[Answer]
     return answers
 
 
-class Ric(Method):
-    """The method for `training.loop.run`: one round of fine-tuning, through one adapter.
+@dataclasses.dataclass(frozen=True)
+class Round:
+    """One round of fine-tuning.
 
-    Args:
+    Attributes:
       table: prompts and completions, see `stated`.
-      steps: of this round.
+      steps: how many updates.
       start: the adapter to go on from, a bank of one; None for a new one.
     """
 
-    def __init__(self, run: Run, settings: Any, table: TokenTable, steps: int, start: Any = None):
-        self.run, self.start = run, start
-        self.optimizer = per_ingredient(make_optimizer(settings.optimizer, steps))
-        make = functools.partial(sft.collate, run.text)
-        self.batches = batches(table, settings.batch_size, seed=run.settings.seed, collate=make)
-        self._update = run.devices.training_step(self._step)
+    table: TokenTable
+    steps: int
+    start: Any = None
+
+
+class Ric(Method):
+    """The method for `training.loop.run`: one round, through one adapter."""
+
+    def __init__(
+        self,
+        settings: RicSettings,
+        data: Round,
+        devices: Devices,
+        backbone: Backbone,
+        text: Text,
+        streams: Streams,
+    ):
+        self.data, self.devices, self.backbone, self.streams = data, devices, backbone, streams
+        self.optimizer = per_ingredient(make_optimizer(settings.optimizer, data.steps))
+        make = functools.partial(sft.collate, text)
+        self.batches = batches(data.table, settings.batch_size, seed=streams.seed, collate=make)
+        self._update = devices.training_step(self._step)
         self.programs = (self._update,)
 
     def init(self) -> State:
         # The step donates its state; what was given as a start stays the caller's.
-        return self.run.devices.create(self._initial, self.run.workspace.base, self.start)
+        return self.devices.create(self._initial, self.backbone, self.data.start)
 
-    def _initial(self, base: Any, start: Any) -> State:
-        run, bank = self.run, start
+    def _initial(self, backbone: Backbone, start: Any) -> State:
+        bank = start
         if start is None:
-            bank = init_bank(base, run.workspace.adapter, 1, run.streams.key("ric/adapter"))
-        return State.create(run.streams.key("ric/state"), bank, self.optimizer)
+            bank = init_bank(backbone.base, backbone.adapter, 1, self.streams.key("ric/adapter"))
+        return State.create(self.streams.key("ric/state"), bank, self.optimizer)
 
     def _step(self, state: State, backbone: Backbone, batch: PackedRows) -> tuple[State, Metrics]:
         def loss(bank: Any) -> tuple[jax.Array, Metrics]:
@@ -180,15 +200,22 @@ class Ric(Method):
         return state.apply_gradients(gradient, self.optimizer), metrics
 
     def step(self, state: State, batch: Any) -> tuple[State, Metrics]:
-        return self._update(state, self.run.workspace.backbone, self.run.devices.place(batch))
+        return self._update(state, self.backbone, self.devices.place(batch))
+
+
+# ---- the stage
+
+
+def method_of(run: Run, settings: RicSettings, data: Round) -> Ric:
+    """The method for one round of a run."""
+    return Ric(settings, data, run.devices, run.workspace.backbone, run.text, run.streams)
 
 
 def fine_tune(run: Run, settings: Any, stage: str, number: int, answers: Sequence[Answer], start: Any = None) -> Any:
     """The bank of one adapter after round `number`, of which the first is 0, on `answers`."""
     name, steps = f"{stage}/round{number}", settings.online_steps if number else settings.steps
-    method = Ric(run, settings, stated(run, settings, answers, name), steps, start)
-    state = run.train(method, name, steps)
-    return state.trainable
+    data = Round(stated(run, settings, answers, name), steps, start)
+    return run.train(method_of(run, settings, data), name, steps).trainable
 
 
 def _check(run: Run, settings: RicSettings) -> None:
@@ -207,12 +234,12 @@ def train(run: Run, settings: RicSettings, stage: str) -> dict[str, Any]:
     def offline_answers() -> list[Answer]:
         requests = [run.records.requests[0][i % len(run.records.requests[0])] for i in range(settings.samples)]
         prompts = [run.records.ask(request) for request in requests]
-        texts = sample_base(run, prompts, run.streams.key("ric/base_answers"), stage)
+        texts = sample_base(run, prompts, functools.partial(run.streams.key, "ric/base_answers"), stage)
         return scored(run, rewarder, requests, texts, f"{stage}/round0")
 
     def online_answers(bank: Any, number: int) -> list[Answer]:
         rows = wanted(run, settings, number)
-        texts = Sampler(run, bank)(rows, run.streams.key("ric/answers", number))
+        texts = sample_rows(run, bank, rows, functools.partial(run.streams.key, "ric/answers", number))
         return scored(run, rewarder, [row.request for row in rows], texts, f"{stage}/round{number}")
 
     offline = stored(folder / "answers0.jsonl", offline_answers)
@@ -225,8 +252,7 @@ def train(run: Run, settings: RicSettings, stage: str) -> dict[str, Any]:
         again = rng.choice(len(offline), round(settings.base_fraction * len(offline)), replace=False)
         bank = fine_tune(run, settings, stage, number, [*best, *(offline[i] for i in again)], bank)
         usable, kept = usable + len(found), [*kept, len(best)]
-    with disk_errors(folder):
-        base_hash = policy.save(run, stage, ["policy"], bank)
+    base_hash = banks.save(run, stage, ["policy"], bank)
     samples = settings.samples + settings.rounds * settings.online_samples
     return {
         "ingredients": ["policy"],
@@ -237,4 +263,14 @@ def train(run: Run, settings: RicSettings, stage: str) -> dict[str, Any]:
     }
 
 
-TRAINER = Trainer(lambda run: run.section(RicSettings), train)
+def answers(run: Run, settings: RicSettings, stage: str, how: Any) -> EvaluatedPolicy:
+    """The one policy, which is told the target of the preference weights."""
+    words = answering.stating(run, settings.prompt_format)
+
+    def target(p: Point) -> str:
+        return words(np.asarray(target_map(np.array(p), settings.target)).tolist())
+
+    return dataclasses.replace(answering.by_one_adapter(run, settings, stage, how), words=target)
+
+
+TRAINER = Trainer(lambda run: run.section(RicSettings), train, answers)

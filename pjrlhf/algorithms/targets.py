@@ -21,8 +21,14 @@ from pjrlhf.data import preferences
 from pjrlhf.data.preferences import PreferencePrompt
 from pjrlhf.errors import UserError
 from pjrlhf.merging.methods import mixing_matrix
+from pjrlhf.models.adapters import AdapterConfig
 from pjrlhf.objectives.simplex import simplex_grid
+from pjrlhf.rollout.batches import PromptBatch, TargetBatch, split_rows
+from pjrlhf.runtime.audience import Audience
+from pjrlhf.runtime.records import Records
 from pjrlhf.runtime.run import Run
+from pjrlhf.runtime.streams import Streams
+from pjrlhf.runtime.text import Text
 from pjrlhf.settings import Settings, setting
 
 KINDS = ("own", "fixed", "grid", "dirichlet", "combinations")
@@ -58,6 +64,7 @@ class Targets:
 
     Args:
       settings: a section with `preferences`, `mix`, `prompt_format` and `prompt_preference`.
+      adapter: shape of the adapters; full parameters cannot be mixed for every answer.
 
     Attributes:
       policies: K names.
@@ -69,61 +76,58 @@ class Targets:
       UserError: unknown settings, points off the simplex, or a mix that does not fit.
     """
 
-    def __init__(self, run: Run, settings: Any):
-        self.run = run
+    def __init__(self, settings: Any, audience: Audience, streams: Streams, adapter: AdapterConfig):
+        self.audience, self.streams = audience, streams
         spec: TargetSettings = settings.preferences
         self.kind = spec.kind
         self.sampled = self.kind in ("grid", "dirichlet", "combinations")
         self.alpha = spec.alpha
-        self.held_out = simplex_points(spec.held_out, run.audience.objectives, "held_out")
+        self.held_out = simplex_points(spec.held_out, audience.objectives, "held_out")
+        self.points: list[tuple[float, ...]] = []
         if self.kind in ("fixed", "grid"):
-            self.points = simplex_points(spec.points, run.audience.objectives, "points")
+            self.points = simplex_points(spec.points, audience.objectives, "points")
             apart = [p for p in self.points if not any(_near(p, h, 1e-6) for h in self.held_out)]
             if self.kind == "grid":
                 self.points = apart
             if not self.points:
                 raise UserError("preferences.points: none is left to train on; give some that are not held out")
-        own = spec.objectives or run.audience.rewards
-        if unknown := [name for name in own if name not in run.audience.rewards]:
+        own = spec.objectives or audience.rewards
+        if unknown := [name for name in own if name not in audience.rewards]:
             raise UserError(
                 f"preferences.objectives: no reward model for {unknown[0]!r}; add it to --config.objectives"
             )
-        self.combos = preferences.combinations(
-            run.audience.registry, [name for name in own if name in run.audience.objectives]
-        )
-        self.policies = {
-            "own": own,
-            "fixed": tuple(point_name(run.audience.objectives, p) for p in getattr(self, "points", ())),
-        }.get(self.kind, ("policy",))
+        objectives = [name for name in own if name in audience.objectives]
+        self.combos = preferences.combinations(audience.registry, objectives)
+        names = {"own": own, "fixed": tuple(point_name(audience.objectives, p) for p in self.points)}
+        self.policies = names.get(self.kind, ("policy",))
         self.mix = settings.mix
         if self.mix == "weights" and self.kind not in ("grid", "dirichlet"):
             raise UserError(f"mix 'weights': needs weights over all objectives, which {self.kind!r} does not draw")
-        if self.mix == "weights" and not run.workspace.adapter.rank:
+        if self.mix == "weights" and not adapter.rank:
             raise UserError("mix 'weights': every example has parameters of its own, which takes adapters; set a rank")
-        if self.kind == "combinations" and not run.workspace.adapter.rank:
+        if self.kind == "combinations" and not adapter.rank:
             raise UserError("preferences.kind combinations: every answer has reward models of its own; set a rank")
-        self.adapters = run.audience.objectives if self.mix == "weights" else self.policies
+        self.adapters = audience.objectives if self.mix == "weights" else self.policies
         self.prompt_format: PreferencePrompt = settings.prompt_format
+        # "half": each request comes once with and once without its preferences stated.
         stated = settings.prompt_preference
-        # "half": each request comes once with and once without the prompt_format.
-        self.forms = (False, True) if stated == "half" else (stated == "always",)
-        self.told = stated != "never"
+        self.stated = (False, True) if stated == "half" else (stated == "always",)
 
-    def goal(self, row: int, policy: int) -> Target:
+    def target(self, row: int, policy: int) -> Target:
         """What policy `policy` is rewarded for in row `row` of the data; the same whenever it is asked."""
-        everything = tuple(range(len(self.run.audience.objectives)))
+        rewards, everything = self.audience.rewards, tuple(range(len(self.audience.objectives)))
         if self.kind == "own":
-            return Target((self.run.audience.rewards.index(self.policies[policy]),), (1.0,), policy)
+            return Target((rewards.index(self.policies[policy]),), (1.0,), policy)
         if self.kind == "fixed":
             return Target(everything, self.points[policy], policy)
-        rng = self.run.streams.numpy("targets/weights", row)
+        rng = self.streams.numpy("targets/weights", row)
         if self.kind == "grid":
             index = int(rng.integers(len(self.points)))
             return Target(everything, self.points[index], index)
         if self.kind == "combinations":
             index = int(rng.integers(len(self.combos)))
             combo = self.combos[index]
-            return Target(tuple(map(self.run.audience.rewards.index, combo)), (1 / len(combo),) * len(combo), index)
+            return Target(tuple(map(rewards.index, combo)), (1 / len(combo),) * len(combo), index)
         while True:
             point = tuple(rng.dirichlet([self.alpha] * len(everything)).tolist())
             if not any(_near(point, h, NEAR) for h in self.held_out):
@@ -135,61 +139,96 @@ class Targets:
         them; else None.
         """
         if self.kind == "own":
-            return np.array([[self.run.audience.rewards.index(name)] for name in self.policies], np.int32)
-        return (
-            None if self.kind == "combinations" else np.arange(len(self.run.audience.objectives), dtype=np.int32)[None]
-        )
+            return np.array([[self.audience.rewards.index(name)] for name in self.policies], np.int32)
+        return None if self.kind == "combinations" else np.arange(len(self.audience.objectives), dtype=np.int32)[None]
 
     @property
     def scored(self) -> tuple[str, ...]:
         """Names of the S objectives of an answer, where they are the same for all; else places."""
         if self.kind in ("own", "combinations"):
-            return tuple(f"objective {s + 1}" for s in range(len(self.goal(0, 0).objectives)))
-        return self.run.audience.objectives
+            return tuple(f"objective {s + 1}" for s in range(len(self.target(0, 0).objectives)))
+        return self.audience.objectives
 
-    def words(self, names: Sequence[str], weights: Sequence[float]) -> str:
-        """The statement of these weights; what has no entry in the registry (the general reward) says nothing."""
-        known = [(name, w) for name, w in zip(names, weights, strict=True) if name in self.run.audience.registry]
-        return self.prompt_format(self.run.audience.registry, *zip(*known, strict=True)) if known else ""
-
-    def state(self, goal: Target) -> str:
-        """The statement of a goal."""
-        return self.words([self.run.audience.rewards[i] for i in goal.objectives], goal.weights)
+    def words(self, target: Target) -> str:
+        """What a prompt says to state a target; the general reward has no entry in the registry and goes unsaid."""
+        registry, names = self.audience.registry, [self.audience.rewards[i] for i in target.objectives]
+        known = [(name, w) for name, w in zip(names, target.weights, strict=True) if name in registry]
+        return self.prompt_format(registry, *zip(*known, strict=True)) if known else ""
 
 
-class Rows(Sequence):
-    """Row i is one request as every policy reads it: {"prompts": K lists of ids, "reward_prompt": ids of the plain
-    request, which reward models always read, "goals": K goals}.
+def targets_of(run: Run, settings: Any) -> Targets:
+    """What the policies of a section are trained for in a run."""
+    return Targets(settings, run.audience, run.streams, run.settings.adapter)
 
-    Where goals are drawn at random there are `count` rows or more, so that a request comes with ever new ones.
+
+@dataclasses.dataclass(frozen=True)
+class PromptRow:
+    """One request as the K policies and the reward models read it.
+
+    Attributes:
+      prompts: token ids for each policy, with its target stated or not.
+      reward_prompt: token ids of the plain request.
+      targets: of each policy.
     """
 
-    def __init__(self, run: Run, goals: Targets, count: int = 0):
-        self.run, self.goals = run, goals
-        self.requests = run.records.requests[0]
-        size = len(self.requests) * len(goals.forms)
-        self.size = size * max(1, -(-count // size)) if goals.sampled else size
-        self._ids = functools.cache(lambda request, words: encode(run, request, words))
+    prompts: tuple[list[int], ...]
+    reward_prompt: list[int]
+    targets: tuple[Target, ...]
+
+
+class PromptRows(Sequence[PromptRow]):
+    """The requests that the policies are trained on; row i is a `PromptRow`.
+
+    Where targets are drawn at random there are `count` rows or more, so that a request comes with ever new ones.
+    """
+
+    def __init__(self, targets: Targets, records: Records, text: Text, count: int = 0):
+        self.targets, self.records, self.text = targets, records, text
+        self.requests = records.requests[0]
+        size = len(self.requests) * len(targets.stated)
+        self.size = size * max(1, -(-count // size)) if targets.sampled else size
+        self._ids = functools.cache(lambda request, words: encode(records, text, request, words))
 
     def __len__(self) -> int:
         return self.size
 
-    def __getitem__(self, i: int) -> dict[str, Any]:
-        forms = self.goals.forms
-        request = self.requests[i // len(forms) % len(self.requests)]
-        goals = [self.goals.goal(i, k) for k in range(len(self.goals.policies))]
-        words = [self.goals.state(goal) if forms[i % len(forms)] else "" for goal in goals]
-        return {
-            "prompts": [self._ids(request, w) for w in words],
-            "reward_prompt": self._ids(request, ""),
-            "goals": goals,
-        }
+    def __getitem__(self, i: int) -> PromptRow:
+        stated = self.targets.stated
+        request = self.requests[i // len(stated) % len(self.requests)]
+        targets = tuple(self.targets.target(i, k) for k in range(len(self.targets.policies)))
+        words = [self.targets.words(target) if stated[i % len(stated)] else "" for target in targets]
+        return PromptRow(tuple(self._ids(request, w) for w in words), self._ids(request, ""), targets)
+
+    def collate(self, rows: Sequence[PromptRow], samples: int = 1) -> PromptBatch:
+        """A batch [K, n, ...] of n / `samples` rows, each for that many consecutive samples.
+
+        Raises:
+          UserError: a prompt is longer than `data.max_prompt`.
+        """
+        K, limit = len(self.targets.policies), self.text.lengths.prompt
+        rows = [row for row in rows for _ in range(samples)]
+        prompts = [row.prompts[k] for k in range(K) for row in rows]
+        plain = [row.reward_prompt for _ in range(K) for row in rows]
+        if (longest := max(map(len, prompts + plain))) > limit:
+            raise UserError(f"prompts: one has {longest} tokens, more than data.max_prompt={limit}; raise it")
+        targets = [row.targets[k] for k in range(K) for row in rows]
+        arrays = TargetBatch(
+            objectives=np.array([target.objectives for target in targets], np.int32),
+            weights=np.array([target.weights for target in targets], np.float32),
+            group=np.array([target.group for target in targets], np.int32),
+        )
+        return split_rows(PromptBatch(self.text.pad_prompts(prompts), self.text.pad_prompts(plain), arrays), K)
 
 
-def encode(run: Run, request: str, words: str) -> list[int]:
-    """Token ids of a request and a statement after it. Raises UserError where the tokenizer has no token for a word."""
-    ids, plain = (run.workspace.tokenizer.encode_prompt(run.records.ask(request, w)) for w in (words, ""))
-    unknown = run.workspace.tokenizer.unk_id
+def encode(records: Records, text: Text, request: str, words: str) -> list[int]:
+    """Token ids of a request and `words` after it.
+
+    Raises:
+      UserError: the tokenizer has no token for some word.
+    """
+    tokenizer = text.workspace.tokenizer
+    ids, plain = (tokenizer.encode_prompt(records.ask(request, w)) for w in (words, ""))
+    unknown = tokenizer.unk_id
     if unknown is not None and unknown in ids and unknown not in plain:
         raise UserError(
             f"prompt_format {words!r}: the tokenizer has no token for some of it; choose other labels, or another "

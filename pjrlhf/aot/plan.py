@@ -4,7 +4,6 @@
 each step takes of a chip's memory and the least time it can take, and how to make fit what does not.
 """
 
-import functools
 import re
 import sys
 from collections.abc import Iterator, Sequence
@@ -12,17 +11,17 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+from absl import logging
 from ml_collections import ConfigDict
 
-from pjrlhf.algorithms import methods, reward, ric, sft
+from pjrlhf.algorithms import methods, policy, reward, ric, sft
 from pjrlhf.algorithms.pdpo import Preference, PreferenceSettings
-from pjrlhf.algorithms.policy import Policy, settings_of
 from pjrlhf.aot import dry_run
 from pjrlhf.aot.dry_run import DryRun, Step, compile_reference, compile_rewards, dry_modpo, dry_pairs
 from pjrlhf.errors import UserError
 from pjrlhf.models.users import KINDS
 from pjrlhf.parallel.roofline import CHIPS
-from pjrlhf.rollout.experience import reward_scores, sample
+from pjrlhf.rollout.batches import Prompts
 
 # ---- which programs a stage runs
 
@@ -39,23 +38,17 @@ def _reward(run: DryRun) -> None:
     _step(reward.method_of(run))
 
 
-def _policy(run: DryRun, settings: Any = None) -> None:
-    rewarder = run.rewarder
-    method = Policy(run, settings or settings_of(run), rewarder)
+def _policy(run: DryRun, settings: policy.PolicySettings | None = None) -> None:
+    devices, backbone = run.devices, run.workspace.backbone
+    method = policy.method_of(run, settings or policy.settings_of(run), run.rewarder)
     state, batch = method.init(), next(method.batches)
-    arrays = run.devices.place({key: x.swapaxes(0, 1).reshape(-1, *x.shape[2:]) for key, x in batch.items()})
-    prompt = {"prompt": arrays["prompt"], "valid": arrays["valid"]}
-    plain = {"prompt": arrays["reward_prompt"], "valid": arrays["reward_valid"]}
-    static = run.workspace.model, run.workspace.adapter
-    mix = arrays["weights"] if method.goals.mix == "weights" else jnp.eye(len(method.goals.policies))
-    with run.devices.part("rollout"):
-        draw = run.devices.program(functools.partial(sample, *static, method.sampling))
-        response = run.devices.place(draw(run.workspace.base, state.trainable["bank"], mix, prompt, run.streams.root))
-    with run.devices.part("rewards"):
-        objectives = arrays["objectives"] if method.goals.objectives is None else jnp.asarray(method.goals.objectives)
-        score = run.devices.program(functools.partial(reward_scores, *static, scale=method.settings.scale))
-        score(run.workspace.base, rewarder, objectives, plain, response)
-    with run.devices.part("whole step"):
+    placed = method.place(batch)
+    with devices.part("rollout"):
+        bank = state.trainable["bank"]
+        rollout = devices.place(devices.program(method.rollout)(backbone, bank, placed, run.streams.root))
+    with devices.part("rewards"):
+        devices.program(method.score)(backbone, run.rewarder, placed, rollout)
+    with devices.part("whole step"):
         method.step(state, batch)
 
 
@@ -78,31 +71,34 @@ def _modpo(run: DryRun, settings: Any) -> None:
         _step(method)
 
 
-def _ric(run: DryRun, settings: Any) -> None:
-    d, sampling = run.settings.data, run.text.sampling()
-    tokens = np.zeros((run.text.sample_rows, d.max_prompt), np.int32)
-    prompt = run.devices.place({"prompt": tokens, "valid": tokens.astype(bool)})
-    draw = run.devices.program(functools.partial(sample, run.workspace.model, run.workspace.adapter, sampling))
+def _ric(run: DryRun, settings: ric.RicSettings) -> None:
+    backbone, rows = run.workspace.backbone, run.text.sample_rows
+    tokens = np.zeros((rows, run.settings.data.max_prompt), np.int32)
+    prompts = run.devices.place(Prompts(tokens, tokens.astype(bool)))
+    draw = run.devices.program(run.sampler().draw)
     with run.devices.part("rollout of the base"):
-        draw(run.workspace.base, None, None, prompt, run.streams.root)
+        draw(backbone, None, None, prompts, run.streams.root)
     compile_rewards(run)
     scores = [0.5] * len(run.audience.objectives)
     answers = [{"request": request, "text": "answer", "scores": scores} for request in run.records.requests[0]]
-    method = ric.Ric(run, settings, ric.stated(run, settings, answers, run.devices.naming), settings.steps)
+    data = ric.Round(ric.stated(run, settings, answers, run.devices.naming), settings.steps)
+    method = ric.method_of(run, settings, data)
     with run.devices.part("step"):
         _step(method)
     if settings.rounds:
         with run.devices.part("rollout"):
-            mix = jnp.ones((run.text.sample_rows, 1))
-            draw(run.workspace.base, method.init().trainable, mix, prompt, run.streams.root)
+            draw(backbone, method.init().trainable, jnp.ones((rows, 1)), prompts, run.streams.root)
 
 
 def _methods(run: DryRun) -> None:
     trainers = {"policy": _policy, "modpo": _modpo, "ric": _ric}
-    for entry in run.settings.methods:
-        if trainer := methods.entry(run, entry).get("train", "policy"):
-            run.devices.naming = f"methods/{entry}"
-            trainers[trainer](run, methods.settings_of(run, entry))
+    for name in run.settings.methods:
+        train = methods.entry(run, name).train
+        if train in trainers:
+            run.devices.naming = methods.folder(name)
+            trainers[train](run, methods.settings_of(run, name))
+        elif train:
+            logging.warning("methods.%s: the steps of trainer %s are not known here, and left out", name, train)
 
 
 PLANS = {"sft": _sft, "reward": _reward, "policy": _policy, "preference": _preference, "methods": _methods}

@@ -1,6 +1,7 @@
 """Comparisons as in Personalized Soups: two answers of the base per prompt, one label per preference from the judge."""
 
 import dataclasses
+import functools
 import random
 from typing import Any
 
@@ -53,7 +54,8 @@ def run(run: Run) -> dict[str, Any]:
     stated = stated_sets(run, 2 * config.pairs, rng)
     said = [preferences.sentences(run.audience.registry, names) for names in stated]
     prompts = [run.records.ask(request, words) for request, words in zip(requests * 2, said, strict=True)]
-    texts = sample_base(run, prompts, run.streams.key("comparisons/answers"), "comparisons")
+    keys = functools.partial(run.streams.key, "comparisons/answers")
+    texts = sample_base(run, prompts, keys, "comparisons")
     first, second = texts[: config.pairs], texts[config.pairs :]
 
     records, ties, unusable = [], dict.fromkeys(run.audience.rewards, 0), 0

@@ -7,11 +7,11 @@ held-out prompts, and new people.
 """
 
 import dataclasses
+import functools
 import random
 from collections.abc import Sequence
 from typing import Any
 
-import jax
 import numpy as np
 from absl import logging
 
@@ -97,9 +97,10 @@ def _text(example: Example) -> str:
     return example.prompt
 
 
-def _sampled(run: Run, requests: list[str], key: jax.Array) -> list[Triple]:
-    """Two answers of the base to every request."""
-    texts = sample_base(run, [run.records.ask(request) for request in requests] * 2, key, "population")
+def _sampled(run: Run, requests: list[str], stream: str) -> list[Triple]:
+    """Two answers of the base to every request, drawn from a random stream."""
+    prompts, keys = [run.records.ask(request) for request in requests], functools.partial(run.streams.key, stream)
+    texts = sample_base(run, prompts * 2, keys, "population")
     return list(zip(requests, texts[: len(requests)], texts[len(requests) :], strict=True))
 
 
@@ -132,7 +133,7 @@ def run(run: Run) -> dict[str, Any]:
     for name, crowd, requests, pairs in plans:
         if given is None:
             users = [user for user in crowd for _ in range(pairs)]
-            triples = _sampled(run, [rng.choice(requests) for _ in users], run.streams.key(STREAMS[name]))
+            triples = _sampled(run, [rng.choice(requests) for _ in users], STREAMS[name])
         else:
             known = set(requests)
             usable = [triple for triple in given if triple[0] in known]

@@ -9,7 +9,6 @@ ingredient on its own criterion; and a sweep of the weights between opposite pre
 import dataclasses
 import functools
 import itertools
-import json
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -18,8 +17,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pjrlhf.algorithms import methods, policy
-from pjrlhf.algorithms.targets import Targets
+from pjrlhf.algorithms import banks, methods
+from pjrlhf.algorithms.targets import targets_of
 from pjrlhf.data import preferences
 from pjrlhf.errors import UserError
 from pjrlhf.evaluation.judges import JUDGES, BothOrders, ScoreJudge
@@ -27,7 +26,7 @@ from pjrlhf.evaluation.report import write_report
 from pjrlhf.evaluation.statistics import chord_gap, spearman
 from pjrlhf.evaluation.winrate import aggregate, combo_outcomes, win_rate
 from pjrlhf.parallel.processes import on_process_zero
-from pjrlhf.runtime.answers import Row, Sampler
+from pjrlhf.runtime.answers import Keys, Row, sample_rows
 from pjrlhf.runtime.run import Run, Stage
 from pjrlhf.settings import Settings, setting
 from pjrlhf.training.workdir import disk_errors
@@ -71,15 +70,17 @@ def adapters(run: Run) -> tuple[Any, tuple[str, ...], tuple[str, ...]]:
     """
     parts, names, prompted = [], [], []
     if "policy" in run.settings.stages:
-        parts.append(policy.load_bank(run))
+        parts.append(banks.load(run))
         names += run.audience.rewards
     for name in run.settings.methods if "methods" in run.settings.stages else ():
-        goals = Targets(run, methods.settings_of(run, name))
-        if goals.kind not in ("own", "combinations"):
-            raise UserError(f"methods.{name}: kind {goals.kind!r} has no place among combinations; use evaluate_front")
-        parts.append(policy.load_bank(run, methods.folder(name), goals.adapters))
-        own = goals.adapters if goals.kind == "own" else (name,)
-        prompted += own if goals.kind == "combinations" else ()
+        targets = targets_of(run, methods.settings_of(run, name))
+        if targets.kind not in ("own", "combinations"):
+            raise UserError(
+                f"methods.{name}: kind {targets.kind!r} has no place among combinations; use evaluate_front"
+            )
+        parts.append(banks.load(run, methods.folder(name), targets.adapters))
+        own = targets.adapters if targets.kind == "own" else (name,)
+        prompted += own if targets.kind == "combinations" else ()
         names += own
     if missing := [name for name in run.audience.objectives if name not in names]:
         raise UserError(
@@ -108,11 +109,15 @@ class Evaluation:
         self.run, self.config = run, run.section(SoupsSettings)
         bank, self.names, self.prompted = adapters(run)
         self.requests = run.records.requests[1]
-        self.sample = Sampler(run, bank)
+        self.sample = functools.partial(sample_rows, run, bank)
         self.scorer = ScoreJudge(run.audience.score, TIE)
         self.judge = BothOrders(JUDGES.get(self.config.judge)(self.scorer))
         self.combos = preferences.combinations(run.audience.registry, run.audience.objectives)
         self.rate = functools.partial(win_rate, resamples=self.config.resamples, seed=run.settings.seed)
+
+    def keys(self, stream: str) -> Keys:
+        """The PRNG keys of a random stream."""
+        return functools.partial(self.run.streams.key, stream)
 
     def weights(self, **given: float) -> tuple[float, ...]:
         """A row of `mix` with the named policies' weights."""
@@ -153,7 +158,7 @@ class Evaluation:
             for _ in range(repeats)
             for request in self.requests
         ]
-        texts = self.sample(rows, self.run.streams.key("evaluate/people"))
+        texts = self.sample(rows, self.keys("evaluate/people"))
         size = repeats * len(self.requests)
         answers = {key: texts[i * size : (i + 1) * size] for i, key in enumerate(keys)}
 
@@ -208,10 +213,10 @@ class Evaluation:
         names = [name for name in self.names if name not in self.prompted]
         for name in names:
             rows += [Row(request, "", self.weights(**{name: 1.0})) for request in requests]
-        texts = self.sample(rows, self.run.streams.key("evaluate/ingredients"))
+        texts = self.sample(rows, self.keys("evaluate/ingredients"))
         size = len(requests)
         base = texts[:size]
-        kl = _last_values(self.run, "objective/kl")
+        kl = last_kl(self.run)
         found = {}
         for k, name in enumerate(names):
             own = texts[(k + 1) * size : (k + 2) * size]
@@ -238,7 +243,7 @@ class Evaluation:
             for w in grid
             for request in self.requests * self.config.sweep_samples
         ]
-        texts = iter(self.sample(rows, self.run.streams.key("evaluate/sweep"))) if rows else iter(())
+        texts = iter(self.sample(rows, self.keys("evaluate/sweep")) if rows else ())
         size = len(self.requests) * self.config.sweep_samples
         found = {}
         for dimension, (low, high) in pairs.items():
@@ -258,17 +263,12 @@ class Evaluation:
         return found
 
 
-def _last_values(run: Run, metric: str, count: int = 3) -> dict[str, float]:
-    """Mean of the last `count` logged values of a metric of the policies, wherever they were trained."""
-    values: dict[str, list[float]] = {name: [] for name in run.audience.rewards}
-    with open(run.workdir.path / "metrics.jsonl", encoding="utf-8") as file:
-        for line in file:
-            record = json.loads(line)
-            if record["stage"] == "policy" or record["stage"].startswith("methods/"):
-                for name, seen in values.items():
-                    if (value := record.get(f"{metric}/{name}")) is not None:
-                        seen.append(value)
-    return {name: float(np.mean(seen[-count:])) for name, seen in values.items() if seen}
+def last_kl(run: Run) -> dict[str, float]:
+    """Policy -> its KL to the base in the last steps of its training, wherever it was trained; see the stage policy."""
+    found: dict[str, float] = {}
+    for stage in ("policy", *map(methods.folder, run.settings.methods)):
+        found |= (run.workdir.finished(stage) or {}).get("kl", {})
+    return found
 
 
 def _notes(sweep: dict[str, Any]) -> list[str]:

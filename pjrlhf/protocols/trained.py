@@ -10,9 +10,8 @@ import numpy as np
 from pjrlhf.algorithms import pdpo
 from pjrlhf.algorithms.pdpo import Entry, PairMargins
 from pjrlhf.feedback.pairs import Pairs, with_text
-from pjrlhf.models.adapters import Backbone
+from pjrlhf.models.adapters import Backbone, Policies
 from pjrlhf.parallel.processes import to_host
-from pjrlhf.rollout.sampler import generate
 from pjrlhf.runtime.run import Run
 
 
@@ -32,7 +31,6 @@ class Trained:
         self.users = pdpo.user_model(entry, pairs.registry.capacity, width, self.trainable["bank"])
         scorer = run.scorer(entry.batch_size)
         self._margins = PairMargins(entry.objective, self.users, pairs, self.backbone, scorer)
-        self._answers = jax.jit(self._sample)
 
     def margins(
         self, part: str, users: np.ndarray, rows: Sequence[int] | None = None, trainable: Any = None
@@ -40,12 +38,10 @@ class Trained:
         """Margins of `rows` of a part as seen by `users`, see `algorithms.pdpo.PairMargins`."""
         return self._margins(trainable or self.trainable, part, users, rows)
 
-    def _sample(self, trainable: Any, backbone: Backbone, prompt: Any, users: jax.Array, key: jax.Array) -> Any:
+    def policies(self, backbone: Backbone, trainable: Any, users: jax.Array) -> Policies:
+        """The policies of `users` int32 [B], one per row."""
         tokens, mix = self.users.apply(trainable["users"], users)
-        policies = backbone.policies(trainable["bank"], jnp.ones((1, 1)) if mix is None else mix, tokens)
-        longest = self.max_new_tokens or self.run.settings.data.max_completion
-        sampling = self.run.text.sampling(max_new_tokens=longest)
-        return generate(policies, sampling, prompt["prompt"], prompt["valid"], key)
+        return backbone.policies(trainable["bank"], jnp.ones((1, 1)) if mix is None else mix, tokens)
 
     def answers(self, prompts: Sequence[Any], users: Sequence[str]) -> list[list[str]]:
         """For each user, an answer to each prompt; what users say about themselves is put before it where the entry's
@@ -56,10 +52,14 @@ class Trained:
             told = {e.user_id: e.user_text for e in pairs.tables["train"].examples}
         asked = [with_text(prompt, told[user]) if told else prompt for user in users for prompt in prompts]
         who = np.repeat(pairs.registry.indices(users), len(prompts))
-        arrays = self.run.text.encode(asked)
-        out = self._answers(self.trainable, self.backbone, arrays, who, self.run.streams.key("evaluate_users/answers"))
-        texts = self.run.text.decode(arrays, out)
+        longest = self.max_new_tokens or self.run.settings.data.max_completion
+        sampler = self.run.sampler(self.policies, self.run.text.sampling(max_new_tokens=longest))
+        texts = sampler(self.entry.name, asked, self._keys, self.trainable, who)
         return [texts[i * len(prompts) : (i + 1) * len(prompts)] for i in range(len(users))]
+
+    def _keys(self, chunk: int) -> jax.Array:
+        # The first chunk has the key of the stream itself.
+        return self.run.streams.key("evaluate_users/answers", *(chunk,)[:chunk])
 
     def vectors(self) -> np.ndarray | None:
         """What the user model knows about each user, in the order of their rows, [U, D'], or None."""

@@ -1,32 +1,28 @@
 """From prompts to experience for K policies at once: sample, score, reward, advantages.
 
-Rows are grouped by policy: B = K * n, rows k n .. (k + 1) n - 1 belong to policy k, so one-hot rows of `mix` drive K
-policies through one program and everything that is averaged is averaged per policy. A single policy may as well be made
-of several adapters, mixed by a row of `mix` per example.
-
-Shapes: K policies, n rows per policy, P prompt slots, N response slots, Q slots of the reward model's prompt, S
-objectives that a response is rewarded for, H heads of the combination (each with its own values), A adapters.
+One-hot rows of `mix` drive K policies through one program, and everything that is averaged is averaged per policy. A
+single policy may also consist of several adapters, mixed by a row of `mix` for every example. `rollout.batches` says
+what the shapes mean.
 """
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from pjrlhf.errors import UserError
-from pjrlhf.models.adapters import AdapterConfig, Policies
-from pjrlhf.models.decoder import Decoder
+from pjrlhf.models.adapters import Backbone
 from pjrlhf.objectives import policy_gradient as pg
 from pjrlhf.objectives.multi_objective import calibrate, standardize
-from pjrlhf.objectives.scalarization import CombinationRule, WeightedSum
+from pjrlhf.objectives.scalarization import CombinationRule
 from pjrlhf.rollout import scoring
+from pjrlhf.rollout.batches import Experience, Prompts, Rollout, ScoredRollout, join_rows, split_rows
 from pjrlhf.rollout.sampler import Sampling, generate
 from pjrlhf.settings import Settings, setting
 
-Arrays = dict[str, jax.Array]
 ESTIMATORS = ("gae", "rloo", "group")
-ONE_REWARD = WeightedSum()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -61,63 +57,76 @@ class ExperienceConfig(Settings):
             )
 
 
-def sample(
-    model: Decoder,
-    adapter: AdapterConfig,
-    sampling: Sampling,
-    base: Any,
-    bank: Any,
-    mix: jax.Array,
-    prompt: Arrays,
-    key,
-) -> Arrays:
-    """Responses of the policies in `mix` [G, K] to `prompt` {"prompt", "valid"} [B, P]; jit with the first three
-    static.
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """How rollouts become experience; static in a program.
+
+    Attributes:
+      config: rewards and advantages.
+      sampling: how the responses were sampled.
+      rule: how the rewards of several objectives become one advantage.
     """
-    policies = Policies(model, adapter, base, bank, mix)
-    return generate(policies, sampling, prompt["prompt"], prompt["valid"], key)
+
+    config: ExperienceConfig
+    sampling: Sampling
+    rule: CombinationRule
+
+
+def sample(
+    backbone: Backbone, bank: Any, mix: jax.Array | None, prompts: Prompts, sampling: Sampling, key: jax.Array
+) -> Rollout:
+    """Responses [*rows, N] to prompts [*rows, P]; `sampling` is static in a program.
+
+    Args:
+      bank: adapters; None for the base.
+      mix: float [G, A] or [*rows, A], the weights of the adapters for G equal consecutive groups of rows, or for every
+        row; None for the base.
+    """
+    *rows, _ = prompts.tokens.shape
+    flat = jax.tree.map(lambda x: x.reshape(-1, x.shape[-1]), prompts)
+    mix = None if mix is None else mix.reshape(-1, mix.shape[-1])
+    rollout = generate(backbone.policies(bank, mix), sampling, flat, key)
+    return jax.tree.map(lambda x: x.reshape(*rows, x.shape[-1]), rollout)
 
 
 def reward_scores(
-    model: Decoder,
-    adapter: AdapterConfig,
-    base: Any,
-    rewarder: Any,
+    backbone: Backbone,
+    rewarder: Mapping[str, Any],
     objectives: jax.Array,
-    prompt: Arrays,
-    response: Arrays,
+    prompts: Prompts,
+    rollout: Rollout,
     scale: str = "std",
 ) -> jax.Array:
-    """Rewards [B, S] of responses by the reward models numbered `objectives` int [G, S].
+    """Rewards float32 [*rows, S] of responses [*rows, N], by the reward models numbered `objectives`.
 
     Args:
-      objectives: responses come in G equal consecutive groups, as the rows of `mix` have them.
-      rewarder: {"bank", "heads", "mean", "std", "low", "high" [N]}, as trained by the reward stage.
-      prompt: what the reward models read before the response, {"prompt", "valid"} [B, Q], left-padded.
-      response: {"tokens", "valid"} [B, N].
+      rewarder: {"bank", "heads", "mean", "std", "low", "high" [R]}, as trained by the reward stage.
+      objectives: int [G, S] for G equal consecutive groups of rows, or [*rows, S] for every row.
+      prompts: what the reward models read before the response, [*rows, Q].
       scale: "std", (r - mean) / std; "quantiles", between the low quantile (0) and the high one (1), clipped. Both were
         measured once on samples of the base.
     """
-    tokens = scoring.join(prompt["prompt"], response["tokens"])
-    valid = scoring.join(prompt["valid"], response["valid"])
-    raw = raw_rewards(model, adapter, base, rewarder, objectives, tokens, valid)
+    *rows, _ = rollout.tokens.shape
+    pairs = (prompts.tokens, rollout.tokens), (prompts.valid, rollout.valid)
+    tokens, valid = (scoring.join(*(x.reshape(-1, x.shape[-1]) for x in pair)) for pair in pairs)
+    objectives = objectives.reshape(-1, objectives.shape[-1])
+    raw = raw_rewards(backbone, rewarder, objectives, tokens, valid)
     B, G = len(raw), len(objectives)
-    rows = jnp.repeat(objectives, B // G, axis=0, total_repeat_length=B)
+    models = jnp.repeat(objectives, B // G, axis=0, total_repeat_length=B)
     if scale == "quantiles":
-        return calibrate(raw, rewarder["low"][rows], rewarder["high"][rows])
-    return scoring.normalize(raw, {name: rewarder[name][rows] for name in ("mean", "std")})
+        scores = calibrate(raw, rewarder["low"][models], rewarder["high"][models])
+    else:
+        scores = scoring.normalize(raw, {name: rewarder[name][models] for name in ("mean", "std")})
+    return scores.reshape(*rows, -1)
 
 
 def raw_rewards(
-    model: Decoder,
-    adapter: AdapterConfig,
-    base: Any,
-    rewarder: Any,
-    objectives: jax.Array,
-    tokens: jax.Array,
-    valid: jax.Array,
+    backbone: Backbone, rewarder: Mapping[str, Any], objectives: jax.Array, tokens: jax.Array, valid: jax.Array
 ) -> jax.Array:
-    """The same [B, S] in the models' own units, of whole rows [B, T]; `rewarder` needs no scale."""
+    """Rewards float32 [B, S] of whole rows [B, T], in the models' own units; `rewarder` needs no scale.
+
+    `objectives` int [G, S] are those of G equal consecutive groups of rows.
+    """
     (G, S), B = objectives.shape, len(tokens)
 
     def once_per_objective(x):
@@ -125,89 +134,73 @@ def raw_rewards(
         return jnp.broadcast_to(x, (G, S, *x.shape[2:])).reshape(-1, x.shape[3])
 
     mix = jax.nn.one_hot(objectives.reshape(-1), rewarder["heads"]["bias"].shape[0])
-    policies = Policies(model, adapter, base, rewarder["bank"], mix)
+    policies = backbone.policies(rewarder["bank"], mix)
     raw = scoring.rewards(policies, rewarder["heads"], mix, once_per_objective(tokens), once_per_objective(valid))
     return raw.reshape(G, S, B // G).swapaxes(1, 2).reshape(B, S)
 
 
-def init_value_heads(policies: int, heads: int, width: int) -> Arrays:
+def init_value_heads(policies: int, heads: int, width: int) -> dict[str, jax.Array]:
     """Zero value heads: kernel [K, H, D], bias [K, H]."""
     return {"kernel": jnp.zeros((policies, heads, width)), "bias": jnp.zeros((policies, heads))}
 
 
-def values_of(heads: Arrays, states: jax.Array) -> jax.Array:
+def values_of(heads: Mapping[str, jax.Array], states: jax.Array) -> jax.Array:
     """Float32 values [K, n, N, H] of hidden states [K n, N, D]."""
-    K = heads["bias"].shape[0]
-    states = states.reshape(K, -1, *states.shape[1:]).astype(jnp.float32)
+    states = split_rows(states, heads["bias"].shape[0]).astype(jnp.float32)
     return jnp.einsum("kntd,khd->knth", states, heads["kernel"]) + heads["bias"][:, None, None]
 
 
 def experience(
-    model: Decoder,
-    adapter: AdapterConfig,
-    config: ExperienceConfig,
-    sampling: Sampling,
-    base: Any,
-    trainable: Any,
-    prompt: Arrays,
-    response: Arrays,
-    scores: jax.Array,
+    recipe: Recipe,
+    backbone: Backbone,
+    trainable: Mapping[str, Any],
+    scored: ScoredRollout,
     beta: jax.Array,
-    goal: Arrays | None = None,
-    combination: CombinationRule = ONE_REWARD,
-) -> tuple[Arrays, Arrays]:
+    mix: jax.Array | None = None,
+) -> tuple[Experience, dict[str, jax.Array]]:
     """Log-probabilities, values, rewards and advantages of sampled responses.
 
     Args:
-      trainable: {"bank", "heads"}: the policies and their value heads.
-      prompt, response: arrays [K n, ...] as sampled.
-      scores: normalised rewards [K n, S], one per objective.
+      trainable: {"bank", "value_heads"}: the adapters, and the value heads of K policies.
+      scored: responses of the policies, with their rewards.
       beta: KL coefficient per policy [K].
-      goal: {"weights" [K n, S], "mix" [G, A], optional "group" int [K n]}: preference weights, who sampled, and
-        which preference it was. By default S = 1, of weight 1, and policy k is adapter k.
-      combination: how the objectives become one advantage; static.
+      mix: float [K, n, A], the adapters that gave each response; None where policy k is adapter k.
 
     Returns:
-      rows: {"tokens", "valid" [K, n, P + N], "response", "mask", "logps", "advantages" [K, n, N], "values", "returns"
-      [K, n, N, H], "mix" [K, n, A] where `goal["mix"]` has a row per example};
-      statistics: per-policy sums and means [K] for logging and the KL controller, "heads" [K, H] the weights of the
-      heads.
+      the experience, and statistics per policy [K] for logging and the KL controller; "head_weights" is [K, H].
     """
-    P = prompt["prompt"].shape[1]
-    K = beta.shape[0]
-    goal = goal or {"weights": jnp.ones_like(scores), "mix": jnp.eye(K)}
-    tokens = scoring.join(prompt["prompt"], response["tokens"])
-    valid = scoring.join(prompt["valid"], response["valid"])
-    mask = response["valid"].astype(jnp.float32)
+    config, sampling, rule = recipe.config, recipe.sampling, recipe.rule
+    K, _, P = scored.prompts.tokens.shape
+    response, p, scores = scored.rollout, scored.targets.weights, scored.scores
+    tokens = jnp.concatenate([scored.prompts.tokens, response.tokens], axis=2)
+    valid = jnp.concatenate([scored.prompts.valid, response.valid], axis=2)
+    mask = response.valid.astype(jnp.float32)
 
-    policies = Policies(model, adapter, base, trainable["bank"], goal["mix"])
-    states = scoring.response_states(policies, tokens, valid, P)
-    logps, entropy = scoring.token_logps(policies, states, response["tokens"], sampling.temperature)
-    # The reference is the base itself: mix = 0, no second copy of the model.
-    reference = Policies(model, adapter, base, None, None)
-    reference_states = scoring.response_states(reference, tokens, valid, P)
-    reference_logps, _ = scoring.token_logps(reference, reference_states, response["tokens"], sampling.temperature)
+    def token_logps(bank: Any, mix: jax.Array | None) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Hidden states [K n, N, D]; log-probabilities and entropies [K, n, N]."""
+        policies = backbone.policies(bank, mix)
+        states = scoring.response_states(policies, join_rows(tokens), join_rows(valid), P)
+        found = scoring.token_logps(policies, states, join_rows(response.tokens), sampling.temperature)
+        return states, *split_rows(found, K)
 
-    def by_policy(x):
-        return x.reshape(K, x.shape[0] // K, *x.shape[1:])
-
-    values = values_of(trainable["heads"], states) * by_policy(mask)[..., None]
-    ended = (response["tokens"] == sampling.eos_id) & response["valid"]
-    stopped = ended.any(1)
+    states, logps, entropy = token_logps(trainable["bank"], jnp.eye(K) if mix is None else join_rows(mix))
+    # The reference is the base itself: no bank, and no second copy of the model.
+    _, reference_logps, _ = token_logps(None, None)
+    values = values_of(trainable["value_heads"], states) * mask[..., None]
+    stopped = ((response.tokens == sampling.eos_id) & response.valid).any(2)
     limited = jnp.clip(scores, -config.score_clip, config.score_clip) if config.score_clip else scores
     kl = pg.kl_estimate(logps, reference_logps, config.kl_kind) * mask
-    group = goal.get("group", jnp.zeros(len(scores), jnp.int32))
 
     def per_policy(score, p, group, stopped, kl, values, mask, beta):
         penalty = config.missing_eos_penalty * ~stopped
-        heads = combination.rewards(score, p) - penalty[:, None]
+        heads = rule.rewards(score, p) - penalty[:, None]
         if config.estimator == "gae":
             rewards = jax.vmap(pg.token_rewards, (1, None, None, None), -1)(heads, kl, mask, beta)
             if config.whiten_rewards:
                 rewards = jax.vmap(lambda r: pg.whiten(r, mask, shift_mean=False), -1, -1)(rewards)
             gae = jax.vmap(lambda r, v: pg.gae(r, v, mask, config.gamma, config.lam), (-1, -1), -1)
             advantages, returns = gae(rewards, values)
-            if combination.standardizes_heads:
+            if rule.standardizes_heads:
                 advantages = jax.vmap(lambda a: pg.whiten(a, mask), -1, -1)(advantages)
         else:
             total = (heads - beta * kl.sum(1)[:, None]).reshape(-1, config.samples_per_prompt, heads.shape[1])
@@ -218,39 +211,29 @@ def experience(
                 relative = standardize(total, jnp.ones_like(total, bool), axis=1)
             advantages = relative.reshape(heads.shape)[:, None] * mask[..., None]
             returns = jnp.zeros_like(values)
-        mixed, info = combination.advantages(advantages, p, mask, group)
+        mixed, info = rule.advantages(advantages, p, mask, group)
         if config.estimator == "gae":
             mixed = pg.whiten(mixed, mask)
-        elif config.estimator == "group" and combination.standardizes_heads:
+        elif config.estimator == "group" and rule.standardizes_heads:
             # The last step of GDPO: over the answers of the batch.
             each = mixed[:, 0]
             mixed = standardize(each, jnp.ones_like(each, bool), axis=None)[:, None] * mask
         reward = (score * p).sum(1) - penalty - beta * kl.sum(1)
         return mixed, returns, info, reward.mean()
 
-    grouped = [by_policy(x) for x in (limited, goal["weights"], group, stopped, kl)]
-    advantages, returns, info, reward = jax.vmap(per_policy)(*grouped, values, by_policy(mask), beta)
-    rows = {
-        "tokens": by_policy(tokens),
-        "valid": by_policy(valid),
-        "response": by_policy(response["tokens"]),
-        "mask": by_policy(mask),
-        "logps": by_policy(logps * mask),
-        "values": values,
-        "advantages": advantages,
-        "returns": returns,
-    }
-    if len(goal["mix"]) == len(tokens):
-        rows["mix"] = by_policy(goal["mix"])
+    advantages, returns, info, reward = jax.vmap(per_policy)(
+        limited, p, scored.targets.group, stopped, kl, values, mask, beta
+    )
+    found = Experience(tokens, valid, logps * mask, advantages, values, returns, mix, sampling.temperature)
     statistics = {
-        "objective/kl": by_policy(kl.sum(1)).mean(1),
-        "objective/scores": by_policy((scores * goal["weights"]).sum(1)).mean(1),
+        "objective/kl": kl.sum(2).mean(1),
+        "objective/scores": (scores * p).sum(2).mean(1),
         "objective/rlhf_reward": reward,
-        "objective/entropy": by_policy((entropy * mask).sum(1)).mean(1),
-        "completions/mean_length": by_policy(mask.sum(1)).mean(1),
-        "completions/stopped_ratio": by_policy(stopped.astype(jnp.float32)).mean(1),
+        "objective/entropy": (entropy * mask).sum(2).mean(1),
+        "completions/mean_length": mask.sum(2).mean(1),
+        "completions/stopped_ratio": stopped.astype(jnp.float32).mean(1),
         "kl_coefficient": beta,
-        "heads": info["weights"],
+        "head_weights": info["weights"],
         "objective/gradient_cosine": info["gradient_cosine"],
     }
-    return rows, statistics
+    return found, statistics

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from pjrlhf.errors import UserError
 from pjrlhf.models.adapters import Policies, copy_indices
 from pjrlhf.models.decoder import init_cache
+from pjrlhf.rollout.batches import Prompts, Rollout
 
 # Smallest batch to compact to: with fewer rows, a matmul is bound by reading its kernel and gets no faster.
 MIN_COMPACT_ROWS = 16
@@ -70,24 +71,15 @@ def truncate(logits: jax.Array, top_k: int, top_p: float) -> jax.Array:
     return logits
 
 
-def generate(
-    policies: Policies, sampling: Sampling, prompt: jax.Array, prompt_valid: jax.Array, key: jax.Array
-) -> dict[str, jax.Array]:
-    """Samples one continuation per row; call it inside `jax.jit`.
+def generate(policies: Policies, sampling: Sampling, prompts: Prompts, key: jax.Array) -> Rollout:
+    """Samples one continuation [B, N] of every prompt [B, P]; call it inside `jax.jit`.
 
     Args:
       policies: `Policies` or a `PolicyEnsemble` for a batch of B.
       sampling: static settings.
-      prompt, prompt_valid: int32 and bool [B, P], left-padded.
       key: PRNG key.
-
-    Returns:
-      tokens: int32 [B, N], padding after EOS.
-      valid: bool [B, N], True up to and including EOS.
-      logps: float32 [B, N], nats, log-probability of each token under softmax(logits / temperature) before truncation,
-        0 outside `valid`.
     """
-    prompt, prompt_valid = policies.reserve(prompt, prompt_valid)
+    prompt, prompt_valid = policies.reserve(prompts.tokens, prompts.valid)
     B, P = prompt.shape
     N = sampling.max_new_tokens
     config = policies.model.config
@@ -164,4 +156,4 @@ def generate(
     # Token 0 comes from the prefill, and the last token needs no forward pass.
     carry = jnp.int32(1), cache, record(decoder, 0, hidden[:, -1:], start)
     tokens, valid, logps = finish(decoder, carry, None)
-    return {"tokens": tokens, "valid": valid, "logps": logps}
+    return Rollout(tokens, valid, logps)

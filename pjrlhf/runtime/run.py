@@ -18,9 +18,11 @@ from pjrlhf.errors import UserError
 from pjrlhf.models.adapters import AdapterConfig, is_low_rank
 from pjrlhf.parallel.mesh import bytes_per_device
 from pjrlhf.rollout.reference import cache_key, reference_logps, summed_logps
+from pjrlhf.rollout.sampler import Sampling
 from pjrlhf.runtime.audience import NAMED, Audience
 from pjrlhf.runtime.devices import Devices, MeshSettings
 from pjrlhf.runtime.records import CorpusSettings, DataSettings, Records
+from pjrlhf.runtime.sampler import PoliciesOf, Sampler, mixed
 from pjrlhf.runtime.scorer import Scorer
 from pjrlhf.runtime.streams import Streams
 from pjrlhf.runtime.text import Text
@@ -108,11 +110,15 @@ class Trainer:
 
     Attributes:
       settings: the settings of a run -> the section that an entry changes.
-      train: (run, settings, stage) -> JSON values for manifest.json; writes <workdir>/<stage>/bank.safetensors.
+      train: (run, settings, stage) -> JSON values for manifest.json: at least "ingredients", the names of the adapters,
+        and "samples", how many answers were sampled. Writes <workdir>/<stage>/bank.safetensors, see `algorithms.banks`.
+      answers: (run, settings, stage, `algorithms.answering.AnswerSettings`) -> the trained `EvaluatedPolicy`; by
+        default its only adapter, named "policy", answers whatever the preferences.
     """
 
     settings: Callable[["Sections"], Settings]
     train: Callable[["Run", Any, str], dict[str, Any]]
+    answers: Callable[["Run", Any, str, Any], Any] | None = None
 
 
 class Sections:
@@ -167,6 +173,17 @@ class Run(Sections):
         return Text(s.data, self.workspace, self.devices, s.temperature, s.sample_rows)
 
     # ---- what stages do alike
+
+    def sampler(self, policies: PoliciesOf = mixed, sampling: Sampling | None = None) -> Sampler:
+        """Samples answers `sample_rows` at a time."""
+        if policies is mixed and sampling is None:
+            return self._sampler
+        return Sampler(self.text, self.workspace.backbone, policies, sampling)
+
+    @functools.cached_property
+    def _sampler(self) -> Sampler:
+        # One for all stages, so that its programs are compiled once.
+        return Sampler(self.text, self.workspace.backbone)
 
     def scorer(self, size: int = 0) -> Scorer:
         """Scores rows `size` at a time, by default `sample_rows`."""

@@ -4,14 +4,13 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
-
 from pjrlhf.data.batching import Completions, buckets, collate_completion, pad_left
 from pjrlhf.data.packing import Ids, PackedRows, PackLayout, choose_mode, pack, row_length
 from pjrlhf.data.schema import Example, Prompt
 from pjrlhf.data.tokenization import Lengths, TokenTable, cut_left, tokenize
 from pjrlhf.errors import UserError
 from pjrlhf.parallel.processes import to_host
+from pjrlhf.rollout.batches import Prompts, Rollout
 from pjrlhf.rollout.sampler import Sampling
 from pjrlhf.runtime.devices import Devices
 from pjrlhf.runtime.records import DataSettings
@@ -94,10 +93,10 @@ class Text:
         )
         return pack(prompts, answers, layout)
 
-    def pad_prompts(self, ids: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
-        """(tokens int32, valid bool) [B, P], left-padded to the smallest length that holds them all."""
+    def pad_prompts(self, ids: Sequence[Sequence[int]]) -> Prompts:
+        """Prompts [B, P], left-padded to the smallest of `prompt_lengths` that holds them all."""
         length = int(buckets([max(map(len, ids))], self.prompt_lengths)[0])
-        return pad_left(ids, length, self.workspace.tokenizer.pad_id)
+        return Prompts(*pad_left(ids, length, self.workspace.tokenizer.pad_id))
 
     def pad_completions(self, rows: Sequence[Mapping[str, Ids]]) -> Completions:
         """Rows {"prompt", "completion"} of token ids, padded to the smallest lengths that hold them all."""
@@ -108,8 +107,8 @@ class Text:
             pad_id=self.workspace.tokenizer.pad_id,
         )
 
-    def encode(self, prompts: Sequence[Prompt]) -> dict[str, np.ndarray]:
-        """{"prompt" int32, "valid" bool [B, P]} of prompts, left-padded to a bucket.
+    def encode(self, prompts: Sequence[Prompt]) -> Prompts:
+        """Token ids [B, P] of prompts, left-padded to a bucket.
 
         Raises:
           UserError: a prompt is longer than `data.max_prompt` and is not to be truncated.
@@ -124,18 +123,17 @@ class Text:
                 f"prompt {str(prompts[longest])[:60]!r}: {len(ids[longest])} tokens, more than data.max_prompt={limit}"
                 "; raise it"
             )
-        tokens, valid = self.pad_prompts(ids)
-        return {"prompt": tokens, "valid": valid}
+        return self.pad_prompts(ids)
 
     # ---- to text
 
-    def decode(self, prompt: Mapping[str, Any], response: Mapping[str, Any]) -> list[str]:
-        """Texts of sampled rows {"tokens", "valid" [B, N]} after `prompt` {"prompt", "valid" [B, P]}.
+    def decode(self, prompts: Prompts, rollout: Rollout) -> list[str]:
+        """Texts of responses [B, N] to prompts [B, P].
 
         Where prompts are plain text, an answer keeps its leading space: prompt + answer is the whole text.
         """
         tokenizer = self.workspace.tokenizer
-        arrays = to_host((prompt["prompt"], prompt["valid"], response["tokens"], response["valid"]))
+        arrays = to_host((prompts.tokens, prompts.valid, rollout.tokens, rollout.valid))
         texts = []
         for before, before_valid, after, after_valid in zip(*arrays, strict=True):
             ids = after[after_valid].tolist()

@@ -1,0 +1,86 @@
+"""Answers to many prompts, sampled in chunks of one size on the devices of a run."""
+
+import itertools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from pjrlhf.data.schema import Prompt
+from pjrlhf.models.adapters import Backbone, Policies, is_low_rank
+from pjrlhf.rollout.batches import Prompts, Rollout
+from pjrlhf.rollout.decoding import PolicyEnsemble
+from pjrlhf.rollout.sampler import Sampling, generate
+from pjrlhf.runtime.text import Text
+from pjrlhf.training.progress import progress
+
+# (backbone, parameters, what belongs to each row [B, ...]) -> the policies of the B rows of a chunk.
+PoliciesOf = Callable[[Backbone, Any, Any], Policies | PolicyEnsemble]
+
+
+def mixed(backbone: Backbone, bank: Any, mix: jax.Array | None) -> Policies:
+    """The adapters of `bank` in rows `mix` [B, K]; the base where there is no bank.
+
+    Full parameters are merged once for a chunk, so all rows of such a chunk must be equal.
+    """
+    return backbone.policies(bank, mix if bank is None or is_low_rank(bank) else mix[:1])
+
+
+class Sampler:
+    """Samples answers in chunks of `text.sample_rows` rows.
+
+    The last chunk repeats its first row, so that one program serves all chunks of a shape.
+
+    Args:
+      policies: who answers.
+      sampling: how; by default as the run samples.
+    """
+
+    def __init__(self, text: Text, backbone: Backbone, policies: PoliciesOf = mixed, sampling: Sampling | None = None):
+        self.text, self.backbone, self.policies = text, backbone, policies
+        self.sampling = sampling or text.sampling()
+        self._draw = jax.jit(self.draw)
+
+    def draw(self, backbone: Backbone, parameters: Any, rows: Any, prompts: Prompts, key: jax.Array) -> Rollout:
+        """The rollout of a chunk, a function of its arguments."""
+        return generate(self.policies(backbone, parameters, rows), self.sampling, prompts, key)
+
+    def __call__(
+        self,
+        name: str,
+        prompts: Sequence[Prompt],
+        keys: Callable[[int], jax.Array],
+        parameters: Any = None,
+        rows: np.ndarray | None = None,
+        apart: Sequence[Any] | None = None,
+    ) -> list[str]:
+        """One answer to each of M prompts.
+
+        Args:
+          name: of the pass, for its progress.
+          keys: number of a chunk -> its PRNG key.
+          parameters: of the policies.
+          rows: what belongs to each prompt, [M, ...], such as its row of `mix` or its user.
+          apart: M sortable values; prompts with different ones are never in one chunk.
+        """
+        size, texts = self.text.sample_rows, [""] * len(prompts)
+        chunks = _chunks(range(len(prompts)), size, apart)
+        with progress(name, len(chunks), ()) as bar:
+            for number, chunk in enumerate(chunks):
+                padded = chunk + [chunk[0]] * (size - len(chunk))
+                batch = self.text.encode([prompts[i] for i in padded])
+                placed, own = self.text.devices.place(batch), None if rows is None else rows[np.array(padded)]
+                rollout = self._draw(self.backbone, parameters, own, placed, keys(number))
+                for i, text in zip(chunk, self.text.decode(batch, rollout), strict=False):
+                    texts[i] = text
+                bar.update(number + 1, {})
+        return texts
+
+
+def _chunks(numbers: Sequence[int], size: int, apart: Sequence[Any] | None) -> list[list[int]]:
+    groups = [list(numbers)]
+    if apart is not None:
+        order = sorted(numbers, key=lambda i: apart[i])
+        groups = [list(group) for _, group in itertools.groupby(order, key=lambda i: apart[i])]
+    return [group[i : i + size] for group in groups for i in range(0, len(group), size)]
