@@ -1,6 +1,6 @@
 """Whether the main job learned: bounds on the figures of its summary.json, with room below docs/results/soups.md.
 
-    python .ci/thresholds.py RUN/report/summary.json
+python .ci/thresholds.py RUN/report/summary.json
 """
 
 import json

@@ -17,6 +17,7 @@ def ours(job, turn):
     from pjrlhf.models.adapters import AdapterConfig, Policies, init_bank
     from pjrlhf.models.decoder import Decoder, choose_decode
     from pjrlhf.models.huggingface import load_params, read_config
+    from pjrlhf.rollout.batches import Prompts
     from pjrlhf.rollout.sampler import Sampling, generate
 
     jax.devices()
@@ -37,7 +38,7 @@ def ours(job, turn):
     @jax.jit
     def draw(base, bank, mix, prompt):
         policies = Policies(model, adapter, base, bank, mix)
-        return generate(policies, sampling, prompt, jnp.ones(prompt.shape, bool), jax.random.key(0))["tokens"]
+        return generate(policies, sampling, Prompts(prompt, jnp.ones(prompt.shape, bool)), jax.random.key(0)).tokens
 
     turn({"peak": harness.gemm_peak("jax"), "versions": harness.our_versions()})
     while True:

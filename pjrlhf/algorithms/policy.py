@@ -277,8 +277,9 @@ def settings_of(run: Sections) -> PolicySettings:
     return dataclasses.replace(settings, prompt_preference=settings.prompt_preference or run.settings.prompt_preference)
 
 
-def method_of(run: Run, settings: PolicySettings, rewarder: Any = None) -> Policy:
-    """The method for policies of a run; `rewarder` is by default its trained reward models."""
+def method_of(run: Run, settings: PolicySettings | None = None, rewarder: Any = None) -> Policy:
+    """The method for policies of a run, by default those of its stage, trained on its reward models."""
+    settings = settings or settings_of(run)
     targets = targets_of(run, settings)
     prompts = settings.steps * settings.rollouts // settings.experience.samples_per_prompt
     data = PromptRows(targets, run.records, run.text, prompts)

@@ -16,8 +16,6 @@ from pjrlhf.evaluation import pareto
 from pjrlhf.models.storage import load_tree
 from pjrlhf.objectives.simplex import simplex_grid
 from pjrlhf.pipeline import seeds, stages
-from pjrlhf.protocols import front as evaluate_front
-from pjrlhf.protocols.front import Front
 from pjrlhf.training.workdir import Workdir
 
 pytestmark = pytest.mark.slow  # many programs to compile
@@ -92,11 +90,11 @@ def test_an_entry_whose_settings_changed(family, tmp_path):
             r"methods: train 'magic' is no trainer; choose one of modpo, policy, ric, or pack",
         ),
         ({"rolouts": 3}, r"methods.moc.rolouts: no such setting; did you mean rollouts\?"),
-        ({"answer": "guess"}, r"methods.moc.answer 'guess': unknown; choose one of soup, bone, mod"),
+        ({"answer": "guess"}, r"methods.moc.answer: 'guess' is unknown; choose one of soup, bone, mod"),
         ({"of": "nobody"}, r"methods.moc.of: there is no entry 'nobody'; name one of the others"),
         (
             {"of": "rsoups", "answer": "mod", "divergence": "alpha"},
-            r"methods.moc: divergence 'alpha' is unknown; choose reverse_kl, forward_kl or a number \(alpha\)",
+            r"methods.moc.divergence: divergence 'alpha' is unknown; choose reverse_kl, forward_kl or a number",
         ),
     ],
 )
@@ -105,53 +103,47 @@ def test_wrong_entries(family, change, message):
     with config.methods.moc.unlocked():
         config.methods.moc.update(change)
     with pytest.raises(UserError, match=message):
-        Front(tiny.start(family, config)).player("moc")
+        methods.evaluated(tiny.start(family, config), "moc")
 
 
 # ---- who answers how
 
 
-def player(family, entry, monkeypatch, name="other"):
-    """The player of `entry`; where it trains by itself its bank is that of the soups."""
+def evaluated(family, entry, monkeypatch, name="other"):
+    """The evaluated policy of `entry`; its bank is the names of its adapters."""
     config = tiny_family.settings()
     with config.methods.unlocked():
         config.methods[name] = entry
     run = tiny.start(family, config)
-    monkeypatch.setattr("pjrlhf.algorithms.policy.load_bank", lambda run, stage, names: {"layers": list(names)})
-    monkeypatch.setattr(evaluate_front, "sample_base", lambda run, prompts, key, stage: VARIED(len(prompts)))
-    return Front(run).player(name)
-
-
-def VARIED(count):
-    facts = ["it can shine .", "it is near hills .", "it helps sleep .", "it holds water ."]
-    return [" ".join(facts[: 1 + i % 4]) for i in range(count)]
+    monkeypatch.setattr("pjrlhf.algorithms.banks.load", lambda run, stage, names: {"layers": list(names)})
+    return methods.evaluated(run, name)
 
 
 P = (0.7, 0.3)
 
 
 def test_soups_are_mixed_by_the_weights(family, monkeypatch):
-    found = player(family, {"preferences": {"kind": "own"}}, monkeypatch)
+    found = evaluated(family, {"preferences": {"kind": "own"}}, monkeypatch)
     assert (found.mix(P), found.words(P), found.points) == (P, "", None)
-    told = player(family, {"preferences": {"kind": "own"}, "prompt_preference": "half"}, monkeypatch)
+    told = evaluated(family, {"preferences": {"kind": "own"}, "prompt_preference": "half"}, monkeypatch)
     assert told.words(P) == "keep it short . tell me everything ." and told.words((1.0, 0.0)) == "keep it short ."
 
 
 def test_a_policy_per_point_answers_for_its_point_alone(family, monkeypatch):
     entry = {"preferences": {"kind": "fixed", "points": tiny_family.POINTS}}
-    found = player(family, entry, monkeypatch)
+    found = evaluated(family, entry, monkeypatch)
     assert found.points == list(tiny_family.POINTS) and found.mix(tiny_family.POINTS[1]) == (0.0, 1.0, 0.0)
-    for_all = player(family, {"preferences": {"kind": "fixed", "points": ((0.5, 0.5),)}}, monkeypatch)
+    for_all = evaluated(family, {"preferences": {"kind": "fixed", "points": ((0.5, 0.5),)}}, monkeypatch)
     assert for_all.points is None and for_all.mix(P) == (1.0,)
 
 
 def test_bone_soups_invert_their_mixing(family, monkeypatch):
     points = ((0.7, 0.3), (0.3, 0.7))
     entry = {"preferences": {"kind": "fixed", "points": points}, "answer": "bone", "extrapolation": 0.2}
-    found = player(family, entry, monkeypatch)
+    found = evaluated(family, entry, monkeypatch)
     # (0.6, 0.4) / (1 - 0.2) = 0.9375 (0.7, 0.3) + 0.3125 (0.3, 0.7)
     np.testing.assert_allclose(found.mix((0.6, 0.4)), (0.9375, 0.3125))
-    plain = player(family, {k: v for k, v in entry.items() if k != "extrapolation"}, monkeypatch)
+    plain = evaluated(family, {k: v for k, v in entry.items() if k != "extrapolation"}, monkeypatch)
     np.testing.assert_allclose(plain.mix(points[0]), (1, 0), atol=1e-9)
 
 
@@ -161,21 +153,21 @@ def test_a_conditioned_policy_is_told_the_weights(family, monkeypatch):
         "prompt_preference": "always",
         "prompt_format": {"form": "tally", "levels": 10},
     }
-    found = player(family, entry, monkeypatch)
+    found = evaluated(family, entry, monkeypatch)
     assert found.mix(P) == (1.0,) and found.words(P) == " ".join(["short"] * 7 + ["everything"] * 3)
-    mixed = player(family, {"preferences": {"kind": "dirichlet"}, "mix": "weights"}, monkeypatch)
+    mixed = evaluated(family, {"preferences": {"kind": "dirichlet"}, "mix": "weights"}, monkeypatch)
     assert mixed.mix(P) == P and mixed.words(P) == "" and mixed.bank == {"layers": ["P2A", "P2B"]}
 
 
 def test_rewards_in_context_is_told_the_target(family, monkeypatch):
     entry = {"train": "ric", "prompt_format": {"form": "tally", "levels": 10}, "target": "max"}
-    found = player(family, entry, monkeypatch)
+    found = evaluated(family, entry, monkeypatch)
     assert found.words((0.5, 0.5)) == " ".join(["short"] * 10 + ["everything"] * 10)
 
 
 def test_the_base_is_told_sentences_or_nothing(family, monkeypatch):
-    assert player(family, {"train": ""}, monkeypatch).words((0.0, 1.0)) == "tell me everything ."
-    silent = player(family, {"train": "", "prompted": False}, monkeypatch)
+    assert evaluated(family, {"train": ""}, monkeypatch).words((0.0, 1.0)) == "tell me everything ."
+    silent = evaluated(family, {"train": "", "prompted": False}, monkeypatch)
     assert silent.words((0.0, 1.0)) == "" and silent.bank is None and silent.mix(P) == ()
 
 
@@ -190,7 +182,7 @@ def test_a_policy_for_a_corner_is_the_policy_of_that_reward(family, tmp_path):
     banks = []
     for spec in ({"kind": "own"}, {"kind": "fixed", "points": ((1.0, 0.0), (0.0, 1.0))}):
         settings = methods.settings_of(run, "rsoups").replace(preferences=spec)
-        method = policy.Policy(run, settings)
+        method = policy.method_of(run, settings)
         state = method.init()
         for _ in range(2):
             state, _ = method.step(state, next(method.batches))

@@ -8,7 +8,7 @@ import pytest
 from support import tiny
 from support.small_trees import assert_same
 
-from pjrlhf.algorithms import modpo, policy, reward
+from pjrlhf.algorithms import banks, modpo, reward
 from pjrlhf.algorithms.modpo import ModpoSettings, policies_loss
 from pjrlhf.config import neighbours
 from pjrlhf.data.batching import pad_left, pad_right
@@ -216,7 +216,7 @@ def test_training(copied):
     names = ["P2A1", "P1A0.7+P2A0.3", "P1A0.1+P1B0.2+P2A0.3+P2B0.4", "P1B0.5+P2B0.5"]
     assert info["ingredients"] == names
     assert len(info["base"]) > 8 and info["samples"] > 0
-    bank = policy.load_bank(run, "methods/modpo", names)
+    bank = banks.load(run, "methods/modpo", names)
     moved = jax.tree.leaves(jax.tree.map(lambda x: np.abs(x).reshape(K, -1).max(1).min(), bank))
     assert min(moved) > 0
     for name in names:
@@ -228,7 +228,7 @@ def test_training(copied):
         assert {f"rewards/accuracies/{name}", f"rewards/margins/{name}"} < rows[0].keys()
     # Started again it only hands out what is there.
     assert modpo.train(run, section, "methods/modpo") == info
-    assert_same(policy.load_bank(run, "methods/modpo", names), bank)
+    assert_same(banks.load(run, "methods/modpo", names), bank)
     assert tiny.lines(copied, "methods/modpo") == rows
 
 

@@ -8,14 +8,13 @@ import numpy as np
 import optax
 import pytest
 from support.small_policies import (
-    ADAPTERS,
     CONFIG,
     EOS,
     KINDS,
     MODEL,
     PAD,
+    backbone,
     bank,
-    base,
     close,
     fresh_bank,
     noise,
@@ -23,26 +22,29 @@ from support.small_policies import (
     value_heads,
 )
 
-from pjrlhf.algorithms.policy import PPOConfig, ppo_gradient, ppo_loss, ppo_update
+from pjrlhf.algorithms.ppo import PPOConfig, ppo_gradient, ppo_loss, ppo_update
 from pjrlhf.merging.lora import merge_dense
-from pjrlhf.models.adapters import AdapterConfig, init_bank
+from pjrlhf.models.adapters import AdapterConfig, Backbone, init_bank
 from pjrlhf.models.config import ModelConfig
 from pjrlhf.models.decoder import Decoder, init_params
-from pjrlhf.rollout.experience import ExperienceConfig, experience, init_value_heads, sample
+from pjrlhf.objectives.scalarization import WeightedSum
+from pjrlhf.rollout.batches import Experience, Prompts, ScoredRollout, TargetBatch, split_rows
+from pjrlhf.rollout.experience import ExperienceConfig, Recipe, experience, init_value_heads, sample
 from pjrlhf.rollout.sampler import Sampling
-from pjrlhf.training.optimizer import make_optimizer, per_ingredient
+from pjrlhf.training.optimizer import OptimizerSettings, make_optimizer, per_ingredient
+from pjrlhf.training.state import State
 
 K, n, P, N = 3, 4, 4, 5
 TEMPERATURE = 0.9
 LIMIT = 0.5  # of the gradient norm
 OPTIMIZERS = {
-    "sgd": {"name": "sgd", "learning_rate": 0.1, "max_grad_norm": LIMIT},
-    "adamw": {"learning_rate": 1e-2, "eps": 1e-5, "max_grad_norm": LIMIT},
+    "sgd": OptimizerSettings(name="sgd", learning_rate=0.1, max_grad_norm=LIMIT),
+    "adamw": OptimizerSettings(learning_rate=1e-2, eps=1e-5, max_grad_norm=LIMIT),
 }
 
 
 def fabricated(scale, spread=1.0, seed=0):
-    """Rows of experience [K, n, ...] with made-up numbers; `scale` [K] multiplies advantages and returns."""
+    """Experience [K, n, ...] with made-up numbers; `scale` [K] multiplies advantages and returns."""
     rng = np.random.default_rng(seed)
     prompt = jax.tree.map(np.asarray, prompts(K * n, P, seed))
     mask = np.arange(N) < rng.integers(1, N + 1, (K * n, 1))
@@ -54,15 +56,10 @@ def fabricated(scale, spread=1.0, seed=0):
         "advantages": scale * rng.standard_normal((K * n, N)),
         "returns": scale * rng.standard_normal((K * n, N)),
     }
-    rows = {name: (x * mask).astype(np.float32) for name, x in floats.items()}
-    rows |= {name: rows[name][..., None] for name in ("values", "returns")}  # of one head
-    rows |= {
-        "tokens": np.concatenate([prompt["prompt"], response], 1),
-        "valid": np.concatenate([prompt["valid"], mask], 1),
-        "response": response,
-        "mask": mask.astype(np.float32),
-    }
-    return {name: x.reshape(K, n, *x.shape[1:]) for name, x in rows.items()}
+    floats = {name: (x * mask).astype(np.float32) for name, x in floats.items()}
+    floats |= {name: floats[name][..., None] for name in ("values", "returns")}  # of one head
+    tokens, valid = np.concatenate([prompt.tokens, response], 1), np.concatenate([prompt.valid, mask], 1)
+    return split_rows(Experience(tokens, valid, **floats, temperature=TEMPERATURE), K)
 
 
 def only(tree, k):
@@ -70,19 +67,23 @@ def only(tree, k):
 
 
 def trainable(kind, spread=1.0):
-    return {"bank": bank(kind, K), "heads": jax.tree.map(lambda x: spread * x, value_heads(K))}
+    return {"bank": bank(kind, K), "value_heads": jax.tree.map(lambda x: spread * x, value_heads(K))}
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def update(kind, optimizer, config, trainable, opt_state, base, rows, key):
-    tx = per_ingredient(make_optimizer(OPTIMIZERS[optimizer], 100))
-    return ppo_update(MODEL, ADAPTERS[kind], config, tx, TEMPERATURE, trainable, opt_state, base, rows, key)
+def state_of(trainable, tx):
+    return State.create(jax.random.key(0), trainable, tx)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def gradient(kind, config, trainable, base, rows):
-    loss = jax.value_and_grad(ppo_loss, argnums=4, has_aux=True)
-    (_, metrics), found = loss(MODEL, ADAPTERS[kind], config, TEMPERATURE, trainable, base, rows)
+def update(optimizer, config, backbone, state, rows, key):
+    tx = per_ingredient(make_optimizer(OPTIMIZERS[optimizer], 100))
+    return ppo_update(config, tx, backbone, state, rows, key)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def gradient(config, backbone, trainable, rows):
+    loss = jax.value_and_grad(ppo_loss, argnums=2, has_aux=True)
+    (_, metrics), found = loss(config, backbone, trainable, rows)
     return found, metrics
 
 
@@ -97,15 +98,15 @@ def gradient(kind, config, trainable, base, rows):
 def test_policies_in_one_program_train_as_in_programs_of_their_own(kind, optimizer):
     """Two epochs of two minibatches, clipping active for one policy and idle for another."""
     rows, start = fabricated(np.array([0.05, 1.0, 300.0]), 0.05), trainable(kind, 0.05)
-    found, _ = gradient(kind, PPOConfig(), start, base(), rows)
+    found, _ = gradient(PPOConfig(), backbone(kind), start, rows)
     norms = [float(optax.global_norm(only(found, k))) for k in range(K)]
     assert norms[0] < LIMIT < norms[1] < norms[2] / 100
 
     tx = per_ingredient(make_optimizer(OPTIMIZERS[optimizer], 100))
 
     def run(start, rows):
-        key = jax.random.key(7)
-        return update(kind, optimizer, PPOConfig(), start, tx.init(start), base(), rows, key)
+        state, metrics = update(optimizer, PPOConfig(), backbone(kind), state_of(start, tx), rows, jax.random.key(7))
+        return state.trainable, state.opt_state, metrics
 
     together = run(start, rows)
     for k in range(K):
@@ -118,9 +119,9 @@ def test_policies_in_one_program_train_as_in_programs_of_their_own(kind, optimiz
 def test_rows_of_one_policy_do_not_reach_the_parameters_of_another(kind):
     rows = fabricated(np.ones(K))
     changed = jax.tree.map(np.copy, rows)
-    changed["advantages"][1] *= -50
-    changed["response"][1, :, 0] = 9
-    one, two = (gradient(kind, PPOConfig(), trainable(kind), base(), x)[0] for x in (rows, changed))
+    changed.advantages[1] *= -50
+    changed.response[1, :, 0] = 9
+    one, two = (gradient(PPOConfig(), backbone(kind), trainable(kind), x)[0] for x in (rows, changed))
     for k in (0, 2):
         close(only(one, k), only(two, k), 1e-6)
     assert optax.global_norm(jax.tree.map(jnp.subtract, only(one, 1), only(two, 1))) > 0.1
@@ -129,20 +130,22 @@ def test_rows_of_one_policy_do_not_reach_the_parameters_of_another(kind):
 @pytest.mark.parametrize("kind", KINDS)
 def test_how_many_gradients_are_taken_at_once_does_not_matter(kind):
     rows, config = fabricated(np.ones(K)), PPOConfig(policies_at_once=1)
-    found = jax.jit(ppo_gradient, static_argnums=(0, 1, 2))(
-        MODEL, ADAPTERS[kind], config, TEMPERATURE, trainable(kind), base(), rows
-    )
-    for one, other in zip(found, gradient(kind, PPOConfig(), trainable(kind), base(), rows), strict=True):
+    found = jax.jit(ppo_gradient, static_argnums=0)(config, backbone(kind), trainable(kind), rows)
+    for one, other in zip(found, gradient(PPOConfig(), backbone(kind), trainable(kind), rows), strict=True):
         close(one, other, 1e-5)
     with pytest.raises(ValueError, match="gradients of 3 policies cannot be taken of 2 at once"):
-        ppo_gradient(MODEL, ADAPTERS[kind], PPOConfig(policies_at_once=2), 1.0, None, None, rows)
+        ppo_gradient(PPOConfig(policies_at_once=2), backbone(kind), None, rows)
+    mixed = rows.replace(mix=np.ones((K, n, K), np.float32))
+    with pytest.raises(ValueError, match="gradients of 3 policies cannot be taken of 1 at once"):
+        ppo_gradient(PPOConfig(policies_at_once=1), backbone(kind), None, mixed)
 
 
 def test_full_parameters_have_the_gradient_of_a_plain_model():
     """The loss written out for one model, without Policies."""
     rows, config = only(fabricated(np.ones(K)), 0), PPOConfig(entropy_coef=0.02)
     plain = jax.tree.map(lambda x: x[0], trainable("full"))
-    one = {name: x[0] for name, x in rows.items()}
+    names = ("tokens", "valid", "response", "mask", "logps", "advantages", "values", "returns")
+    one = {name: getattr(rows, name)[0] for name in names}
 
     def loss(plain):
         hidden, _ = MODEL.apply({"params": plain["bank"]}, one["tokens"], one["valid"])
@@ -150,7 +153,7 @@ def test_full_parameters_have_the_gradient_of_a_plain_model():
         logits = MODEL.apply({"params": plain["bank"]}, hidden, method="logits") / TEMPERATURE
         everything = jax.nn.log_softmax(logits)
         logps = (everything * jax.nn.one_hot(one["response"], CONFIG.vocab_size)).sum(-1)
-        values = hidden @ plain["heads"]["kernel"][0] + plain["heads"]["bias"][0]
+        values = hidden @ plain["value_heads"]["kernel"][0] + plain["value_heads"]["bias"][0]
         entropy = -(jnp.exp(everything) * everything).sum(-1)
         ratio = jnp.exp(logps - one["logps"])
         surrogate = jnp.minimum(ratio * one["advantages"], jnp.clip(ratio, 0.8, 1.2) * one["advantages"])
@@ -160,36 +163,39 @@ def test_full_parameters_have_the_gradient_of_a_plain_model():
         return ((-surrogate + 0.1 * 0.5 * errors - 0.02 * entropy) * one["mask"]).sum() / one["mask"].sum()
 
     start = jax.tree.map(lambda x: x[None], plain)
-    got, _ = gradient("full", config, start, None, rows)
+    got, _ = gradient(config, backbone("full").replace(base=None), start, rows)
     close(jax.tree.map(lambda x: x[0], got), jax.jit(jax.grad(loss))(plain))
 
 
 def rolled_out(kind, policies):
-    """Rows as the stage makes them."""
+    """Experience as the stage makes it."""
     sampling = Sampling(max_new_tokens=N, eos_id=EOS, pad_id=PAD, temperature=TEMPERATURE)
-    prompt, one_hot = prompts(K * n, P), jnp.eye(K)
 
     @jax.jit
-    def run(base, policies, prompt):
-        key, values = jax.random.key(3), value_heads(K)
-        response = sample(MODEL, ADAPTERS[kind], sampling, base, policies, one_hot, prompt, key)
-        state, scores = {"bank": policies, "heads": values}, jnp.linspace(-1, 1, K * n)[:, None]
-        config, beta = ExperienceConfig(), jnp.full(K, 0.1)
-        return experience(MODEL, ADAPTERS[kind], config, sampling, base, state, prompt, response, scores, beta)[0]
+    def run(backbone, policies, prompt):
+        response = sample(backbone, policies, jnp.eye(K), prompt, sampling, jax.random.key(3))
+        state, scores = {"bank": policies, "value_heads": value_heads(K)}, jnp.linspace(-1, 1, K * n).reshape(K, n, 1)
+        recipe = Recipe(ExperienceConfig(), sampling, WeightedSum())
+        return experience(recipe, backbone, state, one_objective(prompt, response, scores), jnp.full(K, 0.1))[0]
 
-    return run(base(), policies, prompt)
+    return run(backbone(kind), policies, split_rows(prompts(K * n, P), K))
+
+
+def one_objective(prompt, response, scores):
+    group = jnp.zeros(scores.shape[:2], jnp.int32)
+    return ScoredRollout(prompt, response, scores, TargetBatch(group[..., None], jnp.ones_like(scores), group))
 
 
 @pytest.mark.parametrize("name, policies", [pytest.param("fresh", fresh_bank, marks=pytest.mark.slow), ("moved", bank)])
 def test_the_first_step_sees_ratio_one(name, policies):
     rows = rolled_out("lora", policies("lora", K))
-    start = {"bank": policies("lora", K), "heads": value_heads(K)}
-    _, metrics = gradient("lora", PPOConfig(), start, base(), rows)
+    start = {"bank": policies("lora", K), "value_heads": value_heads(K)}
+    _, metrics = gradient(PPOConfig(), backbone("lora"), start, rows)
     np.testing.assert_allclose(metrics["val/ratio"], 1.0, atol=1e-6)
     np.testing.assert_allclose(metrics["policy/approxkl_avg"], 0.0, atol=1e-11)
     np.testing.assert_array_equal(metrics["policy/clipfrac_avg"], 0.0)
     tx = per_ingredient(make_optimizer(OPTIMIZERS["sgd"], 100))
-    *_, metrics = update("lora", "sgd", PPOConfig(), start, tx.init(start), base(), rows, jax.random.key(0))
+    _, metrics = update("sgd", PPOConfig(), backbone("lora"), state_of(start, tx), rows, jax.random.key(0))
     np.testing.assert_allclose(metrics["policy/first_approxkl"], 0.0, atol=1e-11)
     assert (metrics["policy/approxkl_avg"] > 1e-9).all()  # later steps have moved
 
@@ -197,7 +203,7 @@ def test_the_first_step_sees_ratio_one(name, policies):
 def test_minibatches_must_divide_the_rollouts():
     rows = fabricated(np.ones(K))
     with pytest.raises(ValueError, match="4 rollouts per policy cannot be split into 3 equal minibatches"):
-        ppo_update(MODEL, ADAPTERS["lora"], PPOConfig(minibatches=3), None, 1.0, None, None, None, rows, None)
+        ppo_update(PPOConfig(minibatches=3), None, None, None, rows, None)
 
 
 # ---- a bandit: one prompt, one token, a fixed reward per arm
@@ -218,30 +224,29 @@ def train_on_bandit(adapter, params, learning_rate, seed=4):
     """Bank after training, and KL [STEPS, 3] on the way."""
     sampling = Sampling(max_new_tokens=1, eos_id=-1, pad_id=0)
     config, ppo = ExperienceConfig(missing_eos_penalty=0.0), PPOConfig(epochs=2, minibatches=2)
-    tx = per_ingredient(make_optimizer({"learning_rate": learning_rate, "schedule": "linear"}, 4 * STEPS))
-    one_hot, prompt = jnp.eye(3), jnp.full((3 * PULLS, 1), 2, jnp.int32)
-    prompt = {"prompt": prompt, "valid": jnp.ones_like(prompt, bool)}
+    tx = per_ingredient(make_optimizer(OptimizerSettings(learning_rate=learning_rate, schedule="linear"), 4 * STEPS))
+    prompt = jnp.full((3, PULLS, 1), 2, jnp.int32)
+    prompt = Prompts(prompt, jnp.ones_like(prompt, bool))
+    recipe = Recipe(config, sampling, WeightedSum())
 
     @jax.jit
-    def run(params, start, keys):
-        def step(carry, key):
-            policies, opt_state = carry
+    def run(backbone, state, keys):
+        def step(state, key):
             draw, shuffle = jax.random.split(key)
-            response = sample(BANDIT, adapter, sampling, params, policies["bank"], one_hot, prompt, draw)
-            arms = response["tokens"].reshape(3, PULLS)
-            scores = jnp.take_along_axis(jnp.asarray(TABLE), arms, 1).reshape(-1, 1)
-            collected = params, policies, prompt, response, scores, jnp.asarray(BETAS)
-            rows, statistics = experience(BANDIT, adapter, config, sampling, *collected)
-            trained = policies, opt_state, params, rows, shuffle
-            policies, opt_state, _ = ppo_update(BANDIT, adapter, ppo, tx, 1.0, *trained)
-            return (policies, opt_state), statistics["objective/kl"]
+            response = sample(backbone, state.trainable["bank"], jnp.eye(3), prompt, sampling, draw)
+            scores = jnp.take_along_axis(jnp.asarray(TABLE), response.tokens[..., 0], 1)[..., None]
+            collected = one_objective(prompt, response, scores)
+            rows, statistics = experience(recipe, backbone, state.trainable, collected, jnp.asarray(BETAS))
+            state, _ = ppo_update(ppo, tx, backbone, state, rows, shuffle)
+            return state, statistics["objective/kl"]
 
-        return jax.lax.scan(step, (start, tx.init(start)), keys)
+        return jax.lax.scan(step, state, keys)
 
     heads = init_value_heads(3, 1, BANDIT.config.hidden_size)
-    start = {"bank": init_bank(params, adapter, 3, jax.random.key(1)), "heads": heads}
-    (policies, _), kl = run(params, start, jax.random.split(jax.random.key(seed), STEPS))
-    return policies["bank"], np.asarray(kl)
+    start = {"bank": init_bank(params, adapter, 3, jax.random.key(1)), "value_heads": heads}
+    state = state_of(start, tx)
+    state, kl = run(Backbone(BANDIT, adapter, params), state, jax.random.split(jax.random.key(seed), STEPS))
+    return state.trainable["bank"], np.asarray(kl)
 
 
 def probabilities(params):

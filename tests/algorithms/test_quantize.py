@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 from support import tiny, tiny_users
 
-from pjrlhf.algorithms import policy, sft
-from pjrlhf.algorithms.policy import Policy
+from pjrlhf.algorithms import banks, policy, sft
 from pjrlhf.errors import UserError
 from pjrlhf.export import merge
 from pjrlhf.export.merge import MergeSettings
@@ -39,7 +38,7 @@ def test_the_base_is_that_of_the_folder_quantised_and_has_a_name_of_its_own(fini
 def test_policies_train_on_it_and_their_adapters_merge_into_the_folder(copied, tmp_path):
     """One step by hand; what is written for `merge` names the folder, whose floats it adds to."""
     run = tiny.start(copied, tiny.settings(model__quantize="int8", policy__steps=1))
-    method = Policy(run)
+    method = policy.method_of(run)
     state = method.init()
     before = tiny.bits(run.workspace.base)
     state, metrics = method.step(state, next(method.batches))
@@ -48,8 +47,8 @@ def test_policies_train_on_it_and_their_adapters_merge_into_the_folder(copied, t
     assert tiny.bits(run.workspace.base) == before
     bank = state.trainable["bank"]
     assert max(np.abs(leaf).max() for path, leaf in jax.tree.leaves_with_path(bank) if path[-1].key == "b") > 0
-    names = method.goals.adapters
-    assert policy.save(run, "policy", names, bank) == run.workspace.base_hash
+    names = method.targets.adapters
+    assert banks.save(run, "policy", names, bank) == run.workspace.base_hash
     config = tiny.catalogue("merge").get_config().merge
     folder = copied / "policy" / "ingredients" / names[0]
     config.update({"base": str(run.workspace.base_folder), "ingredients": (str(folder),), "weights": (1.0,)})

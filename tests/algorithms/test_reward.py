@@ -15,6 +15,7 @@ from pjrlhf.data.packing import NOWHERE
 from pjrlhf.models.adapters import AdapterConfig, init_bank
 from pjrlhf.models.storage import load_tree
 from pjrlhf.rollout import scoring
+from pjrlhf.rollout.batches import Rollout
 from pjrlhf.rollout.experience import reward_scores
 
 
@@ -150,31 +151,25 @@ def test_calibrated_rewards_have_mean_0_and_deviation_1(method, trained, monkeyp
     text, K, asked = method.text, len(tiny.REWARDS), []
     requests = synthetic.prompts()[:20]
 
-    def answer(model, adapter, sampling, base, bank, mix, prompt, key):
-        """Stands in for sampling: an answer that the prompt decides."""
-        tokens = prompt["prompt"][:, -sampling.max_new_tokens :] * 3 % model.config.vocab_size
-        return {"tokens": tokens, "valid": jnp.cumsum(tokens % 5 == 0, axis=1) < 2}
+    def answer(backbone, bank, mix, prompts, sampling, key):
+        """Replaces sampling: an answer that the prompt decides."""
+        tokens = prompts.tokens[:, -sampling.max_new_tokens :] * 3 % backbone.model.config.vocab_size
+        return Rollout(tokens, jnp.cumsum(tokens % 5 == 0, axis=1) < 2, jnp.zeros(tokens.shape))
 
     encode = text.encode
     monkeypatch.setattr(text, "encode", lambda prompts: asked.append(encode(prompts)) or asked[-1])
     monkeypatch.setattr(reward, "sample", answer)
     scale = method.calibrate(trained, requests)
     assert len(asked) * text.sample_rows == method.settings.calibration_samples
-    prompt = {name: jnp.concatenate([x[name] for x in asked]) for name in ("prompt", "valid")}
-    response = answer(method.backbone.model, None, text.sampling(), None, None, None, prompt, None)
+    prompt = jax.tree.map(lambda *parts: jnp.concatenate(parts), *asked)
+    response = answer(method.backbone, None, None, prompt, text.sampling(), None)
     prompt, response = jax.tree.map(lambda x: jnp.tile(x, (K, 1)), (prompt, response))
-    arguments = (
-        method.backbone.model,
-        method.backbone.adapter,
-        method.backbone.base,
-        {**trained, **scale},
-        jnp.arange(K)[:, None],
-        prompt,
-        response,
-    )
-    scores = reward_scores(*arguments).reshape(K, -1)
+    models = {**trained, **scale}
+    scores = reward_scores(method.backbone, models, jnp.arange(K)[:, None], prompt, response).reshape(K, -1)
     np.testing.assert_allclose(scores.mean(1), 0, atol=1e-4)
     np.testing.assert_allclose(scores.std(1), 1, atol=1e-4)
     assert (np.asarray(scale["std"]) > 1e-3).all()
-    shares = np.asarray(reward_scores(*arguments, scale="quantiles")).reshape(K, -1)
+    shares = np.asarray(
+        reward_scores(method.backbone, models, jnp.arange(K)[:, None], prompt, response, "quantiles")
+    ).reshape(K, -1)
     assert shares.min() == 0 and shares.max() == 1 and ((shares > 0) & (shares < 1)).mean() > 0.9

@@ -10,12 +10,13 @@ import pytest
 from support import tiny
 from support.small_trees import assert_same
 
-from pjrlhf.algorithms import policy, reward, ric
+from pjrlhf.algorithms import banks, reward, ric
 from pjrlhf.config import neighbours
 from pjrlhf.data.batching import pad_right
 from pjrlhf.data.preferences import PreferencePrompt
 from pjrlhf.errors import UserError
 from pjrlhf.objectives.multi_objective import target_map
+from pjrlhf.rollout.batches import Rollout
 from pjrlhf.rollout.experience import reward_scores
 
 pytestmark = pytest.mark.slow  # many programs to compile
@@ -56,21 +57,21 @@ def trained(finished, tmp_path_factory):
     Every round must start from the adapter of the one before, and that one must have given its answers.
     """
     folder = shutil.copytree(finished, tmp_path_factory.mktemp("ric") / "run")
-    learned, banks, fine_tune, sampler = {}, [None], ric.fine_tune, ric.Sampler
+    learned, trained, fine_tune, sample = {}, [None], ric.fine_tune, ric.sample_rows
 
     def watched(run, settings, stage, number, answers, start=None):
-        assert start is banks[-1]
+        assert start is trained[-1]
         learned[number] = list(answers)
-        banks.append(fine_tune(run, settings, stage, number, answers, start))
-        return banks[-1]
+        trained.append(fine_tune(run, settings, stage, number, answers, start))
+        return trained[-1]
 
-    def asked(run, bank):
-        assert bank is banks[-1] is not None
-        return sampler(run, bank)
+    def asked(run, bank, rows, keys):
+        assert bank is trained[-1] is not None
+        return sample(run, bank, rows, keys)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ric, "fine_tune", watched)
-        patch.setattr(ric, "Sampler", asked)
+        patch.setattr(ric, "sample_rows", asked)
         run, section = started(folder)
         info = ric.train(run, section, STAGE)
     return run, section, info, learned
@@ -89,15 +90,14 @@ def words(run, scores):
 
 def test_scores_are_calibrated_rewards_of_the_answers_to_plain_requests(trained):
     run, _, _, _ = trained
-    score = jax.jit(reward_scores, static_argnums=(0, 1), static_argnames="scale")
-    model, adapter, base = run.workspace.model, run.workspace.adapter, run.workspace.base
-    found, arguments = [], (model, adapter, base, reward.load(run), jnp.arange(N)[None])
+    score, found = jax.jit(reward_scores, static_argnames="scale"), []
+    arguments = run.workspace.backbone, reward.load(run), jnp.arange(N)[None]
     records = [answer for number in range(3) for answer in answers_of(run, number)]
     for record in records[:: len(records) // 12]:
         plain = run.records.ask(record["request"])
         answer = run.workspace.tokenizer.encode_answers(plain, [record["text"]])[1][0][: run.text.lengths.completion]
         tokens, valid = pad_right([answer], run.text.lengths.completion, run.workspace.tokenizer.pad_id)
-        response = {"tokens": tokens, "valid": valid}
+        response = Rollout(tokens, valid, np.zeros(tokens.shape, np.float32))
         found.append((record["scores"], score(*arguments, run.text.encode([plain]), response, scale="quantiles")[0]))
     np.testing.assert_allclose(*zip(*found, strict=True), atol=1e-5)
     scores = np.array([record["scores"] for record in records])
@@ -122,10 +122,10 @@ def test_prompts_state_the_scores_their_answers_got(trained):
             assert run.workspace.tokenizer.decode(row["completion"]).split() == answer["text"].split()
         assert len({words(run, answer["scores"]) for answer in answers}) > 3, number
     # Online these are not the scores that were asked for.
-    goals = {row.request: row.words for row in ric.wanted(run, section, 1)}
+    asked = {row.request: row.words for row in ric.wanted(run, section, 1)}
     online = answers_of(run, 1)
-    assert len(goals) == section.online_samples
-    assert np.mean([words(run, a["scores"]) != goals[a["request"]] for a in online]) > 0.3
+    assert len(asked) == section.online_samples
+    assert np.mean([words(run, a["scores"]) != asked[a["request"]] for a in online]) > 0.3
 
 
 def test_online_rounds_ask_for_targets_of_drawn_weights(trained):
@@ -186,7 +186,7 @@ def test_what_is_returned_and_written(trained):
     samples = section.samples + 2 * section.online_samples
     assert info["ingredients"] == ["policy"] and info["samples"] == samples
     assert info["empty_answers"] == samples - sum(len(answers_of(run, number)) for number in range(3))
-    bank = policy.load_bank(run, STAGE, ["policy"])
+    bank = banks.load(run, STAGE, ["policy"])
     assert max(float(jnp.abs(x).max()) for x in jax.tree.leaves(bank)) > 0
     assert (run.workdir.path / STAGE / "ingredients" / "policy" / "adapter_model.safetensors").is_file()
     steps = [[row["step"] for row in tiny.lines(run.workdir.path, f"{STAGE}/round{i}")] for i in range(3)]
@@ -198,8 +198,8 @@ def test_what_is_returned_and_written(trained):
 def test_a_round_goes_on_from_the_adapter_it_is_given(trained):
     run, section, _, learned = trained
     table = ric.stated(run, section, learned[1], "test")
-    start = policy.load_bank(run, STAGE, ["policy"])
-    method = ric.Ric(run, section, table, 6, start)
+    start = banks.load(run, STAGE, ["policy"])
+    method = ric.method_of(run, section, ric.Round(table, 6, start))
     state = method.init()
     assert_same(state.trainable, start)
     state, _ = method.step(state, next(method.batches))
@@ -215,16 +215,16 @@ def test_a_restart_samples_nothing_again(trained, tmp_path, monkeypatch):
     run, section, info, _ = trained
     folder = shutil.copytree(run.workdir.path, tmp_path / "run")
     monkeypatch.setattr(ric, "sample_base", never)
-    monkeypatch.setattr(ric, "Sampler", never)
+    monkeypatch.setattr(ric, "sample_rows", never)
     again, section = started(folder)
     assert ric.train(again, section, STAGE) == info
-    assert_same(policy.load_bank(again, STAGE, ["policy"]), policy.load_bank(run, STAGE, ["policy"]))
+    assert_same(banks.load(again, STAGE, ["policy"]), banks.load(run, STAGE, ["policy"]))
     # Stopped in the second online round, with its answers, and with half a file from a crash.
     shutil.rmtree(folder / STAGE / "round2")
     (folder / STAGE / "bank.safetensors").unlink()
     (folder / STAGE / ".answers2.jsonl.tmp").write_text('{"request": "wh')
     assert ric.train(*started(folder), STAGE) == info
-    assert_same(policy.load_bank(again, STAGE, ["policy"]), policy.load_bank(run, STAGE, ["policy"]))
+    assert_same(banks.load(again, STAGE, ["policy"]), banks.load(run, STAGE, ["policy"]))
 
 
 def test_a_lost_round_is_sampled_as_it_was(trained, tmp_path, monkeypatch):

@@ -10,9 +10,8 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 from support import tiny, tiny_family, tiny_users
 
-from pjrlhf.algorithms import reward
+from pjrlhf.algorithms import policy, reward
 from pjrlhf.algorithms.pdpo import PreferenceSettings
-from pjrlhf.algorithms.policy import Policy
 from pjrlhf.aot import dry_run as planned
 from pjrlhf.aot import plan as aot
 from pjrlhf.errors import UserError
@@ -123,7 +122,7 @@ def found_shardings(variant):
         trees["preference"] = tiny_users.method_of(run, "individualized", pairs).init().trainable
     else:
         trees["reward"] = reward.method_of(run).init().trainable
-        trees["policy"] = Policy(run, rewarder=trees["reward"]).init().trainable
+        trees["policy"] = policy.method_of(run, rewarder=trees["reward"]).init().trainable
     leaves = jax.tree_util.tree_leaves_with_path(trees)
     return {
         jax.tree_util.keystr(path, simple=True, separator="/"): f"{list(x.shape)} by {tuple(x.sharding.spec)}"

@@ -22,6 +22,7 @@ from pjrlhf.models.hf_config import config_to_hf, read_config
 from pjrlhf.models.huggingface import load_params, save_params
 from pjrlhf.models.unrolled import unroll
 from pjrlhf.parallel.mesh import leaf_sharding, make_mesh, shard_params
+from pjrlhf.rollout.batches import Prompts
 from pjrlhf.rollout.sampler import Sampling, generate
 
 ADAPTER = AdapterConfig(rank=3, alpha=5.0)
@@ -312,11 +313,11 @@ def test_sampling_with_a_cache_equals_the_full_forward(model_type):
     @jax.jit
     def run(params):
         policies = Policies(model, ADAPTER, params, None, None, users)
-        sample = generate(policies, sampling, prompt, prompt_valid, jax.random.key(3))
-        rows = jnp.concatenate([prompt, sample["tokens"]], 1)
-        hidden, _ = policies(*policies.reserve(rows, jnp.concatenate([prompt_valid, sample["valid"]], 1)))
+        sample = generate(policies, sampling, Prompts(prompt, prompt_valid), jax.random.key(3))
+        rows = jnp.concatenate([prompt, sample.tokens], 1)
+        hidden, _ = policies(*policies.reserve(rows, jnp.concatenate([prompt_valid, sample.valid], 1)))
         logps = jax.nn.log_softmax(policies.logits(hidden[:, -9:-1]))
-        return sample["logps"], jnp.take_along_axis(logps, sample["tokens"][..., None], 2)[..., 0]
+        return sample.logps, jnp.take_along_axis(logps, sample.tokens[..., None], 2)[..., 0]
 
     got, want = run(params)
     np.testing.assert_allclose(got, want, rtol=0, atol=1e-5)

@@ -103,7 +103,7 @@ def test_values_and_gradients_of_adapters_and_inputs_are_those_of_the_floats(cha
     moving = {"bank": bank("lora", K), "users": numbers(6, 2, CONFIG.hidden_size)}
     mix = numbers(6, K, seed=1)
     value = jax.jit(jax.value_and_grad(loss, argnums=3), static_argnums=(0, 1))
-    found, wanted = (value(model, LORA, x, moving, mix, *prompt.values()) for x in both())
+    found, wanted = (value(model, LORA, x, moving, mix, prompt.tokens, prompt.valid) for x in both())
     close(found, wanted)
     assert all(np.abs(leaf).max() > 1e-3 for leaf in jax.tree.leaves(wanted[1]))
 
@@ -118,11 +118,11 @@ def test_samples_are_those_of_the_floats(decode):
     @jax.jit
     def sample(params):
         policies = Policies(model, LORA, params, bank("lora", K), numbers(6, K, seed=1))
-        return generate(policies, sampling, prompt["prompt"], prompt["valid"], jax.random.key(5))
+        return generate(policies, sampling, prompt, jax.random.key(5))
 
     found, wanted = map(sample, both())
-    np.testing.assert_array_equal(found["tokens"], wanted["tokens"])
-    np.testing.assert_allclose(found["logps"], wanted["logps"], rtol=1e-4, atol=1e-4)
+    np.testing.assert_array_equal(found.tokens, wanted.tokens)
+    np.testing.assert_allclose(found.logps, wanted.logps, rtol=1e-4, atol=1e-4)
 
 
 def test_biases_and_an_untied_head_stay_floats():
@@ -135,7 +135,7 @@ def test_biases_and_an_untied_head_stay_floats():
     @jax.jit
     def logits(params):
         policies = Policies(model, LORA, params, None, None)
-        return policies.logits(policies(prompt["prompt"], prompt["valid"])[0])
+        return policies.logits(policies(prompt.tokens, prompt.valid)[0])
 
     close(logits(small), logits(dequantized(small)))
 
@@ -145,7 +145,7 @@ def test_activations_in_half_precision_are_within_its_rounding():
 
     @functools.partial(jax.jit, static_argnums=0)
     def hidden(model, params):
-        return Policies(model, LORA, params, None, None)(prompt["prompt"], prompt["valid"])[0].astype(jnp.float32)
+        return Policies(model, LORA, params, None, None)(prompt.tokens, prompt.valid)[0].astype(jnp.float32)
 
     small, floats = both()
     exact = hidden(MODEL, floats)
@@ -161,8 +161,8 @@ def test_sharded_it_is_the_same():
     moving = {"bank": bank("lora", K), "users": numbers(8, 2, CONFIG.hidden_size)}
     mix = numbers(8, K, seed=1)
     value = jax.jit(jax.value_and_grad(loss, argnums=3), static_argnums=(0, 1))
-    found = value(model, LORA, shard_params(mesh, small), shard_params(mesh, moving), mix, *prompt.values())
-    close(found, value(MODEL, LORA, floats, moving, mix, *prompt.values()))
+    found = value(model, LORA, shard_params(mesh, small), shard_params(mesh, moving), mix, prompt.tokens, prompt.valid)
+    close(found, value(MODEL, LORA, floats, moving, mix, prompt.tokens, prompt.valid))
 
 
 def test_no_float_copy_of_all_layers_is_kept_for_the_gradient():
@@ -195,7 +195,7 @@ def test_kernels_are_converted_inside_the_loop_that_samples():
     @jax.jit
     def sample(params):
         policies = Policies(model, LORA, params, None, None)
-        return generate(policies, sampling, prompt["prompt"], prompt["valid"], jax.random.key(5))
+        return generate(policies, sampling, prompt, jax.random.key(5))
 
     text = sample.lower(jax.eval_shape(quantize_params, shapes)).compile().as_text()
     kernel = f"= f32[{CONFIG.hidden_size},{CONFIG.intermediate_size}]"

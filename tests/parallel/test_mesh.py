@@ -8,13 +8,14 @@ import numpy as np
 import optax
 import pytest
 from jax.sharding import PartitionSpec
-from support.small_policies import ADAPTERS, EOS, MODEL, PAD, bank, base, close, heads, prompts, value_heads
+from support.small_policies import EOS, PAD, backbone, bank, base, close, heads, prompts, value_heads
 
-from pjrlhf.algorithms.policy import PPOConfig, ppo_loss
+from pjrlhf.algorithms.ppo import PPOConfig, ppo_loss
 from pjrlhf.errors import UserError
 from pjrlhf.objectives.scalarization import MinNorm
 from pjrlhf.parallel.mesh import leaf_sharding, make_mesh, shard_batch, shard_params
-from pjrlhf.rollout.experience import ExperienceConfig, experience, sample
+from pjrlhf.rollout.batches import ScoredRollout, TargetBatch, split_rows
+from pjrlhf.rollout.experience import ExperienceConfig, Recipe, experience, sample
 from pjrlhf.rollout.sampler import Sampling
 from pjrlhf.training.optimizer import per_ingredient
 
@@ -130,29 +131,28 @@ def test_rows_are_split_over_data_and_fsdp():
         shard_batch(mesh, {"x": np.zeros((6, 3))})
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def rollout_and_gradient(kind, base, trainable, prompt):
+@jax.jit
+def rollout_and_gradient(backbone, trainable, placed):
     """Samples, experience on them with two objectives and min-norm weights, and the PPO gradient of policies that have
     moved a little since.
     """
-    adapter, one_hot = ADAPTERS[kind], jnp.eye(K)
-    sampling = Sampling(max_new_tokens=N, eos_id=EOS, pad_id=PAD)
-    response = sample(MODEL, adapter, sampling, base, trainable["bank"], one_hot, prompt, jax.random.key(2))
-    line = jnp.linspace(-1.0, 1.0, K * n)
-    scores, beta = jnp.stack([line, jnp.sin(5 * line)], 1), jnp.full(K, 0.1)
-    goal = {"weights": jnp.full((K * n, 2), 0.5), "mix": one_hot}
-    rule = MinNorm(heads="per_reward")
-    collected = base, trainable, prompt, response, scores, beta, goal, rule
-    rows, statistics = experience(MODEL, adapter, ExperienceConfig(), sampling, *collected)
+    sampling, prompt = Sampling(max_new_tokens=N, eos_id=EOS, pad_id=PAD), split_rows(placed, K)
+    response = sample(backbone, trainable["bank"], jnp.eye(K), prompt, sampling, jax.random.key(2))
+    line = jnp.linspace(-1.0, 1.0, K * n).reshape(K, n)
+    scores, group = jnp.stack([line, jnp.sin(5 * line)], 2), jnp.zeros((K, n), jnp.int32)
+    targets = TargetBatch(jnp.zeros((K, n, 2), jnp.int32), jnp.full((K, n, 2), 0.5), group)
+    recipe = Recipe(ExperienceConfig(), sampling, MinNorm(heads="per_reward"))
+    collected = trainable, ScoredRollout(prompt, response, scores, targets), jnp.full(K, 0.1)
+    rows, statistics = experience(recipe, backbone, *collected)
     moved = jax.tree.map(lambda x: 1.01 * x, trainable)
-    loss = jax.value_and_grad(ppo_loss, argnums=4, has_aux=True)
-    return rows, statistics, loss(MODEL, adapter, PPOConfig(), 1.0, moved, base, rows)
+    loss = jax.value_and_grad(ppo_loss, argnums=2, has_aux=True)
+    return rows, statistics, loss(PPOConfig(), backbone, moved, rows)
 
 
 @functools.cache
 def single_device(kind):
-    trainable = {"bank": bank(kind, K), "heads": value_heads(K, 2)}
-    return jax.device_get(rollout_and_gradient(kind, base(), trainable, prompts(K * n, P)))
+    trainable = {"bank": bank(kind, K), "value_heads": value_heads(K, 2)}
+    return jax.device_get(rollout_and_gradient(backbone(kind), trainable, prompts(K * n, P)))
 
 
 @pytest.mark.parametrize(
@@ -166,12 +166,12 @@ def single_device(kind):
 )
 def test_any_mesh_gives_the_numbers_of_one_device(kind, sizes):
     mesh = make_mesh(sizes)
-    trainable = {"bank": bank(kind, K), "heads": value_heads(K, 2)}
-    arguments = shard_params(mesh, base()), shard_params(mesh, trainable), shard_batch(mesh, prompts(K * n, P))
-    got = jax.device_get(rollout_and_gradient(kind, *arguments))
-    want = single_device(kind)
-    np.testing.assert_array_equal(got[0]["tokens"], want[0]["tokens"])
+    trainable = {"bank": bank(kind, K), "value_heads": value_heads(K, 2)}
+    placed = backbone(kind).replace(base=shard_params(mesh, base()))
+    got = rollout_and_gradient(placed, shard_params(mesh, trainable), shard_batch(mesh, prompts(K * n, P)))
+    got, want = jax.device_get(got), single_device(kind)
+    np.testing.assert_array_equal(got[0].tokens, want[0].tokens)
     close(got, want)
     assert optax.global_norm(want[2][1]) > 0.1
-    weights = want[1]["heads"]
+    weights = want[1]["head_weights"]
     assert weights.shape == (K, 2) and np.abs(weights - 0.5).max() > 0.01

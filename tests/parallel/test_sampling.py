@@ -51,9 +51,7 @@ def policies_of(kind, model, base, bank):
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def draw(kind, model, count, base, bank, prompt):
     sampling = Sampling(max_new_tokens=count, eos_id=EOS, pad_id=PAD)
-    return generate(
-        policies_of(kind, model, base, bank), sampling, prompt["prompt"], prompt["valid"], jax.random.key(3)
-    )
+    return generate(policies_of(kind, model, base, bank), sampling, prompt, jax.random.key(3))
 
 
 @functools.cache
@@ -81,9 +79,9 @@ def placed(kind, sizes):
 def test_devices_sample_what_one_does(kind, mesh, decode):
     model, *rest = placed(kind, MESHES[mesh])
     got, want = jax.device_get(draw(kind, model.clone(decode=decode), 6, *rest)), of_one_device(kind)
-    np.testing.assert_array_equal(got["tokens"], want["tokens"])
-    close(got["logps"], want["logps"])
-    assert len({*want["tokens"].flat}) > 6
+    np.testing.assert_array_equal(got.tokens, want.tokens)
+    close(got.logps, want.logps)
+    assert len({*want.tokens.flat}) > 6
 
 
 @pytest.mark.parametrize(

@@ -11,8 +11,7 @@ from support import tiny, tiny_users
 from support.meshes import MESHES
 from support.small_policies import close, noise
 
-from pjrlhf.algorithms import reward
-from pjrlhf.algorithms.policy import Policy
+from pjrlhf.algorithms import policy, reward
 from pjrlhf.data import synthetic
 from pjrlhf.merging import methods, trees
 from pjrlhf.merging.lora import merge_dense
@@ -94,7 +93,7 @@ def taken(start):
             run.reference = lambda table, rows: -np.ones((len(table), 2), np.float32)
             method = tiny_users.method_of(run, "cluster", tiny_users.pairs_of(run))
         else:
-            method = reward.method_of(run) if step == "reward" else Policy(run, rewarder=reward_models(run))
+            method = reward.method_of(run) if step == "reward" else policy.method_of(run, rewarder=reward_models(run))
         state = method.init()
         moved = noise({name: to_host(x) for name, x in state.trainable.items() if name != "users"}, 5, 0.1)
         state = state.replace(trainable={**state.trainable, **shard_params(run.devices.mesh, moved)})

@@ -13,7 +13,7 @@ import pytest
 from support import tiny
 
 from pjrlhf import settings
-from pjrlhf.algorithms import policy, reward, sft
+from pjrlhf.algorithms import banks, policy, reward, sft
 from pjrlhf.config import RunSettings
 from pjrlhf.data.tokenization import load_tokenizer
 from pjrlhf.errors import UserError
@@ -242,7 +242,7 @@ def test_a_file_where_the_run_directory_should_be(tmp_path):
     [
         (sft, None, "save_params"),
         (reward, None, "save_tree"),
-        (policy, None, "save_peft"),
+        (policy, "pjrlhf.algorithms.banks.save_peft", None),
         (comparisons, "pathlib.Path.write_text", None),
         (evaluate, None, "write_report"),
     ],
@@ -281,7 +281,7 @@ def test_a_reward_model_that_gives_nan(copied):
     tree["heads"]["kernel"] = tree["heads"]["kernel"].at[1].set(jnp.nan)
     save_tree(path, tree, note)
     with pytest.raises(UserError, match=r"reward/model.safetensors: holds numbers that are not finite; train the rew"):
-        policy.Policy(tiny.start(copied, tiny.settings()))
+        policy.method_of(tiny.start(copied, tiny.settings()))
 
 
 def test_reward_models_of_other_preferences(copied):
@@ -289,7 +289,7 @@ def test_reward_models_of_other_preferences(copied):
     tree, note = load_tree(path)
     save_tree(path, tree, note | {"rewards": ["P1A"]})
     with pytest.raises(UserError, match=r"holds reward models for \['P1A'\], this run needs \['P1A', 'P1B'"):
-        policy.Policy(tiny.start(copied, tiny.settings()))
+        policy.method_of(tiny.start(copied, tiny.settings()))
 
 
 def test_a_judge_that_gives_nan():
@@ -299,7 +299,7 @@ def test_a_judge_that_gives_nan():
 
 
 def test_a_stage_whose_predecessor_is_missing(copied):
-    for path, load in (("reward/model.safetensors", reward.load), ("policy/bank.safetensors", policy.load_bank)):
+    for path, load in (("reward/model.safetensors", reward.load), ("policy/bank.safetensors", banks.load)):
         (copied / path).unlink()
         with pytest.raises(UserError, match=f"{path}: there is no such file; run the stage that writes it first"):
             load(tiny.start(copied, tiny.settings()))
@@ -366,7 +366,7 @@ def test_a_loss_that_is_nan_stops_the_run_and_keeps_the_batch(tmp_path):
 )
 def test_settings_that_policies_cannot_be_trained_with(finished, changes, message):
     with pytest.raises(UserError, match=message):
-        policy.Policy(tiny.start(finished, tiny.settings(**changes)))
+        policy.method_of(tiny.start(finished, tiny.settings(**changes)))
 
 
 # ---- merging

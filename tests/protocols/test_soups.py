@@ -1,5 +1,6 @@
 """The evaluation: which weights and prompts each answer is sampled with, and what is counted from the answers."""
 
+import functools
 import json
 
 import jax
@@ -7,11 +8,13 @@ import numpy as np
 import pytest
 from support import tiny
 
+from pjrlhf.algorithms import banks, policy
 from pjrlhf.errors import UserError
 from pjrlhf.models.adapters import bank_size
 from pjrlhf.models.storage import load_tree
 from pjrlhf.protocols import soups as evaluate
-from pjrlhf.protocols.soups import Evaluation, Row, Sampler
+from pjrlhf.protocols.soups import Evaluation
+from pjrlhf.runtime.answers import Row, sample_rows
 
 
 @pytest.fixture(scope="module")
@@ -33,17 +36,17 @@ class Stub:
     def __init__(self, answer):
         self.answer, self.rows = answer, {}
 
-    def __call__(self, rows, key):
-        self.rows[_bytes(key)] = list(rows)
+    def __call__(self, rows, keys):
+        self.rows[_bytes(keys)] = list(rows)
         return [self.answer(row) for row in rows]
 
-    def asked(self, key):
-        """The rows that were sampled with `key`."""
-        return self.rows[_bytes(key)]
+    def asked(self, keys):
+        """The rows that were sampled with `keys`."""
+        return self.rows[_bytes(keys)]
 
 
-def _bytes(key):
-    return np.asarray(jax.random.key_data(key)).tobytes()
+def _bytes(keys):
+    return np.asarray(jax.random.key_data(keys(0))).tobytes()
 
 
 def evaluation(run, answer):
@@ -72,43 +75,13 @@ def wordy(row):
 # ---- sampling
 
 
-def test_rows_reach_the_decoder_with_their_own_weights_and_prompts(run, monkeypatch):
-    seen = []
-
-    def fake(model, adapter, sampling, base, bank, mix, prompt, key):
-        seen.append((np.array(mix), run.workspace.tokenizer.backend.batch_decode(prompt["prompt"])))
-        ids = run.workspace.tokenizer.backend.convert_tokens_to_ids(["shine", "grow"])
-        tokens = np.array([[ids[0] if row[0] else ids[1]] for row in mix])
-        return {"tokens": tokens, "valid": np.ones(tokens.shape, bool)}
-
-    sampler = Sampler(run, {"layers": np.zeros(1)})
-    monkeypatch.setattr(sampler, "_draw", fake)
-    requests = run.records.requests[1]
-    rows = [
-        Row(
-            requests[i % len(requests)],
-            "use easy words ." if i % 3 else "",
-            tuple(float(i % 2 and k == 0) for k in range(5)),
-        )
-        for i in range(21)  # more than one chunk of 16, the last not full
-    ]
-    assert sampler(rows, jax.random.key(1)) == ["shine" if i % 2 else "grow" for i in range(21)]
-    mixes = np.concatenate([mix for mix, _ in seen])[:21]
-    assert (mixes == [row.mix for row in rows]).all() and [len(mix) for mix, _ in seen] == [16, 16]
-    texts = [text for _, texts in seen for text in texts][:21]
-    for row, text in zip(rows, texts, strict=True):
-        assert row.request in text and ("use easy words ." in text) == bool(row.words)
-
-
 def test_weights_zero_sample_the_base(run):
-    from pjrlhf.algorithms.policy import load_bank
-
-    bank, key = load_bank(run), jax.random.key(5)
+    bank, keys = banks.load(run), functools.partial(run.streams.key, "test")
     rows = [Row(request, "", (0.0,) * bank_size(bank)) for request in run.records.requests[1]]
     other = jax.tree.map(lambda x: x + 1.0, bank)
-    assert Sampler(run, bank)(rows, key) == Sampler(run, other)(rows, key)
+    assert sample_rows(run, bank, rows, keys) == sample_rows(run, other, rows, keys)
     soup = [Row(row.request, "", (1.0,) * bank_size(bank)) for row in rows]
-    assert Sampler(run, bank)(soup, key) != Sampler(run, other)(soup, key)
+    assert sample_rows(run, bank, soup, keys) != sample_rows(run, other, soup, keys)
 
 
 # ---- who is compared
@@ -133,7 +106,7 @@ def test_methods_differ_in_prompt_and_weights(run):
 def test_win_rates_are_those_of_the_answers(run):
     found = evaluation(run, wordy)
     sections = found.people()["sections"]
-    rows = iter(found.sample.asked(run.streams.key("evaluate/people")))
+    rows = iter(found.sample.asked(found.keys("evaluate/people")))
     requests = run.records.requests[1]
     answers = {
         (combo, method): {request: wordy(next(rows)) for request in requests}
@@ -184,7 +157,25 @@ def test_ingredients_are_set_against_the_base_by_their_own_criterion(run):
     assert ingredients["P1B"]["score"] == 1 and ingredients["P1B"]["base_score"] == -1
     assert ingredients["P1B"]["length"] == 4
     kl = [row["objective/kl/P1B"] for row in tiny.lines(run.workdir.path, "policy")]
-    assert ingredients["P1B"]["kl"] == pytest.approx(np.mean(kl[-3:]))
+    assert ingredients["P1B"]["kl"] == pytest.approx(np.mean(kl[-policy.KL_STEPS :]))
+
+
+def test_the_kl_is_that_of_the_last_steps_whatever_is_logged(copied, monkeypatch):
+    """More steps than are averaged, a different number of them logged, and one of the runs interrupted."""
+    monkeypatch.setattr(policy, "KL_STEPS", 2)
+    found = {}
+    for log_every, parts in ((1, (5,)), (0, (3, 5))):
+        name = f"methods/every{log_every}"
+        for steps in parts:
+            run = tiny.start(copied, tiny.settings(log_every=log_every))
+            method = policy.method_of(run, policy.settings_of(run).replace(steps=5))
+            state = run.train(method, name, steps)
+        found[log_every] = method.last_kl(state)
+    assert found[0] == found[1] and found[1].keys() == set(tiny.REWARDS)
+    lines = tiny.lines(copied, "methods/every1")
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5]
+    for name, kl in found[1].items():
+        assert kl == pytest.approx(np.mean([line[f"objective/kl/{name}"] for line in lines[-2:]]), rel=1e-5)
 
 
 # ---- the sweep
@@ -193,7 +184,7 @@ def test_ingredients_are_set_against_the_base_by_their_own_criterion(run):
 def test_a_score_that_rises_with_the_weight_of_its_own_preference_has_spearman_1(run):
     found = evaluation(run, wordy)
     sweep = found.sweep()
-    rows = found.sample.asked(run.streams.key("evaluate/sweep"))
+    rows = found.sample.asked(found.keys("evaluate/sweep"))
     assert all(row.words == "" and sum(row.mix) == pytest.approx(1) for row in rows)
     part = sweep["informativeness"]
     assert (part["low"], part["high"], part["weights"]) == ("P2A", "P2B", [0, 0.5, 1])

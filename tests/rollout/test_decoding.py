@@ -22,7 +22,7 @@ def combined(divergence, weights, prompt):
     policies = PolicyEnsemble(
         MODEL.clone(decode="transposed"), ADAPTERS["lora"], base(), bank("lora", K), weights, divergence
     )
-    return generate(policies, GREEDY, prompt["prompt"], prompt["valid"], jax.random.key(0))
+    return generate(policies, GREEDY, prompt, jax.random.key(0))
 
 
 @pytest.mark.parametrize("divergence", ["reverse_kl", "forward_kl", -1.0])
@@ -32,27 +32,26 @@ def test_one_hot_weights_decode_that_policy(divergence):
         lambda mix: generate(
             Policies(MODEL, ADAPTERS["lora"], base(), bank("lora", K), mix),
             GREEDY,
-            prompt["prompt"],
-            prompt["valid"],
+            prompt,
             jax.random.key(0),
         )
     )(weights)
     got = combined(divergence, weights, prompt)
-    np.testing.assert_array_equal(got["tokens"], alone["tokens"])
-    assert len({tuple(row) for row in np.asarray(alone["tokens"]).tolist()}) > 1
+    np.testing.assert_array_equal(got.tokens, alone.tokens)
+    assert len({tuple(row) for row in np.asarray(alone.tokens).tolist()}) > 1
 
 
 def test_tokens_are_the_likeliest_of_the_combination():
     """Every token against full forward passes of the policies one by one."""
     prompt, weights = prompts(B, P), jnp.array([[0.5, 0.3, 0.2], [1.4, -0.4, 0.0], [0.0, 0.5, 0.5], [0.2, 0.2, 0.6]])
     got = jax.device_get(combined("reverse_kl", weights, prompt))
-    tokens = jnp.concatenate([prompt["prompt"], got["tokens"]], 1)
-    valid = jnp.concatenate([prompt["valid"], got["valid"]], 1)
+    tokens = jnp.concatenate([prompt.tokens, got.tokens], 1)
+    valid = jnp.concatenate([prompt.valid, got.valid], 1)
     logps = []
     for k in range(K):
         one = Policies(MODEL, ADAPTERS["lora"], base(), bank("lora", K), jnp.eye(K)[k : k + 1])
         logps.append(jax.nn.log_softmax(one.logits(one(tokens, valid)[0][:, P - 1 : -1])))
     mixed = combine_logps(jnp.stack(logps, 2), weights[:, None])
-    want = np.where(got["valid"], np.asarray(mixed).argmax(-1), PAD)
-    np.testing.assert_array_equal(got["tokens"], want)
+    want = np.where(got.valid, np.asarray(mixed).argmax(-1), PAD)
+    np.testing.assert_array_equal(got.tokens, want)
     assert mixed.shape == (B, N, CONFIG.vocab_size)

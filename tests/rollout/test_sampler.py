@@ -34,7 +34,7 @@ MIXES = {
 def _sample(kind, sampling, ids, base, bank, mix, prompt, key):
     # One compiled program for every choice of EOS and padding.
     sampling = dataclasses.replace(sampling, eos_id=ids[0], pad_id=ids[1])
-    return generate(Policies(MODEL, ADAPTERS[kind], base, bank, mix), sampling, prompt["prompt"], prompt["valid"], key)
+    return generate(Policies(MODEL, ADAPTERS[kind], base, bank, mix), sampling, prompt, key)
 
 
 def sample(kind, sampling, mix, prompt, seed=0):
@@ -51,10 +51,10 @@ def logits_of(kind, base, bank, mix, tokens, valid):
 
 
 def greedy_loop(kind, mix, prompt, count):
-    lengths = np.asarray(prompt["valid"]).sum(1)
+    lengths = np.asarray(prompt.valid).sum(1)
     tokens = np.zeros((B, P + count), np.int32)
     for b, n in enumerate(lengths):
-        tokens[b, :n] = prompt["prompt"][b, P - n :]
+        tokens[b, :n] = prompt.tokens[b, P - n :]
     found = []
     for _ in range(count):
         valid = np.arange(P + count) < lengths[:, None]
@@ -70,8 +70,8 @@ def greedy_loop(kind, mix, prompt, count):
 def test_greedy_decoding_is_the_argmax_of_the_full_forward(name):
     prompt = prompts(B, P)
     out = sample(MIXES[name][0], GREEDY, MIXES[name][1], prompt)
-    np.testing.assert_array_equal(out["tokens"], greedy_loop(*MIXES[name], prompt, N))
-    assert out["valid"].all() and out["tokens"].dtype == jnp.int32
+    np.testing.assert_array_equal(out.tokens, greedy_loop(*MIXES[name], prompt, N))
+    assert out.valid.all() and out.tokens.dtype == jnp.int32
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -81,16 +81,16 @@ def test_unrolled_layers_write_the_same(kind):
     @functools.partial(jax.jit, static_argnums=0)
     def draw(decode, base, bank):
         policies = Policies(MODEL.clone(decode=decode), ADAPTERS[kind], base, bank, ONE_HOT)
-        return generate(policies, WARM, prompt["prompt"], prompt["valid"], jax.random.key(3))
+        return generate(policies, WARM, prompt, jax.random.key(3))
 
     one, *others = (draw(decode, base(), bank(kind, K)) for decode in ("scan", "unrolled", "transposed"))
     for other in others:
-        np.testing.assert_array_equal(one["tokens"], other["tokens"])
-        close(one["logps"], other["logps"])
+        np.testing.assert_array_equal(one.tokens, other.tokens)
+        close(one.logps, other.logps)
 
 
 def test_the_policies_differ():
-    texts = [sample("lora", GREEDY, ONE_HOT[k : k + 1], prompts(B, P))["tokens"] for k in range(K)]
+    texts = [sample("lora", GREEDY, ONE_HOT[k : k + 1], prompts(B, P)).tokens for k in range(K)]
     assert all((texts[i] != texts[j]).any(1).sum() > B / 2 for i in range(K) for j in range(i))
 
 
@@ -98,9 +98,9 @@ def test_the_policies_differ():
 def test_all_ingredients_in_one_batch_write_what_each_writes_alone(kind):
     alone = prompts(B, P)
     together = jax.tree.map(lambda x: jnp.tile(x, (K, 1)), alone)
-    got = sample(kind, GREEDY, ONE_HOT, together)["tokens"].reshape(K, B, N)
+    got = sample(kind, GREEDY, ONE_HOT, together).tokens.reshape(K, B, N)
     for k in range(K):
-        np.testing.assert_array_equal(got[k], sample(kind, GREEDY, ONE_HOT[k : k + 1], alone)["tokens"])
+        np.testing.assert_array_equal(got[k], sample(kind, GREEDY, ONE_HOT[k : k + 1], alone).tokens)
 
 
 def with_eos(tokens, eos, pad):
@@ -114,15 +114,15 @@ def with_eos(tokens, eos, pad):
 def test_rows_end_with_eos_and_padding_follows(pad_is_eos):
     """EOS is a token that the endless text happens to hold, in some rows early, in some never."""
     prompt = prompts(B, P)
-    endless = np.asarray(sample("lora", GREEDY, SOUPS, prompt)["tokens"])
+    endless = np.asarray(sample("lora", GREEDY, SOUPS, prompt).tokens)
     eos = max(set(endless.flat), key=lambda token: len({*map(int, with_eos(endless, token, PAD)[1].sum(1))}))
     pad = int(eos) if pad_is_eos else PAD
     sampling = Sampling(max_new_tokens=N, eos_id=int(eos), pad_id=pad, temperature=0.0)
     out = sample("lora", sampling, SOUPS, prompt)
     tokens, valid = with_eos(endless, eos, pad)
-    np.testing.assert_array_equal(out["tokens"], tokens)
-    np.testing.assert_array_equal(out["valid"], valid)
-    assert not np.asarray(out["logps"])[~valid].any()
+    np.testing.assert_array_equal(out.tokens, tokens)
+    np.testing.assert_array_equal(out.valid, valid)
+    assert not np.asarray(out.logps)[~valid].any()
     assert len(set(valid.sum(1))) > 1 and (~valid).any()
 
 
@@ -159,17 +159,17 @@ def test_rows_that_are_done_are_dropped(monkeypatch, decode, kind):
                 mix = SOUPS if kind == "soups" else None
                 policies = counted[0](model, ADAPTERS["lora"], base, bank, mix, users)
             sampling = Sampling(max_new_tokens=100, eos_id=EOS, pad_id=PAD, temperature=2.0)
-            return generate(policies, sampling, prompt["prompt"], prompt["valid"], jax.random.key(1))
+            return generate(policies, sampling, prompt, jax.random.key(1))
 
         found = jax.device_get(draw(base(), bank("lora", K)))
         jax.effects_barrier()
         return found, list(worked)
 
     (got, few), (want, many) = run(2), run(B)
-    np.testing.assert_array_equal(got["tokens"], want["tokens"])
-    np.testing.assert_array_equal(got["valid"], want["valid"])
-    close(got["logps"], want["logps"])
-    ends = want["valid"].sum(1)
+    np.testing.assert_array_equal(got.tokens, want.tokens)
+    np.testing.assert_array_equal(got.valid, want.valid)
+    close(got.logps, want.logps)
+    ends = want.valid.sum(1)
     assert len(few) == len(many) == ends.max() - 1
     assert set(many) == {B}
     alive = [(ends > i + 1).sum() for i in range(len(few))]
@@ -183,20 +183,20 @@ def test_log_probabilities_are_those_of_scoring():
     @jax.jit
     def score(base, bank, out):
         policies = Policies(MODEL, ADAPTERS["lora"], base, bank, SOUPS)
-        tokens, valid = (scoring.join(prompt[a], out[b]) for a, b in (("prompt", "tokens"), ("valid", "valid")))
+        tokens, valid = scoring.join(prompt.tokens, out.tokens), scoring.join(prompt.valid, out.valid)
         states = scoring.response_states(policies, tokens, valid, P)
-        return scoring.token_logps(policies, states, out["tokens"], WARM.temperature)[0]
+        return scoring.token_logps(policies, states, out.tokens, WARM.temperature)[0]
 
-    close(out["logps"], np.where(out["valid"], score(base(), bank("lora", K), out), 0.0))
-    assert (out["logps"] < 0).any()
+    close(out.logps, np.where(out.valid, score(base(), bank("lora", K), out), 0.0))
+    assert (out.logps < 0).any()
 
 
 def test_prompt_padding_changes_nothing():
     prompt = prompts(B, P)
     want = sample("lora", GREEDY, SOUPS, prompt)
     got = sample("lora", GREEDY, SOUPS, wider(prompt, 6, fill=9))
-    np.testing.assert_array_equal(got["tokens"], want["tokens"])
-    close(got["logps"], want["logps"])
+    np.testing.assert_array_equal(got.tokens, want.tokens)
+    close(got.logps, want.logps)
 
 
 def test_decoding_stops_when_every_row_has_ended():
@@ -215,13 +215,13 @@ def test_decoding_stops_when_every_row_has_ended():
     def run(base, eos):
         policies = Counted(MODEL, ADAPTERS["lora"], base, None, None)
         sampling = Sampling(max_new_tokens=12, eos_id=eos, pad_id=PAD, temperature=0.0)
-        return generate(policies, sampling, prompt["prompt"], prompt["valid"], jax.random.key(0))
+        return generate(policies, sampling, prompt, jax.random.key(0))
 
     def passes(eos):
         calls.clear()
         out = jax.device_get(run(base(), eos))
         jax.effects_barrier()
-        return out["tokens"][0], len(calls)
+        return out.tokens[0], len(calls)
 
     endless, most = passes(ENDLESS)
     assert most >= 12
@@ -265,7 +265,7 @@ def test_top_1_is_greedy():
     prompt = prompts(B, P)
     hot = Sampling(max_new_tokens=N, eos_id=ENDLESS, pad_id=PAD, temperature=2.0, top_k=1)
     np.testing.assert_array_equal(
-        sample("lora", hot, SOUPS, prompt)["tokens"], sample("lora", GREEDY, SOUPS, prompt)["tokens"]
+        sample("lora", hot, SOUPS, prompt).tokens, sample("lora", GREEDY, SOUPS, prompt).tokens
     )
 
 
@@ -274,8 +274,8 @@ def test_frequencies_are_those_of_the_softmax(top_k, top_p):
     rows, temperature = 8192, 0.7
     prompt = jax.tree.map(lambda x: jnp.repeat(x[:1], rows, axis=0), prompts(1, 3))
     sampling = Sampling(max_new_tokens=1, eos_id=ENDLESS, pad_id=PAD, temperature=temperature, top_k=top_k, top_p=top_p)
-    tokens = np.asarray(sample("lora", sampling, None, prompt)["tokens"])[:, 0]
-    logits = logits_of("lora", base(), None, None, prompt["prompt"][:1], prompt["valid"][:1])[0, -1]
+    tokens = np.asarray(sample("lora", sampling, None, prompt).tokens)[:, 0]
+    logits = logits_of("lora", base(), None, None, prompt.tokens[:1], prompt.valid[:1])[0, -1]
 
     def surprise(temperature):
         """p-value of the observed counts."""
@@ -293,16 +293,15 @@ def test_frequencies_are_those_of_the_softmax(top_k, top_p):
 
 
 def test_draws_depend_on_the_key_alone():
-    first, again, other = (sample("lora", WARM, SOUPS, prompts(B, P), seed)["tokens"] for seed in (1, 1, 2))
+    first, again, other = (sample("lora", WARM, SOUPS, prompts(B, P), seed).tokens for seed in (1, 1, 2))
     np.testing.assert_array_equal(first, again)
     assert (first != other).any()
 
 
 def test_rows_with_the_same_prompt_draw_independently():
     prompt = jax.tree.map(lambda x: jnp.repeat(x[:1], B, axis=0), prompts(1, P))
-    tokens = sample("lora", dataclasses.replace(WARM, eos_id=ENDLESS), np.repeat(SOUPS[:1], B, axis=0), prompt)[
-        "tokens"
-    ]
+    endless = dataclasses.replace(WARM, eos_id=ENDLESS)
+    tokens = sample("lora", endless, np.repeat(SOUPS[:1], B, axis=0), prompt).tokens
     assert len({tuple(map(int, row)) for row in tokens}) == B
 
 

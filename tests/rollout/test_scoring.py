@@ -7,11 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from support.small_policies import ADAPTERS, CONFIG, MODEL, PAD, bank, base, close, heads, prompts, wider
+from support.small_policies import ADAPTERS, CONFIG, MODEL, PAD, backbone, bank, base, close, heads, prompts, wider
 
 from pjrlhf.models.adapters import Policies
 from pjrlhf.parallel.mesh import make_mesh, shard_batch, shard_params
 from pjrlhf.rollout import scoring
+from pjrlhf.rollout.batches import Rollout
 from pjrlhf.rollout.experience import reward_scores
 
 B, P, N, K = 8, 5, 4, 3
@@ -21,17 +22,18 @@ TEMPERATURE = 0.8
 
 
 def responses(seed=5):
-    """{"tokens", "valid"} [B, N], right-padded, at least one token each."""
+    """Responses [B, N], right-padded, at least one token each."""
     rng = np.random.default_rng(seed)
     valid = np.arange(N) < rng.integers(1, N + 1, B)[:, None]
-    return {"tokens": np.where(valid, rng.integers(1, CONFIG.vocab_size, (B, N)), PAD), "valid": valid}
+    tokens = np.where(valid, rng.integers(1, CONFIG.vocab_size, (B, N)), PAD)
+    return Rollout(tokens, valid, np.zeros((B, N), np.float32))
 
 
 def narrower(response, more, fill=PAD):
     """The same responses with more padding behind them."""
     pad = ((0, 0), (0, more))
-    tokens = np.where(response["valid"], response["tokens"], fill)
-    return {"tokens": np.pad(tokens, pad, constant_values=fill), "valid": np.pad(response["valid"], pad)}
+    tokens = np.where(response.valid, response.tokens, fill)
+    return Rollout(np.pad(tokens, pad, constant_values=fill), np.pad(response.valid, pad), np.pad(response.logps, pad))
 
 
 def rewarder(count=K):
@@ -41,10 +43,10 @@ def rewarder(count=K):
 @functools.partial(jax.jit, static_argnums=0)
 def _score(P, base, rewarder, mix, prompt, response):
     policies = Policies(MODEL, LORA, base, rewarder["bank"], mix)
-    tokens = scoring.join(prompt["prompt"], response["tokens"])
-    valid = scoring.join(prompt["valid"], response["valid"])
+    tokens = scoring.join(prompt.tokens, response.tokens)
+    valid = scoring.join(prompt.valid, response.valid)
     states = scoring.response_states(policies, tokens, valid, P)
-    logps, entropy = scoring.token_logps(policies, states, response["tokens"], TEMPERATURE)
+    logps, entropy = scoring.token_logps(policies, states, response.tokens, TEMPERATURE)
     rewards = scoring.rewards(policies, rewarder["heads"], mix, tokens, valid)
     everywhere = policies.logits(policies(tokens, valid)[0])
     return {"logps": logps, "entropy": entropy, "rewards": rewards, "logits": everywhere, "states": states}
@@ -52,8 +54,8 @@ def _score(P, base, rewarder, mix, prompt, response):
 
 def score(prompt, response, mix=MIX):
     """Results on the valid tokens, zero elsewhere."""
-    out = jax.device_get(_score(prompt["prompt"].shape[1], base(), rewarder(), mix, prompt, response))
-    mask = response["valid"][:, :N]
+    out = jax.device_get(_score(prompt.tokens.shape[1], base(), rewarder(), mix, prompt, response))
+    mask = response.valid[:, :N]
     return {name: np.where(mask, out[name][:, :N], 0) for name in ("logps", "entropy")} | {"rewards": out["rewards"]}
 
 
@@ -62,9 +64,9 @@ def test_log_probabilities_and_entropy_are_those_of_the_logits_one_token_before(
     out = jax.device_get(_score(P, base(), rewarder(), MIX, prompt, response))
     logps = jax.nn.log_softmax(out["logits"] / TEMPERATURE)
     got = score(prompt, response)
-    for b, t in np.argwhere(response["valid"]):
+    for b, t in np.argwhere(response.valid):
         before = logps[b, P + t - 1]
-        close(got["logps"][b, t], before[response["tokens"][b, t]])
+        close(got["logps"][b, t], before[response.tokens[b, t]])
         close(got["entropy"][b, t], -np.sum(np.exp(before) * before))
     assert out["states"].shape == (B, N, CONFIG.hidden_size)
 
@@ -98,8 +100,9 @@ def test_eight_devices_change_nothing():
 def test_the_reward_is_read_at_the_last_valid_token():
     """Whether the text ends in the last slot, before it, or (no response at all) with the prompt."""
     prompt, response = prompts(B, P), responses()
-    response["valid"][0] = False
-    tokens, valid = (np.concatenate([prompt[a], response[b]], 1) for a, b in (("prompt", "tokens"), ("valid", "valid")))
+    response.valid[0] = False
+    tokens = np.concatenate([prompt.tokens, response.tokens], 1)
+    valid = np.concatenate([prompt.valid, response.valid], 1)
     policies = Policies(MODEL, LORA, base(), bank("lora", K), MIX)
     hidden = np.asarray(policies(tokens, valid)[0])
     kernel, bias = (MIX @ np.asarray(heads(K)[name]) for name in ("kernel", "bias"))
@@ -110,16 +113,16 @@ def test_the_reward_is_read_at_the_last_valid_token():
 def test_the_reward_changes_with_the_response_alone():
     prompt, response = prompts(B, P), responses()
     want = score(prompt, response)["rewards"]
-    first = np.where(np.arange(N) == 0, (response["tokens"] + 1) % CONFIG.vocab_size, response["tokens"])
-    got = score(prompt, {**response, "tokens": first})["rewards"]
+    first = np.where(np.arange(N) == 0, (response.tokens + 1) % CONFIG.vocab_size, response.tokens)
+    got = score(prompt, response.replace(tokens=first))["rewards"]
     assert (np.abs(got - want) > 1e-3).all()
 
 
 def test_a_response_token_changes_no_state_up_to_its_own():
     prompt, response = prompts(B, P), responses()
-    full = {"tokens": response["tokens"], "valid": np.ones((B, N), bool)}
-    changed = {**full, "tokens": np.where(np.arange(N) == 2, 5, full["tokens"] % 4 + 10)}
-    full["tokens"] = np.where(np.arange(N) == 2, 6, changed["tokens"])
+    full = response.replace(valid=np.ones((B, N), bool))
+    changed = full.replace(tokens=np.where(np.arange(N) == 2, 5, full.tokens % 4 + 10))
+    full = full.replace(tokens=np.where(np.arange(N) == 2, 6, changed.tokens))
     one, two = (jax.device_get(_score(P, base(), rewarder(), MIX, prompt, r))["states"] for r in (full, changed))
     np.testing.assert_array_equal(one[:, :3], two[:, :3])
     assert (np.abs(one[:, 3] - two[:, 3]).max(-1) > 1e-3).all()
@@ -180,9 +183,9 @@ def test_reward_models_in_one_batch_score_as_each_alone():
     prompt, response = prompts(B, P), responses()
     judges = rewarder() | {"mean": jnp.array([0.3, -1.0, 2.0]), "std": jnp.array([0.5, 2.0, 4.0])}
     together = jax.tree.map(lambda x: np.tile(x, (K, 1)), (prompt, response))
-    run = jax.jit(reward_scores, static_argnums=(0, 1))
-    got = np.asarray(run(MODEL, LORA, base(), judges, np.arange(K)[:, None], *together)).reshape(K, B)
-    vector = np.asarray(run(MODEL, LORA, base(), judges, np.arange(K)[None], prompt, response))
+    run = jax.jit(reward_scores)
+    got = np.asarray(run(backbone("lora"), judges, np.arange(K)[:, None], *together)).reshape(K, B)
+    vector = np.asarray(run(backbone("lora"), judges, np.arange(K)[None], prompt, response))
     close(vector, got.T)
     for k in range(K):
         one_hot = np.repeat(np.eye(K, dtype=np.float32)[k : k + 1], B, axis=0)

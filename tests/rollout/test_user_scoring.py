@@ -12,6 +12,7 @@ from pjrlhf.models.config import ModelConfig
 from pjrlhf.models.decoder import Decoder, init_params
 from pjrlhf.models.users import UserModel
 from pjrlhf.objectives.preference import mixture, pairwise_loss
+from pjrlhf.rollout.batches import Prompts
 from pjrlhf.rollout.sampler import Sampling, generate
 from pjrlhf.rollout.scoring import init_heads, rewards, sequence_logps
 
@@ -163,15 +164,15 @@ def test_greedy_sampling_follows_the_full_forward():
     @jax.jit
     def sample(user_tokens):
         policies = Policies(MODEL, ADAPTER, base(), None, None, user_tokens)
-        return generate(policies, sampling, prompt, prompt_valid, jax.random.key(0))
+        return generate(policies, sampling, Prompts(prompt, prompt_valid), jax.random.key(0))
 
     got = jax.device_get(sample(VECTORS))
-    both = [np.concatenate(pair, 1) for pair in ((prompt, got["tokens"]), (prompt_valid, got["valid"]))]
+    both = [np.concatenate(pair, 1) for pair in ((prompt, got.tokens), (prompt_valid, got.valid))]
     likeliest = full_logits(*both, VECTORS).argmax(-1)[:, -N - 1 : -1]
-    np.testing.assert_array_equal(got["tokens"][got["valid"]], likeliest[got["valid"]])
-    assert got["valid"].sum() > N and (sample(VECTORS[::-1])["tokens"] != got["tokens"]).any()
+    np.testing.assert_array_equal(got.tokens[got.valid], likeliest[got.valid])
+    assert got.valid.sum() > N and (sample(VECTORS[::-1]).tokens != got.tokens).any()
     # What was sampled is scored as it was sampled.
-    np.testing.assert_allclose(got["logps"].sum(1), score(*both, VECTORS, start)[0], rtol=1e-5)
+    np.testing.assert_allclose(got.logps.sum(1), score(*both, VECTORS, start)[0], rtol=1e-5)
 
 
 def test_rewards_are_read_off_the_last_token_of_the_personal_row():

@@ -7,9 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pjrlhf.models.adapters import AdapterConfig, init_bank
+from pjrlhf.models.adapters import AdapterConfig, Backbone, init_bank
 from pjrlhf.models.config import ModelConfig
 from pjrlhf.models.decoder import Decoder, init_params
+from pjrlhf.rollout.batches import Prompts
 
 CONFIG = ModelConfig(
     vocab_size=24, hidden_size=16, intermediate_size=24, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=8
@@ -44,6 +45,11 @@ def base():
     return noise(init_params(MODEL, jax.random.key(0)), 1, 0.2)
 
 
+def backbone(kind):
+    """The base with the shape of its adapters."""
+    return Backbone(MODEL, ADAPTERS[kind], base())
+
+
 @constant
 def fresh_bank(kind, count):
     """Policies equal to the base."""
@@ -70,18 +76,18 @@ def value_heads(count, each=1):
 
 
 def prompts(rows, slots, seed=4, shortest=1):
-    """{"prompt", "valid"} [rows, slots], left-padded, of random lengths and free of PAD and EOS."""
+    """Prompts [rows, slots], left-padded, of random lengths and free of PAD and EOS."""
     rng = np.random.default_rng(seed)
     valid = np.arange(slots)[::-1] < rng.integers(shortest, slots + 1, rows)[:, None]
     tokens = rng.integers(2, CONFIG.vocab_size, (rows, slots))
-    return {"prompt": jnp.asarray(np.where(valid, tokens, PAD), jnp.int32), "valid": jnp.asarray(valid)}
+    return Prompts(jnp.asarray(np.where(valid, tokens, PAD), jnp.int32), jnp.asarray(valid))
 
 
 def wider(prompt, more, fill=PAD):
     """The same prompts with `more` slots of padding before them, filled with the token `fill`."""
     pad = ((0, 0), (more, 0))
-    tokens = jnp.where(prompt["valid"], prompt["prompt"], fill)
-    return {"prompt": jnp.pad(tokens, pad, constant_values=fill), "valid": jnp.pad(prompt["valid"], pad)}
+    tokens = jnp.where(prompt.valid, prompt.tokens, fill)
+    return Prompts(jnp.pad(tokens, pad, constant_values=fill), jnp.pad(prompt.valid, pad))
 
 
 def close(got, want, tolerance=1e-5):
