@@ -1,10 +1,11 @@
-"""Conditional language policies (CLP, arXiv 2407.15762): an adapter per objective, mixed by preference weights that are
-drawn anew for every answer in training, so that the mixtures themselves are trained; beside it Rewarded Soups (arXiv
-2306.04488), whose adapters train apart and are mixed afterwards.
+"""Conditional language policies (CLP, arXiv 2407.15762), compared with Rewarded Soups (arXiv 2306.04488).
+
+Both mix one adapter per objective by preference weights. CLP draws the weights for every answer in training, so it
+trains the mixtures themselves; Rewarded Soups train every adapter alone and mix afterwards.
 
     python -m pjrlhf.main --config=configs/clp.py
 
-This is full-CLP with LoRA, by PPO. 2 CPU cores: about 2 minutes; figures in docs/results/clp.md.
+This is full-CLP with LoRA, trained by PPO. Time: about 2 minutes on 2 CPU cores. Results: docs/results/clp.md.
 """
 
 import ml_collections

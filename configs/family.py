@@ -1,17 +1,19 @@
-"""The multi-objective family on one world: one base, one set of comparisons and reward models, one budget of samples.
+"""All multi-objective methods on the synthetic environment, with one base, one set of comparisons and reward models,
+and one budget of samples.
 
     python -m pjrlhf.main --config=configs/family.py
     python -m pjrlhf.main --config=configs/family.py:three
     python -m pjrlhf.main --config=configs/family.py:ablation
 
-Two conflicting objectives (short answers, answers that tell everything), or with `:three` kindness besides. Every
-method is an entry of `methods`: settings of the stages policy, modpo and ric, see `pjrlhf.config.family`. `:ablation`
-takes MOC apart: on the weighted sum alone, the control reward alone, with equal weights in place of min-norm ones, and
-so on, all told the same preferences in the same words.
+Two objectives conflict: short answers, and answers that tell everything. `:three` adds kind answers. Every method is an
+entry of `methods`, with settings of the stages policy, modpo and ric (`pjrlhf.config.family`). `:ablation` compares
+variants of MOC with the same preference prompts: the weighted sum alone, the control reward alone, equal weights in
+place of min-norm weights, and others.
 
-`--config.seeds="(0, 1, 2)"` runs one seed after the other and reports means with intervals. One CPU core: 7 minutes a
-seed with two objectives, 8 with three, 12 the ablation; on two cores run two of them side by side, each on its own
-(`taskset -c 0`, `taskset -c 1`). Figures in docs/results/family.md.
+`--config.seeds="(0, 1, 2)"` runs one seed after the other and reports means with intervals.
+
+Time per seed on one CPU core: 7 minutes with two objectives, 8 with three, 12 for the ablation. On two cores, run two
+of them side by side, each on its own core (`taskset -c 0`, `taskset -c 1`). Results: docs/results/family.md.
 """
 
 import ml_collections
@@ -21,7 +23,7 @@ from pjrlhf.errors import UserError
 
 ABLATION = ("moc", "moc_equal", "moc_small_control", "moc_per_reward", "moc_per_preference", "moc_hinge", "moc_mixed")
 RULES = ("control", "sum", "mgda", "tchebycheff", "gdpo", "pama")
-# Fifths, two of them left out in training: the words for these were never read before.
+# The other two multiples of 1/5 are held out: training never states them in a prompt.
 HELD_OUT = ((0.0, 1.0), (0.4, 0.6), (0.8, 0.2), (1.0, 0.0))
 
 

@@ -4,10 +4,11 @@
     python -m pjrlhf.main --config=configs/llama.py:pdpo_8b --config.model.path=FOLDER \\
         --config.preference.data.path=pairs.jsonl
 
-Variants pdpo_8b, soups_8b (v5e-16 or v5p-16 and larger) and pdpo_70b, soups_70b (v5p-128, v6e-256 and larger). The
-first command needs neither TPUs nor weights: it compiles every step for these chips and says what it takes of them;
-figures in docs/results/llama.md. The second trains on your records; for soups these are prompts (`data.prompts.path`)
-and comparisons with an `objective` (`reward.data.path`).
+Variants: pdpo_8b and soups_8b for v5e-16, v5p-16 and larger; pdpo_70b and soups_70b for v5p-128, v6e-256 and larger.
+
+The first command is a dry run that needs neither TPUs nor weights: it compiles every step for these chips and reports
+memory and time. Results: docs/results/llama.md. The second command trains on your records. For soups, give prompts
+(`data.prompts.path`) and comparisons with an `objective` (`reward.data.path`).
 """
 
 import ml_collections
@@ -31,14 +32,14 @@ def get_config(variant: str = "pdpo_8b") -> ml_collections.ConfigDict:
     c.title = f"{'P-DPO' if method == 'pdpo' else 'Personalized Soups'} with Llama 3.1 {size.upper()}"
     c.model.update({**SIZES[size], **SHAPE, "dtype": "bfloat16", "param_dtype": "bfloat16", "remat": "full"})
     c.adapter.update({"rank": 16, "alpha": 32.0})
-    # The smaller one is split by fsdp alone; the larger one has more chips than a batch has rows.
+    # fsdp alone splits the 8B model. For the 70B model, a pod has more chips than a batch has rows.
     c.mesh = {"data": 1, "fsdp": -1, "tensor": 1 if size == "8b" else 4}
     with c.ignore_type():
         c.model.rope_scaling = ml_collections.ConfigDict(SCALING)
         c.data.prompt_buckets, c.data.completion_buckets = (128, 256), (128, 256)
     c.data.update({"max_prompt": 512, "max_completion": 512, "long_prompt": "truncate_left"})
     pdpo(c) if method == "pdpo" else soups(c)
-    if size == "70b":  # rows for the 64 groups of four chips that v6e-256 has; a minibatch of policies, too
+    if size == "70b":  # v6e-256 has 64 groups of four chips, and a minibatch needs a row for each
         if method == "pdpo":
             c.preference.batch_size = 64
         else:
@@ -47,7 +48,7 @@ def get_config(variant: str = "pdpo_8b") -> ml_collections.ConfigDict:
 
 
 def pdpo(c: ml_collections.ConfigDict) -> None:
-    """Ten user tokens a person, 32 pairs a step; reference log-probs are computed once."""
+    """Ten user tokens per user and 32 pairs per step; reference log-probs are computed once."""
     c.stages = ("preference", "evaluate_users")
     config.people(c)
     with c.ignore_type():
@@ -66,7 +67,7 @@ def pdpo(c: ml_collections.ConfigDict) -> None:
 
 
 def soups(c: ml_collections.ConfigDict) -> None:
-    """Three policies and three reward models in one program, 32 answers of each policy a step."""
+    """Three policies and three reward models in one program, 32 answers per policy and step."""
     c.stages = ("reward", "policy")
     config.policies(c)
     c.preferences, c.objectives = "paper", ("P1A", "P2A", "P3A")

@@ -1,17 +1,20 @@
-"""MOC (arXiv 2604.04497): one policy told preference weights in its prompt, trained on min-norm mixtures of the
-weighted rewards and of a control reward, that rewards be near the weights; beside it the same on the weighted sum.
+"""MOC (arXiv 2604.04497): one policy whose prompt states preference weights, compared with the same policy trained on
+the weighted sum of the rewards.
+
+MOC trains on min-norm combinations of the weighted rewards and a control reward, which is high where the rewards are
+near the preference weights.
 
     python -m pjrlhf.main --config=configs/moc.py
 
-Its full text was not available: what is open to reading is a setting, argued in
+The full text of the paper was not available. Where its abstract leaves a choice, the choice is a setting, explained in
 `objectives/multi_objective.py:moc_heads`; `configs/family.py:ablation` compares them.
 
-A real story model, with sentiment (by the lexicon of VADER, `pip install -e '.[sentiment]'`) against brevity, the shape
-of PAMA's task (arXiv 2508.07768), beside its rivals:
+A pretrained story model, with sentiment (by the VADER lexicon, `pip install -e '.[sentiment]'`) against brevity, as in
+the task of PAMA (arXiv 2508.07768), compared with other methods:
 
     python -m pjrlhf.main --config=configs/moc.py:stories --config.model.path=FOLDER
 
-2 CPU cores: about 2 minutes, stories half an hour; figures in docs/results/moc.md.
+Time on 2 CPU cores: about 2 minutes, and half an hour for the stories. Results: docs/results/moc.md.
 """
 
 import ml_collections
@@ -24,7 +27,7 @@ def get_config(variant: str = "synthetic") -> ml_collections.ConfigDict:
     if variant not in ("synthetic", "stories"):
         raise UserError(f"configs/moc.py:{variant}: unknown variant; use configs/moc.py or configs/moc.py:stories")
     c = config.base()
-    c.title = "MOC: one policy that is told preference weights"
+    c.title = "MOC: one policy whose prompt states preference weights"
     if variant == "synthetic":
         config.front(c, ("P2A", "P2B"))
         config.family(c, "moc", "sum")

@@ -1,9 +1,9 @@
-"""MODPO (arXiv 2310.03708): DPO for each preference with the other objectives' rewards as margins, from comparisons
-alone; beside it soups of policies trained by DPO on one objective each.
+"""MODPO (arXiv 2310.03708): DPO for every preference with the rewards of the other objectives as margins, compared with
+soups of policies that DPO trains on one objective each. Comparisons are the only data.
 
     python -m pjrlhf.main --config=configs/modpo.py
 
-2 CPU cores: about 3 minutes; figures in docs/results/modpo.md.
+Time: about 3 minutes on 2 CPU cores. Results: docs/results/modpo.md.
 """
 
 import ml_collections

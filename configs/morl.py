@@ -1,10 +1,11 @@
-"""MORL: one policy retrained by PPO for each preference, on the weighted sum of the rewards; the costly upper
-reference of the papers on soups (arXiv 2306.04488, 2310.11564), beside RLHF on equal weights, the same for everybody.
+"""MORL: PPO trains one policy for every preference, on the weighted sum of the rewards. It is the expensive upper
+baseline of the papers on soups (arXiv 2306.04488, 2310.11564), compared with RLHF on equal weights, one policy for all.
 
     python -m pjrlhf.main --config=configs/morl.py
 
-Eleven policies train in one program. Other points: entry `morl`, `preferences.points`. 2 CPU cores: about 4 minutes;
-figures in docs/results/morl.md.
+Eleven policies train in one program; `preferences.points` of the entry `morl` sets their weights.
+
+Time: about 4 minutes on 2 CPU cores. Results: docs/results/morl.md.
 """
 
 import ml_collections

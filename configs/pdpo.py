@@ -1,31 +1,32 @@
-"""P-DPO and P-RM (P-RLHF, arXiv 2402.05133): people of conflicting personas, one policy that tells them apart.
+"""P-DPO and P-RM (P-RLHF, arXiv 2402.05133): one policy for users with conflicting preferences.
 
     python -m pjrlhf.main --config=configs/pdpo.py
 
-trains pooled DPO, individualized and cluster user models and the permuted-id control on the same comparisons with the
-same budget; with `--config.preference.head=reward`, reward models in place of policies. People who are known by their
-weights of given policies alone, soups learned from comparisons:
+trains pooled DPO, individualized and cluster user models, and a control with permuted user ids, on the same comparisons
+with the same budget. `--config.preference.head=reward` trains reward models in place of policies.
+
+Users as soups of given policies, with weights learned from their comparisons:
 
     python -m pjrlhf.main --config=configs/pdpo.py:soup
 
-Your own preference records with a `user_id` column (and, for entries with user_text=True, `user_text`), on any Hugging
-Face Llama:
+Your own preference records with a column `user_id` (and `user_text`, for entries with user_text=True), on a Hugging
+Face model:
 
     python -m pjrlhf.main --config=configs/pdpo.py:records --config.model.path=FOLDER \
         --config.preference.data.path=FILE.jsonl
 
-Real answers and real people, with a small model trained from scratch on others. The files are looked for under
-$PJRLHF_TEST_DATA (../shared by default), in data/alpaca_eval, data/llmfao and data/prefeval:
+Real answers and real users, with a small model trained from scratch. The files are in $PJRLHF_TEST_DATA (../shared by
+default), in data/alpaca_eval, data/llmfao and data/prefeval:
 
     python -m pjrlhf.main --config=configs/pdpo.py:style_pairs --config.population.users=40
     python -m pjrlhf.main --config=configs/pdpo.py:llmfao --config.preference.split=prompt
     python -m pjrlhf.main --config=configs/pdpo.py:prefeval
 
-:style_pairs is the paper's experiment with conflicting length preferences, :llmfao the votes of a crowd, :prefeval
-people who are known by one sentence about themselves.
+:style_pairs is the paper's experiment with conflicting length preferences, :llmfao has the votes of a crowd, and
+:prefeval has users who each state one preference.
 
-2 CPU cores: synthetic environment about 4 minutes, :soup 6, the others 20 to 35, of which 8 make the base; figures in
-docs/results/pdpo.md.
+Time on 2 CPU cores: about 4 minutes for the synthetic environment, 6 for :soup, and 20 to 35 for the others, 8 of them
+for the base. Results: docs/results/pdpo.md.
 """
 
 import os
@@ -50,14 +51,14 @@ def get_config(variant: str = "synthetic") -> ml_collections.ConfigDict:
     variants["prefeval"] = prefeval
     if variant not in variants:
         names = ", ".join(f":{name}" for name, change in variants.items() if change)
-        raise UserError(f"configs/pdpo.py:{variant}: unknown variant; use configs/pdpo.py, or after it one of {names}")
+        raise UserError(f"configs/pdpo.py:{variant}: unknown variant; use configs/pdpo.py alone or with {names}")
     if variants[variant]:
         variants[variant](c)
     return c
 
 
 def soup(c: ml_collections.ConfigDict) -> None:
-    """Four personas, a policy for each by PPO, and people who are known by their weights of these policies alone."""
+    """Four personas, one PPO policy for each, and user models that are soup weights of these policies."""
     c.title = "Learned soup weights with twelve people of the synthetic environment"
     c.stages = ("sft", "comparisons", "reward", "policy", "population", "preference", "evaluate_users")
     config.policies(c)
@@ -92,7 +93,7 @@ def _folder(name: str) -> str:
 
 
 def _small_base(c: ml_collections.ConfigDict) -> None:
-    """A model from scratch, fine-tuned on real answers; of long ones the beginning is read."""
+    """A model from scratch, trained on real answers, of which it reads the first 128 tokens."""
     _data(c.sft, kind="jsonl", path=f"{_folder('alpaca_eval')}/responses.jsonl.gz")
     with c.ignore_type():
         c.data.columns = ml_collections.ConfigDict({"completion": "response"})
@@ -104,9 +105,9 @@ def _small_base(c: ml_collections.ConfigDict) -> None:
     c.sft.update({"steps": 1000, "batch_size": 16})
     c.sft.optimizer.learning_rate = 3e-3
     c.preference.update({"mixture": "dropout", "batch_size": 16, "steps": 260})
-    # Per token: of long answers the summed log-ratio mostly says how far the policy is from its reference on any text.
+    # Per token, because the summed log-ratio of a long answer mostly measures the distance from the reference.
     c.preference.update({"loss": "sigmoid_norm", "beta": 10.0})
-    c.preference.alpha = 1.0  # 0.5 trains the generic user besides and takes about twice the steps
+    c.preference.alpha = 1.0  # 0.5 also trains the generic user, and needs about twice the steps
     c.preference.optimizer.learning_rate = 2.5e-3
     c.preference.user_optimizer.learning_rate = 0.03
     for model in ("individualized", "cluster", "permuted"):
@@ -115,7 +116,7 @@ def _small_base(c: ml_collections.ConfigDict) -> None:
 
 
 def style_pairs(c: ml_collections.ConfigDict) -> None:
-    """People who want longer and people who want shorter answers, on real answers that no judge has to read."""
+    """Users who want longer or shorter answers, with real answers that a rule judges by length."""
     _small_base(c)
     pairs = {"kind": "jsonl", "path": f"{_folder('alpaca_eval')}/style_pairs.jsonl.gz"}
     personas = ("longer", "shorter")
@@ -128,14 +129,14 @@ def style_pairs(c: ml_collections.ConfigDict) -> None:
     c.objectives = personas
     c.population.update({"personas": personas, "pairs_per_user": 320, "heldout_pairs_per_user": 60})
     c.population.new_pairs_per_user = 40
-    c.population.whole_answers = 1  # of two answers cut off, no one can tell which is longer
+    c.population.whole_answers = 1  # the lengths of two truncated answers cannot be compared
     for model in ("individualized", "permuted"):
-        c.preference.models[model].zero_offset = False  # people who differ from the start are told apart sooner
+        c.preference.models[model].zero_offset = False  # users who start with different tokens separate sooner
     c.evaluate_users.update({"generate_for": 8, "max_new_tokens": 256})
 
 
 def llmfao(c: ml_collections.ConfigDict) -> None:
-    """Votes of real people, who disagree about length among other things, on answers of real models."""
+    """Votes of real users on answers of real models."""
     _small_base(c)
     c.title = "P-DPO on the votes of real people"
     c.stages = ("sft", "preference", "evaluate_users")
@@ -156,7 +157,7 @@ def llmfao(c: ml_collections.ConfigDict) -> None:
 
 
 def prefeval(c: ml_collections.ConfigDict) -> None:
-    """People known only by one sentence about themselves, and four answers of which one respects it."""
+    """Users who each state one preference, and four answers, one of which respects it."""
     _small_base(c)
     c.title = "A user model that reads what people say about themselves"
     c.stages = ("sft", "preference", "evaluate_users")

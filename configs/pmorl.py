@@ -1,11 +1,12 @@
-"""Prompted-MORL (arXiv 2310.11564): one policy by PPO whose prompt states the preferences in sentences and whose
-reward is their mean; beside it the base that is only prompted.
+"""Prompted-MORL (arXiv 2310.11564): PPO trains one policy whose prompt states preferences in sentences, on the mean of
+their rewards; compared with the base under the same prompts.
 
     python -m pjrlhf.main --config=configs/pmorl.py
 
-Sentences cannot say how much, so over a grid of weights there are only as many kinds of answers as sets of sentences.
-For the paper's eight kinds of people see `configs/soups.py`, where it stands beside the soups. 2 CPU cores: about 2
-minutes; figures in docs/results/pmorl.md.
+Sentences do not state weights, so all preference weights with the same set of sentences share one prompt. With the
+eight personas of the paper, `configs/soups.py` compares it with soups.
+
+Time: about 2 minutes on 2 CPU cores. Results: docs/results/pmorl.md.
 """
 
 import ml_collections

@@ -1,10 +1,12 @@
-"""Rewards-in-Context (RiC, arXiv 2402.10207): supervised fine-tuning on answers whose prompt states the rewards they
-got, then an online round on the policy's own best answers; preference weights become rewards to ask for.
+"""Rewards-in-Context (RiC, arXiv 2402.10207): supervised fine-tuning on answers whose prompt states their rewards, then
+online rounds on the best answers of the policy. At evaluation, preference weights become the rewards in the prompt.
 
     python -m pjrlhf.main --config=configs/ric.py
 
-Rewards are stated as a tally of words, for the synthetic environment has no digits; where there are,
-`--config.ric.prompt_format.form=numbers`. 2 CPU cores: about 2 minutes; figures in docs/results/ric.md.
+Prompts state rewards as a tally of words, because the language of the synthetic environment has no digits. For other
+models use `--config.ric.prompt_format.form=numbers`.
+
+Time: about 2 minutes on 2 CPU cores. Results: docs/results/ric.md.
 """
 
 import ml_collections

@@ -1,19 +1,18 @@
-"""Personalized Soups (arXiv 2310.11564): one policy per preference by PPO, merged with each person's weights.
+"""Personalized Soups (arXiv 2310.11564): PPO trains one policy per preference, and every user gets a weighted merge.
 
-The synthetic environment, from nothing:
+The synthetic environment, trained from scratch:
 
     python -m pjrlhf.main --config=configs/soups.py
 
-Any Hugging Face Llama, here with length and dialogue as dimensions, judged by rule:
+A Hugging Face model, with the dimensions length and dialogue, judged by rules:
 
     python -m pjrlhf.main --config=configs/soups.py:hf --config.model.path=FOLDER
 
-Two more styles in the synthetic environment, 8 to 16 kinds of people:
+The scaling experiment: two more styles in the synthetic environment, 16 personas in place of 8:
 
     python -m pjrlhf.main --config=configs/soups.py:styles
 
-Synthetic environment, default seed, 2 CPU cores: 5 to 6 minutes, compilation included; figures in
-docs/results/soups.md.
+Time for the synthetic environment: 5 to 6 minutes on 2 CPU cores. Results: docs/results/soups.md.
 """
 
 import ml_collections
@@ -29,7 +28,7 @@ def get_config(variant: str = "synthetic") -> ml_collections.ConfigDict:
     c.title = "Personalized Soups on the synthetic environment"
     c.stages = ("sft", "comparisons", "reward", "policy", "methods", "evaluate")
     config.policies(c)
-    # Prompted-MORL samples as many answers as the six ingredients together.
+    # Prompted-MORL samples as many answers as all six ingredients.
     pmorl = {"preferences": {"kind": "combinations"}, "prompt_preference": "always", "rollouts": 96}
     c.methods = {"pmorl": pmorl}
     c.general = "helpful"  # the general reward of the RLHF baseline; "" leaves the baseline out
@@ -46,10 +45,12 @@ def get_config(variant: str = "synthetic") -> ml_collections.ConfigDict:
 
 
 def styles(c: ml_collections.ConfigDict) -> None:
-    """The scaling experiment of the paper: two more styles make 2 x 2 x 4 = 16 kinds of people. For them the soups
-    train two more ingredients and nothing else; Prompted-MORL trains anew, with as many answers as all eight together.
+    """The scaling experiment of the paper: two more styles give 2 x 2 x 4 = 16 personas.
+
+    Soups train two more ingredients. Prompted-MORL trains again from the start, with as many answers as all eight
+    ingredients.
     """
-    c.title = "Two more styles: 8 to 16 kinds of people"
+    c.title = "Two more styles: from 8 to 16 personas"
     c.preferences = c.model.tokenizer = "synthetic16"
     old, new = c.objectives, ("P3C", "P3D")
     c.objectives += new
@@ -70,12 +71,12 @@ def styles(c: ml_collections.ConfigDict) -> None:
 
 
 def huggingface(c: ml_collections.ConfigDict) -> None:
-    """Length and dialogue on a story model without instruction tuning, from the openings of stories."""
+    """Length and dialogue, with a story model without instruction tuning. Prompts are the openings of stories."""
     c.title = "Personalized Soups on a Hugging Face model"
     c.stages = ("comparisons", "reward", "policy", "evaluate")
-    del c.methods["pmorl"]  # nothing can be said to this model
+    del c.methods["pmorl"]  # the model does not follow instructions
     dimensions = {"short": "length", "long": "length", "dialogue": "speech", "plain": "speech"}
-    with c.ignore_type():  # names of built-in things give way to descriptions
+    with c.ignore_type():  # mappings replace names
         c.preferences = ml_collections.ConfigDict(
             {name: {"dimension": dimension, "sentence": ""} for name, dimension in dimensions.items()}
         )
@@ -88,7 +89,7 @@ def huggingface(c: ml_collections.ConfigDict) -> None:
     c.data.max_prompt = 32
     c.data.prompt_buckets = ()
     c.data.max_completion = 128
-    # A pretrained model has more to lose than the small one above: shorter steps.
+    # Shorter steps keep what the pretrained model has learned.
     c.reward.optimizer.learning_rate = 2e-3
     c.policy.optimizer.learning_rate = 1e-3
     c.policy.kl.coefficient = 0.05

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Runs a config on this machine:  launch/local.sh [-p PROCESSES] [-d DEVICES] [-n] CONFIG [flags of pjrlhf.main]
-#   -p N   start N processes of one run; if one fails, all end
-#   -d N   split the CPU into N devices (per process), to try a mesh without accelerators
+#   -p N   start N processes of one run; if one fails, the others are stopped
+#   -d N   simulate N devices per process on the CPU, to test a mesh without accelerators
 #   -n     print the commands instead of running them
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -22,7 +22,7 @@ fi
 config="$1"
 shift
 command=(python -m pjrlhf.main --config="$config" "$@")
-# Large arrays in huge pages, if the system lets a program choose: steps on a CPU take a tenth less time.
+# Huge pages for large arrays, where the system allows it, make steps on a CPU 10% faster.
 export GLIBC_TUNABLES="${GLIBC_TUNABLES-glibc.malloc.hugetlb=1}"
 if [ -n "$devices" ]; then
   export XLA_FLAGS="${XLA_FLAGS:-} --xla_force_host_platform_device_count=$devices"
@@ -62,7 +62,7 @@ while [ "$left" -gt 0 ]; do
     if [ "$running" -gt 0 ] && [ "$code" -ne 143 ] && [ "$code" -ne 130 ]; then
       echo "local.sh: a process ended with status $code; stopping the others" >&2
       kill -TERM "${pids[@]}" 2>/dev/null || true
-      # Processes that wait for the lost one inside a step cannot handle SIGTERM.
+      # A process that waits for the lost one inside a step does not handle SIGTERM.
       (sleep 10 && kill -KILL "${pids[@]}" 2>/dev/null) &
       disown
     fi

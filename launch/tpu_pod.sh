@@ -4,12 +4,12 @@
 #   -z ZONE    for example us-east5-b
 #   -a TYPE    accelerator, for example v5litepod-16, v5p-16, v6e-256
 #   -r IMAGE   runtime, for example v2-alpha-tpuv5-lite (default: by accelerator)
-#   -b BUCKET  shared by all workers: gcsfuse mounts it as ./bucket; the run directory is its runs/NAME
-#   -q         request a queued resource, and wait for capacity
-#   -s         spot capacity: cheaper, may be preempted; the same command resumes from the last checkpoint
+#   -b BUCKET  shared by all workers; gcsfuse mounts it as ./bucket, and the run directory is bucket/runs/NAME
+#   -q         request a queued resource and wait for capacity
+#   -s         spot capacity: cheaper, can be preempted; the same command resumes from the last checkpoint
 #   -d         delete the TPU after the run
 #   -n         print the commands instead of running them
-# Needs the gcloud command, logged in, with a default project.
+# Requires the gcloud command, logged in, with a default project.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 name="" zone="" type="" runtime="" bucket="" queued="" spot="" delete="" dry=""
@@ -91,7 +91,7 @@ printf -v flags ' %q' --config="$config" --workdir="bucket/runs/$name" --distrib
 status=0
 run "${tpu[@]}" ssh "$name" "${place[@]}" --worker=all --command="cd pjrlhf && ../venv/bin/python -m pjrlhf.main$flags" || status=$?
 run mkdir -p "runs/$name"
-run gcloud storage cp -r "gs://$bucket/runs/$name/report" "runs/$name" || echo "tpu_pod.sh: there is no report" >&2
+run gcloud storage cp -r "gs://$bucket/runs/$name/report" "runs/$name" || echo "tpu_pod.sh: no report found" >&2
 if [ -n "$delete" ]; then
   if [ -n "$queued" ]; then
     run gcloud compute tpus queued-resources delete "$name" "${place[@]}" --force --quiet
