@@ -299,7 +299,10 @@ def test_old_names_of_values_are_answered_too():
             {"preference": {"models": {"one": {"kind": "uniform", "betta": 1.0}}}},
             "preference.models.one.betta: no such",
         ),
-        ({"population": {"personas": ("P9",), "fractions": (1.0,)}}, "population.personas: 'P9' is unknown; choose from"),
+        (
+            {"population": {"personas": ("P9",), "fractions": (1.0,)}},
+            "population.personas: 'P9' is unknown; choose from",
+        ),
         ({"population": {"fractions": (1.0,)}}, "population.fractions: 1 for 2 personas"),
         ({"methods": {"one": {"train": "ppo"}}, "stages": ("methods",)}, "methods: train 'ppo' is no trainer"),
         ({"methods": {"one": {"stepps": 3}}, "stages": ("methods",)}, "methods.one.stepps: no such setting"),
