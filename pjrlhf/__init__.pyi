@@ -31,6 +31,8 @@ from .models.users import UserModel as UserModel
 from .models.users import gather_rows as gather_rows
 
 # Objectives
+from .algorithms.ppo import PPOConfig as PPOConfig
+from .algorithms.ppo import ppo_update as ppo_update
 from .objectives.preference import PAIRWISE as PAIRWISE
 from .objectives.preference import bradley_terry_loss as bradley_terry_loss
 from .objectives.preference import implicit_rewards as implicit_rewards
