@@ -9,14 +9,16 @@ controls, pooled DPO and permuted user ids, are two more entries. An entry has t
 import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jaxtyping import Float, Int
 
 from pjrlhf.data.batching import batches
+from pjrlhf.data.tokenization import TokenRow
 from pjrlhf.errors import UserError
 from pjrlhf.feedback.pairs import SIDES, PairBatch, Pairs, PairSettings, read_pairs
 from pjrlhf.models.adapters import Backbone, bank_size, init_bank, is_low_rank
@@ -35,6 +37,7 @@ from pjrlhf.training.loop import Method
 from pjrlhf.training.metrics import Metrics
 from pjrlhf.training.optimizer import OptimizerSettings, check_warmup, make_optimizer, make_schedule, per_ingredient
 from pjrlhf.training.state import State
+from pjrlhf.types import Array, Params, PRNGKey
 
 HEADS = ("policy", "reward")
 
@@ -196,9 +199,9 @@ class PreferenceSettings(PairSettings, PreferenceConfig):
 # ---- the objective
 
 
-def answer_scores(backbone: Backbone, users: UserModel, trainable: Any, batch: PairBatch) -> jax.Array:
-    """Float32 [2, B], of the chosen and rejected answers as each pair's user sees them: summed log-probs, nats, or,
-    where `trainable` has "heads", rewards.
+def answer_scores(backbone: Backbone, users: UserModel, trainable: Params, batch: PairBatch) -> Float[Array, "2 B"]:
+    """Scores of the chosen and rejected answers as each pair's user sees them: summed log-probs, nats, or, where
+    `trainable` has "heads", rewards.
 
     Args:
       trainable: {"bank": the adapters, "users": parameters of the user model, whose table has a row for each of
@@ -214,23 +217,25 @@ def answer_scores(backbone: Backbone, users: UserModel, trainable: Any, batch: P
     return scores.reshape(-1, 2).T
 
 
-def _references(config: PreferenceConfig, batch: PairBatch) -> jax.Array:
-    """Float32 [2, B]: what the scores of `answer_scores` are measured against; rewards against nothing."""
+def _references(config: PreferenceConfig, batch: PairBatch) -> Float[Array, "2 B"]:
+    """What the scores of `answer_scores` are measured against; rewards against nothing."""
     return batch.reference.T if config.head == "policy" else jnp.zeros_like(batch.reference.T)
 
 
-def pair_rewards(config: PreferenceConfig, scores: jax.Array, batch: PairBatch) -> tuple[jax.Array, jax.Array]:
-    """(chosen, rejected) rewards float32 [B] from what `answer_scores` gives, constants to the gradient: those of the
-    head, or beta log(pi / reference), per token where the loss is.
+def pair_rewards(
+    config: PreferenceConfig, scores: Float[Array, "2 B"], batch: PairBatch
+) -> tuple[Float[Array, " B"], Float[Array, " B"]]:
+    """(chosen, rejected) rewards from what `answer_scores` gives, constants to the gradient: those of the head, or beta
+    log(pi / reference), per token where the loss is.
     """
-    rewards = losses.implicit_rewards(scores, _references(config, batch), config.scale)
+    chosen, rejected = losses.implicit_rewards(scores, _references(config, batch), config.scale)
     if "lengths" in losses.PAIRWISE.get(config.loss).options:
-        rewards = tuple(reward / count for reward, count in zip(rewards, batch.counts.T, strict=True))
-    return rewards
+        return chosen / batch.counts[:, 0], rejected / batch.counts[:, 1]
+    return chosen, rejected
 
 
-def reward_shift(config: PreferenceConfig, scores: jax.Array, batch: PairBatch) -> jax.Array:
-    """Float32 [2], sum and number of the rewards of both answers so far: `batch.shift` and those of the batch. Their
+def reward_shift(config: PreferenceConfig, scores: Float[Array, "2 B"], batch: PairBatch) -> Float[Array, "2"]:
+    """Sum and number of the rewards of both answers so far: `batch.shift` and those of the batch. Their
     mean is the reward shift of BCO (arXiv 2404.04656).
     """
     rewards = jnp.stack(losses.implicit_rewards(scores, _references(config, batch), config.scale))
@@ -238,8 +243,8 @@ def reward_shift(config: PreferenceConfig, scores: jax.Array, batch: PairBatch) 
     return before + jnp.stack([rewards.sum(), jnp.asarray(float(rewards.size))])
 
 
-def pair_losses(config: PreferenceConfig, scores: jax.Array, batch: PairBatch) -> jax.Array:
-    """Float32 [B], the loss of every pair from what `answer_scores` gives."""
+def pair_losses(config: PreferenceConfig, scores: Float[Array, "2 B"], batch: PairBatch) -> Float[Array, " B"]:
+    """The loss of every pair from what `answer_scores` gives."""
     takes, options = losses.PAIRWISE.get(config.loss).options, {}
     if "lengths" in takes:
         options["lengths"] = batch.counts.T
@@ -254,8 +259,8 @@ def pair_losses(config: PreferenceConfig, scores: jax.Array, batch: PairBatch) -
 
 
 def preference_loss(
-    backbone: Backbone, users: UserModel, config: PreferenceConfig, trainable: Any, batch: PairBatch
-) -> tuple[jax.Array, Metrics]:
+    backbone: Backbone, users: UserModel, config: PreferenceConfig, trainable: Params, batch: PairBatch
+) -> tuple[Float[Array, ""], Metrics]:
     """The personalized loss of a batch (P-RLHF, arXiv 2402.05133): alpha times the mean over pairs as their users see
     them, and 1 - alpha times the mean over the copies of the generic user. Without such copies (`batch.generic` is
     None) every pair counts once, as in plain DPO.
@@ -290,18 +295,14 @@ def preference_loss(
 
 
 class PairMargins:
-    """Reward margins of comparisons: the reward of chosen minus that of rejected, as people see them.
-
-    Args:
-      size: pairs scored at once.
-    """
+    """Reward margins of comparisons: the reward of chosen minus that of rejected, as people see them."""
 
     def __init__(self, objective: PreferenceConfig, users: UserModel, pairs: Pairs, backbone: Backbone, scorer: Scorer):
         self.objective, self.users, self.pairs, self.backbone = objective, users, pairs, backbone
         self.scorer = scorer
         self._margins = jax.jit(self._of_batch)
 
-    def _of_batch(self, backbone: Backbone, trainable: Any, batch: PairBatch) -> jax.Array:
+    def _of_batch(self, backbone: Backbone, trainable: Params, batch: PairBatch) -> Float[Array, " B"]:
         chosen, rejected = pair_rewards(self.objective, answer_scores(backbone, self.users, trainable, batch), batch)
         return chosen - rejected
 
@@ -329,7 +330,7 @@ class Optimizers(NamedTuple):
     table: LazyAdam
 
     @classmethod
-    def create(cls, entry: Entry, trainable: Any) -> "Optimizers":
+    def create(cls, entry: Entry, trainable: Params) -> "Optimizers":
         """Those of an entry: per policy for adapters and heads, and one for what all users share.
 
         Args:
@@ -347,12 +348,14 @@ class Optimizers(NamedTuple):
         parts = {label: made[label] for label in {*jax.tree.leaves(labels)}}
         return cls(optax.multi_transform(parts, labels), lazy_adam(make_schedule(entry.user_optimizer, entry.steps)))
 
-    def init(self, trainable: Any) -> dict[str, Any]:
+    def init(self, trainable: Params) -> Params:
         """{"dense", "table"}: the state before the first update."""
         dense, table = _split(trainable)
         return {"dense": self.dense.init(dense), "table": {} if table is None else self.table.init(table)}
 
-    def update(self, gradient: Any, indices: jax.Array | None, trainable: Any, state: Any) -> tuple[Any, Any]:
+    def update(
+        self, gradient: Params, indices: Int[Array, " C"] | None, trainable: Params, state: Params
+    ) -> tuple[Params, Params]:
         """(trainable, state) after one update.
 
         Args:
@@ -361,21 +364,21 @@ class Optimizers(NamedTuple):
         dense, table = _split(trainable)
         slopes, row_slopes = _split(gradient)
         updates, dense_state = self.dense.update(slopes, state["dense"], dense)
-        dense, state = optax.apply_updates(dense, updates), {**state, "dense": dense_state}
-        if table is None:
+        dense, state = cast(Params, optax.apply_updates(dense, updates)), {**state, "dense": dense_state}
+        if table is None or indices is None:
             return dense, state
         table, rows = self.table.update(indices, row_slopes, state["table"], table)
         return {**dense, "users": {**dense["users"], "table": table}}, {**state, "table": rows}
 
 
-def _split(trainable: Any) -> tuple[Any, Any]:
+def _split(trainable: Params) -> tuple[Params, Params | None]:
     """(everything but the table of users, the table or None)."""
     users = dict(trainable["users"])
     table = users.pop("table", None)
     return {**trainable, "users": users}, table
 
 
-def copies(objective: PreferenceConfig, batch: PairBatch, key: jax.Array) -> PairBatch:
+def copies(objective: PreferenceConfig, batch: PairBatch, key: PRNGKey) -> PairBatch:
     """The batch with its part for the generic user: a second copy of every pair ("exact"), or pairs that lose their
     user with probability 1 - alpha ("dropout").
     """
@@ -386,7 +389,7 @@ def copies(objective: PreferenceConfig, batch: PairBatch, key: jax.Array) -> Pai
     return batch.replace(users=losses.user_dropout(key, batch.users, objective.alpha))
 
 
-def soup_bank(run: Run) -> Any:
+def soup_bank(run: Run) -> Params:
     """The trained adapters that kind soup mixes, from `preference.bank`, on the mesh.
 
     Raises:
@@ -413,7 +416,7 @@ def soup_bank(run: Run) -> Any:
     return run.devices.shard(bank)
 
 
-def user_model(entry: Entry, capacity: int, width: int, bank: Any = None) -> UserModel:
+def user_model(entry: Entry, capacity: int, width: int, bank: Params | None = None) -> UserModel:
     """The user model of an entry.
 
     Args:
@@ -443,7 +446,13 @@ class Preference(Method):
     show = ("loss", "rewards/accuracies")
 
     def __init__(
-        self, entry: Entry, pairs: Pairs, devices: Devices, backbone: Backbone, streams: Streams, start: Any = None
+        self,
+        entry: Entry,
+        pairs: Pairs,
+        devices: Devices,
+        backbone: Backbone,
+        streams: Streams,
+        start: Params | None = None,
     ):
         self.entry, self.pairs, self.devices, self.streams = entry, pairs, devices, streams
         self.backbone, self.objective = backbone, entry.objective
@@ -465,7 +474,7 @@ class Preference(Method):
         self._update = devices.training_step(self._step)
         self.programs = (self._update,)
 
-    def collate(self, part: str, users: np.ndarray, rows: Sequence[Any]) -> PairBatch:
+    def collate(self, part: str, users: np.ndarray, rows: Sequence[TokenRow]) -> PairBatch:
         """A batch with room for the user tokens of this entry, see `Pairs.collate`."""
         return self.pairs.collate(part, users, rows, self.users.num_tokens)
 
@@ -473,7 +482,7 @@ class Preference(Method):
         # The step donates its state; what was given as a start stays the caller's.
         return self.devices.create(self._initial, self.backbone, self.start)
 
-    def _trainable(self, backbone: Backbone, start: Any) -> Any:
+    def _trainable(self, backbone: Backbone, start: Params | None) -> Params:
         """The parameters before the first step."""
         if start is not None:
             return start
@@ -486,13 +495,13 @@ class Preference(Method):
             trainable["heads"] = scoring.init_heads(1, width, jax.random.fold_in(key, 3))
         return trainable
 
-    def _initial(self, backbone: Backbone, start: Any) -> State:
+    def _initial(self, backbone: Backbone, start: Params | None) -> State:
         trainable = self._trainable(backbone, start)
         extra = {"shift": jnp.zeros(2)} if self.shifted else {}
         rng = jax.random.fold_in(self.streams.key("preference/init"), 2)
         return State(jnp.zeros((), jnp.int32), rng, trainable, self.optimizers.init(trainable), extra)
 
-    def _step(self, state: State, backbone: Backbone, frozen: Any, batch: PairBatch) -> tuple[State, Metrics]:
+    def _step(self, state: State, backbone: Backbone, frozen: Params, batch: PairBatch) -> tuple[State, Metrics]:
         trainable, indices = state.trainable, None
         moving = trainable
         if self.users.personal:
@@ -502,7 +511,7 @@ class Preference(Method):
             moving, batch = {**trainable, "users": small}, batch.replace(local=local)
         batch = batch.replace(**state.extra)
 
-        def loss(moving: Any) -> tuple[jax.Array, Metrics]:
+        def loss(moving: Params) -> tuple[Array, Metrics]:
             return preference_loss(backbone, self.users, self.objective, {**frozen, **moving}, batch)
 
         gradient, metrics = jax.grad(loss, has_aux=True)(moving)
@@ -528,7 +537,7 @@ def run(run: Run) -> dict[str, Any]:
     """
     settings = run.section(PreferenceSettings)
     made = functools.cache(functools.partial(read_pairs, run, settings))
-    parts = run.devices, run.workspace.backbone, run.streams
+    parts, counts = (run.devices, run.workspace.backbone, run.streams), {}
     for name in settings.models:
         entry = settings.entry(name)
         texts = entry.users.user_text
@@ -547,11 +556,12 @@ def run(run: Run) -> dict[str, Any]:
         trainable = run.train(method, f"preference/{name}", rest).trainable
         note = {"users": pairs.registry.to_json(), "kind": method.users.kind, "base": run.workspace.base_hash}
         save_tree(run.workdir.stage(f"preference/{name}") / "model.safetensors", {**method.frozen, **trainable}, note)
-    counts = {name: len(table) for name, table in pairs.tables.items()}
-    return {"pairs": counts, "users": len(pairs.registry.rows)}
+        tables = {part: len(table) for part, table in pairs.tables.items()}
+        counts = {"pairs": tables, "users": len(pairs.registry.rows)}
+    return counts
 
 
-def load(run: Run, name: str) -> Any:
+def load(run: Run, name: str) -> Params:
     """{"bank", "users"} of a trained entry, on the mesh."""
     tree, _ = load_tree(run.workdir.path / "preference" / name / "model.safetensors")
     return run.devices.shard({"users": {}, **tree})

@@ -10,10 +10,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jaxtyping import Float
 
 from pjrlhf.data.batching import batches
 from pjrlhf.data.packing import PackedRows
-from pjrlhf.data.tokenization import TokenTable
+from pjrlhf.data.tokenization import TokenRow, TokenTable
 from pjrlhf.merging.lora import merge_dense
 from pjrlhf.models.adapters import AdapterConfig, Backbone, init_bank
 from pjrlhf.models.huggingface import save_params
@@ -31,6 +32,7 @@ from pjrlhf.training.metrics import Metrics, masked
 from pjrlhf.training.optimizer import OptimizerSettings, check_warmup, make_optimizer, per_ingredient
 from pjrlhf.training.state import State
 from pjrlhf.training.workdir import disk_errors
+from pjrlhf.types import Array, Params
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -48,7 +50,7 @@ class SftSettings(CorpusSettings):
         check_warmup(self.optimizer, self.steps)
 
 
-def sft_loss(backbone: Backbone, bank: Any, rows: PackedRows) -> tuple[jax.Array, Metrics]:
+def sft_loss(backbone: Backbone, bank: Params | None, rows: PackedRows) -> tuple[Float[Array, ""], Metrics]:
     """Mean negative log-likelihood of the completion tokens, nats.
 
     Args:
@@ -62,7 +64,7 @@ def sft_loss(backbone: Backbone, bank: Any, rows: PackedRows) -> tuple[jax.Array
     return pair[0] / jnp.maximum(pair[1], 1), metrics
 
 
-def collate(text: Text, rows: Sequence[Any]) -> PackedRows:
+def collate(text: Text, rows: Sequence[TokenRow]) -> PackedRows:
     """Rows of prompts and one answer each."""
     return text.pack([row["prompt"] for row in rows], [[row["completion"]] for row in rows])
 
@@ -100,13 +102,13 @@ class Sft(Method):
         # Full parameters become those of the state; beside an adapter they stay.
         return self.devices.create(self._initial, params, donate=() if self.adapter.rank else (0,))
 
-    def _initial(self, params: Any) -> State:
+    def _initial(self, params: Params) -> State:
         if self.adapter.rank:
             params = init_bank(params, self.adapter, 1, self.streams.key("sft/adapter"))
         return State.create(self.streams.key("sft/state"), params, self.optimizer)
 
     def _step(self, state: State, backbone: Backbone, batch: PackedRows) -> tuple[State, Metrics]:
-        def loss(trainable: Any) -> tuple[jax.Array, Metrics]:
+        def loss(trainable: Params) -> tuple[Array, Metrics]:
             if self.adapter.rank:
                 return sft_loss(backbone, trainable, batch)
             return sft_loss(backbone.replace(base=trainable), None, batch)
@@ -119,7 +121,7 @@ class Sft(Method):
     def step(self, state: State, batch: PackedRows) -> tuple[State, Metrics]:
         return self._update(state, self.backbone, self.devices.place(batch))
 
-    def result(self, state: State) -> Any:
+    def result(self, state: State) -> Params:
         """The fine-tuned parameters."""
         if not self.adapter.rank:
             return state.trainable
