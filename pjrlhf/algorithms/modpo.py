@@ -13,13 +13,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
+from jaxtyping import Bool, Float, Int
 
 from pjrlhf.algorithms import answering, banks, reward
 from pjrlhf.algorithms.targets import Targets, TargetSettings, targets_of
 from pjrlhf.data.batching import batches
-from pjrlhf.data.packing import Ids, PackedRows
+from pjrlhf.data.packing import PackedRows
 from pjrlhf.data.preferences import PreferencePrompt
-from pjrlhf.data.tokenization import TokenTable
+from pjrlhf.data.tokenization import TokenRow, TokenTable
 from pjrlhf.errors import UserError
 from pjrlhf.feedback.pairs import SPLITS
 from pjrlhf.models.adapters import Backbone, init_bank
@@ -36,6 +37,7 @@ from pjrlhf.training.loop import Method
 from pjrlhf.training.metrics import Metrics
 from pjrlhf.training.optimizer import OptimizerSettings, check_warmup, make_optimizer, per_ingredient
 from pjrlhf.training.state import State
+from pjrlhf.types import Array, Params
 
 LOSSES = ("sigmoid", "hinge")
 
@@ -68,14 +70,16 @@ class ModpoSettings(Settings):
             )
 
 
-def scores(backbone: Backbone, rewarder: Any, tokens: jax.Array, valid: jax.Array) -> jax.Array:
-    """The rewards [B, R] of rows [B, T], as `raw_rewards` gives them."""
+def scores(
+    backbone: Backbone, rewarder: Params, tokens: Int[Array, "B T"], valid: Bool[Array, "B T"]
+) -> Float[Array, "B S"]:
+    """The rewards of rows by all S reward models, as `raw_rewards` gives them."""
     everything = jnp.arange(rewarder["heads"]["bias"].shape[0])[None]
     return experience.raw_rewards(backbone, rewarder, everything, tokens, valid)
 
 
-def raw_rewards(run: Run, rewarder: Any, rows: Sequence[dict[str, Ids]]) -> np.ndarray:
-    """Rewards float32 [M, R] by all R reward models of the run, in their own units, those of Bradley-Terry.
+def raw_rewards(run: Run, rewarder: Params, rows: Sequence[TokenRow]) -> np.ndarray:
+    """Rewards float32 [M, S] by all S reward models of the run, in their own units, those of Bradley-Terry.
 
     Args:
       rewarder: as `reward.load` gives it.
@@ -92,34 +96,33 @@ def raw_rewards(run: Run, rewarder: Any, rows: Sequence[dict[str, Ids]]) -> np.n
     )
 
 
-def table_rewards(run: Run, rewarder: Any, table: TokenTable) -> np.ndarray:
-    """Raw rewards float32 [M, 2, R] of the chosen and the rejected answers of M pairs."""
+def table_rewards(run: Run, rewarder: Params, table: TokenTable) -> np.ndarray:
+    """Raw rewards float32 [M, 2, S] of the chosen and the rejected answers of M pairs."""
     # A pair is labelled once per objective, but each of its answers is scored once.
     answers, numbers = unique_answers(table)
     return raw_rewards(run, rewarder, answers)[numbers]
 
 
-@struct.dataclass
-class ModpoBatch:
-    """n pairs for each of K policies; R reward models.
+class ModpoBatch(struct.PyTreeNode):
+    """n pairs for each of K policies, and S reward models; NumPy arrays on the host.
 
     Attributes:
       rows: see `reward.by_model`.
-      reference: float32 [K, n, 2], log-probabilities of the chosen and the rejected answers under the reference, nats.
-      rewards: float32 [K, n, 2, R - 1], by the models of the objectives that the pair is not labelled for.
-      weights: float32 [K, 1, R], of each policy that of the labelled objective first.
+      reference: log-probabilities of the chosen and the rejected answers under the reference, nats.
+      rewards: of chosen and rejected, by the models of the objectives that the pair is not labelled for.
+      weights: of each policy that of the labelled objective first.
     """
 
     # The order of a program's arguments, on which the rounding of its results depends.
-    reference: np.ndarray | jax.Array
-    rewards: np.ndarray | jax.Array
+    reference: Float[Array, "K n 2"]
+    rewards: Float[Array, "K n 2 S-1"]
     rows: PackedRows
-    weights: np.ndarray | jax.Array
+    weights: Float[Array, "K 1 S"]
 
 
 def policies_loss(
-    backbone: Backbone, bank: Any, batch: ModpoBatch, beta: float, kind: str
-) -> tuple[jax.Array, Metrics]:
+    backbone: Backbone, bank: Params, batch: ModpoBatch, beta: float, kind: str
+) -> tuple[Float[Array, ""], Metrics]:
     """Sum over the K policies of their mean MODPO losses; metrics [K].
 
     Accuracies and margins are those of the rewards that the policies imply for the labelled objective, (beta log(pi /
@@ -153,10 +156,10 @@ class ModpoData:
     Attributes:
       policies: K names.
       labels: the objective that the pairs of each policy are labelled for, the one that weighs most.
-      weights: float32 [K, 1, R] over the reward models of the run, for each policy that of its label first, the others
+      weights: float32 [K, 1, S] over the reward models of the run, for each policy that of its label first, the others
         in order.
       table: the M pairs labelled for any of those objectives.
-      reference, rewards: float32 [M, 2] and [M, 2, R - 1], see `ModpoBatch`.
+      reference, rewards: float32 [M, 2] and [M, 2, S - 1], see `ModpoBatch`.
     """
 
     policies: tuple[str, ...]
@@ -167,7 +170,7 @@ class ModpoData:
     rewards: np.ndarray
 
     @property
-    def tables(self) -> list[list[Any]]:
+    def tables(self) -> list[list[TokenRow]]:
         """For each policy the rows of `table` with its label."""
         return [[row for row in self.table if row["objective"] == label] for label in self.labels]
 
@@ -199,12 +202,17 @@ class Modpo(Method):
         self._update = devices.training_step(self._step)
         self.programs, self.ingredients = (self._update,), data.policies
 
-    def collate(self, rows: Sequence[Sequence[Any]]) -> ModpoBatch:
+    def collate(self, rows: Sequence[Sequence[TokenRow]]) -> ModpoBatch:
         """n lists of K rows -> a batch."""
         packed, pairs = reward.by_model(self.text, rows)
         index = np.array([pair["index"] for pair in pairs]).reshape(-1, len(rows))
-        reference, rewards = self.data.reference[index], self.data.rewards[index]
-        return ModpoBatch(rows=packed, reference=reference, rewards=rewards, weights=self.data.weights)
+        data = self.data
+        arrays: dict[str, Any] = {
+            "reference": data.reference[index],
+            "rewards": data.rewards[index],
+            "weights": data.weights,
+        }
+        return ModpoBatch(rows=packed, **arrays)
 
     def init(self) -> State:
         return self.devices.create(self._initial, self.backbone)
@@ -214,7 +222,7 @@ class Modpo(Method):
         return State.create(self.streams.key("modpo/state"), bank, self.optimizer)
 
     def _step(self, state: State, backbone: Backbone, batch: ModpoBatch) -> tuple[State, Metrics]:
-        def loss(bank: Any) -> tuple[jax.Array, Metrics]:
+        def loss(bank: Params) -> tuple[Array, Metrics]:
             return policies_loss(backbone, bank, batch, self.settings.beta, self.settings.loss)
 
         gradient, metrics = jax.grad(loss, has_aux=True)(state.trainable)
@@ -261,7 +269,7 @@ def data_of(
     raw: Callable[[TokenTable], np.ndarray],
     reference: Callable[[TokenTable], np.ndarray],
 ) -> ModpoData:
-    """What MODPO learns from, where `raw` and `reference` give the rewards [M, 2, R] and log-probabilities [M, 2] of a
+    """What MODPO learns from, where `raw` and `reference` give the rewards [M, 2, S] and log-probabilities [M, 2] of a
     table; see `labelled` for errors.
     """
     targets, labels, weights, table = labelled(run, settings)

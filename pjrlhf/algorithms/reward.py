@@ -13,11 +13,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
+from jaxtyping import Float
 
 from pjrlhf.data.batching import batches, split_by
 from pjrlhf.data.packing import PackedRows
 from pjrlhf.data.schema import Prompt
-from pjrlhf.data.tokenization import TokenTable
+from pjrlhf.data.tokenization import TokenRow, TokenTable
 from pjrlhf.errors import UserError
 from pjrlhf.feedback.comparisons import FILE
 from pjrlhf.models.adapters import Backbone, init_bank
@@ -40,6 +41,7 @@ from pjrlhf.training.metrics import Metrics
 from pjrlhf.training.optimizer import OptimizerSettings, check_warmup, make_optimizer, per_ingredient
 from pjrlhf.training.state import State
 from pjrlhf.training.workdir import disk_errors
+from pjrlhf.types import Array, Params
 
 MODEL = "model.safetensors"
 
@@ -74,20 +76,20 @@ def check_quantiles(quantiles: Sequence[float]) -> None:
         raise UserError(f"quantiles: {tuple(quantiles)} is not a low and a high quantile; give two that rise")
 
 
-class Grouped(Sequence):
+class Grouped:
     """Row i holds one row of every table, so that a batch has equally many rows of each objective.
 
     Its length is that of the longest table; shorter ones are gone through again, each time in another order.
     """
 
-    def __init__(self, tables: Sequence[Sequence[Any]], seed: int):
+    def __init__(self, tables: Sequence[Sequence[TokenRow]], seed: int):
         self.tables = tables
         self.seed = seed
 
     def __len__(self) -> int:
         return max(len(table) for table in self.tables)
 
-    def __getitem__(self, i: int) -> list[Any]:
+    def __getitem__(self, i: int) -> list[TokenRow]:
         return [table[self._place(len(table), i)] for table in self.tables]
 
     def _place(self, size: int, i: int) -> int:
@@ -99,7 +101,7 @@ def _order(size: int, seed: int, turn: int) -> np.ndarray:
     return np.random.default_rng((seed, turn)).permutation(size)
 
 
-def by_model(text: Text, rows: Sequence[Sequence[Any]]) -> tuple[PackedRows, list[Any]]:
+def by_model(text: Text, rows: Sequence[Sequence[TokenRow]]) -> tuple[PackedRows, list[TokenRow]]:
     """n lists of K pairs -> (packed rows, and the K n pairs in their order). Pair k n + i belongs to model k, which is
     the owner of its tokens; its answers are 2 (k n + i), chosen, and the one after.
     """
@@ -109,22 +111,23 @@ def by_model(text: Text, rows: Sequence[Sequence[Any]]) -> tuple[PackedRows, lis
     return text.pack(prompts, answers, groups=K).by_group(K), pairs
 
 
-@struct.dataclass
-class RewardBatch:
-    """n pairs for each of K reward models.
+class RewardBatch(struct.PyTreeNode):
+    """n pairs for each of K reward models; NumPy arrays on the host.
 
     Attributes:
       rows: see `by_model`.
-      margin: float32 [K, n], by how much the reward of chosen must exceed that of rejected.
+      margin: by how much the reward of chosen must exceed that of rejected.
     """
 
     # The order of a program's arguments, on which the rounding of its results depends.
-    margin: np.ndarray | jax.Array
+    margin: Float[Array, "K n"]
     rows: PackedRows
 
 
-def pair_rewards(backbone: Backbone, trainable: Any, rows: PackedRows) -> tuple[jax.Array, jax.Array]:
-    """Raw rewards (chosen, rejected), each [K, n].
+def pair_rewards(
+    backbone: Backbone, trainable: Params, rows: PackedRows
+) -> tuple[Float[Array, "K n"], Float[Array, "K n"]]:
+    """Raw rewards (chosen, rejected).
 
     Args:
       trainable: {"bank", "heads"} of K reward models.
@@ -137,7 +140,7 @@ def pair_rewards(backbone: Backbone, trainable: Any, rows: PackedRows) -> tuple[
     return rewards[..., 0], rewards[..., 1]
 
 
-def reward_loss(backbone: Backbone, trainable: Any, batch: RewardBatch) -> tuple[jax.Array, Metrics]:
+def reward_loss(backbone: Backbone, trainable: Params, batch: RewardBatch) -> tuple[Float[Array, ""], Metrics]:
     """Sum over the K models of their mean Bradley-Terry losses, with margins where the records have them; metrics
     [K].
     """
@@ -214,11 +217,11 @@ class Reward(Method):
         self._hits = jax.jit(self._are_hits)
         self.programs = (self._update,)
 
-    def collate(self, rows: Sequence[Sequence[Any]]) -> RewardBatch:
+    def collate(self, rows: Sequence[Sequence[TokenRow]]) -> RewardBatch:
         """n lists of K pairs -> a batch."""
         packed, pairs = by_model(self.text, rows)
-        margin = np.array([pair["margin"] or 0.0 for pair in pairs], np.float32)
-        return RewardBatch(rows=packed, margin=margin.reshape(-1, len(rows)))
+        margin: Any = np.array([pair["margin"] or 0.0 for pair in pairs], np.float32).reshape(-1, len(rows))
+        return RewardBatch(rows=packed, margin=margin)
 
     def init(self) -> State:
         return self.devices.create(self._initial, self.backbone)
@@ -232,7 +235,7 @@ class Reward(Method):
         return State.create(streams.key("reward/state"), trainable, self.optimizer)
 
     def _step(self, state: State, backbone: Backbone, batch: RewardBatch) -> tuple[State, Metrics]:
-        def loss(trainable: Any) -> tuple[jax.Array, Metrics]:
+        def loss(trainable: Params) -> tuple[Array, Metrics]:
             return reward_loss(backbone, trainable, batch)
 
         gradient, metrics = jax.grad(loss, has_aux=True)(state.trainable)
@@ -246,11 +249,11 @@ class Reward(Method):
         """Held-out accuracy per objective."""
         return {f"accuracy/{name}": found["accuracy"] for name, found in self.heldout_accuracy(state.trainable).items()}
 
-    def _are_hits(self, backbone: Backbone, trainable: Any, rows: PackedRows) -> jax.Array:
-        """Float32 [n, K], 1 where a model rewards chosen more than rejected."""
+    def _are_hits(self, backbone: Backbone, trainable: Params, rows: PackedRows) -> Float[Array, "n K"]:
+        """1 where a model rewards chosen more than rejected, else 0."""
         return accuracy(*pair_rewards(backbone, trainable, rows)).T
 
-    def heldout_accuracy(self, trainable: Any) -> dict[str, dict[str, float]]:
+    def heldout_accuracy(self, trainable: Params) -> dict[str, dict[str, float]]:
         """Held-out accuracy and number of pairs per objective.
 
         Raises:
@@ -272,7 +275,7 @@ class Reward(Method):
             found[name] = {"accuracy": share, "pairs": len(table)}
         return found
 
-    def calibrate(self, trainable: Any, prompts: Sequence[Prompt]) -> dict[str, jax.Array]:
+    def calibrate(self, trainable: Params, prompts: Sequence[Prompt]) -> dict[str, Float[Array, " K"]]:
         """The scale of raw rewards on samples of the base, measured once: "mean", "std", and "low", "high", the
         quantiles `reward.quantiles`, float32 [K] each.
 
@@ -283,7 +286,7 @@ class Reward(Method):
         draw = jax.jit(functools.partial(sample, sampling=self.text.sampling()))
 
         @jax.jit
-        def score(backbone: Backbone, trainable: Any, prompts: Prompts, rollout: Rollout) -> jax.Array:
+        def score(backbone: Backbone, trainable: Params, prompts: Prompts, rollout: Rollout) -> Array:
             tokens = scoring.join(prompts.tokens, rollout.tokens)
             valid = scoring.join(prompts.valid, rollout.valid)
             return raw_rewards(backbone, trainable, everything, tokens, valid)
@@ -310,7 +313,7 @@ class Reward(Method):
 def comparisons(run: Run) -> TokenTable:
     """The pairs that reward models learn from: those of the stage comparisons, or of `reward.data`."""
     spec, lengths = run.section(RewardSettings).data, run.text.lengths
-    if spec == "comparisons":
+    if isinstance(spec, str):  # "comparisons"
         spec = {"kind": "jsonl", "path": str(run.workdir.path / "comparisons" / FILE)}
         lengths = run.text.sampled_lengths
     examples, name = run.records.comparisons(spec)
@@ -340,7 +343,7 @@ def run(run: Run) -> dict[str, Any]:
     return {"models": models}
 
 
-def load(run: Run) -> Any:
+def load(run: Run) -> Params:
     """The reward models of this run, one per reward, and their scale, on the mesh: {"bank", "heads", "mean", "std",
     "low", "high"}.
     """

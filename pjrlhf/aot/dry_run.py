@@ -246,7 +246,7 @@ class DryRun(Run):
     def rows(self, count: int) -> Completions:
         """`count` prompts and completions of the greatest length, on the mesh."""
         P = self.settings.data.max_prompt
-        whole = np.zeros((count, P + self.settings.data.max_completion), np.int32)
+        whole: Any = np.zeros((count, P + self.settings.data.max_completion), np.int32)
         return self.devices.place(Completions(whole, whole.astype(bool), P))
 
 

@@ -75,7 +75,9 @@ def given_pairs(run: Run) -> list[Triple]:
     Raises:
       UserError: no pair is left.
     """
-    examples, name = run.records.comparisons(run.section(PopulationSettings).data)
+    source = run.section(PopulationSettings).data
+    assert not isinstance(source, str), source  # the base answers there
+    examples, name = run.records.comparisons(source)
     asked = [dataclasses.replace(example, prompt=run.records.ask(_text(example)), extra={}) for example in examples]
     table = run.text.tokenized(asked, run.text.lengths, name)
     ended = [[ids[-1] == run.workspace.tokenizer.eos_id for ids in table.tokens[side]] for side in SIDES]

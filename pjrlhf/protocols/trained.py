@@ -1,18 +1,19 @@
 """A trained entry of `preference.models`, ready to be asked."""
 
 from collections.abc import Sequence
-from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Int
 
 from pjrlhf.algorithms import pdpo
 from pjrlhf.algorithms.pdpo import Entry, PairMargins
+from pjrlhf.data.schema import Prompt
 from pjrlhf.feedback.pairs import Pairs, with_text
 from pjrlhf.models.adapters import Backbone, Policies
 from pjrlhf.parallel.processes import to_host
 from pjrlhf.runtime.run import Run
+from pjrlhf.types import Array, Params, PRNGKey
 
 
 class Trained:
@@ -33,23 +34,23 @@ class Trained:
         self._margins = PairMargins(entry.objective, self.users, pairs, self.backbone, scorer)
 
     def margins(
-        self, part: str, users: np.ndarray, rows: Sequence[int] | None = None, trainable: Any = None
+        self, part: str, users: np.ndarray, rows: Sequence[int] | None = None, trainable: Params | None = None
     ) -> np.ndarray:
         """Margins of `rows` of a part as seen by `users`, see `algorithms.pdpo.PairMargins`."""
         return self._margins(trainable or self.trainable, part, users, rows)
 
-    def policies(self, backbone: Backbone, trainable: Any, users: jax.Array) -> Policies:
-        """The policies of `users` int32 [B], one per row."""
+    def policies(self, backbone: Backbone, trainable: Params, users: Int[Array, " B"]) -> Policies:
+        """The policies of `users`, one per row."""
         tokens, mix = self.users.apply(trainable["users"], users)
         return backbone.policies(trainable["bank"], jnp.ones((1, 1)) if mix is None else mix, tokens)
 
-    def answers(self, prompts: Sequence[Any], users: Sequence[str]) -> list[list[str]]:
+    def answers(self, prompts: Sequence[Prompt], users: Sequence[str]) -> list[list[str]]:
         """For each user, an answer to each prompt; what users say about themselves is put before it where the entry's
         user model reads that.
         """
         pairs, told = self.pairs, {}
         if self.entry.users.user_text:
-            told = {e.user_id: e.user_text for e in pairs.tables["train"].examples}
+            told = {e.user_id: str(e.user_text) for e in pairs.tables["train"].examples}
         asked = [with_text(prompt, told[user]) if told else prompt for user in users for prompt in prompts]
         who = np.repeat(pairs.registry.indices(users), len(prompts))
         longest = self.max_new_tokens or self.run.settings.data.max_completion
@@ -57,7 +58,7 @@ class Trained:
         texts = sampler(self.entry.name, asked, self._keys, self.trainable, who)
         return [texts[i * len(prompts) : (i + 1) * len(prompts)] for i in range(len(users))]
 
-    def _keys(self, chunk: int) -> jax.Array:
+    def _keys(self, chunk: int) -> PRNGKey:
         # The first chunk has the key of the stream itself.
         return self.run.streams.key("evaluate_users/answers", *(chunk,)[:chunk])
 
@@ -65,6 +66,6 @@ class Trained:
         """What the user model knows about each user, in the order of their rows, [U, D'], or None."""
         if not self.users.personal:
             return None
-        rows = np.array(list(self.pairs.registry.rows.values()), np.int32)
-        tokens, mix = self.users.apply(self.trainable["users"], rows)
+        rows = list(self.pairs.registry.rows.values())
+        tokens, mix = self.users.apply(self.trainable["users"], jnp.array(rows, jnp.int32))
         return to_host(tokens if tokens is not None else mix).reshape(len(rows), -1)

@@ -62,7 +62,7 @@ def run(run: Run) -> dict[str, Any]:
     made = functools.cache(functools.partial(read_pairs, run, preference))
     pairs = made(user_text=False)
     held = pairs.tables["heldout"].examples
-    groups = {e.user_id: e.extra["persona"] for e in held if e.extra.get("persona")} or None
+    groups = {str(e.user_id): e.extra["persona"] for e in held if e.extra.get("persona")} or None
     settings = {"groups": groups, "resamples": config.resamples, "seed": run.settings.seed}
     summary: dict[str, Any] = {"title": run.settings.title, "config": {"seed": run.settings.seed}}
     sections = ("accuracy", "gain", "choices", "length_matched", "grid", "embedding", "cold_start", "generation")
@@ -122,24 +122,24 @@ def _score(
     settings: dict[str, Any],
 ) -> None:
     """Adds what the held-out margins of one model, [N] as seen by each pair's user and by the generic one, tell."""
-    names = [example.user_id for example in examples]
+    names = np.array([example.user_id for example in examples])
     found = user_accuracy(own, names, **settings)
     found["generic"] = found["mean"] if generic is None else user_accuracy(generic, names, **settings)["mean"]
     summary["accuracy"][name] = found
-    lengths = [np.array([len(getattr(example, side)) for example in examples]) for side in SIDES]
-    summary["length_matched"][name] = length_matched(own, names, *lengths, **settings)
+    chosen, rejected = (np.array([len(getattr(example, side)) for example in examples]) for side in SIDES)
+    summary["length_matched"][name] = length_matched(own, names, chosen, rejected, **settings)
     questions = [example.extra.get("question") for example in examples]
     if None not in questions:
         options = {key: settings[key] for key in ("resamples", "seed")}
-        summary["choices"][name] = choice_accuracy(own, questions, **options)
+        summary["choices"][name] = choice_accuracy(own, np.array(questions), **options)
 
 
 def _surface(pairs: Pairs) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """Held-out margins (own, generic) of logistic regressions on surface features, for everybody and per person."""
     features = {}
     for part in ("train", "heldout"):
-        rows = [(request_of(e.prompt), e) for e in pairs.tables[part].examples]
-        features[part] = np.array([surface.features(p, e.chosen) - surface.features(p, e.rejected) for p, e in rows])
+        rows = [(request_of(e.prompt), str(e.chosen), str(e.rejected)) for e in pairs.tables[part].examples]
+        features[part] = np.array([surface.features(p, c) - surface.features(p, r) for p, c, r in rows])
     train, held = pairs.users("train"), pairs.users("heldout")
     found = {}
     for name, users in (("surface", np.zeros_like(train)), ("surface_personal", train)):
