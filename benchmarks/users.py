@@ -63,7 +63,7 @@ class Trainer:
         ids = self.rng.integers(3, CONFIG.vocab_size, (PAIRS, PROMPT + 2 * ANSWER), np.int32)
         answers = [(row[PROMPT : PROMPT + ANSWER], row[PROMPT + ANSWER :]) for row in ids]
         length = PROMPT + self.slots + 2 * ANSWER
-        layout = PackLayout(mode="share", length=length, pad_id=0, user_slots=self.slots)
+        layout = PackLayout(mode="share", length=length, pad_id=0, num_user_tokens=self.slots)
         return PairBatch(
             rows=pack(ids[:, :PROMPT], answers, layout),
             index=np.arange(PAIRS, dtype=np.int32),

@@ -1,7 +1,8 @@
-"""Prompts and their answers in rows of a static shape: a prompt once for all its answers, several prompts in a row.
+"""Packs prompts and their answers into rows of static shapes.
 
-Answers to one prompt share it: each sees the prompt and itself (its branch), not the other, at the positions it would
-have alone, so that nothing but the amount of work tells a packed batch from a plain one.
+The answers to a prompt share one copy of it, and a row may hold several prompts. Attention lets an answer see its
+prompt and itself (its branch), and tokens keep the positions that they have in a row of their own. A packed batch
+therefore gives the same results as a padded one, with less computation.
 """
 
 import dataclasses
@@ -19,32 +20,36 @@ from pjrlhf.data.batching import Ids
 from pjrlhf.errors import UserError
 from pjrlhf.types import Array
 
-# none: an answer per row, each with its prompt; share: a prompt with all its answers per row; pack: as many of those
-# as a row holds; join: all in one row per device, the least padding, for attention that leaves out what nobody sees.
+# Contents of a row. none: one answer with its prompt; share: a prompt with all its answers; pack: as many prompts with
+# their answers as fit; join: all that one device gets. Joined rows have the least padding, but are fast only where
+# attention skips blocks that are masked out.
 MODES = ("none", "share", "pack", "join")
-NOWHERE = 2**30  # in place of an answer's number: of no answer
-_SHAPES = 8  # how many lengths, or numbers of rows, there are at most: each is compiled once
+NOWHERE = 2**30  # the number of no answer
+_SHAPES = 8  # limit on the different lengths, and on the different numbers of rows; every shape compiles once
 
 
 class PackedRows(struct.PyTreeNode):
-    """E examples, prompts of A answers each, in B rows of T slots; NumPy arrays on the host.
+    """Packed examples: a prompt with A answers each, in B rows of T positions.
 
-    The rows are Z parts of B / Z consecutive rows, with X scored tokens and Y last tokens each. Answer a of example e
-    has the number A e + a. The shapes depend on the lengths, within a few steps, so that few programs are compiled.
+    The rows form Z parts of B / Z consecutive rows. A part has X scored tokens and Y last tokens. Answer a of example e
+    has the number A e + a. Shapes take few different values, so that few programs are compiled.
 
     Attributes:
-      segment: number of the example plus 1, 0 on padding.
+      tokens: ids; `PackLayout.pad_id` on padding.
+      segment: number of the example plus 1; 0 on padding.
       branch: 0 in a prompt, a + 1 in answer a.
-      position: the position that a token would have in a row of its own.
-      owner: whose token it is, below `owners`; 0 on padding. An example owns itself, see `by_group`.
-      columns, targets, answer: at slot `columns` of a part's rows [B / Z T] the token `targets` of answer number
-        `answer` is predicted, `NOWHERE` in places left over.
-      last, last_answer: the slot of the last token of each answer, and its number.
-      answers: E A, static.
-      owners: O, the number of owners, static.
+      position: the position of a token in a row of its own.
+      owner: the owner of a token, below `owners`; 0 on padding. Every example owns itself unless `by_group` is called.
+      columns: index of a predicting position in the flattened rows [B / Z * T] of its part.
+      targets: the token that this position predicts.
+      answer: number of the answer with this token; `NOWHERE` on padding of X.
+      last: index of the last token of an answer in the flattened rows of its part.
+      last_answer: number of this answer; `NOWHERE` on padding of Y.
+      answers: number of all answers, static.
+      owners: O, number of owners, static.
     """
 
-    # The order of a program's arguments, on which the rounding of its results depends.
+    # The order of the fields is that of a program's arguments, on which rounding depends.
     answer: Int[Array, "Z X"]
     branch: Int[Array, "B T"]
     columns: Int[Array, "Z X"]
@@ -59,11 +64,11 @@ class PackedRows(struct.PyTreeNode):
     owners: int = struct.field(pytree_node=False)
 
     def by_group(self, groups: int) -> "PackedRows":
-        """The same rows, owned by the `groups` equal consecutive groups of examples."""
+        """The same rows with `groups` owners: equal, consecutive groups of examples."""
         return self.replace(owner=self.owner // (self.owners // groups), owners=groups)
 
     def repeat(self, times: int) -> "PackedRows":
-        """`times` copies of all rows, one after another; answers and owners of later copies are numbered on."""
+        """`times` copies of all rows, one after the other, with consecutive numbers of answers and owners."""
         copied = jax.tree.map(lambda x: jnp.concatenate([x] * times), self)
         numbers = {"owner": self.owners, "answer": self.answers, "last_answer": self.answers}
         moved = {
@@ -79,11 +84,11 @@ class PackLayout:
 
     Attributes:
       mode: one of `MODES`.
-      length: slots that an example may have, see `row_length`, and a row where they are not joined.
-      pad_id: token of padding.
-      multiple: what B and Z are multiples of: devices.
-      groups: examples come in so many equal consecutive groups, and so do rows and parts: none has examples of two.
-      user_slots, user_offset: room for user tokens in every prompt, see `models.users.reserve`.
+      length: longest example, and longest row unless rows are joined; see `row_length`.
+      pad_id: id of padding.
+      multiple: B and Z are multiples of it: the number of devices.
+      groups: number of equal, consecutive groups of examples; a row or part has examples of one group only.
+      num_user_tokens, user_offset: positions for user tokens in every prompt; see `models.users.reserve`.
     """
 
     mode: str
@@ -91,12 +96,16 @@ class PackLayout:
     pad_id: int
     multiple: int = 1
     groups: int = 1
-    user_slots: int = 0
+    num_user_tokens: int = 0
     user_offset: int = 1
 
 
 def choose_mode(mode: str, attention: str) -> str:
-    """Resolves `auto` for an implementation of `models.attention`. UserError where there is no such mode."""
+    """The mode that `auto` stands for with an implementation of `models.attention`; other modes are returned as given.
+
+    Raises:
+      UserError: an unknown mode.
+    """
     if mode not in ("auto", *MODES):
         raise UserError(f"data.packing {mode!r}: unknown; choose one of auto, {', '.join(MODES)}")
     if mode != "auto":
@@ -105,41 +114,44 @@ def choose_mode(mode: str, attention: str) -> str:
 
 
 def row_length(mode: str, prompt: int, answer: int, answers: int) -> int:
-    """Slots that a prompt (user tokens included) and its answers need in a row, all of the greatest lengths."""
+    """Length of a row that holds a longest prompt, user tokens included, and its longest answers."""
     return prompt + answer * (1 if mode == "none" else answers)
 
 
 def pack(prompts: Sequence[Ids], answers: Sequence[Sequence[Ids]], layout: PackLayout) -> PackedRows:
-    """Rows for E prompts of A answers each.
+    """Packs E prompts with A answers each.
 
     Args:
-      prompts: E sequences of ids.
-      answers: E times A sequences of ids, none empty.
+      prompts: ids of E prompts.
+      answers: ids of A answers to every prompt, none empty.
+
+    Returns:
+      NumPy arrays, int32.
 
     Raises:
-      ValueError: an example that does not fit into `layout.length`, or groups that are not equal.
+      ValueError: an example is longer than `layout.length`, or the groups are not equal.
     """
     mode, length, groups, multiple = layout.mode, layout.length, layout.groups, layout.multiple
     E, A = len(prompts), len(answers[0])
     if E % groups:
         raise ValueError(f"{E} examples cannot be split into {groups} equal groups")
-    # A part stands in one row: an example and the numbers of its answers there.
+    # (example, numbers of the answers that stand in the same row).
     parts = [(e, [a]) for e in range(E) for a in range(A)] if mode == "none" else [(e, range(A)) for e in range(E)]
-    sizes = [len(prompts[e]) + layout.user_slots + sum(len(answers[e][a]) for a in some) for e, some in parts]
+    sizes = [len(prompts[e]) + layout.num_user_tokens + sum(len(answers[e][a]) for a in some) for e, some in parts]
     if max(sizes) > length:
         raise ValueError(f"an example of {max(sizes)} tokens does not fit into rows of {length}")
     each, Z = len(parts) // groups, math.lcm(groups, multiple)
-    shares = [range(g * each, (g + 1) * each) for g in range(groups)]
+    members = [range(g * each, (g + 1) * each) for g in range(groups)]
     if mode == "join":
-        bins = [_spread(share, sizes, Z // groups) for share in shares]
+        bins = [_spread(group, sizes, Z // groups) for group in members]
         fullest = max(sum(sizes[i] for i in row) for some in bins for row in some)
         T = _rounded(fullest, math.ceil(len(parts) / Z) * length, 3 * _SHAPES // 2)
     elif mode == "pack":
         T = _rounded(length, length, _SHAPES)
-        bins = [_bins(share, sizes, T) for share in shares]
+        bins = [_bins(group, sizes, T) for group in members]
     else:
         T = _rounded(max(sizes), length, _SHAPES)
-        bins = [[[i] for i in share] for share in shares]
+        bins = [[[i] for i in group] for group in members]
     per_group = max(len(some) for some in bins)
     if mode == "pack":
         per_group = min(_up(per_group, math.ceil(each / _SHAPES)), each)
@@ -151,15 +163,15 @@ def pack(prompts: Sequence[Ids], answers: Sequence[Sequence[Ids]], layout: PackL
         name: np.zeros((len(rows), T), np.int32) for name in ("segment", "branch", "position", "owner")
     }
     made["tokens"] = np.full((len(rows), T), layout.pad_id, np.int32)
-    together, offset = len(rows) // Z, layout.user_offset  # rows of a part
+    together, offset = len(rows) // Z, layout.user_offset  # rows per part
     scored: list[tuple[list, list, list]] = [([], [], []) for _ in range(Z)]
     last: list[tuple[list, list]] = [([], []) for _ in range(Z)]
     for r, row in enumerate(rows):
-        at, tokens, first = 0, [], r % together * T  # slot of its part
+        at, tokens, first = 0, [], r % together * T  # index of the row in its part
         columns, targets, numbers = scored[r // together]
         for i in row:
             e, some = parts[i]
-            prompt = [*prompts[e][:offset], *[0] * layout.user_slots, *prompts[e][offset:]]
+            prompt = [*prompts[e][:offset], *[0] * layout.num_user_tokens, *prompts[e][offset:]]
             start, P = at, len(prompt)
             tokens += prompt
             made["position"][r, at : at + P] = np.arange(P)
@@ -169,7 +181,7 @@ def pack(prompts: Sequence[Ids], answers: Sequence[Sequence[Ids]], layout: PackL
                 tokens += list(answers[e][a])
                 made["position"][r, at : at + n] = np.arange(P, P + n)
                 made["branch"][r, at : at + n] = a + 1
-                # The first token is predicted where the prompt ends, the others by the one before.
+                # The last token of the prompt predicts the first one, and every token the next.
                 columns += [first + end, *range(first + at, first + at + n - 1)]
                 targets += list(answers[e][a])
                 numbers += [A * e + a] * n
@@ -179,7 +191,7 @@ def pack(prompts: Sequence[Ids], answers: Sequence[Sequence[Ids]], layout: PackL
             made["segment"][r, start:at] = e + 1
             made["owner"][r, start:at] = e
         made["tokens"][r, :at] = tokens
-    # Several rows together differ little in what is scored, and padding reaches the vocabulary.
+    # Parts of several rows differ little in X, and its padding costs logits over the vocabulary, so it is kept small.
     S = _up(max(len(columns) for columns, _, _ in scored), _up(together * T // (4 if groups < Z else 8), 8))
     M = 2 ** math.ceil(math.log2(max(len(ends) for ends, _ in last)))
     for names, found, width in (("columns", "targets", "answer"), scored, S), (("last", "last_answer"), last, M):
@@ -194,14 +206,14 @@ def _up(x: int, unit: int) -> int:
     return x + -x % unit
 
 
-def _rounded(slots: int, greatest: int, steps: int) -> int:
-    """`slots` and a little more, so that of lengths up to `greatest` there are about `steps`."""
+def _rounded(length: int, greatest: int, steps: int) -> int:
+    """`length` rounded up so that lengths up to `greatest` take about `steps` different values."""
     unit = 8 if greatest < 1024 else 128
-    return min(_up(slots, _up(math.ceil(greatest / steps), unit)), _up(greatest, unit))
+    return min(_up(length, _up(math.ceil(greatest / steps), unit)), _up(greatest, unit))
 
 
 def _spread(parts: Sequence[int], sizes: Sequence[int], count: int) -> list[list[int]]:
-    """`count` rows about equally full: the longest first, each to the emptiest."""
+    """`count` rows of similar length: the longest part first, always into the shortest row."""
     rows: list[list[int]] = [[] for _ in range(count)]
     full = [0] * count
     for i in sorted(parts, key=lambda i: -sizes[i]):
@@ -212,7 +224,7 @@ def _spread(parts: Sequence[int], sizes: Sequence[int], count: int) -> list[list
 
 
 def _bins(parts: Sequence[int], sizes: Sequence[int], length: int) -> list[list[int]]:
-    """First fit, the longest first: at most 11 / 9 of the fewest rows (Johnson 1973)."""
+    """First-fit decreasing: at most about 11/9 of the minimal number of rows (Johnson 1973)."""
     rows: list[list[int]] = []
     room: list[int] = []
     for i in sorted(parts, key=lambda i: -sizes[i]):

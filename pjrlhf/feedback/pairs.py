@@ -213,13 +213,13 @@ class Pairs:
         """Row in the user table of each pair's person, int32 [N]; 0 for people who were not trained on."""
         return self.registry.indices([example.user_id for example in self.tables[part].examples])
 
-    def collate(self, part: str, users: np.ndarray, rows: Sequence[TokenRow], user_slots: int = 0) -> PairBatch:
+    def collate(self, part: str, users: np.ndarray, rows: Sequence[TokenRow], num_user_tokens: int = 0) -> PairBatch:
         """A batch of B pairs of a part.
 
         Args:
           users: int32 [N], the person of every pair of the part.
           rows: B rows of the part's table.
-          user_slots: room for user tokens in every prompt.
+          num_user_tokens: room for user tokens in every prompt.
         """
         index = np.array([row["index"] for row in rows], np.int32)
         answers = [[row["chosen"], row["rejected"]] for row in rows]
@@ -230,4 +230,5 @@ class Pairs:
             "counts": np.array([[len(answer) for answer in pair] for pair in answers], np.float32),
             "margin": np.array([row["margin"] or 0.0 for row in rows], np.float32),
         }
-        return PairBatch(rows=self.text.pack([row["prompt"] for row in rows], answers, user_slots=user_slots), **arrays)
+        prompts = [row["prompt"] for row in rows]
+        return PairBatch(rows=self.text.pack(prompts, answers, num_user_tokens=num_user_tokens), **arrays)

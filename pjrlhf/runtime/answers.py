@@ -1,4 +1,4 @@
-"""Answers of a run's models to requests."""
+"""Sampled answers of the policies of a run."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -17,13 +17,24 @@ Point = tuple[float, ...]  # preference weights, one per objective
 
 
 def sample_base(run: Run, prompts: Sequence[Prompt], keys: Keys, stage: str) -> list[str]:
-    """One answer of the base to each prompt."""
+    """One answer of the base to every prompt.
+
+    Args:
+      keys: number of a chunk -> its PRNG key.
+      stage: name of the progress bar.
+    """
     return run.sampler()(stage, prompts, keys)
 
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One answer to sample: what is asked, what the prompt says about preferences, and the weights of the adapters."""
+    """One answer to sample.
+
+    Attributes:
+      request: what the user asks.
+      words: what the prompt says about preferences; may be empty.
+      mix: weights of the adapters, [K].
+    """
 
     request: str
     words: str
@@ -31,10 +42,14 @@ class Row:
 
 
 def sample_rows(run: Run, bank: Any, rows: Sequence[Row], keys: Keys, policies: PoliciesOf = mixed) -> list[str]:
-    """One answer per row; rows of a chunk may all have different weights, low-rank banks are never merged.
+    """One answer per row.
+
+    Rows of a chunk may have different weights where the bank is low-rank, because it is not merged.
 
     Args:
-      bank: the adapters; None for the base.
+      bank: the adapters, with leading axis K; None for the base.
+      keys: number of a chunk -> its PRNG key.
+      policies: combines the adapters.
     """
     prompts = [run.records.ask(row.request, row.words) for row in rows]
     mix = np.array([row.mix for row in rows], np.float32)
@@ -49,14 +64,14 @@ def silent(_: Point) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class EvaluatedPolicy:
-    """A trained method ready to be asked.
+    """A trained method, ready to answer for any preference weights.
 
     Attributes:
-      bank: its adapters; None for the base.
-      mix: preference weights -> weights of the adapters.
+      bank: its adapters, with leading axis K; None for the base.
+      mix: preference weights -> weights of the adapters, [K].
       words: preference weights -> what the prompt says about them.
-      points: the only preference weights that it can be asked for; None for any.
-      policies: how the adapters answer together.
+      points: the preference weights that it was trained for; None if it answers for all.
+      policies: combines the adapters.
     """
 
     bank: Any

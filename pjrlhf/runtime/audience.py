@@ -1,4 +1,4 @@
-"""Who a run pleases: its preferences, which of them get a policy, and how an answer is scored by each."""
+"""The preferences of a run, the objectives among them, and the score of an answer by each."""
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
@@ -13,16 +13,16 @@ NAMED: Mapping[str, Preferences] = {**synthetic.ENVIRONMENTS, "paper": preferenc
 
 
 class Audience:
-    """The preferences of a run.
+    """The preferences, objectives and judge of a run.
 
     Args:
       named: "synthetic", "synthetic16", "paper", or {id: {"dimension", "sentence", optional "label"}}.
-      objectives: ids of the preferences that get an ingredient each.
+      objectives: ids of the preferences with an ingredient of their own.
       general: the criterion of the general reward of RLHF; "" for none.
       judge: "synthetic", or {criterion: name of a scorer}.
 
     Raises:
-      UserError: a preference without a definition, or an objective that is not among the preferences.
+      UserError: a preference without dimension or sentence, or an objective that is not among the preferences.
     """
 
     def __init__(self, named: str | Mapping[str, Any], objectives: Sequence[str], general: str, judge: Any):
@@ -32,7 +32,7 @@ class Audience:
         self.registry = self._registry()
 
     def check(self) -> None:
-        """Raises UserError for a scorer that is missing or unknown."""
+        """Raises UserError where the judge has no scorer for a criterion, or an unknown one."""
         _ = self.score
 
     def _registry(self) -> Preferences:
@@ -43,24 +43,26 @@ class Audience:
             registry = {name: _preference(name, fields) for name, fields in self.named.items()}
         missing = [name for name in self.objectives if name not in registry]
         if missing:
-            raise UserError(f"objective {missing[0]!r}: not among the preferences {', '.join(registry)}; define it")
+            raise UserError(
+                f"objective {missing[0]!r}: not among the preferences {', '.join(registry)}; add it to them"
+            )
         return registry
 
     @property
     def synthetic(self) -> Preferences:
-        """The preferences that the corpus and the judge of the synthetic environment know."""
+        """The preferences of the synthetic environment, for its corpus and its judge."""
         if isinstance(self.named, str):
             return synthetic.ENVIRONMENTS.get(self.named, synthetic.PREFERENCES)
         return synthetic.PREFERENCES
 
     @property
     def rewards(self) -> tuple[str, ...]:
-        """What gets a reward model and a policy: the objectives, then the general criterion of RLHF if there is one."""
+        """The criteria with a reward model and a policy: the objectives, and the general criterion if it is set."""
         return self.objectives + ((self.general,) if self.general else ())
 
     @functools.cached_property
     def score(self) -> Callable[[str, str, str], float]:
-        """The judge's score of (prompt, answer, criterion), on plain requests."""
+        """(request, answer, criterion) -> the score of the judge."""
         if self.judge == "synthetic":
             return functools.partial(synthetic.score, preferences=self.synthetic)
         criteria = dict(self.judge)
@@ -76,5 +78,5 @@ def _preference(name: str, fields: Any) -> Preference:
         return Preference(**fields)
     except TypeError as error:
         raise UserError(
-            f"preferences.{name}: give it a dimension and a sentence, and a label if you like, not {fields!r}"
+            f"preferences.{name}: is {fields!r}; give it a dimension and a sentence, and optionally a label"
         ) from error

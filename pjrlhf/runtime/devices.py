@@ -1,4 +1,4 @@
-"""The devices of a run: its mesh, and how arrays and programs get there."""
+"""The mesh of a run, and the arrays and programs on it."""
 
 import dataclasses
 import functools
@@ -15,11 +15,11 @@ from pjrlhf.training.state import State
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MeshSettings(Settings):
-    """Devices along each axis of the mesh; -1 stands for the rest."""
+    """Number of devices along every axis of the mesh; -1 uses all that are left."""
 
-    data: int = setting(-1, "copies of the model", low=-1)
-    fsdp: int = setting(1, "parts of the parameters, which also split the rows of a batch", low=-1)
-    tensor: int = setting(1, "parts of every layer", low=-1)
+    data: int = setting(-1, "replicas of the model", low=-1)
+    fsdp: int = setting(1, "shards of the parameters, which also split the rows of a batch", low=-1)
+    tensor: int = setting(1, "shards of every layer", low=-1)
 
 
 class Devices:
@@ -27,10 +27,10 @@ class Devices:
 
     Args:
       settings: sizes of the mesh.
-      trip_count: the most tokens a sampling loop generates, for counting FLOPs.
+      trip_count: iterations of a sampling loop at most (tokens), for counts of FLOPs.
 
     Raises:
-      UserError: the sizes do not fit the number of devices.
+      UserError: the sizes do not match the number of devices.
     """
 
     def __init__(self, settings: MeshSettings, trip_count: int):
@@ -38,6 +38,7 @@ class Devices:
         self.trip_count = trip_count
 
     def make_mesh(self, settings: MeshSettings) -> jax.sharding.Mesh:
+        """The mesh of all devices."""
         return make_mesh(settings.to_dict())
 
     def create(self, make: Callable[..., Any], *arguments: Any, donate: tuple[int, ...] = ()) -> Any:
@@ -45,7 +46,7 @@ class Devices:
         return sharded(self.mesh, make, *arguments, donate=donate)
 
     def place(self, batch: Any) -> Any:
-        """A batch with its rows split over the devices; see `parallel.mesh.shard_batch`."""
+        """A batch with rows split over the devices; see `parallel.mesh.shard_batch`."""
         return shard_batch(self.mesh, batch)
 
     def shard(self, tree: Any) -> Any:
@@ -53,11 +54,11 @@ class Devices:
         return shard_params(self.mesh, tree)
 
     def even(self, rows: int) -> int:
-        """The smallest number of rows, at least `rows`, that divides evenly over the devices."""
+        """The smallest number of rows, at least `rows`, that splits evenly over the devices."""
         return round_up_rows(self.mesh, rows)
 
     def training_step(self, step: Callable[..., Any], **options: Any) -> Program:
-        """A program of `step`: (state, ...) -> (state, metrics); the new state takes the memory of the old one."""
+        """A program of `step`, (state, ...) -> (state, metrics), that donates the state."""
 
         @functools.wraps(step)
         def in_place(state: State, *arguments: Any, **keywords: Any) -> tuple[State, Any]:
@@ -67,5 +68,5 @@ class Devices:
         return self.program(in_place, donate_argnums=0, **options)
 
     def program(self, step: Callable[..., Any], **options: Any) -> Program:
-        """A program of `step`, jitted at its first call; `options` are those of `jax.jit`."""
+        """A program of `step`, compiled at its first call; `options` are those of `jax.jit`."""
         return Program(step, trip_count=self.trip_count, **options)

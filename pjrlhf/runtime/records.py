@@ -1,4 +1,4 @@
-"""The records of a run: requests, completions to fine-tune on, and comparisons, read and checked but not tokenized."""
+"""The records of a run, validated and not yet tokenized: requests, completions and comparisons."""
 
 import dataclasses
 import functools
@@ -19,45 +19,45 @@ SourceSpec = Mapping[str, Any]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DataSettings(Settings):
-    """Where prompts come from, and how long prompts and completions may be."""
+    """The source of prompts, and the lengths of prompts and completions."""
 
     prompts: str | SourceSpec = setting(
         "synthetic", 'a source of prompt records, such as {"kind": "jsonl", "path": ...}', choices=("synthetic",)
     )
-    chat: bool = setting(True, "put requests through the chat template of the tokenizer")
-    columns: Mapping[str, Any] = setting({}, "our column -> its name in your data")
-    max_prompt: int = setting(20, "tokens of a prompt", low=1, high=2**20)
+    chat: bool = setting(True, "apply the chat template of the tokenizer to requests")
+    columns: Mapping[str, Any] = setting({}, "column of this package -> its name in your data")
+    max_prompt: int = setting(20, "longest prompt, in tokens", low=1, high=2**20)
     prompt_buckets: tuple[int, ...] = setting(
-        (12,), "shorter lengths to pad prompts to; each is compiled once", low=1, high=2**20
+        (12,), "shorter lengths to which prompts are padded; each compiles once", low=1, high=2**20
     )
-    max_completion: int = setting(28, "tokens of a completion", low=1, high=2**20)
+    max_completion: int = setting(28, "longest completion, in tokens", low=1, high=2**20)
     completion_buckets: tuple[int, ...] = setting(
-        (), "shorter lengths to pad completions to; each is compiled once", low=1, high=2**20
+        (), "shorter lengths to which completions are padded; each compiles once", low=1, high=2**20
     )
     long_prompt: str = setting("drop", "what happens to longer prompts", choices=("drop", "truncate_left", "error"))
     long_completion: str = setting("drop", "what happens to longer completions", choices=("drop", "truncate"))
     packing: str = setting(
         "auto",
-        "how examples fill rows: one answer a row (none), a prompt with all its answers (share), several of those "
-        "(pack), or all in one row (join); auto is join where attention goes by blocks, else share",
+        "content of a row: one answer (none), a prompt with its answers (share), several prompts with theirs (pack), "
+        "or all that a device gets (join); auto is join for attention by blocks, and share otherwise",
         choices=("auto", "none", "share", "pack", "join"),
     )
-    heldout_fraction: float = setting(0.25, "fraction of the prompts kept for evaluation", above=0.0, below=1.0)
+    heldout_fraction: float = setting(0.25, "fraction of the prompts held out for evaluation", above=0.0, below=1.0)
     max_bad_fraction: float = setting(0.01, "a larger fraction of bad records stops the run", low=0.0, high=1.0)
 
     def check(self) -> None:
         for name, limit in (("prompt_buckets", "max_prompt"), ("completion_buckets", "max_completion")):
             longest = max(getattr(self, name), default=0)
             if longest > getattr(self, limit):
-                raise UserError(f"{name}: {longest} is more than {limit}={getattr(self, limit)}; make it smaller")
+                raise UserError(f"{name}: {longest} is more than {limit}={getattr(self, limit)}; lower it")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CorpusSettings(Settings):
-    """What a base is fine-tuned on."""
+    """The corpus of supervised fine-tuning."""
 
     data: str | SourceSpec = setting("synthetic", "a source of completion records", choices=("synthetic",))
-    records: int = setting(8000, "of the synthetic corpus", low=1, high=10**8)
+    records: int = setting(8000, "size of the synthetic corpus, in records", low=1, high=10**8)
 
 
 class Records:
@@ -65,20 +65,26 @@ class Records:
 
     Args:
       settings: the section `data`.
-      corpus: what the base is fine-tuned on, if it is.
+      audience: its preferences select the synthetic corpus.
+      streams: draw the order of the held-out requests.
+      corpus: of supervised fine-tuning.
     """
 
     def __init__(self, settings: DataSettings, audience: Audience, streams: Streams, corpus: CorpusSettings):
         self.settings, self.audience, self.streams, self.corpus = settings, audience, streams, corpus
 
     def ask(self, request: str, words: str = "") -> str | list[Message]:
-        """The prompt that puts `request`, followed by `words` about the user's preferences, to the model."""
+        """The prompt of a request, followed by `words` about the user's preferences."""
         text = " ".join(filter(None, [request, words]))
         return [{"role": "user", "content": text}] if self.settings.chat else text
 
     @functools.cached_property
     def requests(self) -> tuple[list[str], list[str]]:
-        """(training, held out) plain requests, split by prompt and never by row."""
+        """(training requests, held-out requests); equal prompts are on the same side.
+
+        Raises:
+          UserError: a prompt is a conversation, or the source cannot be read.
+        """
         d = self.settings
         if isinstance(d.prompts, str):
             texts = synthetic.prompts()
@@ -89,17 +95,17 @@ class Records:
             texts = []
             for example in examples:
                 if not isinstance(example.prompt, str):
-                    raise UserError(f"{example.where}: the prompt is a conversation; requests must be text here")
+                    raise UserError(f"{example.where}: the prompt is a conversation; give requests as text")
                 texts.append(example.prompt)
             texts = list(dict.fromkeys(texts))
         train, held = split_by(texts, d.heldout_fraction, self.streams.seed)
-        # An order that does not follow the file, so that chunks of the list are fair samples of it.
+        # Shuffled, so that the first n requests are a random sample.
         held = self.streams.python("requests/heldout_order").sample(list(held), len(held))
         return [texts[i] for i in train], [texts[i] for i in held]
 
     @functools.cached_property
     def completions(self) -> list[Example]:
-        """What the base is fine-tuned on: answers to requests that are not held out, asked as this run asks."""
+        """The examples for supervised fine-tuning, without answers to held-out requests."""
         d = self.settings
         if isinstance(self.corpus.data, str):
             corpus = synthetic.corpus(
@@ -123,7 +129,11 @@ class Records:
         return found
 
     def comparisons(self, spec: SourceSpec) -> tuple[list[Example], str]:
-        """The preference records of a source, checked, and its name."""
+        """(validated preference records of a source, its name).
+
+        Raises:
+          UserError: the source cannot be read, or too many of its records are bad.
+        """
         source, d = open_source(spec), self.settings
         columns = spec.get("columns") or d.columns
         return validate(source, "preference", columns=columns, max_bad_fraction=d.max_bad_fraction)[0], source.name

@@ -1,7 +1,7 @@
-"""One run: its settings, and the objects that each know one thing about it.
+"""A run: its settings, and the objects that its stages share.
 
-A stage reads the results of earlier stages from the run directory and writes its own there, so that any prefix of a
-run can be continued in a new process.
+A stage reads the results of earlier stages from the run directory and writes its own there, so a new process can
+continue after any stage.
 """
 
 import dataclasses
@@ -38,65 +38,67 @@ S = TypeVar("S", bound=Settings)
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AotSettings(Settings):
-    users: int = setting(1000, "how many people a dry run reckons with", low=1, high=10**9)
+    """Settings of a dry run."""
+
+    users: int = setting(1000, "number of users in a dry run", low=1, high=10**9)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SharedSettings(LoopSettings):
-    """What all stages of a run share."""
+    """The settings that all stages of a run share."""
 
-    title: str = setting("", "heads the report")
-    seed: int = setting(0, "of all random streams", low=0, high=2**32 - 1)
-    seeds: tuple[int, ...] = setting((), "several seeds, one run after the other", low=0, high=2**32 - 1)
-    stages: tuple[str, ...] = setting((), "what the run does, in order")
+    title: str = setting("", "heading of the report")
+    seed: int = setting(0, "seed of all random streams", low=0, high=2**32 - 1)
+    seeds: tuple[int, ...] = setting((), "several seeds; one run follows the other", low=0, high=2**32 - 1)
+    stages: tuple[str, ...] = setting((), "stages of the run, in order")
     mesh: MeshSettings = setting(MeshSettings())
     preferences: str | Mapping[str, Any] = setting(
         "synthetic", 'the preferences, or {id: {"dimension": ..., "sentence": ...}}', choices=tuple(NAMED)
     )
     objectives: tuple[str, ...] = setting(
-        ("P1A", "P1B", "P2A", "P2B", "P3A", "P3B"), "the preferences that get an ingredient each"
+        ("P1A", "P1B", "P2A", "P2B", "P3A", "P3B"), "preferences with an ingredient of their own"
     )
-    general: str = setting("", 'a general criterion beside them, such as the reward of RLHF; "" for none')
+    general: str = setting("", 'a further general criterion, such as the reward of RLHF; "" for none')
     judge: str | Mapping[str, Any] = setting(
-        "synthetic", "the judge, or {criterion: scorer}; see rewards/scorers.py", choices=("synthetic",)
+        "synthetic", "the judge of answers, or {criterion: scorer}; see rewards/scorers.py", choices=("synthetic",)
     )
     prompt_preference: str = setting(
         "never", "whether a prompt states its preference in training", choices=("never", "always", "half")
     )
     model: ModelSettings = setting(ModelSettings())
     adapter: AdapterConfig = setting(AdapterConfig())
-    temperature: float = setting(1.0, "of all sampling; 0 is greedy", low=0.0, high=100.0)
-    sample_rows: int = setting(256, "rows sampled or scored at once outside training", low=1, high=2**20)
+    temperature: float = setting(1.0, "temperature of all sampling; 0 is greedy", low=0.0, high=100.0)
+    sample_rows: int = setting(256, "rows that are sampled or scored at once outside training", low=1, high=2**20)
     aot: AotSettings = setting(AotSettings())
     data: DataSettings = setting(DataSettings())
-    methods: Mapping[str, Any] = setting({}, "the entries of the stage methods; see algorithms/methods.py")
+    methods: Mapping[str, Any] = setting({}, "entries of the stage methods; see algorithms/methods.py")
 
     def check(self) -> None:
         super().check()
         if len(set(self.objectives)) < len(self.objectives):
-            raise UserError(f"objectives: {self.objectives} names one twice; leave it out")
+            raise UserError(f"objectives: {self.objectives} repeats one; leave it out")
         if not self.objectives:
-            raise UserError("objectives: there are none; name the preferences that get an ingredient")
+            raise UserError("objectives: is empty; name the preferences that get an ingredient")
         if len(set(self.seeds)) < len(self.seeds):
-            raise UserError(f"seeds: {self.seeds} has one twice; their spread would be too small")
+            raise UserError(f"seeds: {self.seeds} repeats one, which understates their spread; leave it out")
         if self.general in self.objectives:
             raise UserError(f"general: {self.general!r} is an objective already; leave it empty")
         self.audience.check()
 
     @functools.cached_property
     def audience(self) -> Audience:
-        """Who the run pleases."""
+        """The preferences, objectives and judge of the run."""
         return Audience(self.preferences, self.objectives, self.general, self.judge)
 
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-    """A part of a run.
+    """A stage of a run.
 
     Attributes:
-      name: of the stage, of its section in the config and of its folder in the run directory.
-      run: does the work; the JSON values it returns are recorded in manifest.json.
-      settings: the class of its section.
+      name: of the stage, its section in the config and its folder in the run directory.
+      run: does the work and returns JSON values for manifest.json.
+      settings: the class of its section; None for a stage without settings.
     """
 
     name: str
@@ -112,8 +114,8 @@ class Trainer:
       settings: the settings of a run -> the section that an entry changes.
       train: (run, settings, stage) -> JSON values for manifest.json: at least "ingredients", the names of the adapters,
         and "samples", how many answers were sampled. Writes <workdir>/<stage>/bank.safetensors, see `algorithms.banks`.
-      answers: (run, settings, stage, `algorithms.answering.AnswerSettings`) -> the trained `EvaluatedPolicy`; by
-        default its only adapter, named "policy", answers whatever the preferences.
+      answers: (run, settings, stage, `algorithms.answering.AnswerSettings`) -> the trained `EvaluatedPolicy`. None
+        for a method whose only adapter, named "policy", answers for all preferences.
     """
 
     settings: Callable[["Sections"], Settings]
@@ -125,22 +127,28 @@ class Sections:
     """The settings of a run.
 
     Args:
-      settings: what all stages share.
-      sections: the settings of the stages, by class.
+      settings: those that all stages share.
+      sections: those of the stages, by class.
     """
 
     def __init__(self, settings: SharedSettings, sections: Mapping[type, Settings]):
         self.settings, self.sections = settings, dict(sections)
 
     def section(self, kind: type[S]) -> S:
-        """The settings of a stage, by their class; the defaults where the config has no such section."""
+        """The settings of a stage by their class; the defaults where the config does not have the section."""
         found = self.sections.setdefault(kind, kind())
-        assert isinstance(found, kind), kind  # sections are kept by their class
+        assert isinstance(found, kind), kind  # keys are the classes of the values
         return found
 
 
 class Run(Sections):
-    """One run of a pipeline of stages: its settings, and the objects that each know one thing about it."""
+    """A run: its settings, and the objects that its stages share, which are created at first use.
+
+    Args:
+      settings: those that all stages share.
+      sections: those of the stages, by class.
+      workdir: the run directory.
+    """
 
     def __init__(self, settings: SharedSettings, sections: Mapping[type, Settings], workdir: Workdir):
         super().__init__(settings, sections)
@@ -158,7 +166,7 @@ class Run(Sections):
 
     @property
     def corpus(self) -> CorpusSettings:
-        """What the base is fine-tuned on, by the stage that does so."""
+        """The corpus of the stage that fine-tunes the base."""
         found = [section for section in self.sections.values() if isinstance(section, CorpusSettings)]
         return found[0] if found else CorpusSettings()
 
@@ -172,26 +180,33 @@ class Run(Sections):
         s = self.settings
         return Text(s.data, self.workspace, self.devices, s.temperature, s.sample_rows)
 
-    # ---- what stages do alike
+    # ---- operations that stages share
 
     def sampler(self, policies: PoliciesOf = mixed, sampling: Sampling | None = None) -> Sampler:
-        """Samples answers `sample_rows` at a time."""
+        """A sampler of answers in chunks of `sample_rows`.
+
+        Args:
+          policies: makes the policies of a chunk.
+          sampling: the sampling settings; those of the run where None.
+        """
         if policies is mixed and sampling is None:
             return self._sampler
         return Sampler(self.text, self.workspace.backbone, policies, sampling)
 
     @functools.cached_property
     def _sampler(self) -> Sampler:
-        # One for all stages, so that its programs are compiled once.
+        # All stages share it, so that its programs compile once.
         return Sampler(self.text, self.workspace.backbone)
 
     def scorer(self, size: int = 0) -> Scorer:
-        """Scores rows `size` at a time, by default `sample_rows`."""
+        """A scorer of rows in chunks of `size`; of `sample_rows` where 0."""
         return Scorer(self.devices, size or self.text.sample_rows)
 
     def reference(self, table: TokenTable, rows: int) -> np.ndarray:
-        """float32 [N, 2]: log-probs of both answers of every pair under the base, `rows` answers at a time, which are
-        kept on disk; see `rollout.reference`.
+        """Log-probabilities of both answers of N pairs under the base: float32 [N, 2], in nats, cached on disk.
+
+        Args:
+          rows: answers per chunk.
         """
         workspace, backbone = self.workspace, self.workspace.backbone
         scorer, logps = self.scorer(rows), functools.partial(jax.jit(summed_logps), backbone)
@@ -204,16 +219,16 @@ class Run(Sections):
         return reference_logps(table, key, workspace.cache_folder / "reference", score)
 
     def train(self, method: loop.Method, stage: str, steps: int) -> State:
-        """The state after `steps` steps; see `training.loop.run`."""
+        """Trains a method and returns its state after `steps` steps; see `training.loop.run`."""
         on_start = functools.partial(self._log_bytes, stage)
         return loop.run(method, self.workdir, stage, steps, self.settings, on_start)
 
     def _log_bytes(self, stage: str, state: State) -> None:
-        """Logs what a stage keeps on each device; activations and sampled rows come on top."""
+        """Logs the memory of parameters and optimizer per device, without activations and sampled rows."""
         trained = state.trainable
-        if "layers" in trained:  # nothing but a bank, or a whole model
+        if "layers" in trained:  # the bank or the whole model, and nothing else
             trained = {"bank" if is_low_rank(trained) else "model": trained}
-        base = vars(self.workspace).get("base")  # not read for this
+        base = vars(self.workspace).get("base")  # does not load the base
         found = {"base": base} if base is not None else {}
         found |= {**trained, "optimizer": state.opt_state}
         sizes = ", ".join(f"{name} {bytes_per_device(tree):,}" for name, tree in found.items())

@@ -1,4 +1,4 @@
-"""Answers to many prompts, sampled in chunks of one size on the devices of a run."""
+"""Samples answers to many prompts in chunks of equal size."""
 
 import itertools
 from collections.abc import Callable, Sequence
@@ -15,26 +15,29 @@ from pjrlhf.rollout.sampler import Sampling, generate
 from pjrlhf.runtime.text import Text
 from pjrlhf.training.progress import progress
 
-# (backbone, parameters, what belongs to each row [B, ...]) -> the policies of the B rows of a chunk.
+# (backbone, parameters, data of every row [B, ...]) -> the policies of the B rows of a chunk.
 PoliciesOf = Callable[[Backbone, Any, Any], Policies | PolicyEnsemble]
 
 
 def mixed(backbone: Backbone, bank: Any, mix: jax.Array | None) -> Policies:
-    """The adapters of `bank` in rows `mix` [B, K]; the base where there is no bank.
+    """The soups of a bank with weights `mix` [B, K]; the base where `bank` is None.
 
-    Full parameters are merged once for a chunk, so all rows of such a chunk must be equal.
+    A bank of full parameters is merged once per chunk, so all rows of the chunk must be equal.
     """
-    return backbone.policies(bank, mix if bank is None or is_low_rank(bank) else mix[:1])
+    if bank is not None and mix is not None and not is_low_rank(bank):
+        mix = mix[:1]
+    return backbone.policies(bank, mix)
 
 
 class Sampler:
     """Samples answers in chunks of `text.sample_rows` rows.
 
-    The last chunk repeats its first row, so that one program serves all chunks of a shape.
+    The last chunk repeats its first row, so that all chunks of a shape share one program.
 
     Args:
-      policies: who answers.
-      sampling: how; by default as the run samples.
+      text: encodes prompts and decodes answers.
+      policies: makes the policies of a chunk.
+      sampling: length, temperature and special tokens; those of the run where None.
     """
 
     def __init__(self, text: Text, backbone: Backbone, policies: PoliciesOf = mixed, sampling: Sampling | None = None):
@@ -43,7 +46,7 @@ class Sampler:
         self._draw = jax.jit(self.draw)
 
     def draw(self, backbone: Backbone, parameters: Any, rows: Any, prompts: Prompts, key: jax.Array) -> Rollout:
-        """The rollout of a chunk, a function of its arguments."""
+        """The rollout of a chunk; pure, for `jax.jit`."""
         return generate(self.policies(backbone, parameters, rows), self.sampling, prompts, key)
 
     def __call__(
@@ -55,14 +58,18 @@ class Sampler:
         rows: np.ndarray | None = None,
         apart: Sequence[Any] | None = None,
     ) -> list[str]:
-        """One answer to each of M prompts.
+        """One answer to every prompt.
 
         Args:
-          name: of the pass, for its progress.
+          name: of the progress bar.
+          prompts: M of them.
           keys: number of a chunk -> its PRNG key.
-          parameters: of the policies.
-          rows: what belongs to each prompt, [M, ...], such as its row of `mix` or its user.
-          apart: M sortable values; prompts with different ones are never in one chunk.
+          parameters: of the policies, the same for all rows.
+          rows: data of every prompt, [M, ...], such as its row of `mix` or its user.
+          apart: M sortable values; a chunk never has prompts with different values.
+
+        Raises:
+          UserError: a prompt is too long, see `Text.encode`.
         """
         size, texts = self.text.sample_rows, [""] * len(prompts)
         chunks = _chunks(range(len(prompts)), size, apart)

@@ -1,4 +1,4 @@
-"""Scores of many rows, computed in chunks of one size on the devices of a run."""
+"""Scores many rows in chunks of equal size."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -10,18 +10,17 @@ from pjrlhf.parallel.processes import to_host
 from pjrlhf.runtime.devices import Devices
 from pjrlhf.training.progress import progress
 
-PATIENCE = 5.0  # seconds before a pass shows its progress
+PATIENCE = 5.0  # seconds before the progress bar appears
 
 
 class Scorer:
     """Scores rows in chunks.
 
-    All chunks have `size` rows: the last one repeats its first row, so that one program serves all chunks of a shape.
-    A chunk is dispatched before the scores of the previous one are fetched.
+    The last chunk repeats its first row, so that all chunks of a shape share one program. A chunk is dispatched before
+    the scores of the previous one are fetched.
 
     Args:
-      devices: where the chunks go.
-      size: rows of a chunk, rounded up to what the devices can share.
+      size: rows of a chunk, rounded up to a multiple that splits evenly over the devices.
     """
 
     def __init__(self, devices: Devices, size: int):
@@ -35,15 +34,15 @@ class Scorer:
         score: Callable[[Any], jax.Array],
         lengths: Sequence[int] | None = None,
     ) -> np.ndarray:
-        """Scores [N, ...] of N rows, in their order.
+        """The scores [N, ...] of N rows, in their order.
 
         Args:
-          name: of the pass, for its progress.
+          name: of the progress bar.
           rows: N rows, at least one.
-          collate: makes a batch of `size` rows.
-          score: maps a batch on the devices to scores [size, ...].
-          lengths: length of each row; rows of like length share a chunk, so that little padding is computed. Without
-            them, chunks are consecutive rows.
+          collate: `size` rows -> batch.
+          score: batch on the devices -> scores [size, ...].
+          lengths: length of every row. Rows of similar length share a chunk, which saves padding. Without lengths,
+            chunks are consecutive rows.
         """
         N = len(rows)
         order = np.arange(N) if lengths is None else np.argsort(lengths, kind="stable")

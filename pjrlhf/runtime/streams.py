@@ -1,8 +1,8 @@
-"""Random streams by name: every draw of a run comes from a stream of its own.
+"""Named random streams. Every draw of a run belongs to one stream.
 
-A stream of JAX is `fold_in(key(seed), number)`; generators of NumPy and Python are seeded by (seed, number). The table
-gives each name its number, so that renaming a file never changes a result. A name that is not in the table, such as
-one of an extension, gets a number computed from the name.
+A JAX stream is `fold_in(key(seed), number)`; NumPy and Python generators are seeded with (seed, number). The table
+fixes the number of every name, so that results do not depend on the names of files. A name outside the table, for
+example of an extension, gets a number from its CRC-32.
 """
 
 import functools
@@ -48,7 +48,7 @@ STREAMS = {
     "population/people": 164,
     "comparisons/prompts": 165,
 }
-UNNAMED = 2**31  # numbers from here on belong to names outside the table
+UNNAMED = 2**31  # the first number of names outside the table
 
 
 def number_of(name: str) -> int:
@@ -57,7 +57,11 @@ def number_of(name: str) -> int:
 
 
 class Streams:
-    """The random streams of a run with a seed."""
+    """The random streams of a run.
+
+    Args:
+      seed: of the run.
+    """
 
     def __init__(self, seed: int):
         self.seed = seed
@@ -65,20 +69,20 @@ class Streams:
     @functools.cached_property
     def root(self) -> jax.Array:
         """The PRNG key of the run."""
-        with jax.ensure_compile_time_eval():  # the first to ask may be a program that is being traced
+        with jax.ensure_compile_time_eval():  # the first call may be inside a traced program
             return jax.random.key(self.seed)
 
     def key(self, name: str, *indices: int) -> jax.Array:
-        """The PRNG key of a stream, and of a part of it: one `fold_in` for each index."""
+        """The PRNG key of a stream; every index selects a substream by one `fold_in`."""
         key = jax.random.fold_in(self.root, number_of(name))
         for index in indices:
             key = jax.random.fold_in(key, index)
         return key
 
     def numpy(self, name: str, *indices: int) -> np.random.Generator:
-        """The NumPy generator of a stream and of a part of it."""
+        """The NumPy generator of a stream, or of the substream of the indices."""
         return np.random.default_rng((self.seed, number_of(name), *indices))
 
     def python(self, name: str) -> random.Random:
-        """The generator of Python's `random` of a stream."""
+        """The Python generator of a stream."""
         return random.Random(f"{self.seed}/{number_of(name)}")

@@ -1,4 +1,4 @@
-"""Between text and token arrays: how the prompts and answers of a run are encoded, padded, packed and decoded."""
+"""Encodes, pads, packs and decodes the prompts and answers of a run."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -18,12 +18,14 @@ from pjrlhf.runtime.workspace import Workspace
 
 
 class Text:
-    """The text of a run as token ids.
+    """Converts between the text of a run and token arrays.
 
     Args:
       settings: the section `data`.
+      workspace: has the tokenizer and the model.
       temperature: of all sampling.
-      sample_rows: rows sampled or scored at once outside training; rounded up to what the devices can share.
+      sample_rows: rows sampled or scored at once outside training, rounded up to a multiple that splits evenly over the
+        devices.
     """
 
     def __init__(
@@ -37,6 +39,7 @@ class Text:
 
     @property
     def lengths(self) -> Lengths:
+        """The limits on prompts and completions; UserError where they exceed the context of the model."""
         d = self.settings
         return Lengths(
             prompt=d.max_prompt,
@@ -48,21 +51,21 @@ class Text:
 
     @property
     def sampled_lengths(self) -> Lengths:
-        """The lengths for answers that this run sampled: those cut off by the limit have no EOS, and get none."""
+        """The limits for answers that this run sampled: an answer that reached the limit has no EOS, and gets none."""
         return dataclasses.replace(self.lengths, long_completion="truncate")
 
     @property
     def prompt_lengths(self) -> tuple[int, ...]:
-        """The lengths that prompts are padded to; each is compiled once."""
+        """The lengths to which prompts are padded; every length compiles once."""
         return (*self.settings.prompt_buckets, self.lengths.prompt)
 
     @property
     def completion_lengths(self) -> tuple[int, ...]:
-        """The lengths that completions are padded to; each is compiled once."""
+        """The lengths to which completions are padded; every length compiles once."""
         return (*self.settings.completion_buckets, self.lengths.completion)
 
     def sampling(self, **changes: Any) -> Sampling:
-        """How this run samples; `changes` override."""
+        """The sampling settings of this run, with `changes` to fields of `Sampling`."""
         t = self.workspace.tokenizer
         settings = {"max_new_tokens": self.settings.max_completion, "temperature": self.temperature}
         return Sampling(**{"eos_id": t.eos_id, "pad_id": t.pad_id, **settings, **changes})
@@ -72,34 +75,45 @@ class Text:
     def tokenized(
         self, examples: Sequence[Example], lengths: Lengths, name: str, kind: str = "preference"
     ) -> TokenTable:
-        """Records as token ids; `name` is what messages call them."""
+        """Tokenizes records of one kind; see `data.tokenization.tokenize`.
+
+        Args:
+          name: of the records in messages.
+
+        Raises:
+          UserError: too many records do not fit.
+        """
         fraction = self.settings.max_bad_fraction
         return tokenize(examples, kind, self.workspace.tokenizer, lengths, source_name=name, max_bad_fraction=fraction)
 
     def pack(
-        self, prompts: Sequence[Ids], answers: Sequence[Sequence[Ids]], *, groups: int = 1, user_slots: int = 0
+        self, prompts: Sequence[Ids], answers: Sequence[Sequence[Ids]], *, groups: int = 1, num_user_tokens: int = 0
     ) -> PackedRows:
-        """Rows of prompts and their answers as `data.packing` says; see `data.packing.pack`."""
+        """Packs prompts and their answers as `data.packing` sets; see `data.packing.pack`."""
         d, model = self.settings, self.workspace.model
         mode = choose_mode(d.packing, model.attention)
         layout = PackLayout(
             mode=mode,
-            length=row_length(mode, d.max_prompt + user_slots, d.max_completion, len(answers[0])),
+            length=row_length(mode, d.max_prompt + num_user_tokens, d.max_completion, len(answers[0])),
             pad_id=self.workspace.tokenizer.pad_id,
             multiple=self.devices.even(1),
             groups=groups,
-            user_slots=user_slots,
+            num_user_tokens=num_user_tokens,
             user_offset=model.user_offset,
         )
         return pack(prompts, answers, layout)
 
     def pad_prompts(self, ids: Sequence[Sequence[int]]) -> Prompts:
-        """Prompts [B, P], left-padded to the smallest of `prompt_lengths` that holds them all."""
+        """Prompts [B, P], left-padded to the smallest of `prompt_lengths` that holds all.
+
+        Raises:
+          ValueError: a prompt is longer than all of `prompt_lengths`.
+        """
         length = int(buckets([max(map(len, ids))], self.prompt_lengths)[0])
         return Prompts(*pad_left(ids, length, self.workspace.tokenizer.pad_id))
 
     def pad_completions(self, rows: Sequence[Mapping[str, Ids]]) -> Completions:
-        """Rows {"prompt", "completion"} of token ids, padded to the smallest lengths that hold them all."""
+        """The "prompt" and "completion" ids of rows, padded to the smallest lengths that hold all."""
         return collate_completion(
             rows,
             prompt_length=self.prompt_lengths,
@@ -108,10 +122,10 @@ class Text:
         )
 
     def encode(self, prompts: Sequence[Prompt]) -> Prompts:
-        """Token ids [B, P] of prompts, left-padded to a bucket.
+        """Tokenizes prompts and left-pads them to a bucket, [B, P].
 
         Raises:
-          UserError: a prompt is longer than `data.max_prompt` and is not to be truncated.
+          UserError: a prompt is longer than `data.max_prompt`, and `data.long_prompt` does not truncate it.
         """
         limit, tokenizer = self.lengths.prompt, self.workspace.tokenizer
         ids = [tokenizer.encode_prompt(prompt) for prompt in prompts]
@@ -128,9 +142,9 @@ class Text:
     # ---- to text
 
     def decode(self, prompts: Prompts, rollout: Rollout) -> list[str]:
-        """Texts of responses [B, N] to prompts [B, P].
+        """The texts of responses [B, N] to prompts [B, P].
 
-        Where prompts are plain text, an answer keeps its leading space: prompt + answer is the whole text.
+        An answer to a plain-text prompt keeps its leading space, so that prompt + answer is the whole text.
         """
         tokenizer = self.workspace.tokenizer
         arrays = to_host((prompts.tokens, prompts.valid, rollout.tokens, rollout.valid))

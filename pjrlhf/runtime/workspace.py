@@ -1,4 +1,4 @@
-"""The folder of a run and the models in it: tokenizer, dimensions, frozen base."""
+"""The folders of a run and its base: tokenizer, dimensions, parameters."""
 
 import dataclasses
 import functools
@@ -32,34 +32,34 @@ FLOATS = ("float32", "bfloat16", "float16")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelSettings(Settings):
-    """The base model: a folder, or the dimensions of a new one."""
+    """The base model: a folder, or the dimensions of a new model."""
 
-    path: str = setting("", 'Hugging Face folder to start from; "" trains a new model of the dimensions below')
+    path: str = setting("", 'Hugging Face folder of the base; "" trains a new model with the dimensions below')
     tokenizer: str | Mapping[str, Any] = setting(
         "synthetic",
         'tokenizer of a new model, or {"kind": "bpe", "vocab_size": ..., "texts": sft records to train it on}',
         choices=tuple(synthetic.ENVIRONMENTS),
     )
-    hidden_size: int = setting(64, "of a new model, as all dimensions", low=1, high=2**17)
-    intermediate_size: int = setting(192, "width of the feed-forward layers", low=1, high=2**19)
+    hidden_size: int = setting(64, "width of a new model", low=1, high=2**17)
+    intermediate_size: int = setting(192, "width of the feed-forward layers of a new model", low=1, high=2**19)
     num_layers: int = setting(2, "layers", low=1, high=1000)
     num_heads: int = setting(4, "attention heads", low=1, high=1024)
-    num_kv_heads: int = setting(2, "heads of keys and values", low=1, high=1024)
-    max_length: int = setting(128, "tokens of the context", low=2, high=2**24)
-    vocab_size: int = setting(0, "0 takes that of the tokenizer", low=0, high=2**24)
-    tie_embeddings: bool = setting(True, "the head is the transposed embedding")
-    rope_theta: float = setting(10000.0, "base of the rotary frequencies", above=0.0)
+    num_kv_heads: int = setting(2, "key/value heads", low=1, high=1024)
+    max_length: int = setting(128, "context length, in tokens", low=2, high=2**24)
+    vocab_size: int = setting(0, "vocabulary size; 0 for that of the tokenizer", low=0, high=2**24)
+    tie_embeddings: bool = setting(True, "use the transposed embedding as the output head")
+    rope_theta: float = setting(10000.0, "base of the rotary embedding frequencies", above=0.0)
     rope_scaling: Mapping[str, Any] = setting(
-        {}, "of Llama 3: factor, low_freq_factor, high_freq_factor, original_max_position"
+        {}, "Llama 3 scaling: factor, low_freq_factor, high_freq_factor, original_max_position"
     )
-    dtype: str = setting("float32", "of activations", choices=FLOATS)
-    param_dtype: str = setting("float32", "of the frozen base", choices=FLOATS)
+    dtype: str = setting("float32", "dtype of activations", choices=FLOATS)
+    param_dtype: str = setting("float32", "dtype of the frozen base", choices=FLOATS)
     quantize: str = setting(
-        "", "int8 holds the linear layers of the frozen base in 8 bits; for adapters", choices=("", "int8")
+        "", "int8 stores the linear layers of the frozen base in 8 bits; needs adapters", choices=("", "int8")
     )
-    remat: str = setting("none", "what is computed again for the gradient", choices=tuple(REMAT_POLICIES))
-    attention: str = setting("auto", "implementation of attention", choices=IMPLEMENTATIONS)
-    eos_token: str = setting("", "the token that ends an answer, where it is not the EOS of the tokenizer")
+    remat: str = setting("none", "rematerialization: what the backward pass recomputes", choices=tuple(REMAT_POLICIES))
+    attention: str = setting("auto", "attention implementation", choices=IMPLEMENTATIONS)
+    eos_token: str = setting("", "token that ends an answer; the EOS of the tokenizer where not set")
 
     def check(self) -> None:
         if self.hidden_size % self.num_heads:
@@ -82,10 +82,13 @@ class ModelSettings(Settings):
 
 
 class Workspace:
-    """Folders and models of a run. Models are read when they are first asked for.
+    """The folders and models of a run. Models are read at first use.
 
     Args:
-      fine_tuned: the run trains its own base, in <workdir>/sft/model.
+      settings: the section `model`.
+      adapter: rank and alpha of the adapters.
+      records: text to train a new tokenizer on.
+      fine_tuned: the base is the result of supervised fine-tuning, in <workdir>/sft/model.
     """
 
     def __init__(
@@ -105,29 +108,33 @@ class Workspace:
 
     @property
     def cache_folder(self) -> pathlib.Path:
-        """For what depends on content and not on a run: the cache folder of the user."""
+        """The user's cache folder, for files that depend on content and not on the run."""
         return user_cache()
 
     @property
     def base_folder(self) -> pathlib.Path:
-        """Where the frozen base lives: the result of supervised fine-tuning where the run has that stage."""
+        """The folder of the frozen base: that of supervised fine-tuning if the run has this stage."""
         return self.workdir.path / "sft" / "model" if self.fine_tuned else self.start_folder
 
     @functools.cached_property
     def start_folder(self) -> pathlib.Path:
-        """The model the run starts from; without `model.path`, the folder of a new tokenizer."""
+        """The folder that the run starts from; without `model.path`, that of a new tokenizer.
+
+        Raises:
+          UserError: the run has neither `model.path` nor the stage sft.
+        """
         if self.settings.path:
             return local(self.settings.path)
         if not self.fine_tuned:
             raise UserError(
-                "model.path: not set, and there is no stage sft to train a base; name a Hugging Face folder"
+                "model.path: is not set, and no stage sft trains a base; name a Hugging Face folder, or add the stage"
             )
         folder = self.workdir.stage("tokenizer")
         on_process_zero(self._write_tokenizer)(folder)
         return folder
 
     def _write_tokenizer(self, folder: pathlib.Path) -> None:
-        """Writes a new tokenizer where there is none yet."""
+        """Writes a new tokenizer if the folder has none."""
         if (folder / "tokenizer.json").is_file():
             return
         spec = self.settings.tokenizer
@@ -141,33 +148,34 @@ class Workspace:
             )
         examples = self.records.completions
         texts = [f"{request_of(e.prompt)}\n{e.completion}" for e in examples]
-        # Evenly spaced, for files are often ordered by origin.
+        # Evenly spaced, because files are often ordered by origin.
         bpe.write_tokenizer(folder, texts[:: max(1, len(texts) // spec["texts"])], spec["vocab_size"])
 
     # ---- models
 
     @functools.cached_property
     def tokenizer(self) -> Tokenizer:
+        """The tokenizer of the base."""
         return load_tokenizer(self.start_folder, eos_token=self.settings.eos_token or None)
 
     @property
     def token_ids(self) -> dict[str, int | None]:
-        """The special tokens as an exported model names them."""
+        """The ids of the special tokens, by their names in an exported model."""
         t = self.tokenizer
         return {"bos_token_id": t.bos_id, "eos_token_id": t.eos_id, "pad_token_id": t.pad_id}
 
     @functools.cached_property
     def model_type(self) -> str:
-        """Of the base and of what is made of it, as a Hugging Face folder names it."""
+        """The Hugging Face `model_type` of the base and of exports."""
         return str(read_json(self.start_folder / "config.json").get("model_type")) if self.settings.path else "llama"
 
     @functools.cached_property
     def model_config(self) -> ModelConfig:
-        """Dimensions of the base, from its folder or, for a new model, from the settings."""
+        """The dimensions of the base, from its folder or, for a new model, from the settings."""
         return read_config(self.start_folder) if self.settings.path else self.new_config()
 
     def new_config(self) -> ModelConfig:
-        """The dimensions that the settings give."""
+        """The dimensions of a new model; UserError where `vocab_size` is less than that of the tokenizer."""
         m = self.settings
         size = self.tokenizer.vocab_size
         if m.vocab_size and m.vocab_size < size:
@@ -188,6 +196,7 @@ class Workspace:
 
     @functools.cached_property
     def model(self) -> Decoder:
+        """The decoder of the base, without parameters."""
         m, mesh = self.settings, self.devices.mesh
         check_quantize(m.quantize, self.adapter.rank)
         platform = mesh.devices.flat[0].platform
@@ -202,29 +211,29 @@ class Workspace:
         )
 
     def start_params(self, key: Any) -> Any:
-        """Parameters to start from: read from `model.path`, or random."""
+        """The initial parameters: read from `model.path`, or random."""
         if self.settings.path:
             return self._read(self.start_folder)
         return self.devices.create(functools.partial(init_params, self.model), key)
 
     @functools.cached_property
     def base(self) -> Any:
-        """Parameters of the frozen base, on the mesh; kernels in 8 bits where `model.quantize` says so."""
+        """The parameters of the frozen base, on the mesh; kernels are int8 where `model.quantize` is set."""
         return self._read(self.base_folder, quantized=bool(self.settings.quantize))
 
     @property
     def backbone(self) -> Backbone:
-        """The frozen base with its model and the shape of its adapters."""
+        """The frozen base with its decoder and the shape of its adapters."""
         return Backbone(self.model, self.adapter, self.base)
 
     @functools.cached_property
     def folder_hash(self) -> str:
-        """What tells the folder of the base from others; see `models.huggingface.fingerprint`."""
+        """The fingerprint of the folder of the base; see `models.huggingface.fingerprint`."""
         return fingerprint(self.base_folder)
 
     @property
     def base_hash(self) -> str:
-        """What tells the base, as this run computes with it, from others."""
+        """The fingerprint of the base as this run uses it, with its quantization."""
         return "-".join(filter(None, [self.folder_hash, self.settings.quantize]))
 
     def _read(self, folder: pathlib.Path, quantized: bool = False) -> Any:

@@ -226,7 +226,7 @@ def test_every_seed_has_its_folder(tmp_path, monkeypatch, summary):
 
 @pytest.mark.parametrize(
     "changes, message",
-    [({"seeds": (1, 1)}, "seeds: .* has one twice"), ({"seeds": (1,), "stages": ("sft",)}, "end in evaluate_front")],
+    [({"seeds": (1, 1)}, "seeds: .* repeats one"), ({"seeds": (1,), "stages": ("sft",)}, "end in evaluate_front")],
 )
 def test_wrong_seeds(tmp_path, changes, message):
     with pytest.raises(UserError, match=message):

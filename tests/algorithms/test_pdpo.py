@@ -51,8 +51,8 @@ def one_each(pairs, count):
     return [pairs.tables["train"][users.index(user)] for user in range(1, count + 1)]
 
 
-def batch_of(pairs, rows, part="train", users=None, user_slots=0):
-    return pairs.collate(part, pairs.users(part) if users is None else users, rows, user_slots)
+def batch_of(pairs, rows, part="train", users=None, num_user_tokens=0):
+    return pairs.collate(part, pairs.users(part) if users is None else users, rows, num_user_tokens)
 
 
 def rows_of(tree):
@@ -91,7 +91,7 @@ def doubled(run, pairs):
 
     def part(order):
         generic = np.array(order) >= 4
-        batch = batch_of(pairs, [rows[i] for i in order], user_slots=method.users.num_tokens)
+        batch = batch_of(pairs, [rows[i] for i in order], num_user_tokens=method.users.num_tokens)
         return batch.replace(generic=generic, users=np.where(generic, 0, batch.users))
 
     @jax.jit

@@ -49,7 +49,7 @@ MISTAKES = [
     ("model.param_dtype", "int8", "model.param_dtype: 'int8' is unknown; .*float32, bfloat16, float16"),
     ("data.long_prompt", "cut", "data.long_prompt: 'cut' is unknown; choose one of drop, truncate_left, error"),
     ("data.heldout_fraction", 1.5, "data.heldout_fraction: 1.5 is out of range; choose a number above 0 and below 1"),
-    ("data.prompt_buckets", (12, 40), "data.prompt_buckets: 40 is more than max_prompt=20; make it smaller"),
+    ("data.prompt_buckets", (12, 40), "data.prompt_buckets: 40 is more than max_prompt=20; lower it"),
     ("data.prompt_buckets", (12, "x"), "data.prompt_buckets: \\(12, 'x'\\) is not a list of whole numbers"),
     (
         "sft.optimizer.schedule",
@@ -304,7 +304,7 @@ def test_a_stage_whose_predecessor_is_missing(copied):
         with pytest.raises(UserError, match=f"{path}: there is no such file; run the stage that writes it first"):
             load(tiny.start(copied, tiny.settings()))
     (copied / "comparisons" / "comparisons.jsonl").unlink()
-    with pytest.raises(UserError, match=r"comparisons.jsonl: there is no such file"):
+    with pytest.raises(UserError, match=r"comparisons.jsonl: no such file"):
         reward.method_of(tiny.start(copied, tiny.settings()))
 
 

@@ -71,7 +71,7 @@ def plain(policy, examples):
 
 @pytest.mark.parametrize("mode", MODES)
 def test_packed_rows_score_as_plain_ones(policy, examples, plain, mode):
-    rows = packed(examples, mode=mode, user_slots=U)
+    rows = packed(examples, mode=mode, num_user_tokens=U)
 
     @jax.jit
     def score():
@@ -101,7 +101,7 @@ def test_every_way_of_packing_has_the_same_gradient(policy, examples):
     weight = np.random.default_rng(1).standard_normal(2 * E).astype(np.float32)
 
     def gradient(mode):
-        rows = packed(examples, mode=mode, user_slots=U)
+        rows = packed(examples, mode=mode, num_user_tokens=U)
 
         def loss(moving):
             policies = Policies(MODEL, ADAPTER, policy["base"], moving["bank"], moving["mix"], moving["users"])
@@ -176,7 +176,7 @@ def test_rows_and_parts_are_a_multiple_of_the_devices(examples, mode):
 @pytest.mark.parametrize("mode", MODES)
 def test_repeated_rows_number_their_answers_and_owners_on(policy, examples, mode):
     """Two copies score as two batches would, each copy with its own users and weights of adapters."""
-    rows = packed(examples, mode=mode, user_slots=U)
+    rows = packed(examples, mode=mode, num_user_tokens=U)
     both = {name: jnp.concatenate([policy[name], 1.5 * policy[name]]) for name in ("mix", "users")}
 
     @jax.jit
