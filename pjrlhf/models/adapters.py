@@ -14,14 +14,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import struct
+from jaxtyping import Bool, Float, Int
 
 from pjrlhf.models.decoder import Cache, Decoder, Layout
 from pjrlhf.models.quantization import refuse_quantized
 from pjrlhf.models.unrolled import SHARED_INPUTS, unroll
 from pjrlhf.models.users import reserve
 from pjrlhf.settings import Settings, setting
+from pjrlhf.types import Array, Params, PRNGKey
 
-Params = Any
 # Linear layers that carry adapters: all of a block; "gate" only in gated feed-forward layers.
 TARGETS = {block: tuple(itertools.chain(*groups)) for block, groups in SHARED_INPUTS.items()}
 
@@ -39,7 +40,7 @@ class AdapterConfig(Settings):
         return self.alpha / self.rank if self.rank else 1.0
 
 
-def init_bank(base: Params, adapter: AdapterConfig, count: int, key: jax.Array) -> Params:
+def init_bank(base: Params, adapter: AdapterConfig, count: int, key: PRNGKey) -> Params:
     """A bank of `count` policies, all equal to the base.
 
     LoRA: `a` [K, L, in, R] ~ N(0, 1/in) and `b` [K, L, R, out] = 0. All K share one draw of `a`, so that averaging the
@@ -52,7 +53,7 @@ def init_bank(base: Params, adapter: AdapterConfig, count: int, key: jax.Array) 
     if not adapter.rank:
         refuse_quantized(base)
         return jax.tree.map(lambda x: jnp.broadcast_to(x, (count, *x.shape)).astype(dtype), base)
-    bank: dict[str, dict[str, Any]] = {}
+    bank: Params = {}
     for block, names in TARGETS.items():
         bank[block] = {}
         for i, name in enumerate(names):
@@ -77,8 +78,8 @@ def bank_size(bank: Params) -> int:
     return jax.tree.leaves(bank)[0].shape[0]
 
 
-def mixed_params(base: Params | None, bank: Params, mix: jax.Array) -> Params:
-    """Full-parameter soups: base + sum_k mix[g, k] (theta_k - base) for every row g of `mix` [G, K]; leaves [G, ...].
+def mixed_params(base: Params | None, bank: Params, mix: Float[Array, "G K"]) -> Params:
+    """Full-parameter soups: base + sum_k mix[g, k] (theta_k - base) for every row g of `mix`; leaves [G, ...].
 
     A one-hot row gives exactly theta_k and a zero row exactly the base. With `base` None, rows of `mix` must sum to 1.
     """
@@ -96,12 +97,14 @@ def mixed_params(base: Params | None, bank: Params, mix: jax.Array) -> Params:
     return jax.tree.map(one, bank, base)
 
 
-def copy_indices(rows: jax.Array, copies: int) -> jax.Array:
-    """Indices, int32 [R copies], of the cache rows of the examples `rows`, int32 [R].
-
-    An example has `copies` consecutive rows in the cache.
-    """
+def copy_indices(rows: Int[Array, " C"], copies: int) -> Int[Array, " C*{copies}"]:
+    """Indices of the cache rows of the examples `rows`; an example has `copies` consecutive cache rows."""
     return (rows[:, None] * copies + jnp.arange(copies)).reshape(-1)
+
+
+def _apply(model: Decoder, variables: Params, *arguments: Array, **options: Any) -> Any:
+    """`model.apply` without mutable collections, whose result is that of the method alone."""
+    return model.apply(variables, *arguments, **options)
 
 
 class Policies:
@@ -111,15 +114,17 @@ class Policies:
       model, adapter: static description.
       base: parameter tree of the frozen base; may be None for a full-parameter bank whose `mix` rows sum to 1.
       bank: adapter bank, or None for the base alone.
-      mix: float [G, K], or None for the base alone. The batch consists of G consecutive groups of B / G examples, and
+      mix: one row per group, or None for the base alone. The batch consists of G consecutive groups of B / G examples,
+      and
         group g uses `mix[g]`; G = B gives every example a row of its own. A full-parameter bank materialises G
         parameter trees: keep G small.
-      user_tokens: float [B, U, D], one set per example, or None. Rows need positions for them: see `reserve`.
+      user_tokens: one set per example, or per owner of packed rows, or None. Rows need positions for them, see
+        `reserve`.
 
     Attributes:
       copies: rows of the cache per example.
       groups: number of groups with parameters of their own, 0 where all examples share theirs.
-      scaled_mix: float [G, K], `mix` times the scale of the adapters, or None without low-rank adapters.
+      scaled_mix: [G, K], `mix` times the scale of the adapters, or None without low-rank adapters.
       variables: of the decoder; leaves of "params" are [groups, ...] where `groups` > 0.
     """
 
@@ -129,14 +134,15 @@ class Policies:
         adapter: AdapterConfig,
         base: Params | None,
         bank: Params | None,
-        mix: jax.Array | None,
-        user_tokens: jax.Array | None = None,
+        mix: Float[Array, "G K"] | None,
+        user_tokens: Float[Array, "O E D"] | None = None,
     ):
         self.model = model
         self.copies = 1
         self.user_tokens = user_tokens
         self.groups = 0
         self.scaled_mix = None
+        self.variables: Params
         if bank is None or mix is None:
             self.variables = {"params": base}
         elif is_low_rank(bank):
@@ -162,8 +168,8 @@ class Policies:
         """Whether `select` is supported: groups need equal numbers of rows, and so do devices."""
         return not self.groups and self.model.batch_sharding is None
 
-    def select(self, rows: jax.Array, count: int) -> "Policies":
-        """The policies of the examples `rows`, int32 [R], of a batch of `count`."""
+    def select(self, rows: Int[Array, " C"], count: int) -> "Policies":
+        """The policies of the examples `rows` of a batch of `count`."""
         policies = copy.copy(self)
         if self.scaled_mix is not None:
             policies.scaled_mix = self._mix_per_example(self.scaled_mix, count)[rows]
@@ -172,33 +178,36 @@ class Policies:
         return policies
 
     @staticmethod
-    def _mix_per_example(mix: jax.Array, count: int) -> jax.Array:
-        """Rows of `mix` [G, K] repeated for `count` examples, [count, K]."""
+    def _mix_per_example(mix: Float[Array, "G K"], count: int) -> Float[Array, "{count} K"]:
+        """Rows of `mix` repeated for `count` examples."""
         if count % len(mix):
             raise ValueError(f"{count} examples cannot be split into {len(mix)} equal groups, one per row of mix")
         return jnp.repeat(mix, count // len(mix), axis=0, total_repeat_length=count)
 
-    def _split(self, x: jax.Array, axis: int = 0) -> jax.Array:
+    def _split(self, x: Array, axis: int = 0) -> Array:
+        """Splits an axis of B rows into [groups, B / groups]."""
         B = x.shape[axis]
         if B % self.groups:
             raise ValueError(f"{B} examples cannot be split into {self.groups} equal groups, one per row of mix")
         return x.reshape(*x.shape[:axis], self.groups, B // self.groups, *x.shape[axis + 1 :])
 
-    def reserve(self, tokens: jax.Array, valid: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Inserts positions for the user tokens, as a call expects: [B, T] -> [B, T + U]; U = 0 without any."""
+    def reserve(
+        self, tokens: Int[Array, "B T"], valid: Bool[Array, "B T"]
+    ) -> tuple[Int[Array, "B M"], Bool[Array, "B M"]]:
+        """Inserts positions for the user tokens, as a call expects: M = T + E, or T without any."""
         if self.user_tokens is None:
             return tokens, valid
         return reserve(tokens, valid, self.user_tokens.shape[1], self.model.user_offset)
 
     def __call__(
         self,
-        tokens: jax.Array,
-        valid: jax.Array,
+        tokens: Int[Array, "B T"],
+        valid: Bool[Array, "B M"],
         cache: Cache | None = None,
-        offset: jax.Array | int = 0,
+        offset: Int[Array, ""] | int = 0,
         layout: Layout | None = None,
-    ) -> tuple[jax.Array, Cache | None]:
-        """Hidden states [B, T, D] and the cache; arguments as in `Decoder.__call__`.
+    ) -> tuple[Float[Array, "B T D"], Cache | None]:
+        """Hidden states and the cache; arguments as in `Decoder.__call__`.
 
         With a `layout`, `layout.owner` selects each token's row of `mix` (where it has several) and its user tokens.
         Groups of a full-parameter bank stay groups of rows.
@@ -211,7 +220,8 @@ class Policies:
             mix = self.scaled_mix
             if mix is not None:
                 mix = mix[layout.owner] if layout is not None and len(mix) > 1 else self._mix_per_example(mix, B)
-            return self.model.apply(
+            return _apply(
+                self.model,
                 self.variables,
                 tokens,
                 valid,
@@ -232,8 +242,8 @@ class Policies:
 
         def group(variables, tokens, valid, cache, user_tokens, layout):
             user_tokens = user_tokens if shared is None else shared
-            return model.apply(
-                variables, tokens, valid, cache=cache, offset=offset, user_tokens=user_tokens, layout=layout
+            return _apply(
+                model, variables, tokens, valid, cache=cache, offset=offset, user_tokens=user_tokens, layout=layout
             )
 
         # Cache leaves are [L, B, ...], or [B, ...] per unrolled layer.
@@ -249,12 +259,12 @@ class Policies:
         cache = jax.tree.map(lambda x: x.reshape(*x.shape[:axis], B, *x.shape[axis + 2 :]), cache)
         return hidden.reshape(B, *hidden.shape[2:]), cache
 
-    def logits(self, hidden: jax.Array) -> jax.Array:
-        """Float32 logits [B, T, V] of hidden states [B, T, D]."""
+    def logits(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
+        """Float32 logits of hidden states."""
         if not self.groups:
-            return self.model.apply(self.variables, hidden, method="logits")
+            return _apply(self.model, self.variables, hidden, method="logits")
         model = self.model.clone(batch_sharding=None)
-        logits = jax.vmap(lambda variables, h: model.apply(variables, h, method="logits"))(
+        logits = jax.vmap(lambda variables, h: _apply(model, variables, h, method="logits"))(
             self.variables, self._split(hidden)
         )
         return logits.reshape(hidden.shape[0], *logits.shape[2:])
@@ -262,7 +272,7 @@ class Policies:
 
 @struct.dataclass
 class Backbone:
-    """A frozen base with its model and the shape of its adapters, as one argument of a jitted function.
+    """A frozen base with its model and the size of its adapters, as one argument of a jitted function.
 
     Attributes:
       model, adapter: static.
@@ -271,10 +281,13 @@ class Backbone:
 
     model: Decoder = struct.field(pytree_node=False)
     adapter: AdapterConfig = struct.field(pytree_node=False)
-    base: Params
+    base: Params | None
 
     def policies(
-        self, bank: Params | None = None, mix: jax.Array | None = None, user_tokens: jax.Array | None = None
+        self,
+        bank: Params | None = None,
+        mix: Float[Array, "G K"] | None = None,
+        user_tokens: Float[Array, "O E D"] | None = None,
     ) -> Policies:
-        """The policies of `bank` in the rows of `mix`; see `Policies`. Without a bank, the base itself."""
+        """The policies that rows of `mix` select from `bank`, see `Policies`; the base itself without a bank."""
         return Policies(self.model, self.adapter, self.base, bank, mix, user_tokens)

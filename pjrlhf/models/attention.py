@@ -1,7 +1,4 @@
-"""Grouped-query attention, with or without a key/value cache, in one of several implementations.
-
-Shapes: B batch, T query tokens, S key tokens, H query heads, G key/value heads, C head width.
-"""
+"""Grouped-query attention, with or without a key/value cache, in one of several implementations."""
 
 import functools
 
@@ -9,10 +6,12 @@ import jax
 import jax.numpy as jnp
 from absl import logging
 from jax.sharding import NamedSharding
+from jaxtyping import Bool, Float
 
 from pjrlhf.errors import UserError
 from pjrlhf.models import splash
 from pjrlhf.models.blockwise import BLOCK, attend_blocks
+from pjrlhf.types import Array
 
 CUDNN_FORWARD = "dot_product_attention_fwd_wrapper"  # JAX's primitive for cuDNN attention
 IMPLEMENTATIONS = ("auto", "blocks", "einsum", "xla", "cudnn", "splash")
@@ -53,26 +52,25 @@ def _log_once(message: str) -> None:
     logging.info(message)
 
 
-def soft_cap(x: jax.Array, cap: float | None) -> jax.Array:
+def soft_cap(x: Float[Array, "*shape"], cap: float | None) -> Float[Array, "*shape"]:
     """`cap` tanh(x / `cap`), or `x` where there is no cap."""
     return x if cap is None else cap * jnp.tanh(x / cap)
 
 
 def attend(
-    query: jax.Array,
-    key: jax.Array,
-    value: jax.Array,
-    mask: jax.Array,
+    query: Float[Array, "B T Hq Dh"],
+    key: Float[Array, "B M Hkv Dh"],
+    value: Float[Array, "B M Hkv Dh"],
+    mask: Bool[Array, "B T M"],
     implementation: str = "auto",
     softcap: float | None = None,
     batch_sharding: NamedSharding | None = None,
-) -> jax.Array:
+) -> Float[Array, "B T Hq Dh"]:
     """Grouped-query attention.
 
     Args:
-      query: [B, T, H, C].
-      key, value: [B, S, G, C], H a multiple of G.
-      mask: bool [B, T, S], True where a query may attend; must be causal where T = S. The output of a query that may
+      query, key, value: Hq must be a multiple of Hkv.
+      mask: True where a query may attend; must be causal where T = M. The output of a query that may
         attend nowhere is finite but unspecified.
       implementation: one of `IMPLEMENTATIONS`.
       softcap: c of the capped scores c tanh(score / c), or None. `xla` and `cudnn` do not support it and fall back to
@@ -81,7 +79,7 @@ def attend(
         sequences and for batches that do not divide evenly.
 
     Returns:
-      [B, T, H, C] in the dtype of `query`.
+      Values mixed by attention, in the dtype of `query`.
     """
     if implementation not in IMPLEMENTATIONS[1:]:
         implementation = choose(implementation, jax.default_backend(), query.dtype.name, jax.device_count())
@@ -102,16 +100,20 @@ def attend(
 
 
 def attend_cached(
-    query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array, softcap: float | None = None
-) -> jax.Array:
-    """The `einsum` implementation of `attend`, for keys and values [B, G, S, C] in the layout of the cache.
+    query: Float[Array, "B T Hq Dh"],
+    key: Float[Array, "B Hkv M Dh"],
+    value: Float[Array, "B Hkv M Dh"],
+    mask: Bool[Array, "B T M"],
+    softcap: float | None = None,
+) -> Float[Array, "B T Hq Dh"]:
+    """The `einsum` implementation of `attend`, for keys and values in the layout of the cache.
 
     Decoding uses it everywhere: few queries read each key and value once, so a fused kernel would gain nothing.
     """
-    B, T, H, C = query.shape
-    G = key.shape[1]
-    query = query.reshape(B, T, G, H // G, C) * C**-0.5
-    scores = jnp.einsum("btghc,bgsc->bgths", query, key, preferred_element_type=jnp.float32)
+    B, T, Hq, Dh = query.shape
+    Hkv = key.shape[1]
+    query = query.reshape(B, T, Hkv, Hq // Hkv, Dh) * Dh**-0.5
+    scores = jnp.einsum("btghd,bgmd->bgthm", query, key, preferred_element_type=jnp.float32)
     scores = jnp.where(mask[:, None, :, None], soft_cap(scores, softcap), jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
-    return jnp.einsum("bgths,bgsc->btghc", weights, value).reshape(B, T, H, C)
+    return jnp.einsum("bgthm,bgmd->btghd", weights, value).reshape(B, T, Hq, Dh)

@@ -4,98 +4,103 @@ FlashAttention (arXiv 2205.14135, algorithms 1 and 4; normalised at the end as i
 and backward pass hold one block of the scores [T, T] at a time. A causal mask skips half of the blocks; packing and
 padding skip more. On a CPU it is several times faster than a softmax over whole rows.
 
-Shapes: B batch, T tokens, H query heads, G key/value heads, C head width, N tokens per block, n = B T / N blocks,
-M = N H / G queries of a block that share a key/value head.
+Shapes of the blocks: `block` tokens each, `blocks` = B T / block of them over all rows, and `shared` = block Hq / Hkv
+queries of a block for each key/value head.
 """
 
 import functools
+from typing import cast
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Bool, Float, Int
+
+from pjrlhf.types import Array
 
 BLOCK = 128  # tokens
 _LOWEST = jnp.finfo(jnp.float32).min
 
 
 def attend_blocks(
-    query: jax.Array,
-    key: jax.Array,
-    value: jax.Array,
-    mask: jax.Array,
+    query: Float[Array, "B T Hq Dh"],
+    key: Float[Array, "B T Hkv Dh"],
+    value: Float[Array, "B T Hkv Dh"],
+    mask: Bool[Array, "B T T"],
     softcap: float | None = None,
     block: int = BLOCK,
-) -> jax.Array:
+) -> Float[Array, "B T Hq Dh"]:
     """Grouped-query self-attention, see `attention.attend`; scores and sums are float32.
 
     Args:
-      query: [B, T, H, C].
-      key, value: [B, T, G, C].
-      mask: bool [B, T, T].
-      softcap: as in `attention.attend`.
-      block: N; T is padded to a multiple of it.
+      query, key, value, softcap: as in `attention.attend`.
+      mask: True where a query may attend.
+      block: tokens per block; T is padded to a multiple of it.
 
     Returns:
-      [B, T, H, C] in the dtype of `query`; zeros where a query may attend nowhere.
+      Values mixed by attention, in the dtype of `query`; zeros where a query may attend nowhere.
     """
     T = query.shape[1]
     if more := -T % block:
-        query, key, value = (jnp.pad(x, ((0, 0), (0, more), (0, 0), (0, 0))) for x in (query, key, value))
+        query, key, value = [jnp.pad(x, ((0, 0), (0, more), (0, 0), (0, 0))) for x in (query, key, value)]
         mask = jnp.pad(mask, ((0, 0), (0, more), (0, more)))
-    return _attend(query * query.shape[-1] ** -0.5, key, value, mask, softcap, block)[:, :T]
+    out = cast(Array, _attend(query * query.shape[-1] ** -0.5, key, value, mask, softcap, block))
+    return out[:, :T]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
-def _attend(query, key, value, mask, softcap, N):
-    return _forward(query, key, value, mask, softcap, N)[0]
+def _attend(query, key, value, mask, softcap, block) -> Array:
+    return _forward(query, key, value, mask, softcap, block)[0]
 
 
-def _split(x: jax.Array, groups: int, N: int) -> jax.Array:
-    """[B, T, heads, C] to [n, G, heads / G N, C]."""
-    B, T, heads, C = x.shape
-    x = x.reshape(B * T // N, N, groups, heads // groups, C)
-    return x.transpose(0, 2, 3, 1, 4).reshape(B * T // N, groups, -1, C)
+def _split(x: Float[Array, "B T heads Dh"], groups: int, block: int) -> Float[Array, "blocks groups shared Dh"]:
+    """Splits rows into blocks, and the heads into groups that share a key/value head."""
+    B, T, heads, Dh = x.shape
+    x = x.reshape(B * T // block, block, groups, heads // groups, Dh)
+    return x.transpose(0, 2, 3, 1, 4).reshape(B * T // block, groups, -1, Dh)
 
 
-def _join(x: jax.Array, shape: tuple[int, ...], N: int) -> jax.Array:
-    """[n, G, heads / G N, C] to `shape` [B, T, heads, C]."""
-    n, groups, M, C = x.shape
-    return x.reshape(n, groups, M // N, N, C).transpose(0, 3, 1, 2, 4).reshape(shape)
+def _join(
+    x: Float[Array, "blocks groups shared Dh"], shape: tuple[int, ...], block: int
+) -> Float[Array, "B T heads Dh"]:
+    """Inverse of `_split`; `shape` is that of the result."""
+    blocks, groups, shared, Dh = x.shape
+    return x.reshape(blocks, groups, shared // block, block, Dh).transpose(0, 3, 1, 2, 4).reshape(shape)
 
 
-def _at(x: jax.Array, i: jax.Array) -> jax.Array:
+def _at(x: Array, i: Array) -> Array:
     return jax.lax.dynamic_index_in_dim(x, i, keepdims=False)
 
 
-def _put(x: jax.Array, value: jax.Array, i: jax.Array) -> jax.Array:
+def _put(x: Array, value: Array, i: Array) -> Array:
     return jax.lax.dynamic_update_index_in_dim(x, value, i, 0)
 
 
-def _pairs(mask: jax.Array, N: int) -> tuple[jax.Array, jax.Array]:
-    """The pairs of a query and a key block that the mask does not hide: (indices int32 [B (T / N)^2], their count).
+def _pairs(mask: Bool[Array, "B T T"], block: int) -> tuple[Int[Array, " pairs"], Int[Array, ""]]:
+    """The pairs of a query and a key block that the mask does not hide: (indices [B (T / block)^2], their count).
 
-    Index i T / N + j stands for query block i, counted over all rows, and key block j of the same row. Entries beyond
-    the count are meaningless.
+    Index i T / block + j stands for query block i, counted over all rows, and key block j of the same row. Entries
+    beyond the count are meaningless.
     """
     B, T, _ = mask.shape
-    seen = mask.reshape(B, T // N, N, T // N, N).any((2, 4)).ravel()
+    seen = mask.reshape(B, T // block, block, T // block, block).any((2, 4)).ravel()
     return jnp.nonzero(seen, size=seen.size, fill_value=0)[0].astype(jnp.int32), seen.sum(dtype=jnp.int32)
 
 
-def _over_pairs(mask, N, step, carry):
-    """Folds `step(carry, query block, key block, mask [1, N, N])` over every pair of blocks that is not masked."""
-    per_row, (indices, count) = mask.shape[1] // N, _pairs(mask, N)
+def _over_pairs(mask, block, step, carry):
+    """Folds `step(carry, query block, key block, mask [1, block, block])` over every visible pair of blocks."""
+    per_row, (indices, count) = mask.shape[1] // block, _pairs(mask, block)
 
     def body(t, carry):
         i, j = indices[t] // per_row, indices[t] % per_row
         row = i // per_row
-        block_mask = jax.lax.dynamic_slice(mask, (row, i % per_row * N, j * N), (1, N, N))
+        block_mask = jax.lax.dynamic_slice(mask, (row, i % per_row * block, j * block), (1, block, block))
         return step(carry, i, row * per_row + j, block_mask)
 
     return jax.lax.fori_loop(0, count, body, carry)
 
 
 def _scores(query, key, softcap):
-    """(scores float32 [G, M, N], derivative of the soft cap at them, None without a cap)."""
+    """(scores float32 [Hkv, shared, block], derivative of the soft cap at them, None without a cap)."""
     slope, scores = None, jnp.einsum("gmc,gnc->gmn", query, key, preferred_element_type=jnp.float32)
     if softcap is not None:
         tanh = jnp.tanh(scores / softcap)
@@ -104,14 +109,13 @@ def _scores(query, key, softcap):
 
 
 def _masked(x, mask, fill):
-    """`x` [G, M, N] where `mask` [1, N, N] is True, `fill` elsewhere."""
-    G, M, N = x.shape
-    return jnp.where(mask, x.reshape(G, M // N, N, N), fill).reshape(G, M, N)
+    """`x` [Hkv, shared, block] where `mask` [1, block, block] is True, `fill` elsewhere."""
+    groups, shared, block = x.shape
+    return jnp.where(mask, x.reshape(groups, shared // block, block, block), fill).reshape(groups, shared, block)
 
 
-def _forward(query, key, value, mask, softcap, N):
-    G = key.shape[2]
-    q, k, v = _split(query, G, N), _split(key, G, N), _split(value, G, N)
+def _forward(query, key, value, mask, softcap, block):
+    q, k, v = (_split(x, key.shape[2], block) for x in (query, key, value))
 
     def step(carry, i, j, block_mask):
         out, maximum, total = carry
@@ -126,16 +130,15 @@ def _forward(query, key, value, mask, softcap, N):
         return out, _put(maximum, new_max, i), _put(total, _at(total, i) * rescale + weights.sum(-1), i)
 
     zeros = jnp.zeros(q.shape[:-1], jnp.float32)
-    out, maximum, total = _over_pairs(mask, N, step, (jnp.zeros(q.shape, jnp.float32), zeros + _LOWEST, zeros))
+    out, maximum, total = _over_pairs(mask, block, step, (jnp.zeros(q.shape, jnp.float32), zeros + _LOWEST, zeros))
     total = jnp.maximum(total, jnp.finfo(jnp.float32).tiny)
     out = (out / total[..., None]).astype(query.dtype)
-    return _join(out, query.shape, N), (query, key, value, mask, out, maximum + jnp.log(total))
+    return _join(out, query.shape, block), (query, key, value, mask, out, maximum + jnp.log(total))
 
 
-def _backward(softcap, N, residuals, gradient):
+def _backward(softcap, block, residuals, gradient):
     query, key, value, mask, out, log_total = residuals
-    G = key.shape[2]
-    q, k, v, g = _split(query, G, N), _split(key, G, N), _split(value, G, N), _split(gradient, G, N)
+    q, k, v, g = (_split(x, key.shape[2], block) for x in (query, key, value, gradient))
     delta = (out.astype(jnp.float32) * g.astype(jnp.float32)).sum(-1)
 
     def step(carry, i, j, block_mask):
@@ -152,8 +155,9 @@ def _backward(softcap, N, residuals, gradient):
         return dq, dk, _put(dv, _at(dv, j) + einsum("gmn,gmc->gnc", weights.astype(g.dtype), gi), j)
 
     start = tuple(jnp.zeros(x.shape, jnp.float32) for x in (q, k, v))
-    gradients = _over_pairs(mask, N, step, start)
-    return *(_join(d, x.shape, N).astype(x.dtype) for d, x in zip(gradients, (query, key, value), strict=True)), None
+    gradients = _over_pairs(mask, block, step, start)
+    inputs = query, key, value
+    return *(_join(d, x.shape, block).astype(x.dtype) for d, x in zip(gradients, inputs, strict=True)), None
 
 
 _attend.defvjp(_forward, _backward)

@@ -1,7 +1,6 @@
 """The shape of a decoder, independent of any file format."""
 
 import dataclasses
-from typing import Any
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -122,5 +121,5 @@ class ModelConfig:
         if self.tie_embeddings and "head" in self.biases:
             raise ValueError("biases: a head that is tied to the embedding has none")
 
-    def replace(self, **changes: Any) -> "ModelConfig":
+    def replace(self, **changes: object) -> "ModelConfig":
         return dataclasses.replace(self, **changes)

@@ -1,8 +1,5 @@
 """One Flax decoder for every model family, with a bank of low-rank adapters mixed per example.
 
-Shapes: B batch, T tokens, S cache positions, D model width, V vocabulary, L layers, H query heads, G key/value heads,
-C head width, F feed-forward width, K adapters, R adapter rank.
-
 The collection `params` holds the base (layer leaves stacked `[L, ...]`), `adapters` the bank (leaves `[K, L, ...]`). A
 linear layer computes `x W + scale * sum_k mix[b, k] x A_k B_k` as one wide low-rank matmul.
 
@@ -12,24 +9,28 @@ layers slices, so that one layer is compiled for all.
 
 import functools
 import itertools
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.extend.core import Primitive
 from jax.sharding import NamedSharding
+from jaxtyping import Bool, Float, Int
 
 from pjrlhf.errors import UserError
 from pjrlhf.models.attention import CUDNN_FORWARD, attend, attend_cached, soft_cap
 from pjrlhf.models.config import ModelConfig, RopeScaling
 from pjrlhf.models.matmul import matmul, matmul_transposed
 from pjrlhf.parallel.activations import constrain_batch, constrain_reshard, layer_sharding
+from pjrlhf.types import Array, DType, Params, PRNGKey
 
-Cache = dict[str, jax.Array]
+# "key" and "value" [L, B, Hkv, M, Dh], or for unrolled layers a list of L dicts without the axis L.
+Cache: TypeAlias = dict[str, Array] | list[dict[str, Array]]
 
 
 class Layout(NamedTuple):
-    """Structure of packed rows (see `data.packing`), int32 [B, T] each.
+    """Structure of packed rows, see `data.packing`.
 
     Attributes:
       position: of the token in its sequence.
@@ -38,20 +39,20 @@ class Layout(NamedTuple):
       owner: index of the token's row of `mix` and of its user tokens.
     """
 
-    position: jax.Array
-    segment: jax.Array
-    branch: jax.Array
-    owner: jax.Array
+    position: Int[Array, "B T"]
+    segment: Int[Array, "B T"]
+    branch: Int[Array, "B T"]
+    owner: Int[Array, "B T"]
 
-    def mask(self) -> jax.Array:
-        """Attention mask, bool [B, T, T], True where a query may attend."""
+    def mask(self) -> Bool[Array, "B T T"]:
+        """Attention mask, True where a query may attend."""
         segment, branch = self.segment, self.branch
         own = (branch[:, None, :] == 0) | (branch[:, None, :] == branch[:, :, None])
         real = segment[:, None, :] > 0
         return jnp.tril(own & real & (segment[:, None, :] == segment[:, :, None]))
 
 
-def _save_matmuls(primitive: Any, *arguments: Any, **parameters: Any) -> bool:
+def _save_matmuls(primitive: Primitive, *arguments: object, **parameters: object) -> bool:
     """Remat policy: save matmuls with kernels, and cuDNN attention, which is opaque to JAX and treated as a matmul."""
     if primitive.name == CUDNN_FORWARD:
         return True
@@ -61,32 +62,35 @@ def _save_matmuls(primitive: Any, *arguments: Any, **parameters: Any) -> bool:
 REMAT_POLICIES = {"none": None, "full": jax.checkpoint_policies.nothing_saveable, "dots": _save_matmuls}
 
 
-def rope_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None) -> jax.Array:
-    """Angular frequencies of rotary embeddings (RoFormer, eq. 15; Llama-3 scaling).
+def rope_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None) -> Float[Array, " pairs"]:
+    """Angular frequencies of rotary embeddings in radians per token (RoFormer, eq. 15; Llama-3 scaling).
 
-    Returns:
-      float32 [C / 2], radians per token; C = `head_dim` is the number of rotated channels.
+    `head_dim` is the number of rotated channels, two for each frequency.
     """
     frequencies = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
     if scaling is None:
         return frequencies
-    if scaling.low_freq_factor is None:
+    low, high, length = scaling.low_freq_factor, scaling.high_freq_factor, scaling.original_max_position
+    if low is None or high is None or length is None:  # linear: `RopeScaling` allows all three or none
         return frequencies / scaling.factor
     wavelength = 2 * jnp.pi / frequencies
-    rotations = scaling.original_max_position / wavelength
-    smooth = jnp.clip(
-        (rotations - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor), 0.0, 1.0
-    )
+    rotations = length / wavelength
+    smooth = jnp.clip((rotations - low) / (high - low), 0.0, 1.0)
     return (1 - smooth) * frequencies / scaling.factor + smooth * frequencies
 
 
-def apply_rope(x: jax.Array, positions: jax.Array, frequencies: jax.Array, interleaved: bool = False) -> jax.Array:
-    """Applies rotary embeddings to the first 2 n channels of `x` [B, T, H, C].
+def apply_rope(
+    x: Float[Array, "B T Hq Dh"],
+    positions: Int[Array, "B T"],
+    frequencies: Float[Array, " pairs"],
+    interleaved: bool = False,
+) -> Float[Array, "B T Hq Dh"]:
+    """Applies rotary embeddings to the first 2 `pairs` channels of each head.
 
     Args:
-      positions: int32 [B, T].
-      frequencies: float32 [n], see `rope_frequencies`.
-      interleaved: rotate pairs of neighbouring channels rather than channels i and i + n (the order of Hugging Face).
+      frequencies: see `rope_frequencies`.
+      interleaved: rotate pairs of neighbouring channels rather than channels i and i + pairs (the order of Hugging
+        Face).
     """
     rotated = 2 * frequencies.shape[-1]
     if rotated < x.shape[-1]:
@@ -102,12 +106,12 @@ def apply_rope(x: jax.Array, positions: jax.Array, frequencies: jax.Array, inter
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
 
 
-def per_layer(config: ModelConfig) -> dict[str, jax.Array] | None:
+def per_layer(config: ModelConfig) -> dict[str, Array] | None:
     """Settings that vary by layer, leaves [L, ...]; None where all layers are alike.
 
     Returns:
       `window` int32 [L], tokens that a query may attend to, its own included; and where sliding-window layers have
-      another theta, `frequencies` float32 [L, C / 2] of the rotary embeddings.
+      another theta, `frequencies` float32 [L, pairs] of the rotary embeddings.
     """
     if not config.windows:
         return None
@@ -138,13 +142,15 @@ class Linear(nn.Module):
     """
 
     features: int
-    dtype: Any
-    param_dtype: Any
+    dtype: DType
+    param_dtype: DType
     use_bias: bool = False
     transposed: bool = False
 
     @nn.compact
-    def __call__(self, x: jax.Array, mix: jax.Array | None) -> jax.Array:
+    def __call__(
+        self, x: Float[Array, "*batch D"], mix: Float[Array, "*mix K"] | None
+    ) -> Float[Array, "*batch {self.features}"]:
         low, b, features = None, None, self.features
         if mix is not None and self.has_variable("adapters", "b"):
             b = self.get_variable("adapters", "b").astype(self.dtype)
@@ -165,7 +171,7 @@ class Linear(nn.Module):
         y = matmul_transposed(x, kernel) if self.transposed else matmul(x, kernel)
         if quantized:
             y = (y.astype(jnp.float32) * self.get_variable("params", "scale")).astype(self.dtype)
-        if b is not None:
+        if b is not None and mix is not None:
             mix = (mix[:, None] if mix.ndim == 2 else mix).astype(self.dtype)
             if low is None:
                 y, low = jnp.split(y, [self.features], axis=-1)
@@ -177,7 +183,12 @@ class Linear(nn.Module):
         return y
 
 
-def project(module: nn.Module, sizes: dict[str, int], x: jax.Array, mix: jax.Array | None) -> list[jax.Array]:
+def project(
+    module: "Attention | FeedForward",
+    sizes: dict[str, int],
+    x: Float[Array, "B T D"],
+    mix: Float[Array, "*mix K"] | None,
+) -> list[Float[Array, "B T _"]]:
     """Outputs of the linear layers that read `x`, given as name -> features; one matmul where they are fused."""
 
     def linear(features, *names):
@@ -200,11 +211,11 @@ class Norm(nn.Module):
 
     kind: str
     epsilon: float
-    dtype: Any
-    param_dtype: Any
+    dtype: DType
+    param_dtype: DType
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: Float[Array, "*batch D"]) -> Float[Array, "*batch D"]:
         start = nn.initializers.zeros if self.kind == "rms_plus_one" else nn.initializers.ones
         scale = self.param("scale", start, (x.shape[-1],), self.param_dtype)
         x = x.astype(jnp.float32)
@@ -224,15 +235,15 @@ class Norm(nn.Module):
 ACTIVATIONS = {"silu": nn.silu, "gelu": functools.partial(nn.gelu, approximate=False), "gelu_tanh": nn.gelu}
 
 
-def _like(x: jax.Array, other: jax.Array) -> jax.Array:
+def _like(x: Array, other: Array) -> Array:
     """`x` in the dtype of `other`, with leading axes of size 1 up to its rank."""
     return x.astype(other.dtype).reshape(*[1] * (other.ndim - x.ndim), *x.shape)
 
 
 class Attention(nn.Module):
     config: ModelConfig
-    dtype: Any
-    param_dtype: Any
+    dtype: DType
+    param_dtype: DType
     implementation: str
     batch_sharding: NamedSharding | None
     transposed: bool
@@ -290,8 +301,8 @@ class Attention(nn.Module):
 
 class Layer(nn.Module):
     config: ModelConfig
-    dtype: Any
-    param_dtype: Any
+    dtype: DType
+    param_dtype: DType
     implementation: str
     batch_sharding: NamedSharding | None
     transposed: bool
@@ -322,8 +333,8 @@ class FeedForward(nn.Module):
     """Two linear layers with an activation in between, or a gated one such as SwiGLU (arXiv 2002.05202, eq. 6)."""
 
     config: ModelConfig
-    dtype: Any
-    param_dtype: Any
+    dtype: DType
+    param_dtype: DType
     transposed: bool
 
     @nn.compact
@@ -358,8 +369,8 @@ class Decoder(nn.Module):
     """
 
     config: ModelConfig
-    dtype: Any = jnp.float32
-    param_dtype: Any = jnp.float32
+    dtype: DType = jnp.float32
+    param_dtype: DType = jnp.float32
     scan_layers: bool = True
     remat: str = "none"
     attention: str = "auto"
@@ -385,10 +396,10 @@ class Decoder(nn.Module):
                 layer,
                 variable_axes={"params": 0, "adapters": 1},
                 split_rngs={"params": True},
-                in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast, nn.broadcast),
+                in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast, nn.broadcast),  # pyright: ignore[reportArgumentType]
                 length=c.num_layers,
             )
-            self.layers = layers(*common)
+            self.layers: Any = layers(*common)
         else:
             self.layers = [layer(*common) for _ in range(c.num_layers)]
         self.final_norm = Norm(c.norm, c.norm_eps, self.dtype, self.param_dtype)
@@ -397,39 +408,37 @@ class Decoder(nn.Module):
 
     def __call__(
         self,
-        tokens: jax.Array,
-        valid: jax.Array,
+        tokens: Int[Array, "B T"],
+        valid: Bool[Array, "B M"],
         *,
-        mix: jax.Array | None = None,
+        mix: Float[Array, "B K"] | Float[Array, "B T K"] | None = None,
         cache: Cache | None = None,
-        offset: jax.Array | int = 0,
-        user_tokens: jax.Array | None = None,
+        offset: Int[Array, ""] | int = 0,
+        user_tokens: Float[Array, "O E D"] | None = None,
         layout: Layout | None = None,
-    ) -> tuple[jax.Array, Cache | None]:
+    ) -> tuple[Float[Array, "B T D"], Cache | None]:
         """Runs the decoder.
 
         Args:
-          tokens: int32 [B, T].
-          valid: bool [B, S], False on padding. Without a cache S = T. With a cache S is its length, and `valid` covers
-            the whole cache including the T new tokens, which are written to positions offset .. offset + T - 1.
-          mix: weights of the adapters, float [B, K] per example or [B, T, K] per token; None for the base alone.
-          cache: from `init_cache`, or None. Unrolled layers take a list of L caches without the axis L.
-          offset: int32, first cache position written, the same for every row (rows differ in left padding).
-          user_tokens: float [B, U, D], or None. They replace the embeddings at positions user_offset .. user_offset +
-            U - 1, counted from the first valid token; `users.reserve` inserts these positions.
-          layout: of packed rows, without a cache. `valid` is then unused, and `user_tokens` are [E, U, D], indexed by
-            `layout.owner`.
+          tokens: token ids.
+          valid: False on padding. Without a cache M = T. With a cache M is its length, and `valid` covers the whole
+            cache including the T new tokens, which are written to positions offset .. offset + T - 1.
+          mix: weights of the adapters per example or per token; None for the base alone.
+          cache: from `init_cache`, or None.
+          offset: first cache position written, the same for every row (rows differ in left padding).
+          user_tokens: O = B sets of user tokens, or None. They replace the embeddings at positions user_offset ..
+            user_offset + E - 1, counted from the first valid token; `users.reserve` inserts these positions.
+          layout: of packed rows, without a cache. `valid` is then unused, and `layout.owner` indexes `user_tokens`.
 
         Returns:
-          hidden: [B, T, D] after the final norm, in `dtype`.
-          cache: with the new keys and values, None without one.
+          Hidden states after the final norm, in `dtype`; and the cache with the new keys and values, None without one.
         """
-        T, S = tokens.shape[1], valid.shape[1]
+        T, M = tokens.shape[1], valid.shape[1]
         if layout is None:
             # A token's position is the number of valid tokens before it, so padding on either side changes nothing.
             positions = jnp.maximum(jnp.cumsum(valid, axis=1, dtype=jnp.int32) - 1, 0)
             positions = jax.lax.dynamic_slice_in_dim(positions, offset, T, axis=1)
-            causal = jnp.arange(S)[None, :] <= (offset + jnp.arange(T))[:, None]
+            causal = jnp.arange(M)[None, :] <= (offset + jnp.arange(T))[:, None]
             mask = causal[None] & valid[:, None, :]
             owner = jnp.arange(tokens.shape[0])[:, None]
         else:
@@ -451,7 +460,7 @@ class Decoder(nn.Module):
             each = jnp.arange(self.config.num_layers), own
             (x, cache), _ = self.layers((x, cache), each, positions, mask, mix, offset)
         else:
-            caches = [None] * len(self.layers) if cache is None else list(cache)
+            caches: list[Any] = [None] * len(self.layers) if cache is None else list(cache)
             for i, layer in enumerate(self.layers):
                 each = None, jax.tree.map(lambda x, i=i: x[i], own)
                 (x, caches[i]), _ = layer((x, caches[i]), each, positions, mask, mix, offset)
@@ -460,8 +469,8 @@ class Decoder(nn.Module):
             self.head(x, None)
         return self.final_norm(x), cache
 
-    def logits(self, hidden: jax.Array) -> jax.Array:
-        """Float32 logits [..., V] of hidden states [..., D]."""
+    def logits(self, hidden: Float[Array, "*batch D"]) -> Float[Array, "*batch V"]:
+        """Float32 logits of hidden states."""
         between = layer_sharding(hidden.shape, self.batch_sharding)
         hidden = hidden if between == self.batch_sharding else constrain_batch(hidden, between)
         if not self.config.tie_embeddings:
@@ -472,13 +481,13 @@ class Decoder(nn.Module):
         return soft_cap(logits.astype(jnp.float32), self.config.logit_softcap)
 
 
-def init_params(model: Decoder, key: jax.Array) -> Any:
+def init_params(model: Decoder, key: PRNGKey) -> Params:
     """Random parameters as a plain dict pytree."""
     tokens = jnp.zeros((1, 2), jnp.int32)
     return jax.jit(model.init)(key, tokens, jnp.ones((1, 2), bool))["params"]
 
 
-def init_cache(config: ModelConfig, batch: int, length: int, dtype: Any) -> Cache:
-    """Zero key/value cache for B = `batch` rows of S = `length` positions: "key" and "value" [L, B, G, S, C]."""
+def init_cache(config: ModelConfig, batch: int, length: int, dtype: DType) -> Cache:
+    """Zero key/value cache for B = `batch` rows of M = `length` positions."""
     shape = (config.num_layers, batch, config.num_kv_heads, length, config.head_dim)
     return {"key": jnp.zeros(shape, dtype), "value": jnp.zeros(shape, dtype)}

@@ -17,6 +17,7 @@ from pjrlhf.errors import UserError
 from pjrlhf.models.adapters import TARGETS
 from pjrlhf.models.config import ModelConfig
 from pjrlhf.models.decoder import Decoder, init_params
+from pjrlhf.types import Params
 
 FUSED = ("query", "key", "value")  # parts of a fused projection, in the order that all families use
 
@@ -68,7 +69,7 @@ class Family:
     architecture: str
     modules: Mapping[str, str]
     fields: Mapping[str, str]
-    defaults: Mapping[str, Any]
+    defaults: dict[str, Any]
     fixed: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     switches: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     activation: str = "hidden_act"
@@ -345,7 +346,7 @@ FAMILIES = {
 }
 
 
-def get_family(model_type: str | None, source: Any) -> Family:
+def get_family(model_type: str | None, source: object) -> Family:
     """The table of a `model_type`.
 
     Raises:
@@ -425,7 +426,8 @@ def join(slots: tuple[Slot, ...], layers: list[np.ndarray]) -> np.ndarray:
 def leaf_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Shapes of the decoder's parameters by "/"-joined path, from an abstract initialisation."""
     tree = jax.eval_shape(lambda: init_params(Decoder(config), jax.random.key(0)))
-    return {path: leaf.shape for path, leaf in flax.traverse_util.flatten_dict(tree, sep="/").items()}
+    leaves: Params = flax.traverse_util.flatten_dict(tree, sep="/")
+    return {path: leaf.shape for path, leaf in leaves.items()}
 
 
 def tensor_slots(family: Family, config: ModelConfig) -> dict[str, tuple[Slot, ...]]:

@@ -7,12 +7,16 @@ import math
 import pathlib
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 
 from pjrlhf.errors import UserError
+from pjrlhf.types import Json
+
+if TYPE_CHECKING:
+    from safetensors import safe_open
 
 Folder = str | pathlib.Path
 # safetensors name -> numpy name of a dtype.
@@ -32,7 +36,7 @@ def reading(file: pathlib.Path) -> Iterator[None]:
         raise UserError(f"{file}: cannot be read ({e}); download or export it again") from e
 
 
-def read_json(file: pathlib.Path) -> dict[str, Any]:
+def read_json(file: pathlib.Path) -> dict[str, Json]:
     """The JSON object in a file.
 
     Raises:
@@ -56,7 +60,7 @@ def weight_files(folder: pathlib.Path) -> list[pathlib.Path]:
 class _File:
     """An open safetensors file whose tensor names omit `prefix`, which may be empty."""
 
-    def __init__(self, handle: Any, file: pathlib.Path, prefix: str):
+    def __init__(self, handle: "safe_open", file: pathlib.Path, prefix: str):
         self._handle, self._file, self._prefix = handle, file, prefix
 
     def get_slice(self, name: str) -> Any:
@@ -73,7 +77,7 @@ class _File:
         return content[start:end].view(jnp.dtype(DTYPES[entry["dtype"]]))
 
     @functools.cached_property
-    def _mapped(self) -> tuple[dict[str, Any], np.ndarray]:
+    def _mapped(self) -> tuple[dict[str, Json], np.ndarray]:
         """(header of the file, memory map uint8 of the bytes of all tensors)."""
         with self._file.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
@@ -133,7 +137,8 @@ def stream_tensors(file: pathlib.Path, tensors: Mapping[str, Stream]) -> None:
       ValueError: the pieces of a tensor do not add up to its shape.
     """
     names = {"float64": "F64"} | {dtype: name for name, dtype in DTYPES.items()}
-    header, end = {"__metadata__": {"format": "pt"}}, 0
+    header: dict[str, Json] = {"__metadata__": {"format": "pt"}}
+    end = 0
     for name, tensor in tensors.items():
         start, end = end, end + math.prod(tensor.shape) * tensor.dtype.itemsize
         entry = {"dtype": names[tensor.dtype.name], "shape": list(tensor.shape), "data_offsets": [start, end]}

@@ -6,7 +6,6 @@ Settings that the decoder cannot compute raise an error. Settings that it does n
 import dataclasses
 import pathlib
 from collections.abc import Mapping
-from typing import Any
 
 import jax.numpy as jnp
 
@@ -14,6 +13,7 @@ from pjrlhf.errors import UserError
 from pjrlhf.models.config import LINEARS, ModelConfig, RopeScaling
 from pjrlhf.models.families import Family, get_family
 from pjrlhf.models.folders import Folder, read_json
+from pjrlhf.types import DType, Json
 
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 # Type of RoPE scaling -> our name of each of its numbers -> theirs.
@@ -51,7 +51,7 @@ def read_config(folder: Folder) -> ModelConfig:
     return _parse(read_json(source), source)
 
 
-def _parse(raw: Mapping[str, Any], source: Any) -> ModelConfig:
+def _parse(raw: Mapping[str, Json], source: object) -> ModelConfig:
     family = get_family(raw.get("model_type"), source)
     if raw.get("quantization_config"):
         raise UserError(f"{source}: quantization_config is not supported; use weights that are not quantised")
@@ -59,7 +59,7 @@ def _parse(raw: Mapping[str, Any], source: Any) -> ModelConfig:
         if (raw.get(name, value) or None) != (value or None):
             raise UserError(f"{source}: {name}={raw[name]!r} is not supported; use a model with {name}={value!r}")
 
-    def setting(theirs: str) -> Any:
+    def setting(theirs: str) -> Json:
         value = raw.get(theirs)
         return family.defaults.get(theirs) if value is None else value
 
@@ -95,7 +95,7 @@ def _parse(raw: Mapping[str, Any], source: Any) -> ModelConfig:
         raise UserError(f"{source}: {e}") from e
 
 
-def _read_windows(raw: Mapping[str, Any], family: Family, layers: int, source: Any) -> tuple[int, ...]:
+def _read_windows(raw: Mapping[str, Json], family: Family, layers: int, source: object) -> tuple[int, ...]:
     if family.sliding is None:
         return ()
     size = raw.get("sliding_window", family.defaults["sliding_window"])
@@ -113,14 +113,18 @@ def _read_windows(raw: Mapping[str, Any], family: Family, layers: int, source: A
         return ()
     else:
         sliding = family.sliding(raw, layers)
-    if any(sliding) and not size:
+    if not any(sliding):
+        return ()
+    if not size:
         raise UserError(
             f"{source}: the key 'sliding_window' is missing; copy the config.json that came with the weights"
         )
-    return tuple(size if local else 0 for local in sliding) if any(sliding) else ()
+    return tuple(size if local else 0 for local in sliding)
 
 
-def _read_rope(raw: Mapping[str, Any], family: Family, head_dim: int, windows: bool, source: Any) -> dict[str, Any]:
+def _read_rope(
+    raw: Mapping[str, Json], family: Family, head_dim: int, windows: bool, source: object
+) -> dict[str, Json]:
     """The fields of `ModelConfig` about rotary embeddings."""
     given = {name: raw[name] for name in ("rope_scaling", "rope_parameters") if raw.get(name)}
     if not family.rope:
@@ -142,10 +146,10 @@ def _read_rope(raw: Mapping[str, Any], family: Family, head_dim: int, windows: b
         return {"rope_theta": theta, "rope_scaling": scaling, "local_rope_theta": local if windows else None}
     old = {"rope_theta": raw.get("rotary_emb_base" if family.rope == "neox" else "rope_theta")}
     theta, scaling = _one_rope([old, *given.values()], 10_000.0, source)
-    fractions = {block.get("partial_rotary_factor") for block in (raw, *given.values())}
+    stated = [block.get("partial_rotary_factor") for block in (raw, *given.values())]
     if family.rope == "neox":
-        fractions.add(raw.get("rotary_pct"))
-    fractions -= {None}
+        stated.append(raw.get("rotary_pct"))
+    fractions = {float(value) for value in stated if value is not None}
     fraction = fractions.pop() if fractions else 0.25 if family.rope == "neox" else 1.0
     if fractions or (family.rope != "neox" and fraction != 1.0):
         raise UserError(f"{source}: partial_rotary_factor is not supported; use a model that rotates whole heads")
@@ -153,7 +157,7 @@ def _read_rope(raw: Mapping[str, Any], family: Family, head_dim: int, windows: b
     return {"rope_theta": theta, "rope_scaling": scaling, **width}
 
 
-def _one_rope(blocks: list[Mapping[str, Any]], theta: float, source: Any) -> tuple[float, RopeScaling | None]:
+def _one_rope(blocks: list[Mapping[str, Json]], theta: float, source: object) -> tuple[float, RopeScaling | None]:
     """(theta, scaling) that all `blocks` of settings agree on; the default `theta` where none has one."""
     thetas = {float(block["rope_theta"]) for block in blocks if block.get("rope_theta") is not None}
     scalings = {_read_scaling(block, source) for block in blocks if block.keys() - {"rope_theta"}}
@@ -164,7 +168,7 @@ def _one_rope(blocks: list[Mapping[str, Any]], theta: float, source: Any) -> tup
     return next(iter(thetas), theta), next(iter(scalings), None)
 
 
-def _read_scaling(block: Mapping[str, Any], source: Any) -> RopeScaling | None:
+def _read_scaling(block: Mapping[str, Json], source: object) -> RopeScaling | None:
     kind = block.get("rope_type", block.get("type", "default"))
     if kind not in ("default", *ROPE_FIELDS):
         raise UserError(
@@ -185,7 +189,9 @@ def _read_scaling(block: Mapping[str, Any], source: Any) -> RopeScaling | None:
     return RopeScaling(**{ours: block[theirs] for ours, theirs in fields.items()}) if fields else None
 
 
-def config_to_hf(config: ModelConfig, *, model_type: str = "llama", dtype: Any = jnp.float32, **token_ids: Any) -> dict:
+def config_to_hf(
+    config: ModelConfig, *, model_type: str = "llama", dtype: DType = jnp.float32, **token_ids: Json
+) -> dict[str, Json]:
     """The content of config.json, with both spellings of RoPE and of the dtype.
 
     Args:
@@ -226,7 +232,7 @@ def config_to_hf(config: ModelConfig, *, model_type: str = "llama", dtype: Any =
     return raw
 
 
-def _write_windows(config: ModelConfig, family: Family) -> dict[str, Any]:
+def _write_windows(config: ModelConfig, family: Family) -> dict[str, Json]:
     if family.sliding is None:
         return {}
     size = max(config.windows, default=0)
@@ -240,7 +246,7 @@ def _write_windows(config: ModelConfig, family: Family) -> dict[str, Any]:
     return kinds | {"sliding_window": size or None, "use_sliding_window": size > 0, "max_window_layers": first}
 
 
-def _write_rope(config: ModelConfig, family: Family) -> dict[str, Any]:
+def _write_rope(config: ModelConfig, family: Family) -> dict[str, Json]:
     if not family.rope:
         return {}
     scaling = None

@@ -32,8 +32,7 @@ from pjrlhf.models.folders import (
 )
 from pjrlhf.models.hf_config import config_to_hf, read_config
 from pjrlhf.models.quantization import quantize_leaf
-
-Params = Any
+from pjrlhf.types import DType, Json, Params
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -52,7 +51,7 @@ FLOAT_TYPES = ("F64", "F32", "F16", "BF16")
 def load_params(
     folder: Folder,
     config: ModelConfig | None = None,
-    dtype: Any = jnp.float32,
+    dtype: DType = jnp.float32,
     place: Callable[[str, tuple[int, ...]], jax.sharding.Sharding] | None = None,
     quantized: bool = False,
 ) -> Params:
@@ -74,7 +73,7 @@ def load_params(
     config = read_config(folder) if config is None else config
     family = get_family(read_json(folder / "config.json").get("model_type"), folder)
     shapes = leaf_shapes(config)
-    leaves: dict[str, Any] = {}
+    leaves: Params = {}
     with open_tensors(weight_files(folder), family.prefix) as files:
         slots = tensor_slots(family, config)
         _check_names(folder, files, slots, family, config)
@@ -109,7 +108,7 @@ def _placed(
         holders.setdefault(repr(index), []).append(device)
     arrays = {}
     for devices in holders.values():
-        part = read(parts[devices[0]])
+        part = read(parts[devices[0]] or ())
         arrays |= {device: jax.device_put(part, device) for device in devices}
     return jax.make_array_from_single_device_arrays(shape, sharding, [arrays[device] for device in parts])
 
@@ -161,9 +160,9 @@ def save_params(
     params: Params,
     *,
     model_type: str = "llama",
-    dtype: Any = None,
+    dtype: DType | None = None,
     tokenizer_folder: Folder | None = None,
-    token_ids: Mapping[str, Any] | None = None,
+    token_ids: Mapping[str, Json] | None = None,
     max_shard_bytes: int = 2 * 2**30,
     pieces: Mapping[str, Callable[[], Iterable[np.ndarray]]] | None = None,
 ) -> None:
@@ -184,7 +183,7 @@ def save_params(
     Raises:
       UserError: leaves that do not match `config`, or an existing folder that is no earlier export.
     """
-    leaves = flax.traverse_util.flatten_dict(params, sep="/")
+    leaves: Params = flax.traverse_util.flatten_dict(params, sep="/")
     shapes = leaf_shapes(config)
     for path in sorted({*leaves, *shapes}):
         have = tuple(leaves[path].shape) if path in leaves else None
@@ -231,7 +230,10 @@ def save_params(
 
 
 def _take(leaf: Any, index: int | tuple[()]) -> np.ndarray:
-    """`leaf[index]` on the host. Slices on the device first: else the array would cache a host copy of all layers."""
+    """`leaf[index]` on the host; `leaf` is an array or is indexed like one.
+
+    Slices a device array on the device: else it would cache a host copy of all layers.
+    """
     if isinstance(leaf, jax.Array) and index != ():
         leaf, index = jax.lax.dynamic_index_in_dim(leaf, index, keepdims=False), ()
     return np.asarray(leaf[index])

@@ -2,13 +2,16 @@
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Float, Num
+
+from pjrlhf.types import Array
 
 FEW_ROWS = 64
 
 
 @jax.custom_vjp
-def matmul(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """`x` [..., D] @ `kernel` [D, F] -> [..., F], in the dtype of `x`. An integer kernel gets no gradient.
+def matmul(x: Float[Array, "*batch D"], kernel: Num[Array, "D F"]) -> Float[Array, "*batch F"]:
+    """`x @ kernel` in the dtype of `x`. An integer kernel gets no gradient.
 
     On a CPU the gradient of the kernel is computed from a transposed copy of `x`: XLA:CPU's fast GEMM (jax 0.10) does
     not accept a transposed left operand, and its fallback is half as fast. On other backends the gradient is JAX's.
@@ -44,8 +47,8 @@ def _backward(residuals, gradient):
 matmul.defvjp(_forward, _backward, symbolic_zeros=True)
 
 
-def matmul_transposed(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """`x` [..., D] times the transposed `kernel` [F, D] -> [..., F].
+def matmul_transposed(x: Float[Array, "*batch D"], kernel: Num[Array, "F D"]) -> Float[Array, "*batch F"]:
+    """`x @ kernel.T` in the dtype of `x`.
 
     For few rows, as in decoding, a CPU is twice as fast with the kernel as the left operand, which it then need not
     repack.

@@ -12,7 +12,6 @@ import json
 import pathlib
 import re
 from collections.abc import Mapping
-from typing import Any
 
 import flax.traverse_util
 import numpy as np
@@ -20,6 +19,7 @@ import numpy as np
 from pjrlhf.errors import UserError
 from pjrlhf.models.families import Family, adapter_modules, get_family, part_runs
 from pjrlhf.models.folders import Folder, new_folder, open_tensors, read_json, write_tensors
+from pjrlhf.types import Json, Params
 
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
@@ -40,7 +40,7 @@ OFF = (
 
 def save_peft(
     folder: Folder,
-    adapter: Any,
+    adapter: Params,
     rank: int,
     alpha: float,
     base_name: str | None,
@@ -118,7 +118,7 @@ def _target(family: Family, module: str) -> str:
     return next(end for end in ends if sum(x.endswith(f".{end}") for x in adapter_modules(family)) == 1)
 
 
-def _patterns(family: Family, modules: Mapping[str, tuple[str, ...]], rank: int, alpha: float) -> dict[str, Any]:
+def _patterns(family: Family, modules: Mapping[str, tuple[str, ...]], rank: int, alpha: float) -> dict[str, Json]:
     """`rank_pattern` and `alpha_pattern` of the fused modules among `modules`; {} where there are none."""
     fused = {_target(family, module): len(paths) for module, paths in modules.items() if len(paths) > 1}
     if not fused:
@@ -129,7 +129,7 @@ def _patterns(family: Family, modules: Mapping[str, tuple[str, ...]], rank: int,
     }
 
 
-def load_peft(folder: Folder, model_type: str = "llama", head_dim: int = 0) -> tuple[Any, int, float]:
+def load_peft(folder: Folder, model_type: str = "llama", head_dim: int = 0) -> tuple[Params, int, float]:
     """Loads (adapter, rank, alpha) from a LoRA folder; leaves are float32 numpy arrays.
 
     The update is always scaled by alpha / rank: for `use_rslora` (arXiv 2312.03732), which scales by alpha /
@@ -195,8 +195,8 @@ def _read_factors(
     with open_tensors([folder / WEIGHTS]) as files:
         for key in sorted(files):
             match = re.fullmatch(r"base_model\.model\.(.+?)\.(\d+)\.(.+)\.lora_([AB])\.weight", key)
-            paths = match and modules.get(f"{match[1]}.{{layer}}.{match[3]}")
-            if not paths:
+            paths = modules.get(f"{match[1]}.{{layer}}.{match[3]}") if match else None
+            if match is None or paths is None:
                 raise UserError(
                     f"{folder}: {key} adapts no module of this model; adapt linear layers of the blocks only"
                 )

@@ -7,15 +7,16 @@ norms, biases and adapters keep their dtype.
 
 import re
 from collections.abc import Callable
-from typing import Any
+from typing import cast
 
 import flax.traverse_util
 import jax
 import jax.numpy as jnp
+from jaxtyping import Float
 
 from pjrlhf.errors import UserError
+from pjrlhf.types import Array, Params
 
-Params = Any
 KINDS = ("", "int8")
 _LARGEST = 127
 _NEEDS_FLOATS = (
@@ -38,8 +39,8 @@ def check_quantize(kind: str, rank: int) -> None:
         raise UserError(f"model.quantize={kind}: {_NEEDS_FLOATS}")
 
 
-def quantize(kernel: jax.Array) -> dict[str, jax.Array]:
-    """Quantises a kernel [..., in, out] to {"kernel": int8 [..., in, out], "scale": float32 [..., out]}.
+def quantize(kernel: Float[Array, "*layers D F"]) -> dict[str, Array]:
+    """Quantises a kernel to {"kernel": int8 [*layers, D, F], "scale": float32 [*layers, F]}.
 
     The error |kernel - quantised * scale| is at most scale / 2.
     """
@@ -50,7 +51,7 @@ def quantize(kernel: jax.Array) -> dict[str, jax.Array]:
     return {"kernel": rounded.astype(jnp.int8), "scale": scale}
 
 
-def quantize_leaf(path: str, leaf: jax.Array, place: Place | None = None) -> dict[str, jax.Array]:
+def quantize_leaf(path: str, leaf: Array, place: Place | None = None) -> dict[str, Array]:
     """The leaves by path that replace the leaf at the "/"-joined `path` of a base: kernel and scale, or itself.
 
     `place(path, shape)` gives the sharding of a result.
@@ -67,9 +68,9 @@ def quantize_leaf(path: str, leaf: jax.Array, place: Place | None = None) -> dic
 
 def quantize_params(params: Params) -> Params:
     """The base `params` with the kernels of its layers quantised to int8."""
-    flat = {}
+    flat: Params = {}
     for path, leaf in flax.traverse_util.flatten_dict(params, sep="/").items():
-        flat |= quantize_leaf(path, leaf)
+        flat |= quantize_leaf(path, cast(Array, leaf))
     return flax.traverse_util.unflatten_dict(flat, sep="/")
 
 

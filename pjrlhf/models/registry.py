@@ -2,23 +2,23 @@
 
 import dataclasses
 import functools
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Int
 
 from pjrlhf.errors import UserError
-
-Tree = Any  # leaves [U + 1, ...]: the table of a user model, optimizer moments of it, or both
+from pjrlhf.types import Array, Json, Tree
 
 
 @dataclasses.dataclass(frozen=True)
 class UserRegistry:
     """Names of the rows of user tables. Immutable: changes return a new registry and new tables.
 
-    Row 0 is the generic user and has no name. A change to one user leaves the rows of all others bit-identical.
+    A table is any tree with leaves [U + 1, ...]: the table of a user model, its optimizer moments, or both. Row 0 is
+    the generic user and has no name. A change to one user leaves the rows of all others bit-identical.
 
     Attributes:
       names: one per row; None for row 0 and for free rows.
@@ -50,9 +50,9 @@ class UserRegistry:
         """U, the number of rows for users, taken or free."""
         return len(self.names) - 1
 
-    def indices(self, users: Iterable[str | None]) -> np.ndarray:
-        """Rows of `users`, int32 [B]; 0, the generic user, for None and unknown names."""
-        return np.array([self.rows.get(user, 0) for user in users], np.int32)
+    def indices(self, users: Iterable[str | None]) -> Int[np.ndarray, " B"]:
+        """Rows of `users`; 0, the generic user, for None and unknown names."""
+        return np.array([0 if user is None else self.rows.get(user, 0) for user in users], np.int32)
 
     def add_users(self, table: Tree, users: Sequence[str]) -> tuple["UserRegistry", Tree]:
         """Gives each new user a free row, initialised with the generic user's.
@@ -82,7 +82,7 @@ class UserRegistry:
         grown = self._map(lambda x: jnp.concatenate([x, jnp.zeros((count, *x.shape[1:]), x.dtype)]), tree)
         return UserRegistry(self.names + (None,) * count), grown
 
-    def export_users(self, table: Tree, users: Sequence[str]) -> dict[str, Any]:
+    def export_users(self, table: Tree, users: Sequence[str]) -> dict[str, Json]:
         """Name -> all parameters of the user as JSON values, which `import_users` restores exactly.
 
         Raises:
@@ -91,7 +91,7 @@ class UserRegistry:
         found = zip(users, self._rows_of(users).tolist(), strict=True)
         return {user: self._map(lambda x, row=row: np.asarray(x[row]).tolist(), table) for user, row in found}
 
-    def import_users(self, table: Tree, exported: Mapping[str, Any]) -> tuple["UserRegistry", Tree]:
+    def import_users(self, table: Tree, exported: Mapping[str, Json]) -> tuple["UserRegistry", Tree]:
         """Writes exported users to their rows, and new users to free rows.
 
         Raises:
@@ -108,7 +108,7 @@ class UserRegistry:
                 ) from error
         return new, table
 
-    def _rows_of(self, users: Sequence[str]) -> np.ndarray:
+    def _rows_of(self, users: Sequence[str]) -> Int[np.ndarray, " B"]:
         for user in users:
             if user not in self.rows:
                 raise UserError(f"user {user!r}: unknown name; the table has {len(self.rows)} users")
@@ -132,7 +132,7 @@ class UserRegistry:
             names[row] = user
         return tuple(names)
 
-    def _map(self, change: Any, tree: Tree, *others: Any) -> Tree:
+    def _map(self, change: Callable[..., Array | Json], tree: Tree, *others: Tree) -> Tree:
         def checked(leaf, *values):
             if leaf.shape[0] != len(self.names):
                 raise ValueError(f"a user table of {leaf.shape[0]} rows beside a registry of {len(self.names)}")
@@ -141,7 +141,7 @@ class UserRegistry:
         return jax.tree.map(checked, tree, *others)
 
 
-def _shaped(value: Any, leaf: jax.Array) -> np.ndarray:
+def _shaped(value: Json, leaf: Array) -> np.ndarray:
     row = np.asarray(value, leaf.dtype)
     if row.shape != leaf.shape[1:]:
         raise ValueError(f"shape {row.shape} instead of {leaf.shape[1:]}")

@@ -1,21 +1,20 @@
-"""Attention on TPUs by JAX's splash attention kernel, which never writes attention scores to HBM.
-
-Shapes: B batch, T tokens, H query heads, G key/value heads, C head width.
-"""
+"""Attention on TPUs by JAX's splash attention kernel, which never writes attention scores to HBM."""
 
 import jax
 import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu import splash_attention
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
+from jaxtyping import Bool, Float
 
 from pjrlhf.parallel.mesh import num_shards
+from pjrlhf.types import Array
 
 BLOCK = 512  # tokens
 
 
 def unsupported(shape: tuple[int, ...], batch_sharding: NamedSharding | None) -> str:
-    """The reason not to use the kernel for queries of `shape` [B, T, H, C] in this sharding, "" if there is none."""
+    """The reason not to use the kernel for queries of `shape` [B, T, Hq, Dh] in this sharding, "" if there is none."""
     B, T, _, _ = shape
     if T < BLOCK:
         return f"{T} tokens are fewer than a block of {BLOCK}"
@@ -24,32 +23,30 @@ def unsupported(shape: tuple[int, ...], batch_sharding: NamedSharding | None) ->
 
 
 def attend_splash(
-    query: jax.Array,
-    key: jax.Array,
-    value: jax.Array,
-    mask: jax.Array,
+    query: Float[Array, "B T Hq Dh"],
+    key: Float[Array, "B T Hkv Dh"],
+    value: Float[Array, "B T Hkv Dh"],
+    mask: Bool[Array, "B T T"],
     softcap: float | None = None,
     batch_sharding: NamedSharding | None = None,
     block: int = BLOCK,
     interpret: bool = False,
-) -> jax.Array:
-    """`attention.attend` without a cache (S = T), one batch row at a time.
+) -> Float[Array, "B T Hq Dh"]:
+    """`attention.attend` without a cache (M = T), one batch row at a time.
 
     Args:
-      query: [B, T, H, C].
-      key, value: [B, T, G, C].
-      mask: bool [B, T, T]; the kernel skips blocks in which it is False throughout.
-      softcap: as in `attention.attend`.
+      query, key, value, softcap: as in `attention.attend`.
+      mask: True where a query may attend; the kernel skips blocks in which it is False throughout.
       batch_sharding: on several devices, sharding of the batch axis, whose number of shards must divide B. Heads are
         split as well where the mesh axis `tensor` divides them.
       block: tokens per block, a multiple of 128.
       interpret: emulate the kernel on other backends.
     """
-    T, C = query.shape[1], query.shape[3]
+    T, Dh = query.shape[1], query.shape[3]
     more = -T % block
     names = ("block_q", "block_kv", "block_kv_compute", "block_q_dkv", "block_kv_dkv", "block_kv_dkv_compute")
     sizes = splash_attention.BlockSizes(**dict.fromkeys((*names, "block_q_dq", "block_kv_dq"), block))
-    query = query * jnp.asarray(C**-0.5, query.dtype)
+    query = query * jnp.asarray(Dh**-0.5, query.dtype)
     # A query that may attend nowhere attends to itself: the kernel would divide by 0.
     mask = jnp.pad(mask, ((0, 0), (0, more), (0, more))) | jnp.eye(T + more, dtype=bool)
 
@@ -66,7 +63,7 @@ def attend_splash(
         # make_splash_mha (jax 0.10) turns this flag into an array, but the kernel branches on it in Python.
         kernel.fwd_mask_info = kernel.fwd_mask_info._replace(is_dynamic_mask=True)
         query, key, value = (jnp.pad(x, ((0, more), (0, 0), (0, 0))).swapaxes(0, 1) for x in heads)
-        return kernel(query, key, value).swapaxes(0, 1)[:T]
+        return jnp.asarray(kernel(query, key, value)).swapaxes(0, 1)[:T]
 
     def local(*arrays):
         return jax.lax.map(row, arrays)

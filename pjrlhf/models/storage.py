@@ -3,7 +3,6 @@
 import json
 import os
 import pathlib
-from typing import Any
 
 import flax.traverse_util
 import jax.numpy as jnp
@@ -11,21 +10,22 @@ import jax.numpy as jnp
 from pjrlhf.errors import UserError
 from pjrlhf.models.folders import reading, write_tensors
 from pjrlhf.parallel.processes import on_process_zero, to_host
+from pjrlhf.types import Json, Params
 
 
-def save_tree(path: str | os.PathLike, tree: Any, note: dict[str, Any] | None = None) -> None:
+def save_tree(path: str | os.PathLike, tree: Params, note: dict[str, Json] | None = None) -> None:
     """Writes a nested dict of arrays, and `note` as JSON, atomically. Every process must call it."""
     _write(pathlib.Path(path), flax.traverse_util.flatten_dict(to_host(tree), sep="/"), note or {})
 
 
 @on_process_zero
-def _write(path: pathlib.Path, flat: dict[str, Any], note: dict[str, Any]) -> None:
+def _write(path: pathlib.Path, flat: Params, note: dict[str, Json]) -> None:
     half = path.with_name(f".{path.name}.tmp")
     write_tensors(half, flat.items(), {"note": json.dumps(note)})
     os.replace(half, path)
 
 
-def load_tree(path: str | os.PathLike) -> tuple[Any, dict[str, Any]]:
+def load_tree(path: str | os.PathLike) -> tuple[Params, dict[str, Json]]:
     """(tree of jax arrays, note) as written by `save_tree`.
 
     Raises:

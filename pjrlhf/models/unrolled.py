@@ -5,14 +5,17 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Float
+
+from pjrlhf.types import Array, DType, Params
 
 # Per block of a layer: groups of linear layers that read the same input.
 SHARED_INPUTS = {"attention": (("query", "key", "value"), ("output",)), "mlp": (("gate", "up"), ("down",))}
 
 
 def unroll(
-    variables: Any, leading: int = 0, transposed: bool = False, fused: bool = False, dtype: Any = jnp.float32
-) -> Any:
+    variables: Params, leading: int = 0, transposed: bool = False, fused: bool = False, dtype: DType = jnp.float32
+) -> Params:
     """Variables of a decoder with `scan_layers` -> those of the same decoder without: slice i of "layers" becomes
     "layers_i".
 
@@ -26,7 +29,7 @@ def unroll(
         output is y + low B: four matmuls of a layer plus four small ones, instead of seven plus fourteen. Fused
         kernels are cast to `dtype`, the dtype of the matmul.
     """
-    unrolled = {}
+    unrolled: Params = {}
     for name, axis in (("params", leading), ("adapters", 1)):
         if name in variables:
             tree = dict(variables[name])
@@ -49,9 +52,9 @@ def unroll(
     return unrolled
 
 
-def _fuse(params: Any, bank: Any, dtype: Any) -> tuple[Any, Any]:
+def _fuse(params: Params, bank: Params, dtype: DType) -> tuple[Params, Params]:
     """(parameters, adapters) of one layer with the groups of `SHARED_INPUTS` fused where that pays."""
-    params, adapters = dict(params), {}
+    params, adapters = dict(params), dict[str, Any]()
     for block, groups in SHARED_INPUTS.items():
         tree, factors = dict(params[block]), bank.get(block, {})
         adapters[block] = {}
@@ -82,7 +85,7 @@ def _fuse(params: Any, bank: Any, dtype: Any) -> tuple[Any, Any]:
     return params, adapters
 
 
-def _block_diagonal(factors: Mapping[str, jax.Array], widths: Mapping[str, int]) -> jax.Array:
+def _block_diagonal(factors: Mapping[str, Float[Array, "K R _"]], widths: Mapping[str, int]) -> Float[Array, "K _ F"]:
     """One "b" [K, sum of R, sum of widths] from `factors` [K, R, width], each in the columns of its own layer."""
     before, rows, total = 0, [], sum(widths.values())
     for name, width in widths.items():

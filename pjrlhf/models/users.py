@@ -4,25 +4,24 @@ A user is a row of a table. Index 0 is the generic user, who stands for every un
 needs no table: it goes into the prompt (P-RLHF, arXiv 2402.05133). User tokens take positions right after BOS (see
 `reserve`); a row of `mix` weighs the adapters.
 
-Shapes: B examples, U users, T user tokens, D model width, C clusters, K adapters, V vocabulary, S positions of a row.
-
 Parameters are {"shared": leaves that all users share, "table": leaves [U + 1, ...], one row per user}; a kind without
 one of them omits it. They belong to one policy and, unlike a bank, have no axis K.
 """
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Bool, Float, Int
 from scipy.cluster.vq import kmeans2
 
 from pjrlhf.registry import Registry
+from pjrlhf.types import Array, Params, PRNGKey
 
-Params = Any
-Output = tuple[jax.Array | None, jax.Array | None]
+Output: TypeAlias = tuple[Float[Array, "B E D"] | None, Float[Array, "B K"] | None]  # (user tokens, mix)
 STARTS = ("vocabulary", "normal")
 SIZES = ("tokens", "width", "clusters", "adapters")
 KMEANS_RESTARTS = 20
@@ -35,14 +34,14 @@ class UserModel:
     Kinds (arXiv 2402.05133, section 4, except soup), or "package.module:kind" of your own, see `UserKind`:
       uniform: no parameters; training is then plain DPO.
       individualized: tokens e_i = e_0 + o_i, with an offset o_i for every user but the generic one.
-      cluster: tokens e_i = sum_c softmax(w_i)_c V_c, with one weight vector w_i for all T tokens, also for the generic
+      cluster: tokens e_i = sum_c softmax(w_i)_c V_c, with one weight vector w_i for all E tokens, also for the generic
         user.
       soup: no tokens; mix_i = softmax(w_i) over the K adapters.
 
     Attributes:
       num_users: U, without the generic user.
-      tokens, width: T and D, for kinds with tokens.
-      clusters: C, for kind cluster.
+      tokens, width: E and D, for kinds with tokens.
+      clusters: J, for kind cluster.
       adapters: K, for kind soup.
       start: initial values of e_0, V and non-zero offsets: "vocabulary" (input embeddings of random tokens, drawn with
         replacement) or "normal" (N(0, std^2)).
@@ -88,14 +87,14 @@ class UserModel:
 
     @property
     def num_tokens(self) -> int:
-        """Number of user tokens, by which prompts become longer: T, or 0 for kinds without."""
+        """Number of user tokens, by which prompts become longer: E, or 0 for kinds without."""
         return self.tokens if "tokens" in self._kind.sizes else 0
 
-    def init(self, key: jax.Array, embedding: jax.Array | None = None) -> Params:
+    def init(self, key: PRNGKey, embedding: Float[Array, "V D"] | None = None) -> Params:
         """Initial parameters, float32.
 
         Args:
-          embedding: the base's input embeddings [V, D], required by `start` "vocabulary".
+          embedding: the base's input embeddings, required by `start` "vocabulary".
 
         Raises:
           ValueError: `embedding` is required but missing, or has another width.
@@ -107,8 +106,8 @@ class UserModel:
                 raise ValueError(f"width={self.width} of the user model is not the embedding's {embedding.shape[1]}")
         return self._kind.init(self, key, embedding)
 
-    def apply(self, params: Params, users: jax.Array) -> Output:
-        """(user tokens float32 [B, T, D] or None, mix float32 [B, K] or None) of `users` int32 [B].
+    def apply(self, params: Params, users: Int[Array, " B"]) -> Output:
+        """(user tokens [B, E, D] or None, mix [B, K] or None) of `users`, float32.
 
         An index outside the table, such as a negative one, stands for the generic user.
         """
@@ -117,25 +116,27 @@ class UserModel:
         return self._kind.apply(params, _known(users, params["table"]) if self.personal else users)
 
 
-def _known(users: jax.Array, table: Params) -> jax.Array:
+def _known(users: Int[Array, " B"], table: Params) -> Int[Array, " B"]:
     """`users`, with 0 in place of indices outside the table."""
     return jnp.where((users >= 0) & (users < jax.tree.leaves(table)[0].shape[0]), users, 0)
 
 
-def _draw(model: UserModel, key: jax.Array, embedding: jax.Array | None, *axes: int) -> jax.Array:
-    """Token vectors [*axes, T, D]."""
-    if model.start == "normal":
+def _draw(
+    model: UserModel, key: PRNGKey, embedding: Float[Array, "V D"] | None, *axes: int
+) -> Float[Array, "*axes E D"]:
+    """Initial token vectors."""
+    if model.start == "normal" or embedding is None:
         return model.std * jax.random.normal(key, (*axes, model.tokens, model.width))
     ids = jax.random.randint(key, (*axes, model.tokens), 0, embedding.shape[0])
     return jnp.asarray(embedding, jnp.float32)[ids]
 
 
-def _weights(model: UserModel, key: jax.Array, size: int) -> jax.Array:
+def _weights(model: UserModel, key: PRNGKey, size: int) -> Float[Array, "_ {size}"]:
     shape = (model.num_users + 1, size)
     return jnp.zeros(shape) if model.zero_offset else jax.random.normal(key, shape)
 
 
-def _init_individualized(model: UserModel, key: jax.Array, embedding: jax.Array | None) -> Params:
+def _init_individualized(model: UserModel, key: PRNGKey, embedding: Float[Array, "V D"] | None) -> Params:
     keys = jax.random.split(key)
     if model.zero_offset:
         offset = jnp.zeros((model.num_users + 1, model.tokens, model.width))
@@ -144,27 +145,27 @@ def _init_individualized(model: UserModel, key: jax.Array, embedding: jax.Array 
     return {"shared": {"generic": _draw(model, keys[0], embedding)}, "table": {"offset": offset}}
 
 
-def _apply_individualized(params: Params, users: jax.Array) -> Output:
+def _apply_individualized(params: Params, users: Int[Array, " B"]) -> Output:
     own = jnp.where((users > 0)[:, None, None], params["table"]["offset"][users], 0.0)
     return params["shared"]["generic"] + own, None
 
 
-def _init_cluster(model: UserModel, key: jax.Array, embedding: jax.Array | None) -> Params:
+def _init_cluster(model: UserModel, key: PRNGKey, embedding: Float[Array, "V D"] | None) -> Params:
     keys = jax.random.split(key)
     centers = _draw(model, keys[0], embedding, model.clusters)
     return {"shared": {"centers": centers}, "table": {"weights": _weights(model, keys[1], model.clusters)}}
 
 
-def _apply_cluster(params: Params, users: jax.Array) -> Output:
+def _apply_cluster(params: Params, users: Int[Array, " B"]) -> Output:
     weights = jax.nn.softmax(params["table"]["weights"][users])
-    return jnp.einsum("bc,ctd->btd", weights, params["shared"]["centers"]), None
+    return jnp.einsum("bj,jed->bed", weights, params["shared"]["centers"]), None
 
 
-def _init_soup(model: UserModel, key: jax.Array, embedding: jax.Array | None) -> Params:
+def _init_soup(model: UserModel, key: PRNGKey, embedding: Float[Array, "V D"] | None) -> Params:
     return {"table": {"weights": _weights(model, key, model.adapters)}}
 
 
-def _apply_soup(params: Params, users: jax.Array) -> Output:
+def _apply_soup(params: Params, users: Int[Array, " B"]) -> Output:
     return None, jax.nn.softmax(params["table"]["weights"][users])
 
 
@@ -174,15 +175,15 @@ class UserKind:
 
     Attributes:
       init: (model, key, embedding [V, D] or None) -> parameters {"shared", "table"}; see the module. Table leaves named
-        "offset" [U + 1, T, D] or "weights" [U + 1, any] are split over devices, others are copied.
-      apply: (parameters, users int32 [B]) -> (user tokens float32 [B, T, D] or None, mix float32 [B, K] or None).
-      sizes: those of `SIZES` that must be positive. A kind with "tokens" adds user tokens; one with "adapters"
-        mixes adapters that are trained already.
+        "offset" [U + 1, E, D] or "weights" [U + 1, any] are split over devices, others are replicated.
+      apply: (parameters, users [B]) -> (user tokens [B, E, D] or None, mix [B, K] or None), float32.
+      sizes: those of `SIZES` that must be positive. A kind with "tokens" adds user tokens; one with "adapters" mixes
+        adapters that are trained already.
       personal: whether its parameters have a "table", a row for each user.
     """
 
-    init: Callable[[UserModel, jax.Array, jax.Array | None], Params]
-    apply: Callable[[Params, jax.Array], Output]
+    init: Callable[[UserModel, PRNGKey, Array | None], Params]
+    apply: Callable[[Params, Array], Output]
     sizes: tuple[str, ...] = ()
     personal: bool = True
 
@@ -212,7 +213,7 @@ def fit_clusters(
     model: UserModel,
     params: Params,
     count: int,
-    key: jax.Array,
+    key: PRNGKey,
     sharpness: float = 4.0,
     user_rows: Sequence[int] | None = None,
 ) -> Params:
@@ -224,7 +225,7 @@ def fit_clusters(
 
     Args:
       model, params: the individualized model.
-      count: C of the cluster model.
+      count: J of the cluster model.
       key: seeds k-means.
       sharpness: initial logit of a user's own centre; those of other centres are 0. The generic user's logits are the
         log fractions of users per centre.
@@ -232,11 +233,16 @@ def fit_clusters(
 
     Returns:
       Parameters of a `UserModel` of kind cluster.
+
+    Raises:
+      ValueError: `model` has no user tokens.
     """
     rows = params["table"]["offset"].shape[0]
-    user_rows = np.arange(1, rows) if user_rows is None else np.asarray(user_rows, np.int32)
-    U = len(user_rows)
-    vectors, _ = model.apply(params, jnp.asarray(user_rows))
+    trained = np.arange(1, rows) if user_rows is None else np.asarray(user_rows, np.int32)
+    U = len(trained)
+    vectors, _ = model.apply(params, jnp.asarray(trained))
+    if vectors is None:
+        raise ValueError(f"user model {model.kind!r} has no user tokens to cluster; give an individualized one")
     flat = np.asarray(vectors, np.float64).reshape(U, -1)
     rng = np.random.default_rng(int(jax.random.randint(key, (), 0, 2**31 - 1)))
 
@@ -250,12 +256,12 @@ def fit_clusters(
     centres = np.concatenate([centres, np.repeat(flat.mean(0)[None], count - len(centres), 0)])
     fractions = np.bincount(index, minlength=count) / U
     weights = np.zeros((rows, count))
-    weights[0], weights[user_rows] = np.log(fractions + 1e-3), sharpness * np.eye(count)[index]
+    weights[0], weights[trained] = np.log(fractions + 1e-3), sharpness * np.eye(count)[index]
     shared = {"centers": jnp.asarray(centres.reshape(count, *vectors.shape[1:]), jnp.float32)}
     return {"shared": shared, "table": {"weights": jnp.asarray(weights, jnp.float32)}}
 
 
-def gather_rows(params: Params, users: jax.Array) -> tuple[Params, jax.Array, jax.Array]:
+def gather_rows(params: Params, users: Int[Array, " B"]) -> tuple[Params, Int[Array, " B"], Int[Array, " B+1"]]:
     """Gathers the parameters of the users in a batch, so that the cost of a step does not grow with U.
 
         small, local, indices = gather_rows(params, users)
@@ -264,12 +270,12 @@ def gather_rows(params: Params, users: jax.Array) -> tuple[Params, jax.Array, ja
 
     Args:
       params: of any kind with a table.
-      users: int32 [B], rows of the table.
+      users: rows of the table.
 
     Returns:
       small: `params` with table leaves [B + 1, ...]: the generic row, then each user of the batch once, then zeros.
-      local: int32 [B], rows of `users` in `small`; `apply(small, local)` equals `apply(params, users)`.
-      indices: int32 [B + 1], the row of `params` behind each row of `small`; U + 1, which is no row, for padding and
+      local: rows of `users` in `small`; `apply(small, local)` equals `apply(params, users)`.
+      indices: the row of `params` behind each row of `small`; U + 1, which is no row, for padding and
         for a generic user who is not in the batch. `lazy_adam` skips these.
     """
     users = _known(users, params["table"])
@@ -284,21 +290,24 @@ def gather_rows(params: Params, users: jax.Array) -> tuple[Params, jax.Array, ja
 
 
 def reserve(
-    tokens: jax.Array, valid: jax.Array, count: int, user_offset: int = 1, placeholder: int = 0
-) -> tuple[jax.Array, jax.Array]:
-    """Inserts positions for user tokens into every row: [B, S] -> [B, S + T].
+    tokens: Int[Array, "B T"],
+    valid: Bool[Array, "B T"],
+    count: int,
+    user_offset: int = 1,
+    placeholder: int | Int[Array, ""] = 0,
+) -> tuple[Int[Array, "B T+{count}"], Bool[Array, "B T+{count}"]]:
+    """Inserts positions for `count` user tokens into every row.
 
     Args:
-      tokens, valid: int32 and bool [B, S]. The valid tokens of a row must be consecutive; padding on either side stays.
-      count: T.
+      tokens, valid: the valid tokens of a row must be consecutive; padding on either side stays.
       user_offset: 1 inserts after the first token, which is BOS; 0 inserts before it, for tokenizers without BOS. Must
         equal the `user_offset` of the decoder.
       placeholder: token id at the new positions; the decoder ignores it.
     """
-    S = tokens.shape[1]
-    columns = jnp.arange(S + count)
+    T = tokens.shape[1]
+    columns = jnp.arange(T + count)
     position = columns - jnp.argmax(valid, axis=1)[:, None]
     is_user = (position >= user_offset) & (position < user_offset + count)
-    source = jnp.clip(jnp.where(position < user_offset, columns, columns - count), 0, S - 1)
+    source = jnp.clip(jnp.where(position < user_offset, columns, columns - count), 0, T - 1)
     tokens = jnp.where(is_user, placeholder, jnp.take_along_axis(tokens, source, axis=1))
     return tokens, is_user | jnp.take_along_axis(valid, source, axis=1)

@@ -52,7 +52,7 @@ def gae(
     values: Float[Array, "B T"],
     mask: Shaped[Array, "B T"],
     gamma: float = 1.0,
-    lam: float = 0.95,
+    lam: float | Float[Array, ""] = 0.95,
 ) -> tuple[Float[Array, "B T"], Float[Array, "B T"]]:
     """Generalised advantage estimation (arXiv 1506.02438, eq. 16) over masked tokens.
 

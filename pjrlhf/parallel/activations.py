@@ -3,12 +3,14 @@
 import jax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
+from jaxtyping import Shaped
 
 from pjrlhf.parallel.mesh import num_shards
+from pjrlhf.types import Array
 
 
-def constrain_batch(x: jax.Array, sharding: NamedSharding | None) -> jax.Array:
-    """`x` [B, ...] with its batch axis constrained to `sharding`; unchanged where B does not divide evenly.
+def constrain_batch(x: Shaped[Array, "B ..."], sharding: NamedSharding | None) -> Shaped[Array, "B ..."]:
+    """`x` with its batch axis constrained to `sharding`; unchanged where B does not divide evenly.
 
     Without the constraint, XLA may split the contraction over D when weights are sharded, and communicate activations
     instead of weights: seven times as many bytes for an 8B model.
@@ -34,12 +36,14 @@ def layer_sharding(shape: tuple[int, ...], sharding: NamedSharding | None) -> Na
     return NamedSharding(sharding.mesh, P(data, None, fsdp))
 
 
-def constrain_reshard(x: jax.Array, source: NamedSharding | None, target: NamedSharding | None) -> jax.Array:
-    """`x` [B, ...] with its batch axis constrained to `source` and then to `target`, where they differ.
+def constrain_reshard(
+    x: Shaped[Array, "B ..."], source: NamedSharding | None, target: NamedSharding | None
+) -> Shaped[Array, "B ..."]:
+    """`x` with its batch axis constrained to `source` and then to `target`, where they differ.
 
     The other axes are left to the compiler.
     """
-    if source == target:
+    if source is None or target is None or source == target:
         return x
     for sharding in (source, target):
         if x.shape[0] % num_shards(sharding) == 0:

@@ -8,20 +8,21 @@ import collections
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import TypeAlias
 
 import jax
 import numpy as np
 from jax.experimental import mesh_utils
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from pjrlhf.errors import UserError
 from pjrlhf.parallel.processes import to_devices
+from pjrlhf.types import Device, Tree
 
 AXES = ("data", "fsdp", "tensor")
 BATCH_AXES = ("data", "fsdp")
-Axis = str | tuple[str, ...] | None
+Axis: TypeAlias = str | tuple[str, ...] | None
 
 # (pattern on the "/"-joined path, partition spec of the last axes of the leaf). The first match counts; a leaf without
 # a match is replicated. Leading axes (layers, adapters) are never split. A tuple splits an axis over several mesh axes.
@@ -44,7 +45,7 @@ RULES: tuple[tuple[str, tuple[Axis, ...]], ...] = (
 )
 
 
-def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
+def make_mesh(sizes: Mapping[str, int], devices: Sequence[Device] | None = None) -> Mesh:
     """A mesh over `devices`, by default all.
 
     Args:
@@ -70,7 +71,7 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = N
     return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
-def _axis_size(mesh: Mesh, axis: Axis) -> int:
+def _axis_size(mesh: Mesh | AbstractMesh, axis: Axis) -> int:
     """Number of shards along `axis`."""
     return math.prod(mesh.shape[name] for name in ((axis,) if isinstance(axis, str) else axis or ()))
 
@@ -97,7 +98,7 @@ def leaf_sharding(mesh: Mesh, path: str, shape: tuple[int, ...]) -> NamedShardin
     return NamedSharding(mesh, P())
 
 
-def shardings(mesh: Mesh, tree: Any) -> Any:
+def shardings(mesh: Mesh, tree: Tree) -> Tree:
     """The shardings of all leaves of `tree` by `RULES`; leaves need only a shape."""
 
     def of(path, leaf):
@@ -106,7 +107,7 @@ def shardings(mesh: Mesh, tree: Any) -> Any:
     return jax.tree_util.tree_map_with_path(of, tree)
 
 
-def shard_params(mesh: Mesh, tree: Any) -> Any:
+def shard_params(mesh: Mesh, tree: Tree) -> Tree:
     """Places parameters, adapter banks, heads or a whole training state on devices by `RULES`.
 
     Also on one device: a step would be compiled twice if its result were placed differently from its argument.
@@ -114,16 +115,16 @@ def shard_params(mesh: Mesh, tree: Any) -> Any:
     return jax.tree.map(to_devices, tree, shardings(mesh, tree))
 
 
-def bytes_per_device(tree: Any) -> int:
+def bytes_per_device(tree: Tree) -> int:
     """Bytes that the arrays of `tree` take on the device of this process that holds the most."""
-    held: collections.Counter[jax.Device] = collections.Counter()
+    held: collections.Counter[Device] = collections.Counter()
     for leaf in jax.tree.leaves(tree):
         for shard in leaf.addressable_shards:
             held[shard.device] += shard.data.nbytes
     return max(held.values(), default=0)
 
 
-def sharded(mesh: Mesh, make: Callable[..., Any], *arguments: Any, donate: tuple[int, ...] = ()) -> Any:
+def sharded(mesh: Mesh, make: Callable[..., Tree], *arguments: Tree, donate: tuple[int, ...] = ()) -> Tree:
     """`make(*arguments)`, jitted with its result sharded by `RULES`: no device ever holds more than its shards.
 
     `donate` lists the positions of arguments whose buffers the result may reuse.
@@ -132,7 +133,7 @@ def sharded(mesh: Mesh, make: Callable[..., Any], *arguments: Any, donate: tuple
     return jax.jit(make, out_shardings=out_shardings, donate_argnums=donate)(*arguments)
 
 
-def constrain_state(mesh: Mesh, tree: Any) -> Any:
+def constrain_state(mesh: Mesh, tree: Tree) -> Tree:
     """Inside `jax.jit`: constrains the leaves of `tree` to `RULES`.
 
     A step that constrains its output to the shardings of its input can donate the input, and is not compiled again
@@ -155,7 +156,7 @@ def batch_sharding(mesh: Mesh, rows: int = 0) -> NamedSharding:
     return NamedSharding(mesh, P(BATCH_AXES))
 
 
-def shard_batch(mesh: Mesh, batch: Any) -> Any:
+def shard_batch(mesh: Mesh, batch: Tree) -> Tree:
     """Splits axis 0 of every array over data x fsdp. All processes pass the same batch, and each places its rows.
 
     Raises:

@@ -7,16 +7,19 @@ files, and the others wait until they are written.
 import functools
 import os
 from collections.abc import Callable, Mapping
-from typing import Any, TypeVar
+from typing import ParamSpec, TypeVar
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from absl import logging
 from jax.experimental import multihost_utils
 
 from pjrlhf.errors import UserError
+from pjrlhf.types import Array, Tree
 
 T = TypeVar("T")
+P = ParamSpec("P")
 
 MODES = ("auto", "on", "off")
 HEARTBEAT_SECONDS = 30  # a process silent for this long counts as dead, which ends the job
@@ -85,13 +88,13 @@ def barrier(name: str) -> None:
         multihost_utils.sync_global_devices(name)
 
 
-def on_process_zero(write: Callable[..., T]) -> Callable[..., T | None]:
+def on_process_zero(write: Callable[P, T]) -> Callable[P, T | None]:
     """Decorates `write` to run on process 0 only; the other processes wait for it and get None."""
 
     @functools.wraps(write)
-    def once(*args: Any, **kwargs: Any) -> T | None:
+    def once(*args: P.args, **kwargs: P.kwargs) -> T | None:
         result = write(*args, **kwargs) if is_process_zero() else None
-        barrier(write.__qualname__)
+        barrier(getattr(write, "__qualname__", repr(write)))
         return result
 
     return once
@@ -107,7 +110,7 @@ def on_all_processes(flag: bool) -> bool:
     return flag if jax.process_count() == 1 else bool(np.all(multihost_utils.process_allgather(np.array(flag))))
 
 
-def to_host(tree: Any) -> Any:
+def to_host(tree: Tree) -> Tree:
     """Whole numpy copies of all arrays on every process, whatever their sharding. All processes must call it."""
 
     def one(x):
@@ -118,11 +121,11 @@ def to_host(tree: Any) -> Any:
     return jax.device_get(jax.tree.map(one, tree))
 
 
-def to_devices(x: Any, sharding: jax.sharding.Sharding) -> jax.Array:
+def to_devices(x: Array | np.ndarray, sharding: jax.sharding.Sharding) -> Array:
     """Places `x` by `sharding`. If it spans several processes, all pass the same `x` and each places its shards."""
     if sharding.is_fully_addressable:
         return jax.device_put(x, sharding)
-    if isinstance(x, jax.Array) and (jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key) or x.committed):
+    if isinstance(x, jax.Array) and (jnp.issubdtype(x.dtype, jax.dtypes.prng_key) or x.committed):
         return jax.jit(lambda y: y, out_shardings=sharding)(x)
     host = np.asarray(x)
     return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])

@@ -7,11 +7,13 @@ a transformer are negligible. XLA's cost analysis counts the body of a loop once
 import dataclasses
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-import jax
-import numpy as np
+import jax.numpy as jnp
+from jax.core import ShapedArray
+from jax.extend.core import Jaxpr
+from jax.stages import Compiled
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +60,7 @@ class Cost:
 _FUSED = {"dot_product_attention_fwd_wrapper": 2, "dot_product_attention_bwd_wrapper": 4}
 
 
-def matmul_cost(jaxpr: Any, trip_count: int = 1) -> Cost:
+def matmul_cost(jaxpr: Jaxpr, trip_count: int = 1) -> Cost:
     """Cost of the matmuls of a jaxpr; loops without a static length run `trip_count` times.
 
     A matmul of [..., m, k] and [..., k, n] takes 2 m k n FLOPs per batch element. An operand converted from integers is
@@ -68,30 +70,27 @@ def matmul_cost(jaxpr: Any, trip_count: int = 1) -> Cost:
     total, integers = Cost(), {}
     for equation in jaxpr.eqns:
         name = equation.primitive.name
-        if name == "convert_element_type" and jax.dtypes.issubdtype(equation.invars[0].aval.dtype, np.integer):
-            integers[id(equation.outvars[0])] = equation.invars[0].aval
+        operands: list[Any] = [x.aval for x in equation.invars]
+        results: list[Any] = [x.aval for x in equation.outvars]
+        if name == "convert_element_type" and jnp.issubdtype(operands[0].dtype, jnp.integer):
+            integers[id(equation.outvars[0])] = operands[0]
         if name == "dot_general":
             (contracting, _), _ = equation.params["dimension_numbers"]
-            left, out = equation.invars[0].aval, equation.outvars[0].aval
-            depth = math.prod(left.shape[axis] for axis in contracting)
-            read = (integers.get(id(x), x.aval) for x in equation.invars)
-            moved = sum(math.prod(x.shape) * x.dtype.itemsize for x in (*read, out))
-            total += Cost(2.0 * math.prod(out.shape) * depth, moved)
+            depth = math.prod(operands[0].shape[axis] for axis in contracting)
+            read = [integers.get(id(x), aval) for x, aval in zip(equation.invars, operands, strict=True)]
+            total += Cost(2.0 * math.prod(results[0].shape) * depth, _bytes([*read, *results]))
             continue
         if name in _FUSED:
-            (B, T, H, C), S = equation.invars[0].aval.shape, equation.invars[1].aval.shape[1]
-            seen = (T + 1) / 2 if "CAUSAL" in str(equation.params["mask_type"]) else S
-            moved = sum(math.prod(x.aval.shape) * x.aval.dtype.itemsize for x in equation.invars + equation.outvars)
-            total += Cost(_FUSED[name] * 2.0 * B * H * T * seen * C, moved)
+            (B, T, Hq, Dh), M = operands[0].shape, operands[1].shape[1]
+            seen = (T + 1) / 2 if "CAUSAL" in str(equation.params["mask_type"]) else M
+            total += Cost(_FUSED[name] * 2.0 * B * Hq * T * seen * Dh, _bytes([*operands, *results]))
             continue
         inner = [matmul_cost(part, trip_count) for part in _subjaxprs(equation.params)]
         if not inner:
             continue
         if name == "pallas_call":  # operands of its matmuls are blocks on the chip: bytes are those of the call
-            ends = [x.aval for x in (*equation.invars, *equation.outvars)]
-            moved = sum(math.prod(x.shape) * x.dtype.itemsize for x in ends)
             programs = math.prod(equation.params["grid_mapping"].grid)
-            total += Cost(programs * sum(cost.flops for cost in inner), moved)
+            total += Cost(programs * sum(cost.flops for cost in inner), _bytes([*operands, *results]))
         elif name == "shard_map":  # every device runs it
             total += sum(inner, Cost()) * equation.params["mesh"].size
         elif name == "cond":
@@ -102,7 +101,12 @@ def matmul_cost(jaxpr: Any, trip_count: int = 1) -> Cost:
     return total
 
 
-def _subjaxprs(params: Mapping[str, Any]) -> Iterator[Any]:
+def _bytes(avals: Sequence[ShapedArray]) -> int:
+    """Bytes of arrays of these shapes and dtypes."""
+    return sum(math.prod(x.shape) * x.dtype.itemsize for x in avals)
+
+
+def _subjaxprs(params: Mapping[str, Any]) -> Iterator[Jaxpr]:
     """The jaxprs among the parameters of an equation."""
     for value in params.values():
         for part in value if isinstance(value, tuple | list) else (value,):
@@ -227,8 +231,8 @@ def estimate(chip: Chip, chips: int, cost: Cost, sent: float) -> Estimate:
     )
 
 
-def memory_bytes(compiled: Any) -> int:
+def memory_bytes(compiled: Compiled) -> int:
     """Peak bytes of a compiled program on one device: arguments, results, temporaries and code."""
-    m = compiled.memory_analysis()
+    m: Any = compiled.memory_analysis()
     held = m.argument_size_in_bytes + m.output_size_in_bytes - m.alias_size_in_bytes
     return int(held + m.temp_size_in_bytes + m.generated_code_size_in_bytes)

@@ -4,14 +4,15 @@ Parameters are not merged. One forward pass runs all K policies, each as a batch
 """
 
 import copy
-from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Bool, Float, Int
 
 from pjrlhf.models.adapters import AdapterConfig, Policies, copy_indices
 from pjrlhf.models.decoder import Cache, Decoder
 from pjrlhf.objectives.multi_objective import combine_logps
+from pjrlhf.types import Array, Params
 
 
 class PolicyEnsemble:
@@ -19,7 +20,7 @@ class PolicyEnsemble:
 
     Args:
       model, adapter, base, bank: as for `Policies`; the bank must be low-rank, since every batch row is a policy.
-      weights: float [B, K], weights of the policies for each example.
+      weights: of the policies, for each example.
       divergence: see `combine_logps`.
     """
 
@@ -27,16 +28,18 @@ class PolicyEnsemble:
         self,
         model: Decoder,
         adapter: AdapterConfig,
-        base: Any,
-        bank: Any,
-        weights: jax.Array,
+        base: Params,
+        bank: Params,
+        weights: Float[Array, "B K"],
         divergence: str | float = "reverse_kl",
     ):
         self.model, self.weights, self.divergence = model, weights, divergence
         self.copies = weights.shape[1]
         self.policies = Policies(model, adapter, base, bank, jnp.tile(jnp.eye(self.copies), (len(weights), 1)))
 
-    def reserve(self, tokens: jax.Array, valid: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def reserve(
+        self, tokens: Int[Array, "B T"], valid: Bool[Array, "B T"]
+    ) -> tuple[Int[Array, "B T"], Bool[Array, "B T"]]:
         """Returns the rows unchanged: an ensemble has no user tokens."""
         return tokens, valid
 
@@ -51,7 +54,7 @@ class PolicyEnsemble:
         """See `Policies.selectable`."""
         return self.policies.selectable
 
-    def select(self, rows: jax.Array, count: int) -> "PolicyEnsemble":
+    def select(self, rows: Int[Array, " C"], count: int) -> "PolicyEnsemble":
         """See `Policies.select`."""
         ensemble = copy.copy(self)
         ensemble.weights = self.weights[rows]
@@ -59,16 +62,20 @@ class PolicyEnsemble:
         return ensemble
 
     def __call__(
-        self, tokens: jax.Array, valid: jax.Array, cache: Cache | None = None, offset: jax.Array | int = 0
-    ) -> tuple[jax.Array, Cache | None]:
+        self,
+        tokens: Int[Array, "B T"],
+        valid: Bool[Array, "B M"],
+        cache: Cache | None = None,
+        offset: Int[Array, ""] | int = 0,
+    ) -> tuple[Float[Array, "B T KD"], Cache | None]:
         """Hidden states of all policies, concatenated to [B, T, K D], and the cache of B K rows."""
-        rows = [jnp.repeat(x, self.copies, axis=0) for x in (tokens, valid)]
-        hidden, cache = self.policies(*rows, cache, offset)
+        repeated, repeated_valid = (jnp.repeat(x, self.copies, axis=0) for x in (tokens, valid))
+        hidden, cache = self.policies(repeated, repeated_valid, cache, offset)
         B, T = tokens.shape
         return hidden.reshape(B, self.copies, T, -1).swapaxes(1, 2).reshape(B, T, -1), cache
 
-    def logits(self, hidden: jax.Array) -> jax.Array:
-        """Log-probs [B, T, V] of the combined distribution, from hidden states [B, T, K D]."""
+    def logits(self, hidden: Float[Array, "B T KD"]) -> Float[Array, "B T V"]:
+        """Log-probs of the combined distribution, from hidden states [B, T, K D]."""
         B, T, _ = hidden.shape
         rows = hidden.reshape(B, T, self.copies, -1).swapaxes(1, 2).reshape(B * self.copies, T, -1)
         logps = jax.nn.log_softmax(self.policies.logits(rows))

@@ -1,17 +1,17 @@
-"""Sampling with a key/value cache: one prefill, and a decode loop that compacts the batch as rows finish.
-
-Shapes: B rows, P prompt positions (left-padded), N new tokens, V vocabulary, K adapters, G rows of `mix`.
-"""
+"""Sampling with a key/value cache: one prefill, and a decode loop that compacts the batch as rows finish."""
 
 import dataclasses
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Bool, Float, Int
 
 from pjrlhf.errors import UserError
 from pjrlhf.models.adapters import Policies, copy_indices
 from pjrlhf.models.decoder import init_cache
 from pjrlhf.rollout.batches import Prompts, Rollout
+from pjrlhf.rollout.decoding import PolicyEnsemble
+from pjrlhf.types import PRNGKey
 
 # Smallest batch to compact to: with fewer rows, a matmul is bound by reading its kernel and gets no faster.
 MIN_COMPACT_ROWS = 16
@@ -23,7 +23,7 @@ class Sampling:
 
     Attributes:
       max_new_tokens: N.
-      eos_id, pad_id: token ids.
+      eos_id, pad_id: token ids, which may be traced.
       temperature: 0 is greedy.
       top_k, top_p: truncation of the distribution, 0 and 1 turn it off. For serving and evaluation only: training
         scores samples under the full distribution, so truncated samples would give wrong ratios.
@@ -33,8 +33,8 @@ class Sampling:
     """
 
     max_new_tokens: int
-    eos_id: int
-    pad_id: int
+    eos_id: int | Int[Array, ""]
+    pad_id: int | Int[Array, ""]
     temperature: float = 1.0
     top_k: int = 0
     top_p: float = 1.0
@@ -52,8 +52,8 @@ class Sampling:
         return self.top_k > 0 or self.top_p < 1.0
 
 
-def truncate(logits: jax.Array, top_k: int, top_p: float) -> jax.Array:
-    """Sets logits [B, V] outside the truncated distribution to -inf.
+def truncate(logits: Float[Array, "B V"], top_k: int, top_p: float) -> Float[Array, "B V"]:
+    """Sets logits outside the truncated distribution to -inf.
 
     Keeps the `top_k` most likely tokens, then the smallest set with probability >= `top_p` (arXiv 1904.09751). Ties
     with the last token kept are kept.
@@ -71,13 +71,15 @@ def truncate(logits: jax.Array, top_k: int, top_p: float) -> jax.Array:
     return logits
 
 
-def generate(policies: Policies, sampling: Sampling, prompts: Prompts, key: jax.Array) -> Rollout:
+def generate(policies: Policies | PolicyEnsemble, sampling: Sampling, prompts: Prompts, key: PRNGKey) -> Rollout:
     """Samples one continuation [B, N] of every prompt [B, P]; call it inside `jax.jit`.
 
+
     Args:
-      policies: `Policies` or a `PolicyEnsemble` for a batch of B.
+      policies: of a batch of B rows.
       sampling: static settings.
-      key: PRNG key.
+      key: of the samples.
+
     """
     prompt, prompt_valid = policies.reserve(prompts.tokens, prompts.valid)
     B, P = prompt.shape

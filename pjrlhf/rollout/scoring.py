@@ -2,54 +2,58 @@
 
 Unpacked rows come without positions for user tokens; policies with user tokens insert them here. So a reference without
 user tokens sees the plain prompt, and the response is always the last N positions.
-
-Shapes: B rows, P prompt positions (left-padded), N response positions (right-padded), D model width, K adapters,
-V vocabulary. `data.packing` gives the shapes of packed rows.
 """
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
+from jaxtyping import Bool, Float, Int, Shaped
 
 from pjrlhf.data.packing import NOWHERE, PackedRows
 from pjrlhf.models.adapters import Policies
 from pjrlhf.models.decoder import Layout
+from pjrlhf.types import Array, Params, PRNGKey
 
 # The projection to the vocabulary runs in chunks of tokens whose logits take at most `LOGIT_BYTES` per device, and
 # recomputes them in the backward pass. If all logits fit in `SAVED_CHUNKS` times as many bytes, they are saved for the
 # backward pass instead, and chunks are a quarter as large, which uses the processor's cache better.
 LOGIT_BYTES = 2**28
 SAVED_CHUNKS = 4
+T = TypeVar("T")
 
 
-def join(prompt: jax.Array, response: jax.Array) -> jax.Array:
-    """Concatenates [B, P] and [B, N] to [B, P + N]."""
+def join(prompt: Shaped[Array, "B P"], response: Shaped[Array, "B N"]) -> Shaped[Array, "B P+N"]:
+    """Concatenates prompt and response rows."""
     return jnp.concatenate([prompt, response], axis=1)
 
 
-def response_states(policies: Policies, tokens: jax.Array, valid: jax.Array, prompt_length: int) -> jax.Array:
-    """Hidden states [B, N, D] that predict the response of rows [B, P + N]; P = `prompt_length`."""
+def response_states(
+    policies: Policies, tokens: Int[Array, "B T"], valid: Bool[Array, "B T"], prompt_length: int
+) -> Float[Array, "B N D"]:
+    """Hidden states that predict the response, N = T - `prompt_length`."""
     N = tokens.shape[1] - prompt_length
     hidden, _ = policies(*policies.reserve(tokens, valid))
     return hidden[:, -N - 1 : -1]
 
 
 @jax.custom_vjp
-def _log_softmax_at(logits: jax.Array, target: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """(log-probability of `target` [...], entropy [...]) of softmax(logits [..., V]), nats.
+def _log_softmax_at(
+    logits: Float[Array, "*batch V"], target: Int[Array, "*batch"]
+) -> tuple[Float[Array, "*batch"], Float[Array, "*batch"]]:
+    """(log-probability of `target`, entropy) of softmax(logits), nats.
 
     Reduces over the vocabulary without a gather, so that devices sum their shards of V. Saves only the logits and
-    results [...] for the backward pass.
+    results [*batch] for the backward pass.
     """
     return _log_softmax(logits, target)[0]
 
 
 def _log_softmax(logits, target):
-    """((log-probability, entropy), log normaliser), each [...]."""
+    """((log-probability, entropy), log normaliser), each [*batch]."""
     maximum = logits.max(-1)
     z = logits - maximum[..., None]
     weight = jnp.exp(z)
@@ -81,8 +85,10 @@ def _backward(residuals, gradients):
 _log_softmax_at.defvjp(_forward, _backward, symbolic_zeros=True)
 
 
-def _chunked(score: Callable[..., Any], policies: Policies, states: jax.Array, target: jax.Array) -> Any:
-    """`score(states [B, n, D], target [B, n])`, leaves [B, n], applied to chunks of N tokens, see `LOGIT_BYTES`."""
+def _chunked(
+    score: Callable[[Array, Array], T], policies: Policies, states: Float[Array, "B N D"], target: Int[Array, "B N"]
+) -> T:
+    """`score(states, target)`, leaves [B, N], applied to chunks of the N tokens, see `LOGIT_BYTES`."""
     (B, N), model = target.shape, policies.model
     shards = 1
     if model.batch_sharding is not None:  # rows are split over data x fsdp, the vocabulary over tensor
@@ -104,9 +110,12 @@ def _chunked(score: Callable[..., Any], policies: Policies, states: jax.Array, t
 
 
 def token_logps(
-    policies: Policies, states: jax.Array, response: jax.Array, temperature: float = 1.0
-) -> tuple[jax.Array, jax.Array]:
-    """(log-probabilities of `response` [B, N], entropies) of softmax(logits / temperature), float32 [B, N], nats.
+    policies: Policies,
+    states: Float[Array, "B N D"],
+    response: Int[Array, "B N"],
+    temperature: Float[Array, ""] | float = 1.0,
+) -> tuple[Float[Array, "B N"], Float[Array, "B N"]]:
+    """(log-probabilities of `response`, entropies) of softmax(logits / temperature), float32, nats.
 
     `states` are those of `response_states`. Chunked: logits [B, N, V] never exist at once if they are large.
     """
@@ -117,17 +126,17 @@ def token_logps(
     return _chunked(score, policies, states, response)
 
 
-def _logps(policies: Policies, states: jax.Array, target: jax.Array) -> jax.Array:
+def _logps(policies: Policies, states: Float[Array, "B N D"], target: Int[Array, "B N"]) -> Float[Array, "B N"]:
     """Log-probabilities at temperature 1. Without entropies, which would cost time in the backward pass."""
     return _chunked(lambda *chunk: _log_softmax_at(policies.logits(chunk[0]), chunk[1])[0], policies, states, target)
 
 
 def sequence_logps(
-    policies: Policies, tokens: jax.Array, valid: jax.Array, prompt_length: int
-) -> tuple[jax.Array, jax.Array]:
-    """(summed log-probabilities in nats, number of tokens) of the responses of rows [B, P + N], both float32 [B].
+    policies: Policies, tokens: Int[Array, "B T"], valid: Bool[Array, "B T"], prompt_length: int
+) -> tuple[Float[Array, " B"], Float[Array, " B"]]:
+    """(summed log-probabilities in nats, number of tokens) of the responses, float32.
 
-    P = `prompt_length`. Prompt, user tokens and padding are not scored.
+    A row has `prompt_length` prompt positions. Prompt, user tokens and padding are not scored.
     """
     mask = valid[:, prompt_length:]
     states = response_states(policies, tokens, valid, prompt_length)
@@ -135,26 +144,26 @@ def sequence_logps(
     return jnp.where(mask, logps, 0.0).sum(1), mask.sum(1).astype(jnp.float32)
 
 
-def _packed_states(policies: Policies, rows: PackedRows, columns: jax.Array) -> jax.Array:
-    """Hidden states [Z, S, D] of packed rows at positions `columns` [Z, S] of their parts."""
+def _packed_states(policies: Policies, rows: PackedRows, columns: Int[Array, "Z X"]) -> Float[Array, "Z X D"]:
+    """Hidden states of packed rows at positions `columns` of their parts."""
     layout = Layout(rows.position, rows.segment, rows.branch, rows.owner)
     hidden, _ = policies(rows.tokens, rows.segment > 0, layout=layout)
     return _at(hidden, columns)
 
 
-def _at(x: jax.Array, columns: jax.Array) -> jax.Array:
-    """Gathers [Z, S, ...] from `x` [R, T, ...] at positions `columns` [Z, S] of its Z parts of R T / Z positions."""
+def _at(x: Shaped[Array, "B T *rest"], columns: Int[Array, "Z X"]) -> Shaped[Array, "Z X *rest"]:
+    """Gathers `x` at positions `columns` of its Z parts of B T / Z positions each."""
     columns = columns.reshape(*columns.shape, *[1] * (x.ndim - 2))
     return jnp.take_along_axis(x.reshape(len(columns), -1, *x.shape[2:]), columns, axis=1)
 
 
-def _per_answer(values: jax.Array, answer: jax.Array, count: int) -> jax.Array:
-    """Sums `values` by their index in `answer`, [count]; values of no answer are dropped."""
+def _per_answer(values: Float[Array, "Z X"], answer: Int[Array, "Z X"], count: int) -> Float[Array, " {count}"]:
+    """Sums `values` by their index in `answer`; values of no answer are dropped."""
     return jnp.zeros(count, values.dtype).at[answer].add(values, mode="drop")
 
 
-def packed_token_logps(policies: Policies, rows: PackedRows) -> tuple[jax.Array, jax.Array]:
-    """(log-probabilities float32 [Z, S] in nats, mask bool [Z, S]) of the answers' tokens in packed rows.
+def packed_token_logps(policies: Policies, rows: PackedRows) -> tuple[Float[Array, "Z X"], Bool[Array, "Z X"]]:
+    """(log-probabilities in nats, mask) of the answers' tokens in packed rows.
 
     `rows.owner` indexes the rows of `mix` (where it has several) and of user tokens.
     """
@@ -162,15 +171,17 @@ def packed_token_logps(policies: Policies, rows: PackedRows) -> tuple[jax.Array,
     return _logps(policies, states, rows.targets), rows.answer < NOWHERE
 
 
-def packed_logps(policies: Policies, rows: PackedRows) -> jax.Array:
-    """Log-probabilities of `packed_token_logps` summed by answer, float32 [E A]."""
+def packed_logps(policies: Policies, rows: PackedRows) -> Float[Array, " {rows.answers}"]:
+    """Log-probabilities of `packed_token_logps` summed over each answer."""
     return _per_answer(packed_token_logps(policies, rows)[0], rows.answer, rows.answers)
 
 
-def packed_rewards(policies: Policies, heads: dict[str, jax.Array], mix: jax.Array, rows: PackedRows) -> jax.Array:
-    """Rewards of the answers in packed rows, float32 [E A]: the head at each answer's last token.
+def packed_rewards(
+    policies: Policies, heads: Params, mix: Float[Array, "O K"], rows: PackedRows
+) -> Float[Array, " {rows.answers}"]:
+    """Rewards of the answers in packed rows, float32: the head at each answer's last token.
 
-    `mix` [1, K] or [owners, K] combines the heads.
+    `mix` combines the heads, by one row for all owners or one for each.
     """
     states = _packed_states(policies, rows, rows.last).astype(jnp.float32)
     kernel, bias = mix @ heads["kernel"], mix @ heads["bias"]
@@ -182,13 +193,13 @@ def packed_rewards(policies: Policies, heads: dict[str, jax.Array], mix: jax.Arr
     return _per_answer(values, rows.last_answer, rows.answers)
 
 
-def wasted_tokens(rows: PackedRows) -> tuple[jax.Array, jax.Array]:
+def wasted_tokens(rows: PackedRows) -> tuple[Float[Array, ""], Float[Array, ""]]:
     """(padding positions, all positions) of packed rows, float32."""
     padding = (rows.segment == 0).astype(jnp.float32)
     return padding.sum(), jnp.float32(padding.size)
 
 
-def init_heads(count: int, width: int, key: jax.Array | None = None) -> dict[str, jax.Array]:
+def init_heads(count: int, width: int, key: PRNGKey | None = None) -> dict[str, Array]:
     """K = `count` scalar heads: "kernel" [K, D] and "bias" [K].
 
     Kernels are zero (value heads), or with a `key` N(0, 1 / (D + 1)) (reward heads, Stiennon et al. 2020).
@@ -197,17 +208,21 @@ def init_heads(count: int, width: int, key: jax.Array | None = None) -> dict[str
     return {"kernel": kernel, "bias": jnp.zeros(count)}
 
 
-def apply_heads(heads: dict[str, jax.Array], states: jax.Array, mix: jax.Array) -> jax.Array:
-    """Scalars float32 [B, T] from states [B, T, D]; `mix` [G, K] combines the heads as it does adapters."""
+def apply_heads(heads: Params, states: Float[Array, "B T D"], mix: Float[Array, "G K"]) -> Float[Array, "B T"]:
+    """One float32 scalar per position; `mix` combines the heads as it does adapters."""
     rows = jnp.repeat(mix, states.shape[0] // mix.shape[0], axis=0, total_repeat_length=states.shape[0])
     kernel, bias = rows @ heads["kernel"], rows @ heads["bias"]
     return jnp.einsum("btd,bd->bt", states.astype(jnp.float32), kernel) + bias[:, None]
 
 
 def rewards(
-    policies: Policies, heads: dict[str, jax.Array], mix: jax.Array, tokens: jax.Array, valid: jax.Array
-) -> jax.Array:
-    """Reward of each row, float32 [B]: the head at the last valid token. `tokens`, `valid` are [B, T], `mix` [G, K]."""
+    policies: Policies,
+    heads: Params,
+    mix: Float[Array, "G K"],
+    tokens: Int[Array, "B T"],
+    valid: Bool[Array, "B T"],
+) -> Float[Array, " B"]:
+    """Reward of each row, float32: the head at its last valid token."""
     tokens, valid = policies.reserve(tokens, valid)
     hidden, _ = policies(tokens, valid)
     last = valid.shape[1] - 1 - jnp.argmax(valid[:, ::-1], axis=1)
@@ -215,6 +230,6 @@ def rewards(
     return apply_heads(heads, states, mix)[:, 0]
 
 
-def normalize(rewards: jax.Array, statistics: Any) -> jax.Array:
-    """(reward - mean) / std of `rewards` [..., K]; `statistics` {"mean" [K], "std" [K]} are of samples of the base."""
+def normalize(rewards: Float[Array, "*batch K"], statistics: Params) -> Float[Array, "*batch K"]:
+    """(reward - mean) / std; `statistics` {"mean" [K], "std" [K]} are those of samples of the base."""
     return (rewards - statistics["mean"]) / statistics["std"]

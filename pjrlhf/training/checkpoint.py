@@ -23,6 +23,7 @@ from pjrlhf.errors import UserError
 from pjrlhf.parallel.processes import on_all_processes, on_process_zero, to_host
 from pjrlhf.paths import bucket_errors, is_remote
 from pjrlhf.training.workdir import disk_errors
+from pjrlhf.types import Array, Json, Tree
 
 log = logging.getLogger(__name__)
 _absl = logging.getLogger("absl")
@@ -33,7 +34,7 @@ def _quiet(record: logging.LogRecord) -> bool:
     return record.levelno < logging.ERROR or "/orbax/" not in record.pathname.replace("\\", "/")
 
 
-def abstract(tree: Any) -> Any:
+def abstract(tree: Tree) -> Tree:
     """Shapes, dtypes and shardings of `tree`; the sharding of an uncommitted array is None."""
 
     def one(x):
@@ -42,8 +43,8 @@ def abstract(tree: Any) -> Any:
     return jax.tree.map(one, tree)
 
 
-def _is_key(x: Any) -> bool:
-    return jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key)
+def _is_key(x: Array | jax.ShapeDtypeStruct) -> bool:
+    return jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
 
 
 def _key_impl(x: jax.ShapeDtypeStruct) -> Any:
@@ -58,11 +59,11 @@ def _plain_abstract(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
     return jax.eval_shape(jax.random.key_data, x).update(sharding=x.sharding) if _is_key(x) else x
 
 
-def _with_keys(x: jax.Array, like: jax.ShapeDtypeStruct) -> jax.Array:
+def _with_keys(x: Array, like: jax.ShapeDtypeStruct) -> Array:
     return jax.random.wrap_key_data(x, impl=_key_impl(like)) if _is_key(like) else x
 
 
-def _checksums(tree: Any) -> jax.Array:
+def _checksums(tree: Tree) -> Array:
     """uint32 [leaves]: the sum of each array's bits as machine words, the same for every sharding."""
 
     def one(x):
@@ -77,12 +78,12 @@ def _checksums(tree: Any) -> jax.Array:
 _checksums_jit = jax.jit(_checksums)
 
 
-def _pack(value: Any) -> str:
+def _pack(value: Json) -> str:
     """JSON text of an iterator state, which may contain bytes anywhere."""
     return json.dumps(value, default=lambda x: {"__bytes__": base64.b64encode(x).decode()})
 
 
-def _unpack(text: str) -> Any:
+def _unpack(text: str) -> Json:
     return json.loads(text, object_hook=lambda d: base64.b64decode(d["__bytes__"]) if "__bytes__" in d else d)
 
 
@@ -106,11 +107,16 @@ class Checkpoints:
         self.folder = epath.Path(folder) if is_remote(folder) else pathlib.Path(folder).absolute()
         self._greatest, self._metric = best.startswith("max "), best.removeprefix("max ")
         policies = ocp.training.preservation_policies
-        preserved = [policies.LatestN(max_to_keep)]
+        preserved: list[Any] = [policies.LatestN(max_to_keep)]
         if best:
             # Orbax sorts by the metric and keeps the last.
-            order = {"get_metric_fn": lambda metrics: metrics[self._metric], "reverse": not self._greatest}
-            preserved.append(policies.BestN(n=1, keep_checkpoints_without_metrics=False, **order))
+            best_one = policies.BestN(
+                n=1,
+                get_metric_fn=lambda metrics: metrics[self._metric],
+                reverse=not self._greatest,
+                keep_checkpoints_without_metrics=False,
+            )
+            preserved.append(best_one)
         context = ocp.Context()
         context.checkpointables.registry = ocp.handlers.local_registry()
         context.checkpointables.registry.add(ocp.handlers.JsonHandler, checkpointable_name="host")
@@ -120,9 +126,9 @@ class Checkpoints:
         self._alone.multiprocessing.active_processes = {jax.process_index()}
         with bucket_errors(self.folder), disk_errors(self.folder):
             self._orbax = ocp.training.Checkpointer(
-                self.folder,
+                os.fspath(self.folder),
                 context=context,
-                preservation_policy=policies.AnyPreservationPolicy(preserved),
+                preservation_policy=policies.AnyPreservationPolicy(preserved),  # pyright: ignore[reportArgumentType]
                 cleanup_tmp_directories=True,
             )
 
@@ -130,7 +136,7 @@ class Checkpoints:
         _absl.addFilter(_quiet)
         return self
 
-    def __exit__(self, *_: Any) -> None:
+    def __exit__(self, *_: object) -> None:
         try:
             with disk_errors(self.folder):
                 self._orbax.close()
@@ -156,19 +162,18 @@ class Checkpoints:
 
     def best(self) -> int | None:
         """The step of the best checkpoint by the metric, None where none has it."""
-        found = {
-            checkpoint.step: checkpoint.metrics[self._metric]
-            for checkpoint in self._orbax.checkpoints
-            if checkpoint.metrics and self._metric in checkpoint.metrics
-        }
+        saved: list[tuple[int, Json]] = [
+            (checkpoint.step, checkpoint.metrics) for checkpoint in self._orbax.checkpoints
+        ]
+        found = {step: float(metrics[self._metric]) for step, metrics in saved if metrics and self._metric in metrics}
         choose = max if self._greatest else min
-        return choose(found, key=found.get) if found else None
+        return choose(found, key=lambda step: found[step]) if found else None
 
     def save(
         self,
         step: int,
-        state: Any,
-        iterator_state: Any,
+        state: Tree,
+        iterator_state: Json,
         wait: bool = False,
         metrics: Mapping[str, float] | None = None,
     ) -> None:
@@ -186,11 +191,12 @@ class Checkpoints:
         """
         plain = jax.tree.map(lambda x: jax.random.key_data(x) if _is_key(x) else x, state)
         host = {"iterator": _pack(iterator_state), "checksums": to_host(_checksums_jit(plain)).tolist()}
-        ranked = None
+        ranked: Json = None
         if self._metric:
-            if self._metric not in (metrics or {}):
+            metrics = metrics or {}
+            if self._metric not in metrics:
                 raise UserError(
-                    f"keep_best: step {step} has no metric {self._metric!r}; it has {', '.join(sorted(metrics or {}))}"
+                    f"keep_best: step {step} has no metric {self._metric!r}; it has {', '.join(sorted(metrics))}"
                 )
             ranked = {self._metric: float(metrics[self._metric])}
         with disk_errors(self.folder):
@@ -200,7 +206,7 @@ class Checkpoints:
         if wait:
             self.wait()
 
-    def restore(self, template: Any, step: int | None = None) -> tuple[Any, Any]:
+    def restore(self, template: Tree, step: int | None = None) -> tuple[Tree, Json]:
         """`(state, iterator_state)`, bit for bit. The number of devices may differ from that of the saving run.
 
         Args:
@@ -225,7 +231,7 @@ class Checkpoints:
                 loaded = self._load(candidate, plain)
             except Exception as error:  # a damaged file surfaces as almost any type
                 reason = _reason(error)
-            if on_all_processes(loaded is not None):
+            if on_all_processes(loaded is not None) and loaded is not None:
                 state, host = loaded
                 if to_host(_checksums_jit(state)).tolist() == host["checksums"]:
                     self._set_aside(damaged, candidate)
@@ -248,12 +254,12 @@ class Checkpoints:
         if damaged:
             self._orbax.reload()
 
-    def _load(self, step: int, template: Any) -> tuple[Any, Any]:
+    def _load(self, step: int, template: Tree) -> tuple[Tree, Json]:
         """(arrays sharded like `template`, which is abstract and without PRNG keys; JSON values of the checkpoint)."""
         here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         target = jax.tree.map(lambda x: x.update(sharding=x.sharding or here), template)
         with self._alone:
-            loaded = ocp.load_checkpointables(self.folder / str(step), {"state": target, "host": None})
+            loaded = ocp.load_checkpointables(os.fspath(self.folder / str(step)), {"state": target, "host": None})
         state = jax.tree.map(
             lambda x, like: x if like.sharding is not None else jnp.asarray(np.asarray(x)), loaded["state"], template
         )
@@ -262,6 +268,6 @@ class Checkpoints:
 
 def _reason(error: BaseException) -> str:
     """The innermost error on one line, shortened."""
-    while error.__cause__ or error.__context__:
-        error = error.__cause__ or error.__context__
+    while inner := error.__cause__ or error.__context__:
+        error = inner
     return " ".join(str(error).split())[:300] or type(error).__name__

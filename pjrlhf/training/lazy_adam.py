@@ -1,24 +1,27 @@
 """Lazy Adam for large tables: an update changes, and costs, only the rows of the batch."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
+from jaxtyping import Int
 
-Table = Any  # leaves [U + 1, ...]
+from pjrlhf.types import Array, Params, Tree
 
 
 class LazyAdam(NamedTuple):
     """`init(table) -> state` and `update(indices, gradients, state, table) -> (table, state)`.
 
+    A table is any tree with leaves [U + 1, ...].
+
     Unlike optax, `update` returns the new table, since a dense update is what it avoids. Donate `table` and `state` to
     update them in place. Leaves of `state["rows"]` are [U + 1, ...] like those of the table.
     """
 
-    init: Callable[[Table], Any]
-    update: Callable[[jax.Array, Any, Any, Table], tuple[Table, Any]]
+    init: Callable[[Tree], Params]
+    update: Callable[[Array, Tree, Params, Tree], tuple[Tree, Params]]
 
 
 def lazy_adam(learning_rate: optax.ScalarOrSchedule, b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8) -> LazyAdam:
@@ -31,12 +34,12 @@ def lazy_adam(learning_rate: optax.ScalarOrSchedule, b1: float = 0.9, b2: float 
     indices outside the table, such as the padding of `gather_rows`. A schedule counts all updates.
     """
 
-    def init(table: Table) -> Any:
+    def init(table: Tree) -> Params:
         count = jnp.zeros(jax.tree.leaves(table)[0].shape[0], jnp.int32)
         moments = {"mu": jax.tree.map(jnp.zeros_like, table), "nu": jax.tree.map(jnp.zeros_like, table)}
         return {"step": jnp.zeros((), jnp.int32), "rows": {"count": count, **moments}}
 
-    def update(indices: jax.Array, gradients: Any, state: Any, table: Table) -> tuple[Table, Any]:
+    def update(indices: Int[Array, " n"], gradients: Tree, state: Params, table: Tree) -> tuple[Tree, Params]:
         n, rows = indices.shape[0], state["rows"]
         no_row = rows["count"].shape[0]
         indices = jnp.where(indices < 0, no_row, jnp.minimum(indices, no_row))

@@ -6,6 +6,7 @@ import math
 import pathlib
 import signal
 import threading
+import types
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, Protocol
 
@@ -22,6 +23,7 @@ from pjrlhf.training.performance import Performance, Program
 from pjrlhf.training.progress import progress
 from pjrlhf.training.state import State
 from pjrlhf.training.workdir import Workdir, disk_errors
+from pjrlhf.types import Json, Tree
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -49,11 +51,11 @@ class LoopSettings(Settings):
 class Batches(Protocol):
     """An endless iterator with a checkpointable position: JSON values or bytes, the same on every process."""
 
-    def __next__(self) -> Any: ...
+    def __next__(self) -> Tree: ...
 
-    def get_state(self) -> Any: ...
+    def get_state(self) -> Json: ...
 
-    def set_state(self, state: Any) -> None: ...
+    def set_state(self, state: Json) -> None: ...
 
 
 class Method:
@@ -73,11 +75,11 @@ class Method:
     programs: Sequence[Program] = ()
 
     def init(self) -> State:
-        """The state before the first step, placed on the devices where it shall live."""
+        """The state before the first step, with its final shardings."""
         raise NotImplementedError
 
-    def step(self, state: State, batch: Any) -> tuple[State, Metrics]:
-        """One step; adds 1 to `state.step`, and may donate `state`. Returns without waiting for the device."""
+    def step(self, state: State, batch: Tree) -> tuple[State, Metrics]:
+        """One update, dispatched asynchronously; adds 1 to `state.step` and may donate `state`."""
         raise NotImplementedError
 
     def evaluate(self, state: State) -> Mapping[str, float]:
@@ -107,11 +109,11 @@ class _Stop:
             self._old = {number: signal.signal(number, self._catch) for number in (signal.SIGTERM, signal.SIGINT)}
         return self
 
-    def __exit__(self, *_: Any) -> None:
+    def __exit__(self, *_: object) -> None:
         for number, handler in self._old.items():
             signal.signal(number, handler)
 
-    def _catch(self, number: int, _frame: Any) -> None:
+    def _catch(self, number: int, _frame: types.FrameType | None) -> None:
         self.number = number
         self.__exit__()
 
@@ -152,7 +154,7 @@ def run(
     folder, performance = workdir.stage(stage), Performance(method.programs)
     fetched_always = {*show, *watch}
 
-    def settle(step: int, metrics: Metrics, batch: Any) -> dict[str, float]:
+    def settle(step: int, metrics: Metrics, batch: Tree) -> dict[str, float]:
         """Fetches a step's metrics, checks and displays them; returns those to write, {} where none are due."""
         due = step in (1, steps) or (log_every and step % log_every == 0)
         if not (due or keep_best):
@@ -218,7 +220,7 @@ def run(
                 # Check that this step's metrics are finite before evaluating or saving.
                 row = settle(*pending)
                 pending = None
-                if evaluate:
+                if evaluate and on_eval is not None:
                     with performance.excluded():
                         row |= {f"eval/{name}": value for name, value in on_eval(state).items()}
                     measured.update(row)
@@ -244,12 +246,12 @@ def _under(name: str, parents: Collection[str]) -> bool:
     return any(name == parent or name.startswith(f"{parent}/") for parent in parents)
 
 
-def _save_batch(path: pathlib.Path, batch: Any) -> pathlib.Path:
+def _save_batch(path: pathlib.Path, batch: Tree) -> pathlib.Path:
     """Saves a batch as .npz, leaves named by their paths; bfloat16 becomes float32."""
 
     def plain(x):
         if isinstance(x, jax.Array):
-            x = to_host(jax.random.key_data(x) if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key) else x)
+            x = to_host(jax.random.key_data(x) if jax.numpy.issubdtype(x.dtype, jax.dtypes.prng_key) else x)
         x = np.asarray(x)
         return x.astype(np.float32) if x.dtype == jax.numpy.bfloat16 else x.astype(str) if x.dtype == object else x
 
@@ -257,5 +259,5 @@ def _save_batch(path: pathlib.Path, batch: Any) -> pathlib.Path:
     arrays = {jax.tree_util.keystr(keys, simple=True, separator="/") or "batch": plain(x) for keys, x in leaves}
     if is_process_zero():
         with disk_errors(path):
-            np.savez(path, **arrays)
+            np.savez(path, **arrays)  # pyright: ignore[reportArgumentType]
     return path

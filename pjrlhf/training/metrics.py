@@ -11,24 +11,27 @@ import logging
 import math
 import os
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Protocol, TypeAlias, cast
 
-import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Shaped
 
 from pjrlhf.errors import UserError
 from pjrlhf.parallel.processes import is_process_zero, to_host
 from pjrlhf.registry import Registry
 from pjrlhf.training.workdir import Workdir, disk_errors
+from pjrlhf.types import Array, Json
 
-Metrics = Mapping[str, tuple[jax.Array, jax.Array]]
+Metrics: TypeAlias = Mapping[str, tuple[Array, Array]]
 log = logging.getLogger(__name__)
 
 
 class Logger(Protocol):
-    """Where the metrics of one stage also go. Its class or function takes (workdir, stage, after), where `after` is the
-    step from which the stage continues. The attribute `module` of that class names a module that it needs.
+    """A further destination of the metrics of one stage.
+
+    Its class or factory takes (workdir, stage, after), where `after` is the step from which the stage continues. An
+    attribute `module` of the class names a Python module that it needs.
     """
 
     def write(self, step: int, values: Mapping[str, float]) -> None: ...
@@ -36,13 +39,13 @@ class Logger(Protocol):
     def close(self) -> None: ...
 
 
-LoggerFactory = Callable[[Workdir, str, int], Logger]
+LoggerFactory: TypeAlias = Callable[[Workdir, str, int], Logger]
 
 
 def _factory(thing: object) -> LoggerFactory:
     if not callable(thing):
         raise ValueError("is not a class or function of workdir, stage and step")
-    return thing
+    return cast(LoggerFactory, thing)
 
 
 LOGGERS: Registry[LoggerFactory] = Registry("logger", _factory)
@@ -88,11 +91,12 @@ class WeightsAndBiases:
 
 
 def logger_factory(name: str) -> LoggerFactory:
-    """What makes the logger of a name in `LOGGERS`, or "package.module:logger".
+    """The factory of a logger, by its name in `LOGGERS` or "package.module:logger".
 
     Raises:
       UserError: an unknown logger, or one whose module is not installed.
     """
+    module = None
     try:
         factory = LOGGERS.get(name)
         module = getattr(factory, "module", None)
@@ -106,7 +110,9 @@ def logger_factory(name: str) -> LoggerFactory:
     return factory
 
 
-def masked(values: jax.Array, mask: jax.Array, axis: int | Sequence[int] | None = None) -> tuple[jax.Array, jax.Array]:
+def masked(
+    values: Shaped[Array, "*shape"], mask: Shaped[Array, "*#shape"], axis: int | Sequence[int] | None = None
+) -> tuple[Array, Array]:
     """The pair (sum, count) of the masked mean of `values` over `axis`; `mask` broadcasts and may hold weights."""
     mask = jnp.broadcast_to(mask, values.shape).astype(jnp.float32)
     # `where` rather than a product alone: a masked value may be infinite.
@@ -181,7 +187,7 @@ class MetricWriter:
         with disk_errors(self.path):
             for file, numbers in ((self._file, values), (self._performance, performance or {})):
                 if numbers:
-                    row: dict[str, Any] = {"stage": self.stage, "step": step}
+                    row: dict[str, Json] = {"stage": self.stage, "step": step}
                     row |= {name: value if math.isfinite(value) else None for name, value in numbers.items()}
                     file.write(json.dumps(row) + "\n")
                     file.flush()

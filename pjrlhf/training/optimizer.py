@@ -1,7 +1,7 @@
 """Optimizers from a config section, and their vectorisation over K independent policies."""
 
 import dataclasses
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +9,7 @@ import optax
 
 from pjrlhf.errors import UserError
 from pjrlhf.settings import Settings, setting
+from pjrlhf.types import Tree
 
 SCHEDULES = ("constant", "linear", "cosine")
 OPTIMIZERS = ("adamw", "sgd", "adafactor")
@@ -61,7 +62,7 @@ def make_schedule(settings: OptimizerSettings, total_steps: int) -> optax.Schedu
     return optax.join_schedules([optax.linear_schedule(peak / (warmup + 1), peak, warmup), after], [warmup])
 
 
-def _decayed(params: Any) -> Any:
+def _decayed(params: Tree) -> Tree:
     """True for leaves with weight decay.
 
     Decided by name, not by rank: a scanned norm scale is [L, D], a reward head's kernel [D].
@@ -112,4 +113,4 @@ def per_ingredient(optimizer: optax.GradientTransformation) -> optax.GradientTra
 
         return jax.tree.map(lambda x: keep(x, jnp.zeros_like(x)), updates), jax.tree.map(keep, new_state, state)
 
-    return optax.GradientTransformationExtraArgs(jax.vmap(optimizer.init), update)
+    return optax.GradientTransformationExtraArgs(jax.vmap(optimizer.init), cast(Any, update))

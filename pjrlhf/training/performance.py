@@ -9,6 +9,7 @@ from typing import Any
 import jax
 
 from pjrlhf.parallel.roofline import CHIPS, matmul_cost
+from pjrlhf.types import Tree
 
 # Substring of a device kind -> peak bf16 FLOP/s without sparsity, from the vendors' data sheets.
 PEAKS = {
@@ -26,7 +27,7 @@ PEAKS = {
 _compiled = [0]
 
 
-def _listen(event: str, duration: float, **_: Any) -> None:
+def _listen(event: str, duration_secs: float, **_: str | int) -> None:
     if event == "/jax/core/compile/backend_compile_duration":
         _compiled[0] += 1
 
@@ -58,14 +59,14 @@ class Program:
         devices is unknown.
     """
 
-    def __init__(self, step: Callable[..., Any], *, trip_count: int = 1, **options: Any):
+    def __init__(self, step: Callable[..., Tree], *, trip_count: int = 1, **options: Any):
         self._jitted = jax.jit(step, **options)
         self._trip_count, self._flops = trip_count, {}
         self.name = getattr(step, "__qualname__", repr(step))
         self.compiles, self.seconds, self.flops = 0, 0.0, 0.0
         self._counts = peak_flops(jax.devices()[0].device_kind) is not None
 
-    def __call__(self, *arguments: Any, **keywords: Any) -> Any:
+    def __call__(self, *arguments: Tree, **keywords: Tree) -> Tree:
         before, started = _compiled[0], time.perf_counter()
         # Traced before the call, which may donate the arguments.
         traced = self._jitted.trace(*arguments, **keywords) if self._counts and not self.compiles else None

@@ -1,15 +1,14 @@
 """The training state: what a step updates and a checkpoint holds. It excludes the frozen base."""
 
-from typing import Any
-
-import jax
 import jax.numpy as jnp
 import optax
 from flax import struct
+from jaxtyping import Int
+
+from pjrlhf.types import Array, Params, PRNGKey, Tree
 
 
-@struct.dataclass
-class State:
+class State(struct.PyTreeNode):
     """State of a training stage, a pytree.
 
     Attributes:
@@ -20,18 +19,18 @@ class State:
       extra: further arrays that must survive a restart (KL controller, reward normalisers); may be empty.
     """
 
-    step: jax.Array
-    rng: jax.Array
-    trainable: Any
-    opt_state: Any
-    extra: dict[str, Any]
+    step: Int[Array, ""]
+    rng: PRNGKey
+    trainable: Tree
+    opt_state: optax.OptState
+    extra: Params
 
     @classmethod
-    def create(cls, rng: jax.Array, trainable: Any, optimizer: optax.GradientTransformation, **extra: Any) -> "State":
+    def create(cls, rng: PRNGKey, trainable: Tree, optimizer: optax.GradientTransformation, **extra: Tree) -> "State":
         """The state before the first step."""
         return cls(jnp.zeros((), jnp.int32), rng, trainable, optimizer.init(trainable), extra)
 
-    def apply_gradients(self, gradient: Any, optimizer: optax.GradientTransformation) -> "State":
+    def apply_gradients(self, gradient: Tree, optimizer: optax.GradientTransformation) -> "State":
         """The state after one update of all of `trainable`."""
         updates, opt_state = optimizer.update(gradient, self.opt_state, self.trainable)
         trainable = optax.apply_updates(self.trainable, updates)

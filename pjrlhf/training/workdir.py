@@ -6,13 +6,13 @@ import json
 import os
 import pathlib
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from typing import Any
 
 import jax
 
 from pjrlhf.errors import UserError
 from pjrlhf.parallel.processes import on_process_zero
 from pjrlhf.paths import refuse_remote
+from pjrlhf.types import Json
 
 _DISK = {
     errno.ENOSPC: "the disk is full; free some space",
@@ -40,7 +40,7 @@ def disk_errors(path: str | os.PathLike) -> Iterator[None]:
         raise
 
 
-def write_json(path: pathlib.Path, value: Any) -> None:
+def write_json(path: pathlib.Path, value: Json) -> None:
     """Writes `value` to `path` in one stroke: a reader sees the old file or the new one, never a part.
 
     Raises:
@@ -57,14 +57,14 @@ def write_json(path: pathlib.Path, value: Any) -> None:
         os.replace(half, path)
 
 
-def write_lines(path: pathlib.Path, records: Iterable[Any]) -> None:
+def write_lines(path: pathlib.Path, records: Iterable[Json]) -> None:
     """One JSON value per line, in one stroke."""
     half = path.with_name(f".{path.name}.tmp")
     half.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
     os.replace(half, path)
 
 
-def _read_json(path: pathlib.Path) -> Any:
+def _read_json(path: pathlib.Path) -> Json:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -73,7 +73,7 @@ def _read_json(path: pathlib.Path) -> Any:
         raise UserError(f"{path}: not readable as JSON ({error}); delete it, or choose another --workdir") from error
 
 
-def _flat(config: Any, prefix: str = "") -> dict[str, Any]:
+def _flat(config: Json, prefix: str = "") -> dict[str, Json]:
     """Nested mappings -> dotted keys."""
     if not isinstance(config, Mapping) or (prefix and not config):
         return {prefix: config}
@@ -104,7 +104,7 @@ class Workdir:
             folder.mkdir(parents=True, exist_ok=True)
         return folder
 
-    def write_config(self, config: Mapping[str, Any], ignore: Collection[str] = ()) -> None:
+    def write_config(self, config: Mapping[str, Json], ignore: Collection[str] = ()) -> None:
         """Checks that the config continues the run already in the folder, and stores it as config.json.
 
         Args:
@@ -138,11 +138,11 @@ class Workdir:
                 "--workdir that all processes share"
             )
 
-    def finished(self, stage: str) -> dict[str, Any] | None:
+    def finished(self, stage: str) -> dict[str, Json] | None:
         """The record of `mark_finished` for `stage`, None while it is unfinished."""
         return (_read_json(self.path / "manifest.json") or {}).get("stages", {}).get(stage)
 
-    def mark_finished(self, stage: str, seconds: float, **info: Any) -> None:
+    def mark_finished(self, stage: str, seconds: float, **info: Json) -> None:
         """Records in manifest.json that `stage` finished after `seconds`, with JSON values `info`."""
         manifest = _read_json(self.path / "manifest.json") or {"stages": {}}
         manifest["stages"][stage] = {"seconds": seconds, **info}

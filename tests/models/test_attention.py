@@ -47,11 +47,11 @@ def with_gradients(attention, mask, softcap, query, key, value, gradient):
     looks = mask.any(-1)[..., None, None]
 
     @jax.jit
-    def run(query, key, value):
+    def run(query, key, value, mask):
         out, back = jax.vjp(lambda *x: jnp.where(looks, attention(*x, mask, softcap=softcap), 0.0), query, key, value)
         return out, back(gradient)
 
-    return run(query, key, value)
+    return run(query, key, value, mask)
 
 
 @pytest.mark.parametrize("softcap", [None, 2.0])
@@ -71,7 +71,7 @@ def test_blocks_are_exact(T, mask, H, G, softcap):
 
 def test_who_looks_nowhere_sees_zeros_and_moves_nothing():
     query, key, value, gradient = inputs(16, 2, 2)
-    out, back = jax.vjp(lambda *x: attend_blocks(*x, np.zeros((B, 16, 16), bool), block=N), query, key, value)
+    out, back = jax.vjp(lambda *x: attend_blocks(*x, jnp.zeros((B, 16, 16), bool), block=N), query, key, value)
     for x in (out, *back(gradient)):
         np.testing.assert_array_equal(x, 0.0)
 

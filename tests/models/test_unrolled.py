@@ -36,7 +36,7 @@ def setting(switches, rank):
         **switches,
     )
     model = Decoder(config)
-    adapter = AdapterConfig(rank=rank, alpha=2.0 * rank)
+    adapter = AdapterConfig(rank=rank, alpha=2.0 * max(rank, 1))
     params = numbers(jax.eval_shape(lambda: init_params(model, jax.random.key(0))))
     bank = numbers(jax.eval_shape(lambda: init_bank(params, adapter, K, jax.random.key(0))), 1)
     return model, adapter, params, bank

@@ -1,5 +1,6 @@
 """Experience of K policies: what is zero at the start, where penalties go, and that policies do not mix."""
 
+import copy
 import dataclasses
 import functools
 

@@ -128,7 +128,7 @@ def test_a_response_token_changes_no_state_up_to_its_own():
     assert (np.abs(one[:, 3] - two[:, 3]).max(-1) > 1e-3).all()
 
 
-class Flat:
+class Flat(Policies):
     """Logits given outright."""
 
     def __init__(self, logits):

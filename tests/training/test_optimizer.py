@@ -131,7 +131,7 @@ def test_schedules(schedule, last):
         ({"b1": -0.1}, "optimizer.b1: -0.1 is out of range; choose a number at least 0 and below 1"),
         ({"name": "lion"}, "optimizer.name: 'lion' is unknown; choose one of adamw, sgd"),
         ({"schedule": "step"}, "optimizer.schedule: 'step' is unknown; choose one of constant, linear, cosine"),
-        ({"warmup_steps": 10}, "optimizer.warmup_steps: 10 leaves none of the 10 steps"),
+        ({"warmup_steps": 10}, "optimizer.warmup_steps: 10 leaves none of the 10 updates"),
     ],
 )
 def test_bad_settings_are_named(change, message):
