@@ -23,9 +23,7 @@ import pytest
 import support.typechecker
 
 # Modules of array functions, whose annotated types and shapes are checked at every call.
-CHECKED = ["merging", "models", "objectives", "parallel"]
-CHECKED += [f"rollout.{name}" for name in ("decoding", "reference", "sampler", "scoring")]
-CHECKED += [f"training.{name}" for name in ("checkpoint", "lazy_adam", "metrics", "performance", "workdir")]
+CHECKED = ("merging", "models", "objectives", "parallel", "rollout", "training")
 jaxtyping.install_import_hook([f"pjrlhf.{name}" for name in CHECKED], f"{support.typechecker.__name__}.check")
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
