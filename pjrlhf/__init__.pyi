@@ -4,6 +4,9 @@ __version__: str
 
 # Models
 # Extending
+# Objectives
+from .algorithms.ppo import PPOConfig as PPOConfig
+from .algorithms.ppo import ppo_update as ppo_update
 from .errors import UserError as UserError
 
 # Merging
@@ -29,10 +32,6 @@ from .models.peft import save_peft as save_peft
 from .models.registry import UserRegistry as UserRegistry
 from .models.users import UserModel as UserModel
 from .models.users import gather_rows as gather_rows
-
-# Objectives
-from .algorithms.ppo import PPOConfig as PPOConfig
-from .algorithms.ppo import ppo_update as ppo_update
 from .objectives.preference import PAIRWISE as PAIRWISE
 from .objectives.preference import bradley_terry_loss as bradley_terry_loss
 from .objectives.preference import implicit_rewards as implicit_rewards

@@ -14,8 +14,9 @@ import jax
 import numpy as np
 from flax import struct
 
+from pjrlhf.types import Array
+
 T = TypeVar("T")
-Array = np.ndarray | jax.Array
 
 
 @struct.dataclass

@@ -4,14 +4,14 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 
 from pjrlhf.errors import UserError
 from pjrlhf.models.adapters import Policies, copy_indices
 from pjrlhf.models.decoder import init_cache
 from pjrlhf.rollout.batches import Prompts, Rollout
 from pjrlhf.rollout.decoding import PolicyEnsemble
-from pjrlhf.types import PRNGKey
+from pjrlhf.types import Array, PRNGKey
 
 # Smallest batch to compact to: with fewer rows, a matmul is bound by reading its kernel and gets no faster.
 MIN_COMPACT_ROWS = 16
@@ -79,7 +79,6 @@ def generate(policies: Policies | PolicyEnsemble, sampling: Sampling, prompts: P
       policies: of a batch of B rows.
       sampling: static settings.
       key: of the samples.
-
     """
     prompt, prompt_valid = policies.reserve(prompts.tokens, prompts.valid)
     B, P = prompt.shape

@@ -1,6 +1,5 @@
 """Experience of K policies: what is zero at the start, where penalties go, and that policies do not mix."""
 
-import copy
 import dataclasses
 import functools
 
