@@ -18,6 +18,7 @@ from ml_collections import config_flags
 
 import pjrlhf
 from pjrlhf import config as configs
+from pjrlhf.algorithms.answering import AnswerSettings
 from pjrlhf.algorithms.pdpo import EntrySettings
 from pjrlhf.config import RunSettings
 from pjrlhf.errors import UserError
@@ -136,7 +137,7 @@ def test_every_class_of_settings_is_reached_by_a_flag():
     for module in pkgutil.walk_packages(pjrlhf.__path__, "pjrlhf."):
         importlib.import_module(module.name)
     package = {cls for cls in below(Settings) if cls.__module__.startswith("pjrlhf.")}
-    chosen = {EntrySettings, CombinationRule, *below(CombinationRule)}
+    chosen = {EntrySettings, AnswerSettings, CombinationRule, *below(CombinationRule)}
     inherited = {base for cls in classes() for base in cls.__mro__}
     assert package - inherited - chosen == set()
     combine = everything().policy.combine

@@ -515,7 +515,7 @@ class Preference(Method):
             return preference_loss(backbone, self.users, self.objective, {**frozen, **moving}, batch)
 
         gradient, metrics = jax.grad(loss, has_aux=True)(moving)
-        trainable, opt_state = self.optimizers.update(gradient, indices, trainable, state.opt_state)
+        trainable, opt_state = self.optimizers.update(gradient, indices, trainable, cast(Params, state.opt_state))
         norm = optax.global_norm(gradient)
         metrics = {**metrics, "grad_norm": (norm, jnp.ones_like(norm))}
         extra = {"shift": jnp.stack(metrics["rewards/shift"])} if self.shifted else {}

@@ -102,7 +102,7 @@ def scored(run: Run, rewarder: Any, requests: Sequence[str], texts: Sequence[str
     table = _tokenized(run, examples, name)
     N = len(run.audience.objectives)
     raw = raw_rewards(run, rewarder, list(table))
-    scores = np.asarray(calibrate(raw[:, :N], rewarder["low"][:N], rewarder["high"][:N])).tolist()
+    scores = np.asarray(calibrate(raw[:, :N], rewarder["low"][:N], rewarder["high"][:N])).tolist()  # pyright: ignore[reportArgumentType]
     return [
         {"request": example.extra["request"], "text": example.completion, "scores": row}
         for example, row in zip(table.examples, scores, strict=True)
@@ -127,7 +127,7 @@ def wanted(run: Run, settings: RicSettings, number: int) -> list[Row]:
     """What online round `number` asks for: requests in turn, each with the target of weights from Dirichlet(1)."""
     requests, N = run.records.requests[0], len(run.audience.objectives)
     rng = run.streams.numpy("ric/targets", number)
-    targets = np.asarray(target_map(rng.dirichlet(np.ones(N), settings.online_samples), settings.target)).tolist()
+    targets = np.asarray(target_map(rng.dirichlet(np.ones(N), settings.online_samples), settings.target)).tolist()  # pyright: ignore[reportArgumentType]
     asked = [requests[i % len(requests)] for i in range(len(targets))]
     return [Row(q, prompt_format(run, settings, q, target), (1.0,)) for q, target in zip(asked, targets, strict=True)]
 
@@ -221,7 +221,7 @@ def fine_tune(run: Run, settings: Any, stage: str, number: int, answers: Sequenc
 def _check(run: Run, settings: RicSettings) -> None:
     # Every label by itself, before anything is sampled.
     for scores in np.eye(len(run.audience.objectives)):
-        prompt_format(run, settings, run.records.requests[0][0], scores)
+        prompt_format(run, settings, run.records.requests[0][0], scores.tolist())
 
 
 def train(run: Run, settings: RicSettings, stage: str) -> dict[str, Any]:
@@ -268,7 +268,7 @@ def answers(run: Run, settings: RicSettings, stage: str, how: Any) -> EvaluatedP
     words = answering.stating(run, settings.prompt_format)
 
     def target(p: Point) -> str:
-        return words(np.asarray(target_map(np.array(p), settings.target)).tolist())
+        return words(np.asarray(target_map(np.array(p), settings.target)).tolist())  # pyright: ignore[reportArgumentType]
 
     return dataclasses.replace(answering.by_one_adapter(run, settings, stage, how), words=target)
 

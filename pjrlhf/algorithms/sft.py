@@ -91,7 +91,7 @@ class Sft(Method):
         self.optimizer = per_ingredient(optimizer) if self.adapter.rank else optimizer
         make = functools.partial(collate, text)
         self.batches = batches(table, settings.batch_size, seed=streams.seed, collate=make)
-        self.backbone = Backbone(workspace.model, self.adapter, None)
+        self.backbone = Backbone(workspace.model, self.adapter, {})
         self._update = devices.training_step(self._step)
         self.programs = (self._update,)
 

@@ -192,7 +192,7 @@ class PromptRows(Sequence[PromptRow]):
     def __len__(self) -> int:
         return self.size
 
-    def __getitem__(self, i: int) -> PromptRow:
+    def __getitem__(self, i: int) -> PromptRow:  # pyright: ignore[reportIncompatibleMethodOverride]
         stated = self.targets.stated
         request = self.requests[i // len(stated) % len(self.requests)]
         targets = tuple(self.targets.target(i, k) for k in range(len(self.targets.policies)))
@@ -213,9 +213,9 @@ class PromptRows(Sequence[PromptRow]):
             raise UserError(f"prompts: one has {longest} tokens, more than data.max_prompt={limit}; raise it")
         targets = [row.targets[k] for k in range(K) for row in rows]
         arrays = TargetBatch(
-            objectives=np.array([target.objectives for target in targets], np.int32),
-            weights=np.array([target.weights for target in targets], np.float32),
-            group=np.array([target.group for target in targets], np.int32),
+            objectives=np.array([target.objectives for target in targets], np.int32),  # pyright: ignore[reportArgumentType]
+            weights=np.array([target.weights for target in targets], np.float32),  # pyright: ignore[reportArgumentType]
+            group=np.array([target.group for target in targets], np.int32),  # pyright: ignore[reportArgumentType]
         )
         return split_rows(PromptBatch(self.text.pad_prompts(prompts), self.text.pad_prompts(plain), arrays), K)
 

@@ -11,7 +11,7 @@ import re
 import time
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import flax.traverse_util
 import jax
@@ -43,6 +43,7 @@ from pjrlhf.runtime.records import CorpusSettings, DataSettings, Records
 from pjrlhf.runtime.run import Run
 from pjrlhf.runtime.streams import Streams
 from pjrlhf.runtime.workspace import Workspace
+from pjrlhf.training.workdir import Workdir
 
 FIRST_ID = 5  # of the ids that stand for text; lower ones are special
 
@@ -186,7 +187,9 @@ class DryRecords(Records):
 class DryWorkspace(Workspace):
     """Models whose weights and tokenizers are not read."""
 
-    base_hash = "dry run"
+    @property
+    def base_hash(self) -> str:
+        return "dry run"
 
     @functools.cached_property
     def model_config(self) -> ModelConfig:
@@ -220,7 +223,8 @@ class DryRun(Run):
 
     def __init__(self, config: Any, topology: str):
         plan = read(config)
-        super().__init__(plan.settings, plan.settings.sections, types.SimpleNamespace(path=pathlib.Path("dry_run")))
+        nowhere = cast(Workdir, types.SimpleNamespace(path=pathlib.Path("dry_run")))
+        super().__init__(plan.settings, plan.settings.sections, nowhere)
         self.topology, self.batch_rows = topology, 2 * max([64, *batch_sizes(config).values()])
 
     @functools.cached_property
@@ -288,7 +292,8 @@ def compile_rewards(run: DryRun) -> None:
 def batch_sizes(config: ml_collections.ConfigDict) -> dict[str, int]:
     """Dotted key -> how many rows a step takes."""
     flat = flax.traverse_util.flatten_dict(config.to_dict(), sep=".")
-    return {key: value for key, value in flat.items() if key.endswith((".batch_size", ".rollouts"))}
+    sizes = {str(key): value for key, value in flat.items() if isinstance(value, int)}
+    return {key: value for key, value in sizes.items() if key.endswith((".batch_size", ".rollouts"))}
 
 
 @functools.cache

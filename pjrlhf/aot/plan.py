@@ -74,7 +74,7 @@ def _modpo(run: DryRun, settings: Any) -> None:
 def _ric(run: DryRun, settings: ric.RicSettings) -> None:
     backbone, rows = run.workspace.backbone, run.text.sample_rows
     tokens = np.zeros((rows, run.settings.data.max_prompt), np.int32)
-    prompts = run.devices.place(Prompts(tokens, tokens.astype(bool)))
+    prompts = run.devices.place(Prompts(tokens, tokens.astype(bool)))  # pyright: ignore[reportArgumentType]
     draw = run.devices.program(run.sampler().draw)
     with run.devices.part("rollout of the base"):
         draw(backbone, None, None, prompts, run.streams.root)

@@ -270,18 +270,17 @@ class Policies:
         return logits.reshape(hidden.shape[0], *logits.shape[2:])
 
 
-@struct.dataclass
-class Backbone:
+class Backbone(struct.PyTreeNode):
     """A frozen base with its model and the size of its adapters, as one argument of a jitted function.
 
     Attributes:
       model, adapter: static.
-      base: parameters of the frozen base; None where full parameters are trained without one.
+      base: parameters of the frozen base; empty where full parameters are trained without one.
     """
 
     model: Decoder = struct.field(pytree_node=False)
     adapter: AdapterConfig = struct.field(pytree_node=False)
-    base: Params | None
+    base: Params
 
     def policies(
         self,

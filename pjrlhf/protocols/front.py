@@ -95,7 +95,7 @@ class Front:
     def measure(self, points: Sequence[Point], scores: np.ndarray) -> dict[str, Any]:
         """The front metrics of scaled scores [n, P, N] at `points`."""
         weights = np.array(points)
-        targets = np.asarray(target_map(weights, self.config.target))
+        targets = np.asarray(target_map(weights, self.config.target))  # pyright: ignore[reportArgumentType]
         front = pareto.EvaluatedFront(weights, scores.mean(1), self.reference, targets, scores)
         return pareto.front_metrics(front, self.metrics)
 

@@ -93,7 +93,7 @@ def scaling(run: Run, rates: Mapping[str, Any]) -> dict[str, Any]:
     """What adding preferences took: `evaluate.scaling` names, for each method, the entries trained when they came."""
     found = {}
     for method, entries in run.section(SoupsSettings).scaling.items():
-        info = [run.workdir.finished(methods.folder(name)) for name in entries]
+        info = [run.workdir.finished(methods.folder(name)) or {} for name in entries]
         found[method] = {
             "samples": sum(one["samples"] for one in info),
             "seconds": sum(one["seconds"] for one in info),

@@ -110,7 +110,7 @@ class Text:
           ValueError: a prompt is longer than all of `prompt_lengths`.
         """
         length = int(buckets([max(map(len, ids))], self.prompt_lengths)[0])
-        return Prompts(*pad_left(ids, length, self.workspace.tokenizer.pad_id))
+        return Prompts(*pad_left(ids, length, self.workspace.tokenizer.pad_id))  # pyright: ignore[reportArgumentType]
 
     def pad_completions(self, rows: Sequence[Mapping[str, Ids]]) -> Completions:
         """The "prompt" and "completion" ids of rows, padded to the smallest lengths that hold all."""

@@ -13,13 +13,11 @@ import jax
 import pytest
 from support import tiny, tiny_family, tiny_users
 
-from pjrlhf.algorithms.policy import Policy
-from pjrlhf.algorithms.reward import Reward
-from pjrlhf.algorithms.sft import Sft
+from pjrlhf.algorithms import policy, reward, sft
 from pjrlhf.models.storage import load_tree
 from pjrlhf.training import loop
 
-METHODS = {"sft": Sft, "reward": Reward, "policy": Policy}
+METHODS = {"sft": sft.method_of, "reward": reward.method_of, "policy": policy.method_of}
 ROOT = pathlib.Path(__file__).parents[2]
 
 
