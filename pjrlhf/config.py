@@ -64,7 +64,7 @@ class RunSettings(SharedSettings):
                         f"{', '.join(self.preference.models)}"
                     )
         for method, entries in (self.evaluate.scaling if self.evaluate else {}).items():
-            for name in entries:
+            for name in entries if isinstance(entries, list | tuple) else (entries,):
                 if name not in self.methods:
                     raise UserError(f"evaluate.scaling.{method}: {name!r} is not an entry of methods; add it")
         if self.policy and self.temperature == 0:

@@ -199,7 +199,7 @@ def _checked(name: str, value: Any, hint: Any, rule: Rule) -> Any:
     if isinstance(value, str) and rule.allowed:
         _check_rule(name, value, rule, section)  # a message with the choices helps more than one with the type
     wanted = " or ".join(dict.fromkeys(_name(option) for option in options if option is not type(None)))
-    raise UserError(f"{name}: {_shown(value)} is not {wanted}{_hint_of(rule)}")
+    raise UserError(f"{name}: {shown(value)} is not {wanted}{_hint_of(rule)}")
 
 
 def _converted(value: Any, hint: Any) -> tuple[bool, Any]:
@@ -238,7 +238,7 @@ def _open_section(name: str, value: Any) -> Any:
     """A section whose keys a config chooses, numbers as those of Python, or UserError where JSON cannot hold it."""
     if isinstance(value, Mapping):
         if odd := [key for key in value if not isinstance(key, str)]:
-            raise UserError(f"{name}: the key {_shown(odd[0])} is not text; write it in quotes")
+            raise UserError(f"{name}: the key {shown(odd[0])} is not text; write it in quotes")
         return {key: _open_section(f"{name}.{key}", one) for key, one in value.items()}
     if isinstance(value, list | tuple):
         return type(value)(_open_section(name, one) for one in value)
@@ -248,7 +248,7 @@ def _open_section(name: str, value: Any) -> Any:
         return int(value)
     if isinstance(value, numbers.Real):
         return float(value)
-    raise UserError(f"{name}: {_shown(value)} is not text, a number, a list or a section of such; give one of these")
+    raise UserError(f"{name}: {shown(value)} is not text, a number, a list or a section of such; give one of these")
 
 
 _MISSING = object()
@@ -270,10 +270,10 @@ def _check_rule(name: str, value: Any, rule: Rule, section: str = "") -> None:
         return
     if rule.choices and isinstance(value, str) and value not in rule.allowed and not (rule.extensible and ":" in value):
         if RENAMED_VALUES.get(value) in rule.allowed:
-            raise UserError(f"{name}: {_shown(value)} is called {RENAMED_VALUES[value]!r} now; write that")
+            raise UserError(f"{name}: {shown(value)} is called {RENAMED_VALUES[value]!r} now; write that")
         near = difflib.get_close_matches(value, [c for c in rule.allowed if isinstance(c, str)], 1)
         raise UserError(
-            f"{name}: {_shown(value)} is unknown; "
+            f"{name}: {shown(value)} is unknown; "
             + (f"did you mean {near[0]!r}? The choices are " if near else "choose one of ")
             + f"{_listed(rule)}{section}"
         )
@@ -281,7 +281,7 @@ def _check_rule(name: str, value: Any, rule: Rule, section: str = "") -> None:
         if not math.isfinite(value):
             raise UserError(f"{name}: {value} is not finite{_hint_of(rule) or '; give a finite number'}")
         if not rule.holds(value):
-            raise UserError(f"{name}: {_shown(value)} is out of range; choose a number {rule.describe()}")
+            raise UserError(f"{name}: {shown(value)} is out of range; choose a number {rule.describe()}")
 
 
 def _listed(rule: Rule) -> str:
@@ -295,7 +295,8 @@ def _hint_of(rule: Rule) -> str:
     return f"; choose a number {rule.describe()}" if rule.describe() else ""
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
+    """A value in a message: one line, cut where it is long."""
     text = " ".join(repr(value).split())
     return text if len(text) <= 60 else f"{text[:57]}..."
 
@@ -374,7 +375,7 @@ def overlay(settings: T, values: Any, path: str = "") -> T:
     if isinstance(values, ml_collections.ConfigDict):
         values = dict(values.items(preserve_field_references=False))
     if not isinstance(values, Mapping):
-        raise UserError(f"{path or 'config'}: {_shown(values)} is not a section of settings; give keys and values")
+        raise UserError(f"{path or 'config'}: {shown(values)} is not a section of settings; give keys and values")
     known = {field.name for field in dataclasses.fields(settings)}
     changes = {}
     for key, value in values.items():

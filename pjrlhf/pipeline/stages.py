@@ -16,7 +16,7 @@ from pjrlhf.export.merge import MergeSettings
 from pjrlhf.parallel.processes import is_process_zero
 from pjrlhf.registry import load
 from pjrlhf.runtime.run import Run, Sections, Stage
-from pjrlhf.settings import Settings, parse
+from pjrlhf.settings import Settings, parse, shown
 from pjrlhf.training.workdir import Workdir
 
 # Stage -> the module that has it as `STAGE`.
@@ -91,7 +91,7 @@ def read(config: Any) -> Plan:
     values = dict(config)
     names = values.get("stages", ())
     if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
-        raise UserError(f"stages: {names!r} is not a list of names; choose from {', '.join(STAGES)}")
+        raise UserError(f"stages: {shown(names)} is not a list of names; choose from {', '.join(STAGES)}")
     stages = tuple(stage_of(name) for name in names)
     # A stage of other code has a section of its own class under its name.
     known = {field.name for field in dataclasses.fields(configs.RunSettings)}
