@@ -1,4 +1,4 @@
-"""Paths in a config: local, or in a bucket (gs://, s3://) that is read, and to which checkpoints may be written.
+"""Paths in a config, local or in a bucket (gs://, s3://) for inputs and checkpoints; and atomic writing of files.
 
 Files in a bucket cannot be appended to or renamed, so run directories and exports must be on file systems.
 """
@@ -24,6 +24,23 @@ def user_cache() -> pathlib.Path:
     """The user's cache folder: its files can be computed or downloaded again."""
     root = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
     return pathlib.Path(root) / "pjrlhf"
+
+
+@contextlib.contextmanager
+def atomic_write(path: str | os.PathLike) -> Iterator[pathlib.Path]:
+    """A temporary sibling of `path` to write to: it replaces `path` if the block succeeds, and is deleted if it fails.
+
+    So a reader sees the old file or the new one, never a part, even after a crash.
+    """
+    path = pathlib.Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def is_remote(path: str | os.PathLike) -> bool:
@@ -86,7 +103,7 @@ def local(path: str | os.PathLike) -> pathlib.Path:
 
 
 def _files(folder: epath.Path) -> Iterator[epath.Path]:
-    """All files in and below a folder."""
+    """All files in a folder and its subfolders."""
     for path in folder.iterdir():
         if path.is_dir():
             yield from _files(path)

@@ -135,3 +135,15 @@ def test_a_folder_of_checkpoints_in_a_bucket_keeps_its_scheme(monkeypatch):
     monkeypatch.setattr("orbax.checkpoint.v1.training.Checkpointer", lambda folder, **_: asked.append(str(folder)))
     Checkpoints("gs://mine/run/sft")
     assert asked == ["gs://mine/run/sft"]
+
+
+def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "file"
+    for content in ("old", "new"):
+        with paths.atomic_write(path) as temporary:
+            temporary.write_text(content)
+        assert path.read_text() == content
+    with pytest.raises(KeyboardInterrupt), paths.atomic_write(path) as temporary:
+        temporary.write_text("half of it")
+        raise KeyboardInterrupt
+    assert path.read_text() == "new" and list(tmp_path.iterdir()) == [path]

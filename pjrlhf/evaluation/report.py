@@ -57,6 +57,7 @@ import rich.console
 
 from pjrlhf.evaluation import plots, plots_front, plots_users, report_front, report_users
 from pjrlhf.evaluation.formats import cell, duration, interval, mean_of, number, percent, print_table
+from pjrlhf.paths import atomic_write
 
 
 def write_report(
@@ -135,9 +136,8 @@ def _pooled(rates: Collection[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def _write(path: pathlib.Path, content: bytes) -> None:
-    partial = path.with_name(f".{path.name}.tmp")
-    partial.write_bytes(content)
-    partial.replace(path)
+    with atomic_write(path) as file:
+        file.write_bytes(content)
 
 
 def _template() -> jinja2.Template:

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from pjrlhf.errors import UserError
 from pjrlhf.models.folders import reading, write_tensors
 from pjrlhf.parallel.processes import on_process_zero, to_host
+from pjrlhf.paths import atomic_write
 from pjrlhf.types import Json, Params
 
 
@@ -20,9 +21,8 @@ def save_tree(path: str | os.PathLike, tree: Params, note: dict[str, Json] | Non
 
 @on_process_zero
 def _write(path: pathlib.Path, flat: Params, note: dict[str, Json]) -> None:
-    half = path.with_name(f".{path.name}.tmp")
-    write_tensors(half, flat.items(), {"note": json.dumps(note)})
-    os.replace(half, path)
+    with atomic_write(path) as file:
+        write_tensors(file, flat.items(), {"note": json.dumps(note)})
 
 
 def load_tree(path: str | os.PathLike) -> tuple[Params, dict[str, Json]]:

@@ -6,7 +6,6 @@ text alone.
 
 import contextlib
 import hashlib
-import os
 import pathlib
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -21,6 +20,7 @@ from pjrlhf.errors import UserError
 from pjrlhf.models.adapters import Backbone
 from pjrlhf.models.decoder import Decoder
 from pjrlhf.parallel.processes import broadcast_from_zero, on_process_zero
+from pjrlhf.paths import atomic_write
 from pjrlhf.rollout import scoring
 
 SIDES = ("chosen", "rejected")
@@ -119,7 +119,5 @@ def unique_answers(table: TokenTable) -> tuple[list[dict[str, np.ndarray]], np.n
 
 
 def _write(path: pathlib.Path, values: np.ndarray) -> None:
-    half = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with open(half, "wb") as file:
+    with atomic_write(path) as temporary, temporary.open("wb") as file:
         np.save(file, values)
-    os.replace(half, path)

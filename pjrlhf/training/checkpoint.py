@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
+from jaxtyping import UInt32
 from orbax.checkpoint import v1 as ocp
 
 from pjrlhf.errors import UserError
@@ -63,19 +64,27 @@ def _with_keys(x: Array, like: jax.ShapeDtypeStruct) -> Array:
     return jax.random.wrap_key_data(x, impl=_key_impl(like)) if _is_key(like) else x
 
 
-def _checksums(tree: Tree) -> Array:
-    """uint32 [leaves]: the sum of each array's bits as machine words, the same for every sharding."""
+@jax.jit
+def checksums(tree: Tree) -> UInt32[Array, " leaves"]:
+    """A checksum of the bits of each array, the same for every sharding.
+
+    Sums hashes (the finaliser of MurmurHash3) of every machine word and its position. The sum needs no order, so each
+    device hashes its shards; the positions make swapped words visible.
+    """
 
     def one(x):
         if x.dtype == jnp.bool_:
             x = x.astype(jnp.uint8)
-        words = jax.lax.bitcast_convert_type(x, jnp.dtype(f"uint{8 * min(x.dtype.itemsize, 4)}"))
-        return words.astype(jnp.uint32).sum(dtype=jnp.uint32)
+        words = jax.lax.bitcast_convert_type(x, jnp.dtype(f"uint{8 * min(x.dtype.itemsize, 4)}")).astype(jnp.uint32)
+        position = jnp.uint32(0)
+        for axis, size in enumerate(words.shape):
+            position = position * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, words.shape, axis)
+        x = words + position * jnp.uint32(0x9E3779B9)
+        x = (x ^ (x >> 16)) * jnp.uint32(0x85EBCA6B)
+        x = (x ^ (x >> 13)) * jnp.uint32(0xC2B2AE35)
+        return (x ^ (x >> 16)).sum(dtype=jnp.uint32)
 
     return jnp.stack([one(x) for x in jax.tree.leaves(tree)])
-
-
-_checksums_jit = jax.jit(_checksums)
 
 
 def _pack(value: Json) -> str:
@@ -190,7 +199,7 @@ class Checkpoints:
           UserError: the disk is full or unwritable (perhaps in the previous save), or the metric is missing.
         """
         plain = jax.tree.map(lambda x: jax.random.key_data(x) if _is_key(x) else x, state)
-        host = {"iterator": _pack(iterator_state), "checksums": to_host(_checksums_jit(plain)).tolist()}
+        host = {"iterator": _pack(iterator_state), "checksums": to_host(checksums(plain)).tolist()}
         ranked: Json = None
         if self._metric:
             metrics = metrics or {}
@@ -233,7 +242,7 @@ class Checkpoints:
                 reason = _reason(error)
             if on_all_processes(loaded is not None) and loaded is not None:
                 state, host = loaded
-                if to_host(_checksums_jit(state)).tolist() == host["checksums"]:
+                if to_host(checksums(state)).tolist() == host["checksums"]:
                     self._set_aside(damaged, candidate)
                     return jax.tree.map(_with_keys, state, template), _unpack(host["iterator"])
                 reason = "its contents are not what was saved"

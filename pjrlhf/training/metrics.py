@@ -9,7 +9,6 @@ import importlib
 import json
 import logging
 import math
-import os
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Protocol, TypeAlias, cast
 
@@ -19,6 +18,7 @@ from jaxtyping import Shaped
 
 from pjrlhf.errors import UserError
 from pjrlhf.parallel.processes import is_process_zero, to_host
+from pjrlhf.paths import atomic_write
 from pjrlhf.registry import Registry
 from pjrlhf.training.workdir import Workdir, disk_errors
 from pjrlhf.types import Array, Json
@@ -176,9 +176,8 @@ class MetricWriter:
             if row["stage"] != self.stage or row["step"] <= after:
                 kept.append(line)
         if kept != lines:
-            half = self.path.with_name(f".{self.path.name}.tmp")
-            half.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
-            os.replace(half, self.path)
+            with atomic_write(self.path) as file:
+                file.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
 
     def write(self, step: int, values: Mapping[str, float], performance: Mapping[str, float] | None = None) -> None:
         """Writes one line per file. NaN and infinity become null, because JSON has neither."""

@@ -11,7 +11,7 @@ import jax
 
 from pjrlhf.errors import UserError
 from pjrlhf.parallel.processes import on_process_zero
-from pjrlhf.paths import refuse_remote
+from pjrlhf.paths import atomic_write, refuse_remote
 from pjrlhf.types import Json
 
 _DISK = {
@@ -41,27 +41,21 @@ def disk_errors(path: str | os.PathLike) -> Iterator[None]:
 
 
 def write_json(path: pathlib.Path, value: Json) -> None:
-    """Writes `value` to `path` in one stroke: a reader sees the old file or the new one, never a part.
+    """Writes `value` to `path` atomically.
 
     Raises:
       UserError: the disk is full or unwritable.
     """
-    half = path.with_name(f".{path.name}.tmp")
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(half, "w", encoding="utf-8") as file:
-            json.dump(value, file, indent=1)
-            file.write("\n")
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(half, path)
+        with atomic_write(path) as file:
+            file.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
 
 
 def write_lines(path: pathlib.Path, records: Iterable[Json]) -> None:
-    """One JSON value per line, in one stroke."""
-    half = path.with_name(f".{path.name}.tmp")
-    half.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
-    os.replace(half, path)
+    """Writes one JSON value per line, atomically."""
+    with atomic_write(path) as file:
+        file.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
 
 
 def _read_json(path: pathlib.Path) -> Json:

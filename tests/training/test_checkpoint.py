@@ -1,5 +1,7 @@
 """Checkpoints: bit for bit, over device counts, and when files are half written or damaged."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,7 +10,7 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from pjrlhf.errors import UserError
-from pjrlhf.training.checkpoint import Checkpoints, abstract
+from pjrlhf.training.checkpoint import Checkpoints, abstract, checksums
 from pjrlhf.training.state import State
 
 POSITION = {"next_index": 5, "inner": [b"\x00\xff", None]}
@@ -53,6 +55,37 @@ def save(folder, **states):
 
 def largest_data_file(folder):
     return max((path for path in folder.glob("state/**/d/*")), key=lambda path: path.stat().st_size)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.int8, jnp.bool_])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda x: x[:, ::-1],
+        lambda x: x[::-1],
+        lambda x: np.roll(x, 1),
+        lambda x: x.T.reshape(x.shape),
+        lambda x: np.where(np.arange(x.size).reshape(x.shape) == 5, x[2, 1], x),
+    ],
+    ids=["columns", "rows", "rolled", "transposed", "copied"],
+)
+def test_checksums_depend_on_the_place_of_every_word(damage, dtype):
+    x = np.arange(12).reshape(3, 4) - 6.5
+    x = np.asarray(x > 0 if dtype == jnp.bool_ else x, dtype)
+    if dtype == jnp.bool_:
+        x[0, 0] = True  # else its columns were equal
+    damaged = damage(x)
+    assert (damaged != x).any()
+    assert checksums([x])[0] != checksums([damaged])[0]
+
+
+def test_checksums_see_two_swapped_words():
+    """Any two, also those that differ in the sign alone."""
+    x = np.concatenate([np.arange(1, 9), -np.arange(1, 9)]).astype(np.float32)
+    swapped = np.tile(x, (x.size * (x.size - 1) // 2, 1))
+    for row, (i, j) in zip(swapped, itertools.combinations(range(x.size), 2), strict=True):
+        row[[i, j]] = row[[j, i]]
+    assert len({int(sum_) for sum_ in checksums([x, *swapped])}) == 1 + len(swapped)
 
 
 def test_bit_for_bit_over_8_4_and_1_devices(tmp_path):
