@@ -7,6 +7,7 @@ Every default is in the `Settings` class of the code that reads it; `RunSettings
 # pyright: reportAttributeAccessIssue=false, reportOptionalMemberAccess=false, reportArgumentType=false
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any, get_type_hints
 
 import ml_collections
@@ -26,6 +27,7 @@ from pjrlhf.protocols.soups import SoupsSettings
 from pjrlhf.protocols.users import UsersSettings
 from pjrlhf.runtime.run import SharedSettings
 from pjrlhf.settings import Settings, fill, nested_class, overlay, setting, to_config
+from pjrlhf.types import Json
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -89,7 +91,7 @@ class RunSettings(SharedSettings):
         return {type(found): found for name in names if (found := getattr(self, name)) is not None}
 
 
-def read(config: Any) -> RunSettings:
+def read(config: ml_collections.ConfigDict | Mapping[str, Json]) -> RunSettings:
     """The checked settings of a config, a ConfigDict or a mapping.
 
     Raises:

@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 
 from pjrlhf.data.batching import pad_left, pad_right
 from pjrlhf.data.schema import Prompt
@@ -26,6 +27,7 @@ from pjrlhf.paths import local
 from pjrlhf.rollout import sampler, scoring
 from pjrlhf.rollout.batches import Prompts
 from pjrlhf.rollout.sampler import Sampling
+from pjrlhf.types import Params
 
 MULTIPLE = 32  # lengths are rounded up to multiples of 32, so that few programs are compiled
 
@@ -99,8 +101,8 @@ class LanguageModel:
     def generate(
         self,
         prompts: Sequence[Prompt],
-        bank: Any = None,
-        mix: Any = None,
+        bank: Params | None = None,
+        mix: ArrayLike | None = None,
         *,
         max_new_tokens: int = 64,
         temperature: float = 0.0,
@@ -142,7 +144,13 @@ class LanguageModel:
                 texts.append(self.tokenizer.decode(answer).strip())
         return texts
 
-    def score(self, prompts: Sequence[Prompt], answers: Sequence[str], bank: Any = None, mix: Any = None) -> np.ndarray:
+    def score(
+        self,
+        prompts: Sequence[Prompt],
+        answers: Sequence[str],
+        bank: Params | None = None,
+        mix: ArrayLike | None = None,
+    ) -> np.ndarray:
         """Log-probabilities of answers given their prompts, EOS included: float32 [B], in nats.
 
         Args:
@@ -171,7 +179,7 @@ def _rounded(length: int) -> int:
     return length + -length % MULTIPLE
 
 
-def _rows_of_mix(bank: Any, mix: Any, count: int) -> jax.Array | None:
+def _rows_of_mix(bank: Params | None, mix: ArrayLike | None, count: int) -> jax.Array | None:
     if bank is None or mix is None:
         if mix is not None:
             raise UserError("mix: has no bank to mix; give one, or leave mix out")

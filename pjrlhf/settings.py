@@ -90,7 +90,7 @@ def _number(value: float) -> str:
     return f"{value:,}" if isinstance(value, int) else f"{value:g}"
 
 
-def setting(default: Any, help: str = "", **rule: Any) -> Any:
+def setting(default: object, help: str = "", **rule: Any) -> Any:
     """A field of a `Settings` class.
 
     Args:
@@ -161,7 +161,7 @@ def fields_of(cls: type, prefix: str = "") -> dict[str, tuple[Any, dataclasses.F
     return found
 
 
-def nested_class(hint: Any) -> type | None:
+def nested_class(hint: object) -> type | None:
     """The `Settings` class in a type annotation, alone or in a union; None without one."""
     for option in _options(hint):
         if isinstance(option, type) and issubclass(option, Settings):
@@ -169,7 +169,7 @@ def nested_class(hint: Any) -> type | None:
     return None
 
 
-def _options(hint: Any) -> tuple[Any, ...]:
+def _options(hint: object) -> tuple[Any, ...]:
     return typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
 
 
@@ -179,13 +179,13 @@ _NAMES = {int: "a whole number", float: "a number", str: "text", bool: "True or 
 _SEVERAL = {int: "a list of whole numbers", float: "a list of numbers", str: "a list of texts"}
 
 
-def _name(hint: Any) -> str:
+def _name(hint: object) -> str:
     if typing.get_origin(hint) is tuple:
         return _SEVERAL.get(typing.get_args(hint)[0], "a list")
     return _NAMES.get(hint, "a section of settings")
 
 
-def _checked(name: str, value: Any, hint: Any, rule: Rule) -> Any:
+def _checked(name: str, value: object, hint: object, rule: Rule) -> Any:
     """`value` converted to the type of its field; UserError where type or rule do not hold."""
     options = _options(hint)
     section = ", or give a section" if any(typing.get_origin(option) in (dict, Mapping) for option in options) else ""
@@ -202,7 +202,7 @@ def _checked(name: str, value: Any, hint: Any, rule: Rule) -> Any:
     raise UserError(f"{name}: {shown(value)} is not {wanted}{_hint_of(rule)}")
 
 
-def _converted(value: Any, hint: Any) -> tuple[bool, Any]:
+def _converted(value: Any, hint: object) -> tuple[bool, Any]:
     """(whether `value` fits the type, the converted value)."""
     if hint is Any:
         return True, value
@@ -234,7 +234,7 @@ def _converted(value: Any, hint: Any) -> tuple[bool, Any]:
     raise TypeError(f"settings cannot be of type {hint}")
 
 
-def _open_section(name: str, value: Any) -> Any:
+def _open_section(name: str, value: object) -> Any:
     """A section whose keys a config chooses, numbers as those of Python, or UserError where JSON cannot hold it."""
     if isinstance(value, Mapping):
         if odd := [key for key in value if not isinstance(key, str)]:
@@ -254,7 +254,7 @@ def _open_section(name: str, value: Any) -> Any:
 _MISSING = object()
 
 
-def _fits_float(value: Any) -> bool:
+def _fits_float(value: numbers.Real) -> bool:
     try:
         float(value)
     except OverflowError:
@@ -262,7 +262,7 @@ def _fits_float(value: Any) -> bool:
     return True
 
 
-def _check_rule(name: str, value: Any, rule: Rule, section: str = "") -> None:
+def _check_rule(name: str, value: object, rule: Rule, section: str = "") -> None:
     """UserError where the rule does not hold; `section` is appended to the list of choices."""
     if isinstance(value, tuple):
         for one in value:
@@ -295,13 +295,13 @@ def _hint_of(rule: Rule) -> str:
     return f"; choose a number {rule.describe()}" if rule.describe() else ""
 
 
-def shown(value: Any) -> str:
+def shown(value: object) -> str:
     """A value in a message: one line, cut where it is long."""
     text = " ".join(repr(value).split())
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: object) -> Any:
     if isinstance(value, Settings):
         return value.to_dict()
     if isinstance(value, Mapping):

@@ -54,6 +54,7 @@ PRNGKey: TypeAlias = Key[jax.Array, ""]  # typed, from `jax.random.key`
 Params: TypeAlias = dict[str, Any]  # nested dict of arrays: parameters, an adapter bank, heads, user tables
 Tree: TypeAlias = PyTree  # any pytree of arrays, or of their shapes, shardings, ...
 DType: TypeAlias = jax.typing.DTypeLike
+Config: TypeAlias = Any  # an `ml_collections.ConfigDict`, whose attributes have no static types
 Json: TypeAlias = Any  # value that `json` reads and writes
 
-__all__ = ["Array", "DType", "Device", "Json", "PRNGKey", "Params", "Tree"]
+__all__ = ["Array", "Config", "DType", "Device", "Json", "PRNGKey", "Params", "Tree"]

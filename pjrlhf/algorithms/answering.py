@@ -32,6 +32,7 @@ from pjrlhf.runtime.answers import EvaluatedPolicy, Point, silent
 from pjrlhf.runtime.run import Run
 from pjrlhf.runtime.sampler import mixed
 from pjrlhf.settings import Settings, setting
+from pjrlhf.types import Params
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -51,7 +52,7 @@ class AnswerSettings(Settings):
             raise UserError(f"divergence: {error}") from error
 
 
-def combined(divergence: str | float, backbone: Backbone, bank: Any, weights: jax.Array) -> PolicyEnsemble:
+def combined(divergence: str | float, backbone: Backbone, bank: Params, weights: jax.Array) -> PolicyEnsemble:
     """The policies of a bank, combined for every row with its `weights` [B, K] of their log-probabilities (MOD)."""
     return PolicyEnsemble(backbone.model, backbone.adapter, backbone.base, bank, weights, divergence)
 
@@ -66,7 +67,7 @@ def by_base(run: Run, how: AnswerSettings) -> EvaluatedPolicy:
     return EvaluatedPolicy(None, lambda p: (), stating(run, PreferencePrompt()) if how.prompted else silent)
 
 
-def by_one_adapter(run: Run, settings: Any, stage: str, how: AnswerSettings) -> EvaluatedPolicy:
+def by_one_adapter(run: Run, settings: Settings, stage: str, how: AnswerSettings) -> EvaluatedPolicy:
     """The only adapter of a stage, named "policy"."""
     return EvaluatedPolicy(banks.load(run, stage, ["policy"]), lambda p: (1.0,))
 

@@ -13,11 +13,12 @@ from pjrlhf.models.storage import load_tree, save_tree
 from pjrlhf.parallel.processes import on_process_zero, to_host
 from pjrlhf.runtime.run import Run
 from pjrlhf.training.workdir import disk_errors, write_json
+from pjrlhf.types import Params
 
 BANK = "bank.safetensors"
 
 
-def save(run: Run, stage: str, names: Sequence[str], bank: Any) -> str:
+def save(run: Run, stage: str, names: Sequence[str], bank: Params) -> str:
     """Writes <workdir>/<stage>/bank.safetensors, and one folder per adapter (PEFT, or a full model); returns the
     fingerprint of the base.
 
@@ -34,7 +35,7 @@ def save(run: Run, stage: str, names: Sequence[str], bank: Any) -> str:
 
 
 @on_process_zero
-def _save_adapters(run: Run, folder: pathlib.Path, names: Sequence[str], bank: Any) -> None:
+def _save_adapters(run: Run, folder: pathlib.Path, names: Sequence[str], bank: Params) -> None:
     workspace = run.workspace
     for k, name in enumerate(names):
         one = jax.tree.map(lambda x, k=k: x[k], bank)

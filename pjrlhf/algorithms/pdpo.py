@@ -306,7 +306,9 @@ class PairMargins:
         chosen, rejected = pair_rewards(self.objective, answer_scores(backbone, self.users, trainable, batch), batch)
         return chosen - rejected
 
-    def __call__(self, trainable: Any, part: str, users: np.ndarray, rows: Sequence[int] | None = None) -> np.ndarray:
+    def __call__(
+        self, trainable: Params, part: str, users: np.ndarray, rows: Sequence[int] | None = None
+    ) -> np.ndarray:
         """Float32 [M], of `rows` of a part (all by default), as seen by `users` int32 [N], rows of the user table for
         all N pairs of the part. Of a policy these are the implicit margins, beta Delta log(pi / reference).
         """

@@ -33,6 +33,7 @@ from pjrlhf.training.loop import Method
 from pjrlhf.training.metrics import Metrics
 from pjrlhf.training.optimizer import OptimizerSettings, check_warmup, make_optimizer, per_ingredient
 from pjrlhf.training.state import State
+from pjrlhf.types import Params
 
 KL_STEPS = 10  # the last steps, over whose mean the KL of a policy is reported
 
@@ -119,7 +120,7 @@ class Policy(Method):
         self,
         settings: PolicySettings,
         data: PromptRows,
-        rewarder: Any,
+        rewarder: Params,
         devices: Devices,
         backbone: Backbone,
         streams: Streams,
@@ -187,12 +188,12 @@ class Policy(Method):
         """A batch [K, n, ...] on the devices, which share the rows of all policies: [K n, ...]."""
         return self.devices.place(join_rows(batch))
 
-    def rollout(self, backbone: Backbone, bank: Any, batch: PromptBatch, key: jax.Array) -> Rollout:
+    def rollout(self, backbone: Backbone, bank: Params, batch: PromptBatch, key: jax.Array) -> Rollout:
         """Responses [*rows, N] to the prompts [*rows, P] of a batch."""
         mix = batch.targets.weights if self.targets.mix == "weights" else jnp.eye(self.K)
         return sample(backbone, bank, mix, batch.prompts, self.recipe.sampling, key)
 
-    def score(self, backbone: Backbone, rewarder: Any, batch: PromptBatch, rollout: Rollout) -> jax.Array:
+    def score(self, backbone: Backbone, rewarder: Params, batch: PromptBatch, rollout: Rollout) -> jax.Array:
         """Rewards float32 [*rows, S] of the responses to a batch."""
         fixed = self.targets.objectives
         objectives = batch.targets.objectives if fixed is None else jnp.asarray(fixed)
@@ -215,7 +216,7 @@ class Policy(Method):
         extra = {"beta": beta, "kl": recent.at[step % len(recent)].set(kl)}
         return state.replace(step=step + 1, extra=extra), statistics | metrics
 
-    def _step(self, state: State, backbone: Backbone, rewarder: Any, placed: PromptBatch) -> tuple[State, Metrics]:
+    def _step(self, state: State, backbone: Backbone, rewarder: Params, placed: PromptBatch) -> tuple[State, Metrics]:
         batch = split_rows(placed, self.K)
         draw, shuffle = jax.random.split(jax.random.fold_in(state.rng, state.step))
         rollout = self.rollout(backbone, state.trainable["bank"], batch, draw)
@@ -277,7 +278,7 @@ def settings_of(run: Sections) -> PolicySettings:
     return dataclasses.replace(settings, prompt_preference=settings.prompt_preference or run.settings.prompt_preference)
 
 
-def method_of(run: Run, settings: PolicySettings | None = None, rewarder: Any = None) -> Policy:
+def method_of(run: Run, settings: PolicySettings | None = None, rewarder: Params | None = None) -> Policy:
     """The method for policies of a run, by default those of its stage, trained on its reward models."""
     settings = settings or settings_of(run)
     targets = targets_of(run, settings)

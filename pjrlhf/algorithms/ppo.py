@@ -14,6 +14,7 @@ from pjrlhf.rollout.batches import Experience, join_rows, split_rows
 from pjrlhf.rollout.experience import values_of
 from pjrlhf.settings import Settings, setting
 from pjrlhf.training.state import State
+from pjrlhf.types import Params
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -32,7 +33,7 @@ class PPOConfig(Settings):
 
 
 def ppo_loss(
-    config: PPOConfig, backbone: Backbone, trainable: Any, experience: Experience
+    config: PPOConfig, backbone: Backbone, trainable: Params, experience: Experience
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Sum over the K policies of their PPO losses, and metrics [K].
 
@@ -69,13 +70,13 @@ def ppo_loss(
 
 
 def ppo_gradient(
-    config: PPOConfig, backbone: Backbone, trainable: Any, experience: Experience
+    config: PPOConfig, backbone: Backbone, trainable: Params, experience: Experience
 ) -> tuple[Any, dict[str, jax.Array]]:
     """Gradient of `ppo_loss` and its metrics [K]; of `config.policies_at_once` policies at once, one group of policies
     after the other. Adapters mixed for every row belong to all policies, so these cannot be split.
     """
 
-    def gradient(trainable: Any, experience: Experience) -> tuple[Any, dict[str, jax.Array]]:
+    def gradient(trainable: Params, experience: Experience) -> tuple[Any, dict[str, jax.Array]]:
         return jax.grad(ppo_loss, argnums=2, has_aux=True)(config, backbone, trainable, experience)
 
     K = len(experience.tokens)

@@ -38,6 +38,7 @@ from pjrlhf.training.metrics import Metrics
 from pjrlhf.training.optimizer import OptimizerSettings, check_warmup, make_optimizer, per_ingredient
 from pjrlhf.training.state import State
 from pjrlhf.training.workdir import disk_errors, write_lines
+from pjrlhf.types import Params, Tree
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -85,7 +86,7 @@ def prompt_format(run: Run, settings: RicSettings, request: str, scores: Sequenc
     return words
 
 
-def scored(run: Run, rewarder: Any, requests: Sequence[str], texts: Sequence[str], name: str) -> list[Answer]:
+def scored(run: Run, rewarder: Params, requests: Sequence[str], texts: Sequence[str], name: str) -> list[Answer]:
     """The answers that are not empty, with their rewards between the quantiles of the reward stage, `calibrate`d.
 
     The reward models read the plain request, whatever was stated. `name` is what messages call the answers.
@@ -186,20 +187,20 @@ class Ric(Method):
         # The step donates its state; what was given as a start stays the caller's.
         return self.devices.create(self._initial, self.backbone, self.data.start)
 
-    def _initial(self, backbone: Backbone, start: Any) -> State:
+    def _initial(self, backbone: Backbone, start: Params | None) -> State:
         bank = start
         if start is None:
             bank = init_bank(backbone.base, backbone.adapter, 1, self.streams.key("ric/adapter"))
         return State.create(self.streams.key("ric/state"), bank, self.optimizer)
 
     def _step(self, state: State, backbone: Backbone, batch: PackedRows) -> tuple[State, Metrics]:
-        def loss(bank: Any) -> tuple[jax.Array, Metrics]:
+        def loss(bank: Params) -> tuple[jax.Array, Metrics]:
             return sft.sft_loss(backbone, bank, batch)
 
         gradient, metrics = jax.grad(loss, has_aux=True)(state.trainable)
         return state.apply_gradients(gradient, self.optimizer), metrics
 
-    def step(self, state: State, batch: Any) -> tuple[State, Metrics]:
+    def step(self, state: State, batch: Tree) -> tuple[State, Metrics]:
         return self._update(state, self.backbone, self.devices.place(batch))
 
 
@@ -211,7 +212,9 @@ def method_of(run: Run, settings: RicSettings, data: Round) -> Ric:
     return Ric(settings, data, run.devices, run.workspace.backbone, run.text, run.streams)
 
 
-def fine_tune(run: Run, settings: Any, stage: str, number: int, answers: Sequence[Answer], start: Any = None) -> Any:
+def fine_tune(
+    run: Run, settings: RicSettings, stage: str, number: int, answers: Sequence[Answer], start: Params | None = None
+) -> Any:
     """The bank of one adapter after round `number`, of which the first is 0, on `answers`."""
     name, steps = f"{stage}/round{number}", settings.online_steps if number else settings.steps
     data = Round(stated(run, settings, answers, name), steps, start)
@@ -237,7 +240,7 @@ def train(run: Run, settings: RicSettings, stage: str) -> dict[str, Any]:
         texts = sample_base(run, prompts, functools.partial(run.streams.key, "ric/base_answers"), stage)
         return scored(run, rewarder, requests, texts, f"{stage}/round0")
 
-    def online_answers(bank: Any, number: int) -> list[Answer]:
+    def online_answers(bank: Params, number: int) -> list[Answer]:
         rows = wanted(run, settings, number)
         texts = sample_rows(run, bank, rows, functools.partial(run.streams.key, "ric/answers", number))
         return scored(run, rewarder, [row.request for row in rows], texts, f"{stage}/round{number}")

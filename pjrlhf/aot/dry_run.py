@@ -44,6 +44,7 @@ from pjrlhf.runtime.run import Run
 from pjrlhf.runtime.streams import Streams
 from pjrlhf.runtime.workspace import Workspace
 from pjrlhf.training.workdir import Workdir
+from pjrlhf.types import PRNGKey, Tree
 
 FIRST_ID = 5  # of the ids that stand for text; lower ones are special
 
@@ -81,10 +82,10 @@ class _Text:
     def __init__(self, prompt: int, completion: int, vocab_size: int):
         self.prompt, self.completion, self.vocab_size = prompt, completion, vocab_size
 
-    def encode_prompt(self, prompt: Any) -> list[int]:
+    def encode_prompt(self, prompt: object) -> list[int]:
         return [FIRST_ID] * self.prompt
 
-    def encode_answers(self, prompt: Any, answers: Sequence[str]) -> tuple[list[int], list[list[int]]]:
+    def encode_answers(self, prompt: object, answers: Sequence[str]) -> tuple[list[int], list[list[int]]]:
         return self.encode_prompt(prompt), [[FIRST_ID + i] * self.completion for i in range(len(answers))]
 
 
@@ -105,16 +106,16 @@ class DryDevices(Devices):
     def make_mesh(self, settings: MeshSettings) -> jax.sharding.Mesh:
         return make_mesh(settings.to_dict(), self.devices)
 
-    def create(self, make: Callable[..., Any], *arguments: Any, donate: tuple[int, ...] = ()) -> Any:
+    def create(self, make: Callable[..., Any], *arguments: Tree, donate: tuple[int, ...] = ()) -> Any:
         return self.shard(jax.eval_shape(make, *arguments))
 
-    def shard(self, tree: Any) -> Any:
+    def shard(self, tree: Tree) -> Any:
         """The shapes of parameters, sharded by the partition rules."""
         return jax.tree.map(
             lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), tree, shardings(self.mesh, tree)
         )
 
-    def place(self, batch: Any) -> Any:
+    def place(self, batch: Tree) -> Any:
         def one(x):
             return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=batch_sharding(self.mesh, x.shape[0]))
 
@@ -130,20 +131,20 @@ class DryDevices(Devices):
     def program(self, step: Callable[..., Any], **options: Any) -> Any:
         jitted = jax.jit(step, **options)
 
-        def compiled(*arguments: Any, **keywords: Any) -> Any:
+        def compiled(*arguments: Tree, **keywords: Tree) -> Any:
             traced = jitted.trace(*arguments, **keywords)
             self.steps.append(self._compiled(traced))
             return traced.out_info
 
         return compiled
 
-    def _compiled(self, traced: Any) -> Step:
+    def _compiled(self, traced: jax.stages.Traced) -> Step:
         limit, started = int(CHIPS[self.chip].memory), time.perf_counter()
         cost = matmul_cost(traced.jaxpr.jaxpr, self.trip_count)
         memory, sent, problem = 0, {}, ""
         try:
             program = traced.lower().compile()
-            memory, sent = memory_bytes(program), collective_bytes(program.as_text())
+            memory, sent = memory_bytes(program), collective_bytes(program.as_text() or "")
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error) and "Ran out of memory" not in str(error):
                 raise
@@ -175,7 +176,7 @@ class DryRecords(Records):
     def completions(self) -> list[Example]:
         return [Example(prompt=request, completion="answer") for request in self.requests[0]]
 
-    def comparisons(self, spec: Any) -> tuple[list[Example], str]:
+    def comparisons(self, spec: object) -> tuple[list[Example], str]:
         examples = [
             Example(prompt=request, chosen="one", rejected="other", user_id=f"user {i}", objective=name)
             for i, request in enumerate(self.requests[0])
@@ -214,14 +215,14 @@ class DryWorkspace(Workspace):
         tree = flax.traverse_util.unflatten_dict(leaves, sep="/")
         return self.devices.shard(jax.eval_shape(quantize_params, tree) if self.settings.quantize else tree)
 
-    def start_params(self, key: Any) -> Any:
+    def start_params(self, key: PRNGKey) -> Any:
         return self.base
 
 
 class DryRun(Run):
     """A run on devices that are not here: parameters are shapes, and records are stand-ins of the greatest length."""
 
-    def __init__(self, config: Any, topology: str):
+    def __init__(self, config: ml_collections.ConfigDict, topology: str):
         plan = read(config)
         nowhere = cast(Workdir, types.SimpleNamespace(path=pathlib.Path("dry_run")))
         super().__init__(plan.settings, plan.settings.sections, nowhere)

@@ -10,7 +10,7 @@ from jaxtyping import Bool, Int
 
 from pjrlhf.data.tokenization import TokenRow
 from pjrlhf.errors import UserError
-from pjrlhf.types import Array
+from pjrlhf.types import Array, Json
 
 Row = TypeVar("Row")
 Batch = TypeVar("Batch")  # a pytree of arrays
@@ -35,7 +35,7 @@ class Batches(Protocol[Batch_co]):
 
     def get_state(self) -> Any: ...
 
-    def set_state(self, state: Any) -> None: ...
+    def set_state(self, state: Json) -> None: ...
 
 
 class Completions(struct.PyTreeNode):

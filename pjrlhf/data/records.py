@@ -8,6 +8,7 @@ import numpy as np
 from absl import logging
 
 from pjrlhf.errors import UserError
+from pjrlhf.types import Json
 
 _LOGGED = 5  # bad records that are logged one by one
 
@@ -69,7 +70,7 @@ class BadRecords:
         logging.warning("%s: %s; they are left out", self.source_name, bad)
 
 
-def plain(value: Any) -> Any:
+def plain(value: Json) -> Any:
     """The value as plain Python: bytes become text (UTF-8), NumPy scalars become numbers, arrays become lists.
 
     Raises:

@@ -12,6 +12,7 @@ from typing import Any
 
 from pjrlhf.data.records import BadRecords, RecordError, plain
 from pjrlhf.errors import UserError
+from pjrlhf.types import Json
 
 KINDS = ("prompt", "completion", "preference")
 COLUMNS = (
@@ -194,7 +195,7 @@ def _preference(values: dict[str, Any], found: list[str]) -> dict[str, Any]:
     return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
 
 
-def _explicit(prompt: Any, answers: dict[str, Any]) -> tuple[Prompt, list[str]]:
+def _explicit(prompt: Json, answers: dict[str, Any]) -> tuple[Prompt, list[str]]:
     if all(isinstance(answer, str) for answer in answers.values()):
         return _read_prompt(prompt), [_text(answer, name) for name, answer in answers.items()]
     if isinstance(prompt, str):  # the one user turn before the answers, which are conversations
@@ -232,7 +233,7 @@ def _implicit(answers: dict[str, Any]) -> tuple[Prompt, list[str]]:
     ]
 
 
-def _read_prompt(value: Any) -> Prompt:
+def _read_prompt(value: Json) -> Prompt:
     if isinstance(value, str):
         return _text(value, "prompt")
     messages = _messages(value, "prompt")
@@ -241,7 +242,7 @@ def _read_prompt(value: Any) -> Prompt:
     return messages
 
 
-def _messages(value: Any, name: str) -> list[Message]:
+def _messages(value: Json, name: str) -> list[Message]:
     """A conversation, also from the column form `{"role": [...], "content": [...]}` of tfds; keys of value None go."""
     if isinstance(value, Mapping) and all(isinstance(column, list) for column in value.values()):
         value = [dict(zip(value, row, strict=False)) for row in zip(*value.values(), strict=False)]
@@ -266,7 +267,7 @@ def _answer(messages: list[Message], name: str) -> str:
     return _text(messages[0]["content"], name)
 
 
-def _text(value: Any, name: str) -> str:
+def _text(value: Json, name: str) -> str:
     if not isinstance(value, str):
         raise RecordError(f"{name} is not text", f"a {type(value).__name__}")
     if not value.strip():
@@ -278,18 +279,18 @@ def _optional_text(values: dict[str, Any], name: str) -> str | None:
     return _text(values[name], name) if name in values else None
 
 
-def _user_id(value: Any) -> str | None:
+def _user_id(value: Json) -> str | None:
     is_number = isinstance(value, int) and not isinstance(value, bool)
     return None if value is None else _text(str(value) if is_number else value, "user_id")
 
 
-def _number(value: Any, name: str) -> float:
+def _number(value: Json, name: str) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         raise RecordError(f"bad {name}", f"{value!r} is not a finite number")
     return float(value)
 
 
-def _named_numbers(value: Any, name: str) -> dict[str, float] | None:
+def _named_numbers(value: Json, name: str) -> dict[str, float] | None:
     """Numbers by name, without those that are None: columnar files give every record all names."""
     if value is None:
         return None
@@ -298,7 +299,7 @@ def _named_numbers(value: Any, name: str) -> dict[str, float] | None:
     return {key: _number(item, f"{name}") for key, item in value.items() if item is not None}
 
 
-def _weights(value: Any) -> dict[str, float] | list[float] | None:
+def _weights(value: Json) -> dict[str, float] | list[float] | None:
     name = "preference_weights"
     if isinstance(value, list):
         weights = [_number(item, name) for item in value]

@@ -106,7 +106,7 @@ def open_source(spec: Mapping[str, Any]) -> Source:
 Reader = Callable[[Mapping[str, Any]], Sequence[Mapping[str, Any]]]
 
 
-def _reader(thing: Any) -> Reader:
+def _reader(thing: object) -> Reader:
     if not callable(thing):
         raise ValueError("is not a function of a specification")
     return cast(Reader, thing)

@@ -16,6 +16,7 @@ from absl import logging
 from pjrlhf.data.records import BadRecords, RecordError
 from pjrlhf.data.schema import Example, Prompt, shared_length
 from pjrlhf.errors import UserError
+from pjrlhf.types import Json
 
 # Kind of record -> its answers.
 ANSWERS = {
@@ -195,7 +196,7 @@ def load_tokenizer(folder: str | os.PathLike, *, eos_token: str | None = None) -
     return Tokenizer(backend, eos_token=eos_token, add_bos=add_bos if backend.bos_token_id is not None else False)
 
 
-def write_folder(folder: pathlib.Path, tokenizer: Any, **settings: Any) -> None:
+def write_folder(folder: pathlib.Path, tokenizer: Any, **settings: Json) -> None:
     """Writes tokenizer.json and tokenizer_config.json.
 
     Args:

@@ -14,6 +14,7 @@ from pjrlhf.runtime.answers import sample_base
 from pjrlhf.runtime.run import Run, Stage
 from pjrlhf.settings import Settings, setting
 from pjrlhf.training.workdir import disk_errors, write_lines
+from pjrlhf.types import Json
 
 FILE = "comparisons.jsonl"
 
@@ -33,7 +34,7 @@ def stated_sets(run: Run, count: int, rng: random.Random) -> list[tuple[str, ...
     return [tuple(rng.choice(group) for group in groups if rng.random() < 0.5) for _ in range(count)]
 
 
-def preference_record(run: Run, request: str, chosen: str, rejected: str, **columns: Any) -> dict[str, Any]:
+def preference_record(run: Run, request: str, chosen: str, rejected: str, **columns: Json) -> dict[str, Any]:
     """A TRL preference record of answers to `request`: messages where this run chats, text where it does not."""
     answers: dict[str, Any] = {"chosen": chosen, "rejected": rejected}
     if run.settings.data.chat:

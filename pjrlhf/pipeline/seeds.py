@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 from absl import logging
+from ml_collections import ConfigDict
 
 from pjrlhf.evaluation.report import write_report
 from pjrlhf.evaluation.statistics import mean_interval
@@ -13,7 +14,7 @@ from pjrlhf.pipeline import stages
 from pjrlhf.training.workdir import Workdir, disk_errors
 
 
-def run(config: Any, workdir: Workdir) -> None:
+def run(config: ConfigDict, workdir: Workdir) -> None:
     """Runs `config` once for every one of `config.seeds` in <workdir>/seed<n>; writes <workdir>/report.
 
     Raises:

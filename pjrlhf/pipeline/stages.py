@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from absl import logging
+from ml_collections import ConfigDict
 
 from pjrlhf import config as configs
 from pjrlhf.algorithms import methods
@@ -18,6 +19,7 @@ from pjrlhf.registry import load
 from pjrlhf.runtime.run import Run, Sections, Stage
 from pjrlhf.settings import Settings, parse, shown
 from pjrlhf.training.workdir import Workdir
+from pjrlhf.types import Json
 
 # Stage -> the module that has it as `STAGE`.
 STAGES = {
@@ -82,7 +84,7 @@ class Plan:
         return self.settings.to_dict() | {name: section.to_dict() for name, section in self.foreign.items()}
 
 
-def read(config: Any) -> Plan:
+def read(config: ConfigDict | Mapping[str, Json]) -> Plan:
     """What a config asks for.
 
     Raises:
@@ -103,7 +105,7 @@ def read(config: Any) -> Plan:
     return plan
 
 
-def run(config: Any, workdir: Workdir) -> None:
+def run(config: ConfigDict | Mapping[str, Json], workdir: Workdir) -> None:
     """Runs `config.stages` in order; a stage that this run directory has finished is skipped.
 
     Raises:

@@ -21,6 +21,7 @@ from pjrlhf.rollout import scoring
 from pjrlhf.rollout.batches import Experience, Prompts, Rollout, ScoredRollout, join_rows, split_rows
 from pjrlhf.rollout.sampler import Sampling, generate
 from pjrlhf.settings import Settings, setting
+from pjrlhf.types import Params
 
 ESTIMATORS = ("gae", "rloo", "group")
 
@@ -73,7 +74,7 @@ class Recipe:
 
 
 def sample(
-    backbone: Backbone, bank: Any, mix: jax.Array | None, prompts: Prompts, sampling: Sampling, key: jax.Array
+    backbone: Backbone, bank: Params, mix: jax.Array | None, prompts: Prompts, sampling: Sampling, key: jax.Array
 ) -> Rollout:
     """Responses [*rows, N] to prompts [*rows, P]; `sampling` is static in a program.
 
@@ -176,7 +177,7 @@ def experience(
     valid = jnp.concatenate([scored.prompts.valid, response.valid], axis=2)
     mask = response.valid.astype(jnp.float32)
 
-    def token_logps(bank: Any, mix: jax.Array | None) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def token_logps(bank: Params | None, mix: jax.Array | None) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Hidden states [K n, N, D]; log-probabilities and entropies [K, n, N]."""
         policies = backbone.policies(bank, mix)
         states = scoring.response_states(policies, join_rows(tokens), join_rows(valid), P)

@@ -8,7 +8,6 @@ import contextlib
 import hashlib
 import pathlib
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import jax
 import numpy as np
@@ -27,7 +26,7 @@ SIDES = ("chosen", "rejected")
 _VERSION = 1  # of the computation; raise it where the same key would give other numbers
 
 
-def cache_key(table: TokenTable, base_hash: str, param_dtype: Any, model: Decoder) -> str:
+def cache_key(table: TokenTable, base_hash: str, param_dtype: object, model: Decoder) -> str:
     """Hex digest of everything the numbers of `reference_logps` depend on.
 
     The token ids of every row stand for the data, its columns, the chat template, the tokenizer and the length

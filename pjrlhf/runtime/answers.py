@@ -11,6 +11,7 @@ from pjrlhf.data.schema import Prompt
 from pjrlhf.models.adapters import is_low_rank
 from pjrlhf.runtime.run import Run
 from pjrlhf.runtime.sampler import PoliciesOf, mixed
+from pjrlhf.types import Params
 
 Keys = Callable[[int], jax.Array]  # number of a chunk -> its PRNG key
 Point = tuple[float, ...]  # preference weights, one per objective
@@ -41,7 +42,7 @@ class Row:
     mix: tuple[float, ...]
 
 
-def sample_rows(run: Run, bank: Any, rows: Sequence[Row], keys: Keys, policies: PoliciesOf = mixed) -> list[str]:
+def sample_rows(run: Run, bank: Params, rows: Sequence[Row], keys: Keys, policies: PoliciesOf = mixed) -> list[str]:
     """One answer per row.
 
     Rows of a chunk may have different weights where the bank is low-rank, because it is not merged.

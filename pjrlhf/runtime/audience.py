@@ -8,6 +8,7 @@ from pjrlhf.data import preferences, synthetic
 from pjrlhf.data.preferences import Preference, Preferences
 from pjrlhf.errors import UserError
 from pjrlhf.rewards.scorers import scorer
+from pjrlhf.types import Json
 
 NAMED: Mapping[str, Preferences] = {**synthetic.ENVIRONMENTS, "paper": preferences.PAPER}
 
@@ -73,7 +74,7 @@ class Audience:
         return lambda prompt, text, criterion: scorers[criterion](prompt, text)
 
 
-def _preference(name: str, fields: Any) -> Preference:
+def _preference(name: str, fields: Mapping[str, Json]) -> Preference:
     try:
         return Preference(**fields)
     except TypeError as error:

@@ -11,6 +11,7 @@ from pjrlhf.parallel.mesh import constrain_state, make_mesh, round_up_rows, shar
 from pjrlhf.settings import Settings, setting
 from pjrlhf.training.performance import Program
 from pjrlhf.training.state import State
+from pjrlhf.types import Tree
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -41,15 +42,15 @@ class Devices:
         """The mesh of all devices."""
         return make_mesh(settings.to_dict())
 
-    def create(self, make: Callable[..., Any], *arguments: Any, donate: tuple[int, ...] = ()) -> Any:
+    def create(self, make: Callable[..., Any], *arguments: Tree, donate: tuple[int, ...] = ()) -> Any:
         """`make(*arguments)`, sharded by the partition rules; see `parallel.mesh.sharded`."""
         return sharded(self.mesh, make, *arguments, donate=donate)
 
-    def place(self, batch: Any) -> Any:
+    def place(self, batch: Tree) -> Any:
         """A batch with rows split over the devices; see `parallel.mesh.shard_batch`."""
         return shard_batch(self.mesh, batch)
 
-    def shard(self, tree: Any) -> Any:
+    def shard(self, tree: Tree) -> Any:
         """Parameters sharded by the partition rules."""
         return shard_params(self.mesh, tree)
 
@@ -61,7 +62,7 @@ class Devices:
         """A program of `step`, (state, ...) -> (state, metrics), that donates the state."""
 
         @functools.wraps(step)
-        def in_place(state: State, *arguments: Any, **keywords: Any) -> tuple[State, Any]:
+        def in_place(state: State, *arguments: Tree, **keywords: Tree) -> tuple[State, Any]:
             state, metrics = step(state, *arguments, **keywords)
             return constrain_state(self.mesh, state), metrics
 

@@ -14,12 +14,13 @@ from pjrlhf.rollout.decoding import PolicyEnsemble
 from pjrlhf.rollout.sampler import Sampling, generate
 from pjrlhf.runtime.text import Text
 from pjrlhf.training.progress import progress
+from pjrlhf.types import Params, Tree
 
 # (backbone, parameters, data of every row [B, ...]) -> the policies of the B rows of a chunk.
 PoliciesOf = Callable[[Backbone, Any, Any], Policies | PolicyEnsemble]
 
 
-def mixed(backbone: Backbone, bank: Any, mix: jax.Array | None) -> Policies:
+def mixed(backbone: Backbone, bank: Params | None, mix: jax.Array | None) -> Policies:
     """The soups of a bank with weights `mix` [B, K]; the base where `bank` is None.
 
     A bank of full parameters is merged once per chunk, so all rows of the chunk must be equal.
@@ -45,7 +46,9 @@ class Sampler:
         self.sampling = sampling or text.sampling()
         self._draw = jax.jit(self.draw)
 
-    def draw(self, backbone: Backbone, parameters: Any, rows: Any, prompts: Prompts, key: jax.Array) -> Rollout:
+    def draw(
+        self, backbone: Backbone, parameters: Params | None, rows: Tree, prompts: Prompts, key: jax.Array
+    ) -> Rollout:
         """The rollout of a chunk; pure, for `jax.jit`."""
         return generate(self.policies(backbone, parameters, rows), self.sampling, prompts, key)
 
@@ -54,7 +57,7 @@ class Sampler:
         name: str,
         prompts: Sequence[Prompt],
         keys: Callable[[int], jax.Array],
-        parameters: Any = None,
+        parameters: Params | None = None,
         rows: np.ndarray | None = None,
         apart: Sequence[Any] | None = None,
     ) -> list[str]:

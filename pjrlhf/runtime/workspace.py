@@ -26,6 +26,7 @@ from pjrlhf.runtime.devices import Devices
 from pjrlhf.runtime.records import Records
 from pjrlhf.settings import Settings, setting
 from pjrlhf.training.workdir import Workdir
+from pjrlhf.types import PRNGKey
 
 FLOATS = ("float32", "bfloat16", "float16")
 
@@ -210,7 +211,7 @@ class Workspace:
             decode=choose_decode(platform),
         )
 
-    def start_params(self, key: Any) -> Any:
+    def start_params(self, key: PRNGKey) -> Any:
         """The initial parameters: read from `model.path`, or random."""
         if self.settings.path:
             return self._read(self.start_folder)
