@@ -1,4 +1,4 @@
-"""Attention block by block is attention, values and gradients."""
+"""Blockwise, fused and plain attention agree, in values and gradients."""
 
 import jax
 import jax.numpy as jnp
@@ -19,13 +19,13 @@ B, C, N = 3, 6, 8
 
 
 def inputs(T, H, G):
-    """Query, key, value, and what the gradient of the outcome is."""
+    """Query, key, value, and the cotangent of the output."""
     rng = np.random.default_rng(T)
     return [rng.normal(size=(B, T, heads, C)).astype(np.float32) for heads in (H, G, G, H)]
 
 
 def packed(T):
-    """Mask of rows with a prompt and two answers that do not see each other, padding, and somebody else's tokens."""
+    """Mask of packed rows: a prompt with two answers that do not attend to each other, another segment, padding."""
     segment, branch = np.ones((B, T), int), np.zeros((B, T), int)
     for b, (first, second, end) in enumerate([(T // 4, T // 2, T), (1, T // 2, T - 3), (0, 0, 1)]):
         branch[b, first:second], branch[b, second:], segment[b, end:] = 1, 2, 0
@@ -34,8 +34,8 @@ def packed(T):
     return np.tril(own & (segment[:, None] > 0) & (segment[:, None] == segment[..., None]))
 
 
-def near(T):
-    """Mask of a sliding window, behind padding on the left of one row: some queries look nowhere."""
+def sliding(T):
+    """Mask of a sliding window with left padding in one row, so that some queries attend nowhere."""
     distance = np.arange(T)[:, None] - np.arange(T)
     mask = np.repeat(((distance >= 0) & (distance < 5))[None], B, 0)
     mask[1, :, :9] = False
@@ -43,7 +43,7 @@ def near(T):
 
 
 def with_gradients(attention, mask, softcap, query, key, value, gradient):
-    """The outcome and three gradients, zeros for queries that look nowhere."""
+    """The output and three gradients, with zeros for queries that attend nowhere."""
     looks = mask.any(-1)[..., None, None]
 
     @jax.jit
@@ -55,7 +55,7 @@ def with_gradients(attention, mask, softcap, query, key, value, gradient):
 
 
 @pytest.mark.parametrize("softcap", [None, 2.0])
-@pytest.mark.parametrize("T, mask", [(32, packed), (21, packed), (24, near), (5, packed)])
+@pytest.mark.parametrize("T, mask", [(32, packed), (21, packed), (24, sliding), (5, packed)])
 @pytest.mark.parametrize("H, G", [(4, 2), (3, 3)])
 def test_blocks_are_exact(T, mask, H, G, softcap):
     def blocks(*x, softcap):
@@ -111,7 +111,7 @@ def test_one_cpu_takes_blocks_where_rows_are_longer_than_one():
 
 @pytest.mark.parametrize("remat, forwards", [("none", 1), ("dots", 1), ("full", 2)])
 def test_what_cudnn_computes_is_counted_and_kept(monkeypatch, remat, forwards):
-    """Traced without a GPU: two products forwards and four backwards, of the causal half."""
+    """Traced without a GPU: two matmuls forward and four backward, over the causal half."""
     cudnn = pytest.importorskip("jax._src.cudnn.fused_attention_stablehlo")
     monkeypatch.setattr(cudnn, "check_cudnn_version", lambda: 91300)
     monkeypatch.setattr(cudnn, "check_compute_capability", lambda *_: True)
@@ -129,17 +129,17 @@ def test_what_cudnn_computes_is_counted_and_kept(monkeypatch, remat, forwards):
         return matmul_cost(jax.make_jaxpr(jax.grad(loss))(params, jnp.zeros((B, T), jnp.int32)).jaxpr).flops
 
     one = config.num_layers * 2 * B * H * T * T * C
-    products = {"none": 6, "dots": 8, "full": 8}[remat]  # of the plain form: both kinds of remat make two anew
+    products = {"none": 6, "dots": 8, "full": 8}[remat]  # of the plain form: both remat policies recompute two matmuls
     causal = (T + 1) / 2 / T
     assert flops("einsum") - products * one == pytest.approx(flops("cudnn") - (2 * forwards + 4) * causal * one)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("softcap", [None, 2.0])
-@pytest.mark.parametrize("T, mask", [(200, packed), (128, near)])
+@pytest.mark.parametrize("T, mask", [(200, packed), (128, sliding)])
 @pytest.mark.parametrize("H, G", [(4, 2), (2, 1)])
 def test_splash_is_exact(T, mask, H, G, softcap):
-    """The library's kernel for TPUs, interpreted."""
+    """JAX's kernel for TPUs, in interpret mode."""
 
     def fused(*x, softcap):
         return attend_splash(*x, softcap, block=128, interpret=True)
@@ -154,7 +154,7 @@ def test_splash_is_exact(T, mask, H, G, softcap):
 
 @pytest.mark.parametrize("sizes", [{"fsdp": 8}, {"data": 2, "fsdp": 2, "tensor": 2}])
 def test_splash_on_several_devices(sizes):
-    """Each takes its own rows and heads; what it takes to multiply is counted for all."""
+    """Each device computes its own rows and heads; FLOPs are counted over all devices."""
     mesh = make_mesh(sizes)
     rows = batch_sharding(mesh)
     x = [jnp.asarray(np.tile(a, (3, 1, 1, 1))[:8], jnp.float32) for a in inputs(128, 4, 2)[:3]]

@@ -1,4 +1,4 @@
-"""The decoder computes one function, however it is compiled, padded, cached, mixed or sharded."""
+"""Compilation, padding, caching, mixing and sharding do not change what the decoder computes."""
 
 import functools
 
@@ -120,7 +120,7 @@ def test_rows_do_not_see_each_other():
 
 @pytest.mark.parametrize("kind", ["lora", "full"])
 def test_cached_decoding_equals_the_full_forward(kind):
-    """Left-padded: prefill six tokens, then one by one, with two slots never used."""
+    """Left-padded rows: prefill of six tokens, then one by one; two cache positions stay unused."""
     slots = T + 3
     tokens, valid = padded(1, 0)
     bank = {"lora": lora_bank(), "full": full_bank()}[kind]
@@ -189,7 +189,7 @@ def test_full_parameter_soups_are_weighted_sums_per_group():
         )
         rows = slice(g * B // len(mix), (g + 1) * B // len(mix))
         assert_close(got[rows], forward(MODEL, soup, tokens, valid)[rows])
-    # On the simplex the base is not needed.
+    # Rows of `mix` that sum to 1 need no base.
     assert_close(policy(MODEL, full, None, full_bank(), mix[:2], tokens, valid)[: B // 4], got[: B // 4])
 
 

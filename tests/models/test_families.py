@@ -1,4 +1,4 @@
-"""Every model family: the numbers of `transformers` in and out, and one function however it is computed."""
+"""Every model family: parity with `transformers` in import and export, and consistent ways of computing it."""
 
 import functools
 import pathlib
@@ -34,7 +34,7 @@ def saved(folder, model_type):
 
 @functools.cache
 def checkpoint(model_type):
-    """(config, params) of the golden of a family."""
+    """(config, params) of a family's golden file."""
     with tempfile.TemporaryDirectory() as folder:
         folder = saved(pathlib.Path(folder), model_type)
         return read_config(folder), load_params(folder)
@@ -42,7 +42,7 @@ def checkpoint(model_type):
 
 @functools.cache
 def short(model_type):
-    """(config, params, tokens [4, 12], valid): the same with windows that a dozen tokens fill; rows right-padded."""
+    """(config, params, tokens [4, 12], valid), with windows shorter than the right-padded rows."""
     config, params = checkpoint(model_type)
     tokens = np.random.default_rng(1).integers(3, config.vocab_size, (4, 12)).astype(np.int32)
     valid = np.arange(12) < np.array([[12], [7], [2], [10]])
@@ -50,7 +50,7 @@ def short(model_type):
 
 
 def some(*names):
-    """Families that the default selection tries; the others are slow tests."""
+    """Families in the default selection; the others are slow tests."""
     return pytest.mark.parametrize(
         "model_type", [pytest.param(x, marks=() if x in names else pytest.mark.slow) for x in FAMILIES]
     )
@@ -140,14 +140,14 @@ def test_export_is_the_original_tensor_for_tensor(model_type, tmp_path):
     assert_equal_trees(load_params(tmp_path / "out"), params)
 
 
-# Of the original these say something of the folder, the tokenizer, or (max_window_layers) nothing where no layer has a
-# window; n_inner is null where it is four times the width.
+# These keys describe the folder or the tokenizer, or have no effect: max_window_layers without windows, and n_inner null
+# where it is four times the width.
 UNLIKE = {"_name_or_path", "bos_token_id", "eos_token_id", "pad_token_id", "max_window_layers", "n_inner"}
 
 
 @pytest.mark.parametrize("model_type", FAMILIES)
 def test_transformers_reads_the_exported_config(model_type, tmp_path):
-    """All that the original said is still so, and what `transformers` writes of it is read as the same."""
+    """No setting of the original changes, and the config that `transformers` saves is read back as the same."""
     from transformers import AutoConfig
 
     config, params = checkpoint(model_type)
@@ -170,7 +170,7 @@ def test_parts_of_fused_projections_are_read_where_devices_hold_them(model_type,
 
 
 def test_weights_saved_without_the_head_lack_a_prefix(tmp_path):
-    """So is GPT-2 on the hub, with buffers of its masks besides."""
+    """GPT-2 on the hub is such a folder, with mask buffers as well."""
     weights = {k.removeprefix("transformer."): v for k, v in weights_of("gpt2").items()}
     weights["h.1.attn.bias"] = np.ones((1, 1, 4, 4), np.float32)
     folder = write(tmp_path / "bare", golden_families()["gpt2"]["config"], weights)
@@ -201,7 +201,7 @@ def test_old_spellings(model_type, tmp_path):
 
 
 def test_absent_keys_have_the_defaults_of_transformers(tmp_path):
-    """A config of nothing but sizes, as both read it."""
+    """A config with sizes only, read by both."""
     import transformers
 
     sizes = {"vocab_size": 40, "hidden_size": 32, "num_hidden_layers": 7, "num_attention_heads": 4}

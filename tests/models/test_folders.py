@@ -1,4 +1,4 @@
-"""config.json in both spellings, and folders that are whole or absent."""
+"""config.json in both spellings, and atomic folders."""
 
 import json
 import shutil
@@ -161,7 +161,7 @@ def test_an_interrupted_export_leaves_the_old_one(small, monkeypatch):
     assert fingerprint(small) == before
     assert [file.name for file in small.parent.iterdir()] == ["small"]
     monkeypatch.undo()
-    # What a killed process would leave behind does not get in the way.
+    # Leftovers of a killed process do no harm.
     (small.parent / ".small.partial").mkdir()
     (small / "stale.txt").touch()
     save_params(small, config, params)

@@ -1,4 +1,4 @@
-"""Weights in and out of Hugging Face folders: numbers equal to `transformers`, every byte in place, mistakes named."""
+"""Import and export of Hugging Face folders: parity with `transformers`, exact bytes, and clear errors."""
 
 import json
 import math
@@ -66,7 +66,7 @@ def test_live_logits_equal_transformers(checkpoint, tmp_path):
     np.testing.assert_allclose(forward(config, params, tokens, valid)[valid], original, rtol=0, atol=1e-4)
     save_params(tmp_path / "out", config, params)
     np.testing.assert_allclose(torch_logits(tmp_path / "out", tokens, valid)[valid], original, rtol=0, atol=1e-5)
-    # Something other than the file it came from: scaled norms change the function, and both sides must follow.
+    # Scaled norms change the function, so that the export differs from the file it came from.
     params["final_norm"]["scale"] = params["final_norm"]["scale"] * 0.5
     save_params(tmp_path / "other", config, params, max_shard_bytes=20_000)
     changed = torch_logits(tmp_path / "other", tokens, valid)[valid]
@@ -158,7 +158,7 @@ def test_half_precision(tmp_path, dtype):
 
 
 def test_leaves_are_read_in_the_parts_that_devices_hold(small, monkeypatch):
-    """Nothing is read that no device holds, nothing twice, and at most one device's part of a leaf at a time."""
+    """Each process reads what its devices hold, once, and at most one device's part of a leaf at a time."""
     mesh, reads, largest = Mesh(np.array(jax.devices()[:4]).reshape(2, 2), ("data", "model")), {}, {}
     read = huggingface._read_part
 
@@ -212,7 +212,7 @@ BROKEN_WEIGHTS = {
     ),
     r"old\.lm_head\.weight in the weights does not belong": lambda folder: (
         edit(folder, tie_word_embeddings=True),
-        # Only the head of a tied model may be left over, not one under another name.
+        # Only the head of a tied model may be unused, under no other name.
         change_weights(lambda w: w.update({"old.lm_head.weight": w["lm_head.weight"]}))(folder),
     ),
     r"model\.embed_tokens\.weight has shape \(12, 8\) but config\.json asks for \(13, 8\)": lambda folder: edit(

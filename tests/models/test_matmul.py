@@ -1,4 +1,4 @@
-"""The matmuls are `x @ kernel`, and so are their gradients, whatever is wrapped around them."""
+"""The matmuls and their gradients equal those of `x @ kernel`, under every transformation."""
 
 import jax
 import jax.numpy as jnp
@@ -59,7 +59,7 @@ def test_half_precision_is_kept():
 
 
 def test_what_is_compiled_for_an_accelerator_transposes_nothing():
-    """The other branch is that of a CPU alone, whatever machine compiles."""
+    """The transposing branch is for CPUs only, on whatever machine it is compiled."""
     traced = jax.jit(lambda x, kernel: jax.vjp(matmul, x, kernel)[1](x @ kernel)).trace(numbers(5, 7), numbers(7, 4))
     assert "optimization_barrier" in traced.lower(lowering_platforms=("cpu",)).as_text()
     assert "optimization_barrier" not in traced.lower(lowering_platforms=("tpu",)).as_text()

@@ -1,4 +1,4 @@
-"""LoRA folders: PEFT's names and layout, the right update, and no silent half-reading."""
+"""LoRA folders: PEFT's names and layout, the right update, and no silently ignored parts."""
 
 import functools
 import json
@@ -51,7 +51,7 @@ def test_round_trip(folder):
 
 
 def test_layout_and_update(folder):
-    """The update PEFT computes from the folder, (alpha / r) B A on a weight [out, in], is ours transposed."""
+    """PEFT's update of a weight [out, in], (alpha / r) B A, is the transpose of ours."""
     config = json.loads((folder / "adapter_config.json").read_text())
     assert (config["r"], config["lora_alpha"], config["base_model_name_or_path"]) == (RANK, ALPHA, "some/base")
     assert config["target_modules"] == sorted(
@@ -173,7 +173,7 @@ def fused(request, tmp_path):
 
 
 def in_order(model_type, parts):
-    """Queries, keys and values [..., D] as the family fuses them: [..., 3 D]."""
+    """Queries, keys and values [..., D] in the fused order of the family: [..., 3 D]."""
     heads = np.stack([x.reshape(*x.shape[:-1], FUSED.num_heads, -1) for x in parts], -3)
     return (heads.swapaxes(-3, -2) if model_type == "gpt_neox" else heads).reshape(*parts[0].shape[:-1], -1)
 
@@ -201,7 +201,7 @@ def test_the_update_of_a_fused_projection_is_that_of_its_parts(fused):
 
 
 def test_plain_adapters_of_a_fused_projection_share_a(fused):
-    """As PEFT trains them: one pair for queries, keys and values together."""
+    """As PEFT trains them: one pair of factors for the whole projection."""
     model_type, folder = fused
     edit(folder, rank_pattern={}, alpha_pattern={})
     a, b = np.ones((RANK, 8), np.float32), np.arange(24 * RANK, dtype=np.float32).reshape(24, RANK)

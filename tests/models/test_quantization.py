@@ -1,4 +1,4 @@
-"""A quantised base is a base of rounded kernels: whatever is computed with it is what their floats would give."""
+"""A quantised base computes what a base with the dequantised kernels computes."""
 
 import functools
 
@@ -28,7 +28,7 @@ def numbers(*shape, seed=0):
 
 
 def dequantized(params):
-    """The same base with kernels as floats."""
+    """The base with dequantised kernels."""
     flat = flax.traverse_util.flatten_dict(params, sep="/")
     for path in [path for path, leaf in flat.items() if leaf.dtype == jnp.int8]:
         flat[path] = flat[path] * flat.pop(path.removesuffix("kernel") + "scale")[..., None, :]
@@ -37,7 +37,7 @@ def dequantized(params):
 
 @functools.cache
 def both():
-    """The quantised base and its floats."""
+    """(quantised base, its dequantised form)."""
     small = quantize_params(base())
     return small, dequantized(small)
 
@@ -74,13 +74,13 @@ def test_what_is_quantised_are_the_kernels_of_the_layers():
     assert small.keys() - before.keys() == {path.replace("/kernel", "/scale") for path in kernels}
 
 
-# ---- products
+# ---- matmuls
 
 
 @pytest.mark.parametrize("rows", [2, FEW_ROWS + 1])
 @pytest.mark.parametrize("multiply", [matmul, lambda x, kernel: matmul_transposed(x, kernel.T)])
 def test_products_with_integers_and_their_gradients_are_those_with_floats(multiply, rows):
-    x, kernel = jnp.round(4 * numbers(rows, 7)), quantize(numbers(7, 4))["kernel"]  # whole numbers: exact
+    x, kernel = jnp.round(4 * numbers(rows, 7)), quantize(numbers(7, 4))["kernel"]  # integers: exact
     found, of_found = jax.vjp(lambda x: multiply(x, kernel), x)
     wanted, of_wanted = jax.vjp(lambda x: x @ kernel.astype(jnp.float32), x)
     np.testing.assert_array_equal(found, wanted)
@@ -166,7 +166,7 @@ def test_sharded_it_is_the_same():
 
 
 def test_no_float_copy_of_all_layers_is_kept_for_the_gradient():
-    """Going through the layers again, backwards, converts each of them anew."""
+    """The backward pass converts the kernels of each layer again."""
     config = CONFIG.replace(num_layers=64, hidden_size=128, intermediate_size=512)
     model = Decoder(config)
     shapes = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
@@ -187,7 +187,7 @@ def test_no_float_copy_of_all_layers_is_kept_for_the_gradient():
 
 
 def test_kernels_are_converted_inside_the_loop_that_samples():
-    """Before it, floats of all layers would be kept; what stands there is the program's entry."""
+    """A conversion in the entry computation would keep float kernels of all layers."""
     model, prompt = MODEL.clone(decode="unrolled"), prompts(2, 3)
     shapes = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
     sampling = Sampling(max_new_tokens=4, eos_id=1, pad_id=0)
@@ -203,7 +203,7 @@ def test_kernels_are_converted_inside_the_loop_that_samples():
     assert kernel in inside and kernel not in entry
 
 
-# ---- where it comes from, and what counts it
+# ---- loading and accounting
 
 
 @pytest.mark.parametrize("sizes", [None, {"fsdp": 8}])
@@ -228,7 +228,7 @@ def test_matmuls_with_integers_cost_the_bytes_of_integers():
     assert costs[0].bytes - costs[1].bytes == 512 * 1024
 
 
-# ---- what it cannot do
+# ---- errors
 
 
 def test_full_parameters_are_refused():

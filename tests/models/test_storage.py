@@ -1,4 +1,4 @@
-"""Trees in one file."""
+"""Trees stored in one file."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""User tokens in the decoder: a token whose vector is a word's embedding is that word, in every way of running it."""
+"""User tokens in the decoder: one with the embedding of a word acts as that word, in every way of running it."""
 
 import functools
 
@@ -34,13 +34,13 @@ OFFSETS = {1: MODEL, 0: Decoder(CONFIG, user_offset=0)}
 
 
 def vectors():
-    """User tokens [B, SLOTS, D]: none of them is a word."""
+    """User tokens [B, SLOTS, D], none of them the embedding of a word."""
     return np.random.default_rng(21).standard_normal((B, SLOTS, CONFIG.hidden_size)).astype(np.float32)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def run(model, adapter, params, bank, mix, tokens, valid, user_tokens):
-    """Logits [B, S + SLOTS, V], and which of them are of valid tokens."""
+    """(logits [B, T + SLOTS, V], validity of their tokens)."""
     policies = Policies(model, adapter, params, bank, mix, user_tokens)
     tokens, valid = policies.reserve(tokens, valid)
     return policies.logits(policies(tokens, valid)[0]), valid
@@ -125,7 +125,7 @@ def test_compilation_choices_change_neither_loss_nor_gradient(name):
 
 @pytest.mark.parametrize("kind, prefill", [("lora", 2), ("full", 6)])
 def test_cached_decoding_equals_the_full_forward(kind, prefill):
-    """Left-padded, with a prefill that ends among the user tokens of some rows and after those of others."""
+    """Left-padded rows; the prefill ends among the user tokens of some rows and after those of others."""
     bank = {"lora": lora_bank(), "full": full_bank()}[kind]
     adapter = {"lora": ADAPTER, "full": AdapterConfig(rank=0)}[kind]
     mix = np.random.default_rng(22).dirichlet(np.ones(K), 2).astype(np.float32)

@@ -1,4 +1,4 @@
-"""User models, the rows a batch needs of them, and the registry of names."""
+"""User models, gathering the rows of a batch, and the registry of names."""
 
 import json
 
@@ -22,7 +22,7 @@ def model_of(kind, **settings):
 
 
 def noisy(kind):
-    """Parameters after some imagined training."""
+    """Parameters plus noise, as if trained."""
     params = model_of(kind).init(jax.random.key(0), EMBEDDING)
     leaves, treedef = jax.tree.flatten(params)
     rng = np.random.default_rng(1)
@@ -33,7 +33,7 @@ def noisy(kind):
 
 
 def output(kind, params, users):
-    """Whichever of tokens and mix the kind gives, [B, ...]."""
+    """User tokens or mix, whichever the kind has, [B, ...]."""
     (found,) = [x for x in model_of(kind).apply(params, jnp.asarray(users)) if x is not None]
     return found
 
@@ -152,7 +152,7 @@ def test_gathered_rows_are_the_model_itself(kind, users):
         np.testing.assert_allclose(dense, table, rtol=1e-5, atol=1e-6)
     if "shared" in want:
         jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5), got["shared"], want["shared"])
-    # A row is named once, and only if the batch has it.
+    # A row is listed once, and only if the batch has it.
     real = np.where((users >= 0) & (users <= U), users, 0)
     assert sorted(i for i in indices.tolist() if i <= U) == sorted(set(real.tolist()))
 
@@ -161,7 +161,7 @@ def test_free_rows_are_no_people_to_cluster():
     model, key = model_of("individualized"), jax.random.key(0)
     params = noisy("individualized")
     offset = params["table"]["offset"]
-    # People on rows 1, 3 and 4 of a table whose other rows are far away, and the same people alone.
+    # Users on rows 1, 3 and 4 of a table with distant free rows, and the same users without free rows.
     people = [1, 3, 4]
     wide = jnp.full((U + 3, T, D), 100.0).at[0].set(offset[0]).at[jnp.array(people)].set(offset[1:4])
     got = fit_clusters(model, {**params, "table": {"offset": wide}}, C, key, user_rows=people)

@@ -1,4 +1,4 @@
-"""The mesh: sizes that fit, rules that name every leaf, and the same numbers on every shape of it."""
+"""The mesh: valid sizes, partition rules for every leaf, and the same numbers on every mesh shape."""
 
 import functools
 
@@ -83,7 +83,7 @@ def test_rules_of_the_base():
 
 
 def test_rules_of_banks_heads_and_moments():
-    """K and L are never split; the split axes are those of the kernel that is adapted; moments lie with parameters."""
+    """K and L are never split; factors are split like the kernel they adapt, and moments like their parameters."""
     mesh = make_mesh(CUBE)
     trainable = {"bank": bank("lora", 2), "heads": heads(2)}
     got = specs(trainable, mesh)
@@ -110,7 +110,7 @@ def test_an_axis_that_does_not_divide_stays_whole():
 
 @pytest.mark.parametrize("sizes, parts", [({"data": 8}, 1), ({"fsdp": 8}, 8), ({"tensor": 8}, 8), (CUBE, 4)])
 def test_bytes_on_each_device(sizes, parts):
-    """All matrices of this model divide evenly; only scales are on every device whole."""
+    """All matrices of this model divide evenly; only scales are replicated."""
     placed = shard_params(make_mesh(sizes), base())
     per_device = dict.fromkeys(jax.devices(), 0)
     for leaf in jax.tree.leaves(placed):

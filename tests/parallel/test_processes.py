@@ -1,6 +1,4 @@
-"""Several real processes that work as one (gloo on this machine): the numbers of one process, and what happens when
-one of them is lost.
-"""
+"""Runs of several real processes (gloo on this machine): the numbers of one process, and the loss of a process."""
 
 import json
 import os
@@ -29,7 +27,7 @@ from support import {module}
 def get_config():
     return {module}.settings(**{changes!r})
 """
-# Rollouts and pairs that four devices can share, and short: what counts is that the numbers agree.
+# Short, with batches that four devices can split: only agreement of the numbers matters.
 # Adam divides by the gradient plus eps: with the usual 1e-8, rounding of a gradient near zero becomes a step.
 SMALL = {
     "policy__rollouts": 4,
@@ -78,7 +76,7 @@ def run(tmp_path, name, count, **changes):
 
 
 def assert_same_numbers(one, other):
-    """Equal metrics to 1e-5, and the same texts: what was sampled did not differ in a single token."""
+    """Metrics equal to 1e-5, and the same texts: not one sampled token differs."""
     got, want = tiny.lines(other), tiny.lines(one)
     assert [(row["stage"], row["step"]) for row in got] == [(row["stage"], row["step"]) for row in want]
     for a, b in zip(got, want, strict=True):
@@ -88,7 +86,7 @@ def assert_same_numbers(one, other):
 
 
 def files(folder):
-    """All but what Orbax keeps inside a checkpoint, a part for each process."""
+    """All files but those inside checkpoints, which Orbax splits by process."""
     found = (path.relative_to(folder) for path in folder.rglob("*"))
     return {str(path) for path in found if "checkpoints" not in path.parts[:-2]}
 
@@ -107,7 +105,7 @@ def test_two_processes_give_the_numbers_of_one(tmp_path):
 
 @pytest.mark.slow
 def test_two_processes_know_people_as_one_does(tmp_path):
-    """User tables are split over the processes; the reference cache is read, or made, by all of them or by none."""
+    """User tables are split over the processes; all of them read the reference cache, or all compute it."""
     changes = {
         "sft__optimizer__eps": 1e-5,
         "preference__optimizer__eps": 1e-5,
@@ -128,12 +126,12 @@ def test_four_processes_give_the_numbers_of_one(tmp_path):
 
 
 def children(process):
-    """The processes that a launch started."""
+    """The child processes of a launch."""
     return [int(pid) for pid in pathlib.Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
 
 
 def wait_for(process, path, text, seconds=200):
-    """Waits until `text` is in the file that the launch writes."""
+    """Waits until the output file of the launch contains `text`."""
     end = time.time() + seconds
     while time.time() < end and process.poll() is None:
         if path.is_file() and text in path.read_text():
@@ -166,7 +164,7 @@ def test_a_lost_process_ends_the_job_and_the_job_goes_on(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("writer", [0, 1])
 def test_what_one_process_cannot_read_none_uses(tmp_path, writer):
-    """A file is cut short that holds the part of one process alone: both go back to the checkpoint before."""
+    """A truncated file of one process makes both fall back to the checkpoint before."""
     changes = {**LONG, "sft__steps": 30, "mesh__data": 1, "mesh__fsdp": -1}
     folder = run(tmp_path, "run", 2, **changes)
     metrics, model = (folder / name for name in ("metrics.jsonl", "sft/model/model.safetensors"))
@@ -187,7 +185,7 @@ def test_what_one_process_cannot_read_none_uses(tmp_path, writer):
 
 @pytest.mark.slow
 def test_all_processes_stop_after_one_step_and_another_number_goes_on(tmp_path):
-    """SIGTERM to one of two, as when a machine is taken back: both save the same step. Then one process takes over."""
+    """SIGTERM to one of two, as in a preemption: both save the same step. Then a single process resumes."""
     folder = tmp_path / "stopped"
     process = launch(tmp_path, folder, 2, **LONG)
     wait_for(process, folder / "metrics.jsonl", '"step": 25,')

@@ -1,4 +1,4 @@
-"""Sampling on eight devices: what one device samples, and weights that stay where they are."""
+"""Sampling on eight devices: the samples of one device, without communicating weights."""
 
 import functools
 
@@ -18,7 +18,7 @@ from pjrlhf.rollout.decoding import PolicyEnsemble
 from pjrlhf.rollout.sampler import Sampling, generate
 
 B, P, K = 8, 5, 2
-# So wide that to send the sums of B rows takes less than to send kernels.
+# So wide that communicating sums of B rows takes fewer bytes than communicating kernels.
 MODEL = Decoder(
     ModelConfig(
         vocab_size=24, hidden_size=64, intermediate_size=128, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8
@@ -27,7 +27,7 @@ MODEL = Decoder(
 SOUPS = np.random.default_rng(0).dirichlet(np.ones(K), B).astype(np.float32)
 FIRST = "soups", "2x2x2", "scan"  # at once; the others where there is time
 KINDS = ("base", "soups", "full parameters", "combined", "user tokens")
-# On every mesh as TPUs sample, otherwise on the one that has all axes.
+# The decode mode of TPUs on every mesh, the others on the mesh with all axes.
 CASES = [
     pytest.param(kind, mesh, decode, marks=() if (kind, mesh, decode) == FIRST else pytest.mark.slow)
     for kind in KINDS
@@ -93,7 +93,7 @@ def test_devices_sample_what_one_does(kind, mesh, decode):
     ],
 )
 def test_a_token_does_not_send_the_weights(kind, mesh):
-    """While the prefill, which has more tokens to a row, gathers them."""
+    """The prefill, with more tokens per row, gathers them."""
     model, base, *rest = placed(kind, MESHES[mesh])
 
     def sent(count):

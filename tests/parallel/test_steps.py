@@ -1,5 +1,5 @@
-"""One step of each stage, and a merge, on every shape of eight devices: the numbers of one device, and parameters that
-really are split.
+"""One step of each stage, and a merge, on every mesh shape of eight devices: the numbers of one device, and parameters
+that are really split.
 """
 
 import functools
@@ -36,9 +36,9 @@ CASES = [
 
 @pytest.fixture(scope="module")
 def start(tmp_path_factory):
-    """Makes the run that a step belongs to, on a mesh, or on one device where that is None."""
+    """The run of a step on a mesh, or on one device where that is None."""
     folder = tmp_path_factory.mktemp("steps")
-    model = tiny_users.save_base(folder, vocab_size=208)  # which eight devices can share
+    model = tiny_users.save_base(folder, vocab_size=208)  # which eight devices can split
     records = []
     for request in synthetic.prompts()[:8]:
         for i in range(U):
@@ -75,7 +75,7 @@ def start(tmp_path_factory):
 
 
 def reward_models(run):
-    """Reward models that tell answers apart, and a scale."""
+    """Reward models with distinct scores, and their scale."""
     trained = noise(to_host(reward.method_of(run).init().trainable), 7, 0.3)
     count = np.ones(len(OBJECTIVES), np.float32)
     return shard_params(run.devices.mesh, trained | {"mean": 0 * count, "std": count, "low": -count, "high": count})
@@ -83,13 +83,13 @@ def reward_models(run):
 
 @pytest.fixture(scope="module")
 def taken(start):
-    """(run, state, metrics) after one step from a state that is not the usual one, where all gradients are small."""
+    """(run, state, metrics) after one step from a perturbed state; in the initial state all gradients are small."""
 
     @functools.cache
     def take(step, mesh):
         run = start(step, mesh)
         if step == "preference":
-            # Not what is tested: any numbers do.
+            # Not under test: any values do.
             run.reference = lambda table, rows: -np.ones((len(table), 2), np.float32)
             method = tiny_users.method_of(run, "cluster", tiny_users.pairs_of(run))
         else:
@@ -109,9 +109,9 @@ def named(tree):
 
 
 def moments(state):
-    """Path -> first moments of Adam: after one step from nothing, multiples of the gradient."""
+    """Path -> first moments of Adam: after the first step, multiples of the gradient."""
     found = [(name, x) for name, x in named(to_host(state.opt_state)) if "/mu/" in name]
-    # What a table has beyond the generic user and the people are free rows, which make it divide evenly.
+    # Free rows make the table divide evenly.
     return {name: x[: U + 1] if "/rows/" in name else x for name, x in found}
 
 
@@ -128,7 +128,7 @@ def test_a_step_gives_the_numbers_of_one_device(taken, step, mesh):
         np.testing.assert_allclose(found[name], x, rtol=1e-4, atol=1e-6 * largest, err_msg=name)
 
 
-# ---- where parameters are
+# ---- placement of parameters
 
 
 def whole_bytes(tree):
@@ -144,7 +144,7 @@ def test_every_device_holds_its_part(taken, step, mesh):
     assert bytes_per_device(run.workspace.base) == whole + matrices // (sizes["fsdp"] * sizes["tensor"])
     want = 0
     for name, x in named(state.trainable["bank"]):
-        # Of the factors [in, R] and [R, out] each is split as its side of the kernel is.
+        # Factors [in, R] and [R, out] are split like their side of the kernel.
         by_tensor = ("output" in name or "down" in name) == name.endswith("a")
         want += x.nbytes // sizes["tensor" if by_tensor else "fsdp"]
     assert 0 < bytes_per_device(state.trainable["bank"]) == want
@@ -168,7 +168,7 @@ def test_a_run_says_what_its_parameters_take(start, caplog):
 
 @pytest.mark.parametrize("mesh", [pytest.param(m, marks=() if m == "2x2x2" else pytest.mark.slow) for m in MESHES])
 def test_merging_from_sharded_checkpoints(start, tmp_path, mesh):
-    """Full models and adapters, saved from one mesh and merged on another, without leaving their places."""
+    """Full models and adapters are saved from one mesh and merged on another, sharded throughout."""
     first, run = start("reward", "4x2"), start("reward", mesh)
     backbone = first.workspace.backbone
     adapter = init_bank(backbone.base, backbone.adapter, 2, first.streams.root)

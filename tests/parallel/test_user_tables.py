@@ -1,4 +1,4 @@
-"""User tables on a mesh: every device keeps its share of the rows, and training gives the numbers of one device."""
+"""User tables on a mesh: every device keeps its part of the rows, and training gives the numbers of one device."""
 
 import functools
 import itertools
@@ -21,7 +21,7 @@ from pjrlhf.training.workdir import Workdir
 
 U = 10
 KINDS = ("individualized", "cluster")
-# Mesh and the devices that the rows are split over.
+# Mesh, and the number of devices that rows are split over.
 MESHES = {
     "8x1x1": ({"data": 8}, 8),
     "4x2x1": ({"data": 4, "fsdp": 2}, 8),
@@ -29,7 +29,7 @@ MESHES = {
     "1x8x1": ({"fsdp": 8}, 8),
     "2x2x2": ({"data": 2, "fsdp": 2, "tensor": 2}, 4),
 }
-# The people of each step. Nobody ever hears of person 10; those of the first step only keep their rows in the others.
+# The people of each step. Person 10 is never in a batch, and some are in the first batch only.
 STEPS = ((1, 2, 3, 4, 5, 6, 7, 8), (1, 1, 2, 2, 3, 3, 9, 9), (9, 9, 9, 2, 2, 2, 2, 1))
 RESTING = (4, 5, 6, 7, 8, 10)
 CUBE = MESHES["2x2x2"][0]
@@ -65,7 +65,7 @@ def test_rows_that_do_not_divide_are_replicated_and_rounded_rows_are_not():
 
 
 def compiled_step(kind, users, mesh):
-    """One update for a batch of eight people of a sharded table of `users` rows, compiled with its state donated."""
+    """A compiled update of a sharded table of `users` rows for a batch of eight, with its state donated."""
     model = UserModel(kind=kind, num_users=users - 1, tokens=4, width=16, clusters=4, start="normal")
     optimizer = lazy_adam(0.1)
 
@@ -105,7 +105,7 @@ def test_no_device_holds_a_table_whole_at_any_time(kind):
 
 @pytest.fixture(scope="module")
 def start(tmp_path_factory):
-    """Makes (run, pairs) of ten people on a mesh, or on one device where that is None."""
+    """(run, pairs) of ten people on a mesh, or on one device where that is None."""
     folder = tmp_path_factory.mktemp("people")
     model = tiny_users.save_base(folder)
     answers = ("it can shine .", "it can melt .")
@@ -128,7 +128,7 @@ def start(tmp_path_factory):
         else:
             config.mesh.update(MESHES[mesh][0])
             run = stages.read(config).run(Workdir(folder / mesh))
-        # Not what is tested: any numbers do.
+        # Not under test: any values do.
         run.reference = lambda table, rows: np.zeros((len(table), 2), np.float32)
         return run, tiny_users.pairs_of(run)
 
@@ -136,9 +136,7 @@ def start(tmp_path_factory):
 
 
 def words(backbone, users, trainable, batch):
-    """In place of the decoder, a policy whose words depend on who is asking alone, to compile many programs in little
-    time.
-    """
+    """Replaces the decoder by a policy whose answers depend on the user only, which compiles quickly."""
     user_tokens, _ = users.apply(trainable["users"], batch.places)
     vectors = user_tokens.mean(1) + trainable["bank"]["layers"]["mlp"]["down"]["b"].sum((0, 1, 2))
     logps = jax.nn.log_softmax(vectors @ backbone.base["embed"]["embedding"].T)
@@ -219,7 +217,7 @@ def test_every_device_keeps_its_share_of_the_rows(trained, kind, mesh):
     for leaf in jax.tree.leaves(tables(state)):
         assert {shard.data.nbytes for shard in leaf.addressable_shards} == {leaf.nbytes // share}
         assert len({shard.index[0].start for shard in leaf.addressable_shards}) == share
-    # What a step gives lives where its argument did, else every run would compile it twice.
+    # A step keeps the sharding of its state, else every run would compile it twice.
     leaves = zip(jax.tree.leaves(state), placed, strict=True)
     assert all(x.sharding.is_equivalent_to(sharding, x.ndim) for x, sharding in leaves)
 

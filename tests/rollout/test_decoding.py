@@ -1,4 +1,4 @@
-"""MOD: what is sampled from combined policies."""
+"""MOD: sampling from combined policies."""
 
 import functools
 
@@ -42,7 +42,7 @@ def test_one_hot_weights_decode_that_policy(divergence):
 
 
 def test_tokens_are_the_likeliest_of_the_combination():
-    """Every token against full forward passes of the policies one by one."""
+    """Every token against full forward passes of the individual policies."""
     prompt, weights = prompts(B, P), jnp.array([[0.5, 0.3, 0.2], [1.4, -0.4, 0.0], [0.0, 0.5, 0.5], [0.2, 0.2, 0.6]])
     got = jax.device_get(combined("reverse_kl", weights, prompt))
     tokens = jnp.concatenate([prompt.tokens, got.tokens], 1)

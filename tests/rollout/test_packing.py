@@ -1,4 +1,4 @@
-"""Packed rows give what plain ones give: log-probs, rewards and gradients, for any way of packing."""
+"""Packed rows give the log-probs, rewards and gradients of plain rows, in every packing mode."""
 
 import jax
 import jax.numpy as jnp
@@ -84,8 +84,8 @@ def test_packed_rows_score_as_plain_ones(policy, examples, plain, mode):
     np.testing.assert_allclose(rewards, plain[1], rtol=2e-4, atol=2e-5)
 
 
-def test_windows_and_learned_positions_are_counted_in_tokens_not_slots(examples):
-    """The second answer stands after the first in its row, and is no further from the prompt for it."""
+def test_windows_and_learned_positions_count_tokens_of_the_answer(examples):
+    """The second answer follows the first in its row, but its positions continue the prompt."""
     model = Decoder(CONFIG.replace(windows=(3, 0), positions="learned", max_length=32))
     base = jax.jit(init_params, static_argnums=0)(model, jax.random.key(0))
 
@@ -117,7 +117,7 @@ def test_every_way_of_packing_has_the_same_gradient(policy, examples):
 
 @pytest.mark.parametrize("mode, attention", [("pack", "einsum"), ("join", "blocks")])
 def test_full_parameters_packed_by_group(policy, examples, monkeypatch, mode, attention):
-    """Of K full policies each has its own rows, whether they are gone through or taken at once."""
+    """Each of K full-parameter policies has its own rows, both in a loop and vectorised."""
     monkeypatch.setattr("pjrlhf.models.attention.BLOCK", 8)
     model = MODEL.clone(attention=attention)
     params = jax.tree.map(lambda x: jnp.stack([x, 1.1 * x]), policy["base"])
@@ -146,7 +146,7 @@ def test_what_is_packed(examples):
         copies = 2 if mode == "none" else 1
         assert real.sum() == copies * sum(map(len, examples[0])) + answers, mode
         assert (rows.answer < NOWHERE).sum() == answers and (rows.tokens[~real] == 0).all()
-        # Every answer once, and at its last slot its last token.
+        # Every answer once, and its last token at its last position.
         assert sorted(rows.last_answer[rows.last_answer < NOWHERE]) == list(range(2 * E))
         parts = rows.tokens.reshape(len(rows.last), -1)
         for z, m in zip(*np.nonzero(rows.last_answer < NOWHERE), strict=True):
@@ -203,8 +203,8 @@ def test_what_does_not_fit_is_refused(examples):
 
 @pytest.mark.parametrize("part", [2**28, 2500, 4 * 37 * 3])
 @pytest.mark.parametrize("entropies", [0.0, 1.0])
-def test_log_probs_in_parts_are_those_of_the_plain_softmax(policy, monkeypatch, part, entropies):
-    """And so are their gradients, for every size of the parts, kept or made anew."""
+def test_chunked_log_probs_are_those_of_the_plain_softmax(policy, monkeypatch, part, entropies):
+    """So are their gradients, for every chunk size, with logits saved or recomputed."""
     monkeypatch.setattr(scoring, "LOGIT_BYTES", part)
     states = jax.random.normal(jax.random.key(6), (3, 11, 16))
     target = jax.random.randint(jax.random.key(7), (3, 11), 0, 37)

@@ -1,4 +1,4 @@
-"""The cache of reference log-probs: used when the numbers are the same, and only then."""
+"""The cache of reference log-probs: a hit exactly when the numbers are the same."""
 
 import dataclasses
 
@@ -72,7 +72,7 @@ def test_sums_are_those_of_the_base_on_each_row_alone(tmp_path):
 def test_the_second_call_reads_the_file(tmp_path):
     first = logps(table_of(drawn()), tmp_path)
     assert [path.suffix for path in tmp_path.iterdir()] == [".npy"]
-    # Who said so does not matter.
+    # The user does not matter.
     again = logps(table_of(drawn(), user="bob"), tmp_path, score=refuse)
     assert first.tobytes() == again.tobytes()
     with pytest.raises(AssertionError, match="computed"):
@@ -89,14 +89,14 @@ def other_tokenizer(tokens):
 
 
 def boundary(tokens):
-    """The last token of a prompt becomes the first of both answers: the same texts, scored from elsewhere."""
+    """The last token of a prompt becomes the first of both answers: the same texts, another boundary."""
     for side in ("chosen", "rejected"):
         tokens[side][0] = np.concatenate([tokens["prompt"][0][-1:], tokens[side][0]])
     tokens["prompt"][0] = tokens["prompt"][0][:-1]
 
 
 def row_boundary(tokens):
-    """The same ids in a row, dealt out otherwise among two rows."""
+    """The same ids, distributed differently over two rows."""
     tokens["prompt"][1] = np.concatenate([tokens["prompt"][0][-1:], tokens["prompt"][1]])
     tokens["prompt"][0] = tokens["prompt"][0][:-1]
 
@@ -182,7 +182,7 @@ def test_a_damaged_file_is_computed_again(tmp_path, caplog, damage):
 def test_a_cache_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"reference: reference log-probs cannot be kept there .*XDG_CACHE_HOME"):
-        logps(table_of(drawn()), tmp_path / "file" / "reference", score=refuse)  # known before the work is done
+        logps(table_of(drawn()), tmp_path / "file" / "reference", score=refuse)  # known before any scoring
 
 
 def test_a_full_disk(tmp_path, monkeypatch):
@@ -196,7 +196,7 @@ def test_a_full_disk(tmp_path, monkeypatch):
 
 def test_an_answer_that_many_people_compared_is_scored_once(tmp_path):
     tokens = drawn()
-    # Everybody compared everything, every second person the other way around.
+    # Every user compared every pair, every second one in the other order.
     swapped = tokens | {"chosen": tokens["rejected"], "rejected": tokens["chosen"]}
     many = {name: tokens[name] + swapped[name] + tokens[name] for name in COLUMNS}
     seen = []

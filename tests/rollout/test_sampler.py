@@ -1,4 +1,4 @@
-"""Sampling draws from the distribution it is meant to, whatever the cache, the padding and the neighbours."""
+"""Sampling draws from the right distribution, independently of cache, padding and other rows."""
 
 import dataclasses
 import functools
@@ -17,7 +17,7 @@ from pjrlhf.rollout.decoding import PolicyEnsemble
 from pjrlhf.rollout.sampler import Sampling, generate, truncate
 
 B, P, N, K = 8, 5, 7, 3
-ENDLESS = -1  # an EOS that never comes
+ENDLESS = -1  # an EOS that never occurs
 ONE_HOT = np.eye(K, dtype=np.float32)
 SOUPS = np.random.default_rng(0).dirichlet(np.ones(K), B).astype(np.float32)
 GREEDY = Sampling(max_new_tokens=N, eos_id=ENDLESS, pad_id=PAD, temperature=0.0)
@@ -104,7 +104,7 @@ def test_all_ingredients_in_one_batch_write_what_each_writes_alone(kind):
 
 
 def with_eos(tokens, eos, pad):
-    """What sampling should return where `tokens` come without end."""
+    """The expected result for endless `tokens`, cut after `eos`."""
     ends = np.where((tokens == eos).any(1), np.argmax(tokens == eos, 1), N)
     valid = np.arange(N) <= ends[:, None]
     return np.where(valid, tokens, pad), valid
@@ -112,7 +112,7 @@ def with_eos(tokens, eos, pad):
 
 @pytest.mark.parametrize("pad_is_eos", [False, True])
 def test_rows_end_with_eos_and_padding_follows(pad_is_eos):
-    """EOS is a token that the endless text happens to hold, in some rows early, in some never."""
+    """EOS is a token that occurs in the endless text, early in some rows and never in others."""
     prompt = prompts(B, P)
     endless = np.asarray(sample("lora", GREEDY, SOUPS, prompt).tokens)
     eos = max(set(endless.flat), key=lambda token: len({*map(int, with_eos(endless, token, PAD)[1].sum(1))}))
@@ -136,7 +136,7 @@ def test_rows_end_with_eos_and_padding_follows(pad_is_eos):
     ],
 )
 def test_rows_that_are_done_are_dropped(monkeypatch, decode, kind):
-    """Eight rows and then two write what eight write to the end."""
+    """Eight rows, compacted to two, give the samples of eight rows without compaction."""
     prompt, model, worked = prompts(B, P), MODEL.clone(decode=decode), []
 
     class Counted:
@@ -200,7 +200,7 @@ def test_prompt_padding_changes_nothing():
 
 
 def test_decoding_stops_when_every_row_has_ended():
-    """Counts the forward passes really made."""
+    """Counts the actual forward passes."""
     calls = []
 
     class Counted(Policies):
@@ -243,12 +243,12 @@ TABLE = np.log(np.array([[0.5, 0.25, 0.125, 0.125], [0.1, 0.2, 0.3, 0.4]], np.fl
         (0, 1.0, ["1111", "1111"]),
         (1, 1.0, ["1000", "0001"]),
         (2, 1.0, ["1100", "0011"]),
-        (3, 1.0, ["1111", "0111"]),  # equals of the last one stay with it
+        (3, 1.0, ["1111", "0111"]),  # ties with the last one are kept
         (9, 1.0, ["1111", "1111"]),
         (0, 0.3, ["1000", "0001"]),
         (0, 0.45, ["1000", "0011"]),
         (0, 0.69, ["1100", "0011"]),
-        (0, 0.85, ["1111", "0111"]),  # a tie at the border
+        (0, 0.85, ["1111", "0111"]),  # a tie at the threshold
         (0, 0.999, ["1111", "1111"]),
         (0, 1e-6, ["1000", "0001"]),
         (2, 0.6, ["1000", "0011"]),  # top-p over what top-k left: 2/3 and 4/7
@@ -289,7 +289,7 @@ def test_frequencies_are_those_of_the_softmax(top_k, top_p):
 
     assert surprise(temperature) > 1e-3
     if not sampling.truncated:
-        assert surprise(1.0) < 1e-9  # the test can tell
+        assert surprise(1.0) < 1e-9  # the test has power
 
 
 def test_draws_depend_on_the_key_alone():

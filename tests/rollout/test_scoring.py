@@ -1,4 +1,4 @@
-"""Scores belong to the text: padding, neighbours and devices change nothing."""
+"""Scores depend on the text only, not on padding, other rows or devices."""
 
 import functools
 import types
@@ -30,7 +30,7 @@ def responses(seed=5):
 
 
 def narrower(response, more, fill=PAD):
-    """The same responses with more padding behind them."""
+    """The same responses with more padding on the right."""
     pad = ((0, 0), (0, more))
     tokens = np.where(response.valid, response.tokens, fill)
     return Rollout(np.pad(tokens, pad, constant_values=fill), np.pad(response.valid, pad), np.pad(response.logps, pad))
@@ -98,7 +98,7 @@ def test_eight_devices_change_nothing():
 
 
 def test_the_reward_is_read_at_the_last_valid_token():
-    """Whether the text ends in the last slot, before it, or (no response at all) with the prompt."""
+    """For texts that end at the last position, before it, or (without a response) with the prompt."""
     prompt, response = prompts(B, P), responses()
     response.valid[0] = False
     tokens = np.concatenate([prompt.tokens, response.tokens], 1)
@@ -129,7 +129,7 @@ def test_a_response_token_changes_no_state_up_to_its_own():
 
 
 class Flat(Policies):
-    """Logits given outright."""
+    """Policies with constant logits."""
 
     def __init__(self, logits):
         self.given = jnp.asarray(logits, jnp.float32)

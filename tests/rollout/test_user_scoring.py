@@ -1,4 +1,4 @@
-"""Sampling and scoring with user tokens: personal where they should be, nowhere else."""
+"""Sampling and scoring with user tokens affect personal policies only."""
 
 import functools
 
@@ -35,7 +35,7 @@ def base():
 def rows(prompt_lengths=(5, 1, 3, 4), response_lengths=(6, 4, 1, 3), left=0, right=0, inserted=None):
     """Tokens, valid [B, left + P + N + right] of the same texts, and where the responses start.
 
-    `inserted` [B, I] are words put behind BOS; the prompts then are I slots longer.
+    `inserted` [B, I] are words inserted after BOS, which make prompts I positions longer.
     """
     rng = np.random.default_rng(1)
     extra = 0 if inserted is None else inserted.shape[1]
@@ -79,7 +79,7 @@ VECTORS = np.random.default_rng(4).standard_normal((B, SLOTS, 16)).astype(np.flo
 
 
 def test_the_response_is_scored_and_nothing_else():
-    """User tokens that are words: as if the words stood in the prompt, where they are not scored either."""
+    """User tokens with embeddings of words act as these words in the prompt, which are not scored either."""
     tokens, valid, start = rows(inserted=words())
     logits = np.asarray(full_logits(tokens, valid, None), np.float64)
     logps = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
@@ -171,7 +171,7 @@ def test_greedy_sampling_follows_the_full_forward():
     likeliest = full_logits(*both, VECTORS).argmax(-1)[:, -N - 1 : -1]
     np.testing.assert_array_equal(got.tokens[got.valid], likeliest[got.valid])
     assert got.valid.sum() > N and (sample(VECTORS[::-1]).tokens != got.tokens).any()
-    # What was sampled is scored as it was sampled.
+    # Samples are scored with their sampling log-probs.
     np.testing.assert_allclose(got.logps.sum(1), score(*both, VECTORS, start)[0], rtol=1e-5)
 
 

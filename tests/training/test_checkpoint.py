@@ -1,4 +1,4 @@
-"""Checkpoints: bit for bit, over device counts, and when files are half written or damaged."""
+"""Checkpoints: bit-exact over device counts, and robust to partial or damaged files."""
 
 import itertools
 
@@ -73,14 +73,14 @@ def test_checksums_depend_on_the_place_of_every_word(damage, dtype):
     x = np.arange(12).reshape(3, 4) - 6.5
     x = np.asarray(x > 0 if dtype == jnp.bool_ else x, dtype)
     if dtype == jnp.bool_:
-        x[0, 0] = True  # else its columns were equal
+        x[0, 0] = True  # else its columns would be equal
     damaged = damage(x)
     assert (damaged != x).any()
     assert checksums([x])[0] != checksums([damaged])[0]
 
 
 def test_checksums_see_two_swapped_words():
-    """Any two, also those that differ in the sign alone."""
+    """Any two, including two that differ in sign only."""
     x = np.concatenate([np.arange(1, 9), -np.arange(1, 9)]).astype(np.float32)
     swapped = np.tile(x, (x.size * (x.size - 1) // 2, 1))
     for row, (i, j) in zip(swapped, itertools.combinations(range(x.size), 2), strict=True):
@@ -104,7 +104,7 @@ def test_bit_for_bit_over_8_4_and_1_devices(tmp_path):
 
 
 def test_uncommitted_arrays_stay_uncommitted_beside_sharded_ones(tmp_path):
-    # Otherwise a jitted step over the restored state would be refused: one device here, eight there.
+    # Otherwise a jitted step would reject the restored state, which would mix one device and eight.
     state = make_state().replace(trainable=place(make_state().trainable, 8))
     save(tmp_path, s1=state)
     with Checkpoints(tmp_path) as checkpoints:

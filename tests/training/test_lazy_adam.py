@@ -1,4 +1,4 @@
-"""Row-wise Adam: dense Adam where rows are touched, nothing at all where they are not."""
+"""Lazy Adam: dense Adam for rows of the batch, no change for others."""
 
 import functools
 
@@ -28,7 +28,7 @@ def draw(step, n):
 
 
 def dense(gradients, indices):
-    """Gradients [n, ...] as gradients of the whole table."""
+    """Gradients [n, ...] scattered into the whole table."""
     return jax.tree.map(lambda x, g: jnp.zeros_like(x).at[indices].add(g), table(), gradients)
 
 
@@ -67,7 +67,7 @@ def test_untouched_rows_keep_every_bit_of_values_and_moments():
 
 
 def test_a_row_after_a_pause_goes_on_where_it_was():
-    """Steps that touch other rows only leave no trace: bias correction counts a row's own steps."""
+    """Steps on other rows leave no trace: bias correction counts a row's own steps."""
     lazy = lazy_adam(0.1)
     update = jax.jit(lazy.update)
     with_pause, without = table(), table()
@@ -110,7 +110,7 @@ def test_the_cost_of_a_step_does_not_grow_with_the_number_of_users(kind):
     few, many = compiled_step(kind, 100), compiled_step(kind, 10_000)
     assert few.cost_analysis()["flops"] == many.cost_analysis()["flops"]
     few, many = few.memory_analysis(), many.memory_analysis()
-    # No dense temporary, and the tables change in place: they are the only thing that is larger.
+    # No dense temporaries, and in-place updates: only the tables grow with the number of users.
     assert many.temp_size_in_bytes == few.temp_size_in_bytes
     assert many.output_size_in_bytes - many.alias_size_in_bytes == few.output_size_in_bytes - few.alias_size_in_bytes
     assert many.alias_size_in_bytes > 50 * few.alias_size_in_bytes

@@ -1,4 +1,4 @@
-"""The loop: exact resume, signals, NaN, and what lands in the run directory."""
+"""The loop: exact resume, signals, NaN, and the files of the run directory."""
 
 import errno
 import json
@@ -43,7 +43,7 @@ def whole(tmp_path_factory):
 
 
 class Stopping(Linear):
-    """Sends this process a signal during step `at`."""
+    """Sends a signal to this process during step `at`."""
 
     def __init__(self, at, number):
         super().__init__()
@@ -56,7 +56,7 @@ class Stopping(Linear):
 
 
 class Crashing(Linear):
-    """Dies in step `at`."""
+    """Raises in step `at`."""
 
     def __init__(self, at):
         super().__init__()
@@ -69,7 +69,7 @@ class Crashing(Linear):
 
 
 def test_checkpoints_elsewhere(tmp_path, whole):
-    """A stage goes on from where it was told to keep them; nothing of them is in the run directory."""
+    """A stage resumes from the given folder and keeps no checkpoint in the run directory."""
     there = str(tmp_path / "there")
     with pytest.raises(RuntimeError, match="crash"):
         train(tmp_path / "run", Crashing(8), checkpoints=there)
@@ -104,7 +104,7 @@ def test_a_crash_goes_back_to_the_last_checkpoint_without_duplicate_lines(tmp_pa
 
 
 def start(folder, *arguments):
-    """The toy run in a process of its own."""
+    """The toy run in a subprocess."""
     env = {**os.environ, "PYTHONPATH": str(TOY.parents[2])}
     return subprocess.Popen(
         [sys.executable, str(TOY), str(folder), *arguments], env=env, stderr=subprocess.PIPE, text=True
@@ -113,7 +113,7 @@ def start(folder, *arguments):
 
 @pytest.mark.slow
 def test_killed_in_the_middle_of_saving_again_and_again(tmp_path, whole):
-    """A checkpoint after every step, and SIGKILL as soon as there is a new one, finished or not."""
+    """A checkpoint after every step, and SIGKILL as soon as a new one appears, complete or not."""
     checkpoints, kills = tmp_path / "fit" / "checkpoints", 0
     while kills < 4:
         process = start(tmp_path, "0.0", "1")
@@ -125,7 +125,7 @@ def test_killed_in_the_middle_of_saving_again_and_again(tmp_path, whole):
                 break
         process.communicate()
         if process.returncode == 0:
-            break  # too fast to be killed
+            break  # finished before the kill
     assert kills, "nothing was killed"
     assert bits(train(tmp_path)) == whole[0]
     assert lines(tmp_path) == whole[1]
@@ -133,7 +133,7 @@ def test_killed_in_the_middle_of_saving_again_and_again(tmp_path, whole):
 
 @pytest.mark.slow
 def test_files_that_cannot_grow(tmp_path, whole):
-    """The system refuses to write more than some bytes to a file, as a full disk does; later there is room again."""
+    """A file size limit acts like a full disk and is lifted later."""
     process = start(tmp_path, "0.0", "5", "700")
     _, errors = process.communicate(timeout=120)
     assert process.returncode not in (0, 143), errors

@@ -1,4 +1,4 @@
-"""Averages over micro-batches, and what is written where."""
+"""Averages over micro-batches, and the metric files."""
 
 import json
 import sys

@@ -1,4 +1,4 @@
-"""K policies in one optimizer are K optimizers; schedules against closed forms."""
+"""One optimizer of K policies equals K optimizers; schedules equal closed forms."""
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +27,7 @@ def params():
 
 @jax.jit
 def grads(step):
-    """Ingredient k's gradient is of the order 10**(k - 2): some are clipped and some not."""
+    """Ingredient k's gradient is of order 10**(k - 2), so that some are clipped."""
     sizes = 10.0 ** (jnp.arange(K) - 2)
     key = jax.random.fold_in(jax.random.key(1), step)
     return jax.tree.map(
@@ -63,7 +63,7 @@ def test_adafactor_is_that_of_optax_and_remembers_a_row_and_a_column():
 
 
 @pytest.mark.parametrize("name", ["adamw", "sgd", "adafactor"])
-def test_k_in_one_equal_k_apart(name):
+def test_one_optimizer_of_k_equals_k_optimizers(name):
     one = make_optimizer(SETTINGS.replace(name=name), 10)
     many = per_ingredient(one)
     together, state = params(), many.init(params())

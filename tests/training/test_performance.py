@@ -1,4 +1,4 @@
-"""What compiled, what took the time, and how much of the peak that is."""
+"""Compilations, step times and utilisation."""
 
 import json
 import warnings
@@ -23,8 +23,8 @@ def test_every_shape_compiles_once():
     assert program.compiles == 3 and program.seconds > 0
 
 
-def test_compiling_again_for_the_same_shapes_is_told():
-    """Here because the second argument lives elsewhere, as when a step's result is placed unlike its argument."""
+def test_recompilation_for_the_same_shapes_warns():
+    """The second argument has another sharding, as when a step places its result differently from its argument."""
     program = Program(lambda x: x + 1)
     program(jax.device_put(np.ones(3), jax.devices()[0]))
     with pytest.warns(RecompiledWarning, match="lambda.*compiled again for arguments of the same shapes"):
@@ -51,8 +51,8 @@ def test_peaks(kind, peak):
     assert peak_flops(kind) == peak
 
 
-def test_utilisation_is_products_over_peak(monkeypatch):
-    """2 m k n FLOPs a step, on 8 devices, of which each could do 1,000 in a second; the clock is ours."""
+def test_utilisation_is_matmul_flops_over_peak(monkeypatch):
+    """2 m k n FLOPs a step on 8 devices with a peak of 1,000 FLOP/s each, and a fake clock."""
     clock = iter(range(0, 10_000, 1))
     monkeypatch.setattr(performance, "peak_flops", lambda kind: 1000.0)
     monkeypatch.setattr(performance.time, "perf_counter", lambda: float(next(clock)))
@@ -64,7 +64,7 @@ def test_utilisation_is_products_over_peak(monkeypatch):
     with account.excluded():
         pass
     row = account.row(12)
-    # From `begin` to `row` 5 ticks, of which 1 was compiling and 1 aside; 2 steps.
+    # From `begin` to `row` 5 ticks, of which 1 compiled and 1 was excluded; 2 steps.
     assert row["perf/compiles"] == 1 and row["perf/compile_seconds"] == 1
     assert row["perf/seconds_per_step"] == 1.5
     assert row["perf/mfu"] == pytest.approx(48 / (1.5 * 8 * 1000))

@@ -1,4 +1,4 @@
-"""What people see on stderr."""
+"""Output on stderr."""
 
 import sys
 
