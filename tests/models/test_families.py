@@ -140,8 +140,8 @@ def test_export_is_the_original_tensor_for_tensor(model_type, tmp_path):
     assert_equal_trees(load_params(tmp_path / "out"), params)
 
 
-# These keys describe the folder or the tokenizer, or have no effect: max_window_layers without windows, and n_inner null
-# where it is four times the width.
+# These keys describe the folder or the tokenizer, or have no effect: max_window_layers without windows, and n_inner
+# null where it is four times the width.
 UNLIKE = {"_name_or_path", "bos_token_id", "eos_token_id", "pad_token_id", "max_window_layers", "n_inner"}
 
 
