@@ -74,7 +74,7 @@ class Recipe:
 
 
 def sample(
-    backbone: Backbone, bank: Params, mix: jax.Array | None, prompts: Prompts, sampling: Sampling, key: jax.Array
+    backbone: Backbone, bank: Params | None, mix: jax.Array | None, prompts: Prompts, sampling: Sampling, key: jax.Array
 ) -> Rollout:
     """Responses [*rows, N] to prompts [*rows, P]; `sampling` is static in a program.
 
