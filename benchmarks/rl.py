@@ -18,7 +18,7 @@ def policy(job, count=1):
     import jax
     import jax.numpy as jnp
 
-    from pjrlhf.algorithms.policy import Policy
+    from pjrlhf.algorithms.policy import method_of
     from pjrlhf.models.adapters import init_bank
     from pjrlhf.rollout.scoring import init_heads
 
@@ -50,7 +50,7 @@ def policy(job, count=1):
         "low": jnp.zeros(count),
         "high": jnp.ones(count),
     }
-    method = Policy(run, rewarder=rewarder)
+    method = method_of(run, rewarder=rewarder)
     return method, jax.block_until_ready(method.init())
 
 
@@ -62,7 +62,8 @@ def ours(job, turn):
     start, prompts = method.batches.get_state(), []
     for _ in range(job["batches"]):
         batch = next(method.batches)
-        plain = zip(batch["prompt"][:: job["samples"], 0], batch["valid"][:: job["samples"], 0], strict=True)
+        one = batch.prompts
+        plain = zip(one.tokens[0, :: job["samples"]], one.valid[0, :: job["samples"]], strict=True)
         prompts.append([tokens[valid].tolist() for tokens, valid in plain])
     turn({"prompts": prompts, "peak": harness.gemm_peak("jax"), "versions": harness.our_versions()})
 

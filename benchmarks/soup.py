@@ -1,6 +1,6 @@
 """Merging full models against mergekit and against memory itself:  python benchmarks/soup.py [--counts 3 8]
 
-A round is one linear merge of k float32 models with equal weights. From folder to folder: ours is `stages.merge.merge`,
+A round is one linear merge of k float32 models with equal weights. From folder to folder: ours is `export.merge.merge`,
 mergekit its library in the same process (`run_merge`), and both once more as commands, which start anew every time. In
 memory: ours is `merging.trees.weighted_sum`, into the soup before it or into new memory, torch a loop of `add_`. The
 floor of both is a plain copy that moves as many bytes, k reads and one write: a copy of (k + 1) / 2 models, by one
@@ -49,18 +49,15 @@ def _paced(turn, ready, merge, output):
 
 
 def ours(job, turn):
-    import ml_collections
-
-    from pjrlhf.export.merge import merge
+    from pjrlhf.export.merge import MergeSettings, merge
 
     harness.load_ours()
     turn.begin()
     output, k = _fresh(job, "ours"), len(job["models"])
-    settings = dict.fromkeys(("base", "density", "scale", "seed", "dtype"))
-    settings |= {"ingredients": tuple(job["models"]), "weights": (1 / k,) * k, "space": "delta", "method": "linear"}
 
     def run():
-        merge(ml_collections.ConfigDict({**settings, "output": str(_fresh(job, "ours"))}))
+        weights, target = (1 / k,) * k, str(_fresh(job, "ours"))
+        merge(MergeSettings(ingredients=tuple(job["models"]), weights=weights, output=target))
 
     _paced(turn, {"versions": harness.our_versions()}, run, output)
 

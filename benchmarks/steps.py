@@ -10,23 +10,21 @@ HFU, the same with those computed twice. Of a rollout besides tokens per second 
 
 import dataclasses
 import json
-import pathlib
 import time
-import types
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
-from ml_collections import config_flags
+from ml_collections import ConfigDict, config_flags
 
-from pjrlhf.aot.dry_run import DryRun
+from pjrlhf.aot.dry_run import DryDevices, DryRun
 from pjrlhf.aot.plan import PLANS
-from pjrlhf.parallel.mesh import make_mesh, shardings
+from pjrlhf.parallel.mesh import shardings
 from pjrlhf.parallel.roofline import CHIPS, matmul_cost, memory_bytes
-from pjrlhf.runtime.run import Run
+from pjrlhf.runtime.devices import Devices, MeshSettings
 from pjrlhf.training.performance import peak_flops
 
 # Bytes per second of a device's memory, from the vendors' data sheets.
@@ -38,17 +36,21 @@ ONLY = flags.DEFINE_string("only", "", "run only programs whose name has this in
 OUTPUT = flags.DEFINE_string("output", "benchmarks/results/steps.jsonl", "where rows are added")
 
 
-class Measured(DryRun):
-    """A planned run on the devices of this machine: arrays in place of shapes, and programs that run."""
+class LocalDevices(DryDevices):
+    """The devices of this machine for a dry run: random arrays in place of shapes, and programs that run.
 
-    def __init__(self, config: Any):
-        Run.__init__(self, config, types.SimpleNamespace(path=pathlib.Path("measured")))
-        self.mesh = make_mesh(config.mesh)
-        self.naming, self.found = "step", []
+    Attributes:
+      model: what rows say of the model.
+      found: a row per program that ran.
+    """
 
-    create, place = Run.create, Run.place
+    make_mesh, create, place = Devices.make_mesh, Devices.create, Devices.place
 
-    def shapes(self, tree: Any) -> Any:
+    def __init__(self, config: ConfigDict, trip_count: int, model: Mapping[str, Any]):
+        Devices.__init__(self, MeshSettings(**config.mesh), trip_count)
+        self.naming, self.model, self.found = "step", model, []
+
+    def shard(self, tree: Any) -> Any:
         """Random parameters of these shapes."""
 
         def make(key):
@@ -70,7 +72,7 @@ class Measured(DryRun):
         def timed(*arguments: Any, **keywords: Any) -> Any:
             if ONLY.value not in self.naming and "rollout" not in self.naming:  # others need what was sampled
                 return None
-            cost = matmul_cost(jitted.trace(*arguments, **keywords).jaxpr.jaxpr, self.config.data.max_completion)
+            cost = matmul_cost(jitted.trace(*arguments, **keywords).jaxpr.jaxpr, self.trip_count)
             started = time.perf_counter()
             program = jitted.lower(*arguments, **keywords).compile()
             compiled = time.perf_counter() - started
@@ -94,10 +96,7 @@ class Measured(DryRun):
             "step": self.naming,
             "device": device.device_kind,
             "devices": jax.device_count(),
-            "model": dataclasses.asdict(self.model_config),
-            "remat": self.config.model.remat,
-            "quantize": self.config.model.quantize,
-            "attention": self.model.attention,
+            **self.model,
             "seconds": seconds,
             "tflops": flops / best / 1e12,
             "hfu": flops / best / peak / jax.device_count() if peak else None,
@@ -110,29 +109,50 @@ class Measured(DryRun):
         print(f"{self.naming}: {best:.3f} s", {k: v and round(v, 3) for k, v in shown.items()}, flush=True)
 
 
-def useful(config: Any, stage: str) -> dict[str, float]:
+class TracedDevices(DryDevices):
+    """The devices of this machine for a dry run that only traces its programs.
+
+    Attributes:
+      flops: program -> FLOPs of its matrix products.
+    """
+
+    make_mesh = Devices.make_mesh
+
+    def __init__(self, config: ConfigDict, trip_count: int):
+        Devices.__init__(self, MeshSettings(**config.mesh), trip_count)
+        self.naming, self.flops = "step", {}
+
+    def program(self, step: Callable[..., Any], **options: Any) -> Callable[..., Any]:
+        jitted = jax.jit(step, **options)
+
+        def traced(*arguments: Any, **keywords: Any) -> Any:
+            made = jitted.trace(*arguments, **keywords)
+            self.flops[self.naming] = matmul_cost(made.jaxpr.jaxpr, self.trip_count).flops
+            return made.out_info
+
+        return traced
+
+
+def useful(config: ConfigDict, stage: str) -> dict[str, float]:
     """Program -> FLOPs without rematerialisation, from tracing alone."""
     config = config.copy_and_resolve_references()
     config.model.remat = "none"
-    found = {}
-
-    class Traced(Measured):
-        create, place, shapes = DryRun.create, DryRun.place, DryRun.shapes
-
-        def program(self, step, **options):
-            jitted = jax.jit(step, **options)
-
-            def traced(*arguments, **keywords):
-                made = jitted.trace(*arguments, **keywords)
-                found[self.naming] = matmul_cost(made.jaxpr.jaxpr, self.config.data.max_completion).flops
-                return made.out_info
-
-            return traced
-
-    run = Traced(config)
-    run.naming = stage
+    run = DryRun(config, "local")
+    run.devices = TracedDevices(config, config.data.max_completion)
+    run.devices.naming = stage
     PLANS[stage](run)
-    return found
+    return run.devices.flops
+
+
+def measured(config: ConfigDict, stage: str) -> DryRun:
+    """The run whose programs of `stage` have run on this machine."""
+    run = DryRun(config, "local")
+    about = {"remat": config.model.remat, "quantize": config.model.quantize}
+    run.devices = LocalDevices(config, config.data.max_completion, about)
+    run.devices.naming = stage
+    about |= {"model": dataclasses.asdict(run.workspace.model_config), "attention": run.workspace.model.attention}
+    PLANS[stage](run)
+    return run
 
 
 def main(_: list[str]) -> None:
@@ -145,13 +165,11 @@ def main(_: list[str]) -> None:
         if stage not in PLANS:
             continue
         flops = useful(config, stage)
-        run = Measured(config)
-        run.naming = stage
-        PLANS[stage](run)
+        run = measured(config, stage)
         kind, d = jax.devices()[0].device_kind, config.data
         peak = peak_flops(kind)
         bandwidth = next((value for name, value in BANDWIDTHS.items() if name in kind), None)
-        for row in run.found:
+        for row in run.devices.found:
             best = float(np.median(row["seconds"]))
             if peak:
                 row["mfu"] = flops[row["step"]] / best / peak / jax.device_count()

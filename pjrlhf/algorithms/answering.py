@@ -15,13 +15,12 @@
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
 
-import jax
 import numpy as np
+from jaxtyping import Float
 
 from pjrlhf.algorithms import banks
-from pjrlhf.algorithms.targets import Targets, targets_of
+from pjrlhf.algorithms.targets import Targets, TargetSection, targets_of
 from pjrlhf.data.preferences import PreferencePrompt
 from pjrlhf.errors import UserError
 from pjrlhf.merging.methods import bone_soup_weights
@@ -32,7 +31,7 @@ from pjrlhf.runtime.answers import EvaluatedPolicy, Point, silent
 from pjrlhf.runtime.run import Run
 from pjrlhf.runtime.sampler import mixed
 from pjrlhf.settings import Settings, setting
-from pjrlhf.types import Params
+from pjrlhf.types import Array, Params
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -52,8 +51,8 @@ class AnswerSettings(Settings):
             raise UserError(f"divergence: {error}") from error
 
 
-def combined(divergence: str | float, backbone: Backbone, bank: Params, weights: jax.Array) -> PolicyEnsemble:
-    """The policies of a bank, combined for every row with its `weights` [B, K] of their log-probabilities (MOD)."""
+def combined(divergence: str | float, backbone: Backbone, bank: Params, weights: Float[Array, "B K"]) -> PolicyEnsemble:
+    """The policies of a bank, combined for every row with its `weights` of their log-probabilities (MOD)."""
     return PolicyEnsemble(backbone.model, backbone.adapter, backbone.base, bank, weights, divergence)
 
 
@@ -72,7 +71,7 @@ def by_one_adapter(run: Run, settings: Settings, stage: str, how: AnswerSettings
     return EvaluatedPolicy(banks.load(run, stage, ["policy"]), lambda p: (1.0,))
 
 
-def by_targets(run: Run, settings: Any, stage: str, how: AnswerSettings) -> EvaluatedPolicy:
+def by_targets(run: Run, settings: TargetSection, stage: str, how: AnswerSettings) -> EvaluatedPolicy:
     """The adapters of a stage whose policies have `Targets`.
 
     Raises:

@@ -2,7 +2,6 @@
 
 import pathlib
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 
@@ -59,7 +58,7 @@ def _save_adapters(run: Run, folder: pathlib.Path, names: Sequence[str], bank: P
             )
 
 
-def load(run: Run, stage: str = "policy", names: Sequence[str] | None = None) -> Any:
+def load(run: Run, stage: str = "policy", names: Sequence[str] | None = None) -> Params:
     """The bank of a stage of this run, on the mesh.
 
     Args:

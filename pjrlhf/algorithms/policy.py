@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Float, Int
 
 from pjrlhf.algorithms import answering, banks, reward
 from pjrlhf.algorithms.ppo import PPOConfig, ppo_update
@@ -33,7 +34,7 @@ from pjrlhf.training.loop import Method
 from pjrlhf.training.metrics import Metrics
 from pjrlhf.training.optimizer import OptimizerSettings, check_warmup, make_optimizer, per_ingredient
 from pjrlhf.training.state import State
-from pjrlhf.types import Params
+from pjrlhf.types import Array, Params, PRNGKey
 
 KL_STEPS = 10  # the last steps, over whose mean the KL of a policy is reported
 
@@ -188,20 +189,22 @@ class Policy(Method):
         """A batch [K, n, ...] on the devices, which share the rows of all policies: [K n, ...]."""
         return self.devices.place(join_rows(batch))
 
-    def rollout(self, backbone: Backbone, bank: Params, batch: PromptBatch, key: jax.Array) -> Rollout:
+    def rollout(self, backbone: Backbone, bank: Params, batch: PromptBatch, key: PRNGKey) -> Rollout:
         """Responses [*rows, N] to the prompts [*rows, P] of a batch."""
         mix = batch.targets.weights if self.targets.mix == "weights" else jnp.eye(self.K)
         return sample(backbone, bank, mix, batch.prompts, self.recipe.sampling, key)
 
-    def score(self, backbone: Backbone, rewarder: Params, batch: PromptBatch, rollout: Rollout) -> jax.Array:
-        """Rewards float32 [*rows, S] of the responses to a batch."""
+    def score(
+        self, backbone: Backbone, rewarder: Params, batch: PromptBatch, rollout: Rollout
+    ) -> Float[Array, "*rows S"]:
+        """Float32 rewards of the responses to a batch."""
         fixed = self.targets.objectives
         objectives = batch.targets.objectives if fixed is None else jnp.asarray(fixed)
         return reward_scores(backbone, rewarder, objectives, batch.reward_prompts, rollout, self.settings.scale)
 
     def update(
-        self, backbone: Backbone, state: State, scored: ScoredRollout, key: jax.Array
-    ) -> tuple[State, dict[str, jax.Array]]:
+        self, backbone: Backbone, state: State, scored: ScoredRollout, key: PRNGKey
+    ) -> tuple[State, dict[str, Array]]:
         """The state after the updates on scored responses [K, n, ...], and metrics [K]."""
         mix = scored.targets.weights if self.targets.mix == "weights" else None
         beta = state.extra["beta"]
@@ -236,9 +239,9 @@ class Policy(Method):
         metrics["samples"] = (samples, jnp.ones(()))
         return state, metrics
 
-    def _by_objective(self, scores: jax.Array, objectives: jax.Array) -> Metrics:
+    def _by_objective(self, scores: Float[Array, "K n S"], objectives: Int[Array, "K n S"]) -> Metrics:
         """Mean and standard deviation of every reward, and how the rewards of an answer go together, [K] each, of
-        `scores` and `objectives` [K, n, S]; nothing where there is one objective per policy.
+        `scores` of these `objectives`; nothing where there is one objective per policy.
         """
         K, _, S = scores.shape
         if S == 1:

@@ -1,11 +1,11 @@
 """Proximal policy optimization (PPO, arXiv 1707.06347) of K policies at once, as pure functions of their experience."""
 
 import dataclasses
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
+from jaxtyping import Float
 
 from pjrlhf.models.adapters import Backbone
 from pjrlhf.objectives import policy_gradient as pg
@@ -14,7 +14,7 @@ from pjrlhf.rollout.batches import Experience, join_rows, split_rows
 from pjrlhf.rollout.experience import values_of
 from pjrlhf.settings import Settings, setting
 from pjrlhf.training.state import State
-from pjrlhf.types import Params
+from pjrlhf.types import Array, Params, PRNGKey
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -34,7 +34,7 @@ class PPOConfig(Settings):
 
 def ppo_loss(
     config: PPOConfig, backbone: Backbone, trainable: Params, experience: Experience
-) -> tuple[jax.Array, dict[str, jax.Array]]:
+) -> tuple[Float[Array, ""], dict[str, Array]]:
     """Sum over the K policies of their PPO losses, and metrics [K].
 
     Each policy's loss is a mean over its own tokens, and no parameter belongs to two policies, so the gradient is
@@ -71,12 +71,12 @@ def ppo_loss(
 
 def ppo_gradient(
     config: PPOConfig, backbone: Backbone, trainable: Params, experience: Experience
-) -> tuple[Any, dict[str, jax.Array]]:
+) -> tuple[Params, dict[str, Array]]:
     """Gradient of `ppo_loss` and its metrics [K]; of `config.policies_at_once` policies at once, one group of policies
     after the other. Adapters mixed for every row belong to all policies, so these cannot be split.
     """
 
-    def gradient(trainable: Params, experience: Experience) -> tuple[Any, dict[str, jax.Array]]:
+    def gradient(trainable: Params, experience: Experience) -> tuple[Params, dict[str, Array]]:
         return jax.grad(ppo_loss, argnums=2, has_aux=True)(config, backbone, trainable, experience)
 
     K = len(experience.tokens)
@@ -95,8 +95,8 @@ def ppo_update(
     backbone: Backbone,
     state: State,
     experience: Experience,
-    key: jax.Array,
-) -> tuple[State, dict[str, jax.Array]]:
+    key: PRNGKey,
+) -> tuple[State, dict[str, Array]]:
     """`epochs` x `minibatches` PPO steps on one batch of experience; old log-probs and advantages stay fixed.
 
     Returns:

@@ -16,6 +16,7 @@ import jax
 import numpy as np
 
 from pjrlhf.algorithms import answering, banks, reward, sft
+from pjrlhf.algorithms.answering import AnswerSettings
 from pjrlhf.algorithms.modpo import raw_rewards
 from pjrlhf.algorithms.targets import encode
 from pjrlhf.data.batching import batches
@@ -38,7 +39,7 @@ from pjrlhf.training.metrics import Metrics
 from pjrlhf.training.optimizer import OptimizerSettings, check_warmup, make_optimizer, per_ingredient
 from pjrlhf.training.state import State
 from pjrlhf.training.workdir import disk_errors, write_lines
-from pjrlhf.types import Params, Tree
+from pjrlhf.types import Params
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -161,7 +162,7 @@ class Round:
 
     table: TokenTable
     steps: int
-    start: Any = None
+    start: Params | None = None
 
 
 class Ric(Method):
@@ -200,7 +201,7 @@ class Ric(Method):
         gradient, metrics = jax.grad(loss, has_aux=True)(state.trainable)
         return state.apply_gradients(gradient, self.optimizer), metrics
 
-    def step(self, state: State, batch: Tree) -> tuple[State, Metrics]:
+    def step(self, state: State, batch: PackedRows) -> tuple[State, Metrics]:
         return self._update(state, self.backbone, self.devices.place(batch))
 
 
@@ -214,7 +215,7 @@ def method_of(run: Run, settings: RicSettings, data: Round) -> Ric:
 
 def fine_tune(
     run: Run, settings: RicSettings, stage: str, number: int, answers: Sequence[Answer], start: Params | None = None
-) -> Any:
+) -> Params:
     """The bank of one adapter after round `number`, of which the first is 0, on `answers`."""
     name, steps = f"{stage}/round{number}", settings.online_steps if number else settings.steps
     data = Round(stated(run, settings, answers, name), steps, start)
@@ -266,7 +267,7 @@ def train(run: Run, settings: RicSettings, stage: str) -> dict[str, Any]:
     }
 
 
-def answers(run: Run, settings: RicSettings, stage: str, how: Any) -> EvaluatedPolicy:
+def answers(run: Run, settings: RicSettings, stage: str, how: AnswerSettings) -> EvaluatedPolicy:
     """The one policy, which is told the target of the preference weights."""
     words = answering.stating(run, settings.prompt_format)
 

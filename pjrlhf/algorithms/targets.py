@@ -13,7 +13,7 @@ states, and which adapters give it.
 import dataclasses
 import functools
 from collections.abc import Sequence
-from typing import Any
+from typing import Protocol
 
 import numpy as np
 
@@ -59,11 +59,26 @@ class Target:
     group: int = 0
 
 
+class TargetSection(Protocol):
+    """The settings that make `Targets`."""
+
+    @property
+    def preferences(self) -> TargetSettings: ...
+
+    @property
+    def mix(self) -> str: ...
+
+    @property
+    def prompt_format(self) -> PreferencePrompt: ...
+
+    @property
+    def prompt_preference(self) -> str: ...
+
+
 class Targets:
     """The K policies of a stage and their A adapters.
 
     Args:
-      settings: a section with `preferences`, `mix`, `prompt_format` and `prompt_preference`.
       adapter: shape of the adapters; full parameters cannot be mixed for every answer.
 
     Attributes:
@@ -76,9 +91,9 @@ class Targets:
       UserError: unknown settings, points off the simplex, or a mix that does not fit.
     """
 
-    def __init__(self, settings: Any, audience: Audience, streams: Streams, adapter: AdapterConfig):
+    def __init__(self, settings: TargetSection, audience: Audience, streams: Streams, adapter: AdapterConfig):
         self.audience, self.streams = audience, streams
-        spec: TargetSettings = settings.preferences
+        spec = settings.preferences
         self.kind = spec.kind
         self.sampled = self.kind in ("grid", "dirichlet", "combinations")
         self.alpha = spec.alpha
@@ -108,7 +123,7 @@ class Targets:
         if self.kind == "combinations" and not adapter.rank:
             raise UserError("preferences.kind combinations: every answer has reward models of its own; set a rank")
         self.adapters = audience.objectives if self.mix == "weights" else self.policies
-        self.prompt_format: PreferencePrompt = settings.prompt_format
+        self.prompt_format = settings.prompt_format
         # "half": each request comes once with and once without its preferences stated.
         stated = settings.prompt_preference
         self.stated = (False, True) if stated == "half" else (stated == "always",)
@@ -156,7 +171,7 @@ class Targets:
         return self.prompt_format(registry, *zip(*known, strict=True)) if known else ""
 
 
-def targets_of(run: Run, settings: Any) -> Targets:
+def targets_of(run: Run, settings: TargetSection) -> Targets:
     """What the policies of a section are trained for in a run."""
     return Targets(settings, run.audience, run.streams, run.settings.adapter)
 

@@ -24,7 +24,7 @@ from pjrlhf.algorithms import modpo, reward
 from pjrlhf.algorithms.modpo import Modpo
 from pjrlhf.data import synthetic
 from pjrlhf.data.batching import Completions
-from pjrlhf.data.schema import Example
+from pjrlhf.data.schema import Example, Prompt
 from pjrlhf.data.tokenization import TokenTable
 from pjrlhf.errors import UserError
 from pjrlhf.feedback.pairs import SIDES, Pairs, PairSettings, registry_of, tables_of
@@ -39,12 +39,12 @@ from pjrlhf.pipeline.stages import read
 from pjrlhf.rollout import reference
 from pjrlhf.runtime.audience import Audience
 from pjrlhf.runtime.devices import Devices, MeshSettings
-from pjrlhf.runtime.records import CorpusSettings, DataSettings, Records
+from pjrlhf.runtime.records import CorpusSettings, DataSettings, Records, SourceSpec
 from pjrlhf.runtime.run import Run
 from pjrlhf.runtime.streams import Streams
 from pjrlhf.runtime.workspace import Workspace
 from pjrlhf.training.workdir import Workdir
-from pjrlhf.types import PRNGKey, Tree
+from pjrlhf.types import Params, PRNGKey, Tree
 
 FIRST_ID = 5  # of the ids that stand for text; lower ones are special
 
@@ -74,7 +74,7 @@ class Step:
         return not self.problem and self.memory <= self.limit
 
 
-class _Text:
+class _Tokenizer:
     """A tokenizer for a run without text: every prompt and answer is as long as it may be."""
 
     bos_id, eos_id, pad_id, unk_id, add_bos = 1, 2, 0, None, True
@@ -82,10 +82,10 @@ class _Text:
     def __init__(self, prompt: int, completion: int, vocab_size: int):
         self.prompt, self.completion, self.vocab_size = prompt, completion, vocab_size
 
-    def encode_prompt(self, prompt: object) -> list[int]:
+    def encode_prompt(self, prompt: Prompt) -> list[int]:
         return [FIRST_ID] * self.prompt
 
-    def encode_answers(self, prompt: object, answers: Sequence[str]) -> tuple[list[int], list[list[int]]]:
+    def encode_answers(self, prompt: Prompt, answers: Sequence[str]) -> tuple[list[int], list[list[int]]]:
         return self.encode_prompt(prompt), [[FIRST_ID + i] * self.completion for i in range(len(answers))]
 
 
@@ -106,16 +106,16 @@ class DryDevices(Devices):
     def make_mesh(self, settings: MeshSettings) -> jax.sharding.Mesh:
         return make_mesh(settings.to_dict(), self.devices)
 
-    def create(self, make: Callable[..., Any], *arguments: Tree, donate: tuple[int, ...] = ()) -> Any:
+    def create(self, make: Callable[..., Any], *arguments: Tree, donate: tuple[int, ...] = ()) -> Tree:
         return self.shard(jax.eval_shape(make, *arguments))
 
-    def shard(self, tree: Tree) -> Any:
+    def shard(self, tree: Tree) -> Tree:
         """The shapes of parameters, sharded by the partition rules."""
         return jax.tree.map(
             lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), tree, shardings(self.mesh, tree)
         )
 
-    def place(self, batch: Tree) -> Any:
+    def place(self, batch: Tree) -> Tree:
         def one(x):
             return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=batch_sharding(self.mesh, x.shape[0]))
 
@@ -131,7 +131,7 @@ class DryDevices(Devices):
     def program(self, step: Callable[..., Any], **options: Any) -> Any:
         jitted = jax.jit(step, **options)
 
-        def compiled(*arguments: Tree, **keywords: Tree) -> Any:
+        def compiled(*arguments: Any, **keywords: Any) -> Any:
             traced = jitted.trace(*arguments, **keywords)
             self.steps.append(self._compiled(traced))
             return traced.out_info
@@ -144,7 +144,7 @@ class DryDevices(Devices):
         memory, sent, problem = 0, {}, ""
         try:
             program = traced.lower().compile()
-            memory, sent = memory_bytes(program), collective_bytes(program.as_text() or "")
+            memory, sent = memory_bytes(program), collective_bytes(program.as_text())
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error) and "Ran out of memory" not in str(error):
                 raise
@@ -176,7 +176,7 @@ class DryRecords(Records):
     def completions(self) -> list[Example]:
         return [Example(prompt=request, completion="answer") for request in self.requests[0]]
 
-    def comparisons(self, spec: object) -> tuple[list[Example], str]:
+    def comparisons(self, spec: SourceSpec) -> tuple[list[Example], str]:
         examples = [
             Example(prompt=request, chosen="one", rejected="other", user_id=f"user {i}", objective=name)
             for i, request in enumerate(self.requests[0])
@@ -206,16 +206,16 @@ class DryWorkspace(Workspace):
             trained = len(synthetic.vocabulary(synthetic.ENVIRONMENTS[spec]))
         else:
             trained = spec["vocab_size"]
-        return _Text(d.max_prompt, d.max_completion, self.settings.vocab_size or trained)
+        return _Tokenizer(d.max_prompt, d.max_completion, self.settings.vocab_size or trained)
 
     @functools.cached_property
-    def base(self) -> Any:
+    def base(self) -> Params:
         dtype = jnp.dtype(self.settings.param_dtype)
         leaves = {path: jax.ShapeDtypeStruct(shape, dtype) for path, shape in leaf_shapes(self.model_config).items()}
         tree = flax.traverse_util.unflatten_dict(leaves, sep="/")
         return self.devices.shard(jax.eval_shape(quantize_params, tree) if self.settings.quantize else tree)
 
-    def start_params(self, key: PRNGKey) -> Any:
+    def start_params(self, key: PRNGKey) -> Params:
         return self.base
 
 
@@ -242,7 +242,7 @@ class DryRun(Run):
         return DryWorkspace(s.model, s.adapter, self.workdir, self.devices, self.records, "sft" in s.stages)
 
     @functools.cached_property
-    def rewarder(self) -> Any:
+    def rewarder(self) -> Params:
         """What `algorithms.reward.load` reads in a real run."""
         K = len(self.audience.rewards)
         scale = {name: jax.ShapeDtypeStruct((K,), jnp.float32) for name in ("mean", "std", "low", "high")}

@@ -14,7 +14,7 @@ import numpy as np
 from absl import logging
 from ml_collections import ConfigDict
 
-from pjrlhf.algorithms import methods, policy, reward, ric, sft
+from pjrlhf.algorithms import methods, modpo, policy, reward, ric, sft
 from pjrlhf.algorithms.pdpo import Preference, PreferenceSettings
 from pjrlhf.aot import dry_run
 from pjrlhf.aot.dry_run import DryRun, Step, compile_reference, compile_rewards, dry_modpo, dry_pairs
@@ -22,13 +22,12 @@ from pjrlhf.errors import UserError
 from pjrlhf.models.users import KINDS
 from pjrlhf.parallel.roofline import CHIPS
 from pjrlhf.rollout.batches import Prompts
-from pjrlhf.training import loop
-from pjrlhf.types import Config
+from pjrlhf.training.loop import Method
 
 # ---- which programs a stage runs
 
 
-def _step(method: loop.Method) -> None:
+def _step(method: Method) -> None:
     method.step(method.init(), next(method.batches))
 
 
@@ -67,7 +66,7 @@ def _preference(run: DryRun) -> None:
             _step(Preference(entry, pairs, run.devices, run.workspace.backbone, run.streams))
 
 
-def _modpo(run: DryRun, settings: Any) -> None:
+def _modpo(run: DryRun, settings: modpo.ModpoSettings) -> None:
     method = dry_modpo(run, settings)
     with run.devices.part("step"):
         _step(method)
@@ -106,7 +105,7 @@ def _methods(run: DryRun) -> None:
 PLANS = {"sft": _sft, "reward": _reward, "policy": _policy, "preference": _preference, "methods": _methods}
 
 
-def plan(config: Config, topology: str, stages: Sequence[str] = ()) -> list[Step]:
+def plan(config: ConfigDict, topology: str, stages: Sequence[str] = ()) -> list[Step]:
     """Compiles the steps of a run for `topology` ("v5e:4x4").
 
     Args:
@@ -126,7 +125,7 @@ def plan(config: Config, topology: str, stages: Sequence[str] = ()) -> list[Step
     return found
 
 
-def remedies(config: Config) -> Iterator[tuple[str, ConfigDict]]:
+def remedies(config: ConfigDict) -> Iterator[tuple[str, ConfigDict]]:
     """(flags, config with them) that take less memory, the ones that cost least first."""
     changes: list[dict[str, Any]] = []
     if config.model.remat != "full":
@@ -149,7 +148,7 @@ def remedies(config: Config) -> Iterator[tuple[str, ConfigDict]]:
         yield " ".join(f"--config.{key}={value}" for key, value in merged.items()), changed
 
 
-def remedy(config: Config, topology: str, step: Step) -> str:
+def remedy(config: ConfigDict, topology: str, step: Step) -> str:
     """Which flags make `step` fit, tried by compiling; or that none of those known does."""
     stage = re.split(r"[:/]", step.name)[0]
     for flags, changed in remedies(config):
@@ -164,7 +163,7 @@ def remedy(config: Config, topology: str, step: Step) -> str:
     )
 
 
-def report(config: Config, topology: str) -> list[dict[str, Any]]:
+def report(config: ConfigDict, topology: str) -> list[dict[str, Any]]:
     """Plans the run, prints a table, and returns its rows.
 
     Raises:

@@ -6,11 +6,10 @@ what the shapes mean.
 """
 
 import dataclasses
-from collections.abc import Mapping
-from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Bool, Float, Int
 
 from pjrlhf.errors import UserError
 from pjrlhf.models.adapters import Backbone
@@ -21,7 +20,7 @@ from pjrlhf.rollout import scoring
 from pjrlhf.rollout.batches import Experience, Prompts, Rollout, ScoredRollout, join_rows, split_rows
 from pjrlhf.rollout.sampler import Sampling, generate
 from pjrlhf.settings import Settings, setting
-from pjrlhf.types import Params
+from pjrlhf.types import Array, Params, PRNGKey
 
 ESTIMATORS = ("gae", "rloo", "group")
 
@@ -74,14 +73,19 @@ class Recipe:
 
 
 def sample(
-    backbone: Backbone, bank: Params | None, mix: jax.Array | None, prompts: Prompts, sampling: Sampling, key: jax.Array
+    backbone: Backbone,
+    bank: Params | None,
+    mix: Float[Array, "*groups A"] | None,
+    prompts: Prompts,
+    sampling: Sampling,
+    key: PRNGKey,
 ) -> Rollout:
     """Responses [*rows, N] to prompts [*rows, P]; `sampling` is static in a program.
 
     Args:
       bank: adapters; None for the base.
-      mix: float [G, A] or [*rows, A], the weights of the adapters for G equal consecutive groups of rows, or for every
-        row; None for the base.
+      mix: weights of the adapters, [G, A] for G equal consecutive groups of rows or [*rows, A] for every row; None for
+        the base.
     """
     *rows, _ = prompts.tokens.shape
     flat = jax.tree.map(lambda x: x.reshape(-1, x.shape[-1]), prompts)
@@ -92,17 +96,17 @@ def sample(
 
 def reward_scores(
     backbone: Backbone,
-    rewarder: Mapping[str, Any],
-    objectives: jax.Array,
+    rewarder: Params,
+    objectives: Int[Array, "*groups S"],
     prompts: Prompts,
     rollout: Rollout,
     scale: str = "std",
-) -> jax.Array:
-    """Rewards float32 [*rows, S] of responses [*rows, N], by the reward models numbered `objectives`.
+) -> Float[Array, "*rows S"]:
+    """Float32 rewards of responses [*rows, N], by the reward models numbered `objectives`.
 
     Args:
-      rewarder: {"bank", "heads", "mean", "std", "low", "high" [R]}, as trained by the reward stage.
-      objectives: int [G, S] for G equal consecutive groups of rows, or [*rows, S] for every row.
+      rewarder: {"bank", "heads", "mean", "std", "low", "high"} of the reward models, as the reward stage trains them.
+      objectives: [G, S] for G equal consecutive groups of rows, or [*rows, S] for every row.
       prompts: what the reward models read before the response, [*rows, Q].
       scale: "std", (r - mean) / std; "quantiles", between the low quantile (0) and the high one (1), clipped. Both were
         measured once on samples of the base.
@@ -122,11 +126,15 @@ def reward_scores(
 
 
 def raw_rewards(
-    backbone: Backbone, rewarder: Mapping[str, Any], objectives: jax.Array, tokens: jax.Array, valid: jax.Array
-) -> jax.Array:
-    """Rewards float32 [B, S] of whole rows [B, T], in the models' own units; `rewarder` needs no scale.
+    backbone: Backbone,
+    rewarder: Params,
+    objectives: Int[Array, "G S"],
+    tokens: Int[Array, "B T"],
+    valid: Bool[Array, "B T"],
+) -> Float[Array, "B S"]:
+    """Float32 rewards of whole rows in the models' own units, those of Bradley-Terry; `rewarder` needs no scale.
 
-    `objectives` int [G, S] are those of G equal consecutive groups of rows.
+    `objectives` are those of G equal consecutive groups of rows.
     """
     (G, S), B = objectives.shape, len(tokens)
 
@@ -140,13 +148,13 @@ def raw_rewards(
     return raw.reshape(G, S, B // G).swapaxes(1, 2).reshape(B, S)
 
 
-def init_value_heads(policies: int, heads: int, width: int) -> dict[str, jax.Array]:
+def init_value_heads(policies: int, heads: int, width: int) -> Params:
     """Zero value heads: kernel [K, H, D], bias [K, H]."""
     return {"kernel": jnp.zeros((policies, heads, width)), "bias": jnp.zeros((policies, heads))}
 
 
-def values_of(heads: Mapping[str, jax.Array], states: jax.Array) -> jax.Array:
-    """Float32 values [K, n, N, H] of hidden states [K n, N, D]."""
+def values_of(heads: Params, states: Float[Array, "B N D"]) -> Float[Array, "K n N H"]:
+    """Float32 values of the hidden states of all policies, B = K n."""
     states = split_rows(states, heads["bias"].shape[0]).astype(jnp.float32)
     return jnp.einsum("kntd,khd->knth", states, heads["kernel"]) + heads["bias"][:, None, None]
 
@@ -154,18 +162,18 @@ def values_of(heads: Mapping[str, jax.Array], states: jax.Array) -> jax.Array:
 def experience(
     recipe: Recipe,
     backbone: Backbone,
-    trainable: Mapping[str, Any],
+    trainable: Params,
     scored: ScoredRollout,
-    beta: jax.Array,
-    mix: jax.Array | None = None,
-) -> tuple[Experience, dict[str, jax.Array]]:
+    beta: Float[Array, " K"],
+    mix: Float[Array, "K n A"] | None = None,
+) -> tuple[Experience, dict[str, Array]]:
     """Log-probabilities, values, rewards and advantages of sampled responses.
 
     Args:
       trainable: {"bank", "value_heads"}: the adapters, and the value heads of K policies.
       scored: responses of the policies, with their rewards.
-      beta: KL coefficient per policy [K].
-      mix: float [K, n, A], the adapters that gave each response; None where policy k is adapter k.
+      beta: KL coefficient per policy.
+      mix: weights of the adapters that gave each response; None where policy k is adapter k.
 
     Returns:
       the experience, and statistics per policy [K] for logging and the KL controller; "head_weights" is [K, H].
@@ -177,7 +185,7 @@ def experience(
     valid = jnp.concatenate([scored.prompts.valid, response.valid], axis=2)
     mask = response.valid.astype(jnp.float32)
 
-    def token_logps(bank: Params | None, mix: jax.Array | None) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def token_logps(bank: Params | None, mix: Array | None) -> tuple[Array, Array, Array]:
         """Hidden states [K n, N, D]; log-probabilities and entropies [K, n, N]."""
         policies = backbone.policies(bank, mix)
         states = scoring.response_states(policies, join_rows(tokens), join_rows(valid), P)

@@ -2,18 +2,16 @@
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any
 
-import jax
 import numpy as np
 
 from pjrlhf.data.schema import Prompt
 from pjrlhf.models.adapters import is_low_rank
 from pjrlhf.runtime.run import Run
 from pjrlhf.runtime.sampler import PoliciesOf, mixed
-from pjrlhf.types import Params
+from pjrlhf.types import Params, PRNGKey
 
-Keys = Callable[[int], jax.Array]  # number of a chunk -> its PRNG key
+Keys = Callable[[int], PRNGKey]  # number of a chunk -> its PRNG key
 Point = tuple[float, ...]  # preference weights, one per objective
 
 
@@ -42,7 +40,9 @@ class Row:
     mix: tuple[float, ...]
 
 
-def sample_rows(run: Run, bank: Params, rows: Sequence[Row], keys: Keys, policies: PoliciesOf = mixed) -> list[str]:
+def sample_rows(
+    run: Run, bank: Params | None, rows: Sequence[Row], keys: Keys, policies: PoliciesOf = mixed
+) -> list[str]:
     """One answer per row.
 
     Rows of a chunk may have different weights where the bank is low-rank, because it is not merged.
@@ -75,7 +75,7 @@ class EvaluatedPolicy:
       policies: combines the adapters.
     """
 
-    bank: Any
+    bank: Params | None
     mix: Callable[[Point], Sequence[float]]
     words: Callable[[Point], str] = silent
     points: Sequence[Point] | None = None

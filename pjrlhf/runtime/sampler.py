@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jaxtyping import Float
 
 from pjrlhf.data.schema import Prompt
 from pjrlhf.models.adapters import Backbone, Policies, is_low_rank
@@ -14,14 +15,14 @@ from pjrlhf.rollout.decoding import PolicyEnsemble
 from pjrlhf.rollout.sampler import Sampling, generate
 from pjrlhf.runtime.text import Text
 from pjrlhf.training.progress import progress
-from pjrlhf.types import Params, Tree
+from pjrlhf.types import Array, Params, PRNGKey
 
-# (backbone, parameters, data of every row [B, ...]) -> the policies of the B rows of a chunk.
+# (backbone, parameters, data of every row [B, ...] or None) -> the policies of the B rows of a chunk.
 PoliciesOf = Callable[[Backbone, Any, Any], Policies | PolicyEnsemble]
 
 
-def mixed(backbone: Backbone, bank: Params | None, mix: jax.Array | None) -> Policies:
-    """The soups of a bank with weights `mix` [B, K]; the base where `bank` is None.
+def mixed(backbone: Backbone, bank: Params | None, mix: Float[Array, "B K"] | None) -> Policies:
+    """The soups of a bank with the weights in rows of `mix`; the base where `bank` is None.
 
     A bank of full parameters is merged once per chunk, so all rows of the chunk must be equal.
     """
@@ -47,7 +48,7 @@ class Sampler:
         self._draw = jax.jit(self.draw)
 
     def draw(
-        self, backbone: Backbone, parameters: Params | None, rows: Tree, prompts: Prompts, key: jax.Array
+        self, backbone: Backbone, parameters: Params | None, rows: Array | None, prompts: Prompts, key: PRNGKey
     ) -> Rollout:
         """The rollout of a chunk; pure, for `jax.jit`."""
         return generate(self.policies(backbone, parameters, rows), self.sampling, prompts, key)
@@ -56,7 +57,7 @@ class Sampler:
         self,
         name: str,
         prompts: Sequence[Prompt],
-        keys: Callable[[int], jax.Array],
+        keys: Callable[[int], PRNGKey],
         parameters: Params | None = None,
         rows: np.ndarray | None = None,
         apart: Sequence[Any] | None = None,
