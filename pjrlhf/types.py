@@ -19,6 +19,7 @@ Annotations such as `Float[Array, "B T D"]` (jaxtyping) give dtype and shape; te
       Y  last tokens of a part
     Policies, objectives and users
       K  policies, ingredients, adapters of a bank
+      A  adapters of a bank, where one policy mixes several of them
       S  objectives
       H  value heads of the combination of objectives
       U  users; user tables have U + 1 rows, row 0 is the generic user
