@@ -50,7 +50,7 @@ def get_config(variant: str = "pdpo_8b") -> ml_collections.ConfigDict:
 def pdpo(c: ml_collections.ConfigDict) -> None:
     """Ten user tokens per user and 32 pairs per step; reference log-probs are computed once."""
     c.stages = ("preference", "evaluate_users")
-    config.people(c)
+    config.users(c)
     with c.ignore_type():
         c.preference.data = ml_collections.ConfigDict({"kind": "jsonl", "path": ""})
         c.preference.models = ml_collections.ConfigDict(

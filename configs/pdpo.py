@@ -42,11 +42,11 @@ from pjrlhf.settings import to_config
 
 def get_config(variant: str = "synthetic") -> ml_collections.ConfigDict:
     c = config.base()
-    c.title = "P-DPO with ten people of the synthetic environment"
+    c.title = "P-DPO with ten users of the synthetic environment"
     c.stages = ("sft", "population", "preference", "evaluate_users")
 
     c.population = to_config(PopulationSettings())
-    config.people(c)
+    config.users(c)
     variants = {"synthetic": None, "soup": soup, "records": records, "style_pairs": style_pairs, "llmfao": llmfao}
     variants["prefeval"] = prefeval
     if variant not in variants:
@@ -59,7 +59,7 @@ def get_config(variant: str = "synthetic") -> ml_collections.ConfigDict:
 
 def soup(c: ml_collections.ConfigDict) -> None:
     """Four personas, one PPO policy for each, and user models that are soup weights of these policies."""
-    c.title = "Learned soup weights with twelve people of the synthetic environment"
+    c.title = "Learned soup weights with twelve users of the synthetic environment"
     c.stages = ("sft", "comparisons", "reward", "policy", "population", "preference", "evaluate_users")
     config.policies(c)
     c.objectives = ("P2A", "P2B", "P3A", "P3B")
@@ -120,7 +120,7 @@ def style_pairs(c: ml_collections.ConfigDict) -> None:
     _small_base(c)
     pairs = {"kind": "jsonl", "path": f"{_folder('alpaca_eval')}/style_pairs.jsonl.gz"}
     personas = ("longer", "shorter")
-    c.title = "P-DPO with people who want longer or shorter answers"
+    c.title = "P-DPO with users who want longer or shorter answers"
     with c.ignore_type():
         c.preferences = ml_collections.ConfigDict({name: {"dimension": "length", "sentence": ""} for name in personas})
         c.judge = ml_collections.ConfigDict({name: name for name in personas})
@@ -138,7 +138,7 @@ def style_pairs(c: ml_collections.ConfigDict) -> None:
 def llmfao(c: ml_collections.ConfigDict) -> None:
     """Votes of real users on answers of real models."""
     _small_base(c)
-    c.title = "P-DPO on the votes of real people"
+    c.title = "P-DPO on the votes of real users"
     c.stages = ("sft", "preference", "evaluate_users")
     folder = _folder("llmfao")
     votes = {"kind": "votes", "path": f"{folder}/pairs-crowd.jsonl", "votes": f"{folder}/crowd-comparisons.csv"}
@@ -159,7 +159,7 @@ def llmfao(c: ml_collections.ConfigDict) -> None:
 def prefeval(c: ml_collections.ConfigDict) -> None:
     """Users who each state one preference, and four answers, one of which respects it."""
     _small_base(c)
-    c.title = "A user model that reads what people say about themselves"
+    c.title = "A user model that reads what users say about themselves"
     c.stages = ("sft", "preference", "evaluate_users")
     choices = {"kind": "choices", "path": _folder("prefeval"), "options": "classification_task_options"}
     with c.ignore_type():

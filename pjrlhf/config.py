@@ -54,7 +54,7 @@ class RunSettings(SharedSettings):
 
     def check(self) -> None:
         super().check()
-        known = self.audience.registry
+        known = self.audience.preferences
         for name in self.population.personas if self.population else ():
             if name not in known:
                 raise UserError(f"population.personas: {name!r} is unknown; choose from {', '.join(known)}")
@@ -120,7 +120,7 @@ def base() -> ml_collections.ConfigDict:
     return to_config(RunSettings(sft=SftSettings()))
 
 
-def people(c: ml_collections.ConfigDict) -> None:
+def users(c: ml_collections.ConfigDict) -> None:
     """Adds the sections of the stages for user models: preference, evaluate_users."""
     c.preference = to_config(PreferenceSettings())
     c.evaluate_users = to_config(UsersSettings())
@@ -133,7 +133,7 @@ def policies(c: ml_collections.ConfigDict) -> None:
     c.policy = to_config(PolicySettings())
 
 
-def neighbours(c: ml_collections.ConfigDict) -> None:
+def without_ppo(c: ml_collections.ConfigDict) -> None:
     """Adds the sections of methods without PPO: modpo, ric."""
     c.modpo = to_config(ModpoSettings())
     c.ric = to_config(RicSettings())
@@ -149,7 +149,7 @@ def front(c: ml_collections.ConfigDict, objectives: tuple[str, ...]) -> None:
       objectives: ids of the preferences on the axes of the front.
     """
     policies(c)
-    neighbours(c)
+    without_ppo(c)
     c.objectives = objectives
     c.stages = ("sft", "comparisons", "reward", "methods", "evaluate_front")
     c.seeds = ()  # several seeds run one after the other, and the report has their means

@@ -105,7 +105,7 @@ def everything():
     config = configs.base()
     configs.people(config)
     configs.policies(config)
-    configs.neighbours(config)
+    configs.without_ppo(config)
     for field in dataclasses.fields(RunSettings):
         kind = nested_class(RunSettings.__annotations__.get(field.name) or type(getattr(RunSettings(), field.name)))
         if field.name not in config and kind:

@@ -58,7 +58,7 @@ def combined(divergence: str | float, backbone: Backbone, bank: Params, weights:
 
 def stating(run: Run, prompt_format: PreferencePrompt) -> Callable[[Sequence[float]], str]:
     """Weights of the objectives -> what a prompt says to state them."""
-    return functools.partial(prompt_format, run.audience.registry, run.audience.objectives)
+    return functools.partial(prompt_format, run.audience.preferences, run.audience.objectives)
 
 
 def by_base(run: Run, how: AnswerSettings) -> EvaluatedPolicy:

@@ -290,9 +290,7 @@ def method_of(run: Run, settings: ModpoSettings) -> Modpo:
 
 
 def train(run: Run, settings: ModpoSettings, stage: str) -> dict[str, Any]:
-    """Trains the policies by the section `settings`, see `config.neighbours`; writes <workdir>/<stage>/bank.safetensors
-    and one folder per adapter.
-    """
+    """Trains the policies; writes <workdir>/<stage>/bank.safetensors and one folder per adapter."""
     method = method_of(run, settings)
     state, names = run.train(method, stage, settings.steps), list(method.data.policies)
     base_hash = banks.save(run, stage, names, state.trainable)

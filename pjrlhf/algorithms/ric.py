@@ -77,7 +77,7 @@ def prompt_format(run: Run, settings: RicSettings, request: str, scores: Sequenc
     Raises:
       UserError: the tokenizer does not know them, or the prompt gets longer than `data.max_prompt`.
     """
-    words = settings.prompt_format(run.audience.registry, run.audience.objectives, scores)
+    words = settings.prompt_format(run.audience.preferences, run.audience.objectives, scores)
     length, limit = len(encode(run.records, run.text, request, words)), run.text.lengths.prompt
     if length > limit:
         raise UserError(
@@ -229,8 +229,8 @@ def _check(run: Run, settings: RicSettings) -> None:
 
 
 def train(run: Run, settings: RicSettings, stage: str) -> dict[str, Any]:
-    """Trains the policy by the section `settings`, see `config.neighbours`; writes <workdir>/<stage>/bank.safetensors,
-    the adapter as a folder, and the answers of every round.
+    """Trains the policy; writes <workdir>/<stage>/bank.safetensors, the adapter as a folder, and the answers of every
+    round.
     """
     _check(run, settings)
     folder, rewarder = run.workdir.stage(stage), reward.load(run)

@@ -112,7 +112,7 @@ class Targets:
                 f"preferences.objectives: no reward model for {unknown[0]!r}; add it to --config.objectives"
             )
         objectives = [name for name in own if name in audience.objectives]
-        self.combos = preferences.combinations(audience.registry, objectives)
+        self.combos = preferences.combinations(audience.preferences, objectives)
         names = {"own": own, "fixed": tuple(point_name(audience.objectives, p) for p in self.points)}
         self.policies = names.get(self.kind, ("policy",))
         self.mix = settings.mix
@@ -166,7 +166,7 @@ class Targets:
 
     def words(self, target: Target) -> str:
         """What a prompt says to state a target; the general reward has no entry in the registry and goes unsaid."""
-        registry, names = self.audience.registry, [self.audience.rewards[i] for i in target.objectives]
+        registry, names = self.audience.preferences, [self.audience.rewards[i] for i in target.objectives]
         known = [(name, w) for name, w in zip(names, target.weights, strict=True) if name in registry]
         return self.prompt_format(registry, *zip(*known, strict=True)) if known else ""
 

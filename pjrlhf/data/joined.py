@@ -32,7 +32,7 @@ CHOICES = {
 def read_votes(spec: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Joins the votes in a CSV file with the pairs in a JSONL file.
 
-    Ties, and people with fewer than `min_votes` other votes, are left out and counted in the log.
+    Ties, and users with fewer than `min_votes` other votes, are left out and counted in the log.
 
     Args:
       spec: `path` of the pairs, `votes` of the CSV file, `min_votes` (1 by default), and column names that differ from
@@ -63,7 +63,7 @@ def read_votes(spec: Mapping[str, Any]) -> list[dict[str, Any]]:
     few = {user for user, count in counts.items() if count < int(spec.get("min_votes") or 1)}
     kept = [record for record in found if record["user_id"] not in few]
     logging.info(
-        "%s: %d votes of %d people; left out %d ties, and %d votes of %d people with fewer than %s",
+        "%s: %d votes of %d users; left out %d ties, and %d votes of %d users with fewer than %s",
         *(votes_file.name, len(kept), len(counts) - len(few), ties, len(found) - len(kept), len(few)),
         spec.get("min_votes") or 1,
     )

@@ -135,7 +135,7 @@ def pack(prompts: Sequence[Ids], answers: Sequence[Sequence[Ids]], layout: PackL
     E, A = len(prompts), len(answers[0])
     if E % groups:
         raise ValueError(f"{E} examples cannot be split into {groups} equal groups")
-    # (example, numbers of the answers that stand in the same row).
+    # (example, numbers of its answers in the same row).
     parts = [(e, [a]) for e in range(E) for a in range(A)] if mode == "none" else [(e, range(A)) for e in range(E)]
     sizes = [len(prompts[e]) + layout.num_user_tokens + sum(len(answers[e][a]) for a in some) for e, some in parts]
     if max(sizes) > length:

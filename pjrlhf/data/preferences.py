@@ -18,7 +18,7 @@ class Preference:
     Attributes:
       dimension: preferences of one dimension exclude each other.
       sentence: states the preference in a prompt; may be empty.
-      label: stands beside its weight in a prompt; "" stands for the id.
+      label: its name where a prompt states weights; "" for the id.
     """
 
     dimension: str

@@ -94,7 +94,7 @@ class Merge:
 
     @functools.cached_property
     def full(self) -> list[FullModel]:
-        """The base, if there is one, and the full models. Their weights sum to 1."""
+        """The base, if any, and the full models. Their weights sum to 1."""
         return [x for x in (self.base, *self.ingredients) if isinstance(x, FullModel)]
 
     @functools.cached_property

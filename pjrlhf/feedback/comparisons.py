@@ -30,7 +30,7 @@ def stated_sets(run: Run, count: int, rng: random.Random) -> list[tuple[str, ...
     """For each of `count` answers, which preferences its prompt states: none, or one each of some dimensions."""
     if run.settings.prompt_preference == "never":
         return [()] * count
-    groups = list(preferences.dimensions(run.audience.registry, run.audience.objectives).values())
+    groups = list(preferences.dimensions(run.audience.preferences, run.audience.objectives).values())
     return [tuple(rng.choice(group) for group in groups if rng.random() < 0.5) for _ in range(count)]
 
 
@@ -53,7 +53,7 @@ def run(run: Run) -> dict[str, Any]:
     rng = run.streams.python("comparisons/prompts")
     requests = [run.records.requests[0][i % len(run.records.requests[0])] for i in range(config.pairs)]
     stated = stated_sets(run, 2 * config.pairs, rng)
-    said = [preferences.sentences(run.audience.registry, names) for names in stated]
+    said = [preferences.sentences(run.audience.preferences, names) for names in stated]
     prompts = [run.records.ask(request, words) for request, words in zip(requests * 2, said, strict=True)]
     keys = functools.partial(run.streams.key, "comparisons/answers")
     texts = sample_base(run, prompts, keys, "comparisons")

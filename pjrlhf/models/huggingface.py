@@ -6,6 +6,7 @@ Folders are local. An export appears under its name only when it is complete.
 import functools
 import hashlib
 import json
+import math
 import pathlib
 import shutil
 from collections.abc import Callable, Iterable, Mapping
@@ -16,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import xxhash
+from huggingface_hub import split_state_dict_into_shards_factory
 
 from pjrlhf.errors import UserError
 from pjrlhf.models.config import ModelConfig
@@ -176,7 +178,7 @@ def save_params(
       dtype: of the stored weights; None keeps the dtype of each leaf.
       tokenizer_folder: folder whose tokenizer files are copied.
       token_ids: see `config_to_hf`.
-      max_shard_bytes: larger weights are split into several files with an index; a tensor is never split.
+      max_shard_bytes: larger models are split into several files with an index; a tensor is never split.
       pieces: by name on disk, content of tensors that are streamed instead of taken from `params`, see
         `folders.Stream`.
 
@@ -193,14 +195,6 @@ def save_params(
             )
     slots = tensor_slots(get_family(model_type, folder), config)
     dtypes = {path: jnp.dtype(dtype or leaf.dtype) for path, leaf in leaves.items()}
-    shards, total, fill = [[]], 0, 0
-    for name, (slot, *_) in slots.items():
-        size = int(np.prod(slot.shape)) * dtypes[slot.path].itemsize
-        if shards[-1] and fill + size > max_shard_bytes:
-            shards.append([])
-            fill = 0
-        shards[-1].append(name)
-        fill, total = fill + size, total + size
 
     def whole(several: tuple[Slot, ...]) -> list[np.ndarray]:
         return [join(several, [_take(leaves[x.path], x.index).astype(dtypes[several[0].path]) for x in several])]
@@ -210,6 +204,13 @@ def save_params(
         made = (pieces or {}).get(name) or functools.partial(whole, several)
         return Stream(first.shape, dtypes[first.path], made)
 
+    tensors = {name: tensor(name) for name in slots}
+    shards = split_state_dict_into_shards_factory(
+        tensors,
+        get_storage_size=lambda stream: math.prod(stream.shape) * stream.dtype.itemsize,
+        filename_pattern="model{suffix}.safetensors",
+        max_shard_size=max_shard_bytes,
+    )
     ids = dict(token_ids or {})
     hf = config_to_hf(config, model_type=model_type, dtype=dtypes["embed/embedding"], **ids)
     with new_folder(folder, marker="config.json") as work:
@@ -218,13 +219,10 @@ def save_params(
         (work / "generation_config.json").write_text(
             json.dumps({name: value for name, value in ids.items() if value is not None}, indent=2)
         )
-        weight_map = {}
-        for i, names in enumerate(shards):
-            file = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" if len(shards) > 1 else "model.safetensors"
-            stream_tensors(work / file, {name: tensor(name) for name in names})
-            weight_map |= dict.fromkeys(names, file)
-        if len(shards) > 1:
-            index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        for file, names in shards.filename_to_tensors.items():
+            stream_tensors(work / file, {name: tensors[name] for name in names})
+        if shards.is_sharded:
+            index = {"metadata": shards.metadata, "weight_map": shards.tensor_to_filename}
             (work / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
         (work / "config.json").write_text(json.dumps(hf, indent=2))
 

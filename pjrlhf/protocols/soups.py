@@ -112,7 +112,7 @@ class Evaluation:
         self.sample = functools.partial(sample_rows, run, bank)
         self.scorer = ScoreJudge(run.audience.score, TIE)
         self.judge = BothOrders(JUDGES.get(self.config.judge)(self.scorer))
-        self.combos = preferences.combinations(run.audience.registry, run.audience.objectives)
+        self.combos = preferences.combinations(run.audience.preferences, run.audience.objectives)
         self.rate = functools.partial(win_rate, resamples=self.config.resamples, seed=run.settings.seed)
 
     def keys(self, stream: str) -> Keys:
@@ -141,7 +141,7 @@ class Evaluation:
         told = {"prompting", *self.prompted, *self.config.prompted}
         if "soups" not in told:
             del weights["soups_untold"]
-        words = preferences.sentences(self.run.audience.registry, combo)
+        words = preferences.sentences(self.run.audience.preferences, combo)
         if not words.strip():
             # Nothing can be said to this model, so prompting is the base.
             del weights["prompting"]
@@ -235,7 +235,7 @@ class Evaluation:
     def sweep(self) -> dict[str, Any]:
         """From one end of every two-sided dimension to the other in equal steps, the prompt telling nothing."""
         grid = np.linspace(0.0, 1.0, self.config.sweep_points)
-        groups = preferences.dimensions(self.run.audience.registry, self.run.audience.objectives)
+        groups = preferences.dimensions(self.run.audience.preferences, self.run.audience.objectives)
         pairs = {dimension: ends for dimension, ends in groups.items() if len(ends) == 2}
         rows = [
             Row(request, "", self.weights(**{low: 1.0 - w, high: w}))

@@ -54,8 +54,8 @@ def sample_rows(
     """
     prompts = [run.records.ask(row.request, row.words) for row in rows]
     mix = np.array([row.mix for row in rows], np.float32)
-    apart = None if bank is None or is_low_rank(bank) else [row.mix for row in rows]
-    return run.sampler(policies)("evaluate", prompts, keys, bank, mix, apart)
+    groups = None if bank is None or is_low_rank(bank) else [row.mix for row in rows]
+    return run.sampler(policies)("evaluate", prompts, keys, bank, mix, groups)
 
 
 def silent(_: Point) -> str:

@@ -30,24 +30,22 @@ class Audience:
         self.named, self.judge = named, judge
         self.objectives = tuple(objectives)
         self.general = general
-        self.registry = self._registry()
+        self.preferences = self._preferences()
 
     def check(self) -> None:
         """Raises UserError where the judge has no scorer for a criterion, or an unknown one."""
         _ = self.score
 
-    def _registry(self) -> Preferences:
+    def _preferences(self) -> Preferences:
         """Preference id -> dimension, sentence and label."""
         if isinstance(self.named, str):
-            registry = NAMED[self.named]
+            found = NAMED[self.named]
         else:
-            registry = {name: _preference(name, fields) for name, fields in self.named.items()}
-        missing = [name for name in self.objectives if name not in registry]
+            found = {name: _preference(name, fields) for name, fields in self.named.items()}
+        missing = [name for name in self.objectives if name not in found]
         if missing:
-            raise UserError(
-                f"objective {missing[0]!r}: not among the preferences {', '.join(registry)}; add it to them"
-            )
-        return registry
+            raise UserError(f"objective {missing[0]!r}: not among the preferences {', '.join(found)}; add it to them")
+        return found
 
     @property
     def synthetic(self) -> Preferences:

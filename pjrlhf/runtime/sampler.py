@@ -60,7 +60,7 @@ class Sampler:
         keys: Callable[[int], PRNGKey],
         parameters: Params | None = None,
         rows: np.ndarray | None = None,
-        apart: Sequence[Any] | None = None,
+        groups: Sequence[Any] | None = None,
     ) -> list[str]:
         """One answer to every prompt.
 
@@ -70,13 +70,13 @@ class Sampler:
           keys: number of a chunk -> its PRNG key.
           parameters: of the policies, the same for all rows.
           rows: data of every prompt, [M, ...], such as its row of `mix` or its user.
-          apart: M sortable values; a chunk never has prompts with different values.
+          groups: group of every prompt, M sortable values; a chunk has prompts of one group.
 
         Raises:
           UserError: a prompt is too long, see `Text.encode`.
         """
         size, texts = self.text.sample_rows, [""] * len(prompts)
-        chunks = _chunks(range(len(prompts)), size, apart)
+        chunks = _chunks(len(prompts), size, groups)
         with progress(name, len(chunks), ()) as bar:
             for number, chunk in enumerate(chunks):
                 padded = chunk + [chunk[0]] * (size - len(chunk))
@@ -89,9 +89,10 @@ class Sampler:
         return texts
 
 
-def _chunks(numbers: Sequence[int], size: int, apart: Sequence[Any] | None) -> list[list[int]]:
-    groups = [list(numbers)]
-    if apart is not None:
-        order = sorted(numbers, key=lambda i: apart[i])
-        groups = [list(group) for _, group in itertools.groupby(order, key=lambda i: apart[i])]
-    return [group[i : i + size] for group in groups for i in range(0, len(group), size)]
+def _chunks(count: int, size: int, groups: Sequence[Any] | None) -> list[list[int]]:
+    """Indices below `count` in chunks of at most `size`, each of one group."""
+    members = [list(range(count))]
+    if groups is not None:
+        order = sorted(range(count), key=lambda i: groups[i])
+        members = [list(group) for _, group in itertools.groupby(order, key=lambda i: groups[i])]
+    return [group[i : i + size] for group in members for i in range(0, len(group), size)]

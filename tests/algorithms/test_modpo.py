@@ -10,7 +10,7 @@ from support.small_trees import assert_same
 
 from pjrlhf.algorithms import banks, modpo, reward
 from pjrlhf.algorithms.modpo import ModpoSettings, policies_loss
-from pjrlhf.config import neighbours
+from pjrlhf.config import without_ppo
 from pjrlhf.data.batching import pad_left, pad_right
 from pjrlhf.errors import UserError
 from pjrlhf.objectives.preference import pairwise_loss
@@ -27,7 +27,7 @@ K, n, BETA = len(POINTS), 4, 0.3
 def settings(**changes):
     config = tiny.settings()
     with config.unlocked():
-        neighbours(config)
+        without_ppo(config)
     config.modpo.update({"steps": 4, "batch_size": n, "beta": BETA, **changes})
     if "preferences" not in changes:
         config.modpo.preferences.update({"kind": "fixed", "points": POINTS})

@@ -11,7 +11,7 @@ from support import tiny
 from support.small_trees import assert_same
 
 from pjrlhf.algorithms import banks, reward, ric
-from pjrlhf.config import neighbours
+from pjrlhf.config import without_ppo
 from pjrlhf.data.batching import pad_right
 from pjrlhf.data.preferences import PreferencePrompt
 from pjrlhf.errors import UserError
@@ -38,7 +38,7 @@ SMALL = {
 def settings(**changes):
     config = tiny.settings()
     with config.unlocked():
-        neighbours(config)
+        without_ppo(config)
     config.ric.update(SMALL)
     config.ric.update(changes)
     return config
@@ -82,7 +82,7 @@ def answers_of(run, number):
 
 
 def words(run, scores):
-    return PreferencePrompt(form="tally", levels=2)(run.audience.registry, run.audience.objectives, scores)
+    return PreferencePrompt(form="tally", levels=2)(run.audience.preferences, run.audience.objectives, scores)
 
 
 # ---- the data

@@ -38,10 +38,10 @@ def test_a_vote_is_a_record_of_its_voter(votes):
     assert examples[2].where == "votes.csv row 2" and examples[2].user_id == "bob"
 
 
-def test_people_with_few_votes_are_left_out_and_counted(votes, caplog):
+def test_users_with_few_votes_are_left_out_and_counted(votes, caplog):
     with caplog.at_level("INFO"):
         assert {record["user_id"] for record in records({**votes, "min_votes": 2})} == {"ann"}
-    assert "2 votes of 1 people; left out 2 ties, and 1 votes of 1 people with fewer than 2" in caplog.text
+    assert "2 votes of 1 users; left out 2 ties, and 1 votes of 1 users with fewer than 2" in caplog.text
 
 
 @pytest.mark.parametrize(

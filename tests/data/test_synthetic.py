@@ -335,8 +335,8 @@ def test_prompts_and_answers_fit_the_lengths_of_the_shipped_config(tokenizer, pr
     shipped = config.get_config({"synthetic": "synthetic", "synthetic16": "styles"}[environment])
     assert shipped.preferences == shipped.model.tokenizer == environment and shipped.objectives == tuple(preferences)
     data = shipped.data
-    people = combinations(preferences, preferences)
-    for prompt, ids in itertools.product(synthetic.prompts(), people):
+    personas = combinations(preferences, preferences)
+    for prompt, ids in itertools.product(synthetic.prompts(), personas):
         text = f"{prompt} {sentences(preferences, ids)}"
         assert len(tokenizer.encode_prompt([{"role": "user", "content": text}])) <= data.max_prompt
     longest = max(len(record["completion"].split()) for record in records(preferences=preferences))

@@ -121,7 +121,7 @@ def check_boundary(tokenizer, text, cut):
     alone, whole = tokenizer.encode_prompt(text[:cut]), tokenizer.encode_prompt(text)
     assert completion[-1] == tokenizer.eos_id and completion.count(tokenizer.eos_id) == 1
     if prompt == [tokenizer.start_id] and alone[0] != whole[0]:
-        prompt = []  # nothing of the prompt survives: a start token stands in for it
+        prompt = []  # no token of the prompt is left, and a start token replaces it
     assert prompt + completion == [*whole, tokenizer.eos_id]
     assert alone[: len(prompt)] == prompt
     assert len(prompt) == len(alone) or alone[len(prompt)] != completion[0]
@@ -167,7 +167,7 @@ def test_pair_shares_the_shorter_prompt():
         assert tokenizer.decode(prompt + ids) == text
 
 
-def test_bos_comes_once_whoever_writes_it():
+def test_bos_comes_once_from_template_or_tokenizer():
     twice = Tokenizer(backend(bos=True, template="<|bos|>{{ messages[0]['content'] }}"))
     assert twice.encode_prompt([{"role": "user", "content": "a"}]) == [BOS, *codes("a")]
     assert twice.encode_prompt("<|bos|>a") == twice.encode_prompt("a") == [BOS, *codes("a")]

@@ -40,9 +40,9 @@ LORA = AdapterConfig(rank=3, alpha=6.0)
 
 
 @pytest.fixture(scope="session")
-def kitchen(tmp_path_factory):
+def models(tmp_path_factory):
     """Three full models 'base', 'one', 'two' and two adapters of the base, 'lora0' and 'lora1', as folders."""
-    root = tmp_path_factory.mktemp("kitchen")
+    root = tmp_path_factory.mktemp("models")
     for seed, name in enumerate(("base", "one", "two")):
         save_params(root / name, CONFIG, draw(CONFIG, seed), token_ids={"bos_token_id": 1, "eos_token_id": 2})
         (root / name / "tokenizer.json").write_text('{"model": {"vocab": {"a": 0}}, "truncation": null}')
@@ -65,9 +65,9 @@ def bank(base):
     return jax.tree.unflatten(structure, noise)
 
 
-def run(kitchen, output, names, weights, base=None, **changes):
-    folders = tuple(str(kitchen / name) for name in names)
-    base = str(kitchen / base) if base else None
+def run(models, output, names, weights, base=None, **changes):
+    folders = tuple(str(models / name) for name in names)
+    base = str(models / base) if base else None
     values = {"ingredients": folders, "weights": tuple(weights), "base": base, "output": str(output), **changes}
     return merge.merge(parse(MergeSettings, values, "merge"))
 
@@ -84,32 +84,32 @@ def hidden(config, params, adapters=None, mix=None):
 
 
 @pytest.mark.parametrize("weights", [(0.3, 0.7), (1.5, -0.5)])
-def test_full_models_without_a_base(kitchen, tmp_path, weights):
-    run(kitchen, tmp_path / "out", ("one", "two"), weights)
-    one, two = (load_params(kitchen / name) for name in ("one", "two"))
+def test_full_models_without_a_base(models, tmp_path, weights):
+    run(models, tmp_path / "out", ("one", "two"), weights)
+    one, two = (load_params(models / name) for name in ("one", "two"))
     assert_close(load_params(tmp_path / "out"), trees.weighted_sum([one, two], weights))
 
 
 @pytest.mark.parametrize("weights", [(0.3, 0.7), (0.5, -2.0), (0.0, 0.0)])
-def test_full_models_with_a_base(kitchen, tmp_path, weights):
-    run(kitchen, tmp_path / "out", ("one", "two"), weights, base="base")
-    base, one, two = (load_params(kitchen / name) for name in ("base", "one", "two"))
+def test_full_models_with_a_base(models, tmp_path, weights):
+    run(models, tmp_path / "out", ("one", "two"), weights, base="base")
+    base, one, two = (load_params(models / name) for name in ("base", "one", "two"))
     assert_close(load_params(tmp_path / "out"), trees.soup(base, [one, two], weights), atol=1e-6)
 
 
 @pytest.mark.parametrize("base", [None, "base"])
-def test_one_hot_returns_the_ingredient(kitchen, tmp_path, base):
-    run(kitchen, tmp_path / "out", ("one", "two"), (0, 1), base=base)
-    merged, original = ((folder / "model.safetensors").read_bytes() for folder in (tmp_path / "out", kitchen / "two"))
+def test_one_hot_returns_the_ingredient(models, tmp_path, base):
+    run(models, tmp_path / "out", ("one", "two"), (0, 1), base=base)
+    merged, original = ((folder / "model.safetensors").read_bytes() for folder in (tmp_path / "out", models / "two"))
     assert merged == original
 
 
 @pytest.mark.parametrize("weights", [pytest.param((0.25, 0.75), marks=pytest.mark.slow), (1.0, -1.5)])
 @pytest.mark.parametrize("space", ["delta", "concat"])
-def test_adapters_equal_the_bank_run_with_mix(kitchen, tmp_path, weights, space):
-    run(kitchen, tmp_path / "out", ("lora0", "lora1"), weights, base="base", space=space)
-    base = load_params(kitchen / "base")
-    expected = hidden(CONFIG, base, bank(kitchen / "base"), jnp.asarray([weights]))
+def test_adapters_equal_the_bank_run_with_mix(models, tmp_path, weights, space):
+    run(models, tmp_path / "out", ("lora0", "lora1"), weights, base="base", space=space)
+    base = load_params(models / "base")
+    expected = hidden(CONFIG, base, bank(models / "base"), jnp.asarray([weights]))
     assert np.abs(expected - hidden(CONFIG, base)).max() > 0.05
     if space == "delta":
         merged = hidden(CONFIG, load_params(tmp_path / "out"))
@@ -122,38 +122,36 @@ def test_adapters_equal_the_bank_run_with_mix(kitchen, tmp_path, weights, space)
     np.testing.assert_allclose(merged, expected, atol=2e-5)
 
 
-def test_adapters_of_different_rank_and_alpha(kitchen, tmp_path):
+def test_adapters_of_different_rank_and_alpha(models, tmp_path):
     shapes = jax.eval_shape(
-        lambda: init_bank(load_params(kitchen / "base"), AdapterConfig(rank=5), 1, jax.random.key(0))
+        lambda: init_bank(load_params(models / "base"), AdapterConfig(rank=5), 1, jax.random.key(0))
     )
     adapter = jax.tree.map(lambda leaf: np.full(leaf.shape[1:], 0.1, np.float32), shapes)
     save_peft(tmp_path / "wide", adapter, 5, 20.0, "base")
-    run(kitchen, tmp_path / "dense", ("lora0", tmp_path / "wide"), (0.5, 0.25), base="base")
-    run(kitchen, tmp_path / "joined", ("lora0", tmp_path / "wide"), (0.5, 0.25), space="concat")
-    run(kitchen, tmp_path / "applied", (tmp_path / "joined",), (1.0,), base="base")
+    run(models, tmp_path / "dense", ("lora0", tmp_path / "wide"), (0.5, 0.25), base="base")
+    run(models, tmp_path / "concatenated", ("lora0", tmp_path / "wide"), (0.5, 0.25), space="concat")
+    run(models, tmp_path / "applied", (tmp_path / "concatenated",), (1.0,), base="base")
     assert_close(load_params(tmp_path / "applied"), load_params(tmp_path / "dense"), atol=1e-6)
-    kernels = [
-        load_params(folder)["layers"]["mlp"]["up"]["kernel"] for folder in (tmp_path / "dense", kitchen / "base")
-    ]
-    pair = bank(kitchen / "base")["layers"]["mlp"]["up"]
+    kernels = [load_params(folder)["layers"]["mlp"]["up"]["kernel"] for folder in (tmp_path / "dense", models / "base")]
+    pair = bank(models / "base")["layers"]["mlp"]["up"]
     expected = 0.5 * LORA.scale * pair["a"][0] @ pair["b"][0] + 0.25 * 4.0 * (5 * 0.01)
     np.testing.assert_allclose(kernels[0] - kernels[1], expected, atol=1e-6)
 
 
-def test_full_models_and_adapters_together(kitchen, tmp_path):
-    run(kitchen, tmp_path / "both", ("one", "lora0"), (0.5, 0.25), base="base")
-    run(kitchen, tmp_path / "full", ("one",), (0.5,), base="base")
-    run(kitchen, tmp_path / "lora", ("lora0",), (0.25,), base="base")
+def test_full_models_and_adapters_together(models, tmp_path):
+    run(models, tmp_path / "both", ("one", "lora0"), (0.5, 0.25), base="base")
+    run(models, tmp_path / "full", ("one",), (0.5,), base="base")
+    run(models, tmp_path / "lora", ("lora0",), (0.25,), base="base")
     base, both, full, lora = (
-        load_params(f) for f in (kitchen / "base", *(tmp_path / n for n in ("both", "full", "lora")))
+        load_params(f) for f in (models / "base", *(tmp_path / n for n in ("both", "full", "lora")))
     )
     assert_close(both, trees.weighted_sum([full, lora, base], (1, 1, -1)), atol=1e-6)
 
 
-def test_factors_average_each_factor(kitchen, tmp_path):
-    run(kitchen, tmp_path / "out", ("lora0", "lora1"), (0.5, 0.5), base="base", space="factors")
-    pair = bank(kitchen / "base")["layers"]["attention"]["query"]
-    kernels = [load_params(f)["layers"]["attention"]["query"]["kernel"] for f in (tmp_path / "out", kitchen / "base")]
+def test_factors_average_each_factor(models, tmp_path):
+    run(models, tmp_path / "out", ("lora0", "lora1"), (0.5, 0.5), base="base", space="factors")
+    pair = bank(models / "base")["layers"]["attention"]["query"]
+    kernels = [load_params(f)["layers"]["attention"]["query"]["kernel"] for f in (tmp_path / "out", models / "base")]
     expected = LORA.scale * pair["a"].mean(0) @ pair["b"].mean(0)
     np.testing.assert_allclose(kernels[0] - kernels[1], expected, atol=1e-6)
 
@@ -180,16 +178,16 @@ def weights_of(method):
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("names", [("one", "two"), ("lora0", "two"), ("lora1", "lora0")], ids="-".join)
-def test_methods_equal_their_functions(kitchen, tmp_path, method, names):
+def test_methods_equal_their_functions(models, tmp_path, method, names):
     options, function = METHODS[method]
     weights = weights_of(method)
-    run(kitchen, tmp_path / "out", names, weights, base="base", method=method, **options)
-    base = load_params(kitchen / "base")
-    adapters = bank(kitchen / "base")
+    run(models, tmp_path / "out", names, weights, base="base", method=method, **options)
+    base = load_params(models / "base")
+    adapters = bank(models / "base")
     ingredients = [
         lora.merge_dense(base, [jax.tree.map(lambda x, k=int(name[-1]): x[k], adapters)], [LORA.scale], [1.0])
         if name.startswith("lora")
-        else load_params(kitchen / name)
+        else load_params(models / name)
         for name in names
     ]
     merged = load_params(tmp_path / "out")
@@ -198,23 +196,23 @@ def test_methods_equal_their_functions(kitchen, tmp_path, method, names):
     assert np.abs(kernels[0] - kernels[1]).max() > 1e-3
 
 
-def test_slerp_needs_no_base(kitchen, tmp_path):
+def test_slerp_needs_no_base(models, tmp_path):
     for base in (None, "base"):
-        run(kitchen, tmp_path / f"out-{base}", ("one", "two"), (0.3, 0.7), base=base, method="slerp")
+        run(models, tmp_path / f"out-{base}", ("one", "two"), (0.3, 0.7), base=base, method="slerp")
     assert_close(load_params(tmp_path / "out-None"), load_params(tmp_path / "out-base"))
-    run(kitchen, tmp_path / "end", ("one", "two"), (0, 1), method="slerp")
-    assert_close(load_params(tmp_path / "end"), load_params(kitchen / "two"))
+    run(models, tmp_path / "end", ("one", "two"), (0, 1), method="slerp")
+    assert_close(load_params(tmp_path / "end"), load_params(models / "two"))
 
 
 @pytest.mark.parametrize("method", ["ties", "slerp"])
-def test_methods_merge_sixteen_bit_models_in_float32(kitchen, tmp_path, method):
+def test_methods_merge_sixteen_bit_models_in_float32(models, tmp_path, method):
     options, function = METHODS[method]
     for name in ("base", "one", "two"):
-        save_params(tmp_path / name, CONFIG, load_params(kitchen / name), dtype="bfloat16")
+        save_params(tmp_path / name, CONFIG, load_params(models / name), dtype="bfloat16")
     names = (tmp_path / "one", tmp_path / "two")
-    wide = run(kitchen, tmp_path / "wide", names, (0.3, 0.7), tmp_path / "base", method=method, dtype="float32",
+    wide = run(models, tmp_path / "wide", names, (0.3, 0.7), tmp_path / "base", method=method, dtype="float32",
                **options)  # fmt: skip
-    half = run(kitchen, tmp_path / "half", names, (0.3, 0.7), tmp_path / "base", method=method, **options)
+    half = run(models, tmp_path / "half", names, (0.3, 0.7), tmp_path / "base", method=method, **options)
     assert (wide["dtype"], half["dtype"]) == ("float32", "bfloat16")
     base, *ingredients = (load_params(tmp_path / name) for name in ("base", "one", "two"))
     expected = function(base, ingredients, (0.3, 0.7))
@@ -223,18 +221,18 @@ def test_methods_merge_sixteen_bit_models_in_float32(kitchen, tmp_path, method):
     assert_close(load_params(tmp_path / "half"), rounded)
 
 
-def test_draws_follow_the_seed(kitchen, tmp_path):
+def test_draws_follow_the_seed(models, tmp_path):
     for name, seed in (("first", 0), ("again", None), ("other", 1)):
         options = {"method": "dare_linear", "density": 0.5, "seed": seed}
-        run(kitchen, tmp_path / name, ("one", "two"), (0.5, 0.5), base="base", **options)
+        run(models, tmp_path / name, ("one", "two"), (0.5, 0.5), base="base", **options)
     first, again, other = ((tmp_path / n / "model.safetensors").read_bytes() for n in ("first", "again", "other"))
     assert first == again != other
 
 
 @pytest.mark.parametrize("method", ["linear", *METHODS])
-def test_the_manifest_names_the_method(kitchen, tmp_path, method):
+def test_the_manifest_names_the_method(models, tmp_path, method):
     options = METHODS[method][0] if method in METHODS else {}
-    manifest = run(kitchen, tmp_path / "out", ("one", "two"), weights_of(method), "base", method=method, **options)
+    manifest = run(models, tmp_path / "out", ("one", "two"), weights_of(method), "base", method=method, **options)
     assert json.loads((tmp_path / "out" / "manifest.json").read_text()) == manifest
     defaults = {"scale": 1.0} if method.startswith("dare") else {}
     recorded = {name: manifest[name] for name in ("method", "density", "scale", "seed") if name in manifest}
@@ -254,14 +252,14 @@ def test_the_manifest_names_the_method(kitchen, tmp_path, method):
         ("dare_linear", {"density": 0.5}, {"density": 0.5}),
     ],
 )
-def test_mergekit_agrees(kitchen, tmp_path, method, theirs, options):
+def test_mergekit_agrees(models, tmp_path, method, theirs, options):
     """Against the command `mergekit-yaml` on the same folders, all in float32."""
     command = shutil.which("mergekit-yaml")
     if not command:
         pytest.skip("mergekit is not installed (pip install mergekit)")
     # Fine-tuned models lie close to their base and to each other, as far as model_stock's cosines go.
-    base, step = (load_params(kitchen / name) for name in ("base", "one"))
-    folders = {"base": kitchen / "base"}
+    base, step = (load_params(models / name) for name in ("base", "one"))
+    folders = {"base": models / "base"}
     for seed, name in enumerate(("one", "two")):
         folders[name] = tmp_path / name
         tuned = trees.weighted_sum([base, step, draw(CONFIG, 10 + seed)], (1, 0.1, 0.05))
@@ -282,14 +280,14 @@ def test_mergekit_agrees(kitchen, tmp_path, method, theirs, options):
     (tmp_path / "recipe.yaml").write_text(json.dumps(recipe))  # JSON is YAML
     quiet = ("--quiet", "--no-copy-tokenizer", "--no-write-model-card")
     subprocess.run([command, str(tmp_path / "recipe.yaml"), str(tmp_path / "theirs"), *quiet], check=True)
-    run(kitchen, tmp_path / "ours", [folders[n] for n in names], weights, base="base", method=method, **options)
+    run(models, tmp_path / "ours", [folders[n] for n in names], weights, base="base", method=method, **options)
     ours, theirs = (load_params(tmp_path / name) for name in ("ours", "theirs"))
     if method != "dare_linear":
         gap = jax.tree.map(lambda x, y: float(np.abs(x - y).max()), ours, theirs)
         print(method, "largest difference", max(jax.tree.leaves(gap)))
         assert max(jax.tree.leaves(gap)) < 1e-5
         return
-    # The draws differ; the share kept and the factor of what is kept, the same for a whole tensor, can be compared.
+    # The draws differ. What can be compared is the fraction that is kept and its factor, one per tensor.
     tuned = load_params(folders["one"])
     for merged in (ours, theirs):
         start, end, now = (x["layers"]["mlp"]["up"]["kernel"][0] for x in (base, tuned, merged))
@@ -300,46 +298,46 @@ def test_mergekit_agrees(kitchen, tmp_path, method, theirs, options):
         np.testing.assert_allclose(factor, np.abs(end - start).sum() / np.abs(end - start)[kept].sum(), rtol=1e-3)
 
 
-def test_dtype_of_the_output(kitchen, tmp_path):
-    manifest = run(kitchen, tmp_path / "half", ("one", "two"), (0.5, 0.5), dtype="bfloat16")
+def test_dtype_of_the_output(models, tmp_path):
+    manifest = run(models, tmp_path / "half", ("one", "two"), (0.5, 0.5), dtype="bfloat16")
     assert manifest["dtype"] == "bfloat16"
     with open_tensors([tmp_path / "half" / "model.safetensors"]) as files:
         assert {files[name].get_slice(name).get_dtype() for name in files} == {"BF16"}
-    one, two = (load_params(kitchen / name) for name in ("one", "two"))
+    one, two = (load_params(models / name) for name in ("one", "two"))
     expected = jax.tree.map(lambda x: x.astype(jnp.bfloat16), trees.weighted_sum([one, two], (0.5, 0.5)))
     assert_close(load_params(tmp_path / "half", dtype=jnp.bfloat16), expected)
     # Where not set, the dtype is that of the first ingredient, and a one-hot merge of 16-bit weights is exact.
-    assert run(kitchen, tmp_path / "again", (tmp_path / "half",), (1,))["dtype"] == "bfloat16"
+    assert run(models, tmp_path / "again", (tmp_path / "half",), (1,))["dtype"] == "bfloat16"
     files = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("half", "again")]
     assert files[0] == files[1]
 
 
-def test_folder_holds_config_tokenizer_and_manifest(kitchen, tmp_path):
-    manifest = run(kitchen, tmp_path / "out", ("one", "two"), (0.5, 0.5), base="base")
+def test_folder_holds_config_tokenizer_and_manifest(models, tmp_path):
+    manifest = run(models, tmp_path / "out", ("one", "two"), (0.5, 0.5), base="base")
     assert read_config(tmp_path / "out") == CONFIG
     assert json.loads((tmp_path / "out" / "config.json").read_text())["eos_token_id"] == 2
-    assert (tmp_path / "out" / "tokenizer.json").read_bytes() == (kitchen / "base" / "tokenizer.json").read_bytes()
+    assert (tmp_path / "out" / "tokenizer.json").read_bytes() == (models / "base" / "tokenizer.json").read_bytes()
     assert json.loads((tmp_path / "out" / "manifest.json").read_text()) == manifest
-    assert manifest["base"] == {"folder": str(kitchen / "base"), "hash": fingerprint(kitchen / "base")}
-    assert [entry["hash"] for entry in manifest["ingredients"]] == [fingerprint(kitchen / n) for n in ("one", "two")]
+    assert manifest["base"] == {"folder": str(models / "base"), "hash": fingerprint(models / "base")}
+    assert [entry["hash"] for entry in manifest["ingredients"]] == [fingerprint(models / n) for n in ("one", "two")]
     assert [entry["weight"] for entry in manifest["ingredients"]] == [0.5, 0.5] and manifest["space"] == "delta"
 
 
-def test_output_defaults_to_the_run_directory(kitchen, tmp_path):
-    merge.merge(MergeSettings(ingredients=(str(kitchen / "one"),), weights=(1,)), tmp_path)
-    assert_close(load_params(tmp_path / "export" / "soup"), load_params(kitchen / "one"))
+def test_output_defaults_to_the_run_directory(models, tmp_path):
+    merge.merge(MergeSettings(ingredients=(str(models / "one"),), weights=(1,)), tmp_path)
+    assert_close(load_params(tmp_path / "export" / "soup"), load_params(models / "one"))
 
 
-def test_transformers_loads_the_folder(kitchen, tmp_path):
+def test_transformers_loads_the_folder(models, tmp_path):
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
-    run(kitchen, tmp_path / "out", ("one", "two"), (1.5, -0.5))
+    run(models, tmp_path / "out", ("one", "two"), (1.5, -0.5))
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
     kernel = model.model.layers[1].self_attn.q_proj.weight.detach().numpy().T
     np.testing.assert_array_equal(kernel, load_params(tmp_path / "out")["layers"]["attention"]["query"]["kernel"][1])
 
 
-def test_one_tensor_of_one_ingredient_is_alive_at_a_time(kitchen, tmp_path, monkeypatch):
+def test_one_tensor_of_one_ingredient_is_alive_at_a_time(models, tmp_path, monkeypatch):
     """And where no adapter changes a tensor, not even that: it is read in pieces."""
     alive, whole, mapped = weakref.WeakValueDictionary(), [], []
 
@@ -366,17 +364,17 @@ def test_one_tensor_of_one_ingredient_is_alive_at_a_time(kitchen, tmp_path, monk
             yield {name: Counting(handle) for name, handle in found.items()}
 
     monkeypatch.setattr(dense, "open_tensors", counting)
-    run(kitchen, tmp_path / "out", ("one", "two", "lora0"), (0.25, 0.25, 1.0), base="base")
-    with open_tensors([kitchen / "one" / "model.safetensors"]) as files:
+    run(models, tmp_path / "out", ("one", "two", "lora0"), (0.25, 0.25, 1.0), base="base")
+    with open_tensors([models / "one" / "model.safetensors"]) as files:
         assert sorted(whole + mapped) == sorted([*files] * 3)
     assert all("_proj" in name for name in whole) and not any("_proj" in name for name in mapped)
 
 
-def test_shards_are_read(kitchen, tmp_path):
-    save_params(tmp_path / "shards", CONFIG, load_params(kitchen / "one"), max_shard_bytes=4000)
+def test_shards_are_read(models, tmp_path):
+    save_params(tmp_path / "shards", CONFIG, load_params(models / "one"), max_shard_bytes=4000)
     assert (tmp_path / "shards" / "model.safetensors.index.json").is_file()
-    run(kitchen, tmp_path / "out", (tmp_path / "shards", "two"), (0.5, 0.5))
-    run(kitchen, tmp_path / "whole", ("one", "two"), (0.5, 0.5))
+    run(models, tmp_path / "out", (tmp_path / "shards", "two"), (0.5, 0.5))
+    run(models, tmp_path / "whole", ("one", "two"), (0.5, 0.5))
     assert_close(load_params(tmp_path / "out"), load_params(tmp_path / "whole"))
 
 
@@ -395,7 +393,7 @@ def other_weights(folder, change):
 
 
 NORM = "model.norm.weight"
-SPOILERS = {
+DEFECTS = {
     "config": (lambda f: edit(f, rms_norm_eps=0.5), "norm_eps is 0.5 but 1e-05 in"),
     "vocabulary": (lambda f: edit(f, vocab_size=25), "vocab_size is 25 but 24 in"),
     "family": (lambda f: edit(f, model_type="t5"), "model_type 't5' is not supported"),
@@ -417,21 +415,21 @@ SPOILERS = {
 }
 
 
-@pytest.mark.parametrize("spoiler", SPOILERS)
-def test_refuses_a_model_that_does_not_fit(kitchen, tmp_path, spoiler):
-    spoil, message = SPOILERS[spoiler]
-    shutil.copytree(kitchen / "two", tmp_path / "spoilt")
-    spoil(tmp_path / "spoilt")
+@pytest.mark.parametrize("defect", DEFECTS)
+def test_refuses_a_model_that_does_not_fit(models, tmp_path, defect):
+    damage, message = DEFECTS[defect]
+    shutil.copytree(models / "two", tmp_path / "damaged")
+    damage(tmp_path / "damaged")
     with pytest.raises(UserError, match=message) as error:
-        run(kitchen, tmp_path / "out", ("one", tmp_path / "spoilt"), (0.5, 0.5))
-    assert str(tmp_path / "spoilt") in str(error.value)
-    assert [path.name for path in tmp_path.iterdir() if path.name != "spoilt"] == []
+        run(models, tmp_path / "out", ("one", tmp_path / "damaged"), (0.5, 0.5))
+    assert str(tmp_path / "damaged") in str(error.value)
+    assert [path.name for path in tmp_path.iterdir() if path.name != "damaged"] == []
 
 
-def test_settings_of_whoever_tokenised_last_do_not_matter(kitchen, tmp_path):
-    shutil.copytree(kitchen / "two", tmp_path / "two")
+def test_padding_and_truncation_of_a_tokenizer_do_not_matter(models, tmp_path):
+    shutil.copytree(models / "two", tmp_path / "two")
     edit(tmp_path / "two", "tokenizer.json", truncation={"max_length": 8}, padding={"length": 8})
-    run(kitchen, tmp_path / "out", ("one", tmp_path / "two"), (0.5, 0.5))
+    run(models, tmp_path / "out", ("one", tmp_path / "two"), (0.5, 0.5))
     assert (tmp_path / "out").is_dir()
 
 
@@ -486,54 +484,54 @@ def test_settings_of_whoever_tokenised_last_do_not_matter(kitchen, tmp_path):
         (("one",), (1,), {"base": "nowhere"}, "nowhere/config.json: no such file"),
     ],
 )
-def test_refuses_settings_that_do_not_fit(kitchen, tmp_path, names, weights, changes, message):
+def test_refuses_settings_that_do_not_fit(models, tmp_path, names, weights, changes, message):
     with pytest.raises(UserError, match=message):
-        run(kitchen, tmp_path / "out", names, weights, **changes)
+        run(models, tmp_path / "out", names, weights, **changes)
     assert not (tmp_path / "out").exists()
 
 
-def test_refuses_an_output_that_is_taken_or_absent(kitchen, tmp_path):
+def test_refuses_an_output_that_is_taken_or_absent(models, tmp_path):
     (tmp_path / "out").mkdir()
-    run(kitchen, tmp_path / "out", ("one",), (1,))
+    run(models, tmp_path / "out", ("one",), (1,))
     before = (tmp_path / "out" / "model.safetensors").read_bytes()
     with pytest.raises(UserError, match=r"out: exists and is not empty; choose another merge\.output"):
-        run(kitchen, tmp_path / "out", ("two",), (1,))
+        run(models, tmp_path / "out", ("two",), (1,))
     assert (tmp_path / "out" / "model.safetensors").read_bytes() == before
     with pytest.raises(UserError, match=r"merge\.output: no folder to write to"):
-        merge.merge(MergeSettings(ingredients=(str(kitchen / "one"),), weights=(1,)))
+        merge.merge(MergeSettings(ingredients=(str(models / "one"),), weights=(1,)))
 
 
-def test_refuses_adapters_of_another_base(kitchen, tmp_path):
-    run(kitchen, tmp_path / "mine", ("lora0",), (1,), base="base", space="concat")
-    assert run(kitchen, tmp_path / "ok", (tmp_path / "mine",), (1,), base="base")["base"]["hash"]
+def test_refuses_adapters_of_another_base(models, tmp_path):
+    run(models, tmp_path / "mine", ("lora0",), (1,), base="base", space="concat")
+    assert run(models, tmp_path / "ok", (tmp_path / "mine",), (1,), base="base")["base"]["hash"]
     with pytest.raises(UserError, match=r"mine: was made for the base \w{16}, not for that of .*one"):
-        run(kitchen, tmp_path / "out", (tmp_path / "mine",), (1,), base="one")
-    run(kitchen, tmp_path / "theirs", ("lora0",), (1,), base="one", space="concat")
+        run(models, tmp_path / "out", (tmp_path / "mine",), (1,), base="one")
+    run(models, tmp_path / "theirs", ("lora0",), (1,), base="one", space="concat")
     with pytest.raises(UserError, match=r"theirs: was made for the base \w{16}, not for that of .*mine"):
-        run(kitchen, tmp_path / "out", (tmp_path / "mine", tmp_path / "theirs"), (1, 1), space="concat")
+        run(models, tmp_path / "out", (tmp_path / "mine", tmp_path / "theirs"), (1, 1), space="concat")
 
 
 @pytest.mark.parametrize("space", ["delta", "concat"])
-def test_refuses_adapters_of_another_shape(kitchen, tmp_path, space):
+def test_refuses_adapters_of_another_shape(models, tmp_path, space):
     wide = CONFIG.replace(intermediate_size=28)
     save_params(tmp_path / "wide", wide, draw(wide, 0))
     with pytest.raises(UserError, match=r"lora0: layers/mlp/\w+/\w has shape"):
-        run(kitchen, tmp_path / "out", ("lora0",), (1,), base=tmp_path / "wide", space=space)
+        run(models, tmp_path / "out", ("lora0",), (1,), base=tmp_path / "wide", space=space)
 
 
 @pytest.mark.parametrize(
     ("space", "rank", "message"),
     [("factors", 4, "but .* in adapter 0"), ("concat", 3, "adapter 0 updates .* but adapter 1 does not")],
 )
-def test_refuses_adapters_that_cannot_be_one(kitchen, tmp_path, space, rank, message):
+def test_refuses_adapters_that_cannot_be_one(models, tmp_path, space, rank, message):
     pair = {"a": np.ones((2, 16, rank), np.float32), "b": np.ones((2, rank, 16), np.float32)}
     names = ("query",) if space == "concat" else ("query", "output")
     save_peft(tmp_path / "odd", {"layers": {"attention": dict.fromkeys(names, pair)}}, rank, 1.0, "base")
     same = {"a": np.ones((2, 16, 3), np.float32), "b": np.ones((2, 3, 16), np.float32)}
     save_peft(tmp_path / "even", {"layers": {"attention": dict.fromkeys(("query", "output"), same)}}, 3, 1.0, "base")
     with pytest.raises(UserError, match=rf"{message}.*; use merge\.space='delta'"):
-        run(kitchen, tmp_path / "out", (tmp_path / "even", tmp_path / "odd"), (1, 1), base="base", space=space)
-    run(kitchen, tmp_path / "dense", (tmp_path / "even", tmp_path / "odd"), (1, 1), base="base")
+        run(models, tmp_path / "out", (tmp_path / "even", tmp_path / "odd"), (1, 1), base="base", space=space)
+    run(models, tmp_path / "dense", (tmp_path / "even", tmp_path / "odd"), (1, 1), base="base")
 
 
 @pytest.mark.real_data
