@@ -1,26 +1,12 @@
-# The public names of the package, imported when they are first used.
+# The public names of the package, by subject; each is imported at its first use.
+# ruff: noqa: I001
 
 __version__: str
 
-# Models
-# Extending
-# Objectives
-from .algorithms.ppo import PPOConfig as PPOConfig
-from .algorithms.ppo import ppo_update as ppo_update
-from .errors import UserError as UserError
-
-# Merging
-from .export.merge import MergeSettings as MergeSettings
-from .export.merge import merge as merge
+# Models and adapters
 from .language_model import LanguageModel as LanguageModel
 from .language_model import load_bank as load_bank
 from .language_model import load_model as load_model
-from .merging.methods import dare as dare
-from .merging.methods import model_stock as model_stock
-from .merging.methods import slerp as slerp
-from .merging.methods import ties as ties
-from .merging.trees import soup as soup
-from .merging.trees import weighted_sum as weighted_sum
 from .models.adapters import AdapterConfig as AdapterConfig
 from .models.adapters import Backbone as Backbone
 from .models.adapters import Policies as Policies
@@ -28,10 +14,18 @@ from .models.adapters import init_bank as init_bank
 from .models.peft import load_peft as load_peft
 from .models.peft import save_peft as save_peft
 
-# People
+# Users
 from .models.registry import UserRegistry as UserRegistry
 from .models.users import UserModel as UserModel
 from .models.users import gather_rows as gather_rows
+
+# Sampling
+from .rollout.sampler import Sampling as Sampling
+from .rollout.sampler import generate as generate
+
+# Objectives
+from .algorithms.ppo import PPOConfig as PPOConfig
+from .algorithms.ppo import ppo_update as ppo_update
 from .objectives.preference import PAIRWISE as PAIRWISE
 from .objectives.preference import bradley_terry_loss as bradley_terry_loss
 from .objectives.preference import implicit_rewards as implicit_rewards
@@ -40,13 +34,20 @@ from .objectives.scalarization import RULES as RULES
 from .objectives.scalarization import CombinationRule as CombinationRule
 from .objectives.scalarization import make_rule as make_rule
 
-# Runs
+# Merging
+from .export.merge import MergeSettings as MergeSettings
+from .export.merge import merge as merge
+from .merging.methods import dare as dare
+from .merging.methods import model_stock as model_stock
+from .merging.methods import slerp as slerp
+from .merging.methods import ties as ties
+from .merging.trees import soup as soup
+from .merging.trees import weighted_sum as weighted_sum
+
+# Runs and extensions
+from .errors import UserError as UserError
 from .pipeline.stages import run as run
 from .registry import Registry as Registry
-
-# Sampling
-from .rollout.sampler import Sampling as Sampling
-from .rollout.sampler import generate as generate
 from .runtime.run import Stage as Stage
 from .runtime.run import Trainer as Trainer
 from .settings import Settings as Settings
