@@ -103,7 +103,7 @@ def test_a_config_of_settings_reads_back_as_the_same_settings():
 def everything():
     """A config with every section there is."""
     config = configs.base()
-    configs.people(config)
+    configs.users(config)
     configs.policies(config)
     configs.without_ppo(config)
     for field in dataclasses.fields(RunSettings):
