@@ -18,12 +18,14 @@ from pjrlhf.objectives.simplex import simplex_grid
 from pjrlhf.pipeline import seeds, stages
 from pjrlhf.training.workdir import Workdir
 
-pytestmark = pytest.mark.slow  # many programs to compile
+
+def read(folder):
+    return json.loads((folder / "report" / "summary.json").read_text())
 
 
 @pytest.fixture(scope="module")
 def summary(family):
-    return json.loads((family / "report" / "summary.json").read_text())
+    return read(family)
 
 
 def again(folder, config):
@@ -35,16 +37,25 @@ def again(folder, config):
 def test_every_entry_has_its_folder_and_its_row(family, summary):
     config = tiny_family.settings()
     assert set(summary["methods"]) == set(config.methods) == set(tiny_family.QUICK)
-    assert sorted(path.name for path in (family / "methods").iterdir()) == ["moc", "rsoups"]
-    for name, adapters in (("rsoups", ["P2A", "P2B"]), ("moc", ["policy"])):
+    adapters = {"rsoups": 2, "bone": 2, "moc": 1, "clp": 2, "ric": 1, "modpo": len(simplex_grid(2))}
+    assert {path.name for path in (family / "methods").iterdir()} == set(adapters)
+    for name, count in adapters.items():
         bank, note = load_tree(family / "methods" / name / "bank.safetensors")
-        assert note["adapters"] == adapters and jax.tree.leaves(bank)[0].shape[0] == len(adapters)
+        assert len(note["adapters"]) == count and {leaf.shape[0] for leaf in jax.tree.leaves(bank)} == {count}
+        assert all(np.abs(leaf).max() > 0 for leaf in jax.tree.leaves(bank)), "fresh adapters: nothing was trained"
     samples = {name: found["samples"] for name, found in summary["methods"].items()}
-    assert samples == {"prompting": 0, "rsoups": 2 * 2 * 4, "mod": 2 * 2 * 4, "moc": 2 * 4}
+    comparisons = (family / "comparisons" / "comparisons.jsonl").read_text().splitlines()
+    assert samples == {
+        "prompting": 0,
+        **dict.fromkeys(("rsoups", "bone", "mod"), 2 * 2 * 4),
+        **dict.fromkeys(("moc", "clp"), 2 * 4),
+        "ric": 32 + 16,
+        "modpo": len(comparisons),
+    }
 
 
 def test_numbers_of_the_report_are_those_of_the_points(summary):
-    for found in summary["methods"].values():
+    for name, found in summary["methods"].items():
         points = found["points"]
         seen = [i for i, unseen in enumerate(points["unseen"]) if not unseen]
         weights, rewards = np.array(points["weights"])[seen], np.array(points["rewards"])[seen]
@@ -54,7 +65,19 @@ def test_numbers_of_the_report_are_those_of_the_points(summary):
         )
         assert found["mip"] == pytest.approx((weights * rewards).sum(1).mean())
         assert found["mse"] == pytest.approx(np.square(weights - rewards).mean())
-        assert found["unseen"]["mip"] is not None and sum(points["unseen"]) == 10
+        if name == "modpo":  # which answers for the points it was trained for
+            assert found["unseen"] is None and len(seen) == len(points["unseen"])
+        else:
+            assert found["unseen"]["mip"] is not None and sum(points["unseen"]) == 10
+
+
+def test_every_policy_answers_in_its_own_way(family):
+    """As many different answers of a method as the front has points, or a policy that hears no weights has one."""
+    rewards = {name: found["points"]["rewards"] for name, found in read(family)["methods"].items()}
+    assert all(np.isfinite(points).all() for points in rewards.values())
+    for name, points in rewards.items():
+        assert len({tuple(point) for point in points}) > 1, name
+    assert len({str(points) for points in rewards.values()}) >= len(rewards) - 1  # mod decodes what rsoups mixes
 
 
 def test_metrics_are_logged_per_objective(family):
@@ -71,8 +94,8 @@ def test_finished_entries_are_skipped_and_new_ones_trained(family, tmp_path, mon
     trained = []
     fake = dataclasses.replace(policy.TRAINER, train=lambda run, settings, stage: trained.append(stage) or {})
     monkeypatch.setattr(policy, "TRAINER", fake)
-    again(shutil.copytree(family, tmp_path / "run"), tiny_family.settings((*tiny_family.QUICK, "clp")))
-    assert trained == ["methods/clp"]
+    again(shutil.copytree(family, tmp_path / "run"), tiny_family.settings((*tiny_family.QUICK, "psoups")))
+    assert trained == ["methods/psoups"]
 
 
 def test_an_entry_whose_settings_changed(family, tmp_path):

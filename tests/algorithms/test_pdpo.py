@@ -248,8 +248,10 @@ def test_held_out_accuracy_is_that_of_the_margins(run, pairs):
 # ---- resuming
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("stop_at", [2, 5], ids=["in the warm start", "after it"])
+@pytest.mark.parametrize(
+    "stop_at",
+    [pytest.param(2, marks=pytest.mark.slow, id="in the warm start"), pytest.param(5, id="after it")],
+)
 def test_a_stopped_run_ends_as_the_undisturbed_one(people, tmp_path, monkeypatch, stop_at):
     config = tiny_users.settings()
     config.preference.models = {"cluster": config.preference.models["cluster"].to_dict()}
@@ -378,7 +380,6 @@ def test_the_reward_loss_is_that_of_the_paper(records, tmp_path):
         assert tiny.bits(state.trainable[name]) != tiny.bits(trainable[name]), name
 
 
-@pytest.mark.slow
 def test_a_reward_model_knows_people_apart(records, tmp_path):
     run = tiny.start(tmp_path / "run", records(preference__models=REWARD, preference__steps=40, preference__alpha=0.5))
     rate = {"learning_rate": 3e-2}
@@ -564,7 +565,6 @@ def opposites(records, tmp_path):
     return functools.partial(records, preference__steps=30, **changes), path
 
 
-@pytest.mark.slow
 def test_soup_weights_find_the_right_policy(opposites, tmp_path):
     settings, path = opposites
     config = settings(preference__user_optimizer__learning_rate=0.2)

@@ -18,7 +18,8 @@ TINY = {
     "ric.online_steps": 2,
     "evaluate_front.base_samples": 4,
 }
-QUICK = ("prompting", "rsoups", "mod", "moc")
+# One of every way to train and to answer.
+QUICK = ("prompting", "rsoups", "bone", "mod", "moc", "clp", "ric", "modpo")
 
 
 def settings(entries=QUICK, variant="two", **changes):
