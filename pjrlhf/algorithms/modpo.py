@@ -20,6 +20,7 @@ from pjrlhf.algorithms.targets import Targets, TargetSettings, targets_of
 from pjrlhf.data.batching import batches
 from pjrlhf.data.packing import PackedRows
 from pjrlhf.data.preferences import PreferencePrompt
+from pjrlhf.data.schema import request_of
 from pjrlhf.data.tokenization import TokenRow, TokenTable
 from pjrlhf.errors import UserError
 from pjrlhf.feedback.pairs import SPLITS
@@ -27,7 +28,7 @@ from pjrlhf.models.adapters import Backbone, init_bank
 from pjrlhf.objectives.multi_objective import modpo_loss, weighted_sum
 from pjrlhf.objectives.preference import accuracy, implicit_rewards
 from pjrlhf.rollout import experience, scoring
-from pjrlhf.rollout.reference import unique_answers
+from pjrlhf.rollout.reference import SIDES, unique_answers
 from pjrlhf.runtime.devices import Devices
 from pjrlhf.runtime.run import Run, Trainer
 from pjrlhf.runtime.streams import Streams
@@ -78,13 +79,26 @@ def scores(
     return experience.raw_rewards(backbone, rewarder, everything, tokens, valid)
 
 
-def raw_rewards(run: Run, rewarder: Params, rows: Sequence[TokenRow]) -> np.ndarray:
-    """Rewards float32 [M, S] by all S reward models of the run, in their own units, those of Bradley-Terry.
+def raw_rewards(
+    run: Run, rewarder: Params, rows: Sequence[TokenRow], texts: Sequence[tuple[str, str]]
+) -> Float[np.ndarray, "M S"]:
+    """Float32 rewards of M answers by all S rewards of the run, in their own units, of reward models those of
+    Bradley-Terry; NaN where a source says nothing.
 
     Args:
       rewarder: as `reward.load` gives it.
-      rows: M rows {"prompt", "completion"} of token ids.
+      rows: {"prompt", "completion"} of token ids, which reward models read.
+      texts: (request, answer), which reward sources read.
     """
+    audience = run.audience
+    found = audience.host_rewards([request for request, _ in texts], [answer for _, answer in texts])
+    if audience.learned:
+        found[:, [audience.rewards.index(name) for name in audience.learned]] = _learned(run, rewarder, rows)
+    return found
+
+
+def _learned(run: Run, rewarder: Params, rows: Sequence[TokenRow]) -> np.ndarray:
+    """Raw rewards float32 [M, S] by the reward models."""
     score, backbone = jax.jit(scores), run.workspace.backbone
     lengths = [len(row["prompt"]) + len(row["completion"]) for row in rows]
     return run.scorer()(
@@ -97,10 +111,18 @@ def raw_rewards(run: Run, rewarder: Params, rows: Sequence[TokenRow]) -> np.ndar
 
 
 def table_rewards(run: Run, rewarder: Params, table: TokenTable) -> np.ndarray:
-    """Raw rewards float32 [M, 2, S] of the chosen and the rejected answers of M pairs."""
+    """Raw rewards float32 [M, 2, S] of the chosen and the rejected answers of M pairs. They are equal where a source
+    says nothing about one of the two.
+    """
     # A pair is labelled once per objective, but each of its answers is scored once.
     answers, numbers = unique_answers(table)
-    return raw_rewards(run, rewarder, answers)[numbers]
+    texts = [("", "")] * len(answers)
+    for example, places in zip(table.examples, numbers, strict=True):
+        request = example.extra.get("request") or request_of(example.prompt)
+        for side, place in zip(SIDES, places, strict=True):
+            texts[place] = (request, getattr(example, side))
+    rewards = raw_rewards(run, rewarder, answers, texts)[numbers]
+    return np.where(np.isnan(rewards).any(1, keepdims=True), 0, rewards)
 
 
 class ModpoBatch(struct.PyTreeNode):

@@ -7,11 +7,13 @@ objectives become one advantage (see `objectives.scalarization`), and what estim
 
 import dataclasses
 import functools
+import time
 from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Float, Int
 
 from pjrlhf.algorithms import answering, banks, reward
@@ -22,6 +24,7 @@ from pjrlhf.data.preferences import PreferencePrompt
 from pjrlhf.errors import UserError
 from pjrlhf.models.adapters import Backbone, init_bank
 from pjrlhf.objectives import policy_gradient as pg
+from pjrlhf.objectives.multi_objective import fill_missing
 from pjrlhf.objectives.scalarization import CombinationRule, make_rule, section
 from pjrlhf.parallel.processes import to_host
 from pjrlhf.rollout.batches import PromptBatch, Rollout, ScoredRollout, join_rows, split_rows
@@ -64,7 +67,9 @@ class PolicySettings(Settings):
         "as the setting of that name of the run, which holds where this is empty",
         choices=("", "never", "always", "half"),
     )
-    scale: str = setting("std", "of rewards: std, or quantiles (0 to 1)", choices=("std", "quantiles"))
+    scale: str = setting(
+        "std", "of rewards: std, quantiles (0 to 1), or raw, as they are", choices=("std", "quantiles", "raw")
+    )
     combine: Mapping[str, Any] = setting(
         section(), "how objectives become one advantage: the kind of rule and the settings of all rules"
     )
@@ -141,8 +146,13 @@ class Policy(Method):
         samples = settings.experience.samples_per_prompt
         collate = functools.partial(data.collate, samples=samples)
         self.batches = batches(data, settings.rollouts // samples, seed=streams.seed, collate=collate)
-        self._update = devices.training_step(self._step)
-        self.programs = (self._update,)
+        if self.targets.audience.sources:
+            # The sources read text on the host, between sampling and the update.
+            self._draw, self._update = devices.program(self._sample), devices.training_step(self._learn)
+            self.programs = (self._draw, self._update)
+        else:
+            self._update = devices.training_step(self._step)
+            self.programs = (self._update,)
         # A policy alone needs no name.
         self.ingredients = () if self.targets.sampled else self.targets.policies
 
@@ -194,13 +204,29 @@ class Policy(Method):
         mix = batch.targets.weights if self.targets.mix == "weights" else jnp.eye(self.K)
         return sample(backbone, bank, mix, batch.prompts, self.recipe.sampling, key)
 
+    def host_rewards(self, batch: PromptBatch, rollout: Rollout) -> Float[np.ndarray, "B S"]:
+        """Raw rewards float32 of the responses [K n, N] to a batch [K, n, ...] on the host, by the reward sources of
+        their objectives; NaN for no reward.
+        """
+        batch, audience = join_rows(batch), self.targets.audience
+        objectives, requests = np.asarray(batch.targets.objectives), np.asarray(batch.requests)
+        texts = self.data.text.decode(batch.prompts, rollout)
+        wanted = (objectives[..., None] == np.arange(len(audience.rewards))).any(1)
+        raw = audience.host_rewards([self.data.requests[i] for i in requests], texts, wanted)
+        return np.take_along_axis(raw, objectives, axis=1)
+
     def score(
-        self, backbone: Backbone, rewarder: Params, batch: PromptBatch, rollout: Rollout
+        self,
+        backbone: Backbone,
+        rewarder: Params,
+        batch: PromptBatch,
+        rollout: Rollout,
+        host: Float[Array, "*rows S"] | None = None,
     ) -> Float[Array, "*rows S"]:
-        """Float32 rewards of the responses to a batch."""
+        """Float32 rewards of the responses to a batch; `host` are those of reward sources."""
         fixed = self.targets.objectives
         objectives = batch.targets.objectives if fixed is None else jnp.asarray(fixed)
-        return reward_scores(backbone, rewarder, objectives, batch.reward_prompts, rollout, self.settings.scale)
+        return reward_scores(backbone, rewarder, objectives, batch.reward_prompts, rollout, self.settings.scale, host)
 
     def update(
         self, backbone: Backbone, state: State, scored: ScoredRollout, key: PRNGKey
@@ -220,10 +246,37 @@ class Policy(Method):
         return state.replace(step=step + 1, extra=extra), statistics | metrics
 
     def _step(self, state: State, backbone: Backbone, rewarder: Params, placed: PromptBatch) -> tuple[State, Metrics]:
-        batch = split_rows(placed, self.K)
+        return self._learn(state, backbone, rewarder, placed, self._sample(state, backbone, placed))
+
+    def _keys(self, state: State) -> tuple[PRNGKey, PRNGKey]:
+        """Of the rollout and of the update of a step."""
         draw, shuffle = jax.random.split(jax.random.fold_in(state.rng, state.step))
-        rollout = self.rollout(backbone, state.trainable["bank"], batch, draw)
-        scores = self.score(backbone, rewarder, batch, rollout)
+        return draw, shuffle
+
+    def _sample(self, state: State, backbone: Backbone, placed: PromptBatch) -> Rollout:
+        """Responses [K n, N]."""
+        batch = split_rows(placed, self.K)
+        return join_rows(self.rollout(backbone, state.trainable["bank"], batch, self._keys(state)[0]))
+
+    def _learn(
+        self,
+        state: State,
+        backbone: Backbone,
+        rewarder: Params,
+        placed: PromptBatch,
+        rollout: Rollout,
+        host: Float[Array, "B S"] | None = None,
+    ) -> tuple[State, Metrics]:
+        (batch, rollout), shuffle = split_rows((placed, rollout), self.K), self._keys(state)[1]
+        silent: Metrics = {}
+        if host is None:
+            scores = self.score(backbone, rewarder, batch, rollout)
+        else:
+            scores = self.score(backbone, rewarder, batch, rollout, split_rows(host, self.K))
+            silent = self._silent(scores, batch.targets.objectives)
+            samples = self.settings.experience.samples_per_prompt
+            fill = functools.partial(fill_missing, count=len(self.targets.audience.rewards), samples=samples)
+            scores = jax.vmap(fill)(scores, batch.targets.objectives)
         scored = ScoredRollout(batch.prompts, rollout, scores, batch.targets)
         # The x axis that methods share: answers sampled so far, of all policies.
         samples = (state.step + 1.0) * scores.shape[0] * scores.shape[1]
@@ -235,7 +288,7 @@ class Policy(Method):
         else:
             del statistics["objective/gradient_cosine"]
         metrics = {name: (x, jnp.ones_like(x)) for name, x in statistics.items()}
-        metrics |= self._by_objective(scores, batch.targets.objectives)
+        metrics |= self._by_objective(scores, batch.targets.objectives) | silent
         metrics["samples"] = (samples, jnp.ones(()))
         return state, metrics
 
@@ -263,8 +316,31 @@ class Policy(Method):
             metrics["rewards/correlation"] = (apart, jnp.ones(K))
         return metrics
 
+    def _silent(self, scores: Float[Array, "K n S"], objectives: Int[Array, "K n S"]) -> Metrics:
+        """The share of answers that each reward source says nothing about, [K]."""
+        audience, metrics = self.targets.audience, {}
+        for i, name in enumerate(audience.rewards):
+            if name in audience.sources:
+                own = objectives == i
+                metrics[f"rewards/{name}/none"] = ((own & jnp.isnan(scores)).sum((1, 2)), own.sum((1, 2)))
+        return metrics
+
     def step(self, state: State, batch: PromptBatch) -> tuple[State, Metrics]:
-        return self._update(state, self.backbone, self.rewarder, self.place(batch))
+        placed = self.place(batch)
+        if not self.targets.audience.sources:
+            return self._update(state, self.backbone, self.rewarder, placed)
+        rollout = self._draw(state, self.backbone, placed)
+        start = time.perf_counter()
+        host = self.host_rewards(batch, rollout)
+        seconds = np.float32(time.perf_counter() - start)
+        state, metrics = self.learn(state, placed, rollout, host)
+        return state, metrics | {"rewards/seconds": (seconds, np.float32(1))}
+
+    def learn(
+        self, state: State, placed: PromptBatch, rollout: Rollout, host: Float[np.ndarray, "B S"]
+    ) -> tuple[State, Metrics]:
+        """The rest of a step with reward sources: (state, metrics) after the update on responses [K n, N]."""
+        return self._update(state, self.backbone, self.rewarder, placed, rollout, self.devices.place(host))
 
     def last_kl(self, state: State) -> dict[str, float]:
         """Policy -> mean KL to the base over its last `KL_STEPS` steps, in nats per answer."""

@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from absl import logging
 from flax import struct
 from jaxtyping import Float
 
@@ -29,6 +30,7 @@ from pjrlhf.rollout import scoring
 from pjrlhf.rollout.batches import Prompts, Rollout
 from pjrlhf.rollout.experience import raw_rewards, sample
 from pjrlhf.rollout.reference import SIDES
+from pjrlhf.runtime.answers import sample_base
 from pjrlhf.runtime.devices import Devices
 from pjrlhf.runtime.records import SourceSpec
 from pjrlhf.runtime.run import Run, Stage
@@ -44,6 +46,7 @@ from pjrlhf.training.workdir import disk_errors
 from pjrlhf.types import Array, Params
 
 MODEL = "model.safetensors"
+SCALE = ("mean", "std", "low", "high")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -158,6 +161,7 @@ def reward_loss(backbone: Backbone, trainable: Params, batch: RewardBatch) -> tu
     return losses.sum(), metrics
 
 
+Scale = Mapping[str, Float[Array, " K"]]  # "mean", "std", "low", "high" of K rewards
 Tables = Mapping[str, TokenTable]  # objective -> its pairs
 
 
@@ -275,7 +279,7 @@ class Reward(Method):
             found[name] = {"accuracy": share, "pairs": len(table)}
         return found
 
-    def calibrate(self, trainable: Params, prompts: Sequence[Prompt]) -> dict[str, Float[Array, " K"]]:
+    def calibrate(self, trainable: Params, prompts: Sequence[Prompt]) -> Scale:
         """The scale of raw rewards on samples of the base, measured once: "mean", "std", and "low", "high", the
         quantiles `reward.quantiles`, float32 [K] each.
 
@@ -301,10 +305,15 @@ class Reward(Method):
         count = max(1, self.settings.calibration_samples // size) * size
         rows = [prompts[i % len(prompts)] for i in range(count)]
         raw = Scorer(self.devices, size)("calibration", rows, self.text.encode, rewards)
-        low, high = np.quantile(raw, self.settings.quantiles, axis=0)
-        scale = {"mean": raw.mean(0), "std": np.maximum(raw.std(0), 1e-6)}
-        scale |= {"low": low, "high": np.maximum(high, low + 1e-6)}
-        return {name: jnp.asarray(x, jnp.float32) for name, x in scale.items()}
+        return scale_of(raw, self.settings.quantiles, least=1e-6)
+
+
+def scale_of(raw: Float[np.ndarray, "B K"], quantiles: Sequence[float], least: float) -> Scale:
+    """The scale of raw rewards, float32 [K] each; `least` is that of rewards that are all the same."""
+    low, high = np.quantile(raw, quantiles, axis=0)
+    scale = {"mean": raw.mean(0), "std": np.maximum(raw.std(0), least)}
+    scale |= {"low": low, "high": np.maximum(high, low + least)}
+    return {name: jnp.asarray(x, jnp.float32) for name, x in scale.items()}
 
 
 # ---- the stage
@@ -323,29 +332,65 @@ def comparisons(run: Run) -> TokenTable:
 def method_of(run: Run) -> Reward:
     """The method for the reward models of a run."""
     settings = run.section(RewardSettings)
-    tables = split_tables(comparisons(run), run.audience.rewards, settings.heldout_fraction, run.settings.seed)
+    tables = split_tables(comparisons(run), run.audience.learned, settings.heldout_fraction, run.settings.seed)
     return Reward(settings, run.devices, run.workspace.backbone, run.text, run.streams, tables)
 
 
+def source_scale(run: Run) -> dict[str, Scale]:
+    """The scale of the rewards of each source on samples of the base; rewards that are all the same count as they are.
+
+    Raises:
+      UserError: a source says nothing about any sample.
+    """
+    settings, requests, found = run.section(RewardSettings), run.records.requests[0], {}
+    asked = [requests[i % len(requests)] for i in range(settings.calibration_samples)]
+    keys = functools.partial(run.streams.key, "reward/calibration")
+    texts = sample_base(run, [run.records.ask(request) for request in asked], keys, "calibration")
+    raw = run.audience.host_rewards(asked, texts)
+    for name in run.audience.sources:
+        column = raw[:, run.audience.rewards.index(name)]
+        known = column[~np.isnan(column)]
+        if not len(known):
+            raise UserError(
+                f"reward {name!r}: its source says nothing about any answer of the base; correct the source"
+            )
+        if known.min() == known.max():
+            logging.warning("reward %s: all answers of the base get %g; the reward is not scaled", name, known[0])
+        found[name] = scale_of(known[:, None], settings.quantiles, least=1.0 if known.min() == known.max() else 1e-6)
+    return found
+
+
 def run(run: Run) -> dict[str, Any]:
-    """Trains, tests and calibrates the reward models; writes <workdir>/reward/model.safetensors."""
-    method = method_of(run)
-    state = run.train(method, "reward", method.settings.steps)
-    models = method.heldout_accuracy(state.trainable)
-    prompts = [run.records.ask(request) for request in run.records.requests[0]]
-    scale = method.calibrate(state.trainable, prompts)
-    for k, (name, table) in enumerate(method.train.items()):
-        models[name] |= {key: float(x[k]) for key, x in scale.items()} | {"train_pairs": len(table)}
-    tree = {**state.trainable, **scale}
+    """Trains, tests and calibrates the reward models, and measures the scale of the other sources; writes
+    <workdir>/reward/model.safetensors.
+    """
+    audience, models, tree, scales = run.audience, {}, {}, {}
+    if audience.learned:
+        method = method_of(run)
+        state = run.train(method, "reward", method.settings.steps)
+        models, tree = method.heldout_accuracy(state.trainable), {**state.trainable}
+        scale = method.calibrate(state.trainable, [run.records.ask(request) for request in run.records.requests[0]])
+        for k, (name, table) in enumerate(method.train.items()):
+            scales[name] = {key: x[k : k + 1] for key, x in scale.items()}
+            models[name]["train_pairs"] = len(table)
+    if audience.sources:
+        scales |= source_scale(run)
+        models |= {name: {"source": audience.source_specs[name]} for name in audience.sources}
+    for name, scale in scales.items():
+        models[name] |= {key: float(x[0]) for key, x in scale.items()}
+    tree |= {key: jnp.concatenate([scales[name][key] for name in audience.rewards]) for key in SCALE}
     path = run.workdir.stage("reward") / MODEL
     with disk_errors(path):
-        save_tree(path, tree, {"rewards": list(run.audience.rewards), "models": models})
+        save_tree(path, tree, {"rewards": list(audience.rewards), "models": models})
     return {"models": models}
 
 
 def load(run: Run) -> Params:
-    """The reward models of this run, one per reward, and their scale, on the mesh: {"bank", "heads", "mean", "std",
-    "low", "high"}.
+    """The reward models of this run and the scale of all rewards, on the mesh: the `rewarder` of
+    `rollout.experience.reward_scores`.
+
+    Raises:
+      UserError: the file has other rewards, other sources, or numbers that are not finite.
     """
     other = run.section(RewardSettings).path
     path = local(other) if other else run.workdir.path / "reward" / MODEL
@@ -354,10 +399,16 @@ def load(run: Run) -> Params:
         raise UserError(
             f"{path}: holds reward models for {note.get('rewards')}, this run needs {list(run.audience.rewards)}"
         )
+    sources = {name: model["source"] for name, model in note.get("models", {}).items() if "source" in model}
+    if sources != (own := {name: run.audience.source_specs[name] for name in run.audience.sources}):
+        raise UserError(f"{path}: has the scale of rewards from {sources}, this run has {own}; measure it again")
     if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(tree)):
         raise UserError(f"{path}: holds numbers that are not finite; train the reward models again")
-    if missing := {"low", "high"} - tree.keys():
+    if missing := set(SCALE) - tree.keys():
         raise UserError(f"{path}: holds no {min(missing)!r} of the rewards' scale; train the reward models again")
+    if run.audience.sources:
+        learned = {name: i for i, name in enumerate(run.audience.learned)}
+        tree["models"] = np.array([learned.get(name, -1) for name in run.audience.rewards], np.int32)
     return run.devices.shard(tree)
 
 

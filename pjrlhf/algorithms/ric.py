@@ -88,7 +88,8 @@ def prompt_format(run: Run, settings: RicSettings, request: str, scores: Sequenc
 
 
 def scored(run: Run, rewarder: Params, requests: Sequence[str], texts: Sequence[str], name: str) -> list[Answer]:
-    """The answers that are not empty, with their rewards between the quantiles of the reward stage, `calibrate`d.
+    """The answers that are not empty and have all rewards, these between the quantiles of the reward stage,
+    `calibrate`d.
 
     The reward models read the plain request, whatever was stated. `name` is what messages call the answers.
     """
@@ -103,11 +104,13 @@ def scored(run: Run, rewarder: Params, requests: Sequence[str], texts: Sequence[
         raise UserError(f"{name}: all of {len(texts)} answers are empty; train the base longer")
     table = _tokenized(run, examples, name)
     N = len(run.audience.objectives)
-    raw = raw_rewards(run, rewarder, list(table))
-    scores = np.asarray(calibrate(raw[:, :N], rewarder["low"][:N], rewarder["high"][:N])).tolist()  # pyright: ignore[reportArgumentType]
+    texts = [(example.extra["request"], example.completion or "") for example in table.examples]
+    raw = raw_rewards(run, rewarder, list(table), texts)
+    scores = np.asarray(calibrate(raw[:, :N], rewarder["low"][:N], rewarder["high"][:N]))
     return [
-        {"request": example.extra["request"], "text": example.completion, "scores": row}
+        {"request": example.extra["request"], "text": example.completion, "scores": row.tolist()}
         for example, row in zip(table.examples, scores, strict=True)
+        if not np.isnan(row).any()
     ]
 
 

@@ -13,7 +13,7 @@ states, and which adapters give it.
 import dataclasses
 import functools
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -184,11 +184,13 @@ class PromptRow:
       prompts: token ids for each policy, with its target stated or not.
       reward_prompt: token ids of the plain request.
       targets: of each policy.
+      request: number of the request.
     """
 
     prompts: tuple[list[int], ...]
     reward_prompt: list[int]
     targets: tuple[Target, ...]
+    request: int
 
 
 class PromptRows(Sequence[PromptRow]):
@@ -209,10 +211,11 @@ class PromptRows(Sequence[PromptRow]):
 
     def __getitem__(self, i: int) -> PromptRow:  # pyright: ignore[reportIncompatibleMethodOverride]
         stated = self.targets.stated
-        request = self.requests[i // len(stated) % len(self.requests)]
+        number = i // len(stated) % len(self.requests)
+        request = self.requests[number]
         targets = tuple(self.targets.target(i, k) for k in range(len(self.targets.policies)))
         words = [self.targets.words(target) if stated[i % len(stated)] else "" for target in targets]
-        return PromptRow(tuple(self._ids(request, w) for w in words), self._ids(request, ""), targets)
+        return PromptRow(tuple(self._ids(request, w) for w in words), self._ids(request, ""), targets, number)
 
     def collate(self, rows: Sequence[PromptRow], samples: int = 1) -> PromptBatch:
         """A batch [K, n, ...] of n / `samples` rows, each for that many consecutive samples.
@@ -232,7 +235,11 @@ class PromptRows(Sequence[PromptRow]):
             weights=np.array([target.weights for target in targets], np.float32),  # pyright: ignore[reportArgumentType]
             group=np.array([target.group for target in targets], np.int32),  # pyright: ignore[reportArgumentType]
         )
-        return split_rows(PromptBatch(self.text.pad_prompts(prompts), self.text.pad_prompts(plain), arrays), K)
+        requests: Any = None
+        if self.targets.audience.sources:
+            requests = np.array([row.request for _ in range(K) for row in rows], np.int32)
+        batch = PromptBatch(self.text.pad_prompts(prompts), self.text.pad_prompts(plain), arrays, requests)
+        return split_rows(batch, K)
 
 
 def encode(records: Records, text: Text, request: str, words: str) -> list[int]:

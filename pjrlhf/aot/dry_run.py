@@ -180,7 +180,7 @@ class DryRecords(Records):
         examples = [
             Example(prompt=request, chosen="one", rejected="other", user_id=f"user {i}", objective=name)
             for i, request in enumerate(self.requests[0])
-            for name in self.audience.rewards
+            for name in self.audience.learned
         ]
         return examples, "stand-ins"
 
@@ -244,9 +244,13 @@ class DryRun(Run):
     @functools.cached_property
     def rewarder(self) -> Params:
         """What `algorithms.reward.load` reads in a real run."""
-        K = len(self.audience.rewards)
-        scale = {name: jax.ShapeDtypeStruct((K,), jnp.float32) for name in ("mean", "std", "low", "high")}
-        return {**reward.method_of(self).init().trainable, **self.devices.shard(scale)}
+        K, found = len(self.audience.rewards), {}
+        scale = {name: jax.ShapeDtypeStruct((K,), jnp.float32) for name in reward.SCALE}
+        if self.audience.sources:
+            scale["models"] = jax.ShapeDtypeStruct((K,), jnp.int32)
+        if self.audience.learned:
+            found = reward.method_of(self).init().trainable
+        return {**found, **self.devices.shard(scale)}
 
     def rows(self, count: int) -> Completions:
         """`count` prompts and completions of the greatest length, on the mesh."""
@@ -284,7 +288,9 @@ def compile_reference(run: DryRun, count: int) -> None:
 
 
 def compile_rewards(run: DryRun) -> None:
-    """The rewards of `run.text.sample_rows` answers by all reward models."""
+    """The rewards of `run.text.sample_rows` answers by all reward models, if any."""
+    if not run.audience.learned:
+        return
     rows = run.rows(run.text.sample_rows)
     with run.devices.part("rewards"):
         run.devices.program(modpo.scores)(run.workspace.backbone, run.rewarder, rows.tokens, rows.valid)

@@ -36,7 +36,8 @@ def _sft(run: DryRun) -> None:
 
 
 def _reward(run: DryRun) -> None:
-    _step(reward.method_of(run))
+    if run.audience.learned:
+        _step(reward.method_of(run))
 
 
 def _policy(run: DryRun, settings: policy.PolicySettings | None = None) -> None:
@@ -47,10 +48,16 @@ def _policy(run: DryRun, settings: policy.PolicySettings | None = None) -> None:
     with devices.part("rollout"):
         bank = state.trainable["bank"]
         rollout = devices.place(devices.program(method.rollout)(backbone, bank, placed, run.streams.root))
-    with devices.part("rewards"):
-        devices.program(method.score)(backbone, run.rewarder, placed, rollout)
-    with devices.part("whole step"):
-        method.step(state, batch)
+    if run.audience.learned:
+        with devices.part("rewards"):
+            devices.program(method.score)(backbone, run.rewarder, placed, rollout)
+    if run.audience.sources:
+        host = np.zeros(placed.targets.objectives.shape, np.float32)
+        with devices.part("update"):  # its rewards come from the host
+            method.learn(state, placed, rollout, host)
+    else:
+        with devices.part("whole step"):
+            method.step(state, batch)
 
 
 def _preference(run: DryRun) -> None:

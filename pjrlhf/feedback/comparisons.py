@@ -59,19 +59,19 @@ def run(run: Run) -> dict[str, Any]:
     texts = sample_base(run, prompts, keys, "comparisons")
     first, second = texts[: config.pairs], texts[config.pairs :]
 
-    records, ties, unusable = [], dict.fromkeys(run.audience.rewards, 0), 0
+    records, ties, unusable = [], dict.fromkeys(run.audience.learned, 0), 0
     for request, a, b in zip(requests, first, second, strict=True):
         if not a.strip() or not b.strip():
             unusable += 1
             continue
-        for name in run.audience.rewards:
+        for name in run.audience.learned:
             gap = run.audience.score(request, a, name) - run.audience.score(request, b, name)
             if abs(gap) <= 1e-9:
                 ties[name] += 1
                 continue
             chosen, rejected = (a, b) if gap > 0 else (b, a)
             records.append(preference_record(run, request, chosen, rejected, objective=name))
-    undecided = set(run.audience.rewards) - {record["objective"] for record in records}
+    undecided = set(run.audience.learned) - {record["objective"] for record in records}
     if undecided:
         raise UserError(
             f"comparisons: none of {config.pairs} pairs of answers differs by {min(undecided)!r}; train the base "

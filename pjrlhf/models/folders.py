@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 Folder = str | pathlib.Path
 # safetensors name -> numpy name of a dtype.
 DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+OTHER_DTYPES = {"BOOL": "bool", "F64": "float64", "I8": "int8", "I16": "int16", "I32": "int32", "I64": "int64"}
+OTHER_DTYPES |= {"U8": "uint8", "U16": "uint16", "U32": "uint32", "U64": "uint64"}
 
 
 @contextlib.contextmanager
@@ -107,16 +109,6 @@ def open_tensors(files: Iterable[pathlib.Path], prefix: str = "") -> Iterator[di
         yield found
 
 
-def write_tensors(
-    file: pathlib.Path, tensors: Iterable[tuple[str, np.ndarray]], metadata: Mapping[str, str] | None = None
-) -> None:
-    """Writes a safetensors file that torch can read. Views are made contiguous: safetensors writes raw memory."""
-    from safetensors.numpy import save_file
-
-    arrays = {name: np.ascontiguousarray(x) for name, x in tensors}
-    save_file(arrays, file, metadata={"format": "pt", **(metadata or {})})
-
-
 class Stream(NamedTuple):
     """A tensor that is produced piece by piece while it is written.
 
@@ -130,14 +122,18 @@ class Stream(NamedTuple):
     pieces: Callable[[], Iterable[np.ndarray]]
 
 
-def stream_tensors(file: pathlib.Path, tensors: Mapping[str, Stream]) -> None:
+def stream_tensors(
+    file: pathlib.Path, tensors: Mapping[str, Stream], metadata: Mapping[str, str] | None = None
+) -> None:
     """Writes a safetensors file holding one piece of one tensor in memory at a time.
+
+    The library's own writer orders the metadata at random, so that equal content has different bytes.
 
     Raises:
       ValueError: the pieces of a tensor do not add up to its shape.
     """
-    names = {"float64": "F64"} | {dtype: name for name, dtype in DTYPES.items()}
-    header: dict[str, Json] = {"__metadata__": {"format": "pt"}}
+    names = {dtype: name for name, dtype in (OTHER_DTYPES | DTYPES).items()}
+    header: dict[str, Json] = {"__metadata__": {"format": "pt", **(metadata or {})}}
     end = 0
     for name, tensor in tensors.items():
         start, end = end, end + math.prod(tensor.shape) * tensor.dtype.itemsize
@@ -149,10 +145,22 @@ def stream_tensors(file: pathlib.Path, tensors: Mapping[str, Stream]) -> None:
         target.write(len(text).to_bytes(8, "little") + text)
         for name, tensor in tensors.items():
             for piece in tensor.pieces():
-                target.write(np.ascontiguousarray(piece).view(np.uint8).data)
+                target.write(np.ascontiguousarray(piece).reshape(-1).view(np.uint8).data)
             end = 8 + len(text) + header[name]["data_offsets"][1]
             if target.tell() != end:
                 raise ValueError(f"{file}: {name} ends at byte {target.tell()}, where its shape says {end}")
+
+
+def write_tensors(
+    file: pathlib.Path, tensors: Iterable[tuple[str, np.ndarray]], metadata: Mapping[str, str] | None = None
+) -> None:
+    """Writes a safetensors file that torch can read; the same tensors give the same bytes."""
+
+    arrays = {name: np.asarray(x) for name, x in tensors}
+    # Larger items first, as the library has them, so that every tensor starts at a multiple of its item size.
+    ordered = sorted(arrays, key=lambda name: (-arrays[name].dtype.itemsize, name))
+    streams = {name: Stream(arrays[name].shape, arrays[name].dtype, lambda x=arrays[name]: [x]) for name in ordered}
+    stream_tensors(file, streams, metadata)
 
 
 @contextlib.contextmanager

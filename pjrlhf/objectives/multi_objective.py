@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
-from jaxtyping import Float, Num, Shaped
+from jaxtyping import Float, Int, Num, Shaped
 
 from pjrlhf.objectives.preference import Pair
 from pjrlhf.types import Array
@@ -199,6 +199,29 @@ def calibrate(
         raise ValueError(f"high {high} is not above low {low} everywhere; leave out rewards that are constant")
     low, high = jnp.asarray(low, jnp.float32), jnp.asarray(high, jnp.float32)
     return jnp.clip((jnp.asarray(rewards, jnp.float32) - low) / (high - low), 0, 1)
+
+
+def fill_missing(
+    rewards: Float[Array, "n S"], objectives: Int[Array, "n S"], count: int, samples: int = 1
+) -> Float[Array, "n S"]:
+    """Rewards with the missing ones, NaN, replaced by the mean of what is known of the same objective: among the
+    `samples` consecutive answers to the same prompt, otherwise among all answers, otherwise 0.
+
+    A missing reward then neither favours its answer nor moves the mean that answers are compared with.
+
+    Args:
+      objectives: numbers of the objectives, below `count`.
+    """
+    n, S = rewards.shape
+    known = ~jnp.isnan(rewards)
+    each = jax.nn.one_hot(objectives, count) * known[..., None]
+    each = each.reshape(n // samples, samples * S, count)
+    sums = jnp.einsum("gac,ga->gc", each, jnp.where(known, rewards, 0).reshape(n // samples, samples * S))
+    counts = each.sum(1)
+    overall = sums.sum(0) / jnp.maximum(counts.sum(0), 1)
+    means = jnp.where(counts > 0, sums / jnp.maximum(counts, 1), overall)
+    means = jnp.repeat(means, samples, axis=0, total_repeat_length=n)
+    return jnp.where(known, rewards, jnp.take_along_axis(means, objectives, axis=1))
 
 
 def target_map(p: Num[Array, "*batch S"], kind: str = "identity") -> Float[Array, "*batch S"]:

@@ -71,11 +71,13 @@ class PromptBatch:
       prompts: what the policies read, [*rows, P].
       reward_prompts: the plain requests, which reward models read, [*rows, Q].
       targets: what the responses are rewarded for.
+      requests: int32 [*rows], numbers of the requests; None where no reward source reads them.
     """
 
     prompts: Prompts
     reward_prompts: Prompts
     targets: TargetBatch
+    requests: Array | None = None
 
 
 @struct.dataclass

@@ -101,27 +101,33 @@ def reward_scores(
     prompts: Prompts,
     rollout: Rollout,
     scale: str = "std",
+    host: Float[Array, "*rows S"] | None = None,
 ) -> Float[Array, "*rows S"]:
-    """Float32 rewards of responses [*rows, N], by the reward models numbered `objectives`.
+    """Float32 rewards of responses [*rows, N] for the objectives numbered `objectives`.
 
     Args:
-      rewarder: {"bank", "heads", "mean", "std", "low", "high"} of the reward models, as the reward stage trains them.
+      rewarder: what the reward stage leaves: "mean", "std", "low", "high" [K] of the K rewards; "bank" and "heads" of
+        the reward models among them, if any; and where some rewards have none, "models", int32 [K], the number of the
+        model of each reward, or -1.
       objectives: [G, S] for G equal consecutive groups of rows, or [*rows, S] for every row.
       prompts: what the reward models read before the response, [*rows, Q].
       scale: "std", (r - mean) / std; "quantiles", between the low quantile (0) and the high one (1), clipped. Both were
-        measured once on samples of the base.
+        measured once on samples of the base. "raw", r itself.
+      host: raw rewards, which count where an objective has no reward model; NaN for no reward.
     """
     *rows, _ = rollout.tokens.shape
     pairs = (prompts.tokens, rollout.tokens), (prompts.valid, rollout.valid)
     tokens, valid = (scoring.join(*(x.reshape(-1, x.shape[-1]) for x in pair)) for pair in pairs)
     objectives = objectives.reshape(-1, objectives.shape[-1])
-    raw = raw_rewards(backbone, rewarder, objectives, tokens, valid)
+    raw = raw_rewards(backbone, rewarder, objectives, tokens, valid, host)
     B, G = len(raw), len(objectives)
-    models = jnp.repeat(objectives, B // G, axis=0, total_repeat_length=B)
-    if scale == "quantiles":
-        scores = calibrate(raw, rewarder["low"][models], rewarder["high"][models])
+    numbers = jnp.repeat(objectives, B // G, axis=0, total_repeat_length=B)
+    if scale == "raw":
+        scores = raw
+    elif scale == "quantiles":
+        scores = calibrate(raw, rewarder["low"][numbers], rewarder["high"][numbers])
     else:
-        scores = scoring.normalize(raw, {name: rewarder[name][models] for name in ("mean", "std")})
+        scores = scoring.normalize(raw, {name: rewarder[name][numbers] for name in ("mean", "std")})
     return scores.reshape(*rows, -1)
 
 
@@ -131,12 +137,23 @@ def raw_rewards(
     objectives: Int[Array, "G S"],
     tokens: Int[Array, "B T"],
     valid: Bool[Array, "B T"],
+    host: Float[Array, "*rows S"] | None = None,
 ) -> Float[Array, "B S"]:
-    """Float32 rewards of whole rows in the models' own units, those of Bradley-Terry; `rewarder` needs no scale.
+    """Float32 rewards of whole rows in their own units, of reward models those of Bradley-Terry; `rewarder` needs no
+    scale.
 
-    `objectives` are those of G equal consecutive groups of rows.
+    `objectives` are those of G equal consecutive groups of rows. For `rewarder` and `host` see `reward_scores`.
     """
     (G, S), B = objectives.shape, len(tokens)
+    if host is not None:
+        host = host.reshape(B, S)
+        if "bank" not in rewarder:
+            return host
+        objectives = rewarder["models"][objectives]
+        learned = {name: rewarder[name] for name in ("bank", "heads")}
+        raw = raw_rewards(backbone, learned, objectives, tokens, valid)
+        has_model = jnp.repeat(objectives >= 0, B // G, axis=0, total_repeat_length=B)
+        return jnp.where(has_model, raw, host)
 
     def once_per_objective(x):
         x = x.reshape(G, 1, B // G, x.shape[1])

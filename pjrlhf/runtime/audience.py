@@ -4,10 +4,15 @@ import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
+from jaxtyping import Bool, Float
+
 from pjrlhf.data import preferences, synthetic
 from pjrlhf.data.preferences import Preference, Preferences
 from pjrlhf.errors import UserError
+from pjrlhf.parallel.processes import broadcast_from_zero, is_process_zero
 from pjrlhf.rewards.scorers import scorer
+from pjrlhf.rewards.sources import RewardSource, reward_source
 from pjrlhf.types import Json
 
 NAMED: Mapping[str, Preferences] = {**synthetic.ENVIRONMENTS, "paper": preferences.PAPER}
@@ -21,20 +26,32 @@ class Audience:
       objectives: ids of the preferences with an ingredient of their own.
       general: the criterion of the general reward of RLHF; "" for none.
       judge: "synthetic", or {criterion: name of a scorer}.
+      sources: {objective: specification of its reward source, see `rewards.sources`}; the others have reward models
+        that are trained here.
 
     Raises:
       UserError: a preference without dimension or sentence, or an objective that is not among the preferences.
     """
 
-    def __init__(self, named: str | Mapping[str, Any], objectives: Sequence[str], general: str, judge: Any):
+    def __init__(
+        self,
+        named: str | Mapping[str, Any],
+        objectives: Sequence[str],
+        general: str,
+        judge: Any,
+        sources: Mapping[str, Any] | None = None,
+    ):
         self.named, self.judge = named, judge
         self.objectives = tuple(objectives)
         self.general = general
+        self.source_specs = dict(sources or {})
         self.preferences = self._preferences()
 
     def check(self) -> None:
-        """Raises UserError where the judge has no scorer for a criterion, or an unknown one."""
-        _ = self.score
+        """Raises UserError where the judge has no scorer for a criterion, or an unknown one; for a reward source that
+        cannot be made, or that no objective has.
+        """
+        _ = self.score, self.sources
 
     def _preferences(self) -> Preferences:
         """Preference id -> dimension, sentence and label."""
@@ -56,8 +73,41 @@ class Audience:
 
     @property
     def rewards(self) -> tuple[str, ...]:
-        """The criteria with a reward model and a policy: the objectives, and the general criterion if it is set."""
+        """The criteria with a reward and a policy: the objectives, and the general criterion if it is set."""
         return self.objectives + ((self.general,) if self.general else ())
+
+    @functools.cached_property
+    def sources(self) -> Mapping[str, RewardSource]:
+        """The sources of rewards that no reward model of this program gives, by criterion."""
+        if unknown := [name for name in self.source_specs if name not in self.rewards]:
+            raise UserError(
+                f"rewards: {unknown[0]!r} is not one of {', '.join(self.rewards)}; add it to the objectives"
+            )
+        made = {name: reward_source(name, spec) for name, spec in self.source_specs.items()}
+        return {name: source for name, source in made.items() if source is not None}
+
+    @property
+    def learned(self) -> tuple[str, ...]:
+        """The criteria with a reward model that is trained here."""
+        return tuple(name for name in self.rewards if name not in self.sources)
+
+    def host_rewards(
+        self, prompts: Sequence[str], completions: Sequence[str], wanted: Bool[np.ndarray, "B K"] | None = None
+    ) -> Float[np.ndarray, "B K"]:
+        """Raw rewards float32 of completions by the K criteria of `rewards`, from their sources.
+
+        NaN where a criterion has a reward model, where its source says nothing, and where the reward is not `wanted`.
+        Process 0 asks the sources, so that all processes have the same rewards.
+
+        Raises:
+          UserError: a source fails, see `RewardSource`.
+        """
+        found = np.full((len(completions), len(self.rewards)), np.nan, np.float32)
+        for k, name in enumerate(self.rewards if is_process_zero() else ()):
+            rows = np.arange(len(completions)) if wanted is None else np.flatnonzero(wanted[:, k])
+            if name in self.sources and len(rows):
+                found[rows, k] = self.sources[name]([prompts[i] for i in rows], [completions[i] for i in rows])
+        return broadcast_from_zero(found)
 
     @functools.cached_property
     def score(self) -> Callable[[str, str, str], float]:

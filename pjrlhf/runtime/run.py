@@ -62,6 +62,11 @@ class SharedSettings(LoopSettings):
     judge: str | Mapping[str, Any] = setting(
         "synthetic", "the judge of answers, or {criterion: scorer}; see rewards/scorers.py", choices=("synthetic",)
     )
+    rewards: Mapping[str, Any] = setting(
+        {},
+        "{objective: reward source}, such as my_package.my_module:my_function; the others have reward models of the "
+        "stage reward; see rewards/sources.py",
+    )
     prompt_preference: str = setting(
         "never", "whether a prompt states its preference in training", choices=("never", "always", "half")
     )
@@ -87,8 +92,8 @@ class SharedSettings(LoopSettings):
 
     @functools.cached_property
     def audience(self) -> Audience:
-        """The preferences, objectives and judge of the run."""
-        return Audience(self.preferences, self.objectives, self.general, self.judge)
+        """The preferences, objectives, judge and reward sources of the run."""
+        return Audience(self.preferences, self.objectives, self.general, self.judge, self.rewards)
 
 
 @dataclasses.dataclass(frozen=True)

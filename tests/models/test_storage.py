@@ -1,5 +1,7 @@
 """Trees stored in one file."""
 
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -30,6 +32,29 @@ def test_round_trip(tmp_path):
         assert isinstance(x, jax.Array) and x.dtype == y.dtype
         np.testing.assert_array_equal(x, y)
     assert [file.name for file in tmp_path.iterdir()] == ["x.safetensors"]
+
+
+def test_the_same_tree_gives_the_same_bytes(tmp_path):
+    """The library's writer orders the metadata at random."""
+    for i in range(12):
+        save_tree(tmp_path / f"{i}.safetensors", tree(), {"rewards": ["P1A"]})
+    assert len({file.read_bytes() for file in tmp_path.iterdir()}) == 1
+
+
+@pytest.mark.parametrize(
+    "dtype", ["bool", "int8", "uint8", "int16", "uint16", "int32", "uint32", "float16", "bfloat16"]
+)
+def test_dtypes_are_kept_and_every_tensor_is_aligned(tmp_path, dtype):
+    given = {"first": np.ones(3, np.int8), "scalar": np.ones((), dtype), "empty": np.ones((0, 2), dtype)}
+    given["last"] = np.arange(5).astype(dtype)
+    save_tree(tmp_path / "x.safetensors", given)
+    content = (tmp_path / "x.safetensors").read_bytes()
+    size = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + size])
+    for name, x in load_file(tmp_path / "x.safetensors").items():
+        assert x.dtype == given[name].dtype and x.shape == given[name].shape
+        np.testing.assert_array_equal(x, given[name])
+        assert header[name]["data_offsets"][0] % x.dtype.itemsize == 0
 
 
 def test_names_are_paths_and_a_file_of_others_has_no_note(tmp_path):

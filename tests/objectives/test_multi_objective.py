@@ -375,6 +375,33 @@ def test_weights_are_those_of_the_whole_batch_on_any_number_of_devices(k, normal
 # ---- MOC: control
 
 
+def test_missing_rewards_are_filled_with_the_mean_of_what_is_known():
+    nan = np.nan
+    rewards = np.array([[1, nan], [3, 5], [nan, 7], [nan, nan]], np.float32)
+    same = np.tile(np.array([[0, 1]], np.int32), (4, 1))
+    close(mo.fill_missing(rewards, same, 2), [[1, 6], [3, 5], [2, 7], [2, 6]])
+    # Two answers to each prompt: the second prompt has no reward of objective 0.
+    close(mo.fill_missing(rewards, same, 2, samples=2), [[1, 5], [3, 5], [2, 7], [2, 7]])
+    # Each row has objectives of its own.
+    mixed = np.array([[0, 1], [1, 0], [1, 2], [2, 0]], np.int32)
+    close(mo.fill_missing(rewards, mixed, 3), [[1, 3], [3, 5], [3, 7], [7, 3]])
+    close(mo.fill_missing(np.full((2, 1), nan, np.float32), np.zeros((2, 1), np.int32), 1), [[0], [0]])
+
+
+@pytest.mark.parametrize("samples", [1, 2, 4])
+def test_filling_changes_no_mean_and_no_known_reward(samples):
+    rng = np.random.default_rng(0)
+    rewards = rng.standard_normal((8, 3)).astype(np.float32)
+    hidden = rng.random((8, 3)) < 0.3
+    objectives = np.tile(np.arange(3, dtype=np.int32), (8, 1))
+    found = np.asarray(mo.fill_missing(np.where(hidden, np.nan, rewards), objectives, 3, samples))
+    close(found[~hidden], rewards[~hidden])
+    groups, known = found.reshape(-1, samples, 3), np.where(hidden, np.nan, rewards).reshape(-1, samples, 3)
+    some = (~np.isnan(known)).any(1)
+    close(groups.mean(1)[some], np.nanmean(np.where(some[:, None], known, 0), axis=1)[some])
+    close(mo.fill_missing(rewards, objectives, 3, samples), rewards)
+
+
 def test_calibrate_is_the_loop():
     rewards, low, high = draw(29, B, N, scale=3), np.array([-1.0, 0.0, -2.0]), np.array([1.0, 4.0, -1.0])
     want = [[min(max((float(rewards[b, i]) - low[i]) / (high[i] - low[i]), 0), 1) for i in range(N)] for b in range(B)]

@@ -47,3 +47,17 @@ def count(run):
 
 
 STAGE = Stage("count", count, CountSettings)
+
+
+def brevity(prompts, completions):
+    """A reward function: minus the number of characters; nothing about empty answers."""
+    return [-float(len(text)) if text.strip() else None for text in completions]
+
+
+async def patient_brevity(prompts, completions):
+    return brevity(prompts, completions)
+
+
+def multiple(of, factor):
+    """Makes reward functions: `factor` times the number of letters `of`."""
+    return lambda prompts, completions: [factor * text.count(of) for text in completions]

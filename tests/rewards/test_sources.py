@@ -1,0 +1,124 @@
+"""Reward sources: what a config may name, and what a source may return."""
+
+import numpy as np
+import pytest
+
+from pjrlhf.errors import UserError
+from pjrlhf.rewards.sources import RewardSource, reward_source
+from pjrlhf.runtime.audience import Audience
+
+MODULE = "support.toy_extensions"
+PROMPTS, ANSWERS = ["say a", "say b", "say c"], ["aa", "", "a good cat"]
+BREVITY = [-2, np.nan, -10]
+
+
+@pytest.mark.parametrize(
+    ("spec", "want"),
+    [
+        (f"{MODULE}:brevity", BREVITY),
+        ({"kind": "function", "function": f"{MODULE}:brevity"}, BREVITY),
+        (f"{MODULE}:patient_brevity", BREVITY),
+        ({"kind": "scorer", "scorer": "words:cat"}, [0, 0, 1 / 3]),
+        ({"kind": f"{MODULE}:multiple", "of": "a", "factor": 2}, [4, 0, 4]),
+    ],
+)
+def test_a_config_names_functions_scorers_and_makers(spec, want):
+    found = reward_source("P2A", spec)(PROMPTS, ANSWERS)
+    assert found.dtype == np.float32
+    np.testing.assert_array_equal(found, np.array(want, np.float32))
+
+
+@pytest.mark.parametrize("spec", ["adapter", {"kind": "adapter"}])
+def test_a_reward_model_that_is_trained_here_has_no_source(spec):
+    assert reward_source("P2A", spec) is None
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("brevity", "reward function 'brevity': cannot be read; write package.module:name"),
+        (f"{MODULE}:nobody", f"{MODULE} has no nobody"),
+        (f"{MODULE}:__doc__", "is not a function"),
+        ({"function": f"{MODULE}:brevity"}, "rewards.P2A: kind None is unknown; choose one of adapter, function"),
+        ({"kind": "oracle"}, "rewards.P2A: kind 'oracle' is unknown; choose one of adapter, function, scorer"),
+        ({"kind": "function"}, "rewards.P2A: kind 'function' does not take these settings"),
+        ({"kind": "adapter", "rank": 3}, "rewards.P2A: kind 'adapter' is unknown"),
+        ({"kind": "scorer", "scorer": "sour"}, "scorer 'sour': unknown"),
+        ({"kind": f"{MODULE}:brevity", "prompts": [], "completions": []}, "made a list; it must make a function"),
+    ],
+)
+def test_wrong_specifications_are_refused_by_name(spec, message):
+    with pytest.raises(UserError) as error:
+        reward_source("P2A", spec)
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("returned", "message"),
+    [
+        ([1.0, 2.0], "returned 2 values for 3 completions; return a list with one number or None for each"),
+        (None, "returned NoneType for 3 completions"),
+        (3.0, "returned float for 3 completions"),
+        ([1.0, float("nan"), 2.0], "returned nan for the answer ''; return a finite number, or None to say nothing"),
+        ([1.0, 2.0, float("inf")], "returned inf for the answer 'a good cat'"),
+        ([1.0, "good", 2.0], "returned 'good' for the answer ''"),
+        (np.ones((3, 2)), "returned array([1., 1.]) for the answer 'aa'"),
+    ],
+)
+def test_a_source_returns_one_number_or_none_for_each_answer(returned, message):
+    with pytest.raises(UserError) as error:
+        RewardSource("P2A", lambda prompts, completions: returned)(PROMPTS, ANSWERS)
+    assert message in str(error.value) and "'P2A'" in str(error.value)
+
+
+def test_numbers_of_any_kind_are_rewards():
+    for values in ([1, True, np.float32(2)], (1, 1, 2), np.array([1, 1, 2], np.int8)):
+        found = RewardSource("P2A", lambda prompts, completions, values=values: values)(PROMPTS, ANSWERS)
+        np.testing.assert_array_equal(found, [1, 1, 2])
+
+
+def test_an_exception_names_the_source_and_the_answer():
+    def shy(prompts, completions):
+        return [1 / len(text) for text in completions]
+
+    with pytest.raises(UserError) as error:
+        RewardSource("P2A", shy)(PROMPTS, ANSWERS)
+    assert str(error.value) == (
+        "reward 'P2A': its source raised ZeroDivisionError: division by zero for the answer '' to 'say b'; correct the "
+        "source"
+    )
+
+
+# ---- of an audience
+
+
+def audience(sources):
+    return Audience("synthetic", ("P1A", "P2A", "P2B"), "helpful", "synthetic", sources)
+
+
+def test_the_sources_of_an_audience_fill_their_columns():
+    people = audience({"P2A": f"{MODULE}:brevity", "helpful": {"kind": "scorer", "scorer": "long"}, "P1A": "adapter"})
+    assert people.learned == ("P1A", "P2B") and set(people.sources) == {"P2A", "helpful"}
+    found, nothing = people.host_rewards(PROMPTS, ANSWERS), [np.nan] * 3
+    np.testing.assert_array_equal(found.T, np.array([nothing, BREVITY, nothing, [1, 0, 3]], np.float32))
+
+
+def test_a_source_is_asked_for_the_answers_whose_reward_counts():
+    asked = []
+
+    def source(prompts, completions):
+        asked.extend(zip(prompts, completions, strict=True))
+        return [1.0] * len(prompts)
+
+    people = audience({"P2A": f"{MODULE}:brevity"})
+    people.sources["P2A"] = RewardSource("P2A", source)
+    wanted = np.zeros((3, 4), bool)
+    wanted[:, 0], wanted[2, 1] = True, True
+    found = people.host_rewards(PROMPTS, ANSWERS, wanted)
+    assert asked == [("say c", "a good cat")]
+    assert np.isnan(found).sum() == 11 and found[2, 1] == 1
+
+
+def test_a_source_for_no_objective_is_refused():
+    with pytest.raises(UserError, match=r"rewards: 'P3A' is not one of P1A, P2A, P2B, helpful; add it there"):
+        audience({"P3A": f"{MODULE}:brevity"}).check()
