@@ -8,6 +8,7 @@ from support import tiny
 from pjrlhf.algorithms import policy, reward
 from pjrlhf.models.storage import load_tree
 from pjrlhf.pipeline import stages
+from pjrlhf.rollout.experience import raw_rewards
 from pjrlhf.training.workdir import Workdir
 
 MODULE = "support.toy_extensions"
@@ -45,7 +46,7 @@ def test_a_source_that_gives_the_rewards_of_a_model_trains_as_the_model(finished
         objectives = np.arange(K)[:, None]
         pairs = (batch.reward_prompts.tokens, rollout.tokens), (batch.reward_prompts.valid, rollout.valid)
         tokens, valid = (np.concatenate(pair, axis=1) for pair in pairs)
-        found = np.array(policy.raw_rewards(known.backbone, known.rewarder, objectives, tokens, valid))
+        found = np.array(raw_rewards(known.backbone, known.rewarder, objectives, tokens, valid))
         own = [name in sources for name in tiny.REWARDS]
         return np.where(np.repeat(own, len(found) // K)[:, None], found, np.nan)
 
@@ -80,7 +81,7 @@ def test_a_run_mixes_sources_and_reward_models(copied):
     found = reward.load(run)
     assert found["heads"]["bias"].shape[0] == 3 and found["models"].tolist() == [0, -1, -1, 1, 2]
     last = tiny.lines(copied, "policy")[-1]
-    assert 0 <= last["rewards/P2A/none"] < 1 and last["rewards/seconds"] >= 0
+    assert 0 <= last["rewards/P2A/none/P2A"] < 1 and last["rewards/seconds"] >= 0
     assert np.isfinite([value for value in last.values() if isinstance(value, float)]).all()
 
 
