@@ -288,7 +288,7 @@ class Policy(Method):
         else:
             del statistics["objective/gradient_cosine"]
         metrics = {name: (x, jnp.ones_like(x)) for name, x in statistics.items()}
-        metrics |= self._by_objective(scores, batch.targets.objectives) | silent
+        metrics |= {**self._by_objective(scores, batch.targets.objectives), **silent}
         metrics["samples"] = (samples, jnp.ones(()))
         return state, metrics
 
@@ -332,9 +332,9 @@ class Policy(Method):
         rollout = self._draw(state, self.backbone, placed)
         start = time.perf_counter()
         host = self.host_rewards(batch, rollout)
-        seconds = np.float32(time.perf_counter() - start)
+        seconds: Any = np.float32(time.perf_counter() - start)
         state, metrics = self.learn(state, placed, rollout, host)
-        return state, metrics | {"rewards/seconds": (seconds, np.float32(1))}
+        return state, {**metrics, "rewards/seconds": (seconds, np.ones_like(seconds))}
 
     def learn(
         self, state: State, placed: PromptBatch, rollout: Rollout, host: Float[np.ndarray, "B S"]

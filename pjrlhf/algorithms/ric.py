@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from pjrlhf.algorithms import answering, banks, reward, sft
@@ -104,8 +105,8 @@ def scored(run: Run, rewarder: Params, requests: Sequence[str], texts: Sequence[
         raise UserError(f"{name}: all of {len(texts)} answers are empty; train the base longer")
     table = _tokenized(run, examples, name)
     N = len(run.audience.objectives)
-    texts = [(example.extra["request"], example.completion or "") for example in table.examples]
-    raw = raw_rewards(run, rewarder, list(table), texts)
+    read = [(example.extra["request"], example.completion or "") for example in table.examples]
+    raw = jnp.asarray(raw_rewards(run, rewarder, list(table), read))
     scores = np.asarray(calibrate(raw[:, :N], rewarder["low"][:N], rewarder["high"][:N]))
     return [
         {"request": example.extra["request"], "text": example.completion, "scores": row.tolist()}

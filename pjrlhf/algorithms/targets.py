@@ -13,7 +13,7 @@ states, and which adapters give it.
 import dataclasses
 import functools
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -59,6 +59,7 @@ class Target:
     group: int = 0
 
 
+@runtime_checkable
 class TargetSection(Protocol):
     """The settings that make `Targets`."""
 

@@ -144,7 +144,7 @@ class DryDevices(Devices):
         memory, sent, problem = 0, {}, ""
         try:
             program = traced.lower().compile()
-            memory, sent = memory_bytes(program), collective_bytes(program.as_text())
+            memory, sent = memory_bytes(program), collective_bytes(program.as_text() or "")
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error) and "Ran out of memory" not in str(error):
                 raise

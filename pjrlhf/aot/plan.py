@@ -23,6 +23,7 @@ from pjrlhf.models.users import KINDS
 from pjrlhf.parallel.roofline import CHIPS
 from pjrlhf.rollout.batches import Prompts
 from pjrlhf.training.loop import Method
+from pjrlhf.types import Config
 
 # ---- which programs a stage runs
 
@@ -112,7 +113,7 @@ def _methods(run: DryRun) -> None:
 PLANS = {"sft": _sft, "reward": _reward, "policy": _policy, "preference": _preference, "methods": _methods}
 
 
-def plan(config: ConfigDict, topology: str, stages: Sequence[str] = ()) -> list[Step]:
+def plan(config: Config, topology: str, stages: Sequence[str] = ()) -> list[Step]:
     """Compiles the steps of a run for `topology` ("v5e:4x4").
 
     Args:
@@ -132,7 +133,7 @@ def plan(config: ConfigDict, topology: str, stages: Sequence[str] = ()) -> list[
     return found
 
 
-def remedies(config: ConfigDict) -> Iterator[tuple[str, ConfigDict]]:
+def remedies(config: Config) -> Iterator[tuple[str, ConfigDict]]:
     """(flags, config with them) that take less memory, the ones that cost least first."""
     changes: list[dict[str, Any]] = []
     if config.model.remat != "full":
@@ -155,7 +156,7 @@ def remedies(config: ConfigDict) -> Iterator[tuple[str, ConfigDict]]:
         yield " ".join(f"--config.{key}={value}" for key, value in merged.items()), changed
 
 
-def remedy(config: ConfigDict, topology: str, step: Step) -> str:
+def remedy(config: Config, topology: str, step: Step) -> str:
     """Which flags make `step` fit, tried by compiling; or that none of those known does."""
     stage = re.split(r"[:/]", step.name)[0]
     for flags, changed in remedies(config):
@@ -170,7 +171,7 @@ def remedy(config: ConfigDict, topology: str, step: Step) -> str:
     )
 
 
-def report(config: ConfigDict, topology: str) -> list[dict[str, Any]]:
+def report(config: Config, topology: str) -> list[dict[str, Any]]:
     """Plans the run, prints a table, and returns its rows.
 
     Raises:

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pjrlhf.algorithms import banks, methods
-from pjrlhf.algorithms.targets import targets_of
+from pjrlhf.algorithms.targets import TargetSection, targets_of
 from pjrlhf.data import preferences
 from pjrlhf.errors import UserError
 from pjrlhf.evaluation.judges import JUDGES, BothOrders, ScoreJudge
@@ -73,11 +73,11 @@ def adapters(run: Run) -> tuple[Any, tuple[str, ...], tuple[str, ...]]:
         parts.append(banks.load(run))
         names += run.audience.rewards
     for name in run.settings.methods if "methods" in run.settings.stages else ():
-        targets = targets_of(run, methods.settings_of(run, name))
-        if targets.kind not in ("own", "combinations"):
-            raise UserError(
-                f"methods.{name}: kind {targets.kind!r} has no place among combinations; use evaluate_front"
-            )
+        settings = methods.settings_of(run, name)
+        targets = targets_of(run, settings) if isinstance(settings, TargetSection) else None
+        if targets is None or targets.kind not in ("own", "combinations"):
+            kind = f"kind {targets.kind!r}" if targets else "it"
+            raise UserError(f"methods.{name}: {kind} has no place among combinations; use evaluate_front")
         parts.append(banks.load(run, methods.folder(name), targets.adapters))
         own = targets.adapters if targets.kind == "own" else (name,)
         prompted += own if targets.kind == "combinations" else ()

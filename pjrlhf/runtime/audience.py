@@ -104,8 +104,8 @@ class Audience:
         """
         found = np.full((len(completions), len(self.rewards)), np.nan, np.float32)
         for k, name in enumerate(self.rewards if is_process_zero() else ()):
-            rows = np.arange(len(completions)) if wanted is None else np.flatnonzero(wanted[:, k])
-            if name in self.sources and len(rows):
+            rows = [i for i in range(len(completions)) if wanted is None or wanted[i, k]]
+            if rows and name in self.sources:
                 found[rows, k] = self.sources[name]([prompts[i] for i in rows], [completions[i] for i in rows])
         return broadcast_from_zero(found)
 

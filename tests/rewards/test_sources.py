@@ -120,5 +120,7 @@ def test_a_source_is_asked_for_the_answers_whose_reward_counts():
 
 
 def test_a_source_for_no_objective_is_refused():
-    with pytest.raises(UserError, match=r"rewards: 'P3A' is not one of P1A, P2A, P2B, helpful; add it to the objectives"):
+    with pytest.raises(
+        UserError, match=r"rewards: 'P3A' is not one of P1A, P2A, P2B, helpful; add it to the objectives"
+    ):
         audience({"P3A": f"{MODULE}:brevity"}).check()
