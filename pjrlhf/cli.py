@@ -59,7 +59,7 @@ def _merge(arguments: Sequence[str]) -> None:
     parser.add_argument("--base", metavar="FOLDER", help=helps["base"])
     parser.add_argument("--space", choices=SPACES, help=helps["space"])
     parser.add_argument("--method", choices=tuple(METHOD_OPTIONS), help=helps["method"])
-    for name, kind in (("density", float), ("scale", float), ("seed", int), ("dtype", str)):
+    for name, kind in (("density", float), ("scale", float), ("seed", int), ("dtype", str), ("tokenizer", str)):
         parser.add_argument(f"--{name}", type=kind, help=helps[name])
     given = {key: value for key, value in vars(parser.parse_args(arguments)).items() if value is not None}
     with _one_line():

@@ -22,7 +22,7 @@ FLAGS = flags.FLAGS
 # Settings that may change between two runs in one run directory, because training does not depend on them.
 FREE = (
     *("log_every", "loggers", "profile", "aot", "checkpoint_every", "max_to_keep", "keep_best"),
-    *("title", "seeds", "stages", "methods", "evaluate", "evaluate_users", "evaluate_front"),
+    *("title", "seeds", "stages", "methods", "evaluate", "evaluate_users", "evaluate_front", "merge"),
 )
 
 

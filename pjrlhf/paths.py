@@ -4,6 +4,7 @@ Files in a bucket cannot be appended to or renamed, so run directories and expor
 """
 
 import contextlib
+import errno
 import hashlib
 import os
 import pathlib
@@ -18,6 +19,17 @@ EXTRAS = {"gs": "gcs", "s3": "s3"}  # scheme -> the optional dependency that rea
 # Weights in formats that are never read; model folders often have several formats.
 _UNUSED = (".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")
 _CHUNK = 2**24  # bytes in memory while a file is copied
+_DISK = {
+    errno.ENOSPC: "the disk is full; free some space",
+    errno.EDQUOT: "the disk quota is used up; free some space",
+    errno.EACCES: "no permission to write there; mend it or choose another folder",
+    errno.EPERM: "no permission to write there; mend it or choose another folder",
+    errno.EROFS: "the file system is read-only; choose another folder",
+    errno.ENOTDIR: "a file stands where a folder is needed; choose another folder",
+    errno.EEXIST: "a file stands where a folder is needed; choose another folder",
+    errno.ENAMETOOLONG: "the name is too long; choose a shorter one",
+    errno.EIO: "the disk reports an error; choose another one",
+}
 
 
 def user_cache() -> pathlib.Path:
@@ -35,12 +47,37 @@ def atomic_write(path: str | os.PathLike) -> Iterator[pathlib.Path]:
     path = pathlib.Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        yield temporary
+        with shown_as(temporary, path):
+            yield temporary
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def shown_as(temporary: pathlib.Path, path: pathlib.Path) -> Iterator[None]:
+    """Messages of UserErrors name `path`, which is what a temporary file or folder will become."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(str(error).replace(str(temporary), str(path))) from error
+
+
+@contextlib.contextmanager
+def disk_errors(path: str | os.PathLike) -> Iterator[None]:
+    """Turns errors of a full or unwritable disk while writing `path` into a UserError; other errors pass through."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        for code, remedy in _DISK.items():
+            # Checkpoint libraries wrap the system's message in errors of their own types.
+            if (isinstance(error, OSError) and error.errno == code) or os.strerror(code) in str(error):
+                raise UserError(f"{path}: cannot be written, {remedy}") from error
+        raise
 
 
 def is_remote(path: str | os.PathLike) -> bool:

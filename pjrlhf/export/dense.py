@@ -18,13 +18,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pjrlhf.export.ingredients import Ingredient, check_adapter, check_config, check_tensors, combine_adapters
+from pjrlhf.errors import UserError
+from pjrlhf.export.ingredients import Ingredient, check_adapter, check_config, combine_adapters
+from pjrlhf.export.inherited import Inherited
 from pjrlhf.merging import lora, methods, trees
 from pjrlhf.models.config import ModelConfig
-from pjrlhf.models.families import Family, Slot, get_family, is_ignorable, leaf_shapes, tensor_slots
-from pjrlhf.models.folders import DTYPES, open_tensors, read_json, weight_files
-from pjrlhf.models.hf_config import TOKEN_IDS, read_config
-from pjrlhf.models.huggingface import TOKENIZER_FILES, save_params
+from pjrlhf.models.families import Family, Slot, check_tensors, get_family, leaf_shapes, tensor_slots
+from pjrlhf.models.folders import all_finite, open_tensors, read_json, weight_files
+from pjrlhf.models.hf_config import read_config
+from pjrlhf.models.huggingface import save_params
 
 SUMS = ("linear", "task_arithmetic")
 Index = int | tuple[()]  # the layer of a stacked leaf, else ()
@@ -34,12 +36,22 @@ Index = int | tuple[()]  # the layer of a stacked leaf, else ()
 class FullModel:
     """An open model and its weight; `files` maps the name of a tensor to the file that holds it."""
 
+    folder: pathlib.Path
     files: Mapping[str, Any]
     weight: float
 
+    def check(self, name: str, tensor: np.ndarray) -> None:
+        """Raises a UserError for a tensor that is not finite: some methods would spread that, and others hide it."""
+        if not all_finite(tensor):
+            raise UserError(
+                f"{self.folder}: {name} holds NaN or infinity; leave this model out, or use an earlier checkpoint of it"
+            )
+
     def read(self, name: str, slot: Slot) -> np.ndarray:
         """`leaf[index]` of the slot, in the stored dtype."""
-        return slot.take(self.files[name].get_tensor(name))
+        tensor = self.files[name].get_tensor(name)
+        self.check(name, tensor)
+        return slot.take(tensor)
 
     def read_wide(self, name: str, slot: Slot) -> np.ndarray:
         """The same in float32 at least."""
@@ -105,7 +117,7 @@ class Merge:
     def dtypes(self) -> dict[str, str]:
         """Path of a leaf -> the dtype in which the base, or the first model, stores it."""
         files = self.full[0].files
-        return {path: DTYPES[files[name].get_slice(name).get_dtype()] for (path, _), (name, _) in self.places.items()}
+        return {path: files[name].dtype(name).name for (path, _), (name, _) in self.places.items()}
 
     def tensor(self, path: str, index: Index) -> np.ndarray:
         """One layer of a merged leaf, or a whole leaf that is not stacked, in float32 at least."""
@@ -156,7 +168,12 @@ class Merge:
     def _pieces(self, name: str, dtype: str) -> Iterator[np.ndarray]:
         models = [model for model in self.full if model.weight]
         arrays = [model.files[name].flat(name) for model in models]
-        return trees.sum_in_pieces(arrays, [model.weight for model in models], dtype)
+        for piece in trees.sum_in_pieces(arrays, [model.weight for model in models], dtype):
+            # A sum of finite numbers that is not finite is too large for `dtype`, which the writer says.
+            if not all_finite(piece):
+                for model, array in zip(models, arrays, strict=True):
+                    model.check(name, array)
+            yield piece
 
 
 @dataclasses.dataclass(frozen=True)
@@ -180,6 +197,7 @@ def write_dense(
     space: str,
     method: str,
     options: Mapping[str, Any],
+    inherited: Inherited,
 ) -> str:
     """Writes the merged model into the folder `work`; returns the dtype of its embedding.
 
@@ -188,9 +206,11 @@ def write_dense(
       dtype: of the weights; None keeps those of the base, or of the first ingredient.
       space: "delta" or "factors", see `merge.MergeSettings`.
       method, options: see `Merge`.
+      inherited: tokenizer, special tokens and settings of generation.
 
     Raises:
-      UserError: a model or adapter does not fit the base, or the first model.
+      UserError: a model or adapter does not fit the base, or the first model; or a tensor that is read or written holds
+        NaN or infinity.
     """
     if method == "task_arithmetic":
         ingredients = [dataclasses.replace(x, weight=options["scale"] * x.weight) for x in ingredients]
@@ -208,11 +228,11 @@ def write_dense(
         base_model = None
         if base:
             rest = 1.0 - math.fsum(ingredient.weight for ingredient in full)
-            base_model = FullModel(_open_model(stack, base, family, config), rest)
+            base_model = FullModel(base, _open_model(stack, base, family, config), rest)
         opened: list[FullModel | LowRankUpdate] = []
         for x in [_averaged(adapters)] if space == "factors" else ingredients:
             if x.adapter is None:
-                opened.append(FullModel(_open_model(stack, x.folder, family, config), x.weight))
+                opened.append(FullModel(x.folder, _open_model(stack, x.folder, family, config), x.weight))
             else:
                 opened.append(LowRankUpdate(x.factors, x.scale, x.weight))
         merge = Merge(base_model, opened, tensor_slots(family, config), method, options)
@@ -226,8 +246,9 @@ def write_dense(
             flax.traverse_util.unflatten_dict(leaves, sep="/"),
             model_type=raw["model_type"],
             dtype=dtype,
-            tokenizer_folder=_tokenizer_folder([source, *(ingredient.folder for ingredient in ingredients)]),
-            token_ids={name: raw.get(name) for name in TOKEN_IDS},
+            tokenizer_folder=inherited.tokenizer,
+            token_ids=inherited.token_ids,
+            generation=inherited.generation,
             pieces=merge.streams(dtype),
         )
         return dtype or merge.dtypes["embed/embedding"]
@@ -241,12 +262,7 @@ def _averaged(adapters: Sequence[Ingredient]) -> Ingredient:
 def _open_model(
     stack: contextlib.ExitStack, folder: pathlib.Path, family: Family, config: ModelConfig
 ) -> Mapping[str, Any]:
-    """Tensor name -> the file that holds it, open until `stack` closes."""
+    """Tensor name -> the file that holds it, open until `stack` closes; all tensors have their place and shape."""
     files = stack.enter_context(open_tensors(weight_files(folder), family.prefix))
-    check_tensors(folder, files, tensor_slots(family, config), functools.partial(is_ignorable, family, config))
+    check_tensors(folder, files, family, config)
     return files
-
-
-def _tokenizer_folder(folders: Sequence[pathlib.Path]) -> pathlib.Path | None:
-    """The first folder with a tokenizer."""
-    return next((f for f in folders if any((f / name).is_file() for name in TOKENIZER_FILES)), None)

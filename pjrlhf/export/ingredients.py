@@ -4,7 +4,7 @@ import dataclasses
 import hashlib
 import math
 import pathlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax.traverse_util
@@ -12,8 +12,8 @@ import numpy as np
 
 from pjrlhf.errors import UserError
 from pjrlhf.models.config import ModelConfig
-from pjrlhf.models.families import Slot, leaf_shapes
-from pjrlhf.models.folders import DTYPES, read_json
+from pjrlhf.models.families import leaf_shapes
+from pjrlhf.models.folders import read_json
 from pjrlhf.models.hf_config import read_config
 from pjrlhf.models.huggingface import fingerprint
 from pjrlhf.models.peft import CONFIG as ADAPTER_CONFIG
@@ -56,7 +56,7 @@ class Ingredient:
         else:
             files = [(self.folder / name).read_bytes() for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS)]
             kind, content = "lora", hashlib.sha256(b"".join(files)).hexdigest()[:16]
-        return {"folder": str(self.folder), "hash": content, "kind": kind, "weight": self.weight}
+        return {"folder": str(self.folder.absolute()), "hash": content, "kind": kind, "weight": self.weight}
 
 
 def open_ingredient(folder: pathlib.Path, weight: float, model_type: str, head_dim: int) -> Ingredient:
@@ -104,22 +104,6 @@ def check_kinds(base: pathlib.Path | None, ingredients: Sequence[Ingredient], sp
             raise UserError(f"merge.weights: they sum to {total:g}, not 1; make them sum to 1, or set merge.base")
 
 
-def check_tokenizers(folders: Sequence[pathlib.Path]) -> None:
-    """All folders that have a tokenizer must have the same one."""
-    first, known = None, None
-    for folder in folders:
-        if not (folder / "tokenizer.json").is_file():
-            continue
-        content = read_json(folder / "tokenizer.json")
-        # `tokenizers` saves the padding and truncation of its last call; they change no token.
-        for key in ("padding", "truncation"):
-            content.pop(key, None)
-        if first is None:
-            first, known = folder, content
-        elif content != known:
-            raise UserError(f"{folder}: tokenizer.json differs from that of {first}; merge models of one tokenizer")
-
-
 def check_bases(base: pathlib.Path | None, ingredients: Sequence[Ingredient]) -> str | None:
     """Adapters that record the hash of their base must all record that of `base`, or the same one; returns the hash."""
     owner, known = base, fingerprint(base) if base else None
@@ -146,36 +130,6 @@ def check_config(folder: pathlib.Path, source: pathlib.Path) -> None:
     for name, value in here.items():
         if value != there[name]:
             raise UserError(f"{folder}: {name} is {value} but {there[name]} in {source}; merge models of one shape")
-
-
-def check_tensors(
-    folder: pathlib.Path,
-    files: Mapping[str, Any],
-    slots: Mapping[str, tuple[Slot, ...]],
-    ignorable: Callable[[str], bool],
-) -> None:
-    """The weights must be those of the model: every tensor, its shape, and a floating-point dtype.
-
-    Args:
-      files: tensor name -> the open file that holds it.
-      slots: tensor name -> its places in the parameter tree, see `models.families.tensor_slots`.
-      ignorable: whether a tensor that the model does not have may be left out.
-    """
-    for name in sorted({*files, *slots}):
-        if name not in files:
-            raise UserError(f"{folder}: {name} is missing from the weights; export the model again")
-        if name not in slots:
-            if not ignorable(name):
-                raise UserError(f"{folder}: {name} has no place in the model; merge models of one shape")
-            continue
-        view = files[name].get_slice(name)
-        shape, expected = tuple(view.get_shape()), slots[name][0].shape
-        if shape != expected:
-            raise UserError(f"{folder}: {name} has shape {shape}, the model {expected}; merge models of one shape")
-        if view.get_dtype() not in DTYPES:
-            raise UserError(
-                f"{folder}: {name} is stored as {view.get_dtype()}; store it as {', '.join(DTYPES.values())}"
-            )
 
 
 def check_adapter(ingredient: Ingredient, config: ModelConfig, base: pathlib.Path) -> None:

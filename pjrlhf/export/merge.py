@@ -5,6 +5,7 @@ that do not fit each other are refused, and a refused merge leaves no folder beh
 """
 
 import dataclasses
+import itertools
 import json
 import math
 import pathlib
@@ -14,6 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from absl import logging
 
 from pjrlhf import __version__
 from pjrlhf.errors import UserError
@@ -23,16 +25,16 @@ from pjrlhf.export.ingredients import (
     check_adapter,
     check_bases,
     check_kinds,
-    check_tokenizers,
     combine_adapters,
     open_ingredient,
 )
+from pjrlhf.export.inherited import check_tokenizers, inherit
 from pjrlhf.merging import lora, trees
 from pjrlhf.models.folders import DTYPES, new_folder, read_json
 from pjrlhf.models.hf_config import read_config
 from pjrlhf.models.peft import CONFIG as ADAPTER_CONFIG
 from pjrlhf.models.peft import MANIFEST, save_peft
-from pjrlhf.paths import local, refuse_remote
+from pjrlhf.paths import disk_errors, is_remote, local, refuse_remote
 from pjrlhf.settings import Settings, setting
 
 SPACES = ("delta", "factors", "concat")
@@ -78,7 +80,14 @@ class MergeSettings(Settings):
     density: float | None = setting(None, "for ties, dare_linear and dare_ties; required there", above=0.0, high=1.0)
     scale: float | None = setting(None, "for task_arithmetic, ties and dare; 1 where not set", low=-1e6, high=1e6)
     seed: int | None = setting(None, "of the draws of dare; 0 where not set", low=0, high=2**32 - 1)
-    output: str | None = setting(None, "a new or empty folder; <workdir>/export/soup where not set")
+    output: str | None = setting(
+        None, "a new or empty folder; where not set, <workdir>/export/soup, or soup-2, soup-3, ... beside other mixes"
+    )
+    tokenizer: str | None = setting(
+        None,
+        "the folder, one of base and ingredients, that decides about tokenizer files, chat template, special tokens "
+        "and generation_config.json. Where not set, the folders with a chat template decide, and must agree",
+    )
     dtype: str | None = setting(
         None,
         "of the written weights; where not set, that of the base or of the first ingredient, and float32 for concat",
@@ -91,14 +100,15 @@ def merge(config: MergeSettings, workdir: pathlib.Path | None = None) -> dict[st
 
     Args:
       config: what is merged, and how.
-      workdir: the run directory; the output goes to <workdir>/export/soup where `config.output` is not set.
+      workdir: the run directory, for `config.output`.
 
     Raises:
-      UserError: the ingredients do not fit each other, the base or the weights, or the output folder is taken.
+      UserError: the ingredients do not fit each other, the base or the weights; the output folder is taken or cannot be
+        written; or a number is not finite, in an ingredient or in the result.
     """
     weights = _read_weights(config)
     options = _read_options(config, weights)
-    output = _output_folder(config, workdir)
+    _check_output(config, workdir)
     base = local(config.base) if config.base else None
     model_type = str(read_json(base / "config.json").get("model_type")) if base else "llama"
     head_dim = read_config(base).head_dim if base else 0
@@ -107,11 +117,32 @@ def merge(config: MergeSettings, workdir: pathlib.Path | None = None) -> dict[st
         for folder, weight in zip(config.ingredients, weights, strict=True)
     ]
     check_kinds(base, ingredients, config.space)
-    check_tokenizers([*([base] if base else []), *(ingredient.folder for ingredient in ingredients)])
+    folders = [ingredient.folder for ingredient in ingredients]
+    check_tokenizers([*([base] if base else []), *folders])
+    chosen = local(config.tokenizer) if config.tokenizer else None
+    if chosen and chosen not in (base, *folders):
+        raise UserError(f"merge.tokenizer: {chosen} is neither the base nor an ingredient; name one of them")
+    inherited = inherit(base, folders, chosen)
     base_hash = check_bases(base, ingredients)
+    if config.output:
+        output = pathlib.Path(config.output)
+    else:
+        assert workdir, "see _check_output"
+        output = _free_folder(workdir / "export")
+    manifest = {
+        "package": "pjrlhf",
+        "version": __version__,
+        "space": config.space,
+        "method": config.method,
+        **options,
+        "base": {"folder": _absolute(config.base) if config.base else None, "hash": base_hash},
+        "tokenizer": str(inherited.tokenizer.absolute()) if inherited.tokenizer else None,
+        "ingredients": [ingredient.manifest_entry() for ingredient in ingredients],
+    }
     with new_folder(output, marker=MANIFEST) as work:
         if config.space == "concat":
-            dtype = _write_adapter(work, base, ingredients, config.dtype or "float32", model_type)
+            base_name = manifest["base"]["folder"]
+            dtype = _write_adapter(work, base, base_name, ingredients, config.dtype or "float32", model_type)
         else:
             dtype = write_dense(
                 work,
@@ -121,18 +152,11 @@ def merge(config: MergeSettings, workdir: pathlib.Path | None = None) -> dict[st
                 space=config.space,
                 method=config.method,
                 options=options,
+                inherited=inherited,
             )
-        manifest = {
-            "package": "pjrlhf",
-            "version": __version__,
-            "space": config.space,
-            "method": config.method,
-            **options,
-            "dtype": dtype,
-            "base": {"folder": str(base) if base else None, "hash": base_hash},
-            "ingredients": [ingredient.manifest_entry() for ingredient in ingredients],
-        }
+        manifest["dtype"] = dtype
         (work / MANIFEST).write_text(json.dumps(manifest, indent=2))
+    logging.info("merged model: %s", output)
     return manifest
 
 
@@ -174,23 +198,43 @@ def _read_options(config: MergeSettings, weights: Sequence[float]) -> dict[str, 
     return {name: values[name] for name in METHOD_OPTIONS[method]}
 
 
-def _output_folder(config: MergeSettings, workdir: pathlib.Path | None) -> pathlib.Path:
-    if config.output:
-        refuse_remote(config.output, "a merged model", "write it to a folder and copy that")
-        output = pathlib.Path(config.output)
-    elif workdir:
-        output = workdir / "export" / "soup"
-    else:
-        raise UserError("merge.output: no folder to write to; set it, or give --workdir")
-    if output.exists() and not (output.is_dir() and not any(output.iterdir())):
-        raise UserError(f"{output}: exists and is not empty; choose another merge.output")
-    return output
+def _check_output(config: MergeSettings, workdir: pathlib.Path | None) -> None:
+    """Refuses an output that is taken, or none, before anything is read."""
+    if not config.output:
+        if not workdir:
+            raise UserError("merge.output: no folder to write to; set it, or give --workdir")
+        return
+    refuse_remote(config.output, "a merged model", "write it to a folder and copy that")
+    output = pathlib.Path(config.output)
+    with disk_errors(output):
+        if output.exists() and not (output.is_dir() and not any(output.iterdir())):
+            raise UserError(f"{output}: exists and is not empty; choose another merge.output")
+
+
+def _free_folder(exports: pathlib.Path) -> pathlib.Path:
+    """The first of soup, soup-2, soup-3, ... in a folder that is free: another mix is another export."""
+    names = itertools.chain(["soup"], (f"soup-{number}" for number in itertools.count(2)))
+    return next(path for name in names if not (path := exports / name).exists() or not any(path.iterdir()))
+
+
+def _absolute(path: str) -> str:
+    """A path that means the same from another folder; those in a bucket do."""
+    return path if is_remote(path) else str(pathlib.Path(path).absolute())
 
 
 def _write_adapter(
-    work: pathlib.Path, base: pathlib.Path | None, ingredients: Sequence[Ingredient], dtype: str, model_type: str
+    work: pathlib.Path,
+    base: pathlib.Path | None,
+    base_name: str | None,
+    ingredients: Sequence[Ingredient],
+    dtype: str,
+    model_type: str,
 ) -> str:
-    """Writes the rank-concatenated adapter; returns its dtype."""
+    """Writes the rank-concatenated adapter; returns its dtype.
+
+    Args:
+      base_name: of the base, for loading; where None, the one that the first adapter records.
+    """
     head_dim = 0
     if base:
         config = read_config(base)
@@ -201,5 +245,5 @@ def _write_adapter(
     combined = combine_adapters(lora.concatenate, ingredients)
     adapter = jax.tree.map(lambda x: np.asarray(x, jnp.dtype(dtype)), combined)
     rank = sum(ingredient.rank for ingredient in ingredients)
-    save_peft(work, adapter, rank, rank, str(base) if base else recorded, model_type, head_dim)
+    save_peft(work, adapter, rank, rank, base_name or recorded, model_type, head_dim)
     return dtype

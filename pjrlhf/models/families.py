@@ -5,6 +5,7 @@ To add a family, add a `Family` to `FAMILIES`; no other code knows a weight by n
 
 import dataclasses
 import functools
+import pathlib
 import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -16,9 +17,11 @@ import numpy as np
 from pjrlhf.errors import UserError
 from pjrlhf.models.adapters import TARGETS
 from pjrlhf.models.config import ModelConfig
-from pjrlhf.models.decoder import Decoder, init_params
+from pjrlhf.models.decoder import Decoder, init_params, rope_frequencies
+from pjrlhf.models.folders import DTYPES, equal_values
 from pjrlhf.types import Params
 
+FLOAT_TYPES = ("F64", *DTYPES)
 FUSED = ("query", "key", "value")  # parts of a fused projection, in the order that all families use
 
 
@@ -63,7 +66,8 @@ class Family:
         for families without sliding windows.
       by_head: a fused projection stores queries, keys and values head by head.
       conv1d: kernels are stored as [in, out].
-      ignored: patterns of tensor names that old exports contain and that need no loading.
+      computed: patterns of the names of tensors that old exports contain and that the decoder computes -> a key of
+        `COMPUTED`.
     """
 
     architecture: str
@@ -79,7 +83,7 @@ class Family:
     sliding: Callable[[Mapping[str, Any], int], list[bool]] | None = None
     by_head: bool = False
     conv1d: bool = False
-    ignored: tuple[str, ...] = ()
+    computed: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     @functools.cached_property
     def entries(self) -> tuple[Entry, ...]:
@@ -180,7 +184,7 @@ LLAMA = Family(
     fields=_FIELDS,
     defaults=_DEFAULTS | {"max_position_embeddings": 2048, "mlp_bias": False},
     biases={"attention_bias": _ATTENTION, "mlp_bias": ("gate", "up", "down")},
-    ignored=(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq", r"model\.rotary_emb\.inv_freq"),
+    computed={r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq": "frequencies"},
 )
 MISTRAL = Family(
     architecture="MistralForCausalLM",
@@ -190,7 +194,7 @@ MISTRAL = Family(
     # `transformers` gives all layers of a Mistral the window and ignores `layer_types`.
     fixed={"layer_types": None},
     sliding=lambda raw, layers: [True] * layers,
-    ignored=LLAMA.ignored,
+    computed=LLAMA.computed,
 )
 QWEN2 = Family(
     architecture="Qwen2ForCausalLM",
@@ -199,7 +203,7 @@ QWEN2 = Family(
     defaults=_DEFAULTS | {"sliding_window": 4096, "use_sliding_window": False},
     switches={"biases": ("query", "key", "value")},
     sliding=_sliding_above,
-    ignored=LLAMA.ignored,
+    computed=LLAMA.computed,
 )
 QWEN3 = Family(
     architecture="Qwen3ForCausalLM",
@@ -221,7 +225,7 @@ GEMMA2 = Family(
     activation="hidden_activation",
     biases={"attention_bias": _ATTENTION},
     sliding=lambda raw, layers: [i % 2 == 0 for i in range(layers)],
-    ignored=LLAMA.ignored,
+    computed=LLAMA.computed,
 )
 GEMMA3 = Family(
     architecture="Gemma3ForCausalLM",
@@ -270,7 +274,7 @@ GPT2 = Family(
     gelu_tanh="gelu_new",
     rope="",
     conv1d=True,
-    ignored=(r"transformer\.h\.\d+\.attn\.(masked_)?bias",),
+    computed={r"transformer\.h\.\d+\.attn\.bias": "causal", r"transformer\.h\.\d+\.attn\.masked_bias": "lowest"},
 )
 GPT_NEOX = Family(
     architecture="GPTNeoXForCausalLM",
@@ -299,7 +303,11 @@ GPT_NEOX = Family(
     biases={"attention_bias": _ATTENTION},
     rope="neox",
     by_head=True,
-    ignored=(r"gpt_neox\.layers\.\d+\.attention\.((masked_)?bias|rotary_emb\.inv_freq)",),
+    computed={
+        r"gpt_neox\.layers\.\d+\.attention\.bias": "causal",
+        r"gpt_neox\.layers\.\d+\.attention\.masked_bias": "lowest",
+        r"gpt_neox\.layers\.\d+\.attention\.rotary_emb\.inv_freq": "frequencies",
+    },
 )
 GPTJ = Family(
     architecture="GPTJForCausalLM",
@@ -329,7 +337,7 @@ GPTJ = Family(
     activation="activation_function",
     gelu_tanh="gelu_new",
     rope="",
-    ignored=GPT2.ignored,
+    computed=GPT2.computed,
 )
 
 FAMILIES = {
@@ -346,13 +354,13 @@ FAMILIES = {
 }
 
 
-def get_family(model_type: str | None, source: object) -> Family:
+def get_family(model_type: object, source: object) -> Family:
     """The table of a `model_type`.
 
     Raises:
       UserError: an unknown type; the message names `source`.
     """
-    if model_type not in FAMILIES:
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise UserError(
             f"{source}: model_type {model_type!r} is not supported; use a model of type {', '.join(sorted(FAMILIES))}"
         )
@@ -461,7 +469,85 @@ def adapter_modules(family: Family) -> dict[str, tuple[str, ...]]:
     return found
 
 
-def is_ignorable(family: Family, config: ModelConfig, name: str) -> bool:
-    """True for a tensor that may be left unused: a computed buffer, or a tied model's copy of its embedding."""
-    tied = [re.escape(e.name) for e in family.entries if config.tie_embeddings and e.path == "head/kernel"]
-    return any(re.fullmatch(pattern, name) for pattern in (*family.ignored, *tied))
+def _are_frequencies(config: ModelConfig, x: np.ndarray) -> bool:
+    """Frequencies of the rotary embeddings, with or without scaling: old versions scaled the positions instead."""
+    width = config.rotary_dim or config.head_dim
+    half = x.dtype.itemsize < 4
+    return any(
+        x.shape == want.shape and np.allclose(x.astype(np.float32), want, rtol=1e-2 if half else 1e-4, atol=1e-6)
+        for scaling in (None, config.rope_scaling)
+        for want in [np.asarray(rope_frequencies(width, config.rope_theta, scaling))]
+    )
+
+
+def _is_causal(config: ModelConfig, x: np.ndarray) -> bool:
+    """The mask of ones up to the diagonal."""
+    square = x.ndim >= 2 and x.shape[-1] == x.shape[-2]
+    return square and all((mask == np.tri(len(mask))).all() for mask in x.reshape(-1, *x.shape[-2:]))
+
+
+def _is_lowest(config: ModelConfig, x: np.ndarray) -> bool:
+    """The score of what is masked: so low that its probability is 0."""
+    return x.size == 1 and float(x.reshape(())) < -9e3  # -1e4 in bfloat16 is -9984
+
+
+# Tensors that the decoder computes -> whether (config, tensor) is what it computes.
+COMPUTED: Mapping[str, Callable[[ModelConfig, np.ndarray], bool]] = {
+    "frequencies": _are_frequencies,
+    "causal": _is_causal,
+    "lowest": _is_lowest,
+}
+
+
+def is_redundant(family: Family, config: ModelConfig, files: Mapping[str, Any], name: str) -> bool | None:
+    """Whether a tensor without a place in the decoder says nothing new: what the decoder computes itself, or a tied
+    model's copy of its embedding. None for one that no model of the family has.
+
+    Args:
+      files: tensor name -> the open file that holds it, see `folders.open_tensors`.
+    """
+    if config.tie_embeddings and name == f"{family.modules['head']}.weight":
+        embedding = f"{family.modules['embed']}.weight"
+        return embedding in files and equal_values(files[name].flat(name), files[embedding].flat(embedding))
+    for pattern, kind in family.computed.items():
+        if re.fullmatch(pattern, name):
+            return COMPUTED[kind](config, files[name].get_tensor(name))
+    return None
+
+
+def check_tensors(
+    folder: pathlib.Path, files: Mapping[str, Any], family: Family, config: ModelConfig
+) -> dict[str, tuple[Slot, ...]]:
+    """The slots of a model's tensors, after a check that `files` hold these and nothing else.
+
+    Args:
+      folder: named in messages.
+      files: tensor name -> the open file that holds it, see `folders.open_tensors`.
+
+    Raises:
+      UserError: a missing, unused or wrongly shaped tensor, or one that is no float, by name.
+    """
+    slots = tensor_slots(family, config)
+
+    def refuse(names: list[str], complaint: str, remedy: str) -> None:
+        if names:
+            more = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
+            raise UserError(f"{folder}: {names[0]}{more} {complaint}; {remedy}")
+
+    together = "check that config.json and the weights belong together"
+    refuse(sorted(slots.keys() - files.keys()), "is missing from the weights", together)
+    redundant = {name: is_redundant(family, config, files, name) for name in sorted(files.keys() - slots.keys())}
+    unknown = [name for name, found in redundant.items() if found is None]
+    refuse(unknown, "in the weights does not belong to the model", together)
+    other = [name for name, found in redundant.items() if not found]
+    refuse(other, "is not what a model of this config.json computes there", "correct config.json, or remove the tensor")
+    for name, (slot, *_) in slots.items():
+        view = files[name].get_slice(name)
+        if tuple(view.get_shape()) != slot.shape:
+            raise UserError(
+                f"{folder}: {name} has shape {tuple(view.get_shape())} but config.json asks for {slot.shape}; "
+                "use the config.json that came with the weights"
+            )
+        if view.get_dtype() not in FLOAT_TYPES:
+            raise UserError(f"{folder}: {name} is stored as {view.get_dtype()}; use weights that are not quantised")
+    return slots

@@ -4,6 +4,7 @@ import contextlib
 import functools
 import json
 import math
+import os
 import pathlib
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -13,16 +14,18 @@ import jax.numpy as jnp
 import numpy as np
 
 from pjrlhf.errors import UserError
+from pjrlhf.paths import disk_errors, shown_as
 from pjrlhf.types import Json
 
 if TYPE_CHECKING:
     from safetensors import safe_open
 
 Folder = str | pathlib.Path
-# safetensors name -> numpy name of a dtype.
+# safetensors name -> numpy name of a dtype: of the weights that are merged and exported, and of all that are read.
 DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 OTHER_DTYPES = {"BOOL": "bool", "F64": "float64", "I8": "int8", "I16": "int16", "I32": "int32", "I64": "int64"}
 OTHER_DTYPES |= {"U8": "uint8", "U16": "uint16", "U32": "uint32", "U64": "uint64"}
+INDEX = "model.safetensors.index.json"
 
 
 @contextlib.contextmanager
@@ -32,9 +35,13 @@ def reading(file: pathlib.Path) -> Iterator[None]:
 
     try:
         yield
+    except UserError:
+        raise
     except FileNotFoundError as e:
         raise UserError(f"{file}: no such file; name a folder in Hugging Face layout with safetensors weights") from e
-    except (json.JSONDecodeError, UnicodeDecodeError, SafetensorError) as e:
+    except OSError as e:
+        raise UserError(f"{file}: cannot be read ({e.strerror or e}); check the path and its permissions") from e
+    except (ValueError, RecursionError, SafetensorError) as e:
         raise UserError(f"{file}: cannot be read ({e}); download or export it again") from e
 
 
@@ -52,11 +59,23 @@ def read_json(file: pathlib.Path) -> dict[str, Json]:
 
 
 def weight_files(folder: pathlib.Path) -> list[pathlib.Path]:
-    """The safetensors files of a model, sorted: one, or the shards that its index names."""
-    index = folder / "model.safetensors.index.json"
+    """The safetensors files of a model, sorted: one, or the shards that its index names.
+
+    Raises:
+      UserError: the index names no files, or files outside the folder.
+    """
+    index = folder / INDEX
     if (folder / "model.safetensors").is_file() or not index.is_file():
         return [folder / "model.safetensors"]
-    return [folder / name for name in sorted(set(read_json(index).get("weight_map", {}).values()))]
+    shards = read_json(index).get("weight_map")
+    names = list(shards.values()) if isinstance(shards, dict) else []
+    if not names or not all(isinstance(name, str) for name in names):
+        raise UserError(f"{index}: weight_map names no weight files; download or export the model again")
+    for name in names:
+        path = pathlib.PurePath(name)
+        if path.is_absolute() or ".." in path.parts:
+            raise UserError(f"{index}: {name} lies outside the model folder; move it there and correct weight_map")
+    return [folder / name for name in sorted(set(names))]
 
 
 class _File:
@@ -68,6 +87,9 @@ class _File:
     def get_slice(self, name: str) -> Any:
         return self._handle.get_slice(name.removeprefix(self._prefix))
 
+    def dtype(self, name: str) -> np.dtype:
+        return jnp.dtype((DTYPES | OTHER_DTYPES)[self.get_slice(name).get_dtype()])
+
     def get_tensor(self, name: str) -> np.ndarray:
         return self._handle.get_tensor(name.removeprefix(self._prefix))
 
@@ -76,7 +98,7 @@ class _File:
         header, content = self._mapped
         entry = header[name.removeprefix(self._prefix)]
         start, end = entry["data_offsets"]
-        return content[start:end].view(jnp.dtype(DTYPES[entry["dtype"]]))
+        return content[start:end].view(jnp.dtype((DTYPES | OTHER_DTYPES)[entry["dtype"]]))
 
     @functools.cached_property
     def _mapped(self) -> tuple[dict[str, Json], np.ndarray]:
@@ -93,6 +115,9 @@ def open_tensors(files: Iterable[pathlib.Path], prefix: str = "") -> Iterator[di
 
     Where no name starts with `prefix`, it is added to all: folders saved without the head omit the name of the module
     below it.
+
+    Raises:
+      UserError: a file is missing or damaged, or two files hold a tensor of the same name.
     """
     from safetensors import safe_open
 
@@ -103,10 +128,31 @@ def open_tensors(files: Iterable[pathlib.Path], prefix: str = "") -> Iterator[di
                 handles[file] = stack.enter_context(safe_open(file, framework="np"))
         if any(name.startswith(prefix) for handle in handles.values() for name in handle.keys()):  # noqa: SIM118
             prefix = ""
-        found = {}
+        found: dict[str, _File] = {}
         for file, handle in handles.items():
-            found |= dict.fromkeys((prefix + name for name in handle.keys()), _File(handle, file, prefix))  # noqa: SIM118
+            names = [prefix + name for name in handle.keys()]  # noqa: SIM118
+            if twice := sorted(found.keys() & names):
+                raise UserError(f"{file}: {twice[0]} is in another file of the model as well; keep one of them")
+            found |= dict.fromkeys(names, _File(handle, file, prefix))
         yield found
+
+
+def all_finite(x: np.ndarray) -> bool:
+    """Whether no number of `x` is NaN or infinite; arrays of integers are finite."""
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        return True
+    if not x.flags.c_contiguous:
+        return bool(np.isfinite(x).all())
+    flat = x.reshape(-1)
+    return all(np.isfinite(flat[i : i + 2**18]).all() for i in range(0, len(flat), 2**18))
+
+
+def equal_values(x: np.ndarray, y: np.ndarray) -> bool:
+    """Whether two flat arrays hold the same numbers, whatever their dtypes; compares piece by piece."""
+    if len(x) != len(y):
+        return False
+    pieces = ((x[i : i + 2**18], y[i : i + 2**18]) for i in range(0, len(x), 2**18))
+    return all(np.array_equal(a.astype(np.float32), b.astype(np.float32)) for a, b in pieces)
 
 
 class Stream(NamedTuple):
@@ -125,11 +171,12 @@ class Stream(NamedTuple):
 def stream_tensors(
     file: pathlib.Path, tensors: Mapping[str, Stream], metadata: Mapping[str, str] | None = None
 ) -> None:
-    """Writes a safetensors file holding one piece of one tensor in memory at a time.
+    """Writes a safetensors file that torch can read, with one piece of one tensor in memory at a time.
 
     The library's own writer orders the metadata at random, so that equal content has different bytes.
 
     Raises:
+      UserError: a tensor holds NaN or infinity.
       ValueError: the pieces of a tensor do not add up to its shape.
     """
     names = {dtype: name for name, dtype in (OTHER_DTYPES | DTYPES).items()}
@@ -145,6 +192,12 @@ def stream_tensors(
         target.write(len(text).to_bytes(8, "little") + text)
         for name, tensor in tensors.items():
             for piece in tensor.pieces():
+                if not all_finite(piece):
+                    half = tensor.dtype == np.float16
+                    raise UserError(
+                        f"{file}: {name} would hold NaN or infinity as {tensor.dtype.name}, so nothing is written; "
+                        + ("choose bfloat16 or float32" if half else "look for what it is made from")
+                    )
                 target.write(np.ascontiguousarray(piece).reshape(-1).view(np.uint8).data)
             end = 8 + len(text) + header[name]["data_offsets"][1]
             if target.tell() != end:
@@ -170,21 +223,30 @@ def new_folder(folder: Folder, marker: str) -> Iterator[pathlib.Path]:
     Replaces an existing folder if that is empty or holds the file `marker`.
 
     Raises:
-      UserError: `folder` exists and is neither empty nor an earlier export.
+      UserError: `folder` exists and is neither empty nor an earlier export, or the disk is full or unwritable.
     """
     folder = pathlib.Path(folder).absolute()
-    if folder.exists() and not (folder / marker).is_file() and not (folder.is_dir() and not any(folder.iterdir())):
-        raise UserError(f"{folder}: exists and is no earlier export; choose another folder")
     work, old = (folder.with_name(f".{folder.name}.{kind}") for kind in ("partial", "old"))
-    for leftover in (work, old):
-        shutil.rmtree(leftover, ignore_errors=True)
-    work.mkdir(parents=True)
-    try:
-        yield work
-    except BaseException:
-        shutil.rmtree(work, ignore_errors=True)
-        raise
-    if folder.exists():
-        folder.rename(old)
-    work.rename(folder)
+    absent = [parent for parent in folder.parents if not os.path.lexists(parent)]
+    with disk_errors(folder):
+        try:
+            taken = folder.exists() and not (folder / marker).is_file()
+            if taken and not (folder.is_dir() and not any(folder.iterdir())):
+                raise UserError(f"{folder}: exists and is no earlier export; choose another folder")
+            for leftover in (work, old):
+                shutil.rmtree(leftover, ignore_errors=True)
+            work.mkdir(parents=True)
+            with shown_as(work, folder):
+                yield work
+            if folder.exists():
+                folder.rename(old)
+            work.rename(folder)
+        except BaseException:
+            shutil.rmtree(work, ignore_errors=True)
+            if old.exists() and not folder.exists():
+                old.rename(folder)
+            for parent in absent:
+                with contextlib.suppress(OSError):
+                    parent.rmdir()
+            raise
     shutil.rmtree(old, ignore_errors=True)

@@ -4,15 +4,18 @@ Settings that the decoder cannot compute raise an error. Settings that it does n
 """
 
 import dataclasses
+import functools
+import math
 import pathlib
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import jax.numpy as jnp
 
 from pjrlhf.errors import UserError
 from pjrlhf.models.config import LINEARS, ModelConfig, RopeScaling
 from pjrlhf.models.families import Family, get_family
-from pjrlhf.models.folders import Folder, read_json
+from pjrlhf.models.folders import Folder, equal_values, open_tensors, read_json, weight_files
 from pjrlhf.types import DType, Json
 
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
@@ -34,6 +37,17 @@ ACTIVATIONS = {
     "gelu_fast": "gelu_tanh",
     "gelu_pytorch_tanh": "gelu_tanh",
 }
+SIZES = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_layers",
+    "num_heads",
+    "num_kv_heads",
+    "head_dim",
+    "max_length",
+)
+MOST_LAYERS = 10_000
 # Fields in which null means "off"; in all others it means the default.
 NULLABLE = ("attention_softcap", "logit_softcap")
 LOCAL, GLOBAL = "sliding_attention", "full_attention"
@@ -43,16 +57,64 @@ def read_config(folder: Folder) -> ModelConfig:
     """The dimensions and switches of the model in `folder`, from its config.json.
 
     Reads both spellings of RoPE: top-level `rope_theta` / `rope_scaling`, and `rope_parameters` of transformers 5.
+    Where the folder has weights, looks into them too: a head that differs from the embedding is a head of its own,
+    whatever `tie_word_embeddings` says (as in transformers 5).
 
     Raises:
-      UserError: a missing or unreadable file, a missing key, or a setting that the decoder does not support.
+      UserError: a missing or unreadable file, a missing key, a setting that the decoder does not support, or sizes that
+        no tensor of the weights has.
     """
-    source = pathlib.Path(folder) / "config.json"
-    return _parse(read_json(source), source)
+    folder = pathlib.Path(folder)
+    source = folder / "config.json"
+    raw = read_json(source)
+    config = _parse(raw, source)
+    files = weight_files(folder)
+    if not all(file.is_file() for file in files):  # a config without weights, or one whose weights cannot be loaded
+        return config
+    stats = tuple((file, stat.st_mtime_ns, stat.st_size) for file in files for stat in [file.stat()])
+    family = get_family(raw["model_type"], source)
+    weights = _survey(stats, family.prefix, f"{family.modules['embed']}.weight", f"{family.modules['head']}.weight")
+    # Before anything of these sizes is built.
+    for name in SIZES:
+        bound = weights.tensors if name == "num_layers" else weights.numbers
+        if getattr(config, name) > bound and (name != "max_length" or config.positions == "learned"):
+            raise UserError(
+                f"{source}: {family.fields.get(name, name)} is {getattr(config, name)}, but the weights hold "
+                f"{weights.tensors} tensors of {weights.numbers} numbers in all; use the config.json of these weights"
+            )
+    return config.replace(tie_embeddings=False) if config.tie_embeddings and weights.own_head else config
+
+
+class _Survey(NamedTuple):
+    """What weights hold: how many tensors, how many numbers, and whether a head differs from the embedding."""
+
+    tensors: int
+    numbers: int
+    own_head: bool
+
+
+@functools.lru_cache(maxsize=64)
+def _survey(stats: tuple[tuple[pathlib.Path, int, int], ...], prefix: str, embed: str, head: str) -> _Survey:
+    """Looks into weight files, once per file, time of its last change and size."""
+    with open_tensors([file for file, *_ in stats], prefix) as files:
+        shapes = {name: files[name].get_slice(name).get_shape() for name in files}
+        numbers = sum(map(math.prod, shapes.values()))
+        own_head = {embed, head} <= shapes.keys() and (
+            shapes[embed] != shapes[head] or not equal_values(files[embed].flat(embed), files[head].flat(head))
+        )
+    return _Survey(len(shapes), numbers, own_head)
 
 
 def _parse(raw: Mapping[str, Json], source: object) -> ModelConfig:
-    family = get_family(raw.get("model_type"), source)
+    try:
+        return _parse_family(raw, get_family(raw.get("model_type"), source), source)
+    except UserError:
+        raise
+    except (TypeError, ValueError, AttributeError, OverflowError) as e:  # a setting of the wrong type
+        raise UserError(f"{source}: {e}; copy the config.json that came with the weights") from e
+
+
+def _parse_family(raw: Mapping[str, Json], family: Family, source: object) -> ModelConfig:
     if raw.get("quantization_config"):
         raise UserError(f"{source}: quantization_config is not supported; use weights that are not quantised")
     for name, value in family.fixed.items():
@@ -65,7 +127,7 @@ def _parse(raw: Mapping[str, Json], source: object) -> ModelConfig:
 
     values = {ours: setting(theirs) for ours, theirs in family.fields.items()}
     values |= {ours: raw[family.fields[ours]] for ours in NULLABLE if family.fields.get(ours) in raw}
-    if values["hidden_size"] and values["num_heads"]:
+    if type(values["hidden_size"]) is type(values["num_heads"]) is int and values["num_heads"]:
         values["head_dim"] = values.get("head_dim") or values["hidden_size"] // values["num_heads"]
         values["num_kv_heads"] = values.get("num_kv_heads") or values["num_heads"]
         if family.fields["intermediate_size"] == "n_inner":
@@ -73,6 +135,16 @@ def _parse(raw: Mapping[str, Json], source: object) -> ModelConfig:
     missing = [theirs for ours, theirs in family.fields.items() if values[ours] is None and ours not in NULLABLE]
     if missing:
         raise UserError(f"{source}: the key {missing[0]!r} is missing; copy the config.json that came with the weights")
+    if not isinstance(values["norm_eps"], int | float) or not 0 < values["norm_eps"] < 1:
+        raise UserError(f"{source}: {family.fields['norm_eps']}={values['norm_eps']!r} is not between 0 and 1")
+    for name in SIZES:
+        limit = MOST_LAYERS if name == "num_layers" else 2**31 - 1
+        if type(values[name]) is not int or not 1 <= values[name] <= limit:
+            theirs = family.fields.get(name, name)
+            raise UserError(
+                f"{source}: {theirs}={values[name]!r} is no whole number from 1 to {limit}; copy the config.json that "
+                "came with the weights"
+            )
     activation = setting(family.activation)
     if activation not in ACTIVATIONS:
         raise UserError(
@@ -85,14 +157,9 @@ def _parse(raw: Mapping[str, Json], source: object) -> ModelConfig:
     values |= {"activation": ACTIVATIONS[activation], "biases": tuple(name for name in LINEARS if name in biases)}
     if "use_parallel_residual" in family.defaults:
         values["residual"] = "parallel" if setting("use_parallel_residual") else "sequential"
-    try:
-        values["windows"] = _read_windows(raw, family, values["num_layers"], source)
-        values |= _read_rope(raw, family, values["head_dim"], bool(values["windows"]), source)
-        return ModelConfig(**values)
-    except UserError:
-        raise
-    except ValueError as e:
-        raise UserError(f"{source}: {e}") from e
+    values["windows"] = _read_windows(raw, family, values["num_layers"], source)
+    values |= _read_rope(raw, family, values["head_dim"], bool(values["windows"]), source)
+    return ModelConfig(**values)
 
 
 def _read_windows(raw: Mapping[str, Json], family: Family, layers: int, source: object) -> tuple[int, ...]:

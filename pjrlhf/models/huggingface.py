@@ -4,7 +4,6 @@ Folders are local. An export appears under its name only when it is complete.
 """
 
 import functools
-import hashlib
 import json
 import math
 import pathlib
@@ -21,8 +20,9 @@ from huggingface_hub import split_state_dict_into_shards_factory
 
 from pjrlhf.errors import UserError
 from pjrlhf.models.config import ModelConfig
-from pjrlhf.models.families import Family, Slot, get_family, is_ignorable, join, leaf_shapes, tensor_slots
+from pjrlhf.models.families import Slot, check_tensors, get_family, join, leaf_shapes, tensor_slots
 from pjrlhf.models.folders import (
+    INDEX,
     Folder,
     Stream,
     new_folder,
@@ -47,7 +47,7 @@ TOKENIZER_FILES = (
     "chat_template.jinja",
     "chat_template.json",
 )
-FLOAT_TYPES = ("F64", "F32", "F16", "BF16")
+GENERATION = "generation_config.json"
 
 
 def load_params(
@@ -77,17 +77,7 @@ def load_params(
     shapes = leaf_shapes(config)
     leaves: Params = {}
     with open_tensors(weight_files(folder), family.prefix) as files:
-        slots = tensor_slots(family, config)
-        _check_names(folder, files, slots, family, config)
-        for name, (slot, *_) in slots.items():
-            view = files[name].get_slice(name)
-            if tuple(view.get_shape()) != slot.shape:
-                raise UserError(
-                    f"{folder}: {name} has shape {tuple(view.get_shape())} but config.json asks for {slot.shape}; "
-                    "use the config.json that came with the weights"
-                )
-            if view.get_dtype() not in FLOAT_TYPES:
-                raise UserError(f"{folder}: {name} is stored as {view.get_dtype()}; use weights that are not quantised")
+        slots = check_tensors(folder, files, family, config)
         for path, shape in shapes.items():
             found = [(name, slot) for name, several in slots.items() for slot in several if slot.path == path]
             tensors = {slot.index: (files[name], name) for name, slot in found}
@@ -142,20 +132,6 @@ def _read_part(
     return part
 
 
-def _check_names(folder, found: Iterable[str], slots: Iterable[str], family: Family, config: ModelConfig) -> None:
-    missing = sorted(set(slots) - set(found))
-    unused = sorted(name for name in set(found) - set(slots) if not is_ignorable(family, config, name))
-    for names, complaint in (
-        (missing, "is missing from the weights"),
-        (unused, "in the weights does not belong to the model"),
-    ):
-        if names:
-            more = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
-            raise UserError(
-                f"{folder}: {names[0]}{more} {complaint}; check that config.json and the weights belong together"
-            )
-
-
 def save_params(
     folder: Folder,
     config: ModelConfig,
@@ -165,6 +141,7 @@ def save_params(
     dtype: DType | None = None,
     tokenizer_folder: Folder | None = None,
     token_ids: Mapping[str, Json] | None = None,
+    generation: Mapping[str, Json] | None = None,
     max_shard_bytes: int = 2 * 2**30,
     pieces: Mapping[str, Callable[[], Iterable[np.ndarray]]] | None = None,
 ) -> None:
@@ -178,12 +155,14 @@ def save_params(
       dtype: of the stored weights; None keeps the dtype of each leaf.
       tokenizer_folder: folder whose tokenizer files are copied.
       token_ids: see `config_to_hf`.
+      generation: further content of generation_config.json, such as temperature and top_p.
       max_shard_bytes: larger models are split into several files with an index; a tensor is never split.
       pieces: by name on disk, content of tensors that are streamed instead of taken from `params`, see
         `folders.Stream`.
 
     Raises:
-      UserError: leaves that do not match `config`, or an existing folder that is no earlier export.
+      UserError: leaves that do not match `config`, a tensor that holds NaN or infinity (or would, in `dtype`), an
+        existing folder that is no earlier export, or a disk that is full or unwritable.
     """
     leaves: Params = flax.traverse_util.flatten_dict(params, sep="/")
     shapes = leaf_shapes(config)
@@ -197,7 +176,8 @@ def save_params(
     dtypes = {path: jnp.dtype(dtype or leaf.dtype) for path, leaf in leaves.items()}
 
     def whole(several: tuple[Slot, ...]) -> list[np.ndarray]:
-        return [join(several, [_take(leaves[x.path], x.index).astype(dtypes[several[0].path]) for x in several])]
+        with np.errstate(over="ignore"):  # what is too large for `dtype` is refused when it is written
+            return [join(several, [_take(leaves[x.path], x.index).astype(dtypes[several[0].path]) for x in several])]
 
     def tensor(name: str) -> Stream:
         first, *_ = several = slots[name]
@@ -216,14 +196,13 @@ def save_params(
     with new_folder(folder, marker="config.json") as work:
         if tokenizer_folder is not None:
             _copy_tokenizer(pathlib.Path(tokenizer_folder), work)
-        (work / "generation_config.json").write_text(
-            json.dumps({name: value for name, value in ids.items() if value is not None}, indent=2)
-        )
+        settings = dict(generation or {}) | {name: value for name, value in ids.items() if value is not None}
+        (work / GENERATION).write_text(json.dumps(settings, indent=2))
         for file, names in shards.filename_to_tensors.items():
             stream_tensors(work / file, {name: tensors[name] for name in names})
         if shards.is_sharded:
             index = {"metadata": shards.metadata, "weight_map": shards.tensor_to_filename}
-            (work / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
+            (work / INDEX).write_text(json.dumps(index, indent=2))
         (work / "config.json").write_text(json.dumps(hf, indent=2))
 
 
@@ -246,13 +225,25 @@ def _copy_tokenizer(source: pathlib.Path, target: pathlib.Path) -> None:
 
 
 def fingerprint(folder: Folder) -> str:
-    """Identifies the model in `folder` by 16 hex digits: XXH3 of the names and contents of config.json and weights.
+    """Identifies the model in `folder` by 16 hex digits: XXH3 of its family, its dimensions and the content of every
+    tensor.
 
-    XXH3 is as fast as reading the files, but not cryptographic.
+    Neither settings that change no result, nor how tensors are spread over files, enter. XXH3 is as fast as reading the
+    files, but not cryptographic.
+
+    Raises:
+      UserError: the folder holds no model that `load_params` reads.
     """
     folder = pathlib.Path(folder)
-    digest = xxhash.xxh3_64()
-    for file in (folder / "config.json", *weight_files(folder)):
-        with reading(file), file.open("rb") as f:
-            digest.update(file.name.encode() + b"\0" + hashlib.file_digest(f, xxhash.xxh3_128).digest())
+    config = read_config(folder)
+    model_type = read_json(folder / "config.json")["model_type"]
+    family = get_family(model_type, folder)
+    digest = xxhash.xxh3_64(repr((model_type, config)).encode())
+    with open_tensors(weight_files(folder), family.prefix) as files:
+        for name in sorted(check_tensors(folder, files, family, config)):
+            digest.update(f"\0{name}\0{files[name].dtype(name)}\0".encode())
+            with reading(folder):
+                content = files[name].flat(name).view(np.uint8)
+                for start in range(0, len(content), 2**24):
+                    digest.update(content[start : start + 2**24].data)
     return digest.hexdigest()

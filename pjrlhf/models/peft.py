@@ -9,6 +9,7 @@ concatenated and `b` is block-diagonal. `rank_pattern` and `alpha_pattern` recor
 """
 
 import json
+import math
 import pathlib
 import re
 from collections.abc import Mapping
@@ -18,7 +19,7 @@ import numpy as np
 
 from pjrlhf.errors import UserError
 from pjrlhf.models.families import Family, adapter_modules, get_family, part_runs
-from pjrlhf.models.folders import Folder, new_folder, open_tensors, read_json, write_tensors
+from pjrlhf.models.folders import Folder, all_finite, new_folder, open_tensors, read_json, write_tensors
 from pjrlhf.types import Json, Params
 
 WEIGHTS = "adapter_model.safetensors"
@@ -27,15 +28,46 @@ MANIFEST = "manifest.json"  # provenance, next to an adapter or a merged model
 FACTORS = {"a": "lora_A", "b": "lora_B"}
 # Settings with one supported value: always written, and required where a folder states them.
 FIXED = {"peft_type": "LORA", "bias": "none", "modules_to_save": None}
-# Settings that change the update and must be off. Not written, because older versions of PEFT do not know them.
-OFF = (
-    "alora_invocation_tokens",
-    "layer_replication",
-    "lora_bias",
-    "use_bdlora",
-    "use_dora",
-    "use_qalora",
+# Settings that change neither the base nor the sum, whatever their value: names, how the adapter was trained, and
+# options of initialisations and variants that another setting turns on.
+FREE = (
+    "auto_mapping",
+    "base_model_name_or_path",
+    "corda_config",
+    "eva_config",
+    "inference_mode",
+    "loftq_config",
+    "lora_dropout",
+    "lora_ga_config",
+    "megatron_core",
+    "peft_version",
+    "qalora_group_size",
+    "revision",
+    "runtime_config",
 )
+# Settings that `load_peft` reads.
+READ = (
+    "alpha_pattern",
+    "exclude_modules",
+    "fan_in_fan_out",
+    "init_lora_weights",
+    "layers_pattern",
+    "layers_to_transform",
+    "lora_alpha",
+    "r",
+    "rank_pattern",
+    "target_modules",
+    "task_type",
+    "use_rslora",
+)
+# Values of init_lora_weights that leave the base as it is. All others (PiSSA, OLoRA, CorDA, LoftQ, ...) take something
+# from the base at the start of training, so that the adapter belongs to what is left.
+PLAIN_STARTS = (True, False, "gaussian", "orthogonal")
+CONVERT = (
+    "convert it to a plain LoRA with PEFT: model.save_pretrained(FOLDER, "
+    "path_initial_model_for_weight_conversion=START), where START is the adapter as saved before training"
+)
+MERGE = "merge it into its base with PEFT, model.merge_and_unload().save_pretrained(FOLDER), and use this full model"
 
 
 def save_peft(
@@ -52,13 +84,17 @@ def save_peft(
     Args:
       adapter: leaves `a` [L, in, R] and `b` [L, R, out]; modules may be absent.
       rank, alpha: the update is scaled by alpha / rank.
-      base_name: folder or hub name of the base model, recorded for loading; None where it is not known.
+      base_name: folder or hub name of the base model, recorded for loading (of a folder, the absolute path); None where
+        it is not known.
       model_type: family of the base.
       head_dim: of the base; needed for families whose projections are fused head by head.
 
     Raises:
-      UserError: a leaf without a name in PEFT, a missing factor, or an existing folder that is no earlier export.
+      UserError: a leaf without a name in PEFT, a missing factor, a factor that holds NaN or infinity, an existing
+        folder that is no earlier export, or a disk that is full or unwritable.
     """
+    if base_name and pathlib.Path(base_name).is_dir():
+        base_name = str(pathlib.Path(base_name).absolute())
     leaves = {path: np.asarray(leaf) for path, leaf in flax.traverse_util.flatten_dict(adapter, sep="/").items()}
     family = get_family(model_type, folder)
     modules = {
@@ -137,27 +173,20 @@ def load_peft(folder: Folder, model_type: str = "llama", head_dim: int = 0) -> t
     ones that `save_peft` fused, or ones that share `a`.
 
     Raises:
-      UserError: anything but plain LoRA on whole linear layers.
+      UserError: anything but plain LoRA on whole linear layers, settings that this loader does not know, or factors
+        that hold NaN or infinity.
     """
     folder = pathlib.Path(folder)
     config = read_json(folder / CONFIG)
     family = get_family(model_type, folder)
-    if missing := [name for name in ("r", "lora_alpha") if not config.get(name)]:
-        raise UserError(f"{folder / CONFIG}: the key {missing[0]!r} is missing; export the adapter again")
-    rank, alpha = int(config["r"]), float(config["lora_alpha"])
+    rank, alpha = _read_scale(config, folder / CONFIG)
     modules = adapter_modules(family)
     ours = _patterns(family, modules, rank, alpha)
     block_diagonal = bool(ours) and not config.get("use_rslora") and all(config.get(key) == ours[key] for key in ours)
-    allowed = {**FIXED, **dict.fromkeys((*OFF, "rank_pattern", "alpha_pattern")), **(ours if block_diagonal else {})}
-    # For a Conv1D module, PEFT stores the factors as for any other, with either value of the flag.
-    allowed["fan_in_fan_out"] = config.get("fan_in_fan_out") if family.conv1d else False
-    for name, value in allowed.items():
-        if (config.get(name) or value) != value:
-            raise UserError(
-                f"{folder / CONFIG}: {name}={config[name]!r} is not supported; export the adapter as plain LoRA"
-            )
-    factors = _read_factors(folder, rank, family, modules, block_diagonal, head_dim)
-    depth = 1 + max((layer for layers in factors.values() for layer in layers), default=-1)
+    _check_settings(config, family, ours if block_diagonal else {}, folder / CONFIG)
+    factors = _read_factors(folder, rank, family, modules, block_diagonal, head_dim, config)
+    # At most one layer more than there are, so that a wild number builds nothing.
+    depth = max((min(max(layers), len(layers)) + 1 for layers in factors.values()), default=0)
     adapter = {}
     for path in sorted({path.rpartition("/")[0] for path in factors}):
         for factor, name in FACTORS.items():
@@ -179,6 +208,69 @@ def load_peft(folder: Folder, model_type: str = "llama", head_dim: int = 0) -> t
     )
 
 
+def _read_scale(config: Mapping[str, Json], source: pathlib.Path) -> tuple[int, float]:
+    """(rank, alpha) of an adapter_config.json."""
+    if missing := [name for name in ("r", "lora_alpha") if config.get(name) is None]:
+        raise UserError(f"{source}: the key {missing[0]!r} is missing; export the adapter again")
+    rank, alpha = config["r"], config["lora_alpha"]
+    if type(rank) is not int or rank < 1:
+        raise UserError(f"{source}: r={rank!r} is no whole number above 0; export the adapter again")
+    if type(alpha) not in (int, float) or not math.isfinite(alpha):
+        raise UserError(f"{source}: lora_alpha={alpha!r} is no finite number; export the adapter again")
+    return rank, float(alpha)
+
+
+def _check_settings(
+    config: Mapping[str, Json], family: Family, patterns: Mapping[str, Json], source: pathlib.Path
+) -> None:
+    """Refuses every setting that may mean another base or another sum; one that is null, false or empty is off.
+
+    Args:
+      patterns: the values that rank_pattern and alpha_pattern may have.
+    """
+    start = config.get("init_lora_weights", True)
+    start = start.lower() if isinstance(start, str) else True if start is None else start
+    if not any(start is known or (isinstance(start, str) and start == known) for known in PLAIN_STARTS):
+        way_out = MERGE if start in ("loftq", "eva") else CONVERT
+        raise UserError(
+            f"{source}: init_lora_weights={start!r} may belong to another base than the folder's; {way_out}"
+        )
+    allowed = {**FIXED, "task_type": "CAUSAL_LM", "rank_pattern": None, "alpha_pattern": None, **patterns}
+    if (
+        not family.conv1d
+    ):  # for a Conv1D module, PEFT stores the factors as for any other, with either value of the flag
+        allowed["fan_in_fan_out"] = False
+    for name in ("target_modules", "exclude_modules"):
+        wanted = config.get(name)
+        try:
+            sound = wanted is None or isinstance(wanted, list) or re.compile(wanted) is not None
+        except (TypeError, re.error):
+            sound = False
+        if not sound:
+            raise UserError(f"{source}: {name}={wanted!r} is neither a list nor a pattern; export the adapter again")
+    for name, value in config.items():
+        known = name in FREE or (name in READ and name not in allowed)
+        if not known and value and value != allowed.get(name):
+            raise UserError(f"{source}: {name}={value!r} is not supported, because only plain LoRA is; {MERGE}")
+
+
+def _is_targeted(config: Mapping[str, Json], module: str, layer: int) -> bool:
+    """Whether PEFT adapts `module` ("model.layers.0.mlp.up_proj"): it ignores the tensors of all others."""
+
+    def names(setting: str) -> bool | None:
+        wanted = config.get(setting)
+        if not wanted:
+            return None
+        if isinstance(wanted, str):
+            return wanted == "all-linear" or re.fullmatch(wanted, module) is not None
+        return any(module == name or module.endswith(f".{name}") for name in wanted)
+
+    layers = config.get("layers_to_transform")
+    if layers is not None and layer not in (layers if isinstance(layers, list) else [layers]):
+        return False
+    return names("target_modules") is not False and not names("exclude_modules")
+
+
 def _read_factors(
     folder: pathlib.Path,
     rank: int,
@@ -186,21 +278,32 @@ def _read_factors(
     modules: Mapping[str, tuple[str, ...]],
     block_diagonal: bool,
     head_dim: int,
+    config: Mapping[str, Json],
 ) -> dict[str, dict[int, np.ndarray]]:
     """Our path -> layer -> factor `a` [in, R] or `b` [R, out].
 
-    `block_diagonal`: fused modules hold one block per part, as `save_peft` writes them; else parts share `a`.
+    Args:
+      block_diagonal: fused modules hold one block per part, as `save_peft` writes them; else parts share `a`.
+      config: the content of adapter_config.json.
     """
     factors: dict[str, dict[int, np.ndarray]] = {}
     with open_tensors([folder / WEIGHTS]) as files:
         for key in sorted(files):
-            match = re.fullmatch(r"base_model\.model\.(.+?)\.(\d+)\.(.+)\.lora_([AB])\.weight", key)
+            match = re.fullmatch(r"base_model\.model\.(.+?)\.(0|[1-9][0-9]{0,8})\.(.+)\.lora_([AB])\.weight", key)
             paths = modules.get(f"{match[1]}.{{layer}}.{match[3]}") if match else None
             if match is None or paths is None:
                 raise UserError(
                     f"{folder}: {key} adapts no module of this model; adapt linear layers of the blocks only"
                 )
+            module, layer = key.removeprefix("base_model.model.").rpartition(".lora_")[0], int(match[2])
+            if not _is_targeted(config, module, layer):
+                raise UserError(
+                    f"{folder}: {key} adapts a module that target_modules, exclude_modules and layers_to_transform of "
+                    f"{CONFIG} leave out; export the adapter again"
+                )
             whole = files[key].get_tensor(key).astype(np.float32).T
+            if not all_finite(whole):
+                raise UserError(f"{folder}: {key} holds NaN or infinity; use the adapter of an earlier checkpoint")
             kind, axis = match[4].lower(), -1 if match[4] == "A" else 0
             full_rank = rank * len(paths) if block_diagonal else rank
             if whole.ndim != 2 or whole.shape[axis] != full_rank:
@@ -220,5 +323,5 @@ def _read_factors(
                             "export the adapter as plain LoRA"
                         )
                     factor = factor[own] if kind == "b" else factor[:, own]
-                factors.setdefault(f"{path}/{kind}", {})[int(match[2])] = factor
+                factors.setdefault(f"{path}/{kind}", {})[layer] = factor
     return factors

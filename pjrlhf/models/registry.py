@@ -74,7 +74,8 @@ class UserRegistry:
           UserError: an unknown user.
         """
         rows = self._rows_of(users)
-        names = tuple(None if i in rows else name for i, name in enumerate(self.names))
+        removed = set(users)
+        names = tuple(None if name in removed else name for name in self.names)
         return UserRegistry(names), self._map(lambda x: x.at[rows].set(0), tree)
 
     def grow(self, tree: Tree, count: int) -> tuple["UserRegistry", Tree]:
@@ -98,15 +99,16 @@ class UserRegistry:
           UserError: parameters of another kind or size of user model, or too few free rows (see `grow`).
         """
         new = UserRegistry(self._with([user for user in exported if user not in self.rows]))
+        values = []
         for user, value in exported.items():
-            row = new.rows[user]
             try:
-                table = self._map(lambda x, v, row=row: x.at[row].set(_shaped(v, x)), table, value)
+                values.append(self._map(lambda x, v: _shaped(v, x), table, value))
             except ValueError as error:
                 raise UserError(
                     f"user {user!r}: does not fit the user table ({error}); import users of the same user model"
                 ) from error
-        return new, table
+        rows = new.indices(exported)  # all at once: each change copies the table
+        return new, self._map(lambda x, *v: x.at[rows].set(np.stack(v)) if v else x, table, *values)
 
     def _rows_of(self, users: Sequence[str]) -> Int[np.ndarray, " B"]:
         for user in users:
@@ -116,11 +118,13 @@ class UserRegistry:
 
     def _with(self, users: Sequence[str]) -> tuple[str | None, ...]:
         """`names` with `users` on the first free rows."""
-        for i, user in enumerate(users):
+        taken = set(self.rows)
+        for user in users:
             if not isinstance(user, str) or not user:
                 raise UserError(f"user {user!r}: a name is a string of at least one character; give another one")
-            if user in self.rows or user in users[:i]:
+            if user in taken:
                 raise UserError(f"user {user!r}: the name is taken; give another one or remove that user first")
+            taken.add(user)
         free = [i for i, name in enumerate(self.names) if i and name is None]
         if len(users) > len(free):
             raise UserError(

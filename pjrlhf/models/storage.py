@@ -15,7 +15,11 @@ from pjrlhf.types import Json, Params
 
 
 def save_tree(path: str | os.PathLike, tree: Params, note: dict[str, Json] | None = None) -> None:
-    """Writes a nested dict of arrays, and `note` as JSON, atomically. Every process must call it."""
+    """Writes a nested dict of arrays, and `note` as JSON, atomically. Every process must call it.
+
+    Raises:
+      UserError: an array holds NaN or infinity.
+    """
     _write(pathlib.Path(path), flax.traverse_util.flatten_dict(to_host(tree), sep="/"), note or {})
 
 

@@ -23,10 +23,11 @@ DIVERGENCES = {"reverse_kl": 0.0, "forward_kl": 1.0}
 def weighted_sum(x: Num[Array, "... S"], weights: Num[Array, "..."]) -> Float[Array, "..."]:
     """sum_i w_i x_i of rewards or advantages; weights [S] or [..., S].
 
-    One-hot weights give that objective to the last bit. Raises ValueError for weights that are not one per objective.
+    One-hot weights give that objective to the last bit; one of weight 0 adds nothing, even where it is infinite or NaN.
+    Raises ValueError for weights that are not one per objective.
     """
     x, weights = _fitting(x, weights)
-    return (x * weights).sum(-1)
+    return (jnp.where(weights == 0, 0.0, x) * weights).sum(-1)
 
 
 def standardize(x: Num[Array, "*batch"], mask: Shaped[Array, "..."], axis: int | None) -> Float[Array, "*batch"]:

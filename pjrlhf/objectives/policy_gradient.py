@@ -1,7 +1,8 @@
 """Policy-gradient maths on arrays: rewards per token, advantages, PPO losses, KL estimates.
 
 Shapes: B examples, T response tokens; `mask` is 1 on real response tokens up to and including EOS, which are contiguous
-from position 0. Every mean is over masked tokens. `jax.vmap` adds leading axes, for example one for K policies.
+from position 0. Every mean is over masked tokens. Values outside the mask change no result and no gradient, not even
+NaN or infinity. `jax.vmap` adds leading axes, for example one for K policies.
 """
 
 import jax
@@ -11,9 +12,14 @@ from jaxtyping import Float, Shaped
 from pjrlhf.types import Array
 
 
+def zero_outside(x: Float[Array, "*batch"], mask: Shaped[Array, "*#batch"]) -> Float[Array, "*batch"]:
+    """`x` where `mask`, 0 elsewhere; not a product, because 0 times infinity is NaN."""
+    return jnp.where(mask > 0, x, 0.0)
+
+
 def masked_mean(x: Float[Array, "*batch"], mask: Shaped[Array, "*batch"]) -> Float[Array, ""]:
     """Mean of `x` where `mask`; 0 for an empty mask."""
-    return (x * mask).sum() / jnp.maximum(mask.sum(), 1)
+    return zero_outside(x, mask).sum() / jnp.maximum(mask.sum(), 1)
 
 
 def kl_estimate(
@@ -37,14 +43,14 @@ def kl_estimate(
 def last_token(mask: Shaped[Array, "B T"]) -> Float[Array, "B T"]:
     """One-hot of the last real token of each row, zeros for an empty row; found from the mask, never from ids."""
     following = jnp.pad(mask[:, 1:], ((0, 0), (0, 1)))
-    return (mask.astype(jnp.float32)) * (1 - following.astype(jnp.float32))
+    return ((mask > 0) & ~(following > 0)).astype(jnp.float32)
 
 
 def token_rewards(
     score: Float[Array, " B"], kl: Float[Array, "B T"], mask: Shaped[Array, "B T"], beta: Float[Array, ""] | float
 ) -> Float[Array, "B T"]:
     """r_t = -beta KL_t + 1[t last real token] score (Ziegler et al. 2019, eq. 2)."""
-    return (-beta * kl) * mask + score[:, None] * last_token(mask)
+    return zero_outside(-beta * kl, mask) + jnp.where(last_token(mask) > 0, score[:, None], 0.0)
 
 
 def gae(
@@ -63,27 +69,25 @@ def gae(
     Returns:
       advantages, and returns = advantages + values; zero outside the mask, not whitened.
     """
-    mask = mask.astype(rewards.dtype)
-    following = jnp.pad(mask[:, 1:], ((0, 0), (0, 1)))
-    next_values = jnp.pad(values[:, 1:], ((0, 0), (0, 1)))
-    delta = (rewards + gamma * following * next_values - values) * mask
+    rewards, values = zero_outside(rewards, mask), zero_outside(values, mask)
+    # The mask is contiguous, so the value after the last real token is 0, and so is the advantage.
+    delta = rewards + gamma * jnp.pad(values[:, 1:], ((0, 0), (0, 1))) - values
 
-    def backward(carry, x):
-        delta_t, following_t = x
-        carry = delta_t + gamma * lam * following_t * carry
+    def backward(carry, delta_t):
+        carry = delta_t + gamma * lam * carry
         return carry, carry
 
-    _, advantages = jax.lax.scan(backward, jnp.zeros_like(rewards[:, 0]), (delta.T, following.T), reverse=True)
-    advantages = advantages.T * mask
-    return advantages, (advantages + values) * mask
+    _, advantages = jax.lax.scan(backward, jnp.zeros_like(rewards[:, 0]), delta.T, reverse=True)
+    return advantages.T, advantages.T + values
 
 
 def whiten(x: Float[Array, "*batch"], mask: Shaped[Array, "*batch"], shift_mean: bool = True) -> Float[Array, "*batch"]:
     """(x - mean) / std over the mask (population variance), zero outside it; `shift_mean=False` adds the mean back."""
+    x = zero_outside(x, mask)
     mean = masked_mean(x, mask)
     variance = masked_mean((x - mean) ** 2, mask)
     white = (x - mean) * jax.lax.rsqrt(variance + 1e-8)
-    return (white if shift_mean else white + mean) * mask
+    return zero_outside(white if shift_mean else white + mean, mask)
 
 
 def ppo_policy_loss(
@@ -99,7 +103,9 @@ def ppo_policy_loss(
       the loss, and masked means `policy/approxkl_avg` (half the mean squared log-ratio), `policy/clipfrac_avg`,
       `val/ratio`.
     """
-    log_ratio = jnp.clip(logps - old_logps, -20.0, 20.0)
+    # Before the maths: after it, the gradient would be 0 times the slope there.
+    log_ratio, advantages = zero_outside(logps - old_logps, mask), zero_outside(advantages, mask)
+    log_ratio = jnp.clip(log_ratio, -20.0, 20.0)
     ratio = jnp.exp(log_ratio)
     unclipped, clipped = ratio * advantages, jnp.clip(ratio, 1 - clip, 1 + clip) * advantages
     loss = masked_mean(-jnp.minimum(unclipped, clipped), mask)
@@ -120,6 +126,7 @@ def value_loss(
     """Clipped value loss of PPO (half the larger of the squared errors with and without clipping), and the fraction of
     clipped values.
     """
+    values, old_values, returns = (zero_outside(x, mask) for x in (values, old_values, returns))
     # Clipped values, not clipped differences: values within the range keep every bit and count as not clipped.
     clipped = jnp.clip(values, old_values - clip, old_values + clip)
     plain, limited = (values - returns) ** 2, (clipped - returns) ** 2

@@ -40,9 +40,11 @@ def bradley_terry_loss(
       margin: [B] or scalar, how much better chosen must be.
       weight: 0 leaves a pair out; None counts every pair once.
     """
-    losses = -jax.nn.log_sigmoid(chosen - rejected - margin)
+    gap = chosen - rejected - margin
     if weight is None:
-        return losses.mean()
+        return -jax.nn.log_sigmoid(gap).mean()
+    # `where`, because the rewards of a pair left out may be infinite.
+    losses = -jax.nn.log_sigmoid(jnp.where(weight > 0, gap, 0.0))
     return (losses * weight).sum() / jnp.maximum(weight.sum(), 1)
 
 
@@ -264,9 +266,9 @@ def mixture(
       weight: 0 leaves a row out, equal for both copies of a pair; None counts every row once.
     """
     weight = jnp.ones_like(losses) if weight is None else weight
-    fraction = jnp.where(generic, 2 * (1 - alpha), 2 * alpha)
+    share = weight * jnp.where(generic, 2 * (1 - alpha), 2 * alpha)
     # `where`, because the loss of a row left out may be infinite.
-    return jnp.where(weight > 0, losses * weight * fraction, 0.0).sum(), weight.sum()
+    return (jnp.where(share > 0, losses, 0.0) * share).sum(), weight.sum()
 
 
 def user_dropout(key: PRNGKey, users: Int[Array, " B"], alpha: float) -> Int[Array, " B"]:

@@ -17,6 +17,7 @@ from jaxtyping import Bool, Float, Int
 
 from pjrlhf.errors import UserError
 from pjrlhf.objectives import multi_objective as mo
+from pjrlhf.objectives.policy_gradient import zero_outside
 from pjrlhf.registry import Registry
 from pjrlhf.settings import Settings, setting
 from pjrlhf.types import Array
@@ -160,7 +161,8 @@ class GDPO(CombinationRule):
 
     def advantages(self, advantages, p, mask, group=None):
         _, statistics = _gram(advantages, mask)
-        return mo.weighted_sum(advantages, p[:, None]) * mask, statistics | {"weights": p.mean(0)}
+        mixed = mo.weighted_sum(advantages, p[:, None])
+        return zero_outside(mixed, mask), statistics | {"weights": p.mean(0)}
 
 
 @RULES.register("pama")
@@ -178,7 +180,8 @@ class PAMA(CombinationRule):
 
     def advantages(self, advantages, p, mask, group=None):
         _, statistics = _gram(advantages, mask)
-        return mo.pama(advantages, self.noon) * mask, statistics | {"weights": jnp.full(advantages.shape[-1], jnp.nan)}
+        mixed = mo.pama(advantages, self.noon)
+        return zero_outside(mixed, mask), statistics | {"weights": jnp.full(advantages.shape[-1], jnp.nan)}
 
 
 @RULES.register("min_norm")
@@ -255,15 +258,16 @@ class MinNorm(CombinationRule):
             c = present / jnp.maximum(present.sum(), 1)
         else:
             c = _present_weights(mo.cosines(gram) if self.normalize == "gradient" else gram, present)
-        return mo.weighted_sum(advantages, c) * mask, statistics | {"weights": c}
+        return zero_outside(mo.weighted_sum(advantages, c), mask), statistics | {"weights": c}
 
     def _per_preference(self, advantages, mask, group):
         if group is None:
             raise ValueError("per_preference: needs the index of every answer's preference; train on a fixed set")
-        scale = _disjoint_weights((jnp.square(advantages[..., 0]) * mask).sum(1), group)
+        advantage = zero_outside(advantages[..., 0], mask)
+        scale = _disjoint_weights(jnp.square(advantage).sum(1), group)
         scale = jnp.ones_like(scale) if self.weights == "equal" else scale
         statistics = {"gradient_cosine": jnp.zeros(()), "weights": jnp.ones(1)}
-        return advantages[..., 0] * scale[:, None] * mask, statistics
+        return advantage * scale[:, None], statistics
 
 
 def _single(
@@ -271,7 +275,7 @@ def _single(
 ) -> tuple[Float[Array, "n T"], dict[str, Array]]:
     """The advantage of the only head."""
     _, statistics = _gram(advantages, mask)
-    return advantages[..., 0] * mask, statistics | {"weights": jnp.ones(1)}
+    return zero_outside(advantages[..., 0], mask), statistics | {"weights": jnp.ones(1)}
 
 
 def _gram(advantages: Float[Array, "n T H"], mask: Float[Array, "n T"]) -> tuple[Float[Array, "H H"], dict[str, Array]]:

@@ -41,7 +41,8 @@ def fit_new_users(trained: Trained, counts: Sequence[int], steps: int, learning_
         def loss(rows):
             users = {**trainable["users"], "table": rows}
             scores = answer_scores(backbone, trained.users, {**trainable, "users": users}, batch)
-            return (pair_losses(entry.objective, scores, batch) * weight).sum()
+            losses = pair_losses(entry.objective, scores, batch)
+            return (jnp.where(weight > 0, losses, 0.0) * weight).sum()
 
         return jax.grad(loss)(rows)
 

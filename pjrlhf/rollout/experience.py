@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float, Int
 from pjrlhf.errors import UserError
 from pjrlhf.models.adapters import Backbone
 from pjrlhf.objectives import policy_gradient as pg
-from pjrlhf.objectives.multi_objective import calibrate, standardize
+from pjrlhf.objectives.multi_objective import calibrate, standardize, weighted_sum
 from pjrlhf.objectives.scalarization import CombinationRule
 from pjrlhf.rollout import scoring
 from pjrlhf.rollout.batches import Experience, Prompts, Rollout, ScoredRollout, join_rows, split_rows
@@ -212,10 +212,10 @@ def experience(
     states, logps, entropy = token_logps(trainable["bank"], jnp.eye(K) if mix is None else join_rows(mix))
     # The reference is the base itself: no bank, and no second copy of the model.
     _, reference_logps, _ = token_logps(None, None)
-    values = values_of(trainable["value_heads"], states) * mask[..., None]
+    values = pg.zero_outside(values_of(trainable["value_heads"], states), mask[..., None])
     stopped = ((response.tokens == sampling.eos_id) & response.valid).any(2)
     limited = jnp.clip(scores, -config.score_clip, config.score_clip) if config.score_clip else scores
-    kl = pg.kl_estimate(logps, reference_logps, config.kl_kind) * mask
+    kl = pg.zero_outside(pg.kl_estimate(logps, reference_logps, config.kl_kind), mask)
 
     def per_policy(score, p, group, stopped, kl, values, mask, beta):
         penalty = config.missing_eos_penalty * ~stopped
@@ -235,7 +235,9 @@ def experience(
                 relative = relative / (config.samples_per_prompt - 1)
             else:
                 relative = standardize(total, jnp.ones_like(total, bool), axis=1)
-            advantages = relative.reshape(heads.shape)[:, None] * mask[..., None]
+            advantages = pg.zero_outside(
+                jnp.broadcast_to(relative.reshape(heads.shape)[:, None], values.shape), mask[..., None]
+            )
             returns = jnp.zeros_like(values)
         mixed, info = rule.advantages(advantages, p, mask, group)
         if config.estimator == "gae":
@@ -243,19 +245,22 @@ def experience(
         elif config.estimator == "group" and rule.standardizes_heads:
             # The last step of GDPO: over the answers of the batch.
             each = mixed[:, 0]
-            mixed = standardize(each, jnp.ones_like(each, bool), axis=None)[:, None] * mask
-        reward = (score * p).sum(1) - penalty - beta * kl.sum(1)
+            each = standardize(each, jnp.ones_like(each, bool), axis=None)
+            mixed = pg.zero_outside(jnp.broadcast_to(each[:, None], mask.shape), mask)
+        reward = weighted_sum(score, p) - penalty - beta * kl.sum(1)
         return mixed, returns, info, reward.mean()
 
     advantages, returns, info, reward = jax.vmap(per_policy)(
         limited, p, scored.targets.group, stopped, kl, values, mask, beta
     )
-    found = Experience(tokens, valid, logps * mask, advantages, values, returns, mix, sampling.temperature)
+    found = Experience(
+        tokens, valid, pg.zero_outside(logps, mask), advantages, values, returns, mix, sampling.temperature
+    )
     statistics = {
         "objective/kl": kl.sum(2).mean(1),
-        "objective/scores": (scores * p).sum(2).mean(1),
+        "objective/scores": weighted_sum(scores, p).mean(1),
         "objective/rlhf_reward": reward,
-        "objective/entropy": (entropy * mask).sum(2).mean(1),
+        "objective/entropy": pg.zero_outside(entropy, mask).sum(2).mean(1),
         "completions/mean_length": mask.sum(2).mean(1),
         "completions/stopped_ratio": stopped.astype(jnp.float32).mean(1),
         "kl_coefficient": beta,

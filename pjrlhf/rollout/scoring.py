@@ -60,7 +60,8 @@ def _log_softmax(logits, target):
     total = weight.sum(-1)
     log_total = jnp.log(total)
     chosen = jnp.where(jnp.arange(logits.shape[-1]) == target[..., None], z, 0.0).sum(-1)
-    entropy = log_total - (weight * z).sum(-1) / total
+    # `where` here and below, because the logit of a token that is ruled out is -inf.
+    entropy = log_total - jnp.where(weight > 0, weight * z, 0.0).sum(-1) / total
     return (chosen - log_total, entropy), log_total + maximum
 
 
@@ -78,7 +79,7 @@ def _backward(residuals, gradients):
         chosen = jnp.arange(logits.shape[-1]) == target[..., None]
         total += d_logp[..., None] * (chosen - probs)
     if not isinstance(d_entropy, SymbolicZero):
-        total -= d_entropy[..., None] * probs * (logps + entropy[..., None])
+        total -= d_entropy[..., None] * jnp.where(probs > 0, probs * (logps + entropy[..., None]), 0.0)
     return total, None
 
 

@@ -115,8 +115,8 @@ def masked(
 ) -> tuple[Array, Array]:
     """The pair (sum, count) of the masked mean of `values` over `axis`; `mask` broadcasts and may hold weights."""
     mask = jnp.broadcast_to(mask, values.shape).astype(jnp.float32)
-    # `where` rather than a product alone: a masked value may be infinite.
-    return jnp.where(mask > 0, values * mask, 0.0).sum(axis), mask.sum(axis)
+    # `where`, because a masked value may be infinite.
+    return (jnp.where(mask > 0, values, 0.0) * mask).sum(axis), mask.sum(axis)
 
 
 def to_floats(metrics: Metrics, ingredients: Sequence[str] = ()) -> dict[str, float]:

@@ -1,43 +1,16 @@
 """The run directory: its config, the manifest of finished stages, and atomic writing of files."""
 
-import contextlib
-import errno
 import json
 import os
 import pathlib
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Mapping
 
 import jax
 
 from pjrlhf.errors import UserError
 from pjrlhf.parallel.processes import on_process_zero
-from pjrlhf.paths import atomic_write, refuse_remote
+from pjrlhf.paths import atomic_write, disk_errors, refuse_remote
 from pjrlhf.types import Json
-
-_DISK = {
-    errno.ENOSPC: "the disk is full; free some space",
-    errno.EDQUOT: "the disk quota is used up; free some space",
-    errno.EACCES: "no permission to write there; mend it or choose another --workdir",
-    errno.EPERM: "no permission to write there; mend it or choose another --workdir",
-    errno.EROFS: "the file system is read-only; choose another --workdir",
-    errno.ENOTDIR: "a file stands where a folder is needed; choose another --workdir",
-    errno.EEXIST: "a file stands where a folder is needed; choose another --workdir",
-}
-
-
-@contextlib.contextmanager
-def disk_errors(path: str | os.PathLike) -> Iterator[None]:
-    """Turns errors of a full or unwritable disk while writing `path` into a UserError; other errors pass through."""
-    try:
-        yield
-    except UserError:
-        raise
-    except Exception as error:
-        for code, remedy in _DISK.items():
-            # Checkpoint libraries wrap the system's message in errors of their own types.
-            if (isinstance(error, OSError) and error.errno == code) or os.strerror(code) in str(error):
-                raise UserError(f"{path}: cannot be written, {remedy}") from error
-        raise
 
 
 def write_json(path: pathlib.Path, value: Json) -> None:

@@ -1,7 +1,9 @@
 import contextlib
+import errno
 import functools
 import gc
 import json
+import os
 import shutil
 import subprocess
 import weakref
@@ -11,11 +13,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 
 from pjrlhf.errors import UserError
 from pjrlhf.export import dense, merge
 from pjrlhf.export.merge import MergeSettings
 from pjrlhf.merging import lora, methods, trees
+from pjrlhf.models import huggingface
 from pjrlhf.models.adapters import AdapterConfig, Policies, init_bank
 from pjrlhf.models.config import ModelConfig
 from pjrlhf.models.decoder import Decoder
@@ -23,6 +28,7 @@ from pjrlhf.models.families import leaf_shapes
 from pjrlhf.models.folders import open_tensors
 from pjrlhf.models.huggingface import fingerprint, load_params, read_config, save_params
 from pjrlhf.models.peft import load_peft, save_peft
+from pjrlhf.models.storage import save_tree
 from pjrlhf.settings import parse
 
 CONFIG = ModelConfig(
@@ -37,6 +43,7 @@ CONFIG = ModelConfig(
     tie_embeddings=False,
 )
 LORA = AdapterConfig(rank=3, alpha=6.0)
+TOKENIZER = json.loads(Tokenizer(WordLevel({"a": 0}, "a")).to_str())
 
 
 @pytest.fixture(scope="session")
@@ -45,7 +52,7 @@ def models(tmp_path_factory):
     root = tmp_path_factory.mktemp("models")
     for seed, name in enumerate(("base", "one", "two")):
         save_params(root / name, CONFIG, draw(CONFIG, seed), token_ids={"bos_token_id": 1, "eos_token_id": 2})
-        (root / name / "tokenizer.json").write_text('{"model": {"vocab": {"a": 0}}, "truncation": null}')
+        (root / name / "tokenizer.json").write_text(json.dumps(TOKENIZER))
     for k in range(2):
         adapter = jax.tree.map(lambda leaf, k=k: leaf[k], bank(root / "base"))
         save_peft(root / f"lora{k}", adapter, LORA.rank, LORA.alpha, str(root / "base"))
@@ -324,8 +331,76 @@ def test_folder_holds_config_tokenizer_and_manifest(models, tmp_path):
 
 
 def test_output_defaults_to_the_run_directory(models, tmp_path):
-    merge.merge(MergeSettings(ingredients=(str(models / "one"),), weights=(1,)), tmp_path)
-    assert_close(load_params(tmp_path / "export" / "soup"), load_params(models / "one"))
+    """Another mix is another export."""
+    for name, folder in (("one", "soup"), ("two", "soup-2")):
+        merge.merge(MergeSettings(ingredients=(str(models / name),), weights=(1,)), tmp_path)
+        assert_close(load_params(tmp_path / "export" / folder), load_params(models / name))
+
+
+@pytest.mark.parametrize("space", ["delta", "concat"])
+def test_everyone_may_read_what_is_written(models, tmp_path, space):
+    old = os.umask(0o022)
+    try:
+        run(models, tmp_path / "out", ("lora0",), (1,), base="base", space=space)
+        save_params(tmp_path / "model", CONFIG, draw(CONFIG, 0), tokenizer_folder=models / "base", max_shard_bytes=4000)
+        save_tree(tmp_path / "bank.safetensors", {"a": np.ones(2, np.float32)})
+    finally:
+        os.umask(old)
+    written = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert len(written) > 8
+    assert {path.stat().st_mode & 0o777 for path in written} == {0o644}
+    assert {path.stat().st_mode & 0o777 for path in tmp_path.iterdir() if path.is_dir()} == {0o755}
+
+
+def test_the_base_of_an_adapter_is_named_from_everywhere(models, tmp_path, monkeypatch):
+    """A path is recorded as an absolute one; the name of a model on a hub stays."""
+    monkeypatch.chdir(models)
+    folders = {"base": "base", "ingredients": ("lora0",), "weights": (1.0,)}
+    manifest = merge.merge(MergeSettings(**folders, space="concat", output=str(tmp_path / "out")))
+    assert json.loads((tmp_path / "out" / "adapter_config.json").read_text())["base_model_name_or_path"] == str(
+        models / "base"
+    )
+    assert manifest["base"]["folder"] == str(models / "base")
+    assert manifest["ingredients"][0]["folder"] == str(models / "lora0")
+    pair = {"a": np.ones((2, 16, 3), np.float32), "b": np.ones((2, 3, 16), np.float32)}
+    for name, recorded in (("base", str(models / "base")), ("some/base", "some/base")):
+        save_peft(tmp_path / "lora", {"layers": {"attention": {"output": pair}}}, 3, 1.0, name)
+        stated = json.loads((tmp_path / "lora" / "adapter_config.json").read_text())
+        assert stated["base_model_name_or_path"] == recorded
+
+
+def test_a_base_with_another_setting_that_changes_nothing_is_the_same_base(models, tmp_path):
+    """And so is one whose weights are spread over other files."""
+    run(models, tmp_path / "mine", ("lora0",), (1,), base="base", space="concat")
+    save_params(tmp_path / "base", CONFIG, load_params(models / "base"), max_shard_bytes=4000)
+    edit(tmp_path / "base", use_cache=False, transformers_version="9.9")
+    assert fingerprint(tmp_path / "base") == fingerprint(models / "base")
+    run(models, tmp_path / "out", (tmp_path / "mine",), (1,), base=tmp_path / "base")
+
+
+@pytest.mark.parametrize("space", ["delta", "concat"])
+def test_places_that_cannot_be_written_are_named(models, tmp_path, space):
+    (tmp_path / "taken").write_text("")
+    places = {
+        "a file stands where a folder is needed": tmp_path / "taken" / "out",
+        "the name is too long": tmp_path / ("x" * 300),
+    }
+    for message, output in places.items():
+        with pytest.raises(UserError, match=f"cannot be written, {message}"):
+            run(models, output, ("lora0",), (1,), base="base", space=space)
+        assert [path.name for path in tmp_path.iterdir()] == ["taken"]
+
+
+@pytest.mark.parametrize("code, message", [(errno.ENOSPC, "the disk is full"), (errno.EROFS, "is read-only")])
+def test_a_disk_that_fails_while_a_merge_is_written(models, tmp_path, monkeypatch, code, message):
+    def fail(*arguments):
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(huggingface, "stream_tensors", fail)
+    output = tmp_path / "not" / "there"
+    with pytest.raises(UserError, match=f"there: cannot be written, .*{message}"):
+        run(models, output, ("one",), (1,))
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_transformers_loads_the_folder(models, tmp_path):
@@ -343,7 +418,7 @@ def test_one_tensor_of_one_ingredient_is_alive_at_a_time(models, tmp_path, monke
 
     class Counting:
         def __init__(self, handle):
-            self.get_slice, self.handle = handle.get_slice, handle
+            self.get_slice, self.dtype, self.handle = handle.get_slice, handle.dtype, handle
 
         def get_tensor(self, name):
             gc.collect(0)  # has JAX drop the references it is done with
@@ -395,21 +470,27 @@ def other_weights(folder, change):
 NORM = "model.norm.weight"
 DEFECTS = {
     "config": (lambda f: edit(f, rms_norm_eps=0.5), "norm_eps is 0.5 but 1e-05 in"),
-    "vocabulary": (lambda f: edit(f, vocab_size=25), "vocab_size is 25 but 24 in"),
+    "vocabulary": (
+        lambda f: edit(f, vocab_size=25),
+        r"embed_tokens.weight has shape \(24, 16\) but config.json asks for \(25",
+    ),
     "family": (lambda f: edit(f, model_type="t5"), "model_type 't5' is not supported"),
     "missing": (lambda f: other_weights(f, lambda t: t.pop(NORM)), "model.norm.weight is missing"),
-    "extra": (lambda f: other_weights(f, lambda t: t.update(v_head=np.ones(1, np.float32))), "v_head has no place"),
+    "extra": (
+        lambda f: other_weights(f, lambda t: t.update(v_head=np.ones(1, np.float32))),
+        "v_head in the weights does not",
+    ),
     "shape": (
         lambda f: other_weights(f, lambda t: t.update({NORM: np.ones(8, np.float32)})),
-        r"model.norm.weight has shape \(8,\), the model \(16,\)",
+        r"model.norm.weight has shape \(8,\) but config.json asks for \(16,\)",
     ),
     "integers": (
         lambda f: other_weights(f, lambda t: t.update({NORM: np.ones(16, np.int8)})),
         "model.norm.weight is stored as I8",
     ),
     "tokenizer": (
-        lambda f: edit(f, "tokenizer.json", model={"vocab": {"b": 0}}),
-        "tokenizer.json differs from that of",
+        lambda f: edit(f, "tokenizer.json", model=TOKENIZER["model"] | {"vocab": {"b": 0}, "unk_token": "b"}),
+        r"tokenizer.json differs from that of .*one in model.unk_token",
     ),
     "empty": (shutil.rmtree, "holds neither config.json nor adapter_config.json"),
 }
@@ -428,7 +509,10 @@ def test_refuses_a_model_that_does_not_fit(models, tmp_path, defect):
 
 def test_padding_and_truncation_of_a_tokenizer_do_not_matter(models, tmp_path):
     shutil.copytree(models / "two", tmp_path / "two")
-    edit(tmp_path / "two", "tokenizer.json", truncation={"max_length": 8}, padding={"length": 8})
+    tokenizer = Tokenizer.from_str(json.dumps(TOKENIZER))
+    tokenizer.enable_truncation(8)
+    tokenizer.enable_padding(length=8)
+    tokenizer.save(str(tmp_path / "two" / "tokenizer.json"))
     run(models, tmp_path / "out", ("one", tmp_path / "two"), (0.5, 0.5))
     assert (tmp_path / "out").is_dir()
 

@@ -172,9 +172,13 @@ def test_parts_of_fused_projections_are_read_where_devices_hold_them(model_type,
 def test_weights_saved_without_the_head_lack_a_prefix(tmp_path):
     """GPT-2 on the hub is such a folder, with mask buffers as well."""
     weights = {k.removeprefix("transformer."): v for k, v in weights_of("gpt2").items()}
-    weights["h.1.attn.bias"] = np.ones((1, 1, 4, 4), np.float32)
+    weights |= {"h.1.attn.bias": np.tri(4, dtype=np.uint8)[None, None], "h.1.attn.masked_bias": np.array(-1e4)}
     folder = write(tmp_path / "bare", golden_families()["gpt2"]["config"], weights)
     assert_equal_trees(load_params(folder), checkpoint("gpt2")[1])
+    for name, wrong in (("h.1.attn.bias", np.tri(4, k=1)[None, None]), ("h.1.attn.masked_bias", np.array(0.0))):
+        folder = write(tmp_path / "other", golden_families()["gpt2"]["config"], weights | {name: wrong})
+        with pytest.raises(UserError, match=f"{name} is not what a model of this config.json computes there"):
+            load_params(folder)
 
 
 OLD_SPELLINGS = {
@@ -212,6 +216,7 @@ def test_absent_keys_have_the_defaults_of_transformers(tmp_path):
         if model_type == "gptj":
             given["rotary_dim"] = 4
         folder = write(tmp_path / model_type, given, {"x": np.zeros(1, np.float32)})
+        (folder / "model.safetensors").unlink()
         ours = read_config(folder)
         transformers.AutoConfig.from_pretrained(folder).save_pretrained(folder)
         assert read_config(folder) == ours, model_type

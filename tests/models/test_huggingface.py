@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 from support.tiny_llamas import (
     SMALL,
     assert_equal_trees,
@@ -26,6 +26,7 @@ from support.tiny_llamas import (
 
 from pjrlhf.errors import UserError
 from pjrlhf.models import huggingface
+from pjrlhf.models.decoder import rope_frequencies
 from pjrlhf.models.families import leaf_shapes
 from pjrlhf.models.huggingface import load_params, read_config, save_params
 
@@ -194,8 +195,49 @@ def test_allowed_leftovers_are_ignored(tmp_path):
     weights = weights_of("default_tied")
     want = load_params(write(tmp_path / "plain", config, weights))
     weights["lm_head.weight"] = weights["model.embed_tokens.weight"]
-    weights["model.layers.1.self_attn.rotary_emb.inv_freq"] = np.ones(8, np.float32)
-    assert_equal_trees(load_params(write(tmp_path / "extra", config, weights)), want)
+    ours = read_config(tmp_path / "plain")
+    frequencies = rope_frequencies(ours.head_dim, ours.rope_theta, None)
+    for dtype in (np.float32, np.float16):
+        weights["model.layers.1.self_attn.rotary_emb.inv_freq"] = np.asarray(frequencies).astype(dtype)
+        assert_equal_trees(load_params(write(tmp_path / "extra", config, weights)), want)
+    weights["model.layers.1.self_attn.rotary_emb.inv_freq"] *= 2
+    with pytest.raises(UserError, match=r"layers\.1.*inv_freq is not what a model of this config\.json computes there"):
+        load_params(write(tmp_path / "other", config, weights))
+
+
+def own_head(folder):
+    """A checkpoint that says it is tied and has a head of its own."""
+    config = json.loads(str(golden("default_tied")["config"]))
+    weights = weights_of("default_tied")
+    return write(folder, config, weights | {"lm_head.weight": weights["model.embed_tokens.weight"][::-1].copy()})
+
+
+def test_a_tied_model_with_a_head_of_its_own_is_not_tied(tmp_path):
+    folder = own_head(tmp_path / "in")
+    config, params = read_config(folder), load_params(folder)
+    assert not config.tie_embeddings
+    np.testing.assert_array_equal(params["head"]["kernel"].T, params["embed"]["embedding"][::-1])
+    save_params(tmp_path / "out", config, params)
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["tie_word_embeddings"] is False
+    assert_equal_trees(load_params(tmp_path / "out"), params)
+
+
+@needs_torch
+def test_transformers_does_not_tie_it_either(tmp_path):
+    folder = own_head(tmp_path / "in")
+    tokens = np.arange(12).reshape(2, 6)
+    ours = forward(read_config(folder), load_params(folder), tokens, np.ones((2, 6), bool))
+    np.testing.assert_allclose(ours, torch_logits(folder, tokens, np.ones((2, 6), bool)), rtol=0, atol=1e-4)
+
+
+def test_a_stored_head_may_have_another_dtype_than_its_embedding(tmp_path):
+    config = json.loads(str(golden("default_tied")["config"]))
+    weights = weights_of("default_tied")
+    half = weights["model.embed_tokens.weight"].astype(np.float16)
+    weights |= {"lm_head.weight": half, "model.embed_tokens.weight": half.astype(np.float32)}
+    assert read_config(write(tmp_path / "in", config, weights)).tie_embeddings
+    weights["lm_head.weight"] = half + np.float16(0.01)
+    assert not read_config(write(tmp_path / "other", config, weights)).tie_embeddings
 
 
 def scale_to_int(weights):
@@ -221,11 +263,39 @@ BROKEN_WEIGHTS = {
     r"model\.norm\.weight is stored as I8": change_weights(scale_to_int),
     r"model\.safetensors: no such file": lambda folder: (folder / "model.safetensors").unlink(),
     r"model\.safetensors: cannot be read": lambda folder: (folder / "model.safetensors").write_bytes(b"abcdefghi"),
-    r"model-1\.safetensors: no such file": lambda folder: (
-        (folder / "model.safetensors").unlink(),
-        (folder / "model.safetensors.index.json").write_text('{"weight_map": {"a": "model-1.safetensors"}}'),
+    r"model-1\.safetensors: no such file": lambda folder: index(folder, '{"weight_map": {"a": "model-1.safetensors"}}'),
+    r"index\.json: weight_map names no weight files": lambda folder: index(folder, '{"weight_map": null}'),
+    r"index\.json: weight_map names no weight files;": lambda folder: index(folder, '{"weight_map": {"a": 1}}'),
+    r"index\.json: \.\./x\.safetensors lies outside the model folder": lambda folder: index(
+        folder, '{"weight_map": {"a": "../x.safetensors"}}'
     ),
+    r"index\.json: /etc/x lies outside the model folder": lambda folder: index(
+        folder, '{"weight_map": {"a": "/etc/x"}}'
+    ),
+    r"2\.safetensors: lm_head\.weight is in another file of the model as well": lambda folder: (
+        (folder / "model.safetensors").rename(folder / "1.safetensors"),
+        save_file({"lm_head.weight": np.ones((12, 8), np.float32)}, folder / "2.safetensors"),
+        index(folder, '{"weight_map": {"a": "1.safetensors", "b": "2.safetensors"}}'),
+    ),
+    r"num_hidden_layers is 9999, but the weights hold 21 tensors": lambda folder: edit(folder, num_hidden_layers=9999),
+    r"num_hidden_layers=1000000 is no whole number from 1 to 10000": lambda folder: edit(
+        folder, num_hidden_layers=1000000
+    ),
+    r"vocab_size is 1000000000, but the weights hold": lambda folder: edit(folder, vocab_size=10**9),
+    r"intermediate_size is 1000000000, but the weights hold": lambda folder: edit(folder, intermediate_size=10**9),
+    r"hidden_size=1000000000000 is no whole number": lambda folder: edit(folder, hidden_size=10**12),
+    r"head_dim=-6 is no whole number": lambda folder: edit(folder, head_dim=-6),
+    r"vocab_size='12' is no whole number": lambda folder: edit(folder, vocab_size="12"),
+    r"rms_norm_eps='1e-5' is not between 0 and 1": lambda folder: edit(folder, rms_norm_eps="1e-5"),
+    r"config\.json: float\(\) argument must be": lambda folder: edit(folder, rope_parameters={"rope_theta": [1]}),
+    r"model_type \['llama'\] is not supported": lambda folder: edit(folder, model_type=["llama"]),
 }
+
+
+def index(folder, content):
+    """Makes the model a sharded one."""
+    (folder / "model.safetensors").unlink(missing_ok=True)
+    (folder / "model.safetensors.index.json").write_text(content)
 
 
 @pytest.mark.parametrize("message", BROKEN_WEIGHTS)

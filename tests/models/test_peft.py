@@ -90,7 +90,36 @@ def test_a_subset_of_modules(tmp_path):
 
 
 CONFIGS = {
-    "use_dora=True": {"use_dora": True},
+    "init_lora_weights='pissa'.*path_initial_model_for_weight_conversion": {"init_lora_weights": "pissa"},
+    "init_lora_weights='pissa_niter_4'.*weight_conversion": {"init_lora_weights": "PiSSA_niter_4"},
+    "init_lora_weights='olora'.*weight_conversion": {"init_lora_weights": "olora"},
+    "init_lora_weights='corda'": {"init_lora_weights": "corda"},
+    "init_lora_weights='lora_ga'": {"init_lora_weights": "lora_ga"},
+    "init_lora_weights='mica'": {"init_lora_weights": "mica"},
+    "init_lora_weights='loftq'.*merge_and_unload": {"init_lora_weights": "loftq"},
+    "init_lora_weights='eva'.*merge_and_unload": {"init_lora_weights": "eva"},
+    "init_lora_weights=1 may": {"init_lora_weights": 1},
+    r"init_lora_weights=\['gaussian'\]": {"init_lora_weights": ["gaussian"]},
+    "use_dora=True.*merge_and_unload": {"use_dora": True},
+    "layer_replication=": {"layer_replication": [[0, 1]]},
+    "trainable_token_indices=": {"trainable_token_indices": [3]},
+    "target_parameters=": {"target_parameters": ["mlp.experts"]},
+    "megatron_config=": {"megatron_config": {"a": 1}},
+    "arrow_config=": {"arrow_config": {"top_k": 3}},
+    "monteclora_config=": {"monteclora_config": {"num_samples": 3}},
+    "use_bdlora=": {"use_bdlora": {"nblocks": 2}},
+    "ensure_weight_tying=True": {"ensure_weight_tying": True},
+    "something_new=0.5": {"something_new": 0.5},
+    "task_type='SEQ_CLS'": {"task_type": "SEQ_CLS"},
+    "proj.lora_A.weight adapts a module that target_modules": {"target_modules": ["v_proj", "o_proj"]},
+    "adapts a module that target_modules, exclude_modules": {"exclude_modules": ["mlp.up_proj"]},
+    r"layers\.1.* adapts a module that .* layers_to_transform": {"layers_to_transform": [0]},
+    "target_modules=7 is neither a list nor a pattern": {"target_modules": 7},
+    r"exclude_modules='\(' is neither": {"exclude_modules": "("},
+    "r=3.5 is no whole number": {"r": 3.5},
+    "r=0 is no whole number": {"r": 0},
+    "lora_alpha=inf is no finite number": {"lora_alpha": float("inf")},
+    "lora_alpha='16' is no finite number": {"lora_alpha": "16"},
     "lora_bias=True": {"lora_bias": True},
     "use_qalora=True": {"use_qalora": True},
     "alora_invocation_tokens": {"alora_invocation_tokens": [1]},
@@ -113,15 +142,39 @@ def test_other_adapters_are_refused(folder, message):
 
 
 def test_absent_and_empty_settings_mean_plain_lora(folder):
-    edit(folder, modules_to_save=[], layer_replication=None, rank_pattern={}, use_dora=False)
+    edit(folder, modules_to_save=[], layer_replication=None, rank_pattern={}, use_dora=False, loftq_config={})
     raw = json.loads((folder / "adapter_config.json").read_text())
     del raw["bias"], raw["fan_in_fan_out"], raw["use_rslora"]
     (folder / "adapter_config.json").write_text(json.dumps(raw))
     assert load_peft(folder)[2] == ALPHA
 
 
+@pytest.mark.parametrize("start", [True, False, None, "gaussian", "Gaussian", "orthogonal"])
+def test_starts_that_leave_the_base_alone(folder, start):
+    """And settings that change nothing, such as those of a start that was not used."""
+    edit(
+        folder, init_lora_weights=start, lora_dropout=0.1, peft_version="0.21.2", revision="main", corda_config={"a": 1}
+    )
+    edit(
+        folder, target_modules=r".*\.(self_attn|mlp)\.\w+_proj", exclude_modules=["lm_head"], layers_to_transform=[0, 1]
+    )
+    jax.tree.map(np.testing.assert_array_equal, load_peft(folder)[0], ingredient())
+    edit(folder, target_modules="all-linear", task_type=None, inference_mode=False)
+    assert load_peft(folder)[1:] == (RANK, ALPHA)
+
+
 PREFIX = "base_model.model.model.layers.1.self_attn.q_proj"
 WEIGHTS = {
+    "q_proj.lora_B.weight holds NaN": lambda w: w[f"{PREFIX}.lora_B.weight"].__setitem__((0, 0), np.nan),
+    "lora_A of .* is missing in layer 2": lambda w: w.update(
+        {f"{PREFIX.replace('.1.', '.999999999.')}.lora_A.weight": np.ones((3, 8), np.float32)},
+    ),
+    r"layers\.1000000000\..* adapts no module": lambda w: w.update(
+        {f"{PREFIX.replace('.1.', '.1000000000.')}.lora_A.weight": np.ones((3, 8), np.float32)},
+    ),
+    r"layers\.01\..* adapts no module": lambda w: w.update(
+        {f"{PREFIX.replace('.1.', '.01.')}.lora_A.weight": np.ones((3, 8), np.float32)},
+    ),
     "lora_B of layers/attention/query is missing in layer 1": lambda w: w.pop(f"{PREFIX}.lora_B.weight"),
     "lora_A of layers/attention/query is missing in layer 1": lambda w: w.pop(f"{PREFIX}.lora_A.weight"),
     "lm_head.* adapts no module": lambda w: w.update({"base_model.model.lm_head.lora_A.weight": np.ones((3, 8))}),

@@ -1,0 +1,199 @@
+"""What a merge takes over besides weights: tokenizer, chat template, special tokens and settings of generation.
+
+They come from the ingredient that has them. A base knows no chat template, and its EOS is not what ends an answer of a
+chat model that was trained from it.
+"""
+
+import dataclasses
+import itertools
+import json
+import pathlib
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any
+
+from pjrlhf.errors import UserError
+from pjrlhf.models.folders import read_json, reading
+from pjrlhf.models.hf_config import TOKEN_IDS
+from pjrlhf.models.huggingface import GENERATION, TOKENIZER_FILES
+from pjrlhf.types import Json
+
+# Keys of generation_config.json that are no settings of generation.
+_NOTES = ("_from_model_config", "transformers_version")
+
+
+@dataclasses.dataclass(frozen=True)
+class Inherited:
+    """What a merged folder gets from the folders it is made of.
+
+    Attributes:
+      tokenizer: the folder whose tokenizer files are copied; None where no folder has any.
+      token_ids: bos_token_id, eos_token_id and pad_token_id; an id, a list of ids, or None.
+      generation: the other settings of generation_config.json.
+    """
+
+    tokenizer: pathlib.Path | None
+    token_ids: dict[str, Json]
+    generation: dict[str, Json]
+
+
+def inherit(
+    base: pathlib.Path | None, ingredients: Sequence[pathlib.Path], chosen: pathlib.Path | None = None
+) -> Inherited:
+    """Finds the folder that decides, for the chat template, the special tokens and the settings of generation each.
+
+    Folders with a chat template decide, if there are any that say something, else all. Among them, those that differ
+    from the base: what an ingredient was trained to do counts, not what it started from.
+
+    Args:
+      chosen: decides instead, as far as it has something to say.
+
+    Raises:
+      UserError: two folders decide differently, or a file cannot be read.
+    """
+    parents = [*([base] if base else []), *ingredients]
+    folders = list(dict.fromkeys(parents))
+    speakers = [folder for folder in folders if _chat_template(folder) is not None] or folders
+
+    def decide(what: str, read: Callable[[pathlib.Path], Json]) -> tuple[pathlib.Path | None, Json]:
+        """(the folder that decides, what it says), None where all are silent."""
+        found = {folder: read(folder) for folder in folders}
+        for some in ([chosen] if chosen else [], speakers, folders):
+            having = [folder for folder in some if found[folder] is not None]
+            new = [folder for folder in having if base is None or found[folder] != found[base]] or having
+            for other in new[1:]:
+                if found[other] != found[new[0]]:
+                    raise UserError(
+                        f"{other}: has another {what} than {new[0]}; set merge.tokenizer to the folder to take it from"
+                    )
+            if new:
+                return new[0], found[new[0]]
+        return None, None
+
+    def read_file(name: str, ignored: Collection[str] = ()) -> dict[str, Json]:
+        """The keys of a JSON file, each from the folder that decides about it."""
+        contents = {folder: _optional(folder / name) for folder in folders}
+        keys = dict.fromkeys(key for content in contents.values() for key in content if key not in ignored)
+        return {key: decide(f"{key} in {name}", lambda folder, key=key: contents[folder].get(key))[1] for key in keys}
+
+    others = {key for folder in folders for key in _optional(folder / "config.json")} - {*TOKEN_IDS}
+    generation, config = read_file(GENERATION, _NOTES), read_file("config.json", others)
+    ids = {}
+    for name in TOKEN_IDS:
+        stated = [x[name] for x in (generation, config) if x.get(name) is not None]
+        every = list(dict.fromkeys(i for x in stated for i in (x if isinstance(x, list) else [x])))
+        # EOS may be several; the model stops at any of them.
+        ids[name] = every if name == "eos_token_id" and len(every) > 1 else next(iter(every), None)
+    template, _ = decide("chat template", _chat_template)
+    tokenizer, _ = decide("tokenizer", _has_tokenizer)
+    return Inherited(
+        template or tokenizer,
+        ids,
+        {key: value for key, value in generation.items() if key not in TOKEN_IDS and value is not None},
+    )
+
+
+def _has_tokenizer(folder: pathlib.Path) -> bool | None:
+    """True, or None: all tokenizers of a merge are the same."""
+    return any((folder / name).is_file() for name in TOKENIZER_FILES) or None
+
+
+def _optional(file: pathlib.Path) -> dict[str, Json]:
+    return read_json(file) if file.is_file() else {}
+
+
+def _chat_template(folder: pathlib.Path) -> Json:
+    """The chat template in any of its places, or None."""
+    file = folder / "chat_template.jinja"
+    if file.is_file():
+        return file.read_text(encoding="utf-8", errors="replace")
+    places = ("tokenizer_config.json", "chat_template.json")
+    return next((found for name in places if (found := _optional(folder / name).get("chat_template"))), None)
+
+
+# ---- tokenizers
+
+
+@dataclasses.dataclass(frozen=True)
+class _Tokenizer:
+    """What decides which tokens a text becomes.
+
+    Attributes:
+      rules: merges, normaliser, pre-tokeniser and settings of the model, by name.
+      tokens: id -> token (of a unigram model, with its score).
+      added: id -> how the added token is found in a text.
+    """
+
+    rules: Mapping[str, Json]
+    tokens: Mapping[int, Json]
+    added: Mapping[int, Mapping[str, Json]]
+
+
+def _read_tokenizer(file: pathlib.Path) -> _Tokenizer:
+    """Reads tokenizer.json of any version of `tokenizers` that the installed one knows, which settles its spelling.
+
+    Raises:
+      UserError: it cannot be read.
+    """
+    import tokenizers
+
+    try:
+        content = json.loads(tokenizers.Tokenizer.from_file(str(file)).to_str())
+    except Exception as error:  # the library raises nothing narrower
+        raise UserError(
+            f"{file}: tokenizers {tokenizers.__version__} cannot read it ({error}); save it with this version, or "
+            "install the version that wrote it"
+        ) from error
+    model: dict[str, Any] = content["model"]
+    vocabulary = model.pop("vocab")
+    if isinstance(vocabulary, dict):
+        tokens = {i: token for token, i in vocabulary.items()}
+    else:
+        tokens = dict(enumerate(vocabulary))
+    added = {entry.pop("id"): entry for entry in content["added_tokens"]}
+    tokens |= {i: entry["content"] for i, entry in added.items()}
+    rules = {f"model.{key}": x for key, x in model.items()}
+    rules |= {name: content[name] for name in ("normalizer", "pre_tokenizer")}
+    return _Tokenizer(rules, tokens, added)
+
+
+def _difference(one: _Tokenizer, other: _Tokenizer) -> str:
+    """In what two tokenizers differ, or "". One may have special tokens that the other lacks, such as padding."""
+    for name in one.rules.keys() | other.rules.keys():
+        if one.rules.get(name) != other.rules.get(name):
+            return name
+    for i in sorted(one.tokens.keys() | other.tokens.keys()):
+        for here, there in ((one, other), (other, one)):
+            if i not in there.tokens and not here.added.get(i, {}).get("special"):
+                return f"token {i}, {here.tokens[i]!r}, which only one of them has"
+        if (
+            i in one.tokens
+            and i in other.tokens
+            and (one.tokens[i], one.added.get(i))
+            != (
+                other.tokens[i],
+                other.added.get(i),
+            )
+        ):
+            return f"token {i}, {one.tokens[i]!r} and {other.tokens[i]!r}"
+    return ""
+
+
+def check_tokenizers(folders: Sequence[pathlib.Path]) -> None:
+    """All folders that have a tokenizer.json must turn text into the same tokens.
+
+    Raises:
+      UserError: two differ, or one cannot be read.
+    """
+    having = [folder for folder in folders if (folder / "tokenizer.json").is_file()]
+    distinct: dict[bytes, pathlib.Path] = {}
+    for folder in having:
+        with reading(folder / "tokenizer.json"):
+            distinct.setdefault((folder / "tokenizer.json").read_bytes(), folder)
+    if len(distinct) < 2:
+        return
+    found = {folder: _read_tokenizer(folder / "tokenizer.json") for folder in distinct.values()}
+    for one, other in itertools.combinations(found, 2):
+        if what := _difference(found[one], found[other]):
+            raise UserError(
+                f"{other}: tokenizer.json differs from that of {one} in {what}; merge models of one tokenizer"
+            )
