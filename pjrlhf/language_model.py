@@ -53,10 +53,11 @@ def load_model(
       UserError: no such folder, or the model or tokenizer cannot be read.
     """
     path = local(str(folder))
-    tokenizer = load_tokenizer(path, eos_token=eos_token)
+    config = read_config(path)
+    tokenizer = load_tokenizer(path, eos_token=eos_token, rows=config.vocab_size)
     platform = jax.default_backend()
     model = Decoder(
-        read_config(path),
+        config,
         dtype=jnp.dtype(dtype),
         attention=choose("auto", platform, dtype, 1),
         user_offset=int(bool(tokenizer.add_bos)),
@@ -126,7 +127,8 @@ class LanguageModel:
         mix = _rows_of_mix(bank, mix, len(prompts))
         ids = [self.tokenizer.encode_prompt(prompt) for prompt in prompts]
         self._check_context(max(map(len, ids)) + max_new_tokens)
-        tokens, valid = pad_left(ids, _rounded(max(map(len, ids))), self.tokenizer.pad_id)
+        length = min(_rounded(max(map(len, ids))), self.backbone.model.config.max_length - max_new_tokens)
+        tokens, valid = pad_left(ids, length, self.tokenizer.pad_id)
         sampling = Sampling(
             max_new_tokens=max_new_tokens,
             eos_id=self.tokenizer.eos_id,

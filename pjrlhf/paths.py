@@ -22,11 +22,11 @@ _CHUNK = 2**24  # bytes in memory while a file is copied
 _DISK = {
     errno.ENOSPC: "the disk is full; free some space",
     errno.EDQUOT: "the disk quota is used up; free some space",
-    errno.EACCES: "no permission to write there; mend it or choose another folder",
-    errno.EPERM: "no permission to write there; mend it or choose another folder",
-    errno.EROFS: "the file system is read-only; choose another folder",
-    errno.ENOTDIR: "a file stands where a folder is needed; choose another folder",
-    errno.EEXIST: "a file stands where a folder is needed; choose another folder",
+    errno.EACCES: "no permission to write there; mend it or choose another --workdir or output folder",
+    errno.EPERM: "no permission to write there; mend it or choose another --workdir or output folder",
+    errno.EROFS: "the file system is read-only; choose another --workdir or output folder",
+    errno.ENOTDIR: "a file stands where a folder is needed; choose another --workdir or output folder",
+    errno.EEXIST: "a file stands where a folder is needed; choose another --workdir or output folder",
     errno.ENAMETOOLONG: "the name is too long; choose a shorter one",
     errno.EIO: "the disk reports an error; choose another one",
 }

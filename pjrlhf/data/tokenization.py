@@ -8,6 +8,7 @@ import json
 import os
 import pathlib
 from collections.abc import Mapping, Sequence
+from importlib import metadata
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -34,18 +35,23 @@ class Tokenizer:
       eos_id, bos_id, unk_id: ids of the special tokens; None where the tokenizer has none (`eos_id` always exists).
       pad_id: fills rows. Masks decide what is scored and attended to, so it may equal `eos_id`.
       vocab_size: the largest id plus 1.
+      rows: the number of ids that the model knows. Of the others none is ever given out.
       add_bos: whether text starts with BOS.
     """
 
-    def __init__(self, backend: Any, *, eos_token: str | None = None, add_bos: bool | None = None):
+    def __init__(
+        self, backend: Any, *, eos_token: str | None = None, add_bos: bool | None = None, rows: int | None = None
+    ):
         """
         Args:
           backend: a `transformers` tokenizer.
           eos_token: a token of the vocabulary that becomes EOS; the EOS of the backend where None.
           add_bos: whether text starts with BOS; as the backend does where None.
+          rows: of the model's embedding; None for a model that is made for this tokenizer.
 
         Raises:
-          UserError: the backend has no EOS, or `eos_token` is not in the vocabulary.
+          UserError: the backend has no EOS, `eos_token` is not in the vocabulary, or EOS or BOS has no row in the
+            embedding.
         """
         vocabulary = backend.get_vocab()
         if eos_token is not None:
@@ -62,13 +68,19 @@ class Tokenizer:
         self.bos_id: int | None = backend.bos_token_id
         self.unk_id: int | None = backend.unk_token_id
         self.vocab_size = max(vocabulary.values()) + 1
+        self.rows = self.vocab_size if rows is None else rows
+        for name, i in (("EOS", self.eos_id), ("BOS", self.bos_id)):
+            if i is not None and i >= self.rows:
+                remedy = "use the tokenizer that came with the model"
+                if name == "EOS":
+                    remedy += ", or name another token with --config.model.eos_token=..."
+                raise UserError(f"tokenizer {backend.name_or_path}: {name} {self._unknown(i)}; {remedy}")
         self.has_chat_template = bool(backend.chat_template)
-        others = [i for i in (backend.pad_token_id, backend.unk_token_id) if i is not None and i != self.eos_id]
+        fillers = (backend.pad_token_id, backend.unk_token_id)
+        others = [i for i in fillers if i is not None and i != self.eos_id and i < self.rows]
         self.pad_id: int = others[0] if others else self.eos_id
         if self.pad_id != backend.pad_token_id:
-            logging.info(
-                "the tokenizer has no padding token of its own; padding with %r", self.decode([self.pad_id], False)
-            )
+            logging.info("no padding token that the model knows; padding with %r", self.decode([self.pad_id], False))
         if add_bos is None:
             add_bos = self.bos_id is not None and backend("")["input_ids"][:1] == [self.bos_id]
         self.add_bos = add_bos
@@ -161,24 +173,31 @@ class Tokenizer:
 
     def _encode(self, texts: list[str], *, bos: bool) -> list[list[int]]:
         rows = self.backend(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+        if unknown := max((i for ids in rows for i in ids if i >= self.rows), default=0):
+            raise RecordError("has a token that the model does not know", self._unknown(unknown))
         start = self.bos_id
         if not self.add_bos or start is None:
             return rows
         return [[start] * (bos or ids[:1] == [start]) + _drop_leading(ids, start) for ids in rows]
+
+    def _unknown(self, i: int) -> str:
+        """What is wrong with an id beyond the embedding."""
+        return f"{self.backend.convert_ids_to_tokens(i)!r} has id {i}, and the model's embedding has {self.rows} rows"
 
 
 def _drop_leading(ids: list[int], token: int) -> list[int]:
     return ids[next((i for i, x in enumerate(ids) if x != token), len(ids)) :]
 
 
-def load_tokenizer(folder: str | os.PathLike, *, eos_token: str | None = None) -> Tokenizer:
+def load_tokenizer(folder: str | os.PathLike, *, eos_token: str | None = None, rows: int | None = None) -> Tokenizer:
     """Reads the tokenizer of a Hugging Face folder; the file tokenizer.json is enough, and no code of the folder runs.
 
     Args:
-      eos_token: see `Tokenizer`.
+      eos_token, rows: see `Tokenizer`.
 
     Raises:
-      UserError: `transformers` cannot load a tokenizer from the folder, or the tokenizer has no EOS.
+      UserError: `transformers` cannot load a tokenizer from the folder, the tokenizer has no EOS, or the model does not
+        know its EOS or BOS.
     """
     from transformers import AutoTokenizer
 
@@ -187,13 +206,17 @@ def load_tokenizer(folder: str | os.PathLike, *, eos_token: str | None = None) -
         raise UserError(f"tokenizer {folder}: no such folder; give one with a tokenizer.json")
     try:
         backend = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
-    except (OSError, ValueError, ImportError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(f"tokenizer {folder}: {reason}; give a folder with a tokenizer.json") from error
+    except Exception as error:  # the library `tokenizers` raises nothing narrower
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise UserError(
+            f"tokenizer {folder}: {reason}; give a folder with a tokenizer.json that transformers "
+            f"{metadata.version('transformers')} and tokenizers {metadata.version('tokenizers')} can read"
+        ) from error
     settings = folder / "tokenizer_config.json"
     # transformers 5 ignores this setting for the classes that it replaces with its own.
     add_bos = json.loads(settings.read_text()).get("add_bos_token") if settings.is_file() else None
-    return Tokenizer(backend, eos_token=eos_token, add_bos=add_bos if backend.bos_token_id is not None else False)
+    add_bos = add_bos if backend.bos_token_id is not None else False
+    return Tokenizer(backend, eos_token=eos_token, add_bos=add_bos, rows=rows)
 
 
 def write_folder(folder: pathlib.Path, tokenizer: Any, **settings: Json) -> None:

@@ -74,16 +74,23 @@ def truncate(logits: Float[Array, "B V"], top_k: int, top_p: float) -> Float[Arr
 def generate(policies: Policies | PolicyEnsemble, sampling: Sampling, prompts: Prompts, key: PRNGKey) -> Rollout:
     """Samples one continuation [B, N] of every prompt [B, P]; call it inside `jax.jit`.
 
-
     Args:
       policies: of a batch of B rows.
       sampling: static settings.
       key: of the samples.
+
+    Raises:
+      UserError: the model has learned positions, and fewer than prompts, user tokens and answers take.
     """
     prompt, prompt_valid = policies.reserve(prompts.tokens, prompts.valid)
     B, P = prompt.shape
     N = sampling.max_new_tokens
     config = policies.model.config
+    if config.positions == "learned" and config.max_length < P + N:
+        raise UserError(
+            f"prompts of {P} tokens, user tokens included, and answers of {N} do not fit the {config.max_length} "
+            "positions of the model; shorten the prompts or the answers"
+        )
     cache_valid = jnp.concatenate([prompt_valid, jnp.zeros((B, N), bool)], axis=1)
     # Prefill attends to P positions only; the decode loop pays for all P + N.
     cache = init_cache(config, B * policies.copies, P, policies.model.dtype)

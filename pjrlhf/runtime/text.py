@@ -91,6 +91,13 @@ class Text:
     ) -> PackedRows:
         """Packs prompts and their answers as `data.packing` sets; see `data.packing.pack`."""
         d, model = self.settings, self.workspace.model
+        longest = d.max_prompt + num_user_tokens + d.max_completion
+        if model.config.positions == "learned" and longest > model.config.max_length:
+            raise UserError(
+                f"user tokens: {num_user_tokens} with prompts of {d.max_prompt} and completions of {d.max_completion} "
+                f"tokens are more than the {model.config.max_length} positions of the model; lower data.max_prompt or "
+                "data.max_completion"
+            )
         mode = choose_mode(d.packing, model.attention)
         layout = PackLayout(
             mode=mode,

@@ -157,7 +157,8 @@ class Workspace:
     @functools.cached_property
     def tokenizer(self) -> Tokenizer:
         """The tokenizer of the base."""
-        return load_tokenizer(self.start_folder, eos_token=self.settings.eos_token or None)
+        rows = self.model_config.vocab_size if self.settings.path else None
+        return load_tokenizer(self.start_folder, eos_token=self.settings.eos_token or None, rows=rows)
 
     @property
     def token_ids(self) -> dict[str, int | None]:

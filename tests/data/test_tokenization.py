@@ -203,6 +203,32 @@ def test_end_of_sequence_is_required_and_can_be_named():
     assert tokenizer.decode(codes("ab!")) == "ab"
 
 
+def test_tokens_that_the_model_does_not_know_are_named():
+    """A padding token added at the end is never given out; EOS and BOS must have a row, and so must every text."""
+    size = len(SPECIAL) + 256
+    assert Tokenizer(backend(pad_token="[PAD]"), rows=size).pad_id == END
+    assert Tokenizer(backend(pad_token="[PAD]", unk_token="<|im_start|>"), rows=size).pad_id == START
+    with pytest.raises(UserError, match=rf"EOS '</s>' has id {size}, and .* {size} rows; .*--config\.model\.eos_token"):
+        Tokenizer(backend(eos_token="</s>"), rows=size)
+    with pytest.raises(UserError, match=rf"BOS '<s>' has id {size}, and the model's embedding has {size} rows"):
+        Tokenizer(backend(bos_token="<s>"), rows=size)
+    fast = backend()
+    fast.add_tokens(["<image>"])
+    tokenizer = Tokenizer(fast, rows=size)
+    with pytest.raises(RecordError, match=rf"token that the model does not know .*'<image>' has id {size}"):
+        tokenizer.encode_answers("a", ["b<image>"])
+    examples = [Example(prompt=text, where=text) for text in ("one", "two <image>")]
+    table = tokenize(examples, "prompt", tokenizer, ROOMY, max_bad_fraction=0.5)
+    assert (len(table), table.bad.counts) == (1, {"has a token that the model does not know": 1})
+
+
+@pytest.mark.parametrize("content", ["{}", "[]", '{"model": {"type": "Newer"}}', "{"])
+def test_a_tokenizer_that_cannot_be_read_is_one_line(tmp_path, content):
+    (tmp_path / "tokenizer.json").write_text(content)
+    with pytest.raises(UserError, match=rf"tokenizer {tmp_path}: .*that transformers \d.* can read"):
+        load_tokenizer(tmp_path)
+
+
 def test_load_and_save(tmp_path):
     first = Tokenizer(backend(bos=True, template=CHATML, vocab_size=300))
     first.save(tmp_path / "whole")

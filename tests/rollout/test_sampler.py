@@ -12,6 +12,7 @@ from support.small_policies import ADAPTERS, CONFIG, EOS, KINDS, MODEL, PAD, ban
 
 from pjrlhf.errors import UserError
 from pjrlhf.models.adapters import Policies
+from pjrlhf.models.decoder import Decoder, init_params
 from pjrlhf.rollout import sampler, scoring
 from pjrlhf.rollout.decoding import PolicyEnsemble
 from pjrlhf.rollout.sampler import Sampling, generate, truncate
@@ -312,3 +313,20 @@ def test_rows_with_the_same_prompt_draw_independently():
 def test_impossible_settings_are_refused(setting, name):
     with pytest.raises(UserError, match=name):
         Sampling(max_new_tokens=N, eos_id=EOS, pad_id=PAD, **setting)
+
+
+def test_learned_positions_are_counted_with_user_tokens():
+    """Beyond the last one, embeddings would be NaN."""
+    model = Decoder(CONFIG.replace(positions="learned", max_length=P + N + 2))
+    params = init_params(model, jax.random.key(0))
+    prompt = prompts(B, P)
+
+    def logps(count):
+        users = jnp.zeros((B, count, CONFIG.hidden_size))
+        return generate(Policies(model, ADAPTERS["lora"], params, None, None, users), GREEDY, prompt, jax.random.key(1))
+
+    assert np.isfinite(logps(2).logps).all()
+    with pytest.raises(
+        UserError, match=f"prompts of {P + 3} tokens, user tokens included, and answers of {N} do not fit"
+    ):
+        logps(3)
