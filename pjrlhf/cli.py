@@ -63,8 +63,8 @@ def _merge(arguments: Sequence[str]) -> None:
         parser.add_argument(f"--{name}", type=kind, help=helps[name])
     given = {key: value for key, value in vars(parser.parse_args(arguments)).items() if value is not None}
     with _one_line():
-        merge(parse(MergeSettings, given, "merge"))
-        print(f"merged model: {given['output']}")
+        manifest = merge(parse(MergeSettings, given, "merge"))
+        print(f"merged model: {manifest['output']}")
 
 
 def _report(arguments: Sequence[str]) -> None:

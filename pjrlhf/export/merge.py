@@ -15,7 +15,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import logging
 
 from pjrlhf import __version__
 from pjrlhf.errors import UserError
@@ -138,6 +137,7 @@ def merge(config: MergeSettings, workdir: pathlib.Path | None = None) -> dict[st
         "base": {"folder": _absolute(config.base) if config.base else None, "hash": base_hash},
         "tokenizer": str(inherited.tokenizer.absolute()) if inherited.tokenizer else None,
         "ingredients": [ingredient.manifest_entry() for ingredient in ingredients],
+        "output": str(output.absolute()),
     }
     with new_folder(output, marker=MANIFEST) as work:
         if config.space == "concat":
@@ -156,7 +156,6 @@ def merge(config: MergeSettings, workdir: pathlib.Path | None = None) -> dict[st
             )
         manifest["dtype"] = dtype
         (work / MANIFEST).write_text(json.dumps(manifest, indent=2))
-    logging.info("merged model: %s", output)
     return manifest
 
 

@@ -128,7 +128,11 @@ def run(config: ConfigDict | Mapping[str, Json], workdir: Workdir) -> None:
 
 def _merge(run: Run) -> dict[str, Any]:
     """Merges as the section `merge` says; one process writes."""
-    return merge.merge(run.section(MergeSettings), run.workdir.path) if is_process_zero() else {}
+    if not is_process_zero():
+        return {}
+    manifest = merge.merge(run.section(MergeSettings), run.workdir.path)
+    print(f"merged model: {manifest['output']}")
+    return manifest
 
 
 STAGE = Stage("merge", _merge, MergeSettings)

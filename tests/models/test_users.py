@@ -1,6 +1,7 @@
 """User models, gathering the rows of a batch, and the registry of names."""
 
 import json
+import time
 
 import jax
 import jax.numpy as jnp
@@ -280,3 +281,18 @@ def test_odd_people_do_not_take_a_centre_from_a_taste():
         found = fit_clusters(model, params, 2, jax.random.key(seed))
         index = np.asarray(found["table"]["weights"])[1:].argmax(1)
         assert ((index == index[0]) == (persona == persona[0])).all(), seed
+
+
+def test_a_registry_of_many_users_takes_time_in_proportion():
+    """Quadratic time would be minutes."""
+    users = [f"user {i}" for i in range(100_000)]
+    started = time.perf_counter()
+    registry = UserRegistry.create(users, capacity=100_001)
+    table = {"offset": jnp.zeros((100_002, 1))}
+    smaller, table = registry.remove_users(table, users[::2])
+    exported = smaller.export_users(table, users[1:2001:2])
+    again, _ = smaller.import_users(table, exported | {"new": {"offset": [1.0]}})
+    assert time.perf_counter() - started < 20
+    assert (registry.rows["user 99999"], len(smaller.rows), again.rows["new"]) == (100_000, 50_000, 1)
+    with pytest.raises(UserError, match="user 'user 7': the name is taken"):
+        UserRegistry.create([*users, "user 7"])

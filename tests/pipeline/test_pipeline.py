@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from support import tiny
 
+from pjrlhf import main
 from pjrlhf.data.schema import validate
 from pjrlhf.data.sources import open_source
 from pjrlhf.export import merge
@@ -261,16 +262,23 @@ def test_eight_devices_give_the_numbers_of_one(finished, tmp_path):
             np.testing.assert_allclose(found, wanted, rtol, atol=rtol)
 
 
-def test_the_merge_config_runs_as_a_stage(finished, tmp_path):
+def test_the_merge_config_runs_as_a_stage(finished, tmp_path, capsys):
+    """It says where it wrote, and another mix in the same run directory is another export."""
     ingredients = finished / "policy" / "ingredients"
     config = tiny.catalogue("merge").get_config()
     config.merge.base = str(finished / "sft" / "model")
     config.merge.ingredients = (str(ingredients / "P1A"), str(ingredients / "P2B"))
     config.merge.weights = (0.7, -0.2)
     workdir = Workdir(tmp_path / "merge")
+    workdir.write_config(stages.read(config).to_dict())
     stages.run(config, workdir)
     merge.merge(parse(MergeSettings, config.merge, "merge").replace(output=str(tmp_path / "direct")))
     assert (workdir.path / "export" / "soup" / "model.safetensors").read_bytes() == (
         tmp_path / "direct" / "model.safetensors"
     ).read_bytes()
     assert workdir.finished("merge")["space"] == "delta"
+    assert f"merged model: {workdir.path / 'export' / 'soup'}" in capsys.readouterr().out
+    config.merge.weights = (0.5, 0.5)
+    workdir.write_config(stages.read(config).to_dict(), ignore=main.FREE)
+    stages.run(config, workdir)
+    assert f"merged model: {workdir.path / 'export' / 'soup-2'}" in capsys.readouterr().out
