@@ -110,7 +110,8 @@ def check_bases(base: pathlib.Path | None, ingredients: Sequence[Ingredient]) ->
     for ingredient in ingredients:
         if ingredient.adapter is None or not (ingredient.folder / MANIFEST).is_file():
             continue
-        recorded = read_json(ingredient.folder / MANIFEST).get("base", {}).get("hash")
+        stated = read_json(ingredient.folder / MANIFEST).get("base")
+        recorded = stated.get("hash") if isinstance(stated, dict) else None
         if recorded and not known:
             owner, known = ingredient.folder, recorded
         if recorded and recorded != known:

@@ -80,7 +80,10 @@ def inherit(
     ids = {}
     for name in TOKEN_IDS:
         stated = [x[name] for x in (generation, config) if x.get(name) is not None]
-        every = list(dict.fromkeys(i for x in stated for i in (x if isinstance(x, list) else [x])))
+        every = [i for x in stated for i in (x if isinstance(x, list) else [x])]
+        if wrong := [i for i in every if type(i) is not int]:
+            raise UserError(f"{name} of the ingredients: {wrong[0]!r} is no id; correct {GENERATION} and config.json")
+        every = list(dict.fromkeys(every))
         # EOS may be several; the model stops at any of them.
         ids[name] = every if name == "eos_token_id" and len(every) > 1 else next(iter(every), None)
     template, _ = decide("chat template", _chat_template)
@@ -105,7 +108,8 @@ def _chat_template(folder: pathlib.Path) -> Json:
     """The chat template in any of its places, or None."""
     file = folder / "chat_template.jinja"
     if file.is_file():
-        return file.read_text(encoding="utf-8", errors="replace")
+        with reading(file):
+            return file.read_text(encoding="utf-8")
     places = ("tokenizer_config.json", "chat_template.json")
     return next((found for name in places if (found := _optional(folder / name).get("chat_template"))), None)
 

@@ -31,6 +31,7 @@ from pjrlhf.export.inherited import check_tokenizers, inherit
 from pjrlhf.merging import lora, trees
 from pjrlhf.models.folders import DTYPES, new_folder, read_json
 from pjrlhf.models.hf_config import read_config
+from pjrlhf.models.huggingface import copy_tokenizer
 from pjrlhf.models.peft import CONFIG as ADAPTER_CONFIG
 from pjrlhf.models.peft import MANIFEST, save_peft
 from pjrlhf.paths import disk_errors, is_remote, local, refuse_remote
@@ -143,6 +144,8 @@ def merge(config: MergeSettings, workdir: pathlib.Path | None = None) -> dict[st
         if config.space == "concat":
             base_name = manifest["base"]["folder"]
             dtype = _write_adapter(work, base, base_name, ingredients, config.dtype or "float32", model_type)
+            if inherited.tokenizer not in (None, base):  # that of the base is found with the base
+                copy_tokenizer(inherited.tokenizer, work)
         else:
             dtype = write_dense(
                 work,

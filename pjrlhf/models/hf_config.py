@@ -71,7 +71,7 @@ def read_config(folder: Folder) -> ModelConfig:
     files = weight_files(folder)
     if not all(file.is_file() for file in files):  # a config without weights, or one whose weights cannot be loaded
         return config
-    stats = tuple((file, stat.st_mtime_ns, stat.st_size) for file in files for stat in [file.stat()])
+    stats = tuple((file, stat.st_ino, stat.st_mtime_ns, stat.st_size) for file in files for stat in [file.stat()])
     family = get_family(raw["model_type"], source)
     weights = _survey(stats, family.prefix, f"{family.modules['embed']}.weight", f"{family.modules['head']}.weight")
     # Before anything of these sizes is built.
@@ -94,8 +94,8 @@ class _Survey(NamedTuple):
 
 
 @functools.lru_cache(maxsize=64)
-def _survey(stats: tuple[tuple[pathlib.Path, int, int], ...], prefix: str, embed: str, head: str) -> _Survey:
-    """Looks into weight files, once per file, time of its last change and size."""
+def _survey(stats: tuple[tuple[pathlib.Path, int, int, int], ...], prefix: str, embed: str, head: str) -> _Survey:
+    """Looks into weight files, once as long as they are unchanged: `stats` are path, inode, time and size of each."""
     with open_tensors([file for file, *_ in stats], prefix) as files:
         shapes = {name: files[name].get_slice(name).get_shape() for name in files}
         numbers = sum(map(math.prod, shapes.values()))

@@ -47,6 +47,7 @@ TOKENIZER_FILES = (
     "chat_template.jinja",
     "chat_template.json",
 )
+TEMPLATES = "additional_chat_templates"  # a folder
 GENERATION = "generation_config.json"
 
 
@@ -195,7 +196,7 @@ def save_params(
     hf = config_to_hf(config, model_type=model_type, dtype=dtypes["embed/embedding"], **ids)
     with new_folder(folder, marker="config.json") as work:
         if tokenizer_folder is not None:
-            _copy_tokenizer(pathlib.Path(tokenizer_folder), work)
+            copy_tokenizer(pathlib.Path(tokenizer_folder), work)
         settings = dict(generation or {}) | {name: value for name, value in ids.items() if value is not None}
         (work / GENERATION).write_text(json.dumps(settings, indent=2))
         for file, names in shards.filename_to_tensors.items():
@@ -216,12 +217,19 @@ def _take(leaf: Any, index: int | tuple[()]) -> np.ndarray:
     return np.asarray(leaf[index])
 
 
-def _copy_tokenizer(source: pathlib.Path, target: pathlib.Path) -> None:
+def copy_tokenizer(source: pathlib.Path, target: pathlib.Path) -> None:
+    """Copies the files of a tokenizer, and its chat templates.
+
+    Raises:
+      UserError: there are none.
+    """
     files = [source / name for name in TOKENIZER_FILES if (source / name).is_file()]
     if not files:
         raise UserError(f"{source}: no tokenizer files to export; name a folder with a tokenizer.json")
     for file in files:
         shutil.copyfile(file, target / file.name)
+    if (source / TEMPLATES).is_dir():
+        shutil.copytree(source / TEMPLATES, target / TEMPLATES, copy_function=shutil.copyfile)
 
 
 def fingerprint(folder: Folder) -> str:

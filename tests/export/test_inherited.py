@@ -85,6 +85,13 @@ def test_an_adapter_brings_its_template_and_the_base_its_settings(models):
     assert generation == {"bos_token_id": 0, "eos_token_id": 3, "top_p": 0.9}
 
 
+def test_one_adapter_of_several_keeps_the_tokenizer(models):
+    settings = {"ingredients": (str(models / "lora"),) * 2, "weights": (0.5, 0.5), "space": "concat"}
+    merge.merge(MergeSettings(**settings, base=str(models / "base"), output=str(models.parent / "adapter")))
+    assert (models.parent / "adapter" / "chat_template.jinja").read_text() == CHAT
+    assert (models.parent / "adapter" / "tokenizer.json").is_file()
+
+
 def test_what_an_ingredient_changed_counts_and_not_what_it_lacks(models):
     """Of a chat base: one ingredient came without a tokenizer, the other with another temperature."""
     for name in ("plain", "twin"):

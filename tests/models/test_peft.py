@@ -7,11 +7,14 @@ import jax
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
+from support.tiny_llamas import SMALL, forward, random_params
 
 from pjrlhf.errors import UserError
+from pjrlhf.merging.lora import merge_dense
 from pjrlhf.models.adapters import AdapterConfig, init_bank
 from pjrlhf.models.config import ModelConfig
 from pjrlhf.models.decoder import Decoder, init_params
+from pjrlhf.models.huggingface import load_params, read_config, save_params
 from pjrlhf.models.peft import load_peft, save_peft
 
 CONFIG = ModelConfig(
@@ -280,3 +283,45 @@ def test_fused_adapters_that_are_no_parts_are_refused(fused, tmp_path):
     attention = {name: pair for name, pair in fused_ingredient()["layers"]["attention"].items() if name != "key"}
     with pytest.raises(UserError, match=r"attention/key/[ab] is missing; .* all parts of a fused projection"):
         save_peft(tmp_path / "other", {"layers": {"attention": attention}}, RANK, ALPHA, "base", model_type, 4)
+
+
+# --- PEFT itself ---
+
+
+@pytest.mark.parametrize("start", [True, "gaussian", "orthogonal", "pissa", "pissa_niter_2", "olora"])
+@pytest.mark.parametrize("rslora", [False, True])
+def test_adapters_of_peft(start, rslora, tmp_path):
+    """Loaded with its base, an adapter gives PEFT's logits; one that changes its base is refused until it is converted,
+    as the message says.
+    """
+    torch, peft = pytest.importorskip("torch"), pytest.importorskip("peft")
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    save_params(tmp_path / "base", SMALL, random_params(SMALL))
+    base = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32)
+    settings = peft.LoraConfig(
+        r=4, lora_alpha=6, target_modules=["q_proj", "down_proj"], init_lora_weights=start, use_rslora=rslora
+    )
+    model = peft.get_peft_model(base, settings)
+    changes_base = isinstance(start, str) and start.startswith(("pissa", "olora"))
+    if changes_base:
+        model.peft_config["default"].init_lora_weights = True
+        model.save_pretrained(tmp_path / "start")
+        model.peft_config["default"].init_lora_weights = start
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "lora_" in name:
+                weight += 0.1 * torch.randn_like(weight)
+    model.save_pretrained(tmp_path / "trained")
+    tokens = np.arange(12).reshape(2, 6)
+    with torch.no_grad():
+        want = model(torch.tensor(tokens)).logits.numpy()
+    if changes_base:
+        with pytest.raises(UserError, match="path_initial_model_for_weight_conversion=START"):
+            load_peft(tmp_path / "trained")
+        start_folder = str(tmp_path / "start")
+        model.save_pretrained(tmp_path / "trained", path_initial_model_for_weight_conversion=start_folder)
+    adapter, rank, alpha = load_peft(tmp_path / "trained")
+    params = merge_dense(load_params(tmp_path / "base"), [adapter], [alpha / rank], [1.0])
+    got = forward(read_config(tmp_path / "base"), params, tokens, np.ones((2, 6), bool))
+    np.testing.assert_allclose(got, want, rtol=0, atol=1e-4)
