@@ -245,7 +245,8 @@ def _write_adapter(
             check_adapter(ingredient, config, base)
     recorded = read_json(ingredients[0].folder / ADAPTER_CONFIG).get("base_model_name_or_path")
     combined = combine_adapters(lora.concatenate, ingredients)
-    adapter = jax.tree.map(lambda x: np.asarray(x, jnp.dtype(dtype)), combined)
+    with np.errstate(over="ignore"):  # what is too large for `dtype` is refused when it is written
+        adapter = jax.tree.map(lambda x: np.asarray(x, jnp.dtype(dtype)), combined)
     rank = sum(ingredient.rank for ingredient in ingredients)
     save_peft(work, adapter, rank, rank, base_name or recorded, model_type, head_dim)
     return dtype

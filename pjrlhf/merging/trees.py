@@ -97,7 +97,9 @@ def sum_in_pieces(
         np.multiply(parts[0], weights[0], out=total[:n], dtype=wide)
         for part, weight in zip(parts[1:], weights[1:], strict=True):
             total[:n] += np.multiply(part, weight, out=term[:n], dtype=wide)
-        yield total[:n].astype(dtype, copy=False)
+        with np.errstate(over="ignore"):  # infinity where `dtype` is too narrow
+            piece = total[:n].astype(dtype, copy=False)
+        yield piece
 
 
 def soup(

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from safetensors import safe_open
 
 Folder = str | pathlib.Path
-# safetensors name -> numpy name of a dtype: of the weights that are merged and exported, and of all that are read.
+# safetensors name -> numpy name of a dtype: of weights, and of everything else.
 DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 OTHER_DTYPES = {"BOOL": "bool", "F64": "float64", "I8": "int8", "I16": "int16", "I32": "int32", "I64": "int64"}
 OTHER_DTYPES |= {"U8": "uint8", "U16": "uint16", "U32": "uint32", "U64": "uint64"}
@@ -98,7 +98,7 @@ class _File:
         header, content = self._mapped
         entry = header[name.removeprefix(self._prefix)]
         start, end = entry["data_offsets"]
-        return content[start:end].view(jnp.dtype((DTYPES | OTHER_DTYPES)[entry["dtype"]]))
+        return content[start:end].view(self.dtype(name))
 
     @functools.cached_property
     def _mapped(self) -> tuple[dict[str, Json], np.ndarray]:
