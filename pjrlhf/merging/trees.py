@@ -98,8 +98,8 @@ def sum_in_pieces(
         for part, weight in zip(parts[1:], weights[1:], strict=True):
             total[:n] += np.multiply(part, weight, out=term[:n], dtype=wide)
         with np.errstate(over="ignore"):  # infinity where `dtype` is too narrow
-            piece = total[:n].astype(dtype, copy=False)
-        yield piece
+            narrow = total[:n].astype(dtype, copy=False)
+        yield narrow
 
 
 def soup(
