@@ -21,7 +21,9 @@ def main(argv: Sequence[str] | None = None) -> None:
       argv: the arguments; those of the process where None.
     """
     from pjrlhf import __version__
+    from pjrlhf.terminal import quiet_libraries
 
+    quiet_libraries()
     arguments = list(sys.argv[1:] if argv is None else argv)
     parser = argparse.ArgumentParser(
         prog="pjrlhf",
@@ -74,24 +76,28 @@ def _report(arguments: Sequence[str]) -> None:
     with _one_line():
         from pjrlhf.errors import UserError
         from pjrlhf.evaluation.report import print_tables
+        from pjrlhf.terminal import visible
 
         try:
             summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
         except FileNotFoundError:
             raise UserError(f"{folder}: no summary.json; name the run directory of a finished run") from None
+        except NotADirectoryError:
+            raise UserError(f"{folder.parent}: is a file; name the run directory of a finished run") from None
         except (OSError, ValueError) as error:
             raise UserError(f"{folder}/summary.json: cannot be read ({error}); run the evaluation again") from error
         print_tables(summary)
-        print(f"report: {folder / 'index.html'}")
+        print(f"report: {visible(folder / 'index.html')}")
 
 
 @contextlib.contextmanager
 def _one_line() -> Iterator[None]:
     """Turns a UserError into one line on stderr and exit code 2."""
     from pjrlhf.errors import UserError
+    from pjrlhf.terminal import print_error
 
     try:
         yield
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print_error(error)
         sys.exit(2)

@@ -18,15 +18,19 @@ from pjrlhf.algorithms.policy import PolicySettings
 from pjrlhf.algorithms.reward import RewardSettings
 from pjrlhf.algorithms.ric import RicSettings
 from pjrlhf.algorithms.sft import SftSettings
+from pjrlhf.algorithms.targets import simplex_points
 from pjrlhf.errors import UserError
 from pjrlhf.export.merge import MergeSettings
 from pjrlhf.feedback.comparisons import ComparisonsSettings
 from pjrlhf.feedback.population import PopulationSettings
+from pjrlhf.models.users import KINDS
 from pjrlhf.protocols.front import FrontSettings
+from pjrlhf.protocols.soups import OWN as SOUPS_OWN
 from pjrlhf.protocols.soups import SoupsSettings
+from pjrlhf.protocols.users import OWN as USERS_OWN
 from pjrlhf.protocols.users import UsersSettings
 from pjrlhf.runtime.run import SharedSettings
-from pjrlhf.settings import Settings, fill, nested_class, overlay, setting, to_config
+from pjrlhf.settings import Settings, check_names, fill, nested_class, overlay, setting, to_config
 from pjrlhf.types import Json
 
 
@@ -55,6 +59,17 @@ class RunSettings(SharedSettings):
     def check(self) -> None:
         super().check()
         known = self.audience.preferences
+        if self.evaluate_front:
+            try:
+                simplex_points(self.evaluate_front.points, self.objectives, "points")
+            except UserError as error:
+                raise UserError(f"evaluate_front.{str(error).removeprefix('preferences.')}") from error
+        if "evaluate_users" in self.stages and self.evaluate_users and self.preference:
+            self._check_cold_start(self.evaluate_users, self.preference)
+        if self.evaluate_users and self.preference:
+            check_names("preference.models", self.preference.models, USERS_OWN)
+        if "evaluate" in self.stages:
+            check_names("methods", self.methods, SOUPS_OWN)
         for name in self.population.personas if self.population else ():
             if name not in known:
                 raise UserError(f"population.personas: {name!r} is unknown; choose from {', '.join(known)}")
@@ -82,6 +97,27 @@ class RunSettings(SharedSettings):
             )
         if self.seeds and (not self.stages or self.stages[-1] != "evaluate_front"):
             raise UserError("seeds: only runs that end in evaluate_front can be averaged; set --config.seed instead")
+
+    def _check_cold_start(self, evaluated: UsersSettings, trained: PreferenceSettings) -> None:
+        """Raises UserError where there are no new people, or too few comparisons of each."""
+        if not evaluated.cold_start or not evaluated.cold_start_models:
+            return
+        most = max(evaluated.cold_start)
+        if not isinstance(trained.data, str) and not trained.new_user_fraction:
+            raise UserError(
+                "evaluate_users.cold_start: nobody is new; set --config.preference.new_user_fraction=0.2, or skip it "
+                "with --config.evaluate_users.cold_start=()"
+            )
+        if trained.data == "population" and self.population and self.population.new_pairs_per_user <= most:
+            raise UserError(
+                f"evaluate_users.cold_start: {most} comparisons of each new person leave none of "
+                f"population.new_pairs_per_user={self.population.new_pairs_per_user} to test on; raise the latter"
+            )
+        for name in evaluated.cold_start_models:
+            if not KINDS.get(trained.entry(name).users.kind).personal:
+                raise UserError(
+                    f"evaluate_users.cold_start_models: {name!r} has nothing of a person's own to fit; leave it out"
+                )
 
     @property
     def sections(self) -> dict[type, Settings]:

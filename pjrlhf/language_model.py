@@ -27,6 +27,7 @@ from pjrlhf.paths import local
 from pjrlhf.rollout import sampler, scoring
 from pjrlhf.rollout.batches import Prompts
 from pjrlhf.rollout.sampler import Sampling
+from pjrlhf.settings import fold_seed
 from pjrlhf.types import Params
 
 MULTIPLE = 32  # lengths are rounded up to multiples of 32, so that few programs are compiled
@@ -136,7 +137,9 @@ class LanguageModel:
             temperature=temperature,
             top_p=top_p,
         )
-        out = jax.device_get(_generate(self.backbone, sampling, bank, mix, tokens, valid, jax.random.key(seed)))
+        out = jax.device_get(
+            _generate(self.backbone, sampling, bank, mix, tokens, valid, jax.random.key(fold_seed(seed)))
+        )
         texts = []
         for prompt, before, after, kept in zip(prompts, ids, out.tokens, out.valid, strict=True):
             answer = after[kept].tolist()

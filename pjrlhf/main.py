@@ -9,14 +9,17 @@ import pathlib
 import re
 import sys
 import traceback
-from typing import Any, cast
+from collections.abc import Iterator
+from typing import Any, cast, get_type_hints
 
 from absl import app, flags, logging
 from absl.logging import converter
 from ml_collections import ConfigDict, FrozenConfigDict, config_flags
+from ml_collections.config_dict import placeholder
 
 from pjrlhf.errors import UserError
-from pjrlhf.paths import user_cache
+from pjrlhf.paths import expand, user_cache
+from pjrlhf.terminal import SafeRecords, line, print_error, quiet_libraries, visible
 
 FLAGS = flags.FLAGS
 # Settings that may change between two runs in one run directory, because training does not depend on them.
@@ -36,7 +39,7 @@ class _ConfigFile(flags.ArgumentParser):
         complete(config)
         for arg in sys.argv[1:]:
             if found := re.match(r"--?(?:no)?config\.([^=]+)", arg):
-                check_key(config, found[1])
+                reach(config, found[1])
         return config.lock()
 
 
@@ -73,8 +76,11 @@ def read_file(spec: str) -> ConfigDict:
       UserError: no such file, an error in the file, or a result that is not a ConfigDict.
     """
     path, _, variant = spec.partition(":")
+    path = expand(path)
+    if os.path.isdir(path):
+        raise UserError(f"--config: {path!r} is a folder; name a file in it, for example --config=configs/soups.py")
     if not os.path.isfile(path):
-        raise UserError(f"--config: no file {path!r}; check the path, for example --config=configs/soups.py")
+        raise UserError(f"--config: no file {path!r}; name one that exists, for example --config=configs/soups.py")
     loader = importlib.machinery.SourceFileLoader("config_file", path)
     module_spec = importlib.util.spec_from_file_location("config_file", path, loader=loader)
     assert module_spec, path  # always present with a loader
@@ -110,8 +116,8 @@ def _place(error: BaseException, path: str) -> str:
     return f"{path} line {lines[-1]}" if lines else path
 
 
-def check_key(config: Any, key: str) -> None:
-    """Checks that a config has the setting of a flag.
+def reach(config: ConfigDict, key: str) -> None:
+    """Checks that a config has the setting of a flag. A section whose keys a config chooses gets the key.
 
     Args:
       key: dotted, without "config.".
@@ -120,20 +126,70 @@ def check_key(config: Any, key: str) -> None:
       UserError: the config has no such setting or section.
     """
     from pjrlhf.config import RunSettings
-    from pjrlhf.settings import unknown_key
+    from pjrlhf.settings import is_open, unknown_key
 
-    done = "--config"
-    for part in key.split("."):
-        if "[" in part:
-            return  # an index; the flag itself reports its errors
-        if not isinstance(config, ConfigDict):
-            raise UserError(f"--config.{key}: {done} is a value, not a section; set {done}")
-        done = f"{done}.{part}"
-        if part not in config:
-            if done == f"--config.{part}" and part in RunSettings.__dataclass_fields__:
-                raise UserError(f"{done}: this config has no section {part}; add it to the file, or use another config")
-            raise UserError(unknown_key(done, list(config)))
-        config = config[part]
+    if "[" in key:
+        return  # an index; the flag itself reports its errors
+    parts, section = key.split("."), config
+    for i, part in enumerate(parts):
+        above, place = ".".join(parts[:i]), ".".join(parts[: i + 1])
+        if not isinstance(section, ConfigDict):
+            raise UserError(f"--config.{key}: --config.{above} is a value, not a section; set --config.{above}")
+        last, choosable = i == len(parts) - 1, is_open(RunSettings, place)
+        if part not in section:
+            if not above and part in RunSettings.__dataclass_fields__:
+                raise UserError(
+                    f"--config.{part}: this config has no section {part}; add it to the file, or use another config"
+                )
+            if not choosable or not above:
+                raise UserError(unknown_key(f"--config.{place}", list(section), _same_name(config, part, above)))
+            with section.ignore_type():
+                section[part] = placeholder(object) if last else ConfigDict()
+        elif choosable and not last and not isinstance(section[part], ConfigDict):
+            with section.ignore_type():  # a name, such as that of the synthetic prompts, in place of a section
+                section[part] = ConfigDict()
+        section = section[part]
+
+
+def _same_name(config: ConfigDict, name: str, above: str) -> list[str]:
+    """The flags of settings called `name` in other sections of a config."""
+
+    def found(section: ConfigDict, prefix: str) -> Iterator[str]:
+        for key, value in section.items():
+            if isinstance(value, ConfigDict):
+                yield from found(value, f"{prefix}{key}.")
+            elif key == name and prefix != f"{above}.":
+                yield f"--config.{prefix}{key}"
+
+    return list(found(config, "")) if above else []
+
+
+def settings_help(spec: str) -> Iterator[str]:
+    """Lines that describe the settings of a config file: flag with its value in the file, help, limits, default."""
+    from pjrlhf.config import RunSettings, complete
+    from pjrlhf.settings import fields_of, nested_class, rule_of
+
+    config, hints = read_file(spec), get_type_hints(RunSettings)
+    complete(config)
+    yield f"Settings of {visible(spec)}, with their values there. Set one with its flag."
+    found = {key: field for key, (_, field) in fields_of(RunSettings).items() if key.partition(".")[0] in config}
+    sections = dict.fromkeys("" if "." not in key else key.partition(".")[0] for key in found)
+    for section in sections:
+        if section:
+            cls = nested_class(hints[section])
+            yield f"\n{section}: {(inspect.getdoc(cls) or '').splitlines()[0]}"
+        for key, field in found.items():
+            if key.rpartition(".")[0].partition(".")[0] != section:
+                continue
+            value, rule = config, rule_of(field)
+            for part in key.split("."):
+                value = value.get(part) if isinstance(value, ConfigDict) else None
+            value = value.to_dict() if isinstance(value, ConfigDict) else value
+            default = field.default_factory() if callable(field.default_factory) else field.default
+            limits = rule.describe() or " | ".join(str(choice) or '""' for choice in rule.allowed)
+            notes = [rule.help, limits, "" if value == default else f"default {visible(repr(default))}"]
+            yield f"  --config.{key}={visible(repr(value))}"
+            yield f"      {' - '.join(filter(None, notes))}"
 
 
 def compilation_cache() -> None:
@@ -160,6 +216,11 @@ def parse(argv: list[str]) -> list[str]:
       UserError: a flag or the config file is wrong or missing.
     """
     try:
+        asked = {arg.lstrip("-") for arg in argv if arg.startswith("-")} & {"help", "h", "helpfull", "helpshort", "?"}
+        configs = [arg.partition("=")[2] for arg in argv if re.match(r"--?config=.", arg)]
+        if asked and configs:
+            print("\n".join(settings_help(configs[-1])))
+            sys.exit(0)
         rest = FLAGS(argv)
     except SystemExit:
         sys.exit(0)  # --help, which absl ends with an error code
@@ -183,8 +244,10 @@ def parse(argv: list[str]) -> list[str]:
 
 def main(_: list[str]) -> None:
     """Runs the config of the flags, and prints the tables of its report."""
+    handler = logging.get_absl_handler()
     # At this level, libraries log their internals; users need the messages of this package only.
-    logging.get_absl_handler().addFilter(lambda r: r.levelno > converter.STANDARD_INFO or "pjrlhf" in r.pathname)
+    handler.addFilter(lambda r: r.levelno > converter.STANDARD_INFO or "pjrlhf" in r.pathname)
+    handler.addFilter(SafeRecords())
     from pjrlhf.pipeline import seeds, stages
 
     config = FLAGS.config
@@ -200,7 +263,8 @@ def main(_: list[str]) -> None:
     processes.initialize(FLAGS.distributed, FLAGS.coordinator, FLAGS.num_processes, FLAGS.process_id)
     from pjrlhf.training.workdir import Workdir
 
-    workdir = Workdir(FLAGS.workdir or default_workdir(config_flags.get_config_filename(FLAGS["config"])))
+    workdir = Workdir(expand(FLAGS.workdir or default_workdir(config_flags.get_config_filename(FLAGS["config"]))))
+    plan.check_inputs(workdir)
     workdir.write_config(plan.to_dict(), ignore=FREE)
     (seeds if plan.settings.seeds else stages).run(config, workdir)
     summary = workdir.path / "report" / "summary.json"
@@ -208,7 +272,7 @@ def main(_: list[str]) -> None:
         from pjrlhf.evaluation.report import print_tables
 
         print_tables(json.loads(summary.read_text(encoding="utf-8")))
-        print(f"report: {summary.with_name('index.html')}")
+        print(f"report: {visible(summary.with_name('index.html'))}")
 
 
 def leave(code: int) -> None:
@@ -226,15 +290,16 @@ def leave(code: int) -> None:
 
 def run() -> None:
     """The entry point. A UserError ends in one line instead of a traceback."""
+    quiet_libraries()
     try:
         app.run(main, flags_parser=parse)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print_error(error)
         leave(2)
     except SystemExit as stop:
         # Stopped by a signal: the message says how to resume, and the code is that of the shell.
         if isinstance(stop.code, int) and stop.code > 128:
-            print(stop, file=sys.stderr)
+            print(line(stop), file=sys.stderr)
         raise
     except Exception:
         traceback.print_exc()

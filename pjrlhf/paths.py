@@ -6,6 +6,7 @@ Files in a bucket cannot be appended to or renamed, so run directories and expor
 import contextlib
 import errno
 import hashlib
+import importlib.metadata
 import os
 import pathlib
 import shutil
@@ -96,24 +97,55 @@ def bucket_errors(path: str | os.PathLike) -> Iterator[None]:
     if not is_remote(path):
         yield
         return
-    scheme = os.fspath(path).split("://")[0]
+    scheme, _, rest = os.fspath(path).partition("://")
+    if scheme == "file":
+        raise UserError(f"{path}: a path stands without file://; write {rest}")
     if scheme not in EXTRAS:
         raise UserError(
-            f"{path}: {scheme}:// is not supported; use {', '.join(f'{x}://' for x in EXTRAS)}, or a folder"
+            f"{path}: {scheme}:// cannot be read; download it and name the local file or folder, or use "
+            f"{' or '.join(f'{x}://' for x in EXTRAS)}"
         )
     try:
         yield
     except UserError:
         raise
     except ImportError as error:
-        raise UserError(f"{path}: {error}; pip install 'pjrlhf[{EXTRAS[scheme]}]'") from error
+        raise UserError(f"{path}: {error}; {install(EXTRAS[scheme])}") from error
     except Exception as error:  # clients raise their own kinds for network, credentials and store
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise UserError(f"{path}: cannot be reached ({reason}); check the name and the credentials") from error
 
 
+def install(extra: str) -> str:
+    """The command that installs the packages of an extra of this package, which need not be on a package index."""
+    try:
+        found = importlib.metadata.requires("pjrlhf") or []
+    except importlib.metadata.PackageNotFoundError:  # a clone that is not installed
+        return f"pip install '.[{extra}]' in the folder of the clone"
+    names = [one.partition(";")[0].strip() for one in found if one.replace("'", '"').endswith(f'extra == "{extra}"')]
+    return "pip install " + " ".join(f"'{name}'" for name in names)
+
+
+@contextlib.contextmanager
+def read_errors(path: str | os.PathLike) -> Iterator[None]:
+    """Turns errors of the operating system while a local `path` is read into a UserError."""
+    try:
+        yield
+    except OSError as error:
+        if is_remote(path):
+            raise
+        reason = error.strerror or str(error)
+        raise UserError(f"{path}: cannot be read ({reason}); check its permissions and the disk") from error
+
+
+def expand(path: str | os.PathLike) -> str:
+    """A path with ~ as the home folder; addresses of buckets stay."""
+    path = os.fspath(path)
+    return path if is_remote(path) else os.path.expanduser(path)
+
+
 def local(path: str | os.PathLike) -> pathlib.Path:
-    """The local path of a file or folder: `path` itself, or a copy of what is in a bucket.
+    """The local path of a file or folder: `path` itself, with ~ expanded, or a copy of what is in a bucket.
 
     The copy stays in the user's cache and is used again while names, sizes and times in the bucket are unchanged.
 
@@ -121,7 +153,7 @@ def local(path: str | os.PathLike) -> pathlib.Path:
       UserError: no such file or folder in the bucket, or the bucket cannot be reached.
     """
     if not is_remote(path):
-        return pathlib.Path(path)
+        return pathlib.Path(expand(path))
     with bucket_errors(path):
         source = epath.Path(path)
         if source.is_dir():

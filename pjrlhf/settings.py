@@ -7,6 +7,7 @@ A config file builds its `ml_collections.ConfigDict` from these classes with `to
 import dataclasses
 import difflib
 import functools
+import hashlib
 import math
 import numbers
 import types
@@ -18,8 +19,11 @@ import ml_collections
 from ml_collections import config_dict
 
 from pjrlhf.errors import UserError
+from pjrlhf.paths import expand
 
 T = TypeVar("T", bound="Settings")
+
+SEEDS = (-(2**63), 2**64 - 1)  # the least and the greatest seed
 
 # Old key -> new key. A section is given where the new key depends on it.
 RENAMED = {
@@ -38,6 +42,11 @@ RENAMED = {
 RENAMED_VALUES = {"world": "synthetic", "world16": "synthetic16"}
 
 
+def fold_seed(seed: int) -> int:
+    """A seed as 32 bits, which all generators accept: itself where it fits, else a hash of it."""
+    return seed if 0 <= seed < 2**32 else int.from_bytes(hashlib.sha256(str(seed).encode()).digest()[:4], "big")
+
+
 @dataclasses.dataclass(frozen=True)
 class Rule:
     """The values that a field may have, within its type. In a tuple, the rule applies to every item.
@@ -48,6 +57,7 @@ class Rule:
       above, below: exclusive bounds.
       choices: the allowed values, or a function that returns them; () for any value.
       extensible: "package.module:name" is also allowed.
+      path: the value is a path, in which ~ is the home folder.
     """
 
     help: str = ""
@@ -57,6 +67,7 @@ class Rule:
     below: float | None = None
     choices: tuple[Any, ...] | Callable[[], tuple[Any, ...]] = ()
     extensible: bool = False
+    path: bool = False
 
     @property
     def allowed(self) -> tuple[Any, ...]:
@@ -138,6 +149,25 @@ class Settings:
         return {field.name: _plain(getattr(self, field.name)) for field in dataclasses.fields(self)}
 
 
+def check_names(key: str, names: typing.Iterable[str], taken: Mapping[str, str] = types.MappingProxyType({})) -> None:
+    """Checks names that folders, metrics and tables of reports are called by.
+
+    Args:
+      key: dotted key of the setting that holds them, for messages.
+      taken: names that mean something else -> what they mean.
+
+    Raises:
+      UserError: a name that cannot name a file, or that is taken.
+    """
+    for name in names:
+        if name in taken:
+            raise UserError(f"{key}: {name!r} is the name of {taken[name]}; choose another one")
+        odd = [c for c in name if c in "/\\" or not c.isprintable()]
+        if odd or name != name.strip() or name.strip(".") == "" or len(name.encode("utf-8", "replace")) > 100:
+            reason = f"holds {odd[0]!r}" if odd else "is empty, too long, dots alone, or has space at an end"
+            raise UserError(f"{key}: {name!r} {reason}, so it cannot name a folder; choose another one")
+
+
 def rule_of(field: dataclasses.Field) -> Rule:
     """The rule of a field; without bounds or choices where it has none."""
     return field.metadata.get("rule", Rule())
@@ -195,11 +225,18 @@ def _checked(name: str, value: object, hint: object, rule: Rule) -> Any:
             if isinstance(converted, Mapping):
                 converted = _open_section(name, converted)
             _check_rule(name, converted, rule, section)
-            return converted
+            return _expanded(converted) if rule.path else converted
     if isinstance(value, str) and rule.allowed:
         _check_rule(name, value, rule, section)  # a message with the choices helps more than one with the type
     wanted = " or ".join(dict.fromkeys(_name(option) for option in options if option is not type(None)))
     raise UserError(f"{name}: {shown(value)} is not {wanted}{_hint_of(rule)}")
+
+
+def _expanded(value: Any) -> Any:
+    """A path, or each path of a tuple, with ~ as the home folder."""
+    if isinstance(value, tuple):
+        return tuple(_expanded(one) for one in value)
+    return expand(value) if isinstance(value, str) else value
 
 
 def _converted(value: Any, hint: object) -> tuple[bool, Any]:
@@ -395,12 +432,25 @@ def overlay(settings: T, values: Any, path: str = "") -> T:
         raise UserError(f"{path}.{error}" if path else str(error)) from error.__cause__
 
 
-def unknown_key(dotted: str, known: Any) -> str:
-    """The error message for a key that is not in `known`: its new name, or the nearest known one."""
+def is_open(cls: type, key: str) -> bool:
+    """Whether the dotted `key` of a class is in a section whose keys a config chooses, or is such a section."""
+    for part in key.split("."):
+        hint = _hints(cls).get(part)
+        nested = nested_class(hint)
+        if nested is None:
+            return any(typing.get_origin(option) in (dict, Mapping) for option in _options(hint))
+        cls = nested
+    return False
+
+
+def unknown_key(dotted: str, known: Any, elsewhere: typing.Iterable[str] = ()) -> str:
+    """The error message for a key that is not in `known`: its new name, a key `elsewhere`, or the nearest known one."""
     section, _, key = dotted.rpartition(".")
     new = RENAMED.get(f"{section.rpartition('.')[2]}.{key}", RENAMED.get(key))
     if new in known:
         return f"{dotted}: is called {f'{section}.' if section else ''}{new} now; rename it"
+    if same := sorted(elsewhere):
+        return f"{dotted}: no such setting; did you mean {' or '.join(same)}?"
     near = difflib.get_close_matches(key, sorted(known), 1)
     hint = f"did you mean {near[0]}?" if near else f"known keys: {', '.join(sorted(known))}"
     return f"{dotted}: no such setting; {hint}"

@@ -61,9 +61,10 @@ def ended(monkeypatch, capsys):
     [
         ([], "--config: not given; for example --config=configs/soups.py"),
         (["--config.seed=1"], "--config: not given; for example --config=configs/soups.py"),
-        (["--config="], "--config: no file ''; check the path, for example --config=configs/soups.py"),
-        (["--config=configs/none.py"], "--config: no file 'configs/none.py'; check the path, for example --config="),
-        (["--config=configs"], "--config: no file 'configs'"),
+        (["--config="], "--config: no file ''; name one that exists, for example --config=configs/soups.py"),
+        (["--config=configs/none.py"], "--config: no file 'configs/none.py'; name one that exists, for example"),
+        (["--config=configs"], "--config: 'configs' is a folder; name a file in it"),
+        ([SOUPS, "--config.data.path=x"], "--config.data.path: no such setting; did you mean --config.model.path"),
         (["--config.seed=1", SOUPS], "before a value for --config"),
         ([SOUPS, "--config.policy.stpes=3"], "--config.policy.stpes: no such setting; did you mean steps?"),
         ([SOUPS, "--config.polcy.steps=3"], "--config.polcy: no such setting; did you mean policy?"),

@@ -40,7 +40,7 @@ ROOMS = (
 )
 # Training never imports evaluation.
 TRAINING = ("algorithms", "feedback", "runtime", "rollout", "training")
-FREE = ("errors", "paths", "registry", "settings", "types")  # for everyone
+FREE = ("errors", "paths", "registry", "settings", "terminal", "types")  # for everyone
 BELOW = ("pjrlhf", *(f"pjrlhf.{name}" for name in FREE if name != "paths"))  # also for objectives and merging
 
 

@@ -5,12 +5,13 @@ An entry says how it is trained (`train`: policy, modpo, ric, or "package.module
 trains nothing), what differs from the section of that trainer, and how it answers (see `answering`).
 """
 
+import contextlib
 import dataclasses
 import importlib
 import json
 import pkgutil
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from absl import logging
@@ -103,8 +104,20 @@ def settings_of(run: Sections, name: str) -> Settings:
 def check(run: Sections) -> None:
     """Raises UserError for an entry that cannot be trained or answer as it stands."""
     for name in run.settings.methods:
-        if entry(run, name).train:
-            settings_of(run, name)
+        if train := entry(run, name).train:
+            settings = settings_of(run, name)
+            if check := trainer_of(train).check:
+                with _named(name):
+                    check(run, settings)
+
+
+@contextlib.contextmanager
+def _named(name: str) -> Iterator[None]:
+    """Puts the name of an entry before the messages of its trainer."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"methods.{name}: {error}") from error
 
 
 def evaluated(run: Run, name: str) -> EvaluatedPolicy:

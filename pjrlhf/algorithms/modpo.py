@@ -220,7 +220,8 @@ class Modpo(Method):
         self.text, self.streams = text, streams
         self.optimizer = per_ingredient(make_optimizer(settings.optimizer, settings.steps))
         source = reward.Grouped(data.tables, streams.seed)
-        self.batches = batches(source, settings.batch_size, seed=streams.seed, collate=self.collate)
+        names = {"key": "modpo.batch_size", "rows": source.described}
+        self.batches = batches(source, settings.batch_size, seed=streams.seed, collate=self.collate, **names)
         self._update = devices.training_step(self._step)
         self.programs, self.ingredients = (self._update,), data.policies
 
@@ -319,4 +320,4 @@ def train(run: Run, settings: ModpoSettings, stage: str) -> dict[str, Any]:
     return {"ingredients": names, "samples": method.data.samples, "base": base_hash}
 
 
-TRAINER = Trainer(lambda run: run.section(ModpoSettings), train, answering.by_targets)
+TRAINER = Trainer(lambda run: run.section(ModpoSettings), train, answering.by_targets, targets_of)

@@ -31,7 +31,7 @@ from pjrlhf.runtime.devices import Devices
 from pjrlhf.runtime.run import Run, Stage
 from pjrlhf.runtime.scorer import Scorer
 from pjrlhf.runtime.streams import Streams
-from pjrlhf.settings import Settings, parse, setting
+from pjrlhf.settings import Settings, check_names, parse, setting
 from pjrlhf.training.lazy_adam import LazyAdam, lazy_adam
 from pjrlhf.training.loop import Method
 from pjrlhf.training.metrics import Metrics
@@ -151,7 +151,9 @@ class PreferenceSettings(PairSettings, PreferenceConfig):
         },
         "name -> entry; an entry may differ from the section in everything from head to sft_weight",
     )
-    bank: str = setting("", "for entries of kind soup: policy, or bank.safetensors of a stage policy on the same base")
+    bank: str = setting(
+        "", "for entries of kind soup: policy, or bank.safetensors of a stage policy on the same base", path=True
+    )
     steps: int = setting(160, "updates of each entry", low=1, high=10**9)
     optimizer: OptimizerSettings = setting(
         OptimizerSettings(learning_rate=3e-3, schedule="cosine", warmup_steps=5), "of the policy or reward model"
@@ -164,6 +166,13 @@ class PreferenceSettings(PairSettings, PreferenceConfig):
         super().check()
         if not self.models:
             raise UserError("models: there is none; add an entry such as {'pooled': {'kind': 'uniform'}}")
+        check_names("models", self.models)
+        for name in self.models if not self.bank else ():
+            if KINDS.get(self.entry(name).users.kind).mixes:
+                raise UserError(
+                    f"bank: entry {name!r} mixes policies; name the bank.safetensors of a stage policy with "
+                    "--config.preference.bank, or policy for that of this run"
+                )
         for name in self.models:
             # Two parts where the first trains vectors for the clusters.
             first = round(self.entry(name).users.warm_start * self.steps)
@@ -398,11 +407,6 @@ def soup_bank(run: Run) -> Params:
       UserError: no such file, or adapters that belong to another base or were scaled in another way.
     """
     path = run.section(PreferenceSettings).bank
-    if not path:
-        raise UserError(
-            "preference.bank: not set; name the bank.safetensors of a stage policy, whose policies soups mix, or "
-            "policy for that of this run"
-        )
     if path == "policy":
         path = run.workdir.path / "policy" / "bank.safetensors"
     bank, note = load_tree(local(path))
@@ -471,7 +475,8 @@ class Preference(Method):
             # The control: the same people and pairs, but nobody's pairs are their own.
             users = streams.numpy("preference/permutation").permutation(users)
         collate = functools.partial(self.collate, "train", users)
-        self.batches = batches(pairs.tables["train"], entry.batch_size, seed=streams.seed, collate=collate)
+        names = {"key": "preference.batch_size", "rows": "pairs"}
+        self.batches = batches(pairs.tables["train"], entry.batch_size, seed=streams.seed, collate=collate, **names)
         self._margins = PairMargins(self.objective, self.users, pairs, backbone, Scorer(devices, entry.batch_size))
         self._update = devices.training_step(self._step)
         self.programs = (self._update,)

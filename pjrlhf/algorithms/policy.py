@@ -109,6 +109,30 @@ class PolicySettings(Settings):
             )
 
 
+def check_together(settings: PolicySettings, targets: Targets, temperature: float) -> None:
+    """Raises UserError for settings that do not go together."""
+    rule, together, K = settings.rule, settings.ppo.policies_at_once, len(targets.policies)
+    if temperature <= 0:
+        raise UserError("temperature: a policy cannot learn from greedy samples; set it above 0, for example to 1")
+    if together and (K % together or targets.mix == "weights"):
+        raise UserError(
+            f"policy.ppo.policies_at_once={together}: must divide the {K} policies, which must not share "
+            "adapters (policy.mix=own); set it to 1, or to 0 for all"
+        )
+    if rule.needs_calibrated_rewards and settings.scale != "quantiles":
+        raise UserError(
+            "policy.combine: the rule compares rewards with preference weights, so they must be on one scale; set "
+            "policy.scale to quantiles"
+        )
+    if rule.needs_preference_groups and targets.kind not in ("grid", "fixed"):
+        raise UserError("policy.combine: the rule needs a fixed set of preferences; set preferences.kind to grid")
+
+
+def check(run: Sections, settings: PolicySettings) -> None:
+    """Raises UserError for settings that policies cannot be trained with."""
+    check_together(settings, targets_of(run, settings), run.settings.temperature)
+
+
 class Policy(Method):
     """The method for `training.loop.run`: rollouts, scores and PPO updates of all K policies in one program.
 
@@ -138,14 +162,15 @@ class Policy(Method):
         if settings.experience.estimator != "gae":
             self.ppo = dataclasses.replace(self.ppo, vf_coef=0.0)
         self.recipe = Recipe(settings.experience, data.text.sampling(), settings.rule)
-        self._check()
+        check_together(settings, self.targets, self.recipe.sampling.temperature)
         updates = settings.steps * self.ppo.epochs * self.ppo.minibatches
         optimizer = make_optimizer(settings.optimizer, updates)
         # Adapters that one policy mixes are trained together.
         self.optimizer = optimizer if self.targets.mix == "weights" else per_ingredient(optimizer)
         samples = settings.experience.samples_per_prompt
         collate = functools.partial(data.collate, samples=samples)
-        self.batches = batches(data, settings.rollouts // samples, seed=streams.seed, collate=collate)
+        size = settings.rollouts // samples
+        self.batches = batches(data, size, seed=streams.seed, collate=collate, key="policy.rollouts", rows="prompts")
         if self.targets.audience.sources:
             # The sources read text on the host, between sampling and the update.
             self._draw, self._update = devices.program(self._sample), devices.training_step(self._learn)
@@ -160,24 +185,6 @@ class Policy(Method):
     def K(self) -> int:
         """Number of policies."""
         return len(self.targets.policies)
-
-    def _check(self) -> None:
-        """Raises UserError for settings that do not go together."""
-        settings, rule, together = self.settings, self.recipe.rule, self.ppo.policies_at_once
-        if self.recipe.sampling.temperature <= 0:
-            raise UserError("temperature: a policy cannot learn from greedy samples; set it above 0, for example to 1")
-        if together and (self.K % together or self.targets.mix == "weights"):
-            raise UserError(
-                f"policy.ppo.policies_at_once={together}: must divide the {self.K} policies, which must not share "
-                "adapters (policy.mix=own); set it to 1, or to 0 for all"
-            )
-        if rule.needs_calibrated_rewards and settings.scale != "quantiles":
-            raise UserError(
-                "policy.combine: the rule compares rewards with preference weights, so they must be on one scale; set "
-                "policy.scale to quantiles"
-            )
-        if rule.needs_preference_groups and self.targets.kind not in ("grid", "fixed"):
-            raise UserError("policy.combine: the rule needs a fixed set of preferences; set preferences.kind to grid")
 
     def init(self) -> State:
         return self.devices.create(self._initial, self.backbone)
@@ -388,5 +395,5 @@ def train(run: Run, settings: PolicySettings, stage: str) -> dict[str, Any]:
     }
 
 
-TRAINER = Trainer(settings_of, train, answering.by_targets)
+TRAINER = Trainer(settings_of, train, answering.by_targets, check)
 STAGE = Stage("policy", run, PolicySettings)

@@ -58,7 +58,7 @@ class RewardSettings(Settings):
         "the pairs of the stage comparisons, or a source of preference records with `objective`",
         choices=("comparisons",),
     )
-    path: str = setting("", "reward models of another run to use instead of training them")
+    path: str = setting("", "reward models of another run to use instead of training them", path=True)
     steps: int = setting(160, "updates", low=1, high=10**9)
     batch_size: int = setting(8, "pairs per objective and step", low=1, high=2**20)
     heldout_fraction: float = setting(0.2, "fraction of the prompts", above=0.0, below=1.0)
@@ -91,6 +91,12 @@ class Grouped:
 
     def __len__(self) -> int:
         return max(len(table) for table in self.tables)
+
+    @property
+    def described(self) -> str:
+        """What a row is, for messages."""
+        objective = max(self.tables, key=len)[0]["objective"]
+        return f"pairs of every objective (most are of {objective})"
 
     def __getitem__(self, i: int) -> list[TokenRow]:
         return [table[self._place(len(table), i)] for table in self.tables]
@@ -216,7 +222,8 @@ class Reward(Method):
         self.ingredients = tuple(self.train)
         self.optimizer = per_ingredient(make_optimizer(settings.optimizer, settings.steps))
         source = Grouped(list(self.train.values()), streams.seed)
-        self.batches = batches(source, settings.batch_size, seed=streams.seed, collate=self.collate)
+        names = {"key": "reward.batch_size", "rows": source.described}
+        self.batches = batches(source, settings.batch_size, seed=streams.seed, collate=self.collate, **names)
         self._update = devices.training_step(self._step)
         self._hits = jax.jit(self._are_hits)
         self.programs = (self._update,)
@@ -325,14 +332,14 @@ def comparisons(run: Run) -> TokenTable:
     if isinstance(spec, str):  # "comparisons"
         spec = {"kind": "jsonl", "path": str(run.workdir.path / "comparisons" / FILE)}
         lengths = run.text.sampled_lengths
-    examples, name = run.records.comparisons(spec)
+    examples, name = run.records.comparisons(spec, "reward.data")
     return run.text.tokenized(examples, lengths, name)
 
 
 def method_of(run: Run) -> Reward:
     """The method for the reward models of a run."""
     settings = run.section(RewardSettings)
-    tables = split_tables(comparisons(run), run.audience.learned, settings.heldout_fraction, run.settings.seed)
+    tables = split_tables(comparisons(run), run.audience.learned, settings.heldout_fraction, run.streams.seed)
     return Reward(settings, run.devices, run.workspace.backbone, run.text, run.streams, tables)
 
 

@@ -184,7 +184,7 @@ class Ric(Method):
         self.data, self.devices, self.backbone, self.streams = data, devices, backbone, streams
         self.optimizer = per_ingredient(make_optimizer(settings.optimizer, data.steps))
         make = functools.partial(sft.collate, text)
-        self.batches = batches(data.table, settings.batch_size, seed=streams.seed, collate=make)
+        self.batches = batches(data.table, settings.batch_size, seed=streams.seed, collate=make, key="ric.batch_size")
         self._update = devices.training_step(self._step)
         self.programs = (self._update,)
 

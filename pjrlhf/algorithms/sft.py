@@ -90,7 +90,7 @@ class Sft(Method):
         optimizer = make_optimizer(settings.optimizer, settings.steps)
         self.optimizer = per_ingredient(optimizer) if self.adapter.rank else optimizer
         make = functools.partial(collate, text)
-        self.batches = batches(table, settings.batch_size, seed=streams.seed, collate=make)
+        self.batches = batches(table, settings.batch_size, seed=streams.seed, collate=make, key="sft.batch_size")
         self.backbone = Backbone(workspace.model, self.adapter, {})
         self._update = devices.training_step(self._step)
         self.programs = (self._update,)

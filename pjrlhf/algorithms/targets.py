@@ -26,7 +26,7 @@ from pjrlhf.objectives.simplex import simplex_grid
 from pjrlhf.rollout.batches import PromptBatch, TargetBatch, split_rows
 from pjrlhf.runtime.audience import Audience
 from pjrlhf.runtime.records import Records
-from pjrlhf.runtime.run import Run
+from pjrlhf.runtime.run import Sections
 from pjrlhf.runtime.streams import Streams
 from pjrlhf.runtime.text import Text
 from pjrlhf.settings import Settings, setting
@@ -172,9 +172,9 @@ class Targets:
         return self.prompt_format(registry, *zip(*known, strict=True)) if known else ""
 
 
-def targets_of(run: Run, settings: TargetSection) -> Targets:
+def targets_of(run: Sections, settings: TargetSection) -> Targets:
     """What the policies of a section are trained for in a run."""
-    return Targets(settings, run.audience, run.streams, run.settings.adapter)
+    return Targets(settings, run.settings.audience, Streams(run.settings.seed), run.settings.adapter)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -34,7 +34,7 @@ from pjrlhf.models.huggingface import read_config
 from pjrlhf.models.quantization import quantize_params
 from pjrlhf.parallel.mesh import batch_sharding, make_mesh, shardings
 from pjrlhf.parallel.roofline import CHIPS, Cost, Estimate, collective_bytes, estimate, matmul_cost, memory_bytes
-from pjrlhf.paths import local
+from pjrlhf.paths import install, local
 from pjrlhf.pipeline.stages import read
 from pjrlhf.rollout import reference
 from pjrlhf.runtime.audience import Audience
@@ -325,5 +325,5 @@ def devices_of(topology: str) -> tuple[str, Sequence[Any]]:
         reason = " ".join(str(error).split())[:200]
         raise UserError(
             f"--aot={topology}: there is no such topology, or no TPU compiler here ({reason}); check the shape, and "
-            "pip install 'pjrlhf[tpu]'"
+            f"{install('tpu')}"
         ) from error

@@ -120,6 +120,8 @@ def batches(
     collate: Callable[[list[Row]], Batch],
     shuffle: bool = True,
     epochs: int | None = None,
+    key: str = "batch_size",
+    rows: str = "rows",
 ) -> Batches[Batch]:
     """A grain iterator over batches, whose `get_state()` is a small JSON dict; after `set_state(state)` it continues
     exactly.
@@ -133,6 +135,8 @@ def batches(
       batch_size: rows of a batch.
       collate: rows -> batch.
       epochs: passes over the table; endless where None. Batches may span two epochs; a partial last batch is dropped.
+      key: dotted key of the setting that fixes the size of a batch, for messages.
+      rows: what the rows are, for messages.
 
     Raises:
       UserError: the table is smaller than a batch.
@@ -141,7 +145,8 @@ def batches(
 
     if batch_size > len(table):
         raise UserError(
-            f"batch_size {batch_size}: the data set has only {len(table)} rows; lower the batch size or add data"
+            f"{key}: a batch takes {batch_size} {rows}, and there are only {len(table)} to train on; lower it with "
+            f"--config.{key}, or add data"
         )
 
     dataset = grain.MapDataset.source(cast(Any, table))

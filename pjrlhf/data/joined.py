@@ -2,16 +2,16 @@
 
 import csv
 import io
-import json
 import pathlib
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from absl import logging
 
+from pjrlhf.data.records import RecordError, from_json, plain
 from pjrlhf.errors import UserError
-from pjrlhf.paths import local
+from pjrlhf.paths import local, read_errors
 
 # Default names of the columns of votes and pairs.
 VOTES = {
@@ -20,7 +20,7 @@ VOTES = {
     "left": "left",
     "right": "right",
     "user": "worker",
-    "winner": "winner",  # "left", "right", or anything else for a tie
+    "winner": "winner",  # "left", "right" or a word for a tie
 }
 CHOICES = {
     "prompt": "question",
@@ -29,111 +29,170 @@ CHOICES = {
 }
 
 
-def read_votes(spec: Mapping[str, Any]) -> list[dict[str, Any]]:
+TIES = ("tie", "ties", "draw", "equal", "same", "both", "neither", "none")  # words for a tie, beside `ties`
+
+
+def read_votes(spec: Mapping[str, Any], key: str = "data") -> dict[int, dict[str, Any] | RecordError]:
     """Joins the votes in a CSV file with the pairs in a JSONL file.
 
-    Ties, and users with fewer than `min_votes` other votes, are left out and counted in the log.
+    Ties, and users with fewer than `min_votes` other votes, are left out and counted in the log. Words of verdicts may
+    be in any case.
 
     Args:
-      spec: `path` of the pairs, `votes` of the CSV file, `min_votes` (1 by default), and column names that differ from
-        `VOTES`.
+      spec: `path` of the pairs, `votes` of the CSV file, `min_votes` (1 by default), `ties` (more words for a tie), and
+        column names that differ from `VOTES`.
+      key: dotted key of `spec` in the config, for messages.
 
     Returns:
-      TRL preference records with `user_id`.
+      Number of a vote in its file, from 1 -> a TRL preference record with `user_id`; or a `RecordError` for a vote with
+      an unknown verdict, or on a pair that is unknown or stands several times.
 
     Raises:
-      UserError: a file or column is missing, or a vote names an unknown pair.
+      UserError: a file or column is missing.
     """
-    names = {key: spec.get(key) or name for key, name in VOTES.items()}
-    pairs_file, votes_file = _file(spec, "path"), _file(spec, "votes")
-    pairs = {str(row[names["pair"]]): row for row in _rows(pairs_file, names, ("pair", "prompt", "left", "right"))}
-    found, ties = [], 0
-    for row in _rows(votes_file, names, ("pair", "user", "winner")):
-        pair = pairs.get(str(row[names["pair"]]))
-        if pair is None:
-            raise UserError(f"{votes_file}: a vote on pair {row[names['pair']]!r}, which is not in {pairs_file}")
-        if row[names["winner"]] not in ("left", "right"):
-            ties += 1
+    names = {ours: spec.get(ours) or name for ours, name in VOTES.items()}
+    pairs_file, votes_file = _file(spec, "path", key), _file(spec, "votes", key)
+    pairs: dict[str, dict[str, Any]] = {}
+    several = set()
+    for _, row in _rows(pairs_file, names, ("pair", "prompt", "left", "right"), key):
+        if isinstance(row, RecordError):
+            raise UserError(f"{pairs_file}: {row}; correct it")
+        name = str(row[names["pair"]])
+        if row != pairs.setdefault(name, row):
+            several.add(name)
+    further, least = spec.get("ties") or (), spec.get("min_votes") or 1
+    if not isinstance(least, int):
+        raise UserError(f"{key}.min_votes: {least!r} is not a whole number; set --config.{key}.min_votes=1")
+    words = {word.strip().lower() for word in (*TIES, *((further,) if isinstance(further, str) else further))}
+    found: dict[int, dict[str, Any] | RecordError] = {}
+    ties = 0
+    for number, row in _rows(votes_file, names, ("pair", "user", "winner"), key):
+        if isinstance(row, RecordError):
+            found[number] = row
             continue
-        sides = ("left", "right") if row[names["winner"]] == "left" else ("right", "left")
-        chosen, rejected = (pair[names[side]] for side in sides)
-        record = {"prompt": pair[names["prompt"]], "chosen": chosen, "rejected": rejected}
-        found.append({**record, "user_id": str(row[names["user"]])})
-    counts = Counter(record["user_id"] for record in found)
-    few = {user for user, count in counts.items() if count < int(spec.get("min_votes") or 1)}
-    kept = [record for record in found if record["user_id"] not in few]
+        name, winner = str(row[names["pair"]]), str(row[names["winner"]]).strip().lower()
+        if name not in pairs:
+            found[number] = RecordError("unknown pair", f"{name!r} is not in {pairs_file}")
+        elif name in several:
+            found[number] = RecordError("ambiguous pair", f"{name!r} stands in {pairs_file} with different answers")
+        elif winner in words:
+            ties += 1
+        elif winner not in ("left", "right"):
+            known = ", ".join(("left", "right", *sorted(words)))
+            found[number] = RecordError("unknown verdict", f"{row[names['winner']]!r} is not one of {known}")
+        else:
+            sides = ("left", "right") if winner == "left" else ("right", "left")
+            chosen, rejected = (pairs[name][names[side]] for side in sides)
+            record = {"prompt": pairs[name][names["prompt"]], "chosen": chosen, "rejected": rejected}
+            found[number] = {**record, "user_id": str(row[names["user"]])}
+    good = {number: record for number, record in found.items() if not isinstance(record, RecordError)}
+    counts = Counter(record["user_id"] for record in good.values())
+    few = {user for user, count in counts.items() if count < least}
+    left_out = {number for number, record in good.items() if record["user_id"] in few}
     logging.info(
         "%s: %d votes of %d users; left out %d ties, and %d votes of %d users with fewer than %s",
-        *(votes_file.name, len(kept), len(counts) - len(few), ties, len(found) - len(kept), len(few)),
-        spec.get("min_votes") or 1,
+        *(votes_file.name, len(good) - len(left_out), len(counts) - len(few), ties, len(left_out), len(few)),
+        least,
     )
-    return kept
+    return {number: record for number, record in found.items() if number not in left_out}
 
 
-def read_choices(spec: Mapping[str, Any]) -> list[dict[str, Any]]:
+def read_choices(spec: Mapping[str, Any], key: str = "data") -> list[dict[str, Any] | RecordError]:
     """Pairs from multiple-choice questions: the first option is chosen over each other one.
 
     Args:
       spec: `path` of a JSON file or of a folder with JSON files, and column names that differ from `CHOICES`.
+      key: dotted key of `spec` in the config, for messages.
 
     Returns:
       TRL preference records with `user_text`. Every question is a user: `user_id` and `question` are
-      "<file> <number>". `group` is the name of the file.
+      "<file> <number>". `group` is the name of the file. A question with fewer than two options is a `RecordError`.
 
     Raises:
-      UserError: a file or column is missing, or a question has fewer than two options.
+      UserError: a file or column is missing.
     """
-    names = {key: spec.get(key) or name for key, name in CHOICES.items()}
-    path = local(_required(spec, "path"))
-    files = sorted(path.glob("*.json")) if path.is_dir() else [_file(spec, "path")]
+    names = {ours: spec.get(ours) or name for ours, name in CHOICES.items()}
+    path = local(_required(spec, "path", key))
+    files = sorted(path.glob("*.json")) if path.is_dir() else [_file(spec, "path", key)]
     if not files:
-        raise UserError(f"{path}: a folder without .json files; name a .json file, or a folder that has some")
-    records = []
+        raise UserError(f"{path}: a folder without .json files; set --config.{key}.path to a folder that has some")
+    records: list[dict[str, Any] | RecordError] = []
     for file in files:
-        for number, row in enumerate(_rows(file, names, tuple(CHOICES))):
-            options, who = row[names["options"]], f"{file.stem} {number}"
+        for number, row in _rows(file, names, tuple(CHOICES), key):
+            if isinstance(row, RecordError):
+                records.append(RecordError(row.reason, f"{file} record {number}: {row}"))
+                continue
+            options, who = row[names["options"]], f"{file.stem} {number - 1}"
             if not isinstance(options, list) or len(options) < 2:
-                raise UserError(f"{file} question {number}: {names['options']} is not a list of two or more options")
+                what = f"{file} record {number}: {names['options']} is not a list of two or more options"
+                records.append(RecordError("not a question", what))
+                continue
             shared = {"prompt": row[names["prompt"]], "user_text": row[names["user_text"]], "user_id": who}
             shared |= {"question": who, "group": file.stem}
             records += [{**shared, "chosen": options[0], "rejected": option} for option in options[1:]]
     return records
 
 
-def _required(spec: Mapping[str, Any], key: str) -> str:
-    if not spec.get(key):
-        raise UserError(f"data kind {spec['kind']!r}: needs {key!r}; set it in the config")
-    return str(spec[key])
+def _required(spec: Mapping[str, Any], name: str, key: str) -> str:
+    if not spec.get(name):
+        raise UserError(f"data kind {spec['kind']!r}: needs {name!r}; set --config.{key}.{name}")
+    return str(spec[name])
 
 
-def _file(spec: Mapping[str, Any], key: str) -> pathlib.Path:
-    path = local(_required(spec, key))
+def _file(spec: Mapping[str, Any], name: str, key: str) -> pathlib.Path:
+    path = local(_required(spec, name, key))
+    if path.is_dir():
+        raise UserError(f"{path}: is a folder; set --config.{key}.{name} to a file in it")
     if not path.is_file():
-        raise UserError(f"{path}: no such file; check {key!r} of the data in the config")
+        raise UserError(f"{path}: no such file; set --config.{key}.{name} to a file that exists")
     return path
 
 
-def _rows(path: pathlib.Path, names: Mapping[str, str], needed: tuple[str, ...]) -> Iterator[dict[str, Any]]:
-    """The records of a .csv, .jsonl or .json file.
+def _rows(
+    path: pathlib.Path, names: Mapping[str, str], needed: tuple[str, ...], key: str
+) -> Iterator[tuple[int, dict[str, Any] | RecordError]]:
+    """(number from 1, record) of a .csv, .jsonl or .json file; a `RecordError` for a record that cannot be read.
 
     Raises:
-      UserError: the file cannot be read, or a record lacks one of the `needed` columns.
+      UserError: the file cannot be read, or its first record lacks one of the `needed` columns.
     """
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-        if path.suffix == ".csv":
-            rows = list(csv.DictReader(io.StringIO(text)))
-        elif path.suffix == ".jsonl":
-            rows = [json.loads(line) for line in text.split("\n") if line.strip()]
-        else:
-            rows = json.loads(text)
-    except ValueError as error:
-        raise UserError(f"{path}: cannot be read ({error}); correct it") from error
-    for number, row in enumerate(rows, 1):
-        missing = [names[key] for key in needed if not isinstance(row, dict) or names[key] not in row]
+    for number, row in enumerate(_parsed(path), 1):
+        if isinstance(row, RecordError):
+            yield number, row
+            continue
+        missing = [name for name in needed if not isinstance(row, dict) or row.get(names[name]) is None]
         if missing:
-            found = sorted(row) if isinstance(row, dict) else type(row).__name__
-            raise UserError(
-                f"{path} record {number}: no column {missing[0]!r} (found {found}); give its name in the config"
-            )
-        yield row
+            found = sorted(map(str, row)) if isinstance(row, dict) else type(row).__name__
+            where, column = f"{path} record {number}", names[missing[0]]
+            if number == 1:
+                raise UserError(
+                    f"{where}: no column {column!r} (found {found}); give its name with "
+                    f"--config.{key}.{missing[0]}=<yours>"
+                )
+            yield number, RecordError(f"missing {column}", f"found {found}")
+            continue
+        yield number, row
+
+
+def _parsed(path: pathlib.Path) -> Sequence[Any]:
+    """The records of a file; a `RecordError` for a line that is not JSON."""
+    with read_errors(path):
+        content = path.read_bytes()
+    if path.suffix == ".jsonl":
+        return [_record(line) for line in content.split(b"\n") if line.strip()]
+    try:
+        if path.suffix == ".csv":
+            return list(csv.DictReader(io.StringIO(content.decode("utf-8-sig"))))
+        found = plain(from_json(content))
+    except (ValueError, csv.Error) as error:
+        raise UserError(f"{path}: cannot be read ({error}); correct it") from error
+    if not isinstance(found, list):
+        raise UserError(f"{path}: holds a {type(found).__name__}, not a list of records; write them as [{{...}}, ...]")
+    return found
+
+
+def _record(line: bytes) -> Any:
+    try:
+        return plain(from_json(line))
+    except RecordError as error:
+        return error

@@ -1,6 +1,8 @@
 """Records as plain Python values, and a report of those that cannot be used."""
 
 import collections
+import json
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,6 +13,8 @@ from pjrlhf.errors import UserError
 from pjrlhf.types import Json
 
 _LOGGED = 5  # bad records that are logged one by one
+_DEPTH = 100  # levels of nesting; Python's own limit depends on who calls
+_BITS = 1000  # of a whole number; every such number is a finite float
 
 
 class RecordError(ValueError):
@@ -56,35 +60,70 @@ class BadRecords:
           UserError: the source is empty, all records are bad, or more than `max_bad_fraction` of them.
         """
         if not self.total:
-            raise UserError(f"{self.source_name}: no records; check the path and the split")
+            raise UserError(f"{self.source_name}: holds no records; name a file or a split that has some")
         if not self.items:
             return
         reasons = ", ".join(f"{count} {reason}" for reason, count in self.counts.items())
         bad = f"{len(self.items)} of {self.total} records are bad ({reasons})"
         if len(self.items) == self.total or len(self.items) > max_bad_fraction * self.total:
             where, _, message = self.items[0]
+            share = math.ceil(100 * len(self.items) / self.total) / 100
+            leave_out = f", or leave them out with --config.data.max_bad_fraction={share:g}"
             raise UserError(
-                f"{self.source_name}: {bad}, the first at {where}: {message}; correct the data, "
-                f"or allow more than {max_bad_fraction:.2%} with --config.data.max_bad_fraction"
+                f"{self.source_name}: {bad}, the first at {where}: {message}; correct the data"
+                f"{leave_out if len(self.items) < self.total else ''}"
             )
         logging.warning("%s: %s; they are left out", self.source_name, bad)
 
 
-def plain(value: Json) -> Any:
+def from_json(text: bytes | str) -> Any:
+    """The value of a JSON text.
+
+    Raises:
+      RecordError: not UTF-8, not JSON, nested too deeply, or a number with thousands of digits.
+    """
+    try:
+        return json.loads(text.decode("utf-8-sig") if isinstance(text, bytes) else text)
+    except UnicodeDecodeError as error:
+        raise RecordError("not UTF-8", str(error)) from error
+    except json.JSONDecodeError as error:
+        raise RecordError("bad JSON", str(error)) from error
+    except RecursionError as error:
+        raise RecordError("nested too deeply", f"more than {_DEPTH} levels") from error
+    except ValueError as error:  # Python reads no whole number of thousands of digits
+        raise RecordError("number too large", str(error).partition(";")[0]) from error
+
+
+def plain(value: Json, depth: int = 0) -> Any:
     """The value as plain Python: bytes become text (UTF-8), NumPy scalars become numbers, arrays become lists.
 
     Raises:
-      RecordError: bytes that are not UTF-8.
+      RecordError: text or bytes that are not UTF-8, such as half of a surrogate pair; more than 100 levels of nesting;
+        or a whole number beyond the range of floats.
     """
+    if depth > _DEPTH:
+        raise RecordError("nested too deeply", f"more than {_DEPTH} levels")
     if isinstance(value, bytes):
         try:
             return value.decode("utf-8")
         except UnicodeDecodeError as error:
             raise RecordError("not UTF-8", str(error)) from error
+    if isinstance(value, str):
+        try:
+            value.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise RecordError("not UTF-8", f"half of a surrogate pair at character {error.start}") from error
+        return value
+    if isinstance(value, int) and value.bit_length() > _BITS:
+        raise RecordError("number too large", f"a whole number of {value.bit_length()} bits")
     if isinstance(value, np.ndarray | np.generic):
-        return plain(value.tolist())
+        return plain(value.tolist(), depth + 1)
     if isinstance(value, Mapping):
-        return {key: plain(item) for key, item in value.items()}
+        return {_key(key): plain(item, depth + 1) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [plain(item) for item in value]
+        return [plain(item, depth + 1) for item in value]
     return value
+
+
+def _key(key: object) -> object:
+    return plain(key) if isinstance(key, str | bytes) else key

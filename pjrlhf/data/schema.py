@@ -6,9 +6,10 @@ prompt, or the content of the one assistant message that follows a conversation.
 
 import dataclasses
 import math
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
+
+from absl import logging
 
 from pjrlhf.data.records import BadRecords, RecordError, plain
 from pjrlhf.errors import UserError
@@ -91,12 +92,22 @@ def validate(
     name = source_name or getattr(records, "name", "records")
     name_row = getattr(records, "where", lambda i: f"{name} row {i}")
     examples, bad = [], BadRecords(name, len(records))
+    without_prompt = 0
     for i in range(len(records)):
         try:
-            examples.append(parse(records[i], kind, columns=columns, where=name_row(i)))
+            record = records[i]
+            examples.append(parse(record, kind, columns=columns, where=name_row(i)))
+            without_prompt += kind == "preference" and (columns or {}).get("prompt", "prompt") not in record
         except RecordError as error:
             bad.add(name_row(i), error)
     bad.check(max_bad_fraction)
+    if without_prompt:
+        logging.warning(
+            "%s: %d of %d records have no prompt; it is what both answers start with",
+            name,
+            without_prompt,
+            len(records),
+        )
     return examples, bad
 
 
@@ -107,10 +118,9 @@ def parse(
 
     kind "prompt":     `prompt`.
     kind "completion": `prompt` and `completion`, or `messages` with the completion as the last one, or `text`.
-    kind "preference": `chosen` and `rejected` with `prompt`, or without it where both answers start with the prompt.
-      Two conversations start with the same messages: these are the prompt. Two texts start with the same prefix: the
-      prompt ends after its last "\\n\\nAssistant:" (HH-RLHF). Without that marker it ends before the last white space
-      of the prefix, so that a space stays with the next word.
+    kind "preference": `chosen` and `rejected` with `prompt`; or without this column where both answers start with the
+      prompt. Two conversations start with the same messages: these are the prompt. Two transcripts in the format of
+      HH-RLHF start with the same text: the prompt ends after its last "\\n\\nAssistant:". Other texts need a prompt.
 
     Also accepted: text answers to a conversation; conversations as answers to a text prompt, which is then the one user
     turn; answers that repeat the conversation of the prompt.
@@ -123,7 +133,11 @@ def parse(
         raise UserError(f"kind {kind!r}: not one of {', '.join(KINDS)}; choose one of them")
     if not isinstance(record, Mapping):
         raise RecordError("not a record", f"a {type(record).__name__}, not an object with named columns")
-    values, extra = _rename(plain(record), columns or {})
+    values, extra, nulls = _rename(plain(record), columns or {})
+    # Columnar files give all records all columns, so a record of another form may have an empty completion and prompt.
+    if ("prompt" in nulls and kind == "preference") or ("completion" in nulls and "prompt" in values):
+        name = "prompt" if kind == "preference" else "completion"
+        raise RecordError(f"{name} is null", "give it a value, or leave out the record")
     fields = {"prompt": _prompt, "completion": _completion, "preference": _preference}[kind](values, list(record))
     return Example(
         **fields,
@@ -143,21 +157,22 @@ def shared_length(a: Sequence[Any], b: Sequence[Any]) -> int:
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
-def _rename(record: dict[str, Any], columns: Mapping[str, str]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """(our columns that hold a value, all other columns)."""
+def _rename(record: dict[str, Any], columns: Mapping[str, str]) -> tuple[dict[str, Any], dict[str, Any], set[str]]:
+    """(our columns that hold a value, all other columns, our columns that hold null)."""
     if unknown := sorted(set(columns) - set(COLUMNS)):
         raise UserError(f"columns {unknown}: unknown; map only {', '.join(COLUMNS)}")
     taken = set(columns.values())
     theirs = {ours: ours for ours in COLUMNS if ours not in columns and ours not in taken} | dict(columns)
     values = {ours: record[name] for ours, name in theirs.items() if record.get(name) is not None}
     used = set(theirs.values())
-    return values, {name: value for name, value in record.items() if name not in used}
+    nulls = {ours for ours, name in theirs.items() if name in record and record[name] is None}
+    return values, {name: value for name, value in record.items() if name not in used}, nulls
 
 
 def _need(values: dict[str, Any], names: Sequence[str], found: list[str], what: str) -> None:
     missing = [name for name in names if name not in values]
     if missing:
-        ways = " ".join(f"--config.data.columns.{name}=<yours>" for name in missing)
+        ways = " ".join(f"--config.data.columns.{name}=YOURS" for name in missing)
         raise RecordError(f"missing {' and '.join(missing)}", f"{what}; found columns {found}; map them with {ways}")
 
 
@@ -189,7 +204,9 @@ def _preference(values: dict[str, Any], found: list[str]) -> dict[str, Any]:
         raise RecordError("chosen equals rejected")
     if isinstance(answers["chosen"], str) != isinstance(answers["rejected"], str):
         raise RecordError("chosen and rejected differ in kind", "one is text, the other a conversation")
-    prompt, (chosen, rejected) = _explicit(values["prompt"], answers) if "prompt" in values else _implicit(answers)
+    prompt, (chosen, rejected) = (
+        _explicit(values["prompt"], answers) if "prompt" in values else _implicit(answers, found)
+    )
     if chosen == rejected:
         raise RecordError("chosen equals rejected")
     return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
@@ -208,19 +225,15 @@ def _explicit(prompt: Json, answers: dict[str, Any]) -> tuple[Prompt, list[str]]
     return prompt, texts
 
 
-def _implicit(answers: dict[str, Any]) -> tuple[Prompt, list[str]]:
+def _implicit(answers: dict[str, Any], found: list[str]) -> tuple[Prompt, list[str]]:
     if isinstance(answers["chosen"], str):
         texts = [_text(answer, name) for name, answer in answers.items()]
         common = texts[0][: shared_length(*texts)]
-        if ASSISTANT_MARKER in common:
-            end = common.rindex(ASSISTANT_MARKER) + len(ASSISTANT_MARKER)
-        else:
-            gap = re.search(r"\s+\S*$", common)
-            end = gap.start() if gap else 0
+        if ASSISTANT_MARKER not in common or "Human:" not in common:
+            _need({}, ["prompt"], found, "preference data of texts needs a prompt")
+        end = common.rindex(ASSISTANT_MARKER) + len(ASSISTANT_MARKER)
         if not common[:end].strip():
-            raise RecordError(
-                "no shared prompt", "chosen and rejected do not start with the same words; add a prompt column"
-            )
+            raise RecordError("no shared prompt", "the transcripts start with an answer; add a prompt column")
         return common[:end], [_text(text[end:], name) for text, name in zip(texts, answers, strict=True)]
     conversations = [_messages(answer, name) for name, answer in answers.items()]
     shared = conversations[0][: shared_length(*conversations)]
@@ -256,6 +269,8 @@ def _messages(value: Json, name: str) -> list[Message]:
             isinstance(message.get(key), str) for key in ("role", "content")
         ):
             raise RecordError(f"{name} is not a conversation", "every message needs a role and a content, both text")
+        if message["role"] == "user" and not message["content"].strip():
+            raise RecordError(f"empty user message in {name}")
         messages.append({key: item for key, item in message.items() if item is not None})
     return messages
 

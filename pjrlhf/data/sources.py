@@ -1,9 +1,11 @@
 """Sources of records: random-access sequences of plain dicts that can name every row."""
 
+import codecs
 import gzip
-import json
+import os
 import pathlib
 import re
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
@@ -11,11 +13,23 @@ from etils import epath
 
 from pjrlhf import paths
 from pjrlhf.data.joined import read_choices, read_votes
-from pjrlhf.data.records import RecordError, plain
+from pjrlhf.data.records import RecordError, from_json, plain
 from pjrlhf.errors import UserError
 from pjrlhf.registry import Registry
 
 _FORMATS = {"jsonl": "json", "json": "json", "csv": "csv", "parquet": "parquet", "arrow": "arrow"}
+
+
+class Spec(dict):
+    """The specification of a source.
+
+    Attributes:
+      key: its dotted key in the config, for messages.
+    """
+
+    def __init__(self, values: Mapping[str, Any], key: str):
+        super().__init__(values)
+        self.key = key
 
 
 class Source(Sequence):
@@ -23,11 +37,11 @@ class Source(Sequence):
 
     Args:
       name: for messages.
-      records: mappings by index.
+      records: mappings by index; a `RecordError` in place of a record that cannot be used.
       rows: the rows of `records` that belong to the source, in order; all of them where None.
     """
 
-    def __init__(self, name: str, records: Any, rows: range | None = None):
+    def __init__(self, name: str, records: Any, rows: Sequence[int] | None = None):
         self.name = name
         self._records = records
         self._rows = range(len(records)) if rows is None else rows
@@ -36,7 +50,16 @@ class Source(Sequence):
         return len(self._rows)
 
     def __getitem__(self, i: int) -> dict[str, Any]:  # pyright: ignore[reportIncompatibleMethodOverride] - no slices
-        return plain(self._records[self._rows[i]])
+        row = self._rows[i]
+        try:
+            record = self._records[row]
+        except RecordError:
+            raise
+        except Exception as error:  # readers are code of others
+            raise UserError(f"{self.where(i)}: cannot be read ({_one_line(error)}); correct the data") from error
+        if isinstance(record, RecordError):
+            raise record
+        return plain(record)
 
     def where(self, i: int) -> str:
         """The place of a row, such as "train row 3": the row number in the whole split, from 0."""
@@ -44,31 +67,38 @@ class Source(Sequence):
 
 
 class JsonLines(Source):
-    """The JSON objects of a .jsonl or .jsonl.gz file, local or in a bucket; blank lines are skipped.
+    """The JSON objects of a file, local or in a bucket, which may be compressed by gzip; blank lines are skipped.
+
+    Args:
+      path: of the file.
+      key: dotted key of its specification in the config, for messages.
 
     Raises:
-      UserError: no such file, or a damaged one.
+      UserError: no such file, a damaged one, or one of another format.
     """
 
-    def __init__(self, path: str):
-        file = epath.Path(path)
+    def __init__(self, path: str, key: str = "data"):
         try:
-            with paths.bucket_errors(path):
+            with paths.bucket_errors(path), paths.read_errors(path):
+                file = epath.Path(paths.expand(path))
+                if file.is_dir():
+                    raise UserError(f"{path}: is a folder, not a file of JSON lines; {_as_datasets(key)}")
                 if not file.is_file():
-                    raise UserError(f"{path}: no such file; check --config.data.path")
-                with file.open("rb") as raw, gzip.open(raw, "rb") if file.suffix == ".gz" else raw as lines:
+                    raise UserError(f"{path}: no such file; set --config.{key}.path to a file that exists")
+                with file.open("rb") as raw:
+                    packed = raw.read(2) == b"\x1f\x8b"
+                with file.open("rb") as raw, gzip.open(raw, "rb") if packed else raw as lines:
                     self._lines = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
-        except (gzip.BadGzipFile, EOFError) as error:
+        except (gzip.BadGzipFile, EOFError, zlib.error) as error:
             raise UserError(f"{path}: a damaged gzip file ({error}); copy or download it again") from error
+        start = self._lines[0][1].removeprefix(codecs.BOM_UTF8).strip() if self._lines else b""
+        if start.startswith((b"[", b"PAR1")) or start == b"{":
+            what = "a parquet file" if start.startswith(b"PAR1") else "one JSON text over the whole file"
+            raise UserError(f"{path}: {what}, not one JSON object per line; {_as_datasets(key)}")
         super().__init__(file.name, self._lines)
 
     def __getitem__(self, i: int) -> dict[str, Any]:  # pyright: ignore[reportIncompatibleMethodOverride] (no slices)
-        try:
-            record = json.loads(self._lines[i][1].decode("utf-8-sig"))
-        except UnicodeDecodeError as error:
-            raise RecordError("not UTF-8", str(error)) from error
-        except json.JSONDecodeError as error:
-            raise RecordError("bad JSON", str(error)) from error
+        record = from_json(self._lines[i][1])
         if not isinstance(record, dict):
             raise RecordError("bad JSON", f"a {type(record).__name__}, not an object")
         return record
@@ -77,10 +107,17 @@ class JsonLines(Source):
         return f"{self.name} line {self._lines[i][0]}"
 
 
-def open_source(spec: Mapping[str, Any]) -> Source:
+class Joined(Source):
+    """Records that are put together from several; each is named by the number of one of them, from 1."""
+
+    def where(self, i: int) -> str:
+        return f"{self.name} record {self._rows[i]}"
+
+
+def open_source(spec: Mapping[str, Any], key: str = "data") -> Source:
     """Opens the source that `spec`, a mapping or a ConfigDict, describes. Its `kind` is one of `READERS`, or your own.
 
-    "jsonl":    `path` of a .jsonl or .jsonl.gz file.
+    "jsonl":    `path` of a file of JSON lines, also compressed by gzip.
     "datasets": `path` of a folder written by `save_to_disk`, of a data file or a folder of data files, or a name on the
                 Hugging Face hub; `name` of the configuration; `split`, "train" by default, also a slice:
                 "train[:1000]", "train[90%:]".
@@ -90,16 +127,41 @@ def open_source(spec: Mapping[str, Any]) -> Source:
     "records":  `records`, a random-access sequence of mappings, and a `name` for messages.
     "package.module:reader" or "path/to/file.py:reader": a `Reader`.
 
+    Args:
+      key: dotted key of `spec` in the config, for messages.
+
     Raises:
       UserError: the kind is unknown, or the file, data set or split does not exist or cannot be read.
     """
     kind: Any = spec.get("kind") if hasattr(spec, "get") else spec
-    found = READERS.get(kind)(spec)
+    reader = _reader_of(kind, key)
+    found = reader(Spec(spec, key))
     if isinstance(found, Source):
         return found
     if not isinstance(found, Sequence):
         raise UserError(f"data kind {kind!r}: returns a {type(found).__name__}; let it return a sequence of records")
     return Source(str(spec.get("name") or kind), found)
+
+
+def check_source(spec: Mapping[str, Any], key: str) -> None:
+    """Checks what can be told about a source without reading it.
+
+    Args:
+      key: dotted key of `spec` in the config.
+
+    Raises:
+      UserError: an unknown kind, a missing setting, a split that cannot be read, or a local file that does not exist.
+    """
+    kind = spec.get("kind")
+    _reader_of(kind, key)
+    spec = Spec(spec, key)
+    for name in _NEEDED.get(str(kind), ()):
+        value = str(_required(spec, name))
+        is_file = name in ("path", "votes") and kind != "datasets" and not paths.is_remote(value)
+        if is_file and not os.path.exists(paths.expand(value)):
+            raise UserError(f"{value}: no such file or folder; set --config.{key}.{name} to one that exists")
+    if kind in ("datasets", "tfds"):
+        _split(spec)
 
 
 # Opens what a specification describes; returns a `Source`, or any random-access sequence of mappings.
@@ -113,17 +175,39 @@ def _reader(thing: object) -> Reader:
 
 
 READERS: Registry[Reader] = Registry("data kind", _reader)
+_NEEDED = {
+    "jsonl": ("path",),
+    "datasets": ("path",),
+    "tfds": ("name",),
+    "votes": ("path", "votes"),
+    "choices": ("path",),
+}
+
+
+def _reader_of(kind: Any, key: str) -> Reader:
+    try:
+        return READERS.get(kind)
+    except UserError as error:
+        raise UserError(f"{key}.kind: {error}") from error
 
 
 def _required(spec: Mapping[str, Any], key: str) -> Any:
-    if spec.get(key) is None:
-        raise UserError(f"data kind {spec['kind']!r}: needs {key!r}; set --config.data.{key}")
+    if not spec.get(key):
+        raise UserError(f"data kind {spec['kind']!r}: needs {key!r}; set --config.{_key(spec)}.{key}")
     return spec[key]
+
+
+def _key(spec: Mapping[str, Any]) -> str:
+    return getattr(spec, "key", "data")
+
+
+def _as_datasets(key: str) -> str:
+    return f"read it with --config.{key}.kind=datasets"
 
 
 @READERS.register("jsonl")
 def _jsonl(spec: Mapping[str, Any]) -> Source:
-    return JsonLines(_required(spec, "path"))
+    return JsonLines(str(_required(spec, "path")), _key(spec))
 
 
 @READERS.register("records")
@@ -133,23 +217,23 @@ def _records(spec: Mapping[str, Any]) -> Source:
 
 @READERS.register("votes")
 def _votes(spec: Mapping[str, Any]) -> Source:
-    return Source(pathlib.Path(str(spec.get("votes"))).name, read_votes(spec))
+    found = read_votes(spec, _key(spec))
+    return Joined(pathlib.Path(str(spec.get("votes"))).name, found, list(found))
 
 
 @READERS.register("choices")
 def _choices(spec: Mapping[str, Any]) -> Source:
-    return Source(pathlib.Path(str(spec.get("path"))).name, read_choices(spec))
+    return Source(pathlib.Path(str(spec.get("path"))).name, read_choices(spec, _key(spec)))
 
 
 @READERS.register("datasets")
 def _datasets(spec: Mapping[str, Any]) -> Source:
     import datasets
-    from datasets.exceptions import DatasetsError
 
     data: Any
-    path, name = str(_required(spec, "path")), spec.get("name")
-    split, cut = _split(spec.get("split") or "train")
-    local = paths.local(path).expanduser()
+    path, name, key = str(_required(spec, "path")), spec.get("name"), _key(spec)
+    split, cut = _split(spec)
+    local = paths.local(path)
     suffixes = [part for part in local.name.split(".")[1:] if part in _FORMATS]
     try:
         if (local / "state.json").is_file():
@@ -157,22 +241,26 @@ def _datasets(spec: Mapping[str, Any]) -> Source:
         elif (local / "dataset_dict.json").is_file():
             splits = datasets.load_from_disk(str(local))
             if split not in splits:
-                raise UserError(f"{path}: no split {split!r}; set --config.data.split to one of {list(splits)}")
+                raise UserError(f"{path}: no split {split!r}; set --config.{key}.split to one of {list(splits)}")
             data = splits[split]
-        elif local.is_file() and suffixes:
+        elif local.is_file():
+            if not suffixes:
+                known = ", ".join(f".{suffix}" for suffix in _FORMATS)
+                raise UserError(f"{path}: the name does not tell the format; let it end in one of {known}")
             data = datasets.load_dataset(_FORMATS[suffixes[-1]], data_files={split: str(local)}, split=split)
         elif not local.exists() and (suffixes or path.startswith(("/", "~", ".")) or path.count("/") > 1):
-            raise UserError(f"{path}: no such file or folder; check --config.data.path")
+            raise UserError(f"{path}: no such file or folder; set --config.{key}.path to one that exists")
         else:
             data = datasets.load_dataset(path, name, split=split)
-    except (OSError, ValueError, DatasetsError) as error:
-        if isinstance(error, UserError):
-            raise
+    except UserError:
+        raise
+    except Exception as error:  # the library and its readers raise many kinds
         raise UserError(
-            f"{path}: `datasets` cannot open split {split!r} ({_one_line(error)}); check --config.data.path, "
-            "--config.data.name and --config.data.split, and the network for a name on the hub"
+            f"{path}: `datasets` cannot open split {split!r} ({_one_line(error)}); check --config.{key}.path, "
+            f"--config.{key}.name and --config.{key}.split, and the network for a name on the hub"
         ) from error
-    return Source(f"{local.name} [{split}]", data, cut(len(data)))
+    # A saved format, such as that of torch, would give its own types.
+    return Source(f"{local.name} [{split}]", data.with_format(None), cut(len(data)))
 
 
 @READERS.register("tfds")
@@ -180,10 +268,12 @@ def _tfds(spec: Mapping[str, Any]) -> Source:
     import tensorflow_datasets as tfds
 
     name, data_dir = _required(spec, "name"), spec.get("data_dir")
-    split, cut = _split(spec.get("split") or "train")
+    (split, cut), key = _split(spec), _key(spec)
+    if data_dir is not None:
+        data_dir = paths.expand(str(data_dir))
     prepare = (
         f"prepare it once with tfds.builder({name!r}, data_dir=..., file_format='array_record').download_and_prepare() "
-        "and set --config.data.data_dir"
+        f"and set --config.{key}.data_dir"
     )
     try:
         builder: Any = tfds.builder(name, data_dir=data_dir)
@@ -193,7 +283,7 @@ def _tfds(spec: Mapping[str, Any]) -> Source:
         ) from error
     if split not in builder.info.splits:  # empty where the data set is not prepared
         found = list(builder.info.splits)
-        way = f"set --config.data.split to one of {found}" if found else prepare
+        way = f"set --config.{key}.split to one of {found}" if found else prepare
         raise UserError(f"{name}: no split {split!r} in {builder.data_dir}; {way}")
     try:
         data = builder.as_data_source(split=split)
@@ -205,11 +295,13 @@ def _tfds(spec: Mapping[str, Any]) -> Source:
     return Source(f"{name} [{split}]", data, cut(len(data)))
 
 
-def _split(text: str) -> tuple[str, Callable[[int], range]]:
-    """(name, number of rows -> the range of the slice) of "train", "train[10:20]" or "train[:5%]"."""
+def _split(spec: Mapping[str, Any]) -> tuple[str, Callable[[int], range]]:
+    """(name, number of rows -> the range of the slice) of a `split` such as "train", "train[10:20]" or "train[:5%]"."""
+    text = str(spec.get("split") or "train")
     match = re.fullmatch(r"([^\[\]]+)(?:\[(-?\d+%?)?:(-?\d+%?)?\])?", text)
     if not match:
-        raise UserError(f"split {text!r}: not understood; write --config.data.split=train, train[:1000] or train[90%:]")
+        known = "train, train[:1000] or train[90%:]"
+        raise UserError(f"split {text!r}: not understood; write --config.{_key(spec)}.split={known}")
     name, start, stop = match.groups()
 
     def cut(rows: int) -> range:

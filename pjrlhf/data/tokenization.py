@@ -17,6 +17,7 @@ from absl import logging
 from pjrlhf.data.records import BadRecords, RecordError
 from pjrlhf.data.schema import Example, Prompt, shared_length
 from pjrlhf.errors import UserError
+from pjrlhf.terminal import quiet_libraries
 from pjrlhf.types import Json
 
 # Kind of record -> its answers.
@@ -156,13 +157,13 @@ class Tokenizer:
                 "prompt: is a conversation, and the tokenizer has no chat template; add chat_template to "
                 "tokenizer_config.json, or give prompts as text"
             )
-        from jinja2 import TemplateError
-
         messages = prompt if answer is None else [*prompt, {"role": "assistant", "content": answer}]
         try:
             text = self.backend.apply_chat_template(messages, tokenize=False, add_generation_prompt=answer is None)
-        except TemplateError as error:
-            raise RecordError("refused by the chat template", str(error)) from error
+        except Exception as error:  # a template is code, and raises what it likes
+            raise RecordError(
+                "refused by the chat template", " ".join(str(error).split()) or "no reason given"
+            ) from error
         return text if answer is None else self._without_eos(text)
 
     def _without_eos(self, text: str) -> str:
@@ -199,6 +200,7 @@ def load_tokenizer(folder: str | os.PathLike, *, eos_token: str | None = None, r
       UserError: `transformers` cannot load a tokenizer from the folder, the tokenizer has no EOS, or the model does not
         know its EOS or BOS.
     """
+    quiet_libraries()
     from transformers import AutoTokenizer
 
     folder = pathlib.Path(folder)
@@ -369,7 +371,8 @@ def _fit(example: Example, kind: str, tokenizer: Tokenizer, lengths: Lengths) ->
     if len(prompt) > lengths.prompt:
         detail = f"{len(prompt)} tokens, the limit is {lengths.prompt}"
         if lengths.long_prompt == "drop":
-            raise RecordError("prompt too long", detail)
+            ways = "raise --config.data.max_prompt, or cut prompts with --config.data.long_prompt=truncate_left"
+            raise RecordError("prompt too long", f"{detail}; {ways}")
         if lengths.long_prompt == "error":
             raise UserError(
                 f"{example.where}: prompt too long ({detail}); raise --config.data.max_prompt, or drop or shorten "
@@ -378,7 +381,9 @@ def _fit(example: Example, kind: str, tokenizer: Tokenizer, lengths: Lengths) ->
         prompt = cut_left(prompt, lengths.prompt, tokenizer.bos_id)
     for name, ids in zip(names, answers, strict=True):
         if len(ids) > lengths.completion and lengths.long_completion == "drop":
-            raise RecordError(f"{name} too long", f"{len(ids)} tokens, the limit is {lengths.completion}")
+            ways = "raise --config.data.max_completion, or cut answers with --config.data.long_completion=truncate"
+            detail = f"{len(ids)} tokens, the limit is {lengths.completion}"
+            raise RecordError(f"{name} too long", f"{detail}; {ways}")
     answers = [ids[: lengths.completion] for ids in answers]
     if kind == "preference" and answers[0] == answers[1]:
         raise RecordError("chosen equals rejected", f"in the first {len(answers[0])} tokens")

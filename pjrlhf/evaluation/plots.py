@@ -6,40 +6,99 @@ import itertools
 import json
 import math
 import pathlib
+import warnings
 from collections.abc import Callable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import numpy as np
+
+from pjrlhf.terminal import visible
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.colors import Colormap
     from matplotlib.figure import Figure
 
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#6B4C9A", "#555555")
-INK, GREY = "#1f2933", "#9aa5b1"
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7E5BB0", "#7A7A7A")
+GREY = "#9aa5b1"
 _CURVES = {"scores": "reward", "kl": "KL from the reference"}
-_STYLE: dict[str, Any] = {
-    "axes.axisbelow": True,
-    "axes.edgecolor": "#c3cad2",
-    "axes.grid": True,
-    "axes.labelcolor": INK,
-    "axes.spines.right": False,
-    "axes.spines.top": False,
-    "axes.titlelocation": "left",
-    "axes.titlesize": 11,
-    "axes.titleweight": "bold",
-    "font.size": 10,
-    "grid.color": "#e9edf1",
-    "legend.frameon": False,
-    "text.color": INK,
-    "xtick.color": INK,
-    "ytick.color": INK,
+_THEMES = {
+    "light": {"ink": "#1f2933", "ground": "#ffffff", "edge": "#c3cad2", "grid": "#e9edf1"},
+    "dark": {"ink": "#dfe5ea", "ground": "#1b2128", "edge": "#4a5561", "grid": "#2c343d"},
 }
+_LETTERS = 40  # of a name in a figure
 
 
-def figures(summary: Mapping[str, Any], metrics: str | pathlib.Path | None = None) -> dict[str, bytes]:
-    """PNG files by name, one for each of win_rate, ingredients, sweep and training that there is something to draw for.
+class Picture(NamedTuple):
+    """A figure as PNG files for a light and for a dark page, and what it shows."""
+
+    light: bytes
+    dark: bytes
+    caption: str
+
+
+def _style(ink: str, ground: str, edge: str, grid: str) -> dict[str, Any]:
+    return {
+        "axes.axisbelow": True,
+        "axes.edgecolor": edge,
+        "axes.facecolor": ground,
+        "axes.formatter.useoffset": False,
+        "axes.grid": True,
+        "axes.labelcolor": ink,
+        "axes.spines.right": False,
+        "axes.spines.top": False,
+        "axes.titlelocation": "left",
+        "axes.titlesize": 12,
+        "axes.titleweight": "bold",
+        "figure.facecolor": ground,
+        "font.size": 11,
+        "grid.color": grid,
+        "legend.frameon": False,
+        "savefig.facecolor": ground,
+        "text.color": ink,
+        "text.parse_math": False,  # names may hold a dollar sign
+        "xtick.color": ink,
+        "ytick.color": ink,
+    }
+
+
+def ink() -> str:
+    """The colour of text in the theme that is drawn."""
+    import matplotlib
+
+    return matplotlib.rcParams["text.color"]
+
+
+def label(name: object) -> str:
+    """A name of people, models or criteria as text of a figure: no control characters, and not too long."""
+    text = visible(name)
+    text = text if len(text) <= _LETTERS else f"{text[: _LETTERS - 1]}…"
+    # Matplotlib leaves out of a legend what starts with an underscore.
+    return f"\N{WORD JOINER}{text}" if text.startswith("_") else text
+
+
+def span(low: float, high: float, least: float, bounds: tuple[float, float] | None = None) -> tuple[float, float]:
+    """An axis from `low` to `high`, made wider to `least` around the middle, so that noise does not fill it.
+
+    Args:
+      bounds: that the axis does not leave for the sake of its width.
+    """
+    if not (math.isfinite(low) and math.isfinite(high)):
+        return bounds or (0.0, least)
+    missing = max(least - (high - low), 0.0)
+    low, high = low - missing / 2, high + missing / 2
+    if bounds:
+        low, high = max(low - max(high - bounds[1], 0), bounds[0]), min(high + max(bounds[0] - low, 0), bounds[1])
+    return low, high
+
+
+def percent_axis(set_limits: Callable[[float, float], object], limits: tuple[float, float]) -> None:
+    """Gives an axis of percentages 40 points at least, within 0 and 100 and a little more for markers."""
+    set_limits(*span(*limits, 40.0, (min(-2.0, limits[0]), max(102.0, limits[1]))))
+
+
+def figures(summary: Mapping[str, Any], metrics: str | pathlib.Path | None = None) -> dict[str, Picture]:
+    """Pictures by name, one for each of win_rate, ingredients, sweep and training that there is something to draw for.
 
     Args:
       summary: as described in `report`, with None where a number is missing.
@@ -57,13 +116,18 @@ def figures(summary: Mapping[str, Any], metrics: str | pathlib.Path | None = Non
     )
 
 
-def draw(makers: Mapping[str, Callable[[], "Figure | None"]]) -> dict[str, bytes]:
-    """PNG files by name of the figures that the functions make in the report's style; None makes no file."""
+def draw(makers: Mapping[str, Callable[[], "tuple[Figure, str] | None"]]) -> dict[str, Picture]:
+    """Pictures by name of the figures and captions that the functions make; None makes no picture."""
     import matplotlib
 
-    with matplotlib.rc_context(rc=cast(Any, _STYLE)):
-        drawn = {name: make() for name, make in makers.items()}
-        return {name: _png(figure) for name, figure in drawn.items() if figure is not None}
+    drawn: dict[str, dict[str, Any]] = {name: {} for name in makers}
+    for theme, colours in _THEMES.items():
+        with matplotlib.rc_context(rc=cast(Any, _style(**colours))), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Glyph .* missing from")  # a name in a script that the font lacks
+            for name, make in makers.items():
+                if made := make():
+                    drawn[name] |= {theme: _png(made[0]), "caption": made[1]}
+    return {name: Picture(**one) for name, one in drawn.items() if one}
 
 
 def new_figure(width: float, height: float, rows: int, columns: int) -> "tuple[Figure, np.ndarray]":
@@ -93,15 +157,16 @@ def _rate_bars(axis: "Axes", rates: Mapping[str, Mapping[str, Any]], title: str)
     # A BCa interval may leave its own estimate outside; an error bar cannot.
     errors = np.nan_to_num(np.maximum([rate - low, high - rate], 0))
     axis.barh(
-        range(len(rates)), rate, height=0.62, color=COLOURS[0], xerr=errors, error_kw={"ecolor": INK, "capsize": 3}
+        range(len(rates)), rate, height=0.62, color=COLOURS[0], xerr=errors, error_kw={"ecolor": ink(), "capsize": 3}
     )
     axis.axvline(50, color=GREY, linestyle="--", linewidth=1)
-    axis.set(xlim=(0, 100), xlabel="win rate, %", title=title, yticks=range(len(rates)), yticklabels=list(rates))
+    axis.set(xlim=(0, 100), xlabel="win rate, %", title=title)
+    axis.set_yticks(range(len(rates)), [label(name) for name in rates])
     axis.grid(False, axis="y")
     axis.invert_yaxis()
 
 
-def _win_rate(table: Mapping[str, Any], average: Mapping[str, Any]) -> "Figure | None":
+def _win_rate(table: Mapping[str, Any], average: Mapping[str, Any]) -> "tuple[Figure, str] | None":
     # Two methods have one comparison: the page's table says it all.
     panels = [name for name, drawn in (("average", average), ("table", len(table) > 2)) if drawn]
     if not panels:
@@ -121,14 +186,16 @@ def _win_rate(table: Mapping[str, Any], average: Mapping[str, Any]) -> "Figure |
             for j, rate in enumerate(row):
                 if not math.isnan(rate):
                     axis.text(
-                        j, i, f"{rate:.0f}", ha="center", va="center", color="white" if abs(rate - 50) > 30 else INK
+                        j, i, f"{rate:.0f}", ha="center", va="center", color="white" if abs(rate - 50) > 30 else ink()
                     )
-        axis.set(title="Row against column, % won", yticks=range(len(table)), yticklabels=list(table))
-        axis.set_xticks(range(len(columns)), columns, rotation=30, ha="right")
+        axis.set(title="Row against column, % won", yticks=range(len(table)))
+        axis.set_yticklabels([label(name) for name in table])
+        axis.set_xticks(range(len(columns)), [label(name) for name in columns], rotation=30, ha="right")
         axis.grid(False)
         axis.tick_params(length=0)
         axis.spines[:].set_visible(False)
-    return figure
+    said = {"average": "against all others with its interval", "table": "pair by pair"}
+    return figure, f"Win rate of each method: {', and '.join(said[name] for name in panels)}."
 
 
 def opponents(table: Mapping[str, Mapping[str, Any]]) -> list[str]:
@@ -138,13 +205,14 @@ def opponents(table: Mapping[str, Mapping[str, Any]]) -> list[str]:
 
 
 def _diverging() -> "Colormap":
-    """Orange for losing, white half way, blue for winning."""
+    """Orange for losing, the ground half way, blue for winning."""
+    import matplotlib
     from matplotlib.colors import LinearSegmentedColormap
 
-    return LinearSegmentedColormap.from_list("won", (COLOURS[1], "#ffffff", COLOURS[0]))
+    return LinearSegmentedColormap.from_list("won", (COLOURS[1], matplotlib.rcParams["axes.facecolor"], COLOURS[0]))
 
 
-def _ingredients(ingredients: Mapping[str, Any]) -> "Figure | None":
+def _ingredients(ingredients: Mapping[str, Any]) -> "tuple[Figure, str] | None":
     rates = {name: one["win_rate_vs_base"] for name, one in ingredients.items() if one.get("win_rate_vs_base")}
     kl = {name: one["kl"] for name, one in ingredients.items() if one.get("kl") is not None}
     panels = [part for part in (rates, kl) if part]
@@ -157,13 +225,15 @@ def _ingredients(ingredients: Mapping[str, Any]) -> "Figure | None":
         axis = axes[0, -1]
         axis.barh(range(len(kl)), list(kl.values()), height=0.62, color=COLOURS[4])
         axis.set(xlabel="KL from the base, nats per answer", title="Distance travelled")
-        axis.set(yticks=range(len(kl)), yticklabels=list(kl))
+        axis.set_yticks(range(len(kl)), [label(name) for name in kl])
+        axis.set_xlim(0, max(*kl.values(), 0.1) * 1.05)
         axis.grid(False, axis="y")
         axis.invert_yaxis()
-    return figure
+    said = (["Each ingredient against the base"] if rates else []) + (["how far each moved from it"] if kl else [])
+    return figure, f"{', and '.join(said)}."
 
 
-def _sweep(sweep: Mapping[str, Any]) -> "Figure | None":
+def _sweep(sweep: Mapping[str, Any]) -> "tuple[Figure, str] | None":
     """One column per dimension, one row per end: its score against the weight, and the straight line between the ends.
 
     Scores of different criteria need not have a common unit, so each has a panel of its own.
@@ -184,18 +254,19 @@ def _sweep(sweep: Mapping[str, Any]) -> "Figure | None":
             scores = np.array([number_or_nan(score) for score in one["scores"][name]])[order]
             axis.plot(weights[order], scores, "o-", color=colour, markersize=4)
             axis.plot(weights[order[[0, -1]]], scores[[0, -1]], "--", color=colour, linewidth=1, alpha=0.7)
-            axis.set_ylabel(f"score of {name}")
+            axis.set_ylabel(f"score of {label(name)}")
+            axis.set_ylim(*span(*axis.get_ylim(), 0.1 * max(1.0, float(np.nanmax(np.abs(scores), initial=0.0)))))
         for axis in column[len(shown[dimension]) :]:
             axis.set_visible(False)
-        column[0].set_title(dimension)
+        column[0].set_title(label(dimension))
         named = one.get("low") and one.get("high")
         column[len(shown[dimension]) - 1].set_xlabel(
-            f"weight of {one['high']}, rest {one['low']}" if named else "weight"
+            f"weight of {label(one['high'])}, rest {label(one['low'])}" if named else "weight"
         )
-    return figure
+    return figure, "Score against weight; dashed, the straight line between the ends."
 
 
-def _training(curves: Mapping[tuple[str, str, str], Mapping[str, np.ndarray]]) -> "Figure | None":
+def _training(curves: Mapping[tuple[str, str, str], Mapping[str, np.ndarray]]) -> "tuple[Figure, str] | None":
     """One row per stage, reward beside KL, one line per policy."""
     if not curves:
         return None
@@ -204,13 +275,15 @@ def _training(curves: Mapping[tuple[str, str, str], Mapping[str, np.ndarray]]) -
     for (stage, quantity, unit), lines in curves.items():
         axis = axes[stages.index(stage), int(quantity == "kl")]
         for i, (name, points) in enumerate(lines.items()):
-            axis.plot(*points, color=COLOURS[i % len(COLOURS)], linewidth=1.4, label=name)
-        axis.set(title=f"{stage}: {_CURVES[quantity]}", xlabel=unit)
+            axis.plot(*points, color=COLOURS[i % len(COLOURS)], linewidth=1.4, label=label(name))
+        axis.set(title=f"{label(stage)}: {_CURVES[quantity]}", xlabel=unit)
         if len(lines) > 1:
             axis.legend(fontsize=8, ncols=2)
     for axis in axes.ravel():
         axis.set_visible(axis.has_data())
-    return figure
+    shown = {quantity for _, quantity, _ in curves}
+    said = [text for name, text in (("scores", "mean reward"), ("kl", "KL from the reference")) if name in shown]
+    return figure, f"{' and '.join(said).capitalize() if 'scores' in shown else said[0]} as training went on."
 
 
 def training_curves(path: str | pathlib.Path) -> dict[tuple[str, str, str], dict[str, np.ndarray]]:
@@ -234,7 +307,7 @@ def training_curves(path: str | pathlib.Path) -> dict[tuple[str, str, str], dict
 
 
 def _records(path: str | pathlib.Path) -> Iterator[dict[str, Any]]:
-    for line in pathlib.Path(path).read_text(encoding="utf-8").splitlines():
+    for line in pathlib.Path(path).read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             yield json.loads(line)
         except json.JSONDecodeError:  # the last line of a run that was killed while writing

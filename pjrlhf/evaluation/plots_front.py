@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pjrlhf.evaluation.pareto import non_dominated
-from pjrlhf.evaluation.plots import COLOURS, draw, new_figure
+from pjrlhf.evaluation.plots import COLOURS, Picture, draw, label, new_figure, span
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -20,11 +20,12 @@ if TYPE_CHECKING:
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 _KINDS = {"dominated": "dominated", "unseen": "not trained on"}
 _PAIRS, _COLUMNS = 6, 3  # pairs of objectives that are drawn, panels beside each other
+_SPAN = 0.2  # least width of an axis of rewards, whose scale is that of the base
 _NAME = 28  # letters of a method in a legend; longer names would leave no room for the panels
 
 
-def figures(summary: Mapping[str, Any]) -> dict[str, bytes]:
-    """PNG files by name: control, if there is something to draw.
+def figures(summary: Mapping[str, Any]) -> dict[str, Picture]:
+    """Pictures by name: control, if there is something to draw.
 
     Args:
       summary: as described in `report`, with None where a number is missing.
@@ -102,6 +103,7 @@ def _legend(figure: "Figure", axis: "Axes", found: Mapping[str, Any]) -> None:
 
 
 def _short(name: str) -> str:
+    name = label(name)
     return name if len(name) <= _NAME else f"{name[: _NAME - 1]}…"
 
 
@@ -111,7 +113,7 @@ def _at(reference: list[float | None], a: int, b: int) -> tuple[float, float] | 
     return None if x is None or y is None else (x, y)
 
 
-def _control(names: list[str], found: Mapping[str, Any]) -> "Figure | None":
+def _control(names: list[str], found: Mapping[str, Any]) -> "tuple[Figure, str] | None":
     """One panel per objective: reward against its own weight, the mean of the points of one weight."""
     if not found:
         return None
@@ -122,9 +124,10 @@ def _control(names: list[str], found: Mapping[str, Any]) -> "Figure | None":
             weights, which = np.unique(np.round(one["weights"][:, k], 6), return_inverse=True)
             rewards = np.bincount(which, one["rewards"][:, k]) / np.bincount(which)
             axis.plot(weights, rewards, marker=one["marker"], color=one["colour"], linewidth=1.2, markersize=4.5)
-        axis.set(title=names[k], xlabel="weight", ylabel="reward", xlim=(-0.04, 1.04))
+        axis.set(title=label(names[k]), xlabel="weight", ylabel="reward", xlim=(-0.04, 1.04))
+        axis.set_ylim(*span(*axis.get_ylim(), _SPAN))
     _legend(figure, axes[0], found)
-    return figure
+    return figure, "Reward of each objective against its own weight, the mean of all points of that weight."
 
 
 def drawing(summary: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -177,7 +180,7 @@ def _scale(values: np.ndarray, start: float, end: float) -> tuple[list[tuple[flo
     """([(place, number)] of round ticks around the values, a function from values to places between start and end)."""
     from matplotlib.ticker import MaxNLocator
 
-    ticks = MaxNLocator(5).tick_values(values.min(), values.max())
+    ticks = MaxNLocator(5).tick_values(*span(values.min(), values.max(), _SPAN))
     place = lambda value: start + (value - ticks[0]) / (ticks[-1] - ticks[0]) * (end - start)  # noqa: E731
     return [(place(tick), f"{tick:g}") for tick in ticks], place
 

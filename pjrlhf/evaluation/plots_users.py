@@ -8,7 +8,18 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pjrlhf.evaluation.formats import Estimate, mean_of
-from pjrlhf.evaluation.plots import COLOURS, GREY, INK, draw, new_figure, number_or_nan
+from pjrlhf.evaluation.plots import (
+    COLOURS,
+    GREY,
+    Picture,
+    draw,
+    ink,
+    label,
+    new_figure,
+    number_or_nan,
+    percent_axis,
+    span,
+)
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -27,11 +38,12 @@ _PARTS = {
     "minority": ("minority personas", "v"),
     "worst_decile": ("worst 10 % of people", "X"),
 }
+_CEILING = "ceiling without the person"
 _NAMED = 45  # people whose names fit under an axis
 
 
-def figures(summary: Mapping[str, Any]) -> dict[str, bytes]:
-    """PNG files by name: accuracy, people, grid, cold_start, embedding and generation, each where there is something.
+def figures(summary: Mapping[str, Any]) -> dict[str, Picture]:
+    """Pictures by name: accuracy, people, grid, cold_start, embedding and generation, each where there is something.
 
     Args:
       summary: as described in `report`, with None where a number is missing.
@@ -77,7 +89,9 @@ def _estimates(values: Sequence[Estimate]) -> tuple[np.ndarray, np.ndarray]:
     return mean, np.nan_to_num(np.maximum([mean - low, high - mean], 0))
 
 
-def _accuracy(accuracy: Mapping[str, Any], matched: Mapping[str, Any], ceiling: float | None) -> "Figure | None":
+def _accuracy(
+    accuracy: Mapping[str, Any], matched: Mapping[str, Any], ceiling: float | None
+) -> "tuple[Figure, str] | None":
     """One row per model: the mean over people with its interval, its parts, and below it the pairs of like length."""
     models = list(dict.fromkeys([*accuracy, *matched]))
     if not models:
@@ -98,12 +112,17 @@ def _accuracy(accuracy: Mapping[str, Any], matched: Mapping[str, Any], ceiling: 
         if not np.isnan(fractions).all():
             axis.scatter(fractions, rows - 0.24, s=42, marker=marker, color=colour, label=name, zorder=3)
     if ceiling is not None:
-        axis.axvline(100 * ceiling, color=INK, linestyle="--", linewidth=1.2, label="ceiling without the person")
-    axis.set(yticks=rows, yticklabels=models, ylim=(len(models) - 0.45, -0.55), xlabel="accuracy, %")
-    axis.set_xlim(right=101.5)
+        axis.axvline(100 * ceiling, color=ink(), linestyle="--", linewidth=1.2, label=_CEILING)
+    axis.set_yticks(rows, [label(model) for model in models])
+    axis.set(ylim=(len(models) - 0.45, -0.55), xlabel="accuracy, %")
+    percent_axis(axis.set_xlim, axis.get_xlim())
     axis.grid(False, axis="y")
     axis.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
-    return figure
+    parts = (
+        ", and parts of them" if any((accuracy.get(model) or {}).get(key) for model in models for key in _PARTS) else ""
+    )
+    dashed = f"; dashed, the {_CEILING}" if ceiling is not None else ""
+    return figure, f"Mean over people with its interval{parts}{dashed}."
 
 
 def _by_persona(values: Mapping[str, Mapping[str, Any]], people: Mapping[str, str]) -> dict[str, list[str]]:
@@ -125,7 +144,7 @@ def _strips(
     ceiling: float | None = None,
     *,
     bars: bool = False,
-) -> "Figure | None":
+) -> "tuple[Figure, str] | None":
     """One row per model with the same people in the same order: dots of accuracies, or bars of lengths."""
     groups = _by_persona(values, people)
     if not groups:
@@ -141,23 +160,31 @@ def _strips(
             y = scale * np.array([number_or_nan(values[model].get(user)) for user in users])
             x = start + np.arange(len(users))
             if bars:
-                axis.bar(x, y, width=0.8, color=colour, label=persona)
+                axis.bar(x, y, width=0.8, color=colour, label=label(persona))
             else:
-                axis.plot(x, y, "o", color=colour, label=persona, markersize=max(2.0, min(6.5, 330 / len(order))))
+                axis.plot(
+                    x, y, "o", color=colour, label=label(persona), markersize=max(2.0, min(6.5, 330 / len(order)))
+                )
             if not np.isnan(y).all():
-                axis.plot([start - 0.4, x[-1] + 0.4], [np.nanmean(y)] * 2, color=INK if bars else colour, linewidth=1.2)
+                axis.plot(
+                    [start - 0.4, x[-1] + 0.4], [np.nanmean(y)] * 2, color=ink() if bars else colour, linewidth=1.2
+                )
             start += len(users)
         if ceiling is not None:
-            axis.axhline(100 * ceiling, color=INK, linestyle="--", linewidth=1.2, label="ceiling without the person")
-        axis.set(title=model, xlim=(-0.8, len(order) - 0.2), ylim=(0, top) if bars else (-5, 105), xticks=[])
+            axis.axhline(100 * ceiling, color=ink(), linestyle="--", linewidth=1.2, label=_CEILING)
+        axis.set(title=label(model), xlim=(-0.8, len(order) - 0.2), ylim=(0, top) if bars else (-5, 105), xticks=[])
         axis.grid(False, axis="x")
     if named:
-        axes[-1, 0].set_xticks(range(len(order)), order, rotation=90, fontsize=8)
+        axes[-1, 0].set_xticks(range(len(order)), [label(user) for user in order], rotation=90, fontsize=8)
     figure.supylabel("mean length of an answer" if bars else "accuracy, %", fontsize=10)
     handles, labels = axes[0, 0].get_legend_handles_labels()
     if any(labels):
         figure.legend(handles, labels, loc="outside upper right", ncols=min(6, len(labels)))
-    return figure
+    what = "Mean length of the answers to each person" if bars else "One dot per person"
+    by = ", grouped and coloured by persona" if any(groups) else ""
+    means = "means of the personas" if any(groups) else "means"
+    end = f"; dashed, the {_CEILING}" if ceiling is not None else ""
+    return figure, f"{what}{by}, at the same place in every row; the lines are the {means}{end}."
 
 
 def _coloured(groups: Mapping[str, Any]) -> Iterator[tuple[str, tuple[str, Any]]]:
@@ -166,50 +193,64 @@ def _coloured(groups: Mapping[str, Any]) -> Iterator[tuple[str, tuple[str, Any]]
         yield (_PERSONA_COLOURS[i % len(_PERSONA_COLOURS)] if persona else GREY), (persona, part)
 
 
-def _grid(grid: Mapping[str, Any]) -> "Figure | None":
-    grid = {model: table for model, table in grid.items() if any(table.get(key) is not None for key in CELLS)}
-    if not grid:
+def _grid(grid: Mapping[str, Any]) -> "tuple[Figure, str] | None":
+    grid, cells = {model: table for model, table in grid.items() if table}, cells_of(grid)
+    if not cells:
         return None
     figure, axes = new_figure(10.4, 3.4, 1, 1)
-    axis, step = axes[0, 0], 0.7 / len(grid)
+    axis, step, drawn = axes[0, 0], 0.7 / len(grid), False
+    style: dict[str, Any] = {"linestyle": "none", "marker": "o", "capsize": 3}
     for i, (model, table) in enumerate(grid.items()):
-        mean, errors = _estimates([table.get(key) for key in CELLS])
-        x = np.arange(len(CELLS)) + (i - (len(grid) - 1) / 2) * step
-        axis.errorbar(
-            x, mean, yerr=errors, color=COLOURS[i % len(COLOURS)], linestyle="none", marker="o", capsize=3, label=model
-        )
-    axis.set_xticks(range(len(CELLS)), [name.replace(", ", ",\n") for name in CELLS.values()])
-    axis.set(ylabel="accuracy, %", xlim=(-0.6, len(CELLS) - 0.4))
+        mean, errors = _estimates([table.get(key) for key in cells])
+        drawn |= bool(errors.any())
+        x = np.arange(len(cells)) + (i - (len(grid) - 1) / 2) * step
+        axis.errorbar(x, mean, yerr=errors, color=COLOURS[i % len(COLOURS)], label=label(model), **style)
+    axis.set_xticks(range(len(cells)), [name.replace(", ", ",\n") for name in cells.values()])
+    axis.set(ylabel="accuracy, %", xlim=(-0.6, len(cells) - 0.4))
+    percent_axis(axis.set_ylim, axis.get_ylim())
     axis.grid(False, axis="x")
     axis.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
-    return figure
+    return figure, f"Accuracy by what was known{'; bars are 95 % intervals' if drawn else ''}."
 
 
-def _cold_start(curves: Mapping[str, Any], ceiling: float | None) -> "Figure | None":
+def cells_of(grid: Mapping[str, Any]) -> dict[str, str]:
+    """Those of `CELLS` that some model has a number for."""
+    return {
+        key: name
+        for key, name in CELLS.items()
+        if any(mean_of(table.get(key)).get("mean") is not None for table in grid.values())
+    }
+
+
+def _cold_start(curves: Mapping[str, Any], ceiling: float | None) -> "tuple[Figure, str] | None":
     """Accuracy on new people against the number of their comparisons, spaced like log(1 + k)."""
     curves = {model: curve for model, curve in curves.items() if curve}
     if not curves:
         return None
     figure, axes = new_figure(10.4, 3.6, 1, 1)
-    axis, counts = axes[0, 0], set()
+    axis, counts, drawn = axes[0, 0], set(), False
     for i, (model, curve) in enumerate(curves.items()):
         curve = sorted((float(k), fraction) for k, fraction in curve.items())
         x, (mean, errors) = np.array([k for k, _ in curve]), _estimates([fraction for _, fraction in curve])
         colour = COLOURS[i % len(COLOURS)]
-        axis.plot(x, mean, "o-", color=colour, markersize=5, label=model)
+        axis.plot(x, mean, "o-", color=colour, markersize=5, label=label(model))
         axis.fill_between(x, mean - errors[0], mean + errors[1], color=colour, alpha=0.15, linewidth=0)
         counts |= set(x)
+        drawn |= bool(errors.any())
     if ceiling is not None:
-        axis.axhline(100 * ceiling, color=INK, linestyle="--", linewidth=1.2, label="ceiling without the person")
+        axis.axhline(100 * ceiling, color=ink(), linestyle="--", linewidth=1.2, label=_CEILING)
     axis.set_xscale("function", functions=(np.log1p, np.expm1))
     axis.set_xticks(sorted(counts), [f"{k:g}" for k in sorted(counts)])
     axis.set_xlim(*np.expm1([np.log1p(min(counts)) - 0.1, np.log1p(max(counts)) + 0.1]))
     axis.set(xlabel="comparisons a new person has given", ylabel="accuracy, %")
+    percent_axis(axis.set_ylim, axis.get_ylim())
     axis.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
-    return figure
+    shaded = "; shaded, 95 % intervals over people" if drawn else ""
+    dashed = f"; dashed, the {_CEILING}" if ceiling is not None else ""
+    return figure, f"Accuracy on new people by the number of their comparisons{shaded}{dashed}."
 
 
-def _embedding(maps: Mapping[str, Any]) -> "Figure | None":
+def _embedding(maps: Mapping[str, Any]) -> "tuple[Figure, str] | None":
     maps = {model: one for model, one in maps.items() if one.get("x") and one.get("y")}
     if not maps:
         return None
@@ -226,15 +267,16 @@ def _embedding(maps: Mapping[str, Any]) -> "Figure | None":
             chosen = own == persona
             axis.scatter(x[chosen], y[chosen], s=34, color=colours.get(persona, GREY), alpha=0.8, linewidth=0)
         axis.margins(0.12)
+        axis.set(xlim=span(*axis.get_xlim(), 1e-3), ylim=span(*axis.get_ylim(), 1e-3))
         axis.set_aspect("equal", "datalim")  # distances mean the same along both axes
-        axis.set_title(model)
+        axis.set_title(label(model))
     for axis in axes.flat[len(maps) :]:
         axis.set_visible(False)
     if any(groups):
         figure.legend(
             [axes[0, 0].scatter([], [], color=colour) for colour in colours.values()],
-            [persona or "unknown" for persona in colours],
+            [label(persona) or "unknown" for persona in colours],
             loc="outside upper right",
             ncols=6,
         )
-    return figure
+    return figure, f"One dot per person{', coloured by persona' if any(groups) else ''}."

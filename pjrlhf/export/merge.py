@@ -35,7 +35,7 @@ from pjrlhf.models.huggingface import copy_tokenizer
 from pjrlhf.models.peft import CONFIG as ADAPTER_CONFIG
 from pjrlhf.models.peft import MANIFEST, save_peft
 from pjrlhf.paths import disk_errors, is_remote, local, refuse_remote
-from pjrlhf.settings import Settings, setting
+from pjrlhf.settings import SEEDS, Settings, fold_seed, setting
 
 SPACES = ("delta", "factors", "concat")
 # Method -> the settings that it reads.
@@ -58,8 +58,9 @@ class MergeSettings(Settings):
         None,
         "Hugging Face folder that the ingredients were trained from. LoRA ingredients need it, except for space concat."
         " With a base the result is base + sum_i w_i tau_i; without one the weights must sum to 1",
+        path=True,
     )
-    ingredients: tuple[str, ...] = setting((), "folders of full models, or of LoRA adapters in PEFT layout")
+    ingredients: tuple[str, ...] = setting((), "folders of full models, or of LoRA adapters in PEFT layout", path=True)
     weights: tuple[float, ...] = setting(
         (), "one per ingredient; may be negative, and need not sum to 1 where a base is set"
     )
@@ -79,14 +80,17 @@ class MergeSettings(Settings):
     )
     density: float | None = setting(None, "for ties, dare_linear and dare_ties; required there", above=0.0, high=1.0)
     scale: float | None = setting(None, "for task_arithmetic, ties and dare; 1 where not set", low=-1e6, high=1e6)
-    seed: int | None = setting(None, "of the draws of dare; 0 where not set", low=0, high=2**32 - 1)
+    seed: int | None = setting(None, "of the draws of dare; 0 where not set", low=SEEDS[0], high=SEEDS[1])
     output: str | None = setting(
-        None, "a new or empty folder; where not set, <workdir>/export/soup, or soup-2, soup-3, ... beside other mixes"
+        None,
+        "a new or empty folder; where not set, <workdir>/export/soup, or soup-2, soup-3, ... beside other mixes",
+        path=True,
     )
     tokenizer: str | None = setting(
         None,
         "the folder, one of base and ingredients, that decides about tokenizer files, chat template, special tokens "
         "and generation_config.json. Where not set, the folders with a chat template decide, and must agree",
+        path=True,
     )
     dtype: str | None = setting(
         None,
@@ -195,7 +199,7 @@ def _read_options(config: MergeSettings, weights: Sequence[float]) -> dict[str, 
     values = {
         "density": config.density,
         "scale": 1.0 if config.scale is None else config.scale,
-        "seed": config.seed or 0,
+        "seed": fold_seed(config.seed or 0),
     }
     return {name: values[name] for name in METHOD_OPTIONS[method]}
 

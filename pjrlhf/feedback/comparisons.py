@@ -56,7 +56,7 @@ def run(run: Run) -> dict[str, Any]:
     said = [preferences.sentences(run.audience.preferences, names) for names in stated]
     prompts = [run.records.ask(request, words) for request, words in zip(requests * 2, said, strict=True)]
     keys = functools.partial(run.streams.key, "comparisons/answers")
-    texts = sample_base(run, prompts, keys, "comparisons")
+    texts = sample_base(run, prompts, keys, "comparisons: answers of the base")
     first, second = texts[: config.pairs], texts[config.pairs :]
 
     records, ties, unusable = [], dict.fromkeys(run.audience.learned, 0), 0

@@ -156,14 +156,14 @@ def tables_of(
     if isinstance(settings.data, str):  # "population"
         folder, lengths = run.workdir.path / "population", run.text.sampled_lengths
         specs = {name: {"kind": "jsonl", "path": str(folder / f"{name}.jsonl")} for name in PARTS}
-        parts = {name: run.records.comparisons(spec) for name, spec in specs.items()}
+        parts = {name: run.records.comparisons(spec, "preference.data") for name, spec in specs.items()}
     else:
         lengths = run.text.lengths
-        examples, source = run.records.comparisons(settings.data)
+        examples, source = run.records.comparisons(settings.data, "preference.data")
         if run.settings.data.chat:  # as every other request of the run is asked
             asked = [run.records.ask(e.prompt) if isinstance(e.prompt, str) else e.prompt for e in examples]
             examples = [dataclasses.replace(e, prompt=p) for e, p in zip(examples, asked, strict=True)]
-        parts = {name: (part, source) for name, part in split(examples, settings, run.settings.seed).items()}
+        parts = {name: (part, source) for name, part in split(examples, settings, run.streams.seed).items()}
     names = [example.user_id for example in parts["train"][0]]
     if None in names:
         raise UserError(f"{parts['train'][0][names.index(None)].where}: no user_id; give every record one")

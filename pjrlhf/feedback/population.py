@@ -77,7 +77,7 @@ def given_pairs(run: Run) -> list[Triple]:
     """
     source = run.section(PopulationSettings).data
     assert not isinstance(source, str), source  # the base answers there
-    examples, name = run.records.comparisons(source)
+    examples, name = run.records.comparisons(source, "population.data")
     asked = [dataclasses.replace(example, prompt=run.records.ask(_text(example)), extra={}) for example in examples]
     table = run.text.tokenized(asked, run.text.lengths, name)
     ended = [[ids[-1] == run.workspace.tokenizer.eos_id for ids in table.tokens[side]] for side in SIDES]
@@ -102,7 +102,7 @@ def _text(example: Example) -> str:
 def _sampled(run: Run, requests: list[str], stream: str) -> list[Triple]:
     """Two answers of the base to every request, drawn from a random stream."""
     prompts, keys = [run.records.ask(request) for request in requests], functools.partial(run.streams.key, stream)
-    texts = sample_base(run, prompts * 2, keys, "population")
+    texts = sample_base(run, prompts * 2, keys, f"population: answers for {stream.partition('/')[2]}")
     return list(zip(requests, texts[: len(requests)], texts[len(requests) :], strict=True))
 
 

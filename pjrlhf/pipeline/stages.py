@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib
+import os
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -10,14 +11,17 @@ from absl import logging
 from ml_collections import ConfigDict
 
 from pjrlhf import config as configs
-from pjrlhf.algorithms import methods
+from pjrlhf.algorithms import methods, policy
+from pjrlhf.data.sources import check_source
 from pjrlhf.errors import UserError
 from pjrlhf.export import merge
 from pjrlhf.export.merge import MergeSettings
 from pjrlhf.parallel.processes import is_process_zero
+from pjrlhf.paths import is_remote
 from pjrlhf.registry import load
 from pjrlhf.runtime.run import Run, Sections, Stage
 from pjrlhf.settings import Settings, parse, shown
+from pjrlhf.terminal import masked
 from pjrlhf.training.workdir import Workdir
 from pjrlhf.types import Json
 
@@ -80,8 +84,30 @@ class Plan:
         return Run(self.settings, self.sections, workdir)
 
     def to_dict(self) -> dict[str, Any]:
-        """All settings as plain values."""
-        return self.settings.to_dict() | {name: section.to_dict() for name, section in self.foreign.items()}
+        """All settings as plain values, addresses without secrets."""
+        found = self.settings.to_dict() | {name: section.to_dict() for name, section in self.foreign.items()}
+        return masked(found)
+
+    def check_inputs(self, workdir: Workdir) -> None:
+        """Checks that the files exist which unfinished stages will read, so that no one is missed hours later.
+
+        Raises:
+          UserError: a source or an artefact of another run that does not exist, or a wrong specification of a source.
+        """
+        waiting = [stage.name for stage in self.stages if not workdir.finished(stage.name)]
+        sections: dict[str, Any] = {"data.prompts": self.settings.data.prompts} if waiting else {}
+        for name in waiting:
+            section = getattr(self.settings, name, None) or self.foreign.get(name)
+            sections[f"{name}.data"] = getattr(section, "data", None)
+        for name, field in (("reward", "path"), ("preference", "bank")) if waiting else ():
+            self._check_path(f"{name}.{field}", getattr(getattr(self.settings, name), field, ""))
+        for key, spec in sections.items():
+            if isinstance(spec, Mapping):
+                check_source(spec, key)
+
+    def _check_path(self, key: str, path: str) -> None:
+        if path and path not in STAGES and not is_remote(path) and not os.path.exists(path):
+            raise UserError(f"{key}: {path}: no such file; set --config.{key} to one that exists")
 
 
 def read(config: ConfigDict | Mapping[str, Json]) -> Plan:
@@ -100,8 +126,11 @@ def read(config: ConfigDict | Mapping[str, Json]) -> Plan:
     kinds = {stage.name: stage.settings for stage in stages if stage.name not in known and stage.settings}
     foreign = {name: parse(kind, values.pop(name, {}), name) for name, kind in kinds.items()}
     plan = Plan(configs.read(values), foreign, stages)
+    sections = Sections(plan.settings, plan.sections)
+    if policy.STAGE in stages:
+        policy.check(sections, policy.settings_of(sections))
     if methods.STAGE in stages:
-        methods.check(Sections(plan.settings, plan.sections))
+        methods.check(sections)
     return plan
 
 
@@ -112,10 +141,11 @@ def run(config: ConfigDict | Mapping[str, Json], workdir: Workdir) -> None:
       UserError: an unknown stage, a bad setting, or bad input met by a stage.
     """
     plan = read(config)
+    plan.check_inputs(workdir)
     run = plan.run(workdir)
     for stage in plan.stages:
         # The entries of `methods` are settings that all stages share.
-        section = run.section(stage.settings).to_dict() if stage.settings else plan.to_dict().get(stage.name)
+        section = masked(run.section(stage.settings).to_dict()) if stage.settings else plan.to_dict().get(stage.name)
         done = workdir.finished(stage.name)
         # Sections that may change between two runs of one folder (evaluate) make their stage run again.
         if done and done["config"] == section:

@@ -57,7 +57,7 @@ def fit_new_users(trained: Trained, counts: Sequence[int], steps: int, learning_
         # The mean over each person's own pairs, so that a step is as long for 1 comparison as for 16.
         weight = np.array([1.0 / cells[cell - 1][1] for _, cell in padded], np.float32)
         prepared.append((batch, weight * (np.arange(size) < len(part))))
-    with progress("cold start", steps, ()) as bar:
+    with progress(f"evaluate_users: rows of new people by {entry.name}", steps) as bar:
         for step in range(steps):
             total = jax.tree.map(jnp.zeros_like, rows)
             for batch, weight in prepared:

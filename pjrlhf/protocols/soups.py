@@ -31,6 +31,14 @@ from pjrlhf.runtime.run import Run, Stage
 from pjrlhf.settings import Settings, setting
 from pjrlhf.training.workdir import disk_errors
 
+# Methods that every report has, or may have, beside the entries of `methods`.
+OWN = {
+    "base": "the base itself",
+    "prompting": "the base that is told the preferences",
+    "soups": "the soups",
+    "soups_untold": "the soups that are not told the preferences",
+    "rlhf": "the policy of the general reward",
+}
 TIE = 1e-9  # scores closer than this are equal up to rounding
 
 
@@ -113,7 +121,7 @@ class Evaluation:
         self.scorer = ScoreJudge(run.audience.score, TIE)
         self.judge = BothOrders(JUDGES.get(self.config.judge)(self.scorer))
         self.combos = preferences.combinations(run.audience.preferences, run.audience.objectives)
-        self.rate = functools.partial(win_rate, resamples=self.config.resamples, seed=run.settings.seed)
+        self.rate = functools.partial(win_rate, resamples=self.config.resamples, seed=run.streams.seed)
 
     def keys(self, stream: str) -> Keys:
         """The PRNG keys of a random stream."""

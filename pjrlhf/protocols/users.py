@@ -31,6 +31,13 @@ from pjrlhf.runtime.run import Run, Stage
 from pjrlhf.settings import Settings, setting
 from pjrlhf.training.workdir import disk_errors
 
+# Models that every report has, or may have, beside the entries of `preference.models`.
+OWN = {
+    "base": "the base itself",
+    "surface": "the regression on surface features",
+    "surface_personal": "the regression on surface features per person",
+}
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class UsersSettings(Settings):
@@ -63,7 +70,7 @@ def run(run: Run) -> dict[str, Any]:
     pairs = made(user_text=False)
     held = pairs.tables["heldout"].examples
     groups = {str(e.user_id): e.extra["persona"] for e in held if e.extra.get("persona")} or None
-    settings = {"groups": groups, "resamples": config.resamples, "seed": run.settings.seed}
+    settings = {"groups": groups, "resamples": config.resamples, "seed": run.streams.seed}
     summary: dict[str, Any] = {"title": run.settings.title, "config": {"seed": run.settings.seed}}
     sections = ("accuracy", "gain", "choices", "length_matched", "grid", "embedding", "cold_start", "generation")
     summary |= {section: {} for section in sections}

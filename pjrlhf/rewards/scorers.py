@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Protocol, cast
 
 from pjrlhf.errors import UserError
+from pjrlhf.paths import install
 from pjrlhf.registry import Registry
 
 Scorer = Callable[[str, str], float]
@@ -96,7 +97,7 @@ def _vader() -> _Analyzer:
     try:
         from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
     except ImportError as error:
-        raise UserError("scorer 'sentiment': needs vaderSentiment; pip install 'pjrlhf[sentiment]'") from error
+        raise UserError(f"scorer 'sentiment': needs vaderSentiment; {install('sentiment')}") from error
     return SentimentIntensityAnalyzer()
 
 

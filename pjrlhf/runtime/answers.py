@@ -41,7 +41,12 @@ class Row:
 
 
 def sample_rows(
-    run: Run, bank: Params | None, rows: Sequence[Row], keys: Keys, policies: PoliciesOf = mixed
+    run: Run,
+    bank: Params | None,
+    rows: Sequence[Row],
+    keys: Keys,
+    policies: PoliciesOf = mixed,
+    name: str = "answers",
 ) -> list[str]:
     """One answer per row.
 
@@ -51,11 +56,12 @@ def sample_rows(
       bank: the adapters, with leading axis K; None for the base.
       keys: number of a chunk -> its PRNG key.
       policies: combines the adapters.
+      name: of the progress bar.
     """
     prompts = [run.records.ask(row.request, row.words) for row in rows]
     mix = np.array([row.mix for row in rows], np.float32)
     groups = None if bank is None or is_low_rank(bank) else [row.mix for row in rows]
-    return run.sampler(policies)("evaluate", prompts, keys, bank, mix, groups)
+    return run.sampler(policies)(name, prompts, keys, bank, mix, groups)
 
 
 def silent(_: Point) -> str:

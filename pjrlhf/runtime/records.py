@@ -8,11 +8,12 @@ from typing import Any
 from pjrlhf.data import synthetic
 from pjrlhf.data.batching import split_by
 from pjrlhf.data.schema import Example, Message, validate
-from pjrlhf.data.sources import open_source
+from pjrlhf.data.sources import Source, open_source
 from pjrlhf.errors import UserError
 from pjrlhf.runtime.audience import Audience
 from pjrlhf.runtime.streams import Streams
 from pjrlhf.settings import Settings, setting
+from pjrlhf.training.progress import watched
 
 SourceSpec = Mapping[str, Any]
 
@@ -89,9 +90,7 @@ class Records:
         if isinstance(d.prompts, str):
             texts = synthetic.prompts()
         else:
-            examples, _ = validate(
-                open_source(d.prompts), "prompt", columns=d.columns, max_bad_fraction=d.max_bad_fraction
-            )
+            examples = self._validated(open_source(d.prompts, "data.prompts"), "prompt", d.columns)
             texts = []
             for example in examples:
                 if not isinstance(example.prompt, str):
@@ -111,14 +110,14 @@ class Records:
             corpus = synthetic.corpus(
                 self.requests[0], self.corpus.records, self.streams.seed, preferences=self.audience.synthetic
             )
+            space = "" if d.chat else " "  # text that follows a text prompt
             records = [
-                {"messages": [*self.ask(record["prompt"]), {"role": "assistant", "content": record["completion"]}]}
-                for record in corpus
+                {"prompt": self.ask(record["prompt"]), "completion": space + record["completion"]} for record in corpus
             ]
             source = open_source({"kind": "records", "records": records, "name": "synthetic environment"})
         else:
-            source = open_source(self.corpus.data)
-        examples, _ = validate(source, "completion", columns=d.columns, max_bad_fraction=d.max_bad_fraction)
+            source = open_source(self.corpus.data, "sft.data")
+        examples = self._validated(source, "completion", d.columns)
         held, found = set(self.requests[1]), []
         for example in examples:
             if isinstance(example.prompt, str) and example.prompt:
@@ -128,12 +127,19 @@ class Records:
             found.append(example)
         return found
 
-    def comparisons(self, spec: SourceSpec) -> tuple[list[Example], str]:
+    def comparisons(self, spec: SourceSpec, key: str) -> tuple[list[Example], str]:
         """(validated preference records of a source, its name).
+
+        Args:
+          key: dotted key of `spec` in the config, for messages.
 
         Raises:
           UserError: the source cannot be read, or too many of its records are bad.
         """
-        source, d = open_source(spec), self.settings
-        columns = spec.get("columns") or d.columns
-        return validate(source, "preference", columns=columns, max_bad_fraction=d.max_bad_fraction)[0], source.name
+        source = open_source(spec, key)
+        columns = {**self.settings.columns, **(spec.get("columns") or {})}
+        return self._validated(source, "preference", columns), source.name
+
+    def _validated(self, source: Source, kind: str, columns: Mapping[str, str]) -> list[Example]:
+        with watched(f"reading {source.name}", source) as records:
+            return validate(records, kind, columns=columns, max_bad_fraction=self.settings.max_bad_fraction)[0]

@@ -27,7 +27,7 @@ from pjrlhf.runtime.scorer import Scorer
 from pjrlhf.runtime.streams import Streams
 from pjrlhf.runtime.text import Text
 from pjrlhf.runtime.workspace import ModelSettings, Workspace
-from pjrlhf.settings import Settings, setting
+from pjrlhf.settings import SEEDS, Settings, check_names, setting
 from pjrlhf.training import loop
 from pjrlhf.training.loop import LoopSettings
 from pjrlhf.training.state import State
@@ -48,8 +48,8 @@ class SharedSettings(LoopSettings):
     """The settings that all stages of a run share."""
 
     title: str = setting("", "heading of the report")
-    seed: int = setting(0, "seed of all random streams", low=0, high=2**32 - 1)
-    seeds: tuple[int, ...] = setting((), "several seeds; one run follows the other", low=0, high=2**32 - 1)
+    seed: int = setting(0, "seed of all random streams", low=SEEDS[0], high=SEEDS[1])
+    seeds: tuple[int, ...] = setting((), "several seeds; one run follows the other", low=SEEDS[0], high=SEEDS[1])
     stages: tuple[str, ...] = setting((), "stages of the run, in order")
     mesh: MeshSettings = setting(MeshSettings())
     preferences: str | Mapping[str, Any] = setting(
@@ -88,6 +88,9 @@ class SharedSettings(LoopSettings):
             raise UserError(f"seeds: {self.seeds} repeats one, which understates their spread; leave it out")
         if self.general in self.objectives:
             raise UserError(f"general: {self.general!r} is an objective already; leave it empty")
+        check_names("objectives", self.objectives)
+        check_names("general", filter(None, [self.general]))
+        check_names("methods", self.methods)
         self.audience.check()
 
     @functools.cached_property
@@ -121,11 +124,13 @@ class Trainer:
         and "samples", how many answers were sampled. Writes <workdir>/<stage>/bank.safetensors, see `algorithms.banks`.
       answers: (run, settings, stage, `algorithms.answering.AnswerSettings`) -> the trained `EvaluatedPolicy`. None
         for a method whose only adapter, named "policy", answers for all preferences.
+      check: (settings of a run, settings) -> nothing; raises UserError for settings that cannot be trained with.
     """
 
     settings: Callable[["Sections"], Settings]
     train: Callable[["Run", Any, str], dict[str, Any]]
     answers: Callable[["Run", Any, str, Any], Any] | None = None
+    check: Callable[["Sections", Any], object] | None = None
 
 
 class Sections:
@@ -219,7 +224,8 @@ class Run(Sections):
 
         def score(answers: list[dict[str, np.ndarray]]) -> np.ndarray:
             lengths = [len(answer["prompt"]) + len(answer["completion"]) for answer in answers]
-            return scorer("reference", answers, self.text.pad_completions, logps, lengths)
+            name = f"reference log-probs of {table.bad.source_name}"
+            return scorer(name, answers, self.text.pad_completions, logps, lengths)
 
         return reference_logps(table, key, workspace.cache_folder / "reference", score)
 

@@ -77,7 +77,7 @@ class Sampler:
         """
         size, texts = self.text.sample_rows, [""] * len(prompts)
         chunks = _chunks(len(prompts), size, groups)
-        with progress(name, len(chunks), ()) as bar:
+        with progress(name, len(chunks)) as bar:
             for number, chunk in enumerate(chunks):
                 padded = chunk + [chunk[0]] * (size - len(chunk))
                 batch = self.text.encode([prompts[i] for i in padded])

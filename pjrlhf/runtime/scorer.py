@@ -10,8 +10,6 @@ from pjrlhf.parallel.processes import to_host
 from pjrlhf.runtime.devices import Devices
 from pjrlhf.training.progress import progress
 
-PATIENCE = 5.0  # seconds before the progress bar appears
-
 
 class Scorer:
     """Scores rows in chunks.
@@ -48,7 +46,7 @@ class Scorer:
         order = np.arange(N) if lengths is None else np.argsort(lengths, kind="stable")
         chunks = [order[i : i + self.size] for i in range(0, N, self.size)]
         scores: list[np.ndarray] = []
-        with progress(name, len(chunks), (), patience=PATIENCE) as bar:
+        with progress(name, len(chunks)) as bar:
             pending: jax.Array | None = None
             for index in chunks:
                 padded = [rows[i] for i in (*index, *[index[0]] * (self.size - len(index)))]

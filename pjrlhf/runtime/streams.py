@@ -12,6 +12,8 @@ import zlib
 import jax
 import numpy as np
 
+from pjrlhf.settings import fold_seed
+
 STREAMS = {
     "base/init": 0,
     "sft/adapter": 1,
@@ -60,11 +62,14 @@ class Streams:
     """The random streams of a run.
 
     Args:
-      seed: of the run.
+      seed: of the run, of any sign, up to 64 bits.
+
+    Attributes:
+      seed: the seed as 32 bits, see `fold_seed`.
     """
 
     def __init__(self, seed: int):
-        self.seed = seed
+        self.seed = fold_seed(seed)
 
     @functools.cached_property
     def root(self) -> jax.Array:

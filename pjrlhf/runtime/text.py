@@ -6,6 +6,7 @@ from typing import Any
 
 from pjrlhf.data.batching import Completions, buckets, collate_completion, pad_left
 from pjrlhf.data.packing import Ids, PackedRows, PackLayout, choose_mode, pack, row_length
+from pjrlhf.data.records import RecordError
 from pjrlhf.data.schema import Example, Prompt
 from pjrlhf.data.tokenization import Lengths, TokenTable, cut_left, tokenize
 from pjrlhf.errors import UserError
@@ -15,6 +16,7 @@ from pjrlhf.rollout.sampler import Sampling
 from pjrlhf.runtime.devices import Devices
 from pjrlhf.runtime.records import DataSettings
 from pjrlhf.runtime.workspace import Workspace
+from pjrlhf.training.progress import watched
 
 
 class Text:
@@ -84,7 +86,9 @@ class Text:
           UserError: too many records do not fit.
         """
         fraction = self.settings.max_bad_fraction
-        return tokenize(examples, kind, self.workspace.tokenizer, lengths, source_name=name, max_bad_fraction=fraction)
+        tokenizer = self.workspace.tokenizer
+        with watched(f"tokenizing {name}", examples) as rows:
+            return tokenize(rows, kind, tokenizer, lengths, source_name=name, max_bad_fraction=fraction)
 
     def pack(
         self, prompts: Sequence[Ids], answers: Sequence[Sequence[Ids]], *, groups: int = 1, num_user_tokens: int = 0
@@ -135,7 +139,12 @@ class Text:
           UserError: a prompt is longer than `data.max_prompt`, and `data.long_prompt` does not truncate it.
         """
         limit, tokenizer = self.lengths.prompt, self.workspace.tokenizer
-        ids = [tokenizer.encode_prompt(prompt) for prompt in prompts]
+        try:
+            ids = [tokenizer.encode_prompt(prompt) for prompt in prompts]
+        except RecordError as error:
+            raise UserError(
+                f"prompt: {error}; correct the template or the prompt, or set --config.data.chat=False"
+            ) from error
         if self.lengths.long_prompt == "truncate_left":
             ids = [cut_left(prompt, limit, tokenizer.bos_id) for prompt in ids]
         longest = max(range(len(ids)), key=lambda i: len(ids[i]))

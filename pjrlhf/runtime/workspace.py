@@ -35,7 +35,9 @@ FLOATS = ("float32", "bfloat16", "float16")
 class ModelSettings(Settings):
     """The base model: a folder, or the dimensions of a new model."""
 
-    path: str = setting("", 'Hugging Face folder of the base; "" trains a new model with the dimensions below')
+    path: str = setting(
+        "", 'Hugging Face folder of the base; "" trains a new model with the dimensions below', path=True
+    )
     tokenizer: str | Mapping[str, Any] = setting(
         "synthetic",
         'tokenizer of a new model, or {"kind": "bpe", "vocab_size": ..., "texts": sft records to train it on}',

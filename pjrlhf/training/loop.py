@@ -31,7 +31,7 @@ class LoopSettings(Settings):
     """How a stage is trained, whatever it trains."""
 
     checkpoints: str = setting(
-        "", "where checkpoints go if not into the run directory: a folder or gs://, s3:// of this run alone"
+        "", "where checkpoints go if not into the run directory: a folder or gs://, s3:// of this run alone", path=True
     )
     checkpoint_every: int = setting(100, "steps; 0 saves the last step alone", low=0)
     max_to_keep: int = setting(2, "how many of the newest checkpoints stay", low=1, high=10**6)
@@ -192,7 +192,7 @@ def run(
             on_start(state)
 
         writer = MetricWriter(workdir, stage, loggers=settings.loggers, after=done)
-        with contextlib.closing(writer), progress(stage, steps, show, start=done) as bar, _Stop() as stop:
+        with contextlib.closing(writer), progress(stage, steps, show, start=done, patience=0.0) as bar, _Stop() as stop:
             pending, first = None, done + 1
             performance.begin(done)
             while done < steps:

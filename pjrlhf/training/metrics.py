@@ -18,7 +18,7 @@ from jaxtyping import Shaped
 
 from pjrlhf.errors import UserError
 from pjrlhf.parallel.processes import is_process_zero, to_host
-from pjrlhf.paths import atomic_write
+from pjrlhf.paths import atomic_write, install
 from pjrlhf.registry import Registry
 from pjrlhf.training.workdir import Workdir, disk_errors
 from pjrlhf.types import Array, Json
@@ -105,8 +105,8 @@ def logger_factory(name: str) -> LoggerFactory:
     except UserError as error:
         raise UserError(f"loggers: {error}") from error
     except ImportError as error:
-        install = f"pip install 'pjrlhf[{name}]'" if name in LOGGERS else "install it"
-        raise UserError(f"loggers: {name!r} needs {module}, which is not installed; {install}") from error
+        remedy = install(name) if name in LOGGERS else "install it"
+        raise UserError(f"loggers: {name!r} needs {module}, which is not installed; {remedy}") from error
     return factory
 
 

@@ -35,7 +35,7 @@ def test_a_vote_is_a_record_of_its_voter(votes):
         {"prompt": "why ?", "chosen": "no idea", "rejected": "because", "user_id": "bob"},
     ]
     examples, _ = validate(open_source(votes), "preference")
-    assert examples[2].where == "votes.csv row 2" and examples[2].user_id == "bob"
+    assert examples[2].where == "votes.csv record 3" and examples[2].user_id == "bob"
 
 
 def test_users_with_few_votes_are_left_out_and_counted(votes, caplog):
@@ -47,9 +47,9 @@ def test_users_with_few_votes_are_left_out_and_counted(votes, caplog):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"votes": ""}, "data kind 'votes': needs 'votes'; set it in the config"),
-        ({"votes": "nowhere.csv"}, "nowhere.csv: no such file; check 'votes'"),
-        ({"left": "c"}, "pairs.jsonl record 1: no column 'c' .found .*; give its name in the config"),
+        ({"votes": ""}, "data kind 'votes': needs 'votes'; set --config.data.votes"),
+        ({"votes": "nowhere.csv"}, "nowhere.csv: no such file; set --config.data.votes to a file that exists"),
+        ({"left": "c"}, "pairs.jsonl record 1: no column 'c' .found .*; give its name with --config.data.left=<yours>"),
         ({"user": "who"}, "votes.csv record 1: no column 'who'"),
     ],
 )
@@ -58,10 +58,32 @@ def test_bad_votes(votes, changes, message):
         open_source({**votes, **changes})
 
 
-def test_a_vote_on_an_unknown_pair(votes, tmp_path):
-    (tmp_path / "votes.csv").write_text("id,worker,winner\n9,ann,left\n")
-    with pytest.raises(UserError, match=r"votes.csv: a vote on pair '9', which is not in .*pairs.jsonl"):
-        open_source(votes)
+@pytest.mark.parametrize(
+    ("vote", "reason"),
+    [
+        ("9,ann,left", "unknown pair"),
+        ("7,ann,lft", "unknown verdict"),
+        ("7,ann,", "unknown verdict"),
+        ("7,,left", "empty user_id"),
+        ("6,ann,left", "ambiguous pair"),
+    ],
+)
+def test_a_vote_that_cannot_be_counted_is_a_bad_record_and_no_tie(votes, tmp_path, caplog, vote, reason):
+    with (tmp_path / "pairs.jsonl").open("a") as file:
+        for right in "xy":
+            file.write(json.dumps({"id": 6, "text": "which ?", "a": "this", "b": right}) + "\n")
+    (tmp_path / "votes.csv").write_text(f"id,worker,winner\n7,ann,Left \n{vote}\n8,ann,EQUAL\n")
+    with caplog.at_level("INFO"):
+        examples, bad = validate(open_source(votes), "preference", max_bad_fraction=0.5)
+    assert [example.chosen for example in examples] == ["because"] and "left out 1 ties" in caplog.text
+    assert [(where, why) for where, why, _ in bad.items] == [("votes.csv record 2", reason)]
+
+
+def test_a_pair_that_stands_twice_alike_and_own_words_for_a_tie(votes, tmp_path):
+    (tmp_path / "pairs.jsonl").write_text((tmp_path / "pairs.jsonl").read_text("utf-8") * 2, "utf-8")
+    (tmp_path / "votes.csv").write_text("id,worker,winner\n7,ann,left\n7,bob,undecided\n")
+    assert len(records({**votes, "ties": ("Undecided",)})) == 1
+    assert len(records({**votes, "ties": "undecided"})) == 1
 
 
 QUESTION = {"question": "where to ?", "preference": "I hate boats.", "options": ["by train", "by ferry", "by yacht"]}
@@ -85,19 +107,26 @@ def test_a_question_is_a_pair_per_wrong_option(tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (
-            json.dumps([{**QUESTION, "options": ["by train"]}]),
-            "travel.json question 0: options is not a list of",
-        ),
-        (json.dumps([{"question": "?"}]), "travel.json record 1: no column 'options'"),
+        (json.dumps([{"question": "?"}]), "travel.json record 1: no column 'options' .*--config.data.options=<yours>"),
         (json.dumps(["by train"]), "travel.json record 1: no column 'question' .found str"),
+        (json.dumps(QUESTION), "travel.json: holds a dict, not a list of records"),
         ("[", "travel.json: cannot be read"),
+        ("[" * 5000, "travel.json: cannot be read .nested too deeply"),
     ],
 )
 def test_bad_questions(tmp_path, content, message):
     (tmp_path / "travel.json").write_text(content)
     with pytest.raises(UserError, match=message):
         open_source({"kind": "choices", "path": str(tmp_path / "travel.json")})
+
+
+def test_a_question_without_options_is_a_bad_record(tmp_path):
+    questions = [QUESTION, {**QUESTION, "options": ["by train"]}, {**QUESTION, "options": None}]
+    (tmp_path / "travel.json").write_text(json.dumps(questions))
+    source = open_source({"kind": "choices", "path": str(tmp_path / "travel.json")})
+    examples, bad = validate(source, "preference", max_bad_fraction=0.5)
+    assert len(examples) == 2 and bad.counts == {"not a question": 1, "missing options": 1}
+    assert "travel.json record 2: options is not a list of two or more" in bad.items[0][2]
 
 
 def test_a_folder_without_questions(tmp_path):

@@ -1,5 +1,6 @@
 """Records are read as TRL's columns say, or refused with a reason that names them."""
 
+import functools
 import gzip
 import json
 import math
@@ -73,10 +74,6 @@ def test_text_prompt_of_conversations_is_one_user_turn(repeat):
 @pytest.mark.parametrize(
     ("chosen", "rejected", "prompt"),
     [
-        ("The sky is blue", "The sky is bright", "The sky is"),
-        ("Q: hi", "Q: hi there", "Q:"),
-        ("Sky?\n\nIt is blue", "Sky?\n\nNo idea", "Sky?"),
-        ("Sky?\n\nIt is blue", "Sky?\n\nIt was", "Sky?\n\nIt"),
         (
             "\n\nHuman: Sky?\n\nAssistant: It is",
             "\n\nHuman: Sky?\n\nAssistant: It was",
@@ -93,6 +90,35 @@ def test_implicit_prompt_of_texts(chosen, rejected, prompt):
     example = parse({"chosen": chosen, "rejected": rejected}, "preference")
     assert example.prompt == prompt
     assert (prompt + example.chosen, prompt + example.rejected) == (chosen, rejected)
+
+
+@pytest.mark.parametrize(
+    ("chosen", "rejected", "reason"),
+    [
+        ("The sky is blue", "The sky is bright", "missing prompt"),
+        ("Sky?\n\nAssistant: blue", "Sky?\n\nAssistant: green", "missing prompt"),
+        ("\n\nHuman: a\n\nAssistant: b", "\n\nHuman: b\n\nAssistant: b", "missing prompt"),
+        ([user("a"), assistant("b")], [user("c"), assistant("b")], "no shared prompt"),
+    ],
+)
+def test_a_prompt_is_guessed_from_transcripts_and_conversations_alone(chosen, rejected, reason):
+    """A misnamed column must not turn the first words of the answers into a prompt."""
+    with pytest.raises(RecordError) as error:
+        parse({"question": "Sky?", "chosen": chosen, "rejected": rejected}, "preference")
+    assert error.value.reason == reason
+
+
+def test_a_guessed_prompt_is_said_and_counted(caplog):
+    answers = {"chosen": [user("a"), assistant("b")], "rejected": [user("a"), assistant("c")]}
+    validate([answers, PAIR], "preference", source_name="train")
+    assert "train: 1 of 2 records have no prompt; it is what both answers start with" in caplog.text
+
+
+def test_a_null_completion_is_bad_unless_the_record_is_of_another_form():
+    with pytest.raises(RecordError, match="completion is null"):
+        parse({"prompt": "Sky?", "completion": None, "text": "Blue."}, "completion")
+    turns = {"messages": [user("Sky?"), assistant("Blue.")], "prompt": None, "completion": None, "text": None}
+    assert parse(turns, "completion").completion == "Blue."
 
 
 def test_forms_of_a_completion():
@@ -122,8 +148,15 @@ def test_forms_of_a_completion():
         ({"prompt": [user("a"), assistant("b")]}, "prompt ends with the assistant"),
         ({"chosen": [user("b")], "rejected": [assistant("c")]}, "chosen is not one answer"),
         ({"chosen": [assistant("")], "rejected": [assistant("c")]}, "empty chosen"),
-        ({"prompt": None}, "no shared prompt"),
-        ({"prompt": None, "chosen": [user("a"), assistant("b")], "rejected": [user("c")]}, "no shared prompt"),
+        ({"prompt": None}, "prompt is null"),
+        ({"prompt": None, "chosen": [user("a"), assistant("b")], "rejected": [user("c")]}, "prompt is null"),
+        ({"prompt": [user(" ")]}, "empty user message in prompt"),
+        ({"user_id": "a\ud800"}, "not UTF-8"),
+        ({"chosen": "\udfff"}, "not UTF-8"),
+        ({"note": {"\ud800": 1}}, "not UTF-8"),
+        ({"user_id": 10**400}, "number too large"),
+        ({"margin": 10**400}, "number too large"),
+        ({"note": functools.reduce(lambda inner, _: [inner], range(5000), [])}, "nested too deeply"),
         ({"margin": math.nan}, "bad margin"),
         ({"margin": "1"}, "bad margin"),
         ({"margin": True}, "bad margin"),
@@ -147,9 +180,7 @@ def test_bad_record_has_a_reason(change, reason):
 
 def test_missing_column_says_what_was_found_and_how_to_map_it():
     record = {"question": "Sky?", "chosen": "a", "loser": "b"}
-    with pytest.raises(
-        RecordError, match=r"found columns \['question', 'chosen', 'loser'\].*columns\.rejected=<yours>"
-    ):
+    with pytest.raises(RecordError, match=r"found columns \['question', 'chosen', 'loser'\].*columns\.rejected=YOURS"):
         parse(record, "preference")
     example = parse(record, "preference", columns={"prompt": "question", "rejected": "loser"})
     assert (example.prompt, example.chosen, example.rejected, example.extra) == ("Sky?", "a", "b", {})
@@ -174,7 +205,9 @@ def test_bad_records_are_named_counted_and_bounded():
     assert len(examples) == 97 and report.total == 100
     assert report.counts == {"empty chosen": 2, "chosen equals rejected": 1}
     assert [where for where, _, _ in report.items] == ["train row 97", "train row 98", "train row 99"]
-    with pytest.raises(UserError, match=r"3 of 100 .*2 empty chosen.*train row 97: empty chosen.*max_bad_fraction"):
+    with pytest.raises(
+        UserError, match=r"3 of 100 .*2 empty chosen.*train row 97: empty chosen.*max_bad_fraction=0.03"
+    ):
         validate(records, "preference", source_name="train", max_bad_fraction=0.029)
 
 

@@ -4,13 +4,15 @@ import gzip
 import json
 import sys
 import types
+from unittest import mock
 
 import ml_collections
 import pytest
+from etils import epath
 
 from pjrlhf.data.records import RecordError
 from pjrlhf.data.schema import validate
-from pjrlhf.data.sources import Source, open_source
+from pjrlhf.data.sources import Source, check_source, open_source
 from pjrlhf.errors import UserError
 
 RECORDS = [{"prompt": f"question {i} é\u2028?", "n": i} for i in range(10)]
@@ -49,11 +51,76 @@ def test_line_that_is_not_utf8_is_a_bad_record(tmp_path):
     assert error.value.reason == "not UTF-8"
 
 
-def test_truncated_gzip_is_a_user_error(tmp_path):
+@pytest.mark.parametrize("damage", [lambda x: x[:-12], lambda x: x[:30] + b"\xff" * 8 + x[38:], lambda x: x[:5]])
+def test_damaged_gzip_is_a_user_error(tmp_path, damage):
     path = tmp_path / "a.jsonl.gz"
-    path.write_bytes(gzip.compress(json.dumps(RECORDS).encode())[:-12])
-    with pytest.raises(UserError, match="gzip"):
+    path.write_bytes(damage(gzip.compress(json.dumps(RECORDS).encode())))
+    with pytest.raises(UserError, match=r"a.jsonl.gz: a damaged gzip file .*; copy or download it again"):
         open_source({"kind": "jsonl", "path": str(path)})
+
+
+def test_gzip_is_recognised_by_its_content(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(gzip.compress(b'{"prompt": "a"}'))
+    (tmp_path / "b.jsonl.gz").write_bytes(b'{"prompt": "b"}')
+    found = [open_source({"kind": "jsonl", "path": str(tmp_path / name)})[0] for name in ("a.jsonl", "b.jsonl.gz")]
+    assert found == [{"prompt": "a"}, {"prompt": "b"}]
+
+
+BAD_LINES = {
+    b'{"prompt": "\\ud800"}': "not UTF-8",
+    b'{"prompt": "a", "n": %s}' % (b"9" * 5000): "number too large",
+    b'{"prompt": %s' % (b"[" * 100_000): "nested too deeply",
+    b'{"prompt": "a", "n": %s1%s}' % (b"[" * 200, b"]" * 200): "nested too deeply",
+    b'{"prompt": "\xff"}': "not UTF-8",
+    b"\x00\x01": "bad JSON",
+    b"NaN": "bad JSON",
+}
+
+
+@pytest.mark.parametrize("line", BAD_LINES, ids=list(BAD_LINES.values()))
+def test_a_line_that_cannot_be_used_is_named_by_file_and_line(tmp_path, line):
+    (tmp_path / "a.jsonl").write_bytes(b'{"prompt": "a"}\n\n' + line + b"\n")
+    source = open_source({"kind": "jsonl", "path": str(tmp_path / "a.jsonl")})
+    _, bad = validate(source, "prompt", max_bad_fraction=0.5)
+    assert [(where, reason) for where, reason, _ in bad.items] == [("a.jsonl line 3", BAD_LINES[line])]
+
+
+def test_a_file_that_the_system_does_not_let_read(tmp_path, monkeypatch):
+    (tmp_path / "a.jsonl").write_text("{}")
+    monkeypatch.setattr(type(epath.Path("/")), "open", mock.Mock(side_effect=PermissionError(13, "Permission denied")))
+    with pytest.raises(UserError, match=r"a.jsonl: cannot be read \(Permission denied\); check its permissions"):
+        open_source({"kind": "jsonl", "path": str(tmp_path / "a.jsonl")})
+
+
+def test_home_is_expanded_in_every_kind_of_source(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "a.jsonl").write_text('{"id": 1, "prompt": "a", "left": "x", "right": "y"}')
+    (tmp_path / "v.csv").write_text("id,worker,winner\n1,ann,left\n")
+    (tmp_path / "q.json").write_text('[{"question": "a", "options": ["x", "y"], "preference": "u"}]')
+    for spec in (
+        {"kind": "jsonl", "path": "~/a.jsonl"},
+        {"kind": "datasets", "path": "~/a.jsonl"},
+        {"kind": "votes", "path": "~/a.jsonl", "votes": "~/v.csv"},
+        {"kind": "choices", "path": "~/q.json"},
+    ):
+        check_source(spec, "data")
+        assert [record["prompt"] for record in open_source(spec)] == ["a"]
+
+
+@pytest.mark.parametrize("form", ["torch", "numpy", "pandas", "arrow"])
+def test_a_saved_format_changes_no_record(tmp_path, form):
+    datasets = pytest.importorskip("datasets")
+    if form == "torch":
+        pytest.importorskip("torch")
+    datasets.disable_progress_bars()
+    records = [{**record, "turns": [{"role": "user", "content": "é"}]} for record in RECORDS]
+    datasets.Dataset.from_list(records).with_format(form).save_to_disk(str(tmp_path / "data"))
+    state = json.loads((tmp_path / "data" / "state.json").read_text())
+    (tmp_path / "data" / "state.json").write_text(json.dumps({**state, "_format_type": form}))
+    source = open_source({"kind": "datasets", "path": str(tmp_path / "data")})
+    assert list(source) == records
+    examples, _ = validate(source, "prompt", columns={"prompt": "turns"})
+    assert examples[0].prompt == records[0]["turns"]
 
 
 def test_records_in_memory_of_any_sequence():
@@ -135,6 +202,15 @@ def test_tfds_without_tensorflow(tfds_folder):
         ({}, "data kind None: unknown"),
         ({"kind": "jsonl"}, "--config.data.path"),
         ({"kind": "jsonl", "path": "/nowhere/a.jsonl"}, "/nowhere/a.jsonl: no such file"),
+        ({"kind": "jsonl", "path": "http://host/a.jsonl"}, "http:// cannot be read; download it and name the local"),
+        ({"kind": "datasets", "path": "https://host/a.jsonl"}, "https:// cannot be read; download it"),
+        ({"kind": "choices", "path": "file:///data/a.json"}, "a path stands without file://; write /data/a.json"),
+        ({"kind": "jsonl", "path": "/tmp"}, "/tmp: is a folder, .*; read it with --config.data.kind=datasets"),
+        ({"kind": "votes", "path": "/tmp", "votes": "/tmp"}, "/tmp: is a folder; set --config.data.path to a file in"),
+        (
+            {"kind": "datasets", "path": __file__},
+            "the name does not tell the format; let it end in one of .jsonl, .json",
+        ),
         ({"kind": "datasets", "path": "/nowhere/data"}, "/nowhere/data: no such file or folder"),
         ({"kind": "datasets", "path": "data.parquet"}, "data.parquet: no such file or folder"),
         ({"kind": "datasets", "path": "/nowhere", "split": "train[a:b]"}, "split 'train.a:b.': not understood"),
@@ -182,3 +258,44 @@ def test_source_gives_plain_values():
     assert source[0] == {"prompt": "café"}
     _, report = validate(source, "prompt", max_bad_fraction=0.5)
     assert report.counts == {"not UTF-8": 1}
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b'[{"prompt": "a"}]', "one JSON text over the whole file, not one JSON object per line"),
+        (b'\xef\xbb\xbf [\n{"prompt": "a"}\n]', "one JSON text over the whole file, not one JSON object per line"),
+        (b'{\n"prompt": "a"\n}', "one JSON text over the whole file, not one JSON object per line"),
+        (b"PAR1\x15\x04", "a parquet file, not one JSON object per line"),
+    ],
+)
+def test_another_format_is_named_with_the_kind_that_reads_it(tmp_path, content, message):
+    (tmp_path / "a.json").write_bytes(content)
+    with pytest.raises(UserError, match=f"a.json: {message}; read it with --config.sft.data.kind=datasets"):
+        open_source({"kind": "jsonl", "path": str(tmp_path / "a.json")}, "sft.data")
+    if content.startswith(b"[{"):  # the remedy works
+        pytest.importorskip("datasets").disable_progress_bars()
+        assert open_source({"kind": "datasets", "path": str(tmp_path / "a.json")})[0]["prompt"] == "a"
+
+
+def test_a_reader_that_fails_names_the_row():
+    source = Source("mine", {}, range(3))
+    with pytest.raises(UserError, match=r"mine row 2: cannot be read .*; correct the data"):
+        source[2]
+
+
+def test_what_can_be_told_before_a_source_is_read(tmp_path):
+    (tmp_path / "a.jsonl").write_text("")
+    check_source({"kind": "jsonl", "path": str(tmp_path / "a.jsonl")}, "sft.data")
+    for spec, message in (
+        ({"kind": "jsnl"}, "sft.data.kind: data kind 'jsnl': unknown; did you mean jsonl"),
+        ({"kind": "jsonl", "path": ""}, "needs 'path'; set --config.sft.data.path"),
+        ({"kind": "jsonl", "path": "no"}, "no: no such file or folder; set --config.sft.data.path to one that exists"),
+        (
+            {"kind": "datasets", "path": "x", "split": "a[b:]"},
+            "split 'a.b:.': not understood; write --config.sft.data.spl",
+        ),
+        ({"kind": "votes", "path": str(tmp_path), "votes": "no.csv"}, "set --config.sft.data.votes to one that exists"),
+    ):
+        with pytest.raises(UserError, match=message):
+            check_source(spec, "sft.data")

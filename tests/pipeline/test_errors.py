@@ -39,7 +39,7 @@ def fails(message, folder, config):
 MISTAKES = [
     ("preferences", "papers", "preferences: 'papers' is unknown; did you mean 'paper'\\? The choices are synthetic, "),
     ("prompt_preference", "sometimes", "prompt_preference: 'sometimes' is unknown; choose one of never, always, half"),
-    ("seed", "one", "seed: 'one' is not a whole number; choose a number at least 0 and at most 4,294,967,295"),
+    ("seed", "one", "seed: 'one' is not a whole number; choose a number at least -9,223,372,036,854,775,808"),
     ("seed", True, "seed: True is not a whole number"),
     ("seed", 1.5, "seed: 1.5 is not a whole number"),
     ("temperature", float("nan"), "temperature: nan is not finite; choose a number at least 0 and at most 100"),
@@ -97,8 +97,12 @@ WRONG_RUNS = [
         "/no/such/model/config.json: no such file; name a folder in Hugging Face layout with safetensors weights",
     ),
     ("model.eos_token", "<end>", "eos_token '<end>': not in the tokenizer's vocabulary; name one of its tokens"),
-    ("data.max_prompt", 4, "prompt too long .* tokens, the limit is 4.*correct the data, or allow more"),
-    ("sft.batch_size", 10_000, "batch_size 10000: the data set has only 640 rows; lower the batch size"),
+    (
+        "data.max_prompt",
+        4,
+        "prompt too long .* tokens, the limit is 4; raise --config.data.max_prompt, or cut .*correct the data",
+    ),
+    ("sft.batch_size", 10_000, "sft.batch_size: a batch takes 10000 rows, and there are only 640 to train on"),
 ]
 
 

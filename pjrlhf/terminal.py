@@ -1,0 +1,66 @@
+"""What may reach a terminal or a log: no control characters, no secrets of addresses, no notices of libraries."""
+
+import logging as python_logging
+import os
+import re
+import sys
+import unicodedata
+from typing import Any
+
+# Categories of characters that a terminal acts on, or that change the direction of the text around them.
+_ACTS = ("Cc", "Cf", "Cs")
+_JOINERS = "\u200c\u200d"  # parts of words in some scripts, and of emoji
+_LOGIN = re.compile(r"(?<=://)[^/\s'\"@]+(?=@)")
+_QUERY = re.compile(r"(?<=[?&#;])([^=&#;?\s'\"]+)=[^&#;\s'\"]*")
+_ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://[^\s'\"]+")
+
+
+def visible(text: object, keep: str = "") -> str:
+    r"""`text` with control characters as escapes such as \x1b, except those in `keep`."""
+    return "".join(c if c in keep or _is_harmless(c) else c.encode("unicode_escape").decode() for c in str(text))
+
+
+def _is_harmless(c: str) -> bool:
+    return c in _JOINERS or unicodedata.category(c) not in _ACTS
+
+
+def masked(value: Any) -> Any:
+    """A JSON value with logins and values of queries in addresses replaced by ***.
+
+    `s3://key:secret@bucket/x?token=abc` becomes `s3://***@bucket/x?token=***`.
+    """
+    if isinstance(value, str):
+        return _ADDRESS.sub(lambda found: _QUERY.sub(r"\1=***", _LOGIN.sub("***", found[0])), value)
+    if isinstance(value, dict):
+        return {key: masked(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(masked(one) for one in value)
+    return value
+
+
+def line(text: object) -> str:
+    """A message as one line that is safe to print."""
+    return visible(masked(" ".join(str(text).split("\n"))))
+
+
+class SafeRecords(python_logging.Filter):
+    """Makes log records safe to print; lines stay lines."""
+
+    def filter(self, record: python_logging.LogRecord) -> bool:
+        record.msg, record.args = visible(masked(record.getMessage()), keep="\n\t"), ()
+        return True
+
+
+def print_error(error: object) -> None:
+    """Prints a message on stderr, as one line."""
+    print(f"error: {line(error)}", file=sys.stderr)
+
+
+def quiet_libraries() -> None:
+    """Silences notices of libraries on which a user cannot act. Call it before they are imported."""
+    for name, value in {
+        "TRANSFORMERS_VERBOSITY": "error",
+        "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",
+        "TF_CPP_MIN_LOG_LEVEL": "3",
+    }.items():
+        os.environ.setdefault(name, value)
