@@ -63,7 +63,7 @@ def pdpo(c: ml_collections.ConfigDict) -> None:
     c.preference.update({"steps": 2000, "mixture": "dropout"})
     c.preference.optimizer.learning_rate = 5e-5
     c.preference.user_optimizer.learning_rate = 1e-3
-    c.evaluate_users.cold_start_models = ("individualized", "cluster")
+    c.evaluate_users.cold_start = ()
 
 
 def soups(c: ml_collections.ConfigDict) -> None:

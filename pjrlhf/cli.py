@@ -50,6 +50,8 @@ def _train(arguments: Sequence[str]) -> None:
 def _merge(arguments: Sequence[str]) -> None:
     from pjrlhf.export.merge import METHOD_OPTIONS, SPACES, MergeSettings, merge
     from pjrlhf.settings import fields_of, parse, rule_of
+    from pjrlhf.terminal import visible
+    from pjrlhf.training.progress import progress
 
     helps = {key: rule_of(field).help for key, (_, field) in fields_of(MergeSettings).items()}
     parser = argparse.ArgumentParser(
@@ -65,8 +67,9 @@ def _merge(arguments: Sequence[str]) -> None:
         parser.add_argument(f"--{name}", type=kind, help=helps[name])
     given = {key: value for key, value in vars(parser.parse_args(arguments)).items() if value is not None}
     with _one_line():
-        manifest = merge(parse(MergeSettings, given, "merge"))
-        print(f"merged model: {manifest['output']}")
+        with progress("merge", 1):
+            manifest = merge(parse(MergeSettings, given, "merge"))
+        print(f"merged model: {visible(manifest['output'])}")
 
 
 def _report(arguments: Sequence[str]) -> None:

@@ -161,11 +161,11 @@ def check_names(key: str, names: typing.Iterable[str], taken: Mapping[str, str] 
     """
     for name in names:
         if name in taken:
-            raise UserError(f"{key}: {name!r} is the name of {taken[name]}; choose another one")
+            raise UserError(f"{key}: {shown(name)} is the name of {taken[name]}; choose another one")
         odd = [c for c in name if c in "/\\" or not c.isprintable()]
         if odd or name != name.strip() or name.strip(".") == "" or len(name.encode("utf-8", "replace")) > 100:
             reason = f"holds {odd[0]!r}" if odd else "is empty, too long, dots alone, or has space at an end"
-            raise UserError(f"{key}: {name!r} {reason}, so it cannot name a folder; choose another one")
+            raise UserError(f"{key}: {shown(name)} {reason}, so it cannot name a folder; choose another one")
 
 
 def rule_of(field: dataclasses.Field) -> Rule:

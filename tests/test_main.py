@@ -1,8 +1,10 @@
 """The command line: mistakes end in one line on stderr and exit code 2."""
 
+import ast
 import json
 import os
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -227,3 +229,222 @@ def test_help_is_no_error_and_needs_no_library():
 def test_default_workdir():
     assert default_workdir("configs/soups.py") == "runs/soups"
     assert default_workdir("configs/soups.py:hf") == "runs/soups-hf"
+
+
+# ---- remedies: what a message tells a user to do works
+
+
+def named_keys():
+    """(file, dotted key) of every --config.key in the texts of the package."""
+    for path in sorted((ROOT / "pjrlhf").rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                for key in re.findall(r"--config\.(\w+(?:\.\w+)*)(?![\w.]*$)", node.value):
+                    yield str(path.relative_to(ROOT)), key
+
+
+@pytest.mark.parametrize(("file", "key"), sorted(set(named_keys())))
+def test_every_flag_that_a_message_names_exists(file, key):
+    from pjrlhf import config
+    from pjrlhf.settings import fields_of, is_open
+
+    sections = {name.rpartition(".")[0] for name in fields_of(config.RunSettings)}
+    known = key in fields_of(config.RunSettings) or key in sections or is_open(config.RunSettings, key)
+    assert known, f"{file}: --config.{key}"
+
+
+@pytest.fixture
+def settings(ended):
+    """The settings that the command line gives."""
+
+    def read(*arguments):
+        from pjrlhf import main
+        from pjrlhf.pipeline import stages
+
+        assert ended(*arguments) == (0, [])
+        return stages.read(main.FLAGS.config).settings
+
+    return read
+
+
+RECORDS = "--config=configs/pdpo.py:records"
+
+
+def comparisons(settings):
+    """The records of `preference.data`, or the message."""
+    from pjrlhf.data.sources import check_source
+    from pjrlhf.errors import UserError
+    from pjrlhf.runtime.records import Records
+    from pjrlhf.runtime.streams import Streams
+
+    records = Records(settings.data, settings.audience, Streams(0), None)
+    try:
+        check_source(settings.preference.data, "preference.data")
+        return records.comparisons(settings.preference.data, "preference.data")[0]
+    except UserError as error:
+        return str(error)
+
+
+FLAG = re.compile(r"--config\.[\w.]+=[\w.]+")
+GOOD = {"prompt": "Sky?", "chosen": " blue", "rejected": " green", "user_id": "ann"}
+MISNAMED = {"question": "Sky?", "better": " blue", "worse": " green", "who": "ann"}
+CASES = {
+    "a list": ("a.json", json.dumps([GOOD])),
+    "other columns": ("a.jsonl", json.dumps(MISNAMED)),
+    "some bad records": ("a.jsonl", "\n".join([json.dumps(GOOD)] * 9 + ["{"])),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_following_the_advice_leads_to_the_data(settings, tmp_path, case):
+    name, content = CASES[case]
+    (tmp_path / name).write_text(content)
+    yours = {"chosen": "better", "rejected": "worse", "prompt": "question"}
+    flags = [RECORDS, f"--config.preference.data.path={tmp_path / name}"]
+    for _ in range(4):
+        found = comparisons(settings(*flags))
+        if not isinstance(found, str):
+            break
+        advised = FLAG.findall(found)
+        assert advised, found
+        flags += [re.sub(r"columns\.(\w+)=YOURS", lambda m: f"columns.{m[1]}={yours[m[1]]}", flag) for flag in advised]
+    assert {(e.prompt, e.chosen, e.rejected) for e in found} == {("Sky?", " blue", " green")}
+    assert len(flags) > 2
+
+
+def test_a_path_that_is_not_set_is_asked_for_by_its_own_flag(settings, tmp_path):
+    message = comparisons(settings(RECORDS))
+    assert message == "data kind 'jsonl': needs 'path'; set --config.preference.data.path"
+    message = comparisons(settings(RECORDS, f"--config.preference.data.path={tmp_path}"))
+    assert FLAG.findall(message) == ["--config.preference.data.kind=datasets"]
+
+
+def test_flags_reach_sections_whose_keys_a_config_chooses(settings):
+    """Columns, entries and what they leave out, sources in place of a name; and they are checked."""
+    found = settings(
+        *(SOUPS, "--config.data.columns.chosen=x", "--config.methods.pmorl.optimizer.learning_rate=0.5"),
+        *("--config.data.prompts.kind=jsonl", "--config.data.prompts.path=a.jsonl"),
+    )
+    assert found.data.columns == {"chosen": "x"}
+    assert found.methods["pmorl"]["optimizer"] == {"learning_rate": 0.5}
+    assert found.data.prompts == {"kind": "jsonl", "path": "a.jsonl"}
+    found = settings("--config=configs/pdpo.py", "--config.preference.models.cluster.beta=0.3")
+    assert found.preference.entry("cluster").objective.beta == 0.3
+
+
+@pytest.mark.parametrize(
+    ("flag", "message"),
+    [
+        (
+            "--config.methods.pmorl.optimizer.learning_rat=0.5",
+            "learning_rat: no such setting; did you mean learning_rate",
+        ),
+        ("--config.methods.pmorl.stpes=3", "methods.pmorl.stpes: no such setting; did you mean steps?"),
+        ("--config.data.columns=x", "--config.data.columns=x: Failed to parse"),
+    ],
+)
+def test_a_wrong_flag_of_such_a_section_is_told(ended, flag, message):
+    code, (line,) = ended(SOUPS, flag)
+    assert code == 2 and message in line
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2**32 - 1, -1, 2**63 - 1, -(2**63), 2**64 - 1])
+def test_seeds_of_any_sign_and_64_bits(settings, seed):
+    from pjrlhf.runtime.streams import Streams
+
+    found = settings(SOUPS, f"--config.seed={seed}").seed
+    streams = Streams(found)
+    assert found == seed and (streams.seed == seed) == (0 <= seed < 2**32)
+    streams.key("base/init"), streams.numpy("ric/kept").random(), streams.python("x").random()
+
+
+def test_seeds_are_different_streams():
+    import jax
+
+    from pjrlhf.runtime.streams import Streams
+
+    seeds = (0, 1, -1, 2**32 - 1, 2**32, 2**64 - 1)
+    assert len({tuple(jax.random.key_data(Streams(seed).root).tolist()) for seed in seeds}) == len(seeds)
+
+
+def test_help_of_a_config_lists_its_settings(ended, capsys):
+    from pjrlhf import main
+
+    with pytest.raises(SystemExit) as stopped:
+        main.parse(["main", "--help", SOUPS])
+    assert stopped.value.code == 0
+    text = capsys.readouterr().out
+    assert "  --config.policy.steps=60\n      rollouts, each followed by an update - at least 1" in text
+    assert "\npolicy: " in text and "--config.merge" not in text
+    assert "default" in text and "\x1b" not in text
+
+
+def test_errors_reach_the_terminal_in_one_line_without_secrets(ended, tmp_path):
+    file = tmp_path / "config.py"
+    file.write_text("def get_config():\n    raise ValueError('\x1b[31m s3://key:secret@bucket/x')")
+    code, (line,) = ended(f"--config={file}")
+    assert code == 2 and "secret" not in line and "\x1b" not in line and r"\x1b[31m s3://***@bucket/x" in line
+
+
+def test_secrets_are_masked_in_what_a_run_keeps(settings, tmp_path):
+    from pjrlhf import main
+    from pjrlhf.pipeline import stages
+
+    settings(RECORDS, "--config.preference.data.path=gs://key:secret@bucket/x.jsonl")
+    plan = stages.read(main.FLAGS.config)
+    assert "secret" in plan.settings.preference.data["path"] and "secret" not in json.dumps(plan.to_dict())
+
+
+@pytest.mark.parametrize(
+    ("flag", "message"),
+    [
+        ("--config.evaluate_front.points=((0.5, 0.6),)", "evaluate_front.points (0.5, 0.6): not shares"),
+        ("--config.evaluate_front.target=some", "evaluate_front.target: 'some' is unknown"),
+        ("--config.methods.psoups.preferences.kind=fixd", "methods.psoups.preferences.kind: 'fixd' is unknown"),
+        ("--config.methods.morl.preferences.points=corner", "methods.morl.preferences.points: 'corner' is unknown"),
+        ("--config.methods.clp.preferences.kind=own", "methods.clp: mix 'weights': needs weights over all objectives"),
+        ("--config.methods.moc.scale=std", "methods.moc: policy.combine: the rule compares rewards with preference"),
+        (
+            "--config.methods.psoups.ppo.policies_at_once=3",
+            "methods.psoups: policy.ppo.policies_at_once=3: must divide",
+        ),
+    ],
+)
+def test_settings_of_late_stages_are_checked_at_the_start(ended, flag, message):
+    code, (line,) = ended("--config=configs/family.py", flag)
+    assert code == 2 and message in line
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--config.evaluate_users.resamples=0"], "evaluate_users.resamples: 0 is out of range"),
+        (["--config.population.new_pairs_per_user=16"], "evaluate_users.cold_start: 16 comparisons of each new person"),
+        (["--config.evaluate_users.cold_start_models=('pooled',)"], "'pooled' has nothing of a person's own to fit"),
+        (
+            ["--config.preference.models.pooled.kind=soup"],
+            "preference.bank: entry 'pooled' mixes policies; name the bank",
+        ),
+        (
+            ["--config.preference.data.kind=jsonl"],
+            "evaluate_users.cold_start: nobody is new; set --config.preference.ne",
+        ),
+        (["--config.preference.models.base.kind=uniform"], "preference.models: 'base' is the name of the base itself"),
+    ],
+)
+def test_settings_of_the_evaluation_of_users_are_checked_at_the_start(ended, flags, message):
+    code, (line,) = ended("--config=configs/pdpo.py", *flags)
+    assert code == 2 and message in line
+    remedy = re.search(r"--config\.preference\.new_user_fraction=[\d.]+", line)
+    if remedy:
+        assert ended("--config=configs/pdpo.py", *flags, remedy[0]) == (0, [])
+
+
+@pytest.mark.parametrize("name", ["a/b", "..", "", " a", "a\\b", "a\x1b[31m", "x" * 101])
+def test_a_name_that_cannot_name_a_folder_is_refused(name):
+    from pjrlhf.algorithms.pdpo import PreferenceSettings
+    from pjrlhf.errors import UserError
+
+    with pytest.raises(UserError, match=r"models: .* so it cannot name a folder; choose another one"):
+        PreferenceSettings(models={name: {"kind": "uniform"}})
+    PreferenceSettings(models={"a$b_$ <i> [bold] é 你": {"kind": "uniform"}})

@@ -102,7 +102,7 @@ def _learned(run: Run, rewarder: Params, rows: Sequence[TokenRow]) -> np.ndarray
     score, backbone = jax.jit(scores), run.workspace.backbone
     lengths = [len(row["prompt"]) + len(row["completion"]) for row in rows]
     return run.scorer()(
-        "rewards",
+        "rewards of answers",
         rows,
         run.text.pad_completions,
         lambda batch: score(backbone, rewarder, batch.tokens, batch.valid),

@@ -324,7 +324,7 @@ class PairMargins:
         table = self.pairs.tables[part]
         rows = range(len(table)) if rows is None else rows
         return self.scorer(
-            "margins",
+            f"margins of pairs ({part})",
             rows,
             lambda chunk: self.pairs.collate(part, users, [table[i] for i in chunk], self.users.num_tokens),
             functools.partial(self._margins, self.backbone, trainable),

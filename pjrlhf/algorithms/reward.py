@@ -273,7 +273,7 @@ class Reward(Method):
         tables = list(self.heldout.values())
         longest = max(map(len, tables))
         hits = Scorer(self.devices, self.settings.batch_size)(
-            "held-out pairs",
+            "reward: held-out pairs",
             [[table[i % len(table)] for table in tables] for i in range(longest)],
             lambda rows: by_model(self.text, rows)[0],
             functools.partial(self._hits, self.backbone, trainable),
@@ -311,7 +311,7 @@ class Reward(Method):
         size = self.text.sample_rows
         count = max(1, self.settings.calibration_samples // size) * size
         rows = [prompts[i % len(prompts)] for i in range(count)]
-        raw = Scorer(self.devices, size)("calibration", rows, self.text.encode, rewards)
+        raw = Scorer(self.devices, size)("reward: calibration", rows, self.text.encode, rewards)
         return scale_of(raw, self.settings.quantiles, least=1e-6)
 
 

@@ -242,12 +242,15 @@ def train(run: Run, settings: RicSettings, stage: str) -> dict[str, Any]:
     def offline_answers() -> list[Answer]:
         requests = [run.records.requests[0][i % len(run.records.requests[0])] for i in range(settings.samples)]
         prompts = [run.records.ask(request) for request in requests]
-        texts = sample_base(run, prompts, functools.partial(run.streams.key, "ric/base_answers"), stage)
+        texts = sample_base(
+            run, prompts, functools.partial(run.streams.key, "ric/base_answers"), f"{stage}: answers of the base"
+        )
         return scored(run, rewarder, requests, texts, f"{stage}/round0")
 
     def online_answers(bank: Params, number: int) -> list[Answer]:
         rows = wanted(run, settings, number)
-        texts = sample_rows(run, bank, rows, functools.partial(run.streams.key, "ric/answers", number))
+        keys = functools.partial(run.streams.key, "ric/answers", number)
+        texts = sample_rows(run, bank, rows, keys, name=f"{stage}: answers of round {number}")
         return scored(run, rewarder, [row.request for row in rows], texts, f"{stage}/round{number}")
 
     offline = stored(folder / "answers0.jsonl", offline_answers)

@@ -176,7 +176,7 @@ class DryRecords(Records):
     def completions(self) -> list[Example]:
         return [Example(prompt=request, completion="answer") for request in self.requests[0]]
 
-    def comparisons(self, spec: SourceSpec) -> tuple[list[Example], str]:
+    def comparisons(self, spec: SourceSpec, key: str) -> tuple[list[Example], str]:
         examples = [
             Example(prompt=request, chosen="one", rejected="other", user_id=f"user {i}", objective=name)
             for i, request in enumerate(self.requests[0])

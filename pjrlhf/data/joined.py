@@ -12,6 +12,7 @@ from absl import logging
 from pjrlhf.data.records import RecordError, from_json, plain
 from pjrlhf.errors import UserError
 from pjrlhf.paths import local, read_errors
+from pjrlhf.settings import shown
 
 # Default names of the columns of votes and pairs.
 VOTES = {
@@ -72,14 +73,16 @@ def read_votes(spec: Mapping[str, Any], key: str = "data") -> dict[int, dict[str
             continue
         name, winner = str(row[names["pair"]]), str(row[names["winner"]]).strip().lower()
         if name not in pairs:
-            found[number] = RecordError("unknown pair", f"{name!r} is not in {pairs_file}")
+            found[number] = RecordError("unknown pair", f"{shown(name)} is not in {pairs_file}")
         elif name in several:
-            found[number] = RecordError("ambiguous pair", f"{name!r} stands in {pairs_file} with different answers")
+            found[number] = RecordError(
+                "ambiguous pair", f"{shown(name)} stands in {pairs_file} with different answers"
+            )
         elif winner in words:
             ties += 1
         elif winner not in ("left", "right"):
             known = ", ".join(("left", "right", *sorted(words)))
-            found[number] = RecordError("unknown verdict", f"{row[names['winner']]!r} is not one of {known}")
+            found[number] = RecordError("unknown verdict", f"{shown(row[names['winner']])} is not one of {known}")
         else:
             sides = ("left", "right") if winner == "left" else ("right", "left")
             chosen, rejected = (pairs[name][names[side]] for side in sides)
@@ -162,7 +165,7 @@ def _rows(
             continue
         missing = [name for name in needed if not isinstance(row, dict) or row.get(names[name]) is None]
         if missing:
-            found = sorted(map(str, row)) if isinstance(row, dict) else type(row).__name__
+            found = shown(sorted(map(str, row))) if isinstance(row, dict) else type(row).__name__
             where, column = f"{path} record {number}", names[missing[0]]
             if number == 1:
                 raise UserError(

@@ -13,6 +13,7 @@ from absl import logging
 
 from pjrlhf.data.records import BadRecords, RecordError, plain
 from pjrlhf.errors import UserError
+from pjrlhf.settings import shown
 from pjrlhf.types import Json
 
 KINDS = ("prompt", "completion", "preference")
@@ -173,7 +174,14 @@ def _need(values: dict[str, Any], names: Sequence[str], found: list[str], what: 
     missing = [name for name in names if name not in values]
     if missing:
         ways = " ".join(f"--config.data.columns.{name}=YOURS" for name in missing)
-        raise RecordError(f"missing {' and '.join(missing)}", f"{what}; found columns {found}; map them with {ways}")
+        raise RecordError(
+            f"missing {' and '.join(missing)}", f"{what}; found columns {_listed(found)}; map them with {ways}"
+        )
+
+
+def _listed(names: Sequence[str]) -> str:
+    """The first of many names, each cut where it is long."""
+    return f"[{', '.join(map(shown, names[:20]))}{', ...' if len(names) > 20 else ''}]"
 
 
 def _prompt(values: dict[str, Any], found: list[str]) -> dict[str, Any]:
@@ -278,7 +286,7 @@ def _messages(value: Json, name: str) -> list[Message]:
 def _answer(messages: list[Message], name: str) -> str:
     if len(messages) != 1 or messages[0]["role"] != "assistant":
         roles = [message["role"] for message in messages]
-        raise RecordError(f"{name} is not one answer", f"{roles} follow the prompt, not one assistant message")
+        raise RecordError(f"{name} is not one answer", f"{shown(roles)} follow the prompt, not one assistant message")
     return _text(messages[0]["content"], name)
 
 
@@ -301,7 +309,7 @@ def _user_id(value: Json) -> str | None:
 
 def _number(value: Json, name: str) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise RecordError(f"bad {name}", f"{value!r} is not a finite number")
+        raise RecordError(f"bad {name}", f"{shown(value)} is not a finite number")
     return float(value)
 
 
@@ -323,5 +331,5 @@ def _weights(value: Json) -> dict[str, float] | list[float] | None:
         weights = _named_numbers(value, name)
         numbers = list((weights or {}).values())
     if weights is not None and (min(numbers, default=-1) < 0 or abs(sum(numbers) - 1) > 1e-3):
-        raise RecordError(f"bad {name}", f"{numbers} must not be negative and must sum to 1")
+        raise RecordError(f"bad {name}", f"{shown(numbers)} must not be negative and must sum to 1")
     return weights

@@ -7,7 +7,7 @@ import json
 import math
 import pathlib
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import numpy as np
@@ -26,7 +26,7 @@ _THEMES = {
     "light": {"ink": "#1f2933", "ground": "#ffffff", "edge": "#c3cad2", "grid": "#e9edf1"},
     "dark": {"ink": "#dfe5ea", "ground": "#1b2128", "edge": "#4a5561", "grid": "#2c343d"},
 }
-_LETTERS = 40  # of a name in a figure
+_LETTERS = 24  # of a name in a figure
 
 
 class Picture(NamedTuple):
@@ -75,6 +75,11 @@ def label(name: object) -> str:
     text = text if len(text) <= _LETTERS else f"{text[: _LETTERS - 1]}…"
     # Matplotlib leaves out of a legend what starts with an underscore.
     return f"\N{WORD JOINER}{text}" if text.startswith("_") else text
+
+
+def legend_columns(labels: Iterable[str]) -> int:
+    """How many names of a legend stand side by side above a figure."""
+    return max(1, min(6, 75 // (6 + max(map(len, labels), default=0))))
 
 
 def span(low: float, high: float, least: float, bounds: tuple[float, float] | None = None) -> tuple[float, float]:
@@ -171,7 +176,7 @@ def _win_rate(table: Mapping[str, Any], average: Mapping[str, Any]) -> "tuple[Fi
     panels = [name for name, drawn in (("average", average), ("table", len(table) > 2)) if drawn]
     if not panels:
         return None
-    figure, axes = new_figure(5.2 * len(panels), 1.4 + 0.42 * max(len(table), len(average)), 1, len(panels))
+    figure, axes = new_figure(4.4 * len(panels), 1.4 + 0.42 * max(len(table), len(average)), 1, len(panels))
     axes = dict(zip(panels, axes[0], strict=True))
     if average:
         _rate_bars(axes["average"], average, "Against all others")
@@ -218,7 +223,7 @@ def _ingredients(ingredients: Mapping[str, Any]) -> "tuple[Figure, str] | None":
     panels = [part for part in (rates, kl) if part]
     if not panels:
         return None
-    figure, axes = new_figure(5.2 * len(panels), 1.3 + 0.36 * len(ingredients), 1, len(panels))
+    figure, axes = new_figure(4.4 * len(panels), 1.3 + 0.36 * len(ingredients), 1, len(panels))
     if rates:
         _rate_bars(axes[0, 0], rates, "On its own criterion, against the base")
     if kl:
@@ -271,14 +276,14 @@ def _training(curves: Mapping[tuple[str, str, str], Mapping[str, np.ndarray]]) -
     if not curves:
         return None
     stages = list(dict.fromkeys(stage for stage, _, _ in curves))
-    figure, axes = new_figure(10.4, 2.9 * len(stages), len(stages), 2)
+    figure, axes = new_figure(8.4, 2.9 * len(stages), len(stages), 2)
     for (stage, quantity, unit), lines in curves.items():
         axis = axes[stages.index(stage), int(quantity == "kl")]
         for i, (name, points) in enumerate(lines.items()):
             axis.plot(*points, color=COLOURS[i % len(COLOURS)], linewidth=1.4, label=label(name))
         axis.set(title=f"{label(stage)}: {_CURVES[quantity]}", xlabel=unit)
         if len(lines) > 1:
-            axis.legend(fontsize=8, ncols=2)
+            axis.legend(fontsize=8, ncols=2 if max(map(len, lines)) < 12 else 1)
     for axis in axes.ravel():
         axis.set_visible(axis.has_data())
     shown = {quantity for _, quantity, _ in curves}

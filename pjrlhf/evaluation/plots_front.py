@@ -21,7 +21,7 @@ _MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 _KINDS = {"dominated": "dominated", "unseen": "not trained on"}
 _PAIRS, _COLUMNS = 6, 3  # pairs of objectives that are drawn, panels beside each other
 _SPAN = 0.2  # least width of an axis of rewards, whose scale is that of the base
-_NAME = 28  # letters of a method in a legend; longer names would leave no room for the panels
+_NAME = 24  # letters of a method in a legend; longer names would leave no room for the panels
 
 
 def figures(summary: Mapping[str, Any]) -> dict[str, Picture]:
@@ -135,6 +135,7 @@ def drawing(summary: Mapping[str, Any]) -> dict[str, Any] | None:
 
     Returns:
       {"width", "height", "legend": its left edge, "radius": of a circle,
+      "kinds": {class of some circle: its name},
       "panels": [{"left", "right", "top", "bottom", "x_label", "y_label", "x_ticks", "y_ticks": [(place, number)],
       "reference": (x, y) or None}],
       "methods": {method: {"colour", "label", "lines": [points of a polyline], of N = 2 alone, "circles": [{"x", "y",
@@ -173,7 +174,9 @@ def drawing(summary: Mapping[str, Any]) -> dict[str, Any] | None:
             ]
     columns, rows = min(_COLUMNS, len(shown)), math.ceil(len(shown) / _COLUMNS)
     size = {"width": columns * width + 210, "height": max(rows * height, 20 * (len(methods) + 4) + 20)}
-    return size | {"legend": columns * width + 10, "radius": radius, "panels": panels, "methods": methods}
+    kinds = {kind: name for kind, name in _KINDS.items() if any(one[kind].any() for one in found.values())}
+    rest = {"legend": columns * width + 10, "radius": radius, "kinds": kinds}
+    return size | rest | {"panels": panels, "methods": methods}
 
 
 def _scale(values: np.ndarray, start: float, end: float) -> tuple[list[tuple[float, str]], Callable[[Any], Any]]:

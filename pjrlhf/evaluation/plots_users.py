@@ -15,6 +15,7 @@ from pjrlhf.evaluation.plots import (
     draw,
     ink,
     label,
+    legend_columns,
     new_figure,
     number_or_nan,
     percent_axis,
@@ -38,6 +39,7 @@ _PARTS = {
     "minority": ("minority personas", "v"),
     "worst_decile": ("worst 10 % of people", "X"),
 }
+_PLACES = 12  # room for people in a row, so that a few do not fill it
 _CEILING = "ceiling without the person"
 _NAMED = 45  # people whose names fit under an axis
 
@@ -96,7 +98,7 @@ def _accuracy(
     models = list(dict.fromkeys([*accuracy, *matched]))
     if not models:
         return None
-    figure, axes = new_figure(10.4, 1.3 + 0.55 * len(models), 1, 1)
+    figure, axes = new_figure(8.4, 1.3 + 0.55 * len(models), 1, 1)
     axis, rows = axes[0, 0], np.arange(len(models))
     style = {"linestyle": "none", "marker": "o", "markersize": 8, "capsize": 3, "zorder": 3}
     for name, part, shift, fill in (
@@ -152,7 +154,7 @@ def _strips(
     models = [model for model, users in values.items() if any(value is not None for value in users.values())]
     order = [user for users in groups.values() for user in users]
     named, scale = len(order) <= _NAMED, 1 if bars else 100
-    figure, axes = new_figure(10.4, 1.0 + 1.35 * len(models) + 0.4 * named, len(models), 1)
+    figure, axes = new_figure(8.4, 1.0 + 1.35 * len(models) + 0.4 * named, len(models), 1)
     top = 1.08 * scale * max((value for users in values.values() for value in users.values() if value), default=1)
     for axis, model in zip(axes[:, 0], models, strict=True):
         start = 0
@@ -172,14 +174,19 @@ def _strips(
             start += len(users)
         if ceiling is not None:
             axis.axhline(100 * ceiling, color=ink(), linestyle="--", linewidth=1.2, label=_CEILING)
-        axis.set(title=label(model), xlim=(-0.8, len(order) - 0.2), ylim=(0, top) if bars else (-5, 105), xticks=[])
+        axis.set(
+            title=label(model),
+            xlim=(-0.8, max(len(order), _PLACES) - 0.2),
+            ylim=(0, top) if bars else (-5, 105),
+            xticks=[],
+        )
         axis.grid(False, axis="x")
     if named:
         axes[-1, 0].set_xticks(range(len(order)), [label(user) for user in order], rotation=90, fontsize=8)
     figure.supylabel("mean length of an answer" if bars else "accuracy, %", fontsize=10)
     handles, labels = axes[0, 0].get_legend_handles_labels()
     if any(labels):
-        figure.legend(handles, labels, loc="outside upper right", ncols=min(6, len(labels)))
+        figure.legend(handles, labels, loc="outside upper right", ncols=legend_columns(labels))
     what = "Mean length of the answers to each person" if bars else "One dot per person"
     by = ", grouped and coloured by persona" if any(groups) else ""
     means = "means of the personas" if any(groups) else "means"
@@ -197,7 +204,7 @@ def _grid(grid: Mapping[str, Any]) -> "tuple[Figure, str] | None":
     grid, cells = {model: table for model, table in grid.items() if table}, cells_of(grid)
     if not cells:
         return None
-    figure, axes = new_figure(10.4, 3.4, 1, 1)
+    figure, axes = new_figure(8.4, 3.4, 1, 1)
     axis, step, drawn = axes[0, 0], 0.7 / len(grid), False
     style: dict[str, Any] = {"linestyle": "none", "marker": "o", "capsize": 3}
     for i, (model, table) in enumerate(grid.items()):
@@ -227,7 +234,7 @@ def _cold_start(curves: Mapping[str, Any], ceiling: float | None) -> "tuple[Figu
     curves = {model: curve for model, curve in curves.items() if curve}
     if not curves:
         return None
-    figure, axes = new_figure(10.4, 3.6, 1, 1)
+    figure, axes = new_figure(8.4, 3.6, 1, 1)
     axis, counts, drawn = axes[0, 0], set(), False
     for i, (model, curve) in enumerate(curves.items()):
         curve = sorted((float(k), fraction) for k, fraction in curve.items())
@@ -267,7 +274,10 @@ def _embedding(maps: Mapping[str, Any]) -> "tuple[Figure, str] | None":
             chosen = own == persona
             axis.scatter(x[chosen], y[chosen], s=34, color=colours.get(persona, GREY), alpha=0.8, linewidth=0)
         axis.margins(0.12)
-        axis.set(xlim=span(*axis.get_xlim(), 1e-3), ylim=span(*axis.get_ylim(), 1e-3))
+        if np.isfinite(x).any() and np.isfinite(y).any():  # people who are alike up to rounding stay together
+            ends = (span(np.nanmin(one), np.nanmax(one), 1e-3) for one in (x, y))
+            axis.update_datalim(list(zip(*ends, strict=True)))
+            axis.autoscale_view()
         axis.set_aspect("equal", "datalim")  # distances mean the same along both axes
         axis.set_title(label(model))
     for axis in axes.flat[len(maps) :]:
@@ -277,6 +287,6 @@ def _embedding(maps: Mapping[str, Any]) -> "tuple[Figure, str] | None":
             [axes[0, 0].scatter([], [], color=colour) for colour in colours.values()],
             [label(persona) or "unknown" for persona in colours],
             loc="outside upper right",
-            ncols=6,
+            ncols=legend_columns(map(label, colours)),
         )
     return figure, f"One dot per person{', coloured by persona' if any(groups) else ''}."

@@ -4,6 +4,8 @@ Layout of `summary` (every section may be absent, every number may be nan or Non
 
     title                 str
     config                {name: value}, may nest
+    run                   {name: text}, how the run was made
+    controls              [model], of user models, that are trained to fail
     stage_seconds         {stage: seconds};  total_seconds: float
     reward_models         {preference: {accuracy, pairs, mean, std}}
     ingredients           {preference: {win_rate_vs_base: rate, kl, length, score, base_score}}
@@ -56,7 +58,16 @@ import jinja2
 import rich.console
 
 from pjrlhf.evaluation import plots, plots_front, plots_users, report_front, report_users
-from pjrlhf.evaluation.formats import cell, duration, interval, mean_of, number, percent, print_table
+from pjrlhf.evaluation.formats import (
+    cell,
+    duration,
+    interval,
+    mean_of,
+    number,
+    percent,
+    print_table,
+    terminal_console,
+)
 from pjrlhf.paths import atomic_write
 
 
@@ -81,13 +92,13 @@ def write_report(
     folder.mkdir(parents=True, exist_ok=True)
     summary = clean(summary)
     _write(folder / "summary.json", (json.dumps(summary, indent=1, allow_nan=False) + "\n").encode())
-    images = plots.figures(summary, metrics) | plots_front.figures(summary) | plots_users.figures(summary)
-    for name, png in images.items():
-        _write(folder / f"{name}.png", png)
+    pictures = plots.figures(summary, metrics) | plots_front.figures(summary) | plots_users.figures(summary)
+    for name, picture in pictures.items():
+        _write(folder / f"{name}.png", picture.light)
     page = _template().render(
         summary=summary,
         samples=clean(samples),
-        images={name: base64.b64encode(png).decode() for name, png in images.items()},
+        pictures=pictures,
         config=flatten(summary.get("config") or {}),
         opponents=plots.opponents,
         by_combo=_by_combo(summary.get("combos") or {}),
@@ -144,12 +155,13 @@ def _template() -> jinja2.Template:
     loader = jinja2.FileSystemLoader(pathlib.Path(__file__).parent)
     environment = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
     environment.filters |= {function.__name__: function for function in (percent, number, duration, interval, mean_of)}
+    environment.filters["base64"] = lambda content: base64.b64encode(content).decode()
     return environment.get_template("report.html")
 
 
 def print_tables(summary: Mapping[str, Any], console: rich.console.Console | None = None) -> None:
     """The closing tables of a run, from win rates to fronts, user models and time, where the summary has them."""
-    console = console or rich.console.Console()
+    console = console or terminal_console()
     summary = clean(summary)
     average, pairs = summary.get("win_rate_average") or {}, summary.get("win_rate") or {}
     against = plots.opponents(pairs)

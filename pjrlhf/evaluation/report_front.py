@@ -1,16 +1,13 @@
 """The tables of several methods on one front, for the page and the terminal; `report` describes what they read."""
 
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import rich.console
-import rich.text
 
 from pjrlhf.evaluation import pareto, plots, plots_front
-from pjrlhf.evaluation.formats import duration, estimate, mean_of, number, print_table
-
-Table = tuple[Sequence[str], Sequence[Sequence[str]]]  # columns, rows
+from pjrlhf.evaluation.formats import Table, duration, estimate, mean_of, number, print_table, without_empty
 
 
 def page(summary: Mapping[str, Any]) -> dict[str, Any]:
@@ -24,12 +21,13 @@ def tables(summary: Mapping[str, Any]) -> dict[str, Table]:
     unseen = {method: one["unseen"] for method, one in methods.items() if one.get("unseen")}
     headings = ["method", *(one["heading"] for one in columns.values())]
     rows = [[*_metrics(method, one, columns), *_cost(one)] for method, one in methods.items()]
-    return {
+    found = {
         "front": ([*headings, "samples", "time"], rows),
         "unseen": (headings, [_metrics(method, one, columns) for method, one in unseen.items()]),
         "scales": _scales(summary.get("front") or {}),
         "scaling": _scaling(summary.get("scaling") or {}),
     }
+    return {name: without_empty(*table) for name, table in found.items()}
 
 
 def _columns(summary: Mapping[str, Any]) -> dict[str, Any]:
@@ -76,25 +74,5 @@ def print_fronts(console: rich.console.Console, summary: Mapping[str, Any]) -> N
         "scaling": ": ".join(["Adding preferences", *filter(None, [", ".join(new)])]),
     }
     for name, title in titles.items():
-        for i, (columns, rows) in enumerate(_side_by_side(*found[name], console.width)):
-            print_table(console, f"{title}, continued" if i else title, columns, rows)
+        print_table(console, title, *found[name])
     print_table(console, "Findings", ["finding"], [[claim] for claim in summary.get("claims") or []])
-
-
-def _side_by_side(columns: Sequence[str], rows: Sequence[Sequence[str]], width: int) -> Iterator[Table]:
-    """The table in as many parts as the width asks for, so that no number breaks; each part names the methods."""
-    parts, used = [[0]], _needed(columns, rows, 0)
-    for i in range(1, len(columns)):
-        needed = _needed(columns, rows, i)
-        if used + needed >= width and len(parts[-1]) > 1:
-            parts.append([0])
-            used = _needed(columns, rows, 0)
-        parts[-1].append(i)
-        used += needed
-    for part in parts:
-        yield [columns[i] for i in part], [[row[i] for i in part] for row in rows]
-
-
-def _needed(columns: Sequence[str], rows: Sequence[Sequence[str]], i: int) -> int:
-    """The least width of a column: its longest word, and the frame."""
-    return 3 + max(rich.text.Text(word).cell_len for row in [columns, *rows] for word in row[i].split() or [""])

@@ -8,7 +8,7 @@ from typing import Any
 import rich.console
 
 from pjrlhf.evaluation import plots_users
-from pjrlhf.evaluation.formats import cell, mean_of, number, percent, print_table
+from pjrlhf.evaluation.formats import cell, interval, mean_of, number, percent, print_table
 from pjrlhf.evaluation.plots_users import CELLS
 
 
@@ -19,9 +19,67 @@ def page(summary: Mapping[str, Any]) -> dict[str, Any]:
         "personas": plots_users.personas(summary),
         "by_persona": answers,
         "score_names": _score_names(answers),
-        "cells": CELLS,
+        "cells": plots_users.cells_of(summary.get("grid") or {}),
+        "accuracy_parts": {key: name for key, name in _PARTS.items() if _some(summary.get("accuracy") or {}, key)},
+        "gained": _some(summary.get("gain") or {}, "mean"),
+        "cards": cards(summary),
         "counts": _counts(summary.get("cold_start") or {}),
     }
+
+
+_PARTS = {
+    "micro": "over pairs, %",
+    "generic": "generic user",
+    "majority": "majority persona",
+    "minority": "minority personas",
+    "worst_decile": "worst 10 % of people",
+    "worst": "worst person",
+}
+
+
+def _some(table: Mapping[str, Any], key: str) -> bool:
+    """Whether some row has a number of that name."""
+    return any((row or {}).get(key) is not None for row in table.values())
+
+
+def cards(summary: Mapping[str, Any]) -> list[dict[str, str]]:
+    """The numbers at the top of the page: {"number", "text"}.
+
+    Where models that know people compete with one that does not, the first number is how much better the best of them
+    is; else it is the accuracy of the best model that was trained.
+    """
+    accuracy = {name: one for name, one in (summary.get("accuracy") or {}).items() if _mean(one) is not None}
+    controls = summary.get("controls") or ()
+    gains = {name: one for name, one in (summary.get("gain") or {}).items() if _mean(one) is not None}
+    gains = {name: one for name, one in gains.items() if name not in controls and name in accuracy} or gains
+    found = []
+    if gains:
+        best = max(gains, key=lambda name: gains[name]["mean"])
+        gain = gains[best]
+        sign = "+" if gain["mean"] > 0 else ""
+        text = f"accuracy of {best} over {gain.get('against')}, person by person, {number(gain.get('users'))} people"
+        found.append({"number": f"{sign}{percent(gain['mean'])} points", "text": _with_interval(text, gain)})
+    else:
+        trained = {name: one for name, one in accuracy.items() if name != "base" and name not in controls} or accuracy
+        if not trained:
+            return []
+        best = max(trained, key=lambda name: trained[name]["mean"])
+    for name in dict.fromkeys([best, *((gains[best].get("against"),) if gains else ())]):
+        if one := accuracy.get(name):
+            text = f"accuracy of {name}, mean over {len(one.get('users') or {})} people"
+            found.append({"number": f"{percent(one['mean'])} %", "text": _with_interval(text, one)})
+    generic = (accuracy.get(best) or {}).get("generic")
+    if generic is not None and generic != accuracy[best]["mean"]:
+        found.append({"number": f"{percent(generic)} %", "text": f"accuracy of {best} when not told who is asking"})
+    return found
+
+
+def _mean(one: Mapping[str, Any] | None) -> float | None:
+    return (one or {}).get("mean")
+
+
+def _with_interval(text: str, one: Mapping[str, Any]) -> str:
+    return f"{text} ({interval(one)})" if interval(one) else text
 
 
 def print_users(console: rich.console.Console, summary: Mapping[str, Any]) -> None:
@@ -56,7 +114,7 @@ def print_users(console: rich.console.Console, summary: Mapping[str, Any]) -> No
         [model, *(cell(mean_of(table.get(key)), "mean") for key in CELLS)]
         for model, table in (summary.get("grid") or {}).items()
     ]
-    print_table(console, "Accuracy on known and new people and prompts, %", ["model", *CELLS.values()], rows)
+    print_table(console, "Accuracy by what was known, %", ["model", *CELLS.values()], rows)
 
     curves = summary.get("cold_start") or {}
     counts = _counts(curves)

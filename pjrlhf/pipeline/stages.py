@@ -22,6 +22,7 @@ from pjrlhf.registry import load
 from pjrlhf.runtime.run import Run, Sections, Stage
 from pjrlhf.settings import Settings, parse, shown
 from pjrlhf.terminal import masked
+from pjrlhf.training.progress import progress
 from pjrlhf.training.workdir import Workdir
 from pjrlhf.types import Json
 
@@ -152,7 +153,8 @@ def run(config: ConfigDict | Mapping[str, Json], workdir: Workdir) -> None:
             logging.info("stage %s: finished before, skipped", stage.name)
             continue
         started = time.perf_counter()
-        info = stage.run(run) or {}
+        with progress(f"stage {stage.name}", 1):  # whatever has no progress of its own
+            info = stage.run(run) or {}
         workdir.mark_finished(stage.name, time.perf_counter() - started, config=section, **info)
 
 

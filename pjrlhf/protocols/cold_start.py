@@ -26,7 +26,7 @@ def fit_new_users(trained: Trained, counts: Sequence[int], steps: int, learning_
     table = pairs.tables["new_users"]
     people: dict[str, dict[bool, list[int]]] = {}
     for i, example in enumerate(table.examples):
-        people.setdefault(str(example.user_id), {False: [], True: []})[bool(example.extra.get("held_out"))].append(i)
+        people.setdefault(str(example.user_id), {False: [], True: []})[bool(example.extra["held_out"])].append(i)
     people = {user: rows for user, rows in people.items() if len(rows[False]) >= max(counts) and rows[True]}
     if not people:
         raise UserError(f"cold start: no new user has {max(counts)} comparisons and others to test on; ask for fewer")

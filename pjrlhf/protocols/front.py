@@ -18,13 +18,12 @@ from pjrlhf.algorithms.reward import check_quantiles
 from pjrlhf.algorithms.targets import simplex_points
 from pjrlhf.errors import UserError
 from pjrlhf.evaluation import pareto
-from pjrlhf.evaluation.report import write_report
 from pjrlhf.objectives.multi_objective import target_map
-from pjrlhf.parallel.processes import on_process_zero
+from pjrlhf.protocols.reporting import finish
 from pjrlhf.runtime.answers import EvaluatedPolicy, Point, Row, sample_base, sample_rows
 from pjrlhf.runtime.run import Run, Stage
 from pjrlhf.settings import Settings, setting
-from pjrlhf.training.workdir import disk_errors
+from pjrlhf.training.progress import watched
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -67,8 +66,9 @@ class Front:
             run,
             [run.records.ask(request) for request in self.requests * self.config.base_samples],
             functools.partial(run.streams.key, "evaluate_front/base_answers"),
-            "base",
+            "evaluate_front: answers of the base",
         )
+        self.sampled: list[dict[str, Any]] = []  # all answers
         scores = self.scores(self.requests * self.config.base_samples, texts)
         self.low, self.high = np.quantile(scores, self.config.quantiles, axis=0)
         if not (self.high > self.low).all():
@@ -79,16 +79,22 @@ class Front:
     def scores(self, requests: Sequence[str], texts: Sequence[str]) -> np.ndarray:
         """The judge's scores [n, N] of answers."""
         pairs = list(zip(requests, texts, strict=True))
-        return np.array(
-            [[self.run.audience.score(q, text, name) for name in self.names] for q, text in pairs], np.float64
-        )
+        with watched("evaluate_front: judging answers", pairs) as seen:
+            scores = [[self.run.audience.score(q, text, name) for name in self.names] for q, text in seen]
+        return np.array(scores, np.float64)
 
-    def answers(self, evaluated: EvaluatedPolicy, points: Sequence[Point]) -> np.ndarray:
+    def answers(self, name: str, evaluated: EvaluatedPolicy, points: Sequence[Point]) -> np.ndarray:
         """Scaled scores [n, P, N] of a method at `points`, for P held-out prompts."""
         requests = self.requests * self.config.samples_per_prompt
         rows = [Row(q, evaluated.words(p), tuple(evaluated.mix(p))) for p in points for q in requests]
         keys = functools.partial(self.run.streams.key, "evaluate_front/answers")
-        texts = sample_rows(self.run, evaluated.bank, rows, keys, evaluated.policies)
+        shown = f"evaluate_front: answers of {name}"
+        texts = sample_rows(self.run, evaluated.bank, rows, keys, evaluated.policies, shown)
+        asked = [(dict(zip(self.names, p, strict=True)), q) for p in points for q in requests]
+        self.sampled += [
+            {"method": name, "weights": weights, "prompt": q, "stated": row.words, "answer": text}
+            for (weights, q), row, text in zip(asked, rows, texts, strict=True)
+        ]
         scores = self.scores([row.request for row in rows], texts)
         return ((scores - self.low) / (self.high - self.low)).reshape(len(points), len(requests), -1)
 
@@ -107,7 +113,7 @@ class Front:
         if len(points) < 2:
             raise UserError(f"methods.{name}: has a policy for fewer than two of the evaluated weights; add them")
         unseen = self.unseen if evaluated.points is None else []
-        scores = self.answers(evaluated, [*points, *unseen])
+        scores = self.answers(name, evaluated, [*points, *unseen])
         of = run.workdir.finished(methods.entry(run, name).stage) or {}
         found = self.measure(points, scores[: len(points)])
         found |= {"samples": of.get("samples", 0), "seconds": of.get("seconds", 0.0)}
@@ -126,14 +132,7 @@ def run(run: Run) -> dict[str, Any]:
     started = time.perf_counter()
     front = Front(run)
     found = {name: front.method(name) for name in run.settings.methods}
-    seconds = {name: info["seconds"] for name in run.settings.stages if (info := run.workdir.finished(name))}
-    seconds["evaluate_front"] = time.perf_counter() - started
-    names = ("seed", "objectives", "adapter", "methods")
     summary = {
-        "title": run.settings.title,
-        "config": {name: run.settings.to_dict()[name] for name in names},
-        "stage_seconds": seconds,
-        "total_seconds": sum(seconds.values()),
         "held_out_prompts": len(front.requests),
         "reward_models": (run.workdir.finished("reward") or {}).get("models", {}),
         "front": {
@@ -147,8 +146,7 @@ def run(run: Run) -> dict[str, Any]:
         },
         "methods": found,
     }
-    with disk_errors(run.workdir.path / "report"):
-        on_process_zero(write_report)(run.workdir.path / "report", summary, metrics=run.workdir.path / "metrics.jsonl")
+    finish(run, "evaluate_front", started, summary, answers=front.sampled)
     return {"held_out_prompts": len(front.requests)}
 
 

@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import itertools
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -22,14 +22,13 @@ from pjrlhf.algorithms.targets import TargetSection, targets_of
 from pjrlhf.data import preferences
 from pjrlhf.errors import UserError
 from pjrlhf.evaluation.judges import JUDGES, BothOrders, ScoreJudge
-from pjrlhf.evaluation.report import write_report
 from pjrlhf.evaluation.statistics import chord_gap, spearman
 from pjrlhf.evaluation.winrate import aggregate, combo_outcomes, win_rate
-from pjrlhf.parallel.processes import on_process_zero
+from pjrlhf.protocols.reporting import finish
 from pjrlhf.runtime.answers import Keys, Row, sample_rows
 from pjrlhf.runtime.run import Run, Stage
 from pjrlhf.settings import Settings, setting
-from pjrlhf.training.workdir import disk_errors
+from pjrlhf.training.progress import watched
 
 # Methods that every report has, or may have, beside the entries of `methods`.
 OWN = {
@@ -118,6 +117,7 @@ class Evaluation:
         bank, self.names, self.prompted = adapters(run)
         self.requests = run.records.requests[1]
         self.sample = functools.partial(sample_rows, run, bank)
+        self.answers: list[dict[str, Any]] = []  # all that were sampled
         self.scorer = ScoreJudge(run.audience.score, TIE)
         self.judge = BothOrders(JUDGES.get(self.config.judge)(self.scorer))
         self.combos = preferences.combinations(run.audience.preferences, run.audience.objectives)
@@ -135,6 +135,17 @@ class Evaluation:
         """Mean score of answers to the held-out requests (repeated as often as needed)."""
         repeats = len(texts) // len(self.requests)
         return float(self.scorer.scores(self.requests * repeats, texts, criterion).mean())
+
+    def _keep(self, part: str, row: Row, text: str, **more: str) -> None:
+        """Keeps an answer with all that it takes to judge it again."""
+        mix = {name: weight for name, weight in zip(self.names, row.mix, strict=True) if weight}
+        kept = {"part": part, **more, "prompt": row.request, "stated": row.words, "mix": mix, "answer": text}
+        self.answers.append(kept)
+
+    def _judged(self, items: Sequence[Any], what: str) -> Iterator[Any]:
+        """`items` one by one, with the progress of judging them."""
+        with watched(f"evaluate: judging {what}", items) as seen:
+            yield from seen
 
     # ---- eight kinds of people
 
@@ -166,14 +177,16 @@ class Evaluation:
             for _ in range(repeats)
             for request in self.requests
         ]
-        texts = self.sample(rows, self.keys("evaluate/people"))
+        texts = self.sample(rows, self.keys("evaluate/people"), name="evaluate: answers for kinds of people")
         size = repeats * len(self.requests)
         answers = {key: texts[i * size : (i + 1) * size] for i, key in enumerate(keys)}
+        for row, (combo, method), text in zip(rows, (key for key in keys for _ in range(size)), texts, strict=True):
+            self._keep("people", row, text, combo="+".join(combo), method=method)
 
         methods = list(plans[self.combos[0]])
         outcomes: dict[tuple[str, str], list[np.ndarray]] = {}
         combos: dict[str, Any] = {}
-        for combo in self.combos:
+        for combo in self._judged(self.combos, "kinds of people"):
             table: dict[str, Any] = {method: {} for method in methods if method != "soups_untold"}
             for a, b in itertools.combinations(methods, 2):
                 verdicts = combo_outcomes(
@@ -221,12 +234,14 @@ class Evaluation:
         names = [name for name in self.names if name not in self.prompted]
         for name in names:
             rows += [Row(request, "", self.weights(**{name: 1.0})) for request in requests]
-        texts = self.sample(rows, self.keys("evaluate/ingredients"))
+        texts = self.sample(rows, self.keys("evaluate/ingredients"), name="evaluate: answers of the ingredients")
+        for row, text in zip(rows, texts, strict=True):
+            self._keep("ingredients", row, text)
         size = len(requests)
         base = texts[:size]
         kl = last_kl(self.run)
         found = {}
-        for k, name in enumerate(names):
+        for k, name in self._judged(list(enumerate(names)), "ingredients"):
             own = texts[(k + 1) * size : (k + 2) * size]
             verdicts = combo_outcomes(self.judge, requests, own, base, (name,))[:, 0]
             found[name] = {
@@ -251,10 +266,13 @@ class Evaluation:
             for w in grid
             for request in self.requests * self.config.sweep_samples
         ]
-        texts = iter(self.sample(rows, self.keys("evaluate/sweep")) if rows else ())
+        sampled = self.sample(rows, self.keys("evaluate/sweep"), name="evaluate: answers of the sweep") if rows else []
+        for row, text in zip(rows, sampled, strict=True):
+            self._keep("sweep", row, text)
+        texts = iter(sampled)
         size = len(self.requests) * self.config.sweep_samples
         found = {}
-        for dimension, (low, high) in pairs.items():
+        for dimension, (low, high) in self._judged(list(pairs.items()), "the sweep"):
             answers = [list(itertools.islice(texts, size)) for _ in grid]
             scores = {name: [self.scores(at, name) for at in answers] for name in (low, high)}
             # Each score is set against the weight of its own preference.
@@ -299,17 +317,10 @@ def run(run: Run) -> dict[str, Any]:
     people = evaluation.people()
     ingredients = evaluation.ingredients()
     sweep = evaluation.sweep()
-    stages = {name: run.workdir.finished(name) for name in run.settings.stages}
-    seconds = {name: info["seconds"] for name, info in stages.items() if info}
-    seconds["evaluate"] = time.perf_counter() - started
-    models = (stages.get("reward") or {}).get("models", {})
+    reward = (run.workdir.finished("reward") if "reward" in run.settings.stages else None) or {}
     summary = {
-        "title": run.settings.title,
-        "config": {name: run.settings.to_dict()[name] for name in ("seed", "objectives", "general", "adapter")},
-        "stage_seconds": seconds,
-        "total_seconds": sum(seconds.values()),
         "held_out_prompts": len(evaluation.requests),
-        "reward_models": models,
+        "reward_models": reward.get("models", {}),
         "ingredients": ingredients,
         **people["sections"],
         "sweep": sweep,
@@ -317,10 +328,7 @@ def run(run: Run) -> dict[str, Any]:
     }
     if run.section(SoupsSettings).scaling:
         summary["scaling"] = scaling(run, people["sections"]["win_rate"])
-    with disk_errors(run.workdir.path / "report"):
-        on_process_zero(write_report)(
-            run.workdir.path / "report", summary, people["samples"], metrics=run.workdir.path / "metrics.jsonl"
-        )
+    finish(run, "evaluate", started, summary, people["samples"], evaluation.answers)
     return {"held_out_prompts": len(evaluation.requests)}
 
 

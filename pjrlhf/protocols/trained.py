@@ -55,7 +55,7 @@ class Trained:
         who = np.repeat(pairs.registry.indices(users), len(prompts))
         longest = self.max_new_tokens or self.run.settings.data.max_completion
         sampler = self.run.sampler(self.policies, self.run.text.sampling(max_new_tokens=longest))
-        texts = sampler(self.entry.name, asked, self._keys, self.trainable, who)
+        texts = sampler(f"evaluate_users: answers of {self.entry.name}", asked, self._keys, self.trainable, who)
         return [texts[i * len(prompts) : (i + 1) * len(prompts)] for i in range(len(users))]
 
     def _keys(self, chunk: int) -> PRNGKey:

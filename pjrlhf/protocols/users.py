@@ -14,7 +14,6 @@ import numpy as np
 from pjrlhf.algorithms.pdpo import PreferenceSettings
 from pjrlhf.data.schema import Example, request_of
 from pjrlhf.evaluation import surface
-from pjrlhf.evaluation.report import write_report
 from pjrlhf.evaluation.users import (
     choice_accuracy,
     cold_start_curve,
@@ -24,12 +23,12 @@ from pjrlhf.evaluation.users import (
     user_accuracy,
 )
 from pjrlhf.feedback.pairs import SIDES, Pairs, read_pairs
-from pjrlhf.parallel.processes import on_process_zero
 from pjrlhf.protocols.cold_start import fit_new_users
+from pjrlhf.protocols.reporting import finish
 from pjrlhf.protocols.trained import Trained
 from pjrlhf.runtime.run import Run, Stage
 from pjrlhf.settings import Settings, setting
-from pjrlhf.training.workdir import disk_errors
+from pjrlhf.training.progress import progress
 
 # Models that every report has, or may have, beside the entries of `preference.models`.
 OWN = {
@@ -69,15 +68,19 @@ def run(run: Run) -> dict[str, Any]:
     made = functools.cache(functools.partial(read_pairs, run, preference))
     pairs = made(user_text=False)
     held = pairs.tables["heldout"].examples
-    groups = {str(e.user_id): e.extra["persona"] for e in held if e.extra.get("persona")} or None
+    # Columns of your own data may have the same names and mean other things.
+    simulated = isinstance(preference.data, str)
+    questions = not simulated and preference.data.get("kind") == "choices"
+    groups = {str(e.user_id): e.extra["persona"] for e in held} if simulated else None
     settings = {"groups": groups, "resamples": config.resamples, "seed": run.streams.seed}
-    summary: dict[str, Any] = {"title": run.settings.title, "config": {"seed": run.settings.seed}}
+    summary: dict[str, Any] = {"controls": [name for name in models if preference.entry(name).users.permuted]}
     sections = ("accuracy", "gain", "choices", "length_matched", "grid", "embedding", "cold_start", "generation")
     summary |= {section: {} for section in sections}
     samples: list[dict[str, Any]] = []
+    answers: list[dict[str, Any]] = []
     prompts = list({repr(example.prompt): example.prompt for example in held}.values())[: config.generate_for]
     # The base itself, by its own log-probs, and what surface features alone can tell.
-    score = functools.partial(_score, summary, settings=settings)
+    score = functools.partial(_score, summary, questions=questions, settings=settings)
     score("base", np.subtract(*pairs.reference["heldout"].T), None, held)
     for name, (own, generic) in _surface(pairs).items() if config.surface else ():
         score(name, own, generic, held)
@@ -98,9 +101,11 @@ def run(run: Run) -> dict[str, Any]:
             found = fit_new_users(trained, config.cold_start, config.cold_start_steps, config.cold_start_learning_rate)
             summary["cold_start"][name] = cold_start_curve(found)
         if config.generate_for and entry.objective.head == "policy":
-            section, shown = _generation(trained, prompts, groups or {})
+            section, sampled = _generation(trained, prompts, groups or {})
             summary["generation"][name] = section
-            samples += shown
+            answers += sampled
+            first = {one["user"]: one["answer"] for one in sampled if one["prompt"] == sampled[0]["prompt"]}
+            samples.append({"prompt": request_of(sampled[0]["prompt"]), "model": name, "answers": first})
     for name, against in _pooled_models(run, config.surface).items():
         one, other = (summary["accuracy"][model]["users"] for model in (name, against))
         options = {key: settings[key] for key in ("resamples", "seed")}
@@ -108,14 +113,7 @@ def run(run: Run) -> dict[str, Any]:
     if groups:
         counts = list(groups.values())
         summary["ceiling"] = {"majority_fraction": max(counts.count(persona) for persona in set(counts)) / len(counts)}
-    stages = {name: run.workdir.finished(name) for name in run.settings.stages}
-    seconds = {name: info["seconds"] for name, info in stages.items() if info}
-    seconds["evaluate_users"] = time.perf_counter() - started
-    summary |= {"stage_seconds": seconds, "total_seconds": sum(seconds.values())}
-    with disk_errors(run.workdir.path / "report"):
-        on_process_zero(write_report)(
-            run.workdir.path / "report", summary, samples, metrics=run.workdir.path / "metrics.jsonl"
-        )
+    finish(run, "evaluate_users", started, summary, samples, answers)
     return {"pairs": len(held), "users": len(pairs.registry.rows)}
 
 
@@ -126,19 +124,21 @@ def _score(
     generic: np.ndarray | None,
     examples: Sequence[Example],
     *,
+    questions: bool,
     settings: dict[str, Any],
 ) -> None:
     """Adds what the held-out margins of one model, [N] as seen by each pair's user and by the generic one, tell."""
     names = np.array([example.user_id for example in examples])
-    found = user_accuracy(own, names, **settings)
+    with progress(f"evaluate_users: bootstrap of {name}", 1):
+        found = user_accuracy(own, names, **settings)
     found["generic"] = found["mean"] if generic is None else user_accuracy(generic, names, **settings)["mean"]
     summary["accuracy"][name] = found
     chosen, rejected = (np.array([len(getattr(example, side)) for example in examples]) for side in SIDES)
     summary["length_matched"][name] = length_matched(own, names, chosen, rejected, **settings)
-    questions = [example.extra.get("question") for example in examples]
-    if None not in questions:
+    if questions:
+        asked = np.array([example.extra["question"] for example in examples])
         options = {key: settings[key] for key in ("resamples", "seed")}
-        summary["choices"][name] = choice_accuracy(own, np.array(questions), **options)
+        summary["choices"][name] = choice_accuracy(own, asked, **options)
 
 
 def _surface(pairs: Pairs) -> dict[str, tuple[np.ndarray, np.ndarray]]:
@@ -176,7 +176,7 @@ def _grid(trained: Trained) -> dict[str, float]:
         users = pairs.users(part)
         cells: dict[str, list[int]] = {}
         for i, example in enumerate(table.examples):
-            new = part == "heldout" or bool(example.extra.get("held_out"))
+            new = part == "heldout" or (part == "new_users" and bool(example.extra["held_out"]))
             name = f"{'seen' if users[i] else 'unseen'}_user_{'unseen' if new else 'seen'}_prompt"
             cells.setdefault(name, []).append(i)
         for name, rows in cells.items():
@@ -189,7 +189,7 @@ def _grid(trained: Trained) -> dict[str, float]:
 def _generation(
     trained: Trained, prompts: Sequence[Any], groups: dict[str, str]
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Length and judge scores of answers to `prompts` as every user, and the answers to the first prompt."""
+    """Length and judge scores of answers to `prompts` as every user, and all answers."""
     run, registry = trained.run, trained.pairs.registry
     users = [user for user in registry.names[1:] if user]
     answers = trained.answers(prompts, users)
@@ -205,8 +205,12 @@ def _generation(
         }
         length = float(np.mean([len(text.split()) for text in texts]))
         section[user] = {"group": groups.get(user), "length": length, "score": scores}
-    shown = {user: texts[0] for user, texts in zip(users, answers, strict=True)}
-    return section, [{"prompt": plain[0], "model": trained.entry.name, "answers": shown}]
+    kept = [
+        {"model": trained.entry.name, "user": user, "prompt": prompt, "answer": text}
+        for user, texts in zip(users, answers, strict=True)
+        for prompt, text in zip(prompts, texts, strict=True)
+    ]
+    return section, kept
 
 
 STAGE = Stage("evaluate_users", run, UsersSettings)

@@ -25,6 +25,7 @@ from pjrlhf.paths import local, user_cache
 from pjrlhf.runtime.devices import Devices
 from pjrlhf.runtime.records import Records
 from pjrlhf.settings import Settings, setting
+from pjrlhf.training.progress import progress
 from pjrlhf.training.workdir import Workdir
 from pjrlhf.types import PRNGKey
 
@@ -242,4 +243,5 @@ class Workspace:
 
     def _read(self, folder: pathlib.Path, quantized: bool = False) -> Any:
         place = functools.partial(leaf_sharding, self.devices.mesh)
-        return load_params(folder, dtype=jnp.dtype(self.settings.param_dtype), place=place, quantized=quantized)
+        with progress(f"reading {folder}", 1):
+            return load_params(folder, dtype=jnp.dtype(self.settings.param_dtype), place=place, quantized=quantized)

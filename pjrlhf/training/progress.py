@@ -54,6 +54,7 @@ class progress:
     ):
         self.stage, self.total, self.keys, self.every, self.patience = line(stage), total, keys, every, patience
         self._step, self._note = start, ""
+        self._told: int | None = None  # the step of the last line
         self._visible = is_process_zero()
         self._bar: Progress | None = None
         self._first: tuple[int, float] | None = None
@@ -99,8 +100,8 @@ class progress:
                 return
             if sys.stderr.isatty():
                 self._draw()
-            elif last or now - self._printed >= self.every:
-                self._printed = now
+            elif (last and self._told != self._step) or now - self._printed >= self.every:
+                self._printed, self._told = now, self._step
                 print(self._line(now), file=sys.stderr, flush=True)
 
     def _watch(self) -> None:
@@ -154,3 +155,4 @@ def watched(stage: str, items: Any) -> Iterator[Any]:
     """`items`, a sequence, with the progress of reading it from its first to its last item."""
     with progress(stage, len(items)) as bar:
         yield _Watched(items, bar)
+        bar.update(len(items), {})

@@ -99,8 +99,8 @@ def test_resume_is_exact_from_any_step():
 @pytest.mark.parametrize(
     ("rows", "change", "message"),
     [
-        (ROWS, {"batch_size": 24}, "batch_size 24: the data set has only 23 rows"),
-        ([], {"batch_size": 1}, "only 0 rows"),
+        (ROWS, {"batch_size": 24}, "batch_size: a batch takes 24 rows, and there are only 23 to train on; lower it"),
+        ([], {"batch_size": 1}, "there are only 0 to train on"),
     ],
 )
 def test_batches_that_cannot_be(rows, change, message):

@@ -308,7 +308,7 @@ def test_long_prompts_are_dropped_shortened_or_refused():
     assert [row["prompt"].tolist() for row in dropped] == [[BOS, *codes("abc")]]
     assert dropped.bad.items[0][:2] == ("t.jsonl line 8", "prompt too long")
     with pytest.raises(
-        UserError, match=r"t.jsonl line 8: prompt too long \(9 tokens, the limit is 5\); .*max_bad_fraction"
+        UserError, match=r"t.jsonl line 8: prompt too long \(9 tokens, the limit is 5; raise .*max_bad_fraction"
     ):
         tokenize(examples, "preference", tokenizer, Lengths(prompt=5, completion=9))
     cut = tokenize(examples, "prompt", tokenizer, Lengths(prompt=5, completion=9, long_prompt="truncate_left"))

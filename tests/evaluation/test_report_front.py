@@ -141,10 +141,10 @@ def test_control_averages_points_of_equal_weight(monkeypatch):
     weights = [[0.2, 0.3, 0.5], [0.2, 0.5, 0.3], [0.6, 0.2, 0.2]]
     points = {"weights": weights, "rewards": [[1.0, 0, 0], [2.0, 0, 0], [4.0, 0, 0]]}
     plots_front.figures({"methods": {"soup": {"points": points}}})
-    assert [one.get_title(loc="left") or one.get_title() for one in drawn["control"].axes] == [
+    assert [one.get_title(loc="left") or one.get_title() for one in drawn["control"][0].axes] == [
         f"objective {k}" for k in (1, 2, 3)
     ]
-    line = drawn["control"].axes[0].lines[0]
+    line = drawn["control"][0].axes[0].lines[0]
     assert line.get_xydata().tolist() == [[0.2, 1.5], [0.6, 4.0]]
 
 
@@ -157,7 +157,7 @@ def test_a_summary_chooses_the_columns(tmp_path):
     }
     summary = {"front": {"metrics": metrics}, "methods": {"a": {"tau": 0.5, "kindness": 0.123, "secret": 7.5}}}
     columns, rows = report_front.tables(summary)["front"]
-    assert columns == ["method", "tau", "kindness, %", "samples", "time"] and rows[0][:3] == ["a", "0.50", "12.3"]
+    assert columns == ["method", "tau", "kindness, %"] and rows[0][:3] == ["a", "0.50", "12.3"]
     assert "kindness, %" in report.write_report(tmp_path, summary).read_text()
 
 
@@ -190,7 +190,7 @@ def test_numbers_of_fronts_may_be_missing(tmp_path):
     assert len(circles(source)) == 1
     assert "nan" not in "".join(Page(source).text).lower()
     text = printed(summary, width=160)
-    assert "nan" not in text.lower() and "None" not in text and "\N{EN DASH}" in text
+    assert "nan" not in text.lower() and "None" not in text
 
 
 @pytest.mark.parametrize("summary", [SUMMARY, USER_MODELS])

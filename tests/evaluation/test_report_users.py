@@ -6,9 +6,9 @@ import re
 
 import pytest
 from support.pages import Page, printed
-from support.summaries import MODELS, USER_MODELS
+from support.summaries import ACCURACY, MODELS, SUMMARY, USER_MODELS
 
-from pjrlhf.evaluation import plots_users, report
+from pjrlhf.evaluation import plots, plots_users, report, report_users
 
 USER_SAMPLES = [{"model": MODELS[1], "prompt": "Why?", "answers": {"bob": "<script>x</script>", "unheard": "so"}}]
 USER_SECTIONS = {"accuracy", "choices", "length-matched", "grid", "cold-start", "embedding", "generation"}
@@ -76,7 +76,7 @@ def test_numbers_of_user_models_may_be_missing(tmp_path):
 
 def test_the_ceiling_is_drawn_where_accuracies_are_and_nothing_else_changes(of_users):
     free = plots_users.figures(report.clean({**USER_MODELS, "ceiling": None}))
-    changed = {name for name, png in free.items() if png != (of_users / f"{name}.png").read_bytes()}
+    changed = {name for name, png in free.items() if png.light != (of_users / f"{name}.png").read_bytes()}
     assert changed == {"accuracy", "people", "cold_start"}
 
 
@@ -87,3 +87,110 @@ def test_tables_of_user_models_fit_a_terminal():
         assert expected in text, expected
     # Numbers of comparisons in order of size, not of spelling.
     assert re.search(r"model\W+0\W+2\W+10\W", text)
+
+
+# ---- names, captions, columns and axes
+
+HOSTILE = {
+    "dollars": "a$b_$",
+    "underscore": "_a",
+    "brackets": "[bold]<b>&",
+    "control": "a\x1b[31m\x00\nb",
+    "foreign": "你好 🐘",
+}
+
+
+def renamed(value, old, new):
+    if isinstance(value, dict):
+        return {renamed(key, old, new): renamed(one, old, new) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [renamed(one, old, new) for one in value]
+    return new if isinstance(value, str) and value == old else value
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_names_of_people_models_personas_and_criteria_are_data_everywhere(tmp_path, name, recwarn):
+    summary = report.clean(USER_MODELS | SUMMARY)
+    for old in ("ann", "pooled", "short", "P3A", "P1A", "expertise", "Soups"):
+        summary = renamed(summary, old, HOSTILE[name])
+    page = Page(report.write_report(tmp_path, summary).read_text())
+    assert HOSTILE[name].split("\x00")[0] in "".join(page.text)
+    text = printed(summary)
+    assert "\x1b" not in text and "\x00" not in text
+    assert not [one for one in recwarn if "Glyph" in str(one.message)]
+
+
+def own_records():
+    """What a run on records without personas and without new people reports."""
+    summary = {key: report.clean(value) for key, value in USER_MODELS.items() if key not in ("ceiling", "cold_start")}
+    for one in summary["accuracy"].values():
+        for key in ("majority", "minority"):
+            one.pop(key)
+        for user in one["users"].values():
+            user["group"] = None
+    for people in summary["generation"].values():
+        for one in people.values():
+            one["group"] = None
+    for one in summary["embedding"].values():
+        one["groups"] = [None] * 3
+    cells = {"seen_user_seen_prompt": 0.8, "seen_user_unseen_prompt": 0.7}
+    return summary | {"grid": dict.fromkeys(MODELS, cells)}
+
+
+def test_captions_and_columns_promise_nothing_that_is_not_there(tmp_path):
+    summary = own_records()
+    text = " ".join("".join(Page(report.write_report(tmp_path, summary).read_text()).text).split())
+    for absent in ("persona", "ceiling", "dashed", "new people", "New people", "intervals."):
+        assert absent not in text, absent
+    terminal = printed(summary, width=300)
+    for absent in ("majority", "minority", "new people", "persona "):
+        assert absent not in terminal, absent
+    whole = " ".join("".join(Page(report.write_report(tmp_path, USER_MODELS).read_text()).text).split())
+    for present in ("majority persona", "dashed, the ceiling", "new people, known prompts", "coloured by persona"):
+        assert present in whole, present
+
+
+def cards_of(**changes):
+    return [(card["number"], card["text"]) for card in report_users.cards(report.clean(USER_MODELS | changes))]
+
+
+def test_the_headline_compares_with_the_model_that_does_not_know_people():
+    first, second, third, *_ = cards_of()
+    assert first == ("+7.8 points", f"accuracy of {MODELS[1]} over pooled, person by person, 3 people (1.2 to 15.0)")
+    assert f"accuracy of {MODELS[1]}, mean over 3 people" in second[1] and "accuracy of pooled" in third[1]
+
+
+def test_neither_the_base_nor_a_control_is_the_headline():
+    tied = {name: ACCURACY for name in ("base", "permuted", "individualized", "pooled")}
+    gain = {"against": "pooled", "low": -0.1, "high": 0.1, "users": 3}
+    gains = {"permuted": gain | {"mean": 0.05}, "individualized": gain | {"mean": 0.0}}
+    first, *_ = cards_of(accuracy=tied, gain=gains, controls=["permuted"])
+    assert first[0] == "0.0 points" and "accuracy of individualized over pooled" in first[1]
+    first, *_ = cards_of(accuracy={name: tied[name] for name in ("base", "pooled")}, gain={})
+    assert "accuracy of pooled" in first[1]
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "least", "bounds", "expected"),
+    [
+        (49.0, 52.0, 40.0, (0, 100), (30.5, 70.5)),
+        (97.0, 99.0, 40.0, (0, 100), (60.0, 100.0)),
+        (1.0, 2.0, 40.0, (0, 100), (0.0, 40.0)),
+        (10.0, 90.0, 40.0, (0, 100), (10.0, 90.0)),
+        (0.5, 0.5, 0.2, None, (0.4, 0.6)),
+    ],
+)
+def test_an_axis_is_not_filled_by_noise(low, high, least, bounds, expected):
+    assert plots.span(low, high, least, bounds) == pytest.approx(expected)
+
+
+def test_the_page_has_two_themes_shrinks_and_says_how_the_run_was_made(tmp_path):
+    made = {"command": "python -m pjrlhf.main --config=configs/pdpo.py", "versions": "jax 1", "base": "runs/x"}
+    source = report.write_report(tmp_path, USER_MODELS | {"run": made}).read_text()
+    page = Page(source)
+    assert (
+        sum(tag == "source" for tag, _ in page.tags) == sum(tag == "img" for tag, _ in page.tags) == len(USER_FIGURES)
+    )
+    assert "prefers-color-scheme: dark" in source and "max-width: none" not in source and "min-width: 720" not in source
+    text = "".join(page.text)
+    assert all(value in text for value in made.values())

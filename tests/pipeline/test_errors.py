@@ -249,7 +249,7 @@ def test_a_file_where_the_run_directory_should_be(tmp_path):
         (reward, None, "save_tree"),
         (policy, "pjrlhf.algorithms.banks.save_peft", None),
         (comparisons, "pathlib.Path.write_text", None),
-        (evaluate, None, "write_report"),
+        (evaluate, "pjrlhf.protocols.reporting.write_report", None),
     ],
     ids=["sft", "reward", "policy", "comparisons", "evaluate"],
 )

@@ -11,7 +11,7 @@ from pjrlhf.evaluation import report
 class Page(html.parser.HTMLParser):
     """Tags with attributes, visible text, and a check that tags are closed in order."""
 
-    VOID = frozenset({"meta", "img", "br"})
+    VOID = frozenset({"meta", "img", "br", "source"})
 
     def __init__(self, text):
         super().__init__()

@@ -1,42 +1,96 @@
 """Output on stderr."""
 
 import sys
+import time
+
+import pytest
 
 from pjrlhf.training import progress as module
-from pjrlhf.training.progress import progress
+from pjrlhf.training.progress import progress, watched
 
 
-def test_plain_lines_where_stderr_is_no_terminal(capsys, monkeypatch):
+@pytest.fixture
+def clock(monkeypatch):
+    """[seconds], a clock that a test moves."""
     now = [0.0]
     monkeypatch.setattr(module.time, "monotonic", lambda: now[0])
-    with progress("sft", 400, ("loss", "kl"), start=100, every=10) as bar:
+    return now
+
+
+def test_plain_lines_where_stderr_is_no_terminal(capsys, clock):
+    with progress("sft", 400, ("loss", "kl"), start=100, every=10, patience=0.0) as bar:
         for step in range(101, 401):
             bar.update(step, {"loss": 1.2345678, "other": 3.0})
-            now[0] += 0.5
+            clock[0] += 0.5
     lines = capsys.readouterr().err.splitlines()
-    assert lines[0] == "sft  101/400  loss 1.235"
+    assert lines[0] == "sft  101/400  loss 1.235  0:00 so far"
     assert lines[1] == "sft  121/400  loss 1.235  2:20 left"
     assert lines[-1] == "sft  400/400  loss 1.235  0:00 left"
     assert len(lines) == 16
 
 
-def test_a_short_pass_is_silent_and_a_long_one_is_not(capsys, monkeypatch):
-    now = [0.0]
-    monkeypatch.setattr(module.time, "monotonic", lambda: now[0])
+def test_a_short_pass_is_silent_and_a_long_one_is_not(capsys, clock):
     for seconds in (1.0, 1.5):
-        with progress("rewards", 4, (), patience=5.0) as bar:
+        with progress("rewards", 4) as bar:
             for step in range(1, 5):
-                now[0] += seconds
+                clock[0] += seconds
                 bar.update(step, {})
         shown = capsys.readouterr().err.splitlines()
         assert shown == ([] if seconds == 1.0 else ["rewards  4/4  0:00 left"])
+
+
+def test_a_pass_whose_first_step_takes_long_says_what_it_is(capsys):
+    """Compilation, or one large batch: nothing calls `update` meanwhile."""
+    with progress("reference log-probs", 2, every=0.1, patience=0.1):
+        time.sleep(0.5)
+    lines = capsys.readouterr().err.splitlines()
+    assert lines and lines[0] == "reference log-probs  0/2  0:00 so far"
+
+
+def test_of_passes_within_passes_the_innermost_is_shown(capsys, clock):
+    with progress("stage reward", 1) as outer:
+        clock[0] += 10
+        with progress("reading", 2) as inner:
+            clock[0] += 10
+            outer.show()
+            inner.update(1, {})
+        clock[0] += 10
+        outer.show()
+    assert capsys.readouterr().err.splitlines() == ["reading  1/2  0:10 so far", "stage reward  0/1  0:30 so far"]
+
+
+def test_a_failed_pass_leaves_nothing_behind(capsys, clock):
+    with pytest.raises(KeyError), progress("a", 1):
+        raise KeyError
+    assert module._passes == []
+
+
+def test_reading_a_sequence_moves_a_bar(capsys, clock):
+    class Rows(list):
+        name = "rows"
+
+    with watched("reading rows", Rows(range(4))) as rows:
+        assert rows.name == "rows" and len(rows) == 4
+        found = []
+        for row in rows:
+            clock[0] += 20
+            found.append(row)
+    assert found == [0, 1, 2, 3]
+    assert capsys.readouterr().err.splitlines()[-1] == "reading rows  4/4  0:00 left"
+
+
+def test_names_are_data(capsys, clock):
+    with progress("a\x1b[31m[bold]b", 1) as bar:
+        clock[0] += 10
+        bar.update(1, {})
+    assert capsys.readouterr().err.startswith(r"a\x1b[31m[bold]b  1/1")
 
 
 def test_a_bar_on_a_terminal(capsys, monkeypatch):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
     monkeypatch.setenv("FORCE_COLOR", "1")
     monkeypatch.setenv("COLUMNS", "120")
-    with progress("sft", 4) as bar:
+    with progress("sft", 4, ("loss",), patience=0.0) as bar:
         for step in range(1, 5):
             bar.update(step, {"loss": 0.5})
     shown = capsys.readouterr().err
