@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import json
+import os
 import pathlib
 import sys
 from collections.abc import Iterator, Sequence
@@ -75,7 +76,7 @@ def _merge(arguments: Sequence[str]) -> None:
 def _report(arguments: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(prog="pjrlhf report", description="Prints the tables of a finished run.")
     parser.add_argument("run", metavar="RUN", help="the run directory, such as runs/soups")
-    folder = pathlib.Path(parser.parse_args(arguments).run) / "report"
+    folder = pathlib.Path(os.path.expanduser(parser.parse_args(arguments).run)) / "report"
     with _one_line():
         from pjrlhf.errors import UserError
         from pjrlhf.evaluation.report import print_tables

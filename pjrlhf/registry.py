@@ -12,6 +12,7 @@ from types import ModuleType
 from typing import Any, Generic, TypeVar
 
 from pjrlhf.errors import UserError
+from pjrlhf.paths import expand
 
 T = TypeVar("T")
 X = TypeVar("X")
@@ -108,7 +109,7 @@ def load(spec: str, noun: str) -> object:
     if not place or not name.isidentifier():
         raise UserError(f"{noun} {spec!r}: cannot be read; write package.module:name or path/to/file.py:name")
     try:
-        module = _from_file(pathlib.Path(place)) if place.endswith(".py") else _from_path(place)
+        module = _from_file(pathlib.Path(expand(place))) if place.endswith(".py") else _from_path(place)
     except UserError as error:
         raise UserError(f"{noun} {spec!r}: {error}") from error
     except Exception as error:  # the module's own code may raise anything

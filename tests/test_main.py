@@ -448,3 +448,23 @@ def test_a_name_that_cannot_name_a_folder_is_refused(name):
     with pytest.raises(UserError, match=r"models: .* so it cannot name a folder; choose another one"):
         PreferenceSettings(models={name: {"kind": "uniform"}})
     PreferenceSettings(models={"a$b_$ <i> [bold] é 你": {"kind": "uniform"}})
+
+
+def test_home_is_expanded_in_every_setting_that_is_a_path(monkeypatch, tmp_path):
+    from pjrlhf.config import RunSettings
+    from pjrlhf.pipeline import stages
+    from pjrlhf.settings import fields_of, rule_of
+
+    monkeypatch.setenv("HOME", str(tmp_path))
+    asked = 0
+    for key, (hint, field) in fields_of(RunSettings).items():
+        if re.search(r"\bfolders?\b|bank\.safetensors|another run", rule_of(field).help) and "str" in str(hint):
+            section = {}
+            for part in reversed(key.split(".")):
+                section = {part: section or (("~/x",) if "tuple" in str(hint) else "~/x")}
+            found = stages.read(section).to_dict()
+            for part in key.split("."):
+                found = found[part]
+            assert found in (f"{tmp_path}/x", [f"{tmp_path}/x"], (f"{tmp_path}/x",)), key
+            asked += 1
+    assert asked >= 7

@@ -12,6 +12,7 @@ from pjrlhf.algorithms import reward
 from pjrlhf.algorithms.reward import Grouped, pair_rewards, reward_loss
 from pjrlhf.data import synthetic
 from pjrlhf.data.packing import NOWHERE
+from pjrlhf.errors import UserError
 from pjrlhf.models.adapters import AdapterConfig, init_bank
 from pjrlhf.models.storage import load_tree
 from pjrlhf.rollout import scoring
@@ -172,3 +173,13 @@ def test_calibrated_rewards_have_mean_0_and_deviation_1(method, trained, monkeyp
         reward_scores(method.backbone, models, jnp.arange(K)[:, None], prompt, response, "quantiles")
     ).reshape(K, -1)
     assert shares.min() == 0 and shares.max() == 1 and ((shares > 0) & (shares < 1)).mean() > 0.9
+
+
+def test_a_batch_that_is_too_large_names_the_stage_and_the_objective(copied):
+    config = tiny.settings(reward__batch_size=1000)
+    with pytest.raises(
+        UserError,
+        match=r"reward.batch_size: a batch takes 1000 pairs of every objective \(most are of \w+\), and there are only "
+        r"\d+ to train on; lower it with --config.reward.batch_size, or add data",
+    ):
+        reward.method_of(tiny.start(copied, config))

@@ -344,3 +344,21 @@ def test_long_completions_are_dropped_or_cut_but_never_empty():
 def test_lengths_that_cannot_be(lengths, message):
     with pytest.raises(UserError, match=message):
         Lengths(**lengths)
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ raise_exception('no\nsystem') }}",
+        "{{ messages[9]['content'] }}",
+        "{{ messages | map(attribute='x') | join(3) + 1 }}",
+        "{{ 1 / 0 }}",
+        "{{ messages.items() }}",
+    ],
+)
+def test_whatever_a_template_raises_is_a_bad_record_in_one_line(template):
+    made = backend(bos=True)
+    made.chat_template = template
+    with pytest.raises(RecordError) as error:
+        Tokenizer(made).encode_prompt([{"role": "user", "content": "a"}])
+    assert error.value.reason == "refused by the chat template" and "\n" not in str(error.value)
