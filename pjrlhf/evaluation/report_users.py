@@ -122,11 +122,11 @@ def print_users(console: rich.console.Console, summary: Mapping[str, Any]) -> No
     print_table(console, "Accuracy on new people by number of their comparisons, %", ["model", *counts], rows)
 
     tables = _by_persona(summary.get("generation") or {})
-    scores = _score_names(tables)
+    scores, known = _score_names(tables), plots_users.personas(summary)
     rows = [
         [
             model,
-            persona,
+            persona if known else "",
             number(one["people"]),
             number(one["length"], 1),
             *(number(one["score"].get(s)) for s in scores),

@@ -16,6 +16,7 @@ from absl import logging
 from pjrlhf.data.tokenization import TokenTable
 from pjrlhf.errors import UserError
 from pjrlhf.models.adapters import AdapterConfig, is_low_rank
+from pjrlhf.models.quantization import check_quantize
 from pjrlhf.parallel.mesh import bytes_per_device
 from pjrlhf.rollout.reference import cache_key, reference_logps, summed_logps
 from pjrlhf.rollout.sampler import Sampling
@@ -91,6 +92,7 @@ class SharedSettings(LoopSettings):
         check_names("objectives", self.objectives)
         check_names("general", filter(None, [self.general]))
         check_names("methods", self.methods)
+        check_quantize(self.model.quantize, self.adapter.rank)
         self.audience.check()
 
     @functools.cached_property

@@ -525,8 +525,8 @@ MISTAKES = [
         {"models": {"mine": {"kind": "uniform", "head": "reward", "loss": "ipo"}}},
         "preference.models.mine.head: 'reward' with loss 'ipo' and sft_weight 0.0 needs a policy; choose from sigmoid",
     ),
-    ({"models": {"mine": {"kind": "soup"}}}, "preference.bank: not set; name the bank.safetensors"),
-    ({"batch_size": 100}, "batch_size 100: the data set has only 38 rows"),
+    ({"models": {"mine": {"kind": "soup"}}}, "preference.bank: entry 'mine' mixes policies; name the bank.safetensors"),
+    ({"batch_size": 100}, "preference.batch_size: a batch takes 100 pairs, and there are only 38 to train on"),
 ]
 
 

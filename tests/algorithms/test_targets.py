@@ -152,6 +152,6 @@ def test_wrong_settings(run, changes, message):
 
 
 def test_mixed_adapters_take_a_rank(run):
-    full = tiny.start(run.workdir.path, tiny.settings(adapter__rank=0))
+    full = tiny.start(run.workdir.path, tiny.settings(adapter__rank=0, stages=("sft",)))
     with pytest.raises(UserError, match="which takes adapters; set a rank"):
         targets(full, mix="weights", preferences__kind="dirichlet")

@@ -135,7 +135,7 @@ def test_summary(finished):
     assert summary["position_consistency"] is None  # scores do not depend on the order of the answers
     page = (finished / "report" / "index.html").read_text()
     assert config.title in page and "P1A+P2A" in page
-    assert {path.suffix for path in (finished / "report").iterdir()} == {".html", ".json", ".png"}
+    assert {path.suffix for path in (finished / "report").iterdir()} == {".html", ".json", ".jsonl", ".png"}
 
 
 def test_a_second_call_changes_nothing(copied):

@@ -36,7 +36,7 @@ class Stub:
     def __init__(self, answer):
         self.answer, self.rows = answer, {}
 
-    def __call__(self, rows, keys):
+    def __call__(self, rows, keys, name=""):
         self.rows[_bytes(keys)] = list(rows)
         return [self.answer(row) for row in rows]
 

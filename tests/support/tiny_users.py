@@ -48,6 +48,8 @@ def settings(variant="synthetic", **changes):
     config.update_from_flattened_dict({key: x for key, x in TINY.items() if variant == "synthetic" or key[:3] != "sft"})
     with config.ignore_type():
         config.update_from_flattened_dict(changes)
+    if variant != "synthetic" and not config.preference.new_user_fraction:
+        config.evaluate_users.cold_start = ()  # there is nobody to meet
     if models is not None:
         config.preference.models = type(config)(models)
         section = config.evaluate_users
