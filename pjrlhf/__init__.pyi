@@ -7,6 +7,7 @@ __version__: str
 from .language_model import LanguageModel as LanguageModel
 from .language_model import load_bank as load_bank
 from .language_model import load_model as load_model
+from .language_model import load_personal as load_personal
 from .models.adapters import AdapterConfig as AdapterConfig
 from .models.adapters import Backbone as Backbone
 from .models.adapters import Policies as Policies

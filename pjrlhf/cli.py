@@ -22,8 +22,10 @@ def main(argv: Sequence[str] | None = None) -> None:
       argv: the arguments; those of the process where None.
     """
     from pjrlhf import __version__
+    from pjrlhf.errors import exit_on_interrupt
     from pjrlhf.terminal import quiet_libraries
 
+    exit_on_interrupt()
     quiet_libraries()
     arguments = list(sys.argv[1:] if argv is None else argv)
     parser = argparse.ArgumentParser(
@@ -37,7 +39,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     for name, text in VERBS.items():
         verbs.add_parser(name, help=text, add_help=False)
     verb = parser.parse_args(arguments[:1]).verb
-    {"train": _train, "merge": _merge, "report": _report}[verb](arguments[1:])
+    if verb == "train":
+        _train(arguments[1:])
+        return
+    from pjrlhf.main import interruptible
+
+    with interruptible():
+        {"merge": _merge, "report": _report}[verb](arguments[1:])
 
 
 def _train(arguments: Sequence[str]) -> None:

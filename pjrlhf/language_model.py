@@ -1,5 +1,5 @@
 """A Hugging Face model for notebooks: text in, text or log-probabilities out, with an adapter bank and one row of `mix`
-per prompt.
+per prompt, or with the user model of P-DPO and one user per prompt.
 """
 
 import dataclasses
@@ -21,14 +21,17 @@ from pjrlhf.errors import UserError
 from pjrlhf.models.adapters import AdapterConfig, Backbone, bank_size
 from pjrlhf.models.attention import choose
 from pjrlhf.models.decoder import Decoder, choose_decode
-from pjrlhf.models.huggingface import load_params, read_config
+from pjrlhf.models.huggingface import fingerprint, load_params, read_config
+from pjrlhf.models.provenance import check_provenance
+from pjrlhf.models.registry import UserRegistry
 from pjrlhf.models.storage import load_tree
+from pjrlhf.models.users import UserModel
 from pjrlhf.paths import local
 from pjrlhf.rollout import sampler, scoring
 from pjrlhf.rollout.batches import Prompts
 from pjrlhf.rollout.sampler import Sampling
 from pjrlhf.settings import fold_seed
-from pjrlhf.types import Params
+from pjrlhf.types import Json, Params
 
 MULTIPLE = 32  # lengths are rounded up to multiples of 32, so that few programs are compiled
 
@@ -39,6 +42,7 @@ def load_model(
     adapter: AdapterConfig = AdapterConfig(),  # noqa: B008 - frozen
     dtype: str = "float32",
     param_dtype: str = "float32",
+    quantize: str = "",
     eos_token: str | None = None,
 ) -> "LanguageModel":
     """Reads a model and its tokenizer.
@@ -48,6 +52,7 @@ def load_model(
       adapter: rank and alpha of the adapter banks that `LanguageModel.generate` and `score` take.
       dtype: of activations, a dtype name.
       param_dtype: of the parameters, a dtype name.
+      quantize: "int8" keeps the kernels of the linear layers in 8 bits.
       eos_token: the token that ends an answer; the EOS of the tokenizer where None.
 
     Raises:
@@ -64,28 +69,69 @@ def load_model(
         user_offset=int(bool(tokenizer.add_bos)),
         decode=choose_decode(platform),
     )
-    return LanguageModel(Backbone(model, adapter, load_params(path, dtype=jnp.dtype(param_dtype))), tokenizer)
+    base = load_params(path, dtype=jnp.dtype(param_dtype), quantized=bool(quantize))
+    return LanguageModel(Backbone(model, adapter, base), tokenizer)
 
 
-def load_bank(path: str | os.PathLike) -> tuple[Any, tuple[str, ...], AdapterConfig]:
+def load_bank(
+    path: str | os.PathLike, base: str | os.PathLike | None = None
+) -> tuple[Any, tuple[str, ...], AdapterConfig]:
     """Reads an adapter bank.
 
     Args:
       path: bank.safetensors, or the folder of the stage that wrote it.
+      base: folder of the model that it shall adapt; None does not check that they belong together.
 
     Returns:
       (bank, whose leaves have a leading axis K; names of the K adapters; their rank and alpha).
 
     Raises:
-      UserError: no such file, or the file is not a bank.
+      UserError: no such file, a damaged one, one that is not a bank, or a bank of another base.
     """
-    file = pathlib.Path(path)
+    file = local(path)
     file = file / "bank.safetensors" if file.is_dir() else file
     bank, note = load_tree(file)
     if "adapters" not in note:
         raise UserError(f"{file}: is not an adapter bank; name the bank.safetensors of a stage, or its folder")
-    rank = bank["layers"]["attention"]["query"]["a"].shape[-1] if "embed" not in bank else 0
-    return jax.tree.map(jnp.asarray, bank), tuple(note["adapters"]), AdapterConfig(rank=rank, alpha=note["alpha"])
+    if base is not None:
+        _check_base(file, note, local(base))
+    return bank, tuple(note["adapters"]), _adapter(note)
+
+
+def _adapter(note: dict[str, Json]) -> AdapterConfig:
+    return AdapterConfig(rank=note["rank"], alpha=note["alpha"], dtype=note["adapter_dtype"])
+
+
+def _check_base(file: pathlib.Path, note: dict[str, Json], folder: pathlib.Path) -> None:
+    # Adapters of a quantised base also fit the floats it was made from.
+    check_provenance(file, {"base": str(note.get("base")).split("-")[0]}, {"base": fingerprint(folder)})
+
+
+def load_personal(path: str | os.PathLike, base: str | os.PathLike | None = None) -> "PersonalModel":
+    """Reads a trained entry of `preference.models`: a policy or reward model with its people.
+
+    Args:
+      path: preference/<name>/model.safetensors of a run, or its folder.
+      base: folder of the base model, where it is no longer where the run had it.
+
+    Raises:
+      UserError: no such file, a damaged one, one that is no such entry, or another base.
+    """
+    file = local(path)
+    file = file / "model.safetensors" if file.is_dir() else file
+    params, note = load_tree(file)
+    if "user_model" not in note:
+        raise UserError(f"{file}: is no user model; name preference/<name>/model.safetensors of a run")
+    folder = local(base) if base is not None else file.absolute().parent / note["base_folder"]
+    if not folder.is_dir():
+        raise UserError(f"{folder}: the base of {file} is not there; name its folder with base=")
+    _check_base(file, note, folder)
+    dtypes = {name: note[name] for name in ("dtype", "param_dtype", "quantize")}
+    model = load_model(folder, adapter=_adapter(note), eos_token=note["eos_token"], **dtypes)
+    registry = UserRegistry.from_json(note["users"])
+    found = PersonalModel(model, UserModel(**note["user_model"]), registry, {"users": {}, **params}, note["chat"])
+    check_provenance(file, note, {"user_offset": model.backbone.model.user_offset})
+    return found
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,6 +156,7 @@ class LanguageModel:
         temperature: float = 0.0,
         top_p: float = 1.0,
         seed: int = 0,
+        user_tokens: jax.Array | None = None,
     ) -> list[str]:
         """Samples one answer per prompt.
 
@@ -121,15 +168,17 @@ class LanguageModel:
           temperature: of sampling; 0 is greedy.
           top_p: nucleus sampling where below 1 (arXiv 1904.09751).
           seed: of all draws.
+          user_tokens: float [B, E, D], read before each prompt, see `models.users`.
 
         Raises:
           UserError: a prompt does not fit the context, or `mix` does not fit the bank or the prompts.
         """
         mix = _rows_of_mix(bank, mix, len(prompts))
         ids = [self.tokenizer.encode_prompt(prompt) for prompt in prompts]
-        self._check_context(max(map(len, ids)) + max_new_tokens)
-        length = min(_rounded(max(map(len, ids))), self.backbone.model.config.max_length - max_new_tokens)
-        tokens, valid = pad_left(ids, length, self.tokenizer.pad_id)
+        reserved = 0 if user_tokens is None else user_tokens.shape[1]
+        room = self.backbone.model.config.max_length - max_new_tokens - reserved
+        self._check_context(max(map(len, ids)) + reserved + max_new_tokens)
+        tokens, valid = pad_left(ids, min(_rounded(max(map(len, ids))), room), self.tokenizer.pad_id)
         sampling = Sampling(
             max_new_tokens=max_new_tokens,
             eos_id=self.tokenizer.eos_id,
@@ -137,9 +186,8 @@ class LanguageModel:
             temperature=temperature,
             top_p=top_p,
         )
-        out = jax.device_get(
-            _generate(self.backbone, sampling, bank, mix, tokens, valid, jax.random.key(fold_seed(seed)))
-        )
+        key = jax.random.key(fold_seed(seed))
+        out = jax.device_get(_generate(self.backbone, sampling, bank, mix, user_tokens, tokens, valid, key))
         texts = []
         for prompt, before, after, kept in zip(prompts, ids, out.tokens, out.valid, strict=True):
             answer = after[kept].tolist()
@@ -155,12 +203,17 @@ class LanguageModel:
         answers: Sequence[str],
         bank: Params | None = None,
         mix: ArrayLike | None = None,
+        *,
+        user_tokens: jax.Array | None = None,
+        heads: Params | None = None,
     ) -> np.ndarray:
-        """Log-probabilities of answers given their prompts, EOS included: float32 [B], in nats.
+        """Log-probabilities of answers given their prompts, EOS included: float32 [B], in nats; with the `heads` of a
+        reward model, the reward of every answer.
 
         Args:
           prompts, answers: B each.
-          bank, mix: see `generate`.
+          bank, mix, user_tokens: see `generate`.
+          heads: scalar heads, one per adapter of `bank`.
 
         Raises:
           UserError: see `generate`.
@@ -168,16 +221,64 @@ class LanguageModel:
         mix = _rows_of_mix(bank, mix, len(prompts))
         rows = [self.tokenizer.encode_answers(p, [a]) for p, a in zip(prompts, answers, strict=True)]
         prompt_ids, answer_ids = [prompt for prompt, _ in rows], [found[0] for _, found in rows]
-        self._check_context(max(len(p) + len(a) for p, a in zip(prompt_ids, answer_ids, strict=True)))
+        reserved = 0 if user_tokens is None else user_tokens.shape[1]
+        self._check_context(reserved + max(len(p) + len(a) for p, a in zip(prompt_ids, answer_ids, strict=True)))
         prompt = pad_left(prompt_ids, _rounded(max(map(len, prompt_ids))), self.tokenizer.pad_id)
         answer = pad_right(answer_ids, _rounded(max(map(len, answer_ids))), self.tokenizer.pad_id)
         tokens, valid = (np.concatenate(pair, axis=1) for pair in zip(prompt, answer, strict=True))
-        return np.asarray(_score(self.backbone, bank, mix, tokens, valid, prompt[0].shape[1]))
+        length = prompt[0].shape[1]
+        return np.asarray(_score(self.backbone, bank, mix, user_tokens, heads, tokens, valid, length))
 
     def _check_context(self, length: int) -> None:
         limit = self.backbone.model.config.max_length
         if length > limit:
             raise UserError(f"prompts and answers: {length} tokens do not fit the context of {limit}; shorten them")
+
+
+@dataclasses.dataclass(frozen=True)
+class PersonalModel:
+    """A policy or reward model that knows people, as the stage preference trained it.
+
+    Attributes:
+      model: the frozen base with its tokenizer.
+      users: its user model.
+      registry: the people it knows; everybody else is the generic user.
+      params: {"bank", "users"}, and "heads" of a reward model.
+      chat: plain prompts are asked as the first message of a conversation, as in training.
+    """
+
+    model: LanguageModel
+    users: UserModel
+    registry: UserRegistry
+    params: Params
+    chat: bool
+
+    def generate(self, prompts: Sequence[Prompt], users: Sequence[str | None], **options: Any) -> list[str]:
+        """Samples one answer per prompt, each as its user sees it; options and errors are those of
+        `LanguageModel.generate`.
+
+        Raises:
+          UserError: this is a reward model.
+        """
+        if "heads" in self.params:
+            raise UserError("generate: this is a reward model; score answers with it")
+        bank, mix, user_tokens = self._ingredients(users, len(prompts))
+        return self.model.generate(self._asked(prompts), bank, mix, user_tokens=user_tokens, **options)
+
+    def score(self, prompts: Sequence[Prompt], answers: Sequence[str], users: Sequence[str | None]) -> np.ndarray:
+        """Log-probabilities of answers as their users see them, float32 [B], in nats; rewards of a reward model."""
+        bank, mix, user_tokens = self._ingredients(users, len(prompts))
+        heads = self.params.get("heads")
+        return self.model.score(self._asked(prompts), answers, bank, mix, user_tokens=user_tokens, heads=heads)
+
+    def _ingredients(self, users: Sequence[str | None], count: int) -> tuple[Params, jax.Array, jax.Array | None]:
+        if len(users) != count:
+            raise UserError(f"users: there are {len(users)} for {count} prompts; give one for each, or None")
+        user_tokens, mix = self.users.apply(self.params["users"], jnp.asarray(self.registry.indices(users)))
+        return self.params["bank"], jnp.ones((1, 1)) if mix is None else mix, user_tokens
+
+    def _asked(self, prompts: Sequence[Prompt]) -> list[Prompt]:
+        return [[{"role": "user", "content": p}] if self.chat and isinstance(p, str) else p for p in prompts]
 
 
 def _rounded(length: int) -> int:
@@ -199,10 +300,13 @@ def _rows_of_mix(bank: Params | None, mix: ArrayLike | None, count: int) -> jax.
 
 
 @functools.partial(jax.jit, static_argnums=1)
-def _generate(backbone, sampling, bank, mix, tokens, valid, key):
-    return sampler.generate(backbone.policies(bank, mix), sampling, Prompts(tokens, valid), key)
+def _generate(backbone, sampling, bank, mix, user_tokens, tokens, valid, key):
+    return sampler.generate(backbone.policies(bank, mix, user_tokens), sampling, Prompts(tokens, valid), key)
 
 
-@functools.partial(jax.jit, static_argnums=5)
-def _score(backbone, bank, mix, tokens, valid, prompt_length):
-    return scoring.sequence_logps(backbone.policies(bank, mix), tokens, valid, prompt_length)[0]
+@functools.partial(jax.jit, static_argnums=7)
+def _score(backbone, bank, mix, user_tokens, heads, tokens, valid, prompt_length):
+    policies = backbone.policies(bank, mix, user_tokens)
+    if heads is not None:
+        return scoring.rewards(policies, heads, mix, tokens, valid)
+    return scoring.sequence_logps(policies, tokens, valid, prompt_length)[0]

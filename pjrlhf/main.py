@@ -1,32 +1,35 @@
 """Starts a run: `python -m pjrlhf.main --config=configs/soups.py --workdir=runs/mine --config.seed=1`."""
 
+import contextlib
 import importlib.machinery
 import importlib.util
 import inspect
-import json
 import os
 import pathlib
 import re
+import signal
 import sys
+import threading
 import traceback
+import types
 from collections.abc import Iterator
-from typing import Any, cast, get_type_hints
+from typing import Any, NoReturn, cast, get_type_hints
+
+from pjrlhf.errors import UserError, exit_on_interrupt
+
+if __name__ == "__main__":
+    exit_on_interrupt()  # the imports below take a while
 
 from absl import app, flags, logging
 from absl.logging import converter
 from ml_collections import ConfigDict, FrozenConfigDict, config_flags
 from ml_collections.config_dict import placeholder
 
-from pjrlhf.errors import UserError
 from pjrlhf.paths import expand, user_cache
 from pjrlhf.terminal import SafeRecords, line, print_error, quiet_libraries, visible
 
 FLAGS = flags.FLAGS
-# Settings that may change between two runs in one run directory, because training does not depend on them.
-FREE = (
-    *("log_every", "loggers", "profile", "aot", "checkpoint_every", "max_to_keep", "keep_best"),
-    *("title", "seeds", "stages", "methods", "evaluate", "evaluate_users", "evaluate_front", "merge"),
-)
+CLEANUP_SECONDS = 10.0  # at most, between Ctrl-C and the end
 
 
 class _ConfigFile(flags.ArgumentParser):
@@ -263,38 +266,92 @@ def main(_: list[str]) -> None:
     from pjrlhf.parallel import processes
 
     processes.initialize(FLAGS.distributed, FLAGS.coordinator, FLAGS.num_processes, FLAGS.process_id)
-    from pjrlhf.training.workdir import Workdir
+    from pjrlhf.training.workdir import Workdir, read_object
 
     workdir = Workdir(expand(FLAGS.workdir or default_workdir(config_flags.get_config_filename(FLAGS["config"]))))
-    plan.check_inputs(workdir)
-    workdir.write_config(plan.to_dict(), ignore=FREE)
     (seeds if plan.settings.seeds else stages).run(config, workdir)
     summary = workdir.path / "report" / "summary.json"
     if summary.is_file() and processes.is_process_zero():
         from pjrlhf.evaluation.report import print_tables
 
-        print_tables(json.loads(summary.read_text(encoding="utf-8")))
+        print_tables(read_object(summary, f"delete {workdir.path / 'manifest.json'}, and the stages write it again"))
         print(f"report: {visible(summary.with_name('index.html'))}")
 
 
 def leave(code: int) -> None:
     """Ends this process with an exit code.
 
-    One of several processes ends at once: a normal exit would wait for the others, and they may wait for this one.
+    One of several processes ends at once: a normal exit would wait for the others, and they may wait for this one. So
+    does one with threads of libraries, which may wait for a write that has failed.
     """
-    jax = sys.modules.get("jax")
-    if jax and jax.distributed.is_initialized():
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
+    others = (thread for thread in threading.enumerate() if thread is not threading.main_thread())
+    if is_distributed() or any(not thread.daemon for thread in others):
+        _leave_now(code)
     sys.exit(code)
 
 
+def is_distributed() -> bool:
+    """Whether this is one of several processes."""
+    jax = sys.modules.get("jax")
+    return bool(jax and jax.distributed.is_initialized())
+
+
+def _leave_now(code: int) -> NoReturn:
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+@contextlib.contextmanager
+def interruptible(message: str = "interrupted") -> Iterator[None]:
+    """Ends this process with one line and exit code 130 where Ctrl-C stops the block, after its cleaning up."""
+
+    def end() -> NoReturn:
+        print(message, file=sys.stderr)
+        _leave_now(130)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    received: list[int] = []
+
+    def interrupt(number: int, frame: types.FrameType | None) -> None:
+        received.append(number)
+        if _is_importing(frame):
+            end()  # an exception inside the import of compiled code can crash
+        # Libraries may swallow the interrupt, or wait for ever.
+        deadline = threading.Timer(CLEANUP_SECONDS, end)
+        deadline.daemon = True
+        deadline.start()
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGINT, interrupt)
+    unraisable, sys.unraisablehook = sys.unraisablehook, lambda one: received or unraisable(one)
+    try:
+        yield
+    except BaseException:
+        # Libraries turn an interrupt inside their calls into errors of their own. What they still run at a normal exit
+        # can crash.
+        if received:
+            end()
+        raise
+    finally:
+        sys.unraisablehook = unraisable
+        signal.signal(signal.SIGINT, before)
+
+
+def _is_importing(frame: types.FrameType | None) -> bool:
+    while frame and not frame.f_code.co_filename.startswith("<frozen importlib"):
+        frame = frame.f_back
+    return frame is not None
+
+
 def run() -> None:
-    """The entry point. A UserError ends in one line instead of a traceback."""
+    """The entry point. A UserError and Ctrl-C end in one line instead of a traceback."""
     quiet_libraries()
     try:
-        app.run(main, flags_parser=parse)
+        with interruptible("interrupted; the same command goes on from what is saved"):
+            app.run(main, flags_parser=parse)
     except UserError as error:
         print_error(error)
         leave(2)
@@ -302,6 +359,8 @@ def run() -> None:
         # Stopped by a signal: the message says how to resume, and the code is that of the shell.
         if isinstance(stop.code, int) and stop.code > 128:
             print(line(stop), file=sys.stderr)
+            if not is_distributed():
+                leave(stop.code)
         raise
     except Exception:
         traceback.print_exc()

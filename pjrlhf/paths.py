@@ -12,6 +12,7 @@ import pathlib
 import shutil
 from collections.abc import Iterator
 
+import xxhash
 from etils import epath
 
 from pjrlhf.errors import UserError
@@ -30,6 +31,9 @@ _DISK = {
     errno.EEXIST: "a file stands where a folder is needed; choose another --workdir or output folder",
     errno.ENAMETOOLONG: "the name is too long; choose a shorter one",
     errno.EIO: "the disk reports an error; choose another one",
+    errno.EFBIG: "the limit on the size of a file is reached; raise it (ulimit -f)",
+    errno.ENOENT: "its folder was deleted while the run used it; start the run again",
+    errno.ESTALE: "its folder was deleted while the run used it; start the run again",
 }
 
 
@@ -79,6 +83,27 @@ def disk_errors(path: str | os.PathLike) -> Iterator[None]:
             if (isinstance(error, OSError) and error.errno == code) or os.strerror(code) in str(error):
                 raise UserError(f"{path}: cannot be written, {remedy}") from error
         raise
+
+
+def visible_files(folder: pathlib.Path) -> list[pathlib.Path]:
+    """All files in a folder and its subfolders, in order, but for hidden ones: caches, locks and half-written files."""
+    found = (path for path in folder.rglob("*") if path.is_file())
+    return sorted(x for x in found if not any(part.startswith(".") for part in x.relative_to(folder).parts))
+
+
+def content_hash(path: str | os.PathLike) -> str:
+    """16 hex digits that identify the contents of a file, or the names and contents of the visible files of a folder.
+
+    XXH3 is as fast as reading the files, but not cryptographic.
+    """
+    path = pathlib.Path(path)
+    if not path.is_dir():
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, xxhash.xxh3_64).hexdigest()
+    digest = xxhash.xxh3_64()
+    for file in visible_files(path):
+        digest.update(f"{file.relative_to(path).as_posix()}\0{content_hash(file)}\0".encode())
+    return digest.hexdigest()
 
 
 def is_remote(path: str | os.PathLike) -> bool:

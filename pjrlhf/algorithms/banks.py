@@ -8,6 +8,7 @@ import jax
 from pjrlhf.errors import UserError
 from pjrlhf.models.huggingface import save_params
 from pjrlhf.models.peft import MANIFEST, save_peft
+from pjrlhf.models.provenance import check_provenance, check_shapes
 from pjrlhf.models.storage import load_tree, save_tree
 from pjrlhf.parallel.processes import on_process_zero, to_host
 from pjrlhf.runtime.run import Run
@@ -27,8 +28,7 @@ def save(run: Run, stage: str, names: Sequence[str], bank: Params) -> str:
     folder, workspace = run.workdir.stage(stage), run.workspace
     bank = to_host(bank)
     with disk_errors(folder):
-        note = {"adapters": list(names), "base": workspace.base_hash, "alpha": workspace.adapter.alpha}
-        save_tree(folder / BANK, bank, note)
+        save_tree(folder / BANK, bank, {"adapters": list(names), **workspace.provenance})
         _save_adapters(run, folder, names, bank)
     return workspace.base_hash
 
@@ -46,7 +46,8 @@ def _save_adapters(run: Run, folder: pathlib.Path, names: Sequence[str], bank: P
             # By this the merge refuses an adapter that was trained on another base. One trained on a quantised base
             # is merged into the floats that stand in the folder.
             base = {"folder": base_folder, "hash": workspace.folder_hash}
-            write_json(target / MANIFEST, {"base": base, "quantize": run.settings.model.quantize})
+            manifest = {"base": base, "quantize": run.settings.model.quantize, "trained_with": workspace.provenance}
+            write_json(target / MANIFEST, manifest)
         else:
             save_params(
                 target,
@@ -65,10 +66,13 @@ def load(run: Run, stage: str = "policy", names: Sequence[str] | None = None) ->
       names: of its adapters, by default all rewards of the run.
 
     Raises:
-      UserError: its adapters are not `names`.
+      UserError: its adapters are not `names`, or belong to another base or other settings; or the file is damaged.
     """
     names = list(run.audience.rewards if names is None else names)
-    bank, note = load_tree(run.workdir.path / stage / BANK)
+    path = run.workdir.path / stage / BANK
+    bank, note = load_tree(path)
     if note.get("adapters") != names:
-        raise UserError(f"{stage}: the bank holds {note.get('adapters')}, this run needs {names}")
+        raise UserError(f"{path}: the bank holds {note.get('adapters')}, this run needs {names}; train it again")
+    check_provenance(path, note, run.workspace.provenance)
+    check_shapes(path, bank, run.workspace.bank_like(len(names)))
     return run.devices.shard(bank)

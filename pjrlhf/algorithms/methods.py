@@ -8,7 +8,6 @@ trains nothing), what differs from the section of that trainer, and how it answe
 import contextlib
 import dataclasses
 import importlib
-import json
 import pkgutil
 import time
 from collections.abc import Iterator, Mapping
@@ -24,7 +23,7 @@ from pjrlhf.registry import load
 from pjrlhf.runtime.answers import EvaluatedPolicy
 from pjrlhf.runtime.run import Run, Sections, Stage, Trainer
 from pjrlhf.settings import Settings, overlay, parse
-from pjrlhf.training.workdir import write_json
+from pjrlhf.training.workdir import read_object, write_json
 
 
 def trainer_of(name: str) -> Trainer:
@@ -142,14 +141,15 @@ def run(run: Run) -> dict[str, Any]:
         stage, settings = folder(name), settings_of(run, name)
         described = settings.to_dict()
         kept = run.workdir.stage(stage) / "settings.json"
-        if kept.is_file() and json.loads(kept.read_text(encoding="utf-8")) != described:
-            raise UserError(f"methods.{name}: trained with other settings before; choose another name for it")
         if run.workdir.finished(stage):
+            if read_object(kept, f"delete {kept.parent} to train it again") != described:
+                raise UserError(f"methods.{name}: trained with other settings before; choose another name for it")
+            run.workdir.check_outputs(stage)
             logging.info("%s: finished before, skipped", stage)
             continue
-        on_process_zero(write_json)(kept, described)
         started = time.perf_counter()
         info = trainer_of(train).train(run, settings, stage)
+        on_process_zero(write_json)(kept, described)
         run.workdir.mark_finished(stage, time.perf_counter() - started, **info)
     return {"methods": list(run.settings.methods)}
 

@@ -8,6 +8,7 @@ controls, pooled DPO and permuted user ids, are two more entries. An entry has t
 
 import dataclasses
 import functools
+import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, cast
 
@@ -22,6 +23,8 @@ from pjrlhf.data.tokenization import TokenRow
 from pjrlhf.errors import UserError
 from pjrlhf.feedback.pairs import SIDES, PairBatch, Pairs, PairSettings, read_pairs
 from pjrlhf.models.adapters import Backbone, bank_size, init_bank, is_low_rank
+from pjrlhf.models.provenance import check_provenance, check_shapes
+from pjrlhf.models.registry import UserRegistry
 from pjrlhf.models.storage import load_tree, save_tree
 from pjrlhf.models.users import KINDS, STARTS, UserModel, fit_clusters, gather_rows
 from pjrlhf.objectives import preference as losses
@@ -37,9 +40,11 @@ from pjrlhf.training.loop import Method
 from pjrlhf.training.metrics import Metrics
 from pjrlhf.training.optimizer import OptimizerSettings, check_warmup, make_optimizer, make_schedule, per_ingredient
 from pjrlhf.training.state import State
-from pjrlhf.types import Array, Params, PRNGKey
+from pjrlhf.training.workdir import disk_errors
+from pjrlhf.types import Array, Json, Params, PRNGKey
 
 HEADS = ("policy", "reward")
+MODEL = "model.safetensors"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -404,7 +409,7 @@ def soup_bank(run: Run) -> Params:
     """The trained adapters that kind soup mixes, from `preference.bank`, on the mesh.
 
     Raises:
-      UserError: no such file, or adapters that belong to another base or were scaled in another way.
+      UserError: no such file, a damaged one, or adapters of another base or other settings.
     """
     path = run.section(PreferenceSettings).bank
     if path == "policy":
@@ -412,13 +417,8 @@ def soup_bank(run: Run) -> Params:
     bank, note = load_tree(local(path))
     if not is_low_rank(bank):
         raise UserError(f"{path}: holds full parameters, of which every pair would need a copy; train adapters instead")
-    rank = bank["layers"]["attention"]["query"]["a"].shape[-1]
-    found = {"base": note.get("base"), "rank": rank, "alpha": note.get("alpha")}
-    wanted = {"base": run.workspace.base_hash, "rank": run.workspace.adapter.rank, "alpha": run.workspace.adapter.alpha}
-    if found != wanted:
-        raise UserError(
-            f"{path}: its adapters have {found}, this run {wanted}; use the base and adapter settings of both"
-        )
+    check_provenance(path, note, run.workspace.provenance)
+    check_shapes(path, bank, run.workspace.bank_like(bank_size(bank)))
     return run.devices.shard(bank)
 
 
@@ -561,17 +561,67 @@ def run(run: Run) -> dict[str, Any]:
         rest = entry.steps - first
         method = Preference(entry.part(rest, entry.users.kind), pairs, *parts, start)
         trainable = run.train(method, f"preference/{name}", rest).trainable
-        note = {"users": pairs.registry.to_json(), "kind": method.users.kind, "base": run.workspace.base_hash}
-        save_tree(run.workdir.stage(f"preference/{name}") / "model.safetensors", {**method.frozen, **trainable}, note)
+        save(run, entry, method.users, pairs.registry, {**method.frozen, **trainable})
         tables = {part: len(table) for part, table in pairs.tables.items()}
         counts = {"pairs": tables, "users": len(pairs.registry.rows)}
     return counts
 
 
-def load(run: Run, name: str) -> Params:
-    """{"bank", "users"} of a trained entry, on the mesh."""
-    tree, _ = load_tree(run.workdir.path / "preference" / name / "model.safetensors")
-    return run.devices.shard({"users": {}, **tree})
+def _file(run: Run, name: str) -> pathlib.Path:
+    return run.workdir.path / "preference" / name / MODEL
+
+
+def save(run: Run, entry: Entry, users: UserModel, registry: UserRegistry, params: Params) -> None:
+    """Writes a trained entry with all that `language_model.load_personal` needs to rebuild it.
+
+    Args:
+      params: as `load` returns them.
+
+    Raises:
+      UserError: the disk is full or unwritable.
+    """
+    path, workspace = _file(run, entry.name), run.workspace
+    note = {
+        "users": registry.to_json(),
+        "user_model": {field.name: getattr(users, field.name) for field in dataclasses.fields(users)},
+        "base_folder": workspace.base_from(path.parent),
+        "quantize": workspace.settings.quantize,
+        "chat": run.settings.data.chat,
+        **_provenance(run, entry),
+    }
+    run.workdir.stage(f"preference/{entry.name}")
+    with disk_errors(path):
+        save_tree(path, params, note)
+
+
+def _provenance(run: Run, entry: Entry) -> dict[str, Json]:
+    """What a trained entry belongs to."""
+    found = {f"entry.{name}": value for name, value in entry.users.to_dict().items()}
+    found |= {f"objective.{name}": value for name, value in entry.objective.to_dict().items()}
+    return run.workspace.provenance | found
+
+
+def load(run: Run, entry: Entry) -> tuple[Params, UserRegistry]:
+    """A trained entry: ({"bank", "users"}, and "heads" of a reward model, on the mesh; the people of the rows of its
+    user table).
+
+    Raises:
+      UserError: the file is missing or damaged, or belongs to another base or other settings.
+    """
+    path = _file(run, entry.name)
+    tree, note = load_tree(path)
+    check_provenance(path, note, _provenance(run, entry))
+    params, registry = {"users": {}, **tree}, UserRegistry.from_json(note["users"])
+    backbone, users = (
+        run.workspace.backbone,
+        user_model(entry, registry.capacity, run.workspace.model_config.hidden_size, params["bank"]),
+    )
+    like = {"bank": run.workspace.bank_like(bank_size(params["bank"]))}
+    like["users"] = jax.eval_shape(lambda: users.init(jax.random.key(0), backbone.base["embed"]["embedding"]))
+    if entry.objective.head == "reward":
+        like["heads"] = jax.eval_shape(lambda: scoring.init_heads(1, users.width))
+    check_shapes(path, params, like)
+    return run.devices.shard(params), registry
 
 
 STAGE = Stage("preference", run, PreferenceSettings)

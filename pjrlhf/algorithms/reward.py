@@ -23,6 +23,7 @@ from pjrlhf.data.tokenization import TokenRow, TokenTable
 from pjrlhf.errors import UserError
 from pjrlhf.feedback.comparisons import FILE
 from pjrlhf.models.adapters import Backbone, init_bank
+from pjrlhf.models.provenance import check_provenance, check_shapes
 from pjrlhf.models.storage import load_tree, save_tree
 from pjrlhf.objectives.preference import accuracy, bradley_terry_loss
 from pjrlhf.paths import local
@@ -388,7 +389,8 @@ def run(run: Run) -> dict[str, Any]:
     tree |= {key: jnp.concatenate([scales[name][key] for name in audience.rewards]) for key in SCALE}
     path = run.workdir.stage("reward") / MODEL
     with disk_errors(path):
-        save_tree(path, tree, {"rewards": list(audience.rewards), "models": models})
+        note = {"rewards": list(audience.rewards), "models": models, **run.workspace.provenance}
+        save_tree(path, tree, note)
     return {"models": models}
 
 
@@ -397,25 +399,30 @@ def load(run: Run) -> Params:
     `rollout.experience.reward_scores`.
 
     Raises:
-      UserError: the file has other rewards, other sources, or numbers that are not finite.
+      UserError: the file is missing or damaged, or has other rewards, other sources, another base or other settings.
     """
     other = run.section(RewardSettings).path
     path = local(other) if other else run.workdir.path / "reward" / MODEL
     tree, note = load_tree(path)
-    if note.get("rewards") != list(run.audience.rewards):
+    audience, workspace = run.audience, run.workspace
+    rewards = list(audience.rewards)
+    if note.get("rewards") != rewards:
         raise UserError(
-            f"{path}: holds reward models for {note.get('rewards')}, this run needs {list(run.audience.rewards)}"
+            f"{path}: holds reward models for {note.get('rewards')}, this run needs {rewards}; name the file of a run "
+            "with the same objectives"
         )
     sources = {name: model["source"] for name, model in note.get("models", {}).items() if "source" in model}
-    if sources != (own := {name: run.audience.source_specs[name] for name in run.audience.sources}):
+    if sources != (own := {name: audience.source_specs[name] for name in audience.sources}):
         raise UserError(f"{path}: has the scale of rewards from {sources}, this run has {own}; measure it again")
-    if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(tree)):
-        raise UserError(f"{path}: holds numbers that are not finite; train the reward models again")
-    if missing := set(SCALE) - tree.keys():
-        raise UserError(f"{path}: holds no {min(missing)!r} of the rewards' scale; train the reward models again")
-    if run.audience.sources:
-        learned = {name: i for i, name in enumerate(run.audience.learned)}
-        tree["models"] = np.array([learned.get(name, -1) for name in run.audience.rewards], np.int32)
+    check_provenance(path, note, workspace.provenance)
+    like: dict[str, Any] = dict.fromkeys(SCALE, jax.ShapeDtypeStruct((len(rewards),), jnp.float32))
+    if K := len(audience.learned):
+        heads = jax.eval_shape(lambda: scoring.init_heads(K, workspace.model_config.hidden_size))
+        like |= {"bank": workspace.bank_like(K), "heads": heads}
+    check_shapes(path, tree, like)
+    if audience.sources:
+        learned = {name: i for i, name in enumerate(audience.learned)}
+        tree["models"] = np.array([learned.get(name, -1) for name in rewards], np.int32)
     return run.devices.shard(tree)
 
 

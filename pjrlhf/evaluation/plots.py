@@ -1,6 +1,7 @@
 """The figures of the report: matplotlib, no display, colours safe for colour blindness (Okabe and Ito)."""
 
 import collections
+import contextlib
 import io
 import itertools
 import json
@@ -312,8 +313,8 @@ def training_curves(path: str | pathlib.Path) -> dict[tuple[str, str, str], dict
 
 
 def _records(path: str | pathlib.Path) -> Iterator[dict[str, Any]]:
-    for line in pathlib.Path(path).read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            yield json.loads(line)
-        except json.JSONDecodeError:  # the last line of a run that was killed while writing
-            continue
+    for line in pathlib.Path(path).read_bytes().splitlines():
+        with contextlib.suppress(ValueError, RecursionError):  # damaged, such as the last line of a killed run
+            record = json.loads(line)
+            if isinstance(record, dict) and {"stage", "step"} <= record.keys():
+                yield record

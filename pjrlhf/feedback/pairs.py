@@ -209,6 +209,15 @@ class Pairs:
     ):
         self.tables, self.registry, self.reference, self.text = tables, registry, reference, text
 
+    def seen_by(self, registry: UserRegistry) -> "Pairs":
+        """The same comparisons for a user table with the rows of another registry."""
+        return Pairs(self.tables, registry, self.reference, self.text)
+
+    @property
+    def people(self) -> set[str]:
+        """Everybody who compared something."""
+        return {str(example.user_id) for table in self.tables.values() for example in table.examples}
+
     def users(self, part: str) -> np.ndarray:
         """Row in the user table of each pair's person, int32 [N]; 0 for people who were not trained on."""
         return self.registry.indices([example.user_id for example in self.tables[part].examples])

@@ -1,26 +1,33 @@
 """The same run with several seeds, one after the other, and a report of their means."""
 
-import json
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from absl import logging
 from ml_collections import ConfigDict
 
+from pjrlhf.errors import UserError
 from pjrlhf.evaluation.report import write_report
 from pjrlhf.evaluation.statistics import mean_interval
 from pjrlhf.parallel.processes import on_process_zero
 from pjrlhf.pipeline import stages
-from pjrlhf.training.workdir import Workdir, disk_errors
+from pjrlhf.training.workdir import Workdir, disk_errors, read_object
 
 
 def run(config: ConfigDict, workdir: Workdir) -> None:
     """Runs `config` once for every one of `config.seeds` in <workdir>/seed<n>; writes <workdir>/report.
 
     Raises:
-      UserError: seeds given twice, or stages that do not end in `evaluate_front`.
+      UserError: seeds given twice, stages that do not end in `evaluate_front`, or see `stages.run`.
     """
-    seeds = stages.read(config).settings.seeds
+    plan = stages.read(config)
+    with workdir.locked():
+        workdir.check_config(plan.to_dict(), ignore=stages.FREE)
+        _run(config, plan.settings.seeds, workdir)
+
+
+def _run(config: ConfigDict, seeds: Sequence[int], workdir: Workdir) -> None:
     summaries = []
     for seed in seeds:
         logging.info("seed %s", seed)
@@ -28,7 +35,13 @@ def run(config: ConfigDict, workdir: Workdir) -> None:
         one.seed, one.seeds = seed, ()
         folder = Workdir(workdir.path / f"seed{seed}")
         stages.run(one, folder)
-        summaries.append(json.loads((folder.path / "report" / "summary.json").read_text(encoding="utf-8")))
+        workdir.keep()
+        path = folder.path / "report" / "summary.json"
+        remedy = f"delete {folder.path / 'manifest.json'}, and the stages write it again"
+        summary = read_object(path, remedy)
+        if not summary:
+            raise UserError(f"{path}: is missing or empty; {remedy}")
+        summaries.append(summary)
     with disk_errors(workdir.path / "report"):
         on_process_zero(write_report)(workdir.path / "report", average(summaries))
 

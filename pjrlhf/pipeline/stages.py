@@ -19,6 +19,7 @@ from pjrlhf.export.merge import MergeSettings
 from pjrlhf.parallel.processes import is_process_zero
 from pjrlhf.paths import is_remote
 from pjrlhf.registry import load
+from pjrlhf.runtime.inputs import fingerprints
 from pjrlhf.runtime.run import Run, Sections, Stage
 from pjrlhf.settings import Settings, parse, shown
 from pjrlhf.terminal import masked
@@ -26,6 +27,11 @@ from pjrlhf.training.progress import progress
 from pjrlhf.training.workdir import Workdir
 from pjrlhf.types import Json
 
+# Settings that may change between two runs in one run directory, because training does not depend on them.
+FREE = (
+    *("log_every", "loggers", "profile", "aot", "checkpoint_every", "max_to_keep", "keep_best"),
+    *("title", "seeds", "stages", "methods", "evaluate", "evaluate_users", "evaluate_front", "merge"),
+)
 # Stage -> the module that has it as `STAGE`.
 STAGES = {
     # Personalized Soups
@@ -86,8 +92,11 @@ class Plan:
 
     def to_dict(self) -> dict[str, Any]:
         """All settings as plain values, addresses without secrets."""
-        found = self.settings.to_dict() | {name: section.to_dict() for name, section in self.foreign.items()}
-        return masked(found)
+        return masked(self.values())
+
+    def values(self) -> dict[str, Any]:
+        """All settings as plain values."""
+        return self.settings.to_dict() | {name: section.to_dict() for name, section in self.foreign.items()}
 
     def check_inputs(self, workdir: Workdir) -> None:
         """Checks that the files exist which unfinished stages will read, so that no one is missed hours later.
@@ -139,17 +148,27 @@ def run(config: ConfigDict | Mapping[str, Json], workdir: Workdir) -> None:
     """Runs `config.stages` in order; a stage that this run directory has finished is skipped.
 
     Raises:
-      UserError: an unknown stage, a bad setting, or bad input met by a stage.
+      UserError: an unknown stage, a bad setting, bad input met by a stage, a run directory of another config or with
+        other inputs, or one that another run uses.
     """
     plan = read(config)
     plan.check_inputs(workdir)
+    with workdir.locked():
+        workdir.check_config(plan.to_dict(), ignore=FREE)
+        workdir.check_contents(fingerprints(plan.values(), workdir.path) if is_process_zero() else {})
+        _run(plan, workdir)
+        workdir.keep()
+
+
+def _run(plan: Plan, workdir: Workdir) -> None:
     run = plan.run(workdir)
     for stage in plan.stages:
         # The entries of `methods` are settings that all stages share.
         section = masked(run.section(stage.settings).to_dict()) if stage.settings else plan.to_dict().get(stage.name)
         done = workdir.finished(stage.name)
         # Sections that may change between two runs of one folder (evaluate) make their stage run again.
-        if done and done["config"] == section:
+        if done and done.get("config") == section:
+            workdir.check_outputs(stage.name)
             logging.info("stage %s: finished before, skipped", stage.name)
             continue
         started = time.perf_counter()

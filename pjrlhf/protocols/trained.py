@@ -19,17 +19,22 @@ from pjrlhf.types import Array, Params, PRNGKey
 class Trained:
     """One entry of `preference.models` after training.
 
+    People keep the rows they were trained in, whatever the order or number of people in `pairs`; those who were not
+    trained on are the generic user.
+
     Attributes:
+      pairs: with the people of the trained user table.
       trainable: {"bank", "users"}, and "heads" of a reward model.
       users: its user model.
     """
 
     def __init__(self, run: Run, entry: Entry, pairs: Pairs, max_new_tokens: int = 0):
-        self.run, self.entry, self.pairs, self.max_new_tokens = run, entry, pairs, max_new_tokens
+        self.run, self.entry, self.max_new_tokens = run, entry, max_new_tokens
         self.backbone = run.workspace.backbone
-        self.trainable = pdpo.load(run, entry.name)
+        self.trainable, registry = pdpo.load(run, entry)
+        self.pairs = pairs = pairs.seen_by(registry)
         width = self.backbone.model.config.hidden_size
-        self.users = pdpo.user_model(entry, pairs.registry.capacity, width, self.trainable["bank"])
+        self.users = pdpo.user_model(entry, registry.capacity, width, self.trainable["bank"])
         scorer = run.scorer(entry.batch_size)
         self._margins = PairMargins(entry.objective, self.users, pairs, self.backbone, scorer)
 
@@ -50,7 +55,7 @@ class Trained:
         """
         pairs, told = self.pairs, {}
         if self.entry.users.user_text:
-            told = {e.user_id: str(e.user_text) for e in pairs.tables["train"].examples}
+            told = {e.user_id: str(e.user_text) for part in ("heldout", "train") for e in pairs.tables[part].examples}
         asked = [with_text(prompt, told[user]) if told else prompt for user in users for prompt in prompts]
         who = np.repeat(pairs.registry.indices(users), len(prompts))
         longest = self.max_new_tokens or self.run.settings.data.max_completion

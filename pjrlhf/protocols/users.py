@@ -94,7 +94,7 @@ def run(run: Run) -> dict[str, Any]:
         vectors = trained.vectors()
         if vectors is not None:
             axes = principal_axes(vectors)
-            users = [user for user in trained.pairs.registry.names[1:] if user]
+            users = list(trained.pairs.registry.rows)
             who = [(groups or {}).get(user) for user in users]
             summary["embedding"][name] = {"users": users, "groups": who, "x": axes[:, 0], "y": axes[:, 1]}
         if name in config.cold_start_models and config.cold_start:
@@ -189,9 +189,11 @@ def _grid(trained: Trained) -> dict[str, float]:
 def _generation(
     trained: Trained, prompts: Sequence[Any], groups: dict[str, str]
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Length and judge scores of answers to `prompts` as every user, and all answers."""
-    run, registry = trained.run, trained.pairs.registry
-    users = [user for user in registry.names[1:] if user]
+    """Length and judge scores of answers to `prompts` as every trained user in the data, and all answers."""
+    run, present = trained.run, trained.pairs.people
+    users = [user for user in trained.pairs.registry.rows if user in present]
+    if not users:
+        return {}, []
     answers = trained.answers(prompts, users)
     personas = sorted(set(groups.values()))
     plain = [request_of(prompt) for prompt in prompts]

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 
 import jax
 import numpy as np
+import xxhash
 from absl import logging
 
 from pjrlhf.data.batching import Completions
@@ -43,14 +44,20 @@ def cache_key(table: TokenTable, base_hash: str, param_dtype: object, model: Dec
 
 
 def _cached(path: pathlib.Path, shape: tuple[int, ...]) -> np.ndarray | None:
-    """The numbers in `path`; None where there is no such file, or one cut short or overwritten."""
+    """The numbers in `path`; None where there is no such file, or one that is not as `_write` left it."""
     if not path.is_file():
         return None
     try:
-        found = np.load(path, allow_pickle=False)
-        if (found.shape, found.dtype) == (shape, np.float32):
+        with path.open("rb") as file:
+            found, checksum = np.load(file, allow_pickle=False), file.read()
+        if (found.shape, found.dtype) != (shape, np.float32):
+            reason = f"it holds {found.dtype} {list(found.shape)}"
+        elif checksum != _checksum(found):
+            reason = "its contents are not what was saved"
+        elif not np.isfinite(found).all():
+            reason = "it holds numbers that are not finite"
+        else:
             return found
-        reason = f"it holds {found.dtype} {list(found.shape)}"
     except (OSError, ValueError, EOFError) as error:
         reason = str(error)
     logging.warning("%s: not a whole cache of reference log-probs (%s); computing them again", path, reason)
@@ -85,7 +92,7 @@ def reference_logps(
       score: rows {"prompt", "completion"} of token ids -> `summed_logps` of each, float32 [M].
 
     Raises:
-      UserError: the cache cannot be written.
+      UserError: the cache cannot be written, or a log-prob is NaN or infinite.
     """
     path, shape = folder / f"{key}.npy", (len(table), len(SIDES))
     cached = _cached(path, shape)
@@ -95,6 +102,11 @@ def reference_logps(
         folder.mkdir(parents=True, exist_ok=True)
     answers, numbers = unique_answers(table)
     found = score(answers)[numbers]
+    if bad := int((~np.isfinite(found)).any(1).sum()):
+        raise UserError(
+            f"reference: the base gives log-probs that are not finite for {bad} of {len(found)} pairs; check its "
+            "weights and --config.model.dtype"
+        )
     with _written(folder):
         on_process_zero(_write)(path, found)
     return found
@@ -118,5 +130,11 @@ def unique_answers(table: TokenTable) -> tuple[list[dict[str, np.ndarray]], np.n
 
 
 def _write(path: pathlib.Path, values: np.ndarray) -> None:
+    """An .npy file with a checksum behind the numbers, which np.load ignores."""
     with atomic_write(path) as temporary, temporary.open("wb") as file:
         np.save(file, values)
+        file.write(_checksum(values))
+
+
+def _checksum(values: np.ndarray) -> bytes:
+    return xxhash.xxh3_128_digest(np.ascontiguousarray(values).tobytes())

@@ -2,17 +2,20 @@
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+import json
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from pjrlhf.data import synthetic
 from pjrlhf.data.batching import split_by
 from pjrlhf.data.schema import Example, Message, validate
-from pjrlhf.data.sources import Source, open_source
+from pjrlhf.data.sources import open_source
 from pjrlhf.errors import UserError
 from pjrlhf.runtime.audience import Audience
+from pjrlhf.runtime.inputs import hash_of, is_local
 from pjrlhf.runtime.streams import Streams
 from pjrlhf.settings import Settings, setting
+from pjrlhf.terminal import masked
 from pjrlhf.training.progress import watched
 
 SourceSpec = Mapping[str, Any]
@@ -69,10 +72,29 @@ class Records:
       audience: its preferences select the synthetic corpus.
       streams: draw the order of the held-out requests.
       corpus: of supervised fine-tuning.
+      note: called with what was read and has no local file, as `Workdir.check_contents` takes it.
     """
 
-    def __init__(self, settings: DataSettings, audience: Audience, streams: Streams, corpus: CorpusSettings):
+    def __init__(
+        self,
+        settings: DataSettings,
+        audience: Audience,
+        streams: Streams,
+        corpus: CorpusSettings,
+        note: Callable[[Mapping[str, Mapping[str, str]]], None] = lambda inputs: None,
+    ):
         self.settings, self.audience, self.streams, self.corpus = settings, audience, streams, corpus
+        self._note = note
+
+    def _read(self, spec: SourceSpec, kind: str, columns: Mapping[str, Any], key: str) -> tuple[list[Example], str]:
+        """(validated records of a source, its name); `key` is the setting that names it."""
+        source = open_source(spec, key)
+        with watched(f"reading {source.name}", source) as records:
+            examples, _ = validate(records, kind, columns=columns, max_bad_fraction=self.settings.max_bad_fraction)
+        if spec.get("kind") != "records" and not is_local(spec):
+            described = masked(json.dumps(dict(spec), sort_keys=True, default=repr))
+            self._note({f"records of {source.name}": {"path": described, "hash": hash_of(examples)}})
+        return examples, source.name
 
     def ask(self, request: str, words: str = "") -> str | list[Message]:
         """The prompt of a request, followed by `words` about the user's preferences."""
@@ -90,7 +112,7 @@ class Records:
         if isinstance(d.prompts, str):
             texts = synthetic.prompts()
         else:
-            examples = self._validated(open_source(d.prompts, "data.prompts"), "prompt", d.columns)
+            examples, _ = self._read(d.prompts, "prompt", d.columns, "data.prompts")
             texts = []
             for example in examples:
                 if not isinstance(example.prompt, str):
@@ -114,10 +136,10 @@ class Records:
             records = [
                 {"prompt": self.ask(record["prompt"]), "completion": space + record["completion"]} for record in corpus
             ]
-            source = open_source({"kind": "records", "records": records, "name": "synthetic environment"})
+            spec: SourceSpec = {"kind": "records", "records": records, "name": "synthetic environment"}
         else:
-            source = open_source(self.corpus.data, "sft.data")
-        examples = self._validated(source, "completion", d.columns)
+            spec = self.corpus.data
+        examples, _ = self._read(spec, "completion", d.columns, "sft.data")
         held, found = set(self.requests[1]), []
         for example in examples:
             if isinstance(example.prompt, str) and example.prompt:
@@ -136,10 +158,5 @@ class Records:
         Raises:
           UserError: the source cannot be read, or too many of its records are bad.
         """
-        source = open_source(spec, key)
         columns = {**self.settings.columns, **(spec.get("columns") or {})}
-        return self._validated(source, "preference", columns), source.name
-
-    def _validated(self, source: Source, kind: str, columns: Mapping[str, str]) -> list[Example]:
-        with watched(f"reading {source.name}", source) as records:
-            return validate(records, kind, columns=columns, max_bad_fraction=self.settings.max_bad_fraction)[0]
+        return self._read(spec, "preference", columns, key)

@@ -174,7 +174,8 @@ class Run(Sections):
 
     @functools.cached_property
     def records(self) -> Records:
-        return Records(self.settings.data, self.audience, self.streams, self.corpus)
+        note = self.workdir.check_contents
+        return Records(self.settings.data, self.audience, self.streams, self.corpus, note)
 
     @property
     def corpus(self) -> CorpusSettings:

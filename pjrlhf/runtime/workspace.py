@@ -2,32 +2,39 @@
 
 import dataclasses
 import functools
+import json
+import os
 import pathlib
 from collections.abc import Mapping
 from typing import Any
 
+import flax.traverse_util
+import jax
 import jax.numpy as jnp
+import xxhash
 
 from pjrlhf.data import bpe, synthetic
 from pjrlhf.data.schema import request_of
 from pjrlhf.data.tokenization import Tokenizer, load_tokenizer
 from pjrlhf.errors import UserError
-from pjrlhf.models.adapters import AdapterConfig, Backbone
+from pjrlhf.models.adapters import AdapterConfig, Backbone, init_bank
 from pjrlhf.models.attention import IMPLEMENTATIONS, choose
 from pjrlhf.models.config import ModelConfig, RopeScaling
 from pjrlhf.models.decoder import REMAT_POLICIES, Decoder, choose_decode, init_params
-from pjrlhf.models.folders import read_json
+from pjrlhf.models.families import leaf_shapes
+from pjrlhf.models.folders import new_folder, read_json
 from pjrlhf.models.huggingface import fingerprint, load_params, read_config
+from pjrlhf.models.provenance import adapted
 from pjrlhf.models.quantization import check_quantize
 from pjrlhf.parallel.mesh import batch_sharding, leaf_sharding
-from pjrlhf.parallel.processes import on_process_zero
+from pjrlhf.parallel.processes import on_process_zero, to_host
 from pjrlhf.paths import local, user_cache
 from pjrlhf.runtime.devices import Devices
 from pjrlhf.runtime.records import Records
 from pjrlhf.settings import Settings, setting
 from pjrlhf.training.progress import progress
-from pjrlhf.training.workdir import Workdir
-from pjrlhf.types import PRNGKey
+from pjrlhf.training.workdir import Workdir, disk_errors
+from pjrlhf.types import Json, Params, PRNGKey
 
 FLOATS = ("float32", "bfloat16", "float16")
 
@@ -133,14 +140,18 @@ class Workspace:
             raise UserError(
                 "model.path: is not set, and no stage sft trains a base; name a Hugging Face folder, or add the stage"
             )
-        folder = self.workdir.stage("tokenizer")
-        on_process_zero(self._write_tokenizer)(folder)
+        folder = self.workdir.path / "tokenizer"
+        on_process_zero(self._make_tokenizer)(folder)
         return folder
 
-    def _write_tokenizer(self, folder: pathlib.Path) -> None:
-        """Writes a new tokenizer if the folder has none."""
-        if (folder / "tokenizer.json").is_file():
+    def _make_tokenizer(self, folder: pathlib.Path) -> None:
+        """Writes a new tokenizer if there is none. The folder appears when it is complete."""
+        if (folder / "tokenizer_config.json").is_file():
             return
+        with disk_errors(folder), new_folder(folder, marker="tokenizer.json") as work:
+            self._write_tokenizer(work)
+
+    def _write_tokenizer(self, folder: pathlib.Path) -> None:
         spec = self.settings.tokenizer
         if isinstance(spec, str):
             synthetic.write_tokenizer(folder, synthetic.ENVIRONMENTS[spec])
@@ -241,7 +252,67 @@ class Workspace:
         """The fingerprint of the base as this run uses it, with its quantization."""
         return "-".join(filter(None, [self.folder_hash, self.settings.quantize]))
 
+    def bank_like(self, count: int) -> Params:
+        """Shapes and dtypes of a bank of `count` policies of this run."""
+        dtype = jnp.dtype(self.settings.param_dtype)
+        shapes = {path: jax.ShapeDtypeStruct(shape, dtype) for path, shape in leaf_shapes(self.model_config).items()}
+        base = flax.traverse_util.unflatten_dict(shapes, sep="/")
+        return jax.eval_shape(lambda base: init_bank(base, self.adapter, count, jax.random.key(0)), base)
+
+    @functools.cached_property
+    def provenance(self) -> dict[str, Json]:
+        """What parameters that this run trains belong to, see `models.provenance`: the base, the shape of the adapters,
+        the dtypes, and how text becomes tokens.
+        """
+        s, adapter, tokenizer = self.settings, self.adapter, self.tokenizer
+        template = tokenizer.backend.chat_template if self.records.settings.chat else None
+        return {
+            "base": self.base_hash,
+            "rank": adapter.rank,
+            "alpha": adapter.alpha if adapter.rank else 1.0,
+            "targets": adapted(self.bank_like(1)),
+            "adapter_dtype": adapter.dtype,
+            "dtype": s.dtype,
+            "param_dtype": s.param_dtype,
+            "user_offset": self.model.user_offset,
+            "vocabulary": _digest(tokenizer.backend.get_vocab()),
+            "eos_token": tokenizer.backend.eos_token,
+            "chat_template": _digest(template) if template else "",
+        }
+
+    def base_from(self, folder: pathlib.Path) -> str:
+        """The path of the base for a file in `folder`; relative where both are in the run directory, which may move."""
+        base = pathlib.Path(os.path.abspath(self.base_folder))
+        inside = base.is_relative_to(self.workdir.path) and folder.is_relative_to(self.workdir.path)
+        return os.path.relpath(base, folder) if inside else str(base)
+
     def _read(self, folder: pathlib.Path, quantized: bool = False) -> Any:
         place = functools.partial(leaf_sharding, self.devices.mesh)
+        dtype = jnp.dtype(self.settings.param_dtype)
         with progress(f"reading {folder}", 1):
-            return load_params(folder, dtype=jnp.dtype(self.settings.param_dtype), place=place, quantized=quantized)
+            params = load_params(folder, dtype=dtype, place=place, quantized=quantized)
+        if bad := not_finite(params):
+            raise UserError(
+                f"{folder}: {bad[0]} holds numbers that are not finite as {self.settings.param_dtype}; restore the "
+                "weights, or set --config.model.param_dtype to a dtype of their range"
+            )
+        return params
+
+
+@jax.jit
+def _are_finite(params: Params) -> list[jax.Array]:
+    return [jnp.isfinite(x).all() for x in jax.tree.leaves(params)]
+
+
+def not_finite(params: Params) -> list[str]:
+    """Paths of the leaves that hold NaN or infinity."""
+    paths = [
+        jax.tree_util.keystr(keys, simple=True, separator="/")
+        for keys, _ in jax.tree_util.tree_flatten_with_path(params)[0]
+    ]
+    return [path for path, finite in zip(paths, to_host(_are_finite(params)), strict=True) if not finite]
+
+
+def _digest(value: Json) -> str:
+    """16 hex digits that identify a JSON value."""
+    return xxhash.xxh3_64_hexdigest(json.dumps(value, sort_keys=True).encode())

@@ -6,11 +6,12 @@ Orbax writes to a temporary folder and renames it when complete, so partial chec
 """
 
 import base64
+import contextlib
 import json
 import logging
 import os
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -23,7 +24,7 @@ from orbax.checkpoint import v1 as ocp
 from pjrlhf.errors import UserError
 from pjrlhf.parallel.processes import on_all_processes, on_process_zero, to_host
 from pjrlhf.paths import bucket_errors, is_remote
-from pjrlhf.training.workdir import disk_errors
+from pjrlhf.training.workdir import disk_errors, listed
 from pjrlhf.types import Array, Json, Tree
 
 log = logging.getLogger(__name__)
@@ -107,12 +108,20 @@ class Checkpoints:
       max_to_keep: number of newest checkpoints to keep.
       best: metric by which to keep the best checkpoint as well: "loss" keeps the smallest, "max rewards/accuracies" the
         largest; "" keeps none.
+      origin: what the states depend on, JSON values by name. It is saved, and compared in what a checkpoint has of it.
 
     Raises:
       UserError: the folder cannot be reached or written.
     """
 
-    def __init__(self, folder: str | os.PathLike, max_to_keep: int = 2, best: str = ""):
+    def __init__(
+        self,
+        folder: str | os.PathLike,
+        max_to_keep: int = 2,
+        best: str = "",
+        origin: Mapping[str, Json] | None = None,
+    ):
+        self._origin = dict(origin or {})
         self.folder = epath.Path(folder) if is_remote(folder) else pathlib.Path(folder).absolute()
         self._greatest, self._metric = best.startswith("max "), best.removeprefix("max ")
         policies = ocp.training.preservation_policies
@@ -147,10 +156,24 @@ class Checkpoints:
 
     def __exit__(self, *_: object) -> None:
         try:
-            with disk_errors(self.folder):
+            with self._writing():
                 self._orbax.close()
         finally:
             _absl.removeFilter(_quiet)
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Turns errors of writing into a UserError; threads of Orbax raise almost any type."""
+        try:
+            with disk_errors(self.folder):
+                yield
+        except UserError:
+            raise
+        except Exception as error:
+            raise UserError(
+                f"{self.folder}: the checkpoint cannot be written ({_reason(error)}); check the disk, and that nobody "
+                "deleted the folder, and start the run again"
+            ) from error
 
     def wait(self) -> None:
         """Returns when all saves are committed.
@@ -158,7 +181,7 @@ class Checkpoints:
         Raises:
           UserError: the disk is full or unwritable.
         """
-        with disk_errors(self.folder):
+        with self._writing():
             self._orbax.wait()
 
     def steps(self) -> list[int]:
@@ -199,7 +222,11 @@ class Checkpoints:
           UserError: the disk is full or unwritable (perhaps in the previous save), or the metric is missing.
         """
         plain = jax.tree.map(lambda x: jax.random.key_data(x) if _is_key(x) else x, state)
-        host = {"iterator": _pack(iterator_state), "checksums": to_host(checksums(plain)).tolist()}
+        host = {
+            "iterator": _pack(iterator_state),
+            "checksums": to_host(checksums(plain)).tolist(),
+            "origin": self._origin,
+        }
         ranked: Json = None
         if self._metric:
             metrics = metrics or {}
@@ -208,7 +235,7 @@ class Checkpoints:
                     f"keep_best: step {step} has no metric {self._metric!r}; it has {', '.join(sorted(metrics))}"
                 )
             ranked = {self._metric: float(metrics[self._metric])}
-        with disk_errors(self.folder):
+        with self._writing():
             self._orbax.save_checkpointables_async(
                 step, {"state": plain, "host": host}, force=True, overwrite=True, metrics=ranked
             )
@@ -225,7 +252,7 @@ class Checkpoints:
             reported, renamed to `<step>.damaged` and skipped.
 
         Raises:
-          UserError: no checkpoint exists, or none can be read.
+          UserError: no checkpoint exists, none can be read, or it was written by a run with another config or inputs.
         """
         candidates = [step] if step is not None else self.steps()[::-1]
         if not candidates or candidates[0] not in self.steps():
@@ -237,7 +264,11 @@ class Checkpoints:
         for candidate in candidates:
             loaded, reason = None, "another process cannot read its part"
             try:
-                loaded = self._load(candidate, plain)
+                host = self._host(candidate)
+                self._check_origin(candidate, host.get("origin", {}))
+                loaded = self._load(candidate, plain), host
+            except UserError:
+                raise
             except Exception as error:  # a damaged file surfaces as almost any type
                 reason = _reason(error)
             if on_all_processes(loaded is not None) and loaded is not None:
@@ -254,25 +285,49 @@ class Checkpoints:
             f"with this config it is damaged: delete {newest if step is not None else self.folder} to go on without it"
         )
 
+    def _check_origin(self, step: int, saved: Mapping[str, Json]) -> None:
+        changed = [
+            f"{name}: {json.dumps(saved[name])} -> {json.dumps(value)}"
+            for name, value in sorted(self._origin.items())
+            if name in saved and saved[name] != value
+        ]
+        if changed:
+            raise UserError(
+                f"{self.folder / str(step)}: was written by a run with another config or inputs ({listed(changed)}); "
+                "undo the change, or choose another --workdir"
+            )
+
     def _set_aside(self, damaged: Mapping[int, str], step: int) -> None:
         """Reports and renames checkpoints that cannot be read."""
         for bad, reason in damaged.items():
             path = self.folder / str(bad)
             log.warning("%s cannot be read (%s); going on from step %d", path, reason, step)
-            on_process_zero(path.rename)(path.with_name(f"{bad}.damaged"))
+            on_process_zero(_move)(path, path.with_name(f"{bad}.damaged"))
         if damaged:
             self._orbax.reload()
 
-    def _load(self, step: int, template: Tree) -> tuple[Tree, Json]:
-        """(arrays sharded like `template`, which is abstract and without PRNG keys; JSON values of the checkpoint)."""
+    def _host(self, step: int) -> dict[str, Json]:
+        """The JSON values of a checkpoint."""
+        with self._alone:
+            return ocp.load_checkpointables(os.fspath(self.folder / str(step)), {"host": None})["host"]
+
+    def _load(self, step: int, template: Tree) -> Tree:
+        """Arrays sharded like `template`, which is abstract and without PRNG keys."""
         here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         target = jax.tree.map(lambda x: x.update(sharding=x.sharding or here), template)
         with self._alone:
-            loaded = ocp.load_checkpointables(os.fspath(self.folder / str(step)), {"state": target, "host": None})
-        state = jax.tree.map(
+            loaded = ocp.load_checkpointables(os.fspath(self.folder / str(step)), {"state": target})
+        return jax.tree.map(
             lambda x, like: x if like.sharding is not None else jnp.asarray(np.asarray(x)), loaded["state"], template
         )
-        return state, loaded["host"]
+
+
+def _move(path: epath.Path | pathlib.Path, to: epath.Path | pathlib.Path) -> None:
+    """Renames a folder, in place of an earlier one."""
+    with disk_errors(to):
+        if to.exists():
+            epath.Path(to).rmtree()
+        path.rename(to)
 
 
 def _reason(error: BaseException) -> str:

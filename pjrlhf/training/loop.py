@@ -31,7 +31,9 @@ class LoopSettings(Settings):
     """How a stage is trained, whatever it trains."""
 
     checkpoints: str = setting(
-        "", "where checkpoints go if not into the run directory: a folder or gs://, s3:// of this run alone", path=True
+        "",
+        "where checkpoints go if not into the run directory: a folder or gs://, s3://; every run has its own below it",
+        path=True,
     )
     checkpoint_every: int = setting(100, "steps; 0 saves the last step alone", low=0)
     max_to_keep: int = setting(2, "how many of the newest checkpoints stay", low=1, high=10**6)
@@ -144,7 +146,8 @@ def run(
 
     Raises:
       UserError: a watched metric is NaN or infinite (the batch is saved beside the checkpoints), the data ended early,
-        no checkpoint is readable, or the disk is full or unwritable.
+        no checkpoint is readable, the last one is of a run with another config or inputs, or the disk is full or
+        unwritable.
       Interrupted: SIGTERM or SIGINT was received; the current step was completed and saved.
     """
     checkpoint_every, max_to_keep, keep_best = settings.checkpoint_every, settings.max_to_keep, settings.keep_best
@@ -176,8 +179,8 @@ def run(
         return values if due else {}
 
     measured: dict[str, float] = {}  # latest metrics, by which `keep_best` ranks a checkpoint
-    place = f"{checkpoints.rstrip('/')}/{stage}" if checkpoints else folder / "checkpoints"
-    with Checkpoints(place, max_to_keep, keep_best) as saved:
+    place = f"{checkpoints.rstrip('/')}/{workdir.id}/{stage}" if checkpoints else folder / "checkpoints"
+    with Checkpoints(place, max_to_keep, keep_best, workdir.origin(stage)) as saved:
         with performance.excluded():
             state = method.init()
             done = saved.latest() or 0
@@ -231,6 +234,7 @@ def run(
                         raise RuntimeError(f"{stage}: state.step is {int(state.step)} after {done} steps")
                     last = bool(stopped_by) or done == steps
                     with performance.excluded():
+                        workdir.keep()
                         saved.save(done, state, method.batches.get_state(), last, measured)
                 if stopped_by:
                     name = signal.Signals(stopped_by).name

@@ -9,6 +9,7 @@ import importlib
 import json
 import logging
 import math
+import pathlib
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Protocol, TypeAlias, cast
 
@@ -30,7 +31,8 @@ log = logging.getLogger(__name__)
 class Logger(Protocol):
     """A further destination of the metrics of one stage.
 
-    Its class or factory takes (workdir, stage, after), where `after` is the step from which the stage continues. An
+    Its class or factory takes (workdir, stage, after), where `after` is the step from which the stage continues and
+    `workdir.id` names the run, for places that several runs share. An
     attribute `module` of the class names a Python module that it needs.
     """
 
@@ -71,14 +73,14 @@ class TensorBoard:
 
 @LOGGERS.register("wandb")
 class WeightsAndBiases:
-    """A run of project pjrlhf with the name of the run directory."""
+    """A run of project pjrlhf with the name of the run directory, and the run's own id."""
 
     module = "wandb"
 
     def __init__(self, workdir: Workdir, stage: str, after: int):
-        self.stage, name = stage, workdir.path.name
+        self.stage = stage
         self._run = importlib.import_module(self.module).init(
-            project="pjrlhf", name=name, id=name, resume="allow", dir=str(workdir.path)
+            project="pjrlhf", name=workdir.path.name, id=workdir.id, resume="allow", dir=str(workdir.path)
         )
         # Every stage counts its steps from 1, so each needs its own axis.
         self._run.define_metric(f"{stage}/*", step_metric=f"{stage}/step")
@@ -160,24 +162,28 @@ class MetricWriter:
             return
         with disk_errors(self.path):
             self._drop_after(after)
+            _end_line(workdir.path / "performance.jsonl")
             self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 (open as long as the stage runs)
             self._performance = open(workdir.path / "performance.jsonl", "a", encoding="utf-8")  # noqa: SIM115
         self._loggers = [factory(workdir, stage, after) for factory in factories]
 
     def _drop_after(self, after: int) -> None:
-        lines = self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else []
-        kept = []
+        lines = self.path.read_bytes().splitlines() if self.path.exists() else []
+        kept, damaged = [], 0
         for line in lines:
             try:
                 row = json.loads(line)
-            except ValueError:
-                log.warning("%s: dropped a line that a crash cut short", self.path)
+                stage, step = row["stage"], int(row["step"])
+            except (ValueError, TypeError, KeyError, OverflowError, RecursionError):
+                damaged += 1
                 continue
-            if row["stage"] != self.stage or row["step"] <= after:
+            if stage != self.stage or step <= after:
                 kept.append(line)
+        if damaged:
+            log.warning("%s: dropped %d damaged lines, perhaps cut short by a crash", self.path, damaged)
         if kept != lines:
             with atomic_write(self.path) as file:
-                file.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+                file.write_bytes(b"".join(line + b"\n" for line in kept))
 
     def write(self, step: int, values: Mapping[str, float], performance: Mapping[str, float] | None = None) -> None:
         """Writes one line per file. NaN and infinity become null, because JSON has neither."""
@@ -200,3 +206,10 @@ class MetricWriter:
                 self._performance.close()
         for logger in self._loggers:
             logger.close()
+
+
+def _end_line(path: pathlib.Path) -> None:
+    """Ends a last line that a crash cut short, so that it does not spoil the next one."""
+    if path.is_file() and (content := path.read_bytes()) and not content.endswith(b"\n"):
+        with path.open("ab") as file:
+            file.write(b"\n")

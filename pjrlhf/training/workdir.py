@@ -1,26 +1,44 @@
-"""The run directory: its config, the manifest of finished stages, and atomic writing of files."""
+"""The run directory: its config and inputs, the manifest of finished stages, its lock, and atomic writing of files."""
 
+import contextlib
+import datetime
+import fcntl
+import functools
+import itertools
 import json
+import logging
 import os
 import pathlib
-from collections.abc import Collection, Iterable, Mapping
+import re
+import socket
+import threading
+import time
+import uuid
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from typing import Any
 
 import jax
 
 from pjrlhf.errors import UserError
-from pjrlhf.parallel.processes import on_process_zero
-from pjrlhf.paths import atomic_write, disk_errors, refuse_remote
+from pjrlhf.parallel.processes import barrier, is_process_zero, on_process_zero
+from pjrlhf.paths import atomic_write, content_hash, disk_errors, refuse_remote, visible_files
 from pjrlhf.types import Json
+
+log = logging.getLogger(__name__)
+
+BEAT = 5.0  # seconds between two signs of life in a lock
+SHOWN = 8  # differences that a message lists
+_WORKING = ("checkpoints",)  # folders of a stage that are not results
 
 
 def write_json(path: pathlib.Path, value: Json) -> None:
-    """Writes `value` to `path` atomically.
+    """Writes `value` to `path` atomically; the folder above its own must exist.
 
     Raises:
       UserError: the disk is full or unwritable.
     """
     with disk_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
+        path.parent.mkdir(exist_ok=True)
         with atomic_write(path) as file:
             file.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
 
@@ -31,13 +49,23 @@ def write_lines(path: pathlib.Path, records: Iterable[Json]) -> None:
         file.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
 
 
-def _read_json(path: pathlib.Path) -> Json:
+def read_object(path: pathlib.Path, remedy: str = "delete it, or choose another --workdir") -> dict[str, Any]:
+    """The JSON object in a file of a run directory; {} where there is no such file.
+
+    Raises:
+      UserError: the file cannot be read or holds no JSON object; the message ends with `remedy`.
+    """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(value, dict):
+            raise ValueError(f"a {type(value).__name__}, not an object")
+        return value
     except FileNotFoundError:
-        return None
-    except ValueError as error:
-        raise UserError(f"{path}: not readable as JSON ({error}); delete it, or choose another --workdir") from error
+        return {}
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); mend it, or choose another --workdir") from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: not readable as JSON ({error}); {remedy}") from error
 
 
 def _flat(config: Json, prefix: str = "") -> dict[str, Json]:
@@ -50,29 +78,70 @@ def _flat(config: Json, prefix: str = "") -> dict[str, Json]:
     return flat
 
 
+def listed(differences: list[str]) -> str:
+    """Differences on one line, at most `SHOWN` of them."""
+    more = len(differences) - SHOWN
+    return "; ".join(differences[:SHOWN]) + (f"; and {more} more" if more > 0 else "")
+
+
+def _below(key: str, names: Collection[str]) -> bool:
+    return any(key == name or key.startswith(f"{name}.") for name in names)
+
+
 class Workdir:
     """The folder of one run, shared by all its processes. Create it after `processes.initialize`.
 
     Raises:
-      UserError: the folder cannot be created, or is in a bucket, which supports neither appending nor renaming.
+      UserError: the folder cannot be created, read or written, or is in a bucket, which supports neither appending nor
+        renaming.
     """
 
     def __init__(self, path: str | os.PathLike):
         remedy = "mount the bucket, or keep the run here and its checkpoints there with --config.checkpoints"
         refuse_remote(path, "a run directory", remedy)
         self.path = pathlib.Path(path).absolute()
+        self._unwritten: dict[str, Json] = {}  # file -> content, until there is something to keep
+        self._config: dict[str, Json] = {}  # by dotted key
+        self._ignored: tuple[str, ...] = ()
+        self._kept = False
         with disk_errors(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
+        if not os.access(self.path, os.R_OK | os.W_OK | os.X_OK):
+            raise UserError(f"{self.path}: no permission to read and write there; mend it or choose another --workdir")
 
     def stage(self, name: str) -> pathlib.Path:
         """The folder of stage `name`, created if absent."""
-        folder = self.path / name
-        with disk_errors(folder):
-            folder.mkdir(parents=True, exist_ok=True)
+        folder = self.path
+        with disk_errors(folder / name):
+            for part in pathlib.PurePath(name).parts:
+                folder = folder / part
+                folder.mkdir(exist_ok=True)
         return folder
 
-    def write_config(self, config: Mapping[str, Json], ignore: Collection[str] = ()) -> None:
-        """Checks that the config continues the run already in the folder, and stores it as config.json.
+    @functools.cached_property
+    def id(self) -> str:
+        """A name of this run that no other run has: letters, digits, - and _. It stays the same when the run goes on.
+
+        It names the run where several share a place: checkpoints outside the run directory, and trackers.
+        """
+        path = self.path / "run_id"
+        if is_process_zero() and not path.is_file():
+            name = re.sub(r"[^A-Za-z0-9_-]+", "-", self.path.name)[:40]
+            with disk_errors(path), atomic_write(path) as file:
+                file.write_text(f"{name}-{uuid.uuid4().hex[:8]}\n", encoding="utf-8")
+        barrier("run id")
+        try:
+            found = path.read_text(encoding="utf-8").strip()
+        except (OSError, ValueError) as error:
+            raise UserError(f"{path}: cannot be read ({error}); restore it, or choose another --workdir") from error
+        if not re.fullmatch(r"[A-Za-z0-9_-]+", found):
+            raise UserError(f"{path}: holds no id of a run; restore it, or choose another --workdir")
+        return found
+
+    # ---- what the run in the folder was started with
+
+    def check_config(self, config: Mapping[str, Json], ignore: Collection[str] = ()) -> None:
+        """Checks that the config continues the run already in the folder. `keep` stores it as config.json.
 
         Args:
           config: nested mapping of JSON values.
@@ -81,36 +150,237 @@ class Workdir:
         Raises:
           UserError: any other key differs from the stored config; the message lists old and new values.
         """
-        path = self.path / "config.json"
         config = json.loads(json.dumps(config))  # tuples become lists, as in the stored file
-        stored = _read_json(path)
-        if stored is not None:
-            old, new = _flat(stored), _flat(config)
+        self._config, self._ignored = _flat(config), tuple(ignore)
+        stored = read_object(self.path / "config.json")
+        if stored:
+            old, new = _flat(stored), self._config
             changed = [
                 f"{key}: {json.dumps(old[key]) if key in old else '(absent)'} -> "
                 f"{json.dumps(new[key]) if key in new else '(absent)'}"
                 for key in sorted(old.keys() | new.keys())
-                if (key not in old or key not in new or old[key] != new[key])
-                and not any(key == name or key.startswith(f"{name}.") for name in ignore)
+                if (key not in old or key not in new or old[key] != new[key]) and not _below(key, ignore)
             ]
             if changed:
                 raise UserError(
-                    f"{self.path}: holds a run with another config ({'; '.join(changed)}); "
+                    f"{self.path}: holds a run with another config ({listed(changed)}); "
                     "undo the change, choose another --workdir, or delete the folder to start over"
                 )
-        on_process_zero(write_json)(path, config)
-        if not path.is_file():
+        self._unwritten["config.json"] = config
+
+    def check_contents(self, inputs: Mapping[str, Mapping[str, str]]) -> None:
+        """Checks that files and folders the run reads are those it started with. `keep` adds them to inputs.json.
+
+        Args:
+          inputs: dotted setting -> {"path": what it names, "hash": of the contents}.
+
+        Raises:
+          UserError: the contents of an input differ although its setting is the same; the message lists the inputs.
+        """
+        stored = self._unwritten.get("inputs.json") or read_object(self.path / "inputs.json")
+        changed = [
+            f"{name}: {found['path']}"
+            for name, found in inputs.items()
+            if (old := stored.get(name)) and old["path"] == found["path"] and old["hash"] != found["hash"]
+        ]
+        if changed:
             raise UserError(
-                f"{self.path}: process {jax.process_index()} does not see what process 0 writes there; choose a "
-                "--workdir that all processes share"
+                f"{self.path}: what this run reads has changed since it started ({listed(changed)}); put back what was "
+                f"there, choose another --workdir, or delete {self.path / 'inputs.json'} to go on with what is there "
+                "now (finished stages stay; interrupted training does not go on)"
             )
+        self._unwritten["inputs.json"] = {**stored, **{name: dict(found) for name, found in inputs.items()}}
+        if self._kept:
+            self.keep()
+
+    def keep(self) -> None:
+        """Writes config.json and inputs.json. From now on the folder belongs to this config: call it before something
+        is written that a later run would go on from.
+
+        Raises:
+          UserError: the folder was deleted, or the disk is full or unwritable.
+        """
+        if not (self.path / "config.json" if self._kept else self.path).exists():
+            raise UserError(f"{self.path}: was deleted while the run used it; start the run again")
+        for name in tuple(self._unwritten):
+            on_process_zero(write_json)(self.path / name, self._unwritten.pop(name))
+        self._kept = bool(self._config)
+
+    def origin(self, stage: str) -> dict[str, Json]:
+        """What the checkpoints of a stage depend on: settings that may not change, and hashes of inputs, by name."""
+        inputs = self._unwritten.get("inputs.json") or read_object(self.path / "inputs.json")
+        own = (stage.replace("/", "."),)
+        found = {k: v for k, v in self._config.items() if not _below(k, self._ignored) or _below(k, own)}
+        return found | {f"contents of {name}": value["hash"] for name, value in inputs.items()} if self._config else {}
+
+    # ---- finished stages
+
+    def _manifest(self) -> dict[str, dict[str, Any]]:
+        path = self.path / "manifest.json"
+        remedy = "delete it: stages then go on from their last checkpoints"
+        found = read_object(path, remedy)
+        for name in ("stages", "outputs"):
+            entries = found.setdefault(name, {})
+            if not isinstance(entries, dict) or not all(isinstance(entry, dict) for entry in entries.values()):
+                raise UserError(f"{path}: is damaged, {name!r} is no list of stages; {remedy}")
+        return found
 
     def finished(self, stage: str) -> dict[str, Json] | None:
-        """The record of `mark_finished` for `stage`, None while it is unfinished."""
-        return (_read_json(self.path / "manifest.json") or {}).get("stages", {}).get(stage)
+        """The record of `mark_finished` for `stage`; None while it is unfinished, or where its folder was deleted."""
+        manifest = self._manifest()
+        if any(files and not (self.path / name).exists() for name, files in _of(stage, manifest["outputs"])):
+            return None
+        return manifest["stages"].get(stage)
 
     def mark_finished(self, stage: str, seconds: float, **info: Json) -> None:
-        """Records in manifest.json that `stage` finished after `seconds`, with JSON values `info`."""
-        manifest = _read_json(self.path / "manifest.json") or {"stages": {}}
+        """Records in manifest.json that `stage` finished after `seconds`, with JSON values `info` and the hashes of the
+        files in its folder.
+        """
+        self.keep()
+        manifest = self._manifest()
         manifest["stages"][stage] = {"seconds": seconds, **info}
-        on_process_zero(write_json)(self.path / "manifest.json", manifest)
+        others = [name for name in manifest["stages"] if name.startswith(f"{stage}/")]
+        on_process_zero(self._write_manifest)(manifest, stage, others)
+
+    def _write_manifest(self, manifest: dict[str, Any], stage: str, others: list[str]) -> None:
+        folder = self.path / stage
+        files = visible_files(folder) if folder.is_dir() else []
+        names = [path.relative_to(self.path).as_posix() for path in files]
+        manifest["outputs"][stage] = {
+            name: content_hash(self.path / name)
+            for name in names
+            if not set(pathlib.PurePosixPath(name).parts) & {*_WORKING}
+            and not any(name.startswith(f"{other}/") for other in others)
+            and not name.rpartition("/")[2].startswith("nan_batch_")
+        }
+        write_json(self.path / "manifest.json", manifest)
+
+    def check_outputs(self, stage: str) -> None:
+        """Raises UserError where a file that a finished stage wrote is missing or has other contents."""
+        for part, files in _of(stage, self._manifest()["outputs"]):
+            for name, value in files.items():
+                path = self.path / name
+                if not path.is_file() or content_hash(path) != value:
+                    state = "has changed since the stage wrote it" if path.is_file() else "is missing"
+                    raise UserError(
+                        f"{path}: {state}; restore it, or delete {self.path / part} to run the stage {part} again"
+                    )
+
+    # ---- the lock
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keeps other runs out of the folder. A lock whose process has ended is taken over.
+
+        Raises:
+          UserError: another run uses the folder; the message names its process and host.
+        """
+        path = self.path / "lock"
+        with contextlib.ExitStack() as stack:
+            if is_process_zero():
+                stack.enter_context(_held(path))
+            barrier("lock")
+            if not path.is_file():
+                raise UserError(
+                    f"{self.path}: process {jax.process_index()} does not see what process 0 writes there; choose a "
+                    "--workdir that all processes share"
+                )
+            yield
+
+
+def _of(stage: str, outputs: Mapping[str, Any]) -> list[tuple[str, dict[str, str]]]:
+    """What a stage and its parts wrote."""
+    return [(name, files) for name, files in outputs.items() if name == stage or name.startswith(f"{stage}/")]
+
+
+@contextlib.contextmanager
+def _held(path: pathlib.Path) -> Iterator[None]:
+    """Holds the lock file `path`, which names its holder and shows signs of life to hosts that share no kernel lock."""
+    with disk_errors(path):
+        file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        _take(path, file)
+        me = {
+            "pid": os.getpid(),
+            "host": socket.gethostname(),
+            "since": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
+        }
+        ended = threading.Event()
+
+        def show(beat: int) -> None:
+            text = (json.dumps({**me, "beat": beat}) + "\n").encode()
+            os.pwrite(file, text, 0)
+            os.ftruncate(file, len(text))
+
+        def live() -> None:
+            for beat in itertools.count(1):
+                if ended.wait(BEAT):
+                    return
+                with contextlib.suppress(OSError):
+                    show(beat)
+
+        with disk_errors(path):
+            show(0)
+        thread = threading.Thread(target=live, name="lock", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            ended.set()
+            thread.join()
+            with contextlib.suppress(OSError):
+                os.ftruncate(file, 0)
+    finally:
+        os.close(file)
+
+
+def _take(path: pathlib.Path, file: int) -> None:
+    """Locks an open lock file.
+
+    Raises:
+      UserError: another process holds it.
+    """
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise _in_use(path) from None
+    except OSError as error:
+        log.warning("%s: the file system has no locks (%s)", path, error.strerror)
+    if holder := _holder(path):
+        if _is_alive(path, holder):
+            raise _in_use(path)
+        log.info("%s: process %s on %s ended without a word; going on", path, holder["pid"], holder["host"])
+
+
+def _holder(path: pathlib.Path) -> dict[str, Any] | None:
+    """Who holds a lock; None for nobody."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        return found if isinstance(found, dict) and {"pid", "host", "since"} <= found.keys() else None
+    except (OSError, ValueError):
+        return None
+
+
+def _is_alive(path: pathlib.Path, holder: Mapping[str, Any]) -> bool:
+    """Whether the holder of a lock that the kernel does not refuse still runs: on another host, or on a file system
+    without locks. A process that exists may be another one of the same number, so the sign of life counts.
+    """
+    if holder["host"] == socket.gethostname():
+        try:
+            os.kill(int(holder["pid"]), 0)
+        except (ProcessLookupError, ValueError, TypeError):
+            return False
+        except PermissionError:
+            pass
+    log.info("%s: waiting for a sign of life of process %s on %s", path, holder["pid"], holder["host"])
+    time.sleep(3 * BEAT)
+    now = _holder(path)
+    return now is not None and now != holder
+
+
+def _in_use(path: pathlib.Path) -> UserError:
+    holder = _holder(path) or {"pid": "(unknown)", "host": "this file system", "since": "an unknown time"}
+    return UserError(
+        f"{path.parent}: process {holder['pid']} on {holder['host']} has been running there since {holder['since']}; "
+        "wait for it or stop it, or choose another --workdir"
+    )

@@ -28,7 +28,6 @@ from pjrlhf.algorithms.pdpo import (
 from pjrlhf.data import synthetic
 from pjrlhf.errors import UserError
 from pjrlhf.feedback.pairs import PairBatch, with_text
-from pjrlhf.models.huggingface import fingerprint
 from pjrlhf.models.storage import load_tree, save_tree
 from pjrlhf.models.users import UserKind
 from pjrlhf.objectives.preference import PAIRWISE
@@ -559,8 +558,7 @@ def opposites(records, tmp_path):
         assert metrics["rewards/accuracies"][0] == 8
         banks.append(state.trainable["bank"])
     path = tmp_path / "bank.safetensors"
-    note = {"base": fingerprint(run.workspace.base_folder), "alpha": run.workspace.adapter.alpha}
-    save_tree(path, jax.tree.map(lambda *x: jnp.concatenate(x), *banks), note)
+    save_tree(path, jax.tree.map(lambda *x: jnp.concatenate(x), *banks), run.workspace.provenance)
     changes = {"preference__bank": str(path), "preference__models": {"soup": {"kind": "soup"}}}
     return functools.partial(records, preference__steps=30, **changes), path
 
@@ -571,7 +569,8 @@ def test_soup_weights_find_the_right_policy(opposites, tmp_path):
     run = tiny.start(tmp_path / "soup", config)
     preference.run(run)
     bank, _ = load_tree(path)
-    found = preference.load(run, "soup")
+    found, registry = preference.load(run, entry_of(run, "soup"))
+    assert registry.to_json() == [None, "ann", "bob"]
     assert tiny.bits(found["bank"]) == tiny.bits(bank), "the policies are given, not trained"
     assert list(found["users"]) == ["table"]
     weights = jax.nn.softmax(found["users"]["table"]["weights"])
@@ -593,11 +592,11 @@ def test_the_bank_of_the_same_run(opposites, tmp_path):
 def test_a_bank_must_fit(opposites, tmp_path):
     settings, path = opposites
     run = tiny.start(tmp_path / "run", settings(adapter__alpha=8.0))
-    with pytest.raises(UserError, match=r"bank.safetensors: .*'alpha': 4.0.* this run .*'alpha': 8.0"):
+    with pytest.raises(UserError, match=r"bank.safetensors: was trained with alpha: 4.0, here 8.0; use the base and"):
         preference.run(run)
     bank, note = load_tree(path)
     save_tree(path, bank, {**note, "base": "0" * 16})
-    with pytest.raises(UserError, match=r"'base': '0000000000000000'.* this run"):
+    with pytest.raises(UserError, match=r"bank.safetensors: was trained with base: '0000000000000000', here '"):
         preference.run(tiny.start(tmp_path / "run", settings()))
     save_tree(path, {"embed": {"embedding": np.zeros((2, 4, 4), np.float32)}})
     with pytest.raises(UserError, match=r"bank.safetensors: holds full parameters"):

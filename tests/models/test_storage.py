@@ -9,7 +9,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from pjrlhf.errors import UserError
-from pjrlhf.models import storage
+from pjrlhf.models import folders, storage
 from pjrlhf.models.storage import load_tree, save_tree
 
 
@@ -75,6 +75,53 @@ def test_an_interrupted_save_leaves_the_old_file(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="no space"):
         save_tree(path, {"x": np.ones(2)})
     assert load_tree(path)[1] == {"old": True}
+
+
+def test_one_flipped_bit_anywhere_is_noticed(tmp_path):
+    path = tmp_path / "x.safetensors"
+    save_tree(path, tree(), {"rank": 2})
+    whole, silent = path.read_bytes(), 0
+    for place in range(0, len(whole), 7):
+        damaged = bytearray(whole)
+        damaged[place] ^= 1
+        path.write_bytes(bytes(damaged))
+        try:
+            found, note = load_tree(path)
+        except UserError as error:
+            assert str(error).startswith(f"{path}: ") and "\n" not in str(error)
+        else:  # what no one reads
+            assert note == {"rank": 2} and jax.tree.structure(found) == jax.tree.structure(tree())
+            assert all(map(np.array_equal, jax.tree.leaves(found), jax.tree.leaves(tree())))
+            silent += 1
+    assert silent < 5
+
+
+def test_an_array_of_another_name_or_note_is_noticed(tmp_path):
+    from safetensors import safe_open
+    from safetensors.numpy import save_file
+
+    path = tmp_path / "x.safetensors"
+    save_tree(path, {"a": np.zeros(2), "b": np.ones(2)}, {"rank": 2})
+    with safe_open(path, framework="np") as file:
+        metadata, arrays = file.metadata(), load_file(path)
+    for tensors, changes in (({"a": arrays["b"], "b": arrays["a"]}, {}), (arrays, {"note": '{"rank": 4}'})):
+        save_file(tensors, path, {**metadata, **changes})
+        with pytest.raises(UserError, match="its contents are not what was saved"):
+            load_tree(path)
+    save_file(arrays, path, {"note": "{}"})
+    with pytest.raises(UserError, match="has no checksum"):
+        load_tree(path)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, jnp.bfloat16, np.float16])
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_numbers_that_are_not_finite_are_refused_by_name(tmp_path, monkeypatch, dtype, value):
+    path = tmp_path / "x.safetensors"
+    with monkeypatch.context() as patch:
+        patch.setattr(folders, "all_finite", lambda x: True)  # no writer of ours writes it
+        save_tree(path, {"bank": {"a": np.zeros(2, dtype), "b": np.array([0, value], dtype)}})
+    with pytest.raises(UserError, match=r"x\.safetensors: bank/b holds numbers that are not finite"):
+        load_tree(path)
 
 
 def test_missing_and_broken_files(tmp_path):

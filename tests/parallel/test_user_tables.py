@@ -12,7 +12,6 @@ from support import tiny, tiny_users
 
 from pjrlhf.algorithms import pdpo as preference
 from pjrlhf.data import synthetic
-from pjrlhf.models.storage import save_tree
 from pjrlhf.models.users import UserModel, gather_rows
 from pjrlhf.parallel.mesh import leaf_sharding, make_mesh, round_up_rows, shard_params
 from pjrlhf.pipeline import stages
@@ -241,7 +240,9 @@ def test_absent_people_and_free_rows_keep_every_bit(trained, kind, mesh):
 def test_vectors_are_those_of_the_people_in_the_order_of_their_names(start, trained, kind, mesh):
     run, pairs = start(mesh)
     _, state, _, _ = trained(kind, mesh)
-    save_tree(run.workdir.stage(f"preference/{kind}") / "model.safetensors", state.trainable)
+    entry = tiny_users.entry_of(run, kind)
+    users = preference.user_model(entry, pairs.registry.capacity, run.workspace.model_config.hidden_size)
+    preference.save(run, entry, users, pairs.registry, state.trainable)
     found = tiny_users.trained_of(run, kind, pairs)
     assert not any(x.sharding.is_fully_replicated for x in jax.tree.leaves(found.trainable["users"]["table"]))
     vectors = found.vectors()

@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import re
 import shutil
 import signal
 import subprocess
@@ -134,6 +135,27 @@ def test_two_processes_give_the_same_bits_with_the_default_compiler(tmp_path):
         found.append(results(tmp_path / name, stages))
     assert {path.split("/")[0] for path in found[0][0]} == {"sft", "reward", "policy"}
     assert len(found[0][1]) == 64 and found[0] == found[1]
+
+
+def interrupt(process, seconds):
+    """Ctrl-C after some seconds; (exit code, lines on stderr that are no log)."""
+    time.sleep(seconds)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=120)
+    logged = re.compile(r"[IW]\d{4} |\w+  \d+/\d+|\[transformers\]")
+    return process.returncode, [line for line in errors.splitlines() if not logged.match(line)]
+
+
+MOMENTS = (0.3, 0.35, 0.4, 0.45, 0.5, 0.6, 0.7, 0.9, 1.2, 1.6, 2.0, 2.5, 3.0, 4.0, 5.0, 6.0, 8.0, 11.0)
+
+
+@pytest.mark.parametrize("seconds", [1.0, *(pytest.param(seconds, marks=pytest.mark.slow) for seconds in MOMENTS)])
+def test_ctrl_c_ends_in_one_line(tmp_path, seconds):
+    """While importing, compiling, sampling or training."""
+    process = start_main(tmp_path, tmp_path / "run", stages=("sft", "comparisons", "reward"))
+    code, lines = interrupt(process, seconds)
+    assert (code, len(lines)) == (130, 1), lines
+    assert re.match(r"interrupted|sft: stopped by SIGINT|reward: stopped by SIGINT", lines[0])
 
 
 @pytest.mark.slow

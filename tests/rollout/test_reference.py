@@ -165,7 +165,21 @@ def of_other_type(path):
     np.save(path, np.zeros((N, 2)))
 
 
-DAMAGES = [cut, emptied, garbled, of_other_rows, of_other_type]
+def zeros(path):
+    np.save(path, np.zeros((N, 2), np.float32))
+
+
+def one_bit(path):
+    data = bytearray(path.read_bytes())
+    data[-30] ^= 1
+    path.write_bytes(bytes(data))
+
+
+def not_finite(path):
+    reference._write(path, np.full((N, 2), np.nan, np.float32))
+
+
+DAMAGES = [cut, emptied, garbled, of_other_rows, of_other_type, zeros, one_bit, not_finite]
 
 
 @pytest.mark.parametrize("damage", DAMAGES, ids=[damage.__name__ for damage in DAMAGES])
@@ -177,6 +191,18 @@ def test_a_damaged_file_is_computed_again(tmp_path, caplog, damage):
     assert logps(table, tmp_path).tobytes() == first.tobytes()
     assert f"{path}: not a whole cache" in caplog.text
     assert logps(table, tmp_path, score=refuse).tobytes() == first.tobytes()
+
+
+@pytest.mark.parametrize("value", [np.nan, -np.inf])
+def test_log_probs_that_are_not_finite_blame_the_base(tmp_path, value):
+    def broken(answers):
+        return np.where(np.arange(len(answers)) == 1, np.float32(value), score(answers))
+
+    with pytest.raises(
+        UserError, match=r"reference: the base gives log-probs .* not finite for 1 of 5 pairs; check its"
+    ):
+        logps(table_of(drawn()), tmp_path, score=broken)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_cache_that_cannot_be_written(tmp_path):

@@ -81,7 +81,6 @@ def one_device():
 def run(folder, config):
     """Runs all stages of `config` in `folder`, as `main` does, on one device."""
     workdir = Workdir(folder)
-    workdir.write_config(stages.read(config).to_dict())
     with one_device():
         stages.run(config, workdir)
     return workdir.path

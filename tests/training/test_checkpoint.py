@@ -192,6 +192,16 @@ def test_a_damaged_checkpoint_is_passed_over_with_a_warning(tmp_path, caplog, da
 
 
 @leaves_futures
+def test_the_same_checkpoint_can_be_damaged_twice(tmp_path):
+    for seed in (2, 3):
+        save(tmp_path, s1=make_state(1), s2=make_state(seed))
+        truncate(largest_data_file(tmp_path / "2"))
+        with Checkpoints(tmp_path) as checkpoints:
+            assert_same(checkpoints.restore(make_state())[0], make_state(1))
+    assert [path.name for path in sorted(tmp_path.iterdir())] == ["1", "2.damaged"]
+
+
+@leaves_futures
 def test_when_none_is_readable_the_error_names_the_path_and_nothing_is_moved(tmp_path):
     save(tmp_path, s1=make_state(1), s2=make_state(2))
     for step in ("1", "2"):

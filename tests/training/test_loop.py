@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import pathlib
+import shutil
 import signal
 import subprocess
 import sys
@@ -73,10 +74,60 @@ def test_checkpoints_elsewhere(tmp_path, whole):
     there = str(tmp_path / "there")
     with pytest.raises(RuntimeError, match="crash"):
         train(tmp_path / "run", Crashing(8), checkpoints=there)
-    assert [path.name for path in (tmp_path / "there" / "fit").iterdir()] == ["5"]
+    place = tmp_path / "there" / Workdir(tmp_path / "run").id / "fit"
+    assert [path.name for path in place.iterdir()] == ["5"]
     assert bits(train(tmp_path / "run", checkpoints=there)) == whole[0]
     assert lines(tmp_path / "run") == whole[1]
     assert not (tmp_path / "run" / "fit" / "checkpoints").exists()
+
+
+def test_runs_that_keep_checkpoints_in_one_folder_do_not_meet(tmp_path, whole):
+    there = str(tmp_path / "there")
+    for name in ("a/seed0", "b/seed0", "a/seed1"):
+        assert bits(train(tmp_path / name, checkpoints=there)) == whole[0]
+        assert lines(tmp_path / name) == whole[1], "it trained"
+
+
+def test_checkpoints_of_another_config_or_input_are_refused_by_name(tmp_path):
+    def started(seed, data="1"):
+        workdir = Workdir(tmp_path)
+        workdir.check_config(
+            {"seed": seed, "log_every": seed, "methods": {"a": {"x": seed}, "b": 1}}, ("log_every", "methods")
+        )
+        workdir.check_contents({"data": {"path": "p", "hash": data}})
+        return workdir
+
+    def run(workdir, stage="fit", method=None):
+        return loop.run(method or Linear(), workdir, stage, STEPS, LoopSettings(checkpoint_every=5))
+
+    for stage in ("fit", "methods/a", "methods/b"):
+        with pytest.raises(RuntimeError):
+            run(started(0), stage, Crashing(8))
+    (tmp_path / "config.json").unlink()
+    (tmp_path / "inputs.json").unlink()
+    for workdir, message in ((started(1), "seed: 0 -> 1"), (started(0, "2"), 'contents of data: "1" -> "2"')):
+        with pytest.raises(UserError, match=f"fit/checkpoints/5: was written by .*{message}.*; undo the change"):
+            run(workdir)
+    # What may change may change, but for the settings of the entry itself.
+    free = started(0)
+    free.check_config({"seed": 0, "log_every": 7, "methods": {"a": {"x": 1}, "b": 1}}, ("log_every", "methods"))
+    run(free)
+    run(free, "methods/b")
+    with pytest.raises(UserError, match=r"methods.a.x: 0 -> 1"):
+        run(free, "methods/a")
+
+
+@pytest.mark.parametrize("checkpoint_every", [10, 5])  # nothing is being written, or perhaps a checkpoint is
+def test_a_run_directory_that_is_deleted_while_training(tmp_path, checkpoint_every):
+    class Deleting(Linear):
+        def step(self, state, batch):
+            if int(state.step) == 7:
+                shutil.rmtree(tmp_path / "run")
+            return super().step(state, batch)
+
+    with pytest.raises(UserError, match=f"{tmp_path}/run.*: .*deleted .*; start the run again|and start the run again"):
+        train(tmp_path / "run", Deleting(), checkpoint_every=checkpoint_every)
+    assert checkpoint_every == 5 or not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])

@@ -84,6 +84,40 @@ def test_reopening_drops_the_later_lines_of_that_stage_only(tmp_path):
     assert len(rows(workdir)) == 2
 
 
+@pytest.mark.parametrize(
+    "line",
+    [b"3", b"null", b"[]", b"{}", b'{"stage": "two"}', b'{"stage": "two", "step": "x"}', b"\xff\x00", b"[" * 10**5],
+)
+def test_a_damaged_line_is_dropped_with_a_warning(tmp_path, caplog, line):
+    good = b'{"stage": "two", "step": 1, "loss": 0.5}'
+    (tmp_path / "metrics.jsonl").write_bytes(good + b"\n" + line + b"\n" + good + b"\n")
+    (tmp_path / "performance.jsonl").write_bytes(b'{"stage": "two", "st')
+    writer = MetricWriter(Workdir(tmp_path), "one")
+    writer.write(1, {"loss": 1.0}, {"perf/goodput": 1.0})
+    writer.close()
+    assert [row["stage"] for row in rows(Workdir(tmp_path))] == ["two", "two", "one"]
+    assert "metrics.jsonl: dropped 1 damaged lines" in caplog.text
+    assert json.loads((tmp_path / "performance.jsonl").read_text().splitlines()[-1])["stage"] == "one"
+
+
+def test_two_run_directories_of_one_name_are_two_runs_of_a_tracker(tmp_path, monkeypatch):
+    made = []
+
+    class Run:
+        def define_metric(self, name, step_metric):
+            pass
+
+        def finish(self):
+            pass
+
+    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=lambda **given: made.append(given) or Run()))
+    for place, stage in (("a", "one"), ("b", "one"), ("a", "two")):
+        MetricWriter(Workdir(tmp_path / place / "seed0"), stage, loggers=["wandb"]).close()
+    ids = [given["id"] for given in made]
+    assert ids[0] == ids[2] != ids[1], "the stages of a run are one run"
+    assert {given["name"] for given in made} == {"seed0"} and all(given["resume"] == "allow" for given in made)
+
+
 def test_missing_and_unknown_loggers_are_named(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(UserError, match=r"'wandb' needs wandb.*pjrlhf\[wandb\]"):

@@ -1,0 +1,65 @@
+"""What a run reads from outside its run directory: hashes by which a later run notices other contents."""
+
+import os
+import pathlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import xxhash
+
+from pjrlhf.data.schema import Example
+from pjrlhf.models.huggingface import TOKENIZER_FILES, fingerprint
+from pjrlhf.paths import content_hash, local
+from pjrlhf.terminal import masked
+from pjrlhf.types import Json
+
+# Settings that name a file or folder. Sources of records are recognised by their key `kind`.
+READ = ("model.path", "reward.path", "preference.bank", "merge.base", "merge.ingredients")
+
+
+def fingerprints(config: Mapping[str, Json], workdir: pathlib.Path) -> dict[str, dict[str, str]]:
+    """Dotted setting -> {"path", "hash" of the contents} of what a config reads, but for what is not there, not a local
+    file or folder, or inside the run directory.
+
+    Raises:
+      UserError: a model folder without weights, or a bucket that cannot be reached.
+    """
+    found = {}
+    for name, path in _named(config):
+        here = local(path).expanduser() if name in READ else pathlib.Path(path).expanduser()
+        inside = pathlib.Path(os.path.abspath(here)).is_relative_to(workdir)
+        if here.exists() and not inside:
+            found[name] = {"path": masked(path), "hash": _hash(here)}
+    return found
+
+
+def _hash(path: pathlib.Path) -> str:
+    if not (path / "config.json").is_file():
+        return content_hash(path)
+    files = (path / name for name in (*TOKENIZER_FILES, "generation_config.json"))
+    return "-".join([fingerprint(path), *(content_hash(file) for file in files if file.is_file())])
+
+
+def _named(value: Any, name: str = "", source: bool = False) -> Iterator[tuple[str, str]]:
+    """(dotted setting, path) of everything in a config that may be a path to read."""
+    if isinstance(value, Mapping):
+        for key, inner in value.items():
+            yield from _named(inner, f"{name}.{key}" if name else str(key), source or "kind" in value)
+    elif isinstance(value, list | tuple) and (source or name in READ):
+        for inner in value:
+            yield from _named(inner, name, source)
+    elif isinstance(value, str) and value and (source or name in READ):
+        yield name, value
+
+
+def is_local(spec: Mapping[str, Any]) -> bool:
+    """Whether a source of records names local files, which `fingerprints` finds."""
+    return any("://" not in path and pathlib.Path(path).expanduser().exists() for _, path in _named(spec, source=True))
+
+
+def hash_of(examples: Sequence[Example]) -> str:
+    """16 hex digits that identify validated records."""
+    digest = xxhash.xxh3_64()
+    for example in examples:
+        digest.update(repr(example).encode("utf-8", "surrogatepass"))
+    return digest.hexdigest()
