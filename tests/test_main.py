@@ -190,6 +190,46 @@ def test_a_signal_and_a_failure_have_codes_of_their_own(monkeypatch, capsys):
     assert code == 1 and text.startswith("Traceback") and "RuntimeError: a bug" in text
 
 
+def test_a_mistake_does_not_wait_for_threads_of_libraries():
+    """After a write that fails, a library's thread may wait for minutes."""
+    code = (
+        "import threading, time\n"
+        "from pjrlhf import main\n"
+        "from pjrlhf.errors import UserError\n"
+        "def start(*_, **__):\n"
+        "    threading.Thread(target=time.sleep, args=(60,)).start()\n"
+        "    raise UserError('disk: is full')\n"
+        "main.app.run = start\n"
+        "main.run()\n"
+    )
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=30)
+    assert (done.returncode, done.stderr) == (2, "error: disk: is full\n")
+
+
+@pytest.mark.parametrize("swallowed", [False, True])
+def test_an_interrupt_that_a_library_changes_or_swallows_ends_the_process_too(swallowed):
+    code = (
+        "import os, signal, sys, time\n"
+        "from pjrlhf import main\n"
+        "main.CLEANUP_SECONDS = 0.5\n"
+        "def start(*_, **__):\n"
+        "    try:\n"
+        "        os.kill(os.getpid(), signal.SIGINT)\n"
+        "        time.sleep(60)\n"
+        "    except KeyboardInterrupt as error:\n"
+        "        if len(sys.argv) > 1:\n"
+        "            time.sleep(60)\n"
+        "        raise RuntimeError('INTERNAL: in a callback') from error\n"
+        "main.app.run = start\n"
+        "main.run()\n"
+    )
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", code, *(["swallow"] if swallowed else [])]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=30)
+    assert (done.returncode, done.stderr) == (130, "interrupted; the same command goes on from what is saved\n")
+
+
 def test_a_mistake_ends_in_one_line(tmp_path):
     """A bad value is told before anything is written or compiled."""
     done = call(SOUPS, "--config.policy.steps=0", f"--workdir={tmp_path / 'run'}")

@@ -7,10 +7,11 @@ import jax
 
 from pjrlhf.errors import UserError
 from pjrlhf.models.huggingface import save_params
-from pjrlhf.models.peft import MANIFEST, save_peft
+from pjrlhf.models.peft import MANIFEST, WEIGHTS, save_peft
 from pjrlhf.models.provenance import check_provenance, check_shapes
 from pjrlhf.models.storage import load_tree, save_tree
 from pjrlhf.parallel.processes import on_process_zero, to_host
+from pjrlhf.paths import content_hash
 from pjrlhf.runtime.run import Run
 from pjrlhf.training.workdir import disk_errors, write_json
 from pjrlhf.types import Params
@@ -46,7 +47,12 @@ def _save_adapters(run: Run, folder: pathlib.Path, names: Sequence[str], bank: P
             # By this the merge refuses an adapter that was trained on another base. One trained on a quantised base
             # is merged into the floats that stand in the folder.
             base = {"folder": base_folder, "hash": workspace.folder_hash}
-            manifest = {"base": base, "quantize": run.settings.model.quantize, "trained_with": workspace.provenance}
+            manifest = {
+                "base": base,
+                "quantize": run.settings.model.quantize,
+                "trained_with": workspace.provenance,
+                "checksum": content_hash(target / WEIGHTS),
+            }
             write_json(target / MANIFEST, manifest)
         else:
             save_params(

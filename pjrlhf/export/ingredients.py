@@ -19,6 +19,7 @@ from pjrlhf.models.huggingface import fingerprint
 from pjrlhf.models.peft import CONFIG as ADAPTER_CONFIG
 from pjrlhf.models.peft import MANIFEST, load_peft
 from pjrlhf.models.peft import WEIGHTS as ADAPTER_WEIGHTS
+from pjrlhf.paths import content_hash
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,7 +111,11 @@ def check_bases(base: pathlib.Path | None, ingredients: Sequence[Ingredient]) ->
     for ingredient in ingredients:
         if ingredient.adapter is None or not (ingredient.folder / MANIFEST).is_file():
             continue
-        stated = read_json(ingredient.folder / MANIFEST).get("base")
+        manifest = read_json(ingredient.folder / MANIFEST)
+        weights = ingredient.folder / ADAPTER_WEIGHTS
+        if manifest.get("checksum", "") not in ("", content_hash(weights)):
+            raise UserError(f"{weights}: its contents are not what was saved; restore it, or run its stage again")
+        stated = manifest.get("base")
         recorded = stated.get("hash") if isinstance(stated, dict) else None
         if recorded and not known:
             owner, known = ingredient.folder, recorded

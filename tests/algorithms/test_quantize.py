@@ -14,6 +14,7 @@ from pjrlhf.export import merge
 from pjrlhf.export.merge import MergeSettings
 from pjrlhf.models.huggingface import load_params
 from pjrlhf.models.quantization import quantize_params
+from pjrlhf.models.storage import load_tree, save_tree
 from pjrlhf.pipeline import stages
 from pjrlhf.settings import parse
 from pjrlhf.training.workdir import Workdir
@@ -38,6 +39,11 @@ def test_the_base_is_that_of_the_folder_quantised_and_has_a_name_of_its_own(fini
 def test_policies_train_on_it_and_their_adapters_merge_into_the_folder(copied, tmp_path):
     """One step by hand; what is written for `merge` names the folder, whose floats it adds to."""
     run = tiny.start(copied, tiny.settings(model__quantize="int8", policy__steps=1))
+    path = copied / "reward" / "model.safetensors"  # trained on the floats
+    with pytest.raises(UserError, match=r"was trained with base: '(\w+)', here '\1-int8'"):
+        policy.method_of(run)
+    tree, note = load_tree(path)
+    save_tree(path, tree, note | run.workspace.provenance)
     method = policy.method_of(run)
     state = method.init()
     before = tiny.bits(run.workspace.base)

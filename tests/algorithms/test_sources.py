@@ -70,7 +70,7 @@ def test_a_run_mixes_sources_and_reward_models(copied):
     )
     for stage in ("comparisons", "reward", "policy"):
         (copied / stage).rename(copied / f"old_{stage}")
-    (copied / "manifest.json").unlink()
+    (copied / "config.json").unlink()  # of another config
     with tiny.one_device():
         stages.run(config, Workdir(copied))
     run = tiny.start(copied, config)
@@ -93,7 +93,7 @@ def test_rewards_of_sources_alone_need_no_comparisons(copied):
     )
     for stage in ("comparisons", "reward", "policy"):
         (copied / stage).rename(copied / f"old_{stage}")
-    (copied / "manifest.json").unlink()
+    (copied / "config.json").unlink()  # of another config
     with tiny.one_device():
         stages.run(config, Workdir(copied))
     for line in tiny.lines(copied, "policy"):

@@ -108,9 +108,8 @@ def test_an_array_of_another_name_or_note_is_noticed(tmp_path):
         save_file(tensors, path, {**metadata, **changes})
         with pytest.raises(UserError, match="its contents are not what was saved"):
             load_tree(path)
-    save_file(arrays, path, {"note": "{}"})
-    with pytest.raises(UserError, match="has no checksum"):
-        load_tree(path)
+    save_file(arrays, path)  # by other code
+    assert load_tree(path)[1] == {}
 
 
 @pytest.mark.parametrize("dtype", [np.float32, jnp.bfloat16, np.float16])

@@ -29,6 +29,7 @@ def settings(**entry):
 
 def test_a_method_and_a_stage_of_other_code_run_beside_those_of_the_package(copied):
     config = settings()
+    (copied / "config.json").unlink()  # of another config
     with tiny.one_device():
         stages.run(config, Workdir(copied))
     run = tiny.start(copied, config)

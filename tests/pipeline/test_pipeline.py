@@ -270,7 +270,6 @@ def test_the_merge_config_runs_as_a_stage(finished, tmp_path, capsys):
     config.merge.ingredients = (str(ingredients / "P1A"), str(ingredients / "P2B"))
     config.merge.weights = (0.7, -0.2)
     workdir = Workdir(tmp_path / "merge")
-    workdir.write_config(stages.read(config).to_dict())
     stages.run(config, workdir)
     merge.merge(parse(MergeSettings, config.merge, "merge").replace(output=str(tmp_path / "direct")))
     assert (workdir.path / "export" / "soup" / "model.safetensors").read_bytes() == (
@@ -279,6 +278,5 @@ def test_the_merge_config_runs_as_a_stage(finished, tmp_path, capsys):
     assert workdir.finished("merge")["space"] == "delta"
     assert f"merged model: {workdir.path / 'export' / 'soup'}" in capsys.readouterr().out
     config.merge.weights = (0.5, 0.5)
-    workdir.write_config(stages.read(config).to_dict(), ignore=main.FREE)
     stages.run(config, workdir)
     assert f"merged model: {workdir.path / 'export' / 'soup-2'}" in capsys.readouterr().out

@@ -15,11 +15,14 @@ from pjrlhf.algorithms import banks, pdpo, policy, reward
 from pjrlhf.algorithms.pdpo import Preference
 from pjrlhf.data import synthetic
 from pjrlhf.errors import UserError
+from pjrlhf.export import merge
+from pjrlhf.export.merge import MergeSettings
 from pjrlhf.language_model import load_bank, load_personal
 from pjrlhf.models.provenance import check_shapes
 from pjrlhf.models.storage import load_tree, save_tree
 from pjrlhf.pipeline import stages
 from pjrlhf.runtime.inputs import fingerprints
+from pjrlhf.settings import parse
 from pjrlhf.training.workdir import Workdir
 
 ANSWERS = ("it can shine .", "it can melt .")
@@ -193,6 +196,18 @@ def test_ingredients_say_what_they_were_trained_with(finished):
     assert manifest["trained_with"] == run.workspace.provenance
 
 
+def test_one_flipped_bit_in_an_ingredient_is_not_merged(copied, tmp_path):
+    folders = [copied / "policy" / "ingredients" / name for name in ("P1A", "P2A")]
+    values = {"base": str(copied / "sft" / "model"), "ingredients": [str(path) for path in folders], "weights": (1, 1)}
+    path = folders[1] / "adapter_model.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-7] ^= 1
+    path.write_bytes(bytes(content))
+    with pytest.raises(UserError, match=f"{path}: its contents are not what was saved"):
+        merge.merge(parse(MergeSettings, {**values, "output": str(tmp_path / "out")}, "merge"))
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_bank_for_a_notebook(finished, base_folder):
     _, names, adapter = load_bank(finished / "policy", base=finished / "sft" / "model")
     assert names == tiny.REWARDS and (adapter.rank, adapter.alpha) == (2, 4.0)
@@ -241,7 +256,7 @@ def test_a_rebuilt_entry_asks_as_in_training_and_its_run_may_move(people, tmp_pa
     table = trained.pairs.tables["heldout"]
     eos = run.workspace.tokenizer.eos_id
     # A sampled answer that reached the limit has no EOS in the run.
-    rows = [i for i, row in enumerate(table) if row["chosen"][-1] == eos == row["rejected"][-1]][:4]
+    rows = [i for i, row in enumerate(table) if row["chosen"][-1] == eos == row["rejected"][-1]]
     margins, reference = (
         found[rows]
         for found in (
@@ -253,7 +268,7 @@ def test_a_rebuilt_entry_asks_as_in_training_and_its_run_may_move(people, tmp_pa
     asked = [e.extra["request"] for e in examples]  # as text, of a run that chats
     users = [e.user_id for e in examples]
     sides = [model.score(asked, [getattr(e, side) for e in examples], users) for side in ("chosen", "rejected")]
-    assert len(rows) == 4
+    assert rows
     rebuilt = 0.1 * ((sides[0] - reference[:, 0]) - (sides[1] - reference[:, 1]))
     np.testing.assert_allclose(rebuilt, margins, rtol=1e-3, atol=1e-4)
     shutil.rmtree(moved / "sft")
