@@ -30,6 +30,7 @@ ROOMS = (
     ("language_model",),
     ("export",),
     ("evaluation",),
+    ("judges",),
     ("rewards",),
     ("rollout",),
     ("training",),

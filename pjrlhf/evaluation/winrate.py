@@ -12,8 +12,8 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from pjrlhf.errors import UserError
-from pjrlhf.evaluation.judges import Judge, ask
 from pjrlhf.evaluation.statistics import bootstrap_interval
+from pjrlhf.judges.judge import Judge, ask
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -21,9 +21,9 @@ from pjrlhf.algorithms import banks, methods
 from pjrlhf.algorithms.targets import TargetSection, targets_of
 from pjrlhf.data import preferences
 from pjrlhf.errors import UserError
-from pjrlhf.evaluation.judges import JUDGES, BothOrders, ScoreJudge
 from pjrlhf.evaluation.statistics import chord_gap, spearman
 from pjrlhf.evaluation.winrate import aggregate, combo_outcomes, win_rate
+from pjrlhf.judges.judge import JUDGES, BothOrders, ScoreJudge
 from pjrlhf.protocols.reporting import finish
 from pjrlhf.runtime.answers import Keys, Row, sample_rows
 from pjrlhf.runtime.run import Run, Stage

@@ -9,6 +9,7 @@ import dataclasses
 import inspect
 import math
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol, TypeAlias, cast
 
 import numpy as np
@@ -37,7 +38,8 @@ def _maker(thing: object) -> Callable[..., RewardFunction]:
     return cast(Callable[..., RewardFunction], thing)
 
 
-# Each makes a reward function from the settings in its specification.
+# Each makes a reward function from the settings in its specification, and from the name of the objective where it has a
+# parameter `objective`.
 SOURCES: Registry[Callable[..., RewardFunction]] = Registry("reward source", _maker)
 
 
@@ -94,12 +96,15 @@ class RewardSource:
         return np.array([self._checked(value, answers[i]) for i, value in enumerate(values)], np.float32)
 
     def _call(self, prompts: list[str], completions: list[str]) -> Any:
-        found = self.function(prompts=prompts, completions=completions)
-
         async def result() -> Any:
             return await cast(Awaitable[Any], found)
 
-        return asyncio.run(result()) if inspect.isawaitable(found) else found
+        found = self.function(prompts=prompts, completions=completions)
+        if not inspect.isawaitable(found):
+            return found
+        # In a thread, because a notebook has an event loop of its own.
+        with ThreadPoolExecutor(1) as pool:
+            return pool.submit(asyncio.run, result()).result()
 
     def _failing(self, prompts: list[str], completions: list[str]) -> str:
         """Which answer the function fails on by itself."""
@@ -149,6 +154,8 @@ def reward_source(name: str, spec: str | Mapping[str, Any]) -> RewardSource | No
             "package.module:name"
         )
     make = SOURCES.get(kind)
+    if "objective" in inspect.signature(make).parameters:
+        settings["objective"] = name
     try:
         inspect.signature(make).bind(**settings)
     except TypeError as error:

@@ -10,11 +10,14 @@ from jaxtyping import Bool, Float
 from pjrlhf.data import preferences, synthetic
 from pjrlhf.data.preferences import Preference, Preferences
 from pjrlhf.errors import UserError
+from pjrlhf.judges import language_model
 from pjrlhf.parallel.processes import broadcast_from_zero, is_process_zero
+from pjrlhf.rewards import server
 from pjrlhf.rewards.scorers import scorer
 from pjrlhf.rewards.sources import RewardSource, reward_source
 from pjrlhf.types import Json
 
+REWARD_KINDS = (language_model.by_judge, server.by_http)  # modules that register reward sources
 NAMED: Mapping[str, Preferences] = {**synthetic.ENVIRONMENTS, "paper": preferences.PAPER}
 
 

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from pjrlhf.errors import UserError
-from pjrlhf.evaluation.judges import ScoreJudge
 from pjrlhf.evaluation.winrate import aggregate, combo_outcomes, win_rate
+from pjrlhf.judges.judge import ScoreJudge
 from pjrlhf.rewards.scorers import scorer
 
 TABLE = np.array([[1, 1, -1], [1, 0, -1], [-1, -1, 1], [0, 0, 0], [1, 0, 0], [0, -1, 0], [1, 1, 1]], np.int8)

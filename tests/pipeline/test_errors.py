@@ -17,11 +17,11 @@ from pjrlhf.algorithms import banks, policy, reward, sft
 from pjrlhf.config import RunSettings
 from pjrlhf.data.tokenization import load_tokenizer
 from pjrlhf.errors import UserError
-from pjrlhf.evaluation.judges import ScoreJudge
 from pjrlhf.export import merge
 from pjrlhf.export.merge import MergeSettings
 from pjrlhf.feedback import comparisons
 from pjrlhf.models import folders
+from pjrlhf.judges.judge import ScoreJudge
 from pjrlhf.models.storage import load_tree, save_tree
 from pjrlhf.pipeline import stages
 from pjrlhf.protocols import soups as evaluate

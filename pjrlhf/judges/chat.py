@@ -1,0 +1,263 @@
+"""Requests to an OpenAI-compatible server: cached on disk, within a budget, many at once.
+
+Every reply is kept with its request in a JSON lines file. A request that stands in the file is not sent again, so a run
+that was stopped goes on where it was, and a finished one can be replayed without the server.
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+import pathlib
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+
+from pjrlhf.errors import UserError
+from pjrlhf.settings import Settings, setting
+from pjrlhf.training.progress import progress
+from pjrlhf.types import Json
+
+Body = Mapping[str, Json]  # of a request to /v1/chat/completions
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ChatSettings(Settings):
+    """A model behind an OpenAI-compatible URL."""
+
+    model: str = setting("", "its name there")
+    base_url: str = setting("", "URL of the server, such as http://localhost:8000/v1; that of OpenAI where empty")
+    key_variable: str = setting("OPENAI_API_KEY", "environment variable that holds the key")
+    timeout: float = setting(120.0, "seconds to wait for a reply", above=0.0, high=86400.0)
+    retries: int = setting(6, "further tries after a lost connection, and where the server is busy or fails", low=0)
+    concurrency: int = setting(8, "requests at once", low=1, high=1024)
+    cache: str = setting("", "JSON lines file of requests and replies; judge.jsonl in the run directory where empty")
+    replay: bool = setting(False, "send nothing: a request without a cached reply is an error")
+    max_requests: int = setting(0, "requests in the cache at most; 0 for no limit", low=0)
+    max_cost: float = setting(0.0, "cost of the requests in the cache at most; 0 for no limit", low=0.0)
+    prices: tuple[float, ...] = setting((), "of a million input tokens and of a million output tokens", low=0.0)
+
+    def check(self) -> None:
+        if self.prices and len(self.prices) != 2:
+            raise UserError(f"prices: {self.prices} are not two; give that of input and that of output tokens")
+        if self.max_cost and not self.prices:
+            raise UserError("max_cost: needs prices; give those of a million input and output tokens")
+
+
+@dataclasses.dataclass
+class Usage:
+    """What requests took.
+
+    Attributes:
+      requests: replies in the cache, those of earlier runs included.
+      sent: of these the ones this process asked for.
+      input_tokens, output_tokens: of all `requests`.
+      unknown: replies without token counts; these are missing from the cost.
+    """
+
+    requests: int = 0
+    sent: int = 0
+    input_tokens: int = 0
+    output_tokens: int = 0
+    unknown: int = 0
+
+    def add(self, reply: Json) -> None:
+        usage = reply.get("usage") or {}
+        self.requests += 1
+        self.input_tokens += usage.get("prompt_tokens") or 0
+        self.output_tokens += usage.get("completion_tokens") or 0
+        self.unknown += not usage
+
+    def cost(self, prices: Sequence[float]) -> float:
+        """In the currency of `prices`; 0 without prices."""
+        if not prices:
+            return 0.0
+        return (self.input_tokens * prices[0] + self.output_tokens * prices[1]) / 1e6
+
+
+def request_key(base_url: str, body: Body) -> str:
+    """What a reply is kept under: a hash of the server and the whole request."""
+    text = json.dumps([base_url, body], sort_keys=True, ensure_ascii=False)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+class Cache:
+    """Replies by request, in memory and in a JSON lines file.
+
+    A line that was cut short by a crash is left out.
+
+    Raises:
+      UserError: the file cannot be read or written.
+    """
+
+    def __init__(self, path: pathlib.Path):
+        self.path, self.replies = path, dict[str, Json]()
+        self._lock = threading.Lock()
+        try:
+            lines = path.read_bytes().splitlines(keepends=True) if path.is_file() else []
+        except OSError as error:
+            raise UserError(f"{path}: cannot be read ({error.strerror}); choose another cache") from error
+        self._whole = not lines or lines[-1].endswith(b"\n")
+        for line in lines:
+            try:
+                entry = json.loads(line)
+                self.replies[entry["key"]] = entry["reply"]
+            except (ValueError, KeyError, TypeError):
+                continue
+
+    def add(self, key: str, body: Body, reply: Json) -> None:
+        """Keeps a reply, on disk before it is used."""
+        line = json.dumps({"key": key, "request": body, "reply": reply}, ensure_ascii=False) + "\n"
+        with self._lock:
+            try:
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                with self.path.open("ab") as file:
+                    file.write(("" if self._whole else "\n").encode() + line.encode())
+                    file.flush()
+                    os.fsync(file.fileno())
+            except OSError as error:
+                raise UserError(f"{self.path}: cannot be written ({error.strerror}); choose another cache") from error
+            self._whole = True
+            self.replies[key] = reply
+
+
+class Chat:
+    """Sends requests and returns replies.
+
+    Args:
+      settings: the model and its limits.
+      cache: file of the replies.
+      send: (body) -> reply as JSON; that of the `openai` client where None.
+
+    Raises:
+      UserError: no model is named, the client is not installed, or there is no key.
+    """
+
+    def __init__(self, settings: ChatSettings, cache: pathlib.Path, send: Callable[[Body], Json] | None = None):
+        if not settings.model:
+            raise UserError("judge: names no model; set model to its name on the server")
+        self.settings = settings
+        self.cache = Cache(pathlib.Path(settings.cache).expanduser() if settings.cache else cache)
+        self.usage = Usage()
+        for reply in self.cache.replies.values():
+            self.usage.add(reply)
+        self._send, self._lock, self._under_way = send, threading.Lock(), 0
+        if send is None and not settings.replay:
+            self._send = client(settings)
+
+    @property
+    def cost(self) -> float:
+        """Of all replies in the cache."""
+        return self.usage.cost(self.settings.prices)
+
+    def __call__(self, name: str, bodies: Sequence[Body]) -> list[Json]:
+        """The replies to N requests, in their order. Equal requests are sent once.
+
+        Args:
+          name: of the progress bar.
+
+        Raises:
+          UserError: the server fails after all retries, refuses a request, or the budget is used up; replies that came
+            before are kept. In a replay: a request without a kept reply.
+        """
+        keys = [request_key(self.settings.base_url, body) for body in bodies]
+        missing = {key: body for key, body in zip(keys, bodies, strict=True) if key not in self.cache.replies}
+        if missing and self.settings.replay:
+            raise UserError(
+                f"{self.cache.path}: has no reply to {len(missing)} of {len(bodies)} requests of {name}; set replay to "
+                "False to send them"
+            )
+        if missing:
+            self._fetch(name, missing)
+        return [self.cache.replies[key] for key in keys]
+
+    def _fetch(self, name: str, missing: Mapping[str, Body]) -> None:
+        total = len(missing)
+        with (
+            progress(name, total, ("requests", "cost")) as bar,
+            ThreadPoolExecutor(self.settings.concurrency) as pool,
+        ):
+            ended = threading.Event()
+            jobs = [pool.submit(self._one, key, body, ended) for key, body in missing.items()]
+            try:
+                pending: set[Future[None]] = set(jobs)
+                while pending:
+                    done, pending = wait(pending, timeout=0.5, return_when=FIRST_EXCEPTION)
+                    for job in done:
+                        job.result()
+                    bar.update(total - len(pending), {"requests": float(self.usage.requests), "cost": self.cost})
+            except BaseException:
+                ended.set()  # what was sent is still received and kept
+                raise
+
+    def _one(self, key: str, body: Body, ended: threading.Event) -> None:
+        if ended.is_set():
+            return
+        with self._lock:
+            self._check_budget()
+            self._under_way += 1
+        try:
+            assert self._send is not None  # only a replay has none
+            reply = self._send(body)
+            self.cache.add(key, body, reply)
+            with self._lock:
+                self.usage.add(reply)
+                self.usage.sent += 1
+        finally:
+            with self._lock:
+                self._under_way -= 1
+
+    def _check_budget(self) -> None:
+        limits, used = self.settings, ""
+        if limits.max_requests and self.usage.requests + self._under_way >= limits.max_requests:
+            used = f"max_requests={limits.max_requests} is reached"
+        elif limits.max_cost and self.cost >= limits.max_cost:
+            used = f"max_cost={limits.max_cost:g} is reached"
+        if used:
+            raise UserError(
+                f"judge {limits.model!r}: {used}; raise the limit, and the same command goes on from {self.cache.path}"
+            )
+
+
+def client(settings: ChatSettings) -> Callable[[Body], Json]:
+    """A function that sends a request through the `openai` client, which waits and tries again where that can help."""
+    try:
+        import openai
+    except ImportError as error:
+        raise UserError("judge: needs the openai client; pip install 'pjrlhf[judge]'") from error
+    key = os.environ.get(settings.key_variable, "")
+    if not key and not settings.base_url:
+        raise UserError(
+            f"judge {settings.model!r}: ${settings.key_variable} is not set; set it to the key of the server"
+        )
+    connection = openai.OpenAI(
+        api_key=key or "none",  # local servers need none
+        base_url=settings.base_url or None,
+        timeout=settings.timeout,
+        max_retries=settings.retries,
+    )
+    where = f"judge {settings.model!r} at {connection.base_url}"
+
+    def send(body: Body) -> Json:
+        problem: Exception = ValueError("a reply without choices")
+        for _ in range(settings.retries + 1):
+            try:
+                found = connection.chat.completions.create(**body)
+                if getattr(found, "choices", None):
+                    return found.model_dump(mode="json", exclude_none=True, warnings=False)
+            except (openai.APIResponseValidationError, ValueError) as error:
+                problem = error  # a reply that is no JSON, or another JSON
+            except openai.AuthenticationError as error:
+                raise UserError(f"{where}: refuses the key; check ${settings.key_variable}") from error
+            except openai.NotFoundError as error:
+                raise UserError(f"{where}: has no such model or address; check model and base_url") from error
+            except openai.APIConnectionError as error:
+                raise UserError(f"{where}: cannot be reached ({error.__cause__ or error}); check base_url") from error
+            except openai.APIStatusError as error:
+                reason = " ".join(str(error).split())[:200]
+                raise UserError(
+                    f"{where}: answers {error.status_code} ({reason}); correct that, or try later"
+                ) from error
+        raise UserError(f"{where}: its replies cannot be read ({problem}); check base_url") from problem
+
+    return send

@@ -1,0 +1,260 @@
+"""Judges: which of two answers is better by a criterion, and how much the order of asking matters.
+
+A verdict is +1 (first wins), -1 (second wins), 0 (tie), or a soft preference between: swapping the answers changes the
+sign, and a tie stays a tie. NaN is no verdict; it stays NaN in any order, and is counted, never taken for a tie.
+"""
+
+import dataclasses
+import inspect
+import math
+import pathlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar, Protocol, cast
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from pjrlhf.errors import UserError
+from pjrlhf.judges.language_model import JudgeSettings, LanguageModelJudge
+from pjrlhf.registry import Registry
+from pjrlhf.rewards.sources import reward_source
+from pjrlhf.settings import parse
+
+
+class Judge(Protocol):
+    """Anything that compares answers: a reward model, a rule, a person, a language model behind an API.
+
+    A judge whose verdict cannot depend on the order of the answers may say so with `order_invariant = True`.
+    """
+
+    def __call__(
+        self, prompts: Sequence[str], first: Sequence[str], second: Sequence[str], criterion: str
+    ) -> np.ndarray:
+        """Verdicts [N] in [-1, 1] or NaN for N pairs of answers under one criterion."""
+        ...
+
+
+def ask(
+    judge: Judge, prompts: Sequence[str], first: Sequence[str], second: Sequence[str], criterion: str
+) -> np.ndarray:
+    """The verdicts of `judge`, float64 [N], checked.
+
+    Raises:
+      UserError: the lists differ in length, or the judge returned something other than N values in [-1, 1] or NaN.
+    """
+    if not len(prompts) == len(first) == len(second):
+        raise UserError(
+            f"criterion {criterion!r}: {len(prompts)} prompts, {len(first)} first and {len(second)} second answers; "
+            "give one answer of each side per prompt"
+        )
+    found = np.asarray(judge(prompts, first, second, criterion))
+    numeric = np.issubdtype(found.dtype, np.number)
+    verdicts = found.astype(np.float64) if numeric else found
+    if not numeric or verdicts.shape != (len(prompts),) or (np.abs(verdicts) > 1).any():
+        raise UserError(
+            f"criterion {criterion!r}: the judge returned {np.unique(found)[:5]} in shape {found.shape}; "
+            f"it must return {len(prompts)} verdicts from -1 to +1, or NaN for none"
+        )
+    return verdicts
+
+
+@dataclasses.dataclass
+class ScoreJudge:
+    """The answer with the higher score wins; a difference of at most `tolerance` is a tie.
+
+    `score(prompt, text, criterion)` is called once per distinct triple, however many opponents an answer meets.
+    Raises UserError for a score that is not finite.
+    """
+
+    order_invariant: ClassVar[bool] = True
+
+    score: Callable[[str, str, str], float]
+    tolerance: float = 0.0
+    cache: dict[tuple[str, str, str], float] = dataclasses.field(default_factory=dict, repr=False)
+
+    def __call__(
+        self, prompts: Sequence[str], first: Sequence[str], second: Sequence[str], criterion: str
+    ) -> np.ndarray:
+        gap = self.scores(prompts, first, criterion) - self.scores(prompts, second, criterion)
+        return np.sign(gap) * (np.abs(gap) > self.tolerance)
+
+    def scores(self, prompts: Sequence[str], texts: Sequence[str], criterion: str) -> np.ndarray:
+        """Cached scores, float64 [N]."""
+        found = []
+        for prompt, text in zip(prompts, texts, strict=True):
+            key = (prompt, text, criterion)
+            if key not in self.cache:
+                value = float(self.score(prompt, text, criterion))
+                if not math.isfinite(value):
+                    raise UserError(f"criterion {criterion!r}: score {value} for {text[:60]!r}; scores must be finite")
+                self.cache[key] = value
+            found.append(self.cache[key])
+        return np.array(found, np.float64)
+
+
+@dataclasses.dataclass(frozen=True)
+class JudgeContext:
+    """What a run offers to the makers of judges.
+
+    Attributes:
+      scores: the judge by the scores of the run.
+      criteria: {criterion: text}, the sentences of the preferences.
+      folder: where a judge may keep files.
+    """
+
+    scores: ScoreJudge
+    criteria: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    folder: pathlib.Path = pathlib.Path()
+
+
+def _maker(thing: object) -> "Callable[..., Judge]":
+    if not callable(thing):
+        raise ValueError("is not a function from a JudgeContext to a Judge")
+    return cast(Callable[..., Judge], thing)
+
+
+# Each makes a judge for a run from its context, which it may ignore, and the settings in its specification.
+JUDGES: Registry[Callable[..., Judge]] = Registry("judge", _maker)
+
+
+@JUDGES.register("score")
+def by_score(context: JudgeContext) -> Judge:
+    """The higher score wins."""
+    return context.scores
+
+
+@JUDGES.register("chat")
+def by_chat(context: JudgeContext, **settings: Any) -> Judge:
+    """A language model behind an OpenAI-compatible URL; for settings see `JudgeSettings`."""
+    own = parse(JudgeSettings, settings, "judge")
+    return LanguageModelJudge(own, context.criteria, context.folder / "judge.jsonl")
+
+
+@JUDGES.register("reward")
+def by_reward(context: JudgeContext, source: str | Mapping[str, Any], tolerance: float = 0.0) -> Judge:
+    """The answer with the higher reward wins; `source` is a specification of `rewards.sources`."""
+    return RewardJudge(source, tolerance)
+
+
+@dataclasses.dataclass
+class RewardJudge:
+    """The answer with the higher reward of a source wins; a difference of at most `tolerance` is a tie, and where the
+    source says nothing about one of the two there is no verdict.
+    """
+
+    order_invariant: ClassVar[bool] = True
+
+    source: str | Mapping[str, Any]
+    tolerance: float = 0.0
+
+    def __call__(
+        self, prompts: Sequence[str], first: Sequence[str], second: Sequence[str], criterion: str
+    ) -> np.ndarray:
+        source = reward_source(criterion, self.source)
+        if source is None:
+            raise UserError("judge: a reward model that is trained in the run cannot judge; name another source")
+        gap = source(prompts, first).astype(np.float64) - source(prompts, second)
+        return np.where(np.isnan(gap), np.nan, np.sign(gap) * (np.abs(gap) > self.tolerance))
+
+
+def judge_from(spec: str | Mapping[str, Any], context: JudgeContext) -> Judge:
+    """The judge that a config names.
+
+    Args:
+      spec: a name in `JUDGES` or "package.module:name", or {"kind": such a name} with the settings of the judge.
+
+    Raises:
+      UserError: no such judge, or settings that it does not take.
+    """
+    settings = {"kind": spec} if isinstance(spec, str) else dict(spec)
+    kind = settings.pop("kind", None)
+    if not isinstance(kind, str):
+        raise UserError(f"judge: has no kind; choose one of {', '.join(JUDGES)}")
+    make = JUDGES.get(kind)
+    try:
+        inspect.signature(make).bind(context, **settings)
+    except TypeError as error:
+        raise UserError(f"judge {kind!r}: does not take these settings ({error})") from error
+    return make(context, **settings)
+
+
+def both_orders(
+    judge: Judge, prompts: Sequence[str], a: Sequence[str], b: Sequence[str], criterion: str
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Asks for (a, b) and for (b, a).
+
+    Returns:
+      verdict: float64 [N] from the side of `a`: the mean of the two orders; a tie where hard verdicts disagree; NaN
+        where one of them is missing.
+      consistent: bool [N], whether the orders agree on the side, or on a tie.
+      bias: float64 [N], from -1 to 1, how much the judge leans to the answer that it sees first.
+    """
+    forward, swapped = ask(judge, prompts, a, b, criterion), ask(judge, prompts, b, a, criterion)
+    backward = -swapped
+    mean, consistent = (forward + backward) / 2, np.sign(forward) == np.sign(backward)
+    hard = np.isin(forward, (-1, 0, 1)) & np.isin(backward, (-1, 0, 1))
+    return np.where(hard & ~consistent, 0.0, mean), consistent, (forward + swapped) / 2
+
+
+@dataclasses.dataclass
+class BothOrders:
+    """A judge that asks `judge` in both orders and counts how often the two verdicts agree.
+
+    Attributes:
+      asked: comparisons so far.
+      judged: of these the ones with a verdict in both orders.
+      consistent: of `judged` the ones whose verdicts agree.
+    """
+
+    judge: Judge
+    asked: int = 0
+    judged: int = 0
+    consistent: int = 0
+    _bias: float = 0.0
+
+    def __call__(
+        self, prompts: Sequence[str], first: Sequence[str], second: Sequence[str], criterion: str
+    ) -> np.ndarray:
+        verdict, consistent, bias = both_orders(self.judge, prompts, first, second, criterion)
+        known = ~np.isnan(verdict)
+        self.asked += len(verdict)
+        self.judged += int(known.sum())
+        self.consistent += int(consistent[known].sum())
+        self._bias += float(bias[known].sum())
+        return verdict
+
+    @property
+    def _invariant(self) -> bool:
+        return getattr(self.judge, "order_invariant", False)
+
+    @property
+    def consistency(self) -> float:
+        """Fraction of judged comparisons with the same verdict in both orders, 1 without position bias. NaN before the
+        first verdict, and for a judge that is `order_invariant`, whose fraction says nothing.
+        """
+        return math.nan if self._invariant or not self.judged else self.consistent / self.judged
+
+    @property
+    def position_bias(self) -> float:
+        """Mean preference for the answer shown first, -1 to 1; NaN where `consistency` is."""
+        return math.nan if self._invariant or not self.judged else self._bias / self.judged
+
+
+def agreement(a: ArrayLike, b: ArrayLike) -> dict[str, float]:
+    """How far two judges agree on the same comparisons, by the signs of their verdicts [N].
+
+    Returns:
+      n: comparisons that both have judged.
+      agreement: the fraction of equal signs.
+      kappa: Cohen's kappa, (agreement - chance) / (1 - chance), where chance is the agreement of independent judges
+        with the same shares of wins, ties and losses (Cohen 1960). NaN where both always give the same sign.
+    """
+    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+    both = ~(np.isnan(a) | np.isnan(b))
+    signs = np.sign(a[both]), np.sign(b[both])
+    n = int(both.sum())
+    if not n:
+        return {"n": 0, "agreement": math.nan, "kappa": math.nan}
+    equal = float((signs[0] == signs[1]).mean())
+    chance = sum(float((signs[0] == s).mean() * (signs[1] == s).mean()) for s in (-1, 0, 1))
+    return {"n": n, "agreement": equal, "kappa": (equal - chance) / (1 - chance) if chance < 1 else math.nan}

@@ -1,0 +1,351 @@
+"""A language model as a judge: prompts from files, verdicts from log-probabilities or from a strict format."""
+
+import dataclasses
+import json
+import math
+import pathlib
+import re
+import string
+import tomllib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+
+from pjrlhf.errors import UserError
+from pjrlhf.judges.chat import Body, Chat, ChatSettings
+from pjrlhf.rewards.sources import SOURCES, RewardFunction
+from pjrlhf.settings import parse, setting
+from pjrlhf.types import Json
+
+FOLDER = pathlib.Path(__file__).parent / "prompts"
+FIELDS = ("prompt", "first", "second", "criterion", "person", "low", "high")
+ANSWERS = ("letter", "json", "text")
+PARSE_RETRIES = 2  # further requests, each with another seed, where a reply cannot be read
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Template:
+    """A prompt of a judge, from a TOML file.
+
+    Attributes:
+      name: of the file, for messages.
+      kind: "pair", which of two responses is better; or "rating", a number for one.
+      answer: how the verdict is read: "letter", one token, with log-probabilities where the server gives them; "json",
+        an object {"reason", "verdict"}; "text", the last line "Verdict: X".
+      system, user: texts with fields {prompt}, {first}, {second}, {criterion}, {person}; {low} and {high} of a rating.
+      first, second, tie: the verdicts of a pair; `tie` may be empty.
+      low, high: the bounds of a rating.
+      helpful: the text of a criterion without one of its own; "" where the texts do not show the criterion.
+    """
+
+    name: str
+    kind: str
+    answer: str
+    system: str
+    user: str
+    first: str = "A"
+    second: str = "B"
+    tie: str = ""
+    low: int = 1
+    high: int = 10
+    helpful: str = ""
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """The verdicts of a pair."""
+        return tuple(label for label in (self.first, self.second, self.tie) if label)
+
+    def shows(self, field: str) -> bool:
+        """Whether the texts have a field."""
+        return field in _fields(self.system + self.user)
+
+    def messages(self, values: Mapping[str, str]) -> list[dict[str, str]]:
+        """The messages of a request with the values of the fields."""
+        filled = {"low": self.low, "high": self.high, **values}
+        texts = {"system": self.system.strip(), "user": self.user.strip()}
+        return [{"role": role, "content": text.format_map(filled)} for role, text in texts.items() if text]
+
+
+def _fields(text: str) -> set[str]:
+    return {name for _, name, _, _ in string.Formatter().parse(text) if name is not None}
+
+
+def read_template(spec: str) -> Template:
+    """The template of a name in `judges/prompts` or of a TOML file of your own.
+
+    Raises:
+      UserError: no such file, one that is no template, or an unknown field in its texts.
+    """
+    path = pathlib.Path(spec).expanduser() if spec.endswith(".toml") else FOLDER / f"{spec}.toml"
+    if not path.is_file():
+        known = ", ".join(sorted(file.stem for file in FOLDER.glob("*.toml")))
+        raise UserError(f"judge prompt {spec!r}: there is no such file; choose one of {known}, or give a .toml file")
+    try:
+        template = Template(name=spec, **tomllib.loads(path.read_text(encoding="utf-8")))
+        unknown = _fields(template.system + template.user) - set(FIELDS)
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"judge prompt {spec!r}: is no template ({reason}); see pjrlhf/judges/prompts") from error
+    if unknown:
+        raise UserError(
+            f"judge prompt {spec!r}: {{{min(unknown)}}} is no field; choose from {', '.join(FIELDS)}, and write other "
+            "braces twice"
+        )
+    if template.kind not in ("pair", "rating") or template.answer not in ANSWERS:
+        raise UserError(
+            f"judge prompt {spec!r}: kind {template.kind!r} with answer {template.answer!r}; kinds are pair and "
+            f"rating, answers are {', '.join(ANSWERS)}"
+        )
+    return template
+
+
+# ---- requests
+
+
+def request(
+    template: Template, settings: "JudgeSettings", values: Mapping[str, str], attempt: int = 0
+) -> dict[str, Json]:
+    """The body of a request; further attempts have other seeds."""
+    body: dict[str, Json] = {"model": settings.model, "messages": template.messages(values)}
+    body["temperature"] = settings.temperature
+    if template.answer == "letter":
+        body |= {"max_tokens": 1, "logprobs": True, "top_logprobs": settings.top_logprobs}
+    else:
+        body["max_tokens"] = settings.max_tokens
+    if template.answer == "json":
+        verdict: Json = {"type": "string", "enum": list(template.labels)}
+        if template.kind == "rating":
+            verdict = {"type": "integer", "minimum": template.low, "maximum": template.high}
+        schema = {
+            "type": "object",
+            "properties": {"reason": {"type": "string"}, "verdict": verdict},
+            "required": ["reason", "verdict"],
+            "additionalProperties": False,
+        }
+        body["response_format"] = {
+            "type": "json_schema",
+            "json_schema": {"name": "verdict", "schema": schema, "strict": True},
+        }
+    if attempt:
+        body["seed"] = attempt
+    return body
+
+
+# ---- verdicts
+
+
+def read_pair(template: Template, reply: Json) -> float:
+    """The verdict of a reply from the side of the first response, in [-1, 1]; NaN where it has none.
+
+    With log-probabilities it is (p(first) - p(second)) / (p(first) + p(second) + p(tie)) over the labels among the
+    returned tokens. A label that is not among them has probability 0.
+    """
+    choice = _choice(reply)
+    if template.answer == "letter":
+        found = _label_probabilities(template, choice)
+        if found is not None:
+            return (found[template.first] - found[template.second]) / sum(found.values())
+        verdict: Any = _text(choice)
+    else:
+        verdict = _verdict(template, choice)
+    signs = {template.first: 1.0, template.second: -1.0}
+    if template.tie:
+        signs[template.tie] = 0.0
+    return signs.get(verdict, math.nan) if isinstance(verdict, str) else math.nan
+
+
+def read_rating(template: Template, reply: Json) -> float:
+    """The rating of a reply; NaN where it has none within the bounds. With log-probabilities it is the expected rating
+    over the numbers among the returned tokens.
+    """
+    choice = _choice(reply)
+    if template.answer == "letter":
+        numbers = {str(number): float(number) for number in range(template.low, template.high + 1)}
+        found = _probabilities(choice, numbers)
+        if found is not None:
+            return sum(p * numbers[label] for label, p in found.items()) / sum(found.values())
+        verdict: Any = _text(choice)
+    else:
+        verdict = _verdict(template, choice)
+    try:
+        number = float(verdict) if not isinstance(verdict, bool) else math.nan
+    except (TypeError, ValueError):
+        return math.nan
+    return number if template.low <= number <= template.high else math.nan
+
+
+def _choice(reply: Json) -> Mapping[str, Json]:
+    choices = reply.get("choices") if isinstance(reply, Mapping) else None
+    return choices[0] if choices and isinstance(choices[0], Mapping) else {}
+
+
+def _text(choice: Mapping[str, Json]) -> str:
+    message = choice.get("message")
+    content = message.get("content") if isinstance(message, Mapping) else None
+    return content.strip() if isinstance(content, str) else ""
+
+
+def _probabilities(choice: Mapping[str, Json], labels: Mapping[str, Any]) -> dict[str, float] | None:
+    """Probabilities of the labels at the first token; None without log-probabilities, or where they have no label."""
+    content = (choice.get("logprobs") or {}).get("content") or []
+    if not content:
+        return None
+    found = dict.fromkeys(labels, 0.0)
+    for entry in content[0].get("top_logprobs") or [content[0]]:
+        token = str(entry.get("token", "")).strip()
+        if token in found:
+            found[token] += math.exp(entry["logprob"])
+    return found if sum(found.values()) else None
+
+
+def _label_probabilities(template: Template, choice: Mapping[str, Json]) -> dict[str, float] | None:
+    return _probabilities(choice, dict.fromkeys(template.labels))
+
+
+def _verdict(template: Template, choice: Mapping[str, Json]) -> Any:
+    """The verdict of a reply in a format; None where it was cut off or has another format."""
+    if choice.get("finish_reason") == "length":
+        return None
+    text = _text(choice)
+    if template.answer == "text":
+        found = re.search(r"(?:^|\n)Verdict: *(\S+?)\.?$", text)
+        return found[1] if found else None
+    try:
+        value = json.loads(text)
+    except ValueError:
+        return None
+    return value.get("verdict") if isinstance(value, dict) else None
+
+
+# ---- the judge
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class JudgeSettings(ChatSettings):
+    """A language model as a judge."""
+
+    prompt: str = setting("", "the prompt, a name in judges/prompts or a .toml file of your own")
+    criteria: Mapping[str, Any] = setting({}, "{criterion: text}; others have the sentence of their preference")
+    person: str = setting("", "description of the person whose place the judge takes, for prompts that show it")
+    temperature: float = setting(0.0, "of the judge", low=0.0, high=100.0)
+    top_logprobs: int = setting(20, "alternatives to the first token that the server returns", low=1, high=20)
+    max_tokens: int = setting(512, "of a reply with a reason", low=1, high=2**20)
+
+
+class _Asking:
+    """Asks about items until each has an answer that can be read, or a few attempts have failed.
+
+    Attributes:
+      asked: items so far.
+      failures: of these the ones whose replies could not be read.
+    """
+
+    kind = ""
+
+    def __init__(self, settings: JudgeSettings, sentences: Mapping[str, str], cache: pathlib.Path, default: str):
+        self.settings, self.template = settings, read_template(settings.prompt or default)
+        if self.template.kind != self.kind:
+            raise UserError(
+                f"judge prompt {self.template.name!r}: is one of kind {self.template.kind}, not {self.kind}"
+            )
+        if self.template.shows("person") and not settings.person:
+            raise UserError(f"judge prompt {self.template.name!r}: shows a person; set person to a description")
+        self.criteria = {**sentences, **settings.criteria}
+        self.chat = Chat(settings, cache)
+        self.asked, self.failures = 0, 0
+
+    def text_of(self, criterion: str) -> str:
+        """What the prompt says of a criterion.
+
+        Raises:
+          UserError: the prompt does not show criteria, and this one has a text; or it shows them, and there is none.
+        """
+        text = self.criteria.get(criterion, "")
+        if not self.template.shows("criterion"):
+            if text:
+                raise UserError(
+                    f"judge prompt {self.template.name!r}: does not show the criterion {criterion!r}; choose one that "
+                    "does, such as criterion"
+                )
+            return ""
+        if not (text or self.template.helpful):
+            raise UserError(f"judge: criterion {criterion!r} has no text; add it to criteria")
+        return text or self.template.helpful
+
+    def ask(
+        self, name: str, items: Sequence[Mapping[str, str]], read: Callable[[Template, Json], float]
+    ) -> list[float]:
+        """What `read` finds in the replies about items, NaN where it finds nothing after all attempts."""
+        found, open_items = [math.nan] * len(items), list(range(len(items)))
+        for attempt in range(PARSE_RETRIES + 1):
+            bodies: list[Body] = [request(self.template, self.settings, items[i], attempt) for i in open_items]
+            for i, reply in zip(open_items, self.chat(name, bodies), strict=True):
+                found[i] = read(self.template, reply)
+            open_items = [i for i in open_items if math.isnan(found[i])]
+            if not open_items:
+                break
+        self.asked += len(items)
+        self.failures += len(open_items)
+        return found
+
+
+class LanguageModelJudge(_Asking):
+    """Compares answers; a `Judge`. Identical answers are a tie, without a request.
+
+    Args:
+      sentences: {criterion: text}.
+      cache: file of the replies, where the settings name none.
+
+    Raises:
+      UserError: see `read_template` and `Chat`.
+    """
+
+    kind = "pair"
+
+    def __init__(self, settings: JudgeSettings, sentences: Mapping[str, str], cache: pathlib.Path):
+        super().__init__(settings, sentences, cache, "criterion")
+
+    def __call__(
+        self, prompts: Sequence[str], first: Sequence[str], second: Sequence[str], criterion: str
+    ) -> Float[np.ndarray, " N"]:
+        shared = {"criterion": self.text_of(criterion), "person": self.settings.person}
+        verdicts = np.zeros(len(prompts))
+        rows = [i for i in range(len(prompts)) if first[i] != second[i]]
+        items = [{"prompt": prompts[i], "first": first[i], "second": second[i], **shared} for i in rows]
+        verdicts[rows] = self.ask(f"judge: {criterion}", items, read_pair)
+        return verdicts
+
+
+class LanguageModelRating(_Asking):
+    """Rates answers by one criterion; a reward function.
+
+    Args:
+      objective: its name.
+      criterion: its text.
+    """
+
+    kind = "rating"
+
+    def __init__(self, settings: JudgeSettings, objective: str, criterion: str, cache: pathlib.Path):
+        super().__init__(settings, {objective: criterion}, cache, "rating")
+        self.objective = objective
+        self.shared = {"criterion": self.text_of(objective), "person": settings.person}
+
+    def __call__(self, prompts: list[str], completions: list[str]) -> list[float | None]:
+        items = [{"prompt": p, "first": c, **self.shared} for p, c in zip(prompts, completions, strict=True)]
+        found = self.ask(f"rating: {self.objective}", items, read_rating)
+        return [None if math.isnan(value) else value for value in found]
+
+
+@SOURCES.register("judge")
+def by_judge(objective: str, criterion: str, cache: str, **settings: Any) -> RewardFunction:
+    """Ratings of a language model behind an OpenAI-compatible URL; for settings see `JudgeSettings`.
+
+    Args:
+      criterion: what is rated, in words.
+      cache: JSON lines file of requests and replies.
+    """
+    own = parse(JudgeSettings, {**settings, "cache": cache}, f"rewards.{objective}")
+    return LanguageModelRating(own, objective, criterion, pathlib.Path(cache))

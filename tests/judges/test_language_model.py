@@ -1,0 +1,328 @@
+"""Judges behind an OpenAI-compatible server: what they ask, what they read, and what they never ask twice."""
+
+import json
+import math
+import re
+import threading
+
+import numpy as np
+import pytest
+from support.chat_server import ChatServer
+
+from pjrlhf.errors import UserError
+from pjrlhf.judges import chat, language_model
+from pjrlhf.judges.chat import Cache, Chat, ChatSettings
+from pjrlhf.judges.judge import BothOrders, JudgeContext, ScoreJudge, judge_from
+from pjrlhf.judges.language_model import (
+    FOLDER,
+    JudgeSettings,
+    LanguageModelJudge,
+    read_pair,
+    read_rating,
+    read_template,
+)
+from pjrlhf.rewards.sources import reward_source
+
+pytest.importorskip("openai")
+PROMPTS = [f"request {i}" for i in range(12)]
+A = ["x" * (i % 5) + f" {i}" for i in range(12)]
+B = ["y" * (i % 3) + f"-{i}" for i in range(12)]
+
+
+def longer(body):
+    """The letter of the longer response; T for equal lengths."""
+    text = body["messages"][-1]["content"]
+    first, second = re.search(r"Response A:\n(.*?)\n\nResponse B:\n(.*?)\n\n(?:Which|Give|Write)", text, re.S).groups()
+    return "T" if len(first) == len(second) else "A" if len(first) > len(second) else "B"
+
+
+def want(a, b):
+    return np.sign([len(x) - len(y) for x, y in zip(a, b, strict=True)])
+
+
+def judge(url, folder, **settings):
+    spec = {"kind": "chat", "model": "m", "base_url": url, **settings}
+    return judge_from(spec, JudgeContext(ScoreJudge(print), {"long": "The response is long."}, folder))
+
+
+# ---- verdicts
+
+
+def test_verdicts_are_those_of_the_rule_whatever_the_server_does(tmp_path):
+    faults = ["busy", "cut", "half", "", "broken", "other", "slow", "busy", "half"]
+    server = ChatServer(longer, faults)
+    with server.running() as url:
+        counted = BothOrders(judge(url, tmp_path))
+        assert counted(PROMPTS, A, B, "long").tolist() == want(A, B).tolist()
+    assert counted.consistency == 1 and counted.position_bias == 0 and counted.judge.failures == 0
+    assert len(server.bodies) == 24 and server.seen == 24 + 7, "every answer once, every fault tried again"
+    assert {body["messages"][1]["content"].count("The response is long.") for body in server.bodies} == {1}
+
+
+def test_a_replay_gives_the_same_verdicts_with_the_server_gone(tmp_path):
+    server = ChatServer(longer)
+    with server.running() as url:
+        first = judge(url, tmp_path)(PROMPTS, A, B, "long")
+    again = judge(url, tmp_path, replay=True)
+    np.testing.assert_array_equal(again(PROMPTS, A, B, "long"), first)
+    assert again.chat.usage.sent == 0 and again.chat.usage.requests == 12
+    with pytest.raises(
+        UserError, match=r"judge\.jsonl: has no reply to 12 of 12 requests of judge: long; set replay to"
+    ):
+        again(PROMPTS, B, A, "long")
+
+
+def test_equal_answers_and_equal_requests_cost_nothing(tmp_path):
+    server = ChatServer(longer)
+    with server.running() as url:
+        found = judge(url, tmp_path)(["q"] * 4, ["aa", "aa", "same", ""], ["b", "b", "same", ""], "long")
+    assert found.tolist() == [1, 1, 0, 0] and len(server.bodies) == 1
+
+
+def test_replies_that_cannot_be_read_are_asked_again_and_then_counted(tmp_path):
+    def moody(body):
+        first = "request 3" in body["messages"][1]["content"] and "seed" not in body
+        never = "request 5" in body["messages"][1]["content"]
+        return "I think A" if first or never else longer(body)
+
+    server = ChatServer(moody)
+    with server.running() as url:
+        asked = judge(url, tmp_path)
+        found = asked(PROMPTS, A, B, "long")
+        wanted = want(A, B).astype(float)
+        wanted[5] = math.nan
+        np.testing.assert_array_equal(found, wanted)
+        assert (asked.asked, asked.failures, len(server.bodies)) == (12, 1, 12 + 1 + 2)
+        # The failures are kept too.
+        np.testing.assert_array_equal(judge(url, tmp_path, replay=True)(PROMPTS, A, B, "long"), wanted)
+
+
+@pytest.mark.parametrize("prompt", sorted(file.stem for file in FOLDER.glob("*.toml")))
+def test_every_prompt_shows_what_is_judged_once(prompt):
+    template = read_template(prompt)
+    values = {name: f"<{name}>" for name in ("prompt", "first", "second", "criterion", "person")}
+    text = "".join(message["content"] for message in template.messages(values))
+    shown = {name for name in values if values[name] in text}
+    assert {"prompt", "first"} <= shown and ("second" in shown) == (template.kind == "pair")
+    assert all(text.count(values[name]) == 1 for name in shown)
+    # What people write is never read as a field.
+    assert "{criterion}" in template.messages(values | {"first": "{criterion}"})[1]["content"]
+    body = language_model.request(template, JudgeSettings(model="m"), values)
+    assert ("response_format" in body) == (template.answer == "json")
+
+
+# ---- reading replies
+
+
+def reply(text="", finish="stop", tokens=None):
+    choice = {"message": {"content": text}, "finish_reason": finish}
+    if tokens is not None:
+        top = [{"token": token, "logprob": math.log(p)} for token, p in tokens.items()]
+        choice["logprobs"] = {"content": [{"token": "A", "logprob": 0.0, "top_logprobs": top}]}
+    return {"choices": [choice]}
+
+
+@pytest.mark.parametrize(
+    ("found", "verdict"),
+    [
+        (reply(tokens={"A": 0.6, "B": 0.2, "T": 0.2}), 0.4),
+        (reply(tokens={" A": 0.3, "A": 0.3, "B": 0.2, "the": 0.2}), 0.5),  # the label with and without a blank
+        (reply(tokens={"B": 0.9}), -1.0),  # the other label is not among the tokens
+        (reply(tokens={"the": 0.9}), math.nan),
+        (reply("A", tokens={"the": 0.9}), 1.0),
+        (reply("A"), 1.0),
+        (reply(" B\n"), -1.0),
+        (reply("T"), 0.0),
+        (reply("a"), math.nan),
+        (reply("A or B"), math.nan),
+        (reply(""), math.nan),
+        ({"choices": []}, math.nan),
+        ({}, math.nan),
+        ({"choices": [{"message": {"content": None}}]}, math.nan),
+    ],
+)
+def test_letters_are_read_from_log_probabilities_or_strictly(found, verdict):
+    np.testing.assert_allclose(read_pair(read_template("criterion"), found), verdict)
+
+
+@pytest.mark.parametrize(
+    ("text", "finish", "verdict"),
+    [
+        ('{"reason": "B is bad", "verdict": "A"}', "stop", 1),
+        ('{"reason": "", "verdict": "T"}', "stop", 0),
+        ('{"reason": "", "verdict": "A"}', "length", math.nan),  # cut off
+        ('{"reason": "A is better"', "stop", math.nan),
+        ('{"reason": "", "verdict": "both"}', "stop", math.nan),
+        ('{"reason": "", "verdict": ["A"]}', "stop", math.nan),
+        ('["A"]', "stop", math.nan),
+        ("A", "stop", math.nan),
+    ],
+)
+def test_objects_are_read_strictly(text, finish, verdict):
+    np.testing.assert_equal(read_pair(read_template("helpful"), reply(text, finish)), verdict)
+
+
+@pytest.mark.parametrize(
+    ("verdict", "value"), [("7", 7), ("10", 10), ("11", math.nan), ('"high"', math.nan), ("true", math.nan)]
+)
+def test_ratings_lie_within_their_bounds(verdict, value):
+    found = read_rating(read_template("rating"), reply(f'{{"reason": "", "verdict": {verdict}}}'))
+    np.testing.assert_equal(found, value)
+
+
+def test_a_prompt_of_your_own(tmp_path):
+    path = tmp_path / "mine.toml"
+    path.write_text(
+        'kind = "pair"\nanswer = "text"\nfirst = "one"\nsecond = "two"\nsystem = ""\n'
+        'user = "{prompt} {{x}} {first} or {second}"\n'
+    )
+    template = read_template(str(path))
+    assert template.messages({"prompt": "p", "first": "a", "second": "b"}) == [
+        {"role": "user", "content": "p {x} a or b"},
+    ]
+    assert read_pair(template, reply("Both are fine.\nVerdict: two.")) == -1
+    # Only the last line counts, and a verdict inside the reasons does not.
+    assert math.isnan(read_pair(template, reply("Verdict: one, I first thought. But no.")))
+    path.write_text(path.read_text().replace("{prompt}", "{question}"))
+    with pytest.raises(UserError, match=r"mine\.toml': \{question\} is no field; choose from prompt, first"):
+        read_template(str(path))
+    path.write_text("kind = 3")
+    with pytest.raises(UserError, match=r"mine\.toml': is no template"):
+        read_template(str(path))
+
+
+def test_a_prompt_without_criterion_refuses_criteria(tmp_path):
+    with ChatServer(longer).running() as url:
+        asked = judge(url, tmp_path, prompt="alpaca_eval")
+        with pytest.raises(UserError, match="does not show the criterion 'long'; choose one that does"):
+            asked(PROMPTS, A, B, "long")
+
+
+def test_a_person_stands_in_the_prompt(tmp_path):
+    server = ChatServer(lambda body: json.dumps({"reason": "", "verdict": longer(body)}))
+    with server.running() as url:
+        judge(url, tmp_path, prompt="role_play", person="A teacher who likes short texts.")(
+            PROMPTS[:1], A[1:2], B[:1], ""
+        )
+    assert "A teacher who likes short texts." in server.bodies[0]["messages"][0]["content"]
+
+
+# ---- ratings as rewards
+
+
+def test_ratings_are_rewards(tmp_path):
+    def rule(body):
+        text = body["messages"][-1]["content"]
+        length = len(re.search(r"Response:\n(.*?)\n\nGive", text, re.S)[1])
+        return json.dumps({"reason": "by length", "verdict": length})
+
+    with ChatServer(rule).running() as url:
+        spec = {
+            "kind": "judge",
+            "model": "m",
+            "base_url": url,
+            "criterion": "It is long.",
+            "cache": str(tmp_path / "r"),
+        }
+        rate = reward_source("P2A", spec)
+        np.testing.assert_array_equal(rate(["q"] * 3, ["four", "x", "x" * 11]), [4.0, 1.0, math.nan])
+        with pytest.raises(UserError, match=r"kind 'judge' does not take these settings .*'cache'"):
+            reward_source("P2A", {"kind": "judge", "criterion": "It is long."})
+    assert rate.function.failures == 1
+
+
+# ---- budgets, crashes, errors
+
+
+def test_a_budget_stops_cleanly_and_goes_on(tmp_path):
+    server = ChatServer(longer)
+    with server.running() as url:
+        with pytest.raises(
+            UserError, match=r"max_requests=5 is reached; raise the limit, and the same command goes on"
+        ):
+            judge(url, tmp_path, max_requests=5)(PROMPTS, A, B, "long")
+        assert len(server.bodies) == 5
+        assert judge(url, tmp_path)(PROMPTS, A, B, "long").tolist() == want(A, B).tolist()
+        assert len(server.bodies) == 12, "nothing was asked twice"
+        prices = {"prices": (10.0, 100.0), "concurrency": 1}  # 0.002 for a request
+        with pytest.raises(UserError, match=r"max_cost=0.03 is reached"):
+            judge(url, tmp_path, max_cost=0.03, **prices)(PROMPTS, B, A, "long")
+        asked = judge(url, tmp_path, **prices)
+        assert asked.chat.usage.requests == 15 and asked.chat.cost == pytest.approx(0.03)
+
+
+def test_a_line_that_a_crash_cut_short_is_asked_again(tmp_path):
+    server = ChatServer(longer)
+    with server.running() as url:
+        judge(url, tmp_path)(PROMPTS, A, B, "long")
+        path = tmp_path / "judge.jsonl"
+        path.write_bytes(path.read_bytes()[:-20])
+        assert judge(url, tmp_path)(PROMPTS, A, B, "long").tolist() == want(A, B).tolist()
+    assert len(server.bodies) == 13
+    assert len(Cache(path).replies) == 12
+
+
+def test_what_was_answered_before_an_error_is_kept(tmp_path):
+    gate = threading.Event()
+
+    def send(body):
+        if body["n"] == 3:
+            gate.wait(5)
+            raise UserError("the server is gone")
+        if body["n"] == 2:
+            gate.set()
+        return {"n": body["n"]}
+
+    asked = Chat(ChatSettings(model="m", concurrency=2), tmp_path / "c.jsonl", send)
+    with pytest.raises(UserError, match="the server is gone"):
+        asked("all", [{"n": n} for n in range(40)])
+    kept = [reply["n"] for reply in Cache(tmp_path / "c.jsonl").replies.values()]
+    assert {0, 1, 2} <= set(kept) and len(kept) < 40
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"model": "missing"}, "has no such model or address; check model and base_url"),
+        ({"key_variable": "WRONG_KEY"}, r"refuses the key; check \$WRONG_KEY"),
+    ],
+)
+def test_errors_of_the_server_name_the_way_out(tmp_path, monkeypatch, settings, message):
+    monkeypatch.setenv("OPENAI_API_KEY", "right")
+    monkeypatch.setenv("WRONG_KEY", "wrong")
+    with ChatServer(longer, key="right").running() as url, pytest.raises(UserError, match=message):
+        judge(url, tmp_path, **settings)(PROMPTS, A, B, "long")
+
+
+def test_a_server_that_is_not_there_or_talks_nonsense(tmp_path):
+    with pytest.raises(UserError, match=r"judge 'm' at http://127\.0\.0\.1:9/v1/: cannot be reached .*check base_url"):
+        judge("http://127.0.0.1:9/v1", tmp_path, retries=0)(PROMPTS, A, B, "long")
+    with ChatServer(longer, ["half"] * 100).running() as url, pytest.raises(UserError, match="replies cannot be read"):
+        judge(url, tmp_path, retries=1, concurrency=1)(PROMPTS, A, B, "long")
+
+
+def test_the_key_is_needed_for_the_servers_of_openai_alone(tmp_path, monkeypatch):
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    with pytest.raises(UserError, match=r"judge 'm': \$OPENAI_API_KEY is not set; set it to the key of the server"):
+        judge("", tmp_path)
+    assert isinstance(judge("http://127.0.0.1:9/v1", tmp_path), LanguageModelJudge)
+
+
+def test_a_cache_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").write_text("")
+    asked = Chat(ChatSettings(model="m", cache=str(tmp_path / "file" / "c.jsonl")), tmp_path / "x", lambda body: {})
+    with pytest.raises(UserError, match=r"c\.jsonl: cannot be written"):
+        asked("all", [{"n": 1}])
+
+
+def test_the_key_never_reaches_the_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "secret-key")
+    with ChatServer(longer, key="secret-key").running() as url:
+        judge(url, tmp_path)(PROMPTS, A, B, "long")
+    assert "secret-key" not in (tmp_path / "judge.jsonl").read_text()
+
+
+def test_requests_are_told_apart_by_all_they_hold():
+    body = {"model": "m", "messages": [{"role": "user", "content": "a"}]}
+    keys = {chat.request_key("u", body), chat.request_key("v", body), chat.request_key("u", {**body, "seed": 1})}
+    assert len(keys) == 3 and chat.request_key("u", dict(reversed(body.items()))) in keys

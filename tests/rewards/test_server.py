@@ -1,0 +1,88 @@
+"""Rewards from a server on this machine, which sometimes fails."""
+
+import http.server
+import itertools
+import json
+import threading
+
+import pytest
+
+from pjrlhf.errors import UserError
+from pjrlhf.rewards.sources import reward_source
+
+
+@pytest.fixture
+def server():
+    """(URL, sizes of the batches that were answered, list of faults to come)."""
+    sizes, faults = [], []
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def log_message(self, *_):
+            pass
+
+        def do_POST(self):
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            fault = faults.pop(0) if faults else 200
+            if fault == "cut":
+                return self.connection.close()
+            rewards = [len(text) if text else None for text in body["completions"]]
+            text = json.dumps({"rewards": rewards[:-1] if fault == "short" else rewards})
+            if fault == "half":
+                text = text[:5]
+            self.send_response(fault if isinstance(fault, int) else 200)
+            self.send_header("Retry-After", "0.01")
+            self.end_headers()
+            self.wfile.write(text.encode())
+            if fault == 200:
+                sizes.append(len(rewards))
+            return None
+
+    found = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=found.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{found.server_port}/score", sizes, faults
+    found.shutdown()
+    found.server_close()
+
+
+def test_batches_come_back_in_order_whatever_the_server_does(server):
+    url, sizes, faults = server
+    faults.extend([503, 429, 200, 500])
+    source = reward_source("P2A", {"kind": "http", "url": url, "batch_size": 4, "concurrency": 3})
+    texts = ["x" * (i % 7) for i in range(22)]
+    found = source(["q"] * 22, texts)
+    assert [None if value != value else value for value in found.tolist()] == [len(text) or None for text in texts]
+    assert sorted(sizes) == [2, 4, 4, 4, 4, 4]
+
+
+@pytest.mark.parametrize("fault", ["cut", "half"])
+def test_a_cut_reply_is_asked_for_again(server, fault, monkeypatch):
+    monkeypatch.setattr("time.sleep", lambda _: None)
+    url, sizes, faults = server
+    faults.append(fault)
+    assert reward_source("P2A", {"kind": "http", "url": url})(["q"], ["abc"]).tolist() == [3] and sizes == [1]
+
+
+@pytest.mark.parametrize(
+    ("faults", "message"),
+    [
+        ([404], "replied HTTP 404"),
+        (["short"], 'it must reply {"rewards": [...]} with 1 numbers or nulls'),
+        ([503] * 9, "no reply after 2 tries (HTTP 503); check the server"),
+    ],
+)
+def test_errors_name_the_server(server, faults, message):
+    server[2].extend(faults)
+    with pytest.raises(UserError) as error:
+        reward_source("P2A", {"kind": "http", "url": server[0], "retries": 1})(["q"], ["abc"])
+    assert f"reward server {server[0]}" in str(error.value) and message in str(error.value)
+
+
+def test_a_server_that_is_not_there_and_wrong_settings():
+    with pytest.raises(UserError, match=r"reward server http://127\.0\.0\.1:9/: no reply after 1 tries \(.*refused"):
+        reward_source("P2A", {"kind": "http", "url": "http://127.0.0.1:9/", "retries": 0})(["q"], ["abc"])
+    for settings, message in itertools.chain(
+        [({"url": "localhost:9"}, "is no address"), ({"url": "http://h", "batch_size": 0}, "of 1 or more")],
+        [({"url": "http://h", "tries": 3}, "does not take these settings")],
+    ):
+        with pytest.raises(UserError, match=message):
+            reward_source("P2A", {"kind": "http", **settings})
