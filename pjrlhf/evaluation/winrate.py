@@ -6,22 +6,22 @@ per prompt, and the rate counts prompts won against prompts lost.
 
 import dataclasses
 import math
-from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import ArrayLike
+from scipy import optimize, special
 
 from pjrlhf.errors import UserError
 from pjrlhf.evaluation.statistics import bootstrap_interval
-from pjrlhf.judges.judge import Judge, ask
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Rate:
     """Counts of n = wins + losses + ties comparisons and their rates in [0, 1].
 
-    `rate` = wins / (wins + losses) leaves ties out, `rate_half` = (wins + ties / 2) / n counts a tie as half a win;
-    `low` and `high` are the bootstrap interval of `rate` over prompts. A rate of no comparisons is NaN.
+    `rate` = wins / (wins + losses) leaves ties out, `rate_half` = (wins + ties / 2) / n counts a tie as half a win, and
+    a soft verdict v as (1 + v) / 2 of one; `low` and `high` are the bootstrap interval of `rate` over prompts. A rate
+    of no comparisons is NaN. Comparisons without a verdict are `unjudged` and in no other count.
     """
 
     wins: int
@@ -32,31 +32,21 @@ class Rate:
     rate_half: float
     low: float
     high: float
-
-
-def combo_outcomes(
-    judge: Judge, prompts: Sequence[str], a: Sequence[str], b: Sequence[str], criteria: Sequence[str]
-) -> np.ndarray:
-    """Verdicts of answers `a` against `b` under each of C criteria, int8 [N, C].
-
-    Wrap the judge in `judges.BothOrders` if its verdict may depend on the order of the answers.
-    """
-    if not criteria:
-        raise UserError("criteria: the combination is empty; name at least one criterion")
-    return np.stack([ask(judge, prompts, a, b, criterion) for criterion in criteria], axis=1)
+    unjudged: int = 0
 
 
 def aggregate(outcomes: ArrayLike, how: str = "sum_sign") -> np.ndarray:
     """One outcome per prompt from verdicts [N, C], for `win_rate`.
 
     Args:
-      outcomes: int [N, C] in {+1, 0, -1}.
-      how: "sum_sign" -> [N], the side that wins more criteria wins the prompt; "mean" -> [N, C], every criterion stays
-        a comparison of its own, so that the rate is a mean over criteria as well as over prompts.
+      outcomes: [N, C] in [-1, 1] or NaN.
+      how: "sum_sign" -> [N], the side that wins more criteria wins the prompt, which has no outcome where a criterion
+        has none; "mean" -> [N, C], every criterion stays a comparison of its own, so that the rate is a mean over
+        criteria as well as over prompts.
     """
-    outcomes = np.asarray(outcomes, np.int8)
+    outcomes = np.asarray(outcomes, np.float64)
     if how == "sum_sign":
-        return np.sign(outcomes.sum(1, dtype=np.int64)).astype(np.int8)
+        return np.sign(outcomes.sum(1))
     if how == "mean":
         return outcomes
     raise UserError(f"aggregate {how!r}: unknown rule; use sum_sign or mean")
@@ -75,23 +65,54 @@ def win_rate(
     Outcomes of one prompt (its combinations, criteria or opponents on the other axes) are not independent, so the
     interval resamples prompts. Where rows repeat prompts, `clusters` [P] names the prompt of each row.
     """
-    outcomes = np.asarray(outcomes)
-    if not np.isin(outcomes, (-1, 0, 1)).all():
-        raise UserError(f"outcomes: values {np.unique(outcomes)[:5]}; only -1, 0 and +1 can be counted")
+    outcomes = np.asarray(outcomes, np.float64)
+    if (np.abs(outcomes) > 1).any():
+        raise UserError(f"outcomes: values {np.unique(outcomes)[:5]}; only -1 to +1 can be counted")
     rows = outcomes.reshape(len(outcomes), -1) if outcomes.size else outcomes.reshape(0, 1)
     groups = np.arange(len(rows)) if clusters is None else np.asarray(clusters)
-    n, wins, losses = rows.size, int((rows > 0).sum()), int((rows < 0).sum())
-    ties = n - wins - losses
-    low, high = bootstrap_interval(
-        rows.ravel(), np.repeat(groups, rows.shape[1]), "ratio", resamples=resamples, seed=seed, level=level
-    )
+    groups, judged = np.repeat(groups, rows.shape[1]), ~np.isnan(rows.ravel())
+    verdicts, groups = rows.ravel()[judged], groups[judged]
+    n, wins, losses = len(verdicts), int((verdicts > 0).sum()), int((verdicts < 0).sum())
+    low, high = bootstrap_interval(verdicts, groups, "ratio", resamples=resamples, seed=seed, level=level)
     return Rate(
         wins=wins,
         losses=losses,
-        ties=ties,
+        ties=n - wins - losses,
         n=n,
         rate=wins / (wins + losses) if wins + losses else math.nan,
-        rate_half=(wins + ties / 2) / n if n else math.nan,
+        rate_half=float((1 + verdicts).mean() / 2) if n else math.nan,
         low=low,
         high=high,
+        unjudged=rows.size - n,
     )
+
+
+def length_controlled_rate(verdicts: ArrayLike, lengths_a: ArrayLike, lengths_b: ArrayLike) -> float:
+    """What the win rate of `a` would be at equal lengths (AlpacaEval 2, arXiv 2404.04475, without its terms for models
+    and instructions).
+
+    A logistic regression of verdicts (1 + v) / 2 on an intercept and tanh((length_a - length_b) / s), where s is the
+    standard deviation of the differences and the weight of the length has a ridge penalty of 1 / 2; the rate is that of
+    the intercept alone. It says nothing about criteria that are themselves about length.
+
+    Args:
+      verdicts: [N] in [-1, 1]; NaN are left out.
+      lengths_a, lengths_b: [N] in characters.
+
+    Returns:
+      the rate in [0, 1]; NaN without verdicts.
+    """
+    verdicts = np.asarray(verdicts, np.float64)
+    known = ~np.isnan(verdicts)
+    if not known.any():
+        return math.nan
+    wins = (1 + verdicts[known]) / 2
+    difference = (np.asarray(lengths_a, np.float64) - np.asarray(lengths_b, np.float64))[known]
+    length = np.tanh(difference / (difference.std() or 1.0))
+
+    def loss(weights: np.ndarray) -> float:
+        logits = weights[0] + weights[1] * length
+        return float((np.logaddexp(0, logits) - wins * logits).sum() + weights[1] ** 2 / 2)
+
+    intercept = optimize.minimize(loss, np.zeros(2)).x[0]
+    return float(special.expit(intercept))

@@ -2,13 +2,16 @@
 
 import dataclasses
 import functools
+import math
 import random
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
 from pjrlhf.data import preferences
 from pjrlhf.errors import UserError
+from pjrlhf.judges.judge import JUDGES, check_judge, combo_outcomes, judge_name
 from pjrlhf.parallel.processes import on_process_zero
 from pjrlhf.runtime.answers import sample_base
 from pjrlhf.runtime.run import Run, Stage
@@ -21,9 +24,18 @@ FILE = "comparisons.jsonl"
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ComparisonsSettings(Settings):
-    """Pairs of answers of the base, labelled by the judge."""
+    """Pairs of answers of the base, labelled by a judge."""
 
+    judge: str | Mapping[str, Any] = setting(
+        "score",
+        'who compares answers; score: by the scorers of the run; or {"kind": ...} with settings, see judges/judge.py',
+        choices=tuple(JUDGES),
+        extensible=True,
+    )
     pairs: int = setting(1024, "pairs of answers, each labelled once per objective", low=1, high=10**8)
+
+    def check(self) -> None:
+        check_judge(self.judge)
 
 
 def stated_sets(run: Run, count: int, rng: random.Random) -> list[tuple[str, ...]]:
@@ -43,8 +55,8 @@ def preference_record(run: Run, request: str, chosen: str, rejected: str, **colu
 
 
 def run(run: Run) -> dict[str, Any]:
-    """Writes <workdir>/comparisons/comparisons.jsonl: TRL preference records with an `objective` each; counts ties
-    per objective.
+    """Writes <workdir>/comparisons/comparisons.jsonl: TRL preference records with an `objective` each; counts ties and
+    pairs without a verdict per objective.
 
     Prompts are the plain requests, whatever sentences were stated when the answers were sampled: a reward model is
     that of one preference and needs no sentence to know it.
@@ -59,18 +71,20 @@ def run(run: Run) -> dict[str, Any]:
     texts = sample_base(run, prompts, keys, "comparisons: answers of the base")
     first, second = texts[: config.pairs], texts[config.pairs :]
 
-    records, ties, unusable = [], dict.fromkeys(run.audience.learned, 0), 0
-    for request, a, b in zip(requests, first, second, strict=True):
-        if not a.strip() or not b.strip():
-            unusable += 1
-            continue
-        for name in run.audience.learned:
-            gap = run.audience.score(request, a, name) - run.audience.score(request, b, name)
-            if abs(gap) <= 1e-9:
-                ties[name] += 1
+    judge, names = run.judge(config.judge), run.audience.learned
+    usable = [i for i in range(config.pairs) if first[i].strip() and second[i].strip()]
+    asked, a, b = ([texts[i] for i in usable] for texts in (requests, first, second))
+    verdicts = combo_outcomes(judge, asked, a, b, names)
+    label = {} if config.judge == "score" else {"judge": judge_name(config.judge)}
+    records, ties, unjudged = [], dict.fromkeys(names, 0), dict.fromkeys(names, 0)
+    for request, x, y, row in zip(asked, a, b, verdicts.tolist(), strict=True):
+        for name, verdict in zip(names, row, strict=True):
+            if not verdict or math.isnan(verdict):
+                (unjudged if verdict else ties)[name] += 1
                 continue
-            chosen, rejected = (a, b) if gap > 0 else (b, a)
-            records.append(preference_record(run, request, chosen, rejected, objective=name))
+            chosen, rejected = (x, y) if verdict > 0 else (y, x)
+            soft = {} if abs(verdict) == 1 else {"preference": (1 + abs(verdict)) / 2}
+            records.append(preference_record(run, request, chosen, rejected, objective=name, **label, **soft))
     undecided = set(run.audience.learned) - {record["objective"] for record in records}
     if undecided:
         raise UserError(
@@ -81,7 +95,8 @@ def run(run: Run) -> dict[str, Any]:
     with disk_errors(path):
         on_process_zero(write_lines)(path, records)
     lengths = [len(text.split()) for text in texts]
-    return {"pairs": config.pairs, "ties": ties, "empty_answers": unusable, "mean_words": float(np.mean(lengths))}
+    found = {"pairs": config.pairs, "ties": ties, "empty_answers": config.pairs - len(usable)}
+    return found | {"unjudged": unjudged, "judge": judge.report(), "mean_words": float(np.mean(lengths))}
 
 
 STAGE = Stage("comparisons", run, ComparisonsSettings)

@@ -16,6 +16,7 @@ from numpy.typing import ArrayLike
 
 from pjrlhf.errors import UserError
 from pjrlhf.judges.language_model import JudgeSettings, LanguageModelJudge
+from pjrlhf.parallel.processes import broadcast_from_zero, is_process_zero
 from pjrlhf.registry import Registry
 from pjrlhf.rewards.sources import reward_source
 from pjrlhf.settings import parse
@@ -32,6 +33,18 @@ class Judge(Protocol):
     ) -> np.ndarray:
         """Verdicts [N] in [-1, 1] or NaN for N pairs of answers under one criterion."""
         ...
+
+
+def combo_outcomes(
+    judge: Judge, prompts: Sequence[str], a: Sequence[str], b: Sequence[str], criteria: Sequence[str]
+) -> np.ndarray:
+    """Verdicts of answers `a` against `b` under each of C criteria, float64 [N, C]; NaN where there is none.
+
+    Wrap the judge in `BothOrders` if its verdict may depend on the order of the answers.
+    """
+    if not criteria:
+        raise UserError("criteria: the combination is empty; name at least one criterion")
+    return np.stack([ask(judge, prompts, a, b, criterion) for criterion in criteria], axis=1)
 
 
 def ask(
@@ -153,8 +166,11 @@ class RewardJudge:
         source = reward_source(criterion, self.source)
         if source is None:
             raise UserError("judge: a reward model that is trained in the run cannot judge; name another source")
-        gap = source(prompts, first).astype(np.float64) - source(prompts, second)
-        return np.where(np.isnan(gap), np.nan, np.sign(gap) * (np.abs(gap) > self.tolerance))
+        verdicts = np.zeros(len(prompts))
+        if is_process_zero():
+            gap = source(prompts, first).astype(np.float64) - source(prompts, second)
+            verdicts = np.where(np.isnan(gap), np.nan, np.sign(gap) * (np.abs(gap) > self.tolerance))
+        return broadcast_from_zero(verdicts)
 
 
 def judge_from(spec: str | Mapping[str, Any], context: JudgeContext) -> Judge:
@@ -176,6 +192,18 @@ def judge_from(spec: str | Mapping[str, Any], context: JudgeContext) -> Judge:
     except TypeError as error:
         raise UserError(f"judge {kind!r}: does not take these settings ({error})") from error
     return make(context, **settings)
+
+
+def judge_name(spec: str | Mapping[str, Any]) -> str:
+    """The kind of a judge, with its model if it has one."""
+    if isinstance(spec, str):
+        return spec
+    return " ".join(str(spec[key]) for key in ("kind", "model") if spec.get(key))
+
+
+def check_judge(spec: str | Mapping[str, Any]) -> None:
+    """Raises UserError where `judge_from` would, as far as that does not depend on the run."""
+    judge_from(spec, JudgeContext(ScoreJudge(lambda *_: 0.0)))
 
 
 def both_orders(
@@ -222,6 +250,17 @@ class BothOrders:
         self.consistent += int(consistent[known].sum())
         self._bias += float(bias[known].sum())
         return verdict
+
+    def report(self) -> dict[str, Any]:
+        """Counts, and what a language model took, as JSON values."""
+        found: dict[str, Any] = {"asked": self.asked, "judged": self.judged}
+        if not self._invariant and self.judged:
+            found |= {"consistency": self.consistency, "position_bias": self.position_bias}
+        if isinstance(self.judge, LanguageModelJudge):
+            usage = self.judge.chat.usage
+            found |= {"model": self.judge.settings.model, "requests": usage.requests, "sent": usage.sent}
+            found |= {"failures": self.judge.failures, "cost": self.judge.chat.cost}
+        return found
 
     @property
     def _invariant(self) -> bool:

@@ -15,6 +15,7 @@ from jaxtyping import Float
 
 from pjrlhf.errors import UserError
 from pjrlhf.judges.chat import Body, Chat, ChatSettings
+from pjrlhf.parallel.processes import broadcast_from_zero, is_process_zero
 from pjrlhf.rewards.sources import SOURCES, RewardFunction
 from pjrlhf.settings import parse, setting
 from pjrlhf.types import Json
@@ -312,10 +313,11 @@ class LanguageModelJudge(_Asking):
     ) -> Float[np.ndarray, " N"]:
         shared = {"criterion": self.text_of(criterion), "person": self.settings.person}
         verdicts = np.zeros(len(prompts))
-        rows = [i for i in range(len(prompts)) if first[i] != second[i]]
-        items = [{"prompt": prompts[i], "first": first[i], "second": second[i], **shared} for i in rows]
-        verdicts[rows] = self.ask(f"judge: {criterion}", items, read_pair)
-        return verdicts
+        if is_process_zero():
+            rows = [i for i in range(len(prompts)) if first[i] != second[i]]
+            items = [{"prompt": prompts[i], "first": first[i], "second": second[i], **shared} for i in rows]
+            verdicts[rows] = self.ask(f"judge: {criterion}", items, read_pair)
+        return broadcast_from_zero(verdicts)
 
 
 class LanguageModelRating(_Asking):

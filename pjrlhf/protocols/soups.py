@@ -22,8 +22,8 @@ from pjrlhf.algorithms.targets import TargetSection, targets_of
 from pjrlhf.data import preferences
 from pjrlhf.errors import UserError
 from pjrlhf.evaluation.statistics import chord_gap, spearman
-from pjrlhf.evaluation.winrate import aggregate, combo_outcomes, win_rate
-from pjrlhf.judges.judge import JUDGES, BothOrders, ScoreJudge
+from pjrlhf.evaluation.winrate import aggregate, win_rate
+from pjrlhf.judges.judge import JUDGES, ScoreJudge, check_judge, combo_outcomes
 from pjrlhf.protocols.reporting import finish
 from pjrlhf.runtime.answers import Keys, Row, sample_rows
 from pjrlhf.runtime.run import Run, Stage
@@ -38,16 +38,14 @@ OWN = {
     "soups_untold": "the soups that are not told the preferences",
     "rlhf": "the policy of the general reward",
 }
-TIE = 1e-9  # scores closer than this are equal up to rounding
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SoupsSettings(Settings):
     """The comparison of soups with the base, prompting, RLHF and Prompted-MORL."""
 
-    judge: str = setting(
+    judge: str | Mapping[str, Any] = setting(
         "score",
-        "who compares answers; score: by the scorers of the run",
+        'who compares answers; score: by the scorers of the run; or {"kind": ...} with settings, see judges/judge.py',
         choices=tuple(JUDGES),
         extensible=True,
     )
@@ -68,7 +66,7 @@ class SoupsSettings(Settings):
     scaling: Mapping[str, Any] = setting({}, "method -> the entries of `methods` trained for the new preferences")
 
     def check(self) -> None:
-        JUDGES.get(self.judge)
+        check_judge(self.judge)
 
 
 def adapters(run: Run) -> tuple[Any, tuple[str, ...], tuple[str, ...]]:
@@ -118,8 +116,8 @@ class Evaluation:
         self.requests = run.records.requests[1]
         self.sample = functools.partial(sample_rows, run, bank)
         self.answers: list[dict[str, Any]] = []  # all that were sampled
-        self.scorer = ScoreJudge(run.audience.score, TIE)
-        self.judge = BothOrders(JUDGES.get(self.config.judge)(self.scorer))
+        self.scorer = ScoreJudge(run.audience.score)
+        self.judge = run.judge(self.config.judge)
         self.combos = preferences.combinations(run.audience.preferences, run.audience.objectives)
         self.rate = functools.partial(win_rate, resamples=self.config.resamples, seed=run.streams.seed)
 

@@ -15,6 +15,7 @@ from absl import logging
 
 from pjrlhf.data.tokenization import TokenTable
 from pjrlhf.errors import UserError
+from pjrlhf.judges.judge import BothOrders, JudgeContext, ScoreJudge, judge_from
 from pjrlhf.models.adapters import AdapterConfig, is_low_rank
 from pjrlhf.models.quantization import check_quantize
 from pjrlhf.parallel.mesh import bytes_per_device
@@ -35,6 +36,7 @@ from pjrlhf.training.state import State
 from pjrlhf.training.workdir import Workdir
 
 S = TypeVar("S", bound=Settings)
+TIE = 1e-9  # scores closer than this are equal up to rounding
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -210,6 +212,12 @@ class Run(Sections):
     def _sampler(self) -> Sampler:
         # All stages share it, so that its programs compile once.
         return Sampler(self.text, self.workspace.backbone)
+
+    def judge(self, spec: str | Mapping[str, Any]) -> BothOrders:
+        """The judge that a config names, asked in both orders; see `judges.judge.judge_from`."""
+        criteria = {name: found.sentence for name, found in self.audience.preferences.items() if found.sentence}
+        context = JudgeContext(ScoreJudge(self.audience.score, TIE), criteria, self.workdir.path)
+        return BothOrders(judge_from(spec, context))
 
     def scorer(self, size: int = 0) -> Scorer:
         """A scorer of rows in chunks of `size`; of `sample_rows` where 0."""

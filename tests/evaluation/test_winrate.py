@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from pjrlhf.errors import UserError
-from pjrlhf.evaluation.winrate import aggregate, combo_outcomes, win_rate
-from pjrlhf.judges.judge import ScoreJudge
+from pjrlhf.evaluation.winrate import aggregate, length_controlled_rate, win_rate
+from pjrlhf.judges.judge import ScoreJudge, combo_outcomes
 from pjrlhf.rewards.scorers import scorer
 
 TABLE = np.array([[1, 1, -1], [1, 0, -1], [-1, -1, 1], [0, 0, 0], [1, 0, 0], [0, -1, 0], [1, 1, 1]], np.int8)
@@ -81,8 +81,43 @@ def test_combinations_of_one_prompt_share_its_cluster():
     assert naive.high - naive.low < 0.6 * (eight.high - eight.low)
 
 
-def test_outcomes_other_than_three_are_refused():
+def test_outcomes_beyond_a_win_are_refused():
     with pytest.raises(UserError, match="outcomes"):
         win_rate(np.array([0, 1, 3]))
-    with pytest.raises(UserError, match="outcomes"):
-        win_rate(np.array([0.0, math.nan]))
+
+
+def test_missing_verdicts_are_counted_and_change_no_rate():
+    outcomes = np.array([[1, -1], [0, 1], [1, 1], [-1, 0]], float)
+    hole = np.vstack([outcomes, [[math.nan, 1]]])
+    with_hole = np.vstack([hole, [[math.nan, math.nan]]])
+    found, without = win_rate(with_hole), win_rate(np.append(outcomes.ravel(), 1), [0, 0, 1, 1, 2, 2, 3, 3, 4])
+    assert found.unjudged == 3 and found.n == 9
+    assert dataclasses.replace(found, unjudged=0) == without
+    # A combination with a missing verdict has no outcome, not that of the others.
+    np.testing.assert_array_equal(aggregate(hole), [0, 1, 1, -1, math.nan])
+
+
+def test_a_soft_verdict_is_part_of_a_win():
+    rate = win_rate(np.array([0.5, -0.2, 0.0, 1.0]))
+    assert (rate.wins, rate.losses, rate.ties) == (2, 1, 1)
+    assert rate.rate_half == pytest.approx((0.75 + 0.4 + 0.5 + 1) / 4) and rate.rate == pytest.approx(2 / 3)
+
+
+def test_at_equal_lengths_length_control_changes_nothing():
+    verdicts = np.array([1, 1, -1, 0, 0.5, math.nan])
+    assert length_controlled_rate(verdicts, np.full(6, 9), np.full(6, 9)) == pytest.approx(3.25 / 5, abs=1e-4)
+    assert math.isnan(length_controlled_rate([math.nan], [1], [2]))
+
+
+def test_length_control_recovers_the_rate_at_equal_lengths():
+    """Verdicts drawn from the model itself: a judge that likes length, and a policy that is a little better."""
+    rng = np.random.default_rng(0)
+    a, b = rng.integers(20, 400, (2, 20000))
+    a = a + 80  # the policy writes more, which its raw win rate gains from
+    difference = a - b
+    logits = 0.3 + 1.5 * np.tanh(difference / difference.std())
+    verdicts = np.where(rng.random(len(a)) < 1 / (1 + np.exp(-logits)), 1, -1)
+    assert win_rate(verdicts, resamples=50).rate > 0.65
+    found = length_controlled_rate(verdicts, a, b)
+    assert found == pytest.approx(1 / (1 + math.exp(-0.3)), abs=0.01)
+    assert length_controlled_rate(-verdicts, b, a) == pytest.approx(1 - found, abs=1e-3)
