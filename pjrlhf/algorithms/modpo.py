@@ -220,7 +220,7 @@ class Modpo(Method):
         self.text, self.streams = text, streams
         self.optimizer = per_ingredient(make_optimizer(settings.optimizer, settings.steps))
         source = reward.Grouped(data.tables, streams.seed)
-        names = {"key": "modpo.batch_size", "rows": source.described}
+        names: dict[str, Any] = {"key": "modpo.batch_size", "rows": source.described}
         self.batches = batches(source, settings.batch_size, seed=streams.seed, collate=self.collate, **names)
         self._update = devices.training_step(self._step)
         self.programs, self.ingredients = (self._update,), data.policies

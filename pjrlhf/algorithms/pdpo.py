@@ -475,7 +475,7 @@ class Preference(Method):
             # The control: the same people and pairs, but nobody's pairs are their own.
             users = streams.numpy("preference/permutation").permutation(users)
         collate = functools.partial(self.collate, "train", users)
-        names = {"key": "preference.batch_size", "rows": "pairs"}
+        names: dict[str, Any] = {"key": "preference.batch_size", "rows": "pairs"}
         self.batches = batches(pairs.tables["train"], entry.batch_size, seed=streams.seed, collate=collate, **names)
         self._margins = PairMargins(self.objective, self.users, pairs, backbone, Scorer(devices, entry.batch_size))
         self._update = devices.training_step(self._step)

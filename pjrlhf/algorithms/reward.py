@@ -223,7 +223,7 @@ class Reward(Method):
         self.ingredients = tuple(self.train)
         self.optimizer = per_ingredient(make_optimizer(settings.optimizer, settings.steps))
         source = Grouped(list(self.train.values()), streams.seed)
-        names = {"key": "reward.batch_size", "rows": source.described}
+        names: dict[str, Any] = {"key": "reward.batch_size", "rows": source.described}
         self.batches = batches(source, settings.batch_size, seed=streams.seed, collate=self.collate, **names)
         self._update = devices.training_step(self._step)
         self._hits = jax.jit(self._are_hits)

@@ -261,7 +261,8 @@ def _sweep(sweep: Mapping[str, Any]) -> "tuple[Figure, str] | None":
             axis.plot(weights[order], scores, "o-", color=colour, markersize=4)
             axis.plot(weights[order[[0, -1]]], scores[[0, -1]], "--", color=colour, linewidth=1, alpha=0.7)
             axis.set_ylabel(f"score of {label(name)}")
-            axis.set_ylim(*span(*axis.get_ylim(), 0.1 * max(1.0, float(np.nanmax(np.abs(scores), initial=0.0)))))
+            low, high = axis.get_ylim()
+            axis.set_ylim(*span(low, high, 0.1 * max(1.0, float(np.nanmax(np.abs(scores), initial=0.0)))))
         for axis in column[len(shown[dimension]) :]:
             axis.set_visible(False)
         column[0].set_title(label(dimension))

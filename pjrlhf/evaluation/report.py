@@ -15,6 +15,7 @@ Layout of `summary` (every section may be absent, every number may be nan or Non
     sweep                 {dimension: {low, high: preference; weights: [of high]; scores: {preference: [...]};
                           length: [...]; spearman: {preference: x}; chord_gap: {preference: {mean, min, max}}}}
     position_consistency  fraction of comparisons judged alike in both orders, where the judge could differ
+    judge                 {name, asked, judged; of a language model also position_bias, requests, failures, cost}
     notes                 [str]
 
 of several methods on one front, for N objectives, where a metric is a number or, over seeds, {"mean", "low", "high"},

@@ -23,7 +23,7 @@ from pjrlhf.data import preferences
 from pjrlhf.errors import UserError
 from pjrlhf.evaluation.statistics import chord_gap, spearman
 from pjrlhf.evaluation.winrate import aggregate, win_rate
-from pjrlhf.judges.judge import JUDGES, ScoreJudge, check_judge, combo_outcomes
+from pjrlhf.judges.judge import JUDGES, ScoreJudge, check_judge, combo_outcomes, judge_name
 from pjrlhf.protocols.reporting import finish
 from pjrlhf.runtime.answers import Keys, Row, sample_rows
 from pjrlhf.runtime.run import Run, Stage
@@ -38,6 +38,7 @@ OWN = {
     "soups_untold": "the soups that are not told the preferences",
     "rlhf": "the policy of the general reward",
 }
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SoupsSettings(Settings):
@@ -218,6 +219,7 @@ class Evaluation:
             "win_rate_average": average,
             "combos": combos,
             "position_consistency": self.judge.consistency,
+            "judge": {"name": judge_name(self.config.judge), **self.judge.report()},
         }
         if "soups_untold" in methods:
             sections["ablation"] = {"soups_untold": {b: self.rate(pooled["soups_untold", b]) for b in shown}}

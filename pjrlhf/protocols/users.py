@@ -70,7 +70,7 @@ def run(run: Run) -> dict[str, Any]:
     held = pairs.tables["heldout"].examples
     # Columns of your own data may have the same names and mean other things.
     simulated = isinstance(preference.data, str)
-    questions = not simulated and preference.data.get("kind") == "choices"
+    questions = not isinstance(preference.data, str) and preference.data.get("kind") == "choices"
     groups = {str(e.user_id): e.extra["persona"] for e in held} if simulated else None
     settings = {"groups": groups, "resamples": config.resamples, "seed": run.streams.seed}
     summary: dict[str, Any] = {"controls": [name for name in models if preference.entry(name).users.permuted]}

@@ -20,8 +20,8 @@ from pjrlhf.errors import UserError
 from pjrlhf.export import merge
 from pjrlhf.export.merge import MergeSettings
 from pjrlhf.feedback import comparisons
-from pjrlhf.models import folders
 from pjrlhf.judges.judge import ScoreJudge
+from pjrlhf.models import folders
 from pjrlhf.models.storage import load_tree, save_tree
 from pjrlhf.pipeline import stages
 from pjrlhf.protocols import soups as evaluate
