@@ -128,9 +128,9 @@ def check_bases(base: pathlib.Path | None, ingredients: Sequence[Ingredient]) ->
 
 
 def check_config(folder: pathlib.Path, source: pathlib.Path) -> None:
-    """Two full models must have the same family and dimensions."""
+    """Two full models must have the same family, and settings that give the same numbers."""
     here, there = (
-        {"model_type": read_json(f / "config.json").get("model_type"), **dataclasses.asdict(read_config(f))}
+        {"model_type": read_json(f / "config.json").get("model_type"), **dataclasses.asdict(read_config(f).essence)}
         for f in (folder, source)
     )
     for name, value in here.items():

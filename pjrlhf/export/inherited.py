@@ -71,7 +71,7 @@ def inherit(
 
     def read_file(name: str, ignored: Collection[str] = ()) -> dict[str, Json]:
         """The keys of a JSON file, each from the folder that decides about it."""
-        contents = {folder: _optional(folder / name) for folder in folders}
+        contents = {folder: _with_lists(_optional(folder / name)) for folder in folders}
         keys = dict.fromkeys(key for content in contents.values() for key in content if key not in ignored)
         return {key: decide(f"{key} in {name}", lambda folder, key=key: contents[folder].get(key))[1] for key in keys}
 
@@ -80,24 +80,33 @@ def inherit(
     ids = {}
     for name in TOKEN_IDS:
         stated = [x[name] for x in (generation, config) if x.get(name) is not None]
-        every = [i for x in stated for i in (x if isinstance(x, list) else [x])]
+        every = [i for ids_of_file in stated for i in ids_of_file]
         if wrong := [i for i in every if type(i) is not int]:
             raise UserError(f"{name} of the ingredients: {wrong[0]!r} is no id; correct {GENERATION} and config.json")
         every = list(dict.fromkeys(every))
         # EOS may be several; the model stops at any of them.
         ids[name] = every if name == "eos_token_id" and len(every) > 1 else next(iter(every), None)
-    template, _ = decide("chat template", _chat_template)
-    tokenizer, _ = decide("tokenizer", _has_tokenizer)
+    tokenizer, _ = decide("chat template or EOS token", _voice)
     return Inherited(
-        template or tokenizer,
+        tokenizer,
         ids,
         {key: value for key, value in generation.items() if key not in TOKEN_IDS and value is not None},
     )
 
 
-def _has_tokenizer(folder: pathlib.Path) -> bool | None:
-    """True, or None: all tokenizers of a merge are the same."""
-    return any((folder / name).is_file() for name in TOKENIZER_FILES) or None
+def _with_lists(content: dict[str, Json]) -> dict[str, Json]:
+    """`content` with every id of a special token as a sorted list: 3 and [3] say the same."""
+    ids = {name: content[name] for name in TOKEN_IDS if content.get(name) is not None}
+    return content | {name: sorted(x, key=str) if isinstance(x, list) else [x] for name, x in ids.items()}
+
+
+def _voice(folder: pathlib.Path) -> tuple[Json, Json] | None:
+    """(chat template, EOS token) of a tokenizer, None where there is none. The rest of all tokenizers is equal."""
+    if not any((folder / name).is_file() for name in TOKENIZER_FILES):
+        return None
+    places = ("tokenizer_config.json", "special_tokens_map.json")
+    eos = next((found for name in places if (found := _optional(folder / name).get("eos_token"))), None)
+    return _chat_template(folder), eos.get("content") if isinstance(eos, dict) else eos
 
 
 def _optional(file: pathlib.Path) -> dict[str, Json]:

@@ -248,6 +248,8 @@ def _write_adapter(
         for ingredient in ingredients:
             check_adapter(ingredient, config, base)
     recorded = read_json(ingredients[0].folder / ADAPTER_CONFIG).get("base_model_name_or_path")
+    if isinstance(recorded, str) and (found := ingredients[0].folder / recorded).is_dir():  # relative to the adapter
+        recorded = str(found.resolve())
     combined = combine_adapters(lora.concatenate, ingredients)
     with np.errstate(over="ignore"):  # what is too large for `dtype` is refused when it is written
         adapter = jax.tree.map(lambda x: np.asarray(x, jnp.dtype(dtype)), combined)

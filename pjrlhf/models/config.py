@@ -1,6 +1,14 @@
 """The shape of a decoder, independent of any file format."""
 
 import dataclasses
+import math
+
+# Numbers of a `ModelConfig` that divide something, or are the base of a power; None is none.
+_POSITIVE = ("norm_eps", "rope_theta", "local_rope_theta", "query_scalar", "attention_softcap", "logit_softcap")
+
+
+def _is_positive(x: object) -> bool:
+    return type(x) in (int, float) and math.isfinite(x) and x > 0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -20,6 +28,10 @@ class RopeScaling:
         llama3 = (self.low_freq_factor, self.high_freq_factor, self.original_max_position)
         if None in llama3 and any(x is not None for x in llama3):
             raise ValueError(f"{self} is neither linear nor Llama 3 scaling; give factor alone, or all four numbers")
+        if not all(_is_positive(x) for x in (self.factor, *llama3) if x is not None):
+            raise ValueError(f"{self} holds a number that is not above 0 and finite")
+        if self.low_freq_factor is not None and self.low_freq_factor == self.high_freq_factor:
+            raise ValueError(f"{self} has no range between low_freq_factor and high_freq_factor")
 
 
 # Names of the decoder's linear layers that may have a bias.
@@ -100,6 +112,12 @@ class ModelConfig:
                 f"num_heads={self.num_heads} is not a multiple of num_kv_heads={self.num_kv_heads}; "
                 "grouped-query attention needs equal groups"
             )
+        for name in _POSITIVE:
+            if (value := getattr(self, name)) is not None and not _is_positive(value):
+                raise ValueError(f"{name}={value!r} must be a finite number above 0")
+        for name in ("tie_embeddings", "gated", "scale_embeddings", "rotary_interleaved"):
+            if type(getattr(self, name)) is not bool:
+                raise ValueError(f"{name}={getattr(self, name)!r} must be True or False")
         for name, choices in CHOICES.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name}={getattr(self, name)!r} is unknown; choose one of {choices}")
@@ -110,7 +128,9 @@ class ModelConfig:
                 f"rotary_dim={self.rotary_dim} must be even, above 0 and at most head_dim={self.head_dim}: "
                 "rotary embeddings rotate pairs of channels of a head"
             )
-        if self.windows and (len(self.windows) != self.num_layers or min(self.windows) < 0):
+        if self.windows and (
+            len(self.windows) != self.num_layers or any(type(x) is not int or x < 0 for x in self.windows)
+        ):
             raise ValueError(
                 f"windows={self.windows} must be one number of tokens for each of {self.num_layers} layers"
             )
@@ -120,6 +140,11 @@ class ModelConfig:
             raise ValueError(f"biases: there is no linear layer {min(unknown)!r}; choose from {LINEARS}")
         if self.tie_embeddings and "head" in self.biases:
             raise ValueError("biases: a head that is tied to the embedding has none")
+
+    @property
+    def essence(self) -> "ModelConfig":
+        """The settings that change numbers: the context limits a model only where its positions are learned."""
+        return self if self.positions == "learned" else self.replace(max_length=0)
 
     def replace(self, **changes: object) -> "ModelConfig":
         return dataclasses.replace(self, **changes)

@@ -110,7 +110,7 @@ def _parse(raw: Mapping[str, Json], source: object) -> ModelConfig:
         return _parse_family(raw, get_family(raw.get("model_type"), source), source)
     except UserError:
         raise
-    except (TypeError, ValueError, AttributeError, OverflowError) as e:  # a setting of the wrong type
+    except (TypeError, ValueError, AttributeError, OverflowError) as e:  # a wrong value, perhaps of a wrong type
         raise UserError(f"{source}: {e}; copy the config.json that came with the weights") from e
 
 
@@ -135,8 +135,6 @@ def _parse_family(raw: Mapping[str, Json], family: Family, source: object) -> Mo
     missing = [theirs for ours, theirs in family.fields.items() if values[ours] is None and ours not in NULLABLE]
     if missing:
         raise UserError(f"{source}: the key {missing[0]!r} is missing; copy the config.json that came with the weights")
-    if not isinstance(values["norm_eps"], int | float) or not 0 < values["norm_eps"] < 1:
-        raise UserError(f"{source}: {family.fields['norm_eps']}={values['norm_eps']!r} is not between 0 and 1")
     for name in SIZES:
         limit = MOST_LAYERS if name == "num_layers" else 2**31 - 1
         if type(values[name]) is not int or not 1 <= values[name] <= limit:

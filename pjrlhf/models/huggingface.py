@@ -233,8 +233,8 @@ def copy_tokenizer(source: pathlib.Path, target: pathlib.Path) -> None:
 
 
 def fingerprint(folder: Folder) -> str:
-    """Identifies the model in `folder` by 16 hex digits: XXH3 of its family, its dimensions and the content of every
-    tensor.
+    """Identifies the model in `folder` by 16 hex digits: XXH3 of its family, its essential settings and the content of
+    every tensor.
 
     Neither settings that change no result, nor how tensors are spread over files, enter. XXH3 is as fast as reading the
     files, but not cryptographic.
@@ -246,7 +246,7 @@ def fingerprint(folder: Folder) -> str:
     config = read_config(folder)
     model_type = read_json(folder / "config.json")["model_type"]
     family = get_family(model_type, folder)
-    digest = xxhash.xxh3_64(repr((model_type, config)).encode())
+    digest = xxhash.xxh3_64(repr((model_type, config.essence)).encode())
     with open_tensors(weight_files(folder), family.prefix) as files:
         for name in sorted(check_tensors(folder, files, family, config)):
             digest.update(f"\0{name}\0{files[name].dtype(name)}\0".encode())

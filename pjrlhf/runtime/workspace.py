@@ -85,7 +85,7 @@ class ModelSettings(Settings):
         if self.rope_scaling:
             try:
                 RopeScaling(**self.rope_scaling)
-            except TypeError as error:
+            except (TypeError, ValueError) as error:
                 raise UserError(
                     "rope_scaling: give factor, low_freq_factor, high_freq_factor and original_max_position, not "
                     f"{dict(self.rope_scaling)}"

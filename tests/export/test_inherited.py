@@ -105,7 +105,8 @@ def test_what_an_ingredient_changed_counts_and_not_what_it_lacks(models):
 
 
 CONFLICTS = {
-    "chat template": lambda f: write_tokenizer(f, chat_template="{{ messages }}", eos_token="<end>"),
+    "chat template or EOS token": lambda f: write_tokenizer(f, chat_template="{{ messages }}", eos_token="<end>"),
+    "chat template or EOS token ": lambda f: write_tokenizer(f, chat_template=CHAT, eos_token="b"),
     "temperature in generation_config.json": lambda f: write_json(f / "generation_config.json", temperature=0.1),
     "eos_token_id in generation_config.json": lambda f: write_json(f / "generation_config.json", eos_token_id=2),
     "eos_token_id in config.json": lambda f: edit(f, eos_token_id=2),
@@ -117,7 +118,9 @@ def test_conflicts_are_refused_and_a_setting_decides(models, what):
     CONFLICTS[what](models / "twin")
     if what == "eos_token_id in config.json":
         edit(models / "chat", eos_token_id=4)
-    with pytest.raises(UserError, match=f"twin: has another {what} than .*chat; set merge.tokenizer to the folder"):
+    with pytest.raises(
+        UserError, match=f"twin: has another {what.strip()} than .*chat; set merge.tokenizer to the folder"
+    ):
         merged(models, ("chat", "twin"))
     assert not (models.parent / "out").exists()
     for name in ("chat", "twin"):
@@ -125,6 +128,17 @@ def test_conflicts_are_refused_and_a_setting_decides(models, what):
         assert tokenizer == json.loads((models / name / "tokenizer_config.json").read_text())
     with pytest.raises(UserError, match=r"merge\.tokenizer: .*lora is neither the base nor an ingredient"):
         merged(models, ("chat", "twin"), tokenizer=str(models / "lora"))
+
+
+def test_one_id_and_a_list_of_it_are_no_conflict(models):
+    write_json(models / "twin" / "generation_config.json", eos_token_id=[4, 3], temperature=0.6, do_sample=True)
+    edit(models / "twin", eos_token_id=[3])
+    assert merged(models, ("chat", "twin"))[2]["eos_token_id"] == [3, 4]
+
+
+def test_an_eos_token_of_an_ingredient_without_a_template_counts(models):
+    write_tokenizer(models / "plain", eos_token={"content": "<end>", "special": True})
+    assert merged(models, ("plain",))[0]["eos_token"]["content"] == "<end>"
 
 
 # ---- tokenizers

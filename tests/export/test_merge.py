@@ -373,9 +373,9 @@ def test_a_base_with_another_setting_that_changes_nothing_is_the_same_base(model
     """And so is one whose weights are spread over other files."""
     run(models, tmp_path / "mine", ("lora0",), (1,), base="base", space="concat")
     save_params(tmp_path / "base", CONFIG, load_params(models / "base"), max_shard_bytes=4000)
-    edit(tmp_path / "base", use_cache=False, transformers_version="9.9")
+    edit(tmp_path / "base", use_cache=False, transformers_version="9.9", max_position_embeddings=16)
     assert fingerprint(tmp_path / "base") == fingerprint(models / "base")
-    run(models, tmp_path / "out", (tmp_path / "mine",), (1,), base=tmp_path / "base")
+    run(models, tmp_path / "out", (tmp_path / "mine", "one"), (1, 0.5), base=tmp_path / "base")
 
 
 @pytest.mark.parametrize("space", ["delta", "concat"])

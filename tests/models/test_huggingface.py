@@ -286,7 +286,12 @@ BROKEN_WEIGHTS = {
     r"hidden_size=1000000000000 is no whole number": lambda folder: edit(folder, hidden_size=10**12),
     r"head_dim=-6 is no whole number": lambda folder: edit(folder, head_dim=-6),
     r"vocab_size='12' is no whole number": lambda folder: edit(folder, vocab_size="12"),
-    r"rms_norm_eps='1e-5' is not between 0 and 1": lambda folder: edit(folder, rms_norm_eps="1e-5"),
+    r"norm_eps='1e-5' must be a finite number above 0": lambda folder: edit(folder, rms_norm_eps="1e-5"),
+    r"rope_theta=nan must be": lambda folder: edit(folder, rope_parameters=None, rope_theta=float("nan")),
+    r"tie_embeddings='no' must be True or False": lambda folder: edit(folder, tie_word_embeddings="no"),
+    r"factor=0.* holds a number that is not above 0": lambda folder: edit(
+        folder, rope_parameters=None, rope_scaling={"type": "linear", "factor": 0}
+    ),
     r"config\.json: float\(\) argument must be": lambda folder: edit(folder, rope_parameters={"rope_theta": [1]}),
     r"model_type \['llama'\] is not supported": lambda folder: edit(folder, model_type=["llama"]),
 }
