@@ -8,7 +8,7 @@ _POSITIVE = ("norm_eps", "rope_theta", "local_rope_theta", "query_scalar", "atte
 
 
 def _is_positive(x: object) -> bool:
-    return type(x) in (int, float) and math.isfinite(x) and x > 0
+    return isinstance(x, int | float) and not isinstance(x, bool) and math.isfinite(x) and x > 0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 from support import tiny
 
-from pjrlhf import main
 from pjrlhf.data.schema import validate
 from pjrlhf.data.sources import open_source
 from pjrlhf.export import merge
