@@ -33,7 +33,7 @@ def ours(job, turn):
         # Adapters as after training: the second factor starts at zero.
         bank = jax.tree.map(lambda x: x + 1e-3, bank)
         mix = jnp.asarray(np.random.default_rng(0).dirichlet([1.0] * 3, len(prompt)), jnp.float32)
-    sampling = Sampling(max_new_tokens=job["new"], eos_id=-1, pad_id=harness.PAD, temperature=0.0)
+    sampling = Sampling(max_new_tokens=job["new"], eos_ids=(-1,), pad_id=harness.PAD, temperature=0.0)
 
     @jax.jit
     def draw(base, bank, mix, prompt):

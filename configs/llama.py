@@ -39,6 +39,7 @@ def get_config(variant: str = "pdpo_8b") -> ml_collections.ConfigDict:
         c.data.prompt_buckets, c.data.completion_buckets = (128, 256), (128, 256)
     c.data.update({"max_prompt": 512, "max_completion": 512, "long_prompt": "truncate_left"})
     pdpo(c) if method == "pdpo" else soups(c)
+    c.data.long_completion = "truncate"
     if size == "70b":  # v6e-256 has 64 groups of four chips, and a minibatch needs a row for each
         if method == "pdpo":
             c.preference.batch_size = 64

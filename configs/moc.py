@@ -47,9 +47,7 @@ def stories(c: ml_collections.ConfigDict) -> None:
         )
         c.judge = ml_collections.ConfigDict({"happy": "sentiment", "short": "short"})
         c.data.prompts = ml_collections.ConfigDict({"kind": "jsonl", "path": "configs/story_openings.jsonl"})
-    c.data.chat = False
-    c.data.update({"max_prompt": 96, "prompt_buckets": (32,), "max_completion": 96})
-    c.reward.optimizer.learning_rate = 2e-3
-    c.policy.optimizer.learning_rate = 1e-3
+    config.pretrained(c)
+    c.data.update({"max_prompt": 256, "max_completion": 128})
     c.sample_rows = 128
     config.family(c, "rlhf", "rsoups", "clp", "moc", "sum", "pama")

@@ -77,8 +77,7 @@ def soup(c: ml_collections.ConfigDict) -> None:
 def records(c: ml_collections.ConfigDict) -> None:
     c.title = "P-DPO on your records"
     c.stages = ("preference", "evaluate_users")
-    c.data.chat = False
-    c.data.max_prompt, c.data.max_completion = 128, 128
+    config.pretrained(c)
     c.evaluate_users.cold_start = ()
     _data(c.preference, kind="jsonl", path="")
 

@@ -85,14 +85,10 @@ def huggingface(c: ml_collections.ConfigDict) -> None:
     c.objectives = tuple(dimensions)
     c.general = ""
     c.prompt_preference = "never"
-    c.data.chat = False
-    c.data.max_prompt = 32
-    c.data.prompt_buckets = ()
-    c.data.max_completion = 128
-    # Shorter steps keep what the pretrained model has learned.
-    c.reward.optimizer.learning_rate = 2e-3
-    c.policy.optimizer.learning_rate = 1e-3
+    config.pretrained(c)
+    c.policy.rollouts = 32
     c.policy.kl.coefficient = 0.05
+    c.data.update({"max_prompt": 256, "max_completion": 128})
     c.comparisons.pairs = 512
     c.reward.steps = 120
     c.policy.steps = 40

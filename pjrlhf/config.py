@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import Any, get_type_hints
 
 import ml_collections
+from absl import logging
 
 from pjrlhf.algorithms.modpo import ModpoSettings
 from pjrlhf.algorithms.pdpo import PreferenceSettings
@@ -154,6 +155,49 @@ def complete(config: ml_collections.ConfigDict) -> None:
 def base() -> ml_collections.ConfigDict:
     """Shared settings and supervised fine-tuning, sized for the synthetic environment."""
     return to_config(RunSettings(sft=SftSettings()))
+
+
+# Learning rates for a pretrained base: of its parameters in `sft` (Tulu 2, arXiv 2311.10702), of adapters elsewhere
+# (Rewarded Soups, arXiv 2306.04488; P-RLHF, arXiv 2402.05133; MODPO, arXiv 2310.03708; RiC, arXiv 2402.10207).
+PRETRAINED_RATES = {"sft": 2e-5, "reward": 1e-4, "policy": 1.4e-5, "preference": 5e-5, "modpo": 1e-4, "ric": 1.4e-4}
+# Above these, training a pretrained base is likely to undo what it knows.
+LARGEST_RATE, LARGEST_FULL_RATE = 1e-3, 1e-4  # of adapters, of all parameters
+
+
+def pretrained(c: ml_collections.ConfigDict) -> None:
+    """Changes the sections of a config, which are sized for small models from scratch, for a pretrained base and real
+    text: learning rates of the literature, and lengths of a few hundred tokens, to which longer texts are cut. Call it
+    after the sections are added.
+    """
+    for name, rate in PRETRAINED_RATES.items():
+        if name in c and c[name] is not None:
+            c[name].optimizer.learning_rate = rate
+    if "preference" in c:
+        c.preference.user_optimizer.learning_rate = 1e-3
+    if "reward" in c:
+        c.reward.batch_size = 16
+    c.data.update({"max_prompt": 512, "max_completion": 256})
+    c.data.update({"long_prompt": "truncate_left", "long_completion": "truncate"})
+    with c.ignore_type():
+        c.data.prompt_buckets, c.data.completion_buckets = (64, 128, 256), (64, 128)
+
+
+def warn_of_rates(settings: RunSettings) -> None:
+    """Warns of learning rates that are meant for small models from scratch, where the base is pretrained."""
+    if not settings.model.path:
+        return
+    for name in PRETRAINED_RATES:
+        section = getattr(settings, name)
+        if section is None or name not in settings.stages:
+            continue
+        full = not (section.adapter if name == "sft" else settings.adapter).rank
+        limit = LARGEST_FULL_RATE if full else LARGEST_RATE
+        if section.optimizer.learning_rate > limit:
+            logging.warning(
+                "%s.optimizer.learning_rate=%g suits small models from scratch, and a pretrained base is likely to "
+                "forget what it knows; --config.%s.optimizer.learning_rate=%g is usual",
+                *(name, section.optimizer.learning_rate, name, PRETRAINED_RATES[name]),
+            )
 
 
 def users(c: ml_collections.ConfigDict) -> None:

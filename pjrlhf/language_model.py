@@ -181,7 +181,7 @@ class LanguageModel:
         tokens, valid = pad_left(ids, min(_rounded(max(map(len, ids))), room), self.tokenizer.pad_id)
         sampling = Sampling(
             max_new_tokens=max_new_tokens,
-            eos_id=self.tokenizer.eos_id,
+            eos_ids=self.tokenizer.eos_ids,
             pad_id=self.tokenizer.pad_id,
             temperature=temperature,
             top_p=top_p,
@@ -190,11 +190,9 @@ class LanguageModel:
         out = jax.device_get(_generate(self.backbone, sampling, bank, mix, user_tokens, tokens, valid, key))
         texts = []
         for prompt, before, after, kept in zip(prompts, ids, out.tokens, out.valid, strict=True):
-            answer = after[kept].tolist()
-            if isinstance(prompt, str):  # prompt + answer is the whole text
-                texts.append(self.tokenizer.decode(before + answer)[len(self.tokenizer.decode(before)) :])
-            else:
-                texts.append(self.tokenizer.decode(answer).strip())
+            texts.append(
+                self.tokenizer.decode_answer(after[kept].tolist(), before if isinstance(prompt, str) else None)
+            )
         return texts
 
     def score(
@@ -220,7 +218,7 @@ class LanguageModel:
         """
         mix = _rows_of_mix(bank, mix, len(prompts))
         rows = [self.tokenizer.encode_answers(p, [a]) for p, a in zip(prompts, answers, strict=True)]
-        prompt_ids, answer_ids = [prompt for prompt, _ in rows], [found[0] for _, found in rows]
+        prompt_ids, answer_ids = [prompt for prompt, _ in rows], [found[0].ids for _, found in rows]
         reserved = 0 if user_tokens is None else user_tokens.shape[1]
         self._check_context(reserved + max(len(p) + len(a) for p, a in zip(prompt_ids, answer_ids, strict=True)))
         prompt = pad_left(prompt_ids, _rounded(max(map(len, prompt_ids))), self.tokenizer.pad_id)

@@ -18,9 +18,9 @@ from jaxtyping import Bool, Float, Int
 from pjrlhf.algorithms import answering, banks, reward
 from pjrlhf.algorithms.targets import Targets, TargetSettings, targets_of
 from pjrlhf.data.batching import batches
+from pjrlhf.data.messages import request_of, text_of
 from pjrlhf.data.packing import PackedRows
 from pjrlhf.data.preferences import PreferencePrompt
-from pjrlhf.data.schema import request_of
 from pjrlhf.data.tokenization import TokenRow, TokenTable
 from pjrlhf.errors import UserError
 from pjrlhf.feedback.pairs import SPLITS
@@ -34,11 +34,12 @@ from pjrlhf.runtime.run import Run, Trainer
 from pjrlhf.runtime.streams import Streams
 from pjrlhf.runtime.text import Text
 from pjrlhf.settings import Settings, setting
+from pjrlhf.training.accumulation import check_accumulation, gradient_of, in_parts, parts_of
 from pjrlhf.training.loop import Method
 from pjrlhf.training.metrics import Metrics
-from pjrlhf.training.optimizer import OptimizerSettings, check_warmup, make_optimizer, per_ingredient
+from pjrlhf.training.optimizer import OptimizerSettings, check_warmup, make_optimizer, per_ingredient, steps_of
 from pjrlhf.training.state import State
-from pjrlhf.types import Array, Params
+from pjrlhf.types import Array, Params, PRNGKey
 
 LOSSES = ("sigmoid", "hinge")
 
@@ -52,13 +53,16 @@ class ModpoSettings(Settings):
     prompt_format: PreferencePrompt = setting(PreferencePrompt())
     prompt_preference: str = setting("never", "the pairs have plain prompts", choices=("never", "always", "half"))
     steps: int = setting(120, "updates", low=1, high=10**9)
+    epochs: float = setting(0.0, "passes over the pairs instead of steps; 0 is steps", low=0.0, high=1e6)
     batch_size: int = setting(8, "pairs per policy and step", low=1, high=2**20)
+    accumulation_steps: int = setting(1, "parts of a batch that are computed one after the other", low=1, high=2**20)
     beta: float = setting(0.1, "inverse temperature of the implicit reward", above=0.0, high=1e6)
     loss: str = setting("sigmoid", "of the margins", choices=LOSSES)
     optimizer: OptimizerSettings = setting(OptimizerSettings(learning_rate=3e-3, schedule="linear"))
 
     def check(self) -> None:
         check_warmup(self.optimizer, self.steps)
+        check_accumulation(self.accumulation_steps, self.batch_size)
         if self.preferences.kind not in ("own", "fixed"):
             raise UserError(
                 f"preferences.kind: {self.preferences.kind!r} draws preferences, and MODPO trains one policy per "
@@ -120,7 +124,7 @@ def table_rewards(run: Run, rewarder: Params, table: TokenTable) -> np.ndarray:
     for example, places in zip(table.examples, numbers, strict=True):
         request = example.extra.get("request") or request_of(example.prompt)
         for side, place in zip(SIDES, places, strict=True):
-            texts[place] = (request, getattr(example, side))
+            texts[place] = (request, text_of(getattr(example, side)))
     rewards = raw_rewards(run, rewarder, answers, texts)[numbers]
     return np.where(np.isnan(rewards).any(1, keepdims=True), 0, rewards)
 
@@ -143,18 +147,19 @@ class ModpoBatch(struct.PyTreeNode):
 
 
 def policies_loss(
-    backbone: Backbone, bank: Params, batch: ModpoBatch, beta: float, kind: str
+    backbone: Backbone, bank: Params, batch: ModpoBatch, beta: float, kind: str, dropout_key: PRNGKey | None = None
 ) -> tuple[Float[Array, ""], Metrics]:
     """Sum over the K policies of their mean MODPO losses; metrics [K].
 
     Accuracies and margins are those of the rewards that the policies imply for the labelled objective, (beta log(pi /
     reference) - sum_{i>0} w_i r_i) / w_0: what the labels are about. With one-hot weights they are DPO's.
 
-    `beta` and `kind` are those of `modpo_loss`.
+    `beta` and `kind` are those of `modpo_loss`, `dropout_key` is that of `Policies`.
     """
     weights, reference, rewards = batch.weights, batch.reference, batch.rewards.swapaxes(1, 2)
     K = weights.shape[0]
-    logps = scoring.packed_logps(backbone.policies(bank, jnp.eye(K)), batch.rows).reshape(reference.shape)
+    policies = backbone.policies(bank, jnp.eye(K), dropout_key=dropout_key)
+    logps = scoring.packed_logps(policies, batch.rows).reshape(reference.shape)
     logps, reference = ((x[..., 0], x[..., 1]) for x in (logps, reference))
     rewards = rewards[:, 0], rewards[:, 1]
     losses = modpo_loss(logps, reference, beta, weights=weights, rewards=rewards, kind=kind)
@@ -216,12 +221,22 @@ class Modpo(Method):
         text: Text,
         streams: Streams,
     ):
-        self.settings, self.data, self.devices, self.backbone = settings, data, devices, backbone
-        self.text, self.streams = text, streams
-        self.optimizer = per_ingredient(make_optimizer(settings.optimizer, settings.steps))
         source = reward.Grouped(data.tables, streams.seed)
-        names: dict[str, Any] = {"key": "modpo.batch_size", "rows": source.described}
-        self.batches = batches(source, settings.batch_size, seed=streams.seed, collate=self.collate, **names)
+        steps = steps_of(settings.steps, settings.epochs, len(source), settings.batch_size)
+        self.settings = settings = settings.replace(steps=steps)
+        self.data, self.devices, self.backbone = data, devices, backbone
+        self.text, self.streams = text, streams
+        self.rates = settings.optimizer.rates()
+        self.optimizer = per_ingredient(make_optimizer(settings.optimizer, settings.steps))
+        collate = in_parts(self.collate, settings.accumulation_steps)
+        self.batches = batches(
+            source,
+            settings.batch_size,
+            seed=streams.seed,
+            collate=collate,
+            key="modpo.batch_size",
+            rows=source.described,
+        )
         self._update = devices.training_step(self._step)
         self.programs, self.ingredients = (self._update,), data.policies
 
@@ -244,16 +259,17 @@ class Modpo(Method):
         bank = init_bank(backbone.base, backbone.adapter, len(self.data.policies), self.streams.key("modpo/adapter"))
         return State.create(self.streams.key("modpo/state"), bank, self.optimizer)
 
-    def _step(self, state: State, backbone: Backbone, batch: ModpoBatch) -> tuple[State, Metrics]:
-        def loss(bank: Params) -> tuple[Array, Metrics]:
-            return policies_loss(backbone, bank, batch, self.settings.beta, self.settings.loss)
+    def _step(self, state: State, backbone: Backbone, *parts: ModpoBatch) -> tuple[State, Metrics]:
+        def loss(bank: Params, batch: ModpoBatch, key: PRNGKey) -> tuple[Array, Metrics]:
+            return policies_loss(backbone, bank, batch, self.settings.beta, self.settings.loss, key)
 
-        gradient, metrics = jax.grad(loss, has_aux=True)(state.trainable)
+        gradient, metrics = gradient_of(loss, state.trainable, parts, state.key)
         return state.apply_gradients(gradient, self.optimizer), metrics
 
-    def step(self, state: State, batch: ModpoBatch) -> tuple[State, Metrics]:
+    def step(self, state: State, batch: ModpoBatch | tuple[ModpoBatch, ...]) -> tuple[State, Metrics]:
         # The rest of a batch is small: every device has all of it.
-        return self._update(state, self.backbone, batch.replace(rows=self.devices.place(batch.rows)))
+        parts = (part.replace(rows=self.devices.place(part.rows)) for part in parts_of(batch))
+        return self._update(state, self.backbone, *parts)
 
 
 # ---- the stage
@@ -315,7 +331,7 @@ def method_of(run: Run, settings: ModpoSettings) -> Modpo:
 def train(run: Run, settings: ModpoSettings, stage: str) -> dict[str, Any]:
     """Trains the policies; writes <workdir>/<stage>/bank.safetensors and one folder per adapter."""
     method = method_of(run, settings)
-    state, names = run.train(method, stage, settings.steps), list(method.data.policies)
+    state, names = run.train(method, stage, method.settings.steps), list(method.data.policies)
     base_hash = banks.save(run, stage, names, state.trainable)
     return {"ingredients": names, "samples": method.data.samples, "base": base_hash}
 

@@ -35,10 +35,18 @@ from pjrlhf.runtime.run import Run, Stage
 from pjrlhf.runtime.scorer import Scorer
 from pjrlhf.runtime.streams import Streams
 from pjrlhf.settings import Settings, check_names, parse, setting
+from pjrlhf.training.accumulation import check_accumulation, gradient_of, in_parts, parts_of
 from pjrlhf.training.lazy_adam import LazyAdam, lazy_adam
 from pjrlhf.training.loop import Method
 from pjrlhf.training.metrics import Metrics
-from pjrlhf.training.optimizer import OptimizerSettings, check_warmup, make_optimizer, make_schedule, per_ingredient
+from pjrlhf.training.optimizer import (
+    OptimizerSettings,
+    check_warmup,
+    make_optimizer,
+    make_schedule,
+    per_ingredient,
+    steps_of,
+)
 from pjrlhf.training.state import State
 from pjrlhf.training.workdir import disk_errors
 from pjrlhf.types import Array, Json, Params, PRNGKey
@@ -127,6 +135,7 @@ class Entry:
     Attributes:
       name: in `preference.models`.
       steps, batch_size: updates, and pairs of each.
+      accumulation_steps: parts of a batch.
       optimizer, user_optimizer: of the policy or reward model, and of the user model.
     """
 
@@ -135,6 +144,7 @@ class Entry:
     objective: PreferenceConfig
     steps: int
     batch_size: int
+    accumulation_steps: int
     optimizer: OptimizerSettings
     user_optimizer: OptimizerSettings
 
@@ -160,6 +170,8 @@ class PreferenceSettings(PairSettings, PreferenceConfig):
         "", "for entries of kind soup: policy, or bank.safetensors of a stage policy on the same base", path=True
     )
     steps: int = setting(160, "updates of each entry", low=1, high=10**9)
+    epochs: float = setting(0.0, "passes over the pairs instead of steps; 0 is steps", low=0.0, high=1e6)
+    accumulation_steps: int = setting(1, "parts of a batch that are computed one after the other", low=1, high=2**20)
     optimizer: OptimizerSettings = setting(
         OptimizerSettings(learning_rate=3e-3, schedule="cosine", warmup_steps=5), "of the policy or reward model"
     )
@@ -169,6 +181,7 @@ class PreferenceSettings(PairSettings, PreferenceConfig):
 
     def check(self) -> None:
         super().check()
+        check_accumulation(self.accumulation_steps, self.batch_size)
         if not self.models:
             raise UserError("models: there is none; add an entry such as {'pooled': {'kind': 'uniform'}}")
         check_names("models", self.models)
@@ -205,6 +218,7 @@ class PreferenceSettings(PairSettings, PreferenceConfig):
             objective=parse(PreferenceConfig, objective, f"models.{name}"),
             steps=self.steps,
             batch_size=self.batch_size,
+            accumulation_steps=self.accumulation_steps,
             optimizer=self.optimizer,
             user_optimizer=self.user_optimizer,
         )
@@ -213,17 +227,20 @@ class PreferenceSettings(PairSettings, PreferenceConfig):
 # ---- the objective
 
 
-def answer_scores(backbone: Backbone, users: UserModel, trainable: Params, batch: PairBatch) -> Float[Array, "2 B"]:
+def answer_scores(
+    backbone: Backbone, users: UserModel, trainable: Params, batch: PairBatch, dropout_key: PRNGKey | None = None
+) -> Float[Array, "2 B"]:
     """Scores of the chosen and rejected answers as each pair's user sees them: summed log-probs, nats, or, where
     `trainable` has "heads", rewards.
 
     Args:
       trainable: {"bank": the adapters, "users": parameters of the user model, whose table has a row for each of
         `batch.places`}, and "heads" of a reward model.
+      dropout_key: see `Policies`.
     """
     user_tokens, mix = users.apply(trainable["users"], batch.places)
     one = jnp.ones((1, 1))
-    policies = backbone.policies(trainable["bank"], one if mix is None else mix, user_tokens)
+    policies = backbone.policies(trainable["bank"], one if mix is None else mix, user_tokens, dropout_key)
     if "heads" in trainable:
         scores = scoring.packed_rewards(policies, trainable["heads"], one, batch.rows)
     else:
@@ -273,15 +290,20 @@ def pair_losses(config: PreferenceConfig, scores: Float[Array, "2 B"], batch: Pa
 
 
 def preference_loss(
-    backbone: Backbone, users: UserModel, config: PreferenceConfig, trainable: Params, batch: PairBatch
+    backbone: Backbone,
+    users: UserModel,
+    config: PreferenceConfig,
+    trainable: Params,
+    batch: PairBatch,
+    dropout_key: PRNGKey | None = None,
 ) -> tuple[Float[Array, ""], Metrics]:
     """The personalized loss of a batch (P-RLHF, arXiv 2402.05133): alpha times the mean over pairs as their users see
     them, and 1 - alpha times the mean over the copies of the generic user. Without such copies (`batch.generic` is
     None) every pair counts once, as in plain DPO.
 
-    `trainable` is that of `answer_scores`.
+    `trainable` and `dropout_key` are those of `answer_scores`.
     """
-    scores = answer_scores(backbone, users, trainable, batch)
+    scores = answer_scores(backbone, users, trainable, batch, dropout_key)
     pairwise = pair_losses(config, scores, batch)
     if config.sft_weight:
         pairwise = pairwise + config.sft_weight * losses.sft_term(scores[0], batch.counts[:, 0])
@@ -462,6 +484,7 @@ class Preference(Method):
     ):
         self.entry, self.pairs, self.devices, self.streams = entry, pairs, devices, streams
         self.backbone, self.objective = backbone, entry.objective
+        self.rates = entry.optimizer.rates() | entry.user_optimizer.rates("user_optimizer")
         given = dict(start or {})
         width = backbone.model.config.hidden_size
         self.users = user_model(entry, pairs.registry.capacity, width, given.get("bank"))
@@ -475,8 +498,15 @@ class Preference(Method):
             # The control: the same people and pairs, but nobody's pairs are their own.
             users = streams.numpy("preference/permutation").permutation(users)
         collate = functools.partial(self.collate, "train", users)
-        names: dict[str, Any] = {"key": "preference.batch_size", "rows": "pairs"}
-        self.batches = batches(pairs.tables["train"], entry.batch_size, seed=streams.seed, collate=collate, **names)
+        collate = in_parts(collate, entry.accumulation_steps)
+        self.batches = batches(
+            pairs.tables["train"],
+            entry.batch_size,
+            seed=streams.seed,
+            collate=collate,
+            key="preference.batch_size",
+            rows="pairs",
+        )
         self._margins = PairMargins(self.objective, self.users, pairs, backbone, Scorer(devices, entry.batch_size))
         self._update = devices.training_step(self._step)
         self.programs = (self._update,)
@@ -508,28 +538,35 @@ class Preference(Method):
         rng = jax.random.fold_in(self.streams.key("preference/init"), 2)
         return State(jnp.zeros((), jnp.int32), rng, trainable, self.optimizers.init(trainable), extra)
 
-    def _step(self, state: State, backbone: Backbone, frozen: Params, batch: PairBatch) -> tuple[State, Metrics]:
+    def _step(self, state: State, backbone: Backbone, frozen: Params, *parts: PairBatch) -> tuple[State, Metrics]:
         trainable, indices = state.trainable, None
         moving = trainable
         if self.users.personal:
-            batch = copies(self.objective, batch, jax.random.fold_in(state.rng, state.step))
+            keys = [state.key, *(jax.random.fold_in(state.key, i) for i in range(2, len(parts) + 1))]
+            mixed = [copies(self.objective, part, key) for part, key in zip(parts, keys, strict=True)]
             # Only the rows of users in the batch are differentiated.
-            small, local, indices = gather_rows(trainable["users"], batch.users)
-            moving, batch = {**trainable, "users": small}, batch.replace(local=local)
-        batch = batch.replace(**state.extra)
+            users = jnp.concatenate([part.users for part in mixed])
+            small, local, indices = gather_rows(trainable["users"], users)
+            moving = {**trainable, "users": small}
+            parts = tuple(part.replace(local=x) for part, x in zip(mixed, jnp.split(local, len(mixed)), strict=True))
+        parts = tuple(part.replace(**state.extra) for part in parts)
 
-        def loss(moving: Params) -> tuple[Array, Metrics]:
-            return preference_loss(backbone, self.users, self.objective, {**frozen, **moving}, batch)
+        def loss(moving: Params, batch: PairBatch, key: PRNGKey) -> tuple[Array, Metrics]:
+            return preference_loss(backbone, self.users, self.objective, {**frozen, **moving}, batch, key)
 
-        gradient, metrics = jax.grad(loss, has_aux=True)(moving)
+        gradient, metrics = gradient_of(loss, moving, parts, jax.random.fold_in(state.key, 1))
         trainable, opt_state = self.optimizers.update(gradient, indices, trainable, cast(Params, state.opt_state))
         norm = optax.global_norm(gradient)
         metrics = {**metrics, "grad_norm": (norm, jnp.ones_like(norm))}
-        extra = {"shift": jnp.stack(metrics["rewards/shift"])} if self.shifted else {}
+        extra = {}
+        if self.shifted:
+            # Every part adds its rewards to those before the batch.
+            shift = jnp.stack(metrics["rewards/shift"]) - (len(parts) - 1) * cast(Params, state.extra)["shift"]
+            metrics, extra = {**metrics, "rewards/shift": tuple(shift)}, {"shift": shift}
         return state.replace(step=state.step + 1, trainable=trainable, opt_state=opt_state, extra=extra), metrics
 
-    def step(self, state: State, batch: PairBatch) -> tuple[State, Metrics]:
-        return self._update(state, self.backbone, self.frozen, self.devices.place(batch))
+    def step(self, state: State, batch: PairBatch | tuple[PairBatch, ...]) -> tuple[State, Metrics]:
+        return self._update(state, self.backbone, self.frozen, *map(self.devices.place, parts_of(batch)))
 
     def evaluate(self, state: State) -> dict[str, float]:
         """Accuracy on the held-out pairs, each as its own user sees it."""
@@ -549,6 +586,8 @@ def run(run: Run) -> dict[str, Any]:
         entry = settings.entry(name)
         texts = entry.users.user_text
         pairs = made(user_text=texts, permuted_text=texts and entry.users.permuted)
+        steps = steps_of(settings.steps, settings.epochs, len(pairs.tables["train"]), settings.batch_size)
+        entry = dataclasses.replace(entry, steps=steps)
         first, start = round(entry.users.warm_start * entry.steps), None
         if KINDS.get(entry.users.kind).mixes:
             start = {"bank": soup_bank(run)}
@@ -586,7 +625,7 @@ def save(run: Run, entry: Entry, users: UserModel, registry: UserRegistry, param
         "user_model": {field.name: getattr(users, field.name) for field in dataclasses.fields(users)},
         "base_folder": workspace.base_from(path.parent),
         "quantize": workspace.settings.quantize,
-        "chat": run.settings.data.chat,
+        "chat": run.records.chat,
         **_provenance(run, entry),
     }
     run.workdir.stage(f"preference/{entry.name}")

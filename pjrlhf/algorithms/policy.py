@@ -163,6 +163,7 @@ class Policy(Method):
             self.ppo = dataclasses.replace(self.ppo, vf_coef=0.0)
         self.recipe = Recipe(settings.experience, data.text.sampling(), settings.rule)
         check_together(settings, self.targets, self.recipe.sampling.temperature)
+        self.rates = settings.optimizer.rates()
         updates = settings.steps * self.ppo.epochs * self.ppo.minibatches
         optimizer = make_optimizer(settings.optimizer, updates)
         # Adapters that one policy mixes are trained together.

@@ -39,12 +39,13 @@ from pjrlhf.runtime.scorer import Scorer
 from pjrlhf.runtime.streams import Streams
 from pjrlhf.runtime.text import Text
 from pjrlhf.settings import Settings, setting
+from pjrlhf.training.accumulation import check_accumulation, gradient_of, in_parts, parts_of
 from pjrlhf.training.loop import Method
 from pjrlhf.training.metrics import Metrics
-from pjrlhf.training.optimizer import OptimizerSettings, check_warmup, make_optimizer, per_ingredient
+from pjrlhf.training.optimizer import OptimizerSettings, check_warmup, make_optimizer, per_ingredient, steps_of
 from pjrlhf.training.state import State
 from pjrlhf.training.workdir import disk_errors
-from pjrlhf.types import Array, Params
+from pjrlhf.types import Array, Params, PRNGKey
 
 MODEL = "model.safetensors"
 SCALE = ("mean", "std", "low", "high")
@@ -61,7 +62,9 @@ class RewardSettings(Settings):
     )
     path: str = setting("", "reward models of another run to use instead of training them", path=True)
     steps: int = setting(160, "updates", low=1, high=10**9)
+    epochs: float = setting(0.0, "passes over the pairs instead of steps; 0 is steps", low=0.0, high=1e6)
     batch_size: int = setting(8, "pairs per objective and step", low=1, high=2**20)
+    accumulation_steps: int = setting(1, "parts of a batch that are computed one after the other", low=1, high=2**20)
     heldout_fraction: float = setting(0.2, "fraction of the prompts", above=0.0, below=1.0)
     calibration_samples: int = setting(256, "answers of the base that the scale is measured on", low=1, high=10**7)
     quantiles: tuple[float, ...] = setting(
@@ -72,6 +75,7 @@ class RewardSettings(Settings):
     def check(self) -> None:
         check_quantiles(self.quantiles)
         check_warmup(self.optimizer, self.steps)
+        check_accumulation(self.accumulation_steps, self.batch_size)
 
 
 def check_quantiles(quantiles: Sequence[float]) -> None:
@@ -117,8 +121,7 @@ def by_model(text: Text, rows: Sequence[Sequence[TokenRow]]) -> tuple[PackedRows
     """
     K = len(rows[0])
     pairs = [each[k] for k in range(K) for each in rows]
-    prompts, answers = [pair["prompt"] for pair in pairs], [[pair[side] for side in SIDES] for pair in pairs]
-    return text.pack(prompts, answers, groups=K).by_group(K), pairs
+    return text.pack(pairs, SIDES, groups=K).by_group(K), pairs
 
 
 class RewardBatch(struct.PyTreeNode):
@@ -135,26 +138,29 @@ class RewardBatch(struct.PyTreeNode):
 
 
 def pair_rewards(
-    backbone: Backbone, trainable: Params, rows: PackedRows
+    backbone: Backbone, trainable: Params, rows: PackedRows, dropout_key: PRNGKey | None = None
 ) -> tuple[Float[Array, "K n"], Float[Array, "K n"]]:
     """Raw rewards (chosen, rejected).
 
     Args:
       trainable: {"bank", "heads"} of K reward models.
       rows: see `by_model`.
+      dropout_key: see `Policies`.
     """
     K = trainable["heads"]["bias"].shape[0]
     mix = jnp.eye(K)
-    policies = backbone.policies(trainable["bank"], mix)
+    policies = backbone.policies(trainable["bank"], mix, dropout_key=dropout_key)
     rewards = scoring.packed_rewards(policies, trainable["heads"], mix, rows).reshape(K, -1, 2)
     return rewards[..., 0], rewards[..., 1]
 
 
-def reward_loss(backbone: Backbone, trainable: Params, batch: RewardBatch) -> tuple[Float[Array, ""], Metrics]:
+def reward_loss(
+    backbone: Backbone, trainable: Params, batch: RewardBatch, dropout_key: PRNGKey | None = None
+) -> tuple[Float[Array, ""], Metrics]:
     """Sum over the K models of their mean Bradley-Terry losses, with margins where the records have them; metrics
     [K].
     """
-    chosen, rejected = pair_rewards(backbone, trainable, batch.rows)
+    chosen, rejected = pair_rewards(backbone, trainable, batch.rows, dropout_key)
     losses = jax.vmap(bradley_terry_loss)(chosen, rejected, batch.margin)
     count = jnp.full(losses.shape, chosen.shape[1], jnp.float32)
     metrics = {
@@ -218,13 +224,23 @@ class Reward(Method):
         streams: Streams,
         tables: tuple[Tables, Tables],
     ):
-        self.settings, self.devices, self.backbone, self.text, self.streams = settings, devices, backbone, text, streams
         self.train, self.heldout = tables
+        source = Grouped(list(self.train.values()), streams.seed)
+        steps = steps_of(settings.steps, settings.epochs, len(source), settings.batch_size)
+        self.settings = settings = settings.replace(steps=steps)
+        self.devices, self.backbone, self.text, self.streams = devices, backbone, text, streams
+        self.rates = settings.optimizer.rates()
         self.ingredients = tuple(self.train)
         self.optimizer = per_ingredient(make_optimizer(settings.optimizer, settings.steps))
-        source = Grouped(list(self.train.values()), streams.seed)
-        names: dict[str, Any] = {"key": "reward.batch_size", "rows": source.described}
-        self.batches = batches(source, settings.batch_size, seed=streams.seed, collate=self.collate, **names)
+        collate = in_parts(self.collate, settings.accumulation_steps)
+        self.batches = batches(
+            source,
+            settings.batch_size,
+            seed=streams.seed,
+            collate=collate,
+            key="reward.batch_size",
+            rows=source.described,
+        )
         self._update = devices.training_step(self._step)
         self._hits = jax.jit(self._are_hits)
         self.programs = (self._update,)
@@ -246,16 +262,17 @@ class Reward(Method):
         }
         return State.create(streams.key("reward/state"), trainable, self.optimizer)
 
-    def _step(self, state: State, backbone: Backbone, batch: RewardBatch) -> tuple[State, Metrics]:
-        def loss(trainable: Params) -> tuple[Array, Metrics]:
-            return reward_loss(backbone, trainable, batch)
+    def _step(self, state: State, backbone: Backbone, *parts: RewardBatch) -> tuple[State, Metrics]:
+        def loss(trainable: Params, batch: RewardBatch, key: PRNGKey) -> tuple[Array, Metrics]:
+            return reward_loss(backbone, trainable, batch, key)
 
-        gradient, metrics = jax.grad(loss, has_aux=True)(state.trainable)
+        gradient, metrics = gradient_of(loss, state.trainable, parts, state.key)
         return state.apply_gradients(gradient, self.optimizer), metrics
 
-    def step(self, state: State, batch: RewardBatch) -> tuple[State, Metrics]:
+    def step(self, state: State, batch: RewardBatch | tuple[RewardBatch, ...]) -> tuple[State, Metrics]:
         # Margins are few: every device has them all.
-        return self._update(state, self.backbone, batch.replace(rows=self.devices.place(batch.rows)))
+        parts = (part.replace(rows=self.devices.place(part.rows)) for part in parts_of(batch))
+        return self._update(state, self.backbone, *parts)
 
     def evaluate(self, state: State) -> dict[str, float]:
         """Held-out accuracy per objective."""
@@ -334,7 +351,7 @@ def comparisons(run: Run) -> TokenTable:
         spec = {"kind": "jsonl", "path": str(run.workdir.path / "comparisons" / FILE)}
         lengths = run.text.sampled_lengths
     examples, name = run.records.comparisons(spec, "reward.data")
-    return run.text.tokenized(examples, lengths, name)
+    return run.text.tokenized(run.records.asked(examples), lengths, name)
 
 
 def method_of(run: Run) -> Reward:

@@ -12,7 +12,6 @@ import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -21,6 +20,7 @@ from pjrlhf.algorithms.answering import AnswerSettings
 from pjrlhf.algorithms.modpo import raw_rewards
 from pjrlhf.algorithms.targets import encode
 from pjrlhf.data.batching import batches
+from pjrlhf.data.messages import text_of
 from pjrlhf.data.packing import PackedRows
 from pjrlhf.data.preferences import PreferencePrompt
 from pjrlhf.data.schema import Example
@@ -35,9 +35,10 @@ from pjrlhf.runtime.run import Run, Trainer
 from pjrlhf.runtime.streams import Streams
 from pjrlhf.runtime.text import Text
 from pjrlhf.settings import Settings, setting
+from pjrlhf.training.accumulation import check_accumulation, gradient_of, in_parts, parts_of
 from pjrlhf.training.loop import Method
 from pjrlhf.training.metrics import Metrics
-from pjrlhf.training.optimizer import OptimizerSettings, check_warmup, make_optimizer, per_ingredient
+from pjrlhf.training.optimizer import OptimizerSettings, check_warmup, make_optimizer, per_ingredient, steps_of
 from pjrlhf.training.state import State
 from pjrlhf.training.workdir import disk_errors, write_lines
 from pjrlhf.types import Params
@@ -53,7 +54,11 @@ class RicSettings(Settings):
     target: str = setting("l2", "scores that preference weights ask for", choices=("identity", "l2", "max"))
     samples: int = setting(2048, "answers of the base", low=1, high=10**8)
     steps: int = setting(200, "updates on the answers of the base", low=1, high=10**9)
+    epochs: float = setting(
+        0.0, "passes over the answers of a round instead of steps and online_steps; 0 is steps", low=0.0, high=1e6
+    )
     batch_size: int = setting(64, "answers a step", low=1, high=2**20)
+    accumulation_steps: int = setting(1, "parts of a batch that are computed one after the other", low=1, high=2**20)
     rounds: int = setting(1, "online rounds after that", low=0, high=1000)
     online_samples: int = setting(1024, "answers of the policy in each round", low=1, high=10**8)
     online_steps: int = setting(80, "updates in each round", low=1, high=10**9)
@@ -67,6 +72,7 @@ class RicSettings(Settings):
 
     def check(self) -> None:
         check_warmup(self.optimizer, min(self.steps, self.online_steps) if self.rounds else self.steps)
+        check_accumulation(self.accumulation_steps, self.batch_size)
 
 
 Answer = dict[str, Any]  # {"request", "text", "scores": N numbers in [0, 1]}
@@ -105,12 +111,12 @@ def scored(run: Run, rewarder: Params, requests: Sequence[str], texts: Sequence[
         raise UserError(f"{name}: all of {len(texts)} answers are empty; train the base longer")
     table = _tokenized(run, examples, name)
     N = len(run.audience.objectives)
-    read = [(example.extra["request"], example.completion or "") for example in table.examples]
+    read = [(example.extra["request"], text_of(example.completion or "")) for example in table.examples]
     raw = jnp.asarray(raw_rewards(run, rewarder, list(table), read))
     scores = np.asarray(calibrate(raw[:, :N], rewarder["low"][:N], rewarder["high"][:N]))
     return [
-        {"request": example.extra["request"], "text": example.completion, "scores": row.tolist()}
-        for example, row in zip(table.examples, scores, strict=True)
+        {"request": request, "text": text, "scores": row.tolist()}
+        for (request, text), row in zip(read, scores, strict=True)
         if not np.isnan(row).any()
     ]
 
@@ -182,8 +188,9 @@ class Ric(Method):
         streams: Streams,
     ):
         self.data, self.devices, self.backbone, self.streams = data, devices, backbone, streams
+        self.rates = settings.optimizer.rates()
         self.optimizer = per_ingredient(make_optimizer(settings.optimizer, data.steps))
-        make = functools.partial(sft.collate, text)
+        make = in_parts(functools.partial(sft.collate, text), settings.accumulation_steps)
         self.batches = batches(data.table, settings.batch_size, seed=streams.seed, collate=make, key="ric.batch_size")
         self._update = devices.training_step(self._step)
         self.programs = (self._update,)
@@ -198,15 +205,12 @@ class Ric(Method):
             bank = init_bank(backbone.base, backbone.adapter, 1, self.streams.key("ric/adapter"))
         return State.create(self.streams.key("ric/state"), bank, self.optimizer)
 
-    def _step(self, state: State, backbone: Backbone, batch: PackedRows) -> tuple[State, Metrics]:
-        def loss(bank: Params) -> tuple[jax.Array, Metrics]:
-            return sft.sft_loss(backbone, bank, batch)
-
-        gradient, metrics = jax.grad(loss, has_aux=True)(state.trainable)
+    def _step(self, state: State, backbone: Backbone, *parts: PackedRows) -> tuple[State, Metrics]:
+        gradient, metrics = gradient_of(functools.partial(sft.sft_loss, backbone), state.trainable, parts, state.key)
         return state.apply_gradients(gradient, self.optimizer), metrics
 
-    def step(self, state: State, batch: PackedRows) -> tuple[State, Metrics]:
-        return self._update(state, self.backbone, self.devices.place(batch))
+    def step(self, state: State, batch: PackedRows | tuple[PackedRows, ...]) -> tuple[State, Metrics]:
+        return self._update(state, self.backbone, *map(self.devices.place, parts_of(batch)))
 
 
 # ---- the stage
@@ -221,8 +225,11 @@ def fine_tune(
     run: Run, settings: RicSettings, stage: str, number: int, answers: Sequence[Answer], start: Params | None = None
 ) -> Params:
     """The bank of one adapter after round `number`, of which the first is 0, on `answers`."""
-    name, steps = f"{stage}/round{number}", settings.online_steps if number else settings.steps
-    data = Round(stated(run, settings, answers, name), steps, start)
+    name = f"{stage}/round{number}"
+    table = stated(run, settings, answers, name)
+    steps = settings.online_steps if number else settings.steps
+    steps = steps_of(steps, settings.epochs, len(table), settings.batch_size)
+    data = Round(table, steps, start)
     return run.train(method_of(run, settings, data), name, steps).trainable
 
 

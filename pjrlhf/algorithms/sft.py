@@ -27,12 +27,13 @@ from pjrlhf.runtime.streams import Streams
 from pjrlhf.runtime.text import Text
 from pjrlhf.runtime.workspace import Workspace
 from pjrlhf.settings import setting
+from pjrlhf.training.accumulation import check_accumulation, gradient_of, in_parts, parts_of
 from pjrlhf.training.loop import Method
 from pjrlhf.training.metrics import Metrics, masked
-from pjrlhf.training.optimizer import OptimizerSettings, check_warmup, make_optimizer, per_ingredient
+from pjrlhf.training.optimizer import OptimizerSettings, check_warmup, make_optimizer, per_ingredient, steps_of
 from pjrlhf.training.state import State
 from pjrlhf.training.workdir import disk_errors
-from pjrlhf.types import Array, Params
+from pjrlhf.types import Array, Params, PRNGKey
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -40,7 +41,9 @@ class SftSettings(CorpusSettings):
     """Supervised fine-tuning of the base."""
 
     steps: int = setting(400, "updates", low=1, high=10**9)
+    epochs: float = setting(0.0, "passes over the records instead of steps; 0 is steps", low=0.0, high=1e6)
     batch_size: int = setting(64, "records a step", low=1, high=2**20)
+    accumulation_steps: int = setting(1, "parts of a batch that are computed one after the other", low=1, high=2**20)
     adapter: AdapterConfig = setting(AdapterConfig(rank=0), "rank 0 trains full parameters")
     optimizer: OptimizerSettings = setting(
         OptimizerSettings(learning_rate=4e-3, schedule="cosine", warmup_steps=20, b2=0.98, weight_decay=0.01)
@@ -48,16 +51,20 @@ class SftSettings(CorpusSettings):
 
     def check(self) -> None:
         check_warmup(self.optimizer, self.steps)
+        check_accumulation(self.accumulation_steps, self.batch_size)
 
 
-def sft_loss(backbone: Backbone, bank: Params | None, rows: PackedRows) -> tuple[Float[Array, ""], Metrics]:
+def sft_loss(
+    backbone: Backbone, bank: Params | None, rows: PackedRows, dropout_key: PRNGKey | None = None
+) -> tuple[Float[Array, ""], Metrics]:
     """Mean negative log-likelihood of the completion tokens, nats.
 
     Args:
       bank: a LoRA bank of one adapter; None for the base itself.
       rows: prompts with one answer each.
+      dropout_key: see `Policies`.
     """
-    policies = backbone.policies(bank, None if bank is None else jnp.ones((1, 1)))
+    policies = backbone.policies(bank, None if bank is None else jnp.ones((1, 1)), dropout_key=dropout_key)
     logps, mask = scoring.packed_token_logps(policies, rows)
     pair = masked(-logps, mask)
     metrics = {"loss": pair, "num_tokens": (pair[1], jnp.ones(())), "wasted_tokens": scoring.wasted_tokens(rows)}
@@ -66,7 +73,7 @@ def sft_loss(backbone: Backbone, bank: Params | None, rows: PackedRows) -> tuple
 
 def collate(text: Text, rows: Sequence[TokenRow]) -> PackedRows:
     """Rows of prompts and one answer each."""
-    return text.pack([row["prompt"] for row in rows], [[row["completion"]] for row in rows])
+    return text.pack(rows, ("completion",))
 
 
 class Sft(Method):
@@ -86,10 +93,13 @@ class Sft(Method):
         table: TokenTable,
     ):
         self.devices, self.workspace, self.streams = devices, workspace, streams
+        steps = steps_of(settings.steps, settings.epochs, len(table), settings.batch_size)
+        self.settings = settings = settings.replace(steps=steps)
         self.adapter = settings.adapter
+        self.rates = settings.optimizer.rates()
         optimizer = make_optimizer(settings.optimizer, settings.steps)
         self.optimizer = per_ingredient(optimizer) if self.adapter.rank else optimizer
-        make = functools.partial(collate, text)
+        make = in_parts(functools.partial(collate, text), settings.accumulation_steps)
         self.batches = batches(table, settings.batch_size, seed=streams.seed, collate=make, key="sft.batch_size")
         self.backbone = Backbone(workspace.model, self.adapter, {})
         self._update = devices.training_step(self._step)
@@ -107,19 +117,19 @@ class Sft(Method):
             params = init_bank(params, self.adapter, 1, self.streams.key("sft/adapter"))
         return State.create(self.streams.key("sft/state"), params, self.optimizer)
 
-    def _step(self, state: State, backbone: Backbone, batch: PackedRows) -> tuple[State, Metrics]:
-        def loss(trainable: Params) -> tuple[Array, Metrics]:
+    def _step(self, state: State, backbone: Backbone, *parts: PackedRows) -> tuple[State, Metrics]:
+        def loss(trainable: Params, batch: PackedRows, key: PRNGKey) -> tuple[Array, Metrics]:
             if self.adapter.rank:
-                return sft_loss(backbone, trainable, batch)
+                return sft_loss(backbone, trainable, batch, key)
             return sft_loss(backbone.replace(base=trainable), None, batch)
 
-        gradient, metrics = jax.grad(loss, has_aux=True)(state.trainable)
+        gradient, metrics = gradient_of(loss, state.trainable, parts, state.key)
         norm = optax.global_norm(gradient)
         metrics = {**metrics, "grad_norm": (norm, jnp.ones_like(norm))}
         return state.apply_gradients(gradient, self.optimizer), metrics
 
-    def step(self, state: State, batch: PackedRows) -> tuple[State, Metrics]:
-        return self._update(state, self.backbone, self.devices.place(batch))
+    def step(self, state: State, batch: PackedRows | tuple[PackedRows, ...]) -> tuple[State, Metrics]:
+        return self._update(state, self.backbone, *map(self.devices.place, parts_of(batch)))
 
     def result(self, state: State) -> Params:
         """The fine-tuned parameters."""
@@ -140,9 +150,8 @@ def method_of(run: Run) -> Sft:
 
 def run(run: Run) -> dict[str, Any]:
     """Trains the base and writes it to <workdir>/sft/model as a Hugging Face folder."""
-    config = run.section(SftSettings)
     method = method_of(run)
-    state = run.train(method, "sft", config.steps)
+    state = run.train(method, "sft", method.settings.steps)
     with disk_errors(run.workspace.base_folder):
         on_process_zero(save_params)(
             run.workspace.base_folder,
@@ -152,7 +161,7 @@ def run(run: Run) -> dict[str, Any]:
             tokenizer_folder=run.workspace.start_folder,
             token_ids=run.workspace.token_ids,
         )
-    return {"steps": config.steps}
+    return {"steps": method.settings.steps}
 
 
 STAGE = Stage("sft", run, SftSettings)

@@ -206,6 +206,7 @@ class PromptRows(Sequence[PromptRow]):
         size = len(self.requests) * len(targets.stated)
         self.size = size * max(1, -(-count // size)) if targets.sampled else size
         self._ids = functools.cache(lambda request, words: encode(records, text, request, words))
+        text.show("data.prompts", {"prompt": (self[0].prompts[0], None)})
 
     def __len__(self) -> int:
         return self.size

@@ -24,8 +24,9 @@ from pjrlhf.algorithms import modpo, reward
 from pjrlhf.algorithms.modpo import Modpo
 from pjrlhf.data import synthetic
 from pjrlhf.data.batching import Completions
-from pjrlhf.data.schema import Example, Prompt
-from pjrlhf.data.tokenization import TokenTable
+from pjrlhf.data.messages import Answer, Prompt
+from pjrlhf.data.schema import Example
+from pjrlhf.data.tokenization import AnswerIds, TokenTable
 from pjrlhf.errors import UserError
 from pjrlhf.feedback.pairs import SIDES, Pairs, PairSettings, registry_of, tables_of
 from pjrlhf.models.config import ModelConfig
@@ -78,6 +79,7 @@ class _Tokenizer:
     """A tokenizer for a run without text: every prompt and answer is as long as it may be."""
 
     bos_id, eos_id, pad_id, unk_id, add_bos = 1, 2, 0, None, True
+    eos_ids = (2,)
 
     def __init__(self, prompt: int, completion: int, vocab_size: int):
         self.prompt, self.completion, self.vocab_size = prompt, completion, vocab_size
@@ -85,8 +87,12 @@ class _Tokenizer:
     def encode_prompt(self, prompt: Prompt) -> list[int]:
         return [FIRST_ID] * self.prompt
 
-    def encode_answers(self, prompt: Prompt, answers: Sequence[str]) -> tuple[list[int], list[list[int]]]:
-        return self.encode_prompt(prompt), [[FIRST_ID + i] * self.completion for i in range(len(answers))]
+    def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
+        return ""
+
+    def encode_answers(self, prompt: Prompt, answers: Sequence[Answer]) -> tuple[list[int], list[AnswerIds]]:
+        found = [[FIRST_ID + i] * self.completion for i in range(len(answers))]
+        return self.encode_prompt(prompt), [AnswerIds(ids, [True] * len(ids)) for ids in found]
 
 
 class DryDevices(Devices):
@@ -164,7 +170,7 @@ class DryRecords(Records):
     """
 
     def __init__(self, settings: DataSettings, audience: Audience, streams: Streams, count: int):
-        super().__init__(settings, audience, streams, CorpusSettings())
+        super().__init__(settings, audience, streams, CorpusSettings(), lambda: True)
         self.count = count
 
     @functools.cached_property

@@ -46,11 +46,13 @@ class Completions(struct.PyTreeNode):
     Attributes:
       valid: False on padding.
       prompt_length: P, static.
+      scored: which tokens of the completions are scored; None for all that are valid.
     """
 
     tokens: Int[Array, "B T"]
     valid: Bool[Array, "B T"]
     prompt_length: int = struct.field(pytree_node=False)
+    scored: Bool[Array, "B N"] | None = None
 
 
 def pad_left(rows: Sequence[Ids], length: int, pad_id: int) -> tuple[np.ndarray, np.ndarray]:
@@ -94,7 +96,8 @@ def buckets(lengths: Sequence[int] | np.ndarray, sizes: Sequence[int]) -> np.nda
 def collate_completion(
     rows: Sequence[TokenRow], *, prompt_length: Length, completion_length: Length, pad_id: int
 ) -> Completions:
-    """Pads the "prompt" and "completion" ids of rows to these lengths, or to the smallest buckets that hold them.
+    """Pads the "prompt" and "completion" ids of rows, and their "completion_mask" if any, to these lengths, or to the
+    smallest buckets that hold them.
 
     Raises:
       ValueError: a prompt or completion is longer than its length, or than the largest bucket.
@@ -104,6 +107,12 @@ def collate_completion(
     completion = pad_right(*_fitted([row["completion"] for row in rows], completion_length), pad_id)
     tokens, valid = (np.concatenate(pair, axis=1) for pair in zip(prompt, completion, strict=True))
     arrays: dict[str, Any] = {"tokens": tokens, "valid": valid}
+    masks = [row.get("completion_mask") for row in rows]
+    if any(mask is not None for mask in masks):
+        arrays["scored"] = valid[:, P:].copy()
+        for b, mask in enumerate(masks):
+            if mask is not None:
+                arrays["scored"][b, : len(mask)] = mask
     return Completions(**arrays, prompt_length=P)
 
 

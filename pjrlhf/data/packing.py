@@ -6,6 +6,7 @@ therefore gives the same results as a padded one, with less computation.
 """
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -118,12 +119,18 @@ def row_length(mode: str, prompt: int, answer: int, answers: int) -> int:
     return prompt + answer * (1 if mode == "none" else answers)
 
 
-def pack(prompts: Sequence[Ids], answers: Sequence[Sequence[Ids]], layout: PackLayout) -> PackedRows:
+def pack(
+    prompts: Sequence[Ids],
+    answers: Sequence[Sequence[Ids]],
+    layout: PackLayout,
+    masks: Sequence[Sequence[np.ndarray | None]] | None = None,
+) -> PackedRows:
     """Packs E prompts with A answers each.
 
     Args:
       prompts: ids of E prompts.
       answers: ids of A answers to every prompt, none empty.
+      masks: which tokens of every answer are scored, bool [length]; None for all of an answer, or of all answers.
 
     Returns:
       NumPy arrays, int32.
@@ -182,9 +189,10 @@ def pack(prompts: Sequence[Ids], answers: Sequence[Sequence[Ids]], layout: PackL
                 made["position"][r, at : at + n] = np.arange(P, P + n)
                 made["branch"][r, at : at + n] = a + 1
                 # The last token of the prompt predicts the first one, and every token the next.
-                columns += [first + end, *range(first + at, first + at + n - 1)]
-                targets += list(answers[e][a])
-                numbers += [A * e + a] * n
+                found = [first + end, *range(first + at, first + at + n - 1)], list(answers[e][a]), [A * e + a] * n
+                mask = masks[e][a] if masks else None
+                for values, more in zip((columns, targets, numbers), found, strict=True):
+                    values += more if mask is None else itertools.compress(more, mask)
                 for ends, value in zip(last[r // together], (first + at + n - 1, A * e + a), strict=True):
                     ends.append(value)
                 at += n
@@ -200,6 +208,34 @@ def pack(prompts: Sequence[Ids], answers: Sequence[Sequence[Ids]], layout: PackL
             for z, values in enumerate(found):
                 made[name][z, : len(values[k])] = values[k]
     return PackedRows(**made, answers=E * A, owners=E)
+
+
+def align(parts: Sequence[PackedRows]) -> list[PackedRows]:
+    """The same rows, with padding to equal shapes. All parts have as many answers, owners and parts Z."""
+    Z = len(parts[0].columns)
+    B, T = (max(part.tokens.shape[axis] for part in parts) for axis in (0, 1))
+    widths = {
+        names: max(getattr(part, names[0]).shape[1] for part in parts)
+        for names in (("columns", "targets", "answer"), ("last", "last_answer"))
+    }
+
+    def padded(part: PackedRows) -> PackedRows:
+        rows, length = part.tokens.shape[0] // Z, part.tokens.shape[1]
+        made: dict[str, Any] = {}
+        for name in ("tokens", "segment", "branch", "position", "owner"):
+            x = np.asarray(getattr(part, name)).reshape(Z, rows, length)
+            x = np.pad(x, [(0, 0), (0, B // Z - rows), (0, T - length)])
+            made[name] = x.reshape(B, T)
+        for names, width in widths.items():
+            for name in names:
+                x = np.asarray(getattr(part, name))
+                if name in ("columns", "last"):  # indices of flattened rows, which are longer now
+                    x = x // length * T + x % length
+                fill = NOWHERE if "answer" in name else 0
+                made[name] = np.pad(x, [(0, 0), (0, width - x.shape[1])], constant_values=fill)
+        return part.replace(**made)
+
+    return [padded(part) for part in parts]
 
 
 def _up(x: int, unit: int) -> int:

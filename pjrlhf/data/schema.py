@@ -1,7 +1,8 @@
 """The columns of a record: those of TRL for prompts, completions and preferences, and those for personalization.
 
-A conversation is a list of messages `{"role": ..., "content": ...}`. Answers are always plain text: what follows a text
-prompt, or the content of the one assistant message that follows a conversation.
+A conversation is a list of messages `{"role": ..., "content": ...}`, see `data.messages`. An answer is plain text: what
+follows a text prompt, or the content of the one assistant message that follows a conversation. It is a list of messages
+where it has more than that: tool calls, reasoning, or several turns.
 """
 
 import dataclasses
@@ -11,6 +12,7 @@ from typing import Any
 
 from absl import logging
 
+from pjrlhf.data.messages import Answer, Conversation, Prompt, options_of, read_answer, read_messages, read_options
 from pjrlhf.data.records import BadRecords, RecordError, plain
 from pjrlhf.errors import UserError
 from pjrlhf.settings import shown
@@ -19,17 +21,10 @@ from pjrlhf.types import Json
 KINDS = ("prompt", "completion", "preference")
 COLUMNS = (
     *("prompt", "chosen", "rejected", "completion", "messages", "text"),
+    *("tools", "chat_template_kwargs"),
     *("user_id", "user_text", "objective", "preference_weights", "rewards", "margin"),
 )
 ASSISTANT_MARKER = "\n\nAssistant:"  # begins a turn in the transcripts of HH-RLHF
-
-Message = dict[str, Any]
-Prompt = str | list[Message]
-
-
-def request_of(prompt: Prompt) -> str:
-    """The text to answer: a text prompt, or the last message of a conversation."""
-    return prompt if isinstance(prompt, str) else prompt[-1]["content"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -39,7 +34,8 @@ class Example:
     Text is never blank and numbers are finite. Columns that the record does not have are None.
 
     Attributes:
-      prompt: "" only for a completion without a prompt.
+      prompt: "" only for a completion without a prompt. A `Conversation` where the record has `tools` or
+        `chat_template_kwargs`.
       chosen, rejected: the answers of a preference record.
       completion: the answer of a completion record.
       user_id: whose preference it is; None for the generic user.
@@ -53,9 +49,9 @@ class Example:
     """
 
     prompt: Prompt
-    chosen: str | None = None
-    rejected: str | None = None
-    completion: str | None = None
+    chosen: Answer | None = None
+    rejected: Answer | None = None
+    completion: Answer | None = None
     user_id: str | None = None
     user_text: str | None = None
     objective: str | None = None
@@ -118,7 +114,8 @@ def parse(
     """One record as an `Example`.
 
     kind "prompt":     `prompt`.
-    kind "completion": `prompt` and `completion`, or `messages` with the completion as the last one, or `text`.
+    kind "completion": `prompt` and `completion`, or `text`, or `messages`: the completion is all from the first turn of
+      the assistant on.
     kind "preference": `chosen` and `rejected` with `prompt`; or without this column where both answers start with the
       prompt. Two conversations start with the same messages: these are the prompt. Two transcripts in the format of
       HH-RLHF start with the same text: the prompt ends after its last "\\n\\nAssistant:". Other texts need a prompt.
@@ -140,6 +137,10 @@ def parse(
         name = "prompt" if kind == "preference" else "completion"
         raise RecordError(f"{name} is null", "give it a value, or leave out the record")
     fields = {"prompt": _prompt, "completion": _completion, "preference": _preference}[kind](values, list(record))
+    if options := read_options(values):
+        prompt = fields["prompt"]
+        turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+        fields["prompt"] = Conversation(turns, options)
     return Example(
         **fields,
         user_id=_user_id(values.get("user_id")),
@@ -151,6 +152,15 @@ def parse(
         extra=extra,
         where=where,
     )
+
+
+def last_turn(example: Example) -> Example:
+    """A completion record with the last turn of the assistant as the completion, and all before it as the prompt."""
+    prompt, answer = example.prompt, example.completion
+    if not isinstance(prompt, list) or not isinstance(answer, list):
+        return example
+    before = Conversation([*prompt, *answer[:-1]], options_of(prompt))
+    return dataclasses.replace(example, prompt=before, completion=read_answer(answer[-1:], "completion"))
 
 
 def shared_length(a: Sequence[Any], b: Sequence[Any]) -> int:
@@ -191,8 +201,13 @@ def _prompt(values: dict[str, Any], found: list[str]) -> dict[str, Any]:
 
 def _completion(values: dict[str, Any], found: list[str]) -> dict[str, Any]:
     if "completion" not in values and "messages" in values:
-        messages = _messages(values["messages"], "messages")
-        return {"prompt": _read_prompt(messages[:-1]), "completion": _answer(messages[-1:], "messages")}
+        messages = read_messages(values["messages"], "messages")
+        by_assistant = [message["role"] == "assistant" for message in messages]
+        # A turn with which the assistant opens the conversation answers nothing, and is part of the prompt.
+        starts = [i for i in range(1, len(messages)) if by_assistant[i] and not by_assistant[i - 1]]
+        first = starts[0] if starts else len(messages)
+        answer = read_answer(messages[first:], "messages")
+        return {"prompt": messages[:first], "completion": answer}
     if "completion" not in values and "text" in values:
         return {"prompt": "", "completion": _text(values["text"], "text")}
     _need(values, ["prompt", "completion"], found, "completion data needs prompt and completion, or messages, or text")
@@ -220,7 +235,7 @@ def _preference(values: dict[str, Any], found: list[str]) -> dict[str, Any]:
     return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
 
 
-def _explicit(prompt: Json, answers: dict[str, Any]) -> tuple[Prompt, list[str]]:
+def _explicit(prompt: Json, answers: dict[str, Any]) -> tuple[Prompt, list[Answer]]:
     if all(isinstance(answer, str) for answer in answers.values()):
         return _read_prompt(prompt), [_text(answer, name) for name, answer in answers.items()]
     if isinstance(prompt, str):  # the one user turn before the answers, which are conversations
@@ -228,12 +243,12 @@ def _explicit(prompt: Json, answers: dict[str, Any]) -> tuple[Prompt, list[str]]
     prompt = _read_prompt(prompt)
     texts = []
     for name, answer in answers.items():
-        messages = _messages(answer, name)
-        texts.append(_answer(messages[len(prompt) :] if messages[: len(prompt)] == prompt else messages, name))
+        messages = read_messages(answer, name)
+        texts.append(read_answer(messages[len(prompt) :] if messages[: len(prompt)] == prompt else messages, name))
     return prompt, texts
 
 
-def _implicit(answers: dict[str, Any], found: list[str]) -> tuple[Prompt, list[str]]:
+def _implicit(answers: dict[str, Any], found: list[str]) -> tuple[Prompt, list[Answer]]:
     if isinstance(answers["chosen"], str):
         texts = [_text(answer, name) for name, answer in answers.items()]
         common = texts[0][: shared_length(*texts)]
@@ -243,51 +258,24 @@ def _implicit(answers: dict[str, Any], found: list[str]) -> tuple[Prompt, list[s
         if not common[:end].strip():
             raise RecordError("no shared prompt", "the transcripts start with an answer; add a prompt column")
         return common[:end], [_text(text[end:], name) for text, name in zip(texts, answers, strict=True)]
-    conversations = [_messages(answer, name) for name, answer in answers.items()]
+    conversations = [read_messages(answer, name) for name, answer in answers.items()]
     shared = conversations[0][: shared_length(*conversations)]
+    while shared and shared[-1]["role"] == "assistant":  # the first turns of the answers may be equal
+        shared.pop()
     if not shared:
         raise RecordError(
             "no shared prompt", "chosen and rejected do not start with the same message; add a prompt column"
         )
-    return _read_prompt(shared), [
-        _answer(c[len(shared) :], name) for c, name in zip(conversations, answers, strict=True)
-    ]
+    return shared, [read_answer(c[len(shared) :], name) for c, name in zip(conversations, answers, strict=True)]
 
 
 def _read_prompt(value: Json) -> Prompt:
     if isinstance(value, str):
         return _text(value, "prompt")
-    messages = _messages(value, "prompt")
+    messages = read_messages(value, "prompt")
     if messages[-1]["role"] == "assistant":
         raise RecordError("prompt ends with the assistant", "the last message of a prompt is the one to answer")
     return messages
-
-
-def _messages(value: Json, name: str) -> list[Message]:
-    """A conversation, also from the column form `{"role": [...], "content": [...]}` of tfds; keys of value None go."""
-    if isinstance(value, Mapping) and all(isinstance(column, list) for column in value.values()):
-        value = [dict(zip(value, row, strict=False)) for row in zip(*value.values(), strict=False)]
-    if not isinstance(value, list):
-        raise RecordError(f"{name} is not text", f"a {type(value).__name__}, neither text nor a list of messages")
-    if not value:
-        raise RecordError(f"empty {name}")
-    messages = []
-    for message in value:
-        if not isinstance(message, Mapping) or not all(
-            isinstance(message.get(key), str) for key in ("role", "content")
-        ):
-            raise RecordError(f"{name} is not a conversation", "every message needs a role and a content, both text")
-        if message["role"] == "user" and not message["content"].strip():
-            raise RecordError(f"empty user message in {name}")
-        messages.append({key: item for key, item in message.items() if item is not None})
-    return messages
-
-
-def _answer(messages: list[Message], name: str) -> str:
-    if len(messages) != 1 or messages[0]["role"] != "assistant":
-        roles = [message["role"] for message in messages]
-        raise RecordError(f"{name} is not one answer", f"{shown(roles)} follow the prompt, not one assistant message")
-    return _text(messages[0]["content"], name)
 
 
 def _text(value: Json, name: str) -> str:

@@ -1,22 +1,25 @@
-"""Tokenizes records once: chat template, one BOS, one EOS, and the boundary between prompt and answer, which is found
-among the tokens.
+"""Tokenizes records once: chat template, one BOS, one token that ends each answer, and the boundary between prompt and
+answer, which is found among the tokens.
 """
 
 import dataclasses
-import functools
 import json
+import math
 import os
 import pathlib
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from importlib import metadata
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 from absl import logging
 
+from pjrlhf.data.messages import SAID, Answer, Conversation, Message, Prompt, options_of, text_of
 from pjrlhf.data.records import BadRecords, RecordError
-from pjrlhf.data.schema import Example, Prompt, shared_length
+from pjrlhf.data.schema import Example, shared_length
 from pjrlhf.errors import UserError
+from pjrlhf.models.hf_config import read_eos_ids
 from pjrlhf.terminal import quiet_libraries
 from pjrlhf.types import Json
 
@@ -28,12 +31,33 @@ ANSWERS = {
 }
 
 
+class RewrittenTurns(RecordError):
+    """The chat template renders an earlier turn of the assistant otherwise once more turns follow."""
+
+    def __init__(self):
+        super().__init__("chat template rewrites earlier turns", "so an answer of several turns is no one text")
+
+
+class AnswerIds(NamedTuple):
+    """An answer as token ids.
+
+    Attributes:
+      ids: tokens, with one that ends the answer.
+      scored: which tokens the assistant wrote; between its turns lie those of tools and users.
+    """
+
+    ids: list[int]
+    scored: list[bool]
+
+
 class Tokenizer:
     """A Hugging Face tokenizer that sets exactly one BOS and one EOS, and finds the boundary of prompt and answer.
 
     Attributes:
       backend: the `transformers` tokenizer.
       eos_id, bos_id, unk_id: ids of the special tokens; None where the tokenizer has none (`eos_id` always exists).
+      eos_ids: all tokens that end an answer, `eos_id` first. Chat models end a turn with a token of their own, and
+        which one depends on the model: the chat template, config.json and generation_config.json name them.
       pad_id: fills rows. Masks decide what is scored and attended to, so it may equal `eos_id`.
       vocab_size: the largest id plus 1.
       rows: the number of ids that the model knows. Of the others none is ever given out.
@@ -41,7 +65,13 @@ class Tokenizer:
     """
 
     def __init__(
-        self, backend: Any, *, eos_token: str | None = None, add_bos: bool | None = None, rows: int | None = None
+        self,
+        backend: Any,
+        *,
+        eos_token: str | None = None,
+        add_bos: bool | None = None,
+        rows: int | None = None,
+        eos_ids: Sequence[int] = (),
     ):
         """
         Args:
@@ -49,16 +79,19 @@ class Tokenizer:
           eos_token: a token of the vocabulary that becomes EOS; the EOS of the backend where None.
           add_bos: whether text starts with BOS; as the backend does where None.
           rows: of the model's embedding; None for a model that is made for this tokenizer.
+          eos_ids: further tokens that end an answer, those of the model's config files.
 
         Raises:
-          UserError: the backend has no EOS, `eos_token` is not in the vocabulary, or EOS or BOS has no row in the
-            embedding.
+          UserError: there is no EOS, `eos_token` is not in the vocabulary, or EOS or BOS has no row in the embedding.
         """
         vocabulary = backend.get_vocab()
         if eos_token is not None:
             if eos_token not in vocabulary:
                 raise UserError(f"eos_token {eos_token!r}: not in the tokenizer's vocabulary; name one of its tokens")
             backend.add_special_tokens({"eos_token": eos_token})
+        eos_ids = [i for i in eos_ids if self._is_special(backend, i, rows)]
+        if backend.eos_token_id is None and eos_ids:
+            backend.add_special_tokens({"eos_token": backend.convert_ids_to_tokens(eos_ids[0])})
         if backend.eos_token_id is None:
             raise UserError(
                 f"tokenizer {backend.name_or_path or type(backend).__name__}: has no end-of-sequence token, so answers "
@@ -85,6 +118,54 @@ class Tokenizer:
         if add_bos is None:
             add_bos = self.bos_id is not None and backend("")["input_ids"][:1] == [self.bos_id]
         self.add_bos = add_bos
+        turn_end = self._turn_end() if self.has_chat_template else None
+        if turn_end is not None and turn_end not in (self.eos_id, *eos_ids):
+            logging.info(
+                "the chat template ends a turn with %r, which the configuration of the model does not name as EOS; it "
+                "ends answers too",
+                self.decode([turn_end], False),
+            )
+        self.eos_ids: tuple[int, ...] = tuple(
+            dict.fromkeys([self.eos_id, *eos_ids, *([] if turn_end is None else [turn_end])])
+        )
+
+    @staticmethod
+    def _is_special(backend: Any, token: int, rows: int | None) -> bool:
+        """Whether a token of a config file can end an answer; ordinary text must not."""
+        if token in backend.added_tokens_decoder and (rows is None or token < rows):
+            return True
+        name = backend.convert_ids_to_tokens(token) if token < len(backend) else None
+        logging.warning(
+            "the configuration of the model names token %d as EOS, which is %s; it does not end answers",
+            token,
+            "not in the tokenizer or the model"
+            if name is None or token >= (rows or math.inf)
+            else f"the ordinary {name!r}",
+        )
+        return False
+
+    def _turn_end(self) -> int | None:
+        """The token that the chat template writes after an answer; None, with a warning, where it writes other text."""
+        marker = "An answer"
+        conversation = [{"role": "user", "content": "A question"}, {"role": "assistant", "content": marker}]
+        try:
+            text = self.backend.apply_chat_template(conversation, tokenize=False)
+        except Exception as error:  # templates are programs, and this one may want other messages
+            logging.info("the chat template refuses a plain conversation (%s)", error)
+            return None
+        _, found, tail = text.rpartition(marker)
+        if not found or not tail.strip():
+            return None
+        ids = self.backend(tail.lstrip(), add_special_tokens=False, verbose=False)["input_ids"]
+        if ids and ids[0] in self.backend.added_tokens_decoder and ids[0] < self.rows:
+            return ids[0]
+        logging.warning(
+            "the chat template ends a turn with %r, which is no special token: answers end with %r instead; name the "
+            "token that ends a turn with --config.model.eos_token",
+            tail,
+            self.backend.eos_token,
+        )
+        return None
 
     @property
     def start_id(self) -> int:
@@ -100,23 +181,31 @@ class Tokenizer:
           RecordError: the template refuses the conversation.
           UserError: the prompt is a conversation and the tokenizer has no chat template.
         """
-        (ids,) = self._encode([self._render(prompt)], bos=isinstance(prompt, str))
+        text = prompt if isinstance(prompt, str) else self._render(prompt, generate=True)
+        (ids,) = self._encode([text], bos=isinstance(prompt, str))
         return ids or [self.start_id]
 
-    def encode_answers(self, prompt: Prompt, answers: Sequence[str]) -> tuple[list[int], list[list[int]]]:
-        """Ids of a prompt and of its answers: prompt + answer are the ids of the whole text, followed by one EOS.
+    def encode_answers(self, prompt: Prompt, answers: Sequence[Answer]) -> tuple[list[int], list["AnswerIds"]]:
+        """Ids of a prompt and of its answers: prompt + answer are the ids of the whole text up to the first token that
+        ends it, one of `eos_ids`; `eos_id` is added where the text has none.
 
         The prompt ends before the first token in which a whole text differs from the prompt alone. A token that
         straddles the boundary therefore belongs to the answer and is scored.
 
         Returns:
-          (prompt ids, ids of every answer).
+          (prompt ids, every answer).
 
         Raises:
-          RecordError: an answer has no token, or has an EOS before its end; or the template refuses the conversation.
+          RecordError: an answer has no token, or has an EOS before its end; the template refuses the conversation, or
+            does not render all of a message.
+          RewrittenTurns: a `RecordError`, for an answer of several turns.
           UserError: the prompt is a conversation and the tokenizer has no chat template.
         """
-        texts = [self._render(prompt), *(self._render(prompt, answer) for answer in answers)]
+        if isinstance(prompt, str):
+            texts = [prompt, *(prompt + text_of(answer) for answer in answers)]
+        else:
+            turns = [_turns(answer) for answer in answers]
+            texts = [self._render(prompt, generate=True), *(self._render(prompt, more) for more in turns)]
         alone, *whole = self._encode(texts, bos=isinstance(prompt, str))
         boundary = min(shared_length(alone, ids) for ids in whole)
         if boundary < len(alone) and not isinstance(prompt, str):
@@ -128,15 +217,63 @@ class Tokenizer:
                 self.decode(alone[:boundary], False)[-40:],
                 self.decode(alone, False)[-40:],
             )
-        answer_ids = [ids[boundary:] for ids in whole]
-        for ids in answer_ids:
-            if not ids:
+        encoded = []
+        for answer, ids in zip(answers, whole, strict=True):
+            ids = [*ids[:boundary], *self._ended(ids[boundary:])]
+            spans = [range(boundary, len(ids))]
+            if isinstance(prompt, list) and isinstance(answer, list) and len(answer) > 1:
+                spans = self._spans(prompt, answer, ids)
+            self._check_spans(ids, spans)
+            scored = [any(i in span for span in spans) for i in range(boundary, len(ids))]
+            encoded.append(AnswerIds(ids[boundary:], scored))
+        return alone[:boundary] or [self.start_id], encoded
+
+    def _ended(self, ids: list[int]) -> list[int]:
+        """`ids` up to the first token of `eos_ids` that only such tokens and white space follow; `eos_id` is added
+        where there is none.
+        """
+        end = len(ids)
+        for i in range(len(ids) - 1, -1, -1):
+            if ids[i] in self.eos_ids:
+                end = i
+            elif self.decode(ids[i : i + 1], False).strip():
+                break
+        return [*ids[:end], ids[end] if end < len(ids) else self.eos_id]
+
+    def _spans(self, prompt: list[Message], answer: list[Message], whole: list[int]) -> list[range]:
+        """Where the turns of the assistant lie in `whole`, the ids of prompt and answer.
+
+        A turn begins after what the model reads before it, and ends with its first token of `eos_ids`.
+
+        Raises:
+          RewrittenTurns: the text of a turn is not what the model reads and writes there.
+        """
+        spans = []
+        for i in (i for i, message in enumerate(answer) if message["role"] == "assistant"):
+            texts = self._render(prompt, answer[:i], generate=True), self._render(prompt, answer[: i + 1])
+            before, after = self._encode(list(texts), bos=False)
+            start = shared_length(before, after)
+            after = [*after[:start], *self._ended(after[start:])]
+            last = i == len(answer) - 1
+            if not last and after[-1] == self.eos_id and whole[len(after) - 1 : len(after)] != after[-1:]:
+                after = after[:-1]  # nothing in the text ends this turn
+            if whole[: len(after)] != after or start < (spans[-1].stop if spans else 0):
+                raise RewrittenTurns()
+            spans.append(range(start, len(after)))
+        return spans
+
+    def _check_spans(self, ids: list[int], spans: Sequence[range]) -> None:
+        """Raises RecordError for a turn without tokens, or with an EOS before its end."""
+        for span in spans:
+            turn = ids[span.start : span.stop]
+            if turn and turn[-1] in self.eos_ids:
+                turn.pop()
+            if not turn:
                 raise RecordError("answer without tokens")
-            if self.eos_id in ids:
+            if early := [i for i in turn if i in self.eos_ids]:
                 raise RecordError(
-                    "end-of-sequence inside an answer", f"the token {self.backend.eos_token!r} before its end"
+                    "end-of-sequence inside an answer", f"the token {self.decode(early[:1], False)!r} before its end"
                 )
-        return alone[:boundary] or [self.start_id], [[*ids, self.eos_id] for ids in answer_ids]
 
     def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
         """The text of `ids`; `skip_special` leaves out special tokens."""
@@ -144,33 +281,65 @@ class Tokenizer:
             [int(i) for i in ids], skip_special_tokens=skip_special, clean_up_tokenization_spaces=False
         )
 
+    def decode_answer(self, ids: Sequence[int], prompt: Sequence[int] | None = None) -> str:
+        """The text of a sampled answer, without special tokens and without the token that ended it.
+
+        Args:
+          prompt: ids of a plain-text prompt, after which the answer keeps its leading space, so that prompt + answer is
+            the whole text. None where the answer is a turn of a conversation: white space around it is dropped.
+        """
+        ids = list(ids[:-1] if len(ids) and int(ids[-1]) in self.eos_ids else ids)
+        if prompt is None:
+            return self.decode(ids).strip()
+        return self.decode([*prompt, *ids])[len(self.decode(prompt)) :]
+
     def save(self, folder: str | os.PathLike) -> None:
         """Writes the files that `load_tokenizer` and `transformers` read."""
         self.backend.save_pretrained(str(folder))
 
-    def _render(self, prompt: Prompt, answer: str | None = None) -> str:
-        """The text of a prompt with its generation prompt, or of prompt and answer without the final EOS."""
-        if isinstance(prompt, str):
-            return prompt if answer is None else prompt + self._without_eos(answer)
+    def _render(self, prompt: list[Message], more: Sequence[Message] = (), *, generate: bool = False) -> str:
+        """The text of a conversation, with its generation prompt where it is the assistant's turn."""
         if not self.has_chat_template:
             raise UserError(
                 "prompt: is a conversation, and the tokenizer has no chat template; add chat_template to "
                 "tokenizer_config.json, or give prompts as text"
             )
-        messages = prompt if answer is None else [*prompt, {"role": "assistant", "content": answer}]
-        try:
-            text = self.backend.apply_chat_template(messages, tokenize=False, add_generation_prompt=answer is None)
-        except Exception as error:  # a template is code, and raises what it likes
-            raise RecordError(
-                "refused by the chat template", " ".join(str(error).split()) or "no reason given"
-            ) from error
-        return text if answer is None else self._without_eos(text)
-
-    def _without_eos(self, text: str) -> str:
-        """`text` without the EOS tokens at its end, which templates and some data sets write, and the space after."""
-        while (cut := text.rstrip()).endswith(self.backend.eos_token):
-            text = cut.removesuffix(self.backend.eos_token)
+        text = self._apply([*prompt, *more], generate, options_of(prompt))
+        for name, messages, options in self._ignorable(prompt, more):
+            try:
+                ignored = self._apply(messages, generate, options) == text
+            except RecordError:  # the template needs it
+                ignored = False
+            if ignored:
+                raise RecordError(f"{name} ignored by the chat template", "leave it out, or use another template")
         return text
+
+    def _ignorable(
+        self, prompt: list[Message], more: Sequence[Message]
+    ) -> Iterator[tuple[str, list[Message], dict[str, Any]]]:
+        """What the template may leave out of the text, as (name, messages and options without it).
+
+        Templates may drop the reasoning of earlier turns, but what the last turn of an answer says must be there.
+        """
+        options, messages, template = options_of(prompt), [*prompt, *more], str(self.backend.chat_template)
+        for name, value in options.items():
+            if value and not re.search(rf"{{[{{%][^}}]*\b{re.escape(name)}\b", template):
+                yield name, messages, {key: item for key, item in options.items() if key != name}
+        for name in SAID:
+            last = len(messages) - 1 if more and more[-1].get(name) else 0
+            known = re.search(rf"(\.|['\"]){name}\b", template)
+            if last or (not known and any(message.get(name) for message in messages)):
+                without = [{key: item for key, item in message.items() if key != name} for message in messages[last:]]
+                yield name, [*messages[:last], *without], options
+
+    def _apply(self, messages: Sequence[Message], generate: bool, options: Mapping[str, Any]) -> str:
+        try:
+            return self.backend.apply_chat_template(
+                list(messages), tokenize=False, add_generation_prompt=generate, **options
+            )
+        except Exception as error:  # a template is a program that may fail in any way
+            reason = " ".join(str(error).split()) or "no reason given"
+            raise RecordError("refused by the chat template", reason) from error
 
     def _encode(self, texts: list[str], *, bos: bool) -> list[list[int]]:
         rows = self.backend(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
@@ -184,6 +353,10 @@ class Tokenizer:
     def _unknown(self, i: int) -> str:
         """What is wrong with an id beyond the embedding."""
         return f"{self.backend.convert_ids_to_tokens(i)!r} has id {i}, and the model's embedding has {self.rows} rows"
+
+
+def _turns(answer: Answer) -> list[Message]:
+    return [{"role": "assistant", "content": answer}] if isinstance(answer, str) else answer
 
 
 def _drop_leading(ids: list[int], token: int) -> list[int]:
@@ -217,8 +390,13 @@ def load_tokenizer(folder: str | os.PathLike, *, eos_token: str | None = None, r
     settings = folder / "tokenizer_config.json"
     # transformers 5 ignores this setting for the classes that it replaces with its own.
     add_bos = json.loads(settings.read_text()).get("add_bos_token") if settings.is_file() else None
-    add_bos = add_bos if backend.bos_token_id is not None else False
-    return Tokenizer(backend, eos_token=eos_token, add_bos=add_bos, rows=rows)
+    return Tokenizer(
+        backend,
+        eos_token=eos_token,
+        add_bos=add_bos if backend.bos_token_id is not None else False,
+        rows=rows,
+        eos_ids=read_eos_ids(folder),
+    )
 
 
 def write_folder(folder: pathlib.Path, tokenizer: Any, **settings: Json) -> None:
@@ -280,8 +458,9 @@ class Lengths:
                 raise UserError(f"{name} {getattr(self, name)!r}: not one of {', '.join(choices)}; choose one of them")
 
 
-# A row of a `TokenTable`: `index`, its place there; `prompt` and the answers of its kind, int32 [length] each; and
-# `user_id`, `objective`, `margin`, `where` of its example.
+# A row of a `TokenTable`: `index`, its place there; `prompt` and the answers of its kind, int32 [length] each; for each
+# answer <name>_mask, bool [length], which tokens are scored, or None for all; and `user_id`, `objective`, `margin`,
+# `where` of its example.
 TokenRow: TypeAlias = Mapping[str, Any]
 
 
@@ -294,12 +473,17 @@ class TokenTable(Sequence[TokenRow]):
       examples: the records themselves.
       tokens: "prompt" and the answers of `kind` -> int32 [length] for every example.
       bad: the examples that do not fit.
+      masks: answers of `kind` -> bool [length] for every example, which tokens are scored; None for all of an answer.
+        Without an entry, all tokens of all answers are scored.
+      cut: "prompt" and the answers of `kind` -> how many were cut to the length limit.
     """
 
     kind: str
     examples: tuple[Example, ...]
     tokens: dict[str, tuple[np.ndarray, ...]]
     bad: BadRecords
+    masks: dict[str, tuple[np.ndarray | None, ...]] = dataclasses.field(default_factory=dict)
+    cut: dict[str, int] = dataclasses.field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.examples)
@@ -307,12 +491,21 @@ class TokenTable(Sequence[TokenRow]):
     def __getitem__(self, i: int) -> TokenRow:  # pyright: ignore[reportIncompatibleMethodOverride] - no slices
         example = self.examples[i]
         row = {name: getattr(example, name) for name in ("user_id", "objective", "margin", "where")}
-        return row | {name: ids[i] for name, ids in self.tokens.items()} | {"index": range(len(self))[i]}
+        row |= {name: ids[i] for name, ids in self.tokens.items()} | {"index": range(len(self))[i]}
+        return row | {f"{name}_mask": self.mask(name, i) for name in ANSWERS[self.kind]}
+
+    def mask(self, name: str, i: int) -> np.ndarray | None:
+        """Which tokens of an answer of row i are scored, bool [length]; None for all."""
+        return self.masks[name][i] if name in self.masks else None
 
     def select(self, rows: Sequence[int]) -> "TokenTable":
         """The table of the given rows; its `index` starts at 0."""
-        tokens = {name: tuple(ids[i] for i in rows) for name, ids in self.tokens.items()}
-        return dataclasses.replace(self, examples=tuple(self.examples[i] for i in rows), tokens=tokens)
+        tokens, masks = (
+            {name: tuple(items[i] for i in rows) for name, items in columns.items()}
+            for columns in (self.tokens, self.masks)
+        )
+        examples = tuple(self.examples[i] for i in rows)
+        return dataclasses.replace(self, examples=examples, tokens=tokens, masks=masks)
 
 
 def cut_left(ids: list[int], limit: int, bos_id: int | None) -> list[int]:
@@ -332,7 +525,11 @@ def tokenize(
     source_name: str = "examples",
     max_bad_fraction: float = 0.01,
 ) -> TokenTable:
-    """Tokenizes examples of one kind. Those that do not fit the lengths are left out, logged and kept in `bad`.
+    """Tokenizes examples of one kind. Those that do not fit the lengths are left out, logged and kept in `bad`; those
+    that are cut to them are counted.
+
+    A completion of several turns whose earlier turns the chat template rewrites becomes one row per turn of the
+    assistant, each after the text that the model reads before it.
 
     Args:
       kind: "prompt", "completion" or "preference".
@@ -343,22 +540,61 @@ def tokenize(
       UserError: more than `max_bad_fraction` of the examples do not fit, or all; or a prompt is too long and
         `lengths.long_prompt` is "error".
     """
-    kept, rows, bad = [], [], BadRecords(source_name, len(examples))
+    names = ANSWERS[kind]
+    kept: list[Example] = []
+    rows: list[_Row] = []
+    bad = BadRecords(source_name, len(examples))
     for example in examples:
         try:
-            rows.append(_fit(example, kind, tokenizer, lengths))
-            kept.append(example)
+            pairs = list(_rows(example, kind, tokenizer, lengths))
         except RecordError as error:
             bad.add(example.where, error)
+            continue
+        kept += [one for one, _ in pairs]
+        rows += [row for _, row in pairs]
     bad.check(max_bad_fraction)
-    columns = zip(*rows, strict=True)
-    as_ids = functools.partial(np.asarray, dtype=np.int32)
-    tokens = {name: tuple(map(as_ids, ids)) for name, ids in zip(("prompt", *ANSWERS[kind]), columns, strict=True)}
-    return TokenTable(kind, tuple(kept), tokens, bad)
+    table = TokenTable(
+        kind,
+        tuple(kept),
+        {name: tuple(np.asarray(row.ids[name], np.int32) for row in rows) for name in ("prompt", *names)},
+        bad,
+        {name: tuple(row.masks[name] for row in rows) for name in names},
+        {name: sum(name in row.cut for row in rows) for name in ("prompt", *names)},
+    )
+    if counts := ", ".join(f"{count} {name}s" for name, count in table.cut.items() if count):
+        logging.info(
+            "%s: cut to the length limits (prompt %d, completion %d): %s of %d rows; data.max_prompt and "
+            "data.max_completion raise them",
+            *(source_name, lengths.prompt, lengths.completion, counts, len(table)),
+        )
+    return table
 
 
-def _fit(example: Example, kind: str, tokenizer: Tokenizer, lengths: Lengths) -> list[list[int]]:
-    """Ids of the prompt and of every answer, within the lengths.
+class _Row(NamedTuple):
+    """An example as tokens: ids by name, masks by name of an answer, and names of what was cut."""
+
+    ids: dict[str, list[int]]
+    masks: dict[str, np.ndarray | None]
+    cut: list[str]
+
+
+def _rows(example: Example, kind: str, tokenizer: Tokenizer, lengths: Lengths) -> Iterator[tuple[Example, _Row]]:
+    """The rows of an example, each with the example that it is; errors are those of `_fit`."""
+    try:
+        yield example, _fit(example, kind, tokenizer, lengths)
+    except RewrittenTurns:
+        prompt, answer = example.prompt, example.completion
+        if not isinstance(prompt, list) or not isinstance(answer, list):  # a preference record
+            raise
+        for i, message in enumerate(answer):
+            if message["role"] == "assistant":
+                before = Conversation([*prompt, *answer[:i]], options_of(prompt))
+                turn = dataclasses.replace(example, prompt=before, completion=[message])
+                yield turn, _fit(turn, kind, tokenizer, lengths)
+
+
+def _fit(example: Example, kind: str, tokenizer: Tokenizer, lengths: Lengths) -> _Row:
+    """An example within the lengths.
 
     Raises:
       RecordError: a text is too long or has no tokens, or both answers have the same ids.
@@ -368,6 +604,7 @@ def _fit(example: Example, kind: str, tokenizer: Tokenizer, lengths: Lengths) ->
         prompt, answers = tokenizer.encode_answers(example.prompt, [getattr(example, name) for name in names])
     else:
         prompt, answers = tokenizer.encode_prompt(example.prompt), []
+    cut = []
     if len(prompt) > lengths.prompt:
         detail = f"{len(prompt)} tokens, the limit is {lengths.prompt}"
         if lengths.long_prompt == "drop":
@@ -379,12 +616,19 @@ def _fit(example: Example, kind: str, tokenizer: Tokenizer, lengths: Lengths) ->
                 "such prompts with --config.data.long_prompt=drop or truncate_left"
             )
         prompt = cut_left(prompt, lengths.prompt, tokenizer.bos_id)
-    for name, ids in zip(names, answers, strict=True):
-        if len(ids) > lengths.completion and lengths.long_completion == "drop":
-            ways = "raise --config.data.max_completion, or cut answers with --config.data.long_completion=truncate"
-            detail = f"{len(ids)} tokens, the limit is {lengths.completion}"
-            raise RecordError(f"{name} too long", f"{detail}; {ways}")
-    answers = [ids[: lengths.completion] for ids in answers]
-    if kind == "preference" and answers[0] == answers[1]:
-        raise RecordError("chosen equals rejected", f"in the first {len(answers[0])} tokens")
-    return [prompt, *answers]
+        cut.append("prompt")
+    ids, masks = {"prompt": prompt}, {}
+    for name, answer in zip(names, answers, strict=True):
+        if len(answer.ids) > lengths.completion:
+            if lengths.long_completion == "drop":
+                ways = "raise --config.data.max_completion, or cut answers with --config.data.long_completion=truncate"
+                detail = f"{len(answer.ids)} tokens, the limit is {lengths.completion}"
+                raise RecordError(f"{name} too long", f"{detail}; {ways}")
+            cut.append(name)
+        ids[name], scored = answer.ids[: lengths.completion], answer.scored[: lengths.completion]
+        masks[name] = None if all(scored) else np.array(scored)
+        if not any(scored):
+            raise RecordError(f"{name} too long", f"its first {lengths.completion} tokens are not the assistant's")
+    if kind == "preference" and ids["chosen"] == ids["rejected"]:
+        raise RecordError("chosen equals rejected", f"in the first {len(ids['chosen'])} tokens")
+    return _Row(ids, masks, cut)

@@ -13,8 +13,8 @@ from typing import Any
 
 from pjrlhf.errors import UserError
 from pjrlhf.models.folders import read_json, reading
-from pjrlhf.models.hf_config import TOKEN_IDS
-from pjrlhf.models.huggingface import GENERATION, TOKENIZER_FILES
+from pjrlhf.models.hf_config import GENERATION, TOKEN_IDS
+from pjrlhf.models.huggingface import TOKENIZER_FILES
 from pjrlhf.types import Json
 
 # Keys of generation_config.json that are no settings of generation.

@@ -49,7 +49,7 @@ def stated_sets(run: Run, count: int, rng: random.Random) -> list[tuple[str, ...
 def preference_record(run: Run, request: str, chosen: str, rejected: str, **columns: Json) -> dict[str, Any]:
     """A TRL preference record of answers to `request`: messages where this run chats, text where it does not."""
     answers: dict[str, Any] = {"chosen": chosen, "rejected": rejected}
-    if run.settings.data.chat:
+    if run.records.chat:
         answers = {side: [{"role": "assistant", "content": text}] for side, text in answers.items()}
     return {"prompt": run.records.ask(request), **answers, **columns, "request": request}
 

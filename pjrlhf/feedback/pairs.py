@@ -11,8 +11,9 @@ from flax import struct
 from jaxtyping import Bool, Float, Int
 
 from pjrlhf.data.batching import split_by
+from pjrlhf.data.messages import with_text
 from pjrlhf.data.packing import PackedRows
-from pjrlhf.data.schema import Example, Prompt
+from pjrlhf.data.schema import Example
 from pjrlhf.data.tokenization import TokenRow, TokenTable
 from pjrlhf.errors import UserError
 from pjrlhf.models.registry import UserRegistry
@@ -92,13 +93,6 @@ class PairBatch(struct.PyTreeNode):
         return both.replace(rows=self.rows.repeat(2), users=jnp.where(generic, 0, both.users), generic=generic)
 
 
-def with_text(prompt: Prompt, text: str) -> Prompt:
-    """`prompt` after `text`; in a conversation the text stands in the last message, the one to answer."""
-    if isinstance(prompt, str):
-        return f"{text}\n{prompt}"
-    return [*prompt[:-1], {**prompt[-1], "content": f"{text}\n{prompt[-1]['content']}"}]
-
-
 def _told(example: Example, text: str | None) -> Example:
     if text is None:
         raise UserError(f"{example.where}: no user_text; give every record one, or set user_text=False")
@@ -160,9 +154,7 @@ def tables_of(
     else:
         lengths = run.text.lengths
         examples, source = run.records.comparisons(settings.data, "preference.data")
-        if run.settings.data.chat:  # as every other request of the run is asked
-            asked = [run.records.ask(e.prompt) if isinstance(e.prompt, str) else e.prompt for e in examples]
-            examples = [dataclasses.replace(e, prompt=p) for e, p in zip(examples, asked, strict=True)]
+        examples = run.records.asked(examples)
         parts = {name: (part, source) for name, part in split(examples, settings, run.streams.seed).items()}
     names = [example.user_id for example in parts["train"][0]]
     if None in names:
@@ -231,13 +223,17 @@ class Pairs:
           num_user_tokens: room for user tokens in every prompt.
         """
         index = np.array([row["index"] for row in rows], np.int32)
-        answers = [[row["chosen"], row["rejected"]] for row in rows]
         arrays: dict[str, Any] = {
             "index": index,
             "users": users[index],
             "reference": self.reference[part][index],
-            "counts": np.array([[len(answer) for answer in pair] for pair in answers], np.float32),
+            "counts": np.array([[_count(row, side) for side in SIDES] for row in rows], np.float32),
             "margin": np.array([row["margin"] or 0.0 for row in rows], np.float32),
         }
-        prompts = [row["prompt"] for row in rows]
-        return PairBatch(rows=self.text.pack(prompts, answers, num_user_tokens=num_user_tokens), **arrays)
+        return PairBatch(rows=self.text.pack(rows, SIDES, num_user_tokens=num_user_tokens), **arrays)
+
+
+def _count(row: TokenRow, side: str) -> int:
+    """Number of scored tokens of an answer."""
+    mask = row[f"{side}_mask"]
+    return len(row[side]) if mask is None else int(mask.sum())

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from absl import logging
 
+from pjrlhf.data.messages import text_of
 from pjrlhf.data.schema import Example
 from pjrlhf.errors import UserError
 from pjrlhf.feedback.comparisons import preference_record
@@ -80,7 +81,7 @@ def given_pairs(run: Run) -> list[Triple]:
     examples, name = run.records.comparisons(source, "population.data")
     asked = [dataclasses.replace(example, prompt=run.records.ask(_text(example)), extra={}) for example in examples]
     table = run.text.tokenized(asked, run.text.lengths, name)
-    ended = [[ids[-1] == run.workspace.tokenizer.eos_id for ids in table.tokens[side]] for side in SIDES]
+    ended = [[ids[-1] in run.workspace.tokenizer.eos_ids for ids in table.tokens[side]] for side in SIDES]
     whole = np.sum(ended, axis=0)
     enough = run.section(PopulationSettings).whole_answers
     fits = {example.where for example, count in zip(table.examples, whole, strict=True) if count >= enough}
@@ -90,7 +91,7 @@ def given_pairs(run: Run) -> list[Triple]:
             f"population.data: none of {len(table)} pairs has {enough} answers of at most "
             f"{run.text.lengths.completion} tokens; raise data.max_completion, or lower population.whole_answers"
         )
-    return [(_text(e), str(e.chosen), str(e.rejected)) for e in examples if e.where in fits]
+    return [(_text(e), text_of(e.chosen or ""), text_of(e.rejected or "")) for e in examples if e.where in fits]
 
 
 def _text(example: Example) -> str:

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Bool, Float, Int
 
+from pjrlhf.errors import UserError
 from pjrlhf.models.decoder import Cache, Decoder, Layout
 from pjrlhf.models.quantization import refuse_quantized
 from pjrlhf.models.unrolled import SHARED_INPUTS, unroll
@@ -25,6 +26,16 @@ from pjrlhf.types import Array, Params, PRNGKey
 
 # Linear layers that carry adapters: all of a block; "gate" only in gated feed-forward layers.
 TARGETS = {block: tuple(itertools.chain(*groups)) for block, groups in SHARED_INPUTS.items()}
+# Our names and those of Llama, which users of PEFT know -> our names.
+MODULES = {name: name for names in TARGETS.values() for name in names} | {
+    "q_proj": "query",
+    "k_proj": "key",
+    "v_proj": "value",
+    "o_proj": "output",
+    "gate_proj": "gate",
+    "up_proj": "up",
+    "down_proj": "down",
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -34,6 +45,24 @@ class AdapterConfig(Settings):
     rank: int = setting(8, "0 trains full parameters", low=0, high=65536)
     alpha: float = setting(16.0, "alpha / rank scales the update", above=0.0, high=1e6)
     dtype: str = setting("float32", "of what is trained", choices=("float32", "bfloat16"))
+    target_modules: tuple[str, ...] = setting(
+        (), "linear layers with an adapter, by our names or those of Llama; all where empty", choices=tuple(MODULES)
+    )
+    dropout: float = setting(
+        0.0,
+        "fraction of an adapter's inputs that training drops; not in PPO, whose ratios compare equal policies",
+        low=0.0,
+        below=1.0,
+    )
+
+    def check(self) -> None:
+        if (self.dropout or self.target_modules) and not self.rank:
+            raise UserError("rank: 0 trains full parameters, which have no dropout or target_modules; set a rank")
+
+    @property
+    def targets(self) -> frozenset[str]:
+        """Our names of the linear layers with an adapter."""
+        return frozenset(MODULES[name] for name in self.target_modules or MODULES)
 
     @property
     def scale(self) -> float:
@@ -47,7 +76,7 @@ def init_bank(base: Params, adapter: AdapterConfig, count: int, key: PRNGKey) ->
     factors across ingredients is meaningful (arXiv 2310.11564). Full parameters: K copies of `base`.
 
     Raises:
-      UserError: full parameters over a quantised base.
+      UserError: full parameters over a quantised base, or no layer to adapt.
     """
     dtype = jnp.dtype(adapter.dtype)
     if not adapter.rank:
@@ -57,7 +86,7 @@ def init_bank(base: Params, adapter: AdapterConfig, count: int, key: PRNGKey) ->
     for block, names in TARGETS.items():
         bank[block] = {}
         for i, name in enumerate(names):
-            if name not in base["layers"][block]:
+            if name not in base["layers"][block] or name not in adapter.targets:
                 continue
             depth, inputs, outputs = base["layers"][block][name]["kernel"].shape
             draw = jax.random.normal(jax.random.fold_in(key, 100 * len(bank) + i), (depth, inputs, adapter.rank))
@@ -65,6 +94,9 @@ def init_bank(base: Params, adapter: AdapterConfig, count: int, key: PRNGKey) ->
                 "a": jnp.broadcast_to(draw * inputs**-0.5, (count, *draw.shape)).astype(dtype),
                 "b": jnp.zeros((count, depth, adapter.rank, outputs), dtype),
             }
+    bank = {block: factors for block, factors in bank.items() if factors}
+    if not bank:
+        raise UserError(f"adapter.target_modules: the model has no layer {', '.join(adapter.target_modules)}; add some")
     return {"layers": bank}
 
 
@@ -120,6 +152,7 @@ class Policies:
         parameter trees: keep G small.
       user_tokens: one set per example, or per owner of packed rows, or None. Rows need positions for them, see
         `reserve`.
+      dropout_key: draws what the adapters drop of their inputs, see `AdapterConfig.dropout`; None drops nothing.
 
     Attributes:
       copies: rows of the cache per example.
@@ -136,8 +169,12 @@ class Policies:
         bank: Params | None,
         mix: Float[Array, "G K"] | None,
         user_tokens: Float[Array, "O E D"] | None = None,
+        dropout_key: PRNGKey | None = None,
     ):
         self.model = model
+        self.rngs = {}
+        if dropout_key is not None and adapter.dropout:
+            self.model, self.rngs = model.clone(dropout=adapter.dropout), {"dropout": dropout_key}
         self.copies = 1
         self.user_tokens = user_tokens
         self.groups = 0
@@ -230,6 +267,7 @@ class Policies:
                 offset=offset,
                 user_tokens=self.user_tokens,
                 layout=layout,
+                rngs=self.rngs,
             )
 
         # Groups are mapped over, so sharding constraints on batch rows do not apply inside.
@@ -287,6 +325,7 @@ class Backbone(struct.PyTreeNode):
         bank: Params | None = None,
         mix: Float[Array, "G K"] | None = None,
         user_tokens: Float[Array, "O E D"] | None = None,
+        dropout_key: PRNGKey | None = None,
     ) -> Policies:
         """The policies that rows of `mix` select from `bank`, see `Policies`; the base itself without a bank."""
-        return Policies(self.model, self.adapter, self.base, bank, mix, user_tokens)
+        return Policies(self.model, self.adapter, self.base, bank, mix, user_tokens, dropout_key)

@@ -139,6 +139,8 @@ class Linear(nn.Module):
     The kernel is [in, out], or [out, in] where `transposed`; the optional bias is [out]. A quantised kernel comes with
     `scale` [out] for its columns (see `quantization`). In the fused layout of `unrolled.unroll`, the LoRA factors A are
     appended to the kernel as further columns, and the bank holds B only.
+
+    With a random stream "dropout", the fraction `dropout` of the inputs of A is dropped, as in PEFT.
     """
 
     features: int
@@ -146,6 +148,7 @@ class Linear(nn.Module):
     param_dtype: DType
     use_bias: bool = False
     transposed: bool = False
+    dropout: float = 0.0
 
     @nn.compact
     def __call__(
@@ -155,7 +158,11 @@ class Linear(nn.Module):
         if mix is not None and self.has_variable("adapters", "b"):
             b = self.get_variable("adapters", "b").astype(self.dtype)
             if self.has_variable("adapters", "a"):
-                low = jnp.einsum("btd,kdr->btkr", x, self.get_variable("adapters", "a").astype(self.dtype))
+                kept = x
+                if self.dropout and self.has_rng("dropout"):
+                    keep = jax.random.bernoulli(self.make_rng("dropout"), 1.0 - self.dropout, x.shape)
+                    kept = jnp.where(keep, x / (1.0 - self.dropout), 0.0).astype(x.dtype)
+                low = jnp.einsum("btd,kdr->btkr", kept, self.get_variable("adapters", "a").astype(self.dtype))
             else:
                 features += b.shape[0] * b.shape[1]
         shape = (features, x.shape[-1]) if self.transposed else (x.shape[-1], features)
@@ -193,9 +200,8 @@ def project(
 
     def linear(features, *names):
         biased = bool(set(names) & set(module.config.biases))
-        return Linear(features, module.dtype, module.param_dtype, biased, module.transposed, name="_".join(names))(
-            x, mix
-        )
+        settings = features, module.dtype, module.param_dtype, biased, module.transposed, module.dropout
+        return Linear(*settings, name="_".join(names))(x, mix)
 
     if module.has_variable("params", "_".join(sizes)):
         ends = list(itertools.accumulate(sizes.values()))
@@ -247,6 +253,7 @@ class Attention(nn.Module):
     implementation: str
     batch_sharding: NamedSharding | None
     transposed: bool
+    dropout: float
 
     @nn.compact
     def __call__(self, x, positions, mask, mix, cache, offset, layer, own):
@@ -306,6 +313,7 @@ class Layer(nn.Module):
     implementation: str
     batch_sharding: NamedSharding | None
     transposed: bool
+    dropout: float
 
     @nn.compact
     def __call__(self, carry, own, positions, mask, mix, offset):
@@ -317,8 +325,9 @@ class Layer(nn.Module):
         before, after = c.norm_placement != "after", c.norm_placement != "before"
         h = norm("attention_norm", x, before)
         common = c, self.dtype, self.param_dtype
-        attention = Attention(*common, self.implementation, self.batch_sharding, self.transposed, name="attention")
-        mlp = FeedForward(*common, self.transposed, name="mlp")
+        last = self.transposed, self.dropout
+        attention = Attention(*common, self.implementation, self.batch_sharding, *last, name="attention")
+        mlp = FeedForward(*common, *last, name="mlp")
         between = layer_sharding(x.shape, self.batch_sharding)
         attended, cache = attention(h, positions, mask, mix, cache, offset, layer, own)
         if c.residual != "sequential":
@@ -336,6 +345,7 @@ class FeedForward(nn.Module):
     dtype: DType
     param_dtype: DType
     transposed: bool
+    dropout: float
 
     @nn.compact
     def __call__(self, x, mix):
@@ -378,13 +388,14 @@ class Decoder(nn.Module):
     batch_sharding: NamedSharding | None = None
     decode: str = "scan"
     transposed: bool = False
+    dropout: float = 0.0
 
     def setup(self):
         c = self.config
         if self.remat not in REMAT_POLICIES:
             raise UserError(f"model.remat={self.remat!r} is unknown; choose one of {', '.join(REMAT_POLICIES)}")
         self.embed = nn.Embed(c.vocab_size, c.hidden_size, dtype=self.dtype, param_dtype=self.param_dtype)
-        common = c, self.dtype, self.param_dtype, self.attention, self.batch_sharding, self.transposed
+        common = c, self.dtype, self.param_dtype, self.attention, self.batch_sharding, self.transposed, self.dropout
         layer = Layer
         if self.remat != "none":
             layer = nn.remat(layer, policy=REMAT_POLICIES[self.remat], prevent_cse=not self.scan_layers)
@@ -395,7 +406,7 @@ class Decoder(nn.Module):
             layers = nn.scan(
                 layer,
                 variable_axes={"params": 0, "adapters": 1},
-                split_rngs={"params": True},
+                split_rngs={"params": True, "dropout": True},
                 in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast, nn.broadcast),  # pyright: ignore[reportArgumentType]
                 length=c.num_layers,
             )

@@ -19,6 +19,7 @@ from pjrlhf.models.folders import Folder, equal_values, open_tensors, read_json,
 from pjrlhf.types import DType, Json
 
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+GENERATION = "generation_config.json"
 # Type of RoPE scaling -> our name of each of its numbers -> theirs.
 ROPE_FIELDS = {
     "linear": {"factor": "factor"},
@@ -51,6 +52,40 @@ MOST_LAYERS = 10_000
 # Fields in which null means "off"; in all others it means the default.
 NULLABLE = ("attention_softcap", "logit_softcap")
 LOCAL, GLOBAL = "sliding_attention", "full_attention"
+
+
+def read_eos_ids(folder: Folder) -> list[int]:
+    """All tokens that generation_config.json and config.json name as EOS: any of them ends an answer.
+
+    Raises:
+      UserError: an unreadable file, or a value that is neither an id nor a list of ids.
+    """
+    found: list[int] = []
+    for file in (pathlib.Path(folder) / name for name in (GENERATION, "config.json")):
+        value = read_json(file).get("eos_token_id") if file.is_file() else None
+        ids = value if isinstance(value, list) else [] if value is None else [value]
+        if not all(type(i) is int for i in ids):
+            raise UserError(f"{file}: eos_token_id={value!r} is not a token id, or a list of ids; correct it")
+        found += [i for i in ids if i >= 0]  # some configs write -1 for a token that the model does not have
+    return list(dict.fromkeys(found))
+
+
+def generation_config(
+    folder: Folder | None, settings: Mapping[str, Json] | None, token_ids: Mapping[str, Json]
+) -> dict[str, Json]:
+    """The content of generation_config.json for a model derived from that in `folder`.
+
+    Args:
+      settings: of generation, such as temperature; those of the folder where None.
+      token_ids: take the place of the settings of these names, where they are not None.
+
+    Raises:
+      UserError: an unreadable file.
+    """
+    file = None if folder is None else pathlib.Path(folder) / GENERATION
+    if settings is None:
+        settings = read_json(file) if file is not None and file.is_file() else {}
+    return {**settings, **{name: value for name, value in token_ids.items() if value is not None}}
 
 
 def read_config(folder: Folder) -> ModelConfig:

@@ -32,7 +32,7 @@ from pjrlhf.models.folders import (
     stream_tensors,
     weight_files,
 )
-from pjrlhf.models.hf_config import config_to_hf, read_config
+from pjrlhf.models.hf_config import GENERATION, config_to_hf, generation_config, read_config
 from pjrlhf.models.quantization import quantize_leaf
 from pjrlhf.types import DType, Json, Params
 
@@ -48,7 +48,6 @@ TOKENIZER_FILES = (
     "chat_template.json",
 )
 TEMPLATES = "additional_chat_templates"  # a folder
-GENERATION = "generation_config.json"
 
 
 def load_params(
@@ -156,7 +155,8 @@ def save_params(
       dtype: of the stored weights; None keeps the dtype of each leaf.
       tokenizer_folder: folder whose tokenizer files are copied.
       token_ids: see `config_to_hf`.
-      generation: further content of generation_config.json, such as temperature and top_p.
+      generation: further content of generation_config.json, such as temperature and top_p; that of `tokenizer_folder`
+        where None.
       max_shard_bytes: larger models are split into several files with an index; a tensor is never split.
       pieces: by name on disk, content of tensors that are streamed instead of taken from `params`, see
         `folders.Stream`.
@@ -197,8 +197,7 @@ def save_params(
     with new_folder(folder, marker="config.json") as work:
         if tokenizer_folder is not None:
             copy_tokenizer(pathlib.Path(tokenizer_folder), work)
-        settings = dict(generation or {}) | {name: value for name, value in ids.items() if value is not None}
-        (work / GENERATION).write_text(json.dumps(settings, indent=2))
+        (work / GENERATION).write_text(json.dumps(generation_config(tokenizer_folder, generation, ids), indent=2))
         for file, names in shards.filename_to_tensors.items():
             stream_tensors(work / file, {name: tensors[name] for name in names})
         if shards.is_sharded:

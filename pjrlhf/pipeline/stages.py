@@ -152,6 +152,7 @@ def run(config: ConfigDict | Mapping[str, Json], workdir: Workdir) -> None:
         other inputs, or one that another run uses.
     """
     plan = read(config)
+    configs.warn_of_rates(plan.settings)
     plan.check_inputs(workdir)
     with workdir.locked():
         workdir.check_config(plan.to_dict(), ignore=FREE)

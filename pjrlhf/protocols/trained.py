@@ -8,8 +8,8 @@ from jaxtyping import Int
 
 from pjrlhf.algorithms import pdpo
 from pjrlhf.algorithms.pdpo import Entry, PairMargins
-from pjrlhf.data.schema import Prompt
-from pjrlhf.feedback.pairs import Pairs, with_text
+from pjrlhf.data.messages import Prompt, with_text
+from pjrlhf.feedback.pairs import Pairs
 from pjrlhf.models.adapters import Backbone, Policies
 from pjrlhf.parallel.processes import to_host
 from pjrlhf.runtime.run import Run

@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 
 from pjrlhf.algorithms.pdpo import PreferenceSettings
-from pjrlhf.data.schema import Example, request_of
+from pjrlhf.data.messages import request_of, text_of
+from pjrlhf.data.schema import Example
 from pjrlhf.evaluation import surface
 from pjrlhf.evaluation.users import (
     choice_accuracy,
@@ -133,7 +134,7 @@ def _score(
         found = user_accuracy(own, names, **settings)
     found["generic"] = found["mean"] if generic is None else user_accuracy(generic, names, **settings)["mean"]
     summary["accuracy"][name] = found
-    chosen, rejected = (np.array([len(getattr(example, side)) for example in examples]) for side in SIDES)
+    chosen, rejected = (np.array([len(text_of(getattr(example, side))) for example in examples]) for side in SIDES)
     summary["length_matched"][name] = length_matched(own, names, chosen, rejected, **settings)
     if questions:
         asked = np.array([example.extra["question"] for example in examples])
@@ -145,7 +146,9 @@ def _surface(pairs: Pairs) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """Held-out margins (own, generic) of logistic regressions on surface features, for everybody and per person."""
     features = {}
     for part in ("train", "heldout"):
-        rows = [(request_of(e.prompt), str(e.chosen), str(e.rejected)) for e in pairs.tables[part].examples]
+        rows = [
+            (request_of(e.prompt), *(text_of(getattr(e, side)) for side in SIDES)) for e in pairs.tables[part].examples
+        ]
         features[part] = np.array([surface.features(p, c) - surface.features(p, r) for p, c, r in rows])
     train, held = pairs.users("train"), pairs.users("heldout")
     found = {}

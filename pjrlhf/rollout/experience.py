@@ -213,7 +213,7 @@ def experience(
     # The reference is the base itself: no bank, and no second copy of the model.
     _, reference_logps, _ = token_logps(None, None)
     values = pg.zero_outside(values_of(trainable["value_heads"], states), mask[..., None])
-    stopped = ((response.tokens == sampling.eos_id) & response.valid).any(2)
+    stopped = (sampling.ends(response.tokens) & response.valid).any(2)
     limited = jnp.clip(scores, -config.score_clip, config.score_clip) if config.score_clip else scores
     kl = pg.zero_outside(pg.kl_estimate(logps, reference_logps, config.kl_kind), mask)
 

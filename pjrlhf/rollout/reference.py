@@ -15,7 +15,7 @@ import xxhash
 from absl import logging
 
 from pjrlhf.data.batching import Completions
-from pjrlhf.data.tokenization import TokenTable
+from pjrlhf.data.tokenization import TokenRow, TokenTable
 from pjrlhf.errors import UserError
 from pjrlhf.models.adapters import Backbone
 from pjrlhf.models.decoder import Decoder
@@ -40,6 +40,10 @@ def cache_key(table: TokenTable, base_hash: str, param_dtype: object, model: Dec
         for ids in table.tokens[name]:
             digest.update(len(ids).to_bytes(8, "little"))
             digest.update(np.asarray(ids, "<i4").tobytes())
+    for name in SIDES:
+        for i in range(len(table)):
+            if (mask := table.mask(name, i)) is not None:
+                digest.update(f"{name} {i}".encode() + mask.tobytes())
     return digest.hexdigest()[:32]
 
 
@@ -78,18 +82,18 @@ def _written(folder: pathlib.Path) -> Iterator[None]:
 
 def summed_logps(backbone: Backbone, batch: Completions) -> jax.Array:
     """Float32 [B]: log-probabilities of the completions under the base, nats."""
-    return scoring.sequence_logps(backbone.policies(), batch.tokens, batch.valid, batch.prompt_length)[0]
+    return scoring.sequence_logps(backbone.policies(), batch.tokens, batch.valid, batch.prompt_length, batch.scored)[0]
 
 
 def reference_logps(
-    table: TokenTable, key: str, folder: pathlib.Path, score: Callable[[list[dict[str, np.ndarray]]], np.ndarray]
+    table: TokenTable, key: str, folder: pathlib.Path, score: Callable[[list[TokenRow]], np.ndarray]
 ) -> np.ndarray:
     """float32 [N, 2]: summed log-probs of the chosen and rejected answer of every row of a preference table.
 
     Args:
       key: see `cache_key`.
       folder: where the cache lies; a file there is used if and only if it has this key.
-      score: rows {"prompt", "completion"} of token ids -> `summed_logps` of each, float32 [M].
+      score: rows of `unique_answers` -> `summed_logps` of each, float32 [M].
 
     Raises:
       UserError: the cache cannot be written, or a log-prob is NaN or infinite.
@@ -112,19 +116,19 @@ def reference_logps(
     return found
 
 
-def unique_answers(table: TokenTable) -> tuple[list[dict[str, np.ndarray]], np.ndarray]:
-    """(M different answers {"prompt", "completion"} of a preference table of N rows, int [N, 2] the number of each
-    chosen and rejected answer among them): many people may have compared the same two answers.
+def unique_answers(table: TokenTable) -> tuple[list[TokenRow], np.ndarray]:
+    """(M different answers {"prompt", "completion", "completion_mask"} of a preference table of N rows, int [N, 2] the
+    number of each chosen and rejected answer among them): many people may have compared the same two answers.
     """
-    numbers: dict[tuple[bytes, bytes], int] = {}
+    numbers: dict[tuple[bytes, ...], int] = {}
     answers, found = [], np.zeros((len(table), len(SIDES)), np.int64)
     for i, prompt in enumerate(table.tokens["prompt"]):
         for column, side in enumerate(SIDES):
-            answer = table.tokens[side][i]
-            key = (prompt.tobytes(), answer.tobytes())
+            answer, mask = table.tokens[side][i], table.mask(side, i)
+            key = (prompt.tobytes(), answer.tobytes(), b"" if mask is None else mask.tobytes())
             if key not in numbers:
                 numbers[key] = len(answers)
-                answers.append({"prompt": prompt, "completion": answer})
+                answers.append({"prompt": prompt, "completion": answer, "completion_mask": mask})
             found[i, column] = numbers[key]
     return answers, found
 

@@ -1,10 +1,11 @@
 """Sampling with a key/value cache: one prefill, and a decode loop that compacts the batch as rows finish."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 
 from pjrlhf.errors import UserError
 from pjrlhf.models.adapters import Policies, copy_indices
@@ -23,7 +24,8 @@ class Sampling:
 
     Attributes:
       max_new_tokens: N.
-      eos_id, pad_id: token ids, which may be traced.
+      eos_ids: the tokens that end a response, at least one; they may be traced.
+      pad_id: fills rows after the end; may be traced.
       temperature: 0 is greedy.
       top_k, top_p: truncation of the distribution, 0 and 1 turn it off. For serving and evaluation only: training
         scores samples under the full distribution, so truncated samples would give wrong ratios.
@@ -33,19 +35,25 @@ class Sampling:
     """
 
     max_new_tokens: int
-    eos_id: int | Int[Array, ""]
+    eos_ids: tuple[int | Int[Array, ""], ...]
     pad_id: int | Int[Array, ""]
     temperature: float = 1.0
     top_k: int = 0
     top_p: float = 1.0
 
     def __post_init__(self):
+        if not self.eos_ids:
+            raise UserError("eos_ids: is empty, so responses cannot end; give at least one token id")
         if self.temperature < 0:
             raise UserError(f"temperature {self.temperature}: below 0; choose 0 for greedy decoding, or above")
         if self.top_k < 0:
             raise UserError(f"top_k {self.top_k}: below 0; choose 0 to turn it off")
         if not 0 < self.top_p <= 1:
             raise UserError(f"top_p {self.top_p}: not in (0, 1]; choose 1 to turn it off")
+
+    def ends(self, tokens: Int[Array, "*shape"]) -> Bool[Array, "*shape"]:
+        """Whether each token ends a response."""
+        return functools.reduce(jnp.logical_or, (tokens == i for i in self.eos_ids))
 
     @property
     def truncated(self) -> bool:
@@ -123,7 +131,7 @@ def generate(policies: Policies | PolicyEnsemble, sampling: Sampling, prompts: P
         valid = valid.at[:, i].set(~done)
         logps = logps.at[:, i].set(jnp.where(done, 0.0, logp))
         cache_valid = jax.lax.dynamic_update_slice_in_dim(cache_valid, ~done[:, None], P + i, 1)
-        return cache_valid, done | (token == sampling.eos_id), tokens, valid, logps
+        return cache_valid, done | sampling.ends(token), tokens, valid, logps
 
     def finish(decoder, carry, rows):
         """(tokens, valid, logps) of `rows`, int32 [R], None for all.

@@ -133,13 +133,18 @@ def _logps(policies: Policies, states: Float[Array, "B N D"], target: Int[Array,
 
 
 def sequence_logps(
-    policies: Policies, tokens: Int[Array, "B T"], valid: Bool[Array, "B T"], prompt_length: int
+    policies: Policies,
+    tokens: Int[Array, "B T"],
+    valid: Bool[Array, "B T"],
+    prompt_length: int,
+    scored: Bool[Array, "B N"] | None = None,
 ) -> tuple[Float[Array, " B"], Float[Array, " B"]]:
     """(summed log-probabilities in nats, number of tokens) of the responses, float32.
 
-    A row has `prompt_length` prompt positions. Prompt, user tokens and padding are not scored.
+    A row has `prompt_length` prompt positions. Prompt, user tokens and padding are not scored, and of the response only
+    what `scored` says, where it is given.
     """
-    mask = valid[:, prompt_length:]
+    mask = valid[:, prompt_length:] if scored is None else scored
     states = response_states(policies, tokens, valid, prompt_length)
     logps = _logps(policies, states, tokens[:, prompt_length:])
     return jnp.where(mask, logps, 0.0).sum(1), mask.sum(1).astype(jnp.float32)

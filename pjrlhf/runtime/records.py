@@ -3,12 +3,15 @@
 import dataclasses
 import functools
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
+
+from absl import logging
 
 from pjrlhf.data import synthetic
 from pjrlhf.data.batching import split_by
-from pjrlhf.data.schema import Example, Message, validate
+from pjrlhf.data.messages import Message, transcript
+from pjrlhf.data.schema import Example, last_turn, validate
 from pjrlhf.data.sources import open_source
 from pjrlhf.errors import UserError
 from pjrlhf.runtime.audience import Audience
@@ -28,15 +31,17 @@ class DataSettings(Settings):
     prompts: str | SourceSpec = setting(
         "synthetic", 'a source of prompt records, such as {"kind": "jsonl", "path": ...}', choices=("synthetic",)
     )
-    chat: bool = setting(True, "apply the chat template of the tokenizer to requests")
+    chat: bool | None = setting(
+        None, "ask requests as turns of the tokenizer's chat template; where not set, if it has a template"
+    )
     columns: Mapping[str, Any] = setting({}, "column of this package -> its name in your data")
     max_prompt: int = setting(20, "longest prompt, in tokens", low=1, high=2**20)
     prompt_buckets: tuple[int, ...] = setting(
-        (12,), "shorter lengths to which prompts are padded; each compiles once", low=1, high=2**20
+        (12,), "lengths below max_prompt to which prompts are padded; each compiles once", low=1, high=2**20
     )
     max_completion: int = setting(28, "longest completion, in tokens", low=1, high=2**20)
     completion_buckets: tuple[int, ...] = setting(
-        (), "shorter lengths to which completions are padded; each compiles once", low=1, high=2**20
+        (), "lengths below max_completion to which completions are padded; each compiles once", low=1, high=2**20
     )
     long_prompt: str = setting("drop", "what happens to longer prompts", choices=("drop", "truncate_left", "error"))
     long_completion: str = setting("drop", "what happens to longer completions", choices=("drop", "truncate"))
@@ -49,12 +54,6 @@ class DataSettings(Settings):
     heldout_fraction: float = setting(0.25, "fraction of the prompts held out for evaluation", above=0.0, below=1.0)
     max_bad_fraction: float = setting(0.01, "a larger fraction of bad records stops the run", low=0.0, high=1.0)
 
-    def check(self) -> None:
-        for name, limit in (("prompt_buckets", "max_prompt"), ("completion_buckets", "max_completion")):
-            longest = max(getattr(self, name), default=0)
-            if longest > getattr(self, limit):
-                raise UserError(f"{name}: {longest} is more than {limit}={getattr(self, limit)}; lower it")
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CorpusSettings(Settings):
@@ -62,6 +61,9 @@ class CorpusSettings(Settings):
 
     data: str | SourceSpec = setting("synthetic", "a source of completion records", choices=("synthetic",))
     records: int = setting(8000, "size of the synthetic corpus, in records", low=1, high=10**8)
+    turns: str = setting(
+        "all", "the turns of the assistant that are trained in conversations of several", choices=("all", "last")
+    )
 
 
 class Records:
@@ -72,6 +74,7 @@ class Records:
       audience: its preferences select the synthetic corpus.
       streams: draw the order of the held-out requests.
       corpus: of supervised fine-tuning.
+      has_chat_template: whether the tokenizer of the run has one.
       note: called with what was read and has no local file, as `Workdir.check_contents` takes it.
     """
 
@@ -81,9 +84,11 @@ class Records:
         audience: Audience,
         streams: Streams,
         corpus: CorpusSettings,
+        has_chat_template: Callable[[], bool],
         note: Callable[[Mapping[str, Mapping[str, str]]], None] = lambda inputs: None,
     ):
         self.settings, self.audience, self.streams, self.corpus = settings, audience, streams, corpus
+        self._has_chat_template = has_chat_template
         self._note = note
 
     def _read(self, spec: SourceSpec, kind: str, columns: Mapping[str, Any], key: str) -> tuple[list[Example], str]:
@@ -96,10 +101,41 @@ class Records:
             self._note({f"records of {source.name}": {"path": described, "hash": hash_of(examples)}})
         return examples, source.name
 
+    @functools.cached_property
+    def chat(self) -> bool:
+        """Whether requests are turns of the chat template, as `data.chat` says; the choice is logged."""
+        wanted = self.settings.chat
+        if wanted is None:
+            wanted = self._has_chat_template()
+            reason = f"the tokenizer has {'a' if wanted else 'no'} chat template"
+        else:
+            reason = f"data.chat={wanted}"
+        logging.info("requests are %s (%s)", "turns of the chat template" if wanted else "plain text", reason)
+        return wanted
+
     def ask(self, request: str, words: str = "") -> str | list[Message]:
-        """The prompt of a request, followed by `words` about the user's preferences."""
-        text = " ".join(filter(None, [request, words]))
-        return [{"role": "user", "content": text}] if self.settings.chat else text
+        """The prompt of a request, followed by `words` about the user's preferences. A transcript in the format of
+        HH-RLHF becomes turns of the chat template.
+        """
+        if not self.chat:
+            return " ".join(filter(None, [request, words]))
+        *before, last = transcript(request) or [{"role": "user", "content": request}]
+        return [*before, {**last, "content": " ".join(filter(None, [last["content"], words]))}]
+
+    def asked(self, examples: Sequence[Example]) -> list[Example]:
+        """`examples` whose text prompts are asked as every other request of the run.
+
+        In a conversation, the white space around an answer, which separated it from a text prompt, is dropped.
+        """
+        return [self._asked(example) for example in examples] if self.chat else list(examples)
+
+    def _asked(self, example: Example) -> Example:
+        prompt = example.prompt
+        if not isinstance(prompt, str) or not prompt:
+            return example
+        answers = {name: getattr(example, name) for name in ("chosen", "rejected", "completion")}
+        stripped = {name: answer.strip() for name, answer in answers.items() if isinstance(answer, str)}
+        return dataclasses.replace(example, prompt=self.ask(prompt), **stripped)
 
     @functools.cached_property
     def requests(self) -> tuple[list[str], list[str]]:
@@ -132,7 +168,7 @@ class Records:
             corpus = synthetic.corpus(
                 self.requests[0], self.corpus.records, self.streams.seed, preferences=self.audience.synthetic
             )
-            space = "" if d.chat else " "  # text that follows a text prompt
+            space = "" if self.chat else " "  # text that follows a text prompt
             records = [
                 {"prompt": self.ask(record["prompt"]), "completion": space + record["completion"]} for record in corpus
             ]
@@ -140,14 +176,12 @@ class Records:
         else:
             spec = self.corpus.data
         examples, _ = self._read(spec, "completion", d.columns, "sft.data")
-        held, found = set(self.requests[1]), []
-        for example in examples:
-            if isinstance(example.prompt, str) and example.prompt:
-                if example.prompt in held:
-                    continue
-                example = dataclasses.replace(example, prompt=self.ask(example.prompt))
-            found.append(example)
-        return found
+        if self.corpus.turns == "last":
+            examples = [last_turn(example) for example in examples]
+        held = set(self.requests[1])
+        return self.asked(
+            [e for e in examples if not isinstance(e.prompt, str) or not e.prompt or e.prompt not in held]
+        )
 
     def comparisons(self, spec: SourceSpec, key: str) -> tuple[list[Example], str]:
         """(validated preference records of a source, its name).

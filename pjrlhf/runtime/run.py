@@ -13,7 +13,7 @@ import jax
 import numpy as np
 from absl import logging
 
-from pjrlhf.data.tokenization import TokenTable
+from pjrlhf.data.tokenization import TokenRow, TokenTable
 from pjrlhf.errors import UserError
 from pjrlhf.judges.judge import BothOrders, JudgeContext, ScoreJudge, judge_from
 from pjrlhf.models.adapters import AdapterConfig, is_low_rank
@@ -176,8 +176,14 @@ class Run(Sections):
 
     @functools.cached_property
     def records(self) -> Records:
-        note = self.workdir.check_contents
-        return Records(self.settings.data, self.audience, self.streams, self.corpus, note)
+        return Records(
+            self.settings.data,
+            self.audience,
+            self.streams,
+            self.corpus,
+            has_chat_template=lambda: self.workspace.has_chat_template,
+            note=self.workdir.check_contents,
+        )
 
     @property
     def corpus(self) -> CorpusSettings:
@@ -233,7 +239,7 @@ class Run(Sections):
         scorer, logps = self.scorer(rows), functools.partial(jax.jit(summed_logps), backbone)
         key = cache_key(table, workspace.base_hash, jax.tree.leaves(backbone.base)[0].dtype, backbone.model)
 
-        def score(answers: list[dict[str, np.ndarray]]) -> np.ndarray:
+        def score(answers: list[TokenRow]) -> np.ndarray:
             lengths = [len(answer["prompt"]) + len(answer["completion"]) for answer in answers]
             name = f"reference log-probs of {table.bad.source_name}"
             return scorer(name, answers, self.text.pad_completions, logps, lengths)

@@ -1,14 +1,18 @@
 """Encodes, pads, packs and decodes the prompts and answers of a run."""
 
 import dataclasses
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
+
+import numpy as np
+from absl import logging
 
 from pjrlhf.data.batching import Completions, buckets, collate_completion, pad_left
 from pjrlhf.data.packing import Ids, PackedRows, PackLayout, choose_mode, pack, row_length
 from pjrlhf.data.records import RecordError
 from pjrlhf.data.schema import Example, Prompt
-from pjrlhf.data.tokenization import Lengths, TokenTable, cut_left, tokenize
+from pjrlhf.data.tokenization import Lengths, TokenRow, TokenTable, cut_left, tokenize
 from pjrlhf.errors import UserError
 from pjrlhf.parallel.processes import to_host
 from pjrlhf.rollout.batches import Prompts, Rollout
@@ -17,6 +21,8 @@ from pjrlhf.runtime.devices import Devices
 from pjrlhf.runtime.records import DataSettings
 from pjrlhf.runtime.workspace import Workspace
 from pjrlhf.training.progress import watched
+
+_SHOWN = 20  # tokens at either end of a part of a row that is logged
 
 
 class Text:
@@ -36,6 +42,7 @@ class Text:
         self.settings, self.workspace, self.devices = settings, workspace, devices
         self.temperature = temperature
         self.sample_rows = devices.even(sample_rows)
+        self._shown: set[str] = set()
 
     # ---- lengths
 
@@ -59,18 +66,18 @@ class Text:
     @property
     def prompt_lengths(self) -> tuple[int, ...]:
         """The lengths to which prompts are padded; every length compiles once."""
-        return (*self.settings.prompt_buckets, self.lengths.prompt)
+        return _lengths(self.settings.prompt_buckets, self.lengths.prompt)
 
     @property
     def completion_lengths(self) -> tuple[int, ...]:
         """The lengths to which completions are padded; every length compiles once."""
-        return (*self.settings.completion_buckets, self.lengths.completion)
+        return _lengths(self.settings.completion_buckets, self.lengths.completion)
 
     def sampling(self, **changes: Any) -> Sampling:
         """The sampling settings of this run, with `changes` to fields of `Sampling`."""
         t = self.workspace.tokenizer
         settings = {"max_new_tokens": self.settings.max_completion, "temperature": self.temperature}
-        return Sampling(**{"eos_id": t.eos_id, "pad_id": t.pad_id, **settings, **changes})
+        return Sampling(**{"eos_ids": t.eos_ids, "pad_id": t.pad_id, **settings, **changes})
 
     # ---- to tokens
 
@@ -88,12 +95,39 @@ class Text:
         fraction = self.settings.max_bad_fraction
         tokenizer = self.workspace.tokenizer
         with watched(f"tokenizing {name}", examples) as rows:
-            return tokenize(rows, kind, tokenizer, lengths, source_name=name, max_bad_fraction=fraction)
+            table = tokenize(rows, kind, tokenizer, lengths, source_name=name, max_bad_fraction=fraction)
+        self.show(name, {part: (ids[0], table.mask(part, 0)) for part, ids in table.tokens.items()})
+        return table
+
+    def show(self, name: str, parts: Mapping[str, tuple[Ids, np.ndarray | None]]) -> None:
+        """Logs a row as the model reads it, once for every `name` of records: its tokens, and which are scored.
+
+        Args:
+          parts: "prompt", and answers by name -> ids, and which of an answer's are scored; None for all.
+        """
+        if name in self._shown:
+            return
+        self._shown.add(name)
+        lines = []
+        for part, (ids, mask) in parts.items():
+            scored = np.full(len(ids), part != "prompt") if mask is None else mask
+            edges = [0, *(np.flatnonzero(np.diff(scored)) + 1), len(ids)]
+            for start, stop in itertools.pairwise(map(int, edges)):
+                count = f"{stop - start} token{'s' * (stop - start != 1)}"
+                lines.append(f"  {part}, {count}, mask {int(scored[start])}: {self._pieces(ids[start:stop])}")
+        logging.info("%s: the first row as the model reads it (mask 1: trained on)\n%s", name, "\n".join(lines))
+
+    def _pieces(self, ids: Ids) -> str:
+        """Every token as text in quotes and its id; of many, the first and the last."""
+        pieces = [f"{self.workspace.tokenizer.decode([i], False)!r}:{int(i)}" for i in ids]
+        if len(pieces) > 2 * _SHOWN:
+            pieces = [*pieces[:_SHOWN], f"... {len(pieces) - 2 * _SHOWN} more ...", *pieces[-_SHOWN:]]
+        return " ".join(pieces)
 
     def pack(
-        self, prompts: Sequence[Ids], answers: Sequence[Sequence[Ids]], *, groups: int = 1, num_user_tokens: int = 0
+        self, rows: Sequence[TokenRow], names: Sequence[str], *, groups: int = 1, num_user_tokens: int = 0
     ) -> PackedRows:
-        """Packs prompts and their answers as `data.packing` sets; see `data.packing.pack`."""
+        """Packs the prompts of rows and their answers `names` as `data.packing` sets; see `data.packing.pack`."""
         d, model = self.settings, self.workspace.model
         longest = d.max_prompt + num_user_tokens + d.max_completion
         if model.config.positions == "learned" and longest > model.config.max_length:
@@ -105,14 +139,16 @@ class Text:
         mode = choose_mode(d.packing, model.attention)
         layout = PackLayout(
             mode=mode,
-            length=row_length(mode, d.max_prompt + num_user_tokens, d.max_completion, len(answers[0])),
+            length=row_length(mode, d.max_prompt + num_user_tokens, d.max_completion, len(names)),
             pad_id=self.workspace.tokenizer.pad_id,
             multiple=self.devices.even(1),
             groups=groups,
             num_user_tokens=num_user_tokens,
             user_offset=model.user_offset,
         )
-        return pack(prompts, answers, layout)
+        answers = [[row[name] for name in names] for row in rows]
+        masks = [[row[f"{name}_mask"] for name in names] for row in rows]
+        return pack([row["prompt"] for row in rows], answers, layout, masks)
 
     def pad_prompts(self, ids: Sequence[Sequence[int]]) -> Prompts:
         """Prompts [B, P], left-padded to the smallest of `prompt_lengths` that holds all.
@@ -123,8 +159,8 @@ class Text:
         length = int(buckets([max(map(len, ids))], self.prompt_lengths)[0])
         return Prompts(*pad_left(ids, length, self.workspace.tokenizer.pad_id))  # pyright: ignore[reportArgumentType]
 
-    def pad_completions(self, rows: Sequence[Mapping[str, Ids]]) -> Completions:
-        """The "prompt" and "completion" ids of rows, padded to the smallest lengths that hold all."""
+    def pad_completions(self, rows: Sequence[TokenRow]) -> Completions:
+        """The "prompt" and "completion" ids of rows, padded to the smallest lengths that hold all, with masks."""
         return collate_completion(
             rows,
             prompt_length=self.prompt_lengths,
@@ -166,10 +202,10 @@ class Text:
         arrays = to_host((prompts.tokens, prompts.valid, rollout.tokens, rollout.valid))
         texts = []
         for before, before_valid, after, after_valid in zip(*arrays, strict=True):
-            ids = after[after_valid].tolist()
-            if self.settings.chat:
-                texts.append(tokenizer.decode(ids).strip())
-            else:
-                start = before[before_valid].tolist()
-                texts.append(tokenizer.decode(start + ids)[len(tokenizer.decode(start)) :])
+            start = None if self.workspace.records.chat else before[before_valid].tolist()
+            texts.append(tokenizer.decode_answer(after[after_valid].tolist(), start))
         return texts
+
+
+def _lengths(buckets: Sequence[int], longest: int) -> tuple[int, ...]:
+    return (*(bucket for bucket in buckets if bucket < longest), longest)

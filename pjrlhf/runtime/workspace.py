@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import xxhash
 
 from pjrlhf.data import bpe, synthetic
-from pjrlhf.data.schema import request_of
+from pjrlhf.data.messages import request_of, text_of
 from pjrlhf.data.tokenization import Tokenizer, load_tokenizer
 from pjrlhf.errors import UserError
 from pjrlhf.models.adapters import AdapterConfig, Backbone, init_bank
@@ -162,7 +162,7 @@ class Workspace:
                 f'{", ".join(synthetic.ENVIRONMENTS)} or {{"kind": "bpe", "vocab_size": ...}}'
             )
         examples = self.records.completions
-        texts = [f"{request_of(e.prompt)}\n{e.completion}" for e in examples]
+        texts = [f"{request_of(e.prompt)}\n{text_of(e.completion or '')}" for e in examples]
         # Evenly spaced, because files are often ordered by origin.
         bpe.write_tokenizer(folder, texts[:: max(1, len(texts) // spec["texts"])], spec["vocab_size"])
 
@@ -175,10 +175,18 @@ class Workspace:
         return load_tokenizer(self.start_folder, eos_token=self.settings.eos_token or None, rows=rows)
 
     @property
-    def token_ids(self) -> dict[str, int | None]:
-        """The ids of the special tokens, by their names in an exported model."""
+    def has_chat_template(self) -> bool:
+        """Whether the tokenizer of the base has a chat template; those that this package writes all have one."""
+        return not self.settings.path or self.tokenizer.has_chat_template
+
+    @property
+    def token_ids(self) -> dict[str, int | list[int] | None]:
+        """The ids of the special tokens, by their names in an exported model; a list for several tokens that end an
+        answer.
+        """
         t = self.tokenizer
-        return {"bos_token_id": t.bos_id, "eos_token_id": t.eos_id, "pad_token_id": t.pad_id}
+        ends = list(t.eos_ids) if len(t.eos_ids) > 1 else t.eos_id
+        return {"bos_token_id": t.bos_id, "eos_token_id": ends, "pad_token_id": t.pad_id}
 
     @functools.cached_property
     def model_type(self) -> str:
@@ -265,7 +273,7 @@ class Workspace:
         the dtypes, and how text becomes tokens.
         """
         s, adapter, tokenizer = self.settings, self.adapter, self.tokenizer
-        template = tokenizer.backend.chat_template if self.records.settings.chat else None
+        template = tokenizer.backend.chat_template if self.records.chat else None
         return {
             "base": self.base_hash,
             "rank": adapter.rank,

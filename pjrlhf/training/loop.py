@@ -18,6 +18,7 @@ from pjrlhf.errors import UserError
 from pjrlhf.parallel.processes import is_process_zero, to_host
 from pjrlhf.settings import Settings, setting
 from pjrlhf.training.checkpoint import Checkpoints, abstract
+from pjrlhf.training.divergence import Divergence
 from pjrlhf.training.metrics import LOGGERS, Metrics, MetricWriter, logger_factory, to_floats
 from pjrlhf.training.performance import Performance, Program
 from pjrlhf.training.progress import progress
@@ -68,6 +69,7 @@ class Method:
       show: metrics on the progress bar.
       watch: metrics (`name` or anything under `name/`) that must be finite.
       programs: what the steps run, whose compilations performance.jsonl counts.
+      rates: setting, such as optimizer.learning_rate -> learning rate, to name where training diverges.
     """
 
     batches: Batches
@@ -75,6 +77,7 @@ class Method:
     show: Sequence[str] = ("loss",)
     watch: Collection[str] = ("loss", "grad_norm")
     programs: Sequence[Program] = ()
+    rates: Mapping[str, float] = types.MappingProxyType({})
 
     def init(self) -> State:
         """The state before the first step, with its final shardings."""
@@ -174,10 +177,12 @@ def run(
             )
         pooled = to_floats(metrics)
         bar.update(step, pooled)
+        divergence.update(step, pooled)
         measured.clear()
         measured.update(pooled | values)
         return values if due else {}
 
+    divergence = Divergence(stage, method.rates)
     measured: dict[str, float] = {}  # latest metrics, by which `keep_best` ranks a checkpoint
     place = f"{checkpoints.rstrip('/')}/{workdir.id}/{stage}" if checkpoints else folder / "checkpoints"
     with Checkpoints(place, max_to_keep, keep_best, workdir.origin(stage)) as saved:

@@ -33,6 +33,10 @@ class OptimizerSettings(Settings):
     weight_decay: float = setting(0.0, "decoupled; leaves named scale or bias are exempt", low=0.0)
     max_grad_norm: float = setting(1.0, "global-norm clipping; 0 turns it off", low=0.0)
 
+    def rates(self, name: str = "optimizer") -> dict[str, float]:
+        """The learning rate by its key; `name` is the key of the section."""
+        return {f"{name}.learning_rate": self.learning_rate}
+
 
 def check_warmup(settings: OptimizerSettings, updates: int, name: str = "optimizer") -> None:
     """Raises UserError for a warm-up that is not shorter than `updates`; `name` is the key of the section."""
@@ -40,6 +44,11 @@ def check_warmup(settings: OptimizerSettings, updates: int, name: str = "optimiz
         raise UserError(
             f"{name}.warmup_steps: {settings.warmup_steps} leaves none of the {updates} updates; make it smaller"
         )
+
+
+def steps_of(steps: int, epochs: float, rows: int, batch_size: int) -> int:
+    """Number of updates of a stage: those of `epochs` passes over `rows` rows, at least one; `steps` without epochs."""
+    return max(1, round(epochs * rows / batch_size)) if epochs else steps
 
 
 def make_schedule(settings: OptimizerSettings, total_steps: int) -> optax.Schedule:

@@ -1,5 +1,6 @@
 """The training state: what a step updates and a checkpoint holds. It excludes the frozen base."""
 
+import jax
 import jax.numpy as jnp
 import optax
 from flax import struct
@@ -29,6 +30,11 @@ class State(struct.PyTreeNode):
     def create(cls, rng: PRNGKey, trainable: Tree, optimizer: optax.GradientTransformation, **extra: Tree) -> "State":
         """The state before the first step."""
         return cls(jnp.zeros((), jnp.int32), rng, trainable, optimizer.init(trainable), extra)
+
+    @property
+    def key(self) -> PRNGKey:
+        """The PRNG key of the next update, which depends on `rng` and `step` alone."""
+        return jax.random.fold_in(self.rng, self.step)
 
     def apply_gradients(self, gradient: Tree, optimizer: optax.GradientTransformation) -> "State":
         """The state after one update of all of `trainable`."""

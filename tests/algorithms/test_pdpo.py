@@ -1,5 +1,6 @@
 """The stage that trains user models: its objective, whose rows move, and that it resumes."""
 
+import dataclasses
 import functools
 import json
 import os
@@ -26,8 +27,9 @@ from pjrlhf.algorithms.pdpo import (
     preference_loss,
 )
 from pjrlhf.data import synthetic
+from pjrlhf.data.messages import with_text
 from pjrlhf.errors import UserError
-from pjrlhf.feedback.pairs import PairBatch, with_text
+from pjrlhf.feedback.pairs import PairBatch
 from pjrlhf.models.storage import load_tree, save_tree
 from pjrlhf.models.users import UserKind
 from pjrlhf.objectives.preference import PAIRWISE
@@ -229,6 +231,39 @@ def test_a_user_model_of_other_code(records, tmp_path, monkeypatch):
 # ---- evaluation
 
 
+@pytest.mark.parametrize("name", ["pooled", "individualized"])
+def test_a_batch_in_parts_is_one_update(run, pairs, name):
+    entry = entry_of(run, name)
+    states = []
+    for count in (1, 2):
+        method = method_of(run, dataclasses.replace(entry, accumulation_steps=count), pairs)
+        state, metrics = method.step(method.init(), next(method.batches))
+        states.append((state, {key: np.divide(*metrics[key]) for key in ("loss", "rewards/margins", "logps/chosen")}))
+    (whole, before), (parts, after) = states
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5), before, after)
+    # Adam's first step is the sign of the gradient times the rate, so compare the moments.
+    for x, y in zip(jax.tree.leaves(whole.opt_state), jax.tree.leaves(parts.opt_state), strict=True):
+        np.testing.assert_allclose(x, y, rtol=1e-3, atol=1e-6)
+
+
+def test_dropout_is_drawn_from_the_stream_of_the_step(run, pairs):
+    method = method_of(run, "individualized", pairs)
+    method.backbone = method.backbone.replace(adapter=method.backbone.adapter.replace(dropout=0.2))
+    batch, states = next(method.batches), []
+    for times in (2, 2, 1):
+        state = method.init()
+        for _ in range(times):
+            state, _ = method.step(state, batch)
+        states.append(state)
+    assert tiny.bits(states[0]) == tiny.bits(states[1])
+    # A resumed run draws what the undisturbed one draws.
+    resumed, _ = method.step(states[2], batch)
+    assert tiny.bits(resumed) == tiny.bits(states[0])
+    plain = method_of(run, "individualized", pairs)
+    without, _ = plain.step(plain.step(plain.init(), batch)[0], batch)
+    assert tiny.bits(without.trainable) != tiny.bits(states[0].trainable)
+
+
 def test_held_out_accuracy_is_that_of_the_margins(run, pairs):
     method = method_of(run, "individualized", pairs)
     state, _ = method.step(method.init(), next(method.batches))
@@ -299,7 +334,7 @@ def records(tmp_path, base_folder):
     path = tiny_users.write_records(tmp_path / "records.jsonl", lines)
 
     def settings(**changes):
-        sizes = {"data__max_prompt": 16, "data__max_completion": 8, "preference__data__path": path}
+        sizes = {"data__max_prompt": 16, "data__max_completion": 8, "data__chat": False, "preference__data__path": path}
         return tiny_users.settings("records", **sizes, model__path=str(base_folder), **changes)
 
     return settings
@@ -462,7 +497,7 @@ def test_records_without_text(records, tmp_path):
 # ---- losses and mistakes
 
 
-def unigrams(backbone, users, trainable, batch):
+def unigrams(backbone, users, trainable, batch, *_):
     """In place of the decoder, a policy that draws words at random, to compile a step in little time."""
     vector = trainable["bank"]["layers"]["mlp"]["down"]["b"].sum((0, 1, 2))
     logps = jax.nn.log_softmax(backbone.base["embed"]["embedding"] @ vector)

@@ -169,7 +169,7 @@ def test_full_parameters_have_the_gradient_of_a_plain_model():
 
 def rolled_out(kind, policies):
     """Experience as the stage makes it."""
-    sampling = Sampling(max_new_tokens=N, eos_id=EOS, pad_id=PAD, temperature=TEMPERATURE)
+    sampling = Sampling(max_new_tokens=N, eos_ids=(EOS,), pad_id=PAD, temperature=TEMPERATURE)
 
     @jax.jit
     def run(backbone, policies, prompt):
@@ -222,7 +222,7 @@ BETAS = np.array([0.5, 0.4, 0.0], np.float32)
 
 def train_on_bandit(adapter, params, learning_rate, seed=4):
     """Bank after training, and KL [STEPS, 3] on the way."""
-    sampling = Sampling(max_new_tokens=1, eos_id=-1, pad_id=0)
+    sampling = Sampling(max_new_tokens=1, eos_ids=(-1,), pad_id=0)
     config, ppo = ExperienceConfig(missing_eos_penalty=0.0), PPOConfig(epochs=2, minibatches=2)
     tx = per_ingredient(make_optimizer(OptimizerSettings(learning_rate=learning_rate, schedule="linear"), 4 * STEPS))
     prompt = jnp.full((3, PULLS, 1), 2, jnp.int32)

@@ -95,7 +95,9 @@ def test_scores_are_calibrated_rewards_of_the_answers_to_plain_requests(trained)
     records = [answer for number in range(3) for answer in answers_of(run, number)]
     for record in records[:: len(records) // 12]:
         plain = run.records.ask(record["request"])
-        answer = run.workspace.tokenizer.encode_answers(plain, [record["text"]])[1][0][: run.text.lengths.completion]
+        answer = run.workspace.tokenizer.encode_answers(plain, [record["text"]])[1][0].ids[
+            : run.text.lengths.completion
+        ]
         tokens, valid = pad_right([answer], run.text.lengths.completion, run.workspace.tokenizer.pad_id)
         response = Rollout(tokens, valid, np.zeros(tokens.shape, np.float32))
         found.append((record["scores"], score(*arguments, run.text.encode([plain]), response, scale="quantiles")[0]))

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from pjrlhf.data import schema
+from pjrlhf.data.messages import options_of, text_of, transcript, with_text
 from pjrlhf.data.records import RecordError
 from pjrlhf.data.schema import parse, validate
 from pjrlhf.errors import UserError
@@ -132,6 +133,91 @@ def test_forms_of_a_completion():
     assert (text.prompt, text.completion) == ("", "Sky.")
 
 
+CALL = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f", "arguments": {"x": 1}}}]}
+RESULT = {"role": "tool", "content": "2"}
+
+
+def test_messages_keep_what_they_say_besides_their_content():
+    thinking = assistant("Blue.") | {"reasoning_content": "Light."}
+    assert parse({"messages": [user("Sky?"), thinking]}, "completion").completion == [thinking]
+    turns = [user("f(1)?"), CALL, RESULT, assistant("2")]
+    example = parse({"messages": turns}, "completion")
+    assert (example.prompt, example.completion) == (turns[:1], turns[1:])
+    pair = parse({"prompt": turns[:1], "chosen": turns[1:], "rejected": [assistant("3")]}, "preference")
+    assert (pair.chosen, pair.rejected) == (turns[1:], "3")
+    assert text_of(pair.chosen) == "2\n2" and text_of(pair.rejected) == "3"
+    # Columnar files give all messages all keys.
+    wide = [{"tool_calls": None, "name": None, **message} for message in turns]
+    assert parse({"messages": wide}, "completion") == example
+    assert (
+        parse({"messages": [user("Sky?"), assistant("Blue.") | {"tool_calls": []}]}, "completion").completion == "Blue."
+    )
+
+
+def test_content_parts_of_text_are_one_text():
+    parts = [{"type": "text", "text": "Sky"}, {"type": "input_text", "text": "?"}, " Why"]
+    example = parse({"messages": [{"role": "user", "content": parts}, assistant("Blue.")]}, "completion")
+    assert example.prompt == [user("Sky? Why")]
+    with pytest.raises(RecordError, match="prompt has a content part of type 'image'"):
+        parse({"prompt": [{"role": "user", "content": [{"type": "image", "url": "x"}]}]}, "prompt")
+
+
+def test_arguments_of_tool_calls_become_objects():
+    told = {"id": "1", "type": "function", "function": {"name": "f", "arguments": '{"x": 1}'}}
+    (message,) = parse({"messages": [user("f(1)?"), CALL | {"tool_calls": [told]}]}, "completion").completion
+    assert message["tool_calls"] == [told | {"function": {"name": "f", "arguments": {"x": 1}}}]
+    for wrong in ({"function": {"name": "f", "arguments": "{x"}}, {"arguments": {}}, "f(1)"):
+        with pytest.raises(RecordError, match="bad tool_calls in messages"):
+            parse({"messages": [user("f(1)?"), CALL | {"tool_calls": [wrong]}]}, "completion")
+
+
+@pytest.mark.parametrize("as_text", [False, True])
+def test_tools_and_variables_of_the_template_come_with_the_prompt(as_text):
+    tool = {"type": "function", "function": {"name": "f", "description": None}}
+    columns = {"tools": [tool], "chat_template_kwargs": {"enable_thinking": False, "style": None}}
+    if as_text:
+        columns = {name: json.dumps(value) for name, value in columns.items()}
+    for prompt in ("f(1)?", [user("f(1)?")]):
+        example = parse({"prompt": prompt, "completion": "2", **columns}, "completion")
+        assert example.prompt == [user("f(1)?")] and not example.extra
+        tools = [{"type": "function", "function": {"name": "f"}}]
+        assert options_of(example.prompt) == {"tools": tools, "enable_thinking": False}
+        told = with_text(example.prompt, "Be brief.")
+        assert told == [user("Be brief.\nf(1)?")] and options_of(told) == options_of(example.prompt)
+    assert options_of(parse({"prompt": "f(1)?", "tools": [], "chat_template_kwargs": None}, "prompt").prompt) == {}
+    for name, wrong in (("tools", "f"), ("tools", [1]), ("tools", 1), ("chat_template_kwargs", [1])):
+        with pytest.raises(RecordError, match=f"bad {name}"):
+            parse({"prompt": "f(1)?", name: wrong}, "prompt")
+    with pytest.raises(RecordError, match="tokenize cannot be set"):
+        parse({"prompt": "f(1)?", "chat_template_kwargs": {"tokenize": True}}, "prompt")
+
+
+def test_a_conversation_answers_from_the_first_turn_of_the_assistant_on():
+    opened = [assistant("Ask me."), user("Sky?"), assistant("Blue."), user("Why?"), assistant("Light.")]
+    for turns, start in ((opened[1:], 1), (opened, 2), ([RESULT, *opened[1:]], 2)):
+        example = parse({"messages": turns}, "completion")
+        assert (example.prompt, example.completion) == (turns[:start], turns[start:])
+    for turns in (opened[:4], opened[1:2], opened[:1]):
+        if turns[-1] != assistant("Blue."):
+            with pytest.raises(RecordError, match=r"messages is not an answer|empty"):
+                parse({"messages": turns}, "completion")
+
+
+def test_answers_may_share_their_first_turns():
+    start = [user("Sky?"), assistant("Blue.")]
+    chosen, rejected = ([*start, user(text), assistant(text)] for text in ("Why?", "Sure?"))
+    example = parse({"chosen": chosen, "rejected": rejected}, "preference")
+    assert (example.prompt, example.chosen, example.rejected) == (start[:1], chosen[1:], rejected[1:])
+
+
+def test_transcripts_become_turns():
+    turns = [user("Sky?"), assistant("Blue,\n\nand so on."), user("Why?")]
+    text = "\n\nHuman: Sky?\n\nAssistant: Blue,\n\nand so on.\n\nHuman: Why?\n\nAssistant:"
+    assert transcript(text) == turns
+    for other in ("Why?", "\n\nHuman: Sky?", text + " Light.", "\n\nAssistant:", "\n\nHuman:\n\nAssistant:"):
+        assert transcript(other) is None
+
+
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
@@ -146,7 +232,7 @@ def test_forms_of_a_completion():
         ({"prompt": 5}, "prompt is not text"),
         ({"prompt": [{"role": "user"}]}, "prompt is not a conversation"),
         ({"prompt": [user("a"), assistant("b")]}, "prompt ends with the assistant"),
-        ({"chosen": [user("b")], "rejected": [assistant("c")]}, "chosen is not one answer"),
+        ({"chosen": [user("b")], "rejected": [assistant("c")]}, "chosen is not an answer"),
         ({"chosen": [assistant("")], "rejected": [assistant("c")]}, "empty chosen"),
         ({"prompt": None}, "prompt is null"),
         ({"prompt": None, "chosen": [user("a"), assistant("b")], "rejected": [user("c")]}, "prompt is null"),
@@ -157,6 +243,7 @@ def test_forms_of_a_completion():
         ({"user_id": 10**400}, "number too large"),
         ({"margin": 10**400}, "number too large"),
         ({"note": functools.reduce(lambda inner, _: [inner], range(5000), [])}, "nested too deeply"),
+        ({"chosen": [{"role": "assistant"}], "rejected": [assistant("c")]}, "chosen is not a conversation"),
         ({"margin": math.nan}, "bad margin"),
         ({"margin": "1"}, "bad margin"),
         ({"margin": True}, "bad margin"),

@@ -1,8 +1,12 @@
 """Token rows hold what the text says: one BOS, one EOS, and a boundary that no character of an answer crosses."""
 
+import dataclasses
 import gzip
+import itertools
+import json
 import logging
 import random
+import re
 
 import numpy as np
 import pytest
@@ -10,10 +14,12 @@ import tokenizers
 import transformers
 from support.encoding import encode_pair
 
+from pjrlhf.data.messages import Conversation
 from pjrlhf.data.records import RecordError
 from pjrlhf.data.schema import Example
 from pjrlhf.data.tokenization import Lengths, Tokenizer, load_tokenizer, tokenize
 from pjrlhf.errors import UserError
+from pjrlhf.models.hf_config import read_eos_ids
 
 CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
@@ -163,7 +169,7 @@ def test_pair_shares_the_shorter_prompt():
     assert encode_pair(tokenizer, apart[:-1], apart[-1])[0] == alone
     prompt, (chosen, rejected) = tokenizer.encode_answers(merged[:-1], [merged[-1], apart[-1]])
     assert len(prompt) < len(alone) or prompt == [tokenizer.start_id]
-    for text, ids in ((merged, chosen), (apart, rejected)):
+    for text, (ids, _) in ((merged, chosen), (apart, rejected)):
         assert tokenizer.decode(prompt + ids) == text
 
 
@@ -227,6 +233,180 @@ def test_a_tokenizer_that_cannot_be_read_is_one_line(tmp_path, content):
     (tmp_path / "tokenizer.json").write_text(content)
     with pytest.raises(UserError, match=rf"tokenizer {tmp_path}: .*that transformers \d.* can read"):
         load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        CHATML,
+        CHATML.replace("<|im_end|>\n' }}", "<|im_end|>\n<|pad|>' }}"),
+        CHATML.replace("<|im_end|>\n", "<|im_end|>"),
+    ],
+    ids=["newline follows", "EOS follows", "nothing follows"],
+)
+def test_an_answer_ends_with_the_turn_of_its_template(template):
+    """The end of a turn is not the EOS of this tokenizer, as in Gemma."""
+    tokenizer = Tokenizer(backend(template=template, eos_token="<|pad|>"))
+    assert (tokenizer.eos_id, tokenizer.eos_ids) == (PAD, (PAD, END))
+    assert encode_pair(tokenizer, HELLO, "Yo")[1] == [*codes("Yo"), END]
+    assert encode_pair(tokenizer, HELLO, "Yo \n")[1] == [*codes("Yo \n"), END]
+    assert encode_pair(tokenizer, "Hi", " Yo")[1] == [*codes(" Yo"), PAD]
+    assert encode_pair(tokenizer, "Hi", " Yo<|im_end|>")[1] == [*codes(" Yo"), END]
+    for token in ("<|pad|>", "<|im_end|>"):
+        with pytest.raises(RecordError, match=rf"end-of-sequence inside an answer.*{re.escape(token)}"):
+            encode_pair(tokenizer, HELLO, f"Yo{token}Yo")
+
+
+def test_end_of_a_turn_by_text_is_named(caplog):
+    with caplog.at_level(logging.WARNING, logger="absl"):
+        tokenizer = Tokenizer(backend(template=CHATML.replace("<|im_end|>\n", "\n### End"), eos_token="<|pad|>"))
+    assert tokenizer.eos_ids == (PAD,)
+    assert "ends a turn with '\\n### End', which is no special token" in caplog.text
+
+
+def test_tokens_that_end_answers_come_from_all_config_files(tmp_path, caplog):
+    def load(generation, config, **special):
+        Tokenizer(backend(vocab_size=300)).save(tmp_path)
+        settings = json.loads((tmp_path / "tokenizer_config.json").read_text()) | special
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+        (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": generation, "temperature": 0.6}))
+        (tmp_path / "config.json").write_text(json.dumps({"eos_token_id": config, "pad_token_id": 0}))
+        return load_tokenizer(tmp_path)
+
+    assert load([START, BOS], PAD).eos_ids == (END, START, BOS, PAD)
+    assert read_eos_ids(tmp_path) == [START, BOS, PAD]
+    assert load(END, [END, -1]).eos_ids == (END,)
+    assert load(None, None).eos_ids == (END,)
+    nameless = load([START, END], None, eos_token=None)
+    assert (nameless.eos_id, nameless.eos_ids) == (START, (START, END))
+    with caplog.at_level(logging.WARNING, logger="absl"):
+        assert load(codes("#")[0], 10**6).eos_ids == (END,)
+    assert "the ordinary '#'" in caplog.text and "1000000 as EOS, which is not in the tokenizer" in caplog.text
+    for wrong in ("</s>", [True], {"id": 1}, 1.5):
+        with pytest.raises(UserError, match=r"generation_config\.json: eos_token_id=.* is not a token id"):
+            load(wrong, None)
+
+
+def test_sampled_answers_lose_the_token_that_ended_them():
+    tokenizer = Tokenizer(backend(template=CHATML, eos_token="<|pad|>"), eos_ids=[START])
+    tokenizer.eos_ids += (codes("!")[0],)  # a token that decoding does not leave out as special
+    for end in (PAD, START, END, codes("!")[0]):
+        assert tokenizer.decode_answer([*codes(" Yo! Yo"), end]) == "Yo! Yo"
+    assert tokenizer.decode_answer([*codes(" Yo!"), END], prompt=codes("Hi")) == " Yo!"
+    assert tokenizer.decode_answer([]) == ""
+
+
+# Renders tool calls, tools, reasoning of the last turns alone, and a variable, as templates of the Qwen family do.
+TOOLS = """{% if tools %}{{ '<|im_start|>tools\n' + tools|tojson + '<|im_end|>\n' }}{% endif %}
+{%- set ns = namespace(asked=0) %}
+{%- for m in messages %}{% if m.role == 'user' %}{% set ns.asked = loop.index0 %}{% endif %}{% endfor %}
+{%- for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}
+{%- if m.reasoning_content and loop.index0 > ns.asked %}{{ '(' + m.reasoning_content + ')' }}{% endif %}
+{{- m.content or '' }}
+{%- for call in m.tool_calls or [] %}{{ '[' + call.function.name + call.function.arguments|tojson + ']' }}{% endfor %}
+{{- '<|im_end|>\n' }}{% endfor %}
+{%- if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% if quiet %}{{ '()' }}{% endif %}{% endif %}"""
+CALL = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f", "arguments": {"x": 1}}}]}
+RESULT = {"role": "tool", "content": "2"}
+YO = {"role": "assistant", "content": "Yo"}
+SCHEMA = {"type": "function", "function": {"name": "f"}}
+
+
+def scored(tokenizer, answer):
+    """The text of an answer, with what is scored in braces."""
+    groups = itertools.groupby(zip(*answer, strict=True), key=lambda pair: pair[1])
+    texts = [(on, tokenizer.decode([i for i, _ in pairs], False)) for on, pairs in groups]
+    return "".join(f"{{{text}}}" if on else text for on, text in texts)
+
+
+def test_messages_are_rendered_whole():
+    tokenizer = Tokenizer(backend(template=TOOLS, vocab_size=300))
+    prompt, (answer, other) = tokenizer.encode_answers(
+        Conversation(HELLO, {"tools": [SCHEMA]}), [[CALL | {"reasoning_content": "hm"}], "Yo"]
+    )
+    assert tokenizer.decode(prompt, False) == (
+        f"<|im_start|>tools\n{json.dumps([SCHEMA])}<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
+    )
+    assert scored(tokenizer, answer) == '{(hm)[f{"x": 1}]<|im_end|>}'
+    assert scored(tokenizer, other) == "{Yo<|im_end|>}"
+    quiet = Conversation(HELLO, {"quiet": True})
+    assert tokenizer.decode(tokenizer.encode_prompt(quiet)).endswith("assistant\n()")
+
+
+@pytest.mark.parametrize(
+    ("prompt", "answer", "name"),
+    [
+        (HELLO, [CALL], "tool_calls"),
+        (HELLO, [YO | {"reasoning_content": "hm"}], "reasoning_content"),
+        (HELLO, [YO | {"thinking": "hm"}], "thinking"),
+        ([*HELLO, YO | {"thinking": "hm"}, *HELLO], "Yo", "thinking"),
+        (Conversation(HELLO, {"tools": [SCHEMA]}), "Yo", "tools"),
+        (Conversation(HELLO, {"enable_thinking": True}), "Yo", "enable_thinking"),
+    ],
+)
+def test_what_a_template_ignores_is_refused_by_name(prompt, answer, name):
+    template = CHATML.replace("m['content']", "(m['content'] or '')") + "{# tools, .enable_thinking #}"
+    with pytest.raises(RecordError, match=f"{name} ignored by the chat template"):
+        encode_pair(Tokenizer(backend(template=template)), prompt, answer)
+    with pytest.raises(RecordError, match=r"refused by the chat template|ignored"):
+        encode_pair(Tokenizer(backend(template=CHATML)), prompt, answer)  # adds None to a text
+
+
+def test_what_a_template_drops_on_purpose_is_no_error():
+    tokenizer = Tokenizer(backend(template=TOOLS, vocab_size=300))
+    earlier = [*HELLO, YO | {"reasoning_content": "hm"}, *HELLO]
+    assert encode_pair(tokenizer, earlier, "Yo") == encode_pair(tokenizer, [*HELLO, YO, *HELLO], "Yo")
+    without = Conversation(HELLO, {"enable_thinking": False, "documents": []})  # nothing that could be lost
+    assert tokenizer.encode_prompt(without) == tokenizer.encode_prompt(HELLO)
+
+
+@pytest.mark.parametrize("end", ["<|im_end|>\n", "<|im_end|>", "\n"])
+@pytest.mark.parametrize("vocab_size", [0, 400])
+def test_every_turn_of_the_assistant_is_scored_and_nothing_else(end, vocab_size):
+    tokenizer = Tokenizer(backend(template=TOOLS.replace("<|im_end|>\n", end), vocab_size=vocab_size))
+    _, (answer,) = tokenizer.encode_answers(HELLO, [[CALL, RESULT, YO, *HELLO, YO]])
+    stop, rest = (end[:10], end[10:]) if end.startswith("<") else (end, "")
+    last = stop if end.startswith("<") else f"{end}<|im_end|>"
+    text = (
+        f'{{[f{{"x": 1}}]{stop}}}{rest}<|im_start|>tool\n2{end}<|im_start|>assistant\n{{Yo{stop}}}{rest}'
+        f"<|im_start|>user\nHi{end}<|im_start|>assistant\n{{Yo{last}}}"
+    )
+    assert scored(tokenizer, answer) == text
+
+
+def test_turns_that_a_template_rewrites_are_rows_of_their_own():
+    tokenizer = Tokenizer(backend(template=TOOLS, vocab_size=300))
+    thought = YO | {"reasoning_content": "hm"}
+    turns = [thought, *HELLO, thought]
+    example = Example(prompt=Conversation(HELLO, {"tools": [SCHEMA]}), completion=turns, where="here")
+    table = tokenize([example], "completion", tokenizer, Lengths(prompt=200, completion=50))
+    assert [tokenizer.decode(row["completion"]) for row in table] == ["(hm)Yo", "(hm)Yo"]
+    assert [row["completion_mask"] for row in table] == [None, None]
+    for row, before in zip(table, (HELLO, [*HELLO, YO, *HELLO]), strict=True):
+        assert row["prompt"].tolist() == tokenizer.encode_prompt(Conversation(before, {"tools": [SCHEMA]}))
+    # Two answers to one prompt cannot be.
+    pair = Example(prompt=HELLO, chosen=turns, rejected="Yo", where="here")
+    with pytest.raises(UserError, match="chat template rewrites earlier turns"):
+        tokenize([pair], "preference", tokenizer, ROOMY)
+
+
+def test_masks_of_a_table_and_what_was_cut(caplog):
+    tokenizer = Tokenizer(backend(template=TOOLS))
+    turns = [YO, *HELLO, YO]
+    whole = tokenizer.encode_answers(HELLO, [turns])[1][0]
+    examples = [Example(prompt=HELLO, completion=answer, where=f"line {i}") for i, answer in enumerate((turns, "Yo"))]
+    lengths = Lengths(prompt=20, completion=len(whole.ids) - 1, long_prompt="truncate_left", long_completion="truncate")
+    with caplog.at_level(logging.INFO, logger="absl"):
+        table = tokenize(examples, "completion", tokenizer, lengths)
+    assert table[0]["completion_mask"].tolist() == whole.scored[:-1] and table[1]["completion_mask"] is None
+    assert table.select([1, 0])[1]["completion_mask"].tolist() == whole.scored[:-1]
+    assert table.cut == {"prompt": 2, "completion": 1}
+    assert "cut to the length limits (prompt 20, completion" in caplog.text
+    assert "2 prompts, 1 completions of 2 rows" in caplog.text
+    assert tokenize(examples, "prompt", tokenizer, lengths).cut == {"prompt": 2}
+    late = [Example(prompt=HELLO, completion=[CALL | {"content": "x"}, RESULT, YO], where="here")]
+    kept = tokenize(late, "completion", tokenizer, dataclasses.replace(lengths, completion=3))
+    assert kept[0]["completion_mask"] is None  # nothing of the tool's is left
 
 
 def test_load_and_save(tmp_path):

@@ -313,7 +313,7 @@ def test_sampling_with_a_cache_equals_the_full_forward(model_type):
     model = Decoder(config)
     prompt, prompt_valid = tokens[:, :6], np.arange(6) >= np.array([[0], [2], [4], [1]])
     users = jnp.asarray(np.random.default_rng(2).standard_normal((4, 2, config.hidden_size)), jnp.float32)
-    sampling = Sampling(max_new_tokens=8, eos_id=config.vocab_size, pad_id=0)
+    sampling = Sampling(max_new_tokens=8, eos_ids=(config.vocab_size,), pad_id=0)
 
     @jax.jit
     def run(params):

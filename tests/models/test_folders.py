@@ -12,7 +12,7 @@ from support.tiny_llamas import SMALL, assert_equal_trees, change_weights, edit,
 from pjrlhf.errors import UserError
 from pjrlhf.models import huggingface
 from pjrlhf.models.config import RopeScaling
-from pjrlhf.models.folders import Stream, stream_tensors
+from pjrlhf.models.folders import Stream, read_json, stream_tensors
 from pjrlhf.models.huggingface import config_to_hf, fingerprint, load_params, read_config, save_params
 
 LLAMA3 = {
@@ -144,6 +144,27 @@ def test_tokenizer_and_token_ids_travel(tmp_path):
     assert read_config(tmp_path / "out") == SMALL
     with pytest.raises(UserError, match="no tokenizer files"):
         save_params(tmp_path / "other", SMALL, params, tokenizer_folder=tmp_path)
+
+
+def test_settings_of_generation_travel(tmp_path):
+    source = tmp_path / "source"
+    source.mkdir()
+    (source / "tokenizer.json").write_text("{}")
+    sampling = {"do_sample": True, "temperature": 0.6, "top_p": 0.9}
+    stated = {**sampling, "eos_token_id": [2, 7], "pad_token_id": 0}
+    (source / "generation_config.json").write_text(json.dumps(stated))
+    ids = {"bos_token_id": 1, "eos_token_id": [2, 7, 9], "pad_token_id": None}
+    save_params(tmp_path / "out", SMALL, random_params(SMALL), tokenizer_folder=source, token_ids=ids)
+    assert read_json(tmp_path / "out" / "generation_config.json") == {
+        **sampling,
+        "bos_token_id": 1,
+        "eos_token_id": [2, 7, 9],
+        "pad_token_id": 0,
+    }
+    assert read_json(tmp_path / "out" / "config.json")["eos_token_id"] == [2, 7, 9]
+    (source / "generation_config.json").write_text("[")
+    with pytest.raises(UserError, match=r"generation_config\.json: cannot be read"):
+        save_params(tmp_path / "out", SMALL, random_params(SMALL), tokenizer_folder=source)
 
 
 def test_an_interrupted_export_leaves_the_old_one(small, monkeypatch):

@@ -113,7 +113,7 @@ def test_values_and_gradients_of_adapters_and_inputs_are_those_of_the_floats(cha
 )
 def test_samples_are_those_of_the_floats(decode):
     prompt, model = prompts(6, 5), MODEL.clone(decode=decode)
-    sampling = Sampling(max_new_tokens=8, eos_id=1, pad_id=0)
+    sampling = Sampling(max_new_tokens=8, eos_ids=(1,), pad_id=0)
 
     @jax.jit
     def sample(params):
@@ -190,7 +190,7 @@ def test_kernels_are_converted_inside_the_loop_that_samples():
     """A conversion in the entry computation would keep float kernels of all layers."""
     model, prompt = MODEL.clone(decode="unrolled"), prompts(2, 3)
     shapes = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
-    sampling = Sampling(max_new_tokens=4, eos_id=1, pad_id=0)
+    sampling = Sampling(max_new_tokens=4, eos_ids=(1,), pad_id=0)
 
     @jax.jit
     def sample(params):

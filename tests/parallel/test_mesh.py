@@ -136,7 +136,7 @@ def rollout_and_gradient(backbone, trainable, placed):
     """Samples, experience on them with two objectives and min-norm weights, and the PPO gradient of policies that have
     moved a little since.
     """
-    sampling, prompt = Sampling(max_new_tokens=N, eos_id=EOS, pad_id=PAD), split_rows(placed, K)
+    sampling, prompt = Sampling(max_new_tokens=N, eos_ids=(EOS,), pad_id=PAD), split_rows(placed, K)
     response = sample(backbone, trainable["bank"], jnp.eye(K), prompt, sampling, jax.random.key(2))
     line = jnp.linspace(-1.0, 1.0, K * n).reshape(K, n)
     scores, group = jnp.stack([line, jnp.sin(5 * line)], 2), jnp.zeros((K, n), jnp.int32)

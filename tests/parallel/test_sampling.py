@@ -50,7 +50,7 @@ def policies_of(kind, model, base, bank):
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def draw(kind, model, count, base, bank, prompt):
-    sampling = Sampling(max_new_tokens=count, eos_id=EOS, pad_id=PAD)
+    sampling = Sampling(max_new_tokens=count, eos_ids=(EOS,), pad_id=PAD)
     return generate(policies_of(kind, model, base, bank), sampling, prompt, jax.random.key(3))
 
 

@@ -14,7 +14,7 @@ from pjrlhf.rollout.decoding import PolicyEnsemble
 from pjrlhf.rollout.sampler import Sampling, generate
 
 K, B, P, N = 3, 4, 5, 6
-GREEDY = Sampling(max_new_tokens=N, eos_id=EOS, pad_id=PAD, temperature=0.0)
+GREEDY = Sampling(max_new_tokens=N, eos_ids=(EOS,), pad_id=PAD, temperature=0.0)
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -18,7 +18,7 @@ from pjrlhf.rollout.experience import ExperienceConfig, Recipe, experience, samp
 from pjrlhf.rollout.sampler import Sampling
 
 K, n, P, N = 3, 4, 5, 6
-SAMPLING = Sampling(max_new_tokens=N, eos_id=EOS, pad_id=PAD, temperature=0.9)
+SAMPLING = Sampling(max_new_tokens=N, eos_ids=(EOS,), pad_id=PAD, temperature=0.9)
 BETA = np.array([0.1, 0.5, 2.0], np.float32)
 SCORES = np.random.default_rng(0).normal(0, 4, (K, n, 1)).astype(np.float32)
 
@@ -146,6 +146,9 @@ def test_padding_that_looks_like_eos_is_no_end():
     alike = recipe(sampling=dataclasses.replace(SAMPLING, pad_id=EOS))
     _, statistics = collect(alike, backbone("lora"), trainable, scored(sampled_prompts(), cut), BETA)
     assert not statistics["completions/stopped_ratio"].any()
+    several = recipe(sampling=dataclasses.replace(SAMPLING, eos_ids=(EOS, 7)))
+    _, statistics = collect(several, backbone("lora"), trainable, scored(sampled_prompts(), cut), BETA)
+    assert statistics["completions/stopped_ratio"].all()
 
 
 def test_advantages_are_whitened_per_policy_and_returns_are_not():

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from pjrlhf.data import packing
-from pjrlhf.data.batching import pad_left, pad_right
+from pjrlhf.data.batching import collate_completion, pad_left, pad_right
 from pjrlhf.data.packing import MODES, NOWHERE, PackLayout, pack
 from pjrlhf.errors import UserError
 from pjrlhf.models.adapters import AdapterConfig, Policies, init_bank
@@ -82,6 +82,36 @@ def test_packed_rows_score_as_plain_ones(policy, examples, plain, mode):
     logps, rewards = score()
     np.testing.assert_allclose(logps, plain[0], rtol=2e-5)
     np.testing.assert_allclose(rewards, plain[1], rtol=2e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_tokens_that_are_not_scored_are_context(policy, examples, mode):
+    rng = np.random.default_rng(2)
+    prompts, answers = examples
+    masks = [[None if i % 3 == 0 else rng.random(len(a)) < 0.6 for a in pair] for i, pair in enumerate(answers)]
+    rows = pack(prompts, answers, PackLayout(mode=mode, length=40, pad_id=0), masks)
+    flat = [
+        (p, a, m)
+        for p, pair, some in zip(prompts, answers, masks, strict=True)
+        for a, m in zip(pair, some, strict=True)
+    ]
+    plain = [{"prompt": p, "completion": a, "completion_mask": m} for p, a, m in flat]
+    batch = collate_completion(plain, prompt_length=7, completion_length=6, pad_id=0)
+
+    @jax.jit
+    def score():
+        policies = Policies(MODEL, ADAPTER, policy["base"], None, None)
+        alone = scoring.sequence_logps(policies, batch.tokens, batch.valid, 7, batch.scored)
+        return scoring.packed_logps(policies, rows), *alone
+
+    together, alone, counts = score()
+    np.testing.assert_allclose(together, alone, rtol=2e-5, atol=1e-6)
+    np.testing.assert_array_equal(counts, [len(a) if m is None else m.sum() for _, a, m in flat])
+    assert 0 < counts.sum() < sum(len(a) for _, a, _ in flat)
+    whole = collate_completion(
+        [row | {"completion_mask": None} for row in plain], prompt_length=7, completion_length=6, pad_id=0
+    )
+    assert whole.scored is None and batch.scored.shape == (2 * E, 6)
 
 
 def test_windows_and_learned_positions_count_tokens_of_the_answer(examples):

@@ -128,6 +128,21 @@ def test_other_tokens_have_another_key(change):
     assert key(tokens) != key(drawn()) == key(drawn())
 
 
+def test_masks_have_another_key_and_other_sums(tmp_path):
+    table = table_of(drawn())
+    mask = np.arange(len(table.tokens["chosen"][0])) > 0
+    masks = {"chosen": (mask, *[None] * (N - 1)), "rejected": (None,) * N}
+    masked = dataclasses.replace(table, masks=masks)
+    none = dataclasses.replace(table, masks={name: (None,) * N for name in masks})
+    whole, same, partial = (logps(each, tmp_path) for each in (table, none, masked))
+    np.testing.assert_array_equal(whole, same)
+    assert partial[0, 0] > whole[0, 0] and len({*tmp_path.iterdir()}) == 2
+    np.testing.assert_allclose(partial.flat[1:], whole.flat[1:], rtol=1e-5)
+    moved = dataclasses.replace(table, masks={"chosen": (None,) * N, "rejected": (np.ones(1, bool), *[None] * (N - 1))})
+    keys = {cache_key(each, "b", np.dtype("float32"), MODEL) for each in (table, none, masked, moved)}
+    assert len(keys) == 3
+
+
 def test_another_computation_has_another_key():
     others = [
         dataclasses.replace(MODEL, **changes)

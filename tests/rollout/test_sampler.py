@@ -1,5 +1,6 @@
 """Sampling draws from the right distribution, independently of cache, padding and other rows."""
 
+import collections
 import dataclasses
 import functools
 
@@ -21,8 +22,8 @@ B, P, N, K = 8, 5, 7, 3
 ENDLESS = -1  # an EOS that never occurs
 ONE_HOT = np.eye(K, dtype=np.float32)
 SOUPS = np.random.default_rng(0).dirichlet(np.ones(K), B).astype(np.float32)
-GREEDY = Sampling(max_new_tokens=N, eos_id=ENDLESS, pad_id=PAD, temperature=0.0)
-WARM = Sampling(max_new_tokens=N, eos_id=EOS, pad_id=PAD, temperature=0.7, top_k=6)
+GREEDY = Sampling(max_new_tokens=N, eos_ids=(ENDLESS,), pad_id=PAD, temperature=0.0)
+WARM = Sampling(max_new_tokens=N, eos_ids=(EOS,), pad_id=PAD, temperature=0.7, top_k=6)
 MIXES = {
     "base": ("lora", None),
     "a soup per row": ("lora", SOUPS),
@@ -34,13 +35,13 @@ MIXES = {
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _sample(kind, sampling, ids, base, bank, mix, prompt, key):
     # One compiled program for every choice of EOS and padding.
-    sampling = dataclasses.replace(sampling, eos_id=ids[0], pad_id=ids[1])
+    sampling = dataclasses.replace(sampling, eos_ids=ids[0], pad_id=ids[1])
     return generate(Policies(MODEL, ADAPTERS[kind], base, bank, mix), sampling, prompt, key)
 
 
 def sample(kind, sampling, mix, prompt, seed=0):
-    ids = sampling.eos_id, sampling.pad_id
-    sampling = dataclasses.replace(sampling, eos_id=0, pad_id=0)
+    ids = sampling.eos_ids, sampling.pad_id
+    sampling = dataclasses.replace(sampling, eos_ids=(0,), pad_id=0)
     rest = base(), None if mix is None else bank(kind, K), mix, prompt, jax.random.key(seed)
     return jax.device_get(_sample(kind, sampling, ids, *rest))
 
@@ -118,12 +119,26 @@ def test_rows_end_with_eos_and_padding_follows(pad_is_eos):
     endless = np.asarray(sample("lora", GREEDY, SOUPS, prompt).tokens)
     eos = max(set(endless.flat), key=lambda token: len({*map(int, with_eos(endless, token, PAD)[1].sum(1))}))
     pad = int(eos) if pad_is_eos else PAD
-    sampling = Sampling(max_new_tokens=N, eos_id=int(eos), pad_id=pad, temperature=0.0)
+    sampling = Sampling(max_new_tokens=N, eos_ids=(int(eos),), pad_id=pad, temperature=0.0)
     out = sample("lora", sampling, SOUPS, prompt)
     tokens, valid = with_eos(endless, eos, pad)
     np.testing.assert_array_equal(out.tokens, tokens)
     np.testing.assert_array_equal(out.valid, valid)
     assert not np.asarray(out.logps)[~valid].any()
+
+
+def test_rows_end_with_the_first_of_several_tokens():
+    prompt = prompts(B, P)
+    endless = np.asarray(sample("lora", GREEDY, SOUPS, prompt).tokens)
+    common = [token for token, _ in collections.Counter(endless.flat).most_common(3)]
+    out = sample("lora", dataclasses.replace(GREEDY, eos_ids=tuple(map(int, common))), SOUPS, prompt)
+    each = [with_eos(endless, token, PAD)[1] for token in common]
+    valid = np.logical_and.reduce(each)
+    assert all((valid != one).any() for one in each)  # each of the tokens ends a row
+    np.testing.assert_array_equal(out.valid, valid)
+    np.testing.assert_array_equal(out.tokens, np.where(valid, endless, PAD))
+    with pytest.raises(UserError, match="eos_ids: is empty"):
+        dataclasses.replace(GREEDY, eos_ids=())
     assert len(set(valid.sum(1))) > 1 and (~valid).any()
 
 
@@ -159,7 +174,7 @@ def test_rows_that_are_done_are_dropped(monkeypatch, decode, kind):
             else:
                 mix = SOUPS if kind == "soups" else None
                 policies = counted[0](model, ADAPTERS["lora"], base, bank, mix, users)
-            sampling = Sampling(max_new_tokens=100, eos_id=EOS, pad_id=PAD, temperature=2.0)
+            sampling = Sampling(max_new_tokens=100, eos_ids=(EOS,), pad_id=PAD, temperature=2.0)
             return generate(policies, sampling, prompt, jax.random.key(1))
 
         found = jax.device_get(draw(base(), bank("lora", K)))
@@ -215,7 +230,7 @@ def test_decoding_stops_when_every_row_has_ended():
     @jax.jit
     def run(base, eos):
         policies = Counted(MODEL, ADAPTERS["lora"], base, None, None)
-        sampling = Sampling(max_new_tokens=12, eos_id=eos, pad_id=PAD, temperature=0.0)
+        sampling = Sampling(max_new_tokens=12, eos_ids=(eos,), pad_id=PAD, temperature=0.0)
         return generate(policies, sampling, prompt, jax.random.key(0))
 
     def passes(eos):
@@ -264,7 +279,7 @@ def test_truncation_keeps_the_smallest_set(top_k, top_p, kept):
 
 def test_top_1_is_greedy():
     prompt = prompts(B, P)
-    hot = Sampling(max_new_tokens=N, eos_id=ENDLESS, pad_id=PAD, temperature=2.0, top_k=1)
+    hot = Sampling(max_new_tokens=N, eos_ids=(ENDLESS,), pad_id=PAD, temperature=2.0, top_k=1)
     np.testing.assert_array_equal(
         sample("lora", hot, SOUPS, prompt).tokens, sample("lora", GREEDY, SOUPS, prompt).tokens
     )
@@ -274,7 +289,9 @@ def test_top_1_is_greedy():
 def test_frequencies_are_those_of_the_softmax(top_k, top_p):
     rows, temperature = 8192, 0.7
     prompt = jax.tree.map(lambda x: jnp.repeat(x[:1], rows, axis=0), prompts(1, 3))
-    sampling = Sampling(max_new_tokens=1, eos_id=ENDLESS, pad_id=PAD, temperature=temperature, top_k=top_k, top_p=top_p)
+    sampling = Sampling(
+        max_new_tokens=1, eos_ids=(ENDLESS,), pad_id=PAD, temperature=temperature, top_k=top_k, top_p=top_p
+    )
     tokens = np.asarray(sample("lora", sampling, None, prompt).tokens)[:, 0]
     logits = logits_of("lora", base(), None, None, prompt.tokens[:1], prompt.valid[:1])[0, -1]
 
@@ -301,7 +318,7 @@ def test_draws_depend_on_the_key_alone():
 
 def test_rows_with_the_same_prompt_draw_independently():
     prompt = jax.tree.map(lambda x: jnp.repeat(x[:1], B, axis=0), prompts(1, P))
-    endless = dataclasses.replace(WARM, eos_id=ENDLESS)
+    endless = dataclasses.replace(WARM, eos_ids=(ENDLESS,))
     tokens = sample("lora", endless, np.repeat(SOUPS[:1], B, axis=0), prompt).tokens
     assert len({tuple(map(int, row)) for row in tokens}) == B
 
@@ -312,7 +329,7 @@ def test_rows_with_the_same_prompt_draw_independently():
 )
 def test_impossible_settings_are_refused(setting, name):
     with pytest.raises(UserError, match=name):
-        Sampling(max_new_tokens=N, eos_id=EOS, pad_id=PAD, **setting)
+        Sampling(max_new_tokens=N, eos_ids=(EOS,), pad_id=PAD, **setting)
 
 
 def test_learned_positions_are_counted_with_user_tokens():

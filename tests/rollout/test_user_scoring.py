@@ -159,7 +159,7 @@ def test_strangers_score_as_the_generic_user_and_so_does_everybody_at_the_start(
 def test_greedy_sampling_follows_the_full_forward():
     tokens, valid, start = rows()
     prompt, prompt_valid = tokens[:, :start], valid[:, :start]
-    sampling = Sampling(max_new_tokens=N, eos_id=EOS, pad_id=0, temperature=0.0)
+    sampling = Sampling(max_new_tokens=N, eos_ids=(EOS,), pad_id=0, temperature=0.0)
 
     @jax.jit
     def sample(user_tokens):

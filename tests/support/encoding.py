@@ -3,5 +3,5 @@
 
 def encode_pair(tokenizer, prompt, answer):
     """(prompt ids, answer ids with EOS)."""
-    ids, (answer_ids,) = tokenizer.encode_answers(prompt, [answer])
-    return ids, answer_ids
+    ids, (found,) = tokenizer.encode_answers(prompt, [answer])
+    return ids, found.ids

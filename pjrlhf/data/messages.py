@@ -1,0 +1,194 @@
+"""Conversations: messages with a role and a content, and what else chat templates render: tool calls and reasoning."""
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from pjrlhf.data.records import RecordError, from_json
+from pjrlhf.settings import shown
+from pjrlhf.types import Json
+
+Message = dict[str, Any]
+Prompt = str | list[Message]  # plain text or a conversation, also a `Conversation`
+# Plain text, or all messages from the assistant's first to its last: one that has more than its content, or several.
+Answer = str | list[Message]
+
+
+class Conversation(list[Message]):
+    """Messages with arguments for the chat template.
+
+    Attributes:
+      options: `tools`, JSON schemas of the tools that the model may call, and variables of the template by name.
+    """
+
+    def __init__(self, messages: Sequence[Message], options: Mapping[str, Any]):
+        super().__init__(messages)
+        self.options = dict(options)
+
+    def __repr__(self) -> str:
+        return f"{super().__repr__()} with {self.options}" if self.options else super().__repr__()
+
+
+def options_of(prompt: Prompt) -> dict[str, Any]:
+    """The arguments for the chat template that come with a prompt."""
+    return prompt.options if isinstance(prompt, Conversation) else {}
+
+
+# Keys of a message, besides its content, that are part of what it says.
+SAID = ("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking", "refusal", "images", "audio")
+# Arguments of `apply_chat_template` that this package sets.
+_RESERVED = frozenset(("conversation", "tools", "tokenize", "add_generation_prompt", "continue_final_message"))
+_TEXT_PARTS = ("text", "input_text", "output_text")  # types of content parts that hold `text`
+
+
+def text_of(value: Prompt | Answer) -> str:
+    """The text of a prompt or an answer: the contents of its messages, one after the other."""
+    if isinstance(value, str):
+        return value
+    return "\n".join(message["content"] for message in value if message.get("content"))
+
+
+def request_of(prompt: Prompt) -> str:
+    """The text to answer: a text prompt, or the last message of a conversation."""
+    return prompt if isinstance(prompt, str) else text_of(prompt[-1:])
+
+
+def with_text(prompt: Prompt, text: str) -> Prompt:
+    """`prompt` after `text`; in a conversation the text stands in the last message of the user."""
+    if isinstance(prompt, str):
+        return f"{text}\n{prompt}"
+    last = max((i for i, message in enumerate(prompt) if message["role"] == "user"), default=len(prompt) - 1)
+    told = {**prompt[last], "content": f"{text}\n{text_of(prompt[last : last + 1])}"}
+    return Conversation([*prompt[:last], told, *prompt[last + 1 :]], options_of(prompt))
+
+
+def transcript(text: str) -> list[Message] | None:
+    """The turns of a prompt in the format of HH-RLHF, "\\n\\nHuman: ...\\n\\nAssistant:"; None for any other text."""
+    before, *turns = re.split(r"(?:^|\n\n)(Human|Assistant):", text)
+    names, contents = turns[::2], [turn.strip() for turn in turns[1::2]]
+    if before.strip() or names[-2:] != ["Human", "Assistant"] or contents.pop() or not all(contents):
+        return None
+    roles = {"Human": "user", "Assistant": "assistant"}
+    return [{"role": roles[name], "content": content} for name, content in zip(names, contents, strict=False)]
+
+
+def read_messages(value: Json, name: str) -> list[Message]:
+    """A conversation as a list of messages.
+
+    Also from one message alone, and from the form `{"role": [...], "content": [...]}` of tfds. Content parts that are
+    text become one text. Arguments of tool calls that are JSON text become objects, as chat templates expect. Keys
+    of value None go, which columnar files add to all messages; only a content may be None, beside a tool call.
+
+    Args:
+      name: of the column, for messages of errors.
+
+    Raises:
+      RecordError: not a conversation, or a message that a text model cannot read.
+    """
+    if isinstance(value, Mapping) and all(isinstance(column, list) for column in value.values()):
+        value = [dict(zip(value, row, strict=False)) for row in zip(*value.values(), strict=False)]
+    elif isinstance(value, Mapping) and isinstance(value.get("role"), str):
+        value = [value]
+    if not isinstance(value, list):
+        raise RecordError(f"{name} is not text", f"a {type(value).__name__}, neither text nor a list of messages")
+    if not value:
+        raise RecordError(f"empty {name}")
+    return [_message(message, name) for message in value]
+
+
+def _message(message: Json, name: str) -> Message:
+    if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
+        raise RecordError(f"{name} is not a conversation", "every message needs a role, as text")
+    found = {key: item for key, item in message.items() if item is not None}
+    if found.get("tool_calls") == []:
+        del found["tool_calls"]
+    if "tool_calls" in found:
+        found["tool_calls"] = _tool_calls(found["tool_calls"], name)
+    content = message.get("content")
+    if isinstance(content, list):
+        found["content"] = "".join(_part(part, name) for part in content)
+    elif content is None and any(found.get(key) for key in SAID):
+        if "content" in message:
+            found["content"] = None
+    elif not isinstance(content, str):
+        raise RecordError(f"{name} is not a conversation", f"the content of a message is a {type(content).__name__}")
+    if message["role"] == "user" and not str(found.get("content") or "").strip():
+        raise RecordError(f"empty user message in {name}")
+    return found
+
+
+def _part(part: Json, name: str) -> str:
+    if isinstance(part, str):
+        return part
+    kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
+    if kind not in _TEXT_PARTS or not isinstance(part.get("text"), str):
+        raise RecordError(f"{name} has a content part of type {kind!r}", "only text can be read")
+    return part["text"]
+
+
+def _tool_calls(calls: Json, name: str) -> list[dict[str, Any]]:
+    if not isinstance(calls, list) or not all(isinstance(call, Mapping) for call in calls):
+        raise RecordError(f"bad tool_calls in {name}", "they are not a list of calls")
+    found = []
+    for call in calls:
+        inner = call.get("function", call)
+        if not isinstance(inner, Mapping) or not isinstance(inner.get("name"), str):
+            raise RecordError(f"bad tool_calls in {name}", "a call names no function")
+        if isinstance(inner.get("arguments"), str):
+            inner = {**inner, "arguments": _from_json(inner["arguments"], f"bad tool_calls in {name}")}
+        call = {**call, "function": inner} if "function" in call else inner
+        found.append({key: item for key, item in call.items() if item is not None})
+    return found
+
+
+def _from_json(text: str, reason: str) -> Any:
+    try:
+        return from_json(text) if text.strip() else None
+    except RecordError as error:
+        raise RecordError(reason, str(error)) from error
+
+
+def read_answer(messages: Sequence[Message], name: str) -> Answer:
+    """The messages that follow a prompt as an answer: text where it is one message with nothing but a content.
+
+    Raises:
+      RecordError: they do not start and end with the assistant, or say nothing.
+    """
+    roles = [message["role"] for message in messages]
+    if not roles or {roles[0], roles[-1]} != {"assistant"}:
+        raise RecordError(
+            f"{name} is not an answer", f"{shown(roles)} follow the prompt, not messages of the assistant"
+        )
+    if not any((messages[-1].get("content") or "").strip() or messages[-1].get(key) for key in SAID):
+        raise RecordError(f"empty {name}")
+    if len(messages) == 1 and messages[0].keys() == {"role", "content"}:
+        return messages[0]["content"]
+    return list(messages)
+
+
+def read_options(values: Mapping[str, Json]) -> dict[str, Any]:
+    """The columns `tools`, a list of JSON schemas, and `chat_template_kwargs`, an object, each also as JSON text, as
+    arguments for the chat template. Keys of value None, which columnar files add, go.
+
+    Raises:
+      RecordError: a column of another kind, or a name in `chat_template_kwargs` that this package sets.
+    """
+    tools, options = (_parsed(values.get(name), name) for name in ("tools", "chat_template_kwargs"))
+    if not isinstance(tools, list | None) or not all(isinstance(tool, Mapping) for tool in tools or ()):
+        raise RecordError("bad tools", "not a list of JSON schemas")
+    if not isinstance(options, Mapping | None):
+        raise RecordError("bad chat_template_kwargs", f"a {type(options).__name__}, not an object")
+    if reserved := sorted(set(options or ()) & _RESERVED):
+        raise RecordError("bad chat_template_kwargs", f"{reserved[0]} cannot be set there")
+    found = {key: item for key, item in (options or {}).items() if item is not None}
+    return found | ({"tools": _without_none(tools)} if tools else {})
+
+
+def _parsed(value: Json, name: str) -> Any:
+    return _from_json(value, f"bad {name}") if isinstance(value, str) else value
+
+
+def _without_none(value: Json) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _without_none(item) for key, item in value.items() if item is not None}
+    return [_without_none(item) for item in value] if isinstance(value, list) else value
