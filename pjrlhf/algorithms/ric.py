@@ -168,11 +168,13 @@ class Round:
       table: prompts and completions, see `stated`.
       steps: how many updates.
       start: the adapter to go on from, a bank of one; None for a new one.
+      accumulation_steps: parts of a batch.
     """
 
     table: TokenTable
     steps: int
     start: Params | None = None
+    accumulation_steps: int = 1
 
 
 class Ric(Method):
@@ -190,7 +192,7 @@ class Ric(Method):
         self.data, self.devices, self.backbone, self.streams = data, devices, backbone, streams
         self.rates = settings.optimizer.rates()
         self.optimizer = per_ingredient(make_optimizer(settings.optimizer, data.steps))
-        make = in_parts(functools.partial(sft.collate, text), settings.accumulation_steps)
+        make = in_parts(functools.partial(sft.collate, text), data.accumulation_steps)
         self.batches = batches(data.table, settings.batch_size, seed=streams.seed, collate=make, key="ric.batch_size")
         self._update = devices.training_step(self._step)
         self.programs = (self._update,)
@@ -229,7 +231,7 @@ def fine_tune(
     table = stated(run, settings, answers, name)
     steps = settings.online_steps if number else settings.steps
     steps = steps_of(steps, settings.epochs, len(table), settings.batch_size)
-    data = Round(table, steps, start)
+    data = Round(table, steps, start, settings.accumulation_steps)
     return run.train(method_of(run, settings, data), name, steps).trainable
 
 

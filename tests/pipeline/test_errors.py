@@ -93,7 +93,7 @@ WRONG_RUNS = [
     (
         "model.path",
         "/no/such/model",
-        "tokenizer /no/such/model: no such folder; give one with a tokenizer.json",
+        "/no/such/model/config.json: no such file; name a folder in Hugging Face layout with safetensors weights",
     ),
     ("model.eos_token", "<end>", "eos_token '<end>': not in the tokenizer's vocabulary; name one of its tokens"),
     (

@@ -61,7 +61,7 @@ def test_records_are_asked_as_requests_are(tmp_path, base, chat):
         {"prompt": q, "chosen": " it holds air .", "rejected": " it can burn .", "objective": "P2A"} for q in "ab"
     ]
     run = started(tmp_path, base, data__chat=chat)
-    (first, second), _ = run.records.comparisons({"kind": "jsonl", "path": write(tmp_path, records)})
+    (first, second), _ = run.records.comparisons({"kind": "jsonl", "path": write(tmp_path, records)}, "reward.data")
     asked, _ = run.records.asked([first, second])
     assert asked.prompt == run.records.ask("a")
     assert (asked.chosen, asked.rejected) == (
