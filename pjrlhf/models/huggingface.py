@@ -34,6 +34,7 @@ from pjrlhf.models.folders import (
 )
 from pjrlhf.models.hf_config import GENERATION, config_to_hf, generation_config, read_config
 from pjrlhf.models.quantization import quantize_leaf
+from pjrlhf.parallel.processes import to_host
 from pjrlhf.types import DType, Json, Params
 
 TOKENIZER_FILES = (
@@ -69,7 +70,7 @@ def load_params(
       quantized: quantise to int8, see `models.quantization`.
 
     Raises:
-      UserError: a missing, unused or wrongly shaped tensor, by name.
+      UserError: a missing, unused or wrongly shaped tensor, by name, or a leaf that holds NaN or infinity.
     """
     folder = pathlib.Path(folder)
     config = read_config(folder) if config is None else config
@@ -86,8 +87,18 @@ def load_params(
                 leaf = jnp.asarray(read(tuple(slice(None) for _ in shape)))
             else:
                 leaf = _placed(read, shape, place(path, shape))
+            if not to_host(_is_finite(leaf)):
+                raise UserError(
+                    f"{folder}: {path} holds numbers that are not finite as {jnp.dtype(dtype).name}; restore the "
+                    "weights, or set --config.model.param_dtype to a dtype of their range"
+                )
             leaves |= quantize_leaf(path, leaf, place) if quantized else {path: leaf}
     return flax.traverse_util.unflatten_dict(leaves, sep="/")
+
+
+@jax.jit
+def _is_finite(leaf: jax.Array) -> jax.Array:
+    return jnp.isfinite(leaf).all()
 
 
 def _placed(

@@ -18,7 +18,7 @@ import flax.traverse_util
 import numpy as np
 
 from pjrlhf.errors import UserError
-from pjrlhf.models.families import Family, adapter_modules, get_family, part_runs
+from pjrlhf.models.families import FLOAT_TYPES, Family, adapter_modules, get_family, part_runs
 from pjrlhf.models.folders import Folder, all_finite, new_folder, open_tensors, read_json, write_tensors
 from pjrlhf.types import Json, Params
 
@@ -240,6 +240,8 @@ def _check_settings(
         not family.conv1d
     ):  # for a Conv1D module, PEFT stores the factors as for any other, with either value of the flag
         allowed["fan_in_fan_out"] = False
+    if not isinstance(config.get("use_rslora") or False, bool):
+        raise UserError(f"{source}: use_rslora={config['use_rslora']!r} is neither true nor false; correct it")
     for name in ("target_modules", "exclude_modules"):
         wanted = config.get(name)
         try:
@@ -301,6 +303,9 @@ def _read_factors(
                     f"{folder}: {key} adapts a module that target_modules, exclude_modules and layers_to_transform of "
                     f"{CONFIG} leave out; export the adapter again"
                 )
+            stored = files[key].get_slice(key).get_dtype()
+            if stored not in FLOAT_TYPES:
+                raise UserError(f"{folder}: {key} is stored as {stored}; export the adapter as floats")
             whole = files[key].get_tensor(key).astype(np.float32).T
             if not all_finite(whole):
                 raise UserError(f"{folder}: {key} holds NaN or infinity; use the adapter of an earlier checkpoint")

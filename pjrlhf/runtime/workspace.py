@@ -27,7 +27,7 @@ from pjrlhf.models.huggingface import fingerprint, load_params, read_config
 from pjrlhf.models.provenance import adapted
 from pjrlhf.models.quantization import check_quantize
 from pjrlhf.parallel.mesh import batch_sharding, leaf_sharding
-from pjrlhf.parallel.processes import on_process_zero, to_host
+from pjrlhf.parallel.processes import on_process_zero
 from pjrlhf.paths import local, user_cache
 from pjrlhf.runtime.devices import Devices
 from pjrlhf.runtime.records import Records
@@ -298,27 +298,7 @@ class Workspace:
         place = functools.partial(leaf_sharding, self.devices.mesh)
         dtype = jnp.dtype(self.settings.param_dtype)
         with progress(f"reading {folder}", 1):
-            params = load_params(folder, dtype=dtype, place=place, quantized=quantized)
-        if bad := not_finite(params):
-            raise UserError(
-                f"{folder}: {bad[0]} holds numbers that are not finite as {self.settings.param_dtype}; restore the "
-                "weights, or set --config.model.param_dtype to a dtype of their range"
-            )
-        return params
-
-
-@jax.jit
-def _are_finite(params: Params) -> list[jax.Array]:
-    return [jnp.isfinite(x).all() for x in jax.tree.leaves(params)]
-
-
-def not_finite(params: Params) -> list[str]:
-    """Paths of the leaves that hold NaN or infinity."""
-    paths = [
-        jax.tree_util.keystr(keys, simple=True, separator="/")
-        for keys, _ in jax.tree_util.tree_flatten_with_path(params)[0]
-    ]
-    return [path for path, finite in zip(paths, to_host(_are_finite(params)), strict=True) if not finite]
+            return load_params(folder, dtype=dtype, place=place, quantized=quantized)
 
 
 def _digest(value: Json) -> str:

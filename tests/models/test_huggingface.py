@@ -261,6 +261,9 @@ BROKEN_WEIGHTS = {
         folder, vocab_size=13
     ),
     r"model\.norm\.weight is stored as I8": change_weights(scale_to_int),
+    r"small: final_norm/scale holds numbers that are not finite as float32; restore": change_weights(
+        lambda w: w["model.norm.weight"].__setitem__(3, np.nan)
+    ),
     r"model\.safetensors: no such file": lambda folder: (folder / "model.safetensors").unlink(),
     r"model\.safetensors: cannot be read": lambda folder: (folder / "model.safetensors").write_bytes(b"abcdefghi"),
     r"model-1\.safetensors: no such file": lambda folder: index(folder, '{"weight_map": {"a": "model-1.safetensors"}}'),

@@ -123,6 +123,7 @@ CONFIGS = {
     "r=0 is no whole number": {"r": 0},
     "lora_alpha=inf is no finite number": {"lora_alpha": float("inf")},
     "lora_alpha='16' is no finite number": {"lora_alpha": "16"},
+    "use_rslora='false' is neither true nor false": {"use_rslora": "false"},
     "lora_bias=True": {"lora_bias": True},
     "use_qalora=True": {"use_qalora": True},
     "alora_invocation_tokens": {"alora_invocation_tokens": [1]},
@@ -168,6 +169,7 @@ def test_starts_that_leave_the_base_alone(folder, start):
 
 PREFIX = "base_model.model.model.layers.1.self_attn.q_proj"
 WEIGHTS = {
+    "q_proj.lora_B.weight is stored as I8": lambda w: w.update({f"{PREFIX}.lora_B.weight": np.ones((12, 3), np.int8)}),
     "q_proj.lora_B.weight holds NaN": lambda w: w[f"{PREFIX}.lora_B.weight"].__setitem__((0, 0), np.nan),
     "lora_A of .* is missing in layer 2": lambda w: w.update(
         {f"{PREFIX.replace('.1.', '.999999999.')}.lora_A.weight": np.ones((3, 8), np.float32)},
