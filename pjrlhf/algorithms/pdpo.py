@@ -331,11 +331,11 @@ def preference_loss(
 
 
 class PairMargins:
-    """Reward margins of comparisons: the reward of chosen minus that of rejected, as people see them."""
+    """Reward margins of comparisons by an entry: the reward of chosen minus that of rejected, as people see them."""
 
-    def __init__(self, objective: PreferenceConfig, users: UserModel, pairs: Pairs, backbone: Backbone, scorer: Scorer):
-        self.objective, self.users, self.pairs, self.backbone = objective, users, pairs, backbone
-        self.scorer = scorer
+    def __init__(self, entry: Entry, users: UserModel, pairs: Pairs, backbone: Backbone, scorer: Scorer):
+        self.objective, self.users, self.pairs, self.backbone = entry.objective, users, pairs, backbone
+        self.name, self.scorer = entry.name, scorer
         self._margins = jax.jit(self._of_batch)
 
     def _of_batch(self, backbone: Backbone, trainable: Params, batch: PairBatch) -> Float[Array, " B"]:
@@ -351,7 +351,7 @@ class PairMargins:
         table = self.pairs.tables[part]
         rows = range(len(table)) if rows is None else rows
         return self.scorer(
-            f"margins of pairs ({part})",
+            f"margins of pairs by {self.name} ({part})",
             rows,
             lambda chunk: self.pairs.collate(part, users, [table[i] for i in chunk], self.users.num_tokens),
             functools.partial(self._margins, self.backbone, trainable),
@@ -507,7 +507,7 @@ class Preference(Method):
             key="preference.batch_size",
             rows="pairs",
         )
-        self._margins = PairMargins(self.objective, self.users, pairs, backbone, Scorer(devices, entry.batch_size))
+        self._margins = PairMargins(entry, self.users, pairs, backbone, Scorer(devices, entry.batch_size))
         self._update = devices.training_step(self._step)
         self.programs = (self._update,)
 

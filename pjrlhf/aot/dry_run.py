@@ -44,6 +44,7 @@ from pjrlhf.runtime.records import CorpusSettings, DataSettings, Records, Source
 from pjrlhf.runtime.run import Run
 from pjrlhf.runtime.streams import Streams
 from pjrlhf.runtime.workspace import Workspace
+from pjrlhf.training.progress import progress
 from pjrlhf.training.workdir import Workdir
 from pjrlhf.types import Params, PRNGKey, Tree
 
@@ -149,7 +150,8 @@ class DryDevices(Devices):
         cost = matmul_cost(traced.jaxpr.jaxpr, self.trip_count)
         memory, sent, problem = 0, {}, ""
         try:
-            program = traced.lower().compile()
+            with progress(f"compiling {self.naming}", 1):
+                program = traced.lower().compile()
             memory, sent = memory_bytes(program), collective_bytes(program.as_text() or "")
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error) and "Ran out of memory" not in str(error):

@@ -36,7 +36,7 @@ class Trained:
         width = self.backbone.model.config.hidden_size
         self.users = pdpo.user_model(entry, registry.capacity, width, self.trainable["bank"])
         scorer = run.scorer(entry.batch_size)
-        self._margins = PairMargins(entry.objective, self.users, pairs, self.backbone, scorer)
+        self._margins = PairMargins(entry, self.users, pairs, self.backbone, scorer)
 
     def margins(
         self, part: str, users: np.ndarray, rows: Sequence[int] | None = None, trainable: Params | None = None

@@ -129,7 +129,8 @@ class progress:
     def _line(self, now: float) -> str:
         done, seconds = (self._step - self._first[0], now - self._first[1]) if self._first else (0, 0.0)
         time_left = f"{_clock(seconds / done * (self.total - self._step))} left" if done else ""
-        parts = (self.stage, f"{self._step}/{self.total}", self._note)
+        count = f"{self._step}/{self.total}" if self.total > 1 else ""
+        parts = (self.stage, count, self._note)
         return "  ".join(filter(None, [*parts, time_left or f"{_clock(now - self._started)} so far"]))
 
 

@@ -117,12 +117,15 @@ def test_too_few_comparisons_of_new_people(trained):
 def test_answers_for_everybody(trained):
     groups = {"user00": "P2A", "user01": "P2A", "user02": "P2B", "user03": "P2A"}
     prompts = [example.prompt for example in trained.pairs.tables["heldout"].examples[:2]]
-    section, (sample,) = _generation(trained, prompts, groups)
-    assert list(section) == list(groups) == list(sample["answers"])
+    section, kept = _generation(trained, prompts, groups)
+    assert list(section) == list(groups)
+    assert [(one["user"], one["prompt"]) for one in kept] == [(user, prompt) for user in groups for prompt in prompts]
     for user, found in section.items():
         assert found["group"] == groups[user] and set(found["score"]) == {"P2A", "P2B"}
         assert 0 <= found["length"] <= 10
-    assert sample["model"] == "individualized" and isinstance(sample["prompt"], str)
+        own = [len(one["answer"].split()) for one in kept if one["user"] == user]
+        assert found["length"] == np.mean(own)
+    assert {one["model"] for one in kept} == {"individualized"}
 
 
 # ---- centres from vectors of everybody's own
