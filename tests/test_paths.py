@@ -1,5 +1,9 @@
 """Paths in a bucket, played by fsspec's file system in memory: what is read from there, and what is refused."""
 
+import configparser
+import pathlib
+import shlex
+
 import fsspec
 import jax
 import numpy as np
@@ -149,3 +153,13 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
         temporary.write_text("half of it")
         raise KeyboardInterrupt
     assert path.read_text() == "new" and list(tmp_path.iterdir()) == [path]
+
+
+def test_the_command_that_installs_an_extra_names_its_packages():
+    """Not this package, which need not be on an index."""
+    setup = configparser.ConfigParser()
+    setup.read(pathlib.Path(__file__).parents[1] / "setup.cfg")
+    for extra in (*paths.EXTRAS.values(), "sentiment", "tpu", "wandb", "tensorboard"):
+        command, verb, *packages = shlex.split(paths.install(extra))
+        assert (command, verb) == ("pip", "install")
+        assert packages == setup["options.extras_require"][extra].split()
