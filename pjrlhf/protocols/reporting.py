@@ -14,7 +14,7 @@ from pjrlhf.parallel.processes import on_process_zero
 from pjrlhf.runtime.run import Run
 from pjrlhf.terminal import masked
 from pjrlhf.training.progress import progress
-from pjrlhf.training.workdir import disk_errors, write_lines
+from pjrlhf.training.workdir import disk_errors, read_object, write_lines
 from pjrlhf.types import Json
 
 ANSWERS = "answers.jsonl"
@@ -54,7 +54,9 @@ def finish(
 
 
 def made(run: Run) -> dict[str, Any]:
-    """How the run was made: name -> text."""
+    """How the run was made: name -> text, with the contents of what it read from outside its folder."""
+    read = read_object(run.workdir.path / "inputs.json")
+    inputs = {name: f"{one['path']} (fingerprint {one['hash']})" for name, one in read.items()}
     kinds = [device.device_kind for device in run.devices.mesh.devices.flat]
     libraries = ("jax", "flax", "optax", "numpy", "transformers")
     versions = [f"pjrlhf {__version__}", f"Python {platform.python_version()}"]
@@ -64,6 +66,7 @@ def made(run: Run) -> dict[str, Any]:
             "command": shlex.join(sys.argv),
             "folder": str(run.workdir.path),
             "base": f"{run.workspace.base_folder} (fingerprint {run.workspace.base_hash})",
+            **(inputs or {"data": "made by the run itself"}),
             "devices": ", ".join(f"{kinds.count(kind)} {kind}" for kind in dict.fromkeys(kinds)),
             "versions": ", ".join(versions),
         }
