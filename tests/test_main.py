@@ -317,7 +317,7 @@ def comparisons(settings):
     from pjrlhf.runtime.records import Records
     from pjrlhf.runtime.streams import Streams
 
-    records = Records(settings.data, settings.audience, Streams(0), None)
+    records = Records(settings.data, settings.audience, Streams(0), None, lambda: False)
     try:
         check_source(settings.preference.data, "preference.data")
         return records.comparisons(settings.preference.data, "preference.data")[0]
