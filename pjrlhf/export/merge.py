@@ -122,10 +122,14 @@ def merge(config: MergeSettings, workdir: pathlib.Path | None = None) -> dict[st
     ]
     check_kinds(base, ingredients, config.space)
     folders = [ingredient.folder for ingredient in ingredients]
-    check_tokenizers([*([base] if base else []), *folders])
+    parents = [*([base] if base else []), *folders]
+    check_tokenizers(parents)
     chosen = local(config.tokenizer) if config.tokenizer else None
-    if chosen and chosen not in (base, *folders):
-        raise UserError(f"merge.tokenizer: {chosen} is neither the base nor an ingredient; name one of them")
+    if chosen:  # as it is called there
+        same = [folder for folder in parents if folder.absolute() == chosen.absolute()]
+        if not same:
+            raise UserError(f"merge.tokenizer: {chosen} is neither the base nor an ingredient; name one of them")
+        chosen = same[0]
     inherited = inherit(base, folders, chosen)
     base_hash = check_bases(base, ingredients)
     if config.output:

@@ -276,6 +276,6 @@ def test_the_merge_config_runs_as_a_stage(finished, tmp_path, capsys):
     ).read_bytes()
     assert workdir.finished("merge")["space"] == "delta"
     assert f"merged model: {workdir.path / 'export' / 'soup'}" in capsys.readouterr().out
-    config.merge.weights = (0.5, 0.5)
+    config.merge.ingredients = (str(ingredients / "P1A"), str(ingredients / "P2A"))
     stages.run(config, workdir)
     assert f"merged model: {workdir.path / 'export' / 'soup-2'}" in capsys.readouterr().out
