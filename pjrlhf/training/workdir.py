@@ -256,7 +256,7 @@ class Workdir:
         write_json(self.path / "manifest.json", manifest)
 
     def check_outputs(self, stage: str) -> None:
-        """Raises UserError where a file that a finished stage wrote is missing or has other contents. Process 0 looks."""
+        """Raises UserError where a file of a finished stage is missing or has other contents. Process 0 looks."""
         if not is_process_zero():
             return
         for part, files in _of(stage, self._manifest()["outputs"]):
