@@ -304,7 +304,14 @@ class Tokenizer:
                 "prompt: is a conversation, and the tokenizer has no chat template; add chat_template to "
                 "tokenizer_config.json, or give prompts as text"
             )
-        text = self._apply([*prompt, *more], generate, options_of(prompt))
+        try:
+            text = self._apply([*prompt, *more], generate, options_of(prompt))
+        except RecordError as error:
+            # A template that knows no tool calls fails at a message without content.
+            unknown = [name for name in SAID if not self._reads(name) and any(m.get(name) for m in [*prompt, *more])]
+            if unknown:
+                raise RecordError(f"{unknown[0]} unknown to the chat template", str(error)) from error
+            raise
         for name, messages, options in self._ignorable(prompt, more):
             try:
                 ignored = self._apply(messages, generate, options) == text
@@ -321,16 +328,19 @@ class Tokenizer:
 
         Templates may drop the reasoning of earlier turns, but what the last turn of an answer says must be there.
         """
-        options, messages, template = options_of(prompt), [*prompt, *more], str(self.backend.chat_template)
+        options, messages = options_of(prompt), [*prompt, *more]
         for name, value in options.items():
-            if value and not re.search(rf"{{[{{%][^}}]*\b{re.escape(name)}\b", template):
+            if value and not re.search(rf"{{[{{%][^}}]*\b{re.escape(name)}\b", str(self.backend.chat_template)):
                 yield name, messages, {key: item for key, item in options.items() if key != name}
         for name in SAID:
             last = len(messages) - 1 if more and more[-1].get(name) else 0
-            known = re.search(rf"(\.|['\"]){name}\b", template)
-            if last or (not known and any(message.get(name) for message in messages)):
+            if last or (not self._reads(name) and any(message.get(name) for message in messages)):
                 without = [{key: item for key, item in message.items() if key != name} for message in messages[last:]]
                 yield name, [*messages[:last], *without], options
+
+    def _reads(self, name: str) -> bool:
+        """Whether the chat template reads a key of messages, as far as its text tells."""
+        return bool(re.search(rf"(\.|['\"]){name}\b", str(self.backend.chat_template)))
 
     def _apply(self, messages: Sequence[Message], generate: bool, options: Mapping[str, Any]) -> str:
         try:
