@@ -322,11 +322,11 @@ def test_dtype_of_the_output(models, tmp_path):
 def test_settings_of_generation_survive(models, tmp_path):
     shutil.copytree(models / "one", tmp_path / "one")
     sampling = {"do_sample": True, "temperature": 0.6}
-    stated = {"bos_token_id": 1, "eos_token_id": [5, 2], **sampling}
+    stated = {"bos_token_id": 1, "eos_token_id": [2, 5], **sampling}
     (tmp_path / "one" / "generation_config.json").write_text(json.dumps(stated))
     run(models, tmp_path / "all", (tmp_path / "one",), (1.0,))
     assert json.loads((tmp_path / "all" / "generation_config.json").read_text()) == stated
-    assert json.loads((tmp_path / "all" / "config.json").read_text())["eos_token_id"] == [5, 2]
+    assert json.loads((tmp_path / "all" / "config.json").read_text())["eos_token_id"] == [2, 5]
 
 
 def test_folder_holds_config_tokenizer_and_manifest(models, tmp_path):
