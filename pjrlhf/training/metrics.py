@@ -32,8 +32,8 @@ class Logger(Protocol):
     """A further destination of the metrics of one stage.
 
     Its class or factory takes (workdir, stage, after), where `after` is the step from which the stage continues and
-    `workdir.id` names the run, for places that several runs share. An
-    attribute `module` of the class names a Python module that it needs.
+    `workdir.id` names the run, for places that several runs share. An attribute `module` of the class names a Python
+    module that it needs.
     """
 
     def write(self, step: int, values: Mapping[str, float]) -> None: ...
@@ -158,6 +158,8 @@ class MetricWriter:
         factories = [logger_factory(name) for name in loggers]
         self._active = is_process_zero()
         self._loggers: list[Logger] = []
+        if factories:
+            _ = workdir.id  # which all processes make together
         if not self._active:
             return
         with disk_errors(self.path):
