@@ -13,8 +13,10 @@ from pjrlhf.paths import content_hash, local
 from pjrlhf.terminal import masked
 from pjrlhf.types import Json
 
-# Settings that name a file or folder. Sources of records are recognised by their key `kind`.
+# Settings that name a file or folder.
 READ = ("model.path", "reward.path", "preference.bank", "merge.base", "merge.ingredients")
+# Settings of sources, of records or rewards: mappings that may name files. Judges are none; they write their caches.
+SOURCES = ("data", "prompts", "rewards")
 
 
 def fingerprints(config: Mapping[str, Json], workdir: pathlib.Path) -> dict[str, dict[str, str]]:
@@ -44,12 +46,18 @@ def _named(value: Any, name: str = "", source: bool = False) -> Iterator[tuple[s
     """(dotted setting, path) of everything in a config that may be a path to read."""
     if isinstance(value, Mapping):
         for key, inner in value.items():
-            yield from _named(inner, f"{name}.{key}" if name else str(key), source or "kind" in value)
+            inside = source or (key in SOURCES and isinstance(inner, Mapping) and (key == "rewards" or "kind" in inner))
+            yield from _named(inner, f"{name}.{key}" if name else str(key), inside)
     elif isinstance(value, list | tuple) and (source or name in READ):
         for inner in value:
             yield from _named(inner, name, source)
-    elif isinstance(value, str) and value and (source or name in READ):
+    elif isinstance(value, str) and value and (name in READ or (source and _looks_like_a_path(name, value))):
         yield name, value
+
+
+def _looks_like_a_path(name: str, value: str) -> bool:
+    """Not the name of a split or column that is also a file in the working directory."""
+    return name.rpartition(".")[2] in ("path", "votes") or "/" in value or bool(pathlib.PurePath(value).suffix)
 
 
 def is_local(spec: Mapping[str, Any]) -> bool:

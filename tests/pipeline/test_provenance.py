@@ -397,24 +397,36 @@ def test_a_base_that_is_not_finite_is_refused(base_folder, tmp_path, value):
         tiny.run(tmp_path / "run", config_of(path, base))
 
 
-def test_what_a_config_reads(finished, tmp_path):
+def test_what_a_config_reads(finished, tmp_path, monkeypatch):
     """Paths that are there, from whatever setting; nothing of the run directory itself."""
     (tmp_path / "run" / "policy").mkdir(parents=True)
-    for name in ("pairs.jsonl", "votes.jsonl", "run/policy/bank.safetensors", "report"):
+    for name in (
+        "pairs.jsonl",
+        "votes.jsonl",
+        "run/policy/bank.safetensors",
+        "report",
+        "train",
+        "cache.jsonl",
+        "ratings",
+    ):
         (tmp_path / name).write_text(name)
+    monkeypatch.chdir(tmp_path)
     config = {
         "title": str(tmp_path / "report"),
         "model": {"path": str(finished / "sft" / "model"), "tokenizer": "synthetic"},
         "data": {"prompts": {"kind": "jsonl", "path": str(tmp_path / "pairs.jsonl")}},
         "reward": {"path": str(tmp_path / "absent"), "data": "comparisons"},
         "preference": {
-            "bank": str(tmp_path / "run" / "policy" / "bank.safetensors"),
-            "data": {"kind": "votes", "more": {"files": [str(tmp_path / "votes.jsonl"), "x"]}},
+            "bank": str(tmp_path / bank),
+            "data": {"kind": "votes", "more": {"files": ["votes.jsonl", "x"]}, "split": "train"},
         },
+        "judge": {"kind": "chat", "cache": str(tmp_path / "cache.jsonl")},
+        "rewards": {"P1A": {"kind": "ratings", "path": "ratings"}, "P1B": "train"},
         "merge": {"ingredients": (str(tmp_path / "pairs.jsonl"),)},
     }
     found = fingerprints(config, tmp_path / "run")
-    assert set(found) == {"model.path", "data.prompts.path", "preference.data.more.files", "merge.ingredients"}
+    sources = {"data.prompts.path", "preference.data.more.files", "rewards.P1A.path"}
+    assert set(found) == {"model.path", "merge.ingredients", *sources}
     (tmp_path / "votes.jsonl").write_text("others")
     again = fingerprints(config, tmp_path / "run")
     assert {name for name in found if found[name] != again[name]} == {"preference.data.more.files"}
