@@ -29,6 +29,8 @@ _DISK = {
     errno.EROFS: "the file system is read-only; choose another --workdir or output folder",
     errno.ENOTDIR: "a file stands where a folder is needed; choose another --workdir or output folder",
     errno.EEXIST: "a file stands where a folder is needed; choose another --workdir or output folder",
+    errno.EISDIR: "a folder stands where a file is needed; move it away",
+    errno.ELOOP: "a link there leads nowhere; delete it",
     errno.ENAMETOOLONG: "the name is too long; choose a shorter one",
     errno.EIO: "the disk reports an error; choose another one",
     errno.EFBIG: "the limit on the size of a file is reached; raise it (ulimit -f)",

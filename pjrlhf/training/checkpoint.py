@@ -143,6 +143,7 @@ class Checkpoints:
         self._alone.multiprocessing.primary_host = jax.process_index()
         self._alone.multiprocessing.active_processes = {jax.process_index()}
         with bucket_errors(self.folder), disk_errors(self.folder):
+            on_process_zero(_set_aside_unlisted)(epath.Path(self.folder))
             self._orbax = ocp.training.Checkpointer(
                 os.fspath(self.folder),
                 context=context,
@@ -265,17 +266,18 @@ class Checkpoints:
             loaded, reason = None, "another process cannot read its part"
             try:
                 host = self._host(candidate)
+                position = _unpack(host["iterator"])
                 self._check_origin(candidate, host.get("origin", {}))
-                loaded = self._load(candidate, plain), host
+                loaded = self._load(candidate, plain), host["checksums"], position
             except UserError:
                 raise
             except Exception as error:  # a damaged file surfaces as almost any type
                 reason = _reason(error)
             if on_all_processes(loaded is not None) and loaded is not None:
-                state, host = loaded
-                if to_host(checksums(state)).tolist() == host["checksums"]:
+                state, saved, position = loaded
+                if to_host(checksums(state)).tolist() == saved:
                     self._set_aside(damaged, candidate)
-                    return jax.tree.map(_with_keys, state, template), _unpack(host["iterator"])
+                    return jax.tree.map(_with_keys, state, template), position
                 reason = "its contents are not what was saved"
             damaged[candidate] = reason
             loaded = state = None  # frees its arrays before the next one is loaded
@@ -320,6 +322,18 @@ class Checkpoints:
         return jax.tree.map(
             lambda x, like: x if like.sharding is not None else jnp.asarray(np.asarray(x)), loaded["state"], template
         )
+
+
+def _set_aside_unlisted(folder: epath.Path) -> None:
+    """Renames checkpoints whose description is no JSON object: Orbax could not even list the folder."""
+    for path in folder.iterdir() if folder.is_dir() else ():
+        description = path / "_CHECKPOINT_METADATA"
+        if not path.name.isdigit() or not description.is_file():
+            continue
+        with contextlib.suppress(ValueError):  # text that is no JSON at all, Orbax passes over
+            if not isinstance(json.loads(description.read_text()), dict):
+                log.warning("%s cannot be read (its description is damaged)", path)
+                _move(path, path.with_name(f"{path.name}.damaged"))
 
 
 def _move(path: epath.Path | pathlib.Path, to: epath.Path | pathlib.Path) -> None:

@@ -400,15 +400,8 @@ def test_a_base_that_is_not_finite_is_refused(base_folder, tmp_path, value):
 def test_what_a_config_reads(finished, tmp_path, monkeypatch):
     """Paths that are there, from whatever setting; nothing of the run directory itself."""
     (tmp_path / "run" / "policy").mkdir(parents=True)
-    for name in (
-        "pairs.jsonl",
-        "votes.jsonl",
-        "run/policy/bank.safetensors",
-        "report",
-        "train",
-        "cache.jsonl",
-        "ratings",
-    ):
+    bank = "run/policy/bank.safetensors"
+    for name in ("pairs.jsonl", "votes.jsonl", bank, "report", "train", "cache.jsonl", "ratings"):
         (tmp_path / name).write_text(name)
     monkeypatch.chdir(tmp_path)
     config = {
