@@ -192,6 +192,26 @@ def test_a_damaged_checkpoint_is_passed_over_with_a_warning(tmp_path, caplog, da
 
 
 @leaves_futures
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("_CHECKPOINT_METADATA", "[]"),
+        ("_CHECKPOINT_METADATA", "{"),
+        ("host/data.json", "{}"),
+        ("host/data.json", "[]"),
+        ("host/data.json", '{"iterator": 3, "checksums": []}'),
+    ],
+)
+def test_a_damaged_description_is_passed_over(tmp_path, name, content):
+    save(tmp_path, s1=make_state(1), s2=make_state(2))
+    (tmp_path / "2" / name).write_text(content)
+    with Checkpoints(tmp_path) as checkpoints:
+        found = checkpoints.restore(make_state())[0]
+    whole = name == "_CHECKPOINT_METADATA" and content == "{"  # Orbax needs no word of it
+    assert_same(found, make_state(2 if whole else 1))
+
+
+@leaves_futures
 def test_the_same_checkpoint_can_be_damaged_twice(tmp_path):
     for seed in (2, 3):
         save(tmp_path, s1=make_state(1), s2=make_state(seed))

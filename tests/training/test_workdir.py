@@ -276,6 +276,19 @@ def test_a_file_system_without_locks(tmp_path, monkeypatch):
         raise AssertionError("entered")
 
 
+def test_a_folder_or_a_broken_link_in_place_of_a_file(tmp_path):
+    for name, write in (("lock", lambda workdir: workdir.locked().__enter__()), ("manifest.json", Workdir._manifest)):
+        path = tmp_path / name
+        path.mkdir()
+        with pytest.raises(UserError, match=f"{path}: cannot be (written, a folder stands|read .Is a directory)"):
+            write(Workdir(tmp_path))
+        path.rmdir()
+        path.symlink_to(path)
+        with pytest.raises(UserError, match=f"{path}: cannot be (written, a link there|read .Too many levels)"):
+            write(Workdir(tmp_path))
+        path.unlink()
+
+
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"pid": 1}', "\x00"])
 def test_a_lock_that_says_nothing(tmp_path, content):
     (tmp_path / "lock").write_text(content)
