@@ -176,6 +176,7 @@ def pretrained(c: ml_collections.ConfigDict) -> None:
         c.preference.user_optimizer.learning_rate = 1e-3
     if "reward" in c:
         c.reward.batch_size = 16
+    c.sample_rows = 32  # a chunk is padded to so many rows
     c.data.update({"max_prompt": 512, "max_completion": 256})
     c.data.update({"long_prompt": "truncate_left", "long_completion": "truncate"})
     with c.ignore_type():
