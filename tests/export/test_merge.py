@@ -130,9 +130,8 @@ def test_adapters_equal_the_bank_run_with_mix(models, tmp_path, weights, space):
 
 
 def test_adapters_of_different_rank_and_alpha(models, tmp_path):
-    shapes = jax.eval_shape(
-        lambda: init_bank(load_params(models / "base"), AdapterConfig(rank=5), 1, jax.random.key(0))
-    )
+    base = load_params(models / "base")
+    shapes = jax.eval_shape(lambda: init_bank(base, AdapterConfig(rank=5), 1, jax.random.key(0)))
     adapter = jax.tree.map(lambda leaf: np.full(leaf.shape[1:], 0.1, np.float32), shapes)
     save_peft(tmp_path / "wide", adapter, 5, 20.0, "base")
     run(models, tmp_path / "dense", ("lora0", tmp_path / "wide"), (0.5, 0.25), base="base")
