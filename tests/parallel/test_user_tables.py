@@ -134,7 +134,7 @@ def start(tmp_path_factory):
     return functools.cache(make)
 
 
-def words(backbone, users, trainable, batch):
+def words(backbone, users, trainable, batch, dropout_key=None):
     """Replaces the decoder by a policy whose answers depend on the user only, which compiles quickly."""
     user_tokens, _ = users.apply(trainable["users"], batch.places)
     vectors = user_tokens.mean(1) + trainable["bank"]["layers"]["mlp"]["down"]["b"].sum((0, 1, 2))
