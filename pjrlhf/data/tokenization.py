@@ -458,7 +458,7 @@ class Lengths:
         if self.context is not None and self.prompt + self.completion > self.context:
             raise UserError(
                 f"lengths: prompt {self.prompt} + completion {self.completion} tokens are more than the model's "
-                f"context of {self.context}; shorten one of them"
+                f"context of {self.context}; lower --config.data.max_prompt or --config.data.max_completion"
             )
         for name, choices in (
             ("long_prompt", ("drop", "truncate_left", "error")),

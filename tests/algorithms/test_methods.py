@@ -276,7 +276,13 @@ def test_the_whole_family(tmp_path, variant):
 @pytest.mark.real_data
 def test_sentiment_against_brevity_on_a_real_model(shared, tmp_path):
     config = tiny.catalogue("moc").get_config("stories")
-    sizes = {"comparisons.pairs": 24, "reward.steps": 2, "reward.calibration_samples": 16, "sample_rows": 16}
+    sizes = {
+        "comparisons.pairs": 24,
+        "reward.steps": 2,
+        "reward.batch_size": 8,
+        "reward.calibration_samples": 16,
+        "sample_rows": 16,
+    }
     sizes |= {"policy.steps": 2, "policy.rollouts": 4, "data.max_completion": 16, "evaluate_front.base_samples": 1}
     config.update_from_flattened_dict(sizes | {"model.path": str(shared / "models" / "stories260K")})
     config.evaluate_front.points = tiny_family.POINTS

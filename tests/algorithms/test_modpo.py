@@ -252,7 +252,10 @@ MISTAKES = [
     ({"prompt_preference": "half"}, "modpo.prompt_preference: 'half', but MODPO .*; set it to never"),
     ({"loss": "ipo"}, "modpo.loss: 'ipo' is unknown; choose one of sigmoid, hinge"),
     ({"beta": 0.0}, "modpo.beta: 0.0 is out of range; choose a number above 0"),
-    ({"batch_size": 10_000}, "batch_size 10000: the data set has only"),
+    (
+        {"batch_size": 10_000},
+        r"modpo.batch_size: a batch takes 10000 pairs of every objective .*, and there are only \d+",
+    ),
 ]
 
 

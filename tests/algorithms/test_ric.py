@@ -65,9 +65,9 @@ def trained(finished, tmp_path_factory):
         trained.append(fine_tune(run, settings, stage, number, answers, start))
         return trained[-1]
 
-    def asked(run, bank, rows, keys):
+    def asked(run, bank, rows, keys, **named):
         assert bank is trained[-1] is not None
-        return sample(run, bank, rows, keys)
+        return sample(run, bank, rows, keys, **named)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ric, "fine_tune", watched)
@@ -269,5 +269,7 @@ def test_wrong_settings_are_found_before_anything_is_sampled(copied, monkeypatch
 
 def test_too_large_a_batch(copied):
     run, section = started(copied, batch_size=64)
-    with pytest.raises(UserError, match=r"batch_size 64: the data set has only \d+ rows; lower the batch size"):
+    with pytest.raises(
+        UserError, match=r"ric.batch_size: a batch takes 64 rows, and there are only \d+ to train on; lower it"
+    ):
         ric.train(run, section, STAGE)

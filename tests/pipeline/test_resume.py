@@ -142,7 +142,7 @@ def interrupt(process, seconds):
     time.sleep(seconds)
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=120)
-    logged = re.compile(r"[IW]\d{4} |\w+  \d+/\d+|\[transformers\]")
+    logged = re.compile(r"[IW]\d{4} |  |.*  \d+/\d+|.* so far$|\[transformers\]")
     return process.returncode, [line for line in errors.splitlines() if not logged.match(line)]
 
 
