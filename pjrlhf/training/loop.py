@@ -242,12 +242,15 @@ def run(
                         workdir.keep()
                         saved.save(done, state, method.batches.get_state(), last, measured)
                 if stopped_by:
-                    name = signal.Signals(stopped_by).name
-                    raise Interrupted(
-                        f"{stage}: stopped by {name} after step {done} of {steps}, which is saved; "
-                        f"the same command with --workdir={workdir.path} goes on from there",
-                        stopped_by,
-                    )
+                    break
+    # Also a signal that came after the last step was counted, for example while it was saved.
+    if stop.number:
+        name = signal.Signals(stop.number).name
+        raise Interrupted(
+            f"{stage}: stopped by {name} after step {done} of {steps}, which is saved; "
+            f"the same command with --workdir={workdir.path} goes on from there",
+            stop.number,
+        )
     return state
 
 

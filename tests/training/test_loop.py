@@ -142,6 +142,24 @@ def test_a_signal_finishes_and_saves_the_step_and_the_rerun_is_bit_equal(tmp_pat
     assert (bits(state), lines(tmp_path)) == whole
 
 
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_while_the_last_step_is_saved_stops_the_run(tmp_path, whole, number, code, monkeypatch):
+    """It came after the last look at the signals, and the next stage once began."""
+    save = loop.Checkpoints.save
+
+    def signalled(self, step, *arguments):
+        if step == STEPS:
+            os.kill(os.getpid(), number)
+        save(self, step, *arguments)
+
+    monkeypatch.setattr(loop.Checkpoints, "save", signalled)
+    with pytest.raises(loop.Interrupted, match=f"after step {STEPS} of {STEPS}, which is saved") as stopped:
+        train(tmp_path)
+    assert stopped.value.code == code
+    monkeypatch.undo()
+    assert (bits(train(tmp_path)), lines(tmp_path)) == whole
+
+
 def test_a_crash_goes_back_to_the_last_checkpoint_without_duplicate_lines(tmp_path, whole):
     with pytest.raises(RuntimeError, match="crash"):
         train(tmp_path, Crashing(9))
