@@ -33,7 +33,7 @@ def ours(job, turn):
         "preference.mixture": job["entry"].get("mixture", "exact"),
         "preference.optimizer": job["optimizer"] | {"schedule": "constant"},
         "preference.user_optimizer": {"learning_rate": 1e-3, "schedule": "constant"},
-        "adapter": {"rank": job["lora"], "alpha": 2.0 * job["lora"]},
+        "adapter": {"rank": job["lora"], "alpha": 2.0 * max(job["lora"], 1)},
         **pairs.length_settings(job),
     }
     run = harness.our_run(job, "pdpo", "records", changes)

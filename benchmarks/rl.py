@@ -32,7 +32,7 @@ def policy(job, count=1):
         "data.max_prompt": job["prompt"],
         "data.prompt_buckets": (),
         "data.max_completion": job["new"],
-        "adapter": {"rank": job["rank"], "alpha": 2.0 * job["rank"]},
+        "adapter": {"rank": job["rank"], "alpha": 2.0 * max(job["rank"], 1)},
         "policy.steps": 10**6,
         "policy.rollouts": job["prompts"] * job["samples"],
         "policy.experience.estimator": job["estimator"],
