@@ -94,6 +94,17 @@ class Registry(Generic[T]):
         return len(self._entries)
 
 
+def callable_as(what: str) -> Callable[[Any], Any]:
+    """An `accept` of a `Registry` that takes anything callable; `what` it must be, such as "a function of x"."""
+
+    def accept(thing: Any) -> Any:
+        if not callable(thing):
+            raise ValueError(f"is not {what}")
+        return thing
+
+    return accept
+
+
 def load(spec: str, noun: str) -> object:
     """The object that "package.module:name" or "path/to/file.py:name" names.
 

@@ -17,7 +17,6 @@ from jaxtyping import Bool, Float, Int
 
 from pjrlhf.algorithms import answering, banks, reward
 from pjrlhf.algorithms.targets import Targets, TargetSettings, targets_of
-from pjrlhf.data.batching import batches
 from pjrlhf.data.messages import request_of, text_of
 from pjrlhf.data.packing import PackedRows
 from pjrlhf.data.preferences import PreferencePrompt
@@ -34,7 +33,7 @@ from pjrlhf.runtime.run import Run, Trainer
 from pjrlhf.runtime.streams import Streams
 from pjrlhf.runtime.text import Text
 from pjrlhf.settings import Settings, setting
-from pjrlhf.training.accumulation import check_accumulation, gradient_of, in_parts, parts_of
+from pjrlhf.training.accumulation import check_accumulation, gradient_of, parts_of
 from pjrlhf.training.loop import Method
 from pjrlhf.training.metrics import Metrics
 from pjrlhf.training.optimizer import OptimizerSettings, check_warmup, make_optimizer, per_ingredient, steps_of
@@ -228,15 +227,7 @@ class Modpo(Method):
         self.text, self.streams = text, streams
         self.rates = settings.optimizer.rates()
         self.optimizer = per_ingredient(make_optimizer(settings.optimizer, settings.steps))
-        collate = in_parts(self.collate, settings.accumulation_steps)
-        self.batches = batches(
-            source,
-            settings.batch_size,
-            seed=streams.seed,
-            collate=collate,
-            key="modpo.batch_size",
-            rows=source.described,
-        )
+        self.batches = source.batches(settings, self.collate, "modpo.batch_size")
         self._update = devices.training_step(self._step)
         self.programs, self.ingredients = (self._update,), data.policies
 

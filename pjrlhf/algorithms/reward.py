@@ -6,8 +6,8 @@ import dataclasses
 import functools
 import itertools
 import json
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,7 @@ from absl import logging
 from flax import struct
 from jaxtyping import Float
 
-from pjrlhf.data.batching import batches, split_by
+from pjrlhf.data.batching import Batches, batches, split_by
 from pjrlhf.data.packing import PackedRows
 from pjrlhf.data.schema import Prompt
 from pjrlhf.data.tokenization import TokenRow, TokenTable
@@ -46,6 +46,8 @@ from pjrlhf.training.optimizer import OptimizerSettings, check_warmup, make_opti
 from pjrlhf.training.state import State
 from pjrlhf.training.workdir import disk_errors
 from pjrlhf.types import Array, Params, PRNGKey
+
+B = TypeVar("B")  # a batch
 
 MODEL = "model.safetensors"
 SCALE = ("mean", "std", "low", "high")
@@ -84,6 +86,16 @@ def check_quantiles(quantiles: Sequence[float]) -> None:
         raise UserError(f"quantiles: {tuple(quantiles)} is not a low and a high quantile; give two that rise")
 
 
+class GroupedSettings(Protocol):
+    """The settings of the batches of several models that are trained in step."""
+
+    @property
+    def batch_size(self) -> int: ...
+
+    @property
+    def accumulation_steps(self) -> int: ...
+
+
 class Grouped:
     """Row i holds one row of every table, so that a batch has equally many rows of each objective.
 
@@ -105,6 +117,19 @@ class Grouped:
 
     def __getitem__(self, i: int) -> list[TokenRow]:
         return [table[self._place(len(table), i)] for table in self.tables]
+
+    def batches(
+        self, settings: "GroupedSettings", collate: Callable[[Sequence[Sequence[TokenRow]]], B], key: str
+    ) -> Batches[B | tuple[B, ...]]:
+        """Batches of rows, in parts where `settings` say so; `key` is their setting of the batch size."""
+        return batches(
+            self,
+            settings.batch_size,
+            seed=self.seed,
+            collate=in_parts(collate, settings.accumulation_steps),
+            key=key,
+            rows=self.described,
+        )
 
     def _place(self, size: int, i: int) -> int:
         return int(_order(size, self.seed, i // size)[i % size])
@@ -232,15 +257,7 @@ class Reward(Method):
         self.rates = settings.optimizer.rates()
         self.ingredients = tuple(self.train)
         self.optimizer = per_ingredient(make_optimizer(settings.optimizer, settings.steps))
-        collate = in_parts(self.collate, settings.accumulation_steps)
-        self.batches = batches(
-            source,
-            settings.batch_size,
-            seed=streams.seed,
-            collate=collate,
-            key="reward.batch_size",
-            rows=source.described,
-        )
+        self.batches = source.batches(settings, self.collate, "reward.batch_size")
         self._update = devices.training_step(self._step)
         self._hits = jax.jit(self._are_hits)
         self.programs = (self._update,)
@@ -379,9 +396,10 @@ def source_scale(run: Run) -> dict[str, Scale]:
             raise UserError(
                 f"reward {name!r}: its source says nothing about any answer of the base; correct the source"
             )
-        if known.min() == known.max():
+        constant = known.min() == known.max()
+        if constant:
             logging.warning("reward %s: all answers of the base get %g; the reward is not scaled", name, known[0])
-        found[name] = scale_of(known[:, None], settings.quantiles, least=1.0 if known.min() == known.max() else 1e-6)
+        found[name] = scale_of(known[:, None], settings.quantiles, least=1.0 if constant else 1e-6)
     return found
 
 

@@ -7,7 +7,7 @@ import pathlib
 import re
 import zlib
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, cast
+from typing import Any
 
 from etils import epath
 
@@ -15,7 +15,7 @@ from pjrlhf import paths
 from pjrlhf.data.joined import read_choices, read_votes
 from pjrlhf.data.records import RecordError, from_json, plain
 from pjrlhf.errors import UserError
-from pjrlhf.registry import Registry
+from pjrlhf.registry import Registry, callable_as
 
 _FORMATS = {"jsonl": "json", "json": "json", "csv": "csv", "parquet": "parquet", "arrow": "arrow"}
 
@@ -168,13 +168,7 @@ def check_source(spec: Mapping[str, Any], key: str) -> None:
 Reader = Callable[[Mapping[str, Any]], Sequence[Mapping[str, Any]]]
 
 
-def _reader(thing: object) -> Reader:
-    if not callable(thing):
-        raise ValueError("is not a function of a specification")
-    return cast(Reader, thing)
-
-
-READERS: Registry[Reader] = Registry("data kind", _reader)
+READERS: Registry[Reader] = Registry("data kind", callable_as("a function of a specification"))
 _NEEDED = {
     "jsonl": ("path",),
     "datasets": ("path",),

@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 
 from pjrlhf.errors import UserError
+from pjrlhf.paths import expand
 from pjrlhf.settings import Settings, setting
 from pjrlhf.training.progress import progress
 from pjrlhf.types import Json
@@ -137,7 +138,7 @@ class Chat:
         if not settings.model:
             raise UserError("judge: names no model; set model to its name on the server")
         self.settings = settings
-        self.cache = Cache(pathlib.Path(settings.cache).expanduser() if settings.cache else cache)
+        self.cache = Cache(pathlib.Path(expand(settings.cache)) if settings.cache else cache)
         self.usage = Usage()
         for reply in self.cache.replies.values():
             self.usage.add(reply)

@@ -9,7 +9,7 @@ import inspect
 import math
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar, Protocol, cast
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -17,8 +17,8 @@ from numpy.typing import ArrayLike
 from pjrlhf.errors import UserError
 from pjrlhf.judges.language_model import JudgeSettings, LanguageModelJudge
 from pjrlhf.parallel.processes import broadcast_from_zero, is_process_zero
-from pjrlhf.registry import Registry
-from pjrlhf.rewards.sources import reward_source
+from pjrlhf.registry import Registry, callable_as
+from pjrlhf.rewards.sources import RewardSource, reward_source
 from pjrlhf.settings import parse
 
 
@@ -50,7 +50,7 @@ def combo_outcomes(
 def ask(
     judge: Judge, prompts: Sequence[str], first: Sequence[str], second: Sequence[str], criterion: str
 ) -> np.ndarray:
-    """The verdicts of `judge`, float64 [N], checked.
+    """The verdicts of `judge`, float64 [N], checked. Process 0 asks it, so that all processes have the same verdicts.
 
     Raises:
       UserError: the lists differ in length, or the judge returned something other than N values in [-1, 1] or NaN.
@@ -60,6 +60,8 @@ def ask(
             f"criterion {criterion!r}: {len(prompts)} prompts, {len(first)} first and {len(second)} second answers; "
             "give one answer of each side per prompt"
         )
+    if not is_process_zero():
+        return broadcast_from_zero(np.zeros(len(prompts)))
     found = np.asarray(judge(prompts, first, second, criterion))
     numeric = np.issubdtype(found.dtype, np.number)
     verdicts = found.astype(np.float64) if numeric else found
@@ -68,7 +70,7 @@ def ask(
             f"criterion {criterion!r}: the judge returned {np.unique(found)[:5]} in shape {found.shape}; "
             f"it must return {len(prompts)} verdicts from -1 to +1, or NaN for none"
         )
-    return verdicts
+    return broadcast_from_zero(verdicts)
 
 
 @dataclasses.dataclass
@@ -120,14 +122,8 @@ class JudgeContext:
     folder: pathlib.Path = pathlib.Path()
 
 
-def _maker(thing: object) -> "Callable[..., Judge]":
-    if not callable(thing):
-        raise ValueError("is not a function from a JudgeContext to a Judge")
-    return cast(Callable[..., Judge], thing)
-
-
 # Each makes a judge for a run from its context, which it may ignore, and the settings in its specification.
-JUDGES: Registry[Callable[..., Judge]] = Registry("judge", _maker)
+JUDGES: Registry[Callable[..., Judge]] = Registry("judge", callable_as("a function from a JudgeContext to a Judge"))
 
 
 @JUDGES.register("score")
@@ -159,18 +155,18 @@ class RewardJudge:
 
     source: str | Mapping[str, Any]
     tolerance: float = 0.0
+    made: dict[str, RewardSource | None] = dataclasses.field(default_factory=dict, repr=False)  # by criterion
 
     def __call__(
         self, prompts: Sequence[str], first: Sequence[str], second: Sequence[str], criterion: str
     ) -> np.ndarray:
-        source = reward_source(criterion, self.source)
+        if criterion not in self.made:
+            self.made[criterion] = reward_source(criterion, self.source)
+        source = self.made[criterion]
         if source is None:
             raise UserError("judge: a reward model that is trained in the run cannot judge; name another source")
-        verdicts = np.zeros(len(prompts))
-        if is_process_zero():
-            gap = source(prompts, first).astype(np.float64) - source(prompts, second)
-            verdicts = np.where(np.isnan(gap), np.nan, np.sign(gap) * (np.abs(gap) > self.tolerance))
-        return broadcast_from_zero(verdicts)
+        gap = source(prompts, first).astype(np.float64) - source(prompts, second)
+        return np.where(np.isnan(gap), np.nan, np.sign(gap) * (np.abs(gap) > self.tolerance))
 
 
 def judge_from(spec: str | Mapping[str, Any], context: JudgeContext) -> Judge:

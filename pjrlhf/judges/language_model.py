@@ -7,7 +7,7 @@ import pathlib
 import re
 import string
 import tomllib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,7 +15,7 @@ from jaxtyping import Float
 
 from pjrlhf.errors import UserError
 from pjrlhf.judges.chat import Body, Chat, ChatSettings
-from pjrlhf.parallel.processes import broadcast_from_zero, is_process_zero
+from pjrlhf.paths import expand
 from pjrlhf.rewards.sources import SOURCES, RewardFunction
 from pjrlhf.settings import parse, setting
 from pjrlhf.types import Json
@@ -79,7 +79,7 @@ def read_template(spec: str) -> Template:
     Raises:
       UserError: no such file, one that is no template, or an unknown field in its texts.
     """
-    path = pathlib.Path(spec).expanduser() if spec.endswith(".toml") else FOLDER / f"{spec}.toml"
+    path = pathlib.Path(expand(spec)) if spec.endswith(".toml") else FOLDER / f"{spec}.toml"
     if not path.is_file():
         known = ", ".join(sorted(file.stem for file in FOLDER.glob("*.toml")))
         raise UserError(f"judge prompt {spec!r}: there is no such file; choose one of {known}, or give a .toml file")
@@ -145,7 +145,7 @@ def read_pair(template: Template, reply: Json) -> float:
     """
     choice = _choice(reply)
     if template.answer == "letter":
-        found = _label_probabilities(template, choice)
+        found = _probabilities(choice, template.labels)
         if found is not None:
             return (found[template.first] - found[template.second]) / sum(found.values())
         verdict: Any = _text(choice)
@@ -188,7 +188,7 @@ def _text(choice: Mapping[str, Json]) -> str:
     return content.strip() if isinstance(content, str) else ""
 
 
-def _probabilities(choice: Mapping[str, Json], labels: Mapping[str, Any]) -> dict[str, float] | None:
+def _probabilities(choice: Mapping[str, Json], labels: Iterable[str]) -> dict[str, float] | None:
     """Probabilities of the labels at the first token; None without log-probabilities, or where they have no label."""
     content = (choice.get("logprobs") or {}).get("content") or []
     if not content:
@@ -199,10 +199,6 @@ def _probabilities(choice: Mapping[str, Json], labels: Mapping[str, Any]) -> dic
         if token in found:
             found[token] += math.exp(entry["logprob"])
     return found if sum(found.values()) else None
-
-
-def _label_probabilities(template: Template, choice: Mapping[str, Json]) -> dict[str, float] | None:
-    return _probabilities(choice, dict.fromkeys(template.labels))
 
 
 def _verdict(template: Template, choice: Mapping[str, Json]) -> Any:
@@ -313,11 +309,10 @@ class LanguageModelJudge(_Asking):
     ) -> Float[np.ndarray, " N"]:
         shared = {"criterion": self.text_of(criterion), "person": self.settings.person}
         verdicts = np.zeros(len(prompts))
-        if is_process_zero():
-            rows = [i for i in range(len(prompts)) if first[i] != second[i]]
-            items = [{"prompt": prompts[i], "first": first[i], "second": second[i], **shared} for i in rows]
-            verdicts[rows] = self.ask(f"judge: {criterion}", items, read_pair)
-        return broadcast_from_zero(verdicts)
+        rows = [i for i in range(len(prompts)) if first[i] != second[i]]
+        items = [{"prompt": prompts[i], "first": first[i], "second": second[i], **shared} for i in rows]
+        verdicts[rows] = self.ask(f"judge: {criterion}", items, read_pair)
+        return verdicts
 
 
 class LanguageModelRating(_Asking):

@@ -23,7 +23,7 @@ from pjrlhf.data import preferences
 from pjrlhf.errors import UserError
 from pjrlhf.evaluation.statistics import chord_gap, spearman
 from pjrlhf.evaluation.winrate import aggregate, win_rate
-from pjrlhf.judges.judge import JUDGES, ScoreJudge, check_judge, combo_outcomes, judge_name
+from pjrlhf.judges.judge import JUDGES, check_judge, combo_outcomes, judge_name
 from pjrlhf.protocols.reporting import finish
 from pjrlhf.runtime.answers import Keys, Row, sample_rows
 from pjrlhf.runtime.run import Run, Stage
@@ -117,7 +117,7 @@ class Evaluation:
         self.requests = run.records.requests[1]
         self.sample = functools.partial(sample_rows, run, bank)
         self.answers: list[dict[str, Any]] = []  # all that were sampled
-        self.scorer = ScoreJudge(run.audience.score)
+        self.scorer = run.scores
         self.judge = run.judge(self.config.judge)
         self.combos = preferences.combinations(run.audience.preferences, run.audience.objectives)
         self.rate = functools.partial(win_rate, resamples=self.config.resamples, seed=run.streams.seed)

@@ -7,11 +7,11 @@ or your own as "package.module:function".
 import functools
 import re
 from collections.abc import Callable
-from typing import Protocol, cast
+from typing import Protocol
 
 from pjrlhf.errors import UserError
 from pjrlhf.paths import install
-from pjrlhf.registry import Registry
+from pjrlhf.registry import Registry, callable_as
 
 Scorer = Callable[[str, str], float]
 
@@ -37,13 +37,7 @@ def dialogue_fraction(text: str) -> float:
     return spoken / max(len(words(text)), 1)
 
 
-def _scorer(thing: object) -> Scorer:
-    if not callable(thing):
-        raise ValueError("is not a function (prompt, text) -> float")
-    return cast(Scorer, thing)
-
-
-SCORERS: Registry[Scorer] = Registry("scorer", _scorer)
+SCORERS: Registry[Scorer] = Registry("scorer", callable_as("a function (prompt, text) -> float"))
 
 
 @SCORERS.register("short")

@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import Float
 
 from pjrlhf.errors import UserError
-from pjrlhf.registry import Registry, load
+from pjrlhf.registry import Registry, callable_as, load
 from pjrlhf.rewards.scorers import scorer as named_scorer
 
 ADAPTER = "adapter"  # the reward models of the stage reward
@@ -32,15 +32,11 @@ class RewardFunction(Protocol):
         ...
 
 
-def _maker(thing: object) -> Callable[..., RewardFunction]:
-    if not callable(thing):
-        raise ValueError("is not a function that returns a reward function")
-    return cast(Callable[..., RewardFunction], thing)
-
-
 # Each makes a reward function from the settings in its specification, and from the name of the objective where it has a
 # parameter `objective`.
-SOURCES: Registry[Callable[..., RewardFunction]] = Registry("reward source", _maker)
+SOURCES: Registry[Callable[..., RewardFunction]] = Registry(
+    "reward source", callable_as("a function that returns a reward function")
+)
 
 
 @SOURCES.register("function")

@@ -9,7 +9,7 @@ import xxhash
 
 from pjrlhf.data.schema import Example
 from pjrlhf.models.huggingface import TOKENIZER_FILES, fingerprint
-from pjrlhf.paths import content_hash, local
+from pjrlhf.paths import content_hash, expand, local
 from pjrlhf.terminal import masked
 from pjrlhf.types import Json
 
@@ -28,7 +28,7 @@ def fingerprints(config: Mapping[str, Json], workdir: pathlib.Path) -> dict[str,
     """
     found = {}
     for name, path in _named(config):
-        here = local(path).expanduser() if name in READ else pathlib.Path(path).expanduser()
+        here = local(path) if name in READ else pathlib.Path(expand(path))
         inside = pathlib.Path(os.path.abspath(here)).is_relative_to(workdir)
         if here.exists() and not inside:
             found[name] = {"path": masked(path), "hash": _hash(here)}
@@ -62,7 +62,7 @@ def _looks_like_a_path(name: str, value: str) -> bool:
 
 def is_local(spec: Mapping[str, Any]) -> bool:
     """Whether a source of records names local files, which `fingerprints` finds."""
-    return any("://" not in path and pathlib.Path(path).expanduser().exists() for _, path in _named(spec, source=True))
+    return any("://" not in path and pathlib.Path(expand(path)).exists() for _, path in _named(spec, source=True))
 
 
 def hash_of(examples: Sequence[Example]) -> str:

@@ -222,8 +222,12 @@ class Run(Sections):
     def judge(self, spec: str | Mapping[str, Any]) -> BothOrders:
         """The judge that a config names, asked in both orders; see `judges.judge.judge_from`."""
         criteria = {name: found.sentence for name, found in self.audience.preferences.items() if found.sentence}
-        context = JudgeContext(ScoreJudge(self.audience.score, TIE), criteria, self.workdir.path)
-        return BothOrders(judge_from(spec, context))
+        return BothOrders(judge_from(spec, JudgeContext(self.scores, criteria, self.workdir.path)))
+
+    @functools.cached_property
+    def scores(self) -> ScoreJudge:
+        """The judge by the scores of the run. All stages share it, so that each answer is scored once."""
+        return ScoreJudge(self.audience.score, TIE)
 
     def scorer(self, size: int = 0) -> Scorer:
         """A scorer of rows in chunks of `size`; of `sample_rows` where 0."""

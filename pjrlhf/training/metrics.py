@@ -11,7 +11,7 @@ import logging
 import math
 import pathlib
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Protocol, TypeAlias, cast
+from typing import Protocol, TypeAlias
 
 import jax.numpy as jnp
 import numpy as np
@@ -20,7 +20,7 @@ from jaxtyping import Shaped
 from pjrlhf.errors import UserError
 from pjrlhf.parallel.processes import is_process_zero, to_host
 from pjrlhf.paths import atomic_write, install
-from pjrlhf.registry import Registry
+from pjrlhf.registry import Registry, callable_as
 from pjrlhf.training.workdir import Workdir, disk_errors
 from pjrlhf.types import Array, Json
 
@@ -44,13 +44,7 @@ class Logger(Protocol):
 LoggerFactory: TypeAlias = Callable[[Workdir, str, int], Logger]
 
 
-def _factory(thing: object) -> LoggerFactory:
-    if not callable(thing):
-        raise ValueError("is not a class or function of workdir, stage and step")
-    return cast(LoggerFactory, thing)
-
-
-LOGGERS: Registry[LoggerFactory] = Registry("logger", _factory)
+LOGGERS: Registry[LoggerFactory] = Registry("logger", callable_as("a class or function of workdir, stage and step"))
 
 
 @LOGGERS.register("tensorboard")
