@@ -50,7 +50,7 @@ def combo_outcomes(
 def ask(
     judge: Judge, prompts: Sequence[str], first: Sequence[str], second: Sequence[str], criterion: str
 ) -> np.ndarray:
-    """The verdicts of `judge`, float64 [N], checked. Process 0 asks it, so that all processes have the same verdicts.
+    """The verdicts of `judge`, float64 [N], checked.
 
     Raises:
       UserError: the lists differ in length, or the judge returned something other than N values in [-1, 1] or NaN.
@@ -60,8 +60,6 @@ def ask(
             f"criterion {criterion!r}: {len(prompts)} prompts, {len(first)} first and {len(second)} second answers; "
             "give one answer of each side per prompt"
         )
-    if not is_process_zero():
-        return broadcast_from_zero(np.zeros(len(prompts)))
     found = np.asarray(judge(prompts, first, second, criterion))
     numeric = np.issubdtype(found.dtype, np.number)
     verdicts = found.astype(np.float64) if numeric else found
@@ -70,7 +68,7 @@ def ask(
             f"criterion {criterion!r}: the judge returned {np.unique(found)[:5]} in shape {found.shape}; "
             f"it must return {len(prompts)} verdicts from -1 to +1, or NaN for none"
         )
-    return broadcast_from_zero(verdicts)
+    return verdicts
 
 
 @dataclasses.dataclass
@@ -205,7 +203,7 @@ def check_judge(spec: str | Mapping[str, Any]) -> None:
 def both_orders(
     judge: Judge, prompts: Sequence[str], a: Sequence[str], b: Sequence[str], criterion: str
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Asks for (a, b) and for (b, a).
+    """Asks for (a, b) and for (b, a). Process 0 asks, so that all processes have the same verdicts.
 
     Returns:
       verdict: float64 [N] from the side of `a`: the mean of the two orders; a tie where hard verdicts disagree; NaN
@@ -213,7 +211,10 @@ def both_orders(
       consistent: bool [N], whether the orders agree on the side, or on a tie.
       bias: float64 [N], from -1 to 1, how much the judge leans to the answer that it sees first.
     """
-    forward, swapped = ask(judge, prompts, a, b, criterion), ask(judge, prompts, b, a, criterion)
+    orders = np.zeros((2, len(prompts)))
+    if is_process_zero():
+        orders[:] = ask(judge, prompts, a, b, criterion), ask(judge, prompts, b, a, criterion)
+    forward, swapped = broadcast_from_zero(orders)
     backward = -swapped
     mean, consistent = (forward + backward) / 2, np.sign(forward) == np.sign(backward)
     hard = np.isin(forward, (-1, 0, 1)) & np.isin(backward, (-1, 0, 1))
