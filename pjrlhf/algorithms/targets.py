@@ -174,7 +174,7 @@ class Targets:
 
 def targets_of(run: Sections, settings: TargetSection) -> Targets:
     """What the policies of a section are trained for in a run."""
-    return Targets(settings, run.settings.audience, Streams(run.settings.seed), run.settings.adapter)
+    return Targets(settings, run.audience, Streams(run.settings.seed), run.settings.adapter)
 
 
 @dataclasses.dataclass(frozen=True)

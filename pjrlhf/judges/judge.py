@@ -18,14 +18,16 @@ from pjrlhf.errors import UserError
 from pjrlhf.judges.language_model import JudgeSettings, LanguageModelJudge
 from pjrlhf.parallel.processes import broadcast_from_zero, is_process_zero
 from pjrlhf.registry import Registry, callable_as
-from pjrlhf.rewards.sources import RewardSource, reward_source
+from pjrlhf.rewards.sources import RewardSource, SourceContext, reward_source
 from pjrlhf.settings import parse
 
 
 class Judge(Protocol):
     """Anything that compares answers: a reward model, a rule, a person, a language model behind an API.
 
-    A judge whose verdict cannot depend on the order of the answers may say so with `order_invariant = True`.
+    A judge whose verdict cannot depend on the order of the answers may say so with `order_invariant = True`. Process 0
+    alone is asked; one that runs a program on the mesh, which all processes must enter together, says so with
+    `on_all_processes = True`.
     """
 
     def __call__(
@@ -113,11 +115,13 @@ class JudgeContext:
       scores: the judge by the scores of the run.
       criteria: {criterion: text}, the sentences of the preferences.
       folder: where a judge may keep files.
+      sources: for judges by reward sources, and for those that run on the mesh.
     """
 
     scores: ScoreJudge
     criteria: Mapping[str, str] = dataclasses.field(default_factory=dict)
     folder: pathlib.Path = pathlib.Path()
+    sources: SourceContext = dataclasses.field(default_factory=SourceContext)
 
 
 # Each makes a judge for a run from its context, which it may ignore, and the settings in its specification.
@@ -140,7 +144,7 @@ def by_chat(context: JudgeContext, **settings: Any) -> Judge:
 @JUDGES.register("reward")
 def by_reward(context: JudgeContext, source: str | Mapping[str, Any], tolerance: float = 0.0) -> Judge:
     """The answer with the higher reward wins; `source` is a specification of `rewards.sources`."""
-    return RewardJudge(source, tolerance)
+    return RewardJudge(source, tolerance, context.sources)
 
 
 @dataclasses.dataclass
@@ -153,18 +157,27 @@ class RewardJudge:
 
     source: str | Mapping[str, Any]
     tolerance: float = 0.0
+    context: SourceContext = dataclasses.field(default_factory=SourceContext)
     made: dict[str, RewardSource | None] = dataclasses.field(default_factory=dict, repr=False)  # by criterion
 
     def __call__(
         self, prompts: Sequence[str], first: Sequence[str], second: Sequence[str], criterion: str
     ) -> np.ndarray:
+        source = self._of(criterion)
+        gap = source(prompts, first).astype(np.float64) - source(prompts, second)
+        return np.where(np.isnan(gap), np.nan, np.sign(gap) * (np.abs(gap) > self.tolerance))
+
+    @property
+    def on_all_processes(self) -> bool:
+        return self._of("judge").on_all_processes
+
+    def _of(self, criterion: str) -> RewardSource:
         if criterion not in self.made:
-            self.made[criterion] = reward_source(criterion, self.source)
+            self.made[criterion] = reward_source(criterion, self.source, self.context)
         source = self.made[criterion]
         if source is None:
             raise UserError("judge: a reward model that is trained in the run cannot judge; name another source")
-        gap = source(prompts, first).astype(np.float64) - source(prompts, second)
-        return np.where(np.isnan(gap), np.nan, np.sign(gap) * (np.abs(gap) > self.tolerance))
+        return source
 
 
 def judge_from(spec: str | Mapping[str, Any], context: JudgeContext) -> Judge:
@@ -203,7 +216,8 @@ def check_judge(spec: str | Mapping[str, Any]) -> None:
 def both_orders(
     judge: Judge, prompts: Sequence[str], a: Sequence[str], b: Sequence[str], criterion: str
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Asks for (a, b) and for (b, a). Process 0 asks, so that all processes have the same verdicts.
+    """Asks for (a, b) and for (b, a). Process 0 asks, so that all processes have the same verdicts; every
+    process asks a judge on the mesh.
 
     Returns:
       verdict: float64 [N] from the side of `a`: the mean of the two orders; a tie where hard verdicts disagree; NaN
@@ -212,7 +226,7 @@ def both_orders(
       bias: float64 [N], from -1 to 1, how much the judge leans to the answer that it sees first.
     """
     orders = np.zeros((2, len(prompts)))
-    if is_process_zero():
+    if getattr(judge, "on_all_processes", False) or is_process_zero():
         orders[:] = ask(judge, prompts, a, b, criterion), ask(judge, prompts, b, a, criterion)
     forward, swapped = broadcast_from_zero(orders)
     backward = -swapped

@@ -1,5 +1,6 @@
 """What a run does: each stage reads the results of earlier ones from the run directory and adds its own."""
 
+import contextlib
 import dataclasses
 import importlib
 import os
@@ -162,7 +163,11 @@ def run(config: ConfigDict | Mapping[str, Json], workdir: Workdir) -> None:
 
 
 def _run(plan: Plan, workdir: Workdir) -> None:
-    run = plan.run(workdir)
+    with contextlib.closing(plan.run(workdir)) as run:
+        _run_stages(plan, run, workdir)
+
+
+def _run_stages(plan: Plan, run: Run, workdir: Workdir) -> None:
     for stage in plan.stages:
         # The entries of `methods` are settings that all stages share.
         section = masked(run.section(stage.settings).to_dict()) if stage.settings else plan.to_dict().get(stage.name)

@@ -8,7 +8,7 @@ import asyncio
 import dataclasses
 import inspect
 import math
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Hashable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol, TypeAlias, cast
 
@@ -25,15 +25,45 @@ Rewards: TypeAlias = Sequence[float | None]
 
 
 class RewardFunction(Protocol):
-    """Any function of lists, also an asynchronous one, such as the `reward_funcs` of other libraries."""
+    """Any function of lists, also an asynchronous one, such as the `reward_funcs` of other libraries.
+
+    Process 0 alone asks it. One that runs a program on the mesh of the run, which all processes must enter together,
+    says so with an attribute `on_all_processes = True`.
+    """
 
     def __call__(self, prompts: list[str], completions: list[str]) -> Rewards | Awaitable[Rewards]:
         """The rewards of N completions; None where the source says nothing about a completion."""
         ...
 
 
-# Each makes a reward function from the settings in its specification, and from the name of the objective where it has a
-# parameter `objective`.
+@dataclasses.dataclass(frozen=True)
+class SourceContext:
+    """What a run offers to the makers of reward sources and judges.
+
+    Attributes:
+      devices: gives the mesh of the run and the programs on it, see `runtime.devices.Devices`. None while a config is
+        only checked: a source is made then, but never asked.
+      rows: answers that are scored at once, `sample_rows` of the run.
+      shared: what sources of the same model have in common, by a key of its maker. What has a method `close` is closed
+        when the run ends.
+    """
+
+    devices: Callable[[], Any] | None = None
+    rows: int = 32
+    shared: dict[Hashable, Any] = dataclasses.field(default_factory=dict)
+
+    def close(self) -> None:
+        """Ends what sources hold outside this process."""
+        for held in self.shared.values():
+            if hasattr(held, "close"):
+                held.close()
+        self.shared.clear()
+
+
+NO_RUN = SourceContext()  # of a check
+
+# Each makes a reward function from the settings in its specification; from the name of the objective where it has a
+# parameter `objective`, and from a `SourceContext` where it has a parameter `context`.
 SOURCES: Registry[Callable[..., RewardFunction]] = Registry(
     "reward source", callable_as("a function that returns a reward function")
 )
@@ -66,6 +96,11 @@ class RewardSource:
 
     name: str
     function: RewardFunction
+
+    @property
+    def on_all_processes(self) -> bool:
+        """Whether every process asks the source, and not process 0 alone."""
+        return getattr(self.function, "on_all_processes", False)
 
     def __call__(self, prompts: Sequence[str], completions: Sequence[str]) -> Float[np.ndarray, " N"]:
         """Rewards float32 [N]; NaN where the source says nothing.
@@ -126,13 +161,14 @@ class RewardSource:
         return number
 
 
-def reward_source(name: str, spec: str | Mapping[str, Any]) -> RewardSource | None:
+def reward_source(name: str, spec: str | Mapping[str, Any], context: SourceContext = NO_RUN) -> RewardSource | None:
     """The source that a config names; None for a reward model that is trained here.
 
     Args:
       name: the objective.
       spec: "adapter", a function as "package.module:name" or "path/to/file.py:name", or {"kind": ...} with a name in
         `SOURCES` or a maker of your own as "package.module:name", and its settings.
+      context: of the run; by default that of a check without a run.
 
     Raises:
       UserError: no such source, or settings that it does not take.
@@ -150,8 +186,8 @@ def reward_source(name: str, spec: str | Mapping[str, Any]) -> RewardSource | No
             "package.module:name"
         )
     make = SOURCES.get(kind)
-    if "objective" in inspect.signature(make).parameters:
-        settings["objective"] = name
+    given = {"objective": name, "context": context}
+    settings |= {key: value for key, value in given.items() if key in inspect.signature(make).parameters}
     try:
         inspect.signature(make).bind(**settings)
     except TypeError as error:

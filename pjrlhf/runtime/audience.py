@@ -14,7 +14,7 @@ from pjrlhf.judges import language_model
 from pjrlhf.parallel.processes import broadcast_from_zero, is_process_zero
 from pjrlhf.rewards import server
 from pjrlhf.rewards.scorers import scorer
-from pjrlhf.rewards.sources import RewardSource, reward_source
+from pjrlhf.rewards.sources import NO_RUN, RewardSource, SourceContext, reward_source
 from pjrlhf.types import Json
 
 REWARD_KINDS = (language_model.by_judge, server.by_http)  # modules that register reward sources
@@ -31,6 +31,7 @@ class Audience:
       judge: "synthetic", or {criterion: name of a scorer}.
       sources: {objective: specification of its reward source, see `rewards.sources`}; the others have reward models
         that are trained here.
+      context: what the run offers to the sources; by default nothing, for a check.
 
     Raises:
       UserError: a preference without dimension or sentence, or an objective that is not among the preferences.
@@ -43,12 +44,17 @@ class Audience:
         general: str,
         judge: Any,
         sources: Mapping[str, Any] | None = None,
+        context: SourceContext = NO_RUN,
     ):
         self.named, self.judge = named, judge
         self.objectives = tuple(objectives)
         self.general = general
-        self.source_specs = dict(sources or {})
+        self.source_specs, self.context = dict(sources or {}), context
         self.preferences = self._preferences()
+
+    def within(self, context: SourceContext) -> "Audience":
+        """The same audience, with reward sources that have the context of a run."""
+        return Audience(self.named, self.objectives, self.general, self.judge, self.source_specs, context)
 
     def check(self) -> None:
         """Raises UserError where the judge has no scorer for a criterion, or an unknown one; for a reward source that
@@ -86,7 +92,7 @@ class Audience:
             raise UserError(
                 f"rewards: {unknown[0]!r} is not one of {', '.join(self.rewards)}; add it to the objectives"
             )
-        made = {name: reward_source(name, spec) for name, spec in self.source_specs.items()}
+        made = {name: reward_source(name, spec, self.context) for name, spec in self.source_specs.items()}
         return {name: source for name, source in made.items() if source is not None}
 
     @property
@@ -100,16 +106,18 @@ class Audience:
         """Raw rewards float32 of completions by the K criteria of `rewards`, from their sources.
 
         NaN where a criterion has a reward model, where its source says nothing, and where the reward is not `wanted`.
-        Process 0 asks the sources, so that all processes have the same rewards.
+        Process 0 asks the sources, so that all processes have the same rewards. Sources on the mesh are asked on every
+        process, and all processes must call this with the same arguments.
 
         Raises:
           UserError: a source fails, see `RewardSource`.
         """
         found = np.full((len(completions), len(self.rewards)), np.nan, np.float32)
-        for k, name in enumerate(self.rewards if is_process_zero() else ()):
+        for k, name in enumerate(self.rewards):
             rows = [i for i in range(len(completions)) if wanted is None or wanted[i, k]]
-            if rows and name in self.sources:
-                found[rows, k] = self.sources[name]([prompts[i] for i in rows], [completions[i] for i in rows])
+            source = self.sources.get(name)
+            if rows and source is not None and (source.on_all_processes or is_process_zero()):
+                found[rows, k] = source([prompts[i] for i in rows], [completions[i] for i in rows])
         return broadcast_from_zero(found)
 
     @functools.cached_property

@@ -19,6 +19,7 @@ from pjrlhf.judges.judge import BothOrders, JudgeContext, ScoreJudge, judge_from
 from pjrlhf.models.adapters import AdapterConfig, is_low_rank
 from pjrlhf.models.quantization import check_quantize
 from pjrlhf.parallel.mesh import bytes_per_device
+from pjrlhf.rewards.sources import SourceContext
 from pjrlhf.rollout.reference import cache_key, reference_logps, summed_logps
 from pjrlhf.rollout.sampler import Sampling
 from pjrlhf.runtime.audience import NAMED, Audience
@@ -147,6 +148,7 @@ class Sections:
 
     def __init__(self, settings: SharedSettings, sections: Mapping[type, Settings]):
         self.settings, self.sections = settings, dict(sections)
+        self.audience = settings.audience
 
     def section(self, kind: type[S]) -> S:
         """The settings of a stage by their class; the defaults where the config does not have the section."""
@@ -168,11 +170,16 @@ class Run(Sections):
         super().__init__(settings, sections)
         self.workdir = workdir
         self.streams = Streams(settings.seed)
-        self.audience = settings.audience
+        self.context = SourceContext(lambda: self.devices, settings.sample_rows)
+        self.audience = settings.audience.within(self.context)
 
     @functools.cached_property
     def devices(self) -> Devices:
         return Devices(self.settings.mesh, self.settings.data.max_completion)
+
+    def close(self) -> None:
+        """Ends what the reward sources and judges of the run hold, such as processes of their own."""
+        self.context.close()
 
     @functools.cached_property
     def records(self) -> Records:
@@ -222,7 +229,7 @@ class Run(Sections):
     def judge(self, spec: str | Mapping[str, Any]) -> BothOrders:
         """The judge that a config names, asked in both orders; see `judges.judge.judge_from`."""
         criteria = {name: found.sentence for name, found in self.audience.preferences.items() if found.sentence}
-        return BothOrders(judge_from(spec, JudgeContext(self.scores, criteria, self.workdir.path)))
+        return BothOrders(judge_from(spec, JudgeContext(self.scores, criteria, self.workdir.path, self.context)))
 
     @functools.cached_property
     def scores(self) -> ScoreJudge:

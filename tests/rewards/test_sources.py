@@ -1,10 +1,12 @@
 """Reward sources: what a config may name, and what a source may return."""
 
+import types
+
 import numpy as np
 import pytest
 
 from pjrlhf.errors import UserError
-from pjrlhf.rewards.sources import RewardSource, reward_source
+from pjrlhf.rewards.sources import SOURCES, RewardSource, SourceContext, reward_source
 from pjrlhf.runtime.audience import Audience
 
 MODULE = "support.toy_extensions"
@@ -117,6 +119,37 @@ def test_a_source_is_asked_for_the_answers_whose_reward_counts():
     found = people.host_rewards(PROMPTS, ANSWERS, wanted)
     assert asked == [("say c", "a good cat")]
     assert np.isnan(found).sum() == 11 and found[2, 1] == 1
+
+
+def test_other_processes_ask_the_sources_on_the_mesh_alone(monkeypatch):
+    def on_mesh(prompts, completions):
+        return [1.0] * len(prompts)
+
+    on_mesh.on_all_processes = True
+    people = audience({"P2A": f"{MODULE}:brevity", "P1A": f"{MODULE}:brevity"})
+    people.sources["P1A"] = RewardSource("P1A", on_mesh)
+    monkeypatch.setattr("pjrlhf.runtime.audience.is_process_zero", lambda: False)
+    found = people.host_rewards(PROMPTS, ANSWERS)
+    assert (found[:, 0] == 1).all() and np.isnan(found[:, 1]).all()
+
+
+def test_a_maker_gets_the_context_of_the_run(monkeypatch):
+    def make(context, objective):
+        return lambda prompts, completions: [context.rows + len(objective)] * len(prompts)
+
+    monkeypatch.setitem(SOURCES._entries, "rows", make)
+    people = audience({"P2A": {"kind": "rows"}})
+    within = people.within(SourceContext(lambda: None, 7))
+    assert people.host_rewards(PROMPTS, ANSWERS)[0, 1] == 35 and within.host_rewards(PROMPTS, ANSWERS)[0, 1] == 10
+
+
+def test_a_context_closes_what_sources_hold():
+    closed = []
+    context = SourceContext()
+    context.shared["worker"] = types.SimpleNamespace(close=lambda: closed.append("worker"))
+    context.shared["weights"] = 3
+    context.close()
+    assert closed == ["worker"] and not context.shared
 
 
 def test_a_source_for_no_objective_is_refused():
