@@ -8,6 +8,11 @@ A Hugging Face model, with the dimensions length and dialogue, judged by rules:
 
     python -m pjrlhf.main --config=configs/soups.py:hf --config.model.path=FOLDER
 
+An instruction-tuned model, with the six preferences of the paper, rewarded by functions instead of reward models
+(`pip install -e '.[readability,sentiment]'`):
+
+    python -m pjrlhf.main --config=configs/soups.py:instruct --config.model.path=FOLDER
+
 The scaling experiment: two more styles in the synthetic environment, 16 personas in place of 8:
 
     python -m pjrlhf.main --config=configs/soups.py:styles
@@ -36,11 +41,13 @@ def get_config(variant: str = "synthetic") -> ml_collections.ConfigDict:
     c.evaluate = to_config(SoupsSettings())
     if variant == "hf":
         huggingface(c)
+    elif variant == "instruct":
+        instruct(c)
     elif variant == "styles":
         styles(c)
     elif variant != "synthetic":
-        known = "configs/soups.py or configs/soups.py:hf or configs/soups.py:styles"
-        raise UserError(f"configs/soups.py:{variant}: unknown variant; use {known}")
+        known = ", ".join(f"configs/soups.py{name}" for name in ("", ":hf", ":instruct", ":styles"))
+        raise UserError(f"configs/soups.py:{variant}: unknown variant; use one of {known}")
     return c
 
 
@@ -94,3 +101,30 @@ def huggingface(c: ml_collections.ConfigDict) -> None:
     c.policy.steps = 40
     c.sample_rows = 128
     c.evaluate.prompted = ()
+
+
+def instruct(c: ml_collections.ConfigDict) -> None:
+    """The six preferences of the paper: the school grade that a text takes, its length, and its sentiment."""
+    c.title = "Personalized Soups on an instruction-tuned model, rewarded by functions"
+    c.stages = ("reward", "policy", "evaluate")  # reward measures the scale of the functions on answers of the base
+    del c.methods["pmorl"]
+    c.preferences = "paper"
+    scorers = {"P1A": "-grade", "P1B": "grade", "P2A": "short", "P2B": "long", "P3A": "sentiment", "P3B": "-sentiment"}
+    with c.ignore_type():
+        c.rewards = ml_collections.ConfigDict(
+            {name: {"kind": "scorer", "scorer": spec} for name, spec in scorers.items()}
+        )
+        c.judge = ml_collections.ConfigDict(scorers)
+        c.data.prompts = ml_collections.ConfigDict({"kind": "jsonl", "path": "configs/instructions.jsonl"})
+    c.general = ""
+    config.pretrained(c)
+    # Four answers to each prompt are each other's baseline; a value head would have to be learned first.
+    c.policy.experience.update({"estimator": "rloo", "samples_per_prompt": 4})
+    c.policy.ppo.update({"epochs": 1, "minibatches": 1})
+    c.policy.optimizer.learning_rate = 2e-4
+    c.policy.rollouts = 16
+    c.policy.kl.coefficient = 0.05
+    c.data.update({"max_prompt": 128, "max_completion": 64})
+    c.reward.calibration_samples = 64
+    c.policy.steps = 40
+    c.evaluate.update({"sweep_points": 5, "sweep_samples": 1})

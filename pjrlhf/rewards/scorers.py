@@ -1,13 +1,13 @@
 """Rule-based scores of plain text, for models and prompts without a ground truth.
 
 A scorer is a function `(prompt, text) -> float`. A config names a registered one, "words:happy,glad" for a word list,
-or your own as "package.module:function".
+or your own as "package.module:function". A minus sign before any of them, as in "-sentiment", turns its scores around.
 """
 
 import functools
 import re
-from collections.abc import Callable
-from typing import Protocol
+from collections.abc import Callable, Mapping
+from typing import Protocol, cast
 
 from pjrlhf.errors import UserError
 from pjrlhf.paths import install
@@ -82,6 +82,27 @@ def sentiment(prompt: str, text: str) -> float:
     return float(_vader().polarity_scores(text)["compound"])
 
 
+@SCORERS.register("grade")
+def grade(prompt: str, text: str) -> float:
+    """The school grade that it takes to read the text, by the automated readability index: long words and long
+    sentences raise it. Raises UserError where textstat is not installed.
+    """
+    return float(_textstat().automated_readability_index(text))
+
+
+class _Readability(Protocol):
+    def automated_readability_index(self, text: str) -> float: ...
+
+
+@functools.cache
+def _textstat() -> _Readability:
+    try:
+        import textstat
+    except ImportError as error:
+        raise UserError(f"scorer 'grade': needs textstat; {install('readability')}") from error
+    return cast(_Readability, textstat)
+
+
 class _Analyzer(Protocol):
     def polarity_scores(self, text: str) -> dict[str, float]: ...
 
@@ -95,19 +116,25 @@ def _vader() -> _Analyzer:
     return SentimentIntensityAnalyzer()
 
 
+NEEDS: Mapping[str, Callable[[], object]] = {"sentiment": _vader, "grade": _textstat}
+
+
 @functools.cache
 def scorer(spec: str) -> Scorer:
     """The scorer that `spec` names, see the module.
 
     Raises:
-      UserError: unknown name, an empty word list, or VADER is not installed.
+      UserError: unknown name, an empty word list, or a package that the scorer needs is not installed.
     """
+    if spec.startswith("-"):
+        opposite = scorer(spec[1:])
+        return lambda prompt, text: -opposite(prompt, text)
     kind, _, listed = spec.partition(":")
     if kind == "words":
         lexicon = frozenset(words(listed))
         if not lexicon:
             raise UserError(f"scorer {spec!r}: has no words; write words:happy,glad")
         return lambda prompt, text: lexicon_fraction(text, lexicon)
-    if spec == "sentiment":
-        _vader()  # a missing package must be found before the run
+    if spec in NEEDS:
+        NEEDS[spec]()  # a missing package must be found before the run
     return SCORERS.get(spec)
