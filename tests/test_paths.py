@@ -159,7 +159,7 @@ def test_the_command_that_installs_an_extra_names_its_packages():
     """Not this package, which need not be on an index."""
     setup = configparser.ConfigParser()
     setup.read(pathlib.Path(__file__).parents[1] / "setup.cfg")
-    for extra in (*paths.EXTRAS.values(), "sentiment", "tpu", "wandb", "tensorboard"):
+    for extra in (*paths.EXTRAS.values(), "sentiment", "readability", "tpu", "wandb", "tensorboard"):
         command, verb, *packages = shlex.split(paths.install(extra))
         assert (command, verb) == ("pip", "install")
         assert packages == setup["options.extras_require"][extra].split()

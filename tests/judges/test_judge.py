@@ -212,13 +212,22 @@ def test_dialogue_fraction(text, fraction):
     assert score_by_name("", text, "plain") == pytest.approx(-fraction)
 
 
+def test_the_grade_rises_with_long_words_and_long_sentences():
+    easy = "The sun is hot. It gives us light."
+    assert score_by_name("", easy, "grade") < score_by_name("", easy.replace(". It", " and it"), "grade")
+    assert score_by_name("", easy, "grade") < score_by_name("", easy.replace("hot", "incandescent"), "grade")
+
+
 def test_scorers_by_name():
     assert score_by_name("", "A happy, happy dog", "words:happy,glad") == 0.5
     assert score_by_name("", "", "words:happy") == 0.0
     assert scorer("long")("", "a b c") == 3 == -scorer("short")("", "a b c")
     assert scorer("string:capwords").__name__ == "capwords"
+    for name in ("long", "dialogue", "words:happy", "grade", "sentiment"):
+        assert scorer(f"-{name}")("", "A happy day") == -scorer(name)("", "A happy day")
     for name, message in (
         ("longst", "scorer 'longst': unknown; did you mean"),
+        ("-longst", "scorer 'longst': unknown; did you mean"),
         ("words:", "has no words"),
         ("words: , ", "has no words"),
         ("math:pi", "scorer 'math:pi': is not a function"),
