@@ -25,7 +25,7 @@ from pjrlhf.errors import UserError
 from pjrlhf.models.adapters import Backbone, init_bank
 from pjrlhf.objectives import policy_gradient as pg
 from pjrlhf.objectives.multi_objective import fill_missing
-from pjrlhf.objectives.scalarization import CombinationRule, make_rule, section
+from pjrlhf.objectives.scalarization import CombinationRule, Points, factors, make_rule, schedule, section
 from pjrlhf.parallel.processes import to_host
 from pjrlhf.rollout.batches import PromptBatch, Rollout, ScoredRollout, join_rows, split_rows
 from pjrlhf.rollout.experience import ExperienceConfig, Recipe, experience, init_value_heads, reward_scores, sample
@@ -73,6 +73,11 @@ class PolicySettings(Settings):
     combine: Mapping[str, Any] = setting(
         section(), "how objectives become one advantage: the kind of rule and the settings of all rules"
     )
+    reward_weights: Mapping[str, Any] = setting(
+        {},
+        "{objective: factor of its preference weight}: a number, or a schedule by step, "
+        '{"start": 1.0, "end": 0.0, "steps": 100} or points [[0, 1.0], [100, 0.0]]',
+    )
     steps: int = setting(60, "rollouts, each followed by an update", low=1, high=10**9)
     rollouts: int = setting(16, "answers per policy and step", low=1, high=2**20)
     top_k: int = setting(0, "0: off; a policy cannot be trained on truncated samples", low=0)
@@ -87,11 +92,27 @@ class PolicySettings(Settings):
         """The combination rule that `combine` describes."""
         return make_rule({**section(), **self.combine})
 
+    @property
+    def schedules(self) -> dict[str, Points]:
+        """Objective -> the points of its factor in `reward_weights`."""
+        found = {}
+        for name, spec in self.reward_weights.items():
+            try:
+                found[name] = schedule(spec)
+            except UserError as error:
+                raise UserError(f"reward_weights.{name}: {error}") from error
+        return found
+
     def check(self) -> None:
         try:
-            _ = self.rule
+            rule = self.rule
         except ValueError as error:
             raise UserError(f"combine.{error}") from error
+        if self.schedules and not rule.weighs_rewards:
+            raise UserError(
+                f"reward_weights: combine.kind {self.combine.get('kind', 'sum')!r} does not weigh rewards by the "
+                "preference weights alone; choose sum, tchebycheff or gdpo, or leave reward_weights out"
+            )
         check_warmup(self.optimizer, self.steps * self.ppo.epochs * self.ppo.minibatches)
         if self.rollouts % self.experience.samples_per_prompt:
             raise UserError(
@@ -101,6 +122,11 @@ class PolicySettings(Settings):
         if self.rollouts % self.ppo.minibatches:
             raise UserError(
                 f"rollouts: {self.rollouts} cannot be split into ppo.minibatches={self.ppo.minibatches} equal parts"
+            )
+        if (size := self.rollouts // self.ppo.minibatches) % self.ppo.accumulation_steps:
+            raise UserError(
+                f"ppo.accumulation_steps: {self.ppo.accumulation_steps} does not divide the {size} answers of a "
+                "minibatch (rollouts / ppo.minibatches); change one of them"
             )
         if self.top_k or self.top_p < 1:
             raise UserError(
@@ -126,10 +152,18 @@ def check_together(settings: PolicySettings, targets: Targets, temperature: floa
         )
     if rule.needs_preference_groups and targets.kind not in ("grid", "fixed"):
         raise UserError("policy.combine: the rule needs a fixed set of preferences; set preferences.kind to grid")
+    rewards = targets.audience.rewards
+    if unknown := [name for name in settings.reward_weights if name not in rewards]:
+        raise UserError(f"policy.reward_weights: {unknown[0]!r} is not one of {', '.join(rewards)}; name one of these")
 
 
 def check(run: Sections, settings: PolicySettings) -> None:
     """Raises UserError for settings that policies cannot be trained with."""
+    if dropout := run.settings.adapter.dropout:
+        raise UserError(
+            f"adapter.dropout={dropout}: policies are trained without dropout, because PPO compares the "
+            "probabilities of one and the same policy before and after an update; set it to 0"
+        )
     check_together(settings, targets_of(run, settings), run.settings.temperature)
 
 
@@ -241,10 +275,12 @@ class Policy(Method):
     ) -> tuple[State, dict[str, Array]]:
         """The state after the updates on scored responses [K, n, ...], and metrics [K]."""
         mix = scored.targets.weights if self.targets.mix == "weights" else None
-        beta = state.extra["beta"]
+        beta, step = state.extra["beta"], state.step
+        if self.settings.reward_weights:
+            weights = scored.targets.weights * self._factors(step)[scored.targets.objectives]
+            scored = scored.replace(targets=scored.targets.replace(weights=weights))
         found, statistics = experience(self.recipe, backbone, state.trainable, scored, beta, mix)
         found, statistics = jax.lax.stop_gradient((found, statistics))
-        step = state.step
         state, metrics = ppo_update(self.ppo, self.optimizer, backbone, state, found, key)
         kl, settings = statistics["objective/kl"], self.settings.kl
         if settings.target:
@@ -252,6 +288,11 @@ class Policy(Method):
         recent = state.extra["kl"]
         extra = {"beta": beta, "kl": recent.at[step % len(recent)].set(kl)}
         return state.replace(step=step + 1, extra=extra), statistics | metrics
+
+    def _factors(self, step: Int[Array, ""]) -> Float[Array, " R"]:
+        """Of the preference weights of all rewards, see `reward_weights`."""
+        schedules = self.settings.schedules
+        return factors([schedules.get(name, ((0, 1.0),)) for name in self.targets.audience.rewards], step)
 
     def _step(self, state: State, backbone: Backbone, rewarder: Params, placed: PromptBatch) -> tuple[State, Metrics]:
         return self._learn(state, backbone, rewarder, placed, self._sample(state, backbone, placed))
@@ -287,7 +328,8 @@ class Policy(Method):
             scores = jax.vmap(fill)(scores, batch.targets.objectives)
         scored = ScoredRollout(batch.prompts, rollout, scores, batch.targets)
         # The x axis that methods share: answers sampled so far, of all policies.
-        samples = (state.step + 1.0) * scores.shape[0] * scores.shape[1]
+        step = state.step
+        samples = (step + 1.0) * scores.shape[0] * scores.shape[1]
         state, statistics = self.update(backbone, state, scored, shuffle)
         weights = statistics.pop("head_weights")
         if weights.shape[1] > 1:
@@ -298,6 +340,9 @@ class Policy(Method):
         metrics = {name: (x, jnp.ones_like(x)) for name, x in statistics.items()}
         metrics |= {**self._by_objective(scores, batch.targets.objectives), **silent}
         metrics["samples"] = (samples, jnp.ones(()))
+        for name in self.settings.reward_weights:
+            factor = self._factors(step)[self.targets.audience.rewards.index(name)]
+            metrics[f"rewards/{name}/weight"] = (factor, jnp.ones(()))
         return state, metrics
 
     def _by_objective(self, scores: Float[Array, "K n S"], objectives: Int[Array, "K n S"]) -> Metrics:

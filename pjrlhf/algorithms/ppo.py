@@ -1,6 +1,7 @@
 """Proximal policy optimization (PPO, arXiv 1707.06347) of K policies at once, as pure functions of their experience."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +24,9 @@ class PPOConfig(Settings):
 
     epochs: int = setting(2, "passes over a batch", low=1, high=1000)
     minibatches: int = setting(2, "parts of every pass", low=1, high=2**20)
+    accumulation_steps: int = setting(
+        1, "parts of a minibatch that are computed one after the other", low=1, high=2**20
+    )
     policies_at_once: int = setting(
         0, "policies whose gradients are taken together, 0: all; fewer take less memory and change no number", low=0
     )
@@ -33,7 +37,11 @@ class PPOConfig(Settings):
 
 
 def ppo_loss(
-    config: PPOConfig, backbone: Backbone, trainable: Params, experience: Experience
+    config: PPOConfig,
+    backbone: Backbone,
+    trainable: Params,
+    experience: Experience,
+    share: Float[Array, " K"] | float = 1.0,
 ) -> tuple[Float[Array, ""], dict[str, Array]]:
     """Sum over the K policies of their PPO losses, and metrics [K].
 
@@ -42,6 +50,8 @@ def ppo_loss(
 
     Args:
       trainable: {"bank", "value_heads"}.
+      share: factor of each policy's loss and metrics: the fraction of its tokens in a minibatch that `experience` has,
+        so that the parts of a minibatch add up to the whole.
     """
     K, mix = len(experience.tokens), experience.mix
     policies = backbone.policies(trainable["bank"], jnp.eye(K) if mix is None else join_rows(mix))
@@ -66,27 +76,46 @@ def ppo_loss(
         return loss, metrics
 
     losses, metrics = jax.vmap(per_policy)(logps, entropy, values, experience, experience.mask)
-    return losses.sum(), metrics
+    return (losses * share).sum(), jax.tree.map(lambda x: x * share, metrics)
 
 
 def ppo_gradient(
     config: PPOConfig, backbone: Backbone, trainable: Params, experience: Experience
 ) -> tuple[Params, dict[str, Array]]:
     """Gradient of `ppo_loss` and its metrics [K]; of `config.policies_at_once` policies at once, one group of policies
-    after the other. Adapters mixed for every row belong to all policies, so these cannot be split.
+    after the other, and of `config.accumulation_steps` parts of the rows, one after the other. Adapters mixed for every
+    row belong to all policies, so these cannot be split.
     """
 
-    def gradient(trainable: Params, experience: Experience) -> tuple[Params, dict[str, Array]]:
-        return jax.grad(ppo_loss, argnums=2, has_aux=True)(config, backbone, trainable, experience)
+    def gradient(
+        trainable: Params, experience: Experience, share: Float[Array, " G"]
+    ) -> tuple[Params, dict[str, Array]]:
+        return jax.grad(ppo_loss, argnums=2, has_aux=True)(config, backbone, trainable, experience, share)
 
-    K = len(experience.tokens)
+    def of_groups(experience: Experience, share: Float[Array, " K"]) -> tuple[Params, dict[str, Array]]:
+        if together == K:
+            return gradient(trainable, experience, share)
+        groups = split_rows((trainable, experience, share), K // together)
+        return join_rows(jax.lax.map(lambda group: gradient(*group), groups))
+
+    K, count = len(experience.tokens), config.accumulation_steps
     together = config.policies_at_once or K
-    if together == K:
-        return gradient(trainable, experience)
-    if K % together or experience.mix is not None:
+    if K % together or (together < K and experience.mix is not None):
         raise ValueError(f"gradients of {K} policies cannot be taken of {together} at once")
-    groups = split_rows((trainable, experience), K // together)
-    return join_rows(jax.lax.map(lambda group: gradient(*group), groups))
+    if count == 1:
+        return of_groups(experience, jnp.ones(K))
+    # [parts, K, rows of a part, ...]; every part counts by its tokens, as in the mean over the whole.
+    parts = jax.tree.map(lambda x: x.reshape(K, count, -1, *x.shape[2:]).swapaxes(0, 1), experience)
+    tokens = jax.vmap(lambda part: part.mask.sum((1, 2)))(parts)
+    shares = tokens / jnp.maximum(tokens.sum(0), 1)
+
+    def add(sums: tuple[Params, dict[str, Array]], part: tuple[Experience, Array]) -> tuple[Any, None]:
+        return jax.tree.map(lambda total, x: total + x.astype(jnp.float32), sums, of_groups(*part)), None
+
+    shapes = jax.eval_shape(of_groups, jax.tree.map(lambda x: x[0], parts), shares[0])
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), shapes)
+    (total, metrics), _ = jax.lax.scan(add, zeros, (parts, shares))
+    return jax.tree.map(lambda g, x: g.astype(x.dtype), total, trainable), metrics
 
 
 def ppo_update(

@@ -50,7 +50,8 @@ class AdapterConfig(Settings):
     )
     dropout: float = setting(
         0.0,
-        "fraction of an adapter's inputs that training drops; not in PPO, whose ratios compare equal policies",
+        "fraction of an adapter's inputs that training drops; the policy stage, whose ratios compare equal policies, "
+        "refuses it",
         low=0.0,
         below=1.0,
     )

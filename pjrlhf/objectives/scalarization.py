@@ -9,6 +9,8 @@ A rule of your own is a frozen dataclass that inherits from `CombinationRule`; a
 
 import abc
 import dataclasses
+import itertools
+import math
 from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
@@ -19,7 +21,7 @@ from pjrlhf.errors import UserError
 from pjrlhf.objectives import multi_objective as mo
 from pjrlhf.objectives.policy_gradient import zero_outside
 from pjrlhf.registry import Registry
-from pjrlhf.settings import Settings, setting
+from pjrlhf.settings import Settings, setting, shown
 from pjrlhf.types import Array
 
 
@@ -43,6 +45,11 @@ class CombinationRule(Settings, abc.ABC):
     def needs_preference_groups(self) -> bool:
         """Whether `advantages` reads `group`, so that preferences must come from a fixed set."""
         return False
+
+    @property
+    def weighs_rewards(self) -> bool:
+        """Whether `p` are factors of the rewards alone, so that a `schedule` may change them during training."""
+        return True
 
     @abc.abstractmethod
     def names(self, objectives: Sequence[str]) -> tuple[str, ...]:
@@ -172,6 +179,10 @@ class PAMA(CombinationRule):
 
     noon: bool = setting(True, "raise negative advantages to 0 first, as published")
 
+    @property
+    def weighs_rewards(self):
+        return False
+
     def names(self, objectives):
         return tuple(objectives)
 
@@ -228,6 +239,10 @@ class MinNorm(CombinationRule):
     def needs_preference_groups(self):
         return self.heads == "per_preference"
 
+    @property
+    def weighs_rewards(self):
+        return self.heads == "per_preference"
+
     def names(self, objectives):
         return {
             "per_reward": tuple(objectives),
@@ -268,6 +283,50 @@ class MinNorm(CombinationRule):
         scale = jnp.ones_like(scale) if self.weights == "equal" else scale
         statistics = {"gradient_cosine": jnp.zeros(()), "weights": jnp.ones(1)}
         return advantage * scale[:, None], statistics
+
+
+# ---- weights that change during training
+
+Points = tuple[tuple[float, float], ...]  # (step, factor), by step
+
+
+def schedule(spec: object) -> Points:
+    """The points between which a factor is interpolated linearly, from what a config says: a number;
+    {"start": a, "end": b, "steps": n}, from a at step 0 to b at step n; or a list of [step, factor]. Before the first
+    point and after the last one the factor stays as it is there.
+
+    Raises:
+      UserError: something else, a factor below 0, or steps that are below 0 or do not rise.
+    """
+    given: object = spec
+    if isinstance(spec, Mapping) and set(spec) == {"start", "end", "steps"}:
+        given = ((0, spec["start"]), (spec["steps"], spec["end"]))
+    elif _is_number(spec):
+        given = ((0, spec),)
+    pairs = given if isinstance(given, list | tuple) else ()
+    fits = [isinstance(pair, list | tuple) and len(pair) == 2 and all(map(_is_number, pair)) for pair in pairs]
+    if not fits or not all(fits):
+        raise UserError(
+            f'{shown(spec)} is no schedule; give a number, {{"start": 1.0, "end": 0.0, "steps": 100}}, or points such '
+            "as [[0, 1.0], [100, 0.0]]"
+        )
+    points = tuple((float(step), float(factor)) for step, factor in pairs)
+    steps = [step for step, _ in points]
+    if steps[0] < 0 or any(a >= b for a, b in itertools.pairwise(steps)):
+        raise UserError(f"{shown(spec)}: its steps do not rise from 0 or later; put them in order, each once")
+    if min(factor for _, factor in points) < 0:
+        raise UserError(f"{shown(spec)}: a factor below 0 would train against the reward; give 0 or more")
+    return points
+
+
+def _is_number(x: object) -> bool:
+    return isinstance(x, int | float) and not isinstance(x, bool) and math.isfinite(x)
+
+
+def factors(schedules: Sequence[Points], step: Int[Array, ""] | int) -> Float[Array, " S"]:
+    """The factors of S schedules after `step` updates, float32."""
+    now = jnp.asarray(step, jnp.float32)
+    return jnp.stack([jnp.interp(now, *jnp.array(points, jnp.float32).T) for points in schedules])
 
 
 def _single(

@@ -140,6 +140,19 @@ def test_how_many_gradients_are_taken_at_once_does_not_matter(kind):
         ppo_gradient(PPOConfig(policies_at_once=1), backbone(kind), None, mixed)
 
 
+@pytest.mark.parametrize("together", [0, 1])
+def test_parts_of_a_minibatch_add_up_to_its_gradient(together):
+    """Parts with other numbers of tokens, one policy with hardly any."""
+    rows, kind = fabricated(np.ones(K)), "lora"
+    rows.valid[0, 1:, P:] = False
+    whole, parts = (PPOConfig(entropy_coef=0.02, policies_at_once=together, accumulation_steps=i) for i in (1, 4))
+    one, other = (
+        jax.jit(ppo_gradient, static_argnums=0)(config, backbone(kind), trainable(kind), rows)
+        for config in (whole, parts)
+    )
+    close(one, other, 1e-5)
+
+
 def test_full_parameters_have_the_gradient_of_a_plain_model():
     """The loss written out for one model, without Policies."""
     rows, config = only(fabricated(np.ones(K)), 0), PPOConfig(entropy_coef=0.02)

@@ -21,7 +21,9 @@ from pjrlhf.objectives.scalarization import (
     MinNorm,
     Tchebycheff,
     WeightedSum,
+    factors,
     make_rule,
+    schedule,
     section,
 )
 from pjrlhf.settings import rule_of
@@ -214,3 +216,40 @@ def test_a_rule_from_outside(monkeypatch):
     rule = make_rule({**section(), "kind": "rules_from_outside:Worst", "slack": 1.0})
     assert rule == Worst(slack=1.0) and not rule.standardizes_heads
     np.testing.assert_array_equal(rule.rewards(draw(2, n, S), simplex(6)), draw(2, n, S).min(-1, keepdims=True) + 1)
+
+
+# ---- weights that change during training
+
+
+@pytest.mark.parametrize(
+    ("spec", "steps", "want"),
+    [
+        (0.5, [0, 7, 1000], [0.5, 0.5, 0.5]),
+        ({"start": 1.0, "end": 0.0, "steps": 10}, [0, 3, 10, 99], [1, 0.7, 0, 0]),
+        ([[2, 0.0], [4, 1.0], [8, 0.5]], [0, 2, 3, 4, 6, 8, 9], [0, 0, 0.5, 1, 0.75, 0.5, 0.5]),
+    ],
+    ids=["constant", "linear", "points"],
+)
+def test_factors_lie_on_the_lines_between_the_points(spec, steps, want):
+    found = jax.jit(jax.vmap(lambda step: factors([schedule(spec)], step)))(jnp.array(steps))
+    np.testing.assert_allclose(found[:, 0], want, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("fast", "is no schedule; give a number"),
+        (True, "is no schedule"),
+        ([], "is no schedule"),
+        ([[0, 1.0], [1]], "is no schedule"),
+        ({"start": 1.0, "end": 0.0}, "is no schedule"),
+        ({"start": 1.0, "end": 0.0, "steps": 0}, "steps do not rise"),
+        ([[5, 1.0], [5, 0.0]], "steps do not rise"),
+        ([[-1, 1.0]], "steps do not rise"),
+        (-0.5, "below 0 would train against the reward"),
+        (float("nan"), "is no schedule"),
+    ],
+)
+def test_wrong_schedules(spec, message):
+    with pytest.raises(UserError, match=message):
+        schedule(spec)
