@@ -22,10 +22,8 @@ def main(argv: Sequence[str] | None = None) -> None:
       argv: the arguments; those of the process where None.
     """
     from pjrlhf import __version__
-    from pjrlhf.errors import exit_on_interrupt
     from pjrlhf.terminal import quiet_libraries
 
-    exit_on_interrupt()
     quiet_libraries()
     arguments = list(sys.argv[1:] if argv is None else argv)
     parser = argparse.ArgumentParser(

@@ -15,16 +15,12 @@ import types
 from collections.abc import Iterator
 from typing import Any, NoReturn, cast, get_type_hints
 
-from pjrlhf.errors import UserError, exit_on_interrupt
-
-if __name__ == "__main__":
-    exit_on_interrupt()  # the imports below take a while
-
 from absl import app, flags, logging
 from absl.logging import converter
 from ml_collections import ConfigDict, FrozenConfigDict, config_flags
 from ml_collections.config_dict import placeholder
 
+from pjrlhf.errors import UserError
 from pjrlhf.paths import expand, user_cache
 from pjrlhf.terminal import SafeRecords, line, print_error, quiet_libraries, visible
 

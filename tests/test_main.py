@@ -230,6 +230,25 @@ def test_an_interrupt_that_a_library_changes_or_swallows_ends_the_process_too(sw
     assert (done.returncode, done.stderr) == (130, "interrupted; the same command goes on from what is saved\n")
 
 
+@pytest.mark.parametrize("program", ["module", "command"])
+def test_ctrl_c_during_the_first_import_ends_in_one_line(program, tmp_path):
+    """The handler is there before anything of other packages is imported."""
+    (tmp_path / "lazy_loader.py").write_text("import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\n")
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "pjrlhf").write_text("from pjrlhf.cli import main\nmain()\n")
+    env = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
+    command = ["-m", "pjrlhf.main"] if program == "module" else [str(tmp_path / "bin" / "pjrlhf"), "train"]
+    done = subprocess.run([sys.executable, *command], env=env, capture_output=True, text=True, timeout=30)
+    assert (done.returncode, done.stderr) == (130, "interrupted\n")
+
+
+def test_importing_the_package_leaves_ctrl_c_alone():
+    code = "import signal, pjrlhf, pjrlhf.cli; print(signal.getsignal(signal.SIGINT) is signal.default_int_handler)"
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=30)
+    assert done.stdout == "True\n"
+
+
 def test_a_mistake_ends_in_one_line(tmp_path):
     """A bad value is told before anything is written or compiled."""
     done = call(SOUPS, "--config.policy.steps=0", f"--workdir={tmp_path / 'run'}")

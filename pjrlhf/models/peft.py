@@ -8,11 +8,13 @@ Where queries, keys and values are one module on disk, their three updates becom
 concatenated and `b` is block-diagonal. `rank_pattern` and `alpha_pattern` record this.
 """
 
+import dataclasses
 import json
 import math
 import pathlib
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import flax.traverse_util
 import numpy as np
@@ -169,8 +171,10 @@ def load_peft(folder: Folder, model_type: str = "llama", head_dim: int = 0) -> t
     """Loads (adapter, rank, alpha) from a LoRA folder; leaves are float32 numpy arrays.
 
     The update is always scaled by alpha / rank: for `use_rslora` (arXiv 2312.03732), which scales by alpha /
-    sqrt(rank), alpha * sqrt(rank) is returned. An adapter of a fused projection is split into one per part, either the
-    ones that `save_peft` fused, or ones that share `a`.
+    sqrt(rank), alpha * sqrt(rank) is returned. Where `rank_pattern` and `alpha_pattern` give modules ranks and scales
+    of their own, the rank is the largest one, to which the others are padded with zeros, and `b` is scaled by what
+    remains. An adapter of a fused projection is split into one per part, either the ones that `save_peft` fused, or
+    ones that share `a`.
 
     Raises:
       UserError: anything but plain LoRA on whole linear layers, settings that this loader does not know, or factors
@@ -178,15 +182,14 @@ def load_peft(folder: Folder, model_type: str = "llama", head_dim: int = 0) -> t
     """
     folder = pathlib.Path(folder)
     config = read_json(folder / CONFIG)
-    family = get_family(model_type, folder)
-    rank, alpha = _read_scale(config, folder / CONFIG)
-    modules = adapter_modules(family)
-    ours = _patterns(family, modules, rank, alpha)
-    block_diagonal = bool(ours) and not config.get("use_rslora") and all(config.get(key) == ours[key] for key in ours)
-    _check_settings(config, family, ours if block_diagonal else {}, folder / CONFIG)
-    factors = _read_factors(folder, rank, family, modules, block_diagonal, head_dim, config)
+    family, scales = get_family(model_type, folder), _Scales.read(config, folder / CONFIG)
+    _check_settings(config, family, folder / CONFIG)
+    factors = _read_factors(folder, scales, family, head_dim, config)
+    if not factors:
+        raise UserError(f"{folder}: holds no LoRA matrices; export the adapter again")
+    rank = max(_rank(path, x) for path, layers in factors.items() for x in layers.values())
     # At most one layer more than there are, so that a wild number builds nothing.
-    depth = max((min(max(layers), len(layers)) + 1 for layers in factors.values()), default=0)
+    depth = max(min(max(layers), len(layers)) + 1 for layers in factors.values())
     adapter = {}
     for path in sorted({path.rpartition("/")[0] for path in factors}):
         for factor, name in FACTORS.items():
@@ -196,38 +199,95 @@ def load_peft(folder: Folder, model_type: str = "llama", head_dim: int = 0) -> t
                     f"{folder}: {name} of {path} is missing in layer {absent[0]}; "
                     "adapt every layer of a module, with both factors"
                 )
-            if len({x.shape for x in layers.values()}) > 1:
+            wide = [_padded(f"{path}/{factor}", layers[i], rank) for i in range(depth)]
+            if len({x.shape for x in wide}) > 1:
                 raise UserError(f"{folder}: {name} of {path} differs in shape between layers; export the adapter again")
-            adapter[f"{path}/{factor}"] = np.stack([layers[i] for i in range(depth)])
-    if not adapter:
-        raise UserError(f"{folder}: holds no LoRA matrices; export the adapter again")
-    return (
-        flax.traverse_util.unflatten_dict(adapter, sep="/"),
-        rank,
-        alpha * rank**0.5 if config.get("use_rslora") else alpha,
-    )
+            adapter[f"{path}/{factor}"] = np.stack(wide)
+    return flax.traverse_util.unflatten_dict(adapter, sep="/"), rank, scales.alpha_of(rank)
 
 
-def _read_scale(config: Mapping[str, Json], source: pathlib.Path) -> tuple[int, float]:
-    """(rank, alpha) of an adapter_config.json."""
-    if missing := [name for name in ("r", "lora_alpha") if config.get(name) is None]:
-        raise UserError(f"{source}: the key {missing[0]!r} is missing; export the adapter again")
-    rank, alpha = config["r"], config["lora_alpha"]
-    if type(rank) is not int or rank < 1:
-        raise UserError(f"{source}: r={rank!r} is no whole number above 0; export the adapter again")
-    if type(alpha) not in (int, float) or not math.isfinite(alpha):
-        raise UserError(f"{source}: lora_alpha={alpha!r} is no finite number; export the adapter again")
-    return rank, float(alpha)
+def _rank(path: str, factor: np.ndarray) -> int:
+    """The rank of a factor `a` [in, R] or `b` [R, out]."""
+    return factor.shape[1 if path.endswith("a") else 0]
 
 
-def _check_settings(
-    config: Mapping[str, Json], family: Family, patterns: Mapping[str, Json], source: pathlib.Path
-) -> None:
-    """Refuses every setting that may mean another base or another sum; one that is null, false or empty is off.
+def _padded(path: str, factor: np.ndarray, rank: int) -> np.ndarray:
+    """A factor with zeros up to a rank, which leave the product as it is."""
+    more = rank - _rank(path, factor)
+    return np.pad(factor, ((0, 0), (0, more)) if path.endswith("a") else ((0, more), (0, 0)))
 
-    Args:
-      patterns: the values that rank_pattern and alpha_pattern may have.
+
+@dataclasses.dataclass(frozen=True)
+class _Scales:
+    """Rank and scale of every module, as PEFT finds them.
+
+    Attributes:
+      rank, alpha: where no pattern says otherwise.
+      ranks, alphas: `rank_pattern` and `alpha_pattern`: regular expression for the end of a module's name -> value.
+      stabilised: `use_rslora`.
     """
+
+    rank: int
+    alpha: float
+    ranks: Mapping[str, int]
+    alphas: Mapping[str, float]
+    stabilised: bool
+
+    @classmethod
+    def read(cls, config: Mapping[str, Json], source: pathlib.Path) -> "_Scales":
+        """Those of an adapter_config.json."""
+        if missing := [name for name in ("r", "lora_alpha") if config.get(name) is None]:
+            raise UserError(f"{source}: the key {missing[0]!r} is missing; export the adapter again")
+        stabilised = config.get("use_rslora") or False
+        if not isinstance(stabilised, bool):
+            raise UserError(f"{source}: use_rslora={stabilised!r} is neither true nor false; correct it")
+        patterns = {"rank_pattern": ("r", _check_rank), "alpha_pattern": ("lora_alpha", _check_alpha)}
+        found = {}
+        for name, (default, check) in patterns.items():
+            check(default, config[default], source)
+            found[name] = config.get(name) or {}
+            if not isinstance(found[name], dict):
+                raise UserError(f"{source}: {name}={found[name]!r} is no object; export the adapter again")
+            for pattern, value in found[name].items():
+                check(f"{name}.{pattern}", value, source)
+                try:
+                    re.compile(pattern)
+                except re.error:
+                    raise UserError(f"{source}: {name} has no pattern {pattern!r}; export the adapter again") from None
+        return cls(config["r"], config["lora_alpha"], found["rank_pattern"], found["alpha_pattern"], stabilised)
+
+    def of(self, module: str) -> tuple[int, float]:
+        """(rank, factor of the update relative to the default) of a module "model.layers.0.mlp.up_proj"."""
+        rank, alpha = _matching(self.ranks, module, self.rank), _matching(self.alphas, module, self.alpha)
+        return rank, self._scale(rank, alpha) / (self._scale(self.rank, self.alpha) or 1.0)
+
+    def _scale(self, rank: int, alpha: float) -> float:
+        return alpha / (rank**0.5 if self.stabilised else rank)
+
+    def alpha_of(self, rank: int) -> float:
+        """The alpha for which alpha / rank is the default scale; 1 takes the place of a default scale of 0."""
+        if not self.alpha:
+            return float(rank)
+        return (self.alpha * self.rank**0.5 if self.stabilised else float(self.alpha)) * (rank / self.rank)
+
+
+def _matching(patterns: Mapping[str, Any], module: str, default: Any) -> Any:
+    """The value of the first pattern that matches the end of a module's name."""
+    return next((value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", module)), default)
+
+
+def _check_rank(name: str, value: Json, source: pathlib.Path) -> None:
+    if type(value) is not int or value < 1:
+        raise UserError(f"{source}: {name}={value!r} is no whole number above 0; export the adapter again")
+
+
+def _check_alpha(name: str, value: Json, source: pathlib.Path) -> None:
+    if type(value) not in (int, float) or not math.isfinite(value):
+        raise UserError(f"{source}: {name}={value!r} is no finite number; export the adapter again")
+
+
+def _check_settings(config: Mapping[str, Json], family: Family, source: pathlib.Path) -> None:
+    """Refuses every setting that may mean another base or another sum; one that is null, false or empty is off."""
     start = config.get("init_lora_weights", True)
     start = start.lower() if isinstance(start, str) else True if start is None else start
     if not any(start is known or (isinstance(start, str) and start == known) for known in PLAIN_STARTS):
@@ -235,13 +295,11 @@ def _check_settings(
         raise UserError(
             f"{source}: init_lora_weights={start!r} may belong to another base than the folder's; {way_out}"
         )
-    allowed = {**FIXED, "task_type": "CAUSAL_LM", "rank_pattern": None, "alpha_pattern": None, **patterns}
+    allowed = {**FIXED, "task_type": "CAUSAL_LM"}
     if (
         not family.conv1d
     ):  # for a Conv1D module, PEFT stores the factors as for any other, with either value of the flag
         allowed["fan_in_fan_out"] = False
-    if not isinstance(config.get("use_rslora") or False, bool):
-        raise UserError(f"{source}: use_rslora={config['use_rslora']!r} is neither true nor false; correct it")
     for name in ("target_modules", "exclude_modules"):
         wanted = config.get(name)
         try:
@@ -268,27 +326,21 @@ def _is_targeted(config: Mapping[str, Json], module: str, layer: int) -> bool:
         return any(module == name or module.endswith(f".{name}") for name in wanted)
 
     layers = config.get("layers_to_transform")
-    if layers is not None and layer not in (layers if isinstance(layers, list) else [layers]):
+    if layers not in (None, []) and layer not in (layers if isinstance(layers, list) else [layers]):
         return False
     return names("target_modules") is not False and not names("exclude_modules")
 
 
 def _read_factors(
-    folder: pathlib.Path,
-    rank: int,
-    family: Family,
-    modules: Mapping[str, tuple[str, ...]],
-    block_diagonal: bool,
-    head_dim: int,
-    config: Mapping[str, Json],
+    folder: pathlib.Path, scales: _Scales, family: Family, head_dim: int, config: Mapping[str, Json]
 ) -> dict[str, dict[int, np.ndarray]]:
-    """Our path -> layer -> factor `a` [in, R] or `b` [R, out].
+    """Our path -> layer -> factor `a` [in, R] or `b` [R, out], with b for the default scale.
 
     Args:
-      block_diagonal: fused modules hold one block per part, as `save_peft` writes them; else parts share `a`.
       config: the content of adapter_config.json.
     """
-    factors: dict[str, dict[int, np.ndarray]] = {}
+    modules = adapter_modules(family)
+    found: dict[tuple[tuple[str, ...], int], dict[str, np.ndarray]] = {}
     with open_tensors([folder / WEIGHTS]) as files:
         for key in sorted(files):
             match = re.fullmatch(r"base_model\.model\.(.+?)\.(0|[1-9][0-9]{0,8})\.(.+)\.lora_([AB])\.weight", key)
@@ -309,24 +361,41 @@ def _read_factors(
             whole = files[key].get_tensor(key).astype(np.float32).T
             if not all_finite(whole):
                 raise UserError(f"{folder}: {key} holds NaN or infinity; use the adapter of an earlier checkpoint")
-            kind, axis = match[4].lower(), -1 if match[4] == "A" else 0
-            full_rank = rank * len(paths) if block_diagonal else rank
-            if whole.ndim != 2 or whole.shape[axis] != full_rank:
+            kind, (rank, scale) = match[4].lower(), scales.of(module)
+            if whole.ndim != 2 or _rank(kind, whole) != rank:
                 raise UserError(
-                    f"{folder}: {key} has shape {whole.shape[::-1]}, which is not of rank {full_rank}; export it again"
+                    f"{folder}: {key} has shape {whole.shape[::-1]}, which is not of rank {rank}; export it again"
                 )
-            for part, path in enumerate(paths):
-                factor = whole
-                if len(paths) > 1 and kind == "b":
-                    runs = part_runs(family, part, whole.shape[1] // len(paths), head_dim)
-                    factor = np.concatenate([whole[:, run] for run in runs], axis=1)
-                if len(paths) > 1 and block_diagonal:
-                    own = slice(part * rank, (part + 1) * rank)
-                    if kind == "b" and np.count_nonzero(factor) > np.count_nonzero(factor[own]):
-                        raise UserError(
-                            f"{folder}: {key} mixes its parts, which rank_pattern does not allow here; "
-                            "export the adapter as plain LoRA"
-                        )
-                    factor = factor[own] if kind == "b" else factor[:, own]
-                factors.setdefault(f"{path}/{kind}", {})[layer] = factor
+            found.setdefault((paths, layer), {})[kind] = whole * np.float32(scale) if kind == "b" else whole
+    factors: dict[str, dict[int, np.ndarray]] = {}
+    for (paths, layer), pair in found.items():
+        for path, factor in _parts(family, paths, pair, scales.rank, head_dim):
+            factors.setdefault(path, {})[layer] = factor
     return factors
+
+
+def _parts(
+    family: Family, paths: tuple[str, ...], pair: Mapping[str, np.ndarray], rank: int, head_dim: int
+) -> Iterator[tuple[str, np.ndarray]]:
+    """(path, factor) of every part of a module; parts of a fused one have their own block of it, as `save_peft` writes
+    them with `rank` each, or share `a`.
+    """
+    if len(paths) == 1:
+        yield from ((f"{paths[0]}/{kind}", factor) for kind, factor in pair.items())
+        return
+    own = [slice(part * rank, (part + 1) * rank) for part in range(len(paths))]
+    columns = []
+    if "b" in pair:
+        width = pair["b"].shape[1] // len(paths)
+        columns = [
+            np.concatenate([pair["b"][:, run] for run in part_runs(family, part, width, head_dim)], axis=1)
+            for part in range(len(paths))
+        ]
+    blocks = all(_rank(kind, x) == len(paths) * rank for kind, x in pair.items()) and all(
+        np.count_nonzero(x) == np.count_nonzero(x[rows]) for x, rows in zip(columns, own, strict=False)
+    )
+    for part, path in enumerate(paths):
+        if "a" in pair:
+            yield f"{path}/a", pair["a"][:, own[part]] if blocks else pair["a"]
+        if columns:
+            yield f"{path}/b", columns[part][own[part]] if blocks else columns[part]

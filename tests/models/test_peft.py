@@ -130,8 +130,13 @@ CONFIGS = {
     "bias='all'": {"bias": "all"},
     "fan_in_fan_out=True": {"fan_in_fan_out": True},
     "modules_to_save": {"modules_to_save": ["lm_head"]},
-    "rank_pattern": {"rank_pattern": {"q_proj": 2}},
-    "alpha_pattern": {"alpha_pattern": {"q_proj": 2}},
+    "q_proj.lora_A.weight has shape .* is not of rank 2": {"rank_pattern": {"q_proj": 2}},
+    "rank_pattern.q_proj=0 is no whole number": {"rank_pattern": {"q_proj": 0}},
+    "rank_pattern.q_proj=True is no whole number": {"rank_pattern": {"q_proj": True}},
+    r"rank_pattern=\['q_proj'\] is no object": {"rank_pattern": ["q_proj"]},
+    r"rank_pattern has no pattern '\('": {"rank_pattern": {"(": 2}},
+    "alpha_pattern.q_proj='2' is no finite number": {"alpha_pattern": {"q_proj": "2"}},
+    "alpha_pattern.q_proj=nan is no finite number": {"alpha_pattern": {"q_proj": float("nan")}},
     "peft_type='IA3'": {"peft_type": "IA3"},
     "'r' is missing": {"r": None},
     "is not of rank 4": {"r": 4},
@@ -163,7 +168,7 @@ def test_starts_that_leave_the_base_alone(folder, start):
         folder, target_modules=r".*\.(self_attn|mlp)\.\w+_proj", exclude_modules=["lm_head"], layers_to_transform=[0, 1]
     )
     jax.tree.map(np.testing.assert_array_equal, load_peft(folder)[0], ingredient())
-    edit(folder, target_modules="all-linear", task_type=None, inference_mode=False)
+    edit(folder, target_modules="all-linear", task_type=None, inference_mode=False, layers_to_transform=[])
     assert load_peft(folder)[1:] == (RANK, ALPHA)
 
 
@@ -272,22 +277,110 @@ def test_plain_adapters_of_a_fused_projection_share_a(fused):
     np.testing.assert_array_equal(in_order(model_type, [pair["b"][0] for pair in parts]), b.T)
 
 
-def test_fused_adapters_that_are_no_parts_are_refused(fused, tmp_path):
+@pytest.mark.parametrize("rslora", [False, True])
+def test_a_fused_adapter_that_mixes_its_parts_has_the_update_of_its_factors(fused, rslora):
     model_type, folder = fused
     weights = load_file(folder / "adapter_model.safetensors")
-    key = f"base_model.model.{FUSED_MODULE[model_type].format(0)}.lora_B.weight"
-    save_file({**weights, key: weights[key] + 1}, folder / "adapter_model.safetensors")
-    with pytest.raises(UserError, match="mixes its parts"):
-        load_peft(folder, model_type, FUSED.head_dim)
-    edit(folder, use_rslora=True)
-    with pytest.raises(UserError, match="rank_pattern"):
-        load_peft(folder, model_type, FUSED.head_dim)
+    key = f"base_model.model.{FUSED_MODULE[model_type].format(0)}"
+    weights[f"{key}.lora_B.weight"] += 1
+    save_file(weights, folder / "adapter_model.safetensors")
+    edit(folder, use_rslora=rslora)
+    adapter, rank, alpha = load_peft(folder, model_type, FUSED.head_dim)
+    parts = [adapter["layers"]["attention"][part] for part in ("query", "key", "value")]
+    got = in_order(model_type, [alpha / rank * pair["a"][0] @ pair["b"][0] for pair in parts])
+    scale = 3 * ALPHA / ((3 * RANK) ** 0.5 if rslora else 3 * RANK)
+    want = scale * weights[f"{key}.lora_B.weight"] @ weights[f"{key}.lora_A.weight"]
+    np.testing.assert_allclose(got, want.T, rtol=1e-5, atol=1e-5)
+
+
+def test_parts_of_a_fused_projection_are_adapted_together(tmp_path):
+    model_type = "gpt2"
     attention = {name: pair for name, pair in fused_ingredient()["layers"]["attention"].items() if name != "key"}
     with pytest.raises(UserError, match=r"attention/key/[ab] is missing; .* all parts of a fused projection"):
         save_peft(tmp_path / "other", {"layers": {"attention": attention}}, RANK, ALPHA, "base", model_type, 4)
 
 
+# --- modules with a rank or scale of their own ---
+
+OWN = {
+    "rank_pattern": {"q_proj": 2, r"layers\.1\.mlp\.up_proj": 5, "mlp": 7},
+    "alpha_pattern": {"up_proj": 4, "q_proj": 0},
+}
+
+
+@pytest.mark.parametrize("settings", [{}, {"use_rslora": True}, {"lora_alpha": 0}, {"r": 9}], ids=str)
+def test_modules_may_have_a_rank_and_scale_of_their_own(folder, settings):
+    """The update of every module is the one of its factors; the first pattern that matches its end counts."""
+    rng, keys = np.random.default_rng(0), sorted(load_file(folder / "adapter_model.safetensors"))
+    config = {"r": RANK, "lora_alpha": ALPHA, "use_rslora": False, **OWN, **settings}
+    edit(folder, **config)
+
+    def own(key):
+        rank = 2 if "q_proj" in key else 5 if "layers.1.mlp.up_proj" in key else config["r"]
+        return rank, 4 if "up_proj" in key else 0 if "q_proj" in key else config["lora_alpha"]
+
+    old = load_file(folder / "adapter_model.safetensors")
+    tensors = {}
+    for key in keys:
+        shape = [own(key)[0] if (axis == 0) == ("lora_A" in key) else n for axis, n in enumerate(old[key].shape)]
+        tensors[key] = rng.standard_normal(shape).astype(np.float32)
+    save_file(tensors, folder / "adapter_model.safetensors")
+    adapter, rank, alpha = load_peft(folder)
+    assert rank == max(own(key)[0] for key in keys)
+    names = {"self_attn.q_proj": "attention/query", "mlp.up_proj": "mlp/up", "mlp.down_proj": "mlp/down"}
+    for name, path in names.items():
+        block, module = path.split("/")
+        for layer in range(CONFIG.num_layers):
+            key = f"base_model.model.model.layers.{layer}.{name}"
+            own_rank, own_alpha = own(key)
+            scale = own_alpha / (own_rank**0.5 if config["use_rslora"] else own_rank)
+            want = scale * tensors[f"{key}.lora_B.weight"] @ tensors[f"{key}.lora_A.weight"]
+            pair = {factor: x[layer] for factor, x in adapter["layers"][block][module].items()}
+            np.testing.assert_allclose(alpha / rank * (pair["a"] @ pair["b"]).T, want, rtol=1e-5, atol=1e-5)
+
+
 # --- PEFT itself ---
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+@pytest.mark.parametrize("model_type", ["llama", "gpt2"])
+def test_patterns_of_peft(model_type, rslora, tmp_path):
+    torch, peft = pytest.importorskip("torch"), pytest.importorskip("peft")
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    if model_type == "llama":
+        save_params(tmp_path / "base", SMALL, random_params(SMALL))
+    else:
+        shape = transformers.GPT2Config(n_embd=8, n_head=2, n_layer=2, n_positions=16, vocab_size=12)
+        transformers.GPT2LMHeadModel(shape).save_pretrained(tmp_path / "base")
+    config = read_config(tmp_path / "base")
+    base = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32)
+    own = {
+        "llama": {
+            "target_modules": ["q_proj", "o_proj", "down_proj"],
+            "rank_pattern": {r"layers\.1\.self_attn\.q_proj": 7, "q_proj": 2, "proj": 9, "^o_proj": 9},
+            "alpha_pattern": {"down_proj": 3, r"layers\.0\..*_proj": 5},
+        },
+        "gpt2": {
+            "target_modules": ["c_attn", "c_fc"],
+            "rank_pattern": {"c_attn": 12, r"h\.1\.mlp\.c_fc": 3},  # three times the default, as for three parts
+            "alpha_pattern": {"c_attn": 18},
+        },
+    }
+    settings = peft.LoraConfig(r=4, lora_alpha=6, use_rslora=rslora, task_type="CAUSAL_LM", **own[model_type])
+    model = peft.get_peft_model(base, settings)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "lora_" in name:
+                weight += 0.1 * torch.randn_like(weight)
+    model.save_pretrained(tmp_path / "trained")
+    tokens = np.arange(12).reshape(2, 6)
+    with torch.no_grad():
+        want = model(torch.tensor(tokens)).logits.numpy()
+    adapter, rank, alpha = load_peft(tmp_path / "trained", model_type, config.head_dim)
+    params = merge_dense(load_params(tmp_path / "base"), [adapter], [alpha / rank], [1.0])
+    got = forward(config, params, tokens, np.ones((2, 6), bool))
+    np.testing.assert_allclose(got, want, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("start", [True, "gaussian", "orthogonal", "pissa", "pissa_niter_2", "olora"])
