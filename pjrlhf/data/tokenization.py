@@ -383,23 +383,9 @@ def load_tokenizer(folder: str | os.PathLike, *, eos_token: str | None = None, r
       UserError: `transformers` cannot load a tokenizer from the folder, the tokenizer has no EOS, or the model does not
         know its EOS or BOS.
     """
-    quiet_libraries()
-    from transformers import AutoTokenizer
-
     folder = pathlib.Path(folder)
-    if not folder.is_dir():
-        raise UserError(f"tokenizer {folder}: no such folder; give one with a tokenizer.json")
-    try:
-        backend = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
-    except Exception as error:  # the library `tokenizers` raises nothing narrower
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise UserError(
-            f"tokenizer {folder}: {reason}; give a folder with a tokenizer.json that transformers "
-            f"{metadata.version('transformers')} and tokenizers {metadata.version('tokenizers')} can read"
-        ) from error
-    settings = folder / "tokenizer_config.json"
-    # transformers 5 ignores this setting for the classes that it replaces with its own.
-    add_bos = json.loads(settings.read_text()).get("add_bos_token") if settings.is_file() else None
+    backend = load_backend(folder)
+    add_bos = setting_of(folder, "add_bos_token")
     return Tokenizer(
         backend,
         eos_token=eos_token,
@@ -407,6 +393,36 @@ def load_tokenizer(folder: str | os.PathLike, *, eos_token: str | None = None, r
         rows=rows,
         eos_ids=read_eos_ids(folder),
     )
+
+
+def setting_of(folder: pathlib.Path, name: str) -> Json:
+    """A setting in tokenizer_config.json; None where it is absent.
+
+    transformers 5 ignores `add_bos_token` and `add_eos_token` for the classes that it replaces with its own.
+    """
+    file = folder / "tokenizer_config.json"
+    return json.loads(file.read_text()).get(name) if file.is_file() else None
+
+
+def load_backend(folder: pathlib.Path) -> Any:
+    """The `transformers` tokenizer of a folder, whose code does not run.
+
+    Raises:
+      UserError: `transformers` cannot load a tokenizer from the folder.
+    """
+    quiet_libraries()
+    from transformers import AutoTokenizer
+
+    if not folder.is_dir():
+        raise UserError(f"tokenizer {folder}: no such folder; give one with a tokenizer.json")
+    try:
+        return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
+    except Exception as error:  # the library `tokenizers` raises nothing narrower
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise UserError(
+            f"tokenizer {folder}: {reason}; give a folder with a tokenizer.json that transformers "
+            f"{metadata.version('transformers')} and tokenizers {metadata.version('tokenizers')} can read"
+        ) from error
 
 
 def write_folder(folder: pathlib.Path, tokenizer: Any, **settings: Json) -> None:

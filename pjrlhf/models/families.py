@@ -68,6 +68,7 @@ class Family:
       conv1d: kernels are stored as [in, out].
       computed: patterns of the names of tensors that old exports contain and that the decoder computes -> a key of
         `COMPUTED`.
+      unused: names of tensors of the folder that are not the decoder's.
     """
 
     architecture: str
@@ -84,6 +85,7 @@ class Family:
     by_head: bool = False
     conv1d: bool = False
     computed: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    unused: tuple[str, ...] = ()
 
     @functools.cached_property
     def entries(self) -> tuple[Entry, ...]:
@@ -536,7 +538,8 @@ def check_tensors(
 
     together = "check that config.json and the weights belong together"
     refuse(sorted(slots.keys() - files.keys()), "is missing from the weights", together)
-    redundant = {name: is_redundant(family, config, files, name) for name in sorted(files.keys() - slots.keys())}
+    others = sorted(files.keys() - slots.keys() - {*family.unused})
+    redundant = {name: is_redundant(family, config, files, name) for name in others}
     unknown = [name for name, found in redundant.items() if found is None]
     refuse(unknown, "in the weights does not belong to the model", together)
     other = [name for name, found in redundant.items() if not found]

@@ -20,7 +20,7 @@ from huggingface_hub import split_state_dict_into_shards_factory
 
 from pjrlhf.errors import UserError
 from pjrlhf.models.config import ModelConfig
-from pjrlhf.models.families import Slot, check_tensors, get_family, join, leaf_shapes, tensor_slots
+from pjrlhf.models.families import Family, Slot, check_tensors, get_family, join, leaf_shapes, tensor_slots
 from pjrlhf.models.folders import (
     INDEX,
     Folder,
@@ -57,6 +57,7 @@ def load_params(
     dtype: DType = jnp.float32,
     place: Callable[[str, tuple[int, ...]], jax.sharding.Sharding] | None = None,
     quantized: bool = False,
+    family: Family | None = None,
 ) -> Params:
     """Loads the parameters in `folder` (model.safetensors, or shards with an index) as a tree of the decoder.
 
@@ -68,13 +69,14 @@ def load_params(
       dtype: of all leaves, for any stored dtype (float64, float32, bfloat16, float16).
       place: `(path, shape) -> sharding` of a leaf; the default device where None.
       quantized: quantise to int8, see `models.quantization`.
+      family: the table of the folder's `model_type` where None.
 
     Raises:
       UserError: a missing, unused or wrongly shaped tensor, by name, or a leaf that holds NaN or infinity.
     """
     folder = pathlib.Path(folder)
     config = read_config(folder) if config is None else config
-    family = get_family(read_json(folder / "config.json").get("model_type"), folder)
+    family = family or get_family(read_json(folder / "config.json").get("model_type"), folder)
     shapes = leaf_shapes(config)
     leaves: Params = {}
     with open_tensors(weight_files(folder), family.prefix) as files:

@@ -15,9 +15,14 @@ from pjrlhf.parallel.processes import broadcast_from_zero, is_process_zero
 from pjrlhf.rewards import server
 from pjrlhf.rewards.scorers import scorer
 from pjrlhf.rewards.sources import NO_RUN, RewardSource, SourceContext, reward_source
+from pjrlhf.runtime import classifiers
 from pjrlhf.types import Json
 
-REWARD_KINDS = (language_model.by_judge, server.by_http)  # modules that register reward sources
+REWARD_KINDS = (
+    language_model.by_judge,
+    server.by_http,
+    classifiers.by_classifier,
+)  # modules that register reward sources
 NAMED: Mapping[str, Preferences] = {**synthetic.ENVIRONMENTS, "paper": preferences.PAPER}
 
 
