@@ -416,13 +416,17 @@ def load_backend(folder: pathlib.Path) -> Any:
     if not folder.is_dir():
         raise UserError(f"tokenizer {folder}: no such folder; give one with a tokenizer.json")
     try:
-        return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
+        backend = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
     except Exception as error:  # the library `tokenizers` raises nothing narrower
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise UserError(
             f"tokenizer {folder}: {reason}; give a folder with a tokenizer.json that transformers "
             f"{metadata.version('transformers')} and tokenizers {metadata.version('tokenizers')} can read"
         ) from error
+    if not set(backend.get_vocab()) - set(backend.all_special_tokens):
+        # Without files transformers makes one up from config.json.
+        raise UserError(f"tokenizer {folder}: has no vocabulary; copy the tokenizer.json that came with the model")
+    return backend
 
 
 def write_folder(folder: pathlib.Path, tokenizer: Any, **settings: Json) -> None:

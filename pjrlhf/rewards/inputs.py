@@ -74,6 +74,8 @@ class Inputs:
             )
         found = FORMATS.get(template, template) if isinstance(template, str) else template
         self.parts = (found,) if isinstance(found, str) else tuple(found)
+        if len(self.parts) not in (1, 2):
+            raise UserError(f"{name}.template: is {len(self.parts)} texts; give one text, or the two of a pair")
         self.chat = self.parts == (CHAT,)
         first = [self._check(part) for part in self.parts] if not self.chat else []
         self.side = truncate or ("right" if len(first) == 1 and first[0] == "answer" else "left")

@@ -68,12 +68,6 @@ class ClassifierSettings(Settings):
     batch_size: int = setting(0, "inputs at once; 0 is sample_rows", low=0, high=2**20)
     device: str = setting("cpu", "torch device of models that run in torch")
 
-    def check(self) -> None:
-        if not self.path:
-            raise UserError("path: names no classifier; set it to a Hugging Face folder")
-        if not isinstance(self.template, str) and len(self.template) != 2:
-            raise UserError(f"template: is {len(self.template)} texts; give one text, or the two of a pair")
-
 
 class Model(Protocol):
     """What gives the float32 logits [N, labels] of N rows of tokens."""
@@ -96,6 +90,8 @@ class ClassifierReward:
     def __init__(self, settings: ClassifierSettings, objective: str, context: SourceContext):
         self.settings, self.context = settings, context
         name = f"rewards.{objective}"
+        if not settings.path:
+            raise UserError(f"{name}.path: names no classifier; set it to a Hugging Face folder")
         self.classifier = read_classifier(local(settings.path))
         self.label = _label(self.classifier, settings.label, name)
         self.activation = settings.activation or DEFAULTS[self.classifier.problem]

@@ -8,6 +8,7 @@ from typing import Any
 import xxhash
 
 from pjrlhf.data.schema import Example
+from pjrlhf.models.folders import weight_files
 from pjrlhf.models.huggingface import TOKENIZER_FILES, fingerprint
 from pjrlhf.paths import content_hash, expand, local
 from pjrlhf.terminal import masked
@@ -28,18 +29,22 @@ def fingerprints(config: Mapping[str, Json], workdir: pathlib.Path) -> dict[str,
     """
     found = {}
     for name, path in _named(config):
-        here = local(path) if name in READ else pathlib.Path(expand(path))
+        classifier = name.startswith("rewards.") and name.endswith(".path")
+        here = local(path) if name in READ or classifier else pathlib.Path(expand(path))
         inside = pathlib.Path(os.path.abspath(here)).is_relative_to(workdir)
-        if here.exists() and not inside:
-            found[name] = {"path": masked(path), "hash": _hash(here)}
+        if os.path.exists(here) and not inside:  # a text that is no path may be too long for one
+            found[name] = {"path": masked(path), "hash": _hash(here, classifier)}
     return found
 
 
-def _hash(path: pathlib.Path) -> str:
+def _hash(path: pathlib.Path, classifier: bool) -> str:
     if not (path / "config.json").is_file():
         return content_hash(path)
-    files = (path / name for name in (*TOKENIZER_FILES, "generation_config.json"))
-    return "-".join([fingerprint(path), *(content_hash(file) for file in files if file.is_file())])
+    files = [path / name for name in (*TOKENIZER_FILES, "generation_config.json")]
+    if classifier:
+        files = [path / "config.json", *weight_files(path), *files]
+    first = [] if classifier else [fingerprint(path)]
+    return "-".join([*first, *(content_hash(file) for file in files if file.is_file())])
 
 
 def _named(value: Any, name: str = "", source: bool = False) -> Iterator[tuple[str, str]]:
