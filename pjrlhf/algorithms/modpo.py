@@ -94,7 +94,8 @@ def raw_rewards(
       texts: (request, answer), which reward sources read.
     """
     audience = run.audience
-    found = audience.host_rewards([request for request, _ in texts], [answer for _, answer in texts])
+    requests, answers = [request for request, _ in texts], [answer for _, answer in texts]
+    found = audience.host_rewards(requests, answers, records=run.records.columns_of(requests))
     if audience.learned:
         found[:, [audience.rewards.index(name) for name in audience.learned]] = _learned(run, rewarder, rows)
     return found

@@ -8,7 +8,8 @@ objectives become one advantage (see `objectives.scalarization`), and what estim
 import dataclasses
 import functools
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from concurrent.futures import Executor, ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -29,6 +30,7 @@ from pjrlhf.objectives.scalarization import CombinationRule, Points, factors, ma
 from pjrlhf.parallel.processes import to_host
 from pjrlhf.rollout.batches import PromptBatch, Rollout, ScoredRollout, join_rows, split_rows
 from pjrlhf.rollout.experience import ExperienceConfig, Recipe, experience, init_value_heads, reward_scores, sample
+from pjrlhf.runtime.audience import HostRewards
 from pjrlhf.runtime.devices import Devices
 from pjrlhf.runtime.run import Run, Sections, Stage, Trainer
 from pjrlhf.runtime.streams import Streams
@@ -37,7 +39,7 @@ from pjrlhf.training.loop import Method
 from pjrlhf.training.metrics import Metrics
 from pjrlhf.training.optimizer import OptimizerSettings, check_warmup, make_optimizer, per_ingredient
 from pjrlhf.training.state import State
-from pjrlhf.types import Array, Params, PRNGKey
+from pjrlhf.types import Array, Params, PRNGKey, Tree
 
 KL_STEPS = 10  # the last steps, over whose mean the KL of a policy is reported
 
@@ -80,6 +82,9 @@ class PolicySettings(Settings):
     )
     steps: int = setting(60, "rollouts, each followed by an update", low=1, high=10**9)
     rollouts: int = setting(16, "answers per policy and step", low=1, high=2**20)
+    reward_parts: int = setting(
+        1, "parts of a rollout; reward sources score one part while the next is sampled", low=1, high=2**20
+    )
     top_k: int = setting(0, "0: off; a policy cannot be trained on truncated samples", low=0)
     top_p: float = setting(1.0, "1: off; a policy cannot be trained on truncated samples", above=0.0, high=1.0)
     kl: KLSettings = setting(KLSettings())
@@ -128,6 +133,11 @@ class PolicySettings(Settings):
                 f"ppo.accumulation_steps: {self.ppo.accumulation_steps} does not divide the {size} answers of a "
                 "minibatch (rollouts / ppo.minibatches); change one of them"
             )
+        if (self.rollouts // self.experience.samples_per_prompt) % self.reward_parts:
+            raise UserError(
+                f"reward_parts: the prompts of {self.rollouts} rollouts cannot be split into {self.reward_parts} equal "
+                "parts; change one of them"
+            )
         if self.top_k or self.top_p < 1:
             raise UserError(
                 f"{'top_k' if self.top_k else 'top_p'}: truncated sampling would train on other probabilities than it "
@@ -152,6 +162,11 @@ def check_together(settings: PolicySettings, targets: Targets, temperature: floa
         )
     if rule.needs_preference_groups and targets.kind not in ("grid", "fixed"):
         raise UserError("policy.combine: the rule needs a fixed set of preferences; set preferences.kind to grid")
+    if settings.reward_parts > 1 and not targets.audience.sources:
+        raise UserError(
+            f"policy.reward_parts={settings.reward_parts}: all rewards are those of reward models, which score in the "
+            "same program; set it to 1"
+        )
     rewards = targets.audience.rewards
     if unknown := [name for name in settings.reward_weights if name not in rewards]:
         raise UserError(f"policy.reward_weights: {unknown[0]!r} is not one of {', '.join(rewards)}; name one of these")
@@ -209,7 +224,8 @@ class Policy(Method):
         if self.targets.audience.sources:
             # The sources read text on the host, between sampling and the update.
             self._draw, self._update = devices.program(self._sample), devices.training_step(self._learn)
-            self.programs = (self._draw, self._update)
+            self._join = devices.program(self._joined)
+            self.programs = (self._draw, self._update, self._join)
         else:
             self._update = devices.training_step(self._step)
             self.programs = (self._update,)
@@ -241,21 +257,37 @@ class Policy(Method):
         """A batch [K, n, ...] on the devices, which share the rows of all policies: [K n, ...]."""
         return self.devices.place(join_rows(batch))
 
-    def rollout(self, backbone: Backbone, bank: Params, batch: PromptBatch, key: PRNGKey) -> Rollout:
-        """Responses [*rows, N] to the prompts [*rows, P] of a batch."""
+    def rollout(
+        self, backbone: Backbone, bank: Params, batch: PromptBatch, key: PRNGKey, part: Int[Array, ""] | None = None
+    ) -> Rollout:
+        """Responses [*rows, N] to the prompts [*rows, P] of a batch, or of its part number `part`, which are those that
+        they are in the whole batch.
+        """
         mix = batch.targets.weights if self.targets.mix == "weights" else jnp.eye(self.K)
-        return sample(backbone, bank, mix, batch.prompts, self.recipe.sampling, key)
+        draw = functools.partial(sample, backbone, bank, mix, batch.prompts, self.recipe.sampling, key)
+        if part is None:
+            return draw()
+        n = self.settings.rollouts
+        size = n // self.settings.reward_parts
+        numbers = jnp.arange(self.K)[:, None] * n + part * size + jnp.arange(size)
+        return draw(numbers, self.K * n)
 
-    def host_rewards(self, batch: PromptBatch, rollout: Rollout) -> Float[np.ndarray, "B S"]:
-        """Raw rewards float32 of the responses [K n, N] to a batch [K, n, ...] on the host, by the reward sources of
-        their objectives; NaN for no reward.
+    def ask(self, batch: PromptBatch, rollout: Rollout, pool: Executor | None = None) -> Callable[[], HostRewards]:
+        """Asks the reward sources of their objectives for the responses [K n, N] to a batch [K, n, ...]; see
+        `Audience.ask`. The result has rewards float32 [K n, S]; NaN for no reward.
         """
         batch, audience = join_rows(batch), self.targets.audience
-        objectives, requests = np.asarray(batch.targets.objectives), np.asarray(batch.requests)
+        objectives, numbers = np.asarray(batch.targets.objectives), np.asarray(batch.requests)
         texts = self.data.text.decode(batch.prompts, rollout)
         wanted = (objectives[..., None] == np.arange(len(audience.rewards))).any(1)
-        raw = audience.host_rewards([self.data.requests[i] for i in requests], texts, wanted)
-        return np.take_along_axis(raw, objectives, axis=1)
+        requests = [self.data.requests[i] for i in numbers]
+        found = audience.ask(requests, texts, wanted, self.data.records.columns_of(requests), pool)
+
+        def result() -> HostRewards:
+            one = found()
+            return dataclasses.replace(one, rewards=np.take_along_axis(one.rewards, objectives, axis=1))
+
+        return result
 
     def score(
         self,
@@ -278,7 +310,7 @@ class Policy(Method):
         beta, step = state.extra["beta"], state.step
         if self.settings.reward_weights:
             weights = scored.targets.weights * self._factors(step)[scored.targets.objectives]
-            scored = scored.replace(targets=scored.targets.replace(weights=weights))
+            scored = dataclasses.replace(scored, targets=dataclasses.replace(scored.targets, weights=weights))
         found, statistics = experience(self.recipe, backbone, state.trainable, scored, beta, mix)
         found, statistics = jax.lax.stop_gradient((found, statistics))
         state, metrics = ppo_update(self.ppo, self.optimizer, backbone, state, found, key)
@@ -302,10 +334,17 @@ class Policy(Method):
         draw, shuffle = jax.random.split(jax.random.fold_in(state.rng, state.step))
         return draw, shuffle
 
-    def _sample(self, state: State, backbone: Backbone, placed: PromptBatch) -> Rollout:
+    def _sample(
+        self, state: State, backbone: Backbone, placed: PromptBatch, part: Int[Array, ""] | None = None
+    ) -> Rollout:
         """Responses [K n, N]."""
         batch = split_rows(placed, self.K)
-        return join_rows(self.rollout(backbone, state.trainable["bank"], batch, self._keys(state)[0]))
+        return join_rows(self.rollout(backbone, state.trainable["bank"], batch, self._keys(state)[0], part))
+
+    def _joined(self, *parts: Tree) -> Tree:
+        """The rows [K n, ...] of a batch from those of its parts."""
+        each = [split_rows(part, self.K) for part in parts]
+        return join_rows(jax.tree.map(lambda *x: jnp.concatenate(x, axis=1), *each))
 
     def _learn(
         self,
@@ -317,12 +356,9 @@ class Policy(Method):
         host: Float[Array, "B S"] | None = None,
     ) -> tuple[State, Metrics]:
         (batch, rollout), shuffle = split_rows((placed, rollout), self.K), self._keys(state)[1]
-        silent: Metrics = {}
-        if host is None:
-            scores = self.score(backbone, rewarder, batch, rollout)
-        else:
-            scores = self.score(backbone, rewarder, batch, rollout, split_rows(host, self.K))
-            silent = self._silent(scores, batch.targets.objectives)
+        scores = self.score(backbone, rewarder, batch, rollout, None if host is None else split_rows(host, self.K))
+        found = self._by_objective(scores, batch.targets.objectives)
+        if host is not None:
             samples = self.settings.experience.samples_per_prompt
             fill = functools.partial(fill_missing, count=len(self.targets.audience.rewards), samples=samples)
             scores = jax.vmap(fill)(scores, batch.targets.objectives)
@@ -338,7 +374,7 @@ class Policy(Method):
         else:
             del statistics["objective/gradient_cosine"]
         metrics = {name: (x, jnp.ones_like(x)) for name, x in statistics.items()}
-        metrics |= {**self._by_objective(scores, batch.targets.objectives), **silent}
+        metrics |= found
         metrics["samples"] = (samples, jnp.ones(()))
         for name in self.settings.reward_weights:
             factor = self._factors(step)[self.targets.audience.rewards.index(name)]
@@ -346,22 +382,24 @@ class Policy(Method):
         return state, metrics
 
     def _by_objective(self, scores: Float[Array, "K n S"], objectives: Int[Array, "K n S"]) -> Metrics:
-        """Mean and standard deviation of every reward, and how the rewards of an answer go together, [K] each, of
-        `scores` of these `objectives`; nothing where there is one objective per policy.
+        """Mean and standard deviation of every reward, the share of answers that its source says nothing about, and how
+        the rewards of an answer go together, [K] each, of `scores` of these `objectives`; NaN is no reward.
         """
-        K, _, S = scores.shape
-        if S == 1:
-            return {}
-        metrics = {}
-        for i, name in enumerate(self.targets.audience.rewards):
-            own = (objectives == i).astype(jnp.float32)
+        audience, (K, _, S) = self.targets.audience, scores.shape
+        metrics, known = {}, ~jnp.isnan(scores)
+        scores = jnp.where(known, scores, 0.0)
+        for i, name in enumerate(audience.rewards):
+            if name in audience.sources:
+                asked = objectives == i
+                metrics[f"rewards/{name}/none"] = ((asked & ~known).sum((1, 2)), asked.sum((1, 2)))
+            own = ((objectives == i) & known).astype(jnp.float32)
             count = own.sum((1, 2))
             mean = (scores * own).sum((1, 2)) / jnp.maximum(count, 1)
             squares = jnp.square(scores - mean[:, None, None]) * own
             spread = jnp.sqrt(squares.sum((1, 2)) / jnp.maximum(count, 1))
             seen = (count > 0).astype(jnp.float32)
             metrics |= {f"rewards/{name}/mean": (mean * seen, seen), f"rewards/{name}/std": (spread * seen, seen)}
-        if self.targets.objectives is not None:
+        if self.targets.objectives is not None and S > 1:
             centred = scores - scores.mean(1, keepdims=True)
             unit = centred / jnp.maximum(jnp.linalg.norm(centred, axis=1, keepdims=True), 1e-6)
             correlation = jnp.einsum("kns,knt->kst", unit, unit)
@@ -369,25 +407,36 @@ class Policy(Method):
             metrics["rewards/correlation"] = (apart, jnp.ones(K))
         return metrics
 
-    def _silent(self, scores: Float[Array, "K n S"], objectives: Int[Array, "K n S"]) -> Metrics:
-        """The share of answers that each reward source says nothing about, [K]."""
-        audience, metrics = self.targets.audience, {}
-        for i, name in enumerate(audience.rewards):
-            if name in audience.sources:
-                own = objectives == i
-                metrics[f"rewards/{name}/none"] = ((own & jnp.isnan(scores)).sum((1, 2)), own.sum((1, 2)))
-        return metrics
-
     def step(self, state: State, batch: PromptBatch) -> tuple[State, Metrics]:
         placed = self.place(batch)
         if not self.targets.audience.sources:
             return self._update(state, self.backbone, self.rewarder, placed)
-        rollout = self._draw(state, self.backbone, placed)
-        start = time.perf_counter()
-        host = self.host_rewards(batch, rollout)
-        seconds: Any = np.float32(time.perf_counter() - start)
-        state, metrics = self.learn(state, placed, rollout, host)
-        return state, {**metrics, "rewards/seconds": (seconds, np.ones_like(seconds))}
+        count = self.settings.reward_parts
+        if count == 1:
+            # In this thread, which functions may need, such as those that set an alarm.
+            rollout = jax.block_until_ready(self._draw(state, self.backbone, placed))
+            started = time.perf_counter()
+            asked = [self.ask(batch, rollout)()]
+        else:
+            size = self.settings.rollouts // count
+            parts = [jax.tree.map(lambda x, i=i: x[:, i * size : (i + 1) * size], batch) for i in range(count)]
+            with ThreadPoolExecutor(1) as pool:
+                drawn, waiting = [], []
+                for i in range(count + 1):
+                    if i < count:
+                        drawn.append(self._draw(state, self.backbone, self.place(parts[i]), np.int32(i)))
+                    if i > 0:  # the next part is being sampled
+                        waiting.append(self.ask(parts[i - 1], drawn[i - 1], pool))
+                started = time.perf_counter()
+                asked = [result() for result in waiting]
+            rollout = self._join(*drawn)
+        seconds = {"rewards/seconds": time.perf_counter() - started}
+        for name in self.targets.audience.sources:
+            seconds[f"rewards/{name}/seconds"] = sum(one.seconds.get(name, 0.0) for one in asked)
+        host = [split_rows(one.rewards, self.K) for one in asked]
+        state, metrics = self.learn(state, placed, rollout, join_rows(np.concatenate(host, axis=1)))
+        timed: dict[str, Any] = {name: (np.float32(x), np.float32(1)) for name, x in seconds.items()}
+        return state, {**metrics, **timed}
 
     def learn(
         self, state: State, placed: PromptBatch, rollout: Rollout, host: Float[np.ndarray, "B S"]

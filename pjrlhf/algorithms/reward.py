@@ -388,7 +388,7 @@ def source_scale(run: Run) -> dict[str, Scale]:
     asked = [requests[i % len(requests)] for i in range(settings.calibration_samples)]
     keys = functools.partial(run.streams.key, "reward/calibration")
     texts = sample_base(run, [run.records.ask(request) for request in asked], keys, "calibration")
-    raw = run.audience.host_rewards(asked, texts)
+    raw = run.audience.host_rewards(asked, texts, records=run.records.columns_of(asked))
     for name in run.audience.sources:
         column = raw[:, run.audience.rewards.index(name)]
         known = column[~np.isnan(column)]

@@ -141,6 +141,8 @@ def parse(
         prompt = fields["prompt"]
         turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
         fields["prompt"] = Conversation(turns, options)
+    if kind == "prompt":
+        extra |= {name: values[name] for name in ("chosen", "rejected", "completion", "text") if name in values}
     return Example(
         **fields,
         user_id=_user_id(values.get("user_id")),
@@ -152,6 +154,13 @@ def parse(
         extra=extra,
         where=where,
     )
+
+
+def other_columns(example: Example) -> dict[str, Any]:
+    """The columns of a prompt record beside the prompt, by name: those of this package that it has, and all others."""
+    named = ("user_id", "user_text", "objective", "preference_weights", "rewards", "margin")
+    own = {name: getattr(example, name) for name in named}
+    return {name: value for name, value in own.items() if value is not None} | example.extra
 
 
 def last_turn(example: Example) -> Example:

@@ -323,7 +323,7 @@ class LanguageModelRating(_Asking):
       criterion: its text.
     """
 
-    kind = "rating"
+    kind, waits = "rating", True
 
     def __init__(self, settings: JudgeSettings, objective: str, criterion: str, cache: pathlib.Path):
         super().__init__(settings, {objective: criterion}, cache, "rating")

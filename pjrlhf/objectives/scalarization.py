@@ -12,7 +12,7 @@ import dataclasses
 import itertools
 import math
 from collections.abc import Mapping, Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import jax.numpy as jnp
 from jaxtyping import Bool, Float, Int
@@ -290,7 +290,7 @@ class MinNorm(CombinationRule):
 Points = tuple[tuple[float, float], ...]  # (step, factor), by step
 
 
-def schedule(spec: object) -> Points:
+def schedule(spec: Any) -> Points:
     """The points between which a factor is interpolated linearly, from what a config says: a number;
     {"start": a, "end": b, "steps": n}, from a at step 0 to b at step n; or a list of [step, factor]. Before the first
     point and after the last one the factor stays as it is there.
@@ -298,7 +298,7 @@ def schedule(spec: object) -> Points:
     Raises:
       UserError: something else, a factor below 0, or steps that are below 0 or do not rise.
     """
-    given: object = spec
+    given = spec
     if isinstance(spec, Mapping) and set(spec) == {"start", "end", "steps"}:
         given = ((0, spec["start"]), (spec["steps"], spec["end"]))
     elif _is_number(spec):

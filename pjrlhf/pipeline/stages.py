@@ -20,12 +20,13 @@ from pjrlhf.export.merge import MergeSettings
 from pjrlhf.parallel.processes import is_process_zero
 from pjrlhf.paths import is_remote
 from pjrlhf.registry import load
+from pjrlhf.rewards.sources import SourceFailed
 from pjrlhf.runtime.inputs import fingerprints
 from pjrlhf.runtime.run import Run, Sections, Stage
 from pjrlhf.settings import Settings, parse, shown
 from pjrlhf.terminal import masked
 from pjrlhf.training.progress import progress
-from pjrlhf.training.workdir import Workdir
+from pjrlhf.training.workdir import Workdir, disk_errors, write_lines
 from pjrlhf.types import Json
 
 # Settings that may change between two runs in one run directory, because training does not depend on them.
@@ -33,6 +34,8 @@ FREE = (
     *("log_every", "loggers", "profile", "aot", "checkpoint_every", "max_to_keep", "keep_best"),
     *("title", "seeds", "stages", "methods", "evaluate", "evaluate_users", "evaluate_front", "merge"),
 )
+FAILED = "failed_rewards.jsonl"  # what a source was asked when it failed, in the run directory
+
 # Stage -> the module that has it as `STAGE`.
 STAGES = {
     # Personalized Soups
@@ -168,6 +171,9 @@ def _run(plan: Plan, workdir: Workdir) -> None:
 
 
 def _run_stages(plan: Plan, run: Run, workdir: Workdir) -> None:
+    if not all(workdir.finished(stage.name) for stage in plan.stages):
+        for source in run.audience.sources.values():
+            source.check_columns(run.records.columns)
     for stage in plan.stages:
         # The entries of `methods` are settings that all stages share.
         section = masked(run.section(stage.settings).to_dict()) if stage.settings else plan.to_dict().get(stage.name)
@@ -178,8 +184,15 @@ def _run_stages(plan: Plan, run: Run, workdir: Workdir) -> None:
             logging.info("stage %s: finished before, skipped", stage.name)
             continue
         started = time.perf_counter()
-        with progress(f"stage {stage.name}", 1):  # whatever has no progress of its own
-            info = stage.run(run) or {}
+        try:
+            with progress(f"stage {stage.name}", 1):  # whatever has no progress of its own
+                info = stage.run(run) or {}
+        except SourceFailed as error:
+            path = workdir.path / FAILED
+            if is_process_zero():
+                with disk_errors(path):
+                    write_lines(path, error.batch)
+            raise UserError(f"{error}; what it was asked is in {path}") from error
         workdir.mark_finished(stage.name, time.perf_counter() - started, config=section, **info)
 
 

@@ -1,14 +1,16 @@
 """Rewards from a server: batches of answers as JSON to a URL."""
 
 import json
+import os
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 from pjrlhf.errors import UserError
-from pjrlhf.rewards.sources import SOURCES, RewardFunction
+from pjrlhf.rewards.sources import SOURCES, RewardFunction, Unanswered
 from pjrlhf.types import Json
 
 BUSY = (408, 429, 500, 502, 503, 504)  # HTTP status codes after which another try may succeed
@@ -17,9 +19,15 @@ LONGEST_WAIT = 60.0  # seconds between two tries
 
 @SOURCES.register("http")
 def by_http(
-    url: str, timeout: float = 60.0, retries: int = 5, batch_size: int = 64, concurrency: int = 4
+    url: str,
+    timeout: float = 60.0,
+    retries: int = 5,
+    batch_size: int = 64,
+    concurrency: int = 4,
+    key_variable: str = "",
 ) -> RewardFunction:
-    """POSTs {"prompts": [...], "completions": [...]} and takes {"rewards": [...]}, a number or null for each.
+    """POSTs {"prompts": [...], "completions": [...]} and takes {"rewards": [...]}, a number or null for each. Where the
+    records have other columns, "columns" has {name: [...]}.
 
     Args:
       timeout: seconds to wait for a reply.
@@ -27,6 +35,7 @@ def by_http(
         second, or are what the server asks for.
       batch_size: answers in a request.
       concurrency: requests at once.
+      key_variable: environment variable that holds a key, which is sent as a bearer token.
     """
     if not url.startswith(("http://", "https://")):
         raise UserError(f"reward server {url!r}: is no address; write http://host:port/path")
@@ -35,9 +44,13 @@ def by_http(
             f"reward server {url}: needs timeout above 0, retries of 0 or more, batch_size and concurrency of 1 or more"
         )
 
-    def ask(prompts: Sequence[str], completions: Sequence[str]) -> list[Json]:
-        body = json.dumps({"prompts": list(prompts), "completions": list(completions)}).encode()
-        found = _post(url, body, timeout, retries)
+    key = os.environ.get(key_variable, "") if key_variable else ""
+    if key_variable and not key:
+        raise UserError(f"reward server {url}: ${key_variable} is not set; set it to the key of the server")
+
+    def ask(content: Mapping[str, Json]) -> list[Json]:
+        completions = content["completions"]
+        found = _post(url, json.dumps(content, default=str).encode(), timeout, retries, key, key_variable)
         rewards = found.get("rewards") if isinstance(found, dict) else None
         if not isinstance(rewards, list) or len(rewards) != len(completions):
             raise UserError(
@@ -46,22 +59,47 @@ def by_http(
             )
         return rewards
 
-    def rewards(prompts: list[str], completions: list[str]) -> list[float | None]:
+    def rewards(prompts: list[Any], completions: list[str], **columns: Sequence[Any]) -> list[float | None]:
         parts = [slice(i, i + batch_size) for i in range(0, len(completions), batch_size)]
+        found: list[float | None] = [None] * len(completions)
+        failed: list[int] = []
+        reason = ""
         with ThreadPoolExecutor(concurrency) as pool:
-            found = list(pool.map(lambda part: ask(prompts[part], completions[part]), parts))
-        return [reward for part in found for reward in part]
+            asked = []
+            for part in parts:
+                content: dict[str, Json] = {"prompts": prompts[part], "completions": completions[part]}
+                if columns:
+                    content["columns"] = {name: values[part] for name, values in columns.items()}
+                asked.append(pool.submit(ask, content))
+            for part, one in zip(parts, asked, strict=True):
+                try:
+                    found[part] = one.result()
+                except _NoReply as error:
+                    failed += range(len(completions))[part]
+                    reason = reason or str(error)
+                except UserError:
+                    pool.shutdown(cancel_futures=True)
+                    raise
+        if failed:
+            raise Unanswered(reason, found, failed)
+        return found
 
+    rewards.waits = True  # type: ignore[attr-defined]  # see RewardSource.waits
     return rewards
 
 
-def _post(url: str, body: bytes, timeout: float, retries: int) -> Json:
+class _NoReply(UserError):
+    """The server gave no reply after all tries."""
+
+
+def _post(url: str, body: bytes, timeout: float, retries: int, key: str, key_variable: str) -> Json:
     """The reply to a request as JSON.
 
     Raises:
-      UserError: no reply after all tries, or one that is an error or no JSON.
+      UserError: no reply after all tries (`_NoReply`), or one that is an error.
     """
-    request = urllib.request.Request(url, body, {"Content-Type": "application/json"})
+    headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
+    request = urllib.request.Request(url, body, headers)
     pause, reason = 0.25, ""
     for attempt in range(retries + 1):
         if attempt:
@@ -72,6 +110,9 @@ def _post(url: str, body: bytes, timeout: float, retries: int) -> Json:
                 return json.loads(reply.read())
         except urllib.error.HTTPError as error:
             reason = f"HTTP {error.code}"
+            if error.code in (401, 403):
+                way = f"check ${key_variable}" if key_variable else "set key_variable to the variable that holds a key"
+                raise UserError(f"reward server {url}: replied {reason}, it refuses the key; {way}") from error
             if error.code not in BUSY:
                 text = " ".join(error.read(200).decode(errors="replace").split())
                 raise UserError(f"reward server {url}: replied {reason} ({text}); correct that") from error
@@ -79,4 +120,4 @@ def _post(url: str, body: bytes, timeout: float, retries: int) -> Json:
             pause = float(after) if after.replace(".", "", 1).isdigit() else pause
         except (OSError, ValueError) as error:  # no connection, one that was cut, or a reply that is no JSON
             reason = " ".join(str(getattr(error, "reason", error)).split()) or type(error).__name__
-    raise UserError(f"reward server {url}: no reply after {retries + 1} tries ({reason}); check the server")
+    raise _NoReply(f"reward server {url}: no reply after {retries + 1} tries ({reason}); check the server")

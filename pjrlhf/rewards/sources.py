@@ -6,18 +6,23 @@ with a head. Sources run on the host, on text.
 
 import asyncio
 import dataclasses
+import functools
 import inspect
+import json
 import math
-from collections.abc import Awaitable, Callable, Hashable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Hashable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol, TypeAlias, cast
 
 import numpy as np
+from absl import logging
 from jaxtyping import Float
 
 from pjrlhf.errors import UserError
 from pjrlhf.registry import Registry, callable_as, load
 from pjrlhf.rewards.scorers import scorer as named_scorer
+from pjrlhf.settings import shown
+from pjrlhf.types import Json
 
 ADAPTER = "adapter"  # the reward models of the stage reward
 
@@ -26,6 +31,8 @@ Rewards: TypeAlias = Sequence[float | None]
 
 class RewardFunction(Protocol):
     """Any function of lists, also an asynchronous one, such as the `reward_funcs` of other libraries.
+
+    A parameter with the name of a column of the records gets the values of that column; `**columns` gets all of them.
 
     Process 0 alone asks it. One that runs a program on the mesh of the run, which all processes must enter together,
     says so with an attribute `on_all_processes = True`.
@@ -86,79 +93,256 @@ def by_scorer(scorer: str) -> RewardFunction:
 
 
 @dataclasses.dataclass(frozen=True)
+class RecordColumns:
+    """What the records of N prompts have beside the prompt.
+
+    Attributes:
+      columns: name of a column -> its N values, None where a record does not have it.
+      where: places of the N records, such as "prompts.jsonl line 17".
+    """
+
+    columns: Mapping[str, Sequence[Any]] = dataclasses.field(default_factory=dict)
+    where: Sequence[str] = ()
+
+    def select(self, rows: Sequence[int]) -> "RecordColumns":
+        """Those of the prompts numbered `rows`."""
+        columns = {name: [values[i] for i in rows] for name, values in self.columns.items()}
+        return RecordColumns(columns, [self.where[i] for i in rows] if self.where else ())
+
+
+NO_COLUMNS = RecordColumns()
+
+
+class Unanswered(UserError):
+    """A source gave no reward for some answers after all its tries.
+
+    Attributes:
+      rewards: of all N answers, None where there is none.
+      failed: numbers of the answers that it failed on.
+    """
+
+    def __init__(self, message: str, rewards: Sequence[float | None], failed: Sequence[int]):
+        super().__init__(message)
+        self.rewards, self.failed = rewards, failed
+
+
+class SourceFailed(UserError):
+    """A source failed, and the run stops.
+
+    Attributes:
+      batch: what the source was asked, one JSON object per answer.
+    """
+
+    def __init__(self, message: str, batch: Sequence[Json]):
+        super().__init__(message)
+        self.batch = batch
+
+
+@dataclasses.dataclass(frozen=True)
+class _Batch:
+    """N answers to score."""
+
+    prompts: list[Any]
+    completions: list[str]
+    records: RecordColumns
+
+    def __len__(self) -> int:
+        return len(self.completions)
+
+    def select(self, rows: Sequence[int]) -> "_Batch":
+        return _Batch([self.prompts[i] for i in rows], [self.completions[i] for i in rows], self.records.select(rows))
+
+    def named(self, i: int) -> str:
+        """Answer `i` in a message."""
+        place = f" ({self.records.where[i]})" if self.records.where and self.records.where[i] else ""
+        return f"{_cut(self.completions[i])} to {_cut(self.prompts[i])}{place}"
+
+    def lines(self, name: str) -> list[Json]:
+        """The answers as JSON objects."""
+        found: list[Json] = []
+        for i, (prompt, completion) in enumerate(zip(self.prompts, self.completions, strict=True)):
+            one = self.records.select([i])
+            columns = {column: value for column, (value,) in one.columns.items()}
+            columns = json.loads(json.dumps(columns, default=str))  # such as dates of a columnar file
+            line = {"reward": name, "prompt": prompt, "completion": completion, "columns": columns}
+            found.append(line | ({"record": one.where[0]} if one.where else {}))
+        return found
+
+
+def _cut(value: Any) -> str:
+    return repr(value[:60]) if isinstance(value, str) else shown(value)
+
+
+@dataclasses.dataclass(frozen=True)
 class RewardSource:
     """The source of one objective's rewards.
 
     Attributes:
       name: the objective.
       function: scores lists of answers.
+      missing: the largest fraction of the answers of a call for which it may fail; these then have no reward.
     """
 
     name: str
     function: RewardFunction
+    missing: float = 0.0
 
     @property
     def on_all_processes(self) -> bool:
         """Whether every process asks the source, and not process 0 alone."""
         return getattr(self.function, "on_all_processes", False)
 
-    def __call__(self, prompts: Sequence[str], completions: Sequence[str]) -> Float[np.ndarray, " N"]:
-        """Rewards float32 [N]; NaN where the source says nothing.
+    @property
+    def waits(self) -> bool:
+        """Whether the source spends its time waiting for others, so that it is asked beside other sources: asynchronous
+        functions, and those with an attribute `waits = True`, such as servers.
+        """
+        call = getattr(self.function, "__call__", None)  # noqa: B004 - of an object with an asynchronous one
+        found = inspect.iscoroutinefunction(self.function) or inspect.iscoroutinefunction(call)
+        return found or getattr(self.function, "waits", False)
+
+    @functools.cached_property
+    def _parameters(self) -> Mapping[str, inspect.Parameter] | None:
+        """Of the function; None where Python does not know them."""
+        try:
+            return inspect.signature(self.function).parameters
+        except (TypeError, ValueError):
+            return None
+
+    def check_columns(self, columns: Collection[str]) -> None:
+        """Raises UserError where the function needs a parameter that is none of the `columns` of the records."""
+        known = {"prompts", "completions", *columns}
+        named = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+        for name, parameter in (self._parameters or {}).items():
+            needed = parameter.default is parameter.empty and parameter.kind in (*named, parameter.KEYWORD_ONLY)
+            if needed and name not in known:
+                listed = f"the columns {', '.join(sorted(columns))}" if columns else "no columns"
+                raise UserError(
+                    f"rewards.{self.name}: its function takes {name!r}, and the records of data.prompts have {listed} "
+                    "beside prompts and completions; rename the parameter or the column, or give it a default"
+                )
+
+    def __call__(
+        self, prompts: Sequence[Any], completions: Sequence[str], records: RecordColumns = NO_COLUMNS
+    ) -> Float[np.ndarray, " N"]:
+        """Rewards float32 [N]; NaN where the source says nothing, and where it fails within `missing`.
+
+        Args:
+          records: what the function may take beside prompts and completions, by the names of its parameters; all of it
+            where it takes any.
 
         Raises:
-          UserError: the function raises, or returns other than N finite numbers or None.
+          SourceFailed: the function raises, or returns other than N finite numbers or None.
         """
-        asked, answers = list(prompts), list(completions)
+        batch = _Batch(list(prompts), list(completions), records)
         try:
-            found = self._call(asked, answers)
+            return self._rewards(batch)
+        except UserError as error:
+            raise SourceFailed(str(error), batch.lines(self.name)) from error
+
+    def _rewards(self, batch: _Batch) -> Float[np.ndarray, " N"]:
+        failures: dict[int, str] = {}  # number of an answer -> what its source did
+        try:
+            values = self._values(batch)
+        except Unanswered as error:
+            values, failures = list(error.rewards), dict.fromkeys(error.failed, str(error))
         except UserError:
             raise
         except Exception as error:  # the function is other people's code
-            reason = " ".join(f"{type(error).__name__}: {error}".split())
-            where = self._failing(asked, answers)
-            raise UserError(f"reward {self.name!r}: its source raised {reason}{where}; correct the source") from error
+            values, failures = self._around(batch, error)
+        found = np.full(len(batch), np.nan, np.float32)
+        for i, value in enumerate(values):
+            if i in failures or value is None:
+                continue
+            found[i] = _number(value)
+            if not math.isfinite(found[i]):
+                failures[i] = (
+                    f"reward {self.name!r}: its source returned {value!r} for the answer "
+                    f"{_cut(batch.completions[i])}; return a finite number, or None to say nothing"
+                )
+                found[i] = np.nan
+        if failures:
+            self._tolerate(failures, len(batch))
+        return found
+
+    def _limit(self, count: int) -> int:
+        """Of how many of `count` answers the source may fail."""
+        return math.floor(self.missing * count + 1e-9)
+
+    def _tolerate(self, failures: Mapping[int, str], count: int) -> None:
+        """Logs failures that count as no reward, or raises UserError for too many."""
+        first = failures[min(failures)]
+        if len(failures) <= self._limit(count):
+            logging.warning("%s; no reward for %d of %d answers", first, len(failures), count)
+            return
+        more = f"; it failed for more than rewards.{self.name}.missing={self.missing:g} of {count} answers"
+        raise UserError(first + (more if self.missing else ""))
+
+    def _around(self, batch: _Batch, error: Exception) -> tuple[list[Any], dict[int, str]]:
+        """(rewards, failures) of a batch for which the function raised `error`: it is asked for each answer by itself,
+        until more fail than may, and then for the others together.
+        """
+        count, failures = len(batch), {}
+        for i in range(count):
+            try:
+                self._call(batch.select([i]))
+            except Exception as one:
+                failures[i] = self._raised(one, f" for the answer {batch.named(i)}")
+                if len(failures) > self._limit(count):
+                    return [None] * count, failures
+        values: list[Any] = [None] * count
+        rest = [i for i in range(count) if i not in failures]
+        try:
+            if not failures:
+                raise error
+            for i, value in zip(rest, self._values(batch.select(rest)) if rest else (), strict=True):
+                values[i] = value
+        except UserError:
+            raise
+        except Exception as one:  # for no answer by itself
+            failures |= dict.fromkeys(rest, self._raised(one, ""))
+        return values, failures
+
+    def _raised(self, error: Exception, where: str) -> str:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        return f"reward {self.name!r}: its source raised {reason}{where}; correct the source"
+
+    def _values(self, batch: _Batch) -> list[Any]:
+        """What the function returns for N answers, N values; UserError where it is something else."""
+        found = self._call(batch)
         values = list(found) if isinstance(found, Sequence | np.ndarray) else None
-        if values is None or len(values) != len(answers):
+        if values is None or len(values) != len(batch):
             size = type(found).__name__ if values is None else f"{len(values)} values"
             raise UserError(
-                f"reward {self.name!r}: its source returned {size} for {len(answers)} completions; return a list with "
+                f"reward {self.name!r}: its source returned {size} for {len(batch)} completions; return a list with "
                 "one number or None for each"
             )
-        return np.array([self._checked(value, answers[i]) for i, value in enumerate(values)], np.float32)
+        return values
 
-    def _call(self, prompts: list[str], completions: list[str]) -> Any:
+    def _call(self, batch: _Batch) -> Any:
         async def result() -> Any:
             return await cast(Awaitable[Any], found)
 
-        found = self.function(prompts=prompts, completions=completions)
+        given = {**batch.records.columns, "prompts": batch.prompts, "completions": batch.completions}
+        parameters = self._parameters
+        if parameters is None:
+            given = {name: given[name] for name in ("prompts", "completions")}
+        elif not any(one.kind is one.VAR_KEYWORD for one in parameters.values()):
+            given = {name: value for name, value in given.items() if name in parameters}
+        found = cast(Callable[..., Any], self.function)(**given)
         if not inspect.isawaitable(found):
             return found
         # In a thread, because a notebook has an event loop of its own.
         with ThreadPoolExecutor(1) as pool:
             return pool.submit(asyncio.run, result()).result()
 
-    def _failing(self, prompts: list[str], completions: list[str]) -> str:
-        """Which answer the function fails on by itself."""
-        for prompt, completion in zip(prompts, completions, strict=True):
-            try:
-                self._call([prompt], [completion])
-            except Exception:
-                return f" for the answer {completion[:60]!r} to {prompt[:60]!r}"
-        return ""
 
-    def _checked(self, value: Any, completion: str) -> float:
-        if value is None:
-            return math.nan
-        try:
-            number = float(value)
-        except (TypeError, ValueError):
-            number = math.nan
-        if not math.isfinite(number):
-            raise UserError(
-                f"reward {self.name!r}: its source returned {value!r} for the answer {completion[:60]!r}; return a "
-                "finite number, or None to say nothing"
-            )
-        return number
+def _number(value: Any) -> float:
+    """A reward as a number, NaN where it is none."""
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        return math.nan
 
 
 def reward_source(name: str, spec: str | Mapping[str, Any], context: SourceContext = NO_RUN) -> RewardSource | None:
@@ -167,7 +351,7 @@ def reward_source(name: str, spec: str | Mapping[str, Any], context: SourceConte
     Args:
       name: the objective.
       spec: "adapter", a function as "package.module:name" or "path/to/file.py:name", or {"kind": ...} with a name in
-        `SOURCES` or a maker of your own as "package.module:name", and its settings.
+        `SOURCES` or a maker of your own as "package.module:name", its settings, and `missing`, see `RewardSource`.
       context: of the run; by default that of a check without a run.
 
     Raises:
@@ -186,6 +370,9 @@ def reward_source(name: str, spec: str | Mapping[str, Any], context: SourceConte
             "package.module:name"
         )
     make = SOURCES.get(kind)
+    missing = settings.pop("missing", 0.0)
+    if isinstance(missing, bool) or not isinstance(missing, int | float) or not 0 <= missing <= 1:
+        raise UserError(f"rewards.{name}.missing: {shown(missing)} is not a fraction; choose a number from 0 to 1")
     given = {"objective": name, "context": context}
     settings |= {key: value for key, value in given.items() if key in inspect.signature(make).parameters}
     try:
@@ -197,4 +384,4 @@ def reward_source(name: str, spec: str | Mapping[str, Any], context: SourceConte
     function = make(**settings)
     if not callable(function):
         raise UserError(f"rewards.{name}: kind {kind!r} made a {type(function).__name__}; it must make a function")
-    return RewardSource(name, function)
+    return RewardSource(name, function, float(missing))

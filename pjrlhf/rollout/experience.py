@@ -79,6 +79,8 @@ def sample(
     prompts: Prompts,
     sampling: Sampling,
     key: PRNGKey,
+    numbers: Int[Array, "*rows"] | None = None,
+    total: int = 0,
 ) -> Rollout:
     """Responses [*rows, N] to prompts [*rows, P]; `sampling` is static in a program.
 
@@ -86,11 +88,13 @@ def sample(
       bank: adapters; None for the base.
       mix: weights of the adapters, [G, A] for G equal consecutive groups of rows or [*rows, A] for every row; None for
         the base.
+      numbers, total: of the rows in a larger batch, see `rollout.sampler.generate`.
     """
     *rows, _ = prompts.tokens.shape
     flat = jax.tree.map(lambda x: x.reshape(-1, x.shape[-1]), prompts)
     mix = None if mix is None else mix.reshape(-1, mix.shape[-1])
-    rollout = generate(backbone.policies(bank, mix), sampling, flat, key)
+    numbers = None if numbers is None else numbers.reshape(-1)
+    rollout = generate(backbone.policies(bank, mix), sampling, flat, key, numbers, total)
     return jax.tree.map(lambda x: x.reshape(*rows, x.shape[-1]), rollout)
 
 

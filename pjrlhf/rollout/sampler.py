@@ -79,13 +79,21 @@ def truncate(logits: Float[Array, "B V"], top_k: int, top_p: float) -> Float[Arr
     return logits
 
 
-def generate(policies: Policies | PolicyEnsemble, sampling: Sampling, prompts: Prompts, key: PRNGKey) -> Rollout:
+def generate(
+    policies: Policies | PolicyEnsemble,
+    sampling: Sampling,
+    prompts: Prompts,
+    key: PRNGKey,
+    numbers: Int[Array, " B"] | None = None,
+    total: int = 0,
+) -> Rollout:
     """Samples one continuation [B, N] of every prompt [B, P]; call it inside `jax.jit`.
 
     Args:
       policies: of a batch of B rows.
       sampling: static settings.
       key: of the samples.
+      numbers: of the rows in a batch of `total` rows with this key, whose samples they get; all of them where None.
 
     Raises:
       UserError: the model has learned positions, and fewer than prompts, user tokens and answers take.
@@ -116,7 +124,8 @@ def generate(policies: Policies | PolicyEnsemble, sampling: Sampling, prompts: P
         else:
             logits = logits / sampling.temperature
             # Noise for all B rows, so that compacting the batch does not change a sample.
-            noise = jax.random.gumbel(key, (B, logits.shape[-1]), logits.dtype)
+            noise = jax.random.gumbel(key, (total or B, logits.shape[-1]), logits.dtype)
+            noise = noise if numbers is None else noise[numbers]
             noise = noise if rows is None else noise[rows]
             token = jnp.argmax(truncate(logits, sampling.top_k, sampling.top_p) + noise, axis=-1)
         logp = jnp.take_along_axis(jax.nn.log_softmax(logits), token[:, None], axis=-1)[:, 0]

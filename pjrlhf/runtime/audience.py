@@ -1,7 +1,10 @@
 """The preferences of a run, the objectives among them, and the score of an answer by each."""
 
+import dataclasses
 import functools
+import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -14,7 +17,7 @@ from pjrlhf.judges import language_model
 from pjrlhf.parallel.processes import broadcast_from_zero, is_process_zero
 from pjrlhf.rewards import server
 from pjrlhf.rewards.scorers import scorer
-from pjrlhf.rewards.sources import NO_RUN, RewardSource, SourceContext, reward_source
+from pjrlhf.rewards.sources import NO_COLUMNS, NO_RUN, RecordColumns, RewardSource, SourceContext, reward_source
 from pjrlhf.runtime import classifiers
 from pjrlhf.types import Json
 
@@ -24,6 +27,20 @@ REWARD_KINDS = (
     classifiers.by_classifier,
 )  # modules that register reward sources
 NAMED: Mapping[str, Preferences] = {**synthetic.ENVIRONMENTS, "paper": preferences.PAPER}
+
+
+@dataclasses.dataclass(frozen=True)
+class HostRewards:
+    """What reward sources say.
+
+    Attributes:
+      rewards: raw, float32 [B, K]; NaN where a criterion has a reward model, where its source says nothing, and where
+        the reward is not wanted.
+      seconds: what each source took that this process asked.
+    """
+
+    rewards: np.ndarray
+    seconds: Mapping[str, float]
 
 
 class Audience:
@@ -106,24 +123,70 @@ class Audience:
         return tuple(name for name in self.rewards if name not in self.sources)
 
     def host_rewards(
-        self, prompts: Sequence[str], completions: Sequence[str], wanted: Bool[np.ndarray, "B K"] | None = None
+        self,
+        prompts: Sequence[Any],
+        completions: Sequence[str],
+        wanted: Bool[np.ndarray, "B K"] | None = None,
+        records: RecordColumns = NO_COLUMNS,
     ) -> Float[np.ndarray, "B K"]:
-        """Raw rewards float32 of completions by the K criteria of `rewards`, from their sources.
+        """The rewards of `ask`."""
+        return self.ask(prompts, completions, wanted, records)().rewards
 
-        NaN where a criterion has a reward model, where its source says nothing, and where the reward is not `wanted`.
+    def ask(
+        self,
+        prompts: Sequence[Any],
+        completions: Sequence[str],
+        wanted: Bool[np.ndarray, "B K"] | None = None,
+        records: RecordColumns = NO_COLUMNS,
+        pool: Executor | None = None,
+    ) -> Callable[[], "HostRewards"]:
+        """Asks the sources for the rewards of completions by the K criteria of `rewards`; the result waits for them.
+
         Process 0 asks the sources, so that all processes have the same rewards. Sources on the mesh are asked on every
-        process, and all processes must call this with the same arguments.
+        process, in this thread, and all processes must call this and the result with the same arguments in the same
+        order. Sources that wait for others are asked at the same time, each in a thread of its own.
+
+        Args:
+          wanted: which rewards count; all where None.
+          records: what the records have beside prompts.
+          pool: asks the sources that are not on the mesh; where None they are asked before this returns.
 
         Raises:
-          UserError: a source fails, see `RewardSource`.
+          SourceFailed: a source fails; by the result where it is asked in the pool.
         """
-        found = np.full((len(completions), len(self.rewards)), np.nan, np.float32)
-        for k, name in enumerate(self.rewards):
-            rows = [i for i in range(len(completions)) if wanted is None or wanted[i, k]]
-            source = self.sources.get(name)
-            if rows and source is not None and (source.on_all_processes or is_process_zero()):
-                found[rows, k] = source([prompts[i] for i in rows], [completions[i] for i in rows])
-        return broadcast_from_zero(found)
+        rows = {
+            name: [i for i in range(len(completions)) if wanted is None or wanted[i, k]]
+            for k, name in enumerate(self.rewards)
+            if name in self.sources
+        }
+
+        def of(name: str) -> tuple[str, np.ndarray, float]:
+            own, started = rows[name], time.perf_counter()
+            texts = [completions[i] for i in own]
+            found = self.sources[name]([prompts[i] for i in own], texts, records.select(own))
+            return name, found, time.perf_counter() - started
+
+        def of_host() -> list[tuple[str, np.ndarray, float]]:
+            here = [name for name in asked if not self.sources[name].on_all_processes] if is_process_zero() else []
+            waiting = [name for name in here if self.sources[name].waits]
+            with ThreadPoolExecutor(max(len(waiting), 1)) as threads:
+                later = [threads.submit(of, name) for name in waiting]
+                found = [of(name) for name in here if name not in waiting]
+                return found + [one.result() for one in later]
+
+        asked = [name for name, own in rows.items() if own]
+        on_host = pool.submit(of_host).result if pool else None
+        on_mesh = [of(name) for name in asked if self.sources[name].on_all_processes]
+        here = on_host or functools.partial(list, of_host())
+
+        def result() -> HostRewards:
+            found = np.full((len(completions), len(self.rewards)), np.nan, np.float32)
+            each = [*on_mesh, *here()]
+            for name, values, _ in each:
+                found[rows[name], self.rewards.index(name)] = values
+            return HostRewards(broadcast_from_zero(found), {name: seconds for name, _, seconds in each})
+
+        return result
 
     @functools.cached_property
     def score(self) -> Callable[[str, str, str], float]:

@@ -11,9 +11,10 @@ from absl import logging
 from pjrlhf.data import synthetic
 from pjrlhf.data.batching import split_by
 from pjrlhf.data.messages import Message, transcript
-from pjrlhf.data.schema import Example, last_turn, validate
+from pjrlhf.data.schema import Example, last_turn, other_columns, validate
 from pjrlhf.data.sources import open_source
 from pjrlhf.errors import UserError
+from pjrlhf.rewards.sources import RecordColumns
 from pjrlhf.runtime.audience import Audience
 from pjrlhf.runtime.inputs import hash_of, is_local
 from pjrlhf.runtime.streams import Streams
@@ -138,6 +139,38 @@ class Records:
         return dataclasses.replace(example, prompt=self.ask(prompt), **stripped)
 
     @functools.cached_property
+    def _by_request(self) -> dict[str, Example]:
+        """The records of `data.prompts` by their request; of those with the same one the first."""
+        d, found, others = self.settings, {}, 0
+        if isinstance(d.prompts, str):
+            return found
+        for example in self._read(d.prompts, "prompt", d.columns, "data.prompts")[0]:
+            if not isinstance(example.prompt, str):
+                raise UserError(f"{example.where}: the prompt is a conversation; give requests as text")
+            first = found.setdefault(example.prompt, example)
+            others += other_columns(first) != other_columns(example)
+        if others and self.audience.sources:
+            logging.warning(
+                "data.prompts: %d records repeat a prompt with other columns; rewards read those of the first one",
+                others,
+            )
+        return found
+
+    @functools.cached_property
+    def columns(self) -> tuple[str, ...]:
+        """The columns that records of `data.prompts` have beside the prompt."""
+        return tuple(dict.fromkeys(name for example in self._by_request.values() for name in other_columns(example)))
+
+    def columns_of(self, requests: Sequence[str]) -> RecordColumns:
+        """What the records of requests have beside the prompt, for reward sources."""
+        if not self._by_request:
+            return RecordColumns()
+        records = [self._by_request.get(request) for request in requests]
+        values = [other_columns(example) if example else {} for example in records]
+        columns = {name: [one.get(name) for one in values] for name in self.columns}
+        return RecordColumns(columns, [example.where if example else "" for example in records])
+
+    @functools.cached_property
     def requests(self) -> tuple[list[str], list[str]]:
         """(training requests, held-out requests); equal prompts are on the same side.
 
@@ -148,13 +181,7 @@ class Records:
         if isinstance(d.prompts, str):
             texts = synthetic.prompts()
         else:
-            examples, _ = self._read(d.prompts, "prompt", d.columns, "data.prompts")
-            texts = []
-            for example in examples:
-                if not isinstance(example.prompt, str):
-                    raise UserError(f"{example.where}: the prompt is a conversation; give requests as text")
-                texts.append(example.prompt)
-            texts = list(dict.fromkeys(texts))
+            texts = list(self._by_request)
         train, held = split_by(texts, d.heldout_fraction, self.streams.seed)
         # Shuffled, so that the first n requests are a random sample.
         held = self.streams.python("requests/heldout_order").sample(list(held), len(held))

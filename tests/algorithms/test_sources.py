@@ -1,17 +1,26 @@
 """Policies trained on rewards from the host."""
 
+import json
+import threading
+import time
+
 import jax
 import numpy as np
 import pytest
-from support import tiny
+from support import tiny, toy_extensions
 
 from pjrlhf.algorithms import policy, reward
+from pjrlhf.data import synthetic
+from pjrlhf.errors import UserError
 from pjrlhf.models.storage import load_tree
 from pjrlhf.pipeline import stages
+from pjrlhf.rewards.sources import RewardSource
 from pjrlhf.rollout.experience import raw_rewards
+from pjrlhf.runtime.audience import Audience, HostRewards
 from pjrlhf.training.workdir import Workdir
 
 MODULE = "support.toy_extensions"
+BREVITY = f"{MODULE}:brevity"
 
 
 def close(a, b):
@@ -50,7 +59,7 @@ def test_a_source_that_gives_the_rewards_of_a_model_trains_as_the_model(finished
         own = [name in sources for name in tiny.REWARDS]
         return np.where(np.repeat(own, len(found) // K)[:, None], found, np.nan)
 
-    asked.host_rewards = raw
+    asked.ask = lambda batch, rollout: lambda: HostRewards(raw(batch, rollout), {})
     states = [known.init(), asked.init()]
     close(tiny.bits(states[0].trainable) == tiny.bits(states[1].trainable), True)
     for _ in range(2):
@@ -61,6 +70,7 @@ def test_a_source_that_gives_the_rewards_of_a_model_trains_as_the_model(finished
         for name in sources:
             silent, count = metrics[1][f"rewards/{name}/none"]
             assert silent.sum() == 0 and count.sum() == 4
+            assert metrics[1][f"rewards/{name}/seconds"][0] >= 0
 
 
 def test_a_run_mixes_sources_and_reward_models(copied):
@@ -81,6 +91,9 @@ def test_a_run_mixes_sources_and_reward_models(copied):
     found = reward.load(run)
     assert found["heads"]["bias"].shape[0] == 3 and found["models"].tolist() == [0, -1, -1, 1, 2]
     last = tiny.lines(copied, "policy")[-1]
+    for name in tiny.REWARDS:
+        assert np.isfinite([last[f"rewards/{name}/{what}/{name}"] for what in ("mean", "std")]).all()
+    assert last["rewards/P2A/seconds"] >= 0 and "rewards/P2B/seconds" not in last
     assert 0 <= last["rewards/P2A/none/P2A"] < 1 and last["rewards/seconds"] >= 0
     assert np.isfinite([value for value in last.values() if isinstance(value, float)]).all()
 
@@ -99,3 +112,163 @@ def test_rewards_of_sources_alone_need_no_comparisons(copied):
     for line in tiny.lines(copied, "policy"):
         scores = [value for name, value in line.items() if name.startswith("objective/scores")]
         assert scores and max(scores) < 0 and min(scores) > -60  # characters of ten tokens
+
+
+# ---- a function that calls a reward model
+
+
+def by_model(run, method, k):
+    """A reward function that asks reward model `k` of a run about texts, as anybody would write it."""
+    tokenizer, limit = run.workspace.tokenizer, run.settings.data.max_completion
+
+    def rewards(prompts, completions):
+        rows = []
+        for prompt, completion in zip(prompts, completions, strict=True):
+            asked, ids = run.records.ask(prompt), [tokenizer.eos_id]  # of an empty answer
+            if completion:
+                ids = tokenizer.encode_answers(asked, [completion])[1][0].ids[:limit]
+            rows.append({"prompt": tokenizer.encode_prompt(asked), "completion": list(ids)})
+        batch = run.text.pad_completions(rows)
+        numbers = np.full((len(rows), 1), k)
+        return np.asarray(raw_rewards(method.backbone, method.rewarder, numbers, batch.tokens, batch.valid))[:, 0]
+
+    return rewards
+
+
+def test_a_function_that_calls_our_own_reward_model_trains_as_the_model(finished):
+    known, asked = method_of(finished, {}), method_of(finished, {"P2A": BREVITY})
+    run = tiny.start(finished, tiny.settings())
+    function = by_model(run, known, tiny.REWARDS.index("P2A"))
+    asked.targets.audience.sources["P2A"] = RewardSource("P2A", function)
+    states = [known.init(), asked.init()]
+    for _ in range(2):
+        found = [method.step(state, next(method.batches)) for method, state in zip((known, asked), states, strict=True)]
+        states, metrics = zip(*found, strict=True)
+        close(states[0].trainable, states[1].trainable)
+        close(metrics[0], {name: metrics[1][name] for name in metrics[0]})
+
+
+def test_a_rollout_in_parts_is_the_whole_rollout_and_parts_are_sampled_while_others_are_scored(finished):
+    """One part and two parts give the same state; the second part is drawn before the first is scored."""
+    methods = [
+        policy.method_of(
+            tiny.start(finished, tiny.settings(rewards={"P2A": f"{MODULE}:brevity"}, policy__reward_parts=parts)),
+            rewarder=method_of(finished, {"P2A": f"{MODULE}:brevity"}).rewarder,
+        )
+        for parts in (1, 2)
+    ]
+    parted = methods[1]
+    events, draw = [], parted._draw
+
+    def drawing(*arguments):
+        events.append("drawn")
+        return draw(*arguments)
+
+    def slow(prompts, completions):
+        for _ in range(200):  # seconds, at most
+            if events.count("drawn") == 2 or "scored" in events:
+                break
+            time.sleep(0.05)
+        events.append("scored" if events.count("drawn") == 2 else "too early")
+        return toy_extensions.brevity(prompts, completions)
+
+    parted._draw = drawing
+    parted.targets.audience.sources["P2A"] = RewardSource("P2A", slow)
+    states = [method.init() for method in methods]
+    found = [method.step(state, next(method.batches)) for method, state in zip(methods, states, strict=True)]
+    assert events == ["drawn", "drawn", "scored", "scored"]
+    close(found[0][0].trainable, found[1][0].trainable)
+    names = [name for name in found[0][1] if not name.endswith("seconds")]
+    close(*({name: metrics[name] for name in names} for _, metrics in found))
+
+
+def test_sources_that_wait_are_asked_at_the_same_time():
+    """Two asynchronous functions that wait for each other, beside one that does not wait."""
+    barrier = threading.Barrier(2)
+
+    async def patient(prompts, completions):
+        barrier.wait(20)
+        return [1.0] * len(completions)
+
+    names = ("P1A", "P2A", "P2B")
+    people = Audience("synthetic", names, "", "synthetic", dict.fromkeys(names, BREVITY))
+    for name in names[:2]:
+        people.sources[name] = RewardSource(name, patient)
+    found = people.ask(["q"] * 2, ["a", "bc"])()
+    np.testing.assert_array_equal(found.rewards, [[1, 1, -1], [1, 1, -2]])
+    assert set(found.seconds) == set(names)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"policy__reward_parts": 3}, "reward_parts: the prompts of 4 rollouts cannot be split into 3 equal parts"),
+        ({"policy__reward_parts": 2}, r"policy\.reward_parts=2: all rewards are those of reward models"),
+    ],
+)
+def test_parts_that_cannot_be(changes, message):
+    with pytest.raises(UserError, match=message):
+        stages.read(tiny.settings(**changes))
+
+
+# ---- columns of the records, and failures
+
+
+def with_columns(folder, copied, **changes):
+    """The config of a run whose prompts are records with a column `number`; `copied` has its base and nothing else."""
+    records = [{"prompt": text, "number": i, "user_id": f"u{i}"} for i, text in enumerate(synthetic.prompts())]
+    (folder / "prompts.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    for stage in ("comparisons", "reward", "policy"):
+        (copied / stage).rename(copied / f"old_{stage}")
+    (copied / "config.json").unlink()  # of another config
+    prompts = {"kind": "jsonl", "path": str(folder / "prompts.jsonl")}
+    return tiny.settings(data__prompts=prompts, stages=("sft", "reward", "policy"), **changes), records
+
+
+def test_functions_see_the_columns_of_the_record_of_each_answer(copied, tmp_path, monkeypatch):
+    config, records = with_columns(tmp_path, copied, rewards=dict.fromkeys(tiny.REWARDS, f"{MODULE}:numbered"))
+    known, asked = {one["prompt"]: one for one in records}, []
+
+    def seen(prompts, completions, number, user_id):
+        for prompt, i, user in zip(prompts, number, user_id, strict=True):
+            assert known[prompt] == {"prompt": prompt, "number": i, "user_id": user}
+        asked.extend(number)
+
+    monkeypatch.setattr(toy_extensions, "seen", seen)
+    with tiny.one_device():
+        stages.run(config, Workdir(copied))
+    assert len(set(asked)) > 20
+
+
+@pytest.mark.parametrize("when", ["reward", "policy"])
+def test_a_failing_source_stops_the_run_and_leaves_its_batch(copied, tmp_path, monkeypatch, when):
+    config, _ = with_columns(tmp_path, copied, rewards=dict.fromkeys(tiny.REWARDS, f"{MODULE}:numbered"))
+    calls = []
+
+    def seen(prompts, completions, number, user_id):
+        calls.append(len(prompts))
+        if when == "reward" or len(prompts) < 32:  # the reward stage asks about its samples at once
+            raise RuntimeError("out of order")
+
+    monkeypatch.setattr(toy_extensions, "seen", seen)
+    path = copied / "failed_rewards.jsonl"
+    message = (
+        rf"reward 'P1A': its source raised RuntimeError: out of order for the answer '.*' to '.*' \(.*prompts.jsonl "
+        rf"line \d+\); correct the source; what it was asked is in {path}"
+    )
+    with tiny.one_device(), pytest.raises(UserError, match=message):
+        stages.run(config, Workdir(copied))
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert len(lines) == {"reward": 32, "policy": 4}[when]
+    assert set(lines[0]) == {"reward", "prompt", "completion", "columns", "record"}
+    assert set(lines[0]["columns"]) == {"number", "user_id"}
+
+
+def test_a_parameter_that_is_no_column_is_found_before_the_first_stage(copied, tmp_path):
+    config, _ = with_columns(tmp_path, copied, rewards={"P2A": f"{MODULE}:solved"})
+    message = (
+        "rewards.P2A: its function takes 'solution', and the records of data.prompts have the columns number, user_id"
+    )
+    with pytest.raises(UserError, match=message):
+        stages.run(config, Workdir(copied))
+    assert not (copied / "reward").exists()

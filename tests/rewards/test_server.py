@@ -5,16 +5,17 @@ import itertools
 import json
 import threading
 
+import numpy as np
 import pytest
 
 from pjrlhf.errors import UserError
-from pjrlhf.rewards.sources import reward_source
+from pjrlhf.rewards.sources import RecordColumns, reward_source
 
 
 @pytest.fixture
 def server():
     """(URL, sizes of the batches that were answered, list of faults to come)."""
-    sizes, faults = [], []
+    sizes, faults, heard = [], [], []
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def log_message(self, *_):
@@ -23,6 +24,9 @@ def server():
         def do_POST(self):
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             fault = faults.pop(0) if faults else 200
+            heard.append((body, self.headers.get("Authorization")))
+            if "down" in body["completions"]:
+                fault = 503
             if fault == "cut":
                 return self.connection.close()
             rewards = [len(text) if text else None for text in body["completions"]]
@@ -39,13 +43,13 @@ def server():
 
     found = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     threading.Thread(target=found.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{found.server_port}/score", sizes, faults
+    yield f"http://127.0.0.1:{found.server_port}/score", sizes, faults, heard
     found.shutdown()
     found.server_close()
 
 
 def test_batches_come_back_in_order_whatever_the_server_does(server):
-    url, sizes, faults = server
+    url, sizes, faults, _ = server
     faults.extend([503, 429, 200, 500])
     source = reward_source("P2A", {"kind": "http", "url": url, "batch_size": 4, "concurrency": 3})
     texts = ["x" * (i % 7) for i in range(22)]
@@ -57,7 +61,7 @@ def test_batches_come_back_in_order_whatever_the_server_does(server):
 @pytest.mark.parametrize("fault", ["cut", "half"])
 def test_a_cut_reply_is_asked_for_again(server, fault, monkeypatch):
     monkeypatch.setattr("time.sleep", lambda _: None)
-    url, sizes, faults = server
+    url, sizes, faults, _ = server
     faults.append(fault)
     assert reward_source("P2A", {"kind": "http", "url": url})(["q"], ["abc"]).tolist() == [3] and sizes == [1]
 
@@ -66,6 +70,8 @@ def test_a_cut_reply_is_asked_for_again(server, fault, monkeypatch):
     ("faults", "message"),
     [
         ([404], "replied HTTP 404"),
+        ([401], "replied HTTP 401, it refuses the key; set key_variable to the variable that holds a key"),
+        ([403], "replied HTTP 403, it refuses the key"),
         (["short"], 'it must reply {"rewards": [...]} with 1 numbers or nulls'),
         ([503] * 9, "no reply after 2 tries (HTTP 503); check the server"),
     ],
@@ -86,3 +92,41 @@ def test_a_server_that_is_not_there_and_wrong_settings():
     ):
         with pytest.raises(UserError, match=message):
             reward_source("P2A", {"kind": "http", **settings})
+
+
+def test_columns_and_the_key_are_sent(server, monkeypatch):
+    url, _, _, heard = server
+    monkeypatch.setenv("REWARD_KEY", "secret")
+    source = reward_source("P2A", {"kind": "http", "url": url, "batch_size": 2, "key_variable": "REWARD_KEY"})
+    source.check_columns(["level"])
+    source(["q", "r", "s"], ["a", "bb", "c"], RecordColumns({"level": [1, 2, 3]}))
+    heard.sort(key=lambda one: one[0]["prompts"])
+    assert heard == [
+        ({"prompts": ["q", "r"], "completions": ["a", "bb"], "columns": {"level": [1, 2]}}, "Bearer secret"),
+        ({"prompts": ["s"], "completions": ["c"], "columns": {"level": [3]}}, "Bearer secret"),
+    ]
+    source(["q"], ["a"])
+    assert heard[-1][0] == {"prompts": ["q"], "completions": ["a"]}
+    with pytest.raises(UserError, match=r"\$NO_SUCH_KEY is not set; set it to the key of the server"):
+        reward_source("P2A", {"kind": "http", "url": url, "key_variable": "NO_SUCH_KEY"})
+
+
+def test_a_wrong_key_is_not_tried_again_nor_tolerated(server, monkeypatch):
+    url, _, faults, heard = server
+    faults.extend([401] * 9)
+    source = reward_source("P2A", {"kind": "http", "url": url, "batch_size": 1, "concurrency": 1, "missing": 1.0})
+    with pytest.raises(UserError, match="it refuses the key"):
+        source(["q"] * 3, ["a"] * 3)
+    assert len(heard) <= 3
+
+
+def test_a_part_without_a_reply_has_no_reward_within_the_share(server):
+    url, _, _, _ = server
+    spec = {"kind": "http", "url": url, "retries": 1, "batch_size": 2}
+    texts = ["a", "bb", "down", "d", "eee"]
+    found = reward_source("P2A", {**spec, "missing": 0.4})(["q"] * 5, texts)
+    np.testing.assert_array_equal(found, np.float32([1, 2, np.nan, np.nan, 3]))
+    with pytest.raises(
+        UserError, match=r"no reply after 2 tries \(HTTP 503\); check the server; it failed for more than"
+    ):
+        reward_source("P2A", {**spec, "missing": 0.3})(["q"] * 5, texts)

@@ -4,9 +4,10 @@ import types
 
 import numpy as np
 import pytest
+from support import toy_extensions
 
 from pjrlhf.errors import UserError
-from pjrlhf.rewards.sources import SOURCES, RewardSource, SourceContext, reward_source
+from pjrlhf.rewards.sources import SOURCES, RecordColumns, RewardSource, SourceContext, SourceFailed, reward_source
 from pjrlhf.runtime.audience import Audience
 
 MODULE = "support.toy_extensions"
@@ -89,6 +90,106 @@ def test_an_exception_names_the_source_and_the_answer():
         "reward 'P2A': its source raised ZeroDivisionError: division by zero for the answer '' to 'say b'; correct the "
         "source"
     )
+
+
+# ---- columns of the records
+
+COLUMNS = RecordColumns({"solution": ["a", "b", None], "level": [1, 2, 3]}, ["data.jsonl line 4", "", ""])
+
+
+def test_functions_take_the_columns_that_they_name():
+    def named(prompts, completions, solution, weight=2.0):
+        assert solution == ["a", "b", None] and prompts == PROMPTS
+        return [weight] * 3
+
+    def everything(completions, **columns):
+        assert columns == {"prompts": PROMPTS, "solution": ["a", "b", None], "level": [1, 2, 3]}
+        return [1] * 3
+
+    class Object:
+        async def __call__(self, prompts, completions, *, level):
+            return level
+
+    wants = [2, 2, 2], [1, 1, 1], [1, 2, 3], BREVITY
+    for function, want in zip((named, everything, Object(), toy_extensions.brevity), wants, strict=True):
+        source = RewardSource("P2A", function)
+        source.check_columns(COLUMNS.columns)
+        np.testing.assert_array_equal(source(PROMPTS, ANSWERS, COLUMNS), np.float32(want))
+    assert RewardSource("P2A", Object()).waits and not RewardSource("P2A", named).waits
+
+
+@pytest.mark.parametrize(
+    ("columns", "listed"), [((), "have no columns"), (("level", "answer"), "have the columns answer, level")]
+)
+def test_a_parameter_that_is_no_column_is_refused(columns, listed):
+    def rewards(prompts, completions, solution):
+        return [0.0] * len(prompts)
+
+    with pytest.raises(UserError) as error:
+        RewardSource("P2A", rewards).check_columns(columns)
+    assert str(error.value).startswith("rewards.P2A: its function takes 'solution', and the records of data.prompts ")
+    assert listed in str(error.value) and "rename the parameter or the column, or give it a default" in str(error.value)
+
+
+# ---- failures
+
+
+def fragile(prompts, completions, **columns):
+    """Fails on answers with an x, and gives the place of the others in the batch."""
+    if any("x" in text for text in completions):
+        raise RuntimeError("no x")
+    return list(range(len(completions)))
+
+
+def test_answers_that_a_source_fails_on_have_no_reward_within_the_share(caplog):
+    texts = ["a", "x", "b", "xx", "c"]
+    found = RewardSource("P2A", fragile, missing=0.4)(["q"] * 5, texts)
+    np.testing.assert_array_equal(found, np.float32([0, np.nan, 1, np.nan, 2]))  # the others are asked together
+    assert "raised RuntimeError: no x for the answer 'x' to 'q'" in caplog.text
+    assert "no reward for 2 of 5 answers" in caplog.text
+    with pytest.raises(SourceFailed) as error:
+        RewardSource("P2A", fragile, missing=0.39)(["q"] * 5, texts)
+    assert "it failed for more than rewards.P2A.missing=0.39 of 5 answers" in str(error.value)
+
+
+def test_numbers_that_are_none_count_as_failures():
+    def nan(prompts, completions):
+        return [1.0, float("nan"), None]
+
+    np.testing.assert_array_equal(
+        RewardSource("P2A", nan, missing=0.34)(PROMPTS, ANSWERS), np.float32([1, np.nan, np.nan])
+    )
+
+
+def test_a_source_that_fails_on_a_batch_alone_fails_on_all_of_it():
+    def together(prompts, completions):
+        if len(prompts) > 1:
+            raise MemoryError("too many")
+        return [1.0]
+
+    with pytest.raises(UserError, match="raised MemoryError: too many; correct the source; it failed for more"):
+        RewardSource("P2A", together, missing=0.5)(PROMPTS, ANSWERS)
+    assert np.isnan(RewardSource("P2A", together, missing=1)(PROMPTS, ANSWERS)).all()
+
+
+def test_a_failure_names_the_record_and_has_the_batch():
+    with pytest.raises(SourceFailed) as error:
+        RewardSource("P2A", fragile)(["q"] * 3, ["x", "b", "c"], COLUMNS)
+    assert "for the answer 'x' to 'q' (data.jsonl line 4); correct the source" in str(error.value)
+    assert error.value.batch[0] == {
+        "reward": "P2A",
+        "prompt": "q",
+        "completion": "x",
+        "columns": {"solution": "a", "level": 1},
+        "record": "data.jsonl line 4",
+    }
+    assert len(error.value.batch) == 3
+
+
+@pytest.mark.parametrize("missing", [-0.1, 1.5, "half", True, None])
+def test_missing_is_a_fraction(missing):
+    with pytest.raises(UserError, match=r"rewards\.P2A\.missing: .* is not a fraction; choose a number from 0 to 1"):
+        reward_source("P2A", {"kind": "function", "function": f"{MODULE}:brevity", "missing": missing})
 
 
 # ---- of an audience

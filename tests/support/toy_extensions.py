@@ -58,6 +58,21 @@ async def patient_brevity(prompts, completions):
     return brevity(prompts, completions)
 
 
+def seen(prompts, completions, number, user_id):
+    """What tests replace."""
+
+
+def numbered(prompts, completions, number, user_id):
+    """A reward function of columns of the records."""
+    seen(prompts, completions, number, user_id)
+    return [float(len(text)) + i for text, i in zip(completions, number, strict=True)]
+
+
+def solved(prompts, completions, solution):
+    """A reward function of a column that few records have."""
+    return [float(a == b) for a, b in zip(completions, solution, strict=True)]
+
+
 def multiple(of, factor):
     """Makes reward functions: `factor` times the number of letters `of`."""
     return lambda prompts, completions: [factor * text.count(of) for text in completions]
