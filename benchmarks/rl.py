@@ -13,8 +13,8 @@ count what every side must do: sampling, reward, reference, and three times a fo
 import harness
 
 
-def policy(job, count=1):
-    """(method, state) of the stage `policy` with `count` policies."""
+def policy(job, count=1, changes=()):
+    """(method, state) of the stage `policy` with `count` policies; `changes` are {dotted key of the config: value}."""
     import jax
     import jax.numpy as jnp
 
@@ -23,7 +23,7 @@ def policy(job, count=1):
     from pjrlhf.rollout.scoring import init_heads
 
     names = tuple(f"P{k}" for k in range(count))
-    changes = {
+    settings = {
         "objectives": names,
         "preferences": {name: {"dimension": name, "sentence": ""} for name in names},
         "judge": dict.fromkeys(names, "short"),
@@ -41,16 +41,20 @@ def policy(job, count=1):
         "policy.ppo.minibatches": 1,
         "policy.optimizer": job["optimizer"] | {"schedule": "constant", "b2": 0.999, "eps": 1e-8},
     }
-    run = harness.our_run(job, "soups", "hf", changes)
-    rewarder = {
+    run = harness.our_run(job, "soups", "hf", settings | dict(changes))
+    models = {
         "bank": init_bank(run.workspace.base, run.workspace.adapter, count, jax.random.key(1)),
         "heads": init_heads(count, run.workspace.model_config.hidden_size, jax.random.key(2)),
+    }
+    rewarder = {
+        **(models if run.audience.learned else {}),
         "mean": jnp.zeros(count),
         "std": jnp.ones(count),
         "low": jnp.zeros(count),
         "high": jnp.ones(count),
     }
     method = method_of(run, rewarder=rewarder)
+    method.reward_models = models  # of all rewards, whether the run has them or not
     return method, jax.block_until_ready(method.init())
 
 

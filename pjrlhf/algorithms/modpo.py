@@ -20,6 +20,7 @@ from pjrlhf.algorithms.targets import Targets, TargetSettings, targets_of
 from pjrlhf.data.messages import request_of, text_of
 from pjrlhf.data.packing import PackedRows
 from pjrlhf.data.preferences import PreferencePrompt
+from pjrlhf.data.schema import Example
 from pjrlhf.data.tokenization import TokenRow, TokenTable
 from pjrlhf.errors import UserError
 from pjrlhf.feedback.pairs import SPLITS
@@ -99,6 +100,31 @@ def raw_rewards(
     if audience.learned:
         found[:, [audience.rewards.index(name) for name in audience.learned]] = _learned(run, rewarder, rows)
     return found
+
+
+def answer_rewards(
+    run: Run, rewarder: Params, requests: Sequence[str], texts: Sequence[str], name: str
+) -> tuple[Float[np.ndarray, "M S"], Bool[np.ndarray, " M"]]:
+    """(`raw_rewards` of M sampled answers, which of them can be scored): not those without text, nor those that the
+    tokenizer cannot read. These have NaN. `name` is what messages call the answers.
+
+    Raises:
+      UserError: no answer can be scored.
+    """
+    examples = [
+        Example(prompt=run.records.ask(request), completion=text, extra={"number": i}, where=f"{name} answer {i + 1}")
+        for i, (request, text) in enumerate(zip(requests, texts, strict=True))
+        if text.strip()
+    ]
+    if not examples:
+        raise UserError(f"{name}: all of {len(texts)} answers are empty; train the base longer")
+    table = run.text.tokenized(examples, run.text.sampled_lengths, name, "completion")
+    numbers = [int(example.extra["number"]) for example in table.examples]
+    raw = np.full((len(texts), len(run.audience.rewards)), np.nan, np.float32)
+    raw[numbers] = raw_rewards(run, rewarder, list(table), [(requests[i], texts[i]) for i in numbers])
+    usable = np.zeros(len(texts), bool)
+    usable[numbers] = True
+    return raw, usable
 
 
 def _learned(run: Run, rewarder: Params, rows: Sequence[TokenRow]) -> np.ndarray:

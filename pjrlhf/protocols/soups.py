@@ -2,8 +2,9 @@
 
 Per kind of person (a combination of one preference per dimension): pairwise judgements, one criterion at a time and in
 both orders, among the base, the base told the preferences (preference prompting), RLHF on one general reward, policies
-trained for all combinations (Prompted-MORL, entries of `config.methods`), and the soup with equal weights; each
-ingredient on its own criterion; and a sweep of the weights between opposite preferences.
+trained for all combinations (Prompted-MORL, entries of `config.methods`), the soup with equal weights, and on request
+the best of N answers of the base by the rewards of the person; each ingredient on its own criterion; and a sweep of the
+weights between opposite preferences.
 """
 
 import dataclasses
@@ -16,8 +17,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Float, Int
 
 from pjrlhf.algorithms import banks, methods
+from pjrlhf.algorithms.modpo import answer_rewards
+from pjrlhf.algorithms.reward import load as load_rewards
 from pjrlhf.algorithms.targets import TargetSection, targets_of
 from pjrlhf.data import preferences
 from pjrlhf.errors import UserError
@@ -37,6 +41,7 @@ OWN = {
     "soups": "the soups",
     "soups_untold": "the soups that are not told the preferences",
     "rlhf": "the policy of the general reward",
+    "best_of_n": "the best of several answers of the base",
 }
 
 
@@ -55,6 +60,13 @@ class SoupsSettings(Settings):
     )
     sweep_points: int = setting(11, "weights from one preference to its opposite", low=2, high=10**4)
     samples_per_prompt: int = setting(1, "answers per prompt in the comparison of methods", low=1, high=10**4)
+    best_of: int = setting(
+        0,
+        "answers of the base per prompt, of which the one with the highest rewards of a person is the further method "
+        "best_of_n; 0 is without",
+        low=0,
+        high=10**4,
+    )
     sweep_samples: int = setting(3, "answers per prompt and point of a sweep", low=1, high=10**4)
     resamples: int = setting(2000, "of the bootstrap", low=2, high=10**6)
     shown: int = setting(2, "sample answers per combination in the report", low=0, high=10**4)
@@ -106,6 +118,11 @@ def scaling(run: Run, rates: Mapping[str, Any]) -> dict[str, Any]:
             "ingredients_trained": sum(len(one["ingredients"]) for one in info),
         }
     return {"new": list(run.section(SoupsSettings).new_preferences), "methods": found, "win_rate": rates}
+
+
+def best_of(scores: Float[np.ndarray, "M N"]) -> Int[np.ndarray, " M"]:
+    """Of each row of N scores the place of the highest one, of equal ones the first."""
+    return scores.argmax(1)
 
 
 class Evaluation:
@@ -179,10 +196,13 @@ class Evaluation:
         texts = self.sample(rows, self.keys("evaluate/people"), name="evaluate: answers for kinds of people")
         size = repeats * len(self.requests)
         answers = {key: texts[i * size : (i + 1) * size] for i, key in enumerate(keys)}
+        if self.config.best_of:
+            best = self.best_of(repeats)
+            answers |= {(combo, "best_of_n"): texts for combo, texts in best.items()}
         for row, (combo, method), text in zip(rows, (key for key in keys for _ in range(size)), texts, strict=True):
             self._keep("people", row, text, combo="+".join(combo), method=method)
 
-        methods = list(plans[self.combos[0]])
+        methods = [*plans[self.combos[0]], *(["best_of_n"] if self.config.best_of else [])]
         outcomes: dict[tuple[str, str], list[np.ndarray]] = {}
         combos: dict[str, Any] = {}
         for combo in self._judged(self.combos, "kinds of people"):
@@ -224,6 +244,28 @@ class Evaluation:
         if "soups_untold" in methods:
             sections["ablation"] = {"soups_untold": {b: self.rate(pooled["soups_untold", b]) for b in shown}}
         return {"sections": sections, "samples": samples}
+
+    def best_of(self, repeats: int) -> dict[tuple[str, ...], list[str]]:
+        """Combination -> for each held-out request, `repeats` times over, the best of `evaluate.best_of` answers of the
+        base: by the equally weighted rewards of the combination, in standard deviations of the base's answers, as in
+        training. A reward without a value counts as their mean; an answer without text is the worst.
+        """
+        N, requests = self.config.best_of, self.requests * repeats
+        asked = [request for request in requests for _ in range(N)]
+        rows = [Row(request, "", self.weights()) for request in asked]
+        texts = self.sample(rows, self.keys("evaluate/best_of"), name="evaluate: answers of the base to choose from")
+        rewarder = load_rewards(self.run)
+        raw, usable = answer_rewards(self.run, rewarder, asked, texts, "evaluate: answers to choose from")
+        scaled = (raw - np.asarray(rewarder["mean"])) / np.asarray(rewarder["std"])
+        scaled = np.where(usable[:, None], np.nan_to_num(scaled, nan=0.0), -np.inf)
+        names, found = self.run.audience.rewards, {}
+        for combo in self.combos:
+            total = scaled[:, [names.index(name) for name in combo]].mean(1)
+            chosen = np.arange(len(requests)) * N + best_of(total.reshape(-1, N))
+            found[combo] = [texts[i] for i in chosen]
+            for i in chosen:
+                self._keep("people", rows[i], texts[i], combo="+".join(combo), method="best_of_n")
+        return found
 
     # ---- ingredients
 

@@ -29,6 +29,7 @@ STREAMS = {
     "evaluate/people": 40,
     "evaluate/ingredients": 41,
     "evaluate/sweep": 42,
+    "evaluate/best_of": 43,
     "population/train": 50,
     "population/heldout": 51,
     "population/new_users": 52,

@@ -1,6 +1,7 @@
 """The evaluation: which weights and prompts each answer is sampled with, and what is counted from the answers."""
 
 import functools
+import itertools
 import json
 
 import jax
@@ -8,7 +9,8 @@ import numpy as np
 import pytest
 from support import tiny
 
-from pjrlhf.algorithms import banks, policy
+from pjrlhf.algorithms import banks, policy, reward
+from pjrlhf.algorithms.modpo import answer_rewards
 from pjrlhf.errors import UserError
 from pjrlhf.models.adapters import bank_size
 from pjrlhf.models.storage import load_tree
@@ -176,6 +178,52 @@ def test_the_kl_is_that_of_the_last_steps_whatever_is_logged(copied, monkeypatch
     assert [line["step"] for line in lines] == [1, 2, 3, 4, 5]
     for name, kl in found[1].items():
         assert kl == pytest.approx(np.mean([line[f"objective/kl/{name}"] for line in lines[-2:]]), rel=1e-5)
+
+
+# ---- the best of several answers
+
+
+@pytest.mark.parametrize("N", [1, 2, 4])
+def test_the_best_of_n_has_the_expected_value_of_the_order_statistic(N):
+    """Over all N-tuples of equally likely scores, E max = sum_k s_k ((k / m)^N - ((k - 1) / m)^N), s in order."""
+    values = np.array([-2.0, 0.0, 0.5, 3.0, 3.5])
+    scores = np.array(list(itertools.product(values, repeat=N)))
+    found = np.take_along_axis(scores, evaluate.best_of(scores)[:, None], 1).mean()
+    k, m = np.arange(1, 6), len(values)
+    assert found == pytest.approx((values * ((k / m) ** N - ((k - 1) / m) ** N)).sum())
+    assert evaluate.best_of(np.full((1, 3), -np.inf)).tolist() == [0]
+
+
+def choosing(finished, N):
+    return Evaluation(tiny.start(finished, tiny.settings(evaluate__best_of=N)))
+
+
+def test_the_best_answer_is_that_with_the_highest_rewards_of_the_person(finished):
+    found = choosing(finished, 3)
+    best, run, sampled = found.best_of(2), found.run, []
+    asked = [request for request in found.requests * 2 for _ in range(3)]
+    texts = found.sample([Row(request, "", found.weights()) for request in asked], found.keys("evaluate/best_of"))
+    rewarder = reward.load(run)
+    for combo in found.combos:
+        for i, text in enumerate(best[combo]):
+            own, request = texts[3 * i : 3 * i + 3], asked[3 * i]
+            raw = answer_rewards(run, rewarder, [request] * 3, own, "test")[0]
+            scaled = (raw - rewarder["mean"]) / rewarder["std"]
+            total = scaled[:, [tiny.REWARDS.index(name) for name in combo]].sum(1)
+            assert text in own and total[own.index(text)] == pytest.approx(np.nanmax(total), abs=1e-4)
+            sampled.append(own.index(text))
+    assert len(set(sampled)) == 3
+    assert {kept["method"] for kept in found.answers} == {"best_of_n"}
+
+
+def test_the_best_of_one_is_the_base(finished):
+    found = choosing(finished, 1)
+    found.sample = Stub(wordy)
+    sections = found.people()["sections"]
+    rate = sections["win_rate"]["best_of_n"]["base"]
+    assert (rate.wins, rate.losses, rate.ties) == (0, 0, 4 * len(found.requests))
+    assert {one["method"] for one in found.answers} >= {"best_of_n", "base"}
+    assert sections["win_rate"]["soups"].keys() >= {"best_of_n"} and "best_of_n" in sections["combos"]["P1A+P2A"]
 
 
 # ---- the sweep

@@ -1,0 +1,130 @@
+"""The price of rewards from the host:  python benchmarks/rewards.py
+
+A round is one PPO step of one policy, an adapter, with one reward. The sides differ in who scores the answers:
+
+* adapter: our own reward model, inside the jitted step;
+* function: a reward function that turns texts into tokens again and calls the same reward model;
+* free: a function that hardly does anything, so that its step is the host path without any scoring.
+
+`scoring` is what the function takes in a step, and `model` the reward model alone, in the same shape. The host path
+costs what free takes beyond adapter without its model, as a share of a step with scoring.
+"""
+
+import time
+
+import harness
+import rl
+
+NAME = "P0"  # of the reward
+
+
+def free(prompts, completions):
+    """A reward that costs nothing."""
+    return [float(len(text) % 7) for text in completions]
+
+
+class Scoring:
+    """A reward function that calls the reward model of `method` on texts; `seconds` is what the model took last."""
+
+    def __init__(self, method, job):
+        import jax
+        import numpy as np
+
+        from pjrlhf.rollout.experience import raw_rewards
+
+        self.method, self.tokenizer = method, method.data.text.workspace.tokenizer
+        self.prompt, self.answer, self.seconds = job["prompt"], job["new"], 0.0
+        numbers = np.zeros((1, 1), np.int32)
+        self.score = jax.jit(lambda backbone, models, *arrays: raw_rewards(backbone, models, numbers, *arrays))
+
+    def __call__(self, prompts, completions):
+        import numpy as np
+
+        tokens = np.full((len(prompts), self.prompt + self.answer), self.tokenizer.pad_id, np.int32)
+        valid = np.zeros(tokens.shape, bool)
+        for i, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
+            ids, answers = self.tokenizer.encode_answers(prompt, [completion or " w3"])
+            row = [*ids, *answers[0].ids[: self.answer]]
+            start = self.prompt - len(ids)
+            tokens[i, start : start + len(row)], valid[i, start : start + len(row)] = row, True
+        started = time.perf_counter()
+        rewards = np.asarray(self.score(self.method.backbone, self.method.reward_models, tokens, valid))[:, 0]
+        self.seconds = time.perf_counter() - started
+        return rewards.tolist()
+
+
+def ours(job, turn):
+    from pjrlhf.rewards.sources import RewardSource
+
+    harness.load_ours()
+    turn.begin()
+    harness.watch_jax(turn, job)
+    source = job["source"]
+    changes = {} if source == "adapter" else {"rewards": {NAME: f"{__file__}:free"}}
+    method, state = rl.policy(job, changes=changes)
+    function = Scoring(method, job) if source == "function" else free
+    if source != "adapter":
+        method.targets.audience.sources[NAME] = RewardSource(NAME, function)
+    turn({"versions": harness.our_versions()})
+
+    def said(metrics):
+        total, count = metrics["completions/mean_length"]
+        found = {"length": float((total / count).mean())}
+        if source != "adapter":
+            found["scoring"] = float(metrics[f"rewards/{NAME}/seconds"][0])
+        return found | ({"model": function.seconds} if source == "function" else {})
+
+    harness.step_by_turns(method, state, method.batches.get_state(), job, turn, said)
+
+
+def compare(options, size):
+    length, new, prompts = (12, 8, 2) if options.quick else (options.prompt, options.new, options.prompts)
+    rows = prompts * options.samples
+    with harness.Comparison(__file__, options) as c:
+        shape = harness.save_model(c.folder / "model", size, length + new + 32)
+        job = {
+            "model": str(c.folder / "model"),
+            "records": rl.records(c.folder, prompts + 1, length, shape["vocab_size"]),
+            "prompt": length,
+            "new": new,
+            "prompts": prompts,
+            "samples": options.samples,
+            "batches": 1,
+            "rank": 8,
+            "estimator": "gae",
+            "optimizer": {"learning_rate": 1e-6, "max_grad_norm": 1.0, "weight_decay": 0.0},
+            "set": options.set,
+        }
+        for source in ("adapter", "function", "free"):
+            if not options.sides or source in options.sides:
+                c.start(source, c.ours("ours", **job, source=source))
+        c.run(options.rounds, 2)
+        found = c.found("adapter")
+    about = {"parameters": shape["parameters"], "rows": rows, "prompt": length, "new": new}
+    if "free" in found and "function" in found:
+        step = found["adapter"]["seconds"]["median"]
+        extra = found["free"]["seconds"]["median"] - (step - found["function"]["model"])
+        about["host_path_percent"] = 100 * extra / step
+        print(f"the host path costs {about['host_path_percent']:.1f} % of a step beside the scoring")
+    return found, about
+
+
+def main():
+    parser = harness.arguments(__doc__, models=("26m",))
+    parser.add_argument("--prompts", type=int, default=4, help="per step")
+    parser.add_argument("--samples", type=int, default=4, help="per prompt")
+    parser.add_argument("--prompt", type=int, default=64, help="tokens")
+    parser.add_argument("--new", type=int, default=64, help="tokens")
+    harness.report(
+        harness.parse(parser),
+        "rewards",
+        compare,
+        "adapter",
+        lambda about: f"{about['rows']} answers of {about['new']} tokens a round",
+        {"scoring": "scoring s", "model": "model s", "length": "mean length"},
+    )
+
+
+if __name__ == "__main__":
+    harness.serve({"ours": ours})
+    main()
