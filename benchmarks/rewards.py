@@ -4,12 +4,15 @@ A round is one PPO step of one policy, an adapter, with one reward. The sides di
 
 * adapter: our own reward model, inside the jitted step;
 * function: a reward function that turns texts into tokens again and calls the same reward model;
+* classifier: a sequence classifier of the same size, the source of that kind;
 * free: a function that hardly does anything, so that its step is the host path without any scoring.
 
 `scoring` is what the function takes in a step, and `model` the reward model alone, in the same shape. The host path
 costs what free takes beyond adapter without its model, as a share of a step with scoring.
 """
 
+import json
+import shutil
 import time
 
 import harness
@@ -60,10 +63,11 @@ def ours(job, turn):
     turn.begin()
     harness.watch_jax(turn, job)
     source = job["source"]
-    changes = {} if source == "adapter" else {"rewards": {NAME: f"{__file__}:free"}}
+    specs = {"function": f"{__file__}:free", "free": f"{__file__}:free", "classifier": job["classifier"]}
+    changes = {} if source == "adapter" else {"rewards": {NAME: specs[source]}}
     method, state = rl.policy(job, changes=changes)
-    function = Scoring(method, job) if source == "function" else free
-    if source != "adapter":
+    function = Scoring(method, job)
+    if source == "function":
         method.targets.audience.sources[NAME] = RewardSource(NAME, function)
     turn({"versions": harness.our_versions()})
 
@@ -75,6 +79,22 @@ def ours(job, turn):
         return found | ({"model": function.seconds} if source == "function" else {})
 
     harness.step_by_turns(method, state, method.batches.get_state(), job, turn, said)
+
+
+def classifier(model, folder, width):
+    """The folder of a classifier with one label: a causal language model with another head."""
+    import numpy as np
+    from safetensors.numpy import load_file, save_file
+
+    shutil.copytree(model, folder)
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"architectures": ["LlamaForSequenceClassification"], "id2label": {"0": "reward"}}
+    (folder / "config.json").write_text(json.dumps(config | {"pad_token_id": harness.PAD}))
+    file = folder / "model.safetensors"
+    tensors = {name: x for name, x in load_file(file).items() if name != "lm_head.weight"}
+    head = np.random.default_rng(0).standard_normal((1, width)).astype(np.float32)
+    save_file(tensors | {"score.weight": head}, file, {"format": "pt"})
+    return str(folder)
 
 
 def compare(options, size):
@@ -94,8 +114,15 @@ def compare(options, size):
             "estimator": "gae",
             "optimizer": {"learning_rate": 1e-6, "max_grad_norm": 1.0, "weight_decay": 0.0},
             "set": options.set,
+            "classifier": {
+                "kind": "classifier",
+                "path": classifier(c.folder / "model", c.folder / "classifier", shape["hidden_size"]),
+                "template": "{prompt}{answer}",
+                "max_length": length + new,
+                "batch_size": rows,
+            },
         }
-        for source in ("adapter", "function", "free"):
+        for source in ("adapter", "function", "classifier", "free"):
             if not options.sides or source in options.sides:
                 c.start(source, c.ours("ours", **job, source=source))
         c.run(options.rounds, 2)

@@ -221,8 +221,10 @@ def with_columns(folder, copied, **changes):
     for stage in ("comparisons", "reward", "policy"):
         (copied / stage).rename(copied / f"old_{stage}")
     (copied / "config.json").unlink()  # of another config
-    prompts = {"kind": "jsonl", "path": str(folder / "prompts.jsonl")}
-    return tiny.settings(data__prompts=prompts, stages=("sft", "reward", "policy"), **changes), records
+    config = tiny.settings(stages=("sft", "reward", "policy"), **changes)
+    with config.ignore_type():
+        config.data.prompts = {"kind": "jsonl", "path": str(folder / "prompts.jsonl")}
+    return config, records
 
 
 def test_functions_see_the_columns_of_the_record_of_each_answer(copied, tmp_path, monkeypatch):
