@@ -17,6 +17,7 @@ from jaxtyping import Bool, Float, Int
 
 from pjrlhf.algorithms import answering, banks, reward
 from pjrlhf.algorithms.targets import Targets, TargetSettings, targets_of
+from pjrlhf.data.batching import soft_labels
 from pjrlhf.data.messages import request_of, text_of
 from pjrlhf.data.packing import PackedRows
 from pjrlhf.data.preferences import PreferencePrompt
@@ -163,6 +164,7 @@ class ModpoBatch(struct.PyTreeNode):
       reference: log-probabilities of the chosen and the rejected answers under the reference, nats.
       rewards: of chosen and rejected, by the models of the objectives that the pair is not labelled for.
       weights: of each policy that of the labelled objective first.
+      preference: the probability that chosen is better; None where that is certain for all pairs of a run.
     """
 
     # The order of a program's arguments, on which the rounding of its results depends.
@@ -170,6 +172,7 @@ class ModpoBatch(struct.PyTreeNode):
     rewards: Float[Array, "K n 2 S-1"]
     rows: PackedRows
     weights: Float[Array, "K 1 S"]
+    preference: Float[Array, "K n"] | None = None
 
 
 def policies_loss(
@@ -188,14 +191,18 @@ def policies_loss(
     logps = scoring.packed_logps(policies, batch.rows).reshape(reference.shape)
     logps, reference = ((x[..., 0], x[..., 1]) for x in (logps, reference))
     rewards = rewards[:, 0], rewards[:, 1]
-    losses = modpo_loss(logps, reference, beta, weights=weights, rewards=rewards, kind=kind)
+    labels = batch.preference
+    losses = modpo_loss(logps, reference, beta, weights=weights, rewards=rewards, kind=kind, preference=labels)
     chosen, rejected = implicit_rewards(logps, reference, beta)
     margins = chosen - rejected - weighted_sum(rewards[0] - rewards[1], weights[..., 1:])
     margins = margins / weights[..., 0]
     count = jnp.full(K, losses.shape[1], jnp.float32)
+    hits, decided = accuracy(margins, 0.0), count
+    if labels is not None:  # a tie has no better answer
+        hits, decided = jnp.where(labels > 0.5, hits, 0.0), (labels > 0.5).sum(1, jnp.float32)
     metrics = {
         "loss": (losses.sum(1), count),
-        "rewards/accuracies": (accuracy(margins, 0.0).sum(1), count),
+        "rewards/accuracies": (hits.sum(1), decided),
         "rewards/margins": (margins.sum(1), count),
         "wasted_tokens": scoring.wasted_tokens(batch.rows),
     }
@@ -267,6 +274,7 @@ class Modpo(Method):
             "reference": data.reference[index],
             "rewards": data.rewards[index],
             "weights": data.weights,
+            "preference": soft_labels(pairs).reshape(index.shape) if data.table.has_soft_labels else None,
         }
         return ModpoBatch(rows=packed, **arrays)
 

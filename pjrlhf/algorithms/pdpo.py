@@ -286,7 +286,8 @@ def pair_losses(config: PreferenceConfig, scores: Float[Array, "2 B"], batch: Pa
     if "delta" in takes:
         total, count = reward_shift(config, scores, batch)
         options["delta"] = total / count
-    return losses.pairwise_loss(config.loss, scores, _references(config, batch), config.scale, **options)
+    references = _references(config, batch)
+    return losses.pairwise_loss(config.loss, scores, references, config.scale, preference=batch.preference, **options)
 
 
 def preference_loss(
@@ -314,9 +315,12 @@ def preference_loss(
         pair = losses.mixture(pairwise, batch.generic, config.alpha)
     chosen, rejected = pair_rewards(config, scores, batch)
     counted = ones if batch.generic is None else 1.0 - batch.generic
+    hits, decided = losses.accuracy(chosen, rejected), counted
+    if batch.preference is not None:  # a tie has no better answer
+        decided = jnp.where(batch.preference > 0.5, counted, 0.0)
     metrics = {
         "loss": pair,
-        "rewards/accuracies": ((losses.accuracy(chosen, rejected) * counted).sum(), counted.sum()),
+        "rewards/accuracies": (jnp.where(decided > 0, hits * decided, 0.0).sum(), decided.sum()),
         "rewards/margins": (((chosen - rejected) * counted).sum(), counted.sum()),
         "rewards/chosen": ((chosen * counted).sum(), counted.sum()),
         "rewards/rejected": ((rejected * counted).sum(), counted.sum()),

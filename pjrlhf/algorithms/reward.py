@@ -16,9 +16,9 @@ from absl import logging
 from flax import struct
 from jaxtyping import Float
 
-from pjrlhf.data.batching import Batches, batches, split_by
+from pjrlhf.data.batching import Batches, batches, soft_labels, split_by
 from pjrlhf.data.packing import PackedRows
-from pjrlhf.data.schema import Prompt
+from pjrlhf.data.schema import Prompt, is_tie
 from pjrlhf.data.tokenization import TokenRow, TokenTable
 from pjrlhf.errors import UserError
 from pjrlhf.feedback.comparisons import FILE
@@ -155,11 +155,13 @@ class RewardBatch(struct.PyTreeNode):
     Attributes:
       rows: see `by_model`.
       margin: by how much the reward of chosen must exceed that of rejected.
+      preference: the probability that chosen is better; None where that is certain for all pairs of a run.
     """
 
     # The order of a program's arguments, on which the rounding of its results depends.
     margin: Float[Array, "K n"]
     rows: PackedRows
+    preference: Float[Array, "K n"] | None = None
 
 
 def pair_rewards(
@@ -186,11 +188,14 @@ def reward_loss(
     [K].
     """
     chosen, rejected = pair_rewards(backbone, trainable, batch.rows, dropout_key)
-    losses = jax.vmap(bradley_terry_loss)(chosen, rejected, batch.margin)
+    losses = jax.vmap(bradley_terry_loss)(chosen, rejected, batch.margin, preference=batch.preference)
     count = jnp.full(losses.shape, chosen.shape[1], jnp.float32)
+    hits, decided = accuracy(chosen, rejected), count
+    if batch.preference is not None:  # a tie has no better answer
+        hits, decided = jnp.where(batch.preference > 0.5, hits, 0.0), (batch.preference > 0.5).sum(1, jnp.float32)
     metrics = {
         "loss": (losses * count, count),
-        "rewards/accuracies": (accuracy(chosen, rejected).sum(1), count),
+        "rewards/accuracies": (hits.sum(1), decided),
         "rewards/margins": ((chosen - rejected).sum(1), count),
         "rewards/chosen": (chosen.sum(1), count),
         "rewards/rejected": (rejected.sum(1), count),
@@ -206,7 +211,8 @@ Tables = Mapping[str, TokenTable]  # objective -> its pairs
 def split_tables(
     table: TokenTable, objectives: Sequence[str], heldout_fraction: float, seed: int
 ) -> tuple[Tables, Tables]:
-    """(training, held-out) pairs of every objective, split by prompt.
+    """(training, held-out) pairs of every objective, split by prompt; held-out ties, which tell nothing about
+    accuracy, are left out.
 
     Raises:
       UserError: a pair of another objective, or an objective without pairs on one side.
@@ -217,7 +223,8 @@ def split_tables(
                 f"{example.where}: objective {example.objective!r} is not one of {', '.join(objectives)}; "
                 "mend the record or add it to --config.objectives"
             )
-    sides = split_by([json.dumps(example.prompt) for example in table.examples], heldout_fraction, seed)
+    train, held = split_by([json.dumps(example.prompt) for example in table.examples], heldout_fraction, seed)
+    sides = train, [i for i in held if not is_tie(table.examples[i])]
     tables = []
     for side, name in zip(sides, ("training", "held-out"), strict=True):
         rows = {objective: [i for i in side if table.examples[i].objective == objective] for objective in objectives}
@@ -250,6 +257,7 @@ class Reward(Method):
         tables: tuple[Tables, Tables],
     ):
         self.train, self.heldout = tables
+        self.soft = any(table.has_soft_labels for table in self.train.values())
         source = Grouped(list(self.train.values()), streams.seed)
         steps = steps_of(settings.steps, settings.epochs, len(source), settings.batch_size)
         self.settings = settings = settings.replace(steps=steps)
@@ -266,7 +274,8 @@ class Reward(Method):
         """n lists of K pairs -> a batch."""
         packed, pairs = by_model(self.text, rows)
         margin: Any = np.array([pair["margin"] or 0.0 for pair in pairs], np.float32).reshape(-1, len(rows))
-        return RewardBatch(rows=packed, margin=margin)
+        preference: Any = soft_labels(pairs).reshape(margin.shape) if self.soft else None
+        return RewardBatch(rows=packed, margin=margin, preference=preference)
 
     def init(self) -> State:
         return self.devices.create(self._initial, self.backbone)

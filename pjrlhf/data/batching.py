@@ -93,6 +93,11 @@ def buckets(lengths: Sequence[int] | np.ndarray, sizes: Sequence[int]) -> np.nda
     return ordered[found]
 
 
+def soft_labels(rows: Sequence[TokenRow]) -> np.ndarray:
+    """The probabilities that the chosen answers of rows are the better ones, float32 [B]."""
+    return np.array([1.0 if row["preference"] is None else row["preference"] for row in rows], np.float32)
+
+
 def collate_completion(
     rows: Sequence[TokenRow], *, prompt_length: Length, completion_length: Length, pad_id: int
 ) -> Completions:

@@ -22,7 +22,7 @@ KINDS = ("prompt", "completion", "preference")
 COLUMNS = (
     *("prompt", "chosen", "rejected", "completion", "messages", "text"),
     *("tools", "chat_template_kwargs"),
-    *("user_id", "user_text", "objective", "preference_weights", "rewards", "margin"),
+    *("user_id", "user_text", "objective", "preference_weights", "rewards", "margin", "preference"),
 )
 ASSISTANT_MARKER = "\n\nAssistant:"  # begins a turn in the transcripts of HH-RLHF
 
@@ -44,6 +44,7 @@ class Example:
       preference_weights: none below 0, with sum 1 (to 1e-3), by name or in the order of the objectives.
       rewards: scores of a completion by name.
       margin: how much better `chosen` is, for losses that take a margin.
+      preference: the probability that `chosen` is the better answer, from 1/2, a tie, to 1; None for 1.
       extra: all other columns, for reward functions.
       where: place of the record, such as "train.jsonl line 17".
     """
@@ -58,6 +59,7 @@ class Example:
     preference_weights: dict[str, float] | list[float] | None = None
     rewards: dict[str, float] | None = None
     margin: float | None = None
+    preference: float | None = None
     extra: dict[str, Any] = dataclasses.field(default_factory=dict)
     where: str = ""
 
@@ -151,6 +153,7 @@ def parse(
         preference_weights=_weights(values.get("preference_weights")),
         rewards=_named_numbers(values.get("rewards"), "rewards"),
         margin=None if values.get("margin") is None else _number(values["margin"], "margin"),
+        preference=_soft_label(values.get("preference")),
         extra=extra,
         where=where,
     )
@@ -158,9 +161,14 @@ def parse(
 
 def other_columns(example: Example) -> dict[str, Any]:
     """The columns of a prompt record beside the prompt, by name: those of this package that it has, and all others."""
-    named = ("user_id", "user_text", "objective", "preference_weights", "rewards", "margin")
+    named = ("user_id", "user_text", "objective", "preference_weights", "rewards", "margin", "preference")
     own = {name: getattr(example, name) for name in named}
     return {name: value for name, value in own.items() if value is not None} | example.extra
+
+
+def is_tie(example: Example) -> bool:
+    """Whether neither answer of a preference record is the better one: there is nothing to get right about it."""
+    return example.preference == 0.5
 
 
 def last_turn(example: Example) -> Example:
@@ -308,6 +316,16 @@ def _number(value: Json, name: str) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         raise RecordError(f"bad {name}", f"{shown(value)} is not a finite number")
     return float(value)
+
+
+def _soft_label(value: Json) -> float | None:
+    if value is None:
+        return None
+    number = value if isinstance(value, int | float) and not isinstance(value, bool) else math.nan
+    if not 0.5 <= number <= 1:
+        ways = "exchange the answers, or map another column with --config.data.columns.preference=OTHER"
+        raise RecordError("bad preference", f"{shown(value)} is no probability from 0.5 to 1; {ways}")
+    return float(number)
 
 
 def _named_numbers(value: Json, name: str) -> dict[str, float] | None:

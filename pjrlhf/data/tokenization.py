@@ -3,6 +3,7 @@ answer, which is found among the tokens.
 """
 
 import dataclasses
+import functools
 import json
 import math
 import os
@@ -490,7 +491,7 @@ class Lengths:
 
 # A row of a `TokenTable`: `index`, its place there; `prompt` and the answers of its kind, int32 [length] each; for each
 # answer <name>_mask, bool [length], which tokens are scored, or None for all; and `user_id`, `objective`, `margin`,
-# `where` of its example.
+# `preference`, `where` of its example.
 TokenRow: TypeAlias = Mapping[str, Any]
 
 
@@ -520,9 +521,14 @@ class TokenTable(Sequence[TokenRow]):
 
     def __getitem__(self, i: int) -> TokenRow:  # pyright: ignore[reportIncompatibleMethodOverride] - no slices
         example = self.examples[i]
-        row = {name: getattr(example, name) for name in ("user_id", "objective", "margin", "where")}
+        row = {name: getattr(example, name) for name in ("user_id", "objective", "margin", "preference", "where")}
         row |= {name: ids[i] for name, ids in self.tokens.items()} | {"index": range(len(self))[i]}
         return row | {f"{name}_mask": self.mask(name, i) for name in ANSWERS[self.kind]}
+
+    @functools.cached_property
+    def has_soft_labels(self) -> bool:
+        """Whether it is uncertain of any pair which answer is the better one."""
+        return any(example.preference not in (None, 1.0) for example in self.examples)
 
     def mask(self, name: str, i: int) -> np.ndarray | None:
         """Which tokens of an answer of row i are scored, bool [length]; None for all."""

@@ -10,10 +10,10 @@ import numpy as np
 from flax import struct
 from jaxtyping import Bool, Float, Int
 
-from pjrlhf.data.batching import split_by
+from pjrlhf.data.batching import soft_labels, split_by
 from pjrlhf.data.messages import with_text
 from pjrlhf.data.packing import PackedRows
-from pjrlhf.data.schema import Example
+from pjrlhf.data.schema import Example, is_tie
 from pjrlhf.data.tokenization import TokenRow, TokenTable
 from pjrlhf.errors import UserError
 from pjrlhf.models.registry import UserRegistry
@@ -62,6 +62,7 @@ class PairBatch(struct.PyTreeNode):
       local: places of the users in a gathered table, see `models.users.gather_rows`; None where the user model has its
         whole table.
       generic: which copies are the generic user's, see `both_copies`; None where every pair is in once.
+      preference: the probability that chosen is better; None where that is certain for all pairs of a run.
       shift: sum and number of the rewards before this batch, for losses with a reward shift, or None.
     """
 
@@ -74,6 +75,7 @@ class PairBatch(struct.PyTreeNode):
     users: Int[Array, " B"]
     generic: Bool[Array, " B"] | None = None
     local: Int[Array, " B"] | None = None
+    preference: Float[Array, " B"] | None = None
     shift: Float[Array, "2"] | None = None
 
     def __len__(self) -> int:
@@ -102,7 +104,8 @@ def _told(example: Example, text: str | None) -> Example:
 def split(examples: Sequence[Example], config: PairSettings, seed: int) -> dict[str, list[Example]]:
     """Records in parts "train" and "heldout", of the same people, and, where a share of the people is new, "new_users",
     theirs: `extra["held_out"]` says on which side their prompt or pair is. No prompt (or pair) is in two parts but for
-    those new users have in common with others, and no new person is anywhere else.
+    those new users have in common with others, and no new person is anywhere else. Ties are trained on and never
+    tested, because neither answer is the right one.
 
     Args:
       config: `split`, `heldout_fraction` and `new_user_fraction` of the section `preference`.
@@ -118,10 +121,14 @@ def split(examples: Sequence[Example], config: PairSettings, seed: int) -> dict[
     parts: dict[str, list[Example]] = {name: [] for name in PARTS if new or name != "new_users"}
     for i, example in enumerate(examples):
         if i in new:
+            if is_tie(example):
+                continue
             extra = {**example.extra, "held_out": i in held}
             parts["new_users"].append(dataclasses.replace(example, extra=extra))
-        else:
-            parts["heldout" if i in held else "train"].append(example)
+        elif i not in held:
+            parts["train"].append(example)
+        elif not is_tie(example):
+            parts["heldout"].append(example)
     for name, part in parts.items():
         if not part:
             raise UserError(
@@ -200,6 +207,7 @@ class Pairs:
         text: Text,
     ):
         self.tables, self.registry, self.reference, self.text = tables, registry, reference, text
+        self.soft = any(table.has_soft_labels for table in tables.values())
 
     def seen_by(self, registry: UserRegistry) -> "Pairs":
         """The same comparisons for a user table with the rows of another registry."""
@@ -229,6 +237,7 @@ class Pairs:
             "reference": self.reference[part][index],
             "counts": np.array([[_count(row, side) for side in SIDES] for row in rows], np.float32),
             "margin": np.array([row["margin"] or 0.0 for row in rows], np.float32),
+            "preference": soft_labels(rows) if self.soft else None,
         }
         return PairBatch(rows=self.text.pack(rows, SIDES, num_user_tokens=num_user_tokens), **arrays)
 

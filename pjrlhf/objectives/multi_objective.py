@@ -12,7 +12,7 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Float, Int, Num, Shaped
 
-from pjrlhf.objectives.preference import Pair
+from pjrlhf.objectives.preference import Pair, expected
 from pjrlhf.types import Array
 
 DIVERGENCES = {"reverse_kl": 0.0, "forward_kl": 1.0}
@@ -306,6 +306,7 @@ def modpo_loss(
     weights: Num[Array, "... S"],
     rewards: Pair,
     kind: str = "sigmoid",
+    preference: Float[Array, "..."] | None = None,
 ) -> Float[Array, "..."]:
     """Losses of pairs labelled for objective 0, with the other objectives as margins (MODPO, arXiv 2310.03708).
 
@@ -320,6 +321,7 @@ def modpo_loss(
       rewards: rewards [*B, S - 1] of the chosen and the rejected answers by the other objectives, in the units of
         Bradley-Terry (a gap of 1 is odds of e), as are those of `preference.implicit_rewards`.
       kind: "sigmoid" or "hinge".
+      preference: soft labels, see `preference.expected`; None for labels that are certain.
 
     Raises ValueError for an unknown kind, rewards that are not one fewer than weights, and a w_0 that is not positive
     (seen only outside jit).
@@ -332,7 +334,11 @@ def modpo_loss(
     weights = jnp.asarray(weights, jnp.float32)
     margin = weighted_sum(gaps, weights[..., 1:])
     h = (beta * ((logps[0] - reference[0]) - (logps[1] - reference[1])) - margin) / weights[..., 0]
-    return -jax.nn.log_sigmoid(h) if kind == "sigmoid" else jax.nn.relu(1 - h)
+
+    def loss(h: Float[Array, "..."]) -> Float[Array, "..."]:
+        return -jax.nn.log_sigmoid(h) if kind == "sigmoid" else jax.nn.relu(1 - h)
+
+    return loss(h) if preference is None else expected(loss(h), loss(-h), preference)
 
 
 def divergence_alpha(divergence: str | float) -> float:

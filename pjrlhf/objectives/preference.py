@@ -32,6 +32,7 @@ def bradley_terry_loss(
     rejected: Float[Array, " B"],
     margin: Array | float = 0.0,
     weight: Float[Array, " B"] | None = None,
+    preference: Float[Array, " B"] | None = None,
 ) -> Float[Array, ""]:
     """-log s(r(chosen) - r(rejected) - margin), averaged with `weight` (Ouyang et al. 2022, eq. 1; Llama 2, eq. 2).
 
@@ -39,13 +40,30 @@ def bradley_terry_loss(
       chosen, rejected: rewards.
       margin: [B] or scalar, how much better chosen must be.
       weight: 0 leaves a pair out; None counts every pair once.
+      preference: see `expected`.
     """
     gap = chosen - rejected - margin
-    if weight is None:
-        return -jax.nn.log_sigmoid(gap).mean()
-    # `where`, because the rewards of a pair left out may be infinite.
-    losses = -jax.nn.log_sigmoid(jnp.where(weight > 0, gap, 0.0))
-    return (losses * weight).sum() / jnp.maximum(weight.sum(), 1)
+    if weight is not None:
+        # `where`, because the rewards of a pair left out may be infinite.
+        gap = jnp.where(weight > 0, gap, 0.0)
+    losses = -jax.nn.log_sigmoid(gap)
+    if preference is not None:
+        losses = expected(losses, -jax.nn.log_sigmoid(-gap), preference)
+    return losses.mean() if weight is None else (losses * weight).sum() / jnp.maximum(weight.sum(), 1)
+
+
+def expected(
+    losses: Float[Array, "*B"], exchanged: Float[Array, "*B"], preference: Float[Array, "*B"]
+) -> Float[Array, "*B"]:
+    """p losses + (1 - p) exchanged: the expected loss of pairs with soft labels (RLAIF, arXiv 2309.00267;
+    of `sigmoid` it is conservative DPO with a label smoothing 1 - p for every pair).
+
+    Args:
+      losses, exchanged: of the pairs, and of the pairs with both answers exchanged.
+      preference: p, the probability that chosen is better, in [1/2, 1].
+    """
+    # `where`, because the loss of the exchanged pair may be infinite.
+    return preference * losses + jnp.where(preference < 1, (1 - preference) * exchanged, 0.0)
 
 
 def accuracy(chosen: Float[Array, "*B"], rejected: Float[Array, "*B"] | float) -> Float[Array, "*B"]:
@@ -213,7 +231,15 @@ def bco_pair(
     return -jax.nn.log_sigmoid(beta * w - delta) - jax.nn.log_sigmoid(delta - beta * l)
 
 
-def pairwise_loss(kind: str, logps: Pair, reference: Pair, beta: float, **options: Option) -> Float[Array, " B"]:
+def pairwise_loss(
+    kind: str,
+    logps: Pair,
+    reference: Pair,
+    beta: float,
+    *,
+    preference: Float[Array, " B"] | None = None,
+    **options: Option,
+) -> Float[Array, " B"]:
     """Losses of preference pairs.
 
     Args:
@@ -221,6 +247,7 @@ def pairwise_loss(kind: str, logps: Pair, reference: Pair, beta: float, **option
       logps: log-probs of the chosen and the rejected answers under the policy, summed over tokens.
       reference: the same under the reference.
       beta: strength of the tie to the reference, positive.
+      preference: soft labels, see `expected`; None for labels that are certain.
       options: see `OPTIONS`; `label_smoothing` in [0, 1/2). A loss that does not work per token ignores `lengths`.
 
     Raises:
@@ -236,7 +263,16 @@ def pairwise_loss(kind: str, logps: Pair, reference: Pair, beta: float, **option
     if "lengths" in loss.options and "lengths" not in options:
         raise ValueError(f"pairwise loss {kind!r} works per token; give lengths")
     given = {name: value for name, value in options.items() if name in loss.options}
-    return loss(logps[0] - reference[0], logps[1] - reference[1], beta, **given)
+    w, l = logps[0] - reference[0], logps[1] - reference[1]
+    losses = loss(w, l, beta, **given)
+    if preference is None:
+        return losses
+    other = dict(given)
+    if "lengths" in given:
+        other["lengths"] = cast(Pair, given["lengths"])[::-1]
+    if "margin" in given:
+        other["margin"] = -cast(Array, given["margin"])
+    return expected(losses, loss(l, w, beta, **other), preference)
 
 
 def sft_term(chosen: Float[Array, " B"], chosen_length: Num[Array, " B"]) -> Float[Array, " B"]:

@@ -13,7 +13,7 @@ import numpy as np
 
 from pjrlhf.algorithms.pdpo import PreferenceSettings
 from pjrlhf.data.messages import request_of, text_of
-from pjrlhf.data.schema import Example
+from pjrlhf.data.schema import Example, is_tie
 from pjrlhf.evaluation import surface
 from pjrlhf.evaluation.users import (
     choice_accuracy,
@@ -144,13 +144,14 @@ def _score(
 
 def _surface(pairs: Pairs) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """Held-out margins (own, generic) of logistic regressions on surface features, for everybody and per person."""
-    features = {}
+    features, people = {}, {}
     for part in ("train", "heldout"):
-        rows = [
-            (request_of(e.prompt), *(text_of(getattr(e, side)) for side in SIDES)) for e in pairs.tables[part].examples
-        ]
+        kept = [i for i, example in enumerate(pairs.tables[part].examples) if not is_tie(example)]
+        examples = [pairs.tables[part].examples[i] for i in kept]
+        rows = [(request_of(e.prompt), *(text_of(getattr(e, side)) for side in SIDES)) for e in examples]
         features[part] = np.array([surface.features(p, c) - surface.features(p, r) for p, c, r in rows])
-    train, held = pairs.users("train"), pairs.users("heldout")
+        people[part] = pairs.users(part)[kept]
+    train, held = people["train"], people["heldout"]
     found = {}
     for name, users in (("surface", np.zeros_like(train)), ("surface_personal", train)):
         weights = surface.fit(features["train"], users, pairs.registry.capacity)

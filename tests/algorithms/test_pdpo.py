@@ -28,8 +28,9 @@ from pjrlhf.algorithms.pdpo import (
 )
 from pjrlhf.data import synthetic
 from pjrlhf.data.messages import with_text
+from pjrlhf.data.schema import Example, is_tie
 from pjrlhf.errors import UserError
-from pjrlhf.feedback.pairs import PairBatch
+from pjrlhf.feedback.pairs import PairBatch, PairSettings, split
 from pjrlhf.models.storage import load_tree, save_tree
 from pjrlhf.models.users import UserKind
 from pjrlhf.objectives.preference import PAIRWISE
@@ -137,6 +138,30 @@ def test_rewards_are_what_the_loss_compares(loss, head):
     chosen, rejected = pair_rewards(config, scores, batch)
     expected = np.log1p(np.exp(rejected - chosen))
     np.testing.assert_allclose(pair_losses(config, scores, batch), expected, rtol=1e-5)
+
+
+def test_soft_labels_reach_the_loss():
+    rng = np.random.default_rng(0)
+    scores, p = rng.normal(size=(2, 8)), np.linspace(0.5, 1, 8, dtype=np.float32)
+    arrays = {"counts": np.ones((8, 2), np.float32), "margin": np.zeros(8), "reference": np.zeros((8, 2))}
+    batch = PairBatch(rows=None, index=None, users=None, preference=p, **arrays)
+    config = PreferenceConfig(beta=0.7)
+    gap = 0.7 * (scores[0] - scores[1])
+    expected = p * np.logaddexp(0, -gap) + (1 - p) * np.logaddexp(0, gap)
+    np.testing.assert_allclose(pair_losses(config, scores, batch), expected, rtol=1e-5)
+
+
+def test_ties_are_trained_on_and_never_tested():
+    settings = PairSettings(heldout_fraction=0.5, new_user_fraction=0.4)
+    examples = [
+        Example(prompt=f"p{i}", chosen="a", rejected="b", user_id=f"u{i % 5}", preference=0.5 if j else None)
+        for i in range(20)
+        for j in range(2)
+    ]
+    parts = split(examples, settings, 0)
+    assert any(is_tie(example) for example in parts["train"])
+    assert not any(is_tie(example) for name in ("heldout", "new_users") for example in parts[name])
+    assert all(parts.values())
 
 
 @pytest.mark.parametrize(("mixture", "alpha", "times"), [("exact", 0.5, 2), ("dropout", 0.0, 1)])

@@ -12,6 +12,7 @@ from pjrlhf.algorithms import reward
 from pjrlhf.algorithms.reward import Grouped, pair_rewards, reward_loss
 from pjrlhf.data import synthetic
 from pjrlhf.data.packing import NOWHERE
+from pjrlhf.data.schema import is_tie
 from pjrlhf.errors import UserError
 from pjrlhf.models.adapters import AdapterConfig, init_bank
 from pjrlhf.models.storage import load_tree
@@ -117,6 +118,28 @@ def test_the_rewards_are_those_of_the_pairs_one_by_one(method, trained):
     for k, i in ((0, 0), (K - 1, 1), (2, n - 1)):
         alone = score(method, slice_of(trained, k), method.collate([pairs[i][k : k + 1]]))
         np.testing.assert_allclose([alone[0][0, 0], alone[1][0, 0]], [chosen[k, i], rejected[k, i]], atol=1e-5)
+
+
+def test_soft_labels_reach_the_loss_and_ties_no_accuracy(finished, tmp_path):
+    path = finished / "comparisons" / "comparisons.jsonl"
+    records = [json.loads(line) for line in path.read_text().splitlines()]
+    for i, record in enumerate(records):
+        record["preference"] = (0.5, 0.8, 1.0)[i % 3]
+    (tmp_path / "soft.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    config = tiny.settings()
+    with config.ignore_type():
+        config.reward.data = {"kind": "jsonl", "path": str(tmp_path / "soft.jsonl")}
+    soft = reward.method_of(tiny.start(finished, config))
+    assert all(not is_tie(example) for table in soft.heldout.values() for example in table.examples)
+    batch = next(soft.batches)
+    assert {*np.unique(batch.preference)} <= {np.float32(0.5), np.float32(0.8), np.float32(1)}
+    trainable = noisy(soft.init().trainable, seed=1)
+    _, metrics = jax.jit(reward_loss)(soft.backbone, trainable, batch)
+    gap = np.subtract(*(np.asarray(x, np.float64) for x in score(soft, trainable, batch)))
+    losses = batch.preference * np.logaddexp(0, -gap) + (1 - batch.preference) * np.logaddexp(0, gap)
+    np.testing.assert_allclose(metrics["loss"][0], losses.sum(1), rtol=1e-4)
+    np.testing.assert_array_equal(metrics["rewards/accuracies"][1], (batch.preference > 0.5).sum(1))
+    np.testing.assert_array_equal(metrics["rewards/accuracies"][0], ((gap > 0) & (batch.preference > 0.5)).sum(1))
 
 
 def test_heads_and_adapters_move_in_the_first_step(method):

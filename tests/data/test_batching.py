@@ -21,7 +21,7 @@ PAD = 0
 
 def make_row(i, prompt=(5, 6), chosen=(7, 8, 9), rejected=(7,), completion=(3, 2), **columns):
     ids = {"prompt": prompt, "chosen": chosen, "rejected": rejected, "completion": completion}
-    columns = {"user_id": None, "objective": None, "margin": None, "where": f"row {i}"} | columns
+    columns = {"user_id": None, "objective": None, "margin": None, "preference": None, "where": f"row {i}"} | columns
     return {"index": i} | {name: np.array(value, np.int32) for name, value in ids.items()} | columns
 
 

@@ -461,17 +461,21 @@ def pair(prompt, chosen="yes", rejected="no", **columns):
 
 def test_table_rows():
     tokenizer = Tokenizer(backend())
-    examples = [pair("abc", user_id="u", objective="o", margin=0.5, extra={"n": 1}), pair("de", chosen="maybe")]
+    examples = [
+        pair("abc", user_id="u", objective="o", margin=0.5, preference=0.75, extra={"n": 1}),
+        pair("de", chosen="maybe"),
+    ]
     table = tokenize(examples, "preference", tokenizer, ROOMY)
     assert len(table) == 2 and not table.bad.items
     row = table[0]
     assert row["chosen"].dtype == np.int32 and row["chosen"].tolist() == [*codes("yes"), END]
     assert (row["prompt"].tolist(), row["rejected"].tolist()) == (codes("abc"), [*codes("no"), END])
-    assert {name: row[name] for name in ("index", "user_id", "objective", "margin", "where")} == {
+    assert {name: row[name] for name in ("index", "user_id", "objective", "margin", "preference", "where")} == {
         "index": 0,
         "user_id": "u",
         "objective": "o",
         "margin": 0.5,
+        "preference": 0.75,
         "where": "t.jsonl line 3",
     }
     assert table.examples[0].extra == {"n": 1}

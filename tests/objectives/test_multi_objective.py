@@ -510,6 +510,16 @@ def test_modpo_is_the_loop(weights, kind):
     close(modpo(weights, kind), want, 1e-4)
 
 
+@pytest.mark.parametrize("kind", ["sigmoid", "hinge"])
+def test_modpo_with_soft_labels_is_the_expected_loss_of_both_orders(kind):
+    rewards, p = (draw(40, B, N - 1), draw(41, B, N - 1)), np.linspace(0.5, 1, B, dtype=np.float32)
+    settings = {"beta": 0.1, "weights": WEIGHTS, "kind": kind}
+    certain = mo.modpo_loss(*PAIRS, rewards=rewards, **settings)
+    exchanged = mo.modpo_loss(*(pair[::-1] for pair in PAIRS), rewards=rewards[::-1], **settings)
+    found = mo.modpo_loss(*PAIRS, rewards=rewards, preference=p, **settings)
+    close(found, p * np.asarray(certain) + (1 - p) * np.asarray(exchanged), 1e-5)
+
+
 def test_modpo_of_one_objective_is_dpo():
     w, l = PAIRS[0] - PAIRS[1]
     for kind in ("sigmoid", "hinge"):

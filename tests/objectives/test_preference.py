@@ -53,3 +53,14 @@ def test_accuracy_is_strict_and_nan_is_no_zero():
     rejected = jnp.array([1.0, 1.0, 3.0, 0.0, jnp.nan, jnp.inf])
     np.testing.assert_array_equal(accuracy(chosen, rejected), [1, 0, 0, np.nan, np.nan, np.nan])
     assert np.isnan(accuracy(chosen, rejected).mean())
+
+
+def test_a_soft_label_is_cross_entropy():
+    p = np.array([1.0, 0.5, 0.7, 0.9], np.float32)
+    gap = np.asarray(CHOSEN, np.float64) - REJECTED - MARGIN
+    want = (p * np.logaddexp(0, -gap) + (1 - p) * np.logaddexp(0, gap)).mean()
+    np.testing.assert_allclose(bradley_terry_loss(CHOSEN, REJECTED, MARGIN, preference=p), want, rtol=1e-6)
+    # Its least loss is where the model gives the label itself: s(gap) = p.
+    gap = jnp.log(0.7 / 0.3)[None]
+    slope = jax.grad(lambda x: bradley_terry_loss(x, jnp.zeros(1), preference=jnp.full(1, 0.7)))(gap)
+    np.testing.assert_allclose(slope, 0, atol=1e-6)

@@ -229,3 +229,37 @@ def test_user_dropout_at_the_ends():
     users = jnp.array([0, 3, 5])
     np.testing.assert_array_equal(user_dropout(jax.random.key(0), users, 1.0), users)
     np.testing.assert_array_equal(user_dropout(jax.random.key(0), users, 0.0), 0 * users)
+
+
+@pytest.mark.parametrize("kind", PAIRWISE)
+def test_a_soft_label_is_the_expected_loss_of_both_orders(kind):
+    options = PAIRWISE.get(kind).options
+    chosen = {"lengths": LENGTHS} | ({"margin": INPUTS["margin"]} if "margin" in options else {})
+    exchanged = {"lengths": LENGTHS[::-1]} | ({"margin": -INPUTS["margin"]} if "margin" in options else {})
+    certain = pairwise_loss(kind, LOGPS, REFERENCE, 0.3, **chosen)
+    other = pairwise_loss(kind, LOGPS[::-1], REFERENCE[::-1], 0.3, **exchanged)
+    p = np.linspace(0.5, 1, len(certain), dtype=np.float32)
+    found = pairwise_loss(kind, LOGPS, REFERENCE, 0.3, preference=p, **chosen)
+    np.testing.assert_allclose(found, p * certain + (1 - p) * other, rtol=1e-5)
+    ones = pairwise_loss(kind, LOGPS, REFERENCE, 0.3, preference=np.ones_like(p), **chosen)
+    np.testing.assert_array_equal(ones, certain)
+
+
+@pytest.mark.parametrize("kind", ["sigmoid", "sigmoid_norm"])
+def test_soft_labels_that_are_all_equal_are_label_smoothing(kind):
+    p = np.full(len(LOGPS[0]), 0.8, np.float32)
+    soft = pairwise_loss(kind, LOGPS, REFERENCE, 0.3, lengths=LENGTHS, preference=p)
+    smoothed = pairwise_loss(kind, LOGPS, REFERENCE, 0.3, lengths=LENGTHS, label_smoothing=0.2)
+    np.testing.assert_allclose(soft, smoothed, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["sigmoid", "ipo", "hinge"])
+def test_the_best_reward_of_a_tie_is_equal_rewards(kind):
+    """IPO pulls half its target either way, and the others have their least loss where both rewards are equal."""
+
+    def total(gap):
+        w, l = gap / 2, -gap / 2
+        return pairwise_loss(kind, (w, l), (0 * w, 0 * l), 1.0, preference=jnp.full(1, 0.5)).sum()
+
+    np.testing.assert_allclose(jax.grad(total)(jnp.zeros(1)), 0, atol=1e-6)
+    assert total(jnp.full(1, 1.5)) > total(jnp.zeros(1))
