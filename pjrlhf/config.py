@@ -27,7 +27,7 @@ from pjrlhf.feedback.population import PopulationSettings
 from pjrlhf.models.users import KINDS
 from pjrlhf.protocols.front import FrontSettings
 from pjrlhf.protocols.soups import OWN as SOUPS_OWN
-from pjrlhf.protocols.soups import SoupsSettings
+from pjrlhf.protocols.soups import SoupsSettings, check_length_controlled
 from pjrlhf.protocols.users import OWN as USERS_OWN
 from pjrlhf.protocols.users import UsersSettings
 from pjrlhf.runtime.run import SharedSettings
@@ -71,6 +71,7 @@ class RunSettings(SharedSettings):
             check_names("preference.models", self.preference.models, USERS_OWN)
         if "evaluate" in self.stages:
             check_names("methods", self.methods, SOUPS_OWN)
+            check_length_controlled(self.audience, self.evaluate or SoupsSettings())
         for name in self.population.personas if self.population else ():
             if name not in known:
                 raise UserError(f"population.personas: {name!r} is unknown; choose from {', '.join(known)}")

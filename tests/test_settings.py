@@ -22,11 +22,12 @@ from pjrlhf.algorithms.answering import AnswerSettings
 from pjrlhf.algorithms.pdpo import EntrySettings
 from pjrlhf.config import RunSettings
 from pjrlhf.errors import UserError
-from pjrlhf.judges.chat import ChatSettings
+from pjrlhf.feedback.samplers import ChatSamplerSettings, ModelSamplerSettings
 from pjrlhf.judges.language_model import JudgeSettings
 from pjrlhf.objectives.scalarization import CombinationRule
 from pjrlhf.pipeline import stages
 from pjrlhf.runtime.classifiers import ClassifierSettings
+from pjrlhf.runtime.judges import ModelJudgeSettings
 from pjrlhf.settings import RENAMED, Settings, fields_of, nested_class, overlay, parse, rule_of, setting, to_config
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -140,9 +141,9 @@ def test_every_class_of_settings_is_reached_by_a_flag():
     for module in pkgutil.walk_packages(pjrlhf.__path__, "pjrlhf."):
         importlib.import_module(module.name)
     package = {cls for cls in below(Settings) if cls.__module__.startswith("pjrlhf.")}
-    chosen = {EntrySettings, AnswerSettings, CombinationRule, *below(CombinationRule)}
-    chosen |= {ChatSettings, JudgeSettings, ClassifierSettings}
-    inherited = {base for cls in classes() for base in cls.__mro__}
+    named = {JudgeSettings, ModelJudgeSettings, ChatSamplerSettings, ModelSamplerSettings, ClassifierSettings}
+    chosen = {EntrySettings, AnswerSettings, CombinationRule, *named, *below(CombinationRule)}
+    inherited = {base for cls in [*classes(), *named] for base in cls.__mro__}
     assert package - inherited - chosen == set()
     combine = everything().policy.combine
     for rule in below(CombinationRule) & package:

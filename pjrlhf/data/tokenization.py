@@ -173,17 +173,20 @@ class Tokenizer:
         """The token before an answer to an empty prompt: BOS, or EOS where the tokenizer has no BOS."""
         return self.eos_id if self.bos_id is None else self.bos_id
 
-    def encode_prompt(self, prompt: Prompt) -> list[int]:
+    def encode_prompt(self, prompt: Prompt, start: str = "") -> list[int]:
         """Ids of a prompt, at least one. A conversation ends with the generation prompt of the chat template.
 
         Text starts with one BOS where the tokenizer uses BOS; in a conversation the template decides.
+
+        Args:
+          start: what the answer starts with.
 
         Raises:
           RecordError: the template refuses the conversation.
           UserError: the prompt is a conversation and the tokenizer has no chat template.
         """
         text = prompt if isinstance(prompt, str) else self._render(prompt, generate=True)
-        (ids,) = self._encode([text], bos=isinstance(prompt, str))
+        (ids,) = self._encode([text + start], bos=isinstance(prompt, str))
         return ids or [self.start_id]
 
     def encode_answers(self, prompt: Prompt, answers: Sequence[Answer]) -> tuple[list[int], list["AnswerIds"]]:

@@ -16,6 +16,9 @@ Layout of `summary` (every section may be absent, every number may be nan or Non
                           length: [...]; spearman: {preference: x}; chord_gap: {preference: {mean, min, max}}}}
     position_consistency  fraction of comparisons judged alike in both orders, where the judge could differ
     judge                 {name, asked, judged; of a language model also position_bias, requests, failures, cost}
+    judges                [like `judge`, with self_consistency: the dict of `judge.agreement`], that and further judges
+    agreement             [{criterion, judges: [name, name], and the dict of `judge.agreement`}]
+    length_controlled     {criterion: {policy: {rate, controlled, length, base_length, n}}}, against the base
     notes                 [str]
 
 of several methods on one front, for N objectives, where a metric is a number or, over seeds, {"mean", "low", "high"},
@@ -58,7 +61,7 @@ from typing import Any
 import jinja2
 import rich.console
 
-from pjrlhf.evaluation import plots, plots_front, plots_users, report_front, report_users
+from pjrlhf.evaluation import plots, plots_front, plots_users, report_front, report_judges, report_users
 from pjrlhf.evaluation.formats import (
     cell,
     duration,
@@ -104,6 +107,7 @@ def write_report(
         opponents=plots.opponents,
         by_combo=_by_combo(summary.get("combos") or {}),
         **report_front.page(summary),
+        **report_judges.page(summary),
         **report_users.page(summary),
     )
     _write(folder / "index.html", page.encode())
@@ -188,6 +192,7 @@ def print_tables(summary: Mapping[str, Any], console: rich.console.Console | Non
         for name, value in (one.get("spearman") or {}).items()
     ]
     print_table(console, "Sweep between opposites", ["dimension", "score", "Spearman", "above the line"], rows)
+    report_judges.print_judges(console, summary)
     report_front.print_fronts(console, summary)
     report_users.print_users(console, summary)
 

@@ -6,6 +6,7 @@ per prompt, and the rate counts prompts won against prompts lost.
 
 import dataclasses
 import math
+import re
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -85,6 +86,19 @@ def win_rate(
         high=high,
         unjudged=rows.size - n,
     )
+
+
+# Words that make a criterion one about length.
+ABOUT_LENGTH = re.compile(
+    r"\b(length(y|s)?|long(er|est)?|short(er|est)?|brief(ly|er)?|brevity|concise(ly|ness)?|succinct(ly)?|terse(ly)?"
+    r"|verbos\w*|wordy|detail(s|ed)?|informative(ness)?|completeness|complete|thorough(ly|ness)?|in depth)\b",
+    re.IGNORECASE,
+)
+
+
+def about_length(text: str) -> bool:
+    """Whether the text of a criterion speaks of length, which a length-controlled rate takes away."""
+    return bool(ABOUT_LENGTH.search(text))
 
 
 def length_controlled_rate(verdicts: ArrayLike, lengths_a: ArrayLike, lengths_b: ArrayLike) -> float:

@@ -1,7 +1,8 @@
-"""Comparisons as in Personalized Soups: two answers of the base per prompt, one label per preference from the judge."""
+"""Comparisons as in Personalized Soups: two answers per prompt, of the base or of a stronger model, and one label per
+preference from the judge.
+"""
 
 import dataclasses
-import functools
 import math
 import random
 from collections.abc import Mapping
@@ -11,9 +12,9 @@ import numpy as np
 
 from pjrlhf.data import preferences
 from pjrlhf.errors import UserError
+from pjrlhf.feedback.samplers import BASE, sampler, sampler_name
 from pjrlhf.judges.judge import JUDGES, check_judge, combo_outcomes, judge_name
 from pjrlhf.parallel.processes import on_process_zero
-from pjrlhf.runtime.answers import sample_base
 from pjrlhf.runtime.run import Run, Stage
 from pjrlhf.settings import Settings, setting
 from pjrlhf.training.workdir import disk_errors, write_lines
@@ -24,18 +25,29 @@ FILE = "comparisons.jsonl"
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ComparisonsSettings(Settings):
-    """Pairs of answers of the base, labelled by a judge."""
+    """Pairs of answers, labelled by a judge."""
 
+    sampler: str | Mapping[str, Any] = setting(
+        BASE,
+        'who answers; base: the base of the run; the folder of another model; or {"kind": ...} with settings, see '
+        "feedback/samplers.py",
+    )
     judge: str | Mapping[str, Any] = setting(
         "score",
         'who compares answers; score: by the scorers of the run; or {"kind": ...} with settings, see judges/judge.py',
         choices=tuple(JUDGES),
         extensible=True,
     )
-    pairs: int = setting(1024, "pairs of answers, each labelled once per objective", low=1, high=10**8)
+    pairs: int = setting(
+        1024, "pairs of answers that are sampled; different ones are labelled once per objective", low=1, high=10**8
+    )
+    ties: str = setting(
+        "drop", "pairs judged equal: left out, or kept as records with preference 0.5", choices=("drop", "keep")
+    )
 
     def check(self) -> None:
         check_judge(self.judge)
+        sampler(None, self.sampler)
 
 
 def stated_sets(run: Run, count: int, rng: random.Random) -> list[tuple[str, ...]]:
@@ -55,8 +67,10 @@ def preference_record(run: Run, request: str, chosen: str, rejected: str, **colu
 
 
 def run(run: Run) -> dict[str, Any]:
-    """Writes <workdir>/comparisons/comparisons.jsonl: TRL preference records with an `objective` each; counts ties and
-    pairs without a verdict per objective.
+    """Writes <workdir>/comparisons/comparisons.jsonl: TRL preference records with an `objective` each, and with the
+    names of their judge and sampler; counts ties and pairs without a verdict per objective.
+
+    A pair that was sampled twice, in either order, is labelled once. Equal answers are a tie, and nobody is asked.
 
     Prompts are the plain requests, whatever sentences were stated when the answers were sampled: a reward model is
     that of one preference and needs no sentence to know it.
@@ -65,27 +79,33 @@ def run(run: Run) -> dict[str, Any]:
     rng = run.streams.python("comparisons/prompts")
     requests = [run.records.requests[0][i % len(run.records.requests[0])] for i in range(config.pairs)]
     stated = stated_sets(run, 2 * config.pairs, rng)
-    said = [preferences.sentences(run.audience.preferences, names) for names in stated]
-    prompts = [run.records.ask(request, words) for request, words in zip(requests * 2, said, strict=True)]
-    keys = functools.partial(run.streams.key, "comparisons/answers")
-    texts = sample_base(run, prompts, keys, "comparisons: answers of the base")
+    words = [preferences.sentences(run.audience.preferences, names) for names in stated]
+    source = sampler_name(config.sampler)
+    texts = sampler(run, config.sampler)(requests * 2, words, f"comparisons: answers of {source}")
     first, second = texts[: config.pairs], texts[config.pairs :]
 
     judge, names = run.judge(config.judge), run.audience.learned
     usable = [i for i in range(config.pairs) if first[i].strip() and second[i].strip()]
-    asked, a, b = ([texts[i] for i in usable] for texts in (requests, first, second))
+    equal = [i for i in usable if first[i] == second[i]]
+    pairs = {(requests[i], *sorted((first[i], second[i]))): i for i in reversed(usable) if first[i] != second[i]}
+    kept = sorted(pairs.values())  # the first of its kind
+    asked, a, b = ([texts[i] for i in kept] for texts in (requests, first, second))
     verdicts = combo_outcomes(judge, asked, a, b, names)
-    label = {} if config.judge == "score" else {"judge": judge_name(config.judge)}
-    records, ties, unjudged = [], dict.fromkeys(names, 0), dict.fromkeys(names, 0)
+    label = {"judge": judge_name(config.judge), "sampler": source}
+    records, ties, unjudged = [], dict.fromkeys(names, len(equal)), dict.fromkeys(names, 0)
     for request, x, y, row in zip(asked, a, b, verdicts.tolist(), strict=True):
         for name, verdict in zip(names, row, strict=True):
-            if not verdict or math.isnan(verdict):
-                (unjudged if verdict else ties)[name] += 1
+            if math.isnan(verdict):
+                unjudged[name] += 1
                 continue
-            chosen, rejected = (x, y) if verdict > 0 else (y, x)
+            ties[name] += not verdict
+            if not verdict and config.ties == "drop":
+                continue
+            chosen, rejected = (x, y) if verdict >= 0 else (y, x)
             soft = {} if abs(verdict) == 1 else {"preference": (1 + abs(verdict)) / 2}
             records.append(preference_record(run, request, chosen, rejected, objective=name, **label, **soft))
-    undecided = set(run.audience.learned) - {record["objective"] for record in records}
+    decided = {record["objective"] for record in records if record.get("preference") != 0.5}
+    undecided = set(run.audience.learned) - decided
     if undecided:
         raise UserError(
             f"comparisons: none of {config.pairs} pairs of answers differs by {min(undecided)!r}; train the base "
@@ -96,6 +116,7 @@ def run(run: Run) -> dict[str, Any]:
         on_process_zero(write_lines)(path, records)
     lengths = [len(text.split()) for text in texts]
     found = {"pairs": config.pairs, "ties": ties, "empty_answers": config.pairs - len(usable)}
+    found |= {"equal_answers": len(equal), "repeated_pairs": len(usable) - len(equal) - len(kept), "sampler": source}
     return found | {"unjudged": unjudged, "judge": judge.report(), "mean_words": float(np.mean(lengths))}
 
 

@@ -10,6 +10,8 @@ import json
 import os
 import pathlib
 import threading
+import time
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 
@@ -32,13 +34,15 @@ class ChatSettings(Settings):
     timeout: float = setting(120.0, "seconds to wait for a reply", above=0.0, high=86400.0)
     retries: int = setting(6, "further tries after a lost connection, and where the server is busy or fails", low=0)
     concurrency: int = setting(8, "requests at once", low=1, high=1024)
+    requests_per_minute: int = setting(0, "requests sent in a minute at most; 0 for no limit", low=0, high=10**6)
     cache: str = setting("", "JSON lines file of requests and replies; judge.jsonl in the run directory where empty")
     replay: bool = setting(False, "send nothing: a request without a cached reply is an error")
-    max_requests: int = setting(0, "requests in the cache at most; 0 for no limit", low=0)
-    max_cost: float = setting(0.0, "cost of the requests in the cache at most; 0 for no limit", low=0.0)
+    max_requests: int = setting(0, "requests to this model in the cache at most; 0 for no limit", low=0)
+    max_cost: float = setting(0.0, "cost of its requests in the cache at most; 0 for no limit", low=0.0)
     prices: tuple[float, ...] = setting((), "of a million input tokens and of a million output tokens", low=0.0)
 
     def check(self) -> None:
+        super().check()
         if self.prices and len(self.prices) != 2:
             raise UserError(f"prices: {self.prices} are not two; give that of input and that of output tokens")
         if self.max_cost and not self.prices:
@@ -47,17 +51,15 @@ class ChatSettings(Settings):
 
 @dataclasses.dataclass
 class Usage:
-    """What requests took.
+    """What the requests to a model took.
 
     Attributes:
       requests: replies in the cache, those of earlier runs included.
-      sent: of these the ones this process asked for.
       input_tokens, output_tokens: of all `requests`.
       unknown: replies without token counts; these are missing from the cost.
     """
 
     requests: int = 0
-    sent: int = 0
     input_tokens: int = 0
     output_tokens: int = 0
     unknown: int = 0
@@ -82,6 +84,18 @@ def request_key(base_url: str, body: Body) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
+_caches: weakref.WeakValueDictionary[str, "Cache"] = weakref.WeakValueDictionary()
+
+
+def open_cache(path: pathlib.Path) -> "Cache":
+    """The cache in a file. All that use one file share it, so that none repeats a request of another."""
+    name = os.path.abspath(path)
+    cache = _caches.get(name)
+    if cache is None:
+        cache = _caches[name] = Cache(path)
+    return cache
+
+
 class Cache:
     """Replies by request, in memory and in a JSON lines file.
 
@@ -93,6 +107,8 @@ class Cache:
 
     def __init__(self, path: pathlib.Path):
         self.path, self.replies = path, dict[str, Json]()
+        self._bodies = dict[str, Body]()
+        self._usage = dict[tuple[str, str], Usage]()
         self._lock = threading.Lock()
         try:
             lines = path.read_bytes().splitlines(keepends=True) if path.is_file() else []
@@ -102,12 +118,22 @@ class Cache:
         for line in lines:
             try:
                 entry = json.loads(line)
-                self.replies[entry["key"]] = entry["reply"]
+                self._bodies[entry["key"]], self.replies[entry["key"]] = entry["request"], entry["reply"]
             except (ValueError, KeyError, TypeError):
                 continue
 
-    def add(self, key: str, body: Body, reply: Json) -> None:
-        """Keeps a reply, on disk before it is used."""
+    def usage(self, base_url: str, model: str) -> Usage:
+        """What the requests to a model took, which all that ask it share."""
+        with self._lock:
+            found = self._usage.setdefault((base_url, model), Usage())
+            for key, reply in self.replies.items() if not found.requests else ():
+                body = self._bodies[key]
+                if body.get("model") == model and request_key(base_url, body) == key:
+                    found.add(reply)
+            return found
+
+    def add(self, key: str, body: Body, reply: Json, usage: Usage) -> None:
+        """Keeps a reply, on disk before it is used, and adds it to the usage of its model."""
         line = json.dumps({"key": key, "request": body, "reply": reply}, ensure_ascii=False) + "\n"
         with self._lock:
             try:
@@ -119,7 +145,8 @@ class Cache:
             except OSError as error:
                 raise UserError(f"{self.path}: cannot be written ({error.strerror}); choose another cache") from error
             self._whole = True
-            self.replies[key] = reply
+            self._bodies[key], self.replies[key] = body, reply
+            usage.add(reply)
 
 
 class Chat:
@@ -130,25 +157,28 @@ class Chat:
       cache: file of the replies.
       send: (body) -> reply as JSON; that of the `openai` client where None.
 
+    Attributes:
+      sent: requests that this object sent.
+      failures: what was asked in vain, because no reply could be read; counted by those who read them.
+
     Raises:
       UserError: no model is named, the client is not installed, or there is no key.
     """
 
     def __init__(self, settings: ChatSettings, cache: pathlib.Path, send: Callable[[Body], Json] | None = None):
         if not settings.model:
-            raise UserError("judge: names no model; set model to its name on the server")
+            raise UserError("chat: names no model; set model to its name on the server")
         self.settings = settings
-        self.cache = Cache(pathlib.Path(expand(settings.cache)) if settings.cache else cache)
-        self.usage = Usage()
-        for reply in self.cache.replies.values():
-            self.usage.add(reply)
-        self._send, self._lock, self._under_way = send, threading.Lock(), 0
+        self.cache = open_cache(pathlib.Path(expand(settings.cache)) if settings.cache else cache)
+        self.usage = self.cache.usage(settings.base_url, settings.model)
+        self.sent, self.failures = 0, 0
+        self._send, self._lock, self._under_way, self._next = send, threading.Lock(), 0, 0.0
         if send is None and not settings.replay:
             self._send = client(settings)
 
     @property
     def cost(self) -> float:
-        """Of all replies in the cache."""
+        """Of all replies of this model in the cache."""
         return self.usage.cost(self.settings.prices)
 
     def __call__(self, name: str, bodies: Sequence[Body]) -> list[Json]:
@@ -173,25 +203,29 @@ class Chat:
         return [self.cache.replies[key] for key in keys]
 
     def _fetch(self, name: str, missing: Mapping[str, Body]) -> None:
-        total = len(missing)
+        total, ended, waiting = len(missing), threading.Event(), list(missing.items())
         with (
-            progress(name, total, ("requests", "cost")) as bar,
+            progress(name, total, ("requests", "cost", "failures")) as bar,
             ThreadPoolExecutor(self.settings.concurrency) as pool,
         ):
-            ended = threading.Event()
-            jobs = [pool.submit(self._one, key, body, ended) for key, body in missing.items()]
+            if self.settings.max_cost and not self.usage.requests:
+                # Alone, because what a request costs is not known before.
+                self._one(*waiting.pop(0), ended)
+            jobs = [pool.submit(self._one, key, body, ended) for key, body in waiting]
             try:
                 pending: set[Future[None]] = set(jobs)
                 while pending:
                     done, pending = wait(pending, timeout=0.5, return_when=FIRST_EXCEPTION)
                     for job in done:
                         job.result()
-                    bar.update(total - len(pending), {"requests": float(self.usage.requests), "cost": self.cost})
+                    counts = {"requests": float(self.usage.requests), "failures": float(self.failures)}
+                    bar.update(total - len(pending), {**counts, "cost": self.cost})
             except BaseException:
                 ended.set()  # what was sent is still received and kept
                 raise
 
     def _one(self, key: str, body: Body, ended: threading.Event) -> None:
+        self._wait(ended)
         if ended.is_set():
             return
         with self._lock:
@@ -200,23 +234,38 @@ class Chat:
         try:
             assert self._send is not None  # only a replay has none
             reply = self._send(body)
-            self.cache.add(key, body, reply)
+            self.cache.add(key, body, reply, self.usage)
             with self._lock:
-                self.usage.add(reply)
-                self.usage.sent += 1
+                self.sent += 1
+            if self.settings.max_cost and not reply.get("usage"):
+                raise UserError(
+                    f"model {self.settings.model!r}: its server reports no token counts, which max_cost needs; set "
+                    "max_requests instead"
+                )
         finally:
             with self._lock:
                 self._under_way -= 1
 
+    def _wait(self, ended: threading.Event) -> None:
+        """Waits until `requests_per_minute` allows another request, or until the end."""
+        if self.settings.requests_per_minute:
+            with self._lock:
+                now = time.monotonic()
+                start = max(self._next, now)
+                self._next = start + 60 / self.settings.requests_per_minute
+            ended.wait(start - now)
+
     def _check_budget(self) -> None:
+        """Raises UserError where one more request may exceed the budget: those under way cost what others did."""
         limits, used = self.settings, ""
+        expected = self.cost * (1 + self._under_way / max(self.usage.requests, 1))
         if limits.max_requests and self.usage.requests + self._under_way >= limits.max_requests:
             used = f"max_requests={limits.max_requests} is reached"
-        elif limits.max_cost and self.cost >= limits.max_cost:
+        elif limits.max_cost and expected >= limits.max_cost:
             used = f"max_cost={limits.max_cost:g} is reached"
         if used:
             raise UserError(
-                f"judge {limits.model!r}: {used}; raise the limit, and the same command goes on from {self.cache.path}"
+                f"model {limits.model!r}: {used}; raise the limit, and the same command goes on from {self.cache.path}"
             )
 
 
@@ -225,11 +274,11 @@ def client(settings: ChatSettings) -> Callable[[Body], Json]:
     try:
         import openai
     except ImportError as error:
-        raise UserError("judge: needs the openai client; pip install 'pjrlhf[judge]'") from error
+        raise UserError("chat: needs the openai client; pip install 'pjrlhf[judge]'") from error
     key = os.environ.get(settings.key_variable, "")
     if not key and not settings.base_url:
         raise UserError(
-            f"judge {settings.model!r}: ${settings.key_variable} is not set; set it to the key of the server"
+            f"model {settings.model!r}: ${settings.key_variable} is not set; set it to the key of the server"
         )
     connection = openai.OpenAI(
         api_key=key or "none",  # local servers need none
@@ -237,7 +286,7 @@ def client(settings: ChatSettings) -> Callable[[Body], Json]:
         timeout=settings.timeout,
         max_retries=settings.retries,
     )
-    where = f"judge {settings.model!r} at {connection.base_url}"
+    where = f"model {settings.model!r} at {connection.base_url}"
 
     def send(body: Body) -> Json:
         problem: Exception = ValueError("a reply without choices")

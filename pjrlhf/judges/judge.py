@@ -15,7 +15,8 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from pjrlhf.errors import UserError
-from pjrlhf.judges.language_model import JudgeSettings, LanguageModelJudge
+from pjrlhf.judges.chat import Chat
+from pjrlhf.judges.language_model import ChatBackend, JudgeSettings, LanguageModelJudge
 from pjrlhf.parallel.processes import broadcast_from_zero, is_process_zero
 from pjrlhf.registry import Registry, callable_as
 from pjrlhf.rewards.sources import RewardSource, SourceContext, reward_source
@@ -138,7 +139,8 @@ def by_score(context: JudgeContext) -> Judge:
 def by_chat(context: JudgeContext, **settings: Any) -> Judge:
     """A language model behind an OpenAI-compatible URL; for settings see `JudgeSettings`."""
     own = parse(JudgeSettings, settings, "judge")
-    return LanguageModelJudge(own, context.criteria, context.folder / "judge.jsonl")
+    chat = Chat(own, context.folder / "judge.jsonl")
+    return LanguageModelJudge(own, context.criteria, ChatBackend(own, chat))
 
 
 @JUDGES.register("reward")
@@ -205,7 +207,7 @@ def judge_name(spec: str | Mapping[str, Any]) -> str:
     """The kind of a judge, with its model if it has one."""
     if isinstance(spec, str):
         return spec
-    return " ".join(str(spec[key]) for key in ("kind", "model") if spec.get(key))
+    return " ".join(str(spec[key]) for key in ("kind", "model", "path") if spec.get(key))
 
 
 def check_judge(spec: str | Mapping[str, Any]) -> None:
@@ -262,16 +264,19 @@ class BothOrders:
         self._bias += float(bias[known].sum())
         return verdict
 
+    def again(self) -> "BothOrders | None":
+        """The same judge, asked anew where it was asked; None where it would say the same by construction."""
+        again = getattr(self.judge, "again", None)
+        other = again() if again else None
+        return None if other is None else BothOrders(other)
+
     def report(self) -> dict[str, Any]:
-        """Counts, and what a language model took, as JSON values."""
+        """Counts, and what a judge with a method `report` says of itself, as JSON values."""
         found: dict[str, Any] = {"asked": self.asked, "judged": self.judged}
         if not self._invariant and self.judged:
             found |= {"consistency": self.consistency, "position_bias": self.position_bias}
-        if isinstance(self.judge, LanguageModelJudge):
-            usage = self.judge.chat.usage
-            found |= {"model": self.judge.settings.model, "requests": usage.requests, "sent": usage.sent}
-            found |= {"failures": self.judge.failures, "cost": self.judge.chat.cost}
-        return found
+        report = getattr(self.judge, "report", None)
+        return found | (report() if report else {})
 
     @property
     def _invariant(self) -> bool:

@@ -1,5 +1,6 @@
 """A language model as a judge: prompts from files, verdicts from log-probabilities or from a strict format."""
 
+import copy
 import dataclasses
 import json
 import math
@@ -7,8 +8,8 @@ import pathlib
 import re
 import string
 import tomllib
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Protocol
 
 import numpy as np
 from jaxtyping import Float
@@ -16,13 +17,13 @@ from jaxtyping import Float
 from pjrlhf.errors import UserError
 from pjrlhf.judges.chat import Body, Chat, ChatSettings
 from pjrlhf.paths import expand
-from pjrlhf.rewards.sources import SOURCES, RewardFunction
-from pjrlhf.settings import parse, setting
+from pjrlhf.settings import Settings, setting
 from pjrlhf.types import Json
 
 FOLDER = pathlib.Path(__file__).parent / "prompts"
 FIELDS = ("prompt", "first", "second", "criterion", "person", "low", "high")
 ANSWERS = ("letter", "json", "text")
+SHOWN_PREFERENCES = 3  # the largest stated preferences of a person
 PARSE_RETRIES = 2  # further requests, each with another seed, where a reply cannot be read
 
 
@@ -55,7 +56,9 @@ class Template:
 
     @property
     def labels(self) -> tuple[str, ...]:
-        """The verdicts of a pair."""
+        """The verdicts of a pair, or the ratings."""
+        if self.kind == "rating":
+            return tuple(map(str, range(self.low, self.high + 1)))
         return tuple(label for label in (self.first, self.second, self.tie) if label)
 
     def shows(self, field: str) -> bool:
@@ -105,10 +108,8 @@ def read_template(spec: str) -> Template:
 # ---- requests
 
 
-def request(
-    template: Template, settings: "JudgeSettings", values: Mapping[str, str], attempt: int = 0
-) -> dict[str, Json]:
-    """The body of a request; further attempts have other seeds."""
+def request(template: Template, settings: "JudgeSettings", values: Mapping[str, str], seed: int = 0) -> dict[str, Json]:
+    """The body of a request; further requests about the same have other seeds."""
     body: dict[str, Json] = {"model": settings.model, "messages": template.messages(values)}
     body["temperature"] = settings.temperature
     if template.answer == "letter":
@@ -129,12 +130,24 @@ def request(
             "type": "json_schema",
             "json_schema": {"name": "verdict", "schema": schema, "strict": True},
         }
-    if attempt:
-        body["seed"] = attempt
+    if seed:
+        body["seed"] = seed
     return body
 
 
 # ---- verdicts
+
+
+def verdict_of(template: Template, probabilities: Mapping[str, float]) -> float:
+    """What the probabilities of the labels say, of which only the ratios count: of a pair (p(first) - p(second)) / (sum
+    of all), from the side of the first response, in [-1, 1]; of a rating the expected number. NaN where all are 0.
+    """
+    total = sum(probabilities.values())
+    if not total > 0:
+        return math.nan
+    if template.kind == "rating":
+        return sum(float(label) * p for label, p in probabilities.items()) / total
+    return (probabilities[template.first] - probabilities[template.second]) / total
 
 
 def read_pair(template: Template, reply: Json) -> float:
@@ -147,7 +160,7 @@ def read_pair(template: Template, reply: Json) -> float:
     if template.answer == "letter":
         found = _probabilities(choice, template.labels)
         if found is not None:
-            return (found[template.first] - found[template.second]) / sum(found.values())
+            return verdict_of(template, found)
         verdict: Any = _text(choice)
     else:
         verdict = _verdict(template, choice)
@@ -163,10 +176,9 @@ def read_rating(template: Template, reply: Json) -> float:
     """
     choice = _choice(reply)
     if template.answer == "letter":
-        numbers = {str(number): float(number) for number in range(template.low, template.high + 1)}
-        found = _probabilities(choice, numbers)
+        found = _probabilities(choice, template.labels)
         if found is not None:
-            return sum(p * numbers[label] for label, p in found.items()) / sum(found.values())
+            return verdict_of(template, found)
         verdict: Any = _text(choice)
     else:
         verdict = _verdict(template, choice)
@@ -220,38 +232,139 @@ def _verdict(template: Template, choice: Mapping[str, Json]) -> Any:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class JudgeSettings(ChatSettings):
-    """A language model as a judge."""
+class PromptSettings(Settings):
+    """What a language model is asked."""
 
     prompt: str = setting("", "the prompt, a name in judges/prompts or a .toml file of your own")
     criteria: Mapping[str, Any] = setting({}, "{criterion: text}; others have the sentence of their preference")
-    person: str = setting("", "description of the person whose place the judge takes, for prompts that show it")
+    person: str | Mapping[str, Any] = setting(
+        "",
+        'whose place the judge takes, for prompts that show it: a text, or {"about": text, "stated": {preference: how '
+        'much it matters}, "said": [texts]}',
+    )
+
+    def check(self) -> None:
+        super().check()
+        describe(self.person)
+        if self.prompt:
+            read_template(self.prompt)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class JudgeSettings(PromptSettings, ChatSettings):
+    """A language model behind an OpenAI-compatible URL as a judge."""
+
     temperature: float = setting(0.0, "of the judge", low=0.0, high=100.0)
     top_logprobs: int = setting(20, "alternatives to the first token that the server returns", low=1, high=20)
     max_tokens: int = setting(512, "of a reply with a reason", low=1, high=2**20)
 
 
+def describe(person: str | Mapping[str, Any]) -> str:
+    """What a prompt shows of a person (P-RLHF on PRISM, arXiv 2402.05133, appendix): who they are, their three largest
+    stated preferences, the largest first, and what they said.
+
+    Raises:
+      UserError: another key, or a stated preference that is no number.
+    """
+    if isinstance(person, str):
+        return person
+    if unknown := set(person) - {"about", "stated", "said"}:
+        raise UserError(f"judge: person has no {min(unknown)!r}; give about, stated and said")
+    stated = person.get("stated") or {}
+    numbers = [value for value in stated.values() if isinstance(value, int | float) and math.isfinite(value)]
+    if len(numbers) < len(stated):
+        raise UserError(f"judge: the stated preferences {dict(stated)} of the person are no numbers; rate each of them")
+    # The largest, not those that were shown first.
+    largest = sorted(stated, key=lambda name: -stated[name])[:SHOWN_PREFERENCES]
+    parts = [str(person.get("about") or "")]
+    if largest:
+        parts.append(f"What matters most to this person, in this order: {', '.join(largest)}.")
+    if said := person.get("said"):
+        parts.append("\n".join(["This person said:", *(f"- {text}" for text in said)]))
+    return "\n\n".join(filter(None, parts))
+
+
+class Backend(Protocol):
+    """Answers the questions of a prompt. One that runs on the mesh says so with `on_all_processes = True`."""
+
+    def __call__(self, name: str, template: Template, items: Sequence[Mapping[str, str]]) -> list[float]:
+        """Verdicts or ratings for items, the values of the fields of `template`; NaN where there is none.
+
+        Args:
+          name: of the progress bar.
+        """
+        ...
+
+    def report(self) -> dict[str, Any]:
+        """What it is and what it took, as JSON values."""
+        ...
+
+
+class ChatBackend:
+    """A model behind an OpenAI-compatible URL. It is asked again where its reply cannot be read.
+
+    Args:
+      chat: sends the requests.
+      seed: of the first request about an item.
+
+    Raises:
+      UserError: see `Chat`.
+    """
+
+    def __init__(self, settings: JudgeSettings, chat: Chat, seed: int = 0):
+        self.settings, self.chat, self.seed = settings, chat, seed
+
+    def __call__(self, name: str, template: Template, items: Sequence[Mapping[str, str]]) -> list[float]:
+        read = read_pair if template.kind == "pair" else read_rating
+        found, open_items = [math.nan] * len(items), list(range(len(items)))
+        for attempt in range(PARSE_RETRIES + 1):
+            seed = self.seed + attempt
+            bodies: list[Body] = [request(template, self.settings, items[i], seed) for i in open_items]
+            for i, reply in zip(open_items, self.chat(name, bodies), strict=True):
+                found[i] = read(template, reply)
+            open_items = [i for i in open_items if math.isnan(found[i])]
+            if not open_items:
+                break
+        self.chat.failures += len(open_items)
+        return found
+
+    def again(self) -> "ChatBackend":
+        """The same model, asked anew: none of its answers is one that this backend got."""
+        return ChatBackend(self.settings, self.chat, self.seed + PARSE_RETRIES + 1)
+
+    def report(self) -> dict[str, Any]:
+        """The name of the model, its requests, and what they cost."""
+        usage = self.chat.usage
+        counts = {"requests": usage.requests, "sent": self.chat.sent, "cost": self.chat.cost}
+        return {"model": self.settings.model, **counts, "without_token_counts": usage.unknown}
+
+
 class _Asking:
-    """Asks about items until each has an answer that can be read, or a few attempts have failed.
+    """Asks a language model about items.
 
     Attributes:
       asked: items so far.
-      failures: of these the ones whose replies could not be read.
+      failures: of these the ones without an answer that can be read.
     """
 
     kind = ""
 
-    def __init__(self, settings: JudgeSettings, sentences: Mapping[str, str], cache: pathlib.Path, default: str):
-        self.settings, self.template = settings, read_template(settings.prompt or default)
+    def __init__(self, settings: PromptSettings, sentences: Mapping[str, str], backend: Backend, default: str):
+        self.backend, self.template = backend, read_template(settings.prompt or default)
         if self.template.kind != self.kind:
             raise UserError(
-                f"judge prompt {self.template.name!r}: is one of kind {self.template.kind}, not {self.kind}"
+                f"judge prompt {self.template.name!r}: is one of kind {self.template.kind}, not {self.kind}; choose "
+                "another"
             )
-        if self.template.shows("person") and not settings.person:
+        self.person = describe(settings.person)
+        if self.template.shows("person") and not self.person:
             raise UserError(f"judge prompt {self.template.name!r}: shows a person; set person to a description")
         self.criteria = {**sentences, **settings.criteria}
-        self.chat = Chat(settings, cache)
         self.asked, self.failures = 0, 0
+
+    @property
+    def on_all_processes(self) -> bool:
+        return getattr(self.backend, "on_all_processes", False)
 
     def text_of(self, criterion: str) -> str:
         """What the prompt says of a criterion.
@@ -271,20 +384,11 @@ class _Asking:
             raise UserError(f"judge: criterion {criterion!r} has no text; add it to criteria")
         return text or self.template.helpful
 
-    def ask(
-        self, name: str, items: Sequence[Mapping[str, str]], read: Callable[[Template, Json], float]
-    ) -> list[float]:
-        """What `read` finds in the replies about items, NaN where it finds nothing after all attempts."""
-        found, open_items = [math.nan] * len(items), list(range(len(items)))
-        for attempt in range(PARSE_RETRIES + 1):
-            bodies: list[Body] = [request(self.template, self.settings, items[i], attempt) for i in open_items]
-            for i, reply in zip(open_items, self.chat(name, bodies), strict=True):
-                found[i] = read(self.template, reply)
-            open_items = [i for i in open_items if math.isnan(found[i])]
-            if not open_items:
-                break
+    def ask(self, name: str, items: Sequence[Mapping[str, str]]) -> list[float]:
+        """What the model answers about items; NaN where it does not."""
+        found = self.backend(name, self.template, items) if items else []
         self.asked += len(items)
-        self.failures += len(open_items)
+        self.failures += sum(map(math.isnan, found))
         return found
 
 
@@ -293,26 +397,37 @@ class LanguageModelJudge(_Asking):
 
     Args:
       sentences: {criterion: text}.
-      cache: file of the replies, where the settings name none.
 
     Raises:
-      UserError: see `read_template` and `Chat`.
+      UserError: see `read_template`.
     """
 
     kind = "pair"
 
-    def __init__(self, settings: JudgeSettings, sentences: Mapping[str, str], cache: pathlib.Path):
-        super().__init__(settings, sentences, cache, "criterion")
+    def __init__(self, settings: PromptSettings, sentences: Mapping[str, str], backend: Backend):
+        super().__init__(settings, sentences, backend, "criterion")
 
     def __call__(
         self, prompts: Sequence[str], first: Sequence[str], second: Sequence[str], criterion: str
     ) -> Float[np.ndarray, " N"]:
-        shared = {"criterion": self.text_of(criterion), "person": self.settings.person}
+        shared = {"criterion": self.text_of(criterion), "person": self.person}
         verdicts = np.zeros(len(prompts))
         rows = [i for i in range(len(prompts)) if first[i] != second[i]]
         items = [{"prompt": prompts[i], "first": first[i], "second": second[i], **shared} for i in rows]
-        verdicts[rows] = self.ask(f"judge: {criterion}", items, read_pair)
+        verdicts[rows] = self.ask(f"judge: {criterion}", items)
         return verdicts
+
+    def again(self) -> "LanguageModelJudge | None":
+        """A judge that is asked anew where this one was asked; None where it would say the same by construction."""
+        if not isinstance(self.backend, ChatBackend):
+            return None
+        other = copy.copy(self)
+        other.backend, other.asked, other.failures = self.backend.again(), 0, 0
+        return other
+
+    def report(self) -> dict[str, Any]:
+        """What the model is and what it took, as JSON values."""
+        return {**self.backend.report(), "failures": self.failures}
 
 
 class LanguageModelRating(_Asking):
@@ -325,24 +440,12 @@ class LanguageModelRating(_Asking):
 
     kind, waits = "rating", True
 
-    def __init__(self, settings: JudgeSettings, objective: str, criterion: str, cache: pathlib.Path):
-        super().__init__(settings, {objective: criterion}, cache, "rating")
+    def __init__(self, settings: PromptSettings, objective: str, criterion: str, backend: Backend):
+        super().__init__(settings, {objective: criterion}, backend, "rating")
         self.objective = objective
-        self.shared = {"criterion": self.text_of(objective), "person": settings.person}
+        self.shared = {"criterion": self.text_of(objective), "person": self.person}
 
     def __call__(self, prompts: list[str], completions: list[str]) -> list[float | None]:
         items = [{"prompt": p, "first": c, **self.shared} for p, c in zip(prompts, completions, strict=True)]
-        found = self.ask(f"rating: {self.objective}", items, read_rating)
+        found = self.ask(f"rating: {self.objective}", items)
         return [None if math.isnan(value) else value for value in found]
-
-
-@SOURCES.register("judge")
-def by_judge(objective: str, criterion: str, cache: str, **settings: Any) -> RewardFunction:
-    """Ratings of a language model behind an OpenAI-compatible URL; for settings see `JudgeSettings`.
-
-    Args:
-      criterion: what is rated, in words.
-      cache: JSON lines file of requests and replies.
-    """
-    own = parse(JudgeSettings, {**settings, "cache": cache}, f"rewards.{objective}")
-    return LanguageModelRating(own, objective, criterion, pathlib.Path(cache))

@@ -5,6 +5,7 @@ files, and the others wait until they are written.
 """
 
 import functools
+import json
 import os
 from collections.abc import Callable, Mapping
 from typing import ParamSpec, TypeVar
@@ -103,6 +104,18 @@ def on_process_zero(write: Callable[P, T]) -> Callable[P, T | None]:
 def broadcast_from_zero(values: np.ndarray) -> np.ndarray:
     """The values of process 0 on every process. All must call it, with arrays of the same shape and dtype."""
     return values if jax.process_count() == 1 else np.asarray(multihost_utils.broadcast_one_to_all(values))
+
+
+def json_from_zero(make: Callable[[], T]) -> T:
+    """What `make` returns on process 0, JSON values, on every process. All must call it."""
+    if jax.process_count() == 1:
+        return make()
+    text = json.dumps(make()).encode() if is_process_zero() else b""
+    size = int(broadcast_from_zero(np.array(len(text))))
+    buffer = np.zeros(size, np.uint8)
+    if is_process_zero():
+        buffer[:] = np.frombuffer(text, np.uint8)
+    return json.loads(broadcast_from_zero(buffer).tobytes())
 
 
 def on_all_processes(flag: bool) -> bool:

@@ -26,10 +26,11 @@ from pjrlhf.algorithms.targets import TargetSection, targets_of
 from pjrlhf.data import preferences
 from pjrlhf.errors import UserError
 from pjrlhf.evaluation.statistics import chord_gap, spearman
-from pjrlhf.evaluation.winrate import aggregate, win_rate
-from pjrlhf.judges.judge import JUDGES, check_judge, combo_outcomes, judge_name
+from pjrlhf.evaluation.winrate import about_length, aggregate, length_controlled_rate, win_rate
+from pjrlhf.judges.judge import JUDGES, agreement, check_judge, combo_outcomes, judge_name
 from pjrlhf.protocols.reporting import finish
 from pjrlhf.runtime.answers import Keys, Row, sample_rows
+from pjrlhf.runtime.audience import Audience
 from pjrlhf.runtime.run import Run, Stage
 from pjrlhf.settings import Settings, setting
 from pjrlhf.training.progress import watched
@@ -55,6 +56,18 @@ class SoupsSettings(Settings):
         choices=tuple(JUDGES),
         extensible=True,
     )
+    judges: tuple[str | Mapping[str, Any], ...] = setting(
+        (),
+        "further judges, like judge: how far each two agree, on each ingredient's own criterion",
+        choices=tuple(JUDGES),
+        extensible=True,
+    )
+    asked_twice: int = setting(
+        0, "comparisons of each ingredient that judges are asked twice, for their self-consistency", low=0, high=10**6
+    )
+    length_controlled: tuple[str, ...] = setting(
+        (), "criteria whose win rates against the base are also given at equal lengths; none that is about length"
+    )
     weight_scale: float = setting(
         1.0, "sum of a soup's weights; 1 gives 1/3 each for three criteria, as in the paper", low=-100.0, high=100.0
     )
@@ -79,7 +92,28 @@ class SoupsSettings(Settings):
     scaling: Mapping[str, Any] = setting({}, "method -> the entries of `methods` trained for the new preferences")
 
     def check(self) -> None:
-        check_judge(self.judge)
+        for spec in (self.judge, *self.judges):
+            check_judge(spec)
+
+
+def check_length_controlled(audience: Audience, settings: SoupsSettings) -> None:
+    """Raises UserError where `length_controlled` names no criterion of a run, or one that is about length."""
+    for name in settings.length_controlled:
+        if name not in audience.rewards:
+            raise UserError(
+                f"evaluate.length_controlled: {name!r} is no criterion; choose from {', '.join(audience.rewards)}"
+            )
+        found = audience.preferences.get(name)
+        # What is opposite to a criterion about length is about length too.
+        same = [one for one in audience.preferences.values() if found and one.dimension == found.dimension]
+        texts = [text for one in same for text in (one.dimension, one.sentence, one.label)]
+        if isinstance(audience.judge, Mapping):
+            texts.append(str(audience.judge.get(name)))
+        if any(about_length(text) for text in texts):
+            raise UserError(
+                f"evaluate.length_controlled: {name!r} is about length, so equal lengths would take away what it asks "
+                "for; leave it out"
+            )
 
 
 def adapters(run: Run) -> tuple[Any, tuple[str, ...], tuple[str, ...]]:
@@ -134,8 +168,16 @@ class Evaluation:
         self.requests = run.records.requests[1]
         self.sample = functools.partial(sample_rows, run, bank)
         self.answers: list[dict[str, Any]] = []  # all that were sampled
+        self.agreements: list[dict[str, Any]] = []  # the section of that name
+        self.twice: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {}  # judge -> its verdicts, and those asked anew
         self.scorer = run.scores
         self.judge = run.judge(self.config.judge)
+        self.judges = {judge_name(self.config.judge): self.judge}
+        for spec in self.config.judges:
+            name = judge_name(spec)
+            same = sum(known == name or known.startswith(f"{name} (") for known in self.judges)
+            self.judges[f"{name} ({same + 1})" if same else name] = run.judge(spec)
+        self.again = {name: again for name, judge in self.judges.items() if (again := judge.again()) is not None}
         self.combos = preferences.combinations(run.audience.preferences, run.audience.objectives)
         self.rate = functools.partial(win_rate, resamples=self.config.resamples, seed=run.streams.seed)
 
@@ -204,6 +246,7 @@ class Evaluation:
 
         methods = [*plans[self.combos[0]], *(["best_of_n"] if self.config.best_of else [])]
         outcomes: dict[tuple[str, str], list[np.ndarray]] = {}
+        own_base: dict[tuple[str, str], list[np.ndarray]] = {}  # (criterion, method) -> [verdict, length, of the base]
         combos: dict[str, Any] = {}
         for combo in self._judged(self.combos, "kinds of people"):
             table: dict[str, Any] = {method: {} for method in methods if method != "soups_untold"}
@@ -211,6 +254,10 @@ class Evaluation:
                 verdicts = combo_outcomes(
                     self.judge, self.requests * repeats, answers[combo, a], answers[combo, b], combo
                 )
+                if a == "base":
+                    sizes = [np.array([len(text) for text in answers[combo, method]]) for method in (b, a)]
+                    for name, verdict in zip(combo, -verdicts.T, strict=True):
+                        own_base.setdefault((name, b), []).append(np.stack([verdict, *sizes]))
                 result = aggregate(verdicts).reshape(repeats, len(self.requests)).T  # the prompt comes first
                 outcomes.setdefault((a, b), []).append(result)
                 outcomes.setdefault((b, a), []).append(-result)
@@ -239,7 +286,7 @@ class Evaluation:
             "win_rate_average": average,
             "combos": combos,
             "position_consistency": self.judge.consistency,
-            "judge": {"name": judge_name(self.config.judge), **self.judge.report()},
+            "length_controlled": self.at_equal_lengths(own_base),
         }
         if "soups_untold" in methods:
             sections["ablation"] = {"soups_untold": {b: self.rate(pooled["soups_untold", b]) for b in shown}}
@@ -267,6 +314,50 @@ class Evaluation:
                 self._keep("people", rows[i], texts[i], combo="+".join(combo), method="best_of_n")
         return found
 
+    def at_equal_lengths(self, found: Mapping[tuple[str, str], Sequence[np.ndarray]]) -> dict[str, dict[str, Any]]:
+        """The section length_controlled, from verdicts against the base: (criterion, method) -> [3, N] each, the
+        verdict and the lengths of both answers in characters.
+        """
+        section: dict[str, dict[str, Any]] = {name: {} for name in self.config.length_controlled}
+        for (name, method), parts in found.items():
+            if name in section:
+                verdicts, own, base = np.concatenate(parts, axis=1)
+                known = verdicts[~np.isnan(verdicts)]
+                section[name][method] = {
+                    "rate": float((1 + known).mean() / 2) if len(known) else None,
+                    "controlled": length_controlled_rate(verdicts, own, base),
+                    "length": float(own.mean()),
+                    "base_length": float(base.mean()),
+                    "n": len(known),
+                }
+        return section
+
+    # ---- judges
+
+    def judged_again(self, name: str, requests: Sequence[Any], own: Sequence[str], base: Sequence[str]) -> np.ndarray:
+        """Verdicts of the judge of the report on the answers of an ingredient and of the base by its own criterion,
+        [N]; also asks the further judges about them, and some of them anew, for `judging`.
+        """
+        found = {key: combo_outcomes(judge, requests, own, base, (name,))[:, 0] for key, judge in self.judges.items()}
+        for key, again in self.again.items() if self.config.asked_twice else ():
+            few = slice(self.config.asked_twice)
+            anew = combo_outcomes(again, requests[few], own[few], base[few], (name,))[:, 0]
+            self.twice.setdefault(key, []).append((found[key][few], anew))
+        for pair in itertools.combinations(found, 2):
+            self.agreements.append({"criterion": name, "judges": list(pair), **agreement(*(found[x] for x in pair))})
+        return found[judge_name(self.config.judge)]
+
+    def judging(self) -> dict[str, Any]:
+        """The sections judge, judges and agreement, after everything is judged."""
+        reports = []
+        for name, judge in self.judges.items():
+            report = {"name": name, **judge.report()}
+            if name in self.twice:
+                first, second = (np.concatenate(parts) for parts in zip(*self.twice[name], strict=True))
+                report["self_consistency"] = agreement(first, second)
+            reports.append(report)
+        return {"judge": reports[0], "judges": reports, "agreement": self.agreements}
+
     # ---- ingredients
 
     def ingredients(self) -> dict[str, Any]:
@@ -285,7 +376,7 @@ class Evaluation:
         found = {}
         for k, name in self._judged(list(enumerate(names)), "ingredients"):
             own = texts[(k + 1) * size : (k + 2) * size]
-            verdicts = combo_outcomes(self.judge, requests, own, base, (name,))[:, 0]
+            verdicts = self.judged_again(name, requests, own, base)
             found[name] = {
                 "win_rate_vs_base": self.rate(verdicts.reshape(2, -1).T),
                 "kl": kl.get(name),
@@ -365,6 +456,7 @@ def run(run: Run) -> dict[str, Any]:
         "reward_models": reward.get("models", {}),
         "ingredients": ingredients,
         **people["sections"],
+        **evaluation.judging(),
         "sweep": sweep,
         "notes": _notes(sweep),
     }

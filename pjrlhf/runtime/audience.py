@@ -13,19 +13,15 @@ from jaxtyping import Bool, Float
 from pjrlhf.data import preferences, synthetic
 from pjrlhf.data.preferences import Preference, Preferences
 from pjrlhf.errors import UserError
-from pjrlhf.judges import language_model
 from pjrlhf.parallel.processes import broadcast_from_zero, is_process_zero
 from pjrlhf.rewards import server
 from pjrlhf.rewards.scorers import scorer
 from pjrlhf.rewards.sources import NO_COLUMNS, NO_RUN, RecordColumns, RewardSource, SourceContext, reward_source
-from pjrlhf.runtime import classifiers
+from pjrlhf.runtime import classifiers, judges
 from pjrlhf.types import Json
 
-REWARD_KINDS = (
-    language_model.by_judge,
-    server.by_http,
-    classifiers.by_classifier,
-)  # modules that register reward sources
+# Modules that register reward sources.
+REWARD_KINDS = (judges.by_judge, server.by_http, classifiers.by_classifier)
 NAMED: Mapping[str, Preferences] = {**synthetic.ENVIRONMENTS, "paper": preferences.PAPER}
 
 

@@ -15,7 +15,11 @@ from pjrlhf.terminal import masked
 from pjrlhf.types import Json
 
 # Settings that name a file or folder.
-READ = ("model.path", "reward.path", "preference.bank", "merge.base", "merge.ingredients")
+READ = (
+    *("model.path", "reward.path", "preference.bank", "merge.base", "merge.ingredients"),
+    *("comparisons.sampler", "comparisons.sampler.path"),
+    *("comparisons.judge.path", "evaluate.judge.path", "evaluate.judges.path"),
+)
 # Settings of sources, of records or rewards: mappings that may name files. Judges are none; they write their caches.
 SOURCES = ("data", "prompts", "rewards")
 
@@ -61,7 +65,9 @@ def _named(value: Any, name: str = "", source: bool = False) -> Iterator[tuple[s
 
 
 def _looks_like_a_path(name: str, value: str) -> bool:
-    """Not the name of a split or column that is also a file in the working directory."""
+    """Not the name of a split or column that is also a file in the working directory, nor a file that grows."""
+    if name.endswith(".cache"):
+        return False
     return name.rpartition(".")[2] in ("path", "votes") or "/" in value or bool(pathlib.PurePath(value).suffix)
 
 

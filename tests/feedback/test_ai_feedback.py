@@ -1,7 +1,10 @@
 """Comparisons labelled by a language model behind a server on this machine."""
 
+import collections
 import json
+import math
 import re
+import threading
 
 import pytest
 from support import tiny
@@ -21,17 +24,17 @@ def longer(body):
     return "T" if len(first) == len(second) else "A" if len(first) > len(second) else "B"
 
 
-def settings(judge):
-    """The tiny config, whose pairs are labelled by `judge`."""
-    config = tiny.settings(comparisons__pairs=16)
+def settings(judge="score", sampler="base", **changes):
+    """The tiny config, whose pairs are sampled by `sampler` and labelled by `judge`."""
+    config = tiny.settings(comparisons__pairs=16, **changes)
     with config.ignore_type():
-        config.judge, config.comparisons.judge = LABELLED, judge
+        config.judge, config.comparisons.judge, config.comparisons.sampler = LABELLED, judge, sampler
     return config
 
 
-def label(folder, judge="score"):
+def label(folder, judge="score", sampler="base", **changes):
     """(records, what the stage reports) of a run that labels its pairs again."""
-    run = tiny.start(folder, settings(judge))
+    run = tiny.start(folder, settings(judge, sampler, **changes))
     with tiny.one_device():
         found = comparisons.run(run)
     return [json.loads(line) for line in (folder / "comparisons" / comparisons.FILE).read_text().splitlines()], found
@@ -71,3 +74,87 @@ def test_pairs_without_a_verdict_are_counted_and_no_records(copied):
 def test_a_wrong_judge_is_refused_before_anything_runs():
     with pytest.raises(UserError, match=r"comparisons.*judge prompt 'poem': there is no such file"):
         stages.read(settings({"kind": "chat", "model": "m", "prompt": "poem"}))
+
+
+def test_records_name_their_judge_and_sampler_and_no_pair_comes_twice(copied):
+    records, report = label(copied)
+    assert {(record["judge"], record["sampler"]) for record in records} == {("score", "base")}
+    pairs = [(r["objective"], r["request"], *sorted(str(r[side]) for side in ("chosen", "rejected"))) for r in records]
+    assert len(pairs) == len(set(pairs))
+    assert all(str(record["chosen"]) != str(record["rejected"]) for record in records)
+    usable = report["pairs"] - report["empty_answers"] - report["repeated_pairs"]
+    counts = collections.Counter(record["objective"] for record in records)
+    assert all(counts[name] + report["ties"][name] == usable for name in tiny.REWARDS)
+
+
+def test_ties_are_kept_where_they_are_wanted(copied):
+    dropped, counts = label(copied)
+    kept, _ = label(copied, comparisons__ties="keep")
+    ties = [record for record in kept if record.get("preference") == 0.5]
+    assert [record for record in kept if record not in ties] == dropped
+    asked = {name: count - counts["equal_answers"] for name, count in counts["ties"].items()}
+    assert collections.Counter(record["objective"] for record in ties) == collections.Counter(asked)
+
+
+def test_soft_verdicts_become_soft_labels(copied):
+    logprobs = [{"token": "A", "logprob": math.log(0.75)}, {"token": "B", "logprob": math.log(0.25)}]
+
+    def rule(body):
+        text = body["messages"][-1]["content"]
+        first, second = re.search(r"Response A:\n(.*?)\n\nResponse B:\n(.*?)\n\nWhich", text, re.S).groups()
+        top = logprobs if first > second else [{**logprobs[0], "token": "B"}, {**logprobs[1], "token": "A"}]
+        content = [{"token": "A", "logprob": 0.0, "top_logprobs": top}]
+        return {"message": {"role": "assistant", "content": "A"}, "logprobs": {"content": content}}
+
+    with ChatServer(rule).running() as url:
+        found, _ = label(copied, {"kind": "chat", "model": "soft", "base_url": url})
+    assert found and all(record["preference"] == pytest.approx(0.75) for record in found)
+    assert all(record["chosen"][0]["content"] > record["rejected"][0]["content"] for record in found)
+
+
+def test_a_stronger_model_behind_a_url_answers_and_is_never_asked_twice(copied):
+    lock, seen = threading.Lock(), []
+
+    def rule(body):
+        with lock:
+            seen.append(json.dumps(body, sort_keys=True))
+        return f"it holds air . {'it can burn . ' * (body['seed'] % 3)}"
+
+    server = ChatServer(rule, ["busy", "cut"])
+    with server.running() as url:
+        sampler = {"kind": "chat", "model": "strong", "base_url": url, "system": "Be brief."}
+        with pytest.raises(UserError, match="max_requests=10 is reached"):
+            label(copied, sampler={**sampler, "max_requests": 10})
+        found, report = label(copied, sampler=sampler)
+    assert len(seen) == len(set(seen)) == 2 * report["pairs"], "every answer is a request of its own, sent once"
+    assert {record["sampler"] for record in found} == {"chat strong"}
+    assert all(json.loads(body)["messages"][0] == {"role": "system", "content": "Be brief."} for body in seen)
+    texts = {record[side][0]["content"] for record in found for side in ("chosen", "rejected")}
+    assert texts <= {"it holds air ." + " it can burn ." * n for n in range(3)}
+    again, _ = label(copied, sampler={**sampler, "replay": True})
+    assert again == found
+
+
+def test_another_model_answers_in_the_place_of_the_base(copied):
+    """The base itself, named as another folder, gives the answers of the base."""
+    by_base, _ = label(copied)
+    folder = str(copied / "sft" / "model")
+    found, _ = label(copied, sampler=folder)
+    assert [{**record, "sampler": "base"} for record in found] == by_base
+    assert {record["sampler"] for record in found} == {f"model {folder}"}
+
+
+@pytest.mark.parametrize(
+    ("sampler", "message"),
+    [
+        ({"kind": "oracle"}, "sampler: kind 'oracle' is unknown; choose one of base, model, chat"),
+        ({"kind": "chat"}, "sampler: names no model; set model"),
+        ({"kind": "model"}, "sampler: names no model; set path"),
+        ({"kind": "base", "path": "x"}, "sampler 'base': does not take these settings"),
+        ({"kind": "chat", "model": "m", "max_cost": 1.0}, "max_cost: needs prices"),
+        ({"kind": "chat", "model": "m", "temprature": 1.0}, "temprature"),
+    ],
+)
+def test_a_wrong_sampler_is_refused_before_anything_runs(sampler, message):
+    with pytest.raises(UserError, match=message):
+        stages.read(settings("score", sampler))

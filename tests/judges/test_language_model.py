@@ -2,8 +2,13 @@
 
 import json
 import math
+import os
 import re
+import signal
+import subprocess
+import sys
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -21,7 +26,6 @@ from pjrlhf.judges.language_model import (
     read_rating,
     read_template,
 )
-from pjrlhf.rewards.sources import reward_source
 
 pytest.importorskip("openai")
 PROMPTS = [f"request {i}" for i in range(12)]
@@ -40,9 +44,12 @@ def want(a, b):
     return np.sign([len(x) - len(y) for x, y in zip(a, b, strict=True)])
 
 
+def context(folder):
+    return JudgeContext(ScoreJudge(print), {"long": "The response is long."}, folder)
+
+
 def judge(url, folder, **settings):
-    spec = {"kind": "chat", "model": "m", "base_url": url, **settings}
-    return judge_from(spec, JudgeContext(ScoreJudge(print), {"long": "The response is long."}, folder))
+    return judge_from({"kind": "chat", "model": "m", "base_url": url, **settings}, context(folder))
 
 
 # ---- verdicts
@@ -65,7 +72,7 @@ def test_a_replay_gives_the_same_verdicts_with_the_server_gone(tmp_path):
         first = judge(url, tmp_path)(PROMPTS, A, B, "long")
     again = judge(url, tmp_path, replay=True)
     np.testing.assert_array_equal(again(PROMPTS, A, B, "long"), first)
-    assert again.chat.usage.sent == 0 and again.chat.usage.requests == 12
+    assert again.backend.chat.sent == 0 and again.backend.chat.usage.requests == 12
     with pytest.raises(
         UserError, match=r"judge\.jsonl: has no reply to 12 of 12 requests of judge: long; set replay to"
     ):
@@ -207,30 +214,6 @@ def test_a_person_stands_in_the_prompt(tmp_path):
     assert "A teacher who likes short texts." in server.bodies[0]["messages"][0]["content"]
 
 
-# ---- ratings as rewards
-
-
-def test_ratings_are_rewards(tmp_path):
-    def rule(body):
-        text = body["messages"][-1]["content"]
-        length = len(re.search(r"Response:\n(.*?)\n\nGive", text, re.S)[1])
-        return json.dumps({"reason": "by length", "verdict": length})
-
-    with ChatServer(rule).running() as url:
-        spec = {
-            "kind": "judge",
-            "model": "m",
-            "base_url": url,
-            "criterion": "It is long.",
-            "cache": str(tmp_path / "r"),
-        }
-        rate = reward_source("P2A", spec)
-        np.testing.assert_array_equal(rate(["q"] * 3, ["four", "x", "x" * 11]), [4.0, 1.0, math.nan])
-        with pytest.raises(UserError, match=r"kind 'judge' does not take these settings .*'cache'"):
-            reward_source("P2A", {"kind": "judge", "criterion": "It is long."})
-    assert rate.function.failures == 1
-
-
 # ---- budgets, crashes, errors
 
 
@@ -248,7 +231,113 @@ def test_a_budget_stops_cleanly_and_goes_on(tmp_path):
         with pytest.raises(UserError, match=r"max_cost=0.03 is reached"):
             judge(url, tmp_path, max_cost=0.03, **prices)(PROMPTS, B, A, "long")
         asked = judge(url, tmp_path, **prices)
-        assert asked.chat.usage.requests == 15 and asked.chat.cost == pytest.approx(0.03)
+        assert asked.backend.chat.usage.requests == 15 and asked.backend.chat.cost == pytest.approx(0.03)
+
+
+def test_a_cost_is_never_exceeded_by_requests_under_way(tmp_path):
+    server = ChatServer(longer)
+    with server.running() as url:
+        prices = {"prices": (10.0, 100.0), "concurrency": 8}  # 0.002 for a request
+        with pytest.raises(UserError, match=r"max_cost=0.011 is reached"):
+            judge(url, tmp_path, max_cost=0.011, **prices)(PROMPTS, A, B, "long")
+    assert 1 <= len(server.bodies) <= 6
+
+
+def test_a_cost_needs_token_counts(tmp_path):
+    def without_usage(body):
+        return {"choices": [{"message": {"content": "A"}, "finish_reason": "stop"}]}
+
+    settings = ChatSettings(model="m", max_cost=1.0, prices=(1.0, 1.0))
+    asked = Chat(settings, tmp_path / "c.jsonl", without_usage)
+    with pytest.raises(
+        UserError, match=r"model 'm': its server reports no token counts, which max_cost needs; set max_req"
+    ):
+        asked("all", [{"model": "m", "n": n} for n in range(9)])
+    assert asked.usage.requests == asked.usage.unknown == 1
+
+
+def test_judges_that_share_a_file_share_its_budget_and_replies(tmp_path):
+    server = ChatServer(longer)
+    with server.running() as url:
+        one, other = judge(url, tmp_path, max_requests=20), judge(url, tmp_path, max_requests=20)
+        third = judge_from({"kind": "chat", "model": "n", "base_url": url}, context(tmp_path))
+        one(PROMPTS, A, B, "long")
+        other(PROMPTS, A, B, "long")
+        assert len(server.bodies) == 12, "the second judge finds the replies of the first"
+        with pytest.raises(UserError, match="max_requests=20 is reached"):
+            other(PROMPTS, B, A, "long")
+        assert len(server.bodies) == 20
+        third(PROMPTS[:2], A[:2], B[:2], "long")
+    usage = [each.backend.chat.usage.requests for each in (one, other, third)]
+    assert usage == [20, 20, 2], "another model has a budget of its own"
+    assert judge(url, tmp_path, replay=True).backend.chat.usage.requests == 20
+
+
+def test_requests_keep_to_their_rate(tmp_path):
+    times = []
+
+    def send(body):
+        times.append(time.monotonic())
+        return {"n": body["n"]}
+
+    Chat(ChatSettings(model="m", requests_per_minute=1200), tmp_path / "c.jsonl", send)(
+        "all", [{"n": n} for n in range(5)]
+    )
+    assert min(np.diff(sorted(times))) > 0.03 and max(times) - min(times) >= 0.18
+
+
+def test_a_busy_server_is_asked_again_when_it_says_so(tmp_path):
+    server = ChatServer(longer, ["busy"], retry_after=0.7)
+    with server.running() as url:
+        started = time.monotonic()
+        judge(url, tmp_path)(PROMPTS[1:2], A[1:2], B[1:2], "long")
+    assert time.monotonic() - started >= 0.7 and server.seen == 2
+
+
+def test_a_judge_that_is_asked_anew_sends_requests_of_its_own(tmp_path):
+    server = ChatServer(longer)
+    with server.running() as url:
+        first = judge(url, tmp_path)
+        again = first.again()
+        np.testing.assert_array_equal(first(PROMPTS, A, B, "long"), again(PROMPTS, A, B, "long"))
+    assert len(server.bodies) == 24 and len({body.get("seed") for body in server.bodies}) == 2
+
+
+KILLED = """
+import sys
+from pjrlhf.judges.judge import JudgeContext, ScoreJudge, judge_from
+import pathlib
+spec = {"kind": "chat", "model": "m", "base_url": sys.argv[1], "concurrency": 2}
+judge = judge_from(spec, JudgeContext(ScoreJudge(print), {"long": "The response is long."}, pathlib.Path(sys.argv[2])))
+count = 40
+print(judge([f"request {i}" for i in range(count)], ["xx"] * count, ["y"] * count, "long").tolist())
+"""
+
+
+def test_a_killed_run_goes_on_without_asking_again(tmp_path):
+    """SIGKILL in the middle: only what was under way is asked again."""
+    enough = threading.Event()
+
+    def rule(body):
+        if len(server.bodies) >= 15:
+            enough.set()
+        time.sleep(0.02)
+        return longer(body)
+
+    server, alone = ChatServer(rule), {**os.environ, "JAX_PLATFORMS": "cpu"}
+    with server.running() as url:
+        command = [sys.executable, "-c", KILLED, url, str(tmp_path)]
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=alone)
+        assert enough.wait(120)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        before = len(server.bodies)
+        assert before < 40
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True, env=alone)
+    assert json.loads(done.stdout) == [1.0] * 40
+    assert 40 <= len(server.bodies) <= 42, "two requests were under way"
+    with pytest.raises(UserError, match="has no reply to 1 of 1"):
+        judge(url, tmp_path, replay=True)(["new"], ["a"], ["b"], "long")
 
 
 def test_a_line_that_a_crash_cut_short_is_asked_again(tmp_path):
@@ -295,7 +384,7 @@ def test_errors_of_the_server_name_the_way_out(tmp_path, monkeypatch, settings, 
 
 
 def test_a_server_that_is_not_there_or_talks_nonsense(tmp_path):
-    with pytest.raises(UserError, match=r"judge 'm' at http://127\.0\.0\.1:9/v1/: cannot be reached .*check base_url"):
+    with pytest.raises(UserError, match=r"model 'm' at http://127\.0\.0\.1:9/v1/: cannot be reached .*check base_url"):
         judge("http://127.0.0.1:9/v1", tmp_path, retries=0)(PROMPTS, A, B, "long")
     with ChatServer(longer, ["half"] * 100).running() as url, pytest.raises(UserError, match="replies cannot be read"):
         judge(url, tmp_path, retries=1, concurrency=1)(PROMPTS, A, B, "long")
@@ -303,7 +392,7 @@ def test_a_server_that_is_not_there_or_talks_nonsense(tmp_path):
 
 def test_the_key_is_needed_for_the_servers_of_openai_alone(tmp_path, monkeypatch):
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
-    with pytest.raises(UserError, match=r"judge 'm': \$OPENAI_API_KEY is not set; set it to the key of the server"):
+    with pytest.raises(UserError, match=r"model 'm': \$OPENAI_API_KEY is not set; set it to the key of the server"):
         judge("", tmp_path)
     assert isinstance(judge("http://127.0.0.1:9/v1", tmp_path), LanguageModelJudge)
 
@@ -326,3 +415,23 @@ def test_requests_are_told_apart_by_all_they_hold():
     body = {"model": "m", "messages": [{"role": "user", "content": "a"}]}
     keys = {chat.request_key("u", body), chat.request_key("v", body), chat.request_key("u", {**body, "seed": 1})}
     assert len(keys) == 3 and chat.request_key("u", dict(reversed(body.items()))) in keys
+
+
+@pytest.mark.parametrize(
+    ("person", "text"),
+    [
+        ("A teacher.", "A teacher."),
+        ({}, ""),
+        (
+            {"about": "A nurse of 40.", "stated": {"fluency": 10, "safety": 90, "facts": 95.5, "fun": 50, "style": 0}},
+            "A nurse of 40.\n\nWhat matters most to this person, in this order: facts, safety, fun.",
+        ),
+        ({"said": ["Be brief.", "Thanks!"]}, "This person said:\n- Be brief.\n- Thanks!"),
+    ],
+)
+def test_a_person_is_described_by_what_matters_most(person, text):
+    """The three largest stated preferences, whatever the order in which they were shown."""
+    assert language_model.describe(person) == text
+    for wrong in ({"name": "x"}, {"stated": {"fun": "high"}}, {"stated": {"fun": math.nan}}):
+        with pytest.raises(UserError, match="judge: "):
+            language_model.describe(wrong)

@@ -12,8 +12,10 @@ from support import tiny
 from pjrlhf.algorithms import banks, policy, reward
 from pjrlhf.algorithms.modpo import answer_rewards
 from pjrlhf.errors import UserError
+from pjrlhf.judges.judge import BothOrders
 from pjrlhf.models.adapters import bank_size
 from pjrlhf.models.storage import load_tree
+from pjrlhf.pipeline import stages
 from pjrlhf.protocols import soups as evaluate
 from pjrlhf.protocols.soups import Evaluation
 from pjrlhf.runtime.answers import Row, sample_rows
@@ -293,3 +295,82 @@ def test_everybody_needs_a_policy(finished):
     del config.methods["pmorl"]
     with pytest.raises(UserError, match="nothing is trained for 'P1A'; add the stage policy"):
         Evaluation(tiny.start(finished, config))
+
+
+# ---- judges
+
+
+def with_judges(folder, *judges, judge="score", **changes):
+    config = tiny.settings(**changes)
+    with config.ignore_type():
+        config.evaluate.judge, config.evaluate.judges = judge, judges
+    return evaluation(tiny.start(folder, config), wordy)
+
+
+def test_judges_agree_as_far_as_their_verdicts_do(finished):
+    brevity = {"kind": "reward", "source": "support.toy_extensions:brevity"}
+    found = with_judges(finished, "score", brevity)
+    ingredients = found.ingredients()
+    sections = found.judging()
+    assert [one["name"] for one in sections["judges"]] == ["score", "score (2)", "reward"]
+    assert sections["judge"] == sections["judges"][0]
+    pairs = {(one["criterion"], *one["judges"]): one for one in sections["agreement"]}
+    assert len(pairs) == 3 * len(ingredients)
+    for name in ingredients:
+        assert pairs[name, "score", "score (2)"]["agreement"] == 1
+    # Whoever likes short answers sees every ingredient that writes more as worse.
+    other = pairs["P2B", "score", "reward"]
+    assert other["n"] == 2 * len(found.requests) and other["agreement"] < 0.5
+
+
+class Moody:
+    """A judge that changes its mind when it is asked anew."""
+
+    def __init__(self, sign=1.0):
+        self.sign = sign
+
+    def __call__(self, prompts, first, second, criterion):
+        return np.array([self.sign * np.sign(len(a) - len(b)) for a, b in zip(first, second, strict=True)])
+
+    def again(self):
+        return Moody(-self.sign)
+
+
+def test_a_judge_is_asked_twice_as_often_as_wanted(finished, monkeypatch):
+    found = with_judges(finished, evaluate__asked_twice=3)
+    found.ingredients()
+    assert "self_consistency" not in found.judging()["judge"], "scores are the same by construction"
+    monkeypatch.setattr(found.run, "judge", lambda spec: BothOrders(Moody()))
+    found = Evaluation(found.run)
+    found.sample = Stub(wordy)
+    found.ingredients()
+    twice = found.judging()["judge"]["self_consistency"]
+    verdicts = [first for first, _ in found.twice["score"]]
+    assert twice["n"] == 3 * len(set(found.names) - set(found.prompted))
+    assert twice["agreement"] == np.mean(np.concatenate(verdicts) == 0), "only ties stay"
+
+
+def test_rates_at_equal_lengths_are_those_of_the_verdicts(finished):
+    found = with_judges(finished, evaluate__length_controlled=("P1B",))
+    sections = found.people()["sections"]
+    assert set(sections["length_controlled"]) == {"P1B"}
+    rows = sections["length_controlled"]["P1B"]
+    assert set(rows) == {"prompting", "soups", "rlhf", "pmorl", "soups_untold"}
+    own = [combo for combo in found.combos if "P1B" in combo]
+    assert rows["prompting"]["n"] == len(own) * len(found.requests)
+    # Whoever is told writes as an expert, and the base does not: every comparison is won, at any length.
+    assert rows["prompting"]["rate"] == 1 and rows["prompting"]["controlled"] > 0.9
+    assert rows["prompting"]["length"] > rows["prompting"]["base_length"]
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("P2A", "'P2A' is about length, so equal lengths would take away what it asks for; leave it out"),
+        ("P2B", "'P2B' is about length"),  # its opposite is
+        ("P9", "'P9' is no criterion; choose from P1A"),
+    ],
+)
+def test_equal_lengths_are_refused_where_they_say_nothing(name, message):
+    with pytest.raises(UserError, match=message):
+        stages.read(tiny.settings(evaluate__length_controlled=(name,)))

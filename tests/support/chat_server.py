@@ -21,8 +21,9 @@ class ChatServer:
       seen: number of requests.
     """
 
-    def __init__(self, rule, faults=(), key=None):
+    def __init__(self, rule, faults=(), key=None, retry_after=0.01):
         self.rule, self.key, self.bodies, self.seen = rule, key, [], 0
+        self.retry_after = str(retry_after)
         self._faults, self._lock = itertools.chain(faults, itertools.repeat("")), threading.Lock()
 
     @contextlib.contextmanager
@@ -58,7 +59,7 @@ class ChatServer:
         if body["model"] == "missing":
             return self._send(handler, 404, {"error": {"message": "no such model"}})
         if fault == "busy":
-            return self._send(handler, 429, {"error": {"message": "busy"}}, {"Retry-After": "0.01"})
+            return self._send(handler, 429, {"error": {"message": "busy"}}, {"Retry-After": self.retry_after})
         if fault == "broken":
             return self._send(handler, 500, {"error": {"message": "broken"}}, {"Retry-After": "0.01"})
         if fault == "cut":

@@ -1,0 +1,179 @@
+"""Who answers the prompts of comparisons: the base of the run, or a model that is stronger than it.
+
+A sampler is a function (requests, words, name of the progress bar) -> one answer for each, the same on all processes.
+"""
+
+import collections
+import dataclasses
+import functools
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
+
+from pjrlhf.errors import UserError
+from pjrlhf.judges.chat import Body, Chat, ChatSettings
+from pjrlhf.parallel.processes import json_from_zero
+from pjrlhf.registry import Registry, callable_as
+from pjrlhf.runtime.answers import sample_base
+from pjrlhf.runtime.run import Run
+from pjrlhf.runtime.workspace import ModelSettings
+from pjrlhf.settings import Settings, parse, setting
+from pjrlhf.types import Json
+
+BASE = "base"
+CACHE = "sampler.jsonl"  # in the run directory: requests to a chat sampler, and replies
+STREAM = "comparisons/answers"
+
+
+class Sampler(Protocol):
+    """Answers requests."""
+
+    def __call__(self, requests: Sequence[str], words: Sequence[str], name: str) -> list[str]:
+        """One answer to each request, followed in its prompt by `words` about preferences, which may be empty."""
+        ...
+
+
+# Each makes a sampler from a run and the settings in its specification.
+SAMPLERS: Registry[Callable[..., Sampler]] = Registry(
+    "sampler", callable_as("a function that makes a sampler from a run")
+)
+
+
+@SAMPLERS.register(BASE)
+def by_base(run: Run) -> Sampler:
+    """The base of the run."""
+    return functools.partial(_sampled, run)
+
+
+def _sampled(run: Run, requests: Sequence[str], words: Sequence[str], name: str) -> list[str]:
+    prompts = [run.records.ask(request, said) for request, said in zip(requests, words, strict=True)]
+    return sample_base(run, prompts, functools.partial(run.streams.key, STREAM), name)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelSamplerSettings(Settings):
+    """Another model in Hugging Face layout, which runs on the mesh of the run."""
+
+    path: str = setting("", "its folder")
+    dtype: str = setting("float32", "dtype of activations", choices=("float32", "bfloat16"))
+    param_dtype: str = setting("float32", "dtype of the parameters", choices=("float32", "bfloat16"))
+    quantize: str = setting("", "int8 stores its linear layers in 8 bits", choices=("", "int8"))
+    temperature: float | None = setting(None, "of its answers; that of the run where not set", low=0.0, high=100.0)
+    max_prompt: int = setting(0, "longest prompt in its tokens; 0 for data.max_prompt", low=0, high=2**20)
+    max_completion: int = setting(0, "longest answer in its tokens; 0 for data.max_completion", low=0, high=2**20)
+
+
+@SAMPLERS.register("model")
+def by_model(run: Run, **settings: Any) -> Sampler:
+    """A model folder; for settings see `ModelSamplerSettings`. It is asked in its own chat template, if it has one."""
+    own = parse(ModelSamplerSettings, settings, "sampler")
+    if not own.path:
+        raise UserError("sampler: names no model; set path to its folder")
+
+    def sample(requests: Sequence[str], words: Sequence[str], name: str) -> list[str]:
+        return _sampled(_other(run, own), requests, words, name)
+
+    return sample
+
+
+def _other(run: Run, own: ModelSamplerSettings) -> Run:
+    """The run with another base."""
+    shared = run.settings
+    model = ModelSettings(
+        path=own.path,
+        dtype=own.dtype,
+        param_dtype=own.param_dtype,
+        quantize=own.quantize,
+        attention=shared.model.attention,
+    )
+    data = shared.data.replace(
+        chat=None,
+        max_prompt=own.max_prompt or shared.data.max_prompt,
+        max_completion=own.max_completion or shared.data.max_completion,
+    )
+    temperature = shared.temperature if own.temperature is None else own.temperature
+    stages = tuple(stage for stage in shared.stages if stage != "sft")
+    other = Run(shared.replace(model=model, data=data, temperature=temperature, stages=stages), {}, run.workdir)
+    vars(other)["devices"] = run.devices  # one mesh
+    return other
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ChatSamplerSettings(ChatSettings):
+    """A model behind an OpenAI-compatible URL, as a sampler."""
+
+    system: str = setting("", "system message; none where empty")
+    temperature: float = setting(1.0, "of its answers", low=0.0, high=100.0)
+    max_tokens: int = setting(0, "longest answer in its tokens; 0 for data.max_completion", low=0, high=2**20)
+
+
+@SAMPLERS.register("chat")
+def by_chat(run: Run, **settings: Any) -> Sampler:
+    """A model behind an OpenAI-compatible URL; for settings see `ChatSamplerSettings`."""
+    own = parse(ChatSamplerSettings, settings, "sampler")
+    if not own.model:
+        raise UserError("sampler: names no model; set model to its name on the server")
+    return functools.partial(_asked, run, own)
+
+
+def _asked(run: Run, own: ChatSamplerSettings, requests: Sequence[str], words: Sequence[str], name: str) -> list[str]:
+    """Answers of a chat model. Process 0 asks."""
+    times: collections.Counter[str] = collections.Counter()
+    bodies: list[Body] = []
+    for request, said in zip(requests, words, strict=True):
+        prompt = run.records.ask(request, said)
+        turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+        system = [{"role": "system", "content": own.system}] if own.system else []
+        body: dict[str, Json] = {"model": own.model, "messages": [*system, *turns]}
+        body |= {"temperature": own.temperature, "max_tokens": own.max_tokens or run.settings.data.max_completion}
+        # The same request twice is two answers, and two entries of the cache.
+        text = repr(turns)
+        body["seed"] = (1_000_003 * run.settings.seed + times[text]) % 2**31
+        times[text] += 1
+        bodies.append(body)
+
+    def ask() -> list[str]:
+        chat = Chat(own, run.workdir.path / CACHE)
+        return [answer_of(reply) for reply in chat(name, bodies)]
+
+    return json_from_zero(ask)
+
+
+def answer_of(reply: Json) -> str:
+    """The text of a reply; empty where it has none."""
+    try:
+        return (reply["choices"][0]["message"].get("content") or "").strip()
+    except (AttributeError, IndexError, KeyError, TypeError):
+        return ""
+
+
+def as_spec(spec: str | Mapping[str, Any]) -> dict[str, Any]:
+    """A specification of a sampler with its kind: "base", the folder of a model, or a mapping."""
+    if isinstance(spec, str):
+        own = spec == BASE or ":" in spec.replace("://", "")
+        return {"kind": spec} if own else {"kind": "model", "path": spec}
+    return dict(spec)
+
+
+def sampler(run: Run | None, spec: str | Mapping[str, Any]) -> Sampler:
+    """The sampler that a config names; without a run it is only checked.
+
+    Raises:
+      UserError: no such sampler, or settings that it does not take.
+    """
+    settings = as_spec(spec)
+    kind = settings.pop("kind", None)
+    if not isinstance(kind, str) or (kind not in SAMPLERS and ":" not in kind):
+        raise UserError(f"sampler: kind {kind!r} is unknown; choose one of {', '.join(SAMPLERS)}, or name a folder")
+    make = SAMPLERS.get(kind)
+    try:
+        inspect.signature(make).bind(run, **settings)
+    except TypeError as error:
+        raise UserError(f"sampler {kind!r}: does not take these settings ({error}); correct them") from error
+    return make(run, **settings)
+
+
+def sampler_name(spec: str | Mapping[str, Any]) -> str:
+    """The kind of a sampler, with its model if it has one."""
+    settings = as_spec(spec)
+    return " ".join(str(settings[key]) for key in ("kind", "model", "path") if settings.get(key))
