@@ -4,8 +4,9 @@ import contextlib
 import dataclasses
 import importlib
 import os
+import pathlib
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from absl import logging
@@ -17,8 +18,9 @@ from pjrlhf.data.sources import check_source
 from pjrlhf.errors import UserError
 from pjrlhf.export import merge
 from pjrlhf.export.merge import MergeSettings
+from pjrlhf.feedback.samplers import as_spec
 from pjrlhf.parallel.processes import is_process_zero
-from pjrlhf.paths import is_remote
+from pjrlhf.paths import expand, is_remote
 from pjrlhf.registry import load
 from pjrlhf.rewards.sources import SourceFailed
 from pjrlhf.runtime.inputs import fingerprints
@@ -113,6 +115,9 @@ class Plan:
         for name in waiting:
             section = getattr(self.settings, name, None) or self.foreign.get(name)
             sections[f"{name}.data"] = getattr(section, "data", None)
+            for key, path in _models(section):
+                inside = pathlib.Path(os.path.abspath(path)).is_relative_to(workdir.path)  # this run may make it
+                self._check_path(f"{name}.{key}", "" if inside else path)
         for name, field in (("reward", "path"), ("preference", "bank")) if waiting else ():
             self._check_path(f"{name}.{field}", getattr(getattr(self.settings, name), field, ""))
         for key, spec in sections.items():
@@ -122,6 +127,15 @@ class Plan:
     def _check_path(self, key: str, path: str) -> None:
         if path and path not in STAGES and not is_remote(path) and not os.path.exists(path):
             raise UserError(f"{key}: {path}: no such file; set --config.{key} to one that exists")
+
+
+def _models(section: Any) -> Iterator[tuple[str, str]]:
+    """(key, folder) of the judges and samplers of a section that are models."""
+    judges = [("judge", getattr(section, "judge", None)), *(("judges", one) for one in getattr(section, "judges", ()))]
+    sampler = getattr(section, "sampler", None)
+    for key, spec in [*judges, ("sampler", as_spec(sampler) if sampler else None)]:
+        if isinstance(spec, Mapping) and spec.get("kind") == "model":
+            yield f"{key}.path", expand(str(spec.get("path", "")))
 
 
 def read(config: ConfigDict | Mapping[str, Json]) -> Plan:

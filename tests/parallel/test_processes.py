@@ -11,7 +11,8 @@ import time
 
 import numpy as np
 import pytest
-from support import tiny
+from support import tiny, tiny_judge
+from support.chat_server import ChatServer
 from support.small_policies import close
 
 from pjrlhf.errors import UserError
@@ -123,6 +124,25 @@ def test_four_processes_give_the_numbers_of_one(tmp_path):
     stages = ("sft", "comparisons", "reward")
     one, four = (run(tmp_path, str(count), count, stages=stages) for count in (1, 4))
     assert_same_numbers(one, four)
+
+
+@pytest.mark.slow
+def test_two_processes_judge_as_one_does(tmp_path):
+    """Process 0 asks the server for answers; both run the judge on their mesh."""
+    server = ChatServer(lambda body: f"it holds air . {'it can burn . ' * (body['seed'] % 3)}")
+    judge = tiny_judge.make(tmp_path / "judge")
+    found = []
+    with server.running() as url:
+        for count in (1, 2):
+            changes = {"path": str(judge), "base_url": url, "sft__steps": 10}
+            folder = run(tmp_path, str(count), count, module="tiny_judge", **changes)
+            found.append(
+                [json.loads(line) for line in (folder / "comparisons/comparisons.jsonl").read_text().splitlines()]
+            )
+            assert len(server.bodies) == 24 * count, "one process asks"
+    for a, b in zip(*found, strict=True):
+        assert a.pop("preference") == pytest.approx(b.pop("preference"), abs=1e-4)
+        assert a == b
 
 
 def children(process):

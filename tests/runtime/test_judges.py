@@ -1,6 +1,5 @@
 """A model folder as a judge: log-probabilities of verdicts, read without sampling."""
 
-import dataclasses
 import json
 import math
 import re
@@ -11,38 +10,28 @@ import pytest
 from jax.sharding import Mesh
 from support import tiny, tiny_llamas
 from support.chat_server import ChatServer
+from support.tiny_judge import CONFIG, make
 from support.tiny_llamas import needs_torch
 
-from pjrlhf.data import bpe, synthetic
+from pjrlhf.data import synthetic
 from pjrlhf.data.schema import shared_length
 from pjrlhf.data.tokenization import load_tokenizer
 from pjrlhf.errors import UserError
 from pjrlhf.feedback import comparisons
 from pjrlhf.judges.judge import BothOrders, JudgeContext, ScoreJudge, agreement, judge_from
 from pjrlhf.judges.language_model import read_template
-from pjrlhf.models.huggingface import load_params, save_params
+from pjrlhf.models.huggingface import load_params
 from pjrlhf.parallel.mesh import AXES
+from pjrlhf.pipeline import stages
 from pjrlhf.rewards.sources import SourceContext, reward_source
 from pjrlhf.runtime import devices
 from pjrlhf.runtime.judges import STARTS, Continuations, ModelJudgeSettings, NextToken
+from pjrlhf.training.workdir import Workdir
 
-CONFIG = dataclasses.replace(tiny_llamas.SMALL, vocab_size=300, max_length=1024)
 CRITERIA = {"long": "The response is long."}
 PROMPTS = [f"request {i}" for i in range(5)]
 A = ["x" * i + " and more" for i in range(5)]
 B = ["Not at all.", "y", "z z", "", "x" * 4 + " and more"]
-
-
-def make(folder, chat=True):
-    """A folder of a random Llama with a byte-level tokenizer."""
-    bpe.write_tokenizer(folder, ["Answer: A or B", "the response", "request"], CONFIG.vocab_size)
-    params = jax.tree.map(lambda x: 0.5 * x, tiny_llamas.random_params(CONFIG))
-    save_params(folder / "model", CONFIG, params, tokenizer_folder=folder)
-    if not chat:
-        file = folder / "model" / "tokenizer_config.json"
-        raw = {key: value for key, value in json.loads(file.read_text()).items() if key != "chat_template"}
-        file.write_text(json.dumps(raw))
-    return folder / "model"
 
 
 @pytest.fixture(scope="module")
@@ -237,6 +226,23 @@ def test_wrong_settings_are_refused_before_anything_is_read(settings, message):
 def test_a_folder_that_is_not_there(context):
     with pytest.raises(UserError, match="nowhere"):
         judge("nowhere", context)(PROMPTS, A, B, "long")
+
+
+@pytest.mark.parametrize(
+    ("key", "spec"),
+    [
+        ("comparisons.judge", {"kind": "model", "path": "nowhere"}),
+        ("evaluate.judges", ({"kind": "model", "path": "nowhere"},)),
+        ("comparisons.sampler", "nowhere"),
+    ],
+)
+def test_folders_that_are_not_there_are_missed_at_the_start(tmp_path, key, spec):
+    config = tiny.settings()
+    section, name = key.split(".")
+    with config.ignore_type():
+        config[section][name] = spec
+    with pytest.raises(UserError, match=rf"{key}\.path: nowhere: no such file; set --config\.{key}\.path to one"):
+        stages.run(config, Workdir(tmp_path / "run"))
 
 
 def test_a_run_labels_its_comparisons_with_a_model(folder, copied):
