@@ -12,6 +12,7 @@ from support import tiny
 from pjrlhf.algorithms import banks, policy, reward
 from pjrlhf.algorithms.modpo import answer_rewards
 from pjrlhf.errors import UserError
+from pjrlhf.evaluation.winrate import length_controlled_rate
 from pjrlhf.judges.judge import BothOrders
 from pjrlhf.models.adapters import bank_size
 from pjrlhf.models.storage import load_tree
@@ -356,11 +357,15 @@ def test_rates_at_equal_lengths_are_those_of_the_verdicts(finished):
     assert set(sections["length_controlled"]) == {"P1B"}
     rows = sections["length_controlled"]["P1B"]
     assert set(rows) == {"prompting", "soups", "rlhf", "pmorl", "soups_untold"}
-    own = [combo for combo in found.combos if "P1B" in combo]
-    assert rows["prompting"]["n"] == len(own) * len(found.requests)
-    # Whoever is told writes as an expert, and the base does not: every comparison is won, at any length.
-    assert rows["prompting"]["rate"] == 1 and rows["prompting"]["controlled"] > 0.9
-    assert rows["prompting"]["length"] > rows["prompting"]["base_length"]
+    # Prompting writes as an expert where it writes enough, which it does where P2B is stated too.
+    told = [found.methods(combo)["prompting"] for combo in found.combos if "P1B" in combo]
+    texts = [wordy(Row("", words, mix)) for words, mix in told for _ in found.requests]
+    base = [len(wordy(Row("", "", found.weights())))] * len(texts)
+    verdicts, lengths = [float(EXPERT in text) for text in texts], [len(text) for text in texts]
+    prompting = rows["prompting"]
+    assert prompting["n"] == len(texts) and prompting["rate"] == (1 + np.mean(verdicts)) / 2 == 0.75
+    assert prompting["controlled"] == pytest.approx(length_controlled_rate(verdicts, lengths, base))
+    assert (prompting["length"], prompting["base_length"]) == (np.mean(lengths), base[0])
 
 
 @pytest.mark.parametrize(
