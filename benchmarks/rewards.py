@@ -5,7 +5,9 @@ A round is one PPO step of one policy, an adapter, with one reward. The sides di
 * adapter: our own reward model, inside the jitted step;
 * function: a reward function that turns texts into tokens again and calls the same reward model;
 * classifier: a sequence classifier of the same size, the source of that kind;
-* free: a function that hardly does anything, so that its step is the host path without any scoring.
+* free: a function that hardly does anything, so that its step is the host path without any scoring;
+* slow, and slow in parts: a function that waits `--wait` seconds for a rollout, as for a server; in parts
+  (`policy.reward_parts=4`) it waits for one part while the next is sampled.
 
 `scoring` is what the function takes in a step, and `model` the reward model alone, in the same shape. The host path
 costs what free takes beyond adapter without its model, as a share of a step with scoring.
@@ -24,6 +26,17 @@ NAME = "P0"  # of the reward
 def free(prompts, completions):
     """A reward that costs nothing."""
     return [float(len(text) % 7) for text in completions]
+
+
+def slow(job):
+    """A reward function that waits for every answer its share of `job["wait"]` seconds."""
+    seconds = job["wait"] / (job["prompts"] * job["samples"])
+
+    def rewards(prompts, completions):
+        time.sleep(seconds * len(completions))
+        return free(prompts, completions)
+
+    return rewards
 
 
 class Scoring:
@@ -63,12 +76,13 @@ def ours(job, turn):
     turn.begin()
     harness.watch_jax(turn, job)
     source = job["source"]
-    specs = {"function": f"{__file__}:free", "free": f"{__file__}:free", "classifier": job["classifier"]}
-    changes = {} if source == "adapter" else {"rewards": {NAME: specs[source]}}
-    method, state = rl.policy(job, changes=changes)
+    spec = job["classifier"] if source == "classifier" else f"{__file__}:free"
+    changes = {} if source == "adapter" else {"rewards": {NAME: spec}}
+    method, state = rl.policy(job, changes=changes | {"policy.reward_parts": job.get("parts", 1)})
     function = Scoring(method, job)
-    if source == "function":
-        method.targets.audience.sources[NAME] = RewardSource(NAME, function)
+    if source in ("function", "slow"):
+        found = function if source == "function" else slow(job)
+        method.targets.audience.sources[NAME] = RewardSource(NAME, found)
     turn({"versions": harness.our_versions()})
 
     def said(metrics):
@@ -122,9 +136,12 @@ def compare(options, size):
                 "batch_size": rows,
             },
         }
-        for source in ("adapter", "function", "classifier", "free"):
-            if not options.sides or source in options.sides:
-                c.start(source, c.ours("ours", **job, source=source))
+        job["wait"] = 0.2 if options.quick else options.wait
+        sides = {name: {"source": name} for name in ("adapter", "function", "classifier", "free", "slow")}
+        sides["slow in parts"] = {"source": "slow", "parts": 2 if options.quick else 4}
+        for name, more in sides.items():
+            if not options.sides or name in options.sides:
+                c.start(name, c.ours("ours", **job, **more))
         c.run(options.rounds, 2)
         found = c.found("adapter")
     about = {"parameters": shape["parameters"], "rows": rows, "prompt": length, "new": new}
@@ -142,6 +159,7 @@ def main():
     parser.add_argument("--samples", type=int, default=4, help="per prompt")
     parser.add_argument("--prompt", type=int, default=64, help="tokens")
     parser.add_argument("--new", type=int, default=64, help="tokens")
+    parser.add_argument("--wait", type=float, default=4.0, help="seconds that the slow function waits in a step")
     harness.report(
         harness.parse(parser),
         "rewards",
