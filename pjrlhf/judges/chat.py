@@ -17,6 +17,8 @@ from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 
 from pjrlhf.errors import UserError
 from pjrlhf.paths import expand
+from pjrlhf.rewards.server import BUSY
+from pjrlhf.rewards.sources import NoReply
 from pjrlhf.settings import Settings, setting
 from pjrlhf.training.progress import progress
 from pjrlhf.types import Json
@@ -302,12 +304,11 @@ def client(settings: ChatSettings) -> Callable[[Body], Json]:
             except openai.NotFoundError as error:
                 raise UserError(f"{where}: has no such model or address; check model and base_url") from error
             except openai.APIConnectionError as error:
-                raise UserError(f"{where}: cannot be reached ({error.__cause__ or error}); check base_url") from error
+                raise NoReply(f"{where}: cannot be reached ({error.__cause__ or error}); check base_url") from error
             except openai.APIStatusError as error:
                 reason = " ".join(str(error).split())[:200]
-                raise UserError(
-                    f"{where}: answers {error.status_code} ({reason}); correct that, or try later"
-                ) from error
-        raise UserError(f"{where}: its replies cannot be read ({problem}); check base_url") from problem
+                kind = NoReply if error.status_code in BUSY else UserError
+                raise kind(f"{where}: answers {error.status_code} ({reason}); correct that, or try later") from error
+        raise NoReply(f"{where}: its replies cannot be read ({problem}); check base_url") from problem
 
     return send

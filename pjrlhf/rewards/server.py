@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from pjrlhf.errors import UserError
-from pjrlhf.rewards.sources import SOURCES, RewardFunction, Unanswered
+from pjrlhf.rewards.sources import SOURCES, NoReply, RewardFunction, Unanswered
 from pjrlhf.types import Json
 
 BUSY = (408, 429, 500, 502, 503, 504)  # HTTP status codes after which another try may succeed
@@ -74,7 +74,7 @@ def by_http(
             for part, one in zip(parts, asked, strict=True):
                 try:
                     found[part] = one.result()
-                except _NoReply as error:
+                except NoReply as error:
                     failed += range(len(completions))[part]
                     reason = reason or str(error)
                 except UserError:
@@ -88,15 +88,12 @@ def by_http(
     return rewards
 
 
-class _NoReply(UserError):
-    """The server gave no reply after all tries."""
-
-
 def _post(url: str, body: bytes, timeout: float, retries: int, key: str, key_variable: str) -> Json:
     """The reply to a request as JSON.
 
     Raises:
-      UserError: no reply after all tries (`_NoReply`), or one that is an error.
+      NoReply: after all tries.
+      UserError: a reply that is an error.
     """
     headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
     request = urllib.request.Request(url, body, headers)
@@ -120,4 +117,4 @@ def _post(url: str, body: bytes, timeout: float, retries: int, key: str, key_var
             pause = float(after) if after.replace(".", "", 1).isdigit() else pause
         except (OSError, ValueError) as error:  # no connection, one that was cut, or a reply that is no JSON
             reason = " ".join(str(getattr(error, "reason", error)).split()) or type(error).__name__
-    raise _NoReply(f"reward server {url}: no reply after {retries + 1} tries ({reason}); check the server")
+    raise NoReply(f"reward server {url}: no reply after {retries + 1} tries ({reason}); check the server")

@@ -113,6 +113,10 @@ class RecordColumns:
 NO_COLUMNS = RecordColumns()
 
 
+class NoReply(UserError):
+    """A server gave no reply after all tries. Another request may get one."""
+
+
 class Unanswered(UserError):
     """A source gave no reward for some answers after all its tries.
 
@@ -246,9 +250,10 @@ class RewardSource:
             values = self._values(batch)
         except Unanswered as error:
             values, failures = list(error.rewards), dict.fromkeys(error.failed, str(error))
-        except UserError:
-            raise
         except Exception as error:  # the function is other people's code
+            _refuse(error)
+            if isinstance(error, NoReply) and not self._limit(len(batch)):
+                raise
             values, failures = self._around(batch, error)
         found = np.full(len(batch), np.nan, np.float32)
         for i, value in enumerate(values):
@@ -287,6 +292,7 @@ class RewardSource:
             try:
                 self._call(batch.select([i]))
             except Exception as one:
+                _refuse(one)
                 failures[i] = self._raised(one, f" for the answer {batch.named(i)}")
                 if len(failures) > self._limit(count):
                     return [None] * count, failures
@@ -297,13 +303,14 @@ class RewardSource:
                 raise error
             for i, value in zip(rest, self._values(batch.select(rest)) if rest else (), strict=True):
                 values[i] = value
-        except UserError:
-            raise
         except Exception as one:  # for no answer by itself
+            _refuse(one)
             failures |= dict.fromkeys(rest, self._raised(one, ""))
         return values, failures
 
     def _raised(self, error: Exception, where: str) -> str:
+        if isinstance(error, NoReply):
+            return str(error)
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         return f"reward {self.name!r}: its source raised {reason}{where}; correct the source"
 
@@ -335,6 +342,12 @@ class RewardSource:
         # In a thread, because a notebook has an event loop of its own.
         with ThreadPoolExecutor(1) as pool:
             return pool.submit(asyncio.run, result()).result()
+
+
+def _refuse(error: Exception) -> None:
+    """Raises errors that no other answer would avoid, such as a wrong setting or the end of a budget."""
+    if isinstance(error, UserError) and not isinstance(error, NoReply):
+        raise error
 
 
 def _number(value: Any) -> float:

@@ -7,7 +7,16 @@ import pytest
 from support import toy_extensions
 
 from pjrlhf.errors import UserError
-from pjrlhf.rewards.sources import SOURCES, RecordColumns, RewardSource, SourceContext, SourceFailed, reward_source
+from pjrlhf.judges.chat import Chat, ChatSettings
+from pjrlhf.rewards.sources import (
+    SOURCES,
+    NoReply,
+    RecordColumns,
+    RewardSource,
+    SourceContext,
+    SourceFailed,
+    reward_source,
+)
 from pjrlhf.runtime.audience import Audience
 
 MODULE = "support.toy_extensions"
@@ -159,6 +168,36 @@ def test_numbers_that_are_none_count_as_failures():
     np.testing.assert_array_equal(
         RewardSource("P2A", nan, missing=0.34)(PROMPTS, ANSWERS), np.float32([1, np.nan, np.nan])
     )
+
+
+def test_a_judge_without_replies_is_tolerated_and_a_used_up_budget_is_not(tmp_path):
+    """Replies that came before are kept, so that each answer is asked about once more at most."""
+    asked = []
+
+    def send(body):
+        text = body["messages"][-1]["content"]
+        asked.append(text)
+        if "down" in text:
+            raise NoReply("model 'm': cannot be reached; check base_url")
+        return {"choices": [{"message": {"content": "7"}, "finish_reason": "stop"}]}
+
+    def source(missing, **limits):
+        settings = ChatSettings(model="m", concurrency=1, **limits)
+        chat = Chat(settings, tmp_path / f"{len(limits)}.jsonl", send)
+
+        def rewards(prompts, completions):
+            bodies = [{"model": "m", "messages": [{"role": "user", "content": text}]} for text in completions]
+            return [float(reply["choices"][0]["message"]["content"]) for reply in chat("rate", bodies)]
+
+        return RewardSource("P2A", rewards, missing)
+
+    texts = ["a", "down", "c"]
+    np.testing.assert_array_equal(source(0.34)(["q"] * 3, texts), np.float32([7, np.nan, 7]))
+    assert asked.count("a") == asked.count("c") == 1
+    with pytest.raises(UserError, match=r"^model 'm': cannot be reached; check base_url$"):
+        source(0.0)(["q"], ["down"])
+    with pytest.raises(UserError, match="max_requests=1 is reached"):
+        source(1.0, max_requests=1)(["q"] * 3, ["a", "b", "c"])
 
 
 def test_a_source_that_fails_on_a_batch_alone_fails_on_all_of_it():
