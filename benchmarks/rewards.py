@@ -9,6 +9,9 @@ A round is one PPO step of one policy, an adapter, with one reward. The sides di
 * slow, and slow in parts: a function that waits `--wait` seconds for a rollout, as for a server; in parts
   (`policy.reward_parts=4`) it waits for one part while the next is sampled.
 
+With --clock cpu a round lasts as long as its process computes, which other work on the machine hardly changes; the slow
+sides need the wall clock.
+
 `scoring` is what the function takes in a step, and `model` the reward model alone, in the same shape. The host path
 costs what free takes beyond adapter without its model, as a share of a step with scoring.
 """
@@ -21,6 +24,7 @@ import harness
 import rl
 
 NAME = "P0"  # of the reward
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 
 
 def free(prompts, completions):
@@ -50,6 +54,7 @@ class Scoring:
 
         self.method, self.tokenizer = method, method.data.text.workspace.tokenizer
         self.prompt, self.answer, self.seconds = job["prompt"], job["new"], 0.0
+        self.clock = CLOCKS[job["clock"]]
         numbers = np.zeros((1, 1), np.int32)
         self.score = jax.jit(lambda backbone, models, *arrays: raw_rewards(backbone, models, numbers, *arrays))
 
@@ -63,9 +68,9 @@ class Scoring:
             row = [*ids, *answers[0].ids[: self.answer]]
             start = self.prompt - len(ids)
             tokens[i, start : start + len(row)], valid[i, start : start + len(row)] = row, True
-        started = time.perf_counter()
+        started = self.clock()
         rewards = np.asarray(self.score(self.method.backbone, self.method.reward_models, tokens, valid))[:, 0]
-        self.seconds = time.perf_counter() - started
+        self.seconds = self.clock() - started
         return rewards.tolist()
 
 
@@ -84,10 +89,15 @@ def ours(job, turn):
         found = function if source == "function" else slow(job)
         method.targets.audience.sources[NAME] = RewardSource(NAME, found)
     turn({"versions": harness.our_versions()})
+    before = [time.process_time()]
 
     def said(metrics):
         total, count = metrics["completions/mean_length"]
         found = {"length": float((total / count).mean())}
+        now = time.process_time()  # stands still between rounds
+        if job["clock"] == "cpu":
+            found["seconds"] = now - before[0]
+        before[0] = now
         if source != "adapter":
             found["scoring"] = float(metrics[f"rewards/{NAME}/seconds"][0])
         return found | ({"model": function.seconds} if source == "function" else {})
@@ -128,6 +138,7 @@ def compare(options, size):
             "estimator": "gae",
             "optimizer": {"learning_rate": 1e-6, "max_grad_norm": 1.0, "weight_decay": 0.0},
             "set": options.set,
+            "clock": options.clock,
             "classifier": {
                 "kind": "classifier",
                 "path": classifier(c.folder / "model", c.folder / "classifier", shape["hidden_size"]),
@@ -159,6 +170,7 @@ def main():
     parser.add_argument("--samples", type=int, default=4, help="per prompt")
     parser.add_argument("--prompt", type=int, default=64, help="tokens")
     parser.add_argument("--new", type=int, default=64, help="tokens")
+    parser.add_argument("--clock", choices=CLOCKS, default="wall")
     parser.add_argument("--wait", type=float, default=4.0, help="seconds that the slow function waits in a step")
     harness.report(
         harness.parse(parser),

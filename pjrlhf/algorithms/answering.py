@@ -9,6 +9,7 @@
 | answer "bone" | `bone_soup_weights`, for fixed mixed rewards | as above |
 | answer "mod" | of the next token's log-probs, see `rollout.decoding` | as above |
 | train "", without `of` | the base | p as sentences (preference prompting), or with prompted=False nothing |
+| `best_of` above 1 | as above, of so many answers the best by the rewards weighed with p | as above |
 | a trainer of other code | as it says, see `runtime.run.Trainer`; its one adapter | as it says; nothing |
 """
 
@@ -43,6 +44,9 @@ class AnswerSettings(Settings):
     extrapolation: float | tuple[float, ...] = setting(0.0, "of bone: how far to go beyond the backbones")
     divergence: str | float = setting("reverse_kl", "of mod: what tied the policies to the base")
     prompted: bool = setting(True, "of the base: state the preferences")
+    best_of: int = setting(
+        1, "answers to a prompt, of which the one with the highest rewards by the weights counts", low=1, high=10**4
+    )
 
     def check(self) -> None:
         try:

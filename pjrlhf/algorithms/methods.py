@@ -127,10 +127,12 @@ def evaluated(run: Run, name: str) -> EvaluatedPolicy:
     """
     found = entry(run, name)
     source = entry(run, found.answering.of or name)
-    if not source.train:
-        return by_base(run, found.answering)
-    answers = trainer_of(source.train).answers or by_one_adapter
-    return answers(run, settings_of(run, source.name), found.stage, found.answering)
+    if source.train:
+        answers = trainer_of(source.train).answers or by_one_adapter
+        policy = answers(run, settings_of(run, source.name), found.stage, found.answering)
+    else:
+        policy = by_base(run, found.answering)
+    return dataclasses.replace(policy, best_of=found.answering.best_of)
 
 
 def run(run: Run) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from pjrlhf.errors import UserError
 from pjrlhf.evaluation import pareto
 from pjrlhf.objectives.multi_objective import target_map
 from pjrlhf.protocols.reporting import finish
+from pjrlhf.protocols.selection import Rewarded
 from pjrlhf.runtime.answers import EvaluatedPolicy, Point, Row, sample_base, sample_rows
 from pjrlhf.runtime.run import Run, Stage
 from pjrlhf.settings import Settings, setting
@@ -85,11 +86,18 @@ class Front:
 
     def answers(self, name: str, evaluated: EvaluatedPolicy, points: Sequence[Point]) -> np.ndarray:
         """Scaled scores [n, P, N] of a method at `points`, for P held-out prompts."""
-        requests = self.requests * self.config.samples_per_prompt
-        rows = [Row(q, evaluated.words(p), tuple(evaluated.mix(p))) for p in points for q in requests]
+        requests, N = self.requests * self.config.samples_per_prompt, evaluated.best_of
+        each = [(p, q) for p in points for q in requests for _ in range(N)]
+        rows = [Row(q, evaluated.words(p), tuple(evaluated.mix(p))) for p, q in each]
         keys = functools.partial(self.run.streams.key, "evaluate_front/answers")
         shown = f"evaluate_front: answers of {name}"
         texts = sample_rows(self.run, evaluated.bank, rows, keys, evaluated.policies, shown)
+        if N > 1:
+            rewarded = Rewarded(self.run, [q for _, q in each], texts, f"{shown} to choose from")
+            weights = np.zeros(rewarded.rewards.shape)
+            weights[:, : len(self.names)] = [p for p, _ in each]
+            chosen = rewarded.best(N, weights)
+            rows, texts = ([one[i] for i in chosen] for one in (rows, texts))
         asked = [(dict(zip(self.names, p, strict=True)), q) for p in points for q in requests]
         self.sampled += [
             {"method": name, "weights": weights, "prompt": q, "stated": row.words, "answer": text}

@@ -17,11 +17,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float, Int
 
 from pjrlhf.algorithms import banks, methods
-from pjrlhf.algorithms.modpo import answer_rewards
-from pjrlhf.algorithms.reward import load as load_rewards
 from pjrlhf.algorithms.targets import TargetSection, targets_of
 from pjrlhf.data import preferences
 from pjrlhf.errors import UserError
@@ -29,6 +26,7 @@ from pjrlhf.evaluation.statistics import chord_gap, spearman
 from pjrlhf.evaluation.winrate import about_length, aggregate, length_controlled_rate, win_rate
 from pjrlhf.judges.judge import JUDGES, agreement, check_judge, combo_outcomes, judge_name
 from pjrlhf.protocols.reporting import finish
+from pjrlhf.protocols.selection import Rewarded
 from pjrlhf.runtime.answers import Keys, Row, sample_rows
 from pjrlhf.runtime.audience import Audience
 from pjrlhf.runtime.run import Run, Stage
@@ -152,11 +150,6 @@ def scaling(run: Run, rates: Mapping[str, Any]) -> dict[str, Any]:
             "ingredients_trained": sum(len(one["ingredients"]) for one in info),
         }
     return {"new": list(run.section(SoupsSettings).new_preferences), "methods": found, "win_rate": rates}
-
-
-def best_of(scores: Float[np.ndarray, "M N"]) -> Int[np.ndarray, " M"]:
-    """Of each row of N scores the place of the highest one, of equal ones the first."""
-    return scores.argmax(1)
 
 
 class Evaluation:
@@ -294,21 +287,17 @@ class Evaluation:
 
     def best_of(self, repeats: int) -> dict[tuple[str, ...], list[str]]:
         """Combination -> for each held-out request, `repeats` times over, the best of `evaluate.best_of` answers of the
-        base: by the equally weighted rewards of the combination, in standard deviations of the base's answers, as in
-        training. A reward without a value counts as their mean; an answer without text is the worst.
+        base, by the equally weighted rewards of the combination; see `selection.Rewarded`.
         """
         N, requests = self.config.best_of, self.requests * repeats
         asked = [request for request in requests for _ in range(N)]
         rows = [Row(request, "", self.weights()) for request in asked]
         texts = self.sample(rows, self.keys("evaluate/best_of"), name="evaluate: answers of the base to choose from")
-        rewarder = load_rewards(self.run)
-        raw, usable = answer_rewards(self.run, rewarder, asked, texts, "evaluate: answers to choose from")
-        scaled = (raw - np.asarray(rewarder["mean"])) / np.asarray(rewarder["std"])
-        scaled = np.where(usable[:, None], np.nan_to_num(scaled, nan=0.0), -np.inf)
-        names, found = self.run.audience.rewards, {}
+        rewarded = Rewarded(self.run, asked, texts, "evaluate: answers to choose from")
+        found = {}
         for combo in self.combos:
-            total = scaled[:, [names.index(name) for name in combo]].mean(1)
-            chosen = np.arange(len(requests)) * N + best_of(total.reshape(-1, N))
+            weights = np.array([(name in combo) / len(combo) for name in self.run.audience.rewards])
+            chosen = rewarded.best(N, weights)
             found[combo] = [texts[i] for i in chosen]
             for i in chosen:
                 self._keep("people", rows[i], texts[i], combo="+".join(combo), method="best_of_n")

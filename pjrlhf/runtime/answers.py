@@ -79,6 +79,7 @@ class EvaluatedPolicy:
       words: preference weights -> what the prompt says about them.
       points: the preference weights that it was trained for; None if it answers for all.
       policies: combines the adapters.
+      best_of: answers to a prompt, of which the one with the highest rewards by the weights counts.
     """
 
     bank: Params | None
@@ -86,3 +87,4 @@ class EvaluatedPolicy:
     words: Callable[[Point], str] = silent
     points: Sequence[Point] | None = None
     policies: PoliciesOf = mixed
+    best_of: int = 1

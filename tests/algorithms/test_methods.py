@@ -1,6 +1,7 @@
 """Methods side by side: what is trained, what is skipped, and what the report says of them."""
 
 import dataclasses
+import functools
 import json
 import shutil
 
@@ -10,12 +11,15 @@ import numpy as np
 import pytest
 from support import tiny, tiny_family
 
-from pjrlhf.algorithms import methods, policy
+from pjrlhf.algorithms import methods, policy, reward
+from pjrlhf.algorithms.modpo import answer_rewards
 from pjrlhf.errors import UserError
 from pjrlhf.evaluation import pareto
 from pjrlhf.models.storage import load_tree
 from pjrlhf.objectives.simplex import simplex_grid
 from pjrlhf.pipeline import seeds, stages
+from pjrlhf.protocols.front import Front
+from pjrlhf.runtime.answers import Row, sample_rows
 from pjrlhf.training.workdir import Workdir
 
 
@@ -127,6 +131,31 @@ def test_wrong_entries(family, change, message):
         config.methods.moc.update(change)
     with pytest.raises(UserError, match=message):
         methods.evaluated(tiny.start(family, config), "moc")
+
+
+# ---- the best of several answers
+
+
+def test_the_best_answer_on_a_front_is_that_with_the_highest_weighed_rewards(family):
+    """Of the base, by the point of the front; of one answer it is the answer itself."""
+    config = tiny_family.settings()
+    for N in (1, 3):
+        config.methods[f"best{N}"] = {"train": "", "prompted": False, "best_of": N}
+    run = tiny.start(family, config)
+    front = Front(run)
+    points, names, rewarder = front.points[:2], run.audience.objectives, reward.load(run)
+    for N in (1, 3):
+        front.sampled.clear()
+        front.answers(f"best{N}", methods.evaluated(run, f"best{N}"), points)
+        rows = [Row(q, "", ()) for _ in points for q in front.requests for _ in range(N)]
+        texts = sample_rows(run, None, rows, functools.partial(run.streams.key, "evaluate_front/answers"))
+        raw = answer_rewards(run, rewarder, [row.request for row in rows], texts, "test")[0]
+        scaled = ((raw - rewarder["mean"]) / rewarder["std"])[:, : len(names)]
+        assert len(front.sampled) == len(rows) // N
+        for i, kept in enumerate(front.sampled):
+            own = slice(N * i, N * i + N)
+            total = np.nan_to_num(scaled[own] @ np.array([kept["weights"][name] for name in names]), nan=-np.inf)
+            assert kept["prompt"] == rows[N * i].request and kept["answer"] == texts[own][int(total.argmax())]
 
 
 # ---- who answers how

@@ -17,6 +17,7 @@ from pjrlhf.judges.judge import BothOrders
 from pjrlhf.models.adapters import bank_size
 from pjrlhf.models.storage import load_tree
 from pjrlhf.pipeline import stages
+from pjrlhf.protocols import selection
 from pjrlhf.protocols import soups as evaluate
 from pjrlhf.protocols.soups import Evaluation
 from pjrlhf.runtime.answers import Row, sample_rows
@@ -191,10 +192,10 @@ def test_the_best_of_n_has_the_expected_value_of_the_order_statistic(N):
     """Over all N-tuples of equally likely scores, E max = sum_k s_k ((k / m)^N - ((k - 1) / m)^N), s in order."""
     values = np.array([-2.0, 0.0, 0.5, 3.0, 3.5])
     scores = np.array(list(itertools.product(values, repeat=N)))
-    found = np.take_along_axis(scores, evaluate.best_of(scores)[:, None], 1).mean()
+    found = np.take_along_axis(scores, selection.best_of(scores)[:, None], 1).mean()
     k, m = np.arange(1, 6), len(values)
     assert found == pytest.approx((values * ((k / m) ** N - ((k - 1) / m) ** N)).sum())
-    assert evaluate.best_of(np.full((1, 3), -np.inf)).tolist() == [0]
+    assert selection.best_of(np.full((1, 3), -np.inf)).tolist() == [0]
 
 
 def choosing(finished, N):
