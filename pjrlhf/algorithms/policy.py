@@ -383,9 +383,12 @@ class Policy(Method):
 
     def _by_objective(self, scores: Float[Array, "K n S"], objectives: Int[Array, "K n S"]) -> Metrics:
         """Mean and standard deviation of every reward, the share of answers that its source says nothing about, and how
-        the rewards of an answer go together, [K] each, of `scores` of these `objectives`; NaN is no reward.
+        the rewards of an answer go together, [K] each, of `scores` of these `objectives`; NaN is no reward. Nothing
+        where every policy has one objective, of a reward model: its mean is objective/scores.
         """
         audience, (K, _, S) = self.targets.audience, scores.shape
+        if S == 1 and not audience.sources:
+            return {}
         metrics, known = {}, ~jnp.isnan(scores)
         scores = jnp.where(known, scores, 0.0)
         for i, name in enumerate(audience.rewards):
