@@ -78,7 +78,7 @@ def records(c: ml_collections.ConfigDict) -> None:
     c.title = "P-DPO on your records"
     c.stages = ("preference", "evaluate_users")
     config.pretrained(c)
-    c.evaluate_users.cold_start = ()
+    c.evaluate_users.update({"cold_start": (), "grid_pairs": 100})
     _data(c.preference, kind="jsonl", path="")
 
 

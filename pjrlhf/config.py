@@ -167,16 +167,19 @@ LARGEST_RATE, LARGEST_FULL_RATE = 1e-3, 1e-4  # of adapters, of all parameters
 
 def pretrained(c: ml_collections.ConfigDict) -> None:
     """Changes the sections of a config, which are sized for small models from scratch, for a pretrained base and real
-    text: learning rates of the literature, and lengths of a few hundred tokens, to which longer texts are cut. Call it
-    after the sections are added.
+    text: learning rates of the literature, batches that fit into memory, and lengths of a few hundred tokens, to which
+    longer texts are cut. Call it after the sections are added.
     """
     for name, rate in PRETRAINED_RATES.items():
         if name in c and c[name] is not None:
             c[name].optimizer.learning_rate = rate
     if "preference" in c:
         c.preference.user_optimizer.learning_rate = 1e-3
-    if "reward" in c:
-        c.reward.batch_size = 16
+    for name in ("sft", "reward", "preference", "ric"):
+        if name in c and c[name] is not None:
+            c[name].batch_size = 16  # with texts of this length, larger ones take tens of gigabytes
+    if "preference" in c:
+        c.preference.mixture = "dropout"  # the same gradient in expectation at half the cost
     c.sample_rows = 32  # a chunk is padded to so many rows
     c.data.update({"max_prompt": 512, "max_completion": 256})
     c.data.update({"long_prompt": "truncate_left", "long_completion": "truncate"})

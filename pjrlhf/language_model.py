@@ -127,10 +127,11 @@ def load_personal(path: str | os.PathLike, base: str | os.PathLike | None = None
         raise UserError(f"{folder}: the base of {file} is not there; name its folder with base=")
     _check_base(file, note, folder)
     dtypes = {name: note[name] for name in ("dtype", "param_dtype", "quantize")}
-    model = load_model(folder, adapter=_adapter(note), eos_token=note["eos_token"], **dtypes)
+    model = load_model(folder, adapter=_adapter(note), eos_token=note["eos_tokens"][0], **dtypes)
     registry = UserRegistry.from_json(note["users"])
     found = PersonalModel(model, UserModel(**note["user_model"]), registry, {"users": {}, **params}, note["chat"])
-    check_provenance(file, note, {"user_offset": model.backbone.model.user_offset})
+    tokenizer, offset = model.tokenizer, model.backbone.model.user_offset
+    check_provenance(file, note, {"user_offset": offset, "eos_tokens": tokenizer.eos_tokens})
     return found
 
 

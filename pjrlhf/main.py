@@ -358,9 +358,15 @@ def run() -> None:
             if not is_distributed():
                 leave(stop.code)
         raise
-    except Exception:
-        traceback.print_exc()
-        leave(1)
+    except Exception as error:
+        if not (type(error).__name__ == "JaxRuntimeError" and str(error).startswith("RESOURCE_EXHAUSTED")):
+            traceback.print_exc()
+            leave(1)
+        from pjrlhf.training.performance import SMALLER
+
+        reason = str(error).partition("\n")[0].removeprefix("RESOURCE_EXHAUSTED: ")
+        print_error(UserError(f"a program needs more memory than the device has ({reason}); {SMALLER}"))
+        leave(2)
 
 
 if __name__ == "__main__":

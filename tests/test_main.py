@@ -230,6 +230,21 @@ def test_an_interrupt_that_a_library_changes_or_swallows_ends_the_process_too(sw
     assert (done.returncode, done.stderr) == (130, "interrupted; the same command goes on from what is saved\n")
 
 
+def test_a_device_without_enough_memory_ends_in_one_line():
+    code = (
+        "import jax\n"
+        "from pjrlhf import main\n"
+        "def start(*_, **__):\n"
+        "    raise jax.errors.JaxRuntimeError('RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.\\nmany lines')\n"
+        "main.app.run = start\n"
+        "main.run()\n"
+    )
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert "Out of memory allocating 9 bytes." in done.stderr and "--config.model.remat=full" in done.stderr
+
+
 @pytest.mark.parametrize("program", ["module", "command"])
 def test_ctrl_c_during_the_first_import_ends_in_one_line(program, tmp_path):
     """The handler is there before anything of other packages is imported."""
@@ -243,7 +258,7 @@ def test_ctrl_c_during_the_first_import_ends_in_one_line(program, tmp_path):
 
 
 def test_importing_the_package_leaves_ctrl_c_alone():
-    code = "import signal, pjrlhf, pjrlhf.cli; print(signal.getsignal(signal.SIGINT) is signal.default_int_handler)"
+    code = "import signal; a = signal.getsignal(2); import pjrlhf, pjrlhf.cli; print(signal.getsignal(2) is a)"
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=30)
     assert done.stdout == "True\n"

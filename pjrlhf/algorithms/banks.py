@@ -6,7 +6,8 @@ from collections.abc import Sequence
 import jax
 
 from pjrlhf.errors import UserError
-from pjrlhf.models.huggingface import save_params
+from pjrlhf.models.hf_config import GENERATION
+from pjrlhf.models.huggingface import fingerprint, save_params
 from pjrlhf.models.peft import MANIFEST, WEIGHTS, save_peft
 from pjrlhf.models.provenance import check_provenance, check_shapes
 from pjrlhf.models.storage import load_tree, save_tree
@@ -14,7 +15,7 @@ from pjrlhf.parallel.processes import on_process_zero, to_host
 from pjrlhf.paths import content_hash
 from pjrlhf.runtime.run import Run
 from pjrlhf.training.workdir import disk_errors, write_json
-from pjrlhf.types import Params
+from pjrlhf.types import Json, Params
 
 BANK = "bank.safetensors"
 
@@ -36,33 +37,39 @@ def save(run: Run, stage: str, names: Sequence[str], bank: Params) -> str:
 
 @on_process_zero
 def _save_adapters(run: Run, folder: pathlib.Path, names: Sequence[str], bank: Params) -> None:
-    workspace = run.workspace
     for k, name in enumerate(names):
-        one = jax.tree.map(lambda x, k=k: x[k], bank)
-        target = folder / "ingredients" / name
-        if workspace.adapter.rank:
-            adapter, head_dim = workspace.adapter, workspace.model_config.head_dim
-            base_folder = str(workspace.base_folder)
-            save_peft(target, one, adapter.rank, adapter.alpha, base_folder, workspace.model_type, head_dim)
-            # By this the merge refuses an adapter that was trained on another base. One trained on a quantised base
-            # is merged into the floats that stand in the folder.
-            base = {"folder": base_folder, "hash": workspace.folder_hash}
-            manifest = {
-                "base": base,
-                "quantize": run.settings.model.quantize,
-                "trained_with": workspace.provenance,
-                "checksum": content_hash(target / WEIGHTS),
-            }
-            write_json(target / MANIFEST, manifest)
-        else:
-            save_params(
-                target,
-                workspace.model_config,
-                one,
-                model_type=workspace.model_type,
-                tokenizer_folder=workspace.base_folder,
-                token_ids=workspace.token_ids,
-            )
+        export(run, folder / "ingredients" / name, jax.tree.map(lambda x, k=k: x[k], bank))
+
+
+def export(run: Run, target: pathlib.Path, one: Params) -> None:
+    """Writes one adapter of a bank, without the axis K, as a folder that other libraries load and `pjrlhf merge` takes:
+    in PEFT's layout, or a full model.
+
+    Raises:
+      UserError: the disk is full or unwritable.
+    """
+    workspace, adapter = run.workspace, run.workspace.adapter
+    manifest: dict[str, Json] = {"trained_with": workspace.provenance}
+    if adapter.rank:
+        base_folder, head_dim = str(workspace.base_folder), workspace.model_config.head_dim
+        save_peft(target, one, adapter.rank, adapter.alpha, base_folder, workspace.model_type, head_dim)
+        # A merge stops where the adapter does, also where its base does not say so.
+        write_json(target / GENERATION, {"eos_token_id": workspace.token_ids["eos_token_id"]})
+        # By this the merge refuses an adapter that was trained on another base. One trained on a quantised base is
+        # merged into the floats that stand in the folder.
+        manifest["base"] = {"folder": base_folder, "hash": workspace.folder_hash}
+        manifest |= {"quantize": run.settings.model.quantize, "checksum": content_hash(target / WEIGHTS)}
+    else:
+        save_params(
+            target,
+            workspace.model_config,
+            one,
+            model_type=workspace.model_type,
+            tokenizer_folder=workspace.base_folder,
+            token_ids=workspace.token_ids,
+        )
+        manifest["fingerprint"] = fingerprint(target)
+    write_json(target / MANIFEST, manifest)
 
 
 def load(run: Run, stage: str = "policy", names: Sequence[str] | None = None) -> Params:

@@ -18,6 +18,7 @@ import numpy as np
 import optax
 from jaxtyping import Float, Int
 
+from pjrlhf.algorithms import banks
 from pjrlhf.data.batching import batches
 from pjrlhf.data.tokenization import TokenRow
 from pjrlhf.errors import UserError
@@ -28,6 +29,7 @@ from pjrlhf.models.registry import UserRegistry
 from pjrlhf.models.storage import load_tree, save_tree
 from pjrlhf.models.users import KINDS, STARTS, UserModel, fit_clusters, gather_rows
 from pjrlhf.objectives import preference as losses
+from pjrlhf.parallel.processes import on_process_zero, to_host
 from pjrlhf.paths import local
 from pjrlhf.rollout import scoring
 from pjrlhf.runtime.devices import Devices
@@ -615,7 +617,8 @@ def _file(run: Run, name: str) -> pathlib.Path:
 
 
 def save(run: Run, entry: Entry, users: UserModel, registry: UserRegistry, params: Params) -> None:
-    """Writes a trained entry with all that `language_model.load_personal` needs to rebuild it.
+    """Writes a trained entry with all that `language_model.load_personal` needs to rebuild it. A policy that is the
+    same for everybody is also an ingredient of merges, in the folder ingredient.
 
     Args:
       params: as `load` returns them.
@@ -633,8 +636,12 @@ def save(run: Run, entry: Entry, users: UserModel, registry: UserRegistry, param
         **_provenance(run, entry),
     }
     run.workdir.stage(f"preference/{entry.name}")
+    params = to_host(params)
     with disk_errors(path):
         save_tree(path, params, note)
+        if entry.objective.head == "policy" and not (users.num_tokens or users.mixes):
+            one = jax.tree.map(lambda x: x[0], params["bank"])
+            on_process_zero(banks.export)(run, path.parent / "ingredient", one)
 
 
 def _provenance(run: Run, entry: Entry) -> dict[str, Json]:

@@ -17,7 +17,8 @@ from pjrlhf.data.packing import PackedRows
 from pjrlhf.data.tokenization import TokenRow, TokenTable
 from pjrlhf.merging.lora import merge_dense
 from pjrlhf.models.adapters import AdapterConfig, Backbone, init_bank
-from pjrlhf.models.huggingface import save_params
+from pjrlhf.models.huggingface import fingerprint, save_params
+from pjrlhf.models.peft import MANIFEST
 from pjrlhf.parallel.processes import on_process_zero, to_host
 from pjrlhf.rollout import scoring
 from pjrlhf.runtime.devices import Devices
@@ -32,7 +33,7 @@ from pjrlhf.training.loop import Method
 from pjrlhf.training.metrics import Metrics, masked
 from pjrlhf.training.optimizer import OptimizerSettings, check_warmup, make_optimizer, per_ingredient, steps_of
 from pjrlhf.training.state import State
-from pjrlhf.training.workdir import disk_errors
+from pjrlhf.training.workdir import disk_errors, write_json
 from pjrlhf.types import Array, Params, PRNGKey
 
 
@@ -153,15 +154,22 @@ def run(run: Run) -> dict[str, Any]:
     method = method_of(run)
     state = run.train(method, "sft", method.settings.steps)
     with disk_errors(run.workspace.base_folder):
-        on_process_zero(save_params)(
-            run.workspace.base_folder,
-            run.workspace.model_config,
-            to_host(method.result(state)),
-            model_type=run.workspace.model_type,
-            tokenizer_folder=run.workspace.start_folder,
-            token_ids=run.workspace.token_ids,
-        )
+        _save(run.workspace, to_host(method.result(state)))
     return {"steps": method.settings.steps}
+
+
+@on_process_zero
+def _save(workspace: Workspace, params: Params) -> None:
+    folder = workspace.base_folder
+    save_params(
+        folder,
+        workspace.model_config,
+        params,
+        model_type=workspace.model_type,
+        tokenizer_folder=workspace.start_folder,
+        token_ids=workspace.token_ids,
+    )
+    write_json(folder / MANIFEST, {"eos_tokens": workspace.tokenizer.eos_tokens, "fingerprint": fingerprint(folder)})
 
 
 STAGE = Stage("sft", run, SftSettings)

@@ -130,6 +130,11 @@ class Tokenizer:
             dict.fromkeys([self.eos_id, *eos_ids, *([] if turn_end is None else [turn_end])])
         )
 
+    @property
+    def eos_tokens(self) -> list[str]:
+        """The tokens that end an answer: the one that answers are trained to end with, then the others by id."""
+        return self.backend.convert_ids_to_tokens([self.eos_id, *sorted({*self.eos_ids} - {self.eos_id})])
+
     @staticmethod
     def _is_special(backend: Any, token: int, rows: int | None) -> bool:
         """Whether a token of a config file can end an answer; ordinary text must not."""

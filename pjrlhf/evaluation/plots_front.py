@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 _KINDS = {"dominated": "dominated", "unseen": "not trained on"}
-_PAIRS, _COLUMNS = 6, 3  # pairs of objectives that are drawn, panels beside each other
+_PAIRS, _COLUMNS = 6, 2  # pairs of objectives that are drawn, panels of a figure beside each other
+_NAMES = 4  # of methods beside each other in a legend
 _SPAN = 0.2  # least width of an axis of rewards, whose scale is that of the base
 _NAME = 24  # letters of a method in a legend; longer names would leave no room for the panels
 
@@ -80,13 +81,13 @@ def _mix(colour: str, other: str, fraction: float) -> str:
 
 
 def _panels(count: int, found: Mapping[str, Any]) -> "tuple[Figure, list[Axes]]":
-    """(figure, the axes of `count` panels), with room on the right for a legend of all methods."""
+    """(figure, the axes of `count` panels), with room below for a legend of all methods."""
     from matplotlib.layout_engine import ConstrainedLayoutEngine
 
     columns = min(_COLUMNS, count)
     rows = math.ceil(count / columns)
-    height = max((5.0 if count == 1 else 3.3) * rows, 1.2 + 0.2 * len(found))
-    figure, axes = new_figure(2.4 + (7.6 if columns == 1 else 3.3 * columns), height, rows, columns)
+    height = (4.2 if count == 1 else 2.9) * rows + 0.3 + 0.25 * math.ceil(len(found) / _NAMES)
+    figure, axes = new_figure(7.6, height, rows, columns)
     figure.set_layout_engine(ConstrainedLayoutEngine(w_pad=0.1))
     for axis in axes.flat[count:]:
         axis.set_visible(False)
@@ -99,7 +100,8 @@ def _legend(figure: "Figure", axis: "Axes", found: Mapping[str, Any]) -> None:
         axis.plot([], [], linestyle="none", markersize=6, marker=one["marker"], color=one["colour"])[0]
         for one in found.values()
     ]
-    figure.legend(handles, [_short(method) for method in found], loc="outside right upper", fontsize=9)
+    names = [_short(method) for method in found]
+    figure.legend(handles, names, loc="outside lower center", fontsize=10, ncols=min(_NAMES, len(names)))
 
 
 def _short(name: str) -> str:
@@ -131,38 +133,45 @@ def _control(names: list[str], found: Mapping[str, Any]) -> "tuple[Figure, str] 
 
 
 def drawing(summary: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The front as the page draws it with SVG, in its pixels; None where there are no points.
+    """The front as the page draws it, an SVG per pair of objectives, in its pixels; None where there are no points.
 
     Returns:
-      {"width", "height", "legend": its left edge, "radius": of a circle,
+      {"width", "height": of a panel, "radius": of a circle,
       "kinds": {class of some circle: its name},
-      "panels": [{"left", "right", "top", "bottom", "x_label", "y_label", "x_ticks", "y_ticks": [(place, number)],
-      "reference": (x, y) or None}],
-      "methods": {method: {"colour", "label", "lines": [points of a polyline], of N = 2 alone, "circles": [{"x", "y",
-      "kind": CSS classes, "title"}]}}}.
+      "panels": [{"corner": (left, top) with the labels, "left", "right", "top", "bottom", "x_label", "y_label",
+      "x_ticks", "y_ticks": [(place, number)], "reference": (x, y) or None}],
+      "methods": {method: {"colour", "label", "lines": [points of a polyline], of N = 2 alone, "circles": [{"panel":
+      its index, "x", "y", "kind": CSS classes, "title"}]}}}.
     """
     found = _fronts(summary)
     names = _objectives(summary, found)
     shown, reference = _pairs(names), (summary.get("front") or {}).get("reference") or []
     if not found or not shown:
         return None
-    width, height, radius = (640, 420, 4.5) if len(shown) == 1 else (310, 280, 3.5)
+    # About as wide as on a small screen, where text then keeps its size.
+    width, height, radius = (440, 330, 4.5) if len(shown) == 1 else (310, 280, 3.5)
     methods = {
         method: {"colour": one["colour"], "label": _short(method), "lines": [], "circles": []}
         for method, one in found.items()
     }
     panels = []
     for i, (a, b) in enumerate(shown):
-        row, column = divmod(i, _COLUMNS)
         marked = _at(reference, a, b)
         everything = np.concatenate(
             [one["rewards"][:, [a, b]] for one in found.values()] + ([[marked]] if marked else [])
         )
-        left, top = column * width + 52, row * height + 10
-        right, bottom = (column + 1) * width - 14, (row + 1) * height - 46
+        left, right, top, bottom = i * width + 52, (i + 1) * width - 14, 10, height - 46
         x_ticks, x_place = _scale(everything[:, 0], left, right)
         y_ticks, y_place = _scale(everything[:, 1], bottom, top)
-        panel = {"left": left, "right": right, "top": top, "bottom": bottom, "x_ticks": x_ticks, "y_ticks": y_ticks}
+        panel = {
+            "corner": (i * width, 0),
+            "left": left,
+            "right": right,
+            "top": top,
+            "bottom": bottom,
+            "x_ticks": x_ticks,
+            "y_ticks": y_ticks,
+        }
         panel |= {"x_label": f"reward of {names[a]}", "y_label": f"reward of {names[b]}"}
         panels.append(panel | {"reference": (x_place(marked[0]), y_place(marked[1])) if marked else None})
         for method, one in found.items():
@@ -170,13 +179,11 @@ def drawing(summary: Mapping[str, Any]) -> dict[str, Any] | None:
             if len(names) == 2:
                 methods[method]["lines"].append(" ".join(f"{x[k]:.1f},{y[k]:.1f}" for k in range(len(x))))
             methods[method]["circles"] += [
-                {"x": x[k], "y": y[k]} | mark for k, mark in enumerate(_marks(method, names, one))
+                {"panel": i, "x": x[k], "y": y[k]} | mark for k, mark in enumerate(_marks(method, names, one))
             ]
-    columns, rows = min(_COLUMNS, len(shown)), math.ceil(len(shown) / _COLUMNS)
-    size = {"width": columns * width + 210, "height": max(rows * height, 20 * (len(methods) + 4) + 20)}
     kinds = {kind: name for kind, name in _KINDS.items() if any(one[kind].any() for one in found.values())}
-    rest = {"legend": columns * width + 10, "radius": radius, "kinds": kinds}
-    return size | rest | {"panels": panels, "methods": methods}
+    size = {"width": width, "height": height, "radius": radius}
+    return size | {"kinds": kinds, "panels": panels, "methods": methods}
 
 
 def _scale(values: np.ndarray, start: float, end: float) -> tuple[list[tuple[float, str]], Callable[[Any], Any]]:

@@ -15,6 +15,7 @@ from pjrlhf.errors import UserError
 from pjrlhf.models.folders import read_json, reading
 from pjrlhf.models.hf_config import GENERATION, TOKEN_IDS
 from pjrlhf.models.huggingface import TOKENIZER_FILES
+from pjrlhf.models.peft import CONFIG as ADAPTER
 from pjrlhf.types import Json
 
 # Keys of generation_config.json that are no settings of generation.
@@ -53,11 +54,14 @@ def inherit(
     parents = [*([base] if base else []), *ingredients]
     folders = list(dict.fromkeys(parents))
     speakers = [folder for folder in folders if _chat_template(folder) is not None] or folders
+    # An adapter answers by the template of its base, and may end answers with other tokens than that.
+    adapters = [folder for folder in folders if (folder / ADAPTER).is_file() and (folder / GENERATION).is_file()]
 
-    def decide(what: str, read: Callable[[pathlib.Path], Json]) -> tuple[pathlib.Path | None, Json]:
-        """(the folder that decides, what it says), None where all are silent."""
+    def decide(what: str, name: str, read: Callable[[pathlib.Path], Json]) -> tuple[pathlib.Path | None, Json]:
+        """(the folder that decides about something in a file, what it says), None where all are silent."""
         found = {folder: read(folder) for folder in folders}
-        for some in ([chosen] if chosen else [], speakers, folders):
+        heard = [folder for folder in folders if folder in speakers or (name == GENERATION and folder in adapters)]
+        for some in ([chosen] if chosen else [], heard, folders):
             having = [folder for folder in some if found[folder] is not None]
             new = [folder for folder in having if base is None or found[folder] != found[base]] or having
             for other in new[1:]:
@@ -73,7 +77,9 @@ def inherit(
         """The keys of a JSON file, each from the folder that decides about it."""
         contents = {folder: _with_lists(_optional(folder / name)) for folder in folders}
         keys = dict.fromkeys(key for content in contents.values() for key in content if key not in ignored)
-        return {key: decide(f"{key} in {name}", lambda folder, key=key: contents[folder].get(key))[1] for key in keys}
+        return {
+            key: decide(f"{key} in {name}", name, lambda folder, key=key: contents[folder].get(key))[1] for key in keys
+        }
 
     others = {key for folder in folders for key in _optional(folder / "config.json")} - {*TOKEN_IDS}
     generation, config = read_file(GENERATION, _NOTES), read_file("config.json", others)
@@ -86,7 +92,7 @@ def inherit(
         every = list(dict.fromkeys(every))
         # EOS may be several; the model stops at any of them.
         ids[name] = every if name == "eos_token_id" and len(every) > 1 else next(iter(every), None)
-    tokenizer, _ = decide("chat template or EOS token", _voice)
+    tokenizer, _ = decide("chat template or EOS token", "tokenizer_config.json", _voice)
     return Inherited(
         tokenizer,
         ids,

@@ -30,11 +30,11 @@ from pjrlhf.export.ingredients import (
 from pjrlhf.export.inherited import check_tokenizers, inherit
 from pjrlhf.merging import lora, trees
 from pjrlhf.models.folders import DTYPES, new_folder, read_json
-from pjrlhf.models.hf_config import read_config
-from pjrlhf.models.huggingface import copy_tokenizer
+from pjrlhf.models.hf_config import GENERATION, read_config
+from pjrlhf.models.huggingface import copy_tokenizer, fingerprint
 from pjrlhf.models.peft import CONFIG as ADAPTER_CONFIG
-from pjrlhf.models.peft import MANIFEST, save_peft
-from pjrlhf.paths import disk_errors, is_remote, local, refuse_remote
+from pjrlhf.models.peft import MANIFEST, WEIGHTS, save_peft
+from pjrlhf.paths import content_hash, disk_errors, is_remote, local, refuse_remote
 from pjrlhf.settings import SEEDS, Settings, fold_seed, setting
 
 SPACES = ("delta", "factors", "concat")
@@ -154,6 +154,9 @@ def merge(config: MergeSettings, workdir: pathlib.Path | None = None) -> dict[st
             dtype = _write_adapter(work, base, base_name, ingredients, config.dtype or "float32", model_type)
             if inherited.tokenizer not in (None, base):  # that of the base is found with the base
                 copy_tokenizer(inherited.tokenizer, work)
+            if inherited.token_ids["eos_token_id"] is not None:
+                (work / GENERATION).write_text(json.dumps({"eos_token_id": inherited.token_ids["eos_token_id"]}))
+            manifest["checksum"] = content_hash(work / WEIGHTS)
         else:
             dtype = write_dense(
                 work,
@@ -165,6 +168,7 @@ def merge(config: MergeSettings, workdir: pathlib.Path | None = None) -> dict[st
                 options=options,
                 inherited=inherited,
             )
+            manifest["fingerprint"] = fingerprint(work)
         manifest["dtype"] = dtype
         (work / MANIFEST).write_text(json.dumps(manifest, indent=2))
     return manifest

@@ -33,6 +33,7 @@ from pjrlhf.models.folders import (
     weight_files,
 )
 from pjrlhf.models.hf_config import GENERATION, config_to_hf, generation_config, read_config
+from pjrlhf.models.peft import MANIFEST
 from pjrlhf.models.quantization import quantize_leaf
 from pjrlhf.parallel.processes import to_host
 from pjrlhf.types import DType, Json, Params
@@ -252,7 +253,7 @@ def fingerprint(folder: Folder) -> str:
     files, but not cryptographic.
 
     Raises:
-      UserError: the folder holds no model that `load_params` reads.
+      UserError: the folder holds no model that `load_params` reads, or not the one that its manifest.json records.
     """
     folder = pathlib.Path(folder)
     config = read_config(folder)
@@ -266,4 +267,10 @@ def fingerprint(folder: Folder) -> str:
                 content = files[name].flat(name).view(np.uint8)
                 for start in range(0, len(content), 2**24):
                     digest.update(content[start : start + 2**24].data)
-    return digest.hexdigest()
+    found, manifest = digest.hexdigest(), folder / MANIFEST
+    if manifest.is_file() and read_json(manifest).get("fingerprint", found) != found:
+        raise UserError(
+            f"{folder}: its model is not what was saved; restore it or make it again, or delete {MANIFEST} if you "
+            "changed it on purpose"
+        )
+    return found

@@ -10,9 +10,9 @@ concatenated and `b` is block-diagonal. `rank_pattern` and `alpha_pattern` recor
 
 import dataclasses
 import json
-import math
 import pathlib
 import re
+import sys
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -26,7 +26,7 @@ from pjrlhf.types import Json, Params
 
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
-MANIFEST = "manifest.json"  # provenance, next to an adapter or a merged model
+MANIFEST = "manifest.json"  # provenance, next to an adapter or an exported model
 FACTORS = {"a": "lora_A", "b": "lora_B"}
 # Settings with one supported value: always written, and required where a folder states them.
 FIXED = {"peft_type": "LORA", "bias": "none", "modules_to_save": None}
@@ -282,7 +282,8 @@ def _check_rank(name: str, value: Json, source: pathlib.Path) -> None:
 
 
 def _check_alpha(name: str, value: Json, source: pathlib.Path) -> None:
-    if type(value) not in (int, float) or not math.isfinite(value):
+    # Python compares whole numbers of any size with floats.
+    if type(value) not in (int, float) or not abs(value) <= sys.float_info.max:
         raise UserError(f"{source}: {name}={value!r} is no finite number; export the adapter again")
 
 

@@ -37,12 +37,24 @@ class Trained:
         self.users = pdpo.user_model(entry, registry.capacity, width, self.trainable["bank"])
         scorer = run.scorer(entry.batch_size)
         self._margins = PairMargins(entry, self.users, pairs, self.backbone, scorer)
+        self._known: dict[tuple[str, int, int], float] = {}
 
     def margins(
         self, part: str, users: np.ndarray, rows: Sequence[int] | None = None, trainable: Params | None = None
     ) -> np.ndarray:
-        """Margins of `rows` of a part as seen by `users`, see `algorithms.pdpo.PairMargins`."""
-        return self._margins(trainable or self.trainable, part, users, rows)
+        """Margins of `rows` of a part as seen by `users`, see `algorithms.pdpo.PairMargins`. Those of the trained
+        parameters are computed once.
+        """
+        if trainable is not None:
+            return self._margins(trainable, part, users, rows)
+        rows = range(len(self.pairs.tables[part])) if rows is None else rows
+        if not (self.users.num_tokens or self.users.mixes):
+            users = np.zeros_like(users)  # everybody sees the same
+        keys = {row: (part, row, int(users[row])) for row in rows}
+        if new := [row for row, key in keys.items() if key not in self._known]:
+            found = self._margins(self.trainable, part, users, new)
+            self._known |= {keys[row]: float(margin) for row, margin in zip(new, found, strict=True)}
+        return np.array([self._known[keys[row]] for row in rows], np.float32)
 
     def policies(self, backbone: Backbone, trainable: Params, users: Int[Array, " B"]) -> Policies:
         """The policies of `users`, one per row."""

@@ -284,7 +284,7 @@ class Workspace:
             "param_dtype": s.param_dtype,
             "user_offset": self.model.user_offset,
             "vocabulary": _digest(tokenizer.backend.get_vocab()),
-            "eos_token": tokenizer.backend.eos_token,
+            "eos_tokens": tokenizer.eos_tokens,
             "chat_template": _digest(template) if template else "",
         }
 

@@ -1,12 +1,15 @@
 """Accounting of a run's time (steps, compilation, saving) and of its model FLOPs utilisation (MFU)."""
 
 import contextlib
+import pathlib
+import re
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
+from absl import logging
 
 from pjrlhf.parallel.roofline import CHIPS, matmul_cost
 from pjrlhf.types import Tree
@@ -21,6 +24,13 @@ PEAKS = {
     "H100": 989e12,
     "H200": 989e12,
 }
+
+
+# What makes a step fit into memory.
+SMALLER = (
+    "lower its batch_size or rollouts, raise its accumulation_steps, shorten texts with --config.data.max_prompt and "
+    "--config.data.max_completion, or recompute activations with --config.model.remat=full"
+)
 
 
 # Number of programs that this process has compiled or loaded from the compilation cache.
@@ -38,6 +48,25 @@ jax.monitoring.register_event_duration_secs_listener(_listen)
 def peak_flops(kind: str) -> float | None:
     """Peak bf16 FLOP/s of a device kind; None where it is unknown, as for CPUs."""
     return next((peak for name, peak in PEAKS.items() if name in kind), None)
+
+
+def free_memory(root: str = "/") -> int | None:
+    """Bytes that this machine, or the container of this process, can still give; None where the system does not say.
+
+    Args:
+      root: of the file system.
+    """
+    found = {}
+    for name in ("proc/meminfo", *(f"sys/fs/cgroup/memory.{name}" for name in ("max", "current", "stat"))):
+        with contextlib.suppress(OSError):
+            found[name.rpartition(".")[2]] = (pathlib.Path(root) / name).read_text()
+    limits = []
+    if available := re.search(r"MemAvailable: *(\d+) kB", found.get("proc/meminfo", "")):
+        limits.append(1024 * int(available[1]))
+    if found.get("max", "").strip().isdecimal() and "current" in found:
+        cached = re.search(r"^inactive_file (\d+)", found.get("stat", ""), re.MULTILINE)  # can be given back
+        limits.append(int(found["max"]) - int(found["current"]) + int(cached[1] if cached else 0))
+    return min(limits, default=None)
 
 
 class RecompiledWarning(UserWarning):
@@ -83,9 +112,26 @@ class Program:
                     RecompiledWarning,
                     stacklevel=2,
                 )
+            if jax.default_backend() == "cpu":
+                self._check_memory(arguments, keywords)
             self._flops[like] = matmul_cost(traced.jaxpr.jaxpr, self._trip_count).flops if traced else self.flops
             self.flops = self._flops[like]
         return result
+
+    def _check_memory(self, arguments: tuple[Tree, ...], keywords: dict[str, Tree]) -> None:
+        """Warns of a program that takes more memory than there is: the system would end the process without a word.
+        (An accelerator raises an error.) What was just compiled is not compiled again here.
+        """
+        memory = self._jitted.trace(*arguments, **keywords).lower().compile().memory_analysis()
+        free = free_memory()
+        if memory is None or free is None:
+            return
+        needed = jax.local_device_count() * (memory.temp_size_in_bytes + memory.output_size_in_bytes)
+        if needed > free:
+            logging.warning(
+                "%s takes %.1f GB of memory, and %.1f GB are free, so the system may end this process; %s",
+                *(self.name, needed / 1e9, free / 1e9, SMALLER),
+            )
 
 
 class Performance:

@@ -107,6 +107,24 @@ def test_every_point_is_a_circle_that_tells_its_values(of_fronts):
     assert titles[4].startswith(f"{NAMES[1]}\nweights: ")
 
 
+def test_the_drawing_stays_readable_on_small_screens(tmp_path):
+    """Every pair of objectives is a drawing of its own, about as wide as the screen; the names stand beside them."""
+    for objectives in (2, 3, 5):
+        rewards = np.eye(objectives)
+        summary = {"methods": {"one": {"points": {"weights": rewards, "rewards": rewards}}}}
+        drawing = plots_front.drawing(report.clean(summary))
+        page = report.write_report(tmp_path / str(objectives), summary).read_text()
+        boxes = re.findall(r'<svg viewBox="(\d+) 0 (\d+) (\d+)" role', page)
+        assert len(boxes) == len(drawing["panels"]) and {int(width) for _, width, _ in boxes} == {drawing["width"]}
+        assert drawing["width"] <= 440 and '<ul class="keys">' in page
+        for panel, (left, width, height) in zip(drawing["panels"], boxes, strict=True):
+            assert int(left) < panel["left"] < panel["right"] < int(left) + int(width)
+            assert 0 < panel["top"] < panel["bottom"] < int(height)
+        for circle in drawing["methods"]["one"]["circles"]:
+            panel = drawing["panels"][circle["panel"]]
+            assert panel["left"] <= circle["x"] <= panel["right"] and panel["top"] <= circle["y"] <= panel["bottom"]
+
+
 def test_places_in_the_drawing_follow_the_rewards():
     drawing = plots_front.drawing(report.clean(FRONTS))
     (panel,) = drawing["panels"]

@@ -136,6 +136,17 @@ def test_one_id_and_a_list_of_it_are_no_conflict(models):
     assert merged(models, ("chat", "twin"))[2]["eos_token_id"] == [3, 4]
 
 
+@pytest.mark.parametrize(("base", "ids"), [("base", [2, 3]), ("chat", [2])])
+def test_an_adapter_ends_answers_with_its_own_tokens(models, base, ids):
+    """What its generation_config.json says counts, whatever its base says."""
+    write_json(models / "lora" / "generation_config.json", eos_token_id=ids)
+    for ingredients in (("lora",), ("lora", "lora")):
+        _, config, generation = merged(models, ingredients, base)
+        found = generation["eos_token_id"]
+        assert set(ids) <= set(found if isinstance(found, list) else [found])
+        assert config["eos_token_id"] == found
+
+
 def test_an_eos_token_of_an_ingredient_without_a_template_counts(models):
     write_tokenizer(models / "plain", eos_token={"content": "<end>", "special": True})
     assert merged(models, ("plain",))[0]["eos_token"]["content"] == "<end>"

@@ -14,10 +14,11 @@ from support.tiny_users import entry_of, pairs_of, trained_of
 from pjrlhf.algorithms import banks, pdpo, policy, reward
 from pjrlhf.algorithms.pdpo import Preference
 from pjrlhf.data import synthetic
+from pjrlhf.data.tokenization import load_tokenizer
 from pjrlhf.errors import UserError
 from pjrlhf.export import merge
 from pjrlhf.export.merge import MergeSettings
-from pjrlhf.language_model import load_bank, load_personal
+from pjrlhf.language_model import load_bank, load_model, load_personal
 from pjrlhf.models.provenance import check_shapes
 from pjrlhf.models.storage import load_tree, save_tree
 from pjrlhf.pipeline import stages
@@ -128,6 +129,7 @@ OTHERS = [
     ("model__param_dtype", "bfloat16", "param_dtype: 'float32', here 'bfloat16'"),
     ("model__quantize", "int8", "base: '[0-9a-f]{16}', here '[0-9a-f]{16}-int8'"),
     ("data__chat", False, "chat_template: '[0-9a-f]{16}', here ''"),
+    ("model__eos_token", ".", r"eos_tokens: \['</s>'\], here \['\.'"),
 ]
 
 
@@ -148,10 +150,13 @@ def test_another_base_is_refused(copied):
 
     weights = load_file(path)
     save_file({name: 1.01 * x for name, x in weights.items()}, path, {"format": "pt"})
-    run = tiny.start(copied, tiny.settings())
+    for load in (reward.load, banks.load):
+        with pytest.raises(UserError, match=r"sft/model: its model is not what was saved; .* or delete manifest\.json"):
+            load(tiny.start(copied, tiny.settings()))
+    (copied / "sft" / "model" / "manifest.json").unlink()
     for load in (reward.load, banks.load):
         with pytest.raises(UserError, match=r"was trained with base: '.*', here '"):
-            load(run)
+            load(tiny.start(copied, tiny.settings()))
 
 
 def test_reward_models_of_another_run(finished, tmp_path):
@@ -200,12 +205,84 @@ def test_one_flipped_bit_in_an_ingredient_is_not_merged(copied, tmp_path):
     folders = [copied / "policy" / "ingredients" / name for name in ("P1A", "P2A")]
     values = {"base": str(copied / "sft" / "model"), "ingredients": [str(path) for path in folders], "weights": (1, 1)}
     path = folders[1] / "adapter_model.safetensors"
-    content = bytearray(path.read_bytes())
-    content[-7] ^= 1
-    path.write_bytes(bytes(content))
+    flip(path)
     with pytest.raises(UserError, match=f"{path}: its contents are not what was saved"):
         merge.merge(parse(MergeSettings, {**values, "output": str(tmp_path / "out")}, "merge"))
     assert not (tmp_path / "out").exists()
+
+
+def flip(path):
+    """Changes one bit of a number in a safetensors file."""
+    content = bytearray(path.read_bytes())
+    content[-7] ^= 1
+    path.write_bytes(bytes(content))
+
+
+def test_one_flipped_bit_in_an_ingredient_of_full_parameters_is_not_merged(base_folder, tmp_path):
+    """Nor in a merged model, or in the base that a stage fine-tuned."""
+    model = str(base_folder)
+    run = tiny.start(tmp_path / "run", tiny.settings(adapter__rank=0, model__path=model, stages=("policy",)))
+    names, base = ("P1A", "P2A"), run.workspace.base
+    banks.save(run, "policy", names, jax.tree.map(lambda x: jax.numpy.stack([x, 1.5 * x]), base))
+    folders = [run.workdir.path / "policy" / "ingredients" / name for name in names]
+    manifest = json.loads((folders[0] / "manifest.json").read_text())
+    assert manifest["trained_with"] == run.workspace.provenance
+
+    def soup(name, *ingredients):
+        out = tmp_path / name
+        values = {"ingredients": [str(path) for path in ingredients], "weights": (0.5, 0.5), "output": str(out)}
+        merge.merge(parse(MergeSettings, values, "merge"))
+        return out
+
+    first = soup("first", *folders)
+    assert soup("second", first, folders[0]).is_dir()
+    for damaged in (first, folders[0]):
+        flip(damaged / "model.safetensors")
+        with pytest.raises(UserError, match=f"{damaged}: its model is not what was saved; restore it or make it again"):
+            soup("third", first, folders[0])
+        assert not (tmp_path / "third").exists()
+        flip(damaged / "model.safetensors")
+
+
+def test_tokens_that_end_an_answer_are_compared(own, base_folder, tmp_path):
+    _, folder = own
+    path, base = folder / "preference" / "individualized", shutil.copytree(base_folder, tmp_path / "base")
+    assert load_personal(path, base).model.tokenizer.eos_tokens == ["</s>"]
+    (base / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, 0]}))
+    with pytest.raises(UserError, match=r"eos_tokens: \['</s>'\], here \['</s>', '.+'\]"):
+        load_personal(path, base)
+
+
+def test_adapters_bring_the_tokens_that_end_their_answers(base_folder, tmp_path):
+    """Also where the base knows nothing of them, and through every form of a merge."""
+    settings = tiny.settings(model__path=str(base_folder), model__eos_token="<unk>", stages=("policy",))
+    run = tiny.start(tmp_path / "run", settings)
+    bank = jax.tree.map(lambda x: jax.numpy.ones(x.shape, x.dtype), run.workspace.bank_like(1))
+    banks.save(run, "policy", ("P1A",), bank)
+    ingredient, ids = run.workdir.path / "policy" / "ingredients" / "P1A", list(run.workspace.tokenizer.eos_ids)
+    assert len(ids) == 2
+    for space in ("delta", "concat"):
+        values = {"base": str(base_folder), "ingredients": [str(ingredient)], "weights": (1.0,), "space": space}
+        out = tmp_path / space
+        merge.merge(parse(MergeSettings, {**values, "output": str(out)}, "merge"))
+        assert json.loads((out / "generation_config.json").read_text())["eos_token_id"] == sorted(ids)
+    assert set(load_tokenizer(tmp_path / "delta").eos_ids) == set(ids)
+
+
+def test_a_policy_of_everybody_is_an_ingredient(base_folder, tmp_path):
+    """Merged into its base, it answers as the trained entry does."""
+    records = tiny_users.write_records(tmp_path / "records.jsonl", lines_of(PEOPLE))
+    models = {"pooled": {"kind": "uniform"}, "reward": {"kind": "uniform", "head": "reward"}, **MODELS}
+    folder = tiny.run(tmp_path / "run", config_of(records, base_folder, models)) / "preference"
+    assert [path.parent.name for path in folder.glob("*/ingredient")] == ["pooled"]
+    values = {"base": str(base_folder), "ingredients": [str(folder / "pooled" / "ingredient")], "weights": (1.0,)}
+    merge.merge(parse(MergeSettings, {**values, "output": str(tmp_path / "out")}, "merge"))
+    prompts = [[{"role": "user", "content": request}] for request in synthetic.prompts()[:4]]
+    answers = [ANSWERS[0]] * 4
+    found = load_model(tmp_path / "out").score(prompts, answers)
+    wanted = load_personal(folder / "pooled").score(prompts, answers, [None] * 4)
+    np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-4)
+    assert np.abs(wanted - load_model(base_folder).score(prompts, answers)).max() > 1e-3
 
 
 def test_a_bank_for_a_notebook(finished, base_folder):

@@ -34,6 +34,35 @@ def test_recompilation_for_the_same_shapes_warns():
         program(jax.device_put(np.ones(4), jax.devices()[1]))
 
 
+@pytest.mark.parametrize(("free", "warned"), [(10**6, True), (10**12, False), (None, False)])
+def test_a_program_that_takes_more_memory_than_there_is_warns_once_it_is_compiled(free, warned, monkeypatch, caplog):
+    monkeypatch.setattr(performance, "free_memory", lambda: free)
+    program = Program(lambda x: jnp.sort(x @ x.T, axis=0) @ x, donate_argnums=0)
+    with caplog.at_level("WARNING"), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(2):
+            program(jnp.ones((1000, 10)))
+    assert program.compiles == 1
+    assert len(caplog.messages) == warned
+    if warned:
+        assert (
+            "lambda" in caplog.text and "0.0 GB are free" in caplog.text and "--config.model.remat=full" in caplog.text
+        )
+
+
+def test_free_memory_is_that_of_the_machine_or_of_its_container(tmp_path):
+    assert performance.free_memory(str(tmp_path)) is None
+    (tmp_path / "proc").mkdir()
+    (tmp_path / "proc" / "meminfo").write_text("MemTotal:  100 kB\nMemAvailable:    50 kB\n")
+    assert performance.free_memory(str(tmp_path)) == 50 * 1024
+    group = tmp_path / "sys" / "fs" / "cgroup"
+    group.mkdir(parents=True)
+    for limit, wanted in (("max", 50 * 1024), ("10000", 10000 - 4000 + 1000)):
+        for name, text in {"max": limit, "current": "4000", "stat": "anon 3000\ninactive_file 1000\n"}.items():
+            (group / f"memory.{name}").write_text(f"{text}\n")
+        assert performance.free_memory(str(tmp_path)) == wanted
+
+
 @pytest.mark.parametrize(
     ("kind", "peak"),
     [
