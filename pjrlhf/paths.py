@@ -166,8 +166,14 @@ def read_errors(path: str | os.PathLike) -> Iterator[None]:
 
 
 def expand(path: str | os.PathLike) -> str:
-    """A path with ~ as the home folder; addresses of buckets stay."""
+    """A path with ~ as the home folder; addresses of buckets stay.
+
+    Raises:
+      UserError: a null character, which no file system takes.
+    """
     path = os.fspath(path)
+    if "\0" in path:
+        raise UserError(f"{path!r}: a path cannot hold a null character; leave it out")
     return path if is_remote(path) else os.path.expanduser(path)
 
 

@@ -315,7 +315,7 @@ def _check_rule(name: str, value: object, rule: Rule, section: str = "") -> None
             + f"{_listed(rule)}{section}"
         )
     if isinstance(value, int | float) and not isinstance(value, bool):
-        if not math.isfinite(value):
+        if isinstance(value, float) and not math.isfinite(value):
             raise UserError(f"{name}: {value} is not finite{_hint_of(rule) or '; give a finite number'}")
         if not rule.holds(value):
             raise UserError(f"{name}: {shown(value)} is out of range; choose a number {rule.describe()}")

@@ -16,6 +16,7 @@ from pjrlhf.data.sources import open_source
 from pjrlhf.errors import UserError
 from pjrlhf.export import merge
 from pjrlhf.export.merge import MergeSettings
+from pjrlhf.settings import parse
 from pjrlhf.training.checkpoint import Checkpoints
 from pjrlhf.training.workdir import Workdir
 
@@ -163,3 +164,8 @@ def test_the_command_that_installs_an_extra_names_its_packages():
         command, verb, *packages = shlex.split(paths.install(extra))
         assert (command, verb) == ("pip", "install")
         assert packages == setup["options.extras_require"][extra].split()
+
+
+def test_a_path_with_a_null_character_is_refused():
+    with pytest.raises(UserError, match=r"'a\\x00b': a path cannot hold a null character"):
+        parse(MergeSettings, {"output": "a\0b"}, "merge")

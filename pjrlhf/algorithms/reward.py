@@ -223,7 +223,8 @@ def split_tables(
                 f"{example.where}: objective {example.objective!r} is not one of {', '.join(objectives)}; "
                 "mend the record or add it to --config.objectives"
             )
-    train, held = split_by([json.dumps(example.prompt) for example in table.examples], heldout_fraction, seed)
+    prompts = [json.dumps(example.prompt) for example in table.examples]
+    train, held = split_by(prompts, heldout_fraction, seed, "the comparisons need several prompts")
     sides = train, [i for i in held if not is_tie(table.examples[i])]
     tables = []
     for side, name in zip(sides, ("training", "held-out"), strict=True):

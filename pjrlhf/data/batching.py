@@ -171,7 +171,9 @@ def batches(
     return iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)))
 
 
-def split_by(keys: Sequence[Hashable], fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+def split_by(
+    keys: Sequence[Hashable], fraction: float, seed: int, alike: str = "split by another one"
+) -> tuple[np.ndarray, np.ndarray]:
     """Splits rows by key, such as a user or a prompt: all rows of one key are on the same side.
 
     Keys are ordered by a hash of key and seed, and the first `fraction` of them, at least one and never all, is held
@@ -180,6 +182,7 @@ def split_by(keys: Sequence[Hashable], fraction: float, seed: int) -> tuple[np.n
     Args:
       keys: one per row.
       fraction: of the keys, between 0 and 1, exclusive.
+      alike: the way out where all keys are equal.
 
     Returns:
       (numbers of the training rows, numbers of the held-out rows), int64 each.
@@ -197,7 +200,9 @@ def split_by(keys: Sequence[Hashable], fraction: float, seed: int) -> tuple[np.n
     names = [str(key) for key in keys]
     groups = sorted(set(names), key=lambda name: hashlib.sha256(f"{seed}\0{name}".encode()).digest())
     if len(groups) < 2:
-        raise UserError(f"split by key: all {len(names)} rows have the same key; split by another one")
+        raise UserError(
+            f"held-out fraction {fraction}: the {len(names)} rows have one key, so nothing can be held out; {alike}"
+        )
     held = set(groups[: min(max(round(fraction * len(groups)), 1), len(groups) - 1)])
     is_held = np.array([name in held for name in names])
     return np.flatnonzero(~is_held), np.flatnonzero(is_held)

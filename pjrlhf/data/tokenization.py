@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from importlib import metadata
 from typing import Any, NamedTuple, TypeAlias
 
+import jinja2
 import numpy as np
 from absl import logging
 
@@ -111,6 +112,8 @@ class Tokenizer:
                     remedy += ", or name another token with --config.model.eos_token=..."
                 raise UserError(f"tokenizer {backend.name_or_path}: {name} {self._unknown(i)}; {remedy}")
         self.has_chat_template = bool(backend.chat_template)
+        if self.has_chat_template:
+            _check_template(backend)
         fillers = (backend.pad_token_id, backend.unk_token_id)
         others = [i for i in fillers if i is not None and i != self.eos_id and i < self.rows]
         self.pad_id: int = others[0] if others else self.eos_id
@@ -372,6 +375,35 @@ class Tokenizer:
     def _unknown(self, i: int) -> str:
         """What is wrong with an id beyond the embedding."""
         return f"{self.backend.convert_ids_to_tokens(i)!r} has id {i}, and the model's embedding has {self.rows} rows"
+
+
+def _check_template(backend: Any) -> None:
+    """Refuses a chat template that is no program, and warns of one that writes today's date.
+
+    Raises:
+      UserError: it cannot be read as a template.
+    """
+    place = f"tokenizer {backend.name_or_path or type(backend).__name__}"
+    try:
+        template = backend.get_chat_template()
+        if not isinstance(template, str):
+            raise TypeError(f"a {type(template).__name__}, no text")
+        jinja2.Environment(extensions=["jinja2.ext.loopcontrols"]).parse(template)
+    except jinja2.TemplateSyntaxError as error:
+        # Templates may use tags of extensions that `transformers` adds.
+        if "unknown tag" not in str(error):
+            reason = " ".join(str(error).split())
+            raise UserError(f"{place}: the chat template is no template ({reason}); correct it") from error
+    except (TypeError, ValueError, AttributeError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"{place}: the chat template cannot be used ({reason}); give it one, named default") from error
+    else:
+        if "strftime_now" in template:
+            logging.warning(
+                "%s: the chat template writes the date of today, so that another day gives other prompts; to fix it, "
+                "give records chat_template_kwargs, such as date_string where the template reads that",
+                place,
+            )
 
 
 def _turns(answer: Answer) -> list[Message]:

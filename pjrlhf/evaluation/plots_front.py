@@ -90,7 +90,7 @@ def _panels(count: int, found: Mapping[str, Any]) -> "tuple[Figure, list[Axes]]"
     figure, axes = new_figure(7.6, height, rows, columns)
     figure.set_layout_engine(ConstrainedLayoutEngine(w_pad=0.1))
     for axis in axes.flat[count:]:
-        axis.set_visible(False)
+        axis.remove()
     return figure, list(axes.flat[:count])
 
 

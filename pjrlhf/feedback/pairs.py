@@ -1,12 +1,14 @@
 """The comparisons of a run of user models: tokens, reference log-probs, and who said so."""
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+import unicodedata
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from absl import logging
 from flax import struct
 from jaxtyping import Bool, Float, Int
 
@@ -20,7 +22,7 @@ from pjrlhf.models.registry import UserRegistry
 from pjrlhf.runtime.records import SourceSpec
 from pjrlhf.runtime.run import Run
 from pjrlhf.runtime.text import Text
-from pjrlhf.settings import Settings, setting
+from pjrlhf.settings import Settings, setting, shown
 from pjrlhf.types import Array
 
 SIDES = ("chosen", "rejected")
@@ -114,10 +116,13 @@ def split(examples: Sequence[Example], config: PairSettings, seed: int) -> dict[
       UserError: a part that is left empty.
     """
     keys = [SPLITS[config.split](example) for example in examples]
-    held = set(split_by(keys, config.heldout_fraction, seed)[1].tolist())
+    alike = "the comparisons need several prompts, or --config.preference.split=pair"
+    held = set(split_by(keys, config.heldout_fraction, seed, alike)[1].tolist())
     new: set[int] = set()
     if config.new_user_fraction:
-        new = set(split_by([example.user_id for example in examples], config.new_user_fraction, seed)[1].tolist())
+        people = [example.user_id for example in examples]
+        alike = "one person is all there is: set --config.preference.new_user_fraction=0"
+        new = set(split_by(people, config.new_user_fraction, seed, alike)[1].tolist())
     parts: dict[str, list[Example]] = {name: [] for name in PARTS if new or name != "new_users"}
     for i, example in enumerate(examples):
         if i in new:
@@ -178,7 +183,20 @@ def tables_of(
 def registry_of(run: Run, table: TokenTable, people: int = 0) -> UserRegistry:
     """The people of a training table, with room for `people` or more; user tables are split evenly over the devices."""
     names = dict.fromkeys(str(example.user_id) for example in table.examples)
+    _warn_of_twins(names)
     return UserRegistry.create(names, run.devices.even(max(len(names), people) + 1) - 1)
+
+
+def _warn_of_twins(names: Iterable[str]) -> None:
+    """Warns of names that people may take for one: only spaces, case or the form of letters part them."""
+    first: dict[str, str] = {}
+    for name in names:
+        other = first.setdefault(" ".join(unicodedata.normalize("NFKC", name).casefold().split()), name)
+        if other != name:
+            logging.warning(
+                "user_id %s and %s are two people here; if they are one, give their records one spelling",
+                *(shown(other), shown(name)),
+            )
 
 
 def read_pairs(run: Run, settings: PairSettings, **texts: bool) -> "Pairs":

@@ -1,14 +1,14 @@
 """The shape of a decoder, independent of any file format."""
 
 import dataclasses
-import math
+import sys
 
 # Numbers of a `ModelConfig` that divide something, or are the base of a power; None is none.
 _POSITIVE = ("norm_eps", "rope_theta", "local_rope_theta", "query_scalar", "attention_softcap", "logit_softcap")
 
 
 def _is_positive(x: object) -> bool:
-    return isinstance(x, int | float) and not isinstance(x, bool) and math.isfinite(x) and x > 0
+    return isinstance(x, int | float) and not isinstance(x, bool) and 0 < x <= sys.float_info.max
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

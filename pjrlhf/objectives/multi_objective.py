@@ -4,7 +4,7 @@ Shapes: see `pjrlhf.types`. Objectives are the last axis of rewards and of prefe
 one row per example. Weights are used as given, without normalisation. All functions compute and return float32.
 """
 
-import math
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -343,7 +343,7 @@ def modpo_loss(
 
 def divergence_alpha(divergence: str | float) -> float:
     """The alpha of a divergence of `combine_logps`. Raises ValueError for one that is unknown or not finite."""
-    if isinstance(divergence, int | float) and math.isfinite(divergence):
+    if isinstance(divergence, int | float) and abs(divergence) <= sys.float_info.max:
         return float(divergence)
     if divergence not in DIVERGENCES:
         raise ValueError(f"divergence {divergence!r} is unknown; choose {', '.join(DIVERGENCES)} or a number (alpha)")

@@ -10,7 +10,7 @@ A rule of your own is a frozen dataclass that inherits from `CombinationRule`; a
 import abc
 import dataclasses
 import itertools
-import math
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -320,7 +320,7 @@ def schedule(spec: Any) -> Points:
 
 
 def _is_number(x: object) -> bool:
-    return isinstance(x, int | float) and not isinstance(x, bool) and math.isfinite(x)
+    return isinstance(x, int | float) and not isinstance(x, bool) and abs(x) <= sys.float_info.max
 
 
 def factors(schedules: Sequence[Points], step: Int[Array, ""] | int) -> Float[Array, " S"]:

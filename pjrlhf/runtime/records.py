@@ -182,7 +182,8 @@ class Records:
             texts = synthetic.prompts()
         else:
             texts = list(self._by_request)
-        train, held = split_by(texts, d.heldout_fraction, self.streams.seed)
+        alike = "give --config.data.prompts several prompts"
+        train, held = split_by(texts, d.heldout_fraction, self.streams.seed, alike)
         # Shuffled, so that the first n requests are a random sample.
         held = self.streams.python("requests/heldout_order").sample(list(held), len(held))
         return [texts[i] for i in train], [texts[i] for i in held]

@@ -137,7 +137,7 @@ def test_small_split_holds_out_one_group():
     [
         (["a", "b"], 1.0, "held-out fraction 1.0"),
         (["a", None], 0.5, "row 1: has no key"),
-        (["a", "a"], 0.5, "all 2 rows have the same key"),
+        (["a", "a"], 0.5, "the 2 rows have one key, so nothing can be held out; split by another one"),
     ],
 )
 def test_splits_that_cannot_be(keys, fraction, message):

@@ -78,6 +78,31 @@ def stories(shared):
     return load_tokenizer(shared / "models" / "stories260K")
 
 
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        ("{% for %}", "the chat template is no template .*Expected an expression.*; correct it"),
+        ("{{ 'a", "the chat template is no template"),
+        (3, "the chat template cannot be used .*a int, no text"),
+        ({"rag": CHATML}, "the chat template cannot be used .*no default.*; give it one, named default"),
+    ],
+)
+def test_a_chat_template_that_is_none_is_refused_when_the_tokenizer_is_read(template, message):
+    made = backend(bos=True)
+    made.chat_template = template
+    with pytest.raises(UserError, match=message):
+        Tokenizer(made)
+    made.chat_template = {"default": CHATML, "rag": "{{ 1 }}"}
+    assert Tokenizer(made).encode_prompt([{"role": "user", "content": "a"}])
+
+
+def test_a_chat_template_that_writes_the_date_is_named(caplog):
+    Tokenizer(backend(template=CHATML))
+    assert "writes the date" not in caplog.text
+    Tokenizer(backend(template="{{ strftime_now('%d') }}" + CHATML))
+    assert "writes the date of today" in caplog.text and "date_string" in caplog.text
+
+
 def test_golden_rows_of_a_chatml_template():
     tokenizer = Tokenizer(backend(template=CHATML))
     prompt = [START, *codes("user\nHi"), END, *codes("\n"), START, *codes("assistant\n")]

@@ -18,6 +18,7 @@ from pjrlhf.data.tokenization import load_tokenizer
 from pjrlhf.errors import UserError
 from pjrlhf.export import merge
 from pjrlhf.export.merge import MergeSettings
+from pjrlhf.feedback.pairs import _warn_of_twins
 from pjrlhf.language_model import load_bank, load_model, load_personal
 from pjrlhf.models.provenance import check_shapes
 from pjrlhf.models.storage import load_tree, save_tree
@@ -117,6 +118,29 @@ def test_people_keep_their_rows_whatever_the_order_of_lines(own, tmp_path, base_
     names = [e.user_id for e in trained.pairs.tables["heldout"].examples]
     rows = dict(zip(names, trained.pairs.users("heldout").tolist(), strict=True))
     assert rows == {user: PEOPLE.index(user) + 1 if user in PEOPLE else 0 for user in rows}, "new people are generic"
+
+
+def test_names_that_look_like_one_are_named(caplog):
+    _warn_of_twins(["ann", "bob", "eve"])
+    assert not caplog.messages
+    _warn_of_twins(["ann", "Ann ", "bob", "e\u0301", "\u00e9"])
+    assert len(caplog.messages) == 2
+    assert "'ann' and 'Ann ' are two people here; if they are one, give their records one spelling" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"prompt": "what is rain ?"}, "need several prompts, or --config.preference.split=pair"),
+        ({"user_id": "ann"}, "one person is all there is: set --config.preference.new_user_fraction=0"),
+    ],
+)
+def test_what_cannot_be_split_says_the_way_out(tmp_path, base_folder, changes, message):
+    records = [{**line, **changes} for line in lines_of(PEOPLE)]
+    path = tiny_users.write_records(tmp_path / "records.jsonl", records)
+    run = tiny.start(tmp_path / "run", config_of(path, base_folder, preference__new_user_fraction=0.5))
+    with pytest.raises(UserError, match=f"have one key, so nothing can be held out; .*{message}"):
+        pairs_of(run)
 
 
 # ---- what is saved is checked where it is loaded
