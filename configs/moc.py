@@ -14,6 +14,12 @@ the task of PAMA (arXiv 2508.07768), compared with other methods:
 
     python -m pjrlhf.main --config=configs/moc.py:stories --config.model.path=FOLDER
 
+The setting of the paper: three public reward models on the prompts of HH-RLHF, for any chat model or Llama 2. Two have
+the shape of GPT-2; the third runs in torch (`pip install -e '.[torch]'`). A path of your own is a flag, such as
+`--config.rewards.harmless.path=FOLDER`:
+
+    python -m pjrlhf.main --config=configs/moc.py:classifiers --config.model.path=FOLDER
+
 Time on 2 CPU cores: about 2 minutes, and half an hour for the stories. Results: docs/results/moc.md.
 """
 
@@ -24,16 +30,53 @@ from pjrlhf.errors import UserError
 
 
 def get_config(variant: str = "synthetic") -> ml_collections.ConfigDict:
-    if variant not in ("synthetic", "stories"):
-        raise UserError(f"configs/moc.py:{variant}: unknown variant; use configs/moc.py or configs/moc.py:stories")
+    if variant not in ("synthetic", "stories", "classifiers"):
+        known = ", ".join(f"configs/moc.py{name}" for name in ("", ":stories", ":classifiers"))
+        raise UserError(f"configs/moc.py:{variant}: unknown variant; use one of {known}")
     c = config.base()
     c.title = "MOC: one policy whose prompt states preference weights"
     if variant == "synthetic":
         config.front(c, ("P2A", "P2B"))
         config.family(c, "moc", "sum")
-    else:
+    elif variant == "stories":
         stories(c)
+    else:
+        classifiers(c)
     return c
+
+
+# Objective -> its reward model, with the inputs and outputs of RiC (arXiv 2402.10207), whose tasks MOC shares.
+CLASSIFIERS = {
+    "harmless": {"path": "Ray2333/gpt2-large-harmless-reward_model", "template": "transcript"},
+    "helpful": {"path": "Ray2333/gpt2-large-helpful-reward_model", "template": "transcript"},
+    "humor": {"path": "mohameddhiab/humor-no-humor", "template": "answer", "label": 1, "activation": "raw"},
+}
+
+
+def classifiers(c: ml_collections.ConfigDict) -> None:
+    """Harmless, helpful and humorous answers to the prompts of HH-RLHF, rewarded and evaluated by classifiers."""
+    c.title = "MOC on three public reward models"
+    config.front(c, tuple(CLASSIFIERS))
+    c.stages = ("reward", "methods", "evaluate_front")  # reward measures the scale of the classifiers
+    c.judge = "rewards"
+    with c.ignore_type():
+        c.preferences = ml_collections.ConfigDict(
+            {name: {"dimension": name, "sentence": f"{name}.", "label": name} for name in CLASSIFIERS}
+        )
+        c.rewards = ml_collections.ConfigDict(
+            {name: {"kind": "classifier", **found, "max_length": 512} for name, found in CLASSIFIERS.items()}
+        )
+        c.data.prompts = ml_collections.ConfigDict(
+            {"kind": "datasets", "path": "Anthropic/hh-rlhf", "split": "train[:2%]"}
+        )
+    config.pretrained(c)
+    c.data.update({"max_prompt": 256, "max_completion": 128})
+    # PAMA (arXiv 2508.07768), whose setting the paper shares.
+    c.adapter.update({"rank": 64, "alpha": 128.0})
+    c.policy.optimizer.learning_rate = 1e-5
+    c.policy.kl.coefficient = 0.2
+    c.policy.update({"steps": 400, "rollouts": 32})
+    config.family(c, "moc")
 
 
 def stories(c: ml_collections.ConfigDict) -> None:

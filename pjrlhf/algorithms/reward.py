@@ -33,6 +33,7 @@ from pjrlhf.rollout.experience import raw_rewards, sample
 from pjrlhf.rollout.reference import SIDES
 from pjrlhf.runtime.answers import sample_base
 from pjrlhf.runtime.devices import Devices
+from pjrlhf.runtime.inputs import fingerprints
 from pjrlhf.runtime.records import SourceSpec
 from pjrlhf.runtime.run import Run, Stage
 from pjrlhf.runtime.scorer import Scorer
@@ -413,11 +414,18 @@ def source_scale(run: Run) -> dict[str, Scale]:
     return found
 
 
+def files_of(run: Run, name: str) -> dict[str, str]:
+    """Setting -> hash of the files that a reward source reads, such as those of a classifier."""
+    found = fingerprints({"rewards": {name: run.audience.source_specs[name]}}, run.workdir.path)
+    return {setting: one["hash"] for setting, one in found.items()}
+
+
 def run(run: Run) -> dict[str, Any]:
     """Trains, tests and calibrates the reward models, and measures the scale of the other sources; writes
     <workdir>/reward/model.safetensors.
     """
-    audience, models, tree, scales = run.audience, {}, {}, {}
+    audience, tree, scales = run.audience, {}, {}
+    models: dict[str, dict[str, Any]] = {}
     if audience.learned:
         method = method_of(run)
         state = run.train(method, "reward", method.settings.steps)
@@ -428,7 +436,9 @@ def run(run: Run) -> dict[str, Any]:
             models[name]["train_pairs"] = len(table)
     if audience.sources:
         scales |= source_scale(run)
-        models |= {name: {"source": audience.source_specs[name]} for name in audience.sources}
+        models |= {
+            name: {"source": audience.source_specs[name], "files": files_of(run, name)} for name in audience.sources
+        }
     for name, scale in scales.items():
         models[name] |= {key: float(x[0]) for key, x in scale.items()}
     tree |= {key: jnp.concatenate([scales[name][key] for name in audience.rewards]) for key in SCALE}
@@ -456,9 +466,17 @@ def load(run: Run) -> Params:
             f"{path}: holds reward models for {note.get('rewards')}, this run needs {rewards}; name the file of a run "
             "with the same objectives"
         )
-    sources = {name: model["source"] for name, model in note.get("models", {}).items() if "source" in model}
-    if sources != (own := {name: audience.source_specs[name] for name in audience.sources}):
-        raise UserError(f"{path}: has the scale of rewards from {sources}, this run has {own}; measure it again")
+    sources = {name: model for name, model in note.get("models", {}).items() if "source" in model}
+    found = {name: model["source"] for name, model in sources.items()}
+    if found != (own := {name: audience.source_specs[name] for name in audience.sources}):
+        raise UserError(f"{path}: has the scale of rewards from {found}, this run has {own}; measure it again")
+    # Inside a run inputs.json holds the files fixed.
+    changed = [name for name, model in sources.items() if other and model.get("files") != files_of(run, name)]
+    if changed:
+        raise UserError(
+            f"{path}: has the scale of the reward {changed[0]!r} from files of other contents; restore them, or "
+            "measure the scale again"
+        )
     check_provenance(path, note, workspace.provenance)
     like: dict[str, Any] = dict.fromkeys(SCALE, jax.ShapeDtypeStruct((len(rewards),), jnp.float32))
     if K := len(audience.learned):

@@ -115,7 +115,7 @@ def parse(
 ) -> Example:
     """One record as an `Example`.
 
-    kind "prompt":     `prompt`.
+    kind "prompt":     `prompt`, or that of a preference record.
     kind "completion": `prompt` and `completion`, or `text`, or `messages`: the completion is all from the first turn of
       the assistant on.
     kind "preference": `chosen` and `rejected` with `prompt`; or without this column where both answers start with the
@@ -212,6 +212,8 @@ def _listed(names: Sequence[str]) -> str:
 
 
 def _prompt(values: dict[str, Any], found: list[str]) -> dict[str, Any]:
+    if "prompt" not in values and {"chosen", "rejected"} <= values.keys():
+        return {"prompt": _preference(values, found)["prompt"]}
     _need(values, ["prompt"], found, "prompt data needs prompt")
     return {"prompt": _read_prompt(values["prompt"])}
 

@@ -79,33 +79,43 @@ class ScoreJudge:
     """The answer with the higher score wins; a difference of at most `tolerance` is a tie.
 
     `score(prompt, text, criterion)` is called once per distinct triple, however many opponents an answer meets.
-    Raises UserError for a score that is not finite.
+    `together(prompts, texts, criterion)`, where it is given, is called for many instead, on every process; NaN says
+    nothing about an answer. Raises UserError for another score that is not finite.
     """
 
     order_invariant: ClassVar[bool] = True
 
     score: Callable[[str, str, str], float]
     tolerance: float = 0.0
+    together: Callable[[Sequence[str], Sequence[str], str], np.ndarray] | None = None
     cache: dict[tuple[str, str, str], float] = dataclasses.field(default_factory=dict, repr=False)
 
     def __call__(
         self, prompts: Sequence[str], first: Sequence[str], second: Sequence[str], criterion: str
     ) -> np.ndarray:
         gap = self.scores(prompts, first, criterion) - self.scores(prompts, second, criterion)
-        return np.sign(gap) * (np.abs(gap) > self.tolerance)
+        return np.where(np.isnan(gap), np.nan, np.sign(gap) * (np.abs(gap) > self.tolerance))
+
+    @property
+    def on_all_processes(self) -> bool:
+        return self.together is not None
 
     def scores(self, prompts: Sequence[str], texts: Sequence[str], criterion: str) -> np.ndarray:
         """Cached scores, float64 [N]."""
-        found = []
-        for prompt, text in zip(prompts, texts, strict=True):
-            key = (prompt, text, criterion)
-            if key not in self.cache:
-                value = float(self.score(prompt, text, criterion))
-                if not math.isfinite(value):
-                    raise UserError(f"criterion {criterion!r}: score {value} for {text[:60]!r}; scores must be finite")
-                self.cache[key] = value
-            found.append(self.cache[key])
-        return np.array(found, np.float64)
+        keys = [(prompt, text, criterion) for prompt, text in zip(prompts, texts, strict=True)]
+        missing = [key for key in dict.fromkeys(keys) if key not in self.cache]
+        if self.together is not None and missing:
+            values = self.together([prompt for prompt, _, _ in missing], [text for _, text, _ in missing], criterion)
+            self.cache.update(zip(missing, values.tolist(), strict=True))
+        elif missing:
+            self.cache.update({key: self._finite(key) for key in missing})
+        return np.array([self.cache[key] for key in keys], np.float64)
+
+    def _finite(self, key: tuple[str, str, str]) -> float:
+        value = float(self.score(*key))
+        if not math.isfinite(value):
+            raise UserError(f"criterion {key[2]!r}: score {value} for {key[1][:60]!r}; scores must be finite")
+        return value
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from absl import logging
 
 from pjrlhf.algorithms import methods
 from pjrlhf.algorithms.reward import check_quantiles
@@ -71,18 +72,31 @@ class Front:
         )
         self.sampled: list[dict[str, Any]] = []  # all answers
         scores = self.scores(self.requests * self.config.base_samples, texts)
-        self.low, self.high = np.quantile(scores, self.config.quantiles, axis=0)
+        self.low, self.high = np.nanquantile(scores, self.config.quantiles, axis=0)
         if not (self.high > self.low).all():
             name = self.names[int(np.argmin(self.high - self.low))]
             raise UserError(f"evaluate_front: the base's answers all score alike by {name!r}; nothing can be scaled")
         self.reference = np.full(len(self.names), self.config.reference)
 
     def scores(self, requests: Sequence[str], texts: Sequence[str]) -> np.ndarray:
-        """The judge's scores [n, N] of answers."""
-        pairs = list(zip(requests, texts, strict=True))
-        with watched("evaluate_front: judging answers", pairs) as seen:
-            scores = [[self.run.audience.score(q, text, name) for name in self.names] for q, text in seen]
-        return np.array(scores, np.float64)
+        """The judge's scores [n, N] of answers; NaN where a reward source says nothing.
+
+        Raises:
+          UserError: it says nothing about any answer.
+        """
+        with watched("evaluate_front: judging answers", self.names) as names:
+            scores = np.stack([self.run.audience.scores(requests, texts, name) for name in names], axis=1)
+        if (silent := np.isnan(scores)).any():
+            name = self.names[int(np.argmax(silent.sum(0)))]
+            if silent.all(0).any():
+                raise UserError(
+                    f"evaluate_front: the reward {name!r} says nothing about any answer; correct its source"
+                )
+            logging.warning(
+                "evaluate_front: the reward %r says nothing about %d of %d answers, which take no part in its means",
+                *(name, silent.sum(0).max(), len(scores)),
+            )
+        return scores
 
     def answers(self, name: str, evaluated: EvaluatedPolicy, points: Sequence[Point]) -> np.ndarray:
         """Scaled scores [n, P, N] of a method at `points`, for P held-out prompts."""
@@ -104,7 +118,11 @@ class Front:
             for (weights, q), row, text in zip(asked, rows, texts, strict=True)
         ]
         scores = self.scores([row.request for row in rows], texts)
-        return ((scores - self.low) / (self.high - self.low)).reshape(len(points), len(requests), -1)
+        scores = ((scores - self.low) / (self.high - self.low)).reshape(len(points), len(requests), -1)
+        # The mean of the others does not change the mean; a point without any gets the low quantile of the base.
+        known = ~np.isnan(scores)
+        means = np.where(known, scores, 0.0).sum(1, keepdims=True) / np.maximum(known.sum(1, keepdims=True), 1)
+        return np.where(known, scores, means)
 
     def measure(self, points: Sequence[Point], scores: np.ndarray) -> dict[str, Any]:
         """The front metrics of scaled scores [n, P, N] at `points`."""

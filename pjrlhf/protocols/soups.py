@@ -185,7 +185,7 @@ class Evaluation:
     def scores(self, texts: Sequence[str], criterion: str) -> float:
         """Mean score of answers to the held-out requests (repeated as often as needed)."""
         repeats = len(texts) // len(self.requests)
-        return float(self.scorer.scores(self.requests * repeats, texts, criterion).mean())
+        return float(np.nanmean(self.scorer.scores(self.requests * repeats, texts, criterion)))
 
     def _keep(self, part: str, row: Row, text: str, **more: str) -> None:
         """Keeps an answer with all that it takes to judge it again."""

@@ -47,7 +47,7 @@ def load_model(folder: str, dtype: str, device: str) -> Callable[[Rows], list[li
     """The logits of rows by the model in a folder.
 
     Raises:
-      ValueError: the weights lack a tensor, which `transformers` would make up.
+      ValueError: the weights lack a tensor or have one of another shape, which `transformers` would make up.
     """
     import torch  # pyright: ignore[reportMissingImports]
     from transformers import AutoModelForSequenceClassification
@@ -59,10 +59,13 @@ def load_model(folder: str, dtype: str, device: str) -> Callable[[Rows], list[li
         trust_remote_code=False,
         use_safetensors=True,
         output_loading_info=True,
+        ignore_mismatched_sizes=True,  # refused below, by name
     )
-    if missing := sorted(info["missing_keys"]):
-        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-        raise ValueError(f"the weights lack {missing[0]}{more}")
+    wrong = {"lack": info["missing_keys"], "have another shape of": [key for key, *_ in info["mismatched_keys"]]}
+    for complaint, names in wrong.items():
+        if names:
+            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            raise ValueError(f"the weights {complaint} {min(names)}{more}")
     model = model.to(device).eval()
     pad_id = model.config.get_text_config().pad_token_id
     # Without a padding token some models refuse batches, and a summary of the last token would be one of padding.

@@ -46,7 +46,7 @@ class Audience:
       named: "synthetic", "synthetic16", "paper", or {id: {"dimension", "sentence", optional "label"}}.
       objectives: ids of the preferences with an ingredient of their own.
       general: the criterion of the general reward of RLHF; "" for none.
-      judge: "synthetic", or {criterion: name of a scorer}.
+      judge: "synthetic"; "rewards", the reward sources of the run; or {criterion: name of a scorer}.
       sources: {objective: specification of its reward source, see `rewards.sources`}; the others have reward models
         that are trained here.
       context: what the run offers to the sources; by default nothing, for a check.
@@ -186,7 +186,14 @@ class Audience:
 
     @functools.cached_property
     def score(self) -> Callable[[str, str, str], float]:
-        """(request, answer, criterion) -> the score of the judge."""
+        """(request, answer, criterion) -> the score of the judge; NaN where a reward source says nothing."""
+        if self.judge == "rewards":
+            if self.learned:
+                raise UserError(
+                    f"judge: rewards, but {self.learned[0]!r} has a reward model that this run trains, which cannot "
+                    "judge its own policies; give it a source in --config.rewards, or name scorers"
+                )
+            return lambda prompt, text, criterion: float(self.scores([prompt], [text], criterion)[0])
         if self.judge == "synthetic":
             return functools.partial(synthetic.score, preferences=self.synthetic)
         criteria = dict(self.judge)
@@ -195,6 +202,15 @@ class Audience:
             raise UserError(f"judge: no scorer for {missing[0]!r}; add it to --config.judge")
         scorers = {name: scorer(spec) for name, spec in criteria.items()}
         return lambda prompt, text, criterion: scorers[criterion](prompt, text)
+
+    def scores(self, prompts: Sequence[str], completions: Sequence[str], criterion: str) -> Float[np.ndarray, " N"]:
+        """Scores of the judge, float64; NaN where a reward source says nothing. All processes must call it."""
+        if self.judge != "rewards":
+            pairs = zip(prompts, completions, strict=True)
+            return np.array([self.score(prompt, text, criterion) for prompt, text in pairs], np.float64)
+        k = self.rewards.index(criterion)
+        wanted = np.arange(len(self.rewards)) == np.full((len(completions), 1), k)
+        return self.host_rewards(prompts, completions, wanted)[:, k].astype(np.float64)
 
 
 def _preference(name: str, fields: Mapping[str, Json]) -> Preference:

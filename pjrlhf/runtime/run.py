@@ -64,7 +64,9 @@ class SharedSettings(LoopSettings):
     )
     general: str = setting("", 'a further general criterion, such as the reward of RLHF; "" for none')
     judge: str | Mapping[str, Any] = setting(
-        "synthetic", "the judge of answers, or {criterion: scorer}; see rewards/scorers.py", choices=("synthetic",)
+        "synthetic",
+        "the judge of answers; rewards, the sources of the run; or {criterion: scorer}, see rewards/scorers.py",
+        choices=("synthetic", "rewards"),
     )
     rewards: Mapping[str, Any] = setting(
         {},
@@ -234,7 +236,8 @@ class Run(Sections):
     @functools.cached_property
     def scores(self) -> ScoreJudge:
         """The judge by the scores of the run. All stages share it, so that each answer is scored once."""
-        return ScoreJudge(self.audience.score, TIE)
+        together = self.audience.scores if self.settings.judge == "rewards" else None
+        return ScoreJudge(self.audience.score, TIE, together)
 
     def scorer(self, size: int = 0) -> Scorer:
         """A scorer of rows in chunks of `size`; of `sample_rows` where 0."""

@@ -212,6 +212,7 @@ BART = {
     "eos_token_id": 1,
     "bos_token_id": 0,
     "decoder_start_token_id": 1,
+    "num_labels": 3,  # its default, which transformers does not write
 }
 
 

@@ -1,0 +1,75 @@
+"""The setting of MOC on classifiers: one policy that reads preference weights, and three reward models like GPT-2."""
+
+import json
+
+import numpy as np
+import pytest
+from support import tiny, tiny_family
+from support.tiny_classifiers import gpt2_folder
+
+from pjrlhf.algorithms import reward
+from pjrlhf.data import synthetic
+from pjrlhf.errors import UserError
+from pjrlhf.pipeline import stages
+from pjrlhf.training.workdir import Workdir
+
+NAMES = ("harmless", "helpful", "humor")
+POINTS = ((1.0, 0.0, 0.0), (0.0, 0.5, 0.5), (0.2, 0.4, 0.4))
+
+
+def settings(folder, base, **changes):
+    """The catalogue's config on stand-ins in `folder`."""
+    prompts = folder / "prompts.jsonl"
+    prompts.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in synthetic.prompts()))
+    config = tiny.catalogue("moc").get_config("classifiers")
+    flat = {key: x for key, x in tiny_family.TINY.items() if not key.startswith(("model.", "modpo.", "ric."))}
+    flat |= {
+        "data.prompt_buckets": (),
+        "data.max_prompt": 30,
+        "data.long_prompt": "truncate_left",
+        "data.prompts.path": str(prompts),
+    }
+    flat |= {"data.prompts.kind": "jsonl", "model.path": str(base), "evaluate_front.points": POINTS}
+    for i, name in enumerate(NAMES):
+        labels = ("dull", "funny") if name == "humor" else 1
+        flat[f"rewards.{name}.path"] = str(gpt2_folder(folder / name, labels, seed=i, chat=False))
+    config.update_from_flattened_dict(flat | {key.replace("__", "."): x for key, x in changes.items()})
+    config.methods.moc.update({"rollouts": 4})
+    return config
+
+
+@pytest.fixture(scope="module")
+def trained(finished, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("classifiers")
+    config = settings(folder, finished / "sft" / "model")
+    return tiny.run(folder / "run", config), config
+
+
+def test_the_setting_of_moc_runs_on_classifiers(trained):
+    folder, _ = trained
+    found = json.loads((folder / "report" / "summary.json").read_text())
+    assert found["front"]["objectives"] == list(NAMES) and set(found["methods"]) == {"moc"}
+    assert np.isfinite(found["methods"]["moc"]["hypervolume"])
+    models = found["reward_models"]
+    assert all(models[name]["std"] > 1e-3 and f"rewards.{name}.path" in models[name]["files"] for name in NAMES)
+    rows = tiny.lines(folder, "methods/moc")
+    assert len(rows) == 2 and all(np.isfinite(row["rewards/humor/mean"]) for row in rows)
+    answers = [json.loads(line) for line in (folder / "report" / "answers.jsonl").read_text().splitlines()]
+    assert answers
+
+
+def test_a_scale_of_other_weights_is_refused(trained, finished):
+    folder, config = trained
+    other = settings(folder.parent, finished / "sft" / "model", reward__path=str(folder / "reward" / reward.MODEL))
+    run = tiny.start(folder.parent / "other", other)
+    assert reward.load(run)["models"].tolist() == [-1, -1, -1]
+    gpt2_folder(folder.parent / "helpful", 1, seed=7, chat=False)
+    with pytest.raises(UserError, match=r"has the scale of the reward 'helpful' from files of other contents; restore"):
+        reward.load(run)
+    with tiny.one_device(), pytest.raises(UserError, match=r"rewards.helpful.path.*changed"):
+        stages.run(config, Workdir(folder))
+
+
+def test_rewards_judge_where_they_are_not_trained_in_the_run(finished):
+    with pytest.raises(UserError, match=r"judge: rewards, but 'P1A' has a reward model that this run trains"):
+        tiny.start(finished, tiny.settings(judge="rewards"))
