@@ -85,7 +85,8 @@ class Front:
           UserError: it says nothing about any answer.
         """
         with watched("evaluate_front: judging answers", self.names) as names:
-            scores = np.stack([self.run.audience.scores(requests, texts, name) for name in names], axis=1)
+            columns = self.run.records.columns_of(requests)
+            scores = np.stack([self.run.audience.scores(requests, texts, name, columns) for name in names], axis=1)
         if (silent := np.isnan(scores)).any():
             name = self.names[int(np.argmax(silent.sum(0)))]
             if silent.all(0).any():

@@ -203,14 +203,24 @@ class Audience:
         scorers = {name: scorer(spec) for name, spec in criteria.items()}
         return lambda prompt, text, criterion: scorers[criterion](prompt, text)
 
-    def scores(self, prompts: Sequence[str], completions: Sequence[str], criterion: str) -> Float[np.ndarray, " N"]:
-        """Scores of the judge, float64; NaN where a reward source says nothing. All processes must call it."""
+    def scores(
+        self,
+        prompts: Sequence[Any],
+        completions: Sequence[str],
+        criterion: str,
+        records: RecordColumns = NO_COLUMNS,
+    ) -> Float[np.ndarray, " N"]:
+        """Scores of the judge, float64; NaN where a reward source says nothing. All processes must call it.
+
+        Args:
+          records: what the records have beside prompts.
+        """
         if self.judge != "rewards":
             pairs = zip(prompts, completions, strict=True)
             return np.array([self.score(prompt, text, criterion) for prompt, text in pairs], np.float64)
         k = self.rewards.index(criterion)
         wanted = np.arange(len(self.rewards)) == np.full((len(completions), 1), k)
-        return self.host_rewards(prompts, completions, wanted)[:, k].astype(np.float64)
+        return self.host_rewards(prompts, completions, wanted, records)[:, k].astype(np.float64)
 
 
 def _preference(name: str, fields: Mapping[str, Json]) -> Preference:

@@ -40,6 +40,7 @@ from pjrlhf.settings import Settings, parse, setting
 
 SHORTEST = 32  # tokens to which inputs are padded at least; further lengths are its doubles
 ACTIVATIONS = ("raw", "sigmoid", "softmax", "log_probability", "log_odds")
+_making = threading.Lock()
 DEFAULTS = {REGRESSION: "raw", SEVERAL: "sigmoid", ONE: "softmax"}  # problem -> activation
 
 
@@ -118,6 +119,10 @@ class ClassifierReward:
     def on_all_processes(self) -> bool:
         return self.classifier.in_decoder
 
+    @property
+    def waits(self) -> bool:
+        return not self.classifier.in_decoder
+
     def __call__(self, prompts: Sequence[Prompt], completions: Sequence[str]) -> list[float | None]:
         """Rewards of N answers; None for an input without a token.
 
@@ -139,14 +144,18 @@ class ClassifierReward:
         """The model, which rewards from the same folder share."""
         s, shared = self.settings, self.context.shared
         key = "classifier", s.path, s.dtype, s.batch_size, s.device
-        if key not in shared:
-            size = s.batch_size or self.context.rows
-            if self.classifier.in_decoder:
-                assert self.context.devices is not None, "a source of a check is never asked"
-                shared[key] = MeshClassifier(self.classifier, s.dtype, self.context.devices(), size)
-            else:
-                shared[key] = TorchWorker(self.classifier.folder, s.dtype, s.device, size)
-        return shared[key]
+        with _making:  # sources that wait for others are asked in threads
+            if key not in shared:
+                shared[key] = self._make(s.batch_size or self.context.rows)
+            return shared[key]
+
+    def _make(self, size: int) -> Model:
+        s, devices = self.settings, self.context.devices
+        if not self.classifier.in_decoder:
+            return TorchWorker(self.classifier.folder, s.dtype, s.device, size)
+        if devices is None:
+            raise UserError(f"classifier {s.path}: runs on the mesh of a run; use it as a reward in a config")
+        return MeshClassifier(self.classifier, s.dtype, devices(), size)
 
 
 def _label(classifier: Classifier, label: str | int, name: str) -> int:

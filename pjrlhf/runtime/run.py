@@ -6,7 +6,7 @@ continue after any stage.
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import jax
@@ -236,8 +236,11 @@ class Run(Sections):
     @functools.cached_property
     def scores(self) -> ScoreJudge:
         """The judge by the scores of the run. All stages share it, so that each answer is scored once."""
-        together = self.audience.scores if self.settings.judge == "rewards" else None
-        return ScoreJudge(self.audience.score, TIE, together)
+
+        def together(requests: Sequence[str], texts: Sequence[str], criterion: str) -> np.ndarray:
+            return self.audience.scores(requests, texts, criterion, self.records.columns_of(requests))
+
+        return ScoreJudge(self.audience.score, TIE, together if self.settings.judge == "rewards" else None)
 
     def scorer(self, size: int = 0) -> Scorer:
         """A scorer of rows in chunks of `size`; of `sample_rows` where 0."""
