@@ -14,7 +14,9 @@ import pytest
 from support import tiny, tiny_judge
 from support.chat_server import ChatServer
 from support.small_policies import close
+from support.tiny_classifiers import gpt2_folder
 
+from pjrlhf.algorithms.reward import SCALE
 from pjrlhf.errors import UserError
 from pjrlhf.models.storage import load_tree
 from pjrlhf.parallel import processes
@@ -143,6 +145,20 @@ def test_two_processes_judge_as_one_does(tmp_path):
     for a, b in zip(*found, strict=True):
         assert a.pop("preference") == pytest.approx(b.pop("preference"), abs=1e-4)
         assert a == b
+
+
+@pytest.mark.slow
+def test_two_processes_ask_a_classifier_on_the_mesh_together(tmp_path):
+    """Beside a function, which process 0 asks alone."""
+    folder = gpt2_folder(tmp_path / "classifier")
+    rewards = {"P2A": {"kind": "classifier", "path": str(folder)}, "P1B": "support.toy_extensions:brevity"}
+    changes = {"rewards": rewards, "stages": ("sft", "comparisons", "reward", "policy")}
+    one, two = (run(tmp_path, str(count), count, **changes) for count in (1, 2))
+    found = [json.loads((folder / "manifest.json").read_text())["stages"]["reward"]["models"] for folder in (one, two)]
+    for name in rewards:
+        assert found[0][name]["std"] > 1e-3
+        close({key: found[0][name][key] for key in SCALE}, {key: found[1][name][key] for key in SCALE}, 1e-4)
+    close(*(load_tree(folder / "policy" / "bank.safetensors")[0] for folder in (one, two)), 1e-4)
 
 
 def children(process):
