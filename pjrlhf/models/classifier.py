@@ -27,6 +27,16 @@ from pjrlhf.types import Array, DType, Params
 
 SUFFIX = "ForSequenceClassification"  # of the classes
 HEAD = "score.weight"  # of the classes of all families of the decoder, [labels, D]
+# Their positions start after the id of the padding token.
+LATE_POSITIONS = (
+    "camembert",
+    "ibert",
+    "longformer",
+    "roberta",
+    "roberta-prelayernorm",
+    "xlm-roberta",
+    "xlm-roberta-xl",
+)
 REGRESSION, SEVERAL, ONE = "regression", "multi_label_classification", "single_label_classification"
 
 
@@ -87,6 +97,8 @@ def read_classifier(folder: Folder) -> Classifier:
         labels, text = dict(config.id2label), config.get_text_config()
         pad_id, vocab_size = text.pad_token_id, text.vocab_size
         max_length = getattr(text, "max_position_embeddings", None)
+        if config.model_type in LATE_POSITIONS:
+            max_length -= pad_id + 1
         problem = config.problem_type or (REGRESSION if len(labels) == 1 else ONE)
     except Exception as error:  # the library has no narrower one
         reason = " ".join(str(error).split())[:160]

@@ -41,10 +41,11 @@ class TorchWorker:
       dtype: name of a float type of torch.
       device: of torch.
       size: rows of a batch.
+      title: of the progress.
     """
 
-    def __init__(self, folder: pathlib.Path, dtype: str, device: str, size: int):
-        self.folder, self.dtype, self.device, self.size = folder, dtype, device, size
+    def __init__(self, folder: pathlib.Path, dtype: str, device: str, size: int, title: str):
+        self.folder, self.dtype, self.device, self.size, self.title = folder, dtype, device, size, title
         self._lock = threading.Lock()
         self._process: subprocess.Popen[str] | None = None
 
@@ -56,7 +57,7 @@ class TorchWorker:
         """
         order = np.argsort([len(row["input_ids"]) for row in rows], kind="stable")
         found: list[Any] = [None] * len(rows)
-        with self._lock, progress(f"classifier {self.folder.name}", len(rows)) as bar:
+        with self._lock, progress(self.title, len(rows)) as bar:
             for start in range(0, len(rows), self.size):
                 chunk = order[start : start + self.size]
                 logits = self._ask({"rows": [rows[i] for i in chunk]})["logits"]

@@ -152,10 +152,15 @@ class ClassifierReward:
     def _make(self, size: int) -> Model:
         s, devices = self.settings, self.context.devices
         if not self.classifier.in_decoder:
-            return TorchWorker(self.classifier.folder, s.dtype, s.device, size)
+            return TorchWorker(self.classifier.folder, s.dtype, s.device, size, _title(s.path))
         if devices is None:
             raise UserError(f"classifier {s.path}: runs on the mesh of a run; use it as a reward in a config")
-        return MeshClassifier(self.classifier, s.dtype, devices(), size)
+        return MeshClassifier(self.classifier, s.dtype, devices(), size, _title(s.path))
+
+
+def _title(path: str) -> str:
+    """Of a progress bar; the folder of a model from elsewhere may have a name that says nothing."""
+    return f"classifier {path.rstrip('/').rpartition('/')[2]}"
 
 
 def _label(classifier: Classifier, label: str | int, name: str) -> int:
@@ -208,14 +213,15 @@ class MeshClassifier:
     Args:
       dtype: of weights and activations.
       size: rows of a chunk at most.
+      title: of the progress.
 
     Raises:
       UserError: the weights cannot be loaded.
     """
 
-    def __init__(self, classifier: Classifier, dtype: str, devices: Devices, size: int):
+    def __init__(self, classifier: Classifier, dtype: str, devices: Devices, size: int, title: str):
         mesh = devices.mesh
-        self.classifier, self.devices, self.size = classifier, devices, size
+        self.classifier, self.devices, self.size, self.title = classifier, devices, size, title
         place = functools.partial(leaf_sharding, mesh)
         config, self.params = load_classifier(classifier, jnp.dtype(dtype), place)
         self.model = Decoder(
@@ -232,9 +238,8 @@ class MeshClassifier:
         """
         ids = [row["input_ids"] for row in rows]
         size = min(self.size, 1 << (len(ids) - 1).bit_length())
-        name = f"classifier {self.classifier.folder.name}"
         with self._lock:
-            return Scorer(self.devices, size)(name, ids, self._collate, self._score, [len(one) for one in ids])
+            return Scorer(self.devices, size)(self.title, ids, self._collate, self._score, [len(one) for one in ids])
 
     def _collate(
         self, rows: list[list[int]]

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 from support.tiny_classifiers import PAD, family_folder
-from support.tiny_llamas import change_weights, edit, needs_torch, torch
+from support.tiny_llamas import change_weights, edit, needs_torch, torch, write
 
 from pjrlhf.data.batching import pad_right
 from pjrlhf.errors import UserError
@@ -108,6 +108,12 @@ def test_labels_and_what_they_are(changes, labels, problem, tmp_path):
     save_file(weights, folder / "model.safetensors")
     found = read_classifier(folder)
     assert (found.labels, found.problem) == (labels, problem)
+
+
+def test_positions_that_start_after_the_padding_token(tmp_path):
+    config = {"model_type": "roberta", "architectures": ["RobertaForSequenceClassification"], "pad_token_id": 1}
+    write(tmp_path / "c", {**config, "max_position_embeddings": 514}, {"x": np.zeros(1, np.float32)})
+    assert read_classifier(tmp_path / "c").max_length == 512
 
 
 def no_head(folder):

@@ -10,6 +10,7 @@ from support.tiny_llamas import edit, needs_torch, torch
 
 from pjrlhf.data import synthetic
 from pjrlhf.errors import UserError
+from pjrlhf.judges.judge import JudgeContext, ScoreJudge, judge_from
 from pjrlhf.models.classifier import class_logits, load_classifier, read_classifier
 from pjrlhf.models.decoder import Decoder
 from pjrlhf.rewards import torch_worker
@@ -78,6 +79,15 @@ def test_one_label_is_raw_by_default(tmp_path, context, caplog):
     raw = found(PROMPTS, ANSWERS)
     squashed = source(context, folder, activation="sigmoid")(PROMPTS, ANSWERS)
     np.testing.assert_allclose(squashed, 1 / (1 + np.exp(-raw)), rtol=1e-5)
+
+
+def test_a_classifier_judges_on_the_mesh(tmp_path, context):
+    spec = {"kind": "classifier", "path": str(gpt2_folder(tmp_path / "c"))}
+    judge = judge_from({"kind": "reward", "source": spec}, JudgeContext(ScoreJudge(lambda *_: 0.0), sources=context))
+    assert judge.on_all_processes
+    scores = reward_source("P2A", spec, context)(PROMPTS, ANSWERS)
+    other = reward_source("P2A", spec, context)(PROMPTS, ANSWERS[::-1])
+    np.testing.assert_array_equal(judge(PROMPTS, ANSWERS, ANSWERS[::-1], "any"), np.sign(scores - other))
 
 
 @pytest.mark.parametrize("problem", ["single_label_classification", "multi_label_classification", "regression"])
@@ -271,7 +281,7 @@ def test_weights_that_transformers_would_make_up_are_refused(tmp_path):
 
 def test_a_process_that_does_not_start_is_one_line(tmp_path, monkeypatch):
     monkeypatch.setattr(torch_worker.sys, "executable", "/bin/false")
-    worker = torch_worker.TorchWorker(tmp_path, "float32", "cpu", 8)
+    worker = torch_worker.TorchWorker(tmp_path, "float32", "cpu", 8, "classifier")
     with pytest.raises(UserError, match=r"its torch process ended with status 1 \(without a word\); it may need more"):
         worker([{"input_ids": [1]}])
     worker.close()
