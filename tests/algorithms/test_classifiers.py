@@ -14,6 +14,7 @@ from pjrlhf.pipeline import stages
 from pjrlhf.training.workdir import Workdir
 
 NAMES = ("harmless", "helpful", "humor")
+WORDS = ("so", "happy", "day")  # of the small vocabulary, in place of the names
 POINTS = ((1.0, 0.0, 0.0), (0.0, 0.5, 0.5), (0.2, 0.4, 0.4))
 
 
@@ -32,6 +33,7 @@ def settings(folder, base, **changes):
     flat |= {"data.prompts.kind": "jsonl", "model.path": str(base), "evaluate_front.points": POINTS}
     for i, name in enumerate(NAMES):
         labels = ("dull", "funny") if name == "humor" else 1
+        flat[f"preferences.{name}.label"] = WORDS[i]
         flat[f"rewards.{name}.path"] = str(gpt2_folder(folder / name, labels, seed=i, chat=False))
     config.update_from_flattened_dict(flat | {key.replace("__", "."): x for key, x in changes.items()})
     config.methods.moc.update({"rollouts": 4})
