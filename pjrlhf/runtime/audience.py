@@ -214,10 +214,15 @@ class Audience:
 
         Args:
           records: what the records have beside prompts.
+
+        Raises:
+          UserError: the judge is the reward sources, and the criterion has none.
         """
         if self.judge != "rewards":
             pairs = zip(prompts, completions, strict=True)
             return np.array([self.score(prompt, text, criterion) for prompt, text in pairs], np.float64)
+        if criterion not in self.sources:
+            raise UserError(f"judge: rewards, but {criterion!r} has no source; add one to --config.rewards")
         k = self.rewards.index(criterion)
         wanted = np.arange(len(self.rewards)) == np.full((len(completions), 1), k)
         return self.host_rewards(prompts, completions, wanted, records)[:, k].astype(np.float64)

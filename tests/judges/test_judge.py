@@ -234,3 +234,18 @@ def test_scorers_by_name():
     ):
         with pytest.raises(UserError, match=message):
             scorer(name)
+
+
+def test_scores_of_many_answers_are_asked_together_once():
+    asked = []
+
+    def together(prompts, texts, criterion):
+        asked.append(list(texts))
+        return np.array([len(text) or math.nan for text in texts])
+
+    judge = ScoreJudge(score_by_name, together=together)
+    assert judge.on_all_processes and not ScoreJudge(score_by_name).on_all_processes
+    verdicts = judge(["p"] * 4, ["a", "bb", "a", ""], ["bb", "a", "a", "a"], "any")
+    assert verdicts[:3].tolist() == [-1, 1, 0] and math.isnan(verdicts[3])
+    judge(["p"], ["a"], ["ccc"], "any")
+    assert asked == [["a", "bb", ""], ["ccc"]]

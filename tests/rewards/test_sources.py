@@ -292,6 +292,18 @@ def test_a_context_closes_what_sources_hold():
     assert closed == ["worker"] and not context.shared
 
 
+def test_the_judge_may_be_the_sources():
+    specs = {"P1A": f"{MODULE}:brevity", "P2A": f"{MODULE}:brevity"}
+    people = Audience("synthetic", ("P1A", "P2A"), "", "rewards", specs)
+    people.check()
+    np.testing.assert_array_equal(people.scores(PROMPTS, ANSWERS, "P2A"), BREVITY)
+    assert people.score(PROMPTS[0], ANSWERS[0], "P1A") == -2
+    with pytest.raises(UserError, match=r"judge: rewards, but 'P3A' has no source; add one to --config.rewards"):
+        people.score("p", "a", "P3A")
+    with pytest.raises(UserError, match=r"judge: rewards, but 'P2A' has a reward model that this run trains"):
+        Audience("synthetic", ("P1A", "P2A"), "", "rewards", {"P1A": f"{MODULE}:brevity"}).check()
+
+
 def test_a_source_for_no_objective_is_refused():
     with pytest.raises(
         UserError, match=r"rewards: 'P3A' is not one of P1A, P2A, P2B, helpful; add it to the objectives"
