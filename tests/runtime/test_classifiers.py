@@ -178,7 +178,7 @@ def bert_like(folder, model_type="distilbert", architecture="DistilBertForSequen
     settings = json.loads((folder / "tokenizer_config.json").read_text())
     settings.pop("chat_template")
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
-    config = {"model_type": model_type, "vocab_size": words(), "num_labels": 2, "pad_token_id": 2, **sizes}
+    config = {"model_type": model_type, "vocab_size": words(), "num_labels": 2, "pad_token_id": 0, **sizes}
     if torch is None:
         (folder / "model.safetensors").write_bytes(b"")
         (folder / "config.json").write_text(json.dumps({**config, "architectures": [architecture]}))
@@ -219,9 +219,9 @@ BART = {
     "encoder_ffn_dim": 24,
     "decoder_ffn_dim": 24,
     "max_position_embeddings": 64,
-    "eos_token_id": 1,
-    "bos_token_id": 0,
-    "decoder_start_token_id": 1,
+    "eos_token_id": 2,
+    "bos_token_id": 1,
+    "decoder_start_token_id": 2,
     "num_labels": 3,  # its default, which transformers does not write
 }
 
