@@ -123,7 +123,8 @@ def _asked(run: Run, own: ChatSamplerSettings, requests: Sequence[str], words: S
     for request, said in zip(requests, words, strict=True):
         prompt = run.records.ask(request, said)
         turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-        system = [{"role": "system", "content": own.system}] if own.system else []
+        system = [{"role": "system", "content": own.system}]
+        system = system if own.system and turns[0]["role"] != "system" else []
         body: dict[str, Json] = {"model": own.model, "messages": [*system, *turns]}
         body |= {"temperature": own.temperature, "max_tokens": own.max_tokens or run.settings.data.max_completion}
         # The same request twice is two answers, and two entries of the cache.

@@ -10,6 +10,7 @@ import functools
 import inspect
 import json
 import math
+import pathlib
 from collections.abc import Awaitable, Callable, Collection, Hashable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol, TypeAlias, cast
@@ -51,12 +52,14 @@ class SourceContext:
       devices: gives the mesh of the run and the programs on it, see `runtime.devices.Devices`. None while a config is
         only checked: a source is made then, but never asked.
       rows: answers that are scored at once, `sample_rows` of the run.
+      folder: where a source may keep files, the run directory.
       shared: what sources of the same model have in common, by a key of its maker. What has a method `close` is closed
         when the run ends.
     """
 
     devices: Callable[[], Any] | None = None
     rows: int = 32
+    folder: pathlib.Path = pathlib.Path()
     shared: dict[Hashable, Any] = dataclasses.field(default_factory=dict)
 
     def close(self) -> None:

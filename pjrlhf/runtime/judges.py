@@ -8,7 +8,6 @@ import dataclasses
 import functools
 import itertools
 import math
-import pathlib
 import threading
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
@@ -40,7 +39,7 @@ from pjrlhf.models.attention import choose
 from pjrlhf.models.decoder import Decoder
 from pjrlhf.models.huggingface import load_params, read_config
 from pjrlhf.parallel.mesh import batch_sharding, leaf_sharding
-from pjrlhf.paths import expand, local
+from pjrlhf.paths import local
 from pjrlhf.rewards.sources import SOURCES, RewardFunction, SourceContext
 from pjrlhf.rollout.batches import Prompts
 from pjrlhf.runtime.devices import Devices
@@ -276,7 +275,7 @@ def by_judge(
 
     Args:
       criterion: what is rated, in words.
-      cache: JSON lines file of requests to a URL and replies.
+      cache: JSON lines file of requests to a URL and replies; ratings.jsonl in the run directory where empty.
     """
     name = f"rewards.{objective}"
     if path:
@@ -284,8 +283,6 @@ def by_judge(
             raise UserError(f"{name}: has a path and a cache; leave out the cache, because a folder needs none")
         mine = parse(ModelJudgeSettings, {**settings, "path": path}, name)
         return LanguageModelRating(mine, objective, criterion, ModelBackend(mine, context))
-    if not cache:
-        raise UserError(f"{name}: names no cache; set cache to a JSON lines file for requests and replies")
     own = parse(JudgeSettings, {**settings, "cache": cache}, name)
-    chat = Chat(own, pathlib.Path(expand(cache)))
+    chat = Chat(own, context.folder / "ratings.jsonl")
     return LanguageModelRating(own, objective, criterion, ChatBackend(own, chat))

@@ -172,7 +172,7 @@ class Run(Sections):
         super().__init__(settings, sections)
         self.workdir = workdir
         self.streams = Streams(settings.seed)
-        self.context = SourceContext(lambda: self.devices, settings.sample_rows)
+        self.context = SourceContext(lambda: self.devices, settings.sample_rows, workdir.path)
         self.audience = settings.audience.within(self.context)
 
     @functools.cached_property

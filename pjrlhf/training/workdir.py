@@ -210,8 +210,13 @@ class Workdir:
         """What the checkpoints of a stage depend on: settings that may not change, and hashes of inputs, by name."""
         inputs = self._unwritten.get("inputs.json") or read_object(self.path / "inputs.json")
         own = (stage.replace("/", "."),)
-        found = {k: v for k, v in self._config.items() if not _below(k, self._ignored) or _below(k, own)}
-        return found | {f"contents of {name}": value["hash"] for name, value in inputs.items()} if self._config else {}
+
+        def matters(key: str) -> bool:
+            return not _below(key, self._ignored) or _below(key, own)
+
+        found = {key: value for key, value in self._config.items() if matters(key)}
+        read = {f"contents of {name}": value["hash"] for name, value in inputs.items() if matters(name)}
+        return found | read if self._config else {}
 
     # ---- finished stages
 

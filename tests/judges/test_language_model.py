@@ -1,5 +1,6 @@
 """Judges behind an OpenAI-compatible server: what they ask, what they read, and what they never ask twice."""
 
+import contextlib
 import json
 import math
 import os
@@ -271,6 +272,25 @@ def test_judges_that_share_a_file_share_its_budget_and_replies(tmp_path):
     usage = [each.backend.chat.usage.requests for each in (one, other, third)]
     assert usage == [20, 20, 2], "another model has a budget of its own"
     assert judge(url, tmp_path, replay=True).backend.chat.usage.requests == 20
+
+
+def test_the_progress_tells_requests_cost_and_failures(tmp_path, monkeypatch):
+    shown = []
+
+    class Bar(contextlib.nullcontext):
+        def __init__(self, name, total, keys):
+            super().__init__(self)
+            self.keys = keys
+
+        def update(self, step, metrics):
+            shown.append({key: metrics[key] for key in self.keys})
+
+    monkeypatch.setattr(chat, "progress", Bar)
+    with ChatServer(lambda body: "?" if "request 5" in str(body) else longer(body)).running() as url:
+        judge(url, tmp_path, prices=(10.0, 100.0))(PROMPTS, A, B, "long")
+        judge(url, tmp_path, prices=(10.0, 100.0))(PROMPTS, B, A, "long")
+    assert shown[-1].keys() == {"requests", "cost", "failures"}
+    assert max(one["requests"] for one in shown) == 2 * (12 + 2) and shown[-1]["cost"] == pytest.approx(0.056)
 
 
 def test_requests_keep_to_their_rate(tmp_path):

@@ -153,19 +153,18 @@ def test_ratings_of_a_server_are_rewards(tmp_path):
         length = len(re.search(r"Response:\n(.*?)\n\nGive", text, re.S)[1])
         return json.dumps({"reason": "by length", "verdict": length})
 
-    with ChatServer(rule).running() as url:
-        spec = {
-            "kind": "judge",
-            "model": "m",
-            "base_url": url,
-            "criterion": "It is long.",
-            "cache": str(tmp_path / "r"),
-        }
-        rate = reward_source("P2A", spec)
+    context = SourceContext(folder=tmp_path)
+    server = ChatServer(rule)
+    with server.running() as url:
+        spec = {"kind": "judge", "model": "m", "base_url": url, "criterion": "It is long."}
+        rate = reward_source("P2A", spec, context)
         np.testing.assert_array_equal(rate(["q"] * 3, ["four", "x", "x" * 11]), [4.0, 1.0, math.nan])
-        with pytest.raises(UserError, match=r"rewards\.P2A: names no cache; set cache to a JSON lines file"):
-            reward_source("P2A", {"kind": "judge", "criterion": "It is long."})
-    assert rate.function.failures == 1
+    assert rate.function.failures == 1 and not rate.on_all_processes
+    assert len((tmp_path / "ratings.jsonl").read_text().splitlines()) == len(server.bodies) == 3 + 2
+    again = reward_source("P2A", {**spec, "replay": True}, context)
+    np.testing.assert_array_equal(again(["q"], ["four"]), [4.0])
+    with pytest.raises(UserError, match=r"rewards\.P2A: has a path and a cache; leave out the cache"):
+        reward_source("P2A", {"kind": "judge", "path": "f", "cache": "c", "criterion": "It is long."}, context)
 
 
 def test_labels_of_several_tokens_and_labels_that_others_begin_with():
