@@ -101,7 +101,7 @@ def open_cache(path: pathlib.Path) -> "Cache":
 class Cache:
     """Replies by request, in memory and in a JSON lines file.
 
-    A line that was cut short by a crash is left out.
+    A line that was cut short by a crash, or is none of this class, is left out.
 
     Raises:
       UserError: the file cannot be read or written.
@@ -120,9 +120,11 @@ class Cache:
         for line in lines:
             try:
                 entry = json.loads(line)
-                self._bodies[entry["key"]], self.replies[entry["key"]] = entry["request"], entry["reply"]
+                key, body, reply = entry["key"], entry["request"], entry["reply"]
             except (ValueError, KeyError, TypeError):
                 continue
+            if isinstance(key, str) and isinstance(body, dict) and isinstance(reply, dict):
+                self._bodies[key], self.replies[key] = body, reply
 
     def usage(self, base_url: str, model: str) -> Usage:
         """What the requests to a model took, which all that ask it share."""

@@ -7,7 +7,7 @@ import json
 import jax
 import numpy as np
 import pytest
-from support import tiny
+from support import tiny, tiny_judge
 
 from pjrlhf.algorithms import banks, policy, reward
 from pjrlhf.algorithms.modpo import answer_rewards
@@ -323,6 +323,18 @@ def test_judges_agree_as_far_as_their_verdicts_do(finished):
     # Whoever likes short answers sees every ingredient that writes more as worse.
     other = pairs["P2B", "score", "reward"]
     assert other["n"] == 2 * len(found.requests) and other["agreement"] < 0.5
+
+
+def test_a_model_folder_judges_beside_the_scores(finished, tmp_path):
+    folder = tiny_judge.make(tmp_path)
+    model = {"kind": "model", "path": str(folder), "criteria": {"helpful": "It helps."}}
+    found = with_judges(finished, model)
+    with tiny.one_device():
+        ingredients = found.ingredients()
+    judge = found.judging()["judges"][1]
+    assert judge["name"] == f"model {folder}" and judge["failures"] == 0
+    assert judge["asked"] == judge["judged"] == 2 * len(found.requests) * len(ingredients)
+    assert 0 <= judge["consistency"] <= 1 and -1 <= judge["position_bias"] <= 1
 
 
 class Moody:
