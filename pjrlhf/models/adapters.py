@@ -242,7 +242,7 @@ class Policies:
         tokens: Int[Array, "B T"],
         valid: Bool[Array, "B M"],
         cache: Cache | None = None,
-        offset: Int[Array, ""] | int = 0,
+        offset: Int[Array, ""] | Int[Array, " B"] | int = 0,
         layout: Layout | None = None,
     ) -> tuple[Float[Array, "B T D"], Cache | None]:
         """Hidden states and the cache; arguments as in `Decoder.__call__`.

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax.extend.core import Primitive
 from jax.sharding import NamedSharding
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 
 from pjrlhf.errors import UserError
 from pjrlhf.models.attention import CUDNN_FORWARD, attend, attend_cached, soft_cap
@@ -241,9 +241,27 @@ class Norm(nn.Module):
 ACTIVATIONS = {"silu": nn.silu, "gelu": functools.partial(nn.gelu, approximate=False), "gelu_tanh": nn.gelu}
 
 
-def _like(x: Array, other: Array) -> Array:
-    """`x` in the dtype of `other`, with leading axes of size 1 up to its rank."""
-    return x.astype(other.dtype).reshape(*[1] * (other.ndim - x.ndim), *x.shape)
+def _columns(offset: Int[Array, ""] | Int[Array, " B"] | int, count: int) -> Int[Array, "*B {count}"]:
+    """The cache positions that `count` new tokens take, for each row where `offset` has one per row."""
+    return jnp.asarray(offset)[..., None] + jnp.arange(count)
+
+
+def _write(
+    cache: Shaped[Array, "*L B Hkv M Dh"],
+    new: Shaped[Array, "B T Hkv Dh"],
+    offset: Int[Array, ""] | Int[Array, " B"] | int,
+    layer: Int[Array, ""] | None,
+) -> Shaped[Array, "*L B Hkv M Dh"]:
+    """Writes only the new positions of one layer: the cache is the carry of the scan over layers, updated in place.
+
+    Positions beyond M are dropped where `offset` has one per row.
+    """
+    new, first = new.astype(cache.dtype), () if layer is None else (layer,)
+    if jnp.ndim(offset):
+        rows = jnp.arange(len(new))[:, None]
+        return cache.at[*first, rows, :, _columns(offset, new.shape[1])].set(new)
+    new = new.swapaxes(1, 2).reshape(*[1] * len(first), *new.swapaxes(1, 2).shape)
+    return jax.lax.dynamic_update_slice(cache, new, (*first, 0, 0, offset, 0))
 
 
 class Attention(nn.Module):
@@ -286,15 +304,10 @@ class Attention(nn.Module):
             if cache is None:
                 distance = positions[:, :, None] - positions[:, None, :]
             else:  # valid tokens of a row are consecutive, so differences of cache positions are those of tokens
-                distance = (offset + jnp.arange(T))[:, None] - jnp.arange(mask.shape[-1])
+                distance = _columns(offset, T)[..., None] - jnp.arange(mask.shape[-1])
             mask = mask & (distance < own["window"])
         if cache is not None:
-            # Writes only the new positions of this layer: the cache is the carry of the scan and updated in place.
-            place = (0, 0, offset, 0) if layer is None else (layer, 0, 0, offset, 0)
-            cache = {
-                name: jax.lax.dynamic_update_slice(old, _like(new.swapaxes(1, 2), old), place)
-                for name, old, new in (("key", cache["key"], key), ("value", cache["value"], value))
-            }
+            cache = {name: _write(cache[name], new, offset, layer) for name, new in (("key", key), ("value", value))}
         if cache is None or mask.shape[-1] == T:  # keys are those of the tokens themselves
             out = attend(query, key, value, mask, self.implementation, c.attention_softcap, self.batch_sharding)
         else:
@@ -424,7 +437,7 @@ class Decoder(nn.Module):
         *,
         mix: Float[Array, "B K"] | Float[Array, "B T K"] | None = None,
         cache: Cache | None = None,
-        offset: Int[Array, ""] | int = 0,
+        offset: Int[Array, ""] | Int[Array, " B"] | int = 0,
         user_tokens: Float[Array, "O E D"] | None = None,
         layout: Layout | None = None,
     ) -> tuple[Float[Array, "B T D"], Cache | None]:
@@ -436,7 +449,8 @@ class Decoder(nn.Module):
             cache including the T new tokens, which are written to positions offset .. offset + T - 1.
           mix: weights of the adapters per example or per token; None for the base alone.
           cache: from `init_cache`, or None.
-          offset: first cache position written, the same for every row (rows differ in left padding).
+          offset: first cache position written; the same for every row (rows differ in left padding), or one per row.
+            With one per row, tokens at positions of M or more are not written, and their hidden states mean nothing.
           user_tokens: O = B sets of user tokens, or None. They replace the embeddings at positions user_offset ..
             user_offset + E - 1, counted from the first valid token; `users.reserve` inserts these positions.
           layout: of packed rows, without a cache. `valid` is then unused, and `layout.owner` indexes `user_tokens`.
@@ -448,9 +462,13 @@ class Decoder(nn.Module):
         if layout is None:
             # A token's position is the number of valid tokens before it, so padding on either side changes nothing.
             positions = jnp.maximum(jnp.cumsum(valid, axis=1, dtype=jnp.int32) - 1, 0)
-            positions = jax.lax.dynamic_slice_in_dim(positions, offset, T, axis=1)
-            causal = jnp.arange(M)[None, :] <= (offset + jnp.arange(T))[:, None]
-            mask = causal[None] & valid[:, None, :]
+            columns = _columns(offset, T)
+            if columns.ndim == 1:
+                positions = jax.lax.dynamic_slice_in_dim(positions, offset, T, axis=1)
+            else:
+                positions = jnp.take_along_axis(positions, jnp.minimum(columns, M - 1), axis=1)
+            causal = jnp.arange(M) <= columns[..., None]
+            mask = causal & valid[:, None, :]
             owner = jnp.arange(tokens.shape[0])[:, None]
         else:
             positions, mask, owner = layout.position, layout.mask(), layout.owner

@@ -79,6 +79,20 @@ def truncate(logits: Float[Array, "B V"], top_k: int, top_p: float) -> Float[Arr
     return logits
 
 
+def truncate_rows(
+    logits: Float[Array, "B V"], top_k: Int[Array, " B"], top_p: Float[Array, " B"]
+) -> Float[Array, "B V"]:
+    """`truncate` with a `top_k` and a `top_p` for every row, which may be traced."""
+    ordered = -jnp.sort(-logits, axis=-1)
+    last = jnp.where(top_k > 0, jnp.minimum(top_k, logits.shape[-1]), logits.shape[-1]) - 1
+    kth = jnp.take_along_axis(ordered, last[:, None], axis=-1)
+    ordered = jnp.where(ordered < kth, -jnp.inf, ordered)
+    probabilities = jax.nn.softmax(ordered, axis=-1)
+    keep = (jnp.cumsum(probabilities, axis=-1) - probabilities < top_p[:, None]) | (top_p[:, None] >= 1.0)
+    threshold = jnp.maximum(kth, jnp.min(jnp.where(keep, ordered, jnp.inf), axis=-1, keepdims=True))
+    return jnp.where(logits < threshold, -jnp.inf, logits)
+
+
 def generate(
     policies: Policies | PolicyEnsemble,
     sampling: Sampling,

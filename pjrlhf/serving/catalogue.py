@@ -1,0 +1,334 @@
+"""What is served: a base, the adapters of a bank by name, and people; and which soup or person a request means."""
+
+import dataclasses
+import difflib
+import functools
+import math
+import pathlib
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import flax.traverse_util
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pjrlhf.data.messages import Prompt
+from pjrlhf.errors import UserError
+from pjrlhf.export.ingredients import check_adapter, check_bases, open_ingredient
+from pjrlhf.language_model import LanguageModel, load_bank, load_model, load_personal
+from pjrlhf.models.adapters import AdapterConfig
+from pjrlhf.models.folders import read_json
+from pjrlhf.models.hf_config import read_config
+from pjrlhf.models.registry import UserRegistry
+from pjrlhf.models.users import UserModel
+from pjrlhf.paths import local
+from pjrlhf.types import Params
+
+BASE = "base"  # the name of the base among the models
+PERSONAL = "personal"  # the soup of the person who asks, where a user model mixes adapters
+SOUP = "soup:"
+WEIGHT_LIMIT = 100.0
+
+
+class UnknownModel(UserError):
+    """A request names a model that is not served."""
+
+
+class UnknownIngredient(UserError):
+    """A mix names an adapter that is not served."""
+
+
+@dataclasses.dataclass(frozen=True)
+class People:
+    """A user model with its people.
+
+    Attributes:
+      model: kind and sizes.
+      registry: who has which row.
+      params: of the user model.
+    """
+
+    model: UserModel
+    registry: UserRegistry
+    params: Params
+
+    @functools.cached_property
+    def _apply(self) -> Any:
+        return jax.jit(self.model.apply)
+
+    def row(self, name: str | None) -> tuple[np.ndarray | None, np.ndarray | None]:
+        """(user tokens [E, D] or None, mix [K] or None) of a person; of the generic user for unknown ones."""
+        found = self._apply(self.params, jnp.asarray(self.registry.indices([name])))
+        return tuple(None if x is None else np.asarray(x, np.float32)[0] for x in found)  # pyright: ignore[reportReturnType]
+
+
+@dataclasses.dataclass(frozen=True)
+class Voice:
+    """Who answers a request.
+
+    Attributes:
+      model: the name under which it was asked for.
+      mix: float [K], or None without a bank.
+      user_tokens: float [E, D], or None.
+      weights: name of an adapter -> its weight, without zeros.
+      user: the person's name as given; None where nobody is named or people are not served.
+      known: whether the user model knows this person.
+    """
+
+    model: str
+    mix: np.ndarray | None
+    user_tokens: np.ndarray | None
+    weights: Mapping[str, float]
+    user: str | None = None
+    known: bool = False
+
+    def describe(self) -> dict[str, Any]:
+        """For the response."""
+        found: dict[str, Any] = {"mix": dict(self.weights)}
+        if self.user is not None:
+            found["user"] = {"id": self.user, "known": self.known}
+            if not self.known:
+                found["user"]["answered_as"] = "the generic user, because this person is unknown"
+        return found
+
+
+@dataclasses.dataclass(frozen=True)
+class Catalogue:
+    """The models, adapters and people of a server.
+
+    Attributes:
+      model: the base with its tokenizer.
+      names: of the adapters.
+      bank: the adapters, or None.
+      people: or None.
+      chat: plain prompts of the command line are asked as the first message of a conversation.
+    """
+
+    model: LanguageModel
+    names: tuple[str, ...] = ()
+    bank: Params | None = None
+    people: People | None = None
+    chat: bool = True
+
+    def __post_init__(self):
+        taken = {BASE, PERSONAL}
+        for name in self.names:
+            if name in taken or not re.fullmatch(r"[^\s=,:/][^\s=,:]*", name):
+                raise UserError(
+                    f"ingredient {name!r}: the name is taken, or has a space, comma, colon or equals sign; give another"
+                )
+            taken.add(name)
+
+    @property
+    def user_tokens(self) -> int:
+        """E, the number of user tokens that every prompt has."""
+        return 0 if self.people is None else self.people.model.num_tokens
+
+    @property
+    def models(self) -> dict[str, str | None]:
+        """Name -> name of the model it adapts. With user tokens, which every prompt has, the base is not among them."""
+        found: dict[str, str | None] = {} if self.user_tokens else {BASE: None}
+        if self._mixing:
+            found[PERSONAL] = BASE
+        return found | dict.fromkeys(self.names, BASE)
+
+    @property
+    def default(self) -> str:
+        """The model that answers where a request names none."""
+        return PERSONAL if self._mixing else self.names[0] if self.people is not None else BASE
+
+    @property
+    def _mixing(self) -> bool:
+        """Whether people are soups."""
+        return self.people is not None and self.people.model.mixes
+
+    def voice(self, model: str | None = None, mix: Mapping[str, float] | None = None, user: str | None = None) -> Voice:
+        """Who answers.
+
+        Args:
+          model: a name of `models`, or "soup:NAME=WEIGHT,..."; `default` where None.
+          mix: weights by name of adapter; they need not sum to 1 and may be negative.
+          user: the person who asks.
+
+        Raises:
+          UnknownModel: no such model.
+          UnknownIngredient: `mix`, or the soup that `model` names, has an unknown name.
+          UserError: the soup is malformed, or `mix` is given beside a model that is a soup already.
+        """
+        name = self.default if model is None else model
+        if name.startswith(SOUP):
+            if mix is not None:
+                raise UserError("mix: the model names a soup already; give one of the two")
+            weights = self._checked(parse_mix(name.removeprefix(SOUP)))
+        elif name not in self.models:
+            raise UnknownModel(f"model {name!r}: is not served here; choose one of {self._listed(self.models)}")
+        elif mix is not None:
+            if name in self.names and self.people is None:
+                raise UserError(f"mix: the model {name} is one adapter already; give the mix with model {BASE}")
+            weights = self._checked(mix)
+        else:
+            weights = {name: 1.0} if name in self.names else {}
+        tokens = None
+        if self.people is not None:
+            tokens, own = self.people.row(user)
+            if name == PERSONAL and mix is None and own is not None:
+                weights = dict(zip(self.names, own.tolist(), strict=True))
+        row = np.array([weights.get(one, 0.0) for one in self.names], np.float32) if self.names else None
+        weights = {one: weight for one, weight in weights.items() if weight}
+        if self.people is None or user is None:
+            return Voice(name, row, tokens, weights)
+        return Voice(name, row, tokens, weights, user, user in self.people.registry.rows)
+
+    def asked(self, text: str) -> Prompt:
+        """A question of the command line as a prompt."""
+        return [{"role": "user", "content": text}] if self.chat else text
+
+    def _checked(self, mix: Mapping[str, float]) -> dict[str, float]:
+        for name, weight in mix.items():
+            if name not in self.names:
+                close = difflib.get_close_matches(name, self.names, 1)
+                hint = f"did you mean {close[0]}?" if close else f"choose from {self._listed(self.names)}"
+                raise UnknownIngredient(f"mix: {name!r} is no ingredient; {hint}")
+            if not math.isfinite(weight) or abs(weight) > WEIGHT_LIMIT:
+                raise UserError(f"mix: the weight {weight!r} of {name} is not between -100 and 100; correct it")
+        return dict(mix)
+
+    @staticmethod
+    def _listed(names: Sequence[str] | Mapping[str, Any]) -> str:
+        return ", ".join(names) or "nothing but the base"
+
+
+def parse_mix(text: str) -> dict[str, float]:
+    """The weights of "P1A=0.5,P2B=0.5".
+
+    Raises:
+      UserError: another form, or a name that comes twice.
+    """
+    weights: dict[str, float] = {}
+    for part in text.split(","):
+        name, equals, value = part.partition("=")
+        try:
+            weight = float(value)
+        except ValueError:
+            weight = math.nan
+        if not equals or not math.isfinite(weight) or not name.strip():
+            raise UserError(f"mix: {text!r} is no soup; write NAME=WEIGHT,NAME=WEIGHT")
+        if name.strip() in weights:
+            raise UserError(f"mix: {name.strip()} comes twice in {text!r}; give it one weight")
+        weights[name.strip()] = weight
+    return weights
+
+
+# ---- what to serve
+
+
+def open_run(run: str, entry: str | None = None) -> Catalogue:
+    """What a run has trained.
+
+    Args:
+      run: the run directory.
+      entry: the policies of the stage policy ("policy"), of an entry of `methods`, or a user model, an entry of
+        `preference.models`. Where None, the policies; without any, the only user model.
+
+    Raises:
+      UserError: no run, nothing of that name or nothing that can answer in it, or damaged files.
+    """
+    folder = local(run)
+    if not (folder / "config.json").is_file():
+        raise UserError(f"{folder}: no config.json; name the run directory of a run that has trained policies")
+    config = read_json(folder / "config.json")
+    banks = {
+        path.parent.name: path for path in (*folder.glob("policy/bank.safetensors"), *folder.glob("methods/*/bank.*"))
+    }
+    people = {path.parent.name: path for path in sorted(folder.glob("preference/*/model.safetensors"))}
+    if not banks and not people:
+        raise UserError(f"{folder}: has no trained policies yet; run its stages policy, methods or preference first")
+    if entry is None:
+        entry = "policy" if "policy" in banks else next(iter(banks)) if len(banks) == 1 else None
+        if entry is None and not banks and len(people) == 1:
+            entry = next(iter(people))
+    if entry not in (*banks, *people):
+        found = ", ".join((*banks, *people))
+        reason = "has several user models or methods" if entry is None else f"has no {entry!r}"
+        raise UserError(f"{folder}: {reason}; name one with --entry: {found}")
+    if entry in banks:
+        return _policies(folder, banks[entry], config)
+    return _person(folder, people[entry], config)
+
+
+def _policies(folder: pathlib.Path, path: pathlib.Path, config: Mapping[str, Any]) -> Catalogue:
+    settings = config["model"]
+    base = folder / "sft" / "model" if "sft" in config["stages"] else local(settings["path"])
+    bank, names, adapter = load_bank(path, base)
+    model = load_model(
+        base,
+        adapter=adapter,
+        dtype=settings["dtype"],
+        param_dtype=settings["param_dtype"],
+        quantize=settings["quantize"],
+        eos_token=settings["eos_token"] or None,
+    )
+    return Catalogue(model, names, bank, chat=_chats(model, config["data"]["chat"]))
+
+
+def _person(folder: pathlib.Path, path: pathlib.Path, config: Mapping[str, Any]) -> Catalogue:
+    personal = load_personal(path)
+    if "heads" in personal.params:
+        raise UserError(f"{path}: is a reward model, which gives no answers; name a policy with --entry")
+    bank, names = personal.params["bank"], (path.parent.name,)
+    people = People(personal.users, personal.registry, personal.params["users"])
+    if personal.users.mixes:
+        source = config["preference"]["bank"]
+        _, names, _ = load_bank(folder / "policy" if source == "policy" else source)
+    return Catalogue(personal.model, names, bank, people, _chats(personal.model, personal.chat))
+
+
+def _chats(model: LanguageModel, chat: bool) -> bool:
+    return chat and model.tokenizer.has_chat_template
+
+
+def open_folders(model: str, ingredients: Mapping[str, str], dtype: str = "float32", quantize: str = "") -> Catalogue:
+    """A base and adapters from folders.
+
+    Args:
+      model: in Hugging Face layout.
+      ingredients: name -> folder of a LoRA adapter in PEFT layout. Ranks, scales and adapted layers may differ.
+      dtype: of activations and parameters.
+      quantize: see `load_model`.
+
+    Raises:
+      UserError: a folder that cannot be read, or an adapter that does not fit the base.
+    """
+    folder = local(model)
+    config = read_config(folder)
+    kind = str(read_json(folder / "config.json").get("model_type"))
+    opened = [open_ingredient(local(path), 1.0, kind, config.head_dim) for path in ingredients.values()]
+    for one in opened:
+        if one.adapter is None:
+            raise UserError(f"{one.folder}: is a full model; give LoRA adapters, or serve it with --model")
+        check_adapter(one, config, folder)
+    check_bases(folder, opened)
+    rank = max((one.rank for one in opened), default=1)
+    adapter = AdapterConfig(rank=rank, alpha=float(rank))  # scale 1: `b` has the scale of every adapter
+    found = load_model(folder, adapter=adapter, dtype=dtype, param_dtype=dtype, quantize=quantize)
+    bank = _stacked([(one.factors, one.scale) for one in opened], rank) if opened else None
+    return Catalogue(found, tuple(ingredients), bank, chat=found.tokenizer.has_chat_template)
+
+
+def _stacked(adapters: Sequence[tuple[Mapping[str, np.ndarray], float]], rank: int) -> Params:
+    """One bank of adapters of any rank: factors are padded with zeros, as are layers that an adapter leaves out."""
+    shapes = {path: factor.shape for factors, _ in adapters for path, factor in factors.items()}
+    bank = {}
+    for path, shape in shapes.items():
+        axis = -1 if path.endswith("/a") else -2
+        whole = list(shape)
+        whole[axis] = rank
+        bank[path] = np.zeros((len(adapters), *whole), np.float32)
+        for k, (factors, scale) in enumerate(adapters):
+            if path in factors:
+                place = [k, ...] + [slice(None)] * -axis
+                place[axis] = slice(factors[path].shape[axis])
+                bank[path][tuple(place)] = factors[path] * (scale if axis == -2 else 1.0)
+    return flax.traverse_util.unflatten_dict({path: jnp.asarray(x) for path, x in bank.items()}, sep="/")
