@@ -7,10 +7,16 @@ import os
 import pathlib
 import sys
 from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pjrlhf.serving.catalogue import Catalogue
 
 VERBS = {
     "train": "run a config: pjrlhf train --config=configs/soups.py --workdir=runs/mine --config.seed=1",
     "merge": "merge models or adapters into one folder: pjrlhf merge A B --weights 0.7 0.3 --base BASE --output OUT",
+    "serve": "answer over HTTP, each request with its own soup or person: pjrlhf serve --run runs/soups",
+    "generate": 'answer on the terminal: pjrlhf generate --run runs/soups --mix P1A=0.7,P3A=0.3 "what is rain ?"',
     "report": "print the tables of a finished run: pjrlhf report runs/soups",
 }
 
@@ -43,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     from pjrlhf.main import interruptible
 
     with interruptible():
-        {"merge": _merge, "report": _report}[verb](arguments[1:])
+        {"merge": _merge, "serve": _serve, "generate": _generate, "report": _report}[verb](arguments[1:])
 
 
 def _train(arguments: Sequence[str]) -> None:
@@ -77,6 +83,117 @@ def _merge(arguments: Sequence[str]) -> None:
         with progress("merge", 1):
             manifest = merge(parse(MergeSettings, given, "merge"))
         print(f"merged model: {visible(manifest['output'])}")
+
+
+def _serve(arguments: Sequence[str]) -> None:
+    from pjrlhf.serving.settings import EngineSettings, ServerSettings
+    from pjrlhf.settings import fields_of, parse, rule_of
+
+    parser = argparse.ArgumentParser(
+        prog="pjrlhf serve",
+        description="Serves a run, or a model with adapters, with the API of OpenAI. Where the environment variable "
+        "PJRLHF_API_KEY is set, requests must bring it.",
+        allow_abbrev=False,
+    )
+    _add_source(parser)
+    classes = ServerSettings, EngineSettings
+    for cls in classes:
+        for name, (_, field) in fields_of(cls).items():
+            flag, help = f"--{name.replace('_', '-')}", f"{rule_of(field).help}; default {field.default}"
+            if isinstance(field.default, bool):
+                parser.add_argument(flag, action="store_true", help=rule_of(field).help)
+            else:
+                parser.add_argument(flag, type=type(field.default), default=field.default, metavar="X", help=help)
+    given = parser.parse_args(arguments)
+    with _one_line():
+        values = {cls: {name: getattr(given, name) for name in fields_of(cls)} for cls in classes}
+        server = parse(ServerSettings, values[ServerSettings], "serve")
+        engine = parse(EngineSettings, values[EngineSettings], "serve")
+        with _needs("serve"):
+            from pjrlhf.serving.http import serve
+        serve(_source(parser, given), server, engine)
+
+
+def _generate(arguments: Sequence[str]) -> None:
+    parser = argparse.ArgumentParser(
+        prog="pjrlhf generate", description="Prints the answers of one soup or person.", allow_abbrev=False
+    )
+    parser.add_argument("questions", nargs="+", metavar="QUESTION")
+    _add_source(parser)
+    parser.add_argument("--mix", metavar="NAME=WEIGHT,...", help="weights of the ingredients; the base where not given")
+    parser.add_argument("--user", metavar="NAME", help="who asks, for a user model")
+    parser.add_argument("--max-tokens", type=int, default=64, metavar="N", help="of an answer; default 64")
+    parser.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0, the default, is greedy")
+    parser.add_argument("--top-p", type=float, default=1.0, metavar="P", help="nucleus sampling where below 1")
+    parser.add_argument("--seed", type=int, default=0, help="of the draws")
+    given = parser.parse_args(arguments)
+    with _one_line():
+        from pjrlhf.serving.catalogue import parse_mix
+        from pjrlhf.terminal import visible
+
+        catalogue = _source(parser, given)
+        voice = catalogue.voice(mix=None if given.mix is None else parse_mix(given.mix), user=given.user)
+        if voice.user is not None and not voice.known:
+            print(f"{visible(voice.user)} is unknown: the generic user answers", file=sys.stderr)
+        tokens: Any = voice.user_tokens
+        answers = catalogue.model.generate(
+            [catalogue.asked(question) for question in given.questions],
+            catalogue.bank,
+            voice.mix,
+            max_new_tokens=given.max_tokens,
+            temperature=given.temperature,
+            top_p=given.top_p,
+            seed=given.seed,
+            user_tokens=None if tokens is None else tokens[None].repeat(len(given.questions), axis=0),
+        )
+        for answer in answers:
+            print(visible(answer, keep="\n\t"))
+
+
+def _add_source(parser: argparse.ArgumentParser) -> None:
+    """What to serve."""
+    parser.add_argument("--run", metavar="RUN", help="the run directory, such as runs/soups")
+    parser.add_argument("--entry", metavar="NAME", help="of methods or preference.models, where the run has several")
+    parser.add_argument("--model", metavar="FOLDER", help="a base in Hugging Face layout, in place of --run")
+    parser.add_argument(
+        "--ingredients", nargs="+", default=[], metavar="NAME=FOLDER", help="LoRA adapters in PEFT layout, for --model"
+    )
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="of --model")
+    parser.add_argument("--quantize", default="", choices=("", "int8"), help="of --model")
+
+
+def _source(parser: argparse.ArgumentParser, given: argparse.Namespace) -> "Catalogue":
+    if (given.run is None) == (given.model is None):
+        parser.error("name one of --run and --model")
+    if given.run is not None and given.ingredients:
+        parser.error("--ingredients go with --model")
+    if given.model is not None and given.entry is not None:
+        parser.error("--entry goes with --run")
+    ingredients: dict[str, str] = {}
+    for part in ",".join(given.ingredients).split(",") if given.ingredients else []:
+        name, equals, folder = part.partition("=")
+        if not (name and equals and folder) or name in ingredients:
+            parser.error(f"--ingredients {part}: write NAME=FOLDER, each name once")
+        ingredients[name] = folder
+    from pjrlhf.main import compilation_cache
+    from pjrlhf.serving.catalogue import open_folders, open_run
+
+    compilation_cache()
+    if given.model is not None:
+        return open_folders(given.model, ingredients, given.dtype, given.quantize)
+    return open_run(str(given.run), given.entry)
+
+
+@contextlib.contextmanager
+def _needs(extra: str) -> Iterator[None]:
+    """Turns the lack of an extra's library into a UserError."""
+    from pjrlhf.errors import UserError
+    from pjrlhf.paths import install
+
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise UserError(f"{error.name}: is not installed; {install(extra)}") from error
 
 
 def _report(arguments: Sequence[str]) -> None:

@@ -27,6 +27,7 @@ ROOMS = (
     ("algorithms",),
     ("feedback",),
     ("runtime",),
+    ("serving",),
     ("language_model",),
     ("export",),
     ("evaluation",),

@@ -28,6 +28,7 @@ from pjrlhf.objectives.scalarization import CombinationRule
 from pjrlhf.pipeline import stages
 from pjrlhf.runtime.classifiers import ClassifierSettings
 from pjrlhf.runtime.judges import ModelJudgeSettings
+from pjrlhf.serving.settings import EngineSettings, ServerSettings
 from pjrlhf.settings import RENAMED, Settings, fields_of, nested_class, overlay, parse, rule_of, setting, to_config
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -144,6 +145,7 @@ def test_every_class_of_settings_is_reached_by_a_flag():
     named = {JudgeSettings, ModelJudgeSettings, ChatSamplerSettings, ModelSamplerSettings, ClassifierSettings}
     chosen = {EntrySettings, AnswerSettings, CombinationRule, *named, *below(CombinationRule)}
     inherited = {base for cls in [*classes(), *named] for base in cls.__mro__}
+    chosen |= {EngineSettings, ServerSettings}  # flags of `pjrlhf serve`
     assert package - inherited - chosen == set()
     combine = everything().policy.combine
     for rule in below(CombinationRule) & package:
@@ -198,7 +200,7 @@ def one_line(error):
     return "\n" not in str(error) and len(str(error)) < 1000 and str(error).isprintable()
 
 
-@pytest.mark.parametrize("cls", sorted(classes(), key=lambda cls: cls.__name__))
+@pytest.mark.parametrize("cls", sorted(classes() | {EngineSettings, ServerSettings}, key=lambda cls: cls.__name__))
 def test_every_value_is_taken_or_refused_in_one_line(cls):
     """Given for one field of its class."""
     for field in dataclasses.fields(cls):

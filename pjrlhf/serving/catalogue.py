@@ -285,8 +285,9 @@ def _person(folder: pathlib.Path, path: pathlib.Path, config: Mapping[str, Any])
     return Catalogue(personal.model, names, bank, people, _chats(personal.model, personal.chat))
 
 
-def _chats(model: LanguageModel, chat: bool) -> bool:
-    return chat and model.tokenizer.has_chat_template
+def _chats(model: LanguageModel, chat: bool | None) -> bool:
+    """Whether questions are asked as in training; `chat` is the setting, None for what the tokenizer suggests."""
+    return model.tokenizer.has_chat_template and chat is not False
 
 
 def open_folders(model: str, ingredients: Mapping[str, str], dtype: str = "float32", quantize: str = "") -> Catalogue:

@@ -28,26 +28,12 @@ from pjrlhf.models.adapters import Backbone, bank_size, is_low_rank
 from pjrlhf.parallel.mesh import num_shards
 from pjrlhf.serving import programs
 from pjrlhf.serving.programs import Wanted
+from pjrlhf.serving.settings import EngineSettings
 from pjrlhf.serving.text import AnswerText
-from pjrlhf.settings import Settings, fold_seed, setting
+from pjrlhf.settings import fold_seed
 from pjrlhf.types import Params
 
 SMALLEST_CHUNK = 16  # the last tokens of a prompt are padded to a power of two from here on
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class EngineSettings(Settings):
-    """Sizes of the engine. They decide on memory and speed; an answer is the same with any of them, up to rounding."""
-
-    slots: int = setting(8, "answers drawn at once; rounded up to split evenly over the devices", low=1, high=4096)
-    context: int = setting(
-        0, "tokens of a prompt and its answer, at most; 0 for what the model takes, or 4096 if less", low=0, high=2**24
-    )
-    chunk: int = setting(128, "tokens of a prompt that are read at once, and the unit of the prefix cache", low=1)
-    steps: int = setting(8, "tokens drawn per dispatch; with fewer, the first comes sooner", low=1, high=1024)
-    prefill_tokens: int = setting(512, "tokens of prompts read between two dispatches, about", low=1)
-    queue: int = setting(256, "requests that may wait; more are refused", low=1, high=2**20)
-    prefix_chunks: int = setting(256, "chunks of prompts kept in the prefix cache; 0 turns it off", low=0)
 
 
 class QueueFull(Exception):
@@ -139,7 +125,8 @@ class Ticket:
         self.request = request
         self.prompt: list[Token] = []
         self.cached_tokens = 0
-        self.submitted, self.first = time.monotonic(), None
+        self.submitted = time.monotonic()
+        self.first: float | None = None
         self.error: BaseException | None = None
         self.done = threading.Event()
         self.cancelled = False
@@ -222,7 +209,7 @@ class Engine:
         tokenizer: Tokenizer,
         bank: Params | None = None,
         user_tokens: int = 0,
-        settings: EngineSettings = EngineSettings(),
+        settings: EngineSettings = EngineSettings(),  # noqa: B008 - frozen
     ):
         if bank is not None and not is_low_rank(bank):
             raise UserError(
@@ -626,10 +613,13 @@ class Engine:
         """The arrays of requests, one row each; of None, rows of no meaning."""
         width = self._backbone.model.config.hidden_size
 
-        def rows(name: str, dtype: type, none: float = 0) -> np.ndarray:
+        def rows(name: str, dtype: type, none: float = 0) -> Any:
             return np.array([none if one is None else getattr(one, name) for one in requests], dtype)
 
-        def arrays(name: str, *shape: int) -> np.ndarray | None:
+        seeds: Any = np.array([0 if one is None else fold_seed(one.seed) for one in requests], np.uint32)
+        samples: Any = np.full(len(requests), sample, np.int32)
+
+        def arrays(name: str, *shape: int) -> Any:
             if not shape[0]:
                 return None
             none = np.zeros(shape, np.float32)
@@ -640,8 +630,8 @@ class Engine:
             temperature=rows("temperature", np.float32),
             top_k=rows("top_k", np.int32),
             top_p=rows("top_p", np.float32, 1.0),
-            seed=np.array([0 if one is None else fold_seed(one.seed) for one in requests], np.uint32),
-            sample=np.full(len(requests), sample, np.int32),
+            seed=seeds,
+            sample=samples,
             alternatives=rows("alternatives", np.int32) > 0,
             mix=arrays("mix", self._adapters),
             user_tokens=arrays("user_tokens", self.num_user_tokens, width),

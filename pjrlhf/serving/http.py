@@ -33,9 +33,9 @@ from pjrlhf.data.records import RecordError
 from pjrlhf.errors import UserError
 from pjrlhf.serving import engine as engines
 from pjrlhf.serving.catalogue import Catalogue, UnknownIngredient, UnknownModel, Voice
-from pjrlhf.serving.engine import Closing, Engine, EngineSettings, Piece, QueueFull, Ticket, Token
+from pjrlhf.serving.engine import Closing, Engine, Piece, QueueFull, Ticket, Token
 from pjrlhf.serving.protocol import CHAT, COMPLETION, MAX_CHOICES, Body, Refused, Wish, error, read_prompts, read_wish
-from pjrlhf.settings import Settings, setting
+from pjrlhf.serving.settings import EngineSettings, ServerSettings
 from pjrlhf.terminal import visible
 from pjrlhf.types import Json
 
@@ -44,17 +44,6 @@ USER_HEADER = "x-openwebui-user-id"
 RETRY_SECONDS = 1
 UNLIKELY = -9999.0  # what OpenAI's API gives for a log-prob that is not finite
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ServerSettings(Settings):
-    """Where the server listens, and its limits."""
-
-    host: str = setting("127.0.0.1", "address to listen on; others than this machine reach it at 0.0.0.0")
-    port: int = setting(8000, "port; 0 for a free one", low=0, high=65535)
-    max_body: int = setting(2**20, "bytes of a request, at most", low=1, high=2**31)
-    drain_seconds: int = setting(60, "seconds that answers may still take after SIGTERM", low=0)
-    log_prompts: bool = setting(False, "write the texts of requests to the log")
 
 
 class Metrics:
@@ -166,9 +155,7 @@ class Server:
       api_key: that requests must bring; "" for none.
     """
 
-    def __init__(
-        self, catalogue: Catalogue, engine: Engine, settings: ServerSettings = ServerSettings(), api_key: str = ""
-    ):
+    def __init__(self, catalogue: Catalogue, engine: Engine, settings: ServerSettings, api_key: str = ""):
         self.catalogue, self.engine, self.settings = catalogue, engine, settings
         self.metrics = Metrics(engine)
         self._key = api_key.encode()

@@ -67,7 +67,7 @@ class Slots(struct.PyTreeNode):
 
 
 class Drawn(struct.PyTreeNode):
-    """What n steps drew in B slots; entries of slots that drew nothing are unspecified.
+    """What N steps drew in B slots; entries of slots that drew nothing are unspecified.
 
     Attributes:
       tokens: drawn.
@@ -76,11 +76,11 @@ class Drawn(struct.PyTreeNode):
       top_ids, top_logps: of the most likely tokens, zeros unless a slot asks for them.
     """
 
-    tokens: Int[Array, "n B"]
-    emitted: Bool[Array, "n B"]
-    logps: Float[Array, "n B"]
-    top_ids: Int[Array, "n B _"]
-    top_logps: Float[Array, "n B _"]
+    tokens: Int[Array, "N B"]
+    emitted: Bool[Array, "N B"]
+    logps: Float[Array, "N B"]
+    top_ids: Int[Array, "N B _"]
+    top_logps: Float[Array, "N B _"]
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
@@ -124,12 +124,12 @@ def prefill(
     backbone: Backbone,
     bank: Params | None,
     cache: Cache,
-    tokens: Int[Array, "R T"],
-    offset: Int[Array, " R"],
-    count: Int[Array, " R"],
-    mix: Float[Array, "R K"] | None,
-    user_tokens: Float[Array, "R E D"] | None,
-) -> tuple[Cache, Float[Array, "R T D"], Float[Array, "R D"]]:
+    tokens: Int[Array, "B T"],
+    offset: Int[Array, " B"],
+    count: Int[Array, " B"],
+    mix: Float[Array, "B K"] | None,
+    user_tokens: Float[Array, "B E D"] | None,
+) -> tuple[Cache, Float[Array, "B T D"], Float[Array, "B D"]]:
     """Reads the next chunk of every prompt: `count` of its T tokens, at positions from `offset` on.
 
     A row without a prompt has the length of the cache as its offset, and 0 tokens.
@@ -138,15 +138,15 @@ def prefill(
       The cache, the hidden states of the chunk, and that of its last token.
     """
     valid = jnp.arange(jax.tree.leaves(cache)[0].shape[-2]) < (offset + count)[:, None]
-    hidden, cache = backbone.policies(bank, mix, user_tokens)(tokens, valid, cache, offset)
+    hidden, filled = backbone.policies(bank, mix, user_tokens)(tokens, valid, cache, offset)
     last = jnp.take_along_axis(hidden, jnp.maximum(count - 1, 0)[:, None, None], axis=1)[:, 0]
-    return constrain(backbone.model, cache), hidden, last
+    return constrain(backbone.model, filled), hidden, last
 
 
 @jax.jit
 def score(
-    backbone: Backbone, hidden: Float[Array, "R T D"], following: Int[Array, "R T"]
-) -> tuple[Float[Array, "R T"], Int[Array, "R T _"], Float[Array, "R T _"]]:
+    backbone: Backbone, hidden: Float[Array, "B T D"], following: Int[Array, "B T"]
+) -> tuple[Float[Array, "B T"], Int[Array, "B T _"], Float[Array, "B T _"]]:
     """Log-probs of the `following` tokens, and ids and log-probs of the most likely ones."""
     logps = jax.nn.log_softmax(backbone.policies().logits(hidden))
     top_logps, top_ids = jax.lax.top_k(logps, min(TOP, logps.shape[-1]))
@@ -158,7 +158,7 @@ def insert(
     model: Decoder,
     slots: Slots,
     cache: Cache,
-    last: Float[Array, "R D"],
+    last: Float[Array, "B D"],
     row: Int[Array, ""],
     slot: Int[Array, ""],
     length: Int[Array, ""],
@@ -191,7 +191,7 @@ def decode(
     stopped: Bool[Array, " B"],
     ends: Int[Array, " _"],
 ) -> tuple[Slots, Drawn]:
-    """Draws up to n = `steps` tokens in every active slot.
+    """Draws up to N = `steps` tokens in every active slot.
 
     Args:
       stopped: slots whose answers are over, by a decision of the host.

@@ -255,7 +255,7 @@ def read_prompts(body: Body) -> list[str | list[int]]:
     Raises:
       Refused: another form.
     """
-    value = body.fields.get("prompt")
+    value: Any = body.fields.get("prompt")
 
     def ids(x: Json) -> bool:
         return isinstance(x, list) and len(x) > 0 and all(type(i) is int for i in x)

@@ -1,5 +1,6 @@
 """Compilation, padding, caching, mixing and sharding do not change what the decoder computes."""
 
+import dataclasses
 import functools
 
 import jax
@@ -144,6 +145,38 @@ def test_cached_decoding_equals_the_full_forward(kind):
         start = end
     assert start == tokens.shape[1]
     assert_close(np.concatenate(got, 1)[valid], want[valid])
+
+
+@pytest.mark.parametrize("windows", [(), (3, 0)])
+def test_rows_may_write_to_the_cache_at_places_of_their_own(windows):
+    """Each row is ahead of the one before; what lies beyond the cache is dropped."""
+    model = MODEL.clone(config=dataclasses.replace(CONFIG, windows=windows))
+    tokens, _ = texts()
+    mix = np.random.default_rng(7).dirichlet(np.ones(K), B).astype(np.float32)
+    count, slots = tokens.shape[1], tokens.shape[1] + 2
+    want = policy(model, ADAPTER, base(), lora_bank(), mix, tokens, np.ones(tokens.shape, bool))
+
+    @jax.jit
+    def step(tokens, cache, offset):
+        valid = jnp.arange(slots) < (offset + tokens.shape[1])[:, None]
+        policies = Policies(model, ADAPTER, base(), lora_bank(), mix)
+        hidden, cache = policies(tokens, valid, cache, offset)
+        return policies.logits(hidden), cache
+
+    cache, rows = init_cache(CONFIG, B, slots, jnp.float32), np.arange(B)
+    done, starts = np.zeros(B, int), 1 + rows % 3
+    while (done < count).any():
+        # A row that starts later, or is done, writes beyond the cache.
+        size = 2
+        write = (starts <= 0) & (done < count)
+        offset = np.where(write, done, slots)
+        columns = np.minimum(done[:, None] + np.arange(size), count - 1)
+        logits, cache = step(jnp.asarray(tokens[rows[:, None], columns]), cache, jnp.asarray(offset, jnp.int32))
+        for row in rows[write]:
+            new = min(size, count - done[row])
+            assert_close(logits[row, :new], want[row, done[row] : done[row] + new])
+            done[row] += new
+        starts = starts - 1
 
 
 def test_mix_zero_is_the_base_bit_for_bit():

@@ -1,0 +1,459 @@
+"""The server as clients use it: the official client, malformed bodies, limits, metrics, and SIGTERM."""
+
+import asyncio
+import contextlib
+import http.client
+import json
+import os
+import pathlib
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import numpy as np
+import openai
+import pytest
+import uvicorn
+from support import tiny_serving, tiny_users
+from support.tiny_serving import K
+
+from pjrlhf.models.registry import UserRegistry
+from pjrlhf.models.users import UserModel
+from pjrlhf.serving.catalogue import Catalogue, People
+from pjrlhf.serving.http import Server
+from pjrlhf.serving.settings import ServerSettings
+
+ROOT = pathlib.Path(__file__).parents[2]
+NAMES = ("P1A", "P2B", "P3A")
+SOUP = {"P1A": 0.7, "P3A": -0.4}
+QUESTION = [{"role": "user", "content": "what is rain ?"}]
+E = 2
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return tiny_serving.model(tmp_path_factory.mktemp("base"))
+
+
+@contextlib.contextmanager
+def served(catalogue, engine, key="", **settings):
+    """(host, port) of a server in a thread."""
+    server = Server(catalogue, engine, ServerSettings(port=0, **settings), key)
+    config = uvicorn.Config(server.app, log_config=None, access_log=False, port=0, timeout_graceful_shutdown=5)
+    running = uvicorn.Server(config)
+    thread = threading.Thread(target=running.run, daemon=True)
+    thread.start()
+    while not running.started:
+        time.sleep(0.01)
+    try:
+        yield "127.0.0.1", running.servers[0].sockets[0].getsockname()[1]
+    finally:
+        running.should_exit = True
+        thread.join(30)
+
+
+@pytest.fixture(scope="module")
+def soups(model):
+    """Soups, on 127.0.0.1."""
+    engine = tiny_serving.engine(model)
+    engine.start()
+    with served(Catalogue(model, NAMES, tiny_serving.bank(model)), engine, max_body=20_000) as place:
+        yield place
+    engine.close(30)
+
+
+@pytest.fixture(scope="module")
+def people(model):
+    """A policy that knows ana and bo."""
+    width = model.backbone.model.config.hidden_size
+    users = UserModel(kind="individualized", num_users=2, tokens=E, width=width)
+    rng = np.random.default_rng(0)
+    params = {
+        "shared": {"generic": rng.normal(size=(E, width)).astype(np.float32)},
+        "table": {"offset": rng.normal(size=(3, E, width)).astype(np.float32)},
+    }
+    catalogue = Catalogue(
+        model, NAMES, tiny_serving.bank(model), People(users, UserRegistry((None, "ana", "bo")), params)
+    )
+    engine = tiny_serving.engine(model, E)
+    engine.start()
+    with served(catalogue, engine, key="secret") as place:
+        yield place
+    engine.close(30)
+
+
+def client_of(place, key="none"):
+    return openai.OpenAI(base_url=f"http://{place[0]}:{place[1]}/v1", api_key=key, max_retries=0, timeout=60)
+
+
+@pytest.fixture(scope="module")
+def client(soups):
+    return client_of(soups)
+
+
+def send(place, body, path="/v1/chat/completions", method="POST", **headers):
+    """(status, JSON or text, headers) of a raw request."""
+    connection = http.client.HTTPConnection(*place, timeout=60)
+    headers = {"Content-Type": "application/json"} | {key.replace("_", "-"): value for key, value in headers.items()}
+    data = body if isinstance(body, bytes | None) else json.dumps(body).encode()
+    connection.request(method, path, data, headers)
+    answer = connection.getresponse()
+    text = answer.read().decode()
+    connection.close()
+    try:
+        return answer.status, json.loads(text), answer.headers
+    except ValueError:
+        return answer.status, text, answer.headers
+
+
+# ---- the official client
+
+
+def test_models_are_listed_with_their_base(client):
+    found = {model.id: model for model in client.models.list()}
+    assert list(found) == ["base", *NAMES]
+    assert found["base"].parent is None and {found[name].parent for name in NAMES} == {"base"}
+    assert client.models.retrieve("P2B").id == "P2B"
+    assert client.models.retrieve("soup:P1A=0.5,P2B=0.5").parent == "base"
+    with pytest.raises(openai.NotFoundError):
+        client.models.retrieve("P9")
+
+
+def test_chat_answers_are_those_of_generate(model, client):
+    soup = [SOUP.get(name, 0.0) for name in NAMES]
+    for mix, options in (
+        (np.zeros(K), {"model": "base"}),
+        (np.eye(K)[1], {"model": "P2B"}),
+        (soup, {"model": "base", "extra_body": {"mix": SOUP}}),
+        (soup, {"model": "soup:P1A=0.7,P3A=-0.4"}),
+    ):
+        (want,) = model.generate([QUESTION], tiny_serving.bank(model), mix, max_new_tokens=8)
+        answer = client.chat.completions.create(messages=QUESTION, temperature=0, max_tokens=8, **options)
+        assert answer.choices[0].message.content == want
+        assert answer.object == "chat.completion" and answer.model == options["model"]
+        weights = {name: float(weight) for name, weight in zip(NAMES, mix, strict=True) if weight}
+        assert answer.pjrlhf["mix"] == pytest.approx(weights)
+        usage = answer.usage
+        assert usage.total_tokens == usage.prompt_tokens + usage.completion_tokens
+        assert usage.prompt_tokens == len(model.tokenizer.encode_prompt(QUESTION))
+        assert 0 < usage.completion_tokens <= 8
+    by_other_name = client.chat.completions.create(
+        messages=QUESTION, temperature=0, max_completion_tokens=8, model="soup:P1A=0.7,P3A=-0.4"
+    )
+    assert by_other_name.choices == answer.choices
+
+
+def test_a_stream_is_the_answer_in_pieces(client):
+    options = dict(model="P1A", messages=QUESTION, temperature=0.9, seed=5, n=2, max_tokens=12, logprobs=True)
+    whole = client.chat.completions.create(**options, top_logprobs=2)
+    chunks = list(
+        client.chat.completions.create(**options, top_logprobs=2, stream=True, stream_options={"include_usage": True})
+    )
+    assert {chunk.object for chunk in chunks} == {"chat.completion.chunk"} and len({chunk.id for chunk in chunks}) == 1
+    assert chunks[-1].choices == [] and chunks[-1].usage.total_tokens == whole.usage.total_tokens
+    assert chunks[0].pjrlhf == whole.pjrlhf and all(chunk.usage is None for chunk in chunks[:-1])
+    for choice in whole.choices:
+        own = [part for chunk in chunks for part in chunk.choices if part.index == choice.index]
+        assert own[0].delta.role == "assistant"
+        assert "".join(part.delta.content or "" for part in own) == choice.message.content
+        assert [part.finish_reason for part in own if part.finish_reason] == [choice.finish_reason]
+        logps = [token for part in own if part.logprobs for token in part.logprobs.content]
+        assert logps == choice.logprobs.content
+        assert all(len(token.top_logprobs) == 2 and token.logprob <= 0 for token in logps)
+    assert len(whole.choices) == 2 and whole.choices[0].message.content != whole.choices[1].message.content
+
+
+def test_seeds_and_stops(client):
+    options = dict(model="P1A", messages=QUESTION, max_tokens=16, temperature=1.3)
+    first, again, other = (client.chat.completions.create(**options, seed=seed) for seed in (1, 1, 2))
+    assert first.choices == again.choices != other.choices
+    text = first.choices[0].message.content
+    stop = text.split()[1]
+    cut = client.chat.completions.create(**options, seed=1, stop=stop)
+    assert cut.choices[0].finish_reason == "stop" and cut.choices[0].message.content == text.split(stop)[0].strip()
+
+
+def test_completions_score_prompts(model, client):
+    """As lm-evaluation-harness asks: echo, log-probs, no new tokens, token ids."""
+    tokens = model.tokenizer.encode_prompt("what is rain ? it is near shores .")
+    (found,) = client.completions.create(
+        model="P1A", prompt=[tokens], echo=True, logprobs=1, max_tokens=0, temperature=0
+    ).choices
+    logps = found.logprobs.token_logprobs
+    assert len(logps) == len(found.logprobs.tokens) == len(tokens) and logps[0] is None
+    assert found.logprobs.top_logprobs[0] is None and all(len(x) == 1 for x in found.logprobs.top_logprobs[1:])
+    split = 6
+    prompt = model.tokenizer.decode(tokens[:split])
+    (want,) = model.score(
+        [prompt], [model.tokenizer.decode(tokens)[len(prompt) :]], tiny_serving.bank(model), np.eye(K)[0]
+    )
+    sent = client.completions.create(model="P1A", prompt=tokens, echo=True, logprobs=0, max_tokens=1, temperature=0)
+    again = sent.choices[0].logprobs.token_logprobs
+    np.testing.assert_allclose(again[: len(tokens)][1:], logps[1:], rtol=1e-5)
+    assert want < sum(logps[split:])  # which have no end-of-sequence
+    assert sent.object == "text_completion" and sent.usage.completion_tokens == 1
+
+
+def test_completions_take_several_prompts_and_stream(model, client):
+    prompts = ["what is rain ?", "what is snow ?"]
+    options = dict(model="base", prompt=prompts, n=2, temperature=0.8, seed=3, max_tokens=6, echo=True)
+    whole = client.completions.create(**options)
+    assert [choice.index for choice in whole.choices] == [0, 1, 2, 3]
+    assert [choice.text.startswith(prompts[i // 2]) for i, choice in enumerate(whole.choices)] == [True] * 4
+    parts = [part for chunk in client.completions.create(**options, stream=True) for part in chunk.choices]
+    for choice in whole.choices:
+        assert "".join(part.text for part in parts if part.index == choice.index) == choice.text
+    assert client.completions.create(model="base", prompt="what").usage.completion_tokens <= 16
+
+
+def test_what_is_wrong_is_named(client):
+    good = dict(model="base", messages=QUESTION, max_tokens=4)
+    for param, change in {
+        "temperature": {"temperature": 3},
+        "n": {"n": 0},
+        "stop": {"stop": ["a"] * 5},
+        "max_tokens": {"max_tokens": 1000},
+        "max_completion_tokens": {"max_tokens": 2, "extra_body": {"max_completion_tokens": 3}},
+        "messages": {"messages": []},
+        "mix": {"extra_body": {"mix": {"P9": 1}}},
+        "model": {"model": "soup:P9=1"},
+        "top_logprobs": {"top_logprobs": 2},
+        "frequency_penalty": {"frequency_penalty": 1},
+        "mixs": {"extra_body": {"mixs": {"P1A": 1}}},
+        "stream_options": {"stream_options": {"include_usage": True}},
+    }.items():
+        with pytest.raises(openai.BadRequestError) as caught:
+            client.chat.completions.create(**{**good, **change})
+        assert caught.value.param == param and caught.value.message
+    with pytest.raises(openai.NotFoundError) as caught:
+        client.chat.completions.create(**{**good, "model": "gpt-5"})
+    assert caught.value.code == "model_not_found"
+    with pytest.raises(openai.BadRequestError, match="one adapter already"):
+        client.chat.completions.create(**{**good, "model": "P1A"}, extra_body={"mix": {"P1A": 1}})
+
+
+# ---- people
+
+
+def test_people_get_their_own_answers(model, people):
+    client = client_of(people, "secret")
+    assert [one.id for one in client.models.list()] == [*NAMES]
+    options = dict(model="P1A", messages=QUESTION, temperature=0, max_tokens=10)
+    ana = client.chat.completions.create(**options, user="ana")
+    bo = client.chat.completions.create(**options, safety_identifier="bo")
+    nobody, stranger = (client.chat.completions.create(**options, **who) for who in ({}, {"user": "zoe"}))
+    by_header = client.chat.completions.create(**options, extra_headers={"X-OpenWebUI-User-Id": "ana"})
+    assert ana.choices == by_header.choices and ana.pjrlhf["user"] == {"id": "ana", "known": True}
+    assert len({one.choices[0].message.content for one in (ana, bo, nobody)}) == 3
+    assert stranger.choices == nobody.choices
+    assert not stranger.pjrlhf["user"]["known"] and "generic" in stranger.pjrlhf["user"]["answered_as"]
+    assert "user" not in nobody.pjrlhf
+
+
+def test_a_key_is_asked_for(people):
+    for key in ("none", "", "secret2", "\u00e9"):
+        status, body, _ = send(people, {}, Authorization=f"Bearer {key}".encode().decode("latin-1"))
+        assert status == 401 and body["error"]["code"] == "invalid_api_key"
+    assert send(people, None, "/health", "GET")[0] == 200
+    with pytest.raises(openai.AuthenticationError):
+        client_of(people, "wrong").models.list()
+
+
+# ---- limits
+
+
+def test_bad_requests_are_refused_with_their_status(soups):
+    huge = {"model": "base", "messages": [{"role": "user", "content": "a " * 20_000}]}
+    assert send(soups, huge)[0] == 413
+    assert send(soups, b"{}", Content_Type="text/plain")[0] == 415
+    assert send(soups, None, "/v1/nothing", "GET")[0] == 404
+    assert send(soups, None, "/v1/chat/completions", "GET")[0] == 405
+    for text in (b"", b"{", b"[]", b"\xff\xfe", b'{"model": "base", "model": NaN}', b"[" * 10_000, b'{"n": 1e999}'):
+        status, body, _ = send(soups, text)
+        assert status == 400 and body["error"]["message"], text
+    status, body, headers = send(soups, {"model": "base", "messages": QUESTION, "max_tokens": 2})
+    assert status == 200 and headers["x-request-id"] and body["choices"]
+
+
+VALUES = (
+    *(
+        None,
+        True,
+        0,
+        -1,
+        1,
+        1.5,
+        1e300,
+        10**30,
+        "",
+        "base",
+        "\ud800",
+        "\x00",
+        "x" * 3000,
+        [],
+        {},
+        [[]],
+        [None],
+        [1],
+        ["a"],
+    ),
+    *({"a": 1}, {"P1A": 1e99}, {"P1A": "1"}, {"P1A": 0.5}, [{"role": "user"}], [{"role": "user", "content": [1]}]),
+    *([{"role": 1, "content": "a"}], [{"role": "user", "content": "</s>"}], [{"role": "tool", "content": "a"}]),
+    *(
+        [10**9],
+        [0],
+        [[1, 2], "a"],
+        [[-1]],
+        {"include_usage": 1},
+        {"tools": 1},
+        {"conversation": []},
+        "soup:",
+        "soup:P1A=nan",
+    ),
+)
+
+
+def test_no_body_is_too_strange(soups):
+    """Random fields with random values get an answer, or a reason in the 400s."""
+    from pjrlhf.serving.protocol import CHAT, COMPLETION, IGNORED, NEUTRAL
+
+    rng = np.random.default_rng(0)
+    seen = set()
+    for _ in range(300):
+        chat = bool(rng.integers(2))
+        body = {"model": "base", "max_tokens": 1} | ({"messages": QUESTION} if chat else {"prompt": "what"})
+        fields = [*(CHAT if chat else COMPLETION), *IGNORED, *NEUTRAL, "surprise"]
+        for name in rng.choice(fields, rng.integers(1, 4)):
+            body[str(name)] = VALUES[rng.integers(len(VALUES))]
+        status, answer, _ = send(soups, body, "/v1/chat/completions" if chat else "/v1/completions")
+        assert status in (200, 400, 404, 413), (status, body, answer)
+        assert status == 200 or answer["error"]["message"]
+        seen.add(status)
+    assert seen >= {200, 400, 404}
+    assert send(soups, None, "/health", "GET")[1]["status"] == "ok"
+
+
+def test_a_full_queue_is_429_and_clients_that_leave_free_their_slots(model):
+    engine = tiny_serving.engine(model, queue=1, slots=1)
+    with served(Catalogue(model, NAMES, tiny_serving.bank(model)), engine) as place:
+        body = {"model": "base", "messages": QUESTION, "max_tokens": 4}
+        connections = [http.client.HTTPConnection(*place, timeout=60) for _ in range(2)]
+        connections[0].request("POST", "/v1/chat/completions", json.dumps(body), {"Content-Type": "application/json"})
+        while not engine.waiting:
+            time.sleep(0.01)
+        status, answer, headers = send(place, body)  # nothing runs yet, and one waits
+        assert status == 429 and headers["Retry-After"] == "1" and answer["error"]["type"] == "rate_limit_error"
+        with pytest.raises(openai.RateLimitError):
+            client_of(place).chat.completions.create(**body)
+        connections[0].close()
+        deadline = time.monotonic() + 30
+        while not any(ticket.cancelled for ticket in engine._queue):
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        engine.start()
+        while engine.busy:
+            time.sleep(0.01)
+        assert send(place, body)[0] == 200
+    engine.close(30)
+
+
+def test_metrics_count_tokens_and_ingredients(model, soups, client):
+    def value(name):
+        text = send(soups, None, "/metrics", "GET")[1]
+        found = re.search(rf"^{re.escape(name)} (\S+)$", text, re.MULTILINE)
+        return float(found[1]) if found else 0.0
+
+    names = {
+        name: f"pjrlhf_{name}"
+        for name in (
+            "generated_tokens_total",
+            "prompt_tokens_total",
+            'ingredient_requests_total{ingredient="P2B"}',
+            "time_to_first_token_seconds_count",
+            'requests_total{path="/v1/chat/completions",status="200"}',
+        )
+    }
+    before = {name: value(full) for name, full in names.items()}
+    answer = client.chat.completions.create(model="P2B", messages=QUESTION, max_tokens=5)
+    after = {name: value(full) - before[name] for name, full in names.items()}
+    assert list(after.values()) == [answer.usage.completion_tokens, answer.usage.prompt_tokens, 1, 1, 1]
+    assert value("pjrlhf_requests_waiting") == value("pjrlhf_answers_running") == 0
+
+
+def test_many_clients_at_once_get_their_own_answers(model, soups):
+    """Each equals the same request alone; some leave in the middle."""
+    client = client_of(soups)
+    bodies = [
+        dict(
+            model=f"soup:P1A={i / 7:.3f},P2B={-i / 9:.3f}",
+            messages=QUESTION,
+            seed=i,
+            temperature=1,
+            max_tokens=3 + i % 9,
+        )
+        for i in range(12)
+    ]
+    alone = [client.chat.completions.create(**body).choices for body in bodies]
+
+    async def everything():
+        many = openai.AsyncOpenAI(base_url=str(client.base_url), api_key="none", max_retries=0, timeout=60)
+
+        async def leave(body):
+            stream = await many.chat.completions.create(**body, stream=True)
+            async for _ in stream:
+                break
+            await stream.close()
+
+        whole = [many.chat.completions.create(**body) for body in bodies]
+        found = await asyncio.gather(*whole, *(leave(body) for body in bodies[::2]))
+        return [one.choices for one in found[: len(bodies)]]
+
+    assert asyncio.run(everything()) == alone
+
+
+# ---- the command
+
+
+def start(*arguments):
+    """The process of `pjrlhf serve`, and the address it tells."""
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "PYTHONUNBUFFERED": "1"}
+    command = [
+        sys.executable,
+        "-c",
+        "from pjrlhf.cli import main; main()",
+        "serve",
+        "--port",
+        "0",
+        *map(str, arguments),
+    ]
+    process = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    lines = []
+    for line in process.stdout:
+        lines.append(line)
+        if found := re.search(r"at http://127\.0\.0\.1:(\d+)", line):
+            return process, ("127.0.0.1", int(found[1]))
+    raise AssertionError("".join(lines))
+
+
+def test_sigterm_drains(tmp_path):
+    """An answer that has begun is finished, and the exit code is 0."""
+    folder = tiny_users.save_base(tmp_path)
+    process, place = start("--model", folder, "--steps", "1", "--slots", "1")
+    try:
+        body = {"model": "base", "prompt": "what", "max_tokens": 30, "n": 40, "stream": True, "temperature": 1}
+        connection = http.client.HTTPConnection(*place, timeout=120)
+        connection.request("POST", "/v1/completions", json.dumps(body), {"Content-Type": "application/json"})
+        answer = connection.getresponse()
+        first = answer.readline()
+        process.send_signal(signal.SIGTERM)
+        rest = answer.read().decode()
+        assert first.startswith(b"data: ") and rest.rstrip().endswith("data: [DONE]")
+        assert rest.count('"finish_reason":"length"') + rest.count('"finish_reason":"stop"') == 40
+        assert process.wait(60) == 0
+        with pytest.raises(ConnectionError):
+            send(place, None, "/health", "GET")
+    finally:
+        process.kill()
