@@ -58,7 +58,6 @@ def test_an_answer_does_not_depend_on_who_shares_the_batch(model, personal):
         personal.step()
     got = [Finished.of(pieces[i], request.n) for i, request in enumerate(requests)]
     assert got == alone
-    assert all(len({answer.text for answer in one}) == len(one) for one in alone if len(one) > 1) or len(alone) > 1
     assert len({answer.text for one in alone for answer in one}) > len(alone) / 2
     assert {answer.finish for one in alone for answer in one} == {"stop", "length"}
     assert not personal.busy and personal.running == personal.waiting == 0
@@ -86,7 +85,8 @@ def test_the_prefix_cache_changes_nothing_and_is_keyed_by_mix_and_user(model):
     answer(dataclasses.replace(request, tokens=[*tokens[:11], 40, 41, 42]), 12 - E)
     answer(dataclasses.replace(request, mix=-SOUP), 0)
     answer(dataclasses.replace(request, user_tokens=request.user_tokens + 1), 0)
-    answer(dataclasses.replace(request, mix=-SOUP), 0)  # the cache holds few chunks, and the oldest are gone
+    answer(dataclasses.replace(request, mix=-SOUP), whole)
+    answer(request, 0)  # the cache holds few chunks, and the oldest are gone
     answer(dataclasses.replace(request, prompt_logps=True), 0)
 
 

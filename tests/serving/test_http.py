@@ -66,7 +66,7 @@ def soups(model):
 
 
 @pytest.fixture(scope="module")
-def people(model):
+def persons(model):
     """A policy that knows ana and bo."""
     width = model.backbone.model.config.hidden_size
     users = UserModel(kind="individualized", num_users=2, tokens=E, width=width)
@@ -238,8 +238,8 @@ def test_what_is_wrong_is_named(client):
 # ---- people
 
 
-def test_people_get_their_own_answers(model, people):
-    client = client_of(people, "secret")
+def test_people_get_their_own_answers(model, persons):
+    client = client_of(persons, "secret")
     assert [one.id for one in client.models.list()] == [*NAMES]
     options = dict(model="P1A", messages=QUESTION, temperature=0, max_tokens=10)
     ana = client.chat.completions.create(**options, user="ana")
@@ -253,13 +253,13 @@ def test_people_get_their_own_answers(model, people):
     assert "user" not in nobody.pjrlhf
 
 
-def test_a_key_is_asked_for(people):
+def test_a_key_is_asked_for(persons):
     for key in ("none", "", "secret2", "\u00e9"):
-        status, body, _ = send(people, {}, Authorization=f"Bearer {key}".encode().decode("latin-1"))
+        status, body, _ = send(persons, {}, Authorization=f"Bearer {key}".encode().decode("latin-1"))
         assert status == 401 and body["error"]["code"] == "invalid_api_key"
-    assert send(people, None, "/health", "GET")[0] == 200
+    assert send(persons, None, "/health", "GET")[0] == 200
     with pytest.raises(openai.AuthenticationError):
-        client_of(people, "wrong").models.list()
+        client_of(persons, "wrong").models.list()
 
 
 # ---- limits

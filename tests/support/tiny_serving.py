@@ -59,6 +59,7 @@ def requests(model, count, seed=0, user_tokens=0):
                 top_k=int(rng.choice([0, 0, 5])),
                 top_p=float(rng.choice([1.0, 0.8])),
                 seed=int(rng.integers(-(2**63), 2**63)),
+                stop=rng.choice(list("jkqvxz"), rng.integers(4)).tolist(),
                 alternatives=int(rng.choice([0, 0, 3])),
                 prompt_logps=bool(rng.integers(4) == 0),
             )

@@ -1,0 +1,147 @@
+"""What a run or folders offer, who answers a request, and the commands that say so."""
+
+import dataclasses
+import shutil
+
+import jax
+import numpy as np
+import pytest
+from support import tiny, tiny_serving, tiny_users
+from support.small_policies import noise
+
+import pjrlhf
+from pjrlhf import cli
+from pjrlhf.errors import UserError
+from pjrlhf.language_model import load_bank, load_model
+from pjrlhf.models.adapters import AdapterConfig, init_bank
+from pjrlhf.models.peft import save_peft
+from pjrlhf.models.registry import UserRegistry
+from pjrlhf.models.users import UserModel
+from pjrlhf.serving.catalogue import (
+    Catalogue,
+    People,
+    UnknownIngredient,
+    UnknownModel,
+    open_folders,
+    open_run,
+    parse_mix,
+)
+
+NAMES = ("P1A", "P2B", "P3A")
+QUESTION = "what is rain ?"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tiny_users.save_base(tmp_path_factory.mktemp("base"))
+
+
+@pytest.fixture(scope="module")
+def soups(folder):
+    model = load_model(folder, adapter=tiny_serving.ADAPTER)
+    return Catalogue(model, NAMES, tiny_serving.bank(model))
+
+
+def test_a_model_a_soup_and_a_mix_name_who_answers(soups):
+    for voice, row in (
+        (soups.voice(), [0, 0, 0]),
+        (soups.voice("base"), [0, 0, 0]),
+        (soups.voice("P2B"), [0, 1, 0]),
+        (soups.voice("soup:P1A=0.5,P3A=-2"), [0.5, 0, -2]),
+        (soups.voice("base", {"P1A": 0.5, "P2B": 0}), [0.5, 0, 0]),
+        (soups.voice("base", {}, "ana"), [0, 0, 0]),
+    ):
+        assert voice.mix.tolist() == row and voice.user is None
+        assert voice.weights == {name: weight for name, weight in zip(NAMES, row, strict=True) if weight}
+        assert voice.describe() == {"mix": voice.weights}
+
+
+def test_what_is_not_served_is_refused(soups):
+    with pytest.raises(UnknownModel, match="base, P1A, P2B, P3A"):
+        soups.voice("P2C")
+    with pytest.raises(UnknownIngredient, match="did you mean P2B"):
+        soups.voice("base", {"P2C": 1.0})
+    for model, mix in (("P1A", {"P1A": 1.0}), ("soup:P1A=1", {"P1A": 1.0}), ("base", {"P1A": 1e9})):
+        with pytest.raises(UserError, match=r"^mix: "):
+            soups.voice(model, mix)
+    for text in ("", "P1A", "P1A=", "=1", "P1A=x", "P1A=nan", "P1A=1,P1A=2", "P1A=1,,"):
+        with pytest.raises(UserError, match=r"^mix: "):
+            parse_mix(text)
+    for name in ("base", "P1A", "a b", "a=b", "soup:x", ""):
+        with pytest.raises(UserError, match="ingredient"):
+            dataclasses.replace(soups, names=("P1A", "P2B", name))
+
+
+def test_a_person_who_is_a_soup_has_a_model(soups):
+    users = UserModel(kind="soup", num_users=2, adapters=len(NAMES))
+    params = {"table": {"weights": np.array([[0, 0, 0], [5, 0, 0], [0, 9, 0]], np.float32)}}
+    catalogue = dataclasses.replace(soups, people=People(users, UserRegistry((None, "ana", None)), params))
+    assert list(catalogue.models) == ["base", "personal", *NAMES] and catalogue.default == "personal"
+    ana, nobody = catalogue.voice(user="ana"), catalogue.voice(user="zoe")
+    np.testing.assert_allclose(ana.mix, jax.nn.softmax(np.array([5.0, 0, 0])), rtol=1e-6)
+    np.testing.assert_allclose(nobody.mix, 1 / 3, rtol=1e-6)
+    assert ana.known and not nobody.known and nobody.describe()["user"]["id"] == "zoe"
+    assert catalogue.voice("P1A", user="ana").weights == {"P1A": 1.0}
+    assert catalogue.voice("base", {"P3A": 0.5}, "ana").weights == {"P3A": 0.5}
+
+
+def test_adapters_of_folders_may_differ_in_rank_and_scale(folder, tmp_path):
+    model = load_model(folder)
+    adapters = {}
+    for i, (rank, alpha, targets) in enumerate(((2, 4.0, ()), (3, 1.0, ("query", "up")))):
+        shape = AdapterConfig(rank=rank, alpha=alpha, target_modules=targets)
+        bank = noise(init_bank(model.backbone.base, shape, 1, jax.random.key(i)), i, 0.3)
+        one = jax.tree.map(lambda x: np.asarray(x[0]), bank)
+        save_peft(tmp_path / str(i), one, rank, alpha, str(folder), "llama", 8)
+        adapters[f"A{i}"] = (load_model(folder, adapter=shape), bank)
+    catalogue = open_folders(str(folder), {name: str(tmp_path / str(i)) for i, name in enumerate(adapters)})
+    assert catalogue.names == ("A0", "A1")
+    answer = "it is wet ."
+    for name, (own, bank) in adapters.items():
+        got = catalogue.model.score([QUESTION], [answer], catalogue.bank, catalogue.voice(name).mix)
+        np.testing.assert_allclose(got, own.score([QUESTION], [answer], bank, [1.0]), rtol=1e-5)
+    with pytest.raises(UserError, match="full model"):
+        open_folders(str(folder), {"A": str(folder)})
+    assert open_folders(str(folder), {}).bank is None
+
+
+def test_a_run_is_served_with_its_soups(finished, capsys):
+    with tiny.one_device():
+        catalogue = open_run(str(finished))
+    bank, names, adapter = load_bank(finished / "policy")
+    assert catalogue.names == names and catalogue.chat and catalogue.default == "base"
+    model = load_model(finished / "sft" / "model", adapter=adapter)
+    mix = [0.7 if name == "P1A" else 0.3 if name == "P2B" else 0.0 for name in names]
+    (want,) = model.generate([[{"role": "user", "content": QUESTION}]], bank, mix, max_new_tokens=6)
+    cli.main(["generate", "--run", str(finished), "--mix", "P1A=0.7,P2B=0.3", "--max-tokens", "6", QUESTION])
+    assert capsys.readouterr().out.splitlines()[-1] == want
+    assert open_run(str(finished), "pmorl").names == load_bank(finished / "methods" / "pmorl")[1]
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["generate", "--run", str(finished), "--mix", "P9=1", QUESTION])
+    assert stopped.value.code == 2 and "P9" in capsys.readouterr().err
+
+
+def test_a_run_is_served_with_its_people(people, capsys):
+    with pytest.raises(UserError, match=r"--entry: .*individualized"):
+        open_run(str(people))
+    catalogue = open_run(str(people), "individualized")
+    personal = pjrlhf.load_personal(people / "preference" / "individualized")
+    name = next(filter(None, personal.registry.names))
+    assert catalogue.names == ("individualized",) and catalogue.user_tokens == personal.users.num_tokens
+    cli.main(
+        ["generate", "--run", str(people), "--entry", "individualized", "--user", name, "--max-tokens", "6", QUESTION]
+    )
+    (want,) = personal.generate([QUESTION], [name], max_new_tokens=6)
+    assert capsys.readouterr().out.splitlines()[-1] == want
+    pooled = open_run(str(people), "pooled")
+    assert pooled.user_tokens == 0 and list(pooled.models) == ["base", "pooled"]
+
+
+def test_what_cannot_be_served_is_named(finished, tmp_path):
+    with pytest.raises(UserError, match=r"config.json"):
+        open_run(str(tmp_path))
+    shutil.copy(finished / "config.json", tmp_path)
+    with pytest.raises(UserError, match="no trained policies"):
+        open_run(str(tmp_path))
+    with pytest.raises(UserError, match="no 'xyz'; name one with --entry: policy"):
+        open_run(str(finished), "xyz")
