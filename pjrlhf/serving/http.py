@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import dataclasses
 import hmac
+import itertools
 import json
 import logging as python_logging
 import math
@@ -97,6 +98,7 @@ class Call:
       texts: of the prompts, for `echo`.
       tickets: in the engine, one for each prompt.
       queue: pieces, with the number of their prompt.
+      last: by number of the choice, the token before the next one in its log-probs.
       generated: tokens drawn so far.
     """
 
@@ -106,6 +108,7 @@ class Call:
     texts: list[str]
     tickets: list[Ticket] = dataclasses.field(default_factory=list)
     queue: asyncio.Queue[tuple[int, Piece]] = dataclasses.field(default_factory=asyncio.Queue)
+    last: dict[int, int | None] = dataclasses.field(default_factory=dict)
     generated: int = 0
     id: str = ""
     created: int = 0
@@ -442,46 +445,53 @@ class Server:
         """A choice, or the part of it that a chunk has; `first` says whether it is its start."""
         ends = self.catalogue.model.tokenizer.eos_ids
         shown = [token for token in tokens if token.id not in ends]
-        if call.chat:
-            logps = None if call.wish.alternatives is None else {"content": [self._logp(token) for token in shown]}
-            if call.wish.stream:
-                return {"index": index, "delta": {"content": text}, "logprobs": logps, "finish_reason": finish}
-            message = {"role": "assistant", "content": text, "refusal": None}
-            return {"index": index, "message": message, "logprobs": logps, "finish_reason": finish}
-        number = index // call.wish.n
+        request = call.tickets[index // call.wish.n].request
+        call.last.setdefault(index, None if call.chat else request.tokens[-1])
         if first and call.wish.echo:
-            request = call.tickets[number].request
+            number = index // call.wish.n
             text = call.texts[number] + text
             shown = [Token(request.tokens[0], None), *call.tickets[number].prompt, *shown]
-        logps = None if call.wish.alternatives is None else self._logps(shown)
-        return {"index": index, "text": text, "logprobs": logps, "finish_reason": finish}
+            call.last[index] = None
+        logps = None
+        if call.wish.alternatives is not None:
+            befores = [call.last[index], *(token.id for token in shown)]
+            call.last[index] = befores.pop()
+            pairs = list(zip(shown, befores, strict=True))
+            logps = {"content": [self._logp(*pair) for pair in pairs]} if call.chat else self._logps(pairs)
+        if not call.chat:
+            return {"index": index, "text": text, "logprobs": logps, "finish_reason": finish}
+        if call.wish.stream:
+            return {"index": index, "delta": {"content": text}, "logprobs": logps, "finish_reason": finish}
+        message = {"role": "assistant", "content": text, "refusal": None}
+        return {"index": index, "message": message, "logprobs": logps, "finish_reason": finish}
 
-    def _text(self, token: int) -> str:
-        return self.catalogue.model.tokenizer.decode([token], False)
+    def _text(self, token: int, before: int | None) -> str:
+        """The text that a token adds after the one `before` it, with the space between words."""
+        decode = self.catalogue.model.tokenizer.decode
+        if before is None:
+            return decode([token], False)
+        return decode([before, token], False)[len(decode([before], False)) :]
 
-    def _logp(self, token: Token) -> dict[str, Json]:
+    def _logp(self, token: Token, before: int | None) -> dict[str, Json]:
         """A token in the log-probs of a chat."""
 
         def one(i: int, logp: float | None) -> dict[str, Json]:
-            text = self._text(i)
+            text = self._text(i, before)
             return {"token": text, "logprob": _finite(logp), "bytes": list(text.encode())}
 
         return {**one(token.id, token.logp), "top_logprobs": [one(*pair) for pair in token.top]}
 
-    def _logps(self, tokens: Sequence[Token]) -> dict[str, Json]:
-        """The log-probs of a plain completion."""
-        texts = [self._text(token.id) for token in tokens]
-        offsets = [0]
-        for text in texts:
-            offsets.append(offsets[-1] + len(text))
+    def _logps(self, tokens: Sequence[tuple[Token, int | None]]) -> dict[str, Json]:
+        """The log-probs of a plain completion; every token with the one before it."""
+        texts = [self._text(token.id, before) for token, before in tokens]
         return {
             "tokens": texts,
-            "token_logprobs": [_finite(token.logp) for token in tokens],
+            "token_logprobs": [_finite(token.logp) for token, _ in tokens],
             "top_logprobs": [
-                None if token.logp is None else {self._text(i): _finite(logp) for i, logp in token.top}
-                for token in tokens
+                None if token.logp is None else {self._text(i, before): _finite(logp) for i, logp in token.top}
+                for token, before in tokens
             ],
-            "text_offset": offsets[:-1],
+            "text_offset": [0, *itertools.accumulate(map(len, texts[:-1]))][: len(texts)],
         }
 
 
