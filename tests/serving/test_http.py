@@ -184,7 +184,7 @@ def test_completions_score_prompts(model, client):
     ).choices
     logps = found.logprobs.token_logprobs
     assert len(logps) == len(found.logprobs.tokens) == len(tokens) and logps[0] is None
-    assert "".join(found.logprobs.tokens) == found.text == "what is rain ? it is wet ."
+    assert "".join(found.logprobs.tokens) == found.text == "what is rain ? it is near shores ."
     assert [found.text[i:].lstrip()[:2] for i in found.logprobs.text_offset[:3]] == ["wh", "is", "ra"]
     assert found.logprobs.top_logprobs[0] is None and all(len(x) == 1 for x in found.logprobs.top_logprobs[1:])
     split = 6
