@@ -188,6 +188,7 @@ class Server:
                 response = Response(status_code=499)
             response.headers["x-request-id"] = uuid.uuid4().hex
             self.metrics.requests.labels(path, str(response.status_code)).inc()
+            logging.info("%s %s: %d", method, path, response.status_code)
             return response
 
         return Route(path, answer, methods=[method])
@@ -392,6 +393,7 @@ class Server:
             if not ticket.done.is_set():
                 self.engine.cancel(ticket)
         self.metrics.count(call.voice, call.tickets, call.generated)
+        logging.info("%s: %s answered with %d tokens", call.id, visible(call.voice.model), call.generated)
 
     async def _whole(self, call: Call) -> dict[str, Json]:
         texts, tokens, finish = {}, {}, {}
@@ -546,6 +548,8 @@ def serve(catalogue: Catalogue, settings: ServerSettings, sizes: EngineSettings)
         server_header=False,
         timeout_graceful_shutdown=settings.drain_seconds,
     )
+    logging.use_absl_handler()
+    logging.set_verbosity(logging.INFO)
     python_logging.getLogger("uvicorn").setLevel(python_logging.WARNING)
     host, port = listener.getsockname()[:2]
     print(f"serving {', '.join(catalogue.models)} at http://{f'[{host}]' if ':' in host else host}:{port}", flush=True)

@@ -441,11 +441,11 @@ def start(*arguments):
 
 
 def test_sigterm_drains(tmp_path):
-    """An answer that has begun is finished, and the exit code is 0."""
+    """An answer that has begun is finished, the exit code is 0, and the log has no text of a request."""
     folder = tiny_users.save_base(tmp_path)
     process, place = start("--model", folder, "--steps", "1", "--slots", "1")
     try:
-        body = {"model": "base", "prompt": "what", "max_tokens": 30, "n": 40, "stream": True, "temperature": 1}
+        body = {"model": "base", "prompt": "please rain", "max_tokens": 30, "n": 40, "stream": True, "temperature": 1}
         connection = http.client.HTTPConnection(*place, timeout=120)
         connection.request("POST", "/v1/completions", json.dumps(body), {"Content-Type": "application/json"})
         answer = connection.getresponse()
@@ -454,7 +454,9 @@ def test_sigterm_drains(tmp_path):
         rest = answer.read().decode()
         assert first.startswith(b"data: ") and rest.rstrip().endswith("data: [DONE]")
         assert rest.count('"finish_reason":"length"') + rest.count('"finish_reason":"stop"') == 40
+        log = process.stdout.read()
         assert process.wait(60) == 0
+        assert "POST /v1/completions: 200" in log and "rain" not in log
         with pytest.raises(ConnectionError):
             send(place, None, "/health", "GET")
     finally:
