@@ -82,7 +82,7 @@ def ended(monkeypatch, capsys):
         ([SOUPS, "--config.objectives[9]=3"], "check the flags"),
         ([SOUPS, "--config.policy.steps=-1"], "policy.steps: -1 is out of range; choose a number at least 1"),
         ([SOUPS, "--config.policy.optimizer.schedule=cosin"], "policy.optimizer.schedule: 'cosin' is unknown; did you"),
-        ([f"{SOUPS}:none"], "configs/soups.py:none: unknown variant; use configs/soups.py or configs/soups.py:hf"),
+        ([f"{SOUPS}:none"], "configs/soups.py:none: unknown variant; use one of configs/soups.py, configs/soups.py:hf"),
         (["--config=configs/merge.py:none"], "configs/merge.py: get_config has no variant; leave out :none"),
         ([SOUPS, "--wrokdir=x"], "Unknown command line flag 'wrokdir'. Did you mean: workdir"),
         ([SOUPS, "--num_processes=x"], "--num_processes=x: invalid literal for int"),

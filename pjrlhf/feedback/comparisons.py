@@ -31,6 +31,7 @@ class ComparisonsSettings(Settings):
         BASE,
         'who answers; base: the base of the run; the folder of another model; or {"kind": ...} with settings, see '
         "feedback/samplers.py",
+        path=True,
     )
     judge: str | Mapping[str, Any] = setting(
         "score",

@@ -19,7 +19,7 @@ from pjrlhf.data.tokenization import load_tokenizer
 from pjrlhf.errors import UserError
 from pjrlhf.export import merge
 from pjrlhf.export.merge import MergeSettings
-from pjrlhf.feedback import comparisons
+from pjrlhf.feedback import comparisons, samplers
 from pjrlhf.judges.judge import ScoreJudge
 from pjrlhf.models import folders
 from pjrlhf.models.storage import load_tree, save_tree
@@ -230,7 +230,7 @@ def test_a_held_out_prompt_that_is_too_long(copied):
 
 def test_answers_that_no_judge_can_tell_apart(copied, monkeypatch):
     run = tiny.start(copied, tiny.settings())
-    monkeypatch.setattr(comparisons, "sample_base", lambda run, prompts, key, stage: ["it can grow ."] * len(prompts))
+    monkeypatch.setattr(samplers, "sample_base", lambda run, prompts, key, stage: ["it can grow ."] * len(prompts))
     with pytest.raises(UserError, match="none of 32 pairs of answers differs by 'P1A'; train the base longer or raise"):
         comparisons.run(run)
 
