@@ -2,11 +2,12 @@
 per prompt, or with the user model of P-DPO and one user per prompt.
 """
 
+import contextlib
 import dataclasses
 import functools
 import os
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -15,7 +16,8 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from pjrlhf.data.batching import pad_left, pad_right
-from pjrlhf.data.schema import Prompt
+from pjrlhf.data.messages import Conversation, Prompt, as_turns, options_of, read_turns
+from pjrlhf.data.records import RecordError, plain
 from pjrlhf.data.tokenization import Tokenizer, load_tokenizer
 from pjrlhf.errors import UserError
 from pjrlhf.models.adapters import AdapterConfig, Backbone, bank_size
@@ -162,7 +164,8 @@ class LanguageModel:
         """Samples one answer per prompt.
 
         Args:
-          prompts: B texts, or conversations for a tokenizer with a chat template.
+          prompts: B texts, or conversations for a tokenizer with a chat template: lists of messages whose last one is
+            to be answered, or a `data.messages.Conversation` with tools and variables of the template.
           bank: K adapters; None for the base alone.
           mix: float [K] or [B, K], weights of the adapters; None for the base alone.
           max_new_tokens: longest answer, in tokens.
@@ -172,10 +175,17 @@ class LanguageModel:
           user_tokens: float [B, E, D], read before each prompt, see `models.users`.
 
         Raises:
-          UserError: a prompt does not fit the context, or `mix` does not fit the bank or the prompts.
+          UserError: a prompt does not fit the context, or the chat template refuses it; or `mix` does not fit the bank
+            or the prompts.
         """
+        prompts = _checked(prompts)
         mix = _rows_of_mix(bank, mix, len(prompts))
-        ids = [self.tokenizer.encode_prompt(prompt) for prompt in prompts]
+        if not prompts:
+            return []
+        ids = []
+        for number, prompt in enumerate(prompts, 1):
+            with _named(f"prompt {number}"):
+                ids.append(self.tokenizer.encode_prompt(prompt))
         reserved = 0 if user_tokens is None else user_tokens.shape[1]
         room = self.backbone.model.config.max_length - max_new_tokens - reserved
         self._check_context(max(map(len, ids)) + reserved + max_new_tokens)
@@ -217,8 +227,16 @@ class LanguageModel:
         Raises:
           UserError: see `generate`.
         """
+        prompts = _checked(prompts)
+        if len(answers) != len(prompts):
+            raise UserError(f"answers: there are {len(answers)} for {len(prompts)} prompts; give one for each")
         mix = _rows_of_mix(bank, mix, len(prompts))
-        rows = [self.tokenizer.encode_answers(p, [a]) for p, a in zip(prompts, answers, strict=True)]
+        if not prompts:
+            return np.zeros(0, np.float32)
+        rows = []
+        for number, (prompt, answer) in enumerate(zip(prompts, answers, strict=True), 1):
+            with _named(f"prompt {number} and its answer"):
+                rows.append(self.tokenizer.encode_answers(prompt, [answer]))
         prompt_ids, answer_ids = [prompt for prompt, _ in rows], [found[0].ids for _, found in rows]
         reserved = 0 if user_tokens is None else user_tokens.shape[1]
         self._check_context(reserved + max(len(p) + len(a) for p, a in zip(prompt_ids, answer_ids, strict=True)))
@@ -277,7 +295,34 @@ class PersonalModel:
         return self.params["bank"], jnp.ones((1, 1)) if mix is None else mix, user_tokens
 
     def _asked(self, prompts: Sequence[Prompt]) -> list[Prompt]:
-        return [[{"role": "user", "content": p}] if self.chat and isinstance(p, str) else p for p in prompts]
+        return [as_turns(p) if self.chat and isinstance(p, str) else p for p in _checked(prompts)]
+
+
+def _checked(prompts: Sequence[Prompt]) -> list[Prompt]:
+    """The prompts, conversations with their messages as chat templates expect them.
+
+    Raises:
+      UserError: a single prompt, or one that is neither text nor a conversation that waits for an answer.
+    """
+    if isinstance(prompts, str | Mapping) or any(isinstance(prompt, Mapping) for prompt in prompts):
+        raise UserError("prompts: is a single prompt; give a list of prompts, as [prompt]")
+    found: list[Prompt] = []
+    for number, prompt in enumerate(prompts, 1):
+        if isinstance(prompt, str):
+            found.append(prompt)
+        else:
+            with _named(f"prompt {number}"):
+                found.append(Conversation(read_turns(plain(prompt), "prompt"), options_of(prompt)))
+    return found
+
+
+@contextlib.contextmanager
+def _named(what: str) -> Iterator[None]:
+    """Names what cannot be used."""
+    try:
+        yield
+    except RecordError as error:
+        raise UserError(f"{what}: {error}; correct it, or give the prompt as text") from error
 
 
 def _rounded(length: int) -> int:

@@ -18,7 +18,7 @@ from jaxtyping import Bool, Float, Int
 from pjrlhf.algorithms import answering, banks, reward
 from pjrlhf.algorithms.targets import Targets, TargetSettings, targets_of
 from pjrlhf.data.batching import soft_labels
-from pjrlhf.data.messages import request_of, text_of
+from pjrlhf.data.messages import Prompt, text_of
 from pjrlhf.data.packing import PackedRows
 from pjrlhf.data.preferences import PreferencePrompt
 from pjrlhf.data.schema import Example
@@ -85,7 +85,7 @@ def scores(
 
 
 def raw_rewards(
-    run: Run, rewarder: Params, rows: Sequence[TokenRow], texts: Sequence[tuple[str, str]]
+    run: Run, rewarder: Params, rows: Sequence[TokenRow], texts: Sequence[tuple[Prompt, str]]
 ) -> Float[np.ndarray, "M S"]:
     """Float32 rewards of M answers by all S rewards of the run, in their own units, of reward models those of
     Bradley-Terry; NaN where a source says nothing.
@@ -147,11 +147,10 @@ def table_rewards(run: Run, rewarder: Params, table: TokenTable) -> np.ndarray:
     """
     # A pair is labelled once per objective, but each of its answers is scored once.
     answers, numbers = unique_answers(table)
-    texts = [("", "")] * len(answers)
+    texts: list[tuple[Prompt, str]] = [("", "")] * len(answers)
     for example, places in zip(table.examples, numbers, strict=True):
-        request = example.extra.get("request") or request_of(example.prompt)
         for side, place in zip(SIDES, places, strict=True):
-            texts[place] = (request, text_of(getattr(example, side)))
+            texts[place] = (example.original, text_of(getattr(example, side)))
     rewards = raw_rewards(run, rewarder, answers, texts)[numbers]
     return np.where(np.isnan(rewards).any(1, keepdims=True), 0, rewards)
 

@@ -376,9 +376,10 @@ def comparisons(run: Run) -> TokenTable:
     """The pairs that reward models learn from: those of the stage comparisons, or of `reward.data`."""
     spec, lengths = run.section(RewardSettings).data, run.text.lengths
     if isinstance(spec, str):  # "comparisons"
-        spec = {"kind": "jsonl", "path": str(run.workdir.path / "comparisons" / FILE)}
         lengths = run.text.sampled_lengths
-    examples, name = run.records.comparisons(spec, "reward.data")
+        examples, name = run.records.made(run.workdir.path / "comparisons" / FILE, "reward.data")
+    else:
+        examples, name = run.records.comparisons(spec, "reward.data")
     return run.text.tokenized(run.records.asked(examples), lengths, name)
 
 

@@ -20,7 +20,7 @@ from pjrlhf.algorithms.answering import AnswerSettings
 from pjrlhf.algorithms.modpo import raw_rewards
 from pjrlhf.algorithms.targets import encode
 from pjrlhf.data.batching import batches
-from pjrlhf.data.messages import text_of
+from pjrlhf.data.messages import Conversation, Prompt, columns_of, read_options, text_of
 from pjrlhf.data.packing import PackedRows
 from pjrlhf.data.preferences import PreferencePrompt
 from pjrlhf.data.schema import Example
@@ -75,10 +75,11 @@ class RicSettings(Settings):
         check_accumulation(self.accumulation_steps, self.batch_size)
 
 
-Answer = dict[str, Any]  # {"request", "text", "scores": N numbers in [0, 1]}
+# {"request", with the other columns of its record, "text", "scores": N numbers in [0, 1]}
+Answer = dict[str, Any]
 
 
-def prompt_format(run: Run, settings: RicSettings, request: str, scores: Sequence[float]) -> str:
+def prompt_format(run: Run, settings: RicSettings, request: Prompt, scores: Sequence[float]) -> str:
     """The words after `request` that state N scores, one per objective.
 
     Raises:
@@ -94,16 +95,14 @@ def prompt_format(run: Run, settings: RicSettings, request: str, scores: Sequenc
     return words
 
 
-def scored(run: Run, rewarder: Params, requests: Sequence[str], texts: Sequence[str], name: str) -> list[Answer]:
+def scored(run: Run, rewarder: Params, requests: Sequence[Prompt], texts: Sequence[str], name: str) -> list[Answer]:
     """The answers that are not empty and have all rewards, these between the quantiles of the reward stage,
     `calibrate`d.
 
     The reward models read the plain request, whatever was stated. `name` is what messages call the answers.
     """
     examples = [
-        Example(
-            prompt=run.records.ask(request), completion=text, extra={"request": request}, where=f"{name} answer {i}"
-        )
+        Example(prompt=run.records.ask(request), completion=text, request=request, where=f"{name} answer {i}")
         for i, (request, text) in enumerate(zip(requests, texts, strict=True), 1)
         if text.strip()
     ]
@@ -111,11 +110,11 @@ def scored(run: Run, rewarder: Params, requests: Sequence[str], texts: Sequence[
         raise UserError(f"{name}: all of {len(texts)} answers are empty; train the base longer")
     table = _tokenized(run, examples, name)
     N = len(run.audience.objectives)
-    read = [(example.extra["request"], text_of(example.completion or "")) for example in table.examples]
+    read = [(example.original, text_of(example.completion or "")) for example in table.examples]
     raw = jnp.asarray(raw_rewards(run, rewarder, list(table), read))
     scores = np.asarray(calibrate(raw[:, :N], rewarder["low"][:N], rewarder["high"][:N]))
     return [
-        {"request": request, "text": text, "scores": row.tolist()}
+        {"request": request, **columns_of(request), "text": text, "scores": row.tolist()}
         for (request, text), row in zip(read, scores, strict=True)
         if not np.isnan(row).any()
     ]
@@ -153,7 +152,13 @@ def good(answers: Sequence[Answer], offline: Sequence[Answer], quantile: float) 
 def stored(path: pathlib.Path, make: Callable[[], list[Answer]]) -> list[Answer]:
     """The answers in the JSON lines of `path`; where there is no such file, those of `make`, which go there."""
     if path.is_file():
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        found = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        return [
+            answer
+            if isinstance(answer["request"], str)
+            else {**answer, "request": Conversation(answer["request"], read_options(answer))}
+            for answer in found
+        ]
     answers = make()
     with disk_errors(path):
         on_process_zero(write_lines)(path, answers)

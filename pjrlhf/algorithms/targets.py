@@ -18,6 +18,7 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 
 from pjrlhf.data import preferences
+from pjrlhf.data.messages import Prompt
 from pjrlhf.data.preferences import PreferencePrompt
 from pjrlhf.errors import UserError
 from pjrlhf.merging.methods import mixing_matrix
@@ -230,7 +231,10 @@ class PromptRows(Sequence[PromptRow]):
         prompts = [row.prompts[k] for k in range(K) for row in rows]
         plain = [row.reward_prompt for _ in range(K) for row in rows]
         if (longest := max(map(len, prompts + plain))) > limit:
-            raise UserError(f"prompts: one has {longest} tokens, more than data.max_prompt={limit}; raise it")
+            raise UserError(
+                f"prompts: one has {longest} tokens, more than data.max_prompt={limit}; raise it, or cut them with "
+                "--config.data.long_prompt=truncate_left"
+            )
         targets = [row.targets[k] for k in range(K) for row in rows]
         arrays = TargetBatch(
             objectives=np.array([target.objectives for target in targets], np.int32),  # pyright: ignore[reportArgumentType]
@@ -244,15 +248,14 @@ class PromptRows(Sequence[PromptRow]):
         return split_rows(batch, K)
 
 
-def encode(records: Records, text: Text, request: str, words: str) -> list[int]:
-    """Token ids of a request and `words` after it.
+def encode(records: Records, text: Text, request: Prompt, words: str) -> list[int]:
+    """Token ids of a request that states `words`.
 
     Raises:
-      UserError: the tokenizer has no token for some word.
+      UserError: the tokenizer has no token for some word, or see `Text.prompt_ids`.
     """
-    tokenizer = text.workspace.tokenizer
-    ids, plain = (tokenizer.encode_prompt(records.ask(request, w)) for w in (words, ""))
-    unknown = tokenizer.unk_id
+    ids, plain = (text.prompt_ids(records.ask(request, w)) for w in (words, ""))
+    unknown = text.workspace.tokenizer.unk_id
     if unknown is not None and unknown in ids and unknown not in plain:
         raise UserError(
             f"prompt_format {words!r}: the tokenizer has no token for some of it; choose other labels, or another "

@@ -24,7 +24,7 @@ from pjrlhf.algorithms import modpo, reward
 from pjrlhf.algorithms.modpo import Modpo
 from pjrlhf.data import synthetic
 from pjrlhf.data.batching import Completions
-from pjrlhf.data.messages import Answer, Prompt
+from pjrlhf.data.messages import Answer, Prompt, Request
 from pjrlhf.data.schema import Example
 from pjrlhf.data.tokenization import AnswerIds, TokenTable
 from pjrlhf.errors import UserError
@@ -176,8 +176,8 @@ class DryRecords(Records):
         self.count = count
 
     @functools.cached_property
-    def requests(self) -> tuple[list[str], list[str]]:
-        names = [f"request {i}" for i in range(2 * self.count)]
+    def requests(self) -> tuple[list[Request], list[Request]]:
+        names: list[Request] = [f"request {i}" for i in range(2 * self.count)]
         return names[: self.count], names[self.count :]
 
     @functools.cached_property

@@ -1,5 +1,6 @@
 """Conversations: messages with a role and a content, and what else chat templates render: tool calls and reasoning."""
 
+import json
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -15,25 +16,53 @@ Answer = str | list[Message]
 
 
 class Conversation(list[Message]):
-    """Messages with arguments for the chat template.
+    """Messages with arguments for the chat template. Nothing changes one, so that it can be a key; without arguments it
+    equals the list of its messages.
 
     Attributes:
       options: `tools`, JSON schemas of the tools that the model may call, and variables of the template by name.
     """
 
-    def __init__(self, messages: Sequence[Message], options: Mapping[str, Any]):
+    def __init__(self, messages: Sequence[Message], options: Mapping[str, Any] | None = None):
         super().__init__(messages)
-        self.options = dict(options)
+        self.options = dict(options or {})
+
+    def __eq__(self, other: object) -> bool:
+        return list.__eq__(self, other) is True and self.options == options_of(other)
+
+    def __ne__(self, other: object) -> bool:  # that of `list` knows no options
+        return not self == other
+
+    def __hash__(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride] - see the docstring
+        return hash(tuple((message["role"], message.get("content")) for message in self))
 
     def __repr__(self) -> str:
         return f"{super().__repr__()} with {self.options}" if self.options else super().__repr__()
 
 
-def options_of(prompt: Prompt) -> dict[str, Any]:
+Request = str | Conversation  # a prompt that can be a key
+
+
+def as_request(prompt: Prompt) -> Request:
+    """A prompt that can be a key."""
+    return prompt if isinstance(prompt, str | Conversation) else Conversation(prompt)
+
+
+def options_of(prompt: object) -> dict[str, Any]:
     """The arguments for the chat template that come with a prompt."""
     return prompt.options if isinstance(prompt, Conversation) else {}
 
 
+def columns_of(prompt: Prompt) -> dict[str, Any]:
+    """The columns of a record, beside its prompt, from which `read_options` makes the arguments of the template."""
+    options = options_of(prompt)
+    variables = {name: value for name, value in options.items() if name != "tools"}
+    columns = {"tools": options.get("tools"), "chat_template_kwargs": variables}
+    return {name: value for name, value in columns.items() if value}
+
+
+# Roles of the turns that instruct the assistant and are no part of the exchange.
+SYSTEM = ("system", "developer")
 # Keys of a message, besides its content, that are part of what it says.
 SAID = ("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking", "refusal", "images", "audio")
 # Arguments of `apply_chat_template` that this package sets.
@@ -57,9 +86,78 @@ def with_text(prompt: Prompt, text: str) -> Prompt:
     """`prompt` after `text`; in a conversation the text stands in the last message of the user."""
     if isinstance(prompt, str):
         return f"{text}\n{prompt}"
-    last = max((i for i, message in enumerate(prompt) if message["role"] == "user"), default=len(prompt) - 1)
-    told = {**prompt[last], "content": f"{text}\n{text_of(prompt[last : last + 1])}"}
-    return Conversation([*prompt[:last], told, *prompt[last + 1 :]], options_of(prompt))
+    last = _last_request(prompt)
+    return _with_content(prompt, last, f"{text}\n{text_of(prompt[last : last + 1])}")
+
+
+def with_words(prompt: Prompt, words: str, turn: str = "user") -> Prompt:
+    """`prompt` followed by `words` about preferences; in a conversation they end a turn.
+
+    Args:
+      turn: "user", the last message of the user; "system", the system turn, which a conversation without one gets.
+    """
+    if not words:
+        return prompt
+    if isinstance(prompt, str):
+        return " ".join(filter(None, [prompt, words]))
+    place = _last_request(prompt)
+    if turn == "system":
+        if prompt[0]["role"] not in SYSTEM:
+            return Conversation([{"role": "system", "content": words}, *prompt], options_of(prompt))
+        place = 0
+    return _with_content(prompt, place, " ".join(filter(None, [text_of(prompt[place : place + 1]), words])))
+
+
+def _last_request(prompt: list[Message]) -> int:
+    """The place of the last message of the user; of the last message where there is none."""
+    return max((i for i, message in enumerate(prompt) if message["role"] == "user"), default=len(prompt) - 1)
+
+
+def _with_content(prompt: list[Message], place: int, content: str) -> Conversation:
+    told = {**prompt[place], "content": content}
+    return Conversation([*prompt[:place], told, *prompt[place + 1 :]], options_of(prompt))
+
+
+def without_system(messages: Sequence[Message]) -> list[Message]:
+    """The same conversation for a template that knows no system role: what such a turn says begins the next message of
+    the user. Turns that no message of the user follows stay.
+    """
+    found: list[Message] = []
+    waiting: list[Message] = []
+    for message in messages:
+        if message["role"] in SYSTEM:
+            waiting.append(message)
+        elif message["role"] == "user":
+            content = "\n\n".join(filter(None, [text_of([one]) for one in (*waiting, message)]))
+            found.append({**message, "content": content})
+            waiting = []
+        else:
+            found.append(message)
+    return [*found, *waiting]
+
+
+def dialogue(prompt: Prompt) -> str:
+    """A prompt as text for a reader: all turns of a conversation, each after the name of its role; the text alone of a
+    text prompt and of a single message of the user.
+    """
+    if isinstance(prompt, str) or (len(prompt) == 1 and prompt[0]["role"] == "user"):
+        return text_of(prompt)
+    return "\n\n".join(f"{message['role'].capitalize()}: {said(message)}" for message in prompt)
+
+
+def said(message: Message) -> str:
+    """All that a message says, as text for a reader: also reasoning and tool calls, in brackets."""
+    parts = [f"[{name}: {message[name]}]" for name in SAID if name != "tool_calls" and message.get(name)]
+    parts.append(message.get("content") or "")
+    for call in message.get("tool_calls") or ():
+        inner = call.get("function", call)
+        parts.append(f"[calls {inner['name']}({json.dumps(inner.get('arguments') or {}, ensure_ascii=False)})]")
+    return "\n".join(filter(None, parts))
+
+
+def as_turns(text: str) -> list[Message]:
+    """A text prompt as a conversation: one message of the user, or the turns of a transcript."""
+    return transcript(text) or [{"role": "user", "content": text}]
 
 
 def transcript(text: str) -> list[Message] | None:
@@ -146,6 +244,18 @@ def _from_json(text: str, reason: str) -> Any:
         return from_json(text) if text.strip() else None
     except RecordError as error:
         raise RecordError(reason, str(error)) from error
+
+
+def read_turns(value: Json, name: str) -> list[Message]:
+    """A conversation that waits for an answer; see `read_messages`.
+
+    Raises:
+      RecordError: also where the assistant has the last word.
+    """
+    messages = read_messages(value, name)
+    if messages[-1]["role"] == "assistant":
+        raise RecordError(f"{name} ends with the assistant", "the last message of a prompt is the one to answer")
+    return messages
 
 
 def read_answer(messages: Sequence[Message], name: str) -> Answer:

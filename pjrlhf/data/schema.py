@@ -12,7 +12,17 @@ from typing import Any
 
 from absl import logging
 
-from pjrlhf.data.messages import Answer, Conversation, Prompt, options_of, read_answer, read_messages, read_options
+from pjrlhf.data.messages import (
+    SYSTEM,
+    Answer,
+    Conversation,
+    Prompt,
+    options_of,
+    read_answer,
+    read_messages,
+    read_options,
+    read_turns,
+)
 from pjrlhf.data.records import BadRecords, RecordError, plain
 from pjrlhf.errors import UserError
 from pjrlhf.settings import shown
@@ -34,8 +44,8 @@ class Example:
     Text is never blank and numbers are finite. Columns that the record does not have are None.
 
     Attributes:
-      prompt: "" only for a completion without a prompt. A `Conversation` where the record has `tools` or
-        `chat_template_kwargs`.
+      prompt: "" only for a completion without a prompt. Messages are a `Conversation`, also those of a text prompt with
+        `tools` or `chat_template_kwargs`.
       chosen, rejected: the answers of a preference record.
       completion: the answer of a completion record.
       user_id: whose preference it is; None for the generic user.
@@ -46,6 +56,7 @@ class Example:
       margin: how much better `chosen` is, for losses that take a margin.
       preference: the probability that `chosen` is the better answer, from 1/2, a tie, to 1; None for 1.
       extra: all other columns, for reward functions.
+      request: the prompt as the record has it, where the run asks it as `prompt`; None where they are the same.
       where: place of the record, such as "train.jsonl line 17".
     """
 
@@ -61,7 +72,13 @@ class Example:
     margin: float | None = None
     preference: float | None = None
     extra: dict[str, Any] = dataclasses.field(default_factory=dict)
+    request: Prompt | None = None
     where: str = ""
+
+    @property
+    def original(self) -> Prompt:
+        """The prompt as the record has it, which judges and reward functions read."""
+        return self.prompt if self.request is None else self.request
 
 
 def validate(
@@ -115,7 +132,8 @@ def parse(
 ) -> Example:
     """One record as an `Example`.
 
-    kind "prompt":     `prompt`, or that of a preference record.
+    kind "prompt":     `prompt`; or `messages`, without the answer of the assistant at their end; or the prompt of a
+      preference record.
     kind "completion": `prompt` and `completion`, or `text`, or `messages`: the completion is all from the first turn of
       the assistant on.
     kind "preference": `chosen` and `rejected` with `prompt`; or without this column where both answers start with the
@@ -139,10 +157,11 @@ def parse(
         name = "prompt" if kind == "preference" else "completion"
         raise RecordError(f"{name} is null", "give it a value, or leave out the record")
     fields = {"prompt": _prompt, "completion": _completion, "preference": _preference}[kind](values, list(record))
-    if options := read_options(values):
-        prompt = fields["prompt"]
-        turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-        fields["prompt"] = Conversation(turns, options)
+    options, prompt = read_options(values), fields["prompt"]
+    if isinstance(prompt, list):
+        fields["prompt"] = Conversation(prompt, options)
+    elif options:
+        fields["prompt"] = Conversation([{"role": "user", "content": prompt}], options)
     if kind == "prompt":
         extra |= {name: values[name] for name in ("chosen", "rejected", "completion", "text") if name in values}
     return Example(
@@ -212,10 +231,20 @@ def _listed(names: Sequence[str]) -> str:
 
 
 def _prompt(values: dict[str, Any], found: list[str]) -> dict[str, Any]:
-    if "prompt" not in values and {"chosen", "rejected"} <= values.keys():
-        return {"prompt": _preference(values, found)["prompt"]}
-    _need(values, ["prompt"], found, "prompt data needs prompt")
-    return {"prompt": _read_prompt(values["prompt"])}
+    if "prompt" not in values and "messages" in values:
+        prompt: Prompt = read_messages(values["messages"], "messages")
+        while prompt and prompt[-1]["role"] == "assistant":
+            prompt.pop()
+        if not prompt:
+            raise RecordError("no prompt in messages", "all of them are the assistant's")
+    elif "prompt" not in values and {"chosen", "rejected"} <= values.keys():
+        prompt = _preference(values, found)["prompt"]
+    else:
+        _need(values, ["prompt"], found, "prompt data needs prompt, or messages")
+        prompt = _read_prompt(values["prompt"])
+    if isinstance(prompt, list) and prompt[-1]["role"] in SYSTEM:
+        raise RecordError("prompt ends with a system turn", "the last message of a prompt is the one to answer")
+    return {"prompt": prompt}
 
 
 def _completion(values: dict[str, Any], found: list[str]) -> dict[str, Any]:
@@ -291,10 +320,7 @@ def _implicit(answers: dict[str, Any], found: list[str]) -> tuple[Prompt, list[A
 def _read_prompt(value: Json) -> Prompt:
     if isinstance(value, str):
         return _text(value, "prompt")
-    messages = read_messages(value, "prompt")
-    if messages[-1]["role"] == "assistant":
-        raise RecordError("prompt ends with the assistant", "the last message of a prompt is the one to answer")
-    return messages
+    return read_turns(value, "prompt")
 
 
 def _text(value: Json, name: str) -> str:

@@ -17,7 +17,10 @@ import hashlib
 import itertools
 import pathlib
 import random
+from collections.abc import Callable, Sequence
+from typing import Any
 
+from pjrlhf.data.messages import Prompt, text_of, with_words
 from pjrlhf.data.preferences import Preference, Preferences, dimensions
 from pjrlhf.data.tokenization import write_folder
 
@@ -174,9 +177,10 @@ def prompts() -> list[str]:
     return [request.format(topic) for topic in TOPICS for request in REQUESTS]
 
 
-def topic_of(prompt: str) -> str | None:
-    """The topic that a request names; None where it names none."""
-    return next((word for word in prompt.split() if word in TOPICS), None)
+def topic_of(prompt: Prompt) -> str | None:
+    """The topic that a request names; in a conversation, the last that the user names. None where there is none."""
+    turns = [prompt] if isinstance(prompt, str) else [text_of([m]) for m in reversed(prompt) if m["role"] == "user"]
+    return next((word for turn in turns for word in turn.split() if word in TOPICS), None)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -207,7 +211,7 @@ class Habits:
 
 
 def answer(
-    prompt: str,
+    prompt: Prompt,
     stated: tuple[str, ...],
     rng: random.Random,
     habits: Habits = Habits(),
@@ -266,13 +270,16 @@ def answer(
 
 
 def corpus(
-    prompt_list: list[str],
+    prompt_list: Sequence[Prompt],
     size: int,
     seed: int,
     habits: Habits = Habits(),
     preferences: Preferences = PREFERENCES,
-) -> list[dict[str, str]]:
-    """`size` records {"prompt", "completion"}. Half of the prompts state one to three preferences, the others none."""
+    state: Callable[[Prompt, str], Prompt] = with_words,
+) -> list[dict[str, Any]]:
+    """`size` records {"prompt", "completion"}. Half of the prompts state one to three preferences, the others none;
+    `state` gives a prompt these sentences.
+    """
     rng = random.Random(seed)
     groups = list(dimensions(preferences, preferences).values())
     records = []
@@ -281,8 +288,8 @@ def corpus(
         stated: tuple[str, ...] = ()
         if rng.random() < 0.5:
             stated = tuple(sorted(rng.choice(group) for group in rng.sample(groups, rng.randint(1, len(groups)))))
-        text = " ".join([prompt, *(preferences[name].sentence for name in stated)])
-        records.append({"prompt": text, "completion": answer(prompt, stated, rng, habits, preferences)})
+        words = " ".join(preferences[name].sentence for name in stated)
+        records.append({"prompt": state(prompt, words), "completion": answer(prompt, stated, rng, habits, preferences)})
     return records
 
 
@@ -290,7 +297,7 @@ def corpus(
 # The exact judge
 
 
-def parse(prompt: str, text: str) -> dict[str, float]:
+def parse(prompt: Prompt, text: str) -> dict[str, float]:
     """Counts the statements of an answer.
 
     Returns:
@@ -335,7 +342,7 @@ def parse(prompt: str, text: str) -> dict[str, float]:
     }
 
 
-def score(prompt: str, text: str, criterion: str, preferences: Preferences = PREFERENCES) -> float:
+def score(prompt: Prompt, text: str, criterion: str, preferences: Preferences = PREFERENCES) -> float:
     """How well `text` answers `prompt` by one criterion, about -2 to 1; higher is better.
 
     The fraction of nonsense words is subtracted. A style counts its own remarks minus those of other tones. The
@@ -369,7 +376,8 @@ def score(prompt: str, text: str, criterion: str, preferences: Preferences = PRE
 
 SPECIAL = ("<pad>", "<s>", "</s>", "<unk>", "<user>", "<assistant>")
 CHAT_TEMPLATE = (
-    "{{ bos_token }}{% for m in messages %} <{{ m['role'] }}> {{ m['content'] }}{% endfor %}"
+    "{{ bos_token }}{% for m in messages %}{% if m['role'] != 'system' %} <{{ m['role'] }}>{% endif %}"
+    " {{ m['content'] }}{% endfor %}"
     "{% if add_generation_prompt %} <assistant>{% endif %}"
 )
 

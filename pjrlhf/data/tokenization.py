@@ -17,7 +17,18 @@ import jinja2
 import numpy as np
 from absl import logging
 
-from pjrlhf.data.messages import SAID, Answer, Conversation, Message, Prompt, options_of, text_of
+from pjrlhf.data.messages import (
+    SAID,
+    SYSTEM,
+    Answer,
+    Conversation,
+    Message,
+    Prompt,
+    as_turns,
+    options_of,
+    text_of,
+    without_system,
+)
 from pjrlhf.data.records import BadRecords, RecordError
 from pjrlhf.data.schema import Example, shared_length
 from pjrlhf.errors import UserError
@@ -316,6 +327,13 @@ class Tokenizer:
                 "prompt: is a conversation, and the tokenizer has no chat template; add chat_template to "
                 "tokenizer_config.json, or give prompts as text"
             )
+        if any(message["role"] in SYSTEM for message in (*prompt, *more)) and not self._knows_system:
+            logging.log_first_n(
+                logging.WARNING,
+                "the chat template knows no system role: what a system turn says begins the next message of the user",
+                1,
+            )
+            prompt, more = Conversation(without_system(prompt), options_of(prompt)), without_system(more)
         try:
             text = self._apply([*prompt, *more], generate, options_of(prompt))
         except RecordError as error:
@@ -332,6 +350,19 @@ class Tokenizer:
             if ignored:
                 raise RecordError(f"{name} ignored by the chat template", "leave it out, or use another template")
         return text
+
+    @functools.cached_property
+    def _knows_system(self) -> bool:
+        """Whether the chat template writes what a system turn says: some refuse such a turn, some leave it out."""
+        instruction, question = "An instruction", as_turns("A question")
+        try:
+            self._apply(question, True, {})
+        except RecordError:
+            return True  # it refuses more than that
+        try:
+            return instruction in self._apply([{"role": "system", "content": instruction}, *question], True, {})
+        except RecordError:
+            return False
 
     def _ignorable(
         self, prompt: list[Message], more: Sequence[Message]

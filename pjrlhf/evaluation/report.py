@@ -47,7 +47,8 @@ and of user models, where `accuracy` is the dict of `users.user_accuracy`:
     generation            {model: {user: {group, length, score: {name: x}}}}, means over the answers to each
 
 `rate` is a `winrate.Rate` or a mapping with its fields: rate, rate_half, low, high, wins, losses, ties.
-A sample is {combo, prompt, answers: {method: text}} or {model, prompt, answers: {user: text}}.
+A sample is {combo, prompt, answers: {method: text}} or {model, prompt, answers: {user: text}}; a prompt is a text or a
+list of messages.
 """
 
 import base64
@@ -61,6 +62,7 @@ from typing import Any
 import jinja2
 import rich.console
 
+from pjrlhf.data.messages import Prompt, request_of, said
 from pjrlhf.evaluation import plots, plots_front, plots_users, report_front, report_judges, report_users
 from pjrlhf.evaluation.formats import (
     cell,
@@ -140,6 +142,18 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
+def turns(prompt: Prompt | None) -> list[tuple[str, str]]:
+    """(role, what it says) of every message of a conversation; nothing for a text or a single message of the user."""
+    if not prompt or isinstance(prompt, str) or (len(prompt) == 1 and prompt[0]["role"] == "user"):
+        return []
+    return [(message["role"], said(message)) for message in prompt]
+
+
+def request(prompt: Prompt | None) -> str:
+    """The text that a prompt wants answered."""
+    return request_of(prompt) if prompt else ""
+
+
 def _by_combo(combos: Mapping[str, Any]) -> dict[str, dict[str, dict[str, Any]]]:
     """{combo: {method: rate}} against all opponents together, from the counts."""
     return {combo: {method: _pooled(row.values()) for method, row in table.items()} for combo, table in combos.items()}
@@ -159,7 +173,8 @@ def _write(path: pathlib.Path, content: bytes) -> None:
 def _template() -> jinja2.Template:
     loader = jinja2.FileSystemLoader(pathlib.Path(__file__).parent)
     environment = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {function.__name__: function for function in (percent, number, duration, interval, mean_of)}
+    filters = (percent, number, duration, interval, mean_of, turns, request)
+    environment.filters |= {function.__name__: function for function in filters}
     environment.filters["base64"] = lambda content: base64.b64encode(content).decode()
     return environment.get_template("report.html")
 

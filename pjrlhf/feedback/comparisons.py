@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from pjrlhf.data import preferences
+from pjrlhf.data.messages import Prompt, columns_of
 from pjrlhf.errors import UserError
 from pjrlhf.feedback.samplers import BASE, sampler, sampler_name
 from pjrlhf.judges.judge import JUDGES, check_judge, combo_outcomes, judge_name
@@ -59,12 +60,12 @@ def stated_sets(run: Run, count: int, rng: random.Random) -> list[tuple[str, ...
     return [tuple(rng.choice(group) for group in groups if rng.random() < 0.5) for _ in range(count)]
 
 
-def preference_record(run: Run, request: str, chosen: str, rejected: str, **columns: Json) -> dict[str, Any]:
+def preference_record(run: Run, request: Prompt, chosen: str, rejected: str, **columns: Json) -> dict[str, Any]:
     """A TRL preference record of answers to `request`: messages where this run chats, text where it does not."""
     answers: dict[str, Any] = {"chosen": chosen, "rejected": rejected}
     if run.records.chat:
         answers = {side: [{"role": "assistant", "content": text}] for side, text in answers.items()}
-    return {"prompt": run.records.ask(request), **answers, **columns, "request": request}
+    return {"prompt": run.records.ask(request), **answers, **columns, **columns_of(request), "request": request}
 
 
 def run(run: Run) -> dict[str, Any]:
@@ -90,7 +91,7 @@ def run(run: Run) -> dict[str, Any]:
     equal = [i for i in usable if first[i] == second[i]]
     pairs = {(requests[i], *sorted((first[i], second[i]))): i for i in reversed(usable) if first[i] != second[i]}
     kept = sorted(pairs.values())  # the first of its kind
-    asked, a, b = ([texts[i] for i in kept] for texts in (requests, first, second))
+    asked, a, b = [requests[i] for i in kept], [first[i] for i in kept], [second[i] for i in kept]
     verdicts = combo_outcomes(judge, asked, a, b, names)
     label = {"judge": judge_name(config.judge), "sampler": source}
     records, ties, unjudged = [], dict.fromkeys(names, len(equal)), dict.fromkeys(names, 0)

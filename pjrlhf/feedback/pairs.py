@@ -161,8 +161,7 @@ def tables_of(
     """
     if isinstance(settings.data, str):  # "population"
         folder, lengths = run.workdir.path / "population", run.text.sampled_lengths
-        specs = {name: {"kind": "jsonl", "path": str(folder / f"{name}.jsonl")} for name in PARTS}
-        parts = {name: run.records.comparisons(spec, "preference.data") for name, spec in specs.items()}
+        parts = {name: run.records.made(folder / f"{name}.jsonl", "preference.data") for name in PARTS}
     else:
         lengths = run.text.lengths
         examples, source = run.records.comparisons(settings.data, "preference.data")

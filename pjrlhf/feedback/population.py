@@ -15,8 +15,7 @@ from typing import Any
 import numpy as np
 from absl import logging
 
-from pjrlhf.data.messages import text_of
-from pjrlhf.data.schema import Example
+from pjrlhf.data.messages import Request, as_request, text_of
 from pjrlhf.errors import UserError
 from pjrlhf.feedback.comparisons import preference_record
 from pjrlhf.feedback.pairs import SIDES
@@ -29,7 +28,7 @@ from pjrlhf.training.workdir import disk_errors, write_lines
 
 TRAIN, HELDOUT, NEW = "train.jsonl", "heldout.jsonl", "new_users.jsonl"
 STREAMS = {TRAIN: "population/train", HELDOUT: "population/heldout", NEW: "population/new_users"}
-Triple = tuple[str, str, str]  # a request and two answers
+Triple = tuple[Request, str, str]  # a request and two answers
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -79,7 +78,7 @@ def given_pairs(run: Run) -> list[Triple]:
     source = run.section(PopulationSettings).data
     assert not isinstance(source, str), source  # the base answers there
     examples, name = run.records.comparisons(source, "population.data")
-    asked = [dataclasses.replace(example, prompt=run.records.ask(_text(example)), extra={}) for example in examples]
+    asked = [dataclasses.replace(example, prompt=run.records.ask(example.prompt), extra={}) for example in examples]
     table = run.text.tokenized(asked, run.text.lengths, name)
     ended = [[ids[-1] in run.workspace.tokenizer.eos_ids for ids in table.tokens[side]] for side in SIDES]
     whole = np.sum(ended, axis=0)
@@ -91,16 +90,12 @@ def given_pairs(run: Run) -> list[Triple]:
             f"population.data: none of {len(table)} pairs has {enough} answers of at most "
             f"{run.text.lengths.completion} tokens; raise data.max_completion, or lower population.whole_answers"
         )
-    return [(_text(e), text_of(e.chosen or ""), text_of(e.rejected or "")) for e in examples if e.where in fits]
+    return [
+        (as_request(e.prompt), text_of(e.chosen or ""), text_of(e.rejected or "")) for e in examples if e.where in fits
+    ]
 
 
-def _text(example: Example) -> str:
-    if not isinstance(example.prompt, str):
-        raise UserError(f"{example.where}: the prompt is a conversation; requests must be text here")
-    return example.prompt
-
-
-def _sampled(run: Run, requests: list[str], stream: str) -> list[Triple]:
+def _sampled(run: Run, requests: list[Request], stream: str) -> list[Triple]:
     """Two answers of the base to every request, drawn from a random stream."""
     prompts, keys = [run.records.ask(request) for request in requests], functools.partial(run.streams.key, stream)
     texts = sample_base(run, prompts * 2, keys, f"population: answers for {stream.partition('/')[2]}")

@@ -14,6 +14,7 @@ from typing import Any, ClassVar, Protocol
 import numpy as np
 from numpy.typing import ArrayLike
 
+from pjrlhf.data.messages import Prompt, Request, as_request
 from pjrlhf.errors import UserError
 from pjrlhf.judges.chat import Chat
 from pjrlhf.judges.language_model import ChatBackend, JudgeSettings, LanguageModelJudge
@@ -32,14 +33,17 @@ class Judge(Protocol):
     """
 
     def __call__(
-        self, prompts: Sequence[str], first: Sequence[str], second: Sequence[str], criterion: str
+        self, prompts: Sequence[Prompt], first: Sequence[str], second: Sequence[str], criterion: str
     ) -> np.ndarray:
-        """Verdicts [N] in [-1, 1] or NaN for N pairs of answers under one criterion."""
+        """Verdicts [N] in [-1, 1] or NaN for N pairs of answers under one criterion.
+
+        A prompt is a text, or a `Conversation` where its record has messages.
+        """
         ...
 
 
 def combo_outcomes(
-    judge: Judge, prompts: Sequence[str], a: Sequence[str], b: Sequence[str], criteria: Sequence[str]
+    judge: Judge, prompts: Sequence[Prompt], a: Sequence[str], b: Sequence[str], criteria: Sequence[str]
 ) -> np.ndarray:
     """Verdicts of answers `a` against `b` under each of C criteria, float64 [N, C]; NaN where there is none.
 
@@ -51,7 +55,7 @@ def combo_outcomes(
 
 
 def ask(
-    judge: Judge, prompts: Sequence[str], first: Sequence[str], second: Sequence[str], criterion: str
+    judge: Judge, prompts: Sequence[Prompt], first: Sequence[str], second: Sequence[str], criterion: str
 ) -> np.ndarray:
     """The verdicts of `judge`, float64 [N], checked.
 
@@ -85,13 +89,13 @@ class ScoreJudge:
 
     order_invariant: ClassVar[bool] = True
 
-    score: Callable[[str, str, str], float]
+    score: Callable[[Prompt, str, str], float]
     tolerance: float = 0.0
-    together: Callable[[Sequence[str], Sequence[str], str], np.ndarray] | None = None
-    cache: dict[tuple[str, str, str], float] = dataclasses.field(default_factory=dict, repr=False)
+    together: Callable[[Sequence[Prompt], Sequence[str], str], np.ndarray] | None = None
+    cache: dict[tuple[Request, str, str], float] = dataclasses.field(default_factory=dict, repr=False)
 
     def __call__(
-        self, prompts: Sequence[str], first: Sequence[str], second: Sequence[str], criterion: str
+        self, prompts: Sequence[Prompt], first: Sequence[str], second: Sequence[str], criterion: str
     ) -> np.ndarray:
         gap = self.scores(prompts, first, criterion) - self.scores(prompts, second, criterion)
         return np.where(np.isnan(gap), np.nan, np.sign(gap) * (np.abs(gap) > self.tolerance))
@@ -100,9 +104,9 @@ class ScoreJudge:
     def on_all_processes(self) -> bool:
         return self.together is not None
 
-    def scores(self, prompts: Sequence[str], texts: Sequence[str], criterion: str) -> np.ndarray:
+    def scores(self, prompts: Sequence[Prompt], texts: Sequence[str], criterion: str) -> np.ndarray:
         """Cached scores, float64 [N]."""
-        keys = [(prompt, text, criterion) for prompt, text in zip(prompts, texts, strict=True)]
+        keys = [(as_request(prompt), text, criterion) for prompt, text in zip(prompts, texts, strict=True)]
         missing = [key for key in dict.fromkeys(keys) if key not in self.cache]
         if self.together is not None and missing:
             values = self.together([prompt for prompt, _, _ in missing], [text for _, text, _ in missing], criterion)
@@ -111,7 +115,7 @@ class ScoreJudge:
             self.cache.update({key: self._finite(key) for key in missing})
         return np.array([self.cache[key] for key in keys], np.float64)
 
-    def _finite(self, key: tuple[str, str, str]) -> float:
+    def _finite(self, key: tuple[Request, str, str]) -> float:
         value = float(self.score(*key))
         if not math.isfinite(value):
             raise UserError(f"criterion {key[2]!r}: score {value} for {key[1][:60]!r}; scores must be finite")
@@ -173,7 +177,7 @@ class RewardJudge:
     made: dict[str, RewardSource | None] = dataclasses.field(default_factory=dict, repr=False)  # by criterion
 
     def __call__(
-        self, prompts: Sequence[str], first: Sequence[str], second: Sequence[str], criterion: str
+        self, prompts: Sequence[Prompt], first: Sequence[str], second: Sequence[str], criterion: str
     ) -> np.ndarray:
         source = self._of(criterion)
         gap = source(prompts, first).astype(np.float64) - source(prompts, second)
@@ -226,7 +230,7 @@ def check_judge(spec: str | Mapping[str, Any]) -> None:
 
 
 def both_orders(
-    judge: Judge, prompts: Sequence[str], a: Sequence[str], b: Sequence[str], criterion: str
+    judge: Judge, prompts: Sequence[Prompt], a: Sequence[str], b: Sequence[str], criterion: str
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Asks for (a, b) and for (b, a). Process 0 asks, so that all processes have the same verdicts; every
     process asks a judge on the mesh.
@@ -264,7 +268,7 @@ class BothOrders:
     _bias: float = 0.0
 
     def __call__(
-        self, prompts: Sequence[str], first: Sequence[str], second: Sequence[str], criterion: str
+        self, prompts: Sequence[Prompt], first: Sequence[str], second: Sequence[str], criterion: str
     ) -> np.ndarray:
         verdict, consistent, bias = both_orders(self.judge, prompts, first, second, criterion)
         known = ~np.isnan(verdict)

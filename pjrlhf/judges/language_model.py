@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import numpy as np
 from jaxtyping import Float
 
+from pjrlhf.data.messages import Prompt, dialogue
 from pjrlhf.errors import UserError
 from pjrlhf.judges.chat import Body, Chat, ChatSettings
 from pjrlhf.paths import expand
@@ -36,7 +37,8 @@ class Template:
       kind: "pair", which of two responses is better; or "rating", a number for one.
       answer: how the verdict is read: "letter", one token, with log-probabilities where the server gives them; "json",
         an object {"reason", "verdict"}; "text", the last line "Verdict: X".
-      system, user: texts with fields {prompt}, {first}, {second}, {criterion}, {person}; {low} and {high} of a rating.
+      system, user: texts with fields {prompt}, {first}, {second}, {criterion}, {person}; {low} and {high} of a
+        rating. {prompt} is all turns of a conversation.
       first, second, tie: the verdicts of a pair; `tie` may be empty.
       low, high: the bounds of a rating.
       helpful: the text of a criterion without one of its own; "" where the texts do not show the criterion.
@@ -408,12 +410,12 @@ class LanguageModelJudge(_Asking):
         super().__init__(settings, sentences, backend, "criterion")
 
     def __call__(
-        self, prompts: Sequence[str], first: Sequence[str], second: Sequence[str], criterion: str
+        self, prompts: Sequence[Prompt], first: Sequence[str], second: Sequence[str], criterion: str
     ) -> Float[np.ndarray, " N"]:
         shared = {"criterion": self.text_of(criterion), "person": self.person}
         verdicts = np.zeros(len(prompts))
         rows = [i for i in range(len(prompts)) if first[i] != second[i]]
-        items = [{"prompt": prompts[i], "first": first[i], "second": second[i], **shared} for i in rows]
+        items = [{"prompt": dialogue(prompts[i]), "first": first[i], "second": second[i], **shared} for i in rows]
         verdicts[rows] = self.ask(f"judge: {criterion}", items)
         return verdicts
 
@@ -445,7 +447,7 @@ class LanguageModelRating(_Asking):
         self.objective = objective
         self.shared = {"criterion": self.text_of(objective), "person": self.person}
 
-    def __call__(self, prompts: list[str], completions: list[str]) -> list[float | None]:
-        items = [{"prompt": p, "first": c, **self.shared} for p, c in zip(prompts, completions, strict=True)]
+    def __call__(self, prompts: list[Prompt], completions: list[str]) -> list[float | None]:
+        items = [{"prompt": dialogue(p), "first": c, **self.shared} for p, c in zip(prompts, completions, strict=True)]
         found = self.ask(f"rating: {self.objective}", items)
         return [None if math.isnan(value) else value for value in found]

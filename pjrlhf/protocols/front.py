@@ -17,6 +17,7 @@ from absl import logging
 from pjrlhf.algorithms import methods
 from pjrlhf.algorithms.reward import check_quantiles
 from pjrlhf.algorithms.targets import simplex_points
+from pjrlhf.data.messages import Prompt, columns_of
 from pjrlhf.errors import UserError
 from pjrlhf.evaluation import pareto
 from pjrlhf.objectives.multi_objective import target_map
@@ -78,7 +79,7 @@ class Front:
             raise UserError(f"evaluate_front: the base's answers all score alike by {name!r}; nothing can be scaled")
         self.reference = np.full(len(self.names), self.config.reference)
 
-    def scores(self, requests: Sequence[str], texts: Sequence[str]) -> np.ndarray:
+    def scores(self, requests: Sequence[Prompt], texts: Sequence[str]) -> np.ndarray:
         """The judge's scores [n, N] of answers; NaN where a reward source says nothing.
 
         Raises:
@@ -115,7 +116,7 @@ class Front:
             rows, texts = ([one[i] for i in chosen] for one in (rows, texts))
         asked = [(dict(zip(self.names, p, strict=True)), q) for p in points for q in requests]
         self.sampled += [
-            {"method": name, "weights": weights, "prompt": q, "stated": row.words, "answer": text}
+            {"method": name, "weights": weights, "prompt": q, **columns_of(q), "stated": row.words, "answer": text}
             for (weights, q), row, text in zip(asked, rows, texts, strict=True)
         ]
         scores = self.scores([row.request for row in rows], texts)

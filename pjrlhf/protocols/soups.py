@@ -21,6 +21,7 @@ import numpy as np
 from pjrlhf.algorithms import banks, methods
 from pjrlhf.algorithms.targets import TargetSection, targets_of
 from pjrlhf.data import preferences
+from pjrlhf.data.messages import columns_of
 from pjrlhf.errors import UserError
 from pjrlhf.evaluation.statistics import chord_gap, spearman
 from pjrlhf.evaluation.winrate import about_length, aggregate, length_controlled_rate, win_rate
@@ -190,7 +191,8 @@ class Evaluation:
     def _keep(self, part: str, row: Row, text: str, **more: str) -> None:
         """Keeps an answer with all that it takes to judge it again."""
         mix = {name: weight for name, weight in zip(self.names, row.mix, strict=True) if weight}
-        kept = {"part": part, **more, "prompt": row.request, "stated": row.words, "mix": mix, "answer": text}
+        kept = {"part": part, **more, "prompt": row.request, **columns_of(row.request), "stated": row.words}
+        kept |= {"mix": mix, "answer": text}
         self.answers.append(kept)
 
     def _judged(self, items: Sequence[Any], what: str) -> Iterator[Any]:

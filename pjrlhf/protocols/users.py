@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from pjrlhf.algorithms.pdpo import PreferenceSettings
-from pjrlhf.data.messages import request_of, text_of
+from pjrlhf.data.messages import as_request, columns_of, request_of, text_of
 from pjrlhf.data.schema import Example, is_tie
 from pjrlhf.evaluation import surface
 from pjrlhf.evaluation.users import (
@@ -79,7 +79,7 @@ def run(run: Run) -> dict[str, Any]:
     summary |= {section: {} for section in sections}
     samples: list[dict[str, Any]] = []
     answers: list[dict[str, Any]] = []
-    prompts = list({repr(example.prompt): example.prompt for example in held}.values())[: config.generate_for]
+    prompts = list({as_request(example.prompt): example for example in held}.values())[: config.generate_for]
     # The base itself, by its own log-probs, and what surface features alone can tell.
     score = functools.partial(_score, summary, questions=questions, settings=settings)
     score("base", np.subtract(*pairs.reference["heldout"].T), None, held)
@@ -106,7 +106,7 @@ def run(run: Run) -> dict[str, Any]:
             summary["generation"][name] = section
             answers += sampled
             first = {one["user"]: one["answer"] for one in sampled if one["prompt"] == sampled[0]["prompt"]}
-            samples.append({"prompt": request_of(sampled[0]["prompt"]), "model": name, "answers": first})
+            samples.append({"prompt": prompts[0].original, "model": name, "answers": first})
     for name, against in _pooled_models(run, config.surface).items():
         one, other = (summary["accuracy"][model]["users"] for model in (name, against))
         options = {key: settings[key] for key in ("resamples", "seed")}
@@ -191,30 +191,33 @@ def _grid(trained: Trained) -> dict[str, float]:
 
 
 def _generation(
-    trained: Trained, prompts: Sequence[Any], groups: dict[str, str]
+    trained: Trained, examples: Sequence[Example], groups: dict[str, str]
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Length and judge scores of answers to `prompts` as every trained user in the data, and all answers."""
+    """Length and judge scores of answers to the prompts of `examples` as every trained user in the data, and all
+    answers.
+    """
     run, present = trained.run, trained.pairs.people
     users = [user for user in trained.pairs.registry.rows if user in present]
     if not users:
         return {}, []
-    answers = trained.answers(prompts, users)
+    answers = trained.answers([example.prompt for example in examples], users)
     personas = sorted(set(groups.values()))
-    plain = [request_of(prompt) for prompt in prompts]
     section = {}
     for user, texts in zip(users, answers, strict=True):
         scores = {
             persona: float(
-                np.mean([run.audience.score(p, text, persona) for p, text in zip(plain, texts, strict=True)])
+                np.mean(
+                    [run.audience.score(e.original, text, persona) for e, text in zip(examples, texts, strict=True)]
+                )
             )
             for persona in personas
         }
         length = float(np.mean([len(text.split()) for text in texts]))
         section[user] = {"group": groups.get(user), "length": length, "score": scores}
     kept = [
-        {"model": trained.entry.name, "user": user, "prompt": prompt, "answer": text}
+        {"model": trained.entry.name, "user": user, "prompt": e.prompt, **columns_of(e.prompt), "answer": text}
         for user, texts in zip(users, answers, strict=True)
-        for prompt, text in zip(prompts, texts, strict=True)
+        for e, text in zip(examples, texts, strict=True)
     ]
     return section, kept
 

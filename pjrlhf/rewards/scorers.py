@@ -1,7 +1,8 @@
 """Rule-based scores of plain text, for models and prompts without a ground truth.
 
-A scorer is a function `(prompt, text) -> float`. A config names a registered one, "words:happy,glad" for a word list,
-or your own as "package.module:function". A minus sign before any of them, as in "-sentiment", turns its scores around.
+A scorer is a function `(prompt, text) -> float`; the prompt is a list of messages where its record has messages. A
+config names a registered one, "words:happy,glad" for a word list, or your own as "package.module:function". A minus
+sign before any of them, as in "-sentiment", turns its scores around.
 """
 
 import functools
@@ -9,11 +10,12 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Protocol, cast
 
+from pjrlhf.data.messages import Prompt
 from pjrlhf.errors import UserError
 from pjrlhf.paths import install
 from pjrlhf.registry import Registry, callable_as
 
-Scorer = Callable[[str, str], float]
+Scorer = Callable[[Prompt, str], float]
 
 _WORD = re.compile(r"[^\W_]+(?:'[^\W_]+)*")
 # A quotation may be open at the end: sampled answers are often cut by the length limit.
@@ -41,43 +43,43 @@ SCORERS: Registry[Scorer] = Registry("scorer", callable_as("a function (prompt, 
 
 
 @SCORERS.register("short")
-def short(prompt: str, text: str) -> float:
+def short(prompt: Prompt, text: str) -> float:
     """Minus the number of words."""
     return -float(len(words(text)))
 
 
 @SCORERS.register("long")
-def long(prompt: str, text: str) -> float:
+def long(prompt: Prompt, text: str) -> float:
     """The number of words."""
     return float(len(words(text)))
 
 
 @SCORERS.register("shorter")
-def shorter(prompt: str, text: str) -> float:
+def shorter(prompt: Prompt, text: str) -> float:
     """Minus the number of characters."""
     return -float(len(text))
 
 
 @SCORERS.register("longer")
-def longer(prompt: str, text: str) -> float:
+def longer(prompt: Prompt, text: str) -> float:
     """The number of characters."""
     return float(len(text))
 
 
 @SCORERS.register("dialogue")
-def dialogue(prompt: str, text: str) -> float:
+def dialogue(prompt: Prompt, text: str) -> float:
     """The fraction of words in quotes."""
     return dialogue_fraction(text)
 
 
 @SCORERS.register("plain")
-def plain(prompt: str, text: str) -> float:
+def plain(prompt: Prompt, text: str) -> float:
     """Minus the fraction of words in quotes."""
     return -dialogue_fraction(text)
 
 
 @SCORERS.register("sentiment")
-def sentiment(prompt: str, text: str) -> float:
+def sentiment(prompt: Prompt, text: str) -> float:
     """Sentiment from -1 to 1, by the lexicon of VADER. Raises UserError where vaderSentiment is not installed."""
     return float(_vader().polarity_scores(text)["compound"])
 

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+from pjrlhf.data.messages import Prompt
 from pjrlhf.errors import UserError
 from pjrlhf.rewards.sources import SOURCES, NoReply, RewardFunction, Unanswered
 from pjrlhf.types import Json
@@ -26,8 +27,9 @@ def by_http(
     concurrency: int = 4,
     key_variable: str = "",
 ) -> RewardFunction:
-    """POSTs {"prompts": [...], "completions": [...]} and takes {"rewards": [...]}, a number or null for each. Where the
-    records have other columns, "columns" has {name: [...]}.
+    """POSTs {"prompts": [...], "completions": [...]} and takes {"rewards": [...]}, a number or null for each. A prompt
+    is a text, or a list of messages where its record has messages. Where the records have other columns, "columns" has
+    {name: [...]}.
 
     Args:
       timeout: seconds to wait for a reply.
@@ -59,7 +61,7 @@ def by_http(
             )
         return rewards
 
-    def rewards(prompts: list[Any], completions: list[str], **columns: Sequence[Any]) -> list[float | None]:
+    def rewards(prompts: list[Prompt], completions: list[str], **columns: Sequence[Any]) -> list[float | None]:
         parts = [slice(i, i + batch_size) for i in range(0, len(completions), batch_size)]
         found: list[float | None] = [None] * len(completions)
         failed: list[int] = []

@@ -5,6 +5,7 @@ with a head. Sources run on the host, on text.
 """
 
 import asyncio
+import copy
 import dataclasses
 import functools
 import inspect
@@ -19,6 +20,7 @@ import numpy as np
 from absl import logging
 from jaxtyping import Float
 
+from pjrlhf.data.messages import Prompt, dialogue
 from pjrlhf.errors import UserError
 from pjrlhf.registry import Registry, callable_as, load
 from pjrlhf.rewards.scorers import scorer as named_scorer
@@ -39,8 +41,11 @@ class RewardFunction(Protocol):
     says so with an attribute `on_all_processes = True`.
     """
 
-    def __call__(self, prompts: list[str], completions: list[str]) -> Rewards | Awaitable[Rewards]:
-        """The rewards of N completions; None where the source says nothing about a completion."""
+    def __call__(self, prompts: list[Prompt], completions: list[str]) -> Rewards | Awaitable[Rewards]:
+        """The rewards of N completions; None where the source says nothing about a completion.
+
+        A prompt is a text where its record has a text, and a list of messages where its record has messages.
+        """
         ...
 
 
@@ -149,7 +154,7 @@ class SourceFailed(UserError):
 class _Batch:
     """N answers to score."""
 
-    prompts: list[Any]
+    prompts: list[Prompt]
     completions: list[str]
     records: RecordColumns
 
@@ -176,8 +181,8 @@ class _Batch:
         return found
 
 
-def _cut(value: Any) -> str:
-    return repr(value[:60]) if isinstance(value, str) else shown(value)
+def _cut(text: Prompt) -> str:
+    return repr(dialogue(text)[:60])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -230,7 +235,7 @@ class RewardSource:
                 )
 
     def __call__(
-        self, prompts: Sequence[Any], completions: Sequence[str], records: RecordColumns = NO_COLUMNS
+        self, prompts: Sequence[Prompt], completions: Sequence[str], records: RecordColumns = NO_COLUMNS
     ) -> Float[np.ndarray, " N"]:
         """Rewards float32 [N]; NaN where the source says nothing, and where it fails within `missing`.
 
@@ -333,7 +338,9 @@ class RewardSource:
         async def result() -> Any:
             return await cast(Awaitable[Any], found)
 
-        given = {**batch.records.columns, "prompts": batch.prompts, "completions": batch.completions}
+        # The function is other people's code, which may change what it gets.
+        prompts = copy.deepcopy(batch.prompts)
+        given = {**batch.records.columns, "prompts": prompts, "completions": batch.completions}
         parameters = self._parameters
         if parameters is None:
             given = {name: given[name] for name in ("prompts", "completions")}

@@ -35,7 +35,7 @@ class Row:
       mix: weights of the adapters, [K].
     """
 
-    request: str
+    request: Prompt
     words: str
     mix: tuple[float, ...]
 

@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import Bool, Float
 
 from pjrlhf.data import preferences, synthetic
+from pjrlhf.data.messages import Prompt
 from pjrlhf.data.preferences import Preference, Preferences
 from pjrlhf.errors import UserError
 from pjrlhf.parallel.processes import broadcast_from_zero, is_process_zero
@@ -120,7 +121,7 @@ class Audience:
 
     def host_rewards(
         self,
-        prompts: Sequence[Any],
+        prompts: Sequence[Prompt],
         completions: Sequence[str],
         wanted: Bool[np.ndarray, "B K"] | None = None,
         records: RecordColumns = NO_COLUMNS,
@@ -130,7 +131,7 @@ class Audience:
 
     def ask(
         self,
-        prompts: Sequence[Any],
+        prompts: Sequence[Prompt],
         completions: Sequence[str],
         wanted: Bool[np.ndarray, "B K"] | None = None,
         records: RecordColumns = NO_COLUMNS,
@@ -185,7 +186,7 @@ class Audience:
         return result
 
     @functools.cached_property
-    def score(self) -> Callable[[str, str, str], float]:
+    def score(self) -> Callable[[Prompt, str, str], float]:
         """(request, answer, criterion) -> the score of the judge; NaN where a reward source says nothing."""
         if self.judge == "rewards":
             if self.learned:

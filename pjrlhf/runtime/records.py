@@ -3,14 +3,15 @@
 import dataclasses
 import functools
 import json
-from collections.abc import Callable, Mapping, Sequence
+import pathlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from absl import logging
 
 from pjrlhf.data import synthetic
 from pjrlhf.data.batching import split_by
-from pjrlhf.data.messages import Message, transcript
+from pjrlhf.data.messages import Conversation, Prompt, Request, as_request, as_turns, columns_of, options_of, with_words
 from pjrlhf.data.schema import Example, last_turn, other_columns, validate
 from pjrlhf.data.sources import open_source
 from pjrlhf.errors import UserError
@@ -34,6 +35,12 @@ class DataSettings(Settings):
     )
     chat: bool | None = setting(
         None, "ask requests as turns of the tokenizer's chat template; where not set, if it has a template"
+    )
+    preference_turn: str = setting(
+        "user",
+        "the turn of a conversation that states preferences: at the end of the last message of the user, or of the "
+        "system turn",
+        choices=("user", "system"),
     )
     columns: Mapping[str, Any] = setting({}, "column of this package -> its name in your data")
     max_prompt: int = setting(20, "longest prompt, in tokens", low=1, high=2**20)
@@ -76,6 +83,7 @@ class Records:
       streams: draw the order of the held-out requests.
       corpus: of supervised fine-tuning.
       has_chat_template: whether the tokenizer of the run has one.
+      fitting: (examples, name of their source) -> those whose prompts the model can read, as `Text.fitting` does.
       note: called with what was read and has no local file, as `Workdir.check_contents` takes it.
     """
 
@@ -86,10 +94,12 @@ class Records:
         streams: Streams,
         corpus: CorpusSettings,
         has_chat_template: Callable[[], bool],
+        fitting: Callable[[Sequence[Example], str], Sequence[Example]] = lambda examples, name: examples,
         note: Callable[[Mapping[str, Mapping[str, str]]], None] = lambda inputs: None,
     ):
         self.settings, self.audience, self.streams, self.corpus = settings, audience, streams, corpus
         self._has_chat_template = has_chat_template
+        self._fitting = fitting
         self._note = note
 
     def _read(self, spec: SourceSpec, kind: str, columns: Mapping[str, Any], key: str) -> tuple[list[Example], str]:
@@ -114,14 +124,15 @@ class Records:
         logging.info("requests are %s (%s)", "turns of the chat template" if wanted else "plain text", reason)
         return wanted
 
-    def ask(self, request: str, words: str = "") -> str | list[Message]:
-        """The prompt of a request, followed by `words` about the user's preferences. A transcript in the format of
-        HH-RLHF becomes turns of the chat template.
+    def ask(self, request: Prompt, words: str = "") -> Prompt:
+        """The prompt of a request with `words` about the user's preferences, which end the request, or the system turn
+        as `data.preference_turn` says. A text becomes a turn of the chat template, a transcript in the format of
+        HH-RLHF several.
         """
-        if not self.chat:
-            return " ".join(filter(None, [request, words]))
-        *before, last = transcript(request) or [{"role": "user", "content": request}]
-        return [*before, {**last, "content": " ".join(filter(None, [last["content"], words]))}]
+        if isinstance(request, str) and not self.chat:
+            return with_words(request, words)
+        turns = Conversation(as_turns(request)) if isinstance(request, str) else request
+        return with_words(turns, words, self.settings.preference_turn)
 
     def asked(self, examples: Sequence[Example]) -> list[Example]:
         """`examples` whose text prompts are asked as every other request of the run.
@@ -136,18 +147,22 @@ class Records:
             return example
         answers = {name: getattr(example, name) for name in ("chosen", "rejected", "completion")}
         stripped = {name: answer.strip() for name, answer in answers.items() if isinstance(answer, str)}
-        return dataclasses.replace(example, prompt=self.ask(prompt), **stripped)
+        return dataclasses.replace(example, prompt=self.ask(prompt), request=prompt, **stripped)
 
     @functools.cached_property
-    def _by_request(self) -> dict[str, Example]:
+    def _by_request(self) -> dict[Request, Example]:
         """The records of `data.prompts` by their request; of those with the same one the first."""
-        d, found, others = self.settings, {}, 0
+        d, others = self.settings, 0
+        found: dict[Request, Example] = {}
         if isinstance(d.prompts, str):
             return found
         for example in self._read(d.prompts, "prompt", d.columns, "data.prompts")[0]:
-            if not isinstance(example.prompt, str):
-                raise UserError(f"{example.where}: the prompt is a conversation; give requests as text")
-            first = found.setdefault(example.prompt, example)
+            if not isinstance(example.prompt, str) and not self.chat:
+                raise UserError(
+                    f"{example.where}: the prompt is a conversation, and requests are plain text here; leave out "
+                    "--config.data.chat=False and take a tokenizer with a chat template, or give prompts as text"
+                )
+            first = found.setdefault(as_request(example.prompt), example)
             others += other_columns(first) != other_columns(example)
         if others and self.audience.sources:
             logging.warning(
@@ -161,32 +176,44 @@ class Records:
         """The columns that records of `data.prompts` have beside the prompt."""
         return tuple(dict.fromkeys(name for example in self._by_request.values() for name in other_columns(example)))
 
-    def columns_of(self, requests: Sequence[str]) -> RecordColumns:
+    def columns_of(self, requests: Sequence[Prompt]) -> RecordColumns:
         """What the records of requests have beside the prompt, for reward sources."""
         if not self._by_request:
             return RecordColumns()
-        records = [self._by_request.get(request) for request in requests]
+        records = [self._by_request.get(as_request(request)) for request in requests]
         values = [other_columns(example) if example else {} for example in records]
         columns = {name: [one.get(name) for one in values] for name in self.columns}
         return RecordColumns(columns, [example.where if example else "" for example in records])
 
     @functools.cached_property
-    def requests(self) -> tuple[list[str], list[str]]:
-        """(training requests, held-out requests); equal prompts are on the same side.
+    def requests(self) -> tuple[list[Request], list[Request]]:
+        """(training requests, held-out requests), texts and conversations; equal ones are on the same side.
 
         Raises:
-          UserError: a prompt is a conversation, or the source cannot be read.
+          UserError: the source cannot be read, too many of its prompts cannot be used, or a prompt is a conversation
+            and requests are plain text.
         """
+        train, held = self._sides
+        if not isinstance(self.settings.prompts, str):
+            examples = [self._by_request[request] for request in (*train, *held)]
+            asked = [dataclasses.replace(e, prompt=self.ask(e.prompt), request=e.prompt) for e in examples]
+            usable = {as_request(example.original) for example in self._fitting(asked, "data.prompts")}
+            train, held = ([request for request in side if request in usable] for side in (train, held))
+            for name, side in (("training", train), ("held-out", held)):
+                if not side:
+                    raise UserError(f"data.prompts: no {name} prompt is left; raise data.max_prompt, or add prompts")
+        return train, held
+
+    @functools.cached_property
+    def _sides(self) -> tuple[list[Request], list[Request]]:
+        """The requests for training and held out, as they are before a tokenizer is trained on `completions`."""
         d = self.settings
-        if isinstance(d.prompts, str):
-            texts = synthetic.prompts()
-        else:
-            texts = list(self._by_request)
+        requests = synthetic.prompts() if isinstance(d.prompts, str) else list(self._by_request)
         alike = "give --config.data.prompts several prompts"
-        train, held = split_by(texts, d.heldout_fraction, self.streams.seed, alike)
+        train, held = split_by(requests, d.heldout_fraction, self.streams.seed, alike)
         # Shuffled, so that the first n requests are a random sample.
         held = self.streams.python("requests/heldout_order").sample(list(held), len(held))
-        return [texts[i] for i in train], [texts[i] for i in held]
+        return [requests[i] for i in train], [requests[i] for i in held]
 
     @functools.cached_property
     def completions(self) -> list[Example]:
@@ -194,11 +221,16 @@ class Records:
         d = self.settings
         if isinstance(self.corpus.data, str):
             corpus = synthetic.corpus(
-                self.requests[0], self.corpus.records, self.streams.seed, preferences=self.audience.synthetic
+                self._sides[0],
+                self.corpus.records,
+                self.streams.seed,
+                preferences=self.audience.synthetic,
+                state=self.ask,
             )
             space = "" if self.chat else " "  # text that follows a text prompt
             records = [
-                {"prompt": self.ask(record["prompt"]), "completion": space + record["completion"]} for record in corpus
+                {**record, **columns_of(record["prompt"]), "completion": space + record["completion"]}
+                for record in corpus
             ]
             spec: SourceSpec = {"kind": "records", "records": records, "name": "synthetic environment"}
         else:
@@ -206,10 +238,9 @@ class Records:
         examples, _ = self._read(spec, "completion", d.columns, "sft.data")
         if self.corpus.turns == "last":
             examples = [last_turn(example) for example in examples]
-        held = set(self.requests[1])
-        return self.asked(
-            [e for e in examples if not isinstance(e.prompt, str) or not e.prompt or e.prompt not in held]
-        )
+        held = set(self._sides[1])
+        held |= {as_request(self.ask(prompt)) for prompt in held}
+        return self.asked([example for example in examples if held.isdisjoint(_answered(example))])
 
     def comparisons(self, spec: SourceSpec, key: str) -> tuple[list[Example], str]:
         """(validated preference records of a source, its name).
@@ -222,3 +253,26 @@ class Records:
         """
         columns = {**self.settings.columns, **(spec.get("columns") or {})}
         return self._read(spec, "preference", columns, key)
+
+    def made(self, path: pathlib.Path, key: str) -> tuple[list[Example], str]:
+        """The same of a file that a stage of this run wrote: its column `request` is the prompt as it was given."""
+        examples, name = self.comparisons({"kind": "jsonl", "path": str(path)}, key)
+        return [_restored(example) for example in examples], name
+
+
+def _restored(example: Example) -> Example:
+    extra = dict(example.extra)
+    request = extra.pop("request", None)
+    if isinstance(request, list):
+        request = Conversation(request, options_of(example.prompt))
+    return dataclasses.replace(example, request=request, extra=extra)
+
+
+def _answered(example: Example) -> Iterator[Request]:
+    """The prompts that a completion record answers: one per turn of the assistant."""
+    prompt, answer = example.prompt, example.completion
+    yield as_request(prompt)
+    if isinstance(prompt, list) and isinstance(answer, list):
+        for i in range(1, len(answer)):
+            if answer[i]["role"] == "assistant":
+                yield Conversation([*prompt, *answer[:i]], options_of(prompt))

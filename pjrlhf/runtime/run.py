@@ -191,6 +191,7 @@ class Run(Sections):
             self.streams,
             self.corpus,
             has_chat_template=lambda: self.workspace.has_chat_template,
+            fitting=lambda examples, name: self.text.fitting(examples, name),
             note=self.workdir.check_contents,
         )
 

@@ -9,6 +9,7 @@ import numpy as np
 from absl import logging
 
 from pjrlhf.data.batching import Completions, buckets, collate_completion, pad_left
+from pjrlhf.data.messages import dialogue
 from pjrlhf.data.packing import Ids, PackedRows, PackLayout, choose_mode, pack, row_length
 from pjrlhf.data.records import RecordError
 from pjrlhf.data.schema import Example, Prompt
@@ -20,6 +21,7 @@ from pjrlhf.rollout.sampler import Sampling
 from pjrlhf.runtime.devices import Devices
 from pjrlhf.runtime.records import DataSettings
 from pjrlhf.runtime.workspace import Workspace
+from pjrlhf.settings import shown
 from pjrlhf.training.progress import watched
 
 _SHOWN = 20  # tokens at either end of a part of a row that is logged
@@ -174,22 +176,47 @@ class Text:
         Raises:
           UserError: a prompt is longer than `data.max_prompt`, and `data.long_prompt` does not truncate it.
         """
-        limit, tokenizer = self.lengths.prompt, self.workspace.tokenizer
-        try:
-            ids = [tokenizer.encode_prompt(prompt) for prompt in prompts]
-        except RecordError as error:
-            raise UserError(
-                f"prompt: {error}; correct the template or the prompt, or set --config.data.chat=False"
-            ) from error
-        if self.lengths.long_prompt == "truncate_left":
-            ids = [cut_left(prompt, limit, tokenizer.bos_id) for prompt in ids]
+        limit, ids = self.lengths.prompt, [self.prompt_ids(prompt) for prompt in prompts]
         longest = max(range(len(ids)), key=lambda i: len(ids[i]))
         if len(ids[longest]) > limit:
             raise UserError(
-                f"prompt {str(prompts[longest])[:60]!r}: {len(ids[longest])} tokens, more than data.max_prompt={limit}"
-                "; raise it"
+                f"prompt {shown(dialogue(prompts[longest]))}: {len(ids[longest])} tokens, more than data.max_prompt="
+                f"{limit}; raise it, or cut prompts with --config.data.long_prompt=truncate_left"
             )
         return self.pad_prompts(ids)
+
+    def prompt_ids(self, prompt: Prompt) -> list[int]:
+        """Token ids of a prompt, which may be longer than `data.max_prompt` where `data.long_prompt` does not truncate.
+
+        Raises:
+          UserError: the chat template refuses the prompt, or it has a token that the model does not know.
+        """
+        tokenizer = self.workspace.tokenizer
+        try:
+            ids = tokenizer.encode_prompt(prompt)
+        except RecordError as error:
+            raise UserError(
+                f"prompt {shown(dialogue(prompt))}: {error}; correct the template or the prompt, or set "
+                "--config.data.chat=False"
+            ) from error
+        if self.lengths.long_prompt == "truncate_left":
+            ids = cut_left(ids, self.lengths.prompt, tokenizer.bos_id)
+        return ids
+
+    def fitting(self, examples: Sequence[Example], name: str) -> Sequence[Example]:
+        """Those of `examples` whose prompts the model can read, within `data.max_prompt` as `data.long_prompt` says.
+
+        Args:
+          name: of the examples in messages.
+
+        Raises:
+          UserError: too many cannot be read.
+        """
+        fraction = self.settings.max_bad_fraction
+        with watched(f"tokenizing {name}", examples) as rows:
+            return tokenize(
+                rows, "prompt", self.workspace.tokenizer, self.lengths, source_name=name, max_bad_fraction=fraction
+            ).examples
 
     # ---- to text
 

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import xxhash
 
 from pjrlhf.data import bpe, synthetic
-from pjrlhf.data.messages import request_of, text_of
+from pjrlhf.data.messages import text_of
 from pjrlhf.data.tokenization import Tokenizer, load_tokenizer
 from pjrlhf.errors import UserError
 from pjrlhf.models.adapters import AdapterConfig, Backbone, init_bank
@@ -162,7 +162,7 @@ class Workspace:
                 f'{", ".join(synthetic.ENVIRONMENTS)} or {{"kind": "bpe", "vocab_size": ...}}'
             )
         examples = self.records.completions
-        texts = [f"{request_of(e.prompt)}\n{text_of(e.completion or '')}" for e in examples]
+        texts = [f"{text_of(e.prompt)}\n{text_of(e.completion or '')}" for e in examples]
         # Evenly spaced, because files are often ordered by origin.
         bpe.write_tokenizer(folder, texts[:: max(1, len(texts) // spec["texts"])], spec["vocab_size"])
 

@@ -179,7 +179,7 @@ def test_tools_and_variables_of_the_template_come_with_the_prompt(as_text):
         columns = {name: json.dumps(value) for name, value in columns.items()}
     for prompt in ("f(1)?", [user("f(1)?")]):
         example = parse({"prompt": prompt, "completion": "2", **columns}, "completion")
-        assert example.prompt == [user("f(1)?")] and not example.extra
+        assert list(example.prompt) == [user("f(1)?")] and not example.extra
         tools = [{"type": "function", "function": {"name": "f"}}]
         assert options_of(example.prompt) == {"tools": tools, "enable_thinking": False}
         told = with_text(example.prompt, "Be brief.")
