@@ -2,6 +2,7 @@
 
 import ast
 import inspect
+import json
 import pathlib
 import subprocess
 import sys
@@ -93,6 +94,72 @@ def test_mistakes_are_named(model, bank, arguments, message):
     prompts, which, mix = arguments
     with pytest.raises(UserError, match=message):
         model.generate(prompts, bank if which else None, mix)
+
+
+SYSTEM, ASKED, ANSWER = (
+    {"role": role, "content": text}
+    for role, text in (("system", "be kind ."), ("user", PROMPTS[0]), ("assistant", "it holds air ."))
+)
+
+
+def test_conversations_are_answered(model):
+    talk = [SYSTEM, ASKED, ANSWER, {"role": "user", "content": PROMPTS[1]}]
+    parts = [*talk[:-1], {"role": "user", "content": [{"type": "text", "text": PROMPTS[1]}]}]
+    answers = model.generate([talk, PROMPTS[0], [ASKED]], max_new_tokens=5)
+    assert (
+        answers[0] == model.generate([parts], max_new_tokens=5)[0] == model.generate([tuple(talk)], max_new_tokens=5)[0]
+    )
+    assert model.score([talk], ["it can grow ."]) != model.score([talk[-1:]], ["it can grow ."])
+    assert model.generate([]) == [] and len(model.score([], [])) == 0
+
+
+@pytest.mark.parametrize(
+    ("prompts", "message"),
+    [
+        (PROMPTS[0], r"prompts: is a single prompt; give a list of prompts, as \[prompt\]"),
+        ([SYSTEM, ASKED], "prompts: is a single prompt"),
+        ([PROMPTS[0], [ASKED, ANSWER]], "prompt 2: prompt ends with the assistant .*; correct it"),
+        ([[]], "prompt 1: empty prompt"),
+        ([[{"role": "user", "content": " "}]], "prompt 1: empty user message in prompt"),
+        ([[{"content": "what"}]], "prompt 1: prompt is not a conversation .*every message needs a role"),
+        (
+            [[{"role": "user", "content": 1}]],
+            "prompt 1: prompt is not a conversation .*the content of a message is a int",
+        ),
+        ([[{"role": "user", "content": [{"type": "image"}]}]], "prompt 1: prompt has a content part of type 'image'"),
+        ([None], "prompt 1: prompt is not text"),
+    ],
+)
+def test_prompts_that_cannot_be_answered_are_named(model, prompts, message):
+    for ask in (model.generate, lambda prompts: model.score(prompts, ["it can grow ."] * len(prompts))):
+        with pytest.raises(UserError, match=message):
+            ask(prompts)
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        ("{{ raise_exception('roles must alternate') }}", "prompt 1.*: refused by the chat template .*alternate"),
+        ("{{ messages[0].nothing.more }}", "prompt 1.*: refused by the chat template"),
+        (None, "prompt: is a conversation, and the tokenizer has no chat template; add chat_template"),
+    ],
+)
+def test_a_prompt_that_the_template_refuses_is_named(tmp_path, template, message):
+    folder = tiny_users.save_base(tmp_path)
+    file = folder / "tokenizer_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"chat_template": template}))
+    refusing = pjrlhf.load_model(folder)
+    with pytest.raises(UserError, match=message):
+        refusing.generate([[ASKED]])
+    with pytest.raises(UserError, match=message):
+        refusing.score([[ASKED]], ["it can grow ."])
+
+
+def test_answers_are_as_many_as_prompts_and_have_tokens(model):
+    with pytest.raises(UserError, match="answers: there are 1 for 2 prompts"):
+        model.score(PROMPTS, ["it can grow ."])
+    with pytest.raises(UserError, match="prompt 2 and its answer: answer without tokens"):
+        model.score(PROMPTS, ["it can grow .", ""])
 
 
 def test_a_file_that_is_no_bank(tmp_path):

@@ -219,8 +219,8 @@ class Tokenizer:
           (prompt ids, every answer).
 
         Raises:
-          RecordError: an answer has no token, or has an EOS before its end; the template refuses the conversation, or
-            does not render all of a message.
+          RecordError: an answer has no token, or has an EOS before its end; the template refuses the conversation, does
+            not render all of a message, or renders the prompt otherwise once it is answered.
           RewrittenTurns: a `RecordError`, for an answer of several turns.
           UserError: the prompt is a conversation and the tokenizer has no chat template.
         """
@@ -232,6 +232,11 @@ class Tokenizer:
         alone, *whole = self._encode(texts, bos=isinstance(prompt, str))
         boundary = min(shared_length(alone, ids) for ids in whole)
         if boundary < len(alone) and not isinstance(prompt, str):
+            asked = self._render(prompt).rstrip()
+            if not all(text.startswith(asked) for text in texts):
+                raise RecordError(
+                    "the chat template rewrites a prompt once it is answered", "the prompt is not what the model read"
+                )
             logging.log_first_n(
                 logging.WARNING,
                 "the chat template omits its generation prompt before an answer: prompts end with %r in training, and "
@@ -328,11 +333,6 @@ class Tokenizer:
                 "tokenizer_config.json, or give prompts as text"
             )
         if any(message["role"] in SYSTEM for message in (*prompt, *more)) and not self._knows_system:
-            logging.log_first_n(
-                logging.WARNING,
-                "the chat template knows no system role: what a system turn says begins the next message of the user",
-                1,
-            )
             prompt, more = Conversation(without_system(prompt), options_of(prompt)), without_system(more)
         try:
             text = self._apply([*prompt, *more], generate, options_of(prompt))
@@ -353,16 +353,25 @@ class Tokenizer:
 
     @functools.cached_property
     def _knows_system(self) -> bool:
-        """Whether the chat template writes what a system turn says: some refuse such a turn, some leave it out."""
+        """Whether the chat template writes what a system turn says: some refuse such a turn, some leave it out, and
+        some leave it out once the assistant has answered.
+        """
         instruction, question = "An instruction", as_turns("A question")
+        system, answer = {"role": "system", "content": instruction}, {"role": "assistant", "content": "An answer"}
         try:
             self._apply(question, True, {})
         except RecordError:
             return True  # it refuses more than that
         try:
-            return instruction in self._apply([{"role": "system", "content": instruction}, *question], True, {})
+            texts = [self._apply([system, *question], True, {}), self._apply([system, *question, answer], False, {})]
+            found = all(instruction in text for text in texts)
         except RecordError:
-            return False
+            found = False
+        if not found:  # said once, for the first conversation with a system turn
+            logging.warning(
+                "the chat template knows no system role: what a system turn says begins the next message of the user"
+            )
+        return found
 
     def _ignorable(
         self, prompt: list[Message], more: Sequence[Message]

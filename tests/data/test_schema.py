@@ -183,7 +183,7 @@ def test_tools_and_variables_of_the_template_come_with_the_prompt(as_text):
         tools = [{"type": "function", "function": {"name": "f"}}]
         assert options_of(example.prompt) == {"tools": tools, "enable_thinking": False}
         told = with_text(example.prompt, "Be brief.")
-        assert told == [user("Be brief.\nf(1)?")] and options_of(told) == options_of(example.prompt)
+        assert list(told) == [user("Be brief.\nf(1)?")] and options_of(told) == options_of(example.prompt)
     assert options_of(parse({"prompt": "f(1)?", "tools": [], "chat_template_kwargs": None}, "prompt").prompt) == {}
     for name, wrong in (("tools", "f"), ("tools", [1]), ("tools", 1), ("chat_template_kwargs", [1])):
         with pytest.raises(RecordError, match=f"bad {name}"):

@@ -64,6 +64,42 @@ def test_text_is_shown_and_never_run(written):
     assert "Soups & <b>spoons</b>" in text and "P1A+P2A" in text
 
 
+def test_conversations_are_shown_as_dialogues(tmp_path):
+    nasty = '</p><script>alert(1)</script> & "quotes"'
+    call = {"type": "function", "function": {"name": "look<up>", "arguments": {"where": nasty}}}
+    talk = [
+        {"role": "system", "content": f"Be kind. {nasty}"},
+        {"role": "user", "content": "What is rain?"},
+        {"role": "assistant", "content": None, "tool_calls": [call], "reasoning_content": "They ask."},
+        {"role": "tool", "content": "wet"},
+        {"role": 'x" onclick="alert(1)', "content": "odd"},
+        {"role": "user", "content": "And snow?"},
+    ]
+    single = [{"role": "user", "content": "What is ice?"}]
+    samples = [
+        {"combo": "P1A", "prompt": prompt, "answers": {"base": "Cold."}} for prompt in (talk, single, "Why?", None)
+    ]
+    text = report.write_report(tmp_path, {}, samples).read_text(encoding="utf-8")
+    page = Page(text)
+    shown = "".join(page.text)
+    assert [tag for tag, _ in page.tags].count("ol") == 1 and "script" not in {tag for tag, _ in page.tags}
+    assert not any("onclick" in known for _, known in page.tags)
+    roles = [known.get("class", "") for tag, known in page.tags if tag == "li"]
+    assert roles == ["system", "", "assistant", "tool", "", ""]
+    for said in (
+        "Be kind. </p>",
+        "What is rain?",
+        "They ask.",
+        "[calls look<up>(",
+        "wet",
+        "odd",
+        "What is ice?",
+        "Why?",
+    ):
+        assert said in shown
+    assert shown.count("And snow?") == 2, "in the heading, and in its turn"
+
+
 def test_the_page_tells_the_numbers(written):
     text = "".join(Page((written / "index.html").read_text()).text)
     for expected in ("75.0", "98.0 %", "1 min 16 s", "model.layers", "A note.", "-0.250", "No combination"):
