@@ -1,14 +1,17 @@
 """Conversations through the chat templates of public families, token by token against transformers."""
 
 import gzip
+import json
 import logging
+import random
 
 import pytest
 from support.chat_templates import END, FAMILIES, START, Family, chatml
 from support.encoding import encode_pair
 
-from pjrlhf.data.messages import Conversation, with_words
+from pjrlhf.data.messages import Conversation, as_request, as_turns, dialogue, with_words
 from pjrlhf.data.records import RecordError
+from pjrlhf.data.schema import parse
 from pjrlhf.data.tokenization import Tokenizer, load_tokenizer
 
 SYSTEM = {"role": "system", "content": "Be kind."}
@@ -126,3 +129,57 @@ def test_a_public_tokenizer(shared, tmp_path, prompt):
     tokenizer = load_tokenizer(tmp_path)
     prompt = with_words(prompt, WORDS, "system")
     assert tokenizer.encode_prompt(prompt) == rendered(tokenizer.backend, list(prompt), add_generation_prompt=True)
+
+
+ROLES = ("system", "user", "assistant", "tool", "developer", "stranger", "", None, 1)
+CONTENTS = (
+    "What is rain?",
+    "",
+    " ",
+    None,
+    7,
+    ["a", {"type": "text", "text": "b"}],
+    [{"type": "image"}],
+    {"a": 1},
+    "\x00\ud800",
+)
+EXTRAS = (
+    {},
+    {"tool_calls": [{"name": "f", "arguments": "{}"}]},
+    {"reasoning_content": "so"},
+    {"name": 3},
+    {"tool_calls": 1},
+)
+
+
+def odd(rng):
+    """A record whose prompt may be anything that looks like a conversation."""
+    talk = [
+        {"role": rng.choice(ROLES), "content": rng.choice(CONTENTS), **rng.choice(EXTRAS)}
+        if rng.random() < 0.15
+        else {"role": rng.choice(ROLES[:3]), "content": "What is rain?"}
+        for _ in range(rng.randrange(5))
+    ]
+    if rng.random() < 0.1:
+        talk = rng.choice([dict(enumerate(talk)), {"role": "user", "content": "x"}, [talk], "text", ["text"], None])
+    elif rng.random() < 0.7:
+        talk.append(ASKED)
+    columns = rng.choice([{}, {}, {}, {"tools": [{}]}, {"chat_template_kwargs": {"a": 1}}, {"tools": "["}])
+    return {rng.choice(["prompt", "messages"]): talk, **columns}
+
+
+def test_any_conversation_is_used_or_refused_in_one_line():
+    rng, families, used = random.Random(0), [Tokenizer(family.backend()) for family in FAMILIES.values()], 0
+    for _ in range(2000):
+        record = odd(rng)
+        try:
+            prompt = as_request(parse(record, "prompt").prompt)
+            assert json.loads(json.dumps(prompt)) == (prompt if isinstance(prompt, str) else list(prompt))
+            for asked in (prompt, with_words(prompt, WORDS), with_words(prompt, WORDS, "system")):
+                assert isinstance(dialogue(asked), str) and hash(asked) == hash(as_request(asked))
+                assert WORDS in dialogue(asked) or asked is prompt
+                rng.choice(families).encode_prompt(asked if isinstance(asked, list) else as_turns(asked))
+            used += 1
+        except RecordError as error:
+            assert "\n" not in str(error) and len(str(error)) < 500
+    assert 100 < used < 1900
