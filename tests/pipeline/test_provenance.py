@@ -366,7 +366,7 @@ def test_a_rebuilt_entry_asks_as_in_training_and_its_run_may_move(people, tmp_pa
         )
     )
     examples = [table.examples[i] for i in rows]
-    asked = [e.extra["request"] for e in examples]  # as text, of a run that chats
+    asked = [e.original for e in examples]  # as text, of a run that chats
     users = [e.user_id for e in examples]
     sides = [model.score(asked, [getattr(e, side) for e in examples], users) for side in ("chosen", "rejected")]
     assert rows
