@@ -10,6 +10,7 @@ import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
+from pjrlhf.data.messages import Prompt, columns_of
 from pjrlhf.errors import UserError
 from pjrlhf.judges.chat import Body, Chat, ChatSettings
 from pjrlhf.parallel.processes import json_from_zero
@@ -28,7 +29,7 @@ STREAM = "comparisons/answers"
 class Sampler(Protocol):
     """Answers requests."""
 
-    def __call__(self, requests: Sequence[str], words: Sequence[str], name: str) -> list[str]:
+    def __call__(self, requests: Sequence[Prompt], words: Sequence[str], name: str) -> list[str]:
         """One answer to each request, followed in its prompt by `words` about preferences, which may be empty."""
         ...
 
@@ -45,7 +46,7 @@ def by_base(run: Run) -> Sampler:
     return functools.partial(_sampled, run)
 
 
-def _sampled(run: Run, requests: Sequence[str], words: Sequence[str], name: str) -> list[str]:
+def _sampled(run: Run, requests: Sequence[Prompt], words: Sequence[str], name: str) -> list[str]:
     prompts = [run.records.ask(request, said) for request, said in zip(requests, words, strict=True)]
     return sample_base(run, prompts, functools.partial(run.streams.key, STREAM), name)
 
@@ -70,7 +71,7 @@ def by_model(run: Run, **settings: Any) -> Sampler:
     if not own.path:
         raise UserError("sampler: names no model; set path to its folder")
 
-    def sample(requests: Sequence[str], words: Sequence[str], name: str) -> list[str]:
+    def sample(requests: Sequence[Prompt], words: Sequence[str], name: str) -> list[str]:
         return _sampled(_other(run, own), requests, words, name)
 
     return sample
@@ -116,7 +117,9 @@ def by_chat(run: Run, **settings: Any) -> Sampler:
     return functools.partial(_asked, run, own)
 
 
-def _asked(run: Run, own: ChatSamplerSettings, requests: Sequence[str], words: Sequence[str], name: str) -> list[str]:
+def _asked(
+    run: Run, own: ChatSamplerSettings, requests: Sequence[Prompt], words: Sequence[str], name: str
+) -> list[str]:
     """Answers of a chat model. Process 0 asks."""
     times: collections.Counter[str] = collections.Counter()
     bodies: list[Body] = []
@@ -125,7 +128,7 @@ def _asked(run: Run, own: ChatSamplerSettings, requests: Sequence[str], words: S
         turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
         system = [{"role": "system", "content": own.system}]
         system = system if own.system and turns[0]["role"] != "system" else []
-        body: dict[str, Json] = {"model": own.model, "messages": [*system, *turns]}
+        body: dict[str, Json] = {"model": own.model, "messages": [*system, *turns], **columns_of(prompt)}
         body |= {"temperature": own.temperature, "max_tokens": own.max_tokens or run.settings.data.max_completion}
         # The same request twice is two answers, and two entries of the cache.
         text = repr(turns)
