@@ -104,7 +104,7 @@ def raw_rewards(
 
 
 def answer_rewards(
-    run: Run, rewarder: Params, requests: Sequence[str], texts: Sequence[str], name: str
+    run: Run, rewarder: Params, requests: Sequence[Prompt], texts: Sequence[str], name: str
 ) -> tuple[Float[np.ndarray, "M S"], Bool[np.ndarray, " M"]]:
     """(`raw_rewards` of M sampled answers, which of them can be scored): not those without text, nor those that the
     tokenizer cannot read. These have NaN. `name` is what messages call the answers.
