@@ -53,6 +53,7 @@ def settings(folder, **changes):
     with config.ignore_type():
         config.data.prompts = {"kind": "jsonl", "path": path}
         config.rewards = {"P2A": f"{__name__}:rewarded"}
+        config.judge = {"P2A": "short", "P2B": "long"}
     return config
 
 
