@@ -94,6 +94,7 @@ def test_the_export_answers_conversations(talked):
     assert model.generate([Conversation(prompts[3])], max_new_tokens=6) == answers[3:]
 
 
+@pytest.mark.slow
 def test_a_second_run_of_the_same_gives_the_same(talked, tmp_path):
     again = tiny.run(tmp_path / "run", settings(tmp_path, data__max_bad_fraction=0.1))
     for name in ("comparisons/comparisons.jsonl", "report/answers.jsonl"):
