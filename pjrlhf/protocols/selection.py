@@ -7,6 +7,7 @@ from jaxtyping import Bool, Float, Int
 
 from pjrlhf.algorithms import reward
 from pjrlhf.algorithms.modpo import answer_rewards
+from pjrlhf.data.messages import Prompt
 from pjrlhf.runtime.run import Run
 
 
@@ -34,7 +35,7 @@ class Rewarded:
     rewards: Float[np.ndarray, "M R"]
     usable: Bool[np.ndarray, " M"]
 
-    def __init__(self, run: Run, requests: Sequence[str], texts: Sequence[str], name: str):
+    def __init__(self, run: Run, requests: Sequence[Prompt], texts: Sequence[str], name: str):
         rewarder = reward.load(run)
         raw, self.usable = answer_rewards(run, rewarder, requests, texts, name)
         self.rewards = np.nan_to_num((raw - np.asarray(rewarder["mean"])) / np.asarray(rewarder["std"]), nan=0.0)

@@ -13,6 +13,7 @@ import jax
 import numpy as np
 from absl import logging
 
+from pjrlhf.data.messages import Prompt
 from pjrlhf.data.tokenization import TokenRow, TokenTable
 from pjrlhf.errors import UserError
 from pjrlhf.judges.judge import BothOrders, JudgeContext, ScoreJudge, judge_from
@@ -238,7 +239,7 @@ class Run(Sections):
     def scores(self) -> ScoreJudge:
         """The judge by the scores of the run. All stages share it, so that each answer is scored once."""
 
-        def together(requests: Sequence[str], texts: Sequence[str], criterion: str) -> np.ndarray:
+        def together(requests: Sequence[Prompt], texts: Sequence[str], criterion: str) -> np.ndarray:
             return self.audience.scores(requests, texts, criterion, self.records.columns_of(requests))
 
         return ScoreJudge(self.audience.score, TIE, together if self.settings.judge == "rewards" else None)
