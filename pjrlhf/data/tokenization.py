@@ -124,7 +124,7 @@ class Tokenizer:
                 raise UserError(f"tokenizer {backend.name_or_path}: {name} {self._unknown(i)}; {remedy}")
         self.has_chat_template = bool(backend.chat_template)
         if self.has_chat_template:
-            _check_template(backend)
+            check_template(backend)
         fillers = (backend.pad_token_id, backend.unk_token_id)
         others = [i for i in fillers if i is not None and i != self.eos_id and i < self.rows]
         self.pad_id: int = others[0] if others else self.eos_id
@@ -417,7 +417,7 @@ class Tokenizer:
         return f"{self.backend.convert_ids_to_tokens(i)!r} has id {i}, and the model's embedding has {self.rows} rows"
 
 
-def _check_template(backend: Any) -> None:
+def check_template(backend: Any) -> None:
     """Refuses a chat template that is no program, and warns of one that writes today's date.
 
     Raises:

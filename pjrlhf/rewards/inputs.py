@@ -8,7 +8,7 @@ from typing import Any
 from absl import logging
 
 from pjrlhf.data.messages import Prompt, options_of, text_of, transcript
-from pjrlhf.data.tokenization import cut_left, load_backend, setting_of
+from pjrlhf.data.tokenization import check_template, cut_left, load_backend, setting_of
 from pjrlhf.errors import UserError
 from pjrlhf.settings import shown
 
@@ -77,6 +77,8 @@ class Inputs:
         if len(self.parts) not in (1, 2):
             raise UserError(f"{name}.template: is {len(self.parts)} texts; give one text, or the two of a pair")
         self.chat = self.parts == (CHAT,)
+        if self.chat:
+            check_template(self.backend)
         first = [self._check(part) for part in self.parts] if not self.chat else []
         self.side = truncate or ("right" if len(first) == 1 and first[0] == "answer" else "left")
         self.pair = "only_first"

@@ -158,6 +158,8 @@ def test_wrong_templates_are_refused_by_name(template, settings, message, tmp_pa
 
 
 def test_further_mistakes_are_named(tmp_path):
+    with pytest.raises(UserError, match=r"tokenizer .*: the chat template is no template \("):
+        inputs(tmp_path, chat_template="{% if %}")
     with pytest.raises(UserError, match=r"rewards.P2A.max_length: 600 is more than the 512 positions"):
         inputs(tmp_path, limit=600)
     with pytest.raises(UserError, match=r"rewards.P2A: the tokenizer in .* gives the id \d+, and the model has 50 emb"):
