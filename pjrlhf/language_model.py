@@ -23,12 +23,12 @@ from pjrlhf.errors import UserError
 from pjrlhf.models.adapters import AdapterConfig, Backbone, bank_size
 from pjrlhf.models.attention import choose
 from pjrlhf.models.decoder import Decoder, choose_decode
+from pjrlhf.models.hub import hub_name, model_file, model_folder
 from pjrlhf.models.huggingface import fingerprint, load_params, read_config
 from pjrlhf.models.provenance import check_provenance
 from pjrlhf.models.registry import UserRegistry
 from pjrlhf.models.storage import load_tree
 from pjrlhf.models.users import UserModel
-from pjrlhf.paths import local
 from pjrlhf.rollout import sampler, scoring
 from pjrlhf.rollout.batches import Prompts
 from pjrlhf.rollout.sampler import Sampling
@@ -50,7 +50,8 @@ def load_model(
     """Reads a model and its tokenizer.
 
     Args:
-      folder: in Hugging Face layout: config.json, safetensors weights and tokenizer files.
+      folder: in Hugging Face layout: config.json, safetensors weights and tokenizer files; or a name on the hub,
+        "owner/name" or "owner/name@revision".
       adapter: rank and alpha of the adapter banks that `LanguageModel.generate` and `score` take.
       dtype: of activations, a dtype name.
       param_dtype: of the parameters, a dtype name.
@@ -60,7 +61,7 @@ def load_model(
     Raises:
       UserError: no such folder, or the model or tokenizer cannot be read.
     """
-    path = local(str(folder))
+    path = model_folder(folder)
     config = read_config(path)
     tokenizer = load_tokenizer(path, eos_token=eos_token, rows=config.vocab_size)
     platform = jax.default_backend()
@@ -90,13 +91,12 @@ def load_bank(
     Raises:
       UserError: no such file, a damaged one, one that is not a bank, or a bank of another base.
     """
-    file = local(path)
-    file = file / "bank.safetensors" if file.is_dir() else file
+    file = model_file(path, "bank.safetensors")
     bank, note = load_tree(file)
     if "adapters" not in note:
         raise UserError(f"{file}: is not an adapter bank; name the bank.safetensors of a stage, or its folder")
     if base is not None:
-        _check_base(file, note, local(base))
+        _check_base(file, note, model_folder(base))
     return bank, tuple(note["adapters"]), _adapter(note)
 
 
@@ -119,12 +119,14 @@ def load_personal(path: str | os.PathLike, base: str | os.PathLike | None = None
     Raises:
       UserError: no such file, a damaged one, one that is no such entry, or another base.
     """
-    file = local(path)
-    file = file / "model.safetensors" if file.is_dir() else file
+    file = model_file(path, "model.safetensors")
     params, note = load_tree(file)
     if "user_model" not in note:
         raise UserError(f"{file}: is no user model; name preference/<name>/model.safetensors of a run")
-    folder = local(base) if base is not None else file.absolute().parent / note["base_folder"]
+    if base is None:  # as `Workspace.base_from` writes it
+        recorded = note["base_folder"]
+        base = recorded if hub_name(recorded) else file.absolute().parent / recorded
+    folder = model_folder(base)
     if not folder.is_dir():
         raise UserError(f"{folder}: the base of {file} is not there; name its folder with base=")
     _check_base(file, note, folder)

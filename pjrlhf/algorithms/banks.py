@@ -51,13 +51,14 @@ def export(run: Run, target: pathlib.Path, one: Params) -> None:
     workspace, adapter = run.workspace, run.workspace.adapter
     manifest: dict[str, Json] = {"trained_with": workspace.provenance}
     if adapter.rank:
-        base_folder, head_dim = str(workspace.base_folder), workspace.model_config.head_dim
-        save_peft(target, one, adapter.rank, adapter.alpha, base_folder, workspace.model_type, head_dim)
+        (base_name, commit), head_dim = workspace.base_name, workspace.model_config.head_dim
+        save_peft(target, one, adapter.rank, adapter.alpha, base_name, workspace.model_type, head_dim, commit)
         # A merge stops where the adapter does, also where its base does not say so.
         write_json(target / GENERATION, {"eos_token_id": workspace.token_ids["eos_token_id"]})
         # By this the merge refuses an adapter that was trained on another base. One trained on a quantised base is
         # merged into the floats that stand in the folder.
-        manifest["base"] = {"folder": base_folder, "hash": workspace.folder_hash}
+        origin = {"commit": commit} if commit else {}
+        manifest["base"] = {"folder": base_name, **origin, "hash": workspace.folder_hash}
         manifest |= {"quantize": run.settings.model.quantize, "checksum": content_hash(target / WEIGHTS)}
     else:
         save_params(

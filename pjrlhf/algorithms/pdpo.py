@@ -24,13 +24,13 @@ from pjrlhf.data.tokenization import TokenRow
 from pjrlhf.errors import UserError
 from pjrlhf.feedback.pairs import SIDES, PairBatch, Pairs, PairSettings, read_pairs
 from pjrlhf.models.adapters import Backbone, bank_size, init_bank, is_low_rank
+from pjrlhf.models.hub import model_file
 from pjrlhf.models.provenance import check_provenance, check_shapes
 from pjrlhf.models.registry import UserRegistry
 from pjrlhf.models.storage import load_tree, save_tree
 from pjrlhf.models.users import KINDS, STARTS, UserModel, fit_clusters, gather_rows
 from pjrlhf.objectives import preference as losses
 from pjrlhf.parallel.processes import on_process_zero, to_host
-from pjrlhf.paths import local
 from pjrlhf.rollout import scoring
 from pjrlhf.runtime.devices import Devices
 from pjrlhf.runtime.run import Run, Stage
@@ -169,7 +169,10 @@ class PreferenceSettings(PairSettings, PreferenceConfig):
         "name -> entry; an entry may differ from the section in everything from head to sft_weight",
     )
     bank: str = setting(
-        "", "for entries of kind soup: policy, or bank.safetensors of a stage policy on the same base", path=True
+        "",
+        "for entries of kind soup: policy, or bank.safetensors of a stage policy on the same base, its folder, or its "
+        "name on the hub",
+        path=True,
     )
     steps: int = setting(160, "updates of each entry", low=1, high=10**9)
     epochs: float = setting(0.0, "passes over the pairs instead of steps; 0 is steps", low=0.0, high=1e6)
@@ -442,7 +445,7 @@ def soup_bank(run: Run) -> Params:
     path = run.section(PreferenceSettings).bank
     if path == "policy":
         path = run.workdir.path / "policy" / "bank.safetensors"
-    bank, note = load_tree(local(path))
+    bank, note = load_tree(model_file(path, "bank.safetensors"))
     if not is_low_rank(bank):
         raise UserError(f"{path}: holds full parameters, of which every pair would need a copy; train adapters instead")
     check_provenance(path, note, run.workspace.provenance)

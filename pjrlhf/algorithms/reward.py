@@ -23,10 +23,10 @@ from pjrlhf.data.tokenization import TokenRow, TokenTable
 from pjrlhf.errors import UserError
 from pjrlhf.feedback.comparisons import FILE
 from pjrlhf.models.adapters import Backbone, init_bank
+from pjrlhf.models.hub import model_file
 from pjrlhf.models.provenance import check_provenance, check_shapes
 from pjrlhf.models.storage import load_tree, save_tree
 from pjrlhf.objectives.preference import accuracy, bradley_terry_loss
-from pjrlhf.paths import local
 from pjrlhf.rollout import scoring
 from pjrlhf.rollout.batches import Prompts, Rollout
 from pjrlhf.rollout.experience import raw_rewards, sample
@@ -63,7 +63,11 @@ class RewardSettings(Settings):
         "the pairs of the stage comparisons, or a source of preference records with `objective`",
         choices=("comparisons",),
     )
-    path: str = setting("", "reward models of another run to use instead of training them", path=True)
+    path: str = setting(
+        "",
+        "reward models of another run to use instead of training them: their file, its folder, or a name on the hub",
+        path=True,
+    )
     steps: int = setting(160, "updates", low=1, high=10**9)
     epochs: float = setting(0.0, "passes over the pairs instead of steps; 0 is steps", low=0.0, high=1e6)
     batch_size: int = setting(8, "pairs per objective and step", low=1, high=2**20)
@@ -458,7 +462,7 @@ def load(run: Run) -> Params:
       UserError: the file is missing or damaged, or has other rewards, other sources, another base or other settings.
     """
     other = run.section(RewardSettings).path
-    path = local(other) if other else run.workdir.path / "reward" / MODEL
+    path = model_file(other, MODEL) if other else run.workdir.path / "reward" / MODEL
     tree, note = load_tree(path)
     audience, workspace = run.audience, run.workspace
     rewards = list(audience.rewards)

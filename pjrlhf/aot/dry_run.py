@@ -31,11 +31,12 @@ from pjrlhf.errors import UserError
 from pjrlhf.feedback.pairs import SIDES, Pairs, PairSettings, registry_of, tables_of
 from pjrlhf.models.config import ModelConfig
 from pjrlhf.models.families import leaf_shapes
+from pjrlhf.models.hub import config_folder
 from pjrlhf.models.huggingface import read_config
 from pjrlhf.models.quantization import quantize_params
 from pjrlhf.parallel.mesh import batch_sharding, make_mesh, shardings
 from pjrlhf.parallel.roofline import CHIPS, Cost, Estimate, collective_bytes, estimate, matmul_cost, memory_bytes
-from pjrlhf.paths import install, local
+from pjrlhf.paths import install
 from pjrlhf.pipeline.stages import read
 from pjrlhf.rollout import reference
 from pjrlhf.runtime.audience import Audience
@@ -205,7 +206,7 @@ class DryWorkspace(Workspace):
         path = self.settings.path
         if path and not os.path.isdir(path) and self.settings.vocab_size:
             return self.new_config()
-        return read_config(local(f"{path}/config.json").parent) if path else self.new_config()
+        return read_config(config_folder(path)) if path else self.new_config()
 
     @functools.cached_property
     def tokenizer(self) -> Any:

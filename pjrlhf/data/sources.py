@@ -119,8 +119,8 @@ def open_source(spec: Mapping[str, Any], key: str = "data") -> Source:
 
     "jsonl":    `path` of a file of JSON lines, also compressed by gzip.
     "datasets": `path` of a folder written by `save_to_disk`, of a data file or a folder of data files, or a name on the
-                Hugging Face hub; `name` of the configuration; `split`, "train" by default, also a slice:
-                "train[:1000]", "train[90%:]".
+                Hugging Face hub with an optional "@revision" (branch, tag or commit); `name` of the configuration;
+                `split`, "train" by default, also a slice: "train[:1000]", "train[90%:]".
     "tfds":     `name`, `split` (as above) and `data_dir` of a data set in a file format with random access.
     "votes":    votes on pairs of answers, see `joined.read_votes`.
     "choices":  multiple-choice questions, see `joined.read_choices`.
@@ -244,8 +244,11 @@ def _datasets(spec: Mapping[str, Any]) -> Source:
             data = datasets.load_dataset(_FORMATS[suffixes[-1]], data_files={split: str(local)}, split=split)
         elif not local.exists() and (suffixes or path.startswith(("/", "~", ".")) or path.count("/") > 1):
             raise UserError(f"{path}: no such file or folder; set --config.{key}.path to one that exists")
+        elif local.exists():
+            data = datasets.load_dataset(str(local), name, split=split)
         else:
-            data = datasets.load_dataset(path, name, split=split)
+            repo, _, revision = path.partition("@")
+            data = datasets.load_dataset(repo, name, split=split, revision=revision or None)
     except UserError:
         raise
     except Exception as error:  # the library and its readers raise many kinds

@@ -51,13 +51,13 @@ class Ingredient:
         return {path: np.asarray(leaf) for path, leaf in leaves.items()}
 
     def manifest_entry(self) -> dict[str, Any]:
-        """What the manifest of a merge records: folder, hash of the content, kind and weight."""
+        """What the manifest of a merge records: hash of the content, kind and weight."""
         if self.adapter is None:
             kind, content = "full", fingerprint(self.folder)
         else:
             files = [(self.folder / name).read_bytes() for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS)]
             kind, content = "lora", hashlib.sha256(b"".join(files)).hexdigest()[:16]
-        return {"folder": str(self.folder.absolute()), "hash": content, "kind": kind, "weight": self.weight}
+        return {"hash": content, "kind": kind, "weight": self.weight}
 
 
 def open_ingredient(folder: pathlib.Path, weight: float, model_type: str, head_dim: int) -> Ingredient:

@@ -31,11 +31,13 @@ from pjrlhf.export.inherited import check_tokenizers, inherit
 from pjrlhf.merging import lora, trees
 from pjrlhf.models.folders import DTYPES, new_folder, read_json
 from pjrlhf.models.hf_config import GENERATION, read_config
+from pjrlhf.models.hub import model_folder, portable
 from pjrlhf.models.huggingface import copy_tokenizer, fingerprint
 from pjrlhf.models.peft import CONFIG as ADAPTER_CONFIG
 from pjrlhf.models.peft import MANIFEST, WEIGHTS, save_peft
-from pjrlhf.paths import content_hash, disk_errors, is_remote, local, refuse_remote
+from pjrlhf.paths import content_hash, disk_errors, is_remote, refuse_remote
 from pjrlhf.settings import SEEDS, Settings, fold_seed, setting
+from pjrlhf.types import Json
 
 SPACES = ("delta", "factors", "concat")
 # Method -> the settings that it reads.
@@ -56,11 +58,14 @@ class MergeSettings(Settings):
 
     base: str | None = setting(
         None,
-        "Hugging Face folder that the ingredients were trained from. LoRA ingredients need it, except for space concat."
-        " With a base the result is base + sum_i w_i tau_i; without one the weights must sum to 1",
+        "Hugging Face folder, or name on the hub, that the ingredients were trained from. LoRA ingredients need it, "
+        "except for space concat. With a base the result is base + sum_i w_i tau_i; without one the weights must sum "
+        "to 1",
         path=True,
     )
-    ingredients: tuple[str, ...] = setting((), "folders of full models, or of LoRA adapters in PEFT layout", path=True)
+    ingredients: tuple[str, ...] = setting(
+        (), "folders, or names on the hub, of full models or of LoRA adapters in PEFT layout", path=True
+    )
     weights: tuple[float, ...] = setting(
         (), "one per ingredient; may be negative, and need not sum to 1 where a base is set"
     )
@@ -113,18 +118,18 @@ def merge(config: MergeSettings, workdir: pathlib.Path | None = None) -> dict[st
     weights = _read_weights(config)
     options = _read_options(config, weights)
     _check_output(config, workdir)
-    base = local(config.base) if config.base else None
+    base = model_folder(config.base) if config.base else None
     model_type = str(read_json(base / "config.json").get("model_type")) if base else "llama"
     head_dim = read_config(base).head_dim if base else 0
     ingredients = [
-        open_ingredient(local(folder), weight, model_type, head_dim)
-        for folder, weight in zip(config.ingredients, weights, strict=True)
+        open_ingredient(model_folder(path), weight, model_type, head_dim)
+        for path, weight in zip(config.ingredients, weights, strict=True)
     ]
     check_kinds(base, ingredients, config.space)
     folders = [ingredient.folder for ingredient in ingredients]
     parents = [*([base] if base else []), *folders]
     check_tokenizers(parents)
-    chosen = local(config.tokenizer) if config.tokenizer else None
+    chosen = model_folder(config.tokenizer) if config.tokenizer else None
     if chosen:  # as it is called there
         same = [folder for folder in parents if folder.absolute() == chosen.absolute()]
         if not same:
@@ -143,15 +148,17 @@ def merge(config: MergeSettings, workdir: pathlib.Path | None = None) -> dict[st
         "space": config.space,
         "method": config.method,
         **options,
-        "base": {"folder": _absolute(config.base) if config.base else None, "hash": base_hash},
+        "base": {**_place(config.base, base), "hash": base_hash},
         "tokenizer": str(inherited.tokenizer.absolute()) if inherited.tokenizer else None,
-        "ingredients": [ingredient.manifest_entry() for ingredient in ingredients],
+        "ingredients": [
+            _place(path, ingredient.folder) | ingredient.manifest_entry()
+            for path, ingredient in zip(config.ingredients, ingredients, strict=True)
+        ],
         "output": str(output.absolute()),
     }
     with new_folder(output, marker=MANIFEST) as work:
         if config.space == "concat":
-            base_name = manifest["base"]["folder"]
-            dtype = _write_adapter(work, base, base_name, ingredients, config.dtype or "float32", model_type)
+            dtype = _write_adapter(work, base, manifest["base"], ingredients, config.dtype or "float32", model_type)
             if inherited.tokenizer not in (None, base):  # that of the base is found with the base
                 copy_tokenizer(inherited.tokenizer, work)
             if inherited.token_ids["eos_token_id"] is not None:
@@ -231,15 +238,18 @@ def _free_folder(exports: pathlib.Path) -> pathlib.Path:
     return next(path for name in names if not (path := exports / name).exists() or not any(path.iterdir()))
 
 
-def _absolute(path: str) -> str:
-    """A path that means the same from another folder; those in a bucket do."""
-    return path if is_remote(path) else str(pathlib.Path(path).absolute())
+def _place(path: str | None, folder: pathlib.Path | None) -> dict[str, Json]:
+    """Where others find the model of `folder`: its name and commit on the hub, its address, or its absolute path."""
+    if not path or not folder:
+        return {"folder": None}
+    name, commit = (path, None) if is_remote(path) else portable(path, folder)
+    return {"folder": name, "commit": commit} if commit else {"folder": name}
 
 
 def _write_adapter(
     work: pathlib.Path,
     base: pathlib.Path | None,
-    base_name: str | None,
+    origin: dict[str, Json],
     ingredients: Sequence[Ingredient],
     dtype: str,
     model_type: str,
@@ -247,7 +257,7 @@ def _write_adapter(
     """Writes the rank-concatenated adapter; returns its dtype.
 
     Args:
-      base_name: of the base, for loading; where None, the one that the first adapter records.
+      origin: of the base, see `_place`; where None, what the first adapter records.
     """
     head_dim = 0
     if base:
@@ -255,12 +265,15 @@ def _write_adapter(
         head_dim = config.head_dim
         for ingredient in ingredients:
             check_adapter(ingredient, config, base)
-    recorded = read_json(ingredients[0].folder / ADAPTER_CONFIG).get("base_model_name_or_path")
+    noted = read_json(ingredients[0].folder / ADAPTER_CONFIG)
+    recorded, revision = noted.get("base_model_name_or_path"), noted.get("revision")
     if isinstance(recorded, str) and (found := ingredients[0].folder / recorded).is_dir():  # relative to the adapter
         recorded = str(found.resolve())
     combined = combine_adapters(lora.concatenate, ingredients)
     with np.errstate(over="ignore"):  # what is too large for `dtype` is refused when it is written
         adapter = jax.tree.map(lambda x: np.asarray(x, jnp.dtype(dtype)), combined)
     rank = sum(ingredient.rank for ingredient in ingredients)
-    save_peft(work, adapter, rank, rank, base_name or recorded, model_type, head_dim)
+    if origin["folder"]:
+        recorded, revision = origin["folder"], origin.get("commit")
+    save_peft(work, adapter, rank, rank, recorded, model_type, head_dim, revision)
     return dtype

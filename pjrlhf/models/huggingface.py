@@ -245,17 +245,36 @@ def copy_tokenizer(source: pathlib.Path, target: pathlib.Path) -> None:
         shutil.copytree(source / TEMPLATES, target / TEMPLATES, copy_function=shutil.copyfile)
 
 
+_fingerprints: dict[Any, str] = {}  # state of the files of a folder -> fingerprint
+
+
 def fingerprint(folder: Folder) -> str:
     """Identifies the model in `folder` by 16 hex digits: XXH3 of its family, its essential settings and the content of
     every tensor.
 
     Neither settings that change no result, nor how tensors are spread over files, enter. XXH3 is as fast as reading the
-    files, but not cryptographic.
+    files, but not cryptographic. A process reads unchanged files once.
 
     Raises:
       UserError: the folder holds no model that `load_params` reads, or not the one that its manifest.json records.
     """
     folder = pathlib.Path(folder)
+    state = tuple(_state(file) for file in (folder / "config.json", *weight_files(folder)))
+    if None in state or state not in _fingerprints:
+        _fingerprints[state] = _fingerprint(folder)
+    return _fingerprints[state]
+
+
+def _state(file: pathlib.Path) -> tuple[str, int, int, int] | None:
+    """Changes whenever a file does, also where its time is set back; None where there is no such file."""
+    try:
+        found = file.stat()
+    except OSError:
+        return None
+    return str(file.absolute()), found.st_ino, found.st_size, found.st_ctime_ns
+
+
+def _fingerprint(folder: pathlib.Path) -> str:
     config = read_config(folder)
     model_type = read_json(folder / "config.json")["model_type"]
     family = get_family(model_type, folder)

@@ -80,6 +80,7 @@ def save_peft(
     base_name: str | None,
     model_type: str = "llama",
     head_dim: int = 0,
+    revision: str | None = None,
 ) -> None:
     """Writes adapter_config.json and adapter_model.safetensors.
 
@@ -90,6 +91,7 @@ def save_peft(
         it is not known.
       model_type: family of the base.
       head_dim: of the base; needed for families whose projections are fused head by head.
+      revision: commit of the base on the hub.
 
     Raises:
       UserError: a leaf without a name in PEFT, a missing factor, a factor that holds NaN or infinity, an existing
@@ -117,6 +119,7 @@ def save_peft(
         "lora_alpha": alpha,
         "lora_dropout": 0.0,
         "r": rank,
+        "revision": revision,
         "target_modules": sorted(_target(family, module) for module in modules),
         "task_type": "CAUSAL_LM",
         "use_rslora": False,

@@ -19,11 +19,12 @@ from pjrlhf.errors import UserError
 from pjrlhf.export import merge
 from pjrlhf.export.merge import MergeSettings
 from pjrlhf.feedback.samplers import as_spec
+from pjrlhf.models.hub import hub_name
 from pjrlhf.parallel.processes import is_process_zero
 from pjrlhf.paths import expand, is_remote
 from pjrlhf.registry import load
 from pjrlhf.rewards.sources import SourceFailed
-from pjrlhf.runtime.inputs import fingerprints
+from pjrlhf.runtime.inputs import fetch_models, fingerprints
 from pjrlhf.runtime.run import Run, Sections, Stage
 from pjrlhf.settings import Settings, parse, shown
 from pjrlhf.terminal import masked
@@ -125,7 +126,7 @@ class Plan:
                 check_source(spec, key)
 
     def _check_path(self, key: str, path: str) -> None:
-        if path and path not in STAGES and not is_remote(path) and not os.path.exists(path):
+        if path and path not in STAGES and not is_remote(path) and hub_name(path) is None and not os.path.exists(path):
             raise UserError(f"{key}: {path}: no such file; set --config.{key} to one that exists")
 
 
@@ -174,6 +175,7 @@ def run(config: ConfigDict | Mapping[str, Json], workdir: Workdir) -> None:
     plan.check_inputs(workdir)
     with workdir.locked():
         workdir.check_config(plan.to_dict(), ignore=FREE)
+        fetch_models(plan.values(), workdir)
         workdir.check_contents(fingerprints(plan.values(), workdir.path) if is_process_zero() else {})
         _run(plan, workdir)
         workdir.keep()

@@ -56,7 +56,7 @@ def finish(
 def made(run: Run) -> dict[str, Any]:
     """How the run was made: name -> text, with the contents of what it read from outside its folder."""
     read = read_object(run.workdir.path / "inputs.json")
-    inputs = {name: f"{one['path']} (fingerprint {one['hash']})" for name, one in read.items()}
+    inputs = {name: _described(one["path"], one.get("commit"), one["hash"]) for name, one in read.items()}
     kinds = [device.device_kind for device in run.devices.mesh.devices.flat]
     libraries = ("jax", "flax", "optax", "numpy", "transformers")
     versions = [f"pjrlhf {__version__}", f"Python {platform.python_version()}"]
@@ -65,9 +65,13 @@ def made(run: Run) -> dict[str, Any]:
         {
             "command": shlex.join(sys.argv),
             "folder": str(run.workdir.path),
-            "base": f"{run.workspace.base_folder} (fingerprint {run.workspace.base_hash})",
+            "base": _described(*run.workspace.base_name, run.workspace.base_hash),
             **(inputs or {"data": "made by the run itself"}),
             "devices": ", ".join(f"{kinds.count(kind)} {kind}" for kind in dict.fromkeys(kinds)),
             "versions": ", ".join(versions),
         }
     )
+
+
+def _described(path: str, commit: str | None, fingerprint: str) -> str:
+    return f"{path} ({f'commit {commit}, ' if commit else ''}fingerprint {fingerprint})"

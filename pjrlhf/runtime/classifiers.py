@@ -29,8 +29,8 @@ from pjrlhf.models.classifier import (
     read_classifier,
 )
 from pjrlhf.models.decoder import Decoder
+from pjrlhf.models.hub import model_folder
 from pjrlhf.parallel.mesh import batch_sharding, leaf_sharding
-from pjrlhf.paths import local
 from pjrlhf.rewards.inputs import SIDES, Inputs, Row
 from pjrlhf.rewards.sources import SOURCES, RewardFunction, SourceContext
 from pjrlhf.rewards.torch_worker import TorchWorker, check_torch
@@ -48,7 +48,7 @@ DEFAULTS = {REGRESSION: "raw", SEVERAL: "sigmoid", ONE: "softmax"}  # problem ->
 class ClassifierSettings(Settings):
     """A sequence classifier as a reward source."""
 
-    path: str = setting("", "Hugging Face folder of a *ForSequenceClassification", path=True)
+    path: str = setting("", "Hugging Face folder of a *ForSequenceClassification, or its name on the hub", path=True)
     label: str | int = setting("", "name or index of the label whose score is the reward; not needed for a single one")
     activation: str = setting(
         "",
@@ -93,7 +93,7 @@ class ClassifierReward:
         name = f"rewards.{objective}"
         if not settings.path:
             raise UserError(f"{name}.path: names no classifier; set it to a Hugging Face folder")
-        self.classifier = read_classifier(local(settings.path))
+        self.classifier = read_classifier(model_folder(settings.path))
         self.label = _label(self.classifier, settings.label, name)
         self.activation = settings.activation or DEFAULTS[self.classifier.problem]
         if self.activation in ("softmax", "log_odds") and len(self.classifier.labels) == 1:

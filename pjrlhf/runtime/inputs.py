@@ -1,20 +1,29 @@
 """What a run reads from outside its run directory: hashes by which a later run notices other contents."""
 
+import logging
 import os
 import pathlib
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import xxhash
 
 from pjrlhf.data.schema import Example
 from pjrlhf.models.folders import weight_files
+from pjrlhf.models.hub import commit_of, hub_name, model_folder, newest, pin
 from pjrlhf.models.huggingface import TOKENIZER_FILES, fingerprint
-from pjrlhf.paths import content_hash, expand, local
+from pjrlhf.parallel.processes import broadcast_from_zero, is_process_zero
+from pjrlhf.paths import content_hash, expand
 from pjrlhf.terminal import masked
+from pjrlhf.training.progress import downloading, progress
+from pjrlhf.training.workdir import Workdir, read_object
 from pjrlhf.types import Json
 
-# Settings that name a file or folder.
+log = logging.getLogger(__name__)
+
+# Settings that name a model, or a file of weights.
 READ = (
     *("model.path", "reward.path", "preference.bank", "merge.base", "merge.ingredients"),
     *("comparisons.sampler", "comparisons.sampler.path"),
@@ -22,22 +31,73 @@ READ = (
 )
 # Settings of sources, of records or rewards: mappings that may name files. Judges are none; they write their caches.
 SOURCES = ("data", "prompts", "rewards")
+# Settings of rewards and judges that name a model.
+_MODEL = re.compile(r"rewards\.[^.]+\.path|(.+\.)?judge\.path")
+
+
+def fetch_models(config: Mapping[str, Json], workdir: Workdir) -> None:
+    """Downloads the models that a config names on the hub. All processes must call it.
+
+    A run stays at the commits at which it started, which inputs.json records.
+
+    Raises:
+      UserError: a model cannot be fetched.
+    """
+    started = {
+        one["path"]: one["commit"]
+        for one in read_object(workdir.path / "inputs.json").values()
+        if isinstance(one, dict) and {"path", "commit"} <= one.keys()
+    }
+    for path in dict.fromkeys(path for name, path in _named(config) if _on_hub(name, path, workdir.path)):
+        # Process 0 fills the cache, which the others may share, and says which commit they all read.
+        commit = _fetch(path, started.get(path)) if is_process_zero() else ""
+        commit = bytes(broadcast_from_zero(np.frombuffer(commit.encode().ljust(40), np.uint8))).decode()
+        if not is_process_zero():
+            _fetch(path, commit)
+
+
+def _fetch(path: str, commit: str | None) -> str:
+    """Downloads a model from the hub; returns its commit, by default the newest."""
+    if commit:
+        pin({path: commit})
+        if is_process_zero() and (now := newest(path)) not in (None, commit):
+            log.warning("%s: is commit %s on the hub now; this run stays at %s, where it started", path, now, commit)
+    with downloading(path) as report:
+        folder = model_folder(path, report)
+    pin({path: folder.name})
+    return folder.name
+
+
+def _on_hub(name: str, path: str, workdir: pathlib.Path) -> bool:
+    """Whether a setting names a model on the hub, and not a folder that the run will write before it reads it."""
+    later = name != "model.path" and pathlib.Path(os.path.abspath(expand(path))).is_relative_to(workdir)
+    return _is_model(name) and not later and hub_name(path) is not None
+
+
+def _is_model(name: str) -> bool:
+    return name in READ or bool(_MODEL.fullmatch(name))
 
 
 def fingerprints(config: Mapping[str, Json], workdir: pathlib.Path) -> dict[str, dict[str, str]]:
-    """Dotted setting -> {"path", "hash" of the contents} of what a config reads, but for what is not there, not a local
-    file or folder, or inside the run directory.
+    """Dotted setting -> {"path", "hash" of the contents, "commit" of a model on the hub} of what a config reads, but
+    for what is not there, not a local file or folder, or inside the run directory.
 
     Raises:
       UserError: a model folder without weights, or a bucket that cannot be reached.
     """
     found = {}
     for name, path in _named(config):
-        classifier = name.startswith("rewards.") and name.endswith(".path")
-        here = local(path) if name in READ or classifier else pathlib.Path(expand(path))
-        inside = pathlib.Path(os.path.abspath(here)).is_relative_to(workdir)
-        if os.path.exists(here) and not inside:  # a text that is no path may be too long for one
-            found[name] = {"path": masked(path), "hash": _hash(here, classifier)}
+        here = pathlib.Path(expand(path))
+        on_hub = _on_hub(name, path, workdir)
+        if not on_hub and pathlib.Path(os.path.abspath(here)).is_relative_to(workdir):
+            continue
+        if on_hub or (_is_model(name) and hub_name(path) is None):
+            here = model_folder(path)
+        if os.path.exists(here):  # a text that is no path may be too long for one
+            commit = commit_of(path, here) if on_hub else None
+            with progress(f"hashing {path}", 1):
+                value = _hash(here, classifier=name.startswith("rewards."))
+            found[name] = {"path": masked(path), "hash": value, **({"commit": commit} if commit else {})}
     return found
 
 
@@ -57,10 +117,10 @@ def _named(value: Any, name: str = "", source: bool = False) -> Iterator[tuple[s
         for key, inner in value.items():
             inside = source or (key in SOURCES and isinstance(inner, Mapping) and (key == "rewards" or "kind" in inner))
             yield from _named(inner, f"{name}.{key}" if name else str(key), inside)
-    elif isinstance(value, list | tuple) and (source or name in READ):
+    elif isinstance(value, list | tuple) and (source or _is_model(name)):
         for inner in value:
             yield from _named(inner, name, source)
-    elif isinstance(value, str) and value and (name in READ or (source and _looks_like_a_path(name, value))):
+    elif isinstance(value, str) and value and (_is_model(name) or (source and _looks_like_a_path(name, value))):
         yield name, value
 
 

@@ -37,9 +37,9 @@ from pjrlhf.judges.language_model import (
 from pjrlhf.models.adapters import AdapterConfig, Backbone
 from pjrlhf.models.attention import choose
 from pjrlhf.models.decoder import Decoder
+from pjrlhf.models.hub import model_folder
 from pjrlhf.models.huggingface import load_params, read_config
 from pjrlhf.parallel.mesh import batch_sharding, leaf_sharding
-from pjrlhf.paths import local
 from pjrlhf.rewards.sources import SOURCES, RewardFunction, SourceContext
 from pjrlhf.rollout.batches import Prompts
 from pjrlhf.runtime.devices import Devices
@@ -86,7 +86,7 @@ class NextToken:
 
     def __init__(self, settings: ModelJudgeSettings, devices: Devices):
         s, self.devices = settings, devices
-        folder, mesh = local(s.path), devices.mesh
+        folder, mesh = model_folder(s.path), devices.mesh
         config = read_config(folder)
         self.tokenizer: Tokenizer = load_tokenizer(folder, rows=config.vocab_size)
         model = Decoder(

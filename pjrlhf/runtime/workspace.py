@@ -23,12 +23,13 @@ from pjrlhf.models.config import ModelConfig, RopeScaling
 from pjrlhf.models.decoder import REMAT_POLICIES, Decoder, choose_decode, init_params
 from pjrlhf.models.families import leaf_shapes
 from pjrlhf.models.folders import new_folder, read_json
+from pjrlhf.models.hub import model_folder, portable
 from pjrlhf.models.huggingface import fingerprint, load_params, read_config
 from pjrlhf.models.provenance import adapted
 from pjrlhf.models.quantization import check_quantize
 from pjrlhf.parallel.mesh import batch_sharding, leaf_sharding
 from pjrlhf.parallel.processes import on_process_zero
-from pjrlhf.paths import local, user_cache
+from pjrlhf.paths import user_cache
 from pjrlhf.runtime.devices import Devices
 from pjrlhf.runtime.records import Records
 from pjrlhf.settings import Settings, setting
@@ -44,7 +45,10 @@ class ModelSettings(Settings):
     """The base model: a folder, or the dimensions of a new model."""
 
     path: str = setting(
-        "", 'Hugging Face folder of the base; "" trains a new model with the dimensions below', path=True
+        "",
+        "Hugging Face folder of the base, or a name on the hub, owner/name or owner/name@revision; where empty, a new "
+        "model with the dimensions below",
+        path=True,
     )
     tokenizer: str | Mapping[str, Any] = setting(
         "synthetic",
@@ -127,6 +131,11 @@ class Workspace:
         """The folder of the frozen base: that of supervised fine-tuning if the run has this stage."""
         return self.workdir.path / "sft" / "model" if self.fine_tuned else self.start_folder
 
+    @property
+    def base_name(self) -> tuple[str, str | None]:
+        """(name of the base on the hub, its commit), or (absolute path of its folder, None)."""
+        return portable("" if self.fine_tuned else self.settings.path, self.base_folder)
+
     @functools.cached_property
     def start_folder(self) -> pathlib.Path:
         """The folder that the run starts from; without `model.path`, that of a new tokenizer.
@@ -135,7 +144,7 @@ class Workspace:
           UserError: the run has neither `model.path` nor the stage sft.
         """
         if self.settings.path:
-            return local(self.settings.path)
+            return model_folder(self.settings.path)
         if not self.fine_tuned:
             raise UserError(
                 "model.path: is not set, and no stage sft trains a base; name a Hugging Face folder, or add the stage"
@@ -289,10 +298,14 @@ class Workspace:
         }
 
     def base_from(self, folder: pathlib.Path) -> str:
-        """The path of the base for a file in `folder`; relative where both are in the run directory, which may move."""
-        base = pathlib.Path(os.path.abspath(self.base_folder))
-        inside = base.is_relative_to(self.workdir.path) and folder.is_relative_to(self.workdir.path)
-        return os.path.relpath(base, folder) if inside else str(base)
+        """The base for a file in `folder`: its name on the hub with its commit, or its path, relative where both are in
+        the run directory, which may move.
+        """
+        name, commit = self.base_name
+        if commit:
+            return f"{name}@{commit}"
+        inside = pathlib.Path(name).is_relative_to(self.workdir.path) and folder.is_relative_to(self.workdir.path)
+        return os.path.relpath(name, folder) if inside else name
 
     def _read(self, folder: pathlib.Path, quantized: bool = False) -> Any:
         place = functools.partial(leaf_sharding, self.devices.mesh)

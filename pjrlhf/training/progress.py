@@ -7,7 +7,7 @@ import contextlib
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
@@ -124,7 +124,7 @@ class progress:
             )
             self._bar.start()
             self._task = self._bar.add_task(self.stage, total=self.total, completed=self._step, note="")
-        self._bar.update(self._task, completed=self._step, note=self._note)
+        self._bar.update(self._task, completed=self._step, total=self.total, note=self._note)
 
     def _line(self, now: float) -> str:
         done, seconds = (self._step - self._first[0], now - self._first[1]) if self._first else (0, 0.0)
@@ -157,3 +157,15 @@ def watched(stage: str, items: Any) -> Iterator[Any]:
     with progress(stage, len(items)) as bar:
         yield _Watched(items, bar)
         bar.update(len(items), {})
+
+
+@contextlib.contextmanager
+def downloading(name: str) -> Iterator[Callable[[int, int], None]]:
+    """The progress of a download in MB; gives a function of (bytes that are there, all bytes)."""
+    with progress(f"downloading {name} (MB)", 1) as bar:
+
+        def report(done: int, total: int) -> None:
+            bar.total = max(1, total // 10**6)
+            bar.update(done // 10**6, {})
+
+        yield report

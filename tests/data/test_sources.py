@@ -156,6 +156,22 @@ def test_datasets_forms_and_slices(tmp_path, monkeypatch, form, split, rows):
     assert source.where(0).endswith(f"[train] row {rows[0]}")
 
 
+@pytest.mark.parametrize("path", ["ann/pairs", "ann/pairs@v1.0", "ann/pairs@refs/pr/2", "pairs@main"])
+def test_data_sets_on_the_hub_by_revision(monkeypatch, path):
+    datasets = pytest.importorskip("datasets")
+    asked = []
+
+    def load(*args, **kwargs):
+        asked.append((args, kwargs))
+        return datasets.Dataset.from_list(RECORDS)
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    source = open_source({"kind": "datasets", "path": path, "name": "all", "split": "test[:2]"})
+    repo, _, revision = path.partition("@")
+    assert asked == [((repo, "all"), {"split": "test", "revision": revision or None})]
+    assert list(source) == RECORDS[:2] and source.name.endswith("[test]")
+
+
 @pytest.fixture(scope="module", params=["array_record", "parquet"])
 def tfds_folder(request, tmp_path_factory):
     tfds = pytest.importorskip("tensorflow_datasets")
