@@ -17,6 +17,7 @@ VERBS = {
     "merge": "merge models or adapters into one folder: pjrlhf merge A B --weights 0.7 0.3 --base BASE --output OUT",
     "serve": "answer over HTTP, each request with its own soup or person: pjrlhf serve --run runs/soups",
     "generate": 'answer on the terminal: pjrlhf generate --run runs/soups --mix P1A=0.7,P3A=0.3 "what is rain ?"',
+    "push": "upload an exported folder to the Hugging Face hub, with a model card: pjrlhf push FOLDER USER/NAME",
     "report": "print the tables of a finished run: pjrlhf report runs/soups",
 }
 
@@ -49,7 +50,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     from pjrlhf.main import interruptible
 
     with interruptible():
-        {"merge": _merge, "serve": _serve, "generate": _generate, "report": _report}[verb](arguments[1:])
+        functions = {"merge": _merge, "push": _push, "serve": _serve, "generate": _generate, "report": _report}
+        functions[verb](arguments[1:])
 
 
 def _train(arguments: Sequence[str]) -> None:
@@ -78,11 +80,34 @@ def _merge(arguments: Sequence[str]) -> None:
     parser.add_argument("--method", choices=tuple(METHOD_OPTIONS), help=helps["method"])
     for name, kind in (("density", float), ("scale", float), ("seed", int), ("dtype", str), ("tokenizer", str)):
         parser.add_argument(f"--{name}", type=kind, help=helps[name])
+    parser.add_argument("--push", metavar="USER/NAME", help=helps["push"])
+    parser.add_argument("--private", action="store_true", help=helps["private"])
     given = {key: value for key, value in vars(parser.parse_args(arguments)).items() if value is not None}
     with _one_line():
         with progress("merge", 1):
             manifest = merge(parse(MergeSettings, given, "merge"))
         print(f"merged model: {visible(manifest['output'])}")
+        if "pushed" in manifest:
+            print(f"pushed to {visible(manifest['pushed'])}")
+
+
+def _push(arguments: Sequence[str]) -> None:
+    parser = argparse.ArgumentParser(
+        prog="pjrlhf push", description="Uploads a merged model, an adapter or a base of a run to the Hugging Face hub."
+    )
+    parser.add_argument("folder", metavar="FOLDER", help="such as runs/soups/policy/ingredients/P1A")
+    parser.add_argument("repo", metavar="USER/NAME", help="made where there is none")
+    parser.add_argument("--private", action="store_true", help="whether a new repository is private")
+    given = parser.parse_args(arguments)
+    with _one_line():
+        from pjrlhf.export.push import check_push, push
+        from pjrlhf.terminal import visible
+        from pjrlhf.training.progress import progress
+
+        check_push(given.repo)
+        with progress(f"pushing {given.folder}", 1):
+            found = push(pathlib.Path(os.path.expanduser(given.folder)), given.repo, given.private)
+        print(f"pushed to {visible(found)}")
 
 
 def _serve(arguments: Sequence[str]) -> None:

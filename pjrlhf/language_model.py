@@ -123,10 +123,9 @@ def load_personal(path: str | os.PathLike, base: str | os.PathLike | None = None
     params, note = load_tree(file)
     if "user_model" not in note:
         raise UserError(f"{file}: is no user model; name preference/<name>/model.safetensors of a run")
-    if base is None:  # as `Workspace.base_from` writes it
-        recorded = note["base_folder"]
-        base = recorded if hub_name(recorded) else file.absolute().parent / recorded
-    folder = model_folder(base)
+    recorded = str(note["base_folder"])  # see `Workspace.base_from`
+    there = recorded if hub_name(recorded) else file.absolute().parent / recorded
+    folder = model_folder(there if base is None else base)
     if not folder.is_dir():
         raise UserError(f"{folder}: the base of {file} is not there; name its folder with base=")
     _check_base(file, note, folder)

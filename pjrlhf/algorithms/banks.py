@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import jax
 
 from pjrlhf.errors import UserError
+from pjrlhf.export.card import write_card
 from pjrlhf.models.hf_config import GENERATION
 from pjrlhf.models.huggingface import fingerprint, save_params
 from pjrlhf.models.peft import MANIFEST, WEIGHTS, save_peft
@@ -71,6 +72,7 @@ def export(run: Run, target: pathlib.Path, one: Params) -> None:
         )
         manifest["fingerprint"] = fingerprint(target)
     write_json(target / MANIFEST, manifest)
+    write_card(target, target.name)
 
 
 def load(run: Run, stage: str = "policy", names: Sequence[str] | None = None) -> Params:

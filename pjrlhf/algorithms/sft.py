@@ -15,6 +15,7 @@ from jaxtyping import Float
 from pjrlhf.data.batching import batches
 from pjrlhf.data.packing import PackedRows
 from pjrlhf.data.tokenization import TokenRow, TokenTable
+from pjrlhf.export.card import write_card
 from pjrlhf.merging.lora import merge_dense
 from pjrlhf.models.adapters import AdapterConfig, Backbone, init_bank
 from pjrlhf.models.huggingface import fingerprint, save_params
@@ -93,7 +94,7 @@ class Sft(Method):
         streams: Streams,
         table: TokenTable,
     ):
-        self.devices, self.workspace, self.streams = devices, workspace, streams
+        self.devices, self.workspace, self.streams, self.records = devices, workspace, streams, len(table)
         steps = steps_of(settings.steps, settings.epochs, len(table), settings.batch_size)
         self.settings = settings = settings.replace(steps=steps)
         self.adapter = settings.adapter
@@ -155,7 +156,7 @@ def run(run: Run) -> dict[str, Any]:
     state = run.train(method, "sft", method.settings.steps)
     with disk_errors(run.workspace.base_folder):
         _save(run.workspace, to_host(method.result(state)))
-    return {"steps": method.settings.steps}
+    return {"steps": method.settings.steps, "records": method.records}
 
 
 @on_process_zero
@@ -170,6 +171,7 @@ def _save(workspace: Workspace, params: Params) -> None:
         token_ids=workspace.token_ids,
     )
     write_json(folder / MANIFEST, {"eos_tokens": workspace.tokenizer.eos_tokens, "fingerprint": fingerprint(folder)})
+    write_card(folder, "sft")
 
 
 STAGE = Stage("sft", run, SftSettings)

@@ -242,7 +242,9 @@ def _datasets(spec: Mapping[str, Any]) -> Source:
                 known = ", ".join(f".{suffix}" for suffix in _FORMATS)
                 raise UserError(f"{path}: the name does not tell the format; let it end in one of {known}")
             data = datasets.load_dataset(_FORMATS[suffixes[-1]], data_files={split: str(local)}, split=split)
-        elif not local.exists() and (suffixes or path.startswith(("/", "~", ".")) or path.count("/") > 1):
+        elif not local.exists() and (
+            suffixes or path.startswith(("/", "~", ".")) or path.partition("@")[0].count("/") > 1
+        ):
             raise UserError(f"{path}: no such file or folder; set --config.{key}.path to one that exists")
         elif local.exists():
             data = datasets.load_dataset(str(local), name, split=split)

@@ -18,6 +18,7 @@ import numpy as np
 
 from pjrlhf import __version__
 from pjrlhf.errors import UserError
+from pjrlhf.export.card import write_card
 from pjrlhf.export.dense import write_dense
 from pjrlhf.export.ingredients import (
     Ingredient,
@@ -28,6 +29,7 @@ from pjrlhf.export.ingredients import (
     open_ingredient,
 )
 from pjrlhf.export.inherited import check_tokenizers, inherit
+from pjrlhf.export.push import check_push, push
 from pjrlhf.merging import lora, trees
 from pjrlhf.models.folders import DTYPES, new_folder, read_json
 from pjrlhf.models.hf_config import GENERATION, read_config
@@ -102,10 +104,13 @@ class MergeSettings(Settings):
         "of the written weights; where not set, that of the base or of the first ingredient, and float32 for concat",
         choices=tuple(DTYPES.values()),
     )
+    push: str = setting("", "USER/NAME on the Hugging Face hub to which the merged folder is uploaded, with its card")
+    private: bool = setting(False, "whether a new repository on the hub is private")
 
 
 def merge(config: MergeSettings, workdir: pathlib.Path | None = None) -> dict[str, Any]:
-    """Writes the merged folder and returns its manifest, which is also written there as manifest.json.
+    """Writes the merged folder and returns its manifest, which is also written there as manifest.json. The folder has a
+    model card, and is uploaded where `config.push` says so.
 
     Args:
       config: what is merged, and how.
@@ -113,8 +118,10 @@ def merge(config: MergeSettings, workdir: pathlib.Path | None = None) -> dict[st
 
     Raises:
       UserError: the ingredients do not fit each other, the base or the weights; the output folder is taken or cannot be
-        written; or a number is not finite, in an ingredient or in the result.
+        written; it cannot be uploaded; or a number is not finite, in an ingredient or in the result.
     """
+    if config.push:
+        check_push(config.push)
     weights = _read_weights(config)
     options = _read_options(config, weights)
     _check_output(config, workdir)
@@ -178,6 +185,9 @@ def merge(config: MergeSettings, workdir: pathlib.Path | None = None) -> dict[st
             manifest["fingerprint"] = fingerprint(work)
         manifest["dtype"] = dtype
         (work / MANIFEST).write_text(json.dumps(manifest, indent=2))
+        write_card(work, output.name)
+    if config.push:
+        manifest["pushed"] = push(output, config.push, config.private)
     return manifest
 
 

@@ -88,9 +88,11 @@ def model_folder(path: str | os.PathLike, report: Report | None = None) -> pathl
 
 
 def model_file(path: str | os.PathLike, file: str) -> pathlib.Path:
-    """The local path of a file of weights: `path` itself, or `file` in a folder, see `model_folder`."""
+    """The local path of a file of weights: `path` itself, or `file` in it where that is a folder with such a file; see
+    `model_folder`.
+    """
     found = model_folder(path)
-    return found / file if found.is_dir() else found
+    return found / file if (found / file).is_file() else found
 
 
 def config_folder(path: str | os.PathLike) -> pathlib.Path:

@@ -27,7 +27,7 @@ from pjrlhf.rewards.sources import SourceFailed
 from pjrlhf.runtime.inputs import fetch_models, fingerprints
 from pjrlhf.runtime.run import Run, Sections, Stage
 from pjrlhf.settings import Settings, parse, shown
-from pjrlhf.terminal import masked
+from pjrlhf.terminal import masked, visible
 from pjrlhf.training.progress import progress
 from pjrlhf.training.workdir import Workdir, disk_errors, write_lines
 from pjrlhf.types import Json
@@ -217,7 +217,9 @@ def _merge(run: Run) -> dict[str, Any]:
     if not is_process_zero():
         return {}
     manifest = merge.merge(run.section(MergeSettings), run.workdir.path)
-    print(f"merged model: {manifest['output']}")
+    print(f"merged model: {visible(manifest['output'])}")
+    if "pushed" in manifest:
+        print(f"pushed to {visible(manifest['pushed'])}")
     return manifest
 
 

@@ -56,11 +56,8 @@ def test_the_cache_serves_without_the_hub(server, monkeypatch, tmp_path):
     with monkeypatch.context() as patch:
         patch.setattr(constants, "HF_HUB_OFFLINE", True)
         seen = len(server.seen)
-        assert (
-            model_folder("ann/small"),
-            model_folder("ann/small@old"),
-            model_folder(f"ann/small@{commit}"),
-        ) == folders
+        again = model_folder("ann/small"), model_folder("ann/small@old"), model_folder(f"ann/small@{commit}")
+        assert again == folders
         assert len(server.seen) == seen
     hub_server.use(monkeypatch, "http://127.0.0.1:9", tmp_path / "cache")  # nobody listens there
     assert model_folder("ann/small") == folders[0]
@@ -126,8 +123,8 @@ def test_a_download_is_reported(server):
 ERRORS = {
     "nobody": (
         "bob/small",
-        r"bob/small: no such folder, and no model that you may read on the hub; check the name, or log in with `hf auth "
-        r"login`, or set HF_TOKEN",
+        r"bob/small: no such folder, and no model that you may read on the hub; check the name, or log in with `hf "
+        r"auth login`, or set HF_TOKEN",
     ),
     "gated": (
         "eve/gated",
@@ -157,16 +154,12 @@ def test_offline_without_the_model(server, monkeypatch, tmp_path):
     with monkeypatch.context() as patch:
         patch.setattr(constants, "HF_HUB_OFFLINE", True)
         for name in ("ann/small", "ann/other", f"ann/small@{40 * 'a'}"):
-            message = (
-                f"{name}: no such folder, and not whole in the cache .*HF_HUB_OFFLINE is set; unset it, or download"
-            )
+            message = f"{name}: no such folder, and not whole in the cache .*HF_HUB_OFFLINE is set; unset it, or"
             with pytest.raises(UserError, match=message) as caught:
                 model_folder(name)
             assert "\n" not in str(caught.value)
     hub_server.use(monkeypatch, "http://127.0.0.1:9", tmp_path / "cache")
-    with pytest.raises(
-        UserError, match=r"ann/other: no such folder, and the hub cannot be reached \(.*\); check the n"
-    ):
+    with pytest.raises(UserError, match=r"ann/other: no such folder, and the hub cannot be reached \(.*\); check"):
         model_folder("ann/other")
     assert newest("ann/other") is None
 

@@ -141,9 +141,8 @@ def test_merges_by_name(server, finished, tmp_path):
             )
         )
         assert found["base"] == {"folder": "ann/base", "commit": base, "hash": expected["base"]["hash"]}
-        assert [(one["folder"], one["commit"]) for one in found["ingredients"]] == list(
-            zip(names, commits, strict=True)
-        )
+        parts = [(one["folder"], one["commit"]) for one in found["ingredients"]]
+        assert parts == list(zip(names, commits, strict=True))
     assert fingerprint(tmp_path / "delta1") == fingerprint(tmp_path / "delta2")
     one, two = (load_peft(tmp_path / f"concat{i}")[0] for i in (1, 2))
     jax.tree.map(np.testing.assert_array_equal, one, two)
