@@ -26,7 +26,7 @@ from pjrlhf.types import Json
 LICENCE = ("license", "license_name", "license_link")
 # What stages count, of what they report in manifest.json.
 _COUNTS = ("records", "pairs", "users", "samples", "rollouts_per_policy")
-_ABOVE = 5  # folders between an export and its run
+_ABOVE = 4  # folders between an export and its run
 
 
 def write_card(folder: pathlib.Path, name: str) -> None:
@@ -42,7 +42,7 @@ def card_of(folder: pathlib.Path, name: str) -> str:
     """
     manifest = _object(folder / MANIFEST)
     parts = [one for one in manifest.get("ingredients") or () if isinstance(one, dict)]
-    run = next(filter(None, map(_run_of, [folder, *(pathlib.Path(str(one.get("folder"))) for one in parts)])), None)
+    run = next(filter(None, map(_run_of, [*(pathlib.Path(str(one.get("folder"))) for one in parts), folder])), None)
     base = manifest.get("base") or _base_in(run, folder)
     adapter = _object(folder / ADAPTER_CONFIG)
     if adapter and not base.get("folder"):

@@ -92,6 +92,8 @@ class Hub:
             return self._api(request, *found.groups(), query, body)
         if path == "/api/repos/create":
             return self._create(request, json.loads(body))
+        if path == "/api/validate-yaml":
+            return 200, {"errors": [], "warnings": []}, {}
         if path == "/api/whoami-v2":
             return self._allowed(request) or (200, {"name": "me", "type": "user", "orgs": []}, {})
         if found := re.fullmatch(r"/([^/]+/[^/]+)\.git/info/lfs/objects/batch", path):
