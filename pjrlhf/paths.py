@@ -10,12 +10,16 @@ import importlib.metadata
 import os
 import pathlib
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
+from typing import TypeAlias
 
 import xxhash
 from etils import epath
 
 from pjrlhf.errors import UserError
+
+# Called with (bytes done, all bytes) during a long pass.
+Report: TypeAlias = Callable[[int, int], None]
 
 EXTRAS = {"gs": "gcs", "s3": "s3"}  # scheme -> the optional dependency that reads it
 # Weights in formats that are never read; model folders often have several formats.
@@ -177,10 +181,11 @@ def expand(path: str | os.PathLike) -> str:
     return path if is_remote(path) else os.path.expanduser(path)
 
 
-def local(path: str | os.PathLike) -> pathlib.Path:
+def local(path: str | os.PathLike, report: Report | None = None) -> pathlib.Path:
     """The local path of a file or folder: `path` itself, with ~ expanded, or a copy of what is in a bucket.
 
     The copy stays in the user's cache and is used again while names, sizes and times in the bucket are unchanged.
+    `report` is told how much is copied.
 
     Raises:
       UserError: no such file or folder in the bucket, or the bucket cannot be reached.
@@ -200,7 +205,7 @@ def local(path: str | os.PathLike) -> pathlib.Path:
         folder = user_cache() / "fetched" / hashlib.sha256(listing.encode()).hexdigest()[:16]
         target = folder / source.name
         if not target.exists():
-            _fetch(source, files, folder)
+            _fetch(source, {file: stat.length for file, stat in stats}, folder, report)
     return target
 
 
@@ -213,15 +218,20 @@ def _files(folder: epath.Path) -> Iterator[epath.Path]:
             yield path
 
 
-def _fetch(source: epath.Path, files: list[epath.Path], folder: pathlib.Path) -> None:
-    """Copies `files` into `folder`, which appears only when it is complete."""
-    half = folder.with_name(f".{folder.name}.{os.getpid()}")
+def _fetch(
+    source: epath.Path, files: Mapping[epath.Path, int], folder: pathlib.Path, report: Report | None = None
+) -> None:
+    """Copies `files`, with their sizes in bytes, into `folder`, which appears only when it is complete."""
+    half, done = folder.with_name(f".{folder.name}.{os.getpid()}"), 0
     try:
         for file in files:
             copy = half / source.name / file.relative_to(source) if file != source else half / source.name
             copy.parent.mkdir(parents=True, exist_ok=True)
             with file.open("rb") as there, copy.open("wb") as here:
                 shutil.copyfileobj(there, here, _CHUNK)
+            done += files[file]
+            if report:
+                report(done, sum(files.values()))
         with contextlib.suppress(OSError):  # another process has renamed its copy first
             half.rename(folder)
     finally:

@@ -7,8 +7,9 @@ objectives become one advantage (see `objectives.scalarization`), and what estim
 
 import dataclasses
 import functools
+import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from typing import Any
 
@@ -28,16 +29,18 @@ from pjrlhf.objectives import policy_gradient as pg
 from pjrlhf.objectives.multi_objective import fill_missing
 from pjrlhf.objectives.scalarization import CombinationRule, Points, factors, make_rule, schedule, section
 from pjrlhf.parallel.processes import to_host
-from pjrlhf.rollout.batches import PromptBatch, Rollout, ScoredRollout, join_rows, split_rows
+from pjrlhf.rollout.batches import Experience, PromptBatch, Rollout, ScoredRollout, join_rows, split_rows
 from pjrlhf.rollout.experience import ExperienceConfig, Recipe, experience, init_value_heads, reward_scores, sample
 from pjrlhf.runtime.audience import HostRewards
 from pjrlhf.runtime.devices import Devices
 from pjrlhf.runtime.run import Run, Sections, Stage, Trainer
 from pjrlhf.runtime.streams import Streams
 from pjrlhf.settings import Settings, setting
+from pjrlhf.training.completions import Row
 from pjrlhf.training.loop import Method
-from pjrlhf.training.metrics import Metrics
+from pjrlhf.training.metrics import Metrics, masked
 from pjrlhf.training.optimizer import OptimizerSettings, check_warmup, make_optimizer, per_ingredient
+from pjrlhf.training.progress import progress
 from pjrlhf.training.state import State
 from pjrlhf.types import Array, Params, PRNGKey, Tree
 
@@ -85,6 +88,7 @@ class PolicySettings(Settings):
     reward_parts: int = setting(
         1, "parts of a rollout; reward sources score one part while the next is sampled", low=1, high=2**20
     )
+    eval_prompts: int = setting(64, "held-out prompts that policies answer every eval_every steps", low=1, high=2**20)
     top_k: int = setting(0, "0: off; a policy cannot be trained on truncated samples", low=0)
     top_p: float = setting(1.0, "1: off; a policy cannot be trained on truncated samples", above=0.0, high=1.0)
     kl: KLSettings = setting(KLSettings())
@@ -190,6 +194,7 @@ class Policy(Method):
     Args:
       data: the prompts to train on.
       rewarder: reward models as `reward.load` gives them.
+      heldout: the prompts to evaluate on.
     """
 
     show = ("objective/scores", "objective/kl")
@@ -203,8 +208,9 @@ class Policy(Method):
         devices: Devices,
         backbone: Backbone,
         streams: Streams,
+        heldout: PromptRows | None = None,
     ):
-        self.settings, self.data, self.rewarder = settings, data, rewarder
+        self.settings, self.data, self.rewarder, self.heldout = settings, data, rewarder, heldout
         self.devices, self.backbone, self.streams = devices, backbone, streams
         self.targets: Targets = data.targets
         self.ppo = settings.ppo
@@ -229,6 +235,9 @@ class Policy(Method):
         else:
             self._update = devices.training_step(self._step)
             self.programs = (self._update,)
+        # Apart from the programs of a step, whose compilations are counted.
+        self._inspect, self._answer = devices.program(self._inspected), devices.program(self._sample)
+        self._show: Callable[[Rollout, Any], None] | None = None
         # A policy alone needs no name.
         self.ingredients = () if self.targets.sampled else self.targets.policies
 
@@ -272,16 +281,19 @@ class Policy(Method):
         numbers = jnp.arange(self.K)[:, None] * n + part * size + jnp.arange(size)
         return draw(numbers, self.K * n)
 
-    def ask(self, batch: PromptBatch, rollout: Rollout, pool: Executor | None = None) -> Callable[[], HostRewards]:
-        """Asks the reward sources of their objectives for the responses [K n, N] to a batch [K, n, ...]; see
-        `Audience.ask`. The result has rewards float32 [K n, S]; NaN for no reward.
+    def ask(
+        self, batch: PromptBatch, rollout: Rollout, pool: Executor | None = None, data: PromptRows | None = None
+    ) -> Callable[[], HostRewards]:
+        """Asks the reward sources of their objectives for the responses [K n, N] to a batch [K, n, ...] of `data`, by
+        default the prompts to train on; see `Audience.ask`. The result has rewards float32 [K n, S]; NaN for no reward.
         """
         batch, audience = join_rows(batch), self.targets.audience
         objectives, numbers = np.asarray(batch.targets.objectives), np.asarray(batch.requests)
         texts = self.data.text.decode(batch.prompts, rollout)
         wanted = (objectives[..., None] == np.arange(len(audience.rewards))).any(1)
-        requests = [self.data.requests[i] for i in numbers]
-        found = audience.ask(requests, texts, wanted, self.data.records.columns_of(requests), pool)
+        data = data or self.data
+        requests = [data.requests[i] for i in numbers]
+        found = audience.ask(requests, texts, wanted, data.records.columns_of(requests), pool)
 
         def result() -> HostRewards:
             one = found()
@@ -302,17 +314,23 @@ class Policy(Method):
         objectives = batch.targets.objectives if fixed is None else jnp.asarray(fixed)
         return reward_scores(backbone, rewarder, objectives, batch.reward_prompts, rollout, self.settings.scale, host)
 
+    def experience(
+        self, backbone: Backbone, state: State, scored: ScoredRollout
+    ) -> tuple[Experience, dict[str, Array]]:
+        """What the policies train on, of scored responses [K, n, ...], and statistics [K]."""
+        mix = scored.targets.weights if self.targets.mix == "weights" else None
+        if self.settings.reward_weights:
+            weights = scored.targets.weights * self._factors(state.step)[scored.targets.objectives]
+            scored = dataclasses.replace(scored, targets=dataclasses.replace(scored.targets, weights=weights))
+        found = experience(self.recipe, backbone, state.trainable, scored, state.extra["beta"], mix)
+        return jax.lax.stop_gradient(found)
+
     def update(
         self, backbone: Backbone, state: State, scored: ScoredRollout, key: PRNGKey
     ) -> tuple[State, dict[str, Array]]:
         """The state after the updates on scored responses [K, n, ...], and metrics [K]."""
-        mix = scored.targets.weights if self.targets.mix == "weights" else None
         beta, step = state.extra["beta"], state.step
-        if self.settings.reward_weights:
-            weights = scored.targets.weights * self._factors(step)[scored.targets.objectives]
-            scored = dataclasses.replace(scored, targets=dataclasses.replace(scored.targets, weights=weights))
-        found, statistics = experience(self.recipe, backbone, state.trainable, scored, beta, mix)
-        found, statistics = jax.lax.stop_gradient((found, statistics))
+        found, statistics = self.experience(backbone, state, scored)
         state, metrics = ppo_update(self.ppo, self.optimizer, backbone, state, found, key)
         kl, settings = statistics["objective/kl"], self.settings.kl
         if settings.target:
@@ -356,13 +374,9 @@ class Policy(Method):
         host: Float[Array, "B S"] | None = None,
     ) -> tuple[State, Metrics]:
         (batch, rollout), shuffle = split_rows((placed, rollout), self.K), self._keys(state)[1]
-        scores = self.score(backbone, rewarder, batch, rollout, None if host is None else split_rows(host, self.K))
-        found = self._by_objective(scores, batch.targets.objectives)
-        if host is not None:
-            samples = self.settings.experience.samples_per_prompt
-            fill = functools.partial(fill_missing, count=len(self.targets.audience.rewards), samples=samples)
-            scores = jax.vmap(fill)(scores, batch.targets.objectives)
-        scored = ScoredRollout(batch.prompts, rollout, scores, batch.targets)
+        found, scored = self._scored(backbone, rewarder, batch, rollout, host)
+        by_objective = self._by_objective(found, batch.targets.objectives)
+        scores = scored.scores
         # The x axis that methods share: answers sampled so far, of all policies.
         step = state.step
         samples = (step + 1.0) * scores.shape[0] * scores.shape[1]
@@ -374,12 +388,25 @@ class Policy(Method):
         else:
             del statistics["objective/gradient_cosine"]
         metrics = {name: (x, jnp.ones_like(x)) for name, x in statistics.items()}
-        metrics |= found
+        metrics |= by_objective
         metrics["samples"] = (samples, jnp.ones(()))
         for name in self.settings.reward_weights:
             factor = self._factors(step)[self.targets.audience.rewards.index(name)]
             metrics[f"rewards/{name}/weight"] = (factor, jnp.ones(()))
         return state, metrics
+
+    def _scored(
+        self, backbone: Backbone, rewarder: Params, batch: PromptBatch, rollout: Rollout, host: Any
+    ) -> tuple[Float[Array, "K n S"], ScoredRollout]:
+        """(rewards of responses [K, n, N], NaN for none; the responses with what counts in place of NaN)."""
+        if host is None:
+            scores = filled = self.score(backbone, rewarder, batch, rollout)
+        else:
+            scores = self.score(backbone, rewarder, batch, rollout, split_rows(host, self.K))
+            samples = self.settings.experience.samples_per_prompt
+            fill = functools.partial(fill_missing, count=len(self.targets.audience.rewards), samples=samples)
+            filled = jax.vmap(fill)(scores, batch.targets.objectives)
+        return scores, ScoredRollout(batch.prompts, rollout, filled, batch.targets)
 
     def _by_objective(self, scores: Float[Array, "K n S"], objectives: Int[Array, "K n S"]) -> Metrics:
         """Mean and standard deviation of every reward, the share of answers that its source says nothing about, and how
@@ -413,6 +440,8 @@ class Policy(Method):
     def step(self, state: State, batch: PromptBatch) -> tuple[State, Metrics]:
         placed = self.place(batch)
         if not self.targets.audience.sources:
+            if self._show:  # the same draws as in the step itself
+                self._show(self._answer(state, self.backbone, placed), None)
             return self._update(state, self.backbone, self.rewarder, placed)
         count = self.settings.reward_parts
         if count == 1:
@@ -437,7 +466,10 @@ class Policy(Method):
         for name in self.targets.audience.sources:
             seconds[f"rewards/{name}/seconds"] = sum(one.seconds.get(name, 0.0) for one in asked)
         host = [split_rows(one.rewards, self.K) for one in asked]
-        state, metrics = self.learn(state, placed, rollout, join_rows(np.concatenate(host, axis=1)))
+        rewards = join_rows(np.concatenate(host, axis=1))
+        if self._show:
+            self._show(rollout, self.devices.place(rewards))
+        state, metrics = self.learn(state, placed, rollout, rewards)
         timed: dict[str, Any] = {name: (np.float32(x), np.float32(1)) for name, x in seconds.items()}
         return state, {**metrics, **timed}
 
@@ -447,10 +479,104 @@ class Policy(Method):
         """The rest of a step with reward sources: (state, metrics) after the update on responses [K n, N]."""
         return self._update(state, self.backbone, self.rewarder, placed, rollout, self.devices.place(host))
 
+    # ---- what was sampled, and held-out prompts
+
+    def step_with_rows(self, state: State, batch: PromptBatch) -> tuple[State, Metrics, Sequence[Row]]:
+        rows: list[Row] = []
+
+        def show(rollout: Rollout, host: Any) -> None:
+            placed = self.place(batch)
+            found = self._inspect(state, self.backbone, self.rewarder, placed, rollout, host)
+            rows.extend(self._rows(join_rows(batch), rollout, *to_host(found)))
+
+        self._show = show
+        try:
+            return *self.step(state, batch), rows
+        finally:
+            self._show = None
+
+    def _inspected(
+        self, state: State, backbone: Backbone, rewarder: Params, placed: PromptBatch, rollout: Rollout, host: Any
+    ) -> tuple[Float[Array, "B S"], Float[Array, " B"]]:
+        """(rewards, NaN for none; mean advantage over its tokens) of responses [K n, N]."""
+        batch, rollout = split_rows((placed, rollout), self.K)
+        scores, scored = self._scored(backbone, rewarder, batch, rollout, host)
+        found, _ = self.experience(backbone, state, scored)
+        total, count = masked(found.advantages, found.mask, axis=2)
+        return join_rows((scores, total / jnp.maximum(count, 1)))
+
+    def _rows(
+        self,
+        batch: PromptBatch,
+        rollout: Rollout,
+        scores: Float[np.ndarray, "B S"],
+        advantages: Float[np.ndarray, " B"],
+    ) -> Iterator[Row]:
+        """A table of responses [K n, N]; prompts are as the policies read them."""
+        names, tokenizer = self.targets.audience.rewards, self.data.text.workspace.tokenizer
+        answers = self.data.text.decode(batch.prompts, rollout)
+        tokens, valid = np.asarray(batch.prompts.tokens), np.asarray(batch.prompts.valid)
+        prompts = (ids[kept] for ids, kept in zip(tokens, valid, strict=True))
+        numbers, weights = np.asarray(batch.targets.objectives), np.asarray(batch.targets.weights)
+        asked = sorted({int(i) for i in numbers.ravel()})
+        for i, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
+            values = dict(zip(numbers[i].tolist(), scores[i].tolist(), strict=True))
+            yield {
+                "policy": self.targets.policies[i * self.K // len(answers)],
+                "prompt": tokenizer.backend.decode(prompt.tolist()),
+                "completion": answer,
+                "weights": ", ".join(f"{names[j]} {w:.3g}" for j, w in zip(numbers[i], weights[i], strict=True)),
+                **{f"rewards/{names[j]}": _number(values.get(j)) for j in asked},
+                "advantage": _number(advantages[i].item()),
+            }
+
+    def evaluate(self, state: State) -> dict[str, float]:
+        """Mean rewards of answers to held-out prompts by the current policies, over all and of each, and their length.
+
+        Every evaluation draws with the same keys.
+        """
+        if not self.heldout:
+            return {}
+        rows = [self.heldout[i] for i in range(min(self.settings.eval_prompts, len(self.heldout)))]
+        samples = self.settings.experience.samples_per_prompt
+        size = self.settings.rollouts // samples
+        state = state.replace(rng=self.streams.key("policy/eval"), step=jnp.zeros_like(state.step))
+        found = []
+        with progress("policy: held-out prompts", -(-len(rows) // size)) as bar:
+            for number, start in enumerate(range(0, len(rows), size)):
+                part = rows[start : start + size]
+                # Full batches, as in training; what fills the last one does not count.
+                batch = self.heldout.collate((part * size)[:size], samples)
+                placed = self.place(batch)
+                rollout = self._answer(state.replace(step=state.step + number), self.backbone, placed)
+                host = None
+                if self.targets.audience.sources:
+                    host = self.devices.place(self.ask(batch, rollout, data=self.heldout)().rewards)
+                scores = self._inspect(state, self.backbone, self.rewarder, placed, rollout, host)[0]
+                kept = len(part) * samples
+                scores, lengths = split_rows(to_host((scores, rollout.valid.sum(1))), self.K)
+                found.append((scores[:, :kept], np.asarray(batch.targets.objectives)[:, :kept], lengths[:, :kept]))
+                bar.update(number + 1, {})
+        scores, objectives, lengths = (np.concatenate(parts, axis=1) for parts in zip(*found, strict=True))
+        values = {"length": float(lengths.mean())}
+        for i, name in enumerate(self.targets.audience.rewards):
+            own = np.where(objectives == i, scores, np.nan)
+            known = {policy: x[~np.isnan(x)] for policy, x in zip(self.targets.policies, own, strict=True)}
+            known = {policy: x for policy, x in known.items() if len(x)}
+            if known:
+                values[f"rewards/{name}"] = float(np.concatenate(list(known.values())).mean())
+            if len(known) > 1 and self.ingredients:
+                values |= {f"rewards/{name}/{policy}": float(x.mean()) for policy, x in known.items()}
+        return values
+
     def last_kl(self, state: State) -> dict[str, float]:
         """Policy -> mean KL to the base over its last `KL_STEPS` steps, in nats per answer."""
         means = to_host(state.extra["kl"]).mean(0)
         return dict(zip(self.targets.policies, means.tolist(), strict=True))
+
+
+def _number(x: float | None) -> float | None:
+    return None if x is None or math.isnan(x) else x
 
 
 # ---- the stage
@@ -468,8 +594,9 @@ def method_of(run: Run, settings: PolicySettings | None = None, rewarder: Params
     targets = targets_of(run, settings)
     prompts = settings.steps * settings.rollouts // settings.experience.samples_per_prompt
     data = PromptRows(targets, run.records, run.text, prompts)
+    heldout = PromptRows(targets, run.records, run.text, part=1) if run.settings.eval_every else None
     rewarder = rewarder or reward.load(run)
-    return Policy(settings, data, rewarder, run.devices, run.workspace.backbone, run.streams)
+    return Policy(settings, data, rewarder, run.devices, run.workspace.backbone, run.streams, heldout)
 
 
 def run(run: Run) -> dict[str, Any]:

@@ -33,6 +33,7 @@ from pjrlhf.training.accumulation import check_accumulation, gradient_of, in_par
 from pjrlhf.training.loop import Method
 from pjrlhf.training.metrics import Metrics, masked
 from pjrlhf.training.optimizer import OptimizerSettings, check_warmup, make_optimizer, per_ingredient, steps_of
+from pjrlhf.training.progress import megabytes
 from pjrlhf.training.state import State
 from pjrlhf.training.workdir import disk_errors, write_json
 from pjrlhf.types import Array, Params, PRNGKey
@@ -162,14 +163,16 @@ def run(run: Run) -> dict[str, Any]:
 @on_process_zero
 def _save(workspace: Workspace, params: Params) -> None:
     folder = workspace.base_folder
-    save_params(
-        folder,
-        workspace.model_config,
-        params,
-        model_type=workspace.model_type,
-        tokenizer_folder=workspace.start_folder,
-        token_ids=workspace.token_ids,
-    )
+    with megabytes("sft: writing the model") as report:
+        save_params(
+            folder,
+            workspace.model_config,
+            params,
+            model_type=workspace.model_type,
+            tokenizer_folder=workspace.start_folder,
+            token_ids=workspace.token_ids,
+            report=report,
+        )
     write_json(folder / MANIFEST, {"eos_tokens": workspace.tokenizer.eos_tokens, "fingerprint": fingerprint(folder)})
     write_card(folder, "sft")
 

@@ -198,16 +198,18 @@ class PromptRow:
 class PromptRows(Sequence[PromptRow]):
     """The requests that the policies are trained on; row i is a `PromptRow`.
 
-    Where targets are drawn at random there are `count` rows or more, so that a request comes with ever new ones.
+    `part` 1 has the held-out requests instead. Where targets are drawn at random there are `count` rows or more, so
+    that a request comes with ever new ones.
     """
 
-    def __init__(self, targets: Targets, records: Records, text: Text, count: int = 0):
+    def __init__(self, targets: Targets, records: Records, text: Text, count: int = 0, part: int = 0):
         self.targets, self.records, self.text = targets, records, text
-        self.requests = records.requests[0]
+        self.requests = records.requests[part]
         size = len(self.requests) * len(targets.stated)
         self.size = size * max(1, -(-count // size)) if targets.sampled else size
         self._ids = functools.cache(lambda request, words: encode(records, text, request, words))
-        text.show("data.prompts", {"prompt": (self[0].prompts[0], None)})
+        if not part:
+            text.show("data.prompts", {"prompt": (self[0].prompts[0], None)})
 
     def __len__(self) -> int:
         return self.size

@@ -27,6 +27,7 @@ from pjrlhf.models.families import Family, Slot, check_tensors, get_family, leaf
 from pjrlhf.models.folders import all_finite, open_tensors, read_json, weight_files
 from pjrlhf.models.hf_config import read_config
 from pjrlhf.models.huggingface import save_params
+from pjrlhf.training.progress import megabytes
 
 SUMS = ("linear", "task_arithmetic")
 Index = int | tuple[()]  # the layer of a stacked leaf, else ()
@@ -240,17 +241,19 @@ def write_dense(
             path: _Leaf(shape, jnp.dtype(merge.dtypes[path]), functools.partial(merge.tensor, path))
             for path, shape in leaf_shapes(config).items()
         }
-        save_params(
-            work,
-            config,
-            flax.traverse_util.unflatten_dict(leaves, sep="/"),
-            model_type=raw["model_type"],
-            dtype=dtype,
-            tokenizer_folder=inherited.tokenizer,
-            token_ids=inherited.token_ids,
-            generation=inherited.generation,
-            pieces=merge.streams(dtype),
-        )
+        with megabytes("merging") as report:
+            save_params(
+                work,
+                config,
+                flax.traverse_util.unflatten_dict(leaves, sep="/"),
+                model_type=raw["model_type"],
+                dtype=dtype,
+                tokenizer_folder=inherited.tokenizer,
+                token_ids=inherited.token_ids,
+                generation=inherited.generation,
+                pieces=merge.streams(dtype),
+                report=report,
+            )
         return dtype or merge.dtypes["embed/embedding"]
 
 

@@ -20,6 +20,7 @@ from pjrlhf.models.peft import CONFIG as ADAPTER_CONFIG
 from pjrlhf.models.peft import MANIFEST, load_peft
 from pjrlhf.models.peft import WEIGHTS as ADAPTER_WEIGHTS
 from pjrlhf.paths import content_hash
+from pjrlhf.training.progress import megabytes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,11 +54,16 @@ class Ingredient:
     def manifest_entry(self) -> dict[str, Any]:
         """What the manifest of a merge records: hash of the content, kind and weight."""
         if self.adapter is None:
-            kind, content = "full", fingerprint(self.folder)
+            kind, content = "full", _fingerprint(self.folder)
         else:
             files = [(self.folder / name).read_bytes() for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS)]
             kind, content = "lora", hashlib.sha256(b"".join(files)).hexdigest()[:16]
         return {"hash": content, "kind": kind, "weight": self.weight}
+
+
+def _fingerprint(folder: pathlib.Path) -> str:
+    with megabytes(f"hashing {folder}") as report:
+        return fingerprint(folder, report)
 
 
 def open_ingredient(folder: pathlib.Path, weight: float, model_type: str, head_dim: int) -> Ingredient:
@@ -107,7 +113,7 @@ def check_kinds(base: pathlib.Path | None, ingredients: Sequence[Ingredient], sp
 
 def check_bases(base: pathlib.Path | None, ingredients: Sequence[Ingredient]) -> str | None:
     """Adapters that record the hash of their base must all record that of `base`, or the same one; returns the hash."""
-    owner, known = base, fingerprint(base) if base else None
+    owner, known = base, _fingerprint(base) if base else None
     for ingredient in ingredients:
         if ingredient.adapter is None or not (ingredient.folder / MANIFEST).is_file():
             continue

@@ -39,6 +39,7 @@ from pjrlhf.models.peft import CONFIG as ADAPTER_CONFIG
 from pjrlhf.models.peft import MANIFEST, WEIGHTS, save_peft
 from pjrlhf.paths import content_hash, disk_errors, is_remote, refuse_remote
 from pjrlhf.settings import SEEDS, Settings, fold_seed, setting
+from pjrlhf.training.progress import megabytes
 from pjrlhf.types import Json
 
 SPACES = ("delta", "factors", "concat")
@@ -125,18 +126,18 @@ def merge(config: MergeSettings, workdir: pathlib.Path | None = None) -> dict[st
     weights = _read_weights(config)
     options = _read_options(config, weights)
     _check_output(config, workdir)
-    base = model_folder(config.base) if config.base else None
+    base = _folder(config.base) if config.base else None
     model_type = str(read_json(base / "config.json").get("model_type")) if base else "llama"
     head_dim = read_config(base).head_dim if base else 0
     ingredients = [
-        open_ingredient(model_folder(path), weight, model_type, head_dim)
+        open_ingredient(_folder(path), weight, model_type, head_dim)
         for path, weight in zip(config.ingredients, weights, strict=True)
     ]
     check_kinds(base, ingredients, config.space)
     folders = [ingredient.folder for ingredient in ingredients]
     parents = [*([base] if base else []), *folders]
     check_tokenizers(parents)
-    chosen = model_folder(config.tokenizer) if config.tokenizer else None
+    chosen = _folder(config.tokenizer) if config.tokenizer else None
     if chosen:  # as it is called there
         same = [folder for folder in parents if folder.absolute() == chosen.absolute()]
         if not same:
@@ -189,6 +190,11 @@ def merge(config: MergeSettings, workdir: pathlib.Path | None = None) -> dict[st
     if config.push:
         manifest["pushed"] = push(output, config.push, config.private)
     return manifest
+
+
+def _folder(path: str) -> pathlib.Path:
+    with megabytes(f"downloading {path}") as report:
+        return model_folder(path, report)
 
 
 def _read_weights(config: MergeSettings) -> list[float]:

@@ -8,7 +8,7 @@ import contextlib
 import os
 import pathlib
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import huggingface_hub
@@ -21,7 +21,7 @@ from pjrlhf.models.hf_config import GENERATION
 from pjrlhf.models.huggingface import TEMPLATES, TOKENIZER_FILES
 from pjrlhf.models.peft import CONFIG as ADAPTER_CONFIG
 from pjrlhf.models.peft import MANIFEST
-from pjrlhf.paths import disk_errors, expand, local
+from pjrlhf.paths import Report, disk_errors, expand, local
 
 # What is downloaded, as patterns of file names.
 WEIGHTS = ("model*.safetensors", "pytorch_model*.safetensors", "adapter_model.safetensors", "bank.safetensors", INDEX)
@@ -33,9 +33,6 @@ _NAME = re.compile(r"(?P<repo>\w[\w.-]*/\w[\w.-]*)(?:@(?P<revision>\S+))?", re.A
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 # Name on the hub -> commit at which this process reads it, whatever happens to its branch meanwhile.
 _pinned: dict[str, str] = {}
-
-# Called with (bytes that are there, all bytes) while a model is downloaded.
-Report = Callable[[int, int], None]
 
 
 class HubName(NamedTuple):
@@ -66,7 +63,7 @@ def model_folder(path: str | os.PathLike, report: Report | None = None) -> pathl
     Args:
       path: a folder, one in a bucket, or a name on the hub, `owner/name` with an optional `@revision`. A local folder
         of that spelling comes first.
-      report: told how far a download from the hub is.
+      report: told how far a download is.
 
     Raises:
       UserError: the hub cannot be reached and its cache does not have the model; no such repository or revision, or no
@@ -74,7 +71,7 @@ def model_folder(path: str | os.PathLike, report: Report | None = None) -> pathl
     """
     name = hub_name(path)
     if name is None:
-        return local(path)
+        return local(path, report)
     folder = _snapshot(name, FILES, report)
     if not (folder / CARD).is_file():
         with contextlib.suppress(UserError):  # a cache may have the model without it

@@ -8,7 +8,7 @@ import json
 import math
 import pathlib
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import flax.traverse_util
@@ -36,6 +36,7 @@ from pjrlhf.models.hf_config import GENERATION, config_to_hf, generation_config,
 from pjrlhf.models.peft import MANIFEST
 from pjrlhf.models.quantization import quantize_leaf
 from pjrlhf.parallel.processes import to_host
+from pjrlhf.paths import Report
 from pjrlhf.types import DType, Json, Params
 
 TOKENIZER_FILES = (
@@ -59,6 +60,7 @@ def load_params(
     place: Callable[[str, tuple[int, ...]], jax.sharding.Sharding] | None = None,
     quantized: bool = False,
     family: Family | None = None,
+    report: Report | None = None,
 ) -> Params:
     """Loads the parameters in `folder` (model.safetensors, or shards with an index) as a tree of the decoder.
 
@@ -71,6 +73,7 @@ def load_params(
       place: `(path, shape) -> sharding` of a leaf; the default device where None.
       quantized: quantise to int8, see `models.quantization`.
       family: the table of the folder's `model_type` where None.
+      report: told how much is read.
 
     Raises:
       UserError: a missing, unused or wrongly shaped tensor, by name, or a leaf that holds NaN or infinity.
@@ -79,7 +82,9 @@ def load_params(
     config = read_config(folder) if config is None else config
     family = family or get_family(read_json(folder / "config.json").get("model_type"), folder)
     shapes = leaf_shapes(config)
+    sizes = {path: math.prod(shape) * jnp.dtype(dtype).itemsize for path, shape in shapes.items()}
     leaves: Params = {}
+    sizes_read = 0
     with open_tensors(weight_files(folder), family.prefix) as files:
         slots = check_tensors(folder, files, family, config)
         for path, shape in shapes.items():
@@ -96,6 +101,9 @@ def load_params(
                     "weights, or set --config.model.param_dtype to a dtype of their range"
                 )
             leaves |= quantize_leaf(path, leaf, place) if quantized else {path: leaf}
+            sizes_read += sizes[path]
+            if report:
+                report(sizes_read, sum(sizes.values()))
     return flax.traverse_util.unflatten_dict(leaves, sep="/")
 
 
@@ -158,6 +166,7 @@ def save_params(
     generation: Mapping[str, Json] | None = None,
     max_shard_bytes: int = 2 * 2**30,
     pieces: Mapping[str, Callable[[], Iterable[np.ndarray]]] | None = None,
+    report: Report | None = None,
 ) -> None:
     """Writes a folder that `transformers` loads: weights, config.json, generation_config.json and tokenizer files.
 
@@ -174,6 +183,7 @@ def save_params(
       max_shard_bytes: larger models are split into several files with an index; a tensor is never split.
       pieces: by name on disk, content of tensors that are streamed instead of taken from `params`, see
         `folders.Stream`.
+      report: told how much is written.
 
     Raises:
       UserError: leaves that do not match `config`, a tensor that holds NaN or infinity (or would, in `dtype`), an
@@ -197,9 +207,20 @@ def save_params(
     def tensor(name: str) -> Stream:
         first, *_ = several = slots[name]
         made = (pieces or {}).get(name) or functools.partial(whole, several)
-        return Stream(first.shape, dtypes[first.path], made)
+        return Stream(first.shape, dtypes[first.path], functools.partial(counted, made))
+
+    written = 0
+
+    def counted(made: Callable[[], Iterable[np.ndarray]]) -> Iterator[np.ndarray]:
+        nonlocal written
+        for piece in made():
+            yield piece
+            written += piece.nbytes
+            if report:
+                report(written, total)
 
     tensors = {name: tensor(name) for name in slots}
+    total = sum(math.prod(stream.shape) * stream.dtype.itemsize for stream in tensors.values())
     shards = split_state_dict_into_shards_factory(
         tensors,
         get_storage_size=lambda stream: math.prod(stream.shape) * stream.dtype.itemsize,
@@ -248,21 +269,25 @@ def copy_tokenizer(source: pathlib.Path, target: pathlib.Path) -> None:
 _fingerprints: dict[Any, str] = {}  # state of the files of a folder -> fingerprint
 
 
-def fingerprint(folder: Folder) -> str:
+def fingerprint(folder: Folder, report: Report | None = None) -> str:
     """Identifies the model in `folder` by 16 hex digits: XXH3 of its family, its essential settings and the content of
     every tensor.
 
     Neither settings that change no result, nor how tensors are spread over files, enter. XXH3 is as fast as reading the
     files, but not cryptographic. A process reads unchanged files once.
 
+    Args:
+      report: told how much is read.
+
     Raises:
       UserError: the folder holds no model that `load_params` reads, or not the one that its manifest.json records.
     """
     folder = pathlib.Path(folder)
     state = tuple(_state(file) for file in (folder / "config.json", *weight_files(folder)))
-    if None in state or state not in _fingerprints:
-        _fingerprints[state] = _fingerprint(folder)
-    return _fingerprints[state]
+    key = (*state, _state(folder / MANIFEST))
+    if None in state or key not in _fingerprints:
+        _fingerprints[key] = _fingerprint(folder, report)
+    return _fingerprints[key]
 
 
 def _state(file: pathlib.Path) -> tuple[str, int, int, int] | None:
@@ -274,11 +299,12 @@ def _state(file: pathlib.Path) -> tuple[str, int, int, int] | None:
     return str(file.absolute()), found.st_ino, found.st_size, found.st_ctime_ns
 
 
-def _fingerprint(folder: pathlib.Path) -> str:
+def _fingerprint(folder: pathlib.Path, report: Report | None) -> str:
     config = read_config(folder)
     model_type = read_json(folder / "config.json")["model_type"]
     family = get_family(model_type, folder)
     digest = xxhash.xxh3_64(repr((model_type, config.essence)).encode())
+    read, total = 0, sum(file.stat().st_size for file in weight_files(folder) if file.is_file())
     with open_tensors(weight_files(folder), family.prefix) as files:
         for name in sorted(check_tensors(folder, files, family, config)):
             digest.update(f"\0{name}\0{files[name].dtype(name)}\0".encode())
@@ -286,6 +312,9 @@ def _fingerprint(folder: pathlib.Path) -> str:
                 content = files[name].flat(name).view(np.uint8)
                 for start in range(0, len(content), 2**24):
                     digest.update(content[start : start + 2**24].data)
+                    if report:
+                        report(read + start, total)
+            read += len(content)
     found, manifest = digest.hexdigest(), folder / MANIFEST
     if manifest.is_file() and read_json(manifest).get("fingerprint", found) != found:
         raise UserError(

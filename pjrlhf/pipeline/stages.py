@@ -35,6 +35,7 @@ from pjrlhf.types import Json
 # Settings that may change between two runs in one run directory, because training does not depend on them.
 FREE = (
     *("log_every", "loggers", "profile", "aot", "checkpoint_every", "max_to_keep", "keep_best"),
+    *("log_completions", "num_completions_to_print"),
     *("title", "seeds", "stages", "methods", "evaluate", "evaluate_users", "evaluate_front", "merge"),
 )
 FAILED = "failed_rewards.jsonl"  # what a source was asked when it failed, in the run directory

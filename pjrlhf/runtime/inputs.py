@@ -15,9 +15,9 @@ from pjrlhf.models.folders import weight_files
 from pjrlhf.models.hub import commit_of, hub_name, model_folder, newest, pin
 from pjrlhf.models.huggingface import TOKENIZER_FILES, fingerprint
 from pjrlhf.parallel.processes import broadcast_from_zero, is_process_zero
-from pjrlhf.paths import content_hash, expand
+from pjrlhf.paths import Report, content_hash, expand
 from pjrlhf.terminal import masked
-from pjrlhf.training.progress import downloading, progress
+from pjrlhf.training.progress import megabytes
 from pjrlhf.training.workdir import Workdir, read_object
 from pjrlhf.types import Json
 
@@ -62,7 +62,7 @@ def _fetch(path: str, commit: str | None) -> str:
         pin({path: commit})
         if is_process_zero() and (now := newest(path)) not in (None, commit):
             log.warning("%s: is commit %s on the hub now; this run stays at %s, where it started", path, now, commit)
-    with downloading(path) as report:
+    with megabytes(f"downloading {path}") as report:
         folder = model_folder(path, report)
     pin({path: folder.name})
     return folder.name
@@ -92,22 +92,23 @@ def fingerprints(config: Mapping[str, Json], workdir: pathlib.Path) -> dict[str,
         if not on_hub and pathlib.Path(os.path.abspath(here)).is_relative_to(workdir):
             continue
         if on_hub or (_is_model(name) and hub_name(path) is None):
-            here = model_folder(path)
+            with megabytes(f"copying {path}") as report:
+                here = model_folder(path, report)
         if os.path.exists(here):  # a text that is no path may be too long for one
             commit = commit_of(path, here) if on_hub else None
-            with progress(f"hashing {path}", 1):
-                value = _hash(here, classifier=name.startswith("rewards."))
+            with megabytes(f"hashing {path}") as report:
+                value = _hash(here, name.startswith("rewards."), report)
             found[name] = {"path": masked(path), "hash": value, **({"commit": commit} if commit else {})}
     return found
 
 
-def _hash(path: pathlib.Path, classifier: bool) -> str:
+def _hash(path: pathlib.Path, classifier: bool, report: Report) -> str:
     if not (path / "config.json").is_file():
         return content_hash(path)
     files = [path / name for name in (*TOKENIZER_FILES, "generation_config.json")]
     if classifier:
         files = [path / "config.json", *weight_files(path), *files]
-    first = [] if classifier else [fingerprint(path)]
+    first = [] if classifier else [fingerprint(path, report)]
     return "-".join([*first, *(content_hash(file) for file in files if file.is_file())])
 
 

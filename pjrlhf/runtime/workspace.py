@@ -33,7 +33,7 @@ from pjrlhf.paths import user_cache
 from pjrlhf.runtime.devices import Devices
 from pjrlhf.runtime.records import Records
 from pjrlhf.settings import Settings, setting
-from pjrlhf.training.progress import progress
+from pjrlhf.training.progress import megabytes
 from pjrlhf.training.workdir import Workdir, disk_errors
 from pjrlhf.types import Json, Params, PRNGKey
 
@@ -262,7 +262,8 @@ class Workspace:
     @functools.cached_property
     def folder_hash(self) -> str:
         """The fingerprint of the folder of the base; see `models.huggingface.fingerprint`."""
-        return fingerprint(self.base_folder)
+        with megabytes(f"hashing {self.base_folder}") as report:
+            return fingerprint(self.base_folder, report)
 
     @property
     def base_hash(self) -> str:
@@ -310,8 +311,8 @@ class Workspace:
     def _read(self, folder: pathlib.Path, quantized: bool = False) -> Any:
         place = functools.partial(leaf_sharding, self.devices.mesh)
         dtype = jnp.dtype(self.settings.param_dtype)
-        with progress(f"reading {folder}", 1):
-            return load_params(folder, dtype=dtype, place=place, quantized=quantized)
+        with megabytes(f"reading {folder}") as report:
+            return load_params(folder, dtype=dtype, place=place, quantized=quantized, report=report)
 
 
 def _digest(value: Json) -> str:

@@ -18,6 +18,7 @@ from pjrlhf.errors import UserError
 from pjrlhf.parallel.processes import is_process_zero, to_host
 from pjrlhf.settings import Settings, setting
 from pjrlhf.training.checkpoint import Checkpoints, abstract
+from pjrlhf.training.completions import Row, print_rows
 from pjrlhf.training.divergence import Divergence
 from pjrlhf.training.metrics import LOGGERS, Metrics, MetricWriter, logger_factory, to_floats
 from pjrlhf.training.performance import Performance, Program
@@ -43,6 +44,10 @@ class LoopSettings(Settings):
     )
     log_every: int = setting(5, "steps; 0 logs the first and the last step alone", low=0)
     eval_every: int = setting(0, "steps between evaluations on held-out data; 0 is never", low=0)
+    log_completions: int = setting(
+        0, "steps between tables of sampled answers with their rewards, in stages that sample; 0 is never", low=0
+    )
+    num_completions_to_print: int = setting(8, "answers of a table that are printed; 0 for none", low=0, high=2**20)
     loggers: tuple[str, ...] = setting((), "beside metrics.jsonl", choices=lambda: tuple(LOGGERS), extensible=True)
     profile: bool = setting(False, "a trace of steps 3 to 5 of every stage, for XProf")
 
@@ -86,6 +91,10 @@ class Method:
     def step(self, state: State, batch: Tree) -> tuple[State, Metrics]:
         """One update, dispatched asynchronously; adds 1 to `state.step` and may donate `state`."""
         raise NotImplementedError
+
+    def step_with_rows(self, state: State, batch: Tree) -> tuple[State, Metrics, Sequence[Row]]:
+        """The same update, and a table of what was sampled for it; without rows where a method samples nothing."""
+        return *self.step(state, batch), ()
 
     def evaluate(self, state: State) -> Mapping[str, float]:
         """Values on held-out data, logged as eval/<name> every `eval_every` steps; none by default."""
@@ -154,6 +163,7 @@ def run(
       Interrupted: SIGTERM or SIGINT was received; the current step was completed and saved.
     """
     checkpoint_every, max_to_keep, keep_best = settings.checkpoint_every, settings.max_to_keep, settings.keep_best
+    log_completions = settings.log_completions
     log_every, eval_every, profile = settings.log_every, settings.eval_every, settings.profile
     ingredients, show, watch, checkpoints = method.ingredients, method.show, method.watch, settings.checkpoints
     on_eval = method.evaluate if eval_every else None
@@ -210,8 +220,16 @@ def run(
                     batch = next(method.batches)
                 except StopIteration:
                     raise UserError(f"{stage}: the data ended at step {done} of {steps}; ask for fewer steps") from None
-                state, metrics = method.step(state, batch)
+                rows: Sequence[Row] = ()
+                if log_completions and (done + 1) % log_completions == 0:
+                    state, metrics, rows = method.step_with_rows(state, batch)
+                else:
+                    state, metrics = method.step(state, batch)
                 done += 1
+                if rows and is_process_zero():
+                    bar.hide()
+                    print_rows(stage, done, rows, settings.num_completions_to_print)
+                    writer.table(done, rows)
                 if pending and (row := settle(*pending)):
                     writer.write(pending[0], row, performance.row(pending[0]))
                 pending = (done, metrics, batch)

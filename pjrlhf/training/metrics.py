@@ -21,6 +21,7 @@ from pjrlhf.errors import UserError
 from pjrlhf.parallel.processes import is_process_zero, to_host
 from pjrlhf.paths import atomic_write, install
 from pjrlhf.registry import Registry, callable_as
+from pjrlhf.training.completions import Row, drop_after, file_of, markdown, write_rows
 from pjrlhf.training.workdir import Workdir, disk_errors
 from pjrlhf.types import Array, Json
 
@@ -33,7 +34,8 @@ class Logger(Protocol):
 
     Its class or factory takes (workdir, stage, after), where `after` is the step from which the stage continues and
     `workdir.id` names the run, for places that several runs share. An attribute `module` of the class names a Python
-    module that it needs.
+    module that it needs. Where it has a method `table(step, rows)` it also gets the tables of sampled answers, whose
+    rows have the columns of `training.completions`.
     """
 
     def write(self, step: int, values: Mapping[str, float]) -> None: ...
@@ -61,6 +63,9 @@ class TensorBoard:
         for name, value in values.items():
             self._writer.add_scalar(name, value, step)
 
+    def table(self, step: int, rows: Sequence[Row]) -> None:
+        self._writer.add_text("completions", markdown(rows), step)
+
     def close(self) -> None:
         self._writer.close()
 
@@ -81,6 +86,36 @@ class WeightsAndBiases:
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         self._run.log({f"{self.stage}/{name}": value for name, value in ({**values, "step": step}).items()})
+
+    def table(self, step: int, rows: Sequence[Row]) -> None:
+        names = list(rows[0])
+        table = importlib.import_module(self.module).Table(
+            columns=["step", *names], data=[[step, *(row[name] for name in names)] for row in rows]
+        )
+        self._run.log({f"{self.stage}/completions": table, f"{self.stage}/step": step})
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+@LOGGERS.register("trackio")
+class Trackio:
+    """A run of project pjrlhf for every stage, since each counts its steps from 1."""
+
+    module = "trackio"
+
+    def __init__(self, workdir: Workdir, stage: str, after: int):
+        self._trackio = importlib.import_module(self.module)
+        self._run = self._trackio.init(project="pjrlhf", name=f"{workdir.id}/{stage}", resume="allow")
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        self._run.log(dict(values), step=step)
+
+    def table(self, step: int, rows: Sequence[Row]) -> None:
+        import pandas
+
+        table = self._trackio.Table(dataframe=pandas.DataFrame([{"step": step, **row} for row in rows]))
+        self._run.log({"completions": table}, step=step)
 
     def close(self) -> None:
         self._run.finish()
@@ -136,7 +171,7 @@ def to_floats(metrics: Metrics, ingredients: Sequence[str] = ()) -> dict[str, fl
 class MetricWriter:
     """Appends one JSON line per step to `<workdir>/metrics.jsonl`, and logs to optional loggers. Process 0 writes.
 
-    Timing goes to `performance.jsonl`, so that metrics.jsonl is reproducible.
+    Timing goes to `performance.jsonl`, so that metrics.jsonl is reproducible; sampled answers go to `completions/`.
 
     Args:
       loggers: names in `LOGGERS`, or "package.module:logger".
@@ -158,6 +193,7 @@ class MetricWriter:
             return
         with disk_errors(self.path):
             self._drop_after(after)
+            drop_after(workdir.path, stage, after)
             _end_line(workdir.path / "performance.jsonl")
             self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 (open as long as the stage runs)
             self._performance = open(workdir.path / "performance.jsonl", "a", encoding="utf-8")  # noqa: SIM115
@@ -194,6 +230,17 @@ class MetricWriter:
                     file.flush()
         for logger in self._loggers:
             logger.write(step, {**values, **(performance or {})})
+
+    def table(self, step: int, rows: Sequence[Row]) -> None:
+        """Writes a table of sampled answers to <workdir>/completions/<stage>-<step>.parquet, and to the loggers."""
+        if not self._active or not rows:
+            return
+        path = file_of(self.path.parent, self.stage, step)
+        with disk_errors(path):
+            write_rows(path, step, rows)
+        for logger in self._loggers:
+            if table := getattr(logger, "table", None):
+                table(step, rows)
 
     def close(self) -> None:
         if self._active:

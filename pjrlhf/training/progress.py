@@ -7,13 +7,14 @@ import contextlib
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from pjrlhf.parallel.processes import is_process_zero
+from pjrlhf.paths import Report
 from pjrlhf.terminal import line
 
 PATIENCE = 5.0  # seconds after which a pass says what it is
@@ -160,9 +161,9 @@ def watched(stage: str, items: Any) -> Iterator[Any]:
 
 
 @contextlib.contextmanager
-def downloading(name: str) -> Iterator[Callable[[int, int], None]]:
-    """The progress of a download in MB; gives a function of (bytes that are there, all bytes)."""
-    with progress(f"downloading {name} (MB)", 1) as bar:
+def megabytes(stage: str) -> Iterator[Report]:
+    """The progress of a pass over bytes, shown in MB; gives a function of (bytes done, all bytes)."""
+    with progress(f"{stage} (MB)", 1) as bar:
 
         def report(done: int, total: int) -> None:
             bar.total = max(1, total // 10**6)

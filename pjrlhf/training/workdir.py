@@ -22,6 +22,7 @@ import jax
 from pjrlhf.errors import UserError
 from pjrlhf.parallel.processes import barrier, is_process_zero, on_process_zero
 from pjrlhf.paths import atomic_write, content_hash, disk_errors, refuse_remote, visible_files
+from pjrlhf.training.progress import watched
 from pjrlhf.types import Json
 
 log = logging.getLogger(__name__)
@@ -251,21 +252,24 @@ class Workdir:
         folder = self.path / stage
         files = visible_files(folder) if folder.is_dir() else []
         names = [path.relative_to(self.path).as_posix() for path in files]
-        manifest["outputs"][stage] = {
-            name: content_hash(self.path / name)
+        names = [
+            name
             for name in names
             if not set(pathlib.PurePosixPath(name).parts) & {*_WORKING}
             and not any(name.startswith(f"{other}/") for other in others)
             and not name.rpartition("/")[2].startswith("nan_batch_")
-        }
+        ]
+        with watched(f"hashing the files of stage {stage}", names) as seen:
+            manifest["outputs"][stage] = {name: content_hash(self.path / name) for name in seen}
         write_json(self.path / "manifest.json", manifest)
 
     def check_outputs(self, stage: str) -> None:
         """Raises UserError where a file of a finished stage is missing or has other contents. Process 0 looks."""
         if not is_process_zero():
             return
-        for part, files in _of(stage, self._manifest()["outputs"]):
-            for name, value in files.items():
+        outputs = [(part, *file) for part, files in _of(stage, self._manifest()["outputs"]) for file in files.items()]
+        with watched(f"checking the files of stage {stage}", outputs) as seen:
+            for part, name, value in seen:
                 path = self.path / name
                 if not path.is_file() or content_hash(path) != value:
                     state = "has changed since the stage wrote it" if path.is_file() else "is missing"

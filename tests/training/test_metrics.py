@@ -122,7 +122,7 @@ def test_missing_and_unknown_loggers_are_named(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(UserError, match="'wandb' needs wandb, which is not installed; pip install"):
         MetricWriter(Workdir(tmp_path), "s", loggers=["wandb"])
-    with pytest.raises(UserError, match="loggers: logger 'mlflow': unknown; choose one of tensorboard, wandb, or"):
+    with pytest.raises(UserError, match="loggers: logger 'mlflow': unknown; choose one of tensorboard, wandb, tr"):
         MetricWriter(Workdir(tmp_path), "s", loggers=["mlflow"])
 
 
