@@ -3,10 +3,14 @@
 import sys
 import time
 
+import jax
 import pytest
+from support import tiny_users
 
+from pjrlhf.models.folders import weight_files
+from pjrlhf.models.huggingface import fingerprint, load_params, read_config, save_params
 from pjrlhf.training import progress as module
-from pjrlhf.training.progress import progress, watched
+from pjrlhf.training.progress import megabytes, progress, watched
 
 
 @pytest.fixture
@@ -77,6 +81,40 @@ def test_reading_a_sequence_moves_a_bar(capsys, clock):
             found.append(row)
     assert found == [0, 1, 2, 3]
     assert capsys.readouterr().err.splitlines()[-1] == "reading rows  4/4  0:00 left"
+
+
+def test_passes_over_bytes_count_them(capsys, clock):
+    with megabytes("downloading ann/small") as report:
+        for done in range(0, 40, 10):
+            report(done * 10**6, 40 * 10**6)
+            clock[0] += 10
+        report(40 * 10**6, 40 * 10**6)
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == "downloading ann/small (MB)  10/40  0:30 left" and lines[-1].endswith("40/40  0:00 left")
+    with megabytes("hashing a small file") as report:
+        report(10, 10)
+    assert not capsys.readouterr().err
+
+
+def test_reading_writing_and_hashing_weights_say_how_far_they_are(tmp_path):
+    folder = tiny_users.save_base(tmp_path)
+    params, config = load_params(folder), read_config(folder)
+    size = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+    passes = {
+        "read": lambda report: load_params(folder, report=report),
+        "write": lambda report: save_params(tmp_path / "copy", config, params, report=report),
+        "hash": lambda report: fingerprint(tmp_path / "copy", report),
+    }
+    for name, run in passes.items():
+        seen = []
+        run(lambda done, total: seen.append((done, total)))  # noqa: B023 - called at once
+        done, totals = zip(*seen, strict=True)
+        assert list(done) == sorted(done) and len({*totals}) == 1 and done[-1] <= totals[0], name
+        assert totals[0] == size or name == "hash", name
+    assert not seen or totals[0] == sum(file.stat().st_size for file in weight_files(tmp_path / "copy"))
+    seen.clear()
+    fingerprint(tmp_path / "copy", lambda *x: seen.append(x))
+    assert not seen, "unchanged files are read once"
 
 
 def test_names_are_data(capsys, clock):
