@@ -20,6 +20,7 @@ from jaxtyping import Float, Int
 
 from pjrlhf.algorithms import banks
 from pjrlhf.data.batching import batches
+from pjrlhf.data.messages import text_of
 from pjrlhf.data.tokenization import TokenRow
 from pjrlhf.errors import UserError
 from pjrlhf.feedback.pairs import SIDES, PairBatch, Pairs, PairSettings, read_pairs
@@ -38,6 +39,7 @@ from pjrlhf.runtime.scorer import Scorer
 from pjrlhf.runtime.streams import Streams
 from pjrlhf.settings import Settings, check_names, parse, setting
 from pjrlhf.training.accumulation import check_accumulation, gradient_of, in_parts, parts_of
+from pjrlhf.training.completions import Row
 from pjrlhf.training.lazy_adam import LazyAdam, lazy_adam
 from pjrlhf.training.loop import Method
 from pjrlhf.training.metrics import Metrics
@@ -51,10 +53,11 @@ from pjrlhf.training.optimizer import (
 )
 from pjrlhf.training.state import State
 from pjrlhf.training.workdir import disk_errors
-from pjrlhf.types import Array, Json, Params, PRNGKey
+from pjrlhf.types import Array, Json, Params, PRNGKey, Tree
 
 HEADS = ("policy", "reward")
 MODEL = "model.safetensors"
+PAIRS_SHOWN = 64  # held-out pairs in a table
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -582,6 +585,24 @@ class Preference(Method):
         trainable = {**self.frozen, **state.trainable}
         margins = self._margins(trainable, "heldout", self.pairs.users("heldout"))
         return {"accuracy": float((margins > 0).mean())}
+
+    def step_with_rows(self, state: State, batch: Tree) -> tuple[State, Metrics, Sequence[Row]]:
+        """The same update, and a table of held-out pairs with their margins after it."""
+        state, metrics = self.step(state, batch)
+        examples = self.pairs.tables["heldout"].examples[:PAIRS_SHOWN]
+        trainable, users = {**self.frozen, **state.trainable}, self.pairs.users("heldout")
+        margins = self._margins(trainable, "heldout", users, range(len(examples)))
+        rows = [
+            {
+                "user": example.user_id or "",
+                "prompt": text_of(example.prompt or ""),
+                "chosen": text_of(example.chosen or ""),
+                "rejected": text_of(example.rejected or ""),
+                "margin": margin,
+            }
+            for example, margin in zip(examples, margins.tolist(), strict=True)
+        ]
+        return state, metrics, rows
 
 
 def run(run: Run) -> dict[str, Any]:

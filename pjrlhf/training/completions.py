@@ -1,4 +1,4 @@
-"""Tables of sampled answers during training: as parquet in the run directory, and on the terminal."""
+"""Tables of answers during training: as parquet in the run directory, and on the terminal."""
 
 import pathlib
 import re
@@ -13,8 +13,8 @@ from pjrlhf.terminal import visible
 
 FOLDER = "completions"
 # Columns of text; all others hold numbers, or None where there is no number.
-TEXTS = ("policy", "prompt", "completion", "weights", "user")
-LONG = ("prompt", "completion")  # they have lines of their own on the terminal
+TEXTS = ("policy", "user", "prompt", "completion", "chosen", "rejected", "weights")
+LONG = ("prompt", "completion", "chosen", "rejected")  # they have lines of their own on the terminal
 Row: TypeAlias = Mapping[str, str | float | None]
 
 
@@ -55,7 +55,7 @@ def print_rows(stage: str, step: int, rows: Sequence[Row], count: int) -> None:
         return
     shown = [rows[i * len(rows) // min(count, len(rows))] for i in range(min(count, len(rows)))]
     width = shutil.get_terminal_size().columns if sys.stdout.isatty() else 0
-    print(visible(f"{stage}, step {step}: {len(shown)} of {len(rows)} answers"))
+    print(visible(f"{stage}, step {step}: {len(shown)} of {len(rows)} rows"))
     for row in shown:
         short = [f"{name} {_cell(x)}" for name, x in row.items() if name not in LONG and x not in (None, "")]
         for text in ["  ".join(short), *(f"  {name}: {row[name]}" for name in LONG if name in row)]:

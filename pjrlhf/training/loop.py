@@ -45,7 +45,9 @@ class LoopSettings(Settings):
     log_every: int = setting(5, "steps; 0 logs the first and the last step alone", low=0)
     eval_every: int = setting(0, "steps between evaluations on held-out data; 0 is never", low=0)
     log_completions: int = setting(
-        0, "steps between tables of sampled answers with their rewards, in stages that sample; 0 is never", low=0
+        0,
+        "steps between tables: answers of policies with their rewards, pairs with the margins of user models; 0 is never",
+        low=0,
     )
     num_completions_to_print: int = setting(8, "answers of a table that are printed; 0 for none", low=0, high=2**20)
     loggers: tuple[str, ...] = setting((), "beside metrics.jsonl", choices=lambda: tuple(LOGGERS), extensible=True)

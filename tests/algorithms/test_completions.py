@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pyarrow.parquet
 import pytest
-from support import tiny
+from support import tiny, tiny_users
 
 from pjrlhf.algorithms import policy
 from pjrlhf.pipeline import stages
@@ -64,7 +64,7 @@ def test_a_run_leaves_tables_and_evaluates_and_resumes(copied, tmp_path, monkeyp
     with tiny.one_device():
         stages.run(config, Workdir(copied))
     out = capsys.readouterr().out
-    assert re.search(r"policy, step 4: 1 of \d+ answers\npolicy P1A  weights P1A 1  rewards/P1A ", out)
+    assert re.search(r"policy, step 4: 1 of \d+ rows\npolicy P1A  weights P1A 1  rewards/P1A ", out)
     files = sorted((copied / "completions").iterdir())
     assert [file.name for file in files] == [f"policy-{step}.parquet" for step in (1, 2, 3, 4)]
     tables = {file.name: pyarrow.parquet.read_table(file).to_pylist() for file in files}
@@ -120,6 +120,22 @@ def test_an_evaluation_is_of_all_prompts_and_the_same_twice(finished):
     scores = np.concatenate([part.reshape(method.K, -1) for part in seen], axis=1)[:, :kept]
     values = [first[f"rewards/{name}"] for name in method.targets.policies]
     np.testing.assert_allclose(scores.mean(1), values, rtol=1e-5)
+
+
+def test_user_models_show_held_out_pairs(people):
+    """With the margins that the report would have after that step."""
+    run = tiny.start(people, tiny_users.settings())
+    pairs = tiny_users.pairs_of(run)
+    method, plain = (tiny_users.method_of(run, "individualized", pairs) for _ in range(2))
+    batch = next(method.batches)
+    state, _, rows = method.step_with_rows(method.init(), batch)
+    other, _ = plain.step(plain.init(), batch)
+    assert tiny.bits(state.trainable) == tiny.bits(other.trainable)
+    examples = pairs.tables["heldout"].examples
+    assert [row["user"] for row in rows] == [e.user_id for e in examples[: len(rows)]] and len(rows) > 4
+    margins = method._margins(state.trainable, "heldout", pairs.users("heldout"))
+    np.testing.assert_allclose([row["margin"] for row in rows], margins[: len(rows)], rtol=1e-5, atol=1e-6)
+    assert method.evaluate(state)["accuracy"] == np.mean(margins > 0)
 
 
 def test_methods_without_samples_have_no_table():

@@ -56,13 +56,13 @@ def test_no_word_is_cut_and_nothing_acts_on_the_terminal(monkeypatch, capsys, co
         assert " ".join(out.split()).count("stupendously-hyphenated word stands near") == 6
     else:
         assert f"  prompt: {LONG.rstrip()}" in out and f"  completion: {LONG}" in out
-    assert "policy, step 4: 1 of 1 answers" in out and "rewards/P0 0" in out and "advantage -0.5" in out
+    assert "policy, step 4: 1 of 1 rows" in out and "rewards/P0 0" in out and "advantage -0.5" in out
 
 
 def test_printed_rows_are_spread_over_the_table(capsys):
     print_rows("policy", 2, [row(i) for i in range(10)], 2)
     out = capsys.readouterr().out
-    assert "2 of 10 answers" in out and "policy P0" in out and "policy P5" in out
+    assert "2 of 10 rows" in out and "policy P0" in out and "policy P5" in out
     print_rows("policy", 2, [row(0)], 0)
     assert capsys.readouterr().out == ""
 
