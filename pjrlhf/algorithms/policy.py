@@ -237,6 +237,7 @@ class Policy(Method):
             self.programs = (self._update,)
         # Apart from the programs of a step, whose compilations are counted.
         self._inspect, self._answer = devices.program(self._inspected), devices.program(self._sample)
+        self._draw_heldout = devices.program(self._sampled_with)
         self._show: Callable[[Rollout, Any], None] | None = None
         # A policy alone needs no name.
         self.ingredients = () if self.targets.sampled else self.targets.policies
@@ -495,6 +496,10 @@ class Policy(Method):
         finally:
             self._show = None
 
+    def _sampled_with(self, bank: Params, backbone: Backbone, placed: PromptBatch, key: PRNGKey) -> Rollout:
+        """Responses [K n, N]."""
+        return join_rows(self.rollout(backbone, bank, split_rows(placed, self.K), key))
+
     def _inspected(
         self, state: State, backbone: Backbone, rewarder: Params, placed: PromptBatch, rollout: Rollout, host: Any
     ) -> tuple[Float[Array, "B S"], Float[Array, " B"]]:
@@ -540,15 +545,15 @@ class Policy(Method):
         rows = [self.heldout[i] for i in range(min(self.settings.eval_prompts, len(self.heldout)))]
         samples = self.settings.experience.samples_per_prompt
         size = self.settings.rollouts // samples
-        state = state.replace(rng=self.streams.key("policy/eval"), step=jnp.zeros_like(state.step))
-        found = []
+        found, key = [], self.streams.key("policy/eval")
         with progress("policy: held-out prompts", -(-len(rows) // size)) as bar:
             for number, start in enumerate(range(0, len(rows), size)):
                 part = rows[start : start + size]
                 # Full batches, as in training; what fills the last one does not count.
                 batch = self.heldout.collate((part * size)[:size], samples)
                 placed = self.place(batch)
-                rollout = self._answer(state.replace(step=state.step + number), self.backbone, placed)
+                bank, draw = state.trainable["bank"], jax.random.fold_in(key, number)
+                rollout = self._draw_heldout(bank, self.backbone, placed, draw)
                 host = None
                 if self.targets.audience.sources:
                     host = self.devices.place(self.ask(batch, rollout, data=self.heldout)().rewards)

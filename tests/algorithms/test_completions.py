@@ -11,7 +11,6 @@ from support import tiny, tiny_users
 
 from pjrlhf.algorithms import policy
 from pjrlhf.pipeline import stages
-from pjrlhf.training import loop
 from pjrlhf.training.loop import Interrupted
 from pjrlhf.training.workdir import Workdir
 
@@ -136,11 +135,3 @@ def test_user_models_show_held_out_pairs(people):
     margins = method._margins(state.trainable, "heldout", pairs.users("heldout"))
     np.testing.assert_allclose([row["margin"] for row in rows], margins[: len(rows)], rtol=1e-5, atol=1e-6)
     assert method.evaluate(state)["accuracy"] == np.mean(margins > 0)
-
-
-def test_methods_without_samples_have_no_table():
-    class Still(loop.Method):
-        def step(self, state, batch):
-            return state, {}
-
-    assert Still().step_with_rows(1, 2) == (1, {}, ())
