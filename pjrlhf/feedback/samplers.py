@@ -55,7 +55,7 @@ def _sampled(run: Run, requests: Sequence[Prompt], words: Sequence[str], name: s
 class ModelSamplerSettings(Settings):
     """Another model in Hugging Face layout, which runs on the mesh of the run."""
 
-    path: str = setting("", "its folder", path=True)
+    path: str = setting("", "its folder, or its name on the hub", path=True)
     dtype: str = setting("float32", "dtype of activations", choices=("float32", "bfloat16"))
     param_dtype: str = setting("float32", "dtype of the parameters", choices=("float32", "bfloat16"))
     quantize: str = setting("", "int8 stores its linear layers in 8 bits", choices=("", "int8"))

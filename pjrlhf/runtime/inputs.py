@@ -32,7 +32,7 @@ READ = (
 # Settings of sources, of records or rewards: mappings that may name files. Judges are none; they write their caches.
 SOURCES = ("data", "prompts", "rewards")
 # Settings of rewards and judges that name a model.
-_MODEL = re.compile(r"rewards\.[^.]+\.path|(.+\.)?judge\.path")
+_MODEL = re.compile(r"rewards\.[^.]+\.path|(.+\.)?judges?\.path")
 
 
 def fetch_models(config: Mapping[str, Json], workdir: Workdir) -> None:
@@ -118,9 +118,10 @@ def _named(value: Any, name: str = "", source: bool = False) -> Iterator[tuple[s
         for key, inner in value.items():
             inside = source or (key in SOURCES and isinstance(inner, Mapping) and (key == "rewards" or "kind" in inner))
             yield from _named(inner, f"{name}.{key}" if name else str(key), inside)
-    elif isinstance(value, list | tuple) and (source or _is_model(name)):
+    elif isinstance(value, list | tuple):
         for inner in value:
-            yield from _named(inner, name, source)
+            if source or _is_model(name) or isinstance(inner, Mapping):
+                yield from _named(inner, name, source)
     elif isinstance(value, str) and value and (_is_model(name) or (source and _looks_like_a_path(name, value))):
         yield name, value
 

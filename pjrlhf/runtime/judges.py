@@ -64,7 +64,7 @@ Ids: TypeAlias = tuple[int, ...]
 class ModelJudgeSettings(PromptSettings):
     """A model folder as a judge, on the mesh of the run."""
 
-    path: str = setting("", "Hugging Face folder of the judge", path=True)
+    path: str = setting("", "Hugging Face folder of the judge, or its name on the hub", path=True)
     dtype: str = setting("float32", "dtype of activations", choices=("float32", "bfloat16"))
     param_dtype: str = setting("float32", "dtype of the parameters", choices=("float32", "bfloat16"))
     quantize: str = setting("", "int8 stores the linear layers in 8 bits", choices=("", "int8"))

@@ -46,7 +46,7 @@ class LoopSettings(Settings):
     eval_every: int = setting(0, "steps between evaluations on held-out data; 0 is never", low=0)
     log_completions: int = setting(
         0,
-        "steps between tables: answers of policies with their rewards, pairs with the margins of user models; 0 is never",
+        "steps between tables: answers of policies with rewards, pairs with the margins of user models; 0 is never",
         low=0,
     )
     num_completions_to_print: int = setting(8, "answers of a table that are printed; 0 for none", low=0, high=2**20)

@@ -104,13 +104,16 @@ def test_all_processes_read_the_commit_of_process_zero(server, small, tmp_path, 
 def test_what_a_config_names_on_the_hub(server, tmp_path, monkeypatch):
     """Models of all sections; neither data sets nor folders that the run itself writes for a merge."""
     monkeypatch.chdir(tmp_path)
-    for name in ("judge", "rewards", "adapter"):
+    for name in ("judge", "second", "rewards", "adapter", "sampler"):
         server.add(f"ann/{name}", server.files("ann/small"))
     config = {
         "model": {"path": "ann/small@main"},
         "rewards": {"P1A": {"kind": "classifier", "path": "ann/rewards"}, "P1B": "some/file.py:function"},
-        "evaluate": {"judge": {"kind": "local", "path": "ann/judge"}},
-        "comparisons": {"judge": "synthetic"},
+        "evaluate": {
+            "judge": {"kind": "model", "path": "ann/judge"},
+            "judges": ({"kind": "model", "path": "ann/second"},),
+        },
+        "comparisons": {"judge": "synthetic", "sampler": "ann/sampler"},
         "data": {"prompts": {"kind": "datasets", "path": "ann/prompts"}},
         "merge": {"base": "run/model", "ingredients": ("ann/adapter",)},
     }
@@ -121,6 +124,8 @@ def test_what_a_config_names_on_the_hub(server, tmp_path, monkeypatch):
         "model.path": "ann/small@main",
         "rewards.P1A.path": "ann/rewards",
         "evaluate.judge.path": "ann/judge",
+        "evaluate.judges.path": "ann/second",
+        "comparisons.sampler": "ann/sampler",
         "merge.ingredients": "ann/adapter",
     }
     assert all("commit" in one for one in found.values())
