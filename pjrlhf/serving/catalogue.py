@@ -21,6 +21,7 @@ from pjrlhf.language_model import LanguageModel, load_bank, load_model, load_per
 from pjrlhf.models.adapters import AdapterConfig
 from pjrlhf.models.folders import read_json
 from pjrlhf.models.hf_config import read_config
+from pjrlhf.models.hub import hub_name, model_folder
 from pjrlhf.models.registry import UserRegistry
 from pjrlhf.models.users import UserModel
 from pjrlhf.paths import local
@@ -260,7 +261,7 @@ def open_run(run: str, entry: str | None = None) -> Catalogue:
 
 def _policies(folder: pathlib.Path, path: pathlib.Path, config: Mapping[str, Any]) -> Catalogue:
     settings = config["model"]
-    base = folder / "sft" / "model" if "sft" in config["stages"] else local(settings["path"])
+    base = folder / "sft" / "model" if "sft" in config["stages"] else _recorded(folder, settings["path"])
     bank, names, adapter = load_bank(path, base)
     model = load_model(
         base,
@@ -271,6 +272,14 @@ def _policies(folder: pathlib.Path, path: pathlib.Path, config: Mapping[str, Any
         eos_token=settings["eos_token"] or None,
     )
     return Catalogue(model, names, bank, chat=_chats(model, config["data"]["chat"]))
+
+
+def _recorded(run: pathlib.Path, path: str) -> pathlib.Path:
+    """The base that a run has read, at its commit where it is on the hub."""
+    inputs = run / "inputs.json"
+    commit = read_json(inputs).get("model.path", {}).get("commit") if inputs.is_file() else None
+    name = hub_name(path)
+    return model_folder(f"{name.repo}@{commit}" if name and commit else path)
 
 
 def _person(folder: pathlib.Path, path: pathlib.Path, config: Mapping[str, Any]) -> Catalogue:
@@ -294,18 +303,18 @@ def open_folders(model: str, ingredients: Mapping[str, str], dtype: str = "float
     """A base and adapters from folders.
 
     Args:
-      model: in Hugging Face layout.
-      ingredients: name -> folder of a LoRA adapter in PEFT layout. Ranks, scales and adapted layers may differ.
+      model: in Hugging Face layout, or its name on the hub.
+      ingredients: name -> folder, or name on the hub, of a LoRA adapter in PEFT layout. Ranks, scales and adapted layers may differ.
       dtype: of activations and parameters.
       quantize: see `load_model`.
 
     Raises:
       UserError: a folder that cannot be read, or an adapter that does not fit the base.
     """
-    folder = local(model)
+    folder = model_folder(model)
     config = read_config(folder)
     kind = str(read_json(folder / "config.json").get("model_type"))
-    opened = [open_ingredient(local(path), 1.0, kind, config.head_dim) for path in ingredients.values()]
+    opened = [open_ingredient(model_folder(path), 1.0, kind, config.head_dim) for path in ingredients.values()]
     for one in opened:
         if one.adapter is None:
             raise UserError(f"{one.folder}: is a full model; give LoRA adapters, or serve it with --model")
