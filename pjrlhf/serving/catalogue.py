@@ -304,8 +304,8 @@ def open_folders(model: str, ingredients: Mapping[str, str], dtype: str = "float
 
     Args:
       model: in Hugging Face layout, or its name on the hub.
-      ingredients: name -> folder, or name on the hub, of a LoRA adapter in PEFT layout. Ranks, scales and adapted layers
-        may differ.
+      ingredients: name -> folder, or name on the hub, of a LoRA adapter in PEFT layout. Ranks, scales and adapted
+        layers may differ.
       dtype: of activations and parameters.
       quantize: see `load_model`.
 
