@@ -29,7 +29,7 @@ from pjrlhf.models.classifier import (
     read_classifier,
 )
 from pjrlhf.models.decoder import Decoder
-from pjrlhf.models.hub import model_folder
+from pjrlhf.models.hub import hub_name, model_folder
 from pjrlhf.parallel.mesh import batch_sharding, leaf_sharding
 from pjrlhf.rewards.inputs import SIDES, Inputs, Row
 from pjrlhf.rewards.sources import SOURCES, RewardFunction, SourceContext
@@ -258,5 +258,15 @@ class MeshClassifier:
 
 @SOURCES.register("classifier")
 def by_classifier(objective: str, context: SourceContext, **settings: Any) -> RewardFunction:
-    """The score of a classifier in a Hugging Face folder; for settings see `ClassifierSettings`."""
-    return ClassifierReward(parse(ClassifierSettings, settings, f"rewards.{objective}"), objective, context)
+    """The score of a classifier in a Hugging Face folder; for settings see `ClassifierSettings`.
+
+    A model on the hub is fetched when a run starts, and checked then.
+    """
+    own = parse(ClassifierSettings, settings, f"rewards.{objective}")
+    if context.devices is None and hub_name(own.path):
+        return _not_fetched
+    return ClassifierReward(own, objective, context)
+
+
+def _not_fetched(prompts: Sequence[Prompt], completions: Sequence[str]) -> list[float | None]:
+    raise UserError("classifier: a model on the hub is read in a run; use it as a reward in a config")

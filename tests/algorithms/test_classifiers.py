@@ -11,6 +11,7 @@ from pjrlhf.algorithms import reward
 from pjrlhf.data import synthetic
 from pjrlhf.errors import UserError
 from pjrlhf.pipeline import stages
+from pjrlhf.runtime import classifiers
 from pjrlhf.training.workdir import Workdir
 
 NAMES = ("harmless", "helpful", "humor")
@@ -75,3 +76,16 @@ def test_a_scale_of_other_weights_is_refused(trained, finished):
 def test_rewards_judge_where_they_are_not_trained_in_the_run(finished):
     with pytest.raises(UserError, match=r"judge: rewards, but 'P1A' has a reward model that this run trains"):
         tiny.start(finished, tiny.settings(judge="rewards"))
+
+
+def test_models_on_the_hub_are_not_fetched_to_check_a_config(monkeypatch):
+    def fetch(*arguments):
+        raise AssertionError(arguments)
+
+    monkeypatch.setattr(classifiers, "model_folder", fetch)
+    plan = stages.read(tiny.catalogue("moc").get_config("classifiers"))
+    assert set(plan.settings.audience.sources) == set(NAMES)
+    config = tiny.catalogue("moc").get_config("classifiers")
+    config.rewards.humor.activation = "tanh"
+    with pytest.raises(UserError, match=r"rewards.humor.activation: 'tanh' is unknown"):
+        stages.read(config)
