@@ -432,6 +432,30 @@ def overlay(settings: T, values: Any, path: str = "") -> T:
         raise UserError(f"{path}.{error}" if path else str(error)) from error.__cause__
 
 
+def arguments(make: Callable[..., Any], given: Mapping[str, Any], path: str) -> dict[str, Any]:
+    """The settings `given` to a function, converted to the types of its parameters. A parameter without a type, or of
+    one that settings do not have, takes anything.
+
+    Args:
+      path: dotted key of the section, for messages.
+
+    Raises:
+      UserError: a value of another type.
+    """
+    try:
+        hints = typing.get_type_hints(make)
+    except Exception:  # the annotations of other people's code may be anything
+        hints = {}
+
+    def converted(key: str, value: Any) -> Any:
+        try:
+            return _checked(f"{path}.{key}", value, hints.get(key, Any), Rule())
+        except TypeError:
+            return value
+
+    return {key: converted(key, value) for key, value in given.items()}
+
+
 def is_open(cls: type, key: str) -> bool:
     """Whether the dotted `key` of a class is in a section whose keys a config chooses, or is such a section."""
     for part in key.split("."):

@@ -18,7 +18,7 @@ from pjrlhf.registry import Registry, callable_as
 from pjrlhf.runtime.answers import sample_base
 from pjrlhf.runtime.run import Run
 from pjrlhf.runtime.workspace import ModelSettings
-from pjrlhf.settings import Settings, parse, setting
+from pjrlhf.settings import Settings, arguments, parse, setting
 from pjrlhf.types import Json
 
 BASE = "base"
@@ -144,9 +144,10 @@ def _asked(
 
 
 def answer_of(reply: Json) -> str:
-    """The text of a reply; empty where it has none."""
+    """The text of a reply, empty where it has none; a question mark for half of a surrogate pair."""
     try:
-        return (reply["choices"][0]["message"].get("content") or "").strip()
+        text = (reply["choices"][0]["message"].get("content") or "").strip()
+        return text.encode("utf-8", "replace").decode()
     except (AttributeError, IndexError, KeyError, TypeError):
         return ""
 
@@ -174,7 +175,7 @@ def sampler(run: Run | None, spec: str | Mapping[str, Any]) -> Sampler:
         inspect.signature(make).bind(run, **settings)
     except TypeError as error:
         raise UserError(f"sampler {kind!r}: does not take these settings ({error}); correct them") from error
-    return make(run, **settings)
+    return make(run, **arguments(make, settings, "sampler"))
 
 
 def sampler_name(spec: str | Mapping[str, Any]) -> str:

@@ -67,17 +67,28 @@ class Usage:
     unknown: int = 0
 
     def add(self, reply: Json) -> None:
-        usage = reply.get("usage") or {}
+        counts = token_counts(reply)
         self.requests += 1
-        self.input_tokens += usage.get("prompt_tokens") or 0
-        self.output_tokens += usage.get("completion_tokens") or 0
-        self.unknown += not usage
+        self.unknown += counts is None
+        sent, received = counts or (0, 0)
+        self.input_tokens += sent
+        self.output_tokens += received
 
     def cost(self, prices: Sequence[float]) -> float:
         """In the currency of `prices`; 0 without prices."""
         if not prices:
             return 0.0
         return (self.input_tokens * prices[0] + self.output_tokens * prices[1]) / 1e6
+
+
+def token_counts(reply: Json) -> tuple[int, int] | None:
+    """(input tokens, output tokens) of a reply; None where it does not say."""
+    usage = reply.get("usage")
+    if not isinstance(usage, Mapping):
+        return None
+    sent, received = (usage.get(name) for name in ("prompt_tokens", "completion_tokens"))
+    known = isinstance(sent, int) and isinstance(received, int) and min(sent, received) >= 0
+    return (sent, received) if known else None
 
 
 def request_key(base_url: str, body: Body) -> str:
@@ -143,7 +154,7 @@ class Cache:
             try:
                 self.path.parent.mkdir(parents=True, exist_ok=True)
                 with self.path.open("ab") as file:
-                    file.write(("" if self._whole else "\n").encode() + line.encode())
+                    file.write(("" if self._whole else "\n").encode() + line.encode("utf-8", "surrogatepass"))
                     file.flush()
                     os.fsync(file.fileno())
             except OSError as error:
@@ -241,7 +252,7 @@ class Chat:
             self.cache.add(key, body, reply, self.usage)
             with self._lock:
                 self.sent += 1
-            if self.settings.max_cost and not reply.get("usage"):
+            if self.settings.max_cost and token_counts(reply) is None:
                 raise UserError(
                     f"model {self.settings.model!r}: its server reports no token counts, which max_cost needs; set "
                     "max_requests instead"

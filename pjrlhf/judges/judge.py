@@ -21,7 +21,7 @@ from pjrlhf.judges.language_model import ChatBackend, JudgeSettings, LanguageMod
 from pjrlhf.parallel.processes import broadcast_from_zero, is_process_zero
 from pjrlhf.registry import Registry, callable_as
 from pjrlhf.rewards.sources import RewardSource, SourceContext, reward_source
-from pjrlhf.settings import parse
+from pjrlhf.settings import arguments, parse, shown
 
 
 class Judge(Protocol):
@@ -160,7 +160,11 @@ def by_chat(context: JudgeContext, **settings: Any) -> Judge:
 @JUDGES.register("reward")
 def by_reward(context: JudgeContext, source: str | Mapping[str, Any], tolerance: float = 0.0) -> Judge:
     """The answer with the higher reward wins; `source` is a specification of `rewards.sources`."""
-    return RewardJudge(source, tolerance, context.sources)
+    if not tolerance >= 0:
+        raise UserError(f"judge.tolerance: {tolerance} is out of range; choose a number at least 0")
+    judge = RewardJudge(source, tolerance, context.sources)
+    judge.check()
+    return judge
 
 
 @dataclasses.dataclass
@@ -187,6 +191,10 @@ class RewardJudge:
     def on_all_processes(self) -> bool:
         return self._of("judge").on_all_processes
 
+    def check(self) -> None:
+        """Raises UserError where the source cannot be made."""
+        self._of("judge")
+
     def _of(self, criterion: str) -> RewardSource:
         if criterion not in self.made:
             self.made[criterion] = reward_source(criterion, self.source, self.context)
@@ -205,6 +213,8 @@ def judge_from(spec: str | Mapping[str, Any], context: JudgeContext) -> Judge:
     Raises:
       UserError: no such judge, or settings that it does not take.
     """
+    if not isinstance(spec, str | Mapping):
+        raise UserError(f'judge: {shown(spec)} is no judge; name its kind, or give {{"kind": ...}}')
     settings = {"kind": spec} if isinstance(spec, str) else dict(spec)
     kind = settings.pop("kind", None)
     if not isinstance(kind, str):
@@ -214,7 +224,7 @@ def judge_from(spec: str | Mapping[str, Any], context: JudgeContext) -> Judge:
         inspect.signature(make).bind(context, **settings)
     except TypeError as error:
         raise UserError(f"judge {kind!r}: does not take these settings ({error})") from error
-    return make(context, **settings)
+    return make(context, **arguments(make, settings, "judge"))
 
 
 def judge_name(spec: str | Mapping[str, Any]) -> str:

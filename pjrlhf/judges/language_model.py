@@ -18,7 +18,7 @@ from pjrlhf.data.messages import Prompt, dialogue
 from pjrlhf.errors import UserError
 from pjrlhf.judges.chat import Body, Chat, ChatSettings
 from pjrlhf.paths import expand
-from pjrlhf.settings import Settings, setting
+from pjrlhf.settings import Settings, setting, shown
 from pjrlhf.types import Json
 
 FOLDER = pathlib.Path(__file__).parent / "prompts"
@@ -91,6 +91,8 @@ def read_template(spec: str) -> Template:
     try:
         template = Template(name=spec, **tomllib.loads(path.read_text(encoding="utf-8")))
         unknown = _fields(template.system + template.user) - set(FIELDS)
+        if not unknown:
+            template.messages(dict.fromkeys(FIELDS, ""))
     except (OSError, ValueError, TypeError, AttributeError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"judge prompt {spec!r}: is no template ({reason}); see pjrlhf/judges/prompts") from error
@@ -104,7 +106,30 @@ def read_template(spec: str) -> Template:
             f"judge prompt {spec!r}: kind {template.kind!r} with answer {template.answer!r}; kinds are pair and "
             f"rating, answers are {', '.join(ANSWERS)}"
         )
+    _check_verdicts(template)
     return template
+
+
+def _check_verdicts(template: Template) -> None:
+    """Raises UserError for verdicts that cannot be told apart, and for texts that do not show what is judged."""
+    name, pair = f"judge prompt {template.name!r}", template.kind == "pair"
+    bounds, sides = (template.low, template.high), (template.first, template.second)
+    if not pair and not (all(type(bound) is int for bound in bounds) and template.low < template.high):
+        raise UserError(
+            f"{name}: low {shown(template.low)} and high {shown(template.high)}; give two whole numbers, the lower one "
+            "first"
+        )
+    if pair:
+        labels = (*sides, template.tie)
+        if not all(isinstance(label, str) and label == label.strip() for label in labels) or not all(sides):
+            raise UserError(f"{name}: the verdicts {shown(labels)}; give texts without spaces at their ends")
+        if len(set(template.labels)) < len(template.labels):
+            raise UserError(f"{name}: two of its verdicts {shown(labels)} are the same; give each its own")
+    wanted = ("first", "second") if pair else ("first",)
+    if unseen := [field for field in wanted if not template.shows(field)]:
+        raise UserError(f"{name}: its texts do not show what is judged; write {{{unseen[0]}}} where it stands")
+    if not pair and template.shows("second"):
+        raise UserError(f"{name}: a rating is of one response; leave {{second}} out")
 
 
 # ---- requests
@@ -203,16 +228,19 @@ def _text(choice: Mapping[str, Json]) -> str:
 
 
 def _probabilities(choice: Mapping[str, Json], labels: Iterable[str]) -> dict[str, float] | None:
-    """Probabilities of the labels at the first token; None without log-probabilities, or where they have no label."""
-    content = (choice.get("logprobs") or {}).get("content") or []
-    if not content:
-        return None
+    """Probabilities of the labels at the first token; None without log-probabilities, where they have another form than
+    that of OpenAI, and where they have no label.
+    """
     found = dict.fromkeys(labels, 0.0)
-    for entry in content[0].get("top_logprobs") or [content[0]]:
-        token = str(entry.get("token", "")).strip()
-        if token in found:
-            found[token] += math.exp(entry["logprob"])
-    return found if sum(found.values()) else None
+    try:
+        first = choice["logprobs"]["content"][0]
+        for entry in first.get("top_logprobs") or [first]:
+            token = str(entry.get("token", "")).strip()
+            if token in found:
+                found[token] += math.exp(entry["logprob"])
+    except (AttributeError, LookupError, TypeError, OverflowError):
+        return None
+    return found if sum(found.values()) > 0 else None
 
 
 def _verdict(template: Template, choice: Mapping[str, Json]) -> Any:
@@ -225,7 +253,7 @@ def _verdict(template: Template, choice: Mapping[str, Json]) -> Any:
         return found[1] if found else None
     try:
         value = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     return value.get("verdict") if isinstance(value, dict) else None
 
@@ -271,18 +299,22 @@ def describe(person: str | Mapping[str, Any]) -> str:
     if isinstance(person, str):
         return person
     if unknown := set(person) - {"about", "stated", "said"}:
-        raise UserError(f"judge: person has no {min(unknown)!r}; give about, stated and said")
-    stated = person.get("stated") or {}
+        raise UserError(f"person: has no {min(unknown)!r}; give about, stated and said")
+    stated, heard = person.get("stated") or {}, person.get("said") or ()
+    if not isinstance(stated, Mapping):
+        raise UserError(f"person: stated is {shown(stated)}; give {{preference: how much it matters}}")
+    if isinstance(heard, str) or not isinstance(heard, Sequence):
+        raise UserError(f"person: said is {shown(heard)}; give a list of texts")
     numbers = [value for value in stated.values() if isinstance(value, int | float) and math.isfinite(value)]
     if len(numbers) < len(stated):
-        raise UserError(f"judge: the stated preferences {dict(stated)} of the person are no numbers; rate each of them")
+        raise UserError(f"person: the stated preferences {shown(dict(stated))} are no numbers; rate each of them")
     # The largest, not those that were shown first.
     largest = sorted(stated, key=lambda name: -stated[name])[:SHOWN_PREFERENCES]
     parts = [str(person.get("about") or "")]
     if largest:
         parts.append(f"What matters most to this person, in this order: {', '.join(largest)}.")
-    if said := person.get("said"):
-        parts.append("\n".join(["This person said:", *(f"- {text}" for text in said)]))
+    if heard:
+        parts.append("\n".join(["This person said:", *(f"- {text}" for text in heard)]))
     return "\n\n".join(filter(None, parts))
 
 
@@ -361,6 +393,11 @@ class _Asking:
         self.person = describe(settings.person)
         if self.template.shows("person") and not self.person:
             raise UserError(f"judge prompt {self.template.name!r}: shows a person; set person to a description")
+        if self.person and not self.template.shows("person"):
+            raise UserError(
+                f"judge prompt {self.template.name!r}: does not show the person; choose one that does, such as "
+                "role_play, or leave out person"
+            )
         self.criteria = {**sentences, **settings.criteria}
         self.asked, self.failures = 0, 0
 
@@ -443,6 +480,8 @@ class LanguageModelRating(_Asking):
     kind, waits = "rating", True
 
     def __init__(self, settings: PromptSettings, objective: str, criterion: str, backend: Backend):
+        if settings.criteria:
+            raise UserError(f"rewards.{objective}: has criteria; leave them out, because criterion says what is rated")
         super().__init__(settings, {objective: criterion}, backend, "rating")
         self.objective = objective
         self.shared = {"criterion": self.text_of(objective), "person": self.person}

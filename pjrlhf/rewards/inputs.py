@@ -7,7 +7,7 @@ from typing import Any
 
 from absl import logging
 
-from pjrlhf.data.messages import Prompt, options_of, text_of, transcript
+from pjrlhf.data.messages import SYSTEM, Prompt, options_of, text_of, transcript
 from pjrlhf.data.tokenization import check_template, cut_left, load_backend, setting_of
 from pjrlhf.errors import UserError
 from pjrlhf.settings import shown
@@ -237,7 +237,7 @@ def _transcript(prompt: Prompt) -> str:
     text, said = "", ""
     for turn in turns:
         content = text_of([turn]).strip()
-        if turn["role"] == "system":
+        if turn["role"] in SYSTEM:
             said = f"{content}\n"
             continue
         text += f"\n\n{'Assistant' if turn['role'] == 'assistant' else 'Human'}: {said}{content}"

@@ -1,9 +1,11 @@
 """Rewards from a server: batches of answers as JSON to a URL."""
 
+import http.client
 import json
 import os
 import time
 import urllib.error
+import urllib.parse
 import urllib.request
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -39,7 +41,7 @@ def by_http(
       concurrency: requests at once.
       key_variable: environment variable that holds a key, which is sent as a bearer token.
     """
-    if not url.startswith(("http://", "https://")):
+    if not _is_address(url):
         raise UserError(f"reward server {url!r}: is no address; write http://host:port/path")
     if min(batch_size, concurrency) < 1 or retries < 0 or timeout <= 0:
         raise UserError(
@@ -90,6 +92,25 @@ def by_http(
     return rewards
 
 
+def _is_address(url: str) -> bool:
+    try:
+        parts = urllib.parse.urlsplit(url)
+        known = parts.scheme in ("http", "https") and parts.hostname and (parts.port is None or parts.port > 0)
+    except ValueError:  # a port out of range, or an open bracket
+        return False
+    return bool(known) and url.isprintable() and " " not in url
+
+
+class _NoRedirect(urllib.request.HTTPRedirectHandler):
+    """A redirected POST would become a GET without the answers."""
+
+    def redirect_request(self, req: Any, fp: Any, code: int, msg: str, headers: Any, newurl: str) -> None:
+        return None
+
+
+_OPENER = urllib.request.build_opener(_NoRedirect)
+
+
 def _post(url: str, body: bytes, timeout: float, retries: int, key: str, key_variable: str) -> Json:
     """The reply to a request as JSON.
 
@@ -105,18 +126,22 @@ def _post(url: str, body: bytes, timeout: float, retries: int, key: str, key_var
             time.sleep(min(pause, LONGEST_WAIT))
             pause *= 2
         try:
-            with urllib.request.urlopen(request, timeout=timeout) as reply:
+            with _OPENER.open(request, timeout=timeout) as reply:
                 return json.loads(reply.read())
         except urllib.error.HTTPError as error:
             reason = f"HTTP {error.code}"
             if error.code in (401, 403):
                 way = f"check ${key_variable}" if key_variable else "set key_variable to the variable that holds a key"
                 raise UserError(f"reward server {url}: replied {reason}, it refuses the key; {way}") from error
+            if place := error.headers.get("Location", "") if 300 <= error.code < 400 else "":
+                new = urllib.parse.urljoin(url, place)
+                raise UserError(f"reward server {url}: replied {reason}, it is now {new}; set url to that") from error
             if error.code not in BUSY:
                 text = " ".join(error.read(200).decode(errors="replace").split())
                 raise UserError(f"reward server {url}: replied {reason} ({text}); correct that") from error
             after = error.headers.get("Retry-After", "")
             pause = float(after) if after.replace(".", "", 1).isdigit() else pause
-        except (OSError, ValueError) as error:  # no connection, one that was cut, or a reply that is no JSON
+        except (OSError, ValueError, http.client.HTTPException, RecursionError) as error:
+            # No connection, one that was cut, or a reply that is no HTTP or no JSON.
             reason = " ".join(str(getattr(error, "reason", error)).split()) or type(error).__name__
     raise NoReply(f"reward server {url}: no reply after {retries + 1} tries ({reason}); check the server")

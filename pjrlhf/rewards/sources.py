@@ -24,7 +24,7 @@ from pjrlhf.data.messages import Prompt, dialogue
 from pjrlhf.errors import UserError
 from pjrlhf.registry import Registry, callable_as, load
 from pjrlhf.rewards.scorers import scorer as named_scorer
-from pjrlhf.settings import shown
+from pjrlhf.settings import arguments, shown
 from pjrlhf.types import Json
 
 ADAPTER = "adapter"  # the reward models of the stage reward
@@ -325,7 +325,8 @@ class RewardSource:
     def _values(self, batch: _Batch) -> list[Any]:
         """What the function returns for N answers, N values; UserError where it is something else."""
         found = self._call(batch)
-        values = list(found) if isinstance(found, Sequence | np.ndarray) else None
+        listed = isinstance(found, Sequence | np.ndarray) and not isinstance(found, str | bytes)
+        values = list(found) if listed else None
         if values is None or len(values) != len(batch):
             size = type(found).__name__ if values is None else f"{len(values)} values"
             raise UserError(
@@ -339,8 +340,8 @@ class RewardSource:
             return await cast(Awaitable[Any], found)
 
         # The function is other people's code, which may change what it gets.
-        prompts = copy.deepcopy(batch.prompts)
-        given = {**batch.records.columns, "prompts": prompts, "completions": batch.completions}
+        batch = copy.deepcopy(batch)
+        given = {**batch.records.columns, "prompts": batch.prompts, "completions": batch.completions}
         parameters = self._parameters
         if parameters is None:
             given = {name: given[name] for name in ("prompts", "completions")}
@@ -363,7 +364,7 @@ def _refuse(error: Exception) -> None:
 def _number(value: Any) -> float:
     """A reward as a number, NaN where it is none."""
     try:
-        return float(value)
+        return math.nan if isinstance(value, str | bytes) else float(value)
     except (TypeError, ValueError):
         return math.nan
 
@@ -382,6 +383,8 @@ def reward_source(name: str, spec: str | Mapping[str, Any], context: SourceConte
     """
     if isinstance(spec, str):
         spec = {"kind": ADAPTER} if spec == ADAPTER else {"kind": "function", "function": spec}
+    if not isinstance(spec, Mapping):
+        raise UserError(f'rewards.{name}: {shown(spec)} is no source; name a function, or give {{"kind": ...}}')
     settings = dict(spec)
     kind = settings.pop("kind", None)
     if kind == ADAPTER and not settings:
@@ -396,6 +399,7 @@ def reward_source(name: str, spec: str | Mapping[str, Any], context: SourceConte
     missing = settings.pop("missing", 0.0)
     if isinstance(missing, bool) or not isinstance(missing, int | float) or not 0 <= missing <= 1:
         raise UserError(f"rewards.{name}.missing: {shown(missing)} is not a fraction; choose a number from 0 to 1")
+    settings = arguments(make, settings, f"rewards.{name}")
     given = {"objective": name, "context": context}
     settings |= {key: value for key, value in given.items() if key in inspect.signature(make).parameters}
     try:

@@ -284,5 +284,7 @@ def by_judge(
         mine = parse(ModelJudgeSettings, {**settings, "path": path}, name)
         return LanguageModelRating(mine, objective, criterion, ModelBackend(mine, context))
     own = parse(JudgeSettings, {**settings, "cache": cache}, name)
+    if not own.model:
+        raise UserError(f"{name}: names no model; set path to its folder, or model to its name on a server")
     chat = Chat(own, context.folder / "ratings.jsonl")
     return LanguageModelRating(own, objective, criterion, ChatBackend(own, chat))

@@ -176,6 +176,13 @@ def test_a_reward_source_judges_where_it_says_something():
         ({"kind": "chat", "model": "m", "prompt": "rating"}, "judge prompt 'rating': is one of kind rating, not pair"),
         ({"kind": "chat", "model": "m", "prompt": "role_play"}, "judge prompt 'role_play': shows a person; set person"),
         ({"kind": "chat", "model": "m", "max_cost": 3.0}, "max_cost: needs prices"),
+        ({"kind": "chat", "model": "m", "person": "A nurse."}, "judge prompt 'criterion': does not show the person"),
+        ({"kind": "chat", "model": "m", "person": {"said": "Hi"}}, "judge.person: said is 'Hi'; give a list of texts"),
+        (None, "judge: None is no judge; name its kind"),
+        ({"kind": "reward", "source": "support.toy_extensions:nobody"}, "support.toy_extensions has no nobody"),
+        ({"kind": "reward", "source": "adapter"}, "a reward model that is trained in the run cannot judge"),
+        ({"kind": "reward", "source": 3}, "judge.source: 3 is not text or a section of settings"),
+        ({"kind": "reward", "source": "support.toy_extensions:brevity", "tolerance": -1}, "judge.tolerance: -1"),
     ],
 )
 def test_wrong_judges_are_refused_by_name(spec, message, tmp_path, monkeypatch):

@@ -154,6 +154,26 @@ def test_letters_are_read_from_log_probabilities_or_strictly(found, verdict):
 
 
 @pytest.mark.parametrize(
+    "logprobs",
+    [
+        "A",
+        [1],
+        {"content": "A"},
+        {"content": [None]},
+        {"content": [{"token": "A"}]},
+        {"content": [{"token": "A", "logprob": None}]},
+        {"content": [{"token": "A", "logprob": "-1"}]},
+        {"content": [{"token": "A", "logprob": math.nan}]},
+        {"content": [{"token": "A", "logprob": 1e9}]},
+        {"content": [{"token": "A", "logprob": -1.0, "top_logprobs": [1]}]},
+    ],
+)
+def test_log_probabilities_of_another_form_leave_the_text(logprobs):
+    choice = {"message": {"content": "B"}, "logprobs": logprobs}
+    assert read_pair(read_template("criterion"), {"choices": [choice]}) == -1
+
+
+@pytest.mark.parametrize(
     ("text", "finish", "verdict"),
     [
         ('{"reason": "B is bad", "verdict": "A"}', "stop", 1),
@@ -164,6 +184,7 @@ def test_letters_are_read_from_log_probabilities_or_strictly(found, verdict):
         ('{"reason": "", "verdict": ["A"]}', "stop", math.nan),
         ('["A"]', "stop", math.nan),
         ("A", "stop", math.nan),
+        ("[" * 100_000, "stop", math.nan),
     ],
 )
 def test_objects_are_read_strictly(text, finish, verdict):
@@ -194,9 +215,38 @@ def test_a_prompt_of_your_own(tmp_path):
     path.write_text(path.read_text().replace("{prompt}", "{question}"))
     with pytest.raises(UserError, match=r"mine\.toml': \{question\} is no field; choose from prompt, first"):
         read_template(str(path))
+    for wrong, message in (
+        ("{prompt} {first}", "do not show what is judged; write {second} where it stands"),
+        ("{first} {second:>x}", "is no template (Unknown format code"),
+        ("{first!z} {second}", "is no template (Unknown conversion specifier"),
+    ):
+        path.write_text(f'kind = "pair"\nanswer = "text"\nsystem = ""\nuser = "{wrong}"')
+        with pytest.raises(UserError) as error:
+            read_template(str(path))
+        assert message in str(error.value)
     path.write_text("kind = 3")
     with pytest.raises(UserError, match=r"mine\.toml': is no template"):
         read_template(str(path))
+
+
+@pytest.mark.parametrize(
+    ("kind", "lines", "message"),
+    [
+        ("pair", 'second = "A"', "two of its verdicts ('A', 'A', '') are the same"),
+        ("pair", 'tie = "B"', "two of its verdicts ('A', 'B', 'B') are the same"),
+        ("pair", 'first = ""', "the verdicts ('', 'B', ''); give texts"),
+        ("pair", "first = 1", "the verdicts (1, 'B', ''); give texts"),
+        ("rating", "low = 10\nhigh = 1", "low 10 and high 1; give two whole numbers, the lower one first"),
+        ("rating", "low = 0.5", "low 0.5 and high 10; give two whole numbers"),
+        ("rating", "", "a rating is of one response; leave {second} out"),
+    ],
+)
+def test_verdicts_that_cannot_be_told_apart_are_refused(tmp_path, kind, lines, message):
+    path = tmp_path / "mine.toml"
+    path.write_text(f'kind = "{kind}"\nanswer = "json"\nsystem = ""\nuser = "{{first}} {{second}}"\n{lines}')
+    with pytest.raises(UserError) as error:
+        read_template(str(path))
+    assert message in str(error.value)
 
 
 def test_a_prompt_without_criterion_refuses_criteria(tmp_path):
@@ -244,9 +294,12 @@ def test_a_cost_is_never_exceeded_by_requests_under_way(tmp_path):
     assert 1 <= len(server.bodies) <= 6
 
 
-def test_a_cost_needs_token_counts(tmp_path):
+@pytest.mark.parametrize(
+    "usage", [None, "many", [1, 2], {}, {"prompt_tokens": 5}, {"prompt_tokens": "5", "completion_tokens": 1}]
+)
+def test_a_cost_needs_token_counts(tmp_path, usage):
     def without_usage(body):
-        return {"choices": [{"message": {"content": "A"}, "finish_reason": "stop"}]}
+        return {"choices": [{"message": {"content": "A"}, "finish_reason": "stop"}], "usage": usage}
 
     settings = ChatSettings(model="m", max_cost=1.0, prices=(1.0, 1.0))
     asked = Chat(settings, tmp_path / "c.jsonl", without_usage)
@@ -453,6 +506,7 @@ def test_requests_are_told_apart_by_all_they_hold():
 def test_a_person_is_described_by_what_matters_most(person, text):
     """The three largest stated preferences, whatever the order in which they were shown."""
     assert language_model.describe(person) == text
-    for wrong in ({"name": "x"}, {"stated": {"fun": "high"}}, {"stated": {"fun": math.nan}}):
-        with pytest.raises(UserError, match="judge: "):
+    numbers = ({"stated": {"fun": "high"}}, {"stated": {"fun": math.nan}}, {"stated": ["fun"]}, {"stated": "fun"})
+    for wrong in ({"name": "x"}, *numbers, {"said": "Be brief."}, {"said": 3}):
+        with pytest.raises(UserError, match="person: "):
             language_model.describe(wrong)

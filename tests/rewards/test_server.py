@@ -27,6 +27,8 @@ def server():
             heard.append((body, self.headers.get("Authorization")))
             if "down" in body["completions"]:
                 fault = 503
+            if fault == "noise":
+                return self.wfile.write(b"what is this\r\n\r\n")
             if fault == "cut":
                 return self.connection.close()
             rewards = [len(text) if text else None for text in body["completions"]]
@@ -35,6 +37,10 @@ def server():
                 text = text[:5]
             self.send_response(fault if isinstance(fault, int) else 200)
             self.send_header("Retry-After", "0.01")
+            if fault == 302:
+                self.send_header("Location", "/new")
+            if fault == "early":
+                self.send_header("Content-Length", "999")
             self.end_headers()
             self.wfile.write(text.encode())
             if fault == 200:
@@ -58,7 +64,7 @@ def test_batches_come_back_in_order_whatever_the_server_does(server):
     assert sorted(sizes) == [2, 4, 4, 4, 4, 4]
 
 
-@pytest.mark.parametrize("fault", ["cut", "half"])
+@pytest.mark.parametrize("fault", ["cut", "half", "early", "noise"])
 def test_a_cut_reply_is_asked_for_again(server, fault, monkeypatch):
     monkeypatch.setattr("time.sleep", lambda _: None)
     url, sizes, faults, _ = server
@@ -70,6 +76,7 @@ def test_a_cut_reply_is_asked_for_again(server, fault, monkeypatch):
     ("faults", "message"),
     [
         ([404], "replied HTTP 404"),
+        ([302], "replied HTTP 302, it is now "),
         ([401], "replied HTTP 401, it refuses the key; set key_variable to the variable that holds a key"),
         ([403], "replied HTTP 403, it refuses the key"),
         (["short"], 'it must reply {"rewards": [...]} with 1 numbers or nulls'),
@@ -87,7 +94,15 @@ def test_a_server_that_is_not_there_and_wrong_settings():
     with pytest.raises(UserError, match=r"reward server http://127\.0\.0\.1:9/: no reply after 1 tries \(.*refused"):
         reward_source("P2A", {"kind": "http", "url": "http://127.0.0.1:9/", "retries": 0})(["q"], ["abc"])
     for settings, message in itertools.chain(
-        [({"url": "localhost:9"}, "is no address"), ({"url": "http://h", "batch_size": 0}, "of 1 or more")],
+        [({"url": url}, "is no address") for url in ("localhost:9", "http://", "http://a b/", "http://h:99999/")],
+        [
+            ({"url": "http://h", "batch_size": 0}, "of 1 or more"),
+            ({"url": None}, r"rewards\.P2A\.url: None is not text"),
+        ],
+        [
+            ({"url": "http://h", "timeout": "5"}, "timeout: '5' is not a number"),
+            ({"url": "http://h", "retries": 1.5}, "1.5"),
+        ],
         [({"url": "http://h", "tries": 3}, "does not take these settings")],
     ):
         with pytest.raises(UserError, match=message):

@@ -56,6 +56,15 @@ def test_a_reward_model_that_is_trained_here_has_no_source(spec):
         ({"kind": "function"}, "rewards.P2A: kind 'function' does not take these settings"),
         ({"kind": "adapter", "rank": 3}, "rewards.P2A: kind 'adapter' is unknown"),
         ({"kind": "scorer", "scorer": "sour"}, "scorer 'sour': unknown"),
+        ({"kind": "scorer", "scorer": 3}, "rewards.P2A.scorer: 3 is not text"),
+        ({"kind": "function", "function": None}, "rewards.P2A.function: None is not text"),
+        ({"kind": "judge", "criterion": 3, "model": "m"}, "rewards.P2A.criterion: 3 is not text"),
+        ({"kind": "judge", "criterion": "It helps."}, "rewards.P2A: names no model; set path to its folder, or model"),
+        (
+            {"kind": "judge", "criterion": "x", "model": "m", "base_url": "http://h/v1", "criteria": {"P2A": "y"}},
+            "rewards.P2A: has criteria; leave them out",
+        ),
+        (None, "rewards.P2A: None is no source; name a function"),
         ({"kind": f"{MODULE}:brevity", "prompts": [], "completions": []}, "made a list; it must make a function"),
     ],
 )
@@ -74,6 +83,8 @@ def test_wrong_specifications_are_refused_by_name(spec, message):
         ([1.0, float("nan"), 2.0], "returned nan for the answer ''; return a finite number, or None to say nothing"),
         ([1.0, 2.0, float("inf")], "returned inf for the answer 'a good cat'"),
         ([1.0, "good", 2.0], "returned 'good' for the answer ''"),
+        ([1.0, "2.0", 2.0], "returned '2.0' for the answer ''"),
+        ("123", "returned str for 3 completions"),
         (np.ones((3, 2)), "returned array([1., 1.]) for the answer 'aa'"),
     ],
 )
@@ -81,6 +92,21 @@ def test_a_source_returns_one_number_or_none_for_each_answer(returned, message):
     with pytest.raises(UserError) as error:
         RewardSource("P2A", lambda prompts, completions: returned)(PROMPTS, ANSWERS)
     assert message in str(error.value) and "'P2A'" in str(error.value)
+
+
+def test_a_function_may_change_what_it_gets():
+    """Neither its rewards, nor messages, nor the records of the run change with it."""
+
+    def consuming(prompts, completions, level):
+        while completions:
+            completions.pop(), prompts.pop(), level[0].append(9)
+        return [float(len(one)) for one in level]
+
+    levels = RecordColumns({"level": [[1], [2, 2], []]})
+    for _ in range(2):
+        found = RewardSource("P2A", consuming)(PROMPTS, ANSWERS, levels)
+        assert found.tolist() == [4, 2, 0]
+    assert levels.columns == {"level": [[1], [2, 2], []]}
 
 
 def test_numbers_of_any_kind_are_rewards():
