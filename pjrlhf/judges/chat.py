@@ -87,8 +87,9 @@ def token_counts(reply: Json) -> tuple[int, int] | None:
     if not isinstance(usage, Mapping):
         return None
     sent, received = (usage.get(name) for name in ("prompt_tokens", "completion_tokens"))
-    known = isinstance(sent, int) and isinstance(received, int) and min(sent, received) >= 0
-    return (sent, received) if known else None
+    if not isinstance(sent, int) or not isinstance(received, int) or min(sent, received) < 0:
+        return None
+    return sent, received
 
 
 def request_key(base_url: str, body: Body) -> str:

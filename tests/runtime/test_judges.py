@@ -214,7 +214,7 @@ def test_a_tokenizer_that_does_not_know_the_letters(tmp_path):
         ({}, "judge: names no model; set path to its folder"),
         ({"path": "f", "prompt": "rating"}, "judge prompt 'rating': is one of kind rating, not pair; choose another"),
         ({"path": "f", "temperature": 1.0}, "temperature"),
-        ({"path": "f", "person": {"age": 3}}, "judge: person has no 'age'; give about, stated and said"),
+        ({"path": "f", "person": {"age": 3}}, "judge.person: has no 'age'; give about, stated and said"),
     ],
 )
 def test_wrong_settings_are_refused_before_anything_is_read(settings, message):
