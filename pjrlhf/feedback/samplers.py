@@ -7,10 +7,11 @@ import collections
 import dataclasses
 import functools
 import inspect
+import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
-from pjrlhf.data.messages import Prompt, columns_of
+from pjrlhf.data.messages import Message, Prompt, columns_of
 from pjrlhf.errors import UserError
 from pjrlhf.judges.chat import Body, Chat, ChatSettings
 from pjrlhf.parallel.processes import json_from_zero
@@ -125,7 +126,7 @@ def _asked(
     bodies: list[Body] = []
     for request, said in zip(requests, words, strict=True):
         prompt = run.records.ask(request, said)
-        turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+        turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else [_sent(turn) for turn in prompt]
         system = [{"role": "system", "content": own.system}]
         system = system if own.system and turns[0]["role"] != "system" else []
         body: dict[str, Json] = {"model": own.model, "messages": [*system, *turns], **columns_of(prompt)}
@@ -141,6 +142,19 @@ def _asked(
         return [answer_of(reply) for reply in chat(name, bodies)]
 
     return json_from_zero(ask)
+
+
+def _sent(turn: Message) -> Message:
+    """A message as servers take it: arguments of tool calls are JSON text, which our records hold as objects."""
+    if "tool_calls" not in turn:
+        return turn
+    calls = []
+    for call in turn["tool_calls"]:
+        inner = call.get("function", call)
+        text = json.dumps(inner.get("arguments") or {}, ensure_ascii=False)
+        outer = call if "function" in call else {}
+        calls.append({"type": "function", **outer, "function": {"name": inner["name"], "arguments": text}})
+    return {"content": None, **turn, "tool_calls": calls}
 
 
 def answer_of(reply: Json) -> str:

@@ -17,7 +17,7 @@ from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 
 from pjrlhf.errors import UserError
 from pjrlhf.paths import expand
-from pjrlhf.rewards.server import BUSY
+from pjrlhf.rewards.server import BUSY, key_in
 from pjrlhf.rewards.sources import NoReply
 from pjrlhf.settings import Settings, setting
 from pjrlhf.training.progress import progress
@@ -291,7 +291,7 @@ def client(settings: ChatSettings) -> Callable[[Body], Json]:
         import openai
     except ImportError as error:
         raise UserError("chat: needs the openai client; pip install 'pjrlhf[judge]'") from error
-    key = os.environ.get(settings.key_variable, "")
+    key = key_in(settings.key_variable)
     if not key and not settings.base_url:
         raise UserError(
             f"model {settings.model!r}: ${settings.key_variable} is not set; set it to the key of the server"
@@ -306,12 +306,15 @@ def client(settings: ChatSettings) -> Callable[[Body], Json]:
 
     def send(body: Body) -> Json:
         problem: Exception = ValueError("a reply without choices")
+        # What servers of open models take beside the parameters of OpenAI.
+        further = {name: value for name, value in body.items() if name == "chat_template_kwargs"}
+        known = {name: value for name, value in body.items() if name not in further}
         for _ in range(settings.retries + 1):
             try:
-                found = connection.chat.completions.create(**body)
+                found = connection.chat.completions.create(**known, extra_body=further)
                 if getattr(found, "choices", None):
                     return found.model_dump(mode="json", exclude_none=True, warnings=False)
-            except (openai.APIResponseValidationError, ValueError) as error:
+            except (openai.APIResponseValidationError, ValueError, RecursionError) as error:
                 problem = error  # a reply that is no JSON, or another JSON
             except openai.AuthenticationError as error:
                 raise UserError(f"{where}: refuses the key; check ${settings.key_variable}") from error

@@ -48,7 +48,7 @@ def by_http(
             f"reward server {url}: needs timeout above 0, retries of 0 or more, batch_size and concurrency of 1 or more"
         )
 
-    key = os.environ.get(key_variable, "") if key_variable else ""
+    key = key_in(key_variable) if key_variable else ""
     if key_variable and not key:
         raise UserError(f"reward server {url}: ${key_variable} is not set; set it to the key of the server")
 
@@ -90,6 +90,21 @@ def by_http(
 
     rewards.waits = True  # type: ignore[attr-defined]  # see RewardSource.waits
     return rewards
+
+
+def key_in(variable: str) -> str:
+    """The key that an environment variable holds; empty where it is not set.
+
+    Raises:
+      UserError: characters that cannot be sent.
+    """
+    key = os.environ.get(variable, "")
+    if not (key.isascii() and key.isprintable()) or key != key.strip():
+        raise UserError(
+            f"${variable}: holds a line break, a space at its ends or a letter that is not ASCII, which no key has; "
+            "set it to the key alone"
+        )
+    return key
 
 
 def _is_address(url: str) -> bool:

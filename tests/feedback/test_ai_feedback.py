@@ -5,13 +5,16 @@ import json
 import math
 import re
 import threading
+import types
 
 import pytest
 from support import tiny
 from support.chat_server import ChatServer
 
+from pjrlhf.data.messages import Conversation
 from pjrlhf.errors import UserError
 from pjrlhf.feedback import comparisons
+from pjrlhf.feedback.samplers import sampler
 from pjrlhf.pipeline import stages
 
 pytest.importorskip("openai")
@@ -133,6 +136,30 @@ def test_a_stronger_model_behind_a_url_answers_and_is_never_asked_twice(copied):
     assert texts <= {"it holds air ." + " it can burn ." * n for n in range(3)}
     again, _ = label(copied, sampler={**sampler, "replay": True})
     assert again == found
+
+
+def test_a_chat_sampler_gets_tools_and_variables_of_the_template(tmp_path):
+    tools = [{"type": "function", "function": {"name": "add", "parameters": {"type": "object", "properties": {}}}}]
+    call = {"type": "function", "id": "1", "function": {"name": "add", "arguments": {"a": 1}}}
+    turns = [
+        {"role": "user", "content": "1 + 1 ?"},
+        {"role": "assistant", "tool_calls": [call]},
+        {"role": "tool", "content": "2", "tool_call_id": "1"},
+    ]
+    request = Conversation(turns, {"tools": tools, "enable_thinking": False})
+    run = types.SimpleNamespace(
+        records=types.SimpleNamespace(ask=lambda request, words: request),
+        settings=types.SimpleNamespace(seed=0, data=types.SimpleNamespace(max_completion=8)),
+        workdir=types.SimpleNamespace(path=tmp_path),
+    )
+    server = ChatServer(lambda body: "two \ud83d")
+    with server.running() as url:
+        found = sampler(run, {"kind": "chat", "model": "m", "base_url": url})([request], [""], "answers")
+    (body,) = server.bodies
+    assert found == ["two ?"] and body["chat_template_kwargs"] == {"enable_thinking": False}
+    sent = [turns[0], {"role": "assistant", "content": None, "tool_calls": [call]}, turns[2]]
+    sent[1]["tool_calls"] = [{**call, "function": {"name": "add", "arguments": '{"a": 1}'}}]
+    assert body["messages"] == sent and body["tools"] == tools
 
 
 def test_another_model_answers_in_the_place_of_the_base(copied):

@@ -457,6 +457,13 @@ def test_errors_of_the_server_name_the_way_out(tmp_path, monkeypatch, settings, 
         judge(url, tmp_path, **settings)(PROMPTS, A, B, "long")
 
 
+@pytest.mark.parametrize("key", ["secret\n", " secret", "sécret"])
+def test_a_key_that_cannot_be_sent(tmp_path, monkeypatch, key):
+    monkeypatch.setenv("OPENAI_API_KEY", key)
+    with pytest.raises(UserError, match=r"\$OPENAI_API_KEY: holds a line break.*set it to the key alone"):
+        judge("http://127.0.0.1:9/v1", tmp_path)
+
+
 def test_a_server_that_is_not_there_or_talks_nonsense(tmp_path):
     with pytest.raises(UserError, match=r"model 'm' at http://127\.0\.0\.1:9/v1/: cannot be reached .*check base_url"):
         judge("http://127.0.0.1:9/v1", tmp_path, retries=0)(PROMPTS, A, B, "long")
