@@ -153,10 +153,13 @@ def _generate(arguments: Sequence[str]) -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the draws")
     given = parser.parse_args(arguments)
     with _one_line():
+        from pjrlhf.errors import UserError
         from pjrlhf.serving.catalogue import parse_mix
         from pjrlhf.terminal import visible
 
         catalogue = _source(parser, given)
+        if given.user is not None and catalogue.people is None:
+            raise UserError("--user: these models know no people; leave it out, or name a user model with --entry")
         voice = catalogue.voice(mix=None if given.mix is None else parse_mix(given.mix), user=given.user)
         if voice.user is not None and not voice.known:
             print(f"{visible(voice.user)} is unknown: the generic user answers", file=sys.stderr)
@@ -183,8 +186,9 @@ def _add_source(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--ingredients", nargs="+", default=[], metavar="NAME=FOLDER", help="LoRA adapters in PEFT layout, for --model"
     )
-    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="of --model")
-    parser.add_argument("--quantize", default="", choices=("", "int8"), help="of --model")
+    dtypes = "float32", "bfloat16"
+    parser.add_argument("--dtype", choices=dtypes, help="of --model; default float32. A run has its own")
+    parser.add_argument("--quantize", choices=("", "int8"), help="of --model. A run has its own")
 
 
 def _source(parser: argparse.ArgumentParser, given: argparse.Namespace) -> "Catalogue":
@@ -192,6 +196,8 @@ def _source(parser: argparse.ArgumentParser, given: argparse.Namespace) -> "Cata
         parser.error("name one of --run and --model")
     if given.run is not None and given.ingredients:
         parser.error("--ingredients go with --model")
+    if given.run is not None and (given.dtype, given.quantize) != (None, None):
+        parser.error("--dtype and --quantize go with --model; a run has those it was trained with")
     if given.model is not None and given.entry is not None:
         parser.error("--entry goes with --run")
     ingredients: dict[str, str] = {}
@@ -205,7 +211,7 @@ def _source(parser: argparse.ArgumentParser, given: argparse.Namespace) -> "Cata
 
     compilation_cache()
     if given.model is not None:
-        return open_folders(given.model, ingredients, given.dtype, given.quantize)
+        return open_folders(given.model, ingredients, given.dtype or "float32", given.quantize or "")
     return open_run(str(given.run), given.entry)
 
 

@@ -176,21 +176,13 @@ class LanguageModel:
           user_tokens: float [B, E, D], read before each prompt, see `models.users`.
 
         Raises:
-          UserError: a prompt does not fit the context, or the chat template refuses it; or `mix` does not fit the bank
-            or the prompts.
+          UserError: a prompt is not UTF-8, does not fit the context, or the chat template refuses it; `mix` does not
+            fit the bank or the prompts; or a setting of sampling is out of range.
         """
         prompts = _checked(prompts)
         mix = _rows_of_mix(bank, mix, len(prompts))
         if not prompts:
             return []
-        ids = []
-        for number, prompt in enumerate(prompts, 1):
-            with _named(f"prompt {number}"):
-                ids.append(self.tokenizer.encode_prompt(prompt))
-        reserved = 0 if user_tokens is None else user_tokens.shape[1]
-        room = self.backbone.model.config.max_length - max_new_tokens - reserved
-        self._check_context(max(map(len, ids)) + reserved + max_new_tokens)
-        tokens, valid = pad_left(ids, min(_rounded(max(map(len, ids))), room), self.tokenizer.pad_id)
         sampling = Sampling(
             max_new_tokens=max_new_tokens,
             eos_ids=self.tokenizer.eos_ids,
@@ -198,6 +190,20 @@ class LanguageModel:
             temperature=temperature,
             top_p=top_p,
         )
+        ids = []
+        for number, prompt in enumerate(prompts, 1):
+            with _named(f"prompt {number}"):
+                ids.append(self.tokenizer.encode_prompt(prompt))
+        reserved = 0 if user_tokens is None else user_tokens.shape[1]
+        room = self.backbone.model.config.max_length - max_new_tokens - reserved
+        longest, limit = max(map(len, ids)) + reserved, self.backbone.model.config.max_length
+        if longest < limit < longest + max_new_tokens:
+            raise UserError(
+                f"max_new_tokens {max_new_tokens}: prompts of up to {longest} tokens leave {limit - longest} of the "
+                f"context of {limit}; ask for {limit - longest} at most"
+            )
+        self._check_context(longest + max_new_tokens)
+        tokens, valid = pad_left(ids, min(_rounded(max(map(len, ids))), room), self.tokenizer.pad_id)
         key = jax.random.key(fold_seed(seed))
         out = jax.device_get(_generate(self.backbone, sampling, bank, mix, user_tokens, tokens, valid, key))
         texts = []
@@ -237,7 +243,7 @@ class LanguageModel:
         rows = []
         for number, (prompt, answer) in enumerate(zip(prompts, answers, strict=True), 1):
             with _named(f"prompt {number} and its answer"):
-                rows.append(self.tokenizer.encode_answers(prompt, [answer]))
+                rows.append(self.tokenizer.encode_answers(prompt, [plain(answer)]))
         prompt_ids, answer_ids = [prompt for prompt, _ in rows], [found[0].ids for _, found in rows]
         reserved = 0 if user_tokens is None else user_tokens.shape[1]
         self._check_context(reserved + max(len(p) + len(a) for p, a in zip(prompt_ids, answer_ids, strict=True)))
@@ -309,10 +315,10 @@ def _checked(prompts: Sequence[Prompt]) -> list[Prompt]:
         raise UserError("prompts: is a single prompt; give a list of prompts, as [prompt]")
     found: list[Prompt] = []
     for number, prompt in enumerate(prompts, 1):
-        if isinstance(prompt, str):
-            found.append(prompt)
-        else:
-            with _named(f"prompt {number}"):
+        with _named(f"prompt {number}"):
+            if isinstance(prompt, str):
+                found.append(plain(prompt))
+            else:
                 found.append(Conversation(read_turns(plain(prompt), "prompt"), options_of(prompt)))
     return found
 
@@ -323,7 +329,8 @@ def _named(what: str) -> Iterator[None]:
     try:
         yield
     except RecordError as error:
-        raise UserError(f"{what}: {error}; correct it, or give the prompt as text") from error
+        remedy = "correct it" if error.reason == "not UTF-8" else "correct it, or give the prompt as text"
+        raise UserError(f"{what}: {error}; {remedy}") from error
 
 
 def _rounded(length: int) -> int:

@@ -276,9 +276,13 @@ def _open_section(name: str, value: object) -> Any:
     if isinstance(value, Mapping):
         if odd := [key for key in value if not isinstance(key, str)]:
             raise UserError(f"{name}: the key {shown(odd[0])} is not text; write it in quotes")
+        for key in value:
+            _check_text(name, key)
         return {key: _open_section(f"{name}.{key}", one) for key, one in value.items()}
     if isinstance(value, list | tuple):
         return type(value)(_open_section(name, one) for one in value)
+    if isinstance(value, str):
+        _check_text(name, value)
     if value is None or isinstance(value, str | bool | Settings):
         return value
     if isinstance(value, numbers.Integral):
@@ -305,6 +309,8 @@ def _check_rule(name: str, value: object, rule: Rule, section: str = "") -> None
         for one in value:
             _check_rule(name, one, rule, section)
         return
+    if isinstance(value, str):
+        _check_text(name, value)
     if rule.choices and isinstance(value, str) and value not in rule.allowed and not (rule.extensible and ":" in value):
         if RENAMED_VALUES.get(value) in rule.allowed:
             raise UserError(f"{name}: {shown(value)} is called {RENAMED_VALUES[value]!r} now; write that")
@@ -319,6 +325,14 @@ def _check_rule(name: str, value: object, rule: Rule, section: str = "") -> None
             raise UserError(f"{name}: {value} is not finite{_hint_of(rule) or '; give a finite number'}")
         if not rule.holds(value):
             raise UserError(f"{name}: {shown(value)} is out of range; choose a number {rule.describe()}")
+
+
+def _check_text(name: str, value: str) -> None:
+    """UserError for text that is not UTF-8: no report and no checkpoint could be written with it."""
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError:
+        raise UserError(f"{name}: {shown(value)} is not UTF-8; write it in UTF-8") from None
 
 
 def _listed(rule: Rule) -> str:

@@ -128,6 +128,7 @@ def test_conversations_are_answered(model):
         ),
         ([[{"role": "user", "content": [{"type": "image"}]}]], "prompt 1: prompt has a content part of type 'image'"),
         ([None], "prompt 1: prompt is not text"),
+        ([PROMPTS[0], "what \udcff"], "prompt 2: not UTF-8"),
     ],
 )
 def test_prompts_that_cannot_be_answered_are_named(model, prompts, message):
@@ -153,6 +154,18 @@ def test_a_prompt_that_the_template_refuses_is_named(tmp_path, template, message
         refusing.generate([[ASKED]])
     with pytest.raises(UserError, match=message):
         refusing.score([[ASKED]], ["it can grow ."])
+
+
+@pytest.mark.parametrize("limit", [0, -5])
+def test_an_answer_has_at_least_one_token(model, limit):
+    with pytest.raises(UserError, match=f"max_new_tokens {limit}: below 1"):
+        model.generate(PROMPTS, max_new_tokens=limit)
+
+
+def test_an_answer_that_is_too_long_is_told_how_long_it_may_be(model):
+    with pytest.raises(UserError, match=r"ask for \d+ at most") as refused:
+        model.generate(PROMPTS, max_new_tokens=1000)
+    assert model.generate(PROMPTS, max_new_tokens=int(str(refused.value).split()[-3]))
 
 
 def test_answers_are_as_many_as_prompts_and_have_tokens(model):

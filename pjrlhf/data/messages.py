@@ -65,8 +65,15 @@ def columns_of(prompt: Prompt) -> dict[str, Any]:
 SYSTEM = ("system", "developer")
 # Keys of a message, besides its content, that are part of what it says.
 SAID = ("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking", "refusal", "images", "audio")
-# Arguments of `apply_chat_template` that this package sets.
-_RESERVED = frozenset(("conversation", "tools", "tokenize", "add_generation_prompt", "continue_final_message"))
+# Arguments of `apply_chat_template` that this package sets, or that are no variables of a template. A template of a
+# request would be a program of a stranger, which need not end.
+_RESERVED = frozenset(
+    (
+        *("conversation", "messages", "tools", "chat_template", "tokenize", "add_generation_prompt"),
+        *("continue_final_message", "sanitize_control_tokens", "padding", "truncation", "max_length", "return_tensors"),
+        *("return_dict", "return_assistant_tokens_mask", "tokenizer_kwargs"),
+    )
+)
 _TEXT_PARTS = ("text", "input_text", "output_text")  # types of content parts that hold `text`
 
 
@@ -289,7 +296,7 @@ def read_options(values: Mapping[str, Json]) -> dict[str, Any]:
     if not isinstance(options, Mapping | None):
         raise RecordError("bad chat_template_kwargs", f"a {type(options).__name__}, not an object")
     if reserved := sorted(set(options or ()) & _RESERVED):
-        raise RecordError("bad chat_template_kwargs", f"{reserved[0]} cannot be set there")
+        raise RecordError("bad chat_template_kwargs", f"{reserved[0]} cannot be set there; leave it out")
     found = {key: item for key, item in (options or {}).items() if item is not None}
     return found | ({"tools": _without_none(tools)} if tools else {})
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -44,8 +45,10 @@ class Sampling:
     def __post_init__(self):
         if not self.eos_ids:
             raise UserError("eos_ids: is empty, so responses cannot end; give at least one token id")
-        if self.temperature < 0:
-            raise UserError(f"temperature {self.temperature}: below 0; choose 0 for greedy decoding, or above")
+        if self.max_new_tokens < 1:
+            raise UserError(f"max_new_tokens {self.max_new_tokens}: below 1; an answer has at least one token")
+        if not 0 <= self.temperature < math.inf:
+            raise UserError(f"temperature {self.temperature}: choose 0 for greedy decoding, or a number above")
         if self.top_k < 0:
             raise UserError(f"top_k {self.top_k}: below 0; choose 0 to turn it off")
         if not 0 < self.top_p <= 1:

@@ -164,7 +164,7 @@ class Catalogue:
                 raise UserError("mix: the model names a soup already; give one of the two")
             weights = self._checked(parse_mix(name.removeprefix(SOUP)))
         elif name not in self.models:
-            raise UnknownModel(f"model {name!r}: is not served here; choose one of {self._listed(self.models)}")
+            raise UnknownModel(f"model {name!r}: is not served here; choose one of {', '.join(self.models)}")
         elif mix is not None:
             if name in self.names and self.people is None:
                 raise UserError(f"mix: the model {name} is one adapter already; give the mix with model {BASE}")
@@ -190,15 +190,13 @@ class Catalogue:
         for name, weight in mix.items():
             if name not in self.names:
                 close = difflib.get_close_matches(name, self.names, 1)
-                hint = f"did you mean {close[0]}?" if close else f"choose from {self._listed(self.names)}"
+                hint = f"did you mean {close[0]}?" if close else f"choose from {', '.join(self.names)}"
+                if not self.names:
+                    hint = "only the base is served; leave the mix out"
                 raise UnknownIngredient(f"mix: {name!r} is no ingredient; {hint}")
             if not math.isfinite(weight) or abs(weight) > WEIGHT_LIMIT:
                 raise UserError(f"mix: the weight {weight!r} of {name} is not between -100 and 100; correct it")
         return dict(mix)
-
-    @staticmethod
-    def _listed(names: Sequence[str] | Mapping[str, Any]) -> str:
-        return ", ".join(names) or "nothing but the base"
 
 
 def parse_mix(text: str) -> dict[str, float]:
@@ -240,6 +238,8 @@ def open_run(run: str, entry: str | None = None) -> Catalogue:
     if not (folder / "config.json").is_file():
         raise UserError(f"{folder}: no config.json; name the run directory of a run that has trained policies")
     config = read_json(folder / "config.json")
+    if "stages" not in config:
+        raise UserError(f"{folder}: is no run directory; serve a model in Hugging Face layout with --model")
     banks = {
         path.parent.name: path for path in (*folder.glob("policy/bank.safetensors"), *folder.glob("methods/*/bank.*"))
     }

@@ -128,7 +128,7 @@ class Body:
         if value is None or not low <= value <= high or (above and value == low):
             kind = "whole number" if whole else "number"
             raise Refused(
-                f"{name}: is no {kind} {'above' if above else 'from'} {low:g} up to {high:g}; correct it", name
+                f"{name}: is no {kind} {'above' if above else 'from'} {low:,} up to {high:,}; correct it", name
             )
         return int(value) if whole else float(value)
 

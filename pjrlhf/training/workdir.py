@@ -101,6 +101,10 @@ class Workdir:
         remedy = "mount the bucket, or keep the run here and its checkpoints there with --config.checkpoints"
         refuse_remote(path, "a run directory", remedy)
         self.path = pathlib.Path(path).absolute()
+        try:
+            str(self.path).encode("utf-8")
+        except UnicodeEncodeError:  # libraries that write checkpoints refuse it
+            raise UserError(f"{self.path}: the name is not UTF-8; choose another --workdir") from None
         self._unwritten: dict[str, Json] = {}  # file -> content, until there is something to keep
         self._config: dict[str, Json] = {}  # by dotted key
         self._ignored: tuple[str, ...] = ()

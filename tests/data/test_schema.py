@@ -188,8 +188,9 @@ def test_tools_and_variables_of_the_template_come_with_the_prompt(as_text):
     for name, wrong in (("tools", "f"), ("tools", [1]), ("tools", 1), ("chat_template_kwargs", [1])):
         with pytest.raises(RecordError, match=f"bad {name}"):
             parse({"prompt": "f(1)?", name: wrong}, "prompt")
-    with pytest.raises(RecordError, match="tokenize cannot be set"):
-        parse({"prompt": "f(1)?", "chat_template_kwargs": {"tokenize": True}}, "prompt")
+    for name in ("tokenize", "chat_template", "messages", "tools", "max_length", "tokenizer_kwargs"):
+        with pytest.raises(RecordError, match=f"{name} cannot be set there; leave it out"):
+            parse({"prompt": "f(1)?", "chat_template_kwargs": {name: "a"}}, "prompt")
 
 
 def test_a_conversation_answers_from_the_first_turn_of_the_assistant_on():

@@ -325,11 +325,16 @@ def test_rows_with_the_same_prompt_draw_independently():
 
 @pytest.mark.parametrize(
     "setting, name",
-    [({"top_p": 0.0}, "top_p"), ({"top_p": 1.5}, "top_p"), ({"top_k": -1}, "top_k"), ({"temperature": -0.1}, "temp")],
+    [
+        *[({"top_p": value}, "top_p") for value in (0.0, 1.5, float("nan"))],
+        *[({"temperature": value}, "temperature") for value in (-0.1, float("nan"), float("inf"))],
+        *[({"max_new_tokens": value}, "max_new_tokens") for value in (0, -5)],
+        ({"top_k": -1}, "top_k"),
+    ],
 )
 def test_impossible_settings_are_refused(setting, name):
     with pytest.raises(UserError, match=name):
-        Sampling(max_new_tokens=N, eos_ids=(EOS,), pad_id=PAD, **setting)
+        Sampling(**{"max_new_tokens": N, "eos_ids": (EOS,), "pad_id": PAD} | setting)
 
 
 def test_learned_positions_are_counted_with_user_tokens():

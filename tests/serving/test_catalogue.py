@@ -64,6 +64,8 @@ def test_what_is_not_served_is_refused(soups):
     for model, mix in (("P1A", {"P1A": 1.0}), ("soup:P1A=1", {"P1A": 1.0}), ("base", {"P1A": 1e9})):
         with pytest.raises(UserError, match=r"^mix: "):
             soups.voice(model, mix)
+    with pytest.raises(UnknownIngredient, match="only the base is served; leave the mix out"):
+        Catalogue(soups.model).voice("base", {"P1A": 1.0})
     for text in ("", "P1A", "P1A=", "=1", "P1A=x", "P1A=nan", "P1A=1,P1A=2", "P1A=1,,"):
         with pytest.raises(UserError, match=r"^mix: "):
             parse_mix(text)
@@ -137,7 +139,25 @@ def test_a_run_is_served_with_its_people(people, capsys):
     assert pooled.user_tokens == 0 and list(pooled.models) == ["base", "pooled"]
 
 
-def test_what_cannot_be_served_is_named(finished, tmp_path):
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--user", "ana"), "--user: these models know no people"),
+        (("--max-tokens", "0"), "max_new_tokens 0: below 1"),
+        (("--temperature", "nan"), "temperature nan"),
+        (("--quantize", "int8"), "--dtype and --quantize go with --model"),
+        (("--dtype", "bfloat16"), "--dtype and --quantize go with --model"),
+    ],
+)
+def test_flags_that_change_nothing_or_ask_for_nothing_are_refused(finished, capsys, arguments, message):
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["generate", "--run", str(finished), *arguments, QUESTION])
+    assert stopped.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_what_cannot_be_served_is_named(finished, folder, tmp_path):
+    with pytest.raises(UserError, match="is no run directory; serve a model in Hugging Face layout with --model"):
+        open_run(str(folder))
     with pytest.raises(UserError, match=r"config.json"):
         open_run(str(tmp_path))
     shutil.copy(finished / "config.json", tmp_path)

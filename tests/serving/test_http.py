@@ -276,6 +276,9 @@ def test_bad_requests_are_refused_with_their_status(soups):
     for text in (b"", b"{", b"[]", b"\xff\xfe", b'{"model": "base", "model": NaN}', b"[" * 10_000, b'{"n": 1e999}'):
         status, body, _ = send(soups, text)
         assert status == 400 and body["error"]["message"], text
+    own = {"model": "base", "messages": QUESTION, "chat_template_kwargs": {"chat_template": "{{ 1 }}"}}
+    status, body, _ = send(soups, own)  # a template is a program, which need not end
+    assert status == 400 and body["error"]["param"] == "chat_template_kwargs"
     status, body, headers = send(soups, {"model": "base", "messages": QUESTION, "max_tokens": 2})
     assert status == 200 and headers["x-request-id"] and body["choices"]
 

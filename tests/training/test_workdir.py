@@ -122,6 +122,11 @@ def test_a_damaged_file_is_one_line_that_names_it(tmp_path, name, content):
         assert b'"' in content, "what is no object cannot be read"
 
 
+def test_a_name_that_is_not_utf8(tmp_path):
+    with pytest.raises(UserError, match="the name is not UTF-8; choose another --workdir"):
+        Workdir(tmp_path / "x\udcff")
+
+
 def test_a_folder_without_permission(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "access", lambda path, mode: False)
     with pytest.raises(UserError, match=f"{tmp_path}: no permission to read and write there"):
