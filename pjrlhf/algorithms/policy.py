@@ -16,7 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 
 from pjrlhf.algorithms import answering, banks, reward
 from pjrlhf.algorithms.ppo import PPOConfig, ppo_update
@@ -431,11 +431,7 @@ class Policy(Method):
             seen = (count > 0).astype(jnp.float32)
             metrics |= {f"rewards/{name}/mean": (mean * seen, seen), f"rewards/{name}/std": (spread * seen, seen)}
         if self.targets.objectives is not None and S > 1:
-            centred = scores - scores.mean(1, keepdims=True)
-            unit = centred / jnp.maximum(jnp.linalg.norm(centred, axis=1, keepdims=True), 1e-6)
-            correlation = jnp.einsum("kns,knt->kst", unit, unit)
-            apart = (correlation.sum((1, 2)) - jnp.trace(correlation, axis1=1, axis2=2)) / (S * (S - 1))
-            metrics["rewards/correlation"] = (apart, jnp.ones(K))
+            metrics["rewards/correlation"] = jax.vmap(_correlations)(scores, known)
         return metrics
 
     def step(self, state: State, batch: PromptBatch) -> tuple[State, Metrics]:
@@ -578,6 +574,22 @@ class Policy(Method):
         """Policy -> mean KL to the base over its last `KL_STEPS` steps, in nats per answer."""
         means = to_host(state.extra["kl"]).mean(0)
         return dict(zip(self.targets.policies, means.tolist(), strict=True))
+
+
+def _correlations(scores: Float[Array, "n S"], known: Bool[Array, "n S"]) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    """(sum of the correlations of two rewards, over the answers for which both are known; number of pairs of rewards
+    that have two such answers). A constant reward has correlation 0.
+    """
+    m = known.astype(jnp.float32)
+    centred = jnp.where(known, scores - (scores * m).sum(0) / jnp.maximum(m.sum(0), 1), 0.0)
+    count = m.T @ m
+    # Entry [s, t] is of reward s over the answers for which t is known too.
+    total, squares = centred.T @ m / jnp.maximum(count, 1), jnp.square(centred).T @ m
+    covariance = centred.T @ centred - count * total * total.T
+    spread = jnp.sqrt(jnp.maximum(squares - count * jnp.square(total), 0.0))
+    found = covariance / jnp.maximum(spread * spread.T, 1e-12)
+    counted = jnp.triu(count >= 2, 1)
+    return jnp.where(counted, found, 0.0).sum(), counted.sum().astype(jnp.float32)
 
 
 def _number(x: float | None) -> float | None:

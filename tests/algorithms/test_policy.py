@@ -1,6 +1,7 @@
 """Policies: weights of rewards that change during training, and settings that are refused."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from support import tiny
@@ -69,3 +70,19 @@ def test_factors_are_logged_and_one_of_1_changes_nothing(finished):
 def test_settings_that_do_not_go_together_are_refused(changes, message):
     with pytest.raises(UserError, match=message):
         stages.read(tiny.settings(**changes))
+
+
+def test_correlations_of_rewards_are_over_the_answers_that_both_know():
+    rng = np.random.default_rng(0)
+    scores = rng.normal(size=(12, 3)).astype(np.float32) - 30
+    scores[:, 2] += scores[:, 0]
+    known = rng.random((12, 3)) < 0.7
+    want = []
+    for s, t in ((0, 1), (0, 2), (1, 2)):
+        both = known[:, s] & known[:, t]
+        want.append(np.corrcoef(scores[both, s], scores[both, t])[0, 1])
+    total, count = policy._correlations(jnp.where(known, scores, 0.0), jnp.array(known))
+    np.testing.assert_allclose([total, count], [sum(want), 3], rtol=1e-4)
+    known[:, 1] = False
+    total, count = policy._correlations(jnp.where(known, scores, 0.0), jnp.array(known))
+    np.testing.assert_allclose([total, count], [want[1], 1], rtol=1e-4)
