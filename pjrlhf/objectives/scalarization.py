@@ -298,7 +298,7 @@ def schedule(spec: Any) -> Points:
     Raises:
       UserError: something else, a factor below 0, or steps that are below 0 or do not rise.
     """
-    given = spec
+    given: Any = spec
     if isinstance(spec, Mapping) and set(spec) == {"start", "end", "steps"}:
         given = ((0, spec["start"]), (spec["steps"], spec["end"]))
     elif _is_number(spec):
