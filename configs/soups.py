@@ -114,8 +114,8 @@ def instruct(c: ml_collections.ConfigDict) -> None:
         c.rewards = ml_collections.ConfigDict(
             {name: {"kind": "scorer", "scorer": spec} for name, spec in scorers.items()}
         )
-        c.judge = ml_collections.ConfigDict(scorers)
         c.data.prompts = ml_collections.ConfigDict({"kind": "jsonl", "path": "configs/instructions.jsonl"})
+    c.judge = "rewards"
     c.general = ""
     config.pretrained(c)
     # Four answers to each prompt are each other's baseline; a value head would have to be learned first.
