@@ -105,7 +105,7 @@ class MergeSettings(Settings):
         "of the written weights; where not set, that of the base or of the first ingredient, and float32 for concat",
         choices=tuple(DTYPES.values()),
     )
-    push: str = setting("", "USER/NAME on the Hugging Face hub to which the merged folder is uploaded, with its card")
+    push: str = setting("", "USER/NAME on the Hugging Face hub to which the merged model is uploaded, with its card")
     private: bool = setting(False, "whether a new repository on the hub is private")
 
 

@@ -25,6 +25,7 @@ STREAMS = {
     "reward/calibration": 23,
     "policy/adapter": 30,
     "policy/state": 31,
+    "policy/eval": 32,
     "targets/weights": 35,
     "evaluate/people": 40,
     "evaluate/ingredients": 41,

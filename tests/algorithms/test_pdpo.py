@@ -360,7 +360,8 @@ def records(tmp_path, base_folder):
 
     def settings(**changes):
         sizes = {"data__max_prompt": 16, "data__max_completion": 8, "data__chat": False, "preference__data__path": path}
-        return tiny_users.settings("records", **sizes, model__path=str(base_folder), **changes)
+        sizes |= {"preference__mixture": "exact", "model__path": str(base_folder)}
+        return tiny_users.settings("records", **(sizes | changes))
 
     return settings
 

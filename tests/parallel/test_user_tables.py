@@ -119,6 +119,7 @@ def start(tmp_path_factory):
 
     def make(mesh):
         sizes = {"data__max_prompt": 16, "data__max_completion": 8, "model__path": str(model)}
+        sizes["preference__mixture"] = "exact"  # every pair teaches its person
         config = tiny_users.settings(
             "records", preference__data__path=path, preference__models=models, preference__steps=len(STEPS), **sizes
         )

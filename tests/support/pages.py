@@ -29,7 +29,8 @@ class Page(html.parser.HTMLParser):
         assert self.open.pop() == tag
 
     def handle_data(self, data):
-        self.text.append(data)
+        if not self.open or self.open[-1] not in ("style", "script"):
+            self.text.append(data)
 
     def ids(self):
         return {attributes["id"] for tag, attributes in self.tags if tag == "section"}
