@@ -414,7 +414,7 @@ class Policy(Method):
         the rewards of an answer go together, [K] each, of `scores` of these `objectives`; NaN is no reward. Nothing
         where every policy has one objective, of a reward model: its mean is objective/scores.
         """
-        audience, (K, _, S) = self.targets.audience, scores.shape
+        audience, S = self.targets.audience, scores.shape[2]
         if S == 1 and not audience.sources:
             return {}
         metrics, known = {}, ~jnp.isnan(scores)
