@@ -59,12 +59,18 @@ class Usage:
       requests: replies in the cache, those of earlier runs included.
       input_tokens, output_tokens: of all `requests`.
       unknown: replies without token counts; these are missing from the cost.
+      under_way: requests without a reply so far.
+      next: when the next request may be sent, on the clock of `time.monotonic`.
+      lock: of all these. Those who ask the same model at the same time share its limits.
     """
 
     requests: int = 0
     input_tokens: int = 0
     output_tokens: int = 0
     unknown: int = 0
+    under_way: int = 0
+    next: float = 0.0
+    lock: threading.Lock = dataclasses.field(default_factory=threading.Lock, repr=False, compare=False)
 
     def add(self, reply: Json) -> None:
         counts = token_counts(reply)
@@ -141,15 +147,17 @@ class Cache:
     def usage(self, base_url: str, model: str) -> Usage:
         """What the requests to a model took, which all that ask it share."""
         with self._lock:
-            found = self._usage.setdefault((base_url, model), Usage())
-            for key, reply in self.replies.items() if not found.requests else ():
+            if known := self._usage.get((base_url, model)):
+                return known
+            found = self._usage[base_url, model] = Usage()
+            for key, reply in self.replies.items():
                 body = self._bodies[key]
                 if body.get("model") == model and request_key(base_url, body) == key:
                     found.add(reply)
             return found
 
-    def add(self, key: str, body: Body, reply: Json, usage: Usage) -> None:
-        """Keeps a reply, on disk before it is used, and adds it to the usage of its model."""
+    def add(self, key: str, body: Body, reply: Json) -> None:
+        """Keeps a reply, on disk before it is used. Who sent the request adds it to the usage of its model."""
         line = json.dumps({"key": key, "request": body, "reply": reply}, ensure_ascii=False) + "\n"
         with self._lock:
             try:
@@ -162,7 +170,6 @@ class Cache:
                 raise UserError(f"{self.path}: cannot be written ({error.strerror}); choose another cache") from error
             self._whole = True
             self._bodies[key], self.replies[key] = body, reply
-            usage.add(reply)
 
 
 class Chat:
@@ -188,7 +195,7 @@ class Chat:
         self.cache = open_cache(pathlib.Path(expand(settings.cache)) if settings.cache else cache)
         self.usage = self.cache.usage(settings.base_url, settings.model)
         self.sent, self.failures = 0, 0
-        self._send, self._lock, self._under_way, self._next = send, threading.Lock(), 0, 0.0
+        self._send = send
         if send is None and not settings.replay:
             self._send = client(settings)
 
@@ -244,38 +251,41 @@ class Chat:
         self._wait(ended)
         if ended.is_set():
             return
-        with self._lock:
+        with self.usage.lock:
             self._check_budget()
-            self._under_way += 1
+            self.usage.under_way += 1
         try:
             assert self._send is not None  # only a replay has none
             reply = self._send(body)
-            self.cache.add(key, body, reply, self.usage)
-            with self._lock:
-                self.sent += 1
-            if self.settings.max_cost and token_counts(reply) is None:
-                raise UserError(
-                    f"model {self.settings.model!r}: its server reports no token counts, which max_cost needs; set "
-                    "max_requests instead"
-                )
-        finally:
-            with self._lock:
-                self._under_way -= 1
+            self.cache.add(key, body, reply)
+        except BaseException:
+            with self.usage.lock:
+                self.usage.under_way -= 1
+            raise
+        with self.usage.lock:  # in one go, so that no request counts twice against the budget
+            self.usage.under_way -= 1
+            self.usage.add(reply)
+            self.sent += 1
+        if self.settings.max_cost and token_counts(reply) is None:
+            raise UserError(
+                f"model {self.settings.model!r}: its server reports no token counts, which max_cost needs; set "
+                "max_requests instead"
+            )
 
     def _wait(self, ended: threading.Event) -> None:
         """Waits until `requests_per_minute` allows another request, or until the end."""
         if self.settings.requests_per_minute:
-            with self._lock:
+            with self.usage.lock:
                 now = time.monotonic()
-                start = max(self._next, now)
-                self._next = start + 60 / self.settings.requests_per_minute
+                start = max(self.usage.next, now)
+                self.usage.next = start + 60 / self.settings.requests_per_minute
             ended.wait(start - now)
 
     def _check_budget(self) -> None:
         """Raises UserError where one more request may exceed the budget: those under way cost what others did."""
         limits, used = self.settings, ""
-        expected = self.cost * (1 + self._under_way / max(self.usage.requests, 1))
-        if limits.max_requests and self.usage.requests + self._under_way >= limits.max_requests:
+        expected = self.cost * (1 + self.usage.under_way / max(self.usage.requests, 1))
+        if limits.max_requests and self.usage.requests + self.usage.under_way >= limits.max_requests:
             used = f"max_requests={limits.max_requests} is reached"
         elif limits.max_cost and expected >= limits.max_cost:
             used = f"max_cost={limits.max_cost:g} is reached"

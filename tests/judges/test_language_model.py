@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -357,6 +358,28 @@ def test_requests_keep_to_their_rate(tmp_path):
         "all", [{"n": n} for n in range(5)]
     )
     assert min(np.diff(sorted(times))) > 0.03 and max(times) - min(times) >= 0.18
+
+
+def test_those_who_ask_at_the_same_time_share_limits(tmp_path):
+    """As two rewards of a run do that the same model rates."""
+    sent, lock = [], threading.Lock()
+
+    def send(body):
+        with lock:
+            sent.append(time.monotonic())
+        time.sleep(0.05)
+        return {"choices": [{"message": {"content": "A"}}], "usage": {"prompt_tokens": 1, "completion_tokens": 1}}
+
+    def both(**limits):
+        sent.clear()
+        chats = [Chat(ChatSettings(model="m", **limits), tmp_path / f"{len(limits)}.jsonl", send) for _ in range(2)]
+        requests = [[{"model": "m", "n": n, "of": k} for n in range(8)] for k in range(2)]
+        with ThreadPoolExecutor(2) as pool:
+            return [pool.submit(chat, "all", bodies) for chat, bodies in zip(chats, requests, strict=True)]
+
+    assert any(isinstance(one.exception(), UserError) for one in both(max_requests=9)) and len(sent) == 9
+    assert not any(one.exception() for one in both(requests_per_minute=1200, concurrency=8))
+    assert len(sent) == 16 and max(sent) - min(sent) > 0.05 * 14
 
 
 def test_a_busy_server_is_asked_again_when_it_says_so(tmp_path):
