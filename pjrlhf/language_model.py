@@ -25,7 +25,7 @@ from pjrlhf.models.attention import choose
 from pjrlhf.models.decoder import Decoder, choose_decode
 from pjrlhf.models.hub import hub_name, model_file, model_folder
 from pjrlhf.models.huggingface import fingerprint, load_params, read_config
-from pjrlhf.models.provenance import check_provenance
+from pjrlhf.models.provenance import check_provenance, text_provenance
 from pjrlhf.models.registry import UserRegistry
 from pjrlhf.models.storage import load_tree
 from pjrlhf.models.users import UserModel
@@ -107,6 +107,9 @@ def _adapter(note: dict[str, Json]) -> AdapterConfig:
 def _check_base(file: pathlib.Path, note: dict[str, Json], folder: pathlib.Path) -> None:
     # Adapters of a quantised base also fit the floats it was made from.
     check_provenance(file, {"base": str(note.get("base")).split("-")[0]}, {"base": fingerprint(folder)})
+    if "eos_tokens" in note:  # what a run wrote
+        tokenizer = load_tokenizer(folder, eos_token=note["eos_tokens"][0], rows=read_config(folder).vocab_size)
+        check_provenance(file, note, text_provenance(tokenizer, bool(note["chat_template"])))
 
 
 def load_personal(path: str | os.PathLike, base: str | os.PathLike | None = None) -> "PersonalModel":
@@ -133,8 +136,7 @@ def load_personal(path: str | os.PathLike, base: str | os.PathLike | None = None
     model = load_model(folder, adapter=_adapter(note), eos_token=note["eos_tokens"][0], **dtypes)
     registry = UserRegistry.from_json(note["users"])
     found = PersonalModel(model, UserModel(**note["user_model"]), registry, {"users": {}, **params}, note["chat"])
-    tokenizer, offset = model.tokenizer, model.backbone.model.user_offset
-    check_provenance(file, note, {"user_offset": offset, "eos_tokens": tokenizer.eos_tokens})
+    check_provenance(file, note, {"user_offset": model.backbone.model.user_offset})
     return found
 
 

@@ -3,10 +3,13 @@
 A provenance is a flat dict of JSON values that stands in the note of a file, see `models.storage`.
 """
 
+import json
 import os
 from collections.abc import Mapping
+from typing import Any
 
 import jax
+import xxhash
 
 from pjrlhf.errors import UserError
 from pjrlhf.models.adapters import is_low_rank
@@ -18,6 +21,23 @@ def adapted(bank: Params) -> list[str]:
     if not is_low_rank(bank):
         return ["all"]
     return sorted(f"{block}/{name}" for block, layers in bank["layers"].items() for name in layers)
+
+
+def text_provenance(tokenizer: Any, chat: bool) -> dict[str, Json]:
+    """How text becomes tokens with a `data.tokenization.Tokenizer`. Its chat template counts where requests are turns of a
+    conversation, `chat`.
+    """
+    template = tokenizer.backend.chat_template if chat else None
+    return {
+        "vocabulary": _digest(tokenizer.backend.get_vocab()),
+        "eos_tokens": tokenizer.eos_tokens,
+        "chat_template": _digest(template) if template else "",
+    }
+
+
+def _digest(value: Json) -> str:
+    """16 hex digits that identify a JSON value."""
+    return xxhash.xxh3_64_hexdigest(json.dumps(value, sort_keys=True).encode())
 
 
 def difference(found: Mapping[str, Json], wanted: Mapping[str, Json]) -> list[str]:

@@ -195,6 +195,8 @@ def _run_stages(plan: Plan, run: Run, workdir: Workdir) -> None:
         # The entries of `methods` are settings that all stages share.
         section = masked(run.section(stage.settings).to_dict()) if stage.settings else plan.to_dict().get(stage.name)
         done = workdir.finished(stage.name)
+        if done and not all((workdir.path / place).exists() for place in (stage.writes, str(done.get("output", "")))):
+            done = None  # a report, or a merged model, that was deleted
         # Sections that may change between two runs of one folder (evaluate) make their stage run again.
         if done and done.get("config") == section:
             workdir.check_outputs(stage.name)

@@ -178,4 +178,4 @@ def run(run: Run) -> dict[str, Any]:
     return {"held_out_prompts": len(front.requests)}
 
 
-STAGE = Stage("evaluate_front", run, FrontSettings)
+STAGE = Stage("evaluate_front", run, FrontSettings, writes="report/summary.json")

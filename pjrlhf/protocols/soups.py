@@ -457,4 +457,4 @@ def run(run: Run) -> dict[str, Any]:
     return {"held_out_prompts": len(evaluation.requests)}
 
 
-STAGE = Stage("evaluate", run, SoupsSettings)
+STAGE = Stage("evaluate", run, SoupsSettings, writes="report/summary.json")

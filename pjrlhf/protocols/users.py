@@ -222,4 +222,4 @@ def _generation(
     return section, kept
 
 
-STAGE = Stage("evaluate_users", run, UsersSettings)
+STAGE = Stage("evaluate_users", run, UsersSettings, writes="report/summary.json")

@@ -115,11 +115,13 @@ class Stage:
       name: of the stage, its section in the config and its folder in the run directory.
       run: does the work and returns JSON values for manifest.json.
       settings: the class of its section; None for a stage without settings.
+      writes: a file in the run directory, outside its folder, without which a finished stage runs again.
     """
 
     name: str
     run: Callable[["Run"], dict[str, Any] | None]
     settings: type[Settings] | None = None
+    writes: str = ""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import json
 import os
 import pathlib
 from collections.abc import Mapping
@@ -11,7 +10,6 @@ from typing import Any
 import flax.traverse_util
 import jax
 import jax.numpy as jnp
-import xxhash
 
 from pjrlhf.data import bpe, synthetic
 from pjrlhf.data.messages import text_of
@@ -25,7 +23,7 @@ from pjrlhf.models.families import leaf_shapes
 from pjrlhf.models.folders import new_folder, read_json
 from pjrlhf.models.hub import model_folder, portable
 from pjrlhf.models.huggingface import fingerprint, load_params, read_config
-from pjrlhf.models.provenance import adapted
+from pjrlhf.models.provenance import adapted, text_provenance
 from pjrlhf.models.quantization import check_quantize
 from pjrlhf.parallel.mesh import batch_sharding, leaf_sharding
 from pjrlhf.parallel.processes import on_process_zero
@@ -283,7 +281,6 @@ class Workspace:
         the dtypes, and how text becomes tokens.
         """
         s, adapter, tokenizer = self.settings, self.adapter, self.tokenizer
-        template = tokenizer.backend.chat_template if self.records.chat else None
         return {
             "base": self.base_hash,
             "rank": adapter.rank,
@@ -293,9 +290,7 @@ class Workspace:
             "dtype": s.dtype,
             "param_dtype": s.param_dtype,
             "user_offset": self.model.user_offset,
-            "vocabulary": _digest(tokenizer.backend.get_vocab()),
-            "eos_tokens": tokenizer.eos_tokens,
-            "chat_template": _digest(template) if template else "",
+            **text_provenance(tokenizer, self.records.chat),
         }
 
     def base_from(self, folder: pathlib.Path) -> str:
@@ -313,8 +308,3 @@ class Workspace:
         dtype = jnp.dtype(self.settings.param_dtype)
         with megabytes(f"reading {folder}") as report:
             return load_params(folder, dtype=dtype, place=place, quantized=quantized, report=report)
-
-
-def _digest(value: Json) -> str:
-    """16 hex digits that identify a JSON value."""
-    return xxhash.xxh3_64_hexdigest(json.dumps(value, sort_keys=True).encode())

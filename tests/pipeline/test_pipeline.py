@@ -143,6 +143,13 @@ def test_a_second_call_changes_nothing(copied):
     assert contents(copied) == before
 
 
+def test_a_deleted_report_is_written_again(copied):
+    tables = (copied / "report" / "summary.json").read_bytes()
+    shutil.rmtree(copied / "report")
+    tiny.run(copied, tiny.settings())
+    assert json.loads((copied / "report" / "summary.json").read_bytes()).keys() == json.loads(tables).keys()
+
+
 def test_the_base_reloads(finished):
     folder = finished / "sft" / "model"
     state, _ = load_tree(finished / "policy" / "bank.safetensors")

@@ -183,6 +183,27 @@ def test_another_base_is_refused(copied):
             load(tiny.start(copied, tiny.settings()))
 
 
+@pytest.mark.parametrize(
+    ("file", "change", "what"),
+    [
+        (
+            "tokenizer_config.json",
+            {"chat_template": "{% for m in messages %}{{ m.content }}{% endfor %}"},
+            "chat_template",
+        ),
+        ("generation_config.json", {"eos_token_id": 0}, "eos_tokens"),
+    ],
+)
+def test_another_template_or_end_of_an_answer_is_refused_where_a_model_is_rebuilt(copied, file, change, what):
+    folder = copied / "sft" / "model"
+    load_bank(copied / "policy", folder)
+    for template in folder.glob("*.jinja"):
+        template.unlink()
+    (folder / file).write_text(json.dumps(json.loads((folder / file).read_text()) | change))
+    with pytest.raises(UserError, match=f"was trained with {what}: .*, here "):
+        load_bank(copied / "policy", folder)
+
+
 def test_reward_models_of_another_run(finished, tmp_path):
     path = str(finished / "reward" / "model.safetensors")
     shutil.copytree(finished / "sft", tmp_path / "run" / "sft")
