@@ -24,8 +24,8 @@ def adapted(bank: Params) -> list[str]:
 
 
 def text_provenance(tokenizer: Any, chat: bool) -> dict[str, Json]:
-    """How text becomes tokens with a `data.tokenization.Tokenizer`. Its chat template counts where requests are turns of a
-    conversation, `chat`.
+    """How text becomes tokens with a `data.tokenization.Tokenizer`. The chat template counts where requests
+    are turns, `chat`.
     """
     template = tokenizer.backend.chat_template if chat else None
     return {
