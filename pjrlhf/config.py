@@ -24,6 +24,7 @@ from pjrlhf.errors import UserError
 from pjrlhf.export.merge import MergeSettings
 from pjrlhf.feedback.comparisons import ComparisonsSettings
 from pjrlhf.feedback.population import PopulationSettings
+from pjrlhf.judges.judge import check_criteria
 from pjrlhf.models.users import KINDS
 from pjrlhf.protocols.front import FrontSettings
 from pjrlhf.protocols.soups import OWN as SOUPS_OWN
@@ -57,6 +58,20 @@ class RunSettings(SharedSettings):
         absent = {field.name for field in dataclasses.fields(self) if getattr(self, field.name) is None}
         return {name: value for name, value in super().to_dict().items() if name not in absent}
 
+    def _check_judges(self) -> None:
+        audience, evaluate = self.audience, self.evaluate or SoupsSettings()
+        asked = {
+            "comparisons": ([(self.comparisons or ComparisonsSettings()).judge], audience.learned),
+            "evaluate": ([evaluate.judge, *evaluate.judges], audience.objectives),
+        }
+        known = tuple(dict.fromkeys((*audience.preferences, *audience.rewards)))
+        for stage, (specs, criteria) in asked.items():
+            for spec in specs if stage in self.stages else ():
+                try:
+                    check_criteria(spec, audience.sentences, known, criteria)
+                except UserError as error:
+                    raise UserError(f"{stage}.{error}") from error
+
     def check(self) -> None:
         super().check()
         known = self.audience.preferences
@@ -69,6 +84,7 @@ class RunSettings(SharedSettings):
             self._check_cold_start(self.evaluate_users, self.preference)
         if self.evaluate_users and self.preference:
             check_names("preference.models", self.preference.models, USERS_OWN)
+        self._check_judges()
         if "evaluate" in self.stages:
             check_names("methods", self.methods, SOUPS_OWN)
             check_length_controlled(self.audience, self.evaluate or SoupsSettings())

@@ -128,7 +128,7 @@ class JudgeContext:
 
     Attributes:
       scores: the judge by the scores of the run.
-      criteria: {criterion: text}, the sentences of the preferences.
+      criteria: {criterion: text}, the sentences of the preferences; a text may be empty.
       folder: where a judge may keep files.
       sources: for judges by reward sources, and for those that run on the mesh.
     """
@@ -237,6 +237,20 @@ def judge_name(spec: str | Mapping[str, Any]) -> str:
 def check_judge(spec: str | Mapping[str, Any]) -> None:
     """Raises UserError where `judge_from` would, as far as that does not depend on the run."""
     judge_from(spec, JudgeContext(ScoreJudge(lambda *_: 0.0)))
+
+
+def check_criteria(
+    spec: str | Mapping[str, Any], criteria: Mapping[str, str], known: Sequence[str], asked: Sequence[str]
+) -> None:
+    """Raises UserError where a judge has no text for a criterion that it will be `asked` for, or a text for one that is
+    not `known`.
+
+    Args:
+      criteria: see `JudgeContext`.
+    """
+    judge = judge_from(spec, JudgeContext(ScoreJudge(lambda *_: 0.0), criteria))
+    if isinstance(judge, LanguageModelJudge):
+        judge.check_criteria(known, asked)
 
 
 def both_orders(

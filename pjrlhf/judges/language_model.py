@@ -41,7 +41,7 @@ class Template:
         rating. {prompt} is all turns of a conversation.
       first, second, tie: the verdicts of a pair; `tie` may be empty.
       low, high: the bounds of a rating.
-      helpful: the text of a criterion without one of its own; "" where the texts do not show the criterion.
+      helpful: the text of the general criterion, which is no preference; "" where the texts do not show the criterion.
     """
 
     name: str
@@ -419,9 +419,11 @@ class _Asking:
                     "does, such as criterion"
                 )
             return ""
-        if not (text or self.template.helpful):
+        # A preference without a sentence is about something else than general helpfulness.
+        text = text or ("" if criterion in self.criteria else self.template.helpful)
+        if not text:
             raise UserError(f"judge: criterion {criterion!r} has no text; add it to criteria")
-        return text or self.template.helpful
+        return text
 
     def ask(self, name: str, items: Sequence[Mapping[str, str]]) -> list[float]:
         """What the model answers about items; NaN where it does not."""
@@ -456,6 +458,17 @@ class LanguageModelJudge(_Asking):
         verdicts[rows] = self.ask(f"judge: {criterion}", items)
         return verdicts
 
+    def check_criteria(self, known: Sequence[str], asked: Sequence[str]) -> None:
+        """Raises UserError where there is no text for a criterion that is `asked` for, or one for a criterion that is
+        not `known`.
+        """
+        if unknown := [name for name in self.criteria if name not in known]:
+            raise UserError(
+                f"judge: criteria has {unknown[0]!r}, which is no criterion of the run; choose from {', '.join(known)}"
+            )
+        for name in asked:
+            self.text_of(name)
+
     def again(self) -> "LanguageModelJudge | None":
         """A judge that is asked anew where this one was asked; None where it would say the same by construction."""
         if not isinstance(self.backend, ChatBackend):
@@ -483,6 +496,8 @@ class LanguageModelRating(_Asking):
         if settings.criteria:
             raise UserError(f"rewards.{objective}: has criteria; leave them out, because criterion says what is rated")
         super().__init__(settings, {objective: criterion}, backend, "rating")
+        if self.template.shows("criterion") and not criterion.strip():
+            raise UserError(f"rewards.{objective}.criterion: is empty; say what is rated")
         self.objective = objective
         self.shared = {"criterion": self.text_of(objective), "person": self.person}
 

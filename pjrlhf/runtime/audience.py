@@ -100,6 +100,11 @@ class Audience:
         return synthetic.PREFERENCES
 
     @property
+    def sentences(self) -> dict[str, str]:
+        """Preference id -> its sentence, which may be empty."""
+        return {name: found.sentence for name, found in self.preferences.items()}
+
+    @property
     def rewards(self) -> tuple[str, ...]:
         """The criteria with a reward and a policy: the objectives, and the general criterion if it is set."""
         return self.objectives + ((self.general,) if self.general else ())

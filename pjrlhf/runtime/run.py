@@ -234,7 +234,7 @@ class Run(Sections):
 
     def judge(self, spec: str | Mapping[str, Any]) -> BothOrders:
         """The judge that a config names, asked in both orders; see `judges.judge.judge_from`."""
-        criteria = {name: found.sentence for name, found in self.audience.preferences.items() if found.sentence}
+        criteria = self.audience.sentences
         return BothOrders(judge_from(spec, JudgeContext(self.scores, criteria, self.workdir.path, self.context)))
 
     @functools.cached_property

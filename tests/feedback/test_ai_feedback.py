@@ -74,6 +74,34 @@ def test_pairs_without_a_verdict_are_counted_and_no_records(copied):
             label(copied, {**config, "base_url": url, "criteria": criteria})
 
 
+@pytest.mark.parametrize(
+    ("stage", "judge", "message"),
+    [
+        ("comparisons", {}, "comparisons.judge: criterion 'P2A' has no text; add it to criteria"),
+        ("evaluate", {}, "evaluate.judge: criterion 'P2A' has no text; add it to criteria"),
+        ("comparisons", {"criteria": {"P2A": "x", "P2C": "y"}}, "criteria has 'P2C', which is no criterion of the run"),
+        ("evaluate", {"prompt": "alpaca_eval"}, "does not show the criterion 'P2B'; choose one that does"),
+        ("comparisons", {"criteria": {"P2A": "It is short."}}, None),
+    ],
+)
+def test_criteria_without_words_are_found_before_anything_runs(stage, judge, message):
+    """No judge takes a preference without a sentence for helpfulness."""
+    config = tiny.settings(objectives=("P2A", "P2B"), stages=("sft", stage))
+    with config.ignore_type():
+        config.preferences = {
+            "P2A": {"dimension": "length", "sentence": ""},
+            "P2B": {"dimension": "length", "sentence": "Be long."},
+        }
+        config.judge = {name: "short" for name in ("P2A", "P2B", "helpful")}
+        config[stage].judge = {"kind": "chat", "model": "m", "base_url": "http://127.0.0.1:9/v1", **judge}
+    if message is None:
+        stages.read(config)
+        return
+    with pytest.raises(UserError) as error:
+        stages.read(config)
+    assert message in str(error.value)
+
+
 def test_a_wrong_judge_is_refused_before_anything_runs():
     with pytest.raises(UserError, match=r"comparisons.*judge prompt 'poem': there is no such file"):
         stages.read(settings({"kind": "chat", "model": "m", "prompt": "poem"}))
