@@ -8,7 +8,7 @@ import dataclasses
 import inspect
 import math
 import pathlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, ClassVar, Protocol
 
 import numpy as np
@@ -20,7 +20,7 @@ from pjrlhf.judges.chat import Chat
 from pjrlhf.judges.language_model import ChatBackend, JudgeSettings, LanguageModelJudge
 from pjrlhf.parallel.processes import broadcast_from_zero, is_process_zero
 from pjrlhf.registry import Registry, callable_as
-from pjrlhf.rewards.sources import RewardSource, SourceContext, reward_source
+from pjrlhf.rewards.sources import NO_COLUMNS, RecordColumns, RewardSource, SourceContext, reward_source
 from pjrlhf.settings import arguments, parse, shown
 
 
@@ -131,12 +131,14 @@ class JudgeContext:
       criteria: {criterion: text}, the sentences of the preferences; a text may be empty.
       folder: where a judge may keep files.
       sources: for judges by reward sources, and for those that run on the mesh.
+      columns: N requests -> what their records have beside the prompt, for judges by reward sources.
     """
 
     scores: ScoreJudge
     criteria: Mapping[str, str] = dataclasses.field(default_factory=dict)
     folder: pathlib.Path = pathlib.Path()
     sources: SourceContext = dataclasses.field(default_factory=SourceContext)
+    columns: Callable[[Sequence[Prompt]], RecordColumns] = lambda requests: NO_COLUMNS
 
 
 # Each makes a judge for a run from its context, which it may ignore, and the settings in its specification.
@@ -162,7 +164,7 @@ def by_reward(context: JudgeContext, source: str | Mapping[str, Any], tolerance:
     """The answer with the higher reward wins; `source` is a specification of `rewards.sources`."""
     if not tolerance >= 0:
         raise UserError(f"judge.tolerance: {tolerance} is out of range; choose a number at least 0")
-    judge = RewardJudge(source, tolerance, context.sources)
+    judge = RewardJudge(source, tolerance, context.sources, context.columns)
     judge.check()
     return judge
 
@@ -178,22 +180,25 @@ class RewardJudge:
     source: str | Mapping[str, Any]
     tolerance: float = 0.0
     context: SourceContext = dataclasses.field(default_factory=SourceContext)
+    columns: Callable[[Sequence[Prompt]], RecordColumns] = lambda requests: NO_COLUMNS
     made: dict[str, RewardSource | None] = dataclasses.field(default_factory=dict, repr=False)  # by criterion
 
     def __call__(
         self, prompts: Sequence[Prompt], first: Sequence[str], second: Sequence[str], criterion: str
     ) -> np.ndarray:
-        source = self._of(criterion)
-        gap = source(prompts, first).astype(np.float64) - source(prompts, second)
+        source, records = self._of(criterion), self.columns(prompts)
+        gap = source(prompts, first, records).astype(np.float64) - source(prompts, second, records)
         return np.where(np.isnan(gap), np.nan, np.sign(gap) * (np.abs(gap) > self.tolerance))
 
     @property
     def on_all_processes(self) -> bool:
         return self._of("judge").on_all_processes
 
-    def check(self) -> None:
-        """Raises UserError where the source cannot be made."""
-        self._of("judge")
+    def check(self, columns: Collection[str] | None = None) -> None:
+        """Raises UserError where the source cannot be made, or needs another column than these of the records."""
+        source = self._of("judge")
+        if columns is not None:
+            source.check_columns(columns)
 
     def _of(self, criterion: str) -> RewardSource:
         if criterion not in self.made:

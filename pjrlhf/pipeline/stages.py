@@ -133,11 +133,15 @@ class Plan:
 
 def _models(section: Any) -> Iterator[tuple[str, str]]:
     """(key, folder) of the judges and samplers of a section that are models."""
-    judges = [("judge", getattr(section, "judge", None)), *(("judges", one) for one in getattr(section, "judges", ()))]
     sampler = getattr(section, "sampler", None)
-    for key, spec in [*judges, ("sampler", as_spec(sampler) if sampler else None)]:
+    for key, spec in [*_judges(section), ("sampler", as_spec(sampler) if sampler else None)]:
         if isinstance(spec, Mapping) and spec.get("kind") == "model":
             yield f"{key}.path", expand(str(spec.get("path", "")))
+
+
+def _judges(section: Any) -> list[tuple[str, Any]]:
+    """(key, specification) of the judges of a section."""
+    return [("judge", getattr(section, "judge", None)), *(("judges", one) for one in getattr(section, "judges", ()))]
 
 
 def read(config: ConfigDict | Mapping[str, Json]) -> Plan:
@@ -191,6 +195,10 @@ def _run_stages(plan: Plan, run: Run, workdir: Workdir) -> None:
     if not all(workdir.finished(stage.name) for stage in plan.stages):
         for source in run.audience.sources.values():
             source.check_columns(run.records.columns)
+        for section in map(run.section, filter(None, (stage.settings for stage in plan.stages))):
+            for _, spec in _judges(section):
+                if isinstance(spec, Mapping) and spec.get("kind") == "reward":
+                    run.judge(spec)  # checks columns
     for stage in plan.stages:
         # The entries of `methods` are settings that all stages share.
         section = masked(run.section(stage.settings).to_dict()) if stage.settings else plan.to_dict().get(stage.name)

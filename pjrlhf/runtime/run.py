@@ -16,7 +16,7 @@ from absl import logging
 from pjrlhf.data.messages import Prompt
 from pjrlhf.data.tokenization import TokenRow, TokenTable
 from pjrlhf.errors import UserError
-from pjrlhf.judges.judge import BothOrders, JudgeContext, ScoreJudge, judge_from
+from pjrlhf.judges.judge import BothOrders, JudgeContext, RewardJudge, ScoreJudge, judge_from
 from pjrlhf.models.adapters import AdapterConfig, is_low_rank
 from pjrlhf.models.quantization import check_quantize
 from pjrlhf.parallel.mesh import bytes_per_device
@@ -235,7 +235,11 @@ class Run(Sections):
     def judge(self, spec: str | Mapping[str, Any]) -> BothOrders:
         """The judge that a config names, asked in both orders; see `judges.judge.judge_from`."""
         criteria = self.audience.sentences
-        return BothOrders(judge_from(spec, JudgeContext(self.scores, criteria, self.workdir.path, self.context)))
+        context = JudgeContext(self.scores, criteria, self.workdir.path, self.context, self.records.columns_of)
+        found = judge_from(spec, context)
+        if isinstance(found, RewardJudge):
+            found.check(self.records.columns)
+        return BothOrders(found)
 
     @functools.cached_property
     def scores(self) -> ScoreJudge:

@@ -242,6 +242,22 @@ def test_functions_see_the_columns_of_the_record_of_each_answer(copied, tmp_path
     assert len(set(asked)) > 20
 
 
+def test_a_source_that_judges_sees_the_columns_too(copied, tmp_path, monkeypatch):
+    config, records = with_columns(tmp_path, copied)
+    config.stages = ("sft", "comparisons")
+    number, asked = {one["prompt"]: one["number"] for one in records}, []
+    monkeypatch.setattr(toy_extensions, "seen", lambda prompts, completions, number, user_id: asked.extend(number))
+    run = tiny.start(copied, config)
+    requests = run.records.requests[0][:5]
+    judge = run.judge({"kind": "reward", "source": f"{MODULE}:numbered"})
+    assert judge(requests, ["ab"] * 5, ["a"] * 5, "P2A").tolist() == [1] * 5
+    assert asked[:5] == [number[request] for request in requests]
+    with config.ignore_type():
+        config.comparisons.judge = {"kind": "reward", "source": f"{MODULE}:solved"}
+    with pytest.raises(UserError, match="its function takes 'solution', and the records of"):
+        stages.run(config, Workdir(copied))
+
+
 @pytest.mark.parametrize("when", ["reward", "policy"])
 def test_a_failing_source_stops_the_run_and_leaves_its_batch(copied, tmp_path, monkeypatch, when):
     config, _ = with_columns(tmp_path, copied, rewards=dict.fromkeys(tiny.REWARDS, f"{MODULE}:numbered"))
