@@ -32,7 +32,8 @@ READ = (
 # Settings of sources, of records or rewards: mappings that may name files. Judges are none; they write their caches.
 SOURCES = ("data", "prompts", "rewards")
 # Settings of rewards and judges that name a model.
-_MODEL = re.compile(r"rewards\.[^.]+\.path|(.+\.)?judges?\.path")
+_MODEL = re.compile(r"rewards\.[^.]+\.path|(.+\.)?judges?(\.source)?\.path")
+_SCORES = re.compile(r"rewards\..+|.+\.source\.path")  # settings of classifiers, whose base and head are read
 
 
 def fetch_models(config: Mapping[str, Json], workdir: Workdir) -> None:
@@ -97,7 +98,10 @@ def fingerprints(config: Mapping[str, Json], workdir: pathlib.Path) -> dict[str,
         if os.path.exists(here):  # a text that is no path may be too long for one
             commit = commit_of(path, here) if on_hub else None
             with megabytes(f"hashing {path}") as report:
-                value = _hash(here, name.startswith("rewards."), report)
+                value = _hash(here, bool(_SCORES.fullmatch(name)), report)
+            if name in found:  # several of a list, such as ingredients; the last one has the plain name
+                number = sum(re.fullmatch(rf"{re.escape(name)}( \d+)?", other) is not None for other in found)
+                found[f"{name} {number}"] = found.pop(name)
             found[name] = {"path": masked(path), "hash": value, **({"commit": commit} if commit else {})}
     return found
 

@@ -104,14 +104,18 @@ def test_all_processes_read_the_commit_of_process_zero(server, small, tmp_path, 
 def test_what_a_config_names_on_the_hub(server, tmp_path, monkeypatch):
     """Models of all sections; neither data sets nor folders that the run itself writes for a merge."""
     monkeypatch.chdir(tmp_path)
-    for name in ("judge", "second", "rewards", "adapter", "sampler"):
+    for name in ("judge", "second", "third", "first", "rewards", "adapter", "sampler"):
         server.add(f"ann/{name}", server.files("ann/small"))
     config = {
         "model": {"path": "ann/small@main"},
         "rewards": {"P1A": {"kind": "classifier", "path": "ann/rewards"}, "P1B": "some/file.py:function"},
         "evaluate": {
             "judge": {"kind": "model", "path": "ann/judge"},
-            "judges": ({"kind": "model", "path": "ann/second"},),
+            "judges": (
+                {"kind": "model", "path": "ann/first"},
+                {"kind": "model", "path": "ann/second"},
+                {"kind": "reward", "source": {"kind": "classifier", "path": "ann/third"}},
+            ),
         },
         "comparisons": {"judge": "synthetic", "sampler": "ann/sampler"},
         "data": {"prompts": {"kind": "datasets", "path": "ann/prompts"}},
@@ -124,7 +128,9 @@ def test_what_a_config_names_on_the_hub(server, tmp_path, monkeypatch):
         "model.path": "ann/small@main",
         "rewards.P1A.path": "ann/rewards",
         "evaluate.judge.path": "ann/judge",
+        "evaluate.judges.path 1": "ann/first",
         "evaluate.judges.path": "ann/second",
+        "evaluate.judges.source.path": "ann/third",
         "comparisons.sampler": "ann/sampler",
         "merge.ingredients": "ann/adapter",
     }
