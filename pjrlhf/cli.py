@@ -5,6 +5,7 @@ import contextlib
 import json
 import os
 import pathlib
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
@@ -63,6 +64,7 @@ def _train(arguments: Sequence[str]) -> None:
 
 
 def _merge(arguments: Sequence[str]) -> None:
+    from pjrlhf.errors import UserError
     from pjrlhf.export.merge import METHOD_OPTIONS, SPACES, MergeSettings, merge
     from pjrlhf.settings import fields_of, parse, rule_of
     from pjrlhf.terminal import visible
@@ -84,8 +86,12 @@ def _merge(arguments: Sequence[str]) -> None:
     parser.add_argument("--private", action="store_true", help=helps["private"])
     given = {key: value for key, value in vars(parser.parse_args(arguments)).items() if value is not None}
     with _one_line():
-        with progress("merge", 1):
-            manifest = merge(parse(MergeSettings, given, "merge"))
+        try:
+            with progress("merge", 1):
+                manifest = merge(parse(MergeSettings, given, "merge"))
+        except UserError as error:  # settings of a config are flags here
+            keys = "|".join(key for key in helps if key != "ingredients")
+            raise UserError(re.sub(rf"\bmerge\.({keys})\b", r"--\1", str(error))) from error
         print(f"merged model: {visible(manifest['output'])}")
         if "pushed" in manifest:
             print(f"pushed to {visible(manifest['pushed'])}")

@@ -209,6 +209,10 @@ def test_the_command_says_what_it_can_do_without_loading_jax():
             "error: nowhere/report: no summary.json; name the run directory of a finished run",
         ),
         (("merge", "nowhere", "--weights", "1", "--output", "out"), "error: nowhere: .*"),
+        (
+            ("merge", "nowhere", "--weights", "1", "2", "--output", "out"),
+            "error: --weights: 2 weights for 1 ingredient; give one finite number per ingredient",
+        ),
         (("train",), "error: --config: not given; for example --config=configs/soups.py"),
         (("trian",), "invalid choice: 'trian'"),
     ],

@@ -286,3 +286,8 @@ def test_the_merge_config_runs_as_a_stage(finished, tmp_path, capsys):
     config.merge.ingredients = (str(ingredients / "P1A"), str(ingredients / "P2A"))
     stages.run(config, workdir)
     assert f"merged model: {workdir.path / 'export' / 'soup-2'}" in capsys.readouterr().out
+    stages.run(config, workdir)
+    assert "merged model" not in capsys.readouterr().out
+    shutil.rmtree(workdir.path / "export" / "soup-2")
+    stages.run(config, workdir)
+    assert (workdir.path / "export" / "soup-2" / "model.safetensors").is_file()
