@@ -122,6 +122,7 @@ def start_main(tmp_path, workdir, compile_flags=os.environ["XLA_FLAGS"], **chang
     return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path)
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_same_bits_with_the_default_compiler(tmp_path):
     """As users run it: other tests compile without optimisation."""
     short = {"reward__steps": 2, "policy__steps": 2}
