@@ -116,8 +116,9 @@ def test_too_few_comparisons_of_new_people(trained):
 
 def test_answers_for_everybody(trained):
     groups = {"user00": "P2A", "user01": "P2A", "user02": "P2B", "user03": "P2A"}
-    prompts = [example.prompt for example in trained.pairs.tables["heldout"].examples[:2]]
-    section, kept = _generation(trained, prompts, groups)
+    examples = trained.pairs.tables["heldout"].examples[:2]
+    section, kept = _generation(trained, examples, groups)
+    prompts = [example.prompt for example in examples]
     assert list(section) == list(groups)
     assert [(one["user"], one["prompt"]) for one in kept] == [(user, prompt) for user in groups for prompt in prompts]
     for user, found in section.items():
