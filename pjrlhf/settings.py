@@ -8,6 +8,7 @@ import dataclasses
 import difflib
 import functools
 import hashlib
+import inspect
 import math
 import numbers
 import types
@@ -468,6 +469,14 @@ def arguments(make: Callable[..., Any], given: Mapping[str, Any], path: str) -> 
             return value
 
     return {key: converted(key, value) for key, value in given.items()}
+
+
+def check_arguments(make: Callable[..., Any], name: str, *given: Any, **settings: Any) -> None:
+    """Raises UserError, which begins with `name`, where the function cannot be called with `given` and `settings`."""
+    try:
+        inspect.signature(make).bind(*given, **settings)
+    except TypeError as error:
+        raise UserError(f"{name} does not take these settings ({error}); correct them") from error
 
 
 def is_open(cls: type, key: str) -> bool:

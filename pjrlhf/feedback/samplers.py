@@ -6,7 +6,6 @@ A sampler is a function (requests, words, name of the progress bar) -> one answe
 import collections
 import dataclasses
 import functools
-import inspect
 import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
@@ -14,12 +13,13 @@ from typing import Any, Protocol
 from pjrlhf.data.messages import Message, Prompt, columns_of
 from pjrlhf.errors import UserError
 from pjrlhf.judges.chat import Body, Chat, ChatSettings
+from pjrlhf.models.frozen import OtherModelSettings
 from pjrlhf.parallel.processes import json_from_zero
 from pjrlhf.registry import Registry, callable_as
 from pjrlhf.runtime.answers import sample_base
 from pjrlhf.runtime.run import Run
 from pjrlhf.runtime.workspace import ModelSettings
-from pjrlhf.settings import Settings, arguments, parse, setting
+from pjrlhf.settings import arguments, check_arguments, parse, setting
 from pjrlhf.types import Json
 
 BASE = "base"
@@ -53,13 +53,9 @@ def _sampled(run: Run, requests: Sequence[Prompt], words: Sequence[str], name: s
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ModelSamplerSettings(Settings):
-    """Another model in Hugging Face layout, which runs on the mesh of the run."""
+class ModelSamplerSettings(OtherModelSettings):
+    """Another model, as a sampler."""
 
-    path: str = setting("", "its folder, or its name on the hub", path=True)
-    dtype: str = setting("float32", "dtype of activations", choices=("float32", "bfloat16"))
-    param_dtype: str = setting("float32", "dtype of the parameters", choices=("float32", "bfloat16"))
-    quantize: str = setting("", "int8 stores its linear layers in 8 bits", choices=("", "int8"))
     temperature: float | None = setting(None, "of its answers; that of the run where not set", low=0.0, high=100.0)
     max_prompt: int = setting(0, "longest prompt in its tokens; 0 for data.max_prompt", low=0, high=2**20)
     max_completion: int = setting(0, "longest answer in its tokens; 0 for data.max_completion", low=0, high=2**20)
@@ -185,10 +181,7 @@ def sampler(run: Run | None, spec: str | Mapping[str, Any]) -> Sampler:
     if not isinstance(kind, str) or (kind not in SAMPLERS and ":" not in kind):
         raise UserError(f"sampler: kind {kind!r} is unknown; choose one of {', '.join(SAMPLERS)}, or name a folder")
     make = SAMPLERS.get(kind)
-    try:
-        inspect.signature(make).bind(run, **settings)
-    except TypeError as error:
-        raise UserError(f"sampler {kind!r}: does not take these settings ({error}); correct them") from error
+    check_arguments(make, f"sampler {kind!r}:", run, **settings)
     return make(run, **arguments(make, settings, "sampler"))
 
 

@@ -5,7 +5,6 @@ sign, and a tie stays a tie. NaN is no verdict; it stays NaN in any order, and i
 """
 
 import dataclasses
-import inspect
 import math
 import pathlib
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -21,7 +20,7 @@ from pjrlhf.judges.language_model import ChatBackend, JudgeSettings, LanguageMod
 from pjrlhf.parallel.processes import broadcast_from_zero, is_process_zero
 from pjrlhf.registry import Registry, callable_as
 from pjrlhf.rewards.sources import NO_COLUMNS, RecordColumns, RewardSource, SourceContext, reward_source
-from pjrlhf.settings import arguments, parse, shown
+from pjrlhf.settings import arguments, check_arguments, parse, shown
 
 
 class Judge(Protocol):
@@ -225,10 +224,7 @@ def judge_from(spec: str | Mapping[str, Any], context: JudgeContext) -> Judge:
     if not isinstance(kind, str):
         raise UserError(f"judge: has no kind; choose one of {', '.join(JUDGES)}")
     make = JUDGES.get(kind)
-    try:
-        inspect.signature(make).bind(context, **settings)
-    except TypeError as error:
-        raise UserError(f"judge {kind!r}: does not take these settings ({error})") from error
+    check_arguments(make, f"judge {kind!r}:", context, **settings)
     return make(context, **arguments(make, settings, "judge"))
 
 

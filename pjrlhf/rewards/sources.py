@@ -24,7 +24,7 @@ from pjrlhf.data.messages import Prompt, dialogue
 from pjrlhf.errors import UserError
 from pjrlhf.registry import Registry, callable_as, load
 from pjrlhf.rewards.scorers import scorer as named_scorer
-from pjrlhf.settings import arguments, shown
+from pjrlhf.settings import arguments, check_arguments, shown
 from pjrlhf.types import Json
 
 ADAPTER = "adapter"  # the reward models of the stage reward
@@ -402,12 +402,7 @@ def reward_source(name: str, spec: str | Mapping[str, Any], context: SourceConte
     settings = arguments(make, settings, f"rewards.{name}")
     given = {"objective": name, "context": context}
     settings |= {key: value for key, value in given.items() if key in inspect.signature(make).parameters}
-    try:
-        inspect.signature(make).bind(**settings)
-    except TypeError as error:
-        raise UserError(
-            f"rewards.{name}: kind {kind!r} does not take these settings ({error}); correct them"
-        ) from error
+    check_arguments(make, f"rewards.{name}: kind {kind!r}", **settings)
     function = make(**settings)
     if not callable(function):
         raise UserError(f"rewards.{name}: kind {kind!r} made a {type(function).__name__}; it must make a function")

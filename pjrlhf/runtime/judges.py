@@ -37,6 +37,7 @@ from pjrlhf.judges.language_model import (
 from pjrlhf.models.adapters import AdapterConfig, Backbone
 from pjrlhf.models.attention import choose
 from pjrlhf.models.decoder import Decoder
+from pjrlhf.models.frozen import OtherModelSettings
 from pjrlhf.models.hub import model_folder
 from pjrlhf.models.huggingface import load_params, read_config
 from pjrlhf.parallel.mesh import batch_sharding, leaf_sharding
@@ -61,13 +62,9 @@ Ids: TypeAlias = tuple[int, ...]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ModelJudgeSettings(PromptSettings):
-    """A model folder as a judge, on the mesh of the run."""
+class ModelJudgeSettings(OtherModelSettings, PromptSettings):
+    """A model folder as a judge."""
 
-    path: str = setting("", "Hugging Face folder of the judge, or its name on the hub", path=True)
-    dtype: str = setting("float32", "dtype of activations", choices=("float32", "bfloat16"))
-    param_dtype: str = setting("float32", "dtype of the parameters", choices=("float32", "bfloat16"))
-    quantize: str = setting("", "int8 stores the linear layers in 8 bits", choices=("", "int8"))
     batch_size: int = setting(8, "prompts that are read at once", low=1, high=2**20)
     answer_start: str = setting(
         "", "how the answer begins before its verdict; that of the format of the prompt where empty, such as Answer:"
