@@ -141,7 +141,7 @@ def _serve(arguments: Sequence[str]) -> None:
         server = parse(ServerSettings, values[ServerSettings], "serve")
         engine = parse(EngineSettings, values[EngineSettings], "serve")
         with _needs("serve"):
-            from pjrlhf.serving.http import serve
+            from pjrlhf.serving.running import serve
         serve(_source(parser, given), server, engine)
 
 

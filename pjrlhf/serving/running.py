@@ -1,0 +1,67 @@
+"""A server as a process: its socket, its key, and its end at SIGTERM."""
+
+import logging as python_logging
+import os
+import signal
+import socket
+import sys
+
+import uvicorn
+from absl import logging
+
+from pjrlhf.errors import UserError
+from pjrlhf.serving import engine as engines
+from pjrlhf.serving.catalogue import Catalogue
+from pjrlhf.serving.engine import Engine
+from pjrlhf.serving.http import Server
+from pjrlhf.serving.settings import EngineSettings, ServerSettings
+
+KEY_VARIABLE = "PJRLHF_API_KEY"
+LOOPBACK = ("127.0.0.1", "::1", "localhost")
+
+
+def serve(catalogue: Catalogue, settings: ServerSettings, sizes: EngineSettings) -> None:
+    """Serves until SIGTERM or Ctrl-C; answers that have begun are finished first.
+
+    Raises:
+      UserError: the address is taken or not of this machine.
+    """
+    engine = Engine(catalogue.model.backbone, catalogue.model.tokenizer, catalogue.bank, catalogue.user_tokens, sizes)
+    key = os.environ.get(KEY_VARIABLE, "")
+    listener = _listen(settings)
+    voice = catalogue.voice()
+    one = engines.Request(tokens=[0], max_new_tokens=1, mix=voice.mix, user_tokens=voice.user_tokens, temperature=1.0)
+    engine.answer([one])  # compiles before anybody waits
+    engine.start()
+    server = Server(catalogue, engine, settings, key)
+    config = uvicorn.Config(
+        server.app,
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        timeout_graceful_shutdown=settings.drain_seconds,
+    )
+    logging.use_absl_handler()
+    logging.set_verbosity(logging.INFO)
+    python_logging.getLogger("uvicorn").setLevel(python_logging.WARNING)
+    host, port = listener.getsockname()[:2]
+    print(f"serving {', '.join(catalogue.models)} at http://{f'[{host}]' if ':' in host else host}:{port}", flush=True)
+    if not key and settings.host not in LOOPBACK:
+        print(f"anybody who reaches {host} can use it; set {KEY_VARIABLE} to ask for a key", file=sys.stderr)
+    # uvicorn drains, and then sends itself the signal again.
+    signal.signal(signal.SIGTERM, lambda *_: None)
+    uvicorn.Server(config).run(sockets=[listener])
+    engine.close(settings.drain_seconds)
+
+
+def _listen(settings: ServerSettings) -> socket.socket:
+    try:
+        family, *_, address = socket.getaddrinfo(settings.host, settings.port, type=socket.SOCK_STREAM)[0]
+        listener = socket.socket(family, socket.SOCK_STREAM)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+        listener.listen(1024)
+    except OSError as problem:
+        place = f"{settings.host}:{settings.port}"
+        raise UserError(f"{place}: {problem.strerror or problem}; choose another --host or --port") from problem
+    return listener

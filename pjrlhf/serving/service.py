@@ -1,0 +1,91 @@
+"""What the endpoints of the server share: the models, their engine, limits, metrics, and the bodies of requests."""
+
+import asyncio
+import dataclasses
+import time
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import Response
+
+from pjrlhf.errors import UserError
+from pjrlhf.serving.catalogue import Catalogue, UnknownIngredient, UnknownModel, Voice
+from pjrlhf.serving.engine import Engine
+from pjrlhf.serving.metrics import Metrics
+from pjrlhf.serving.protocol import Refused
+from pjrlhf.serving.settings import ServerSettings
+
+
+@dataclasses.dataclass(frozen=True)
+class Endpoint:
+    """One method of one path.
+
+    Attributes:
+      method: of HTTP.
+      path: with parameters as Starlette writes them.
+      handler: answers a request. It may raise `Refused`.
+      open: needs no API key, and is neither counted nor logged: probes, and files of a page.
+    """
+
+    method: str
+    path: str
+    handler: Callable[[Request], Awaitable[Response]]
+    open: bool = False
+
+
+class Service:
+    """What endpoints share. A group of endpoints is a function from a `Service` to its endpoints.
+
+    Args:
+      catalogue: what is served.
+      engine: of its model and bank; running.
+      settings: limits.
+
+    Attributes:
+      metrics: of this server.
+      started: time of its start, in whole seconds since the epoch.
+      encoding: held while a text is encoded: one at a time, so that others do not hold up answers.
+    """
+
+    def __init__(self, catalogue: Catalogue, engine: Engine, settings: ServerSettings):
+        self.catalogue, self.engine, self.settings = catalogue, engine, settings
+        self.metrics = Metrics(engine)
+        self.started = int(time.time())
+        self.encoding = asyncio.Lock()
+
+    async def body(self, request: Request) -> bytes:
+        """The JSON text of a request.
+
+        Raises:
+          Refused: it is too large, or said to be something else.
+        """
+        limit = self.settings.max_body
+        kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+        if kind != "application/json":
+            raise Refused("content-type: is not application/json; send JSON", status=415)
+        too_large = Refused(f"body: is larger than {limit} bytes; send less", status=413)
+        length = request.headers.get("content-length", "0")
+        if length.isdecimal() and int(length[:20]) > limit:
+            raise too_large
+        parts, size = [], 0
+        async for part in request.stream():
+            size += len(part)
+            if size > limit:
+                raise too_large
+            parts.append(part)
+        return b"".join(parts)
+
+    def voice(self, model: str | None, mix: Any = None, user: str | None = None) -> Voice:
+        """Who answers, see `Catalogue.voice`.
+
+        Raises:
+          Refused: nothing of that name is served, or the soup is malformed.
+        """
+        try:
+            return self.catalogue.voice(model, mix, user)
+        except UnknownModel as problem:
+            raise Refused(str(problem), "model", 404, "model_not_found") from problem
+        except UserError as problem:
+            code = "unknown_ingredient" if isinstance(problem, UnknownIngredient) else None
+            raise Refused(str(problem), "model" if mix is None else "mix", code=code) from problem
