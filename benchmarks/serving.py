@@ -36,7 +36,7 @@ def requests_of(options: argparse.Namespace, shape: dict, adapters: int) -> dict
 
 def of_engine(engine, work: dict, mix: np.ndarray | None) -> dict:
     """One round of an engine."""
-    from pjrlhf.serving.engine import Request
+    from pjrlhf.serving.tickets import Request
 
     rows = [None] * len(work["limits"]) if mix is None else mix
     jobs = zip(work["prompts"], work["limits"].tolist(), rows, strict=True)

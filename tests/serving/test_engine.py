@@ -15,8 +15,9 @@ from pjrlhf.language_model import LanguageModel
 from pjrlhf.models.adapters import Backbone
 from pjrlhf.parallel.mesh import batch_sharding, make_mesh, shard_params
 from pjrlhf.rollout.sampler import truncate, truncate_rows
-from pjrlhf.serving.engine import Closing, Engine, Finished, QueueFull, Request
+from pjrlhf.serving.engine import Engine
 from pjrlhf.serving.text import AnswerText
+from pjrlhf.serving.tickets import Closing, Finished, QueueFull, Request
 
 E = 2
 SOUP = np.array([0.7, -0.4, 0.9], np.float32)
@@ -79,7 +80,7 @@ def test_the_prefix_cache_changes_nothing_and_is_keyed_by_mix_and_user(model):
         assert Finished.of(seen, 1) == without.answer([request])[0]
         seen.clear()
 
-    whole = (len(tokens) + E - 1) // engine.chunk * engine.chunk - E
+    whole = (len(tokens) + E - 1) // engine.prefill.chunk * engine.prefill.chunk - E
     answer(request, 0)
     answer(request, whole)
     answer(dataclasses.replace(request, tokens=[*tokens[:11], 40, 41, 42]), 12 - E)
@@ -210,9 +211,9 @@ def test_bad_requests_are_refused_by_name(model, engine, personal):
         "user_tokens": {"user_tokens": np.zeros((E, 16), np.float32)},
     }.items():
         with pytest.raises(UserError, match=f"^{name}"):
-            engine.check(dataclasses.replace(good, **change))
+            engine.served.check(dataclasses.replace(good, **change))
     with pytest.raises(UserError, match=r"^user_tokens"):
-        personal.check(good)
+        personal.served.check(good)
     with pytest.raises(UserError, match="full parameters"):
         Engine(model.backbone, model.tokenizer, jax.tree.map(lambda x: x[None], model.backbone.base))
     with pytest.raises(UserError, match=r"^context"):
@@ -235,7 +236,8 @@ def test_the_queue_is_bounded_and_a_closed_engine_answers_what_it_has(model):
 
 def test_an_engine_that_fails_leaves_nobody_waiting(model, monkeypatch):
     engine = tiny_serving.engine(model)
-    tickets = [engine.submit(Request(tokens=[1, 5], max_new_tokens=4, mix=SOUP), lambda *_: None) for _ in range(9)]
+    requests = [Request(tokens=[1, 5], max_new_tokens=limit, mix=SOUP) for limit in (0, *[4] * 8)]
+    tickets = [engine.submit(request, lambda *_: None) for request in requests]
 
     def broken():
         raise RuntimeError("out of memory")

@@ -7,8 +7,9 @@ import numpy as np
 
 from pjrlhf.language_model import LanguageModel, load_model
 from pjrlhf.models.adapters import AdapterConfig, init_bank
-from pjrlhf.serving.engine import Engine, Request
+from pjrlhf.serving.engine import Engine
 from pjrlhf.serving.settings import EngineSettings
+from pjrlhf.serving.tickets import Request
 from support import tiny_users
 from support.small_policies import noise
 

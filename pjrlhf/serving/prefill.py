@@ -1,0 +1,160 @@
+"""Reads prompts in chunks, one prompt for each device at a time, and keeps whole chunks for later prompts."""
+
+import collections
+import dataclasses
+import hashlib
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+
+from pjrlhf.serving import programs
+from pjrlhf.serving.served import ServedModel
+from pjrlhf.serving.settings import EngineSettings
+from pjrlhf.serving.tickets import Request, Ticket, Token
+
+SMALLEST_CHUNK = 16  # the last tokens of a prompt are padded to a power of two from here on
+
+
+@dataclasses.dataclass(eq=False)
+class Prompt:
+    """A prompt in a row of the prefill.
+
+    Attributes:
+      tokens: with places for user tokens.
+      keys: of its whole chunks in the prefix cache.
+      read: tokens read so far.
+      last: rows of hidden states, with that of the last token; None before.
+      started: answers that have got a slot.
+    """
+
+    ticket: Ticket
+    tokens: np.ndarray
+    keys: list[bytes]
+    read: int = 0
+    last: jax.Array | None = None
+    started: int = 0
+
+
+class Prefill:
+    """The prompts that are read, one row for each device over which rows are split.
+
+    Args:
+      served: the model.
+      settings: sizes.
+      results: gets functions that wait for what was dispatched and hand it on.
+
+    Attributes:
+      cache: keys and values of the prompts in the rows.
+      prompts: by row.
+    """
+
+    def __init__(self, served: ServedModel, settings: EngineSettings, results: collections.deque[Callable[[], None]]):
+        self._served, self._settings, self._results = served, settings, results
+        self.chunk = min(settings.chunk, served.context)
+        self.cache = programs.make_cache(served.model, served.shards, served.context)
+        self.prompts: list[Prompt | None] = [None] * served.shards
+        self._prefixes: collections.OrderedDict[bytes, Any] = collections.OrderedDict()
+
+    def take(self, ticket: Ticket, row: int) -> None:
+        """Puts the prompt of a request into a row, with what the prefix cache has of it."""
+        request, offset = ticket.request, min(self._served.model.user_offset, len(ticket.request.tokens))
+        # The decoder puts user tokens there.
+        places = [self._served.tokenizer.pad_id] * self._served.user_tokens
+        tokens = np.array([*request.tokens[:offset], *places, *request.tokens[offset:]], np.int32)
+        prompt = Prompt(ticket, tokens, self._keys(request, tokens))
+        if not request.prompt_logps:  # hidden states are not kept
+            for key in prompt.keys:
+                if (found := self._prefixes.get(key)) is None:
+                    break
+                self._prefixes.move_to_end(key)
+                self.cache = programs.write_chunk(self._served.model, self.cache, found, row, prompt.read)
+                prompt.read += self.chunk
+        ticket.cached_tokens = max(0, prompt.read - self._served.user_tokens)
+        self.prompts[row] = prompt
+
+    def read(self) -> int:
+        """Reads the next chunk of the first unread prompt and of those that are cut alike.
+
+        Returns:
+          The length of the chunk, 0 where all prompts are read.
+        """
+        unread = [prompt for prompt in self.prompts if prompt is not None and prompt.last is None]
+        if not unread:
+            return 0
+        size = self._chunk_size(unread[0])
+        self._read_chunk(size)
+        return size
+
+    def _keys(self, request: Request, tokens: np.ndarray) -> list[bytes]:
+        """Of every whole chunk before the last token: a digest of all that decides on its keys and values."""
+        if not self._settings.prefix_chunks:
+            return []
+        digest = hashlib.blake2b(digest_size=16)
+        for part in (request.mix, request.user_tokens):
+            digest.update(b"" if part is None else np.asarray(part, np.float32).tobytes())
+        keys = []
+        for end in range(self.chunk, len(tokens), self.chunk):
+            digest.update(tokens[end - self.chunk : end].tobytes())
+            keys.append(digest.digest())
+        return keys
+
+    def _chunk_size(self, prompt: Prompt) -> int:
+        """The length to which the next chunk is padded; it depends on the length of the prompt alone."""
+        left = len(prompt.tokens) - prompt.read
+        return min(self.chunk, max(SMALLEST_CHUNK, 1 << (left - 1).bit_length()))
+
+    def _read_chunk(self, size: int) -> None:
+        """Reads the next chunk of all prompts whose chunk has this size."""
+        chunk = {
+            row: prompt
+            for row, prompt in enumerate(self.prompts)
+            if prompt is not None and prompt.last is None and self._chunk_size(prompt) == size
+        }
+        rows, served = len(self.prompts), self._served
+        tokens = np.full((rows, size), served.tokenizer.pad_id, np.int32)
+        offset, count = np.full(rows, served.context, np.int32), np.zeros(rows, np.int32)
+        following = np.zeros_like(tokens)
+        for row, prompt in chunk.items():
+            part = prompt.tokens[prompt.read : prompt.read + size]
+            tokens[row, : len(part)], offset[row], count[row] = part, prompt.read, len(part)
+            after = prompt.tokens[prompt.read + 1 : prompt.read + 1 + size]
+            following[row, : len(after)] = after
+        wanted = served.wanted([None if prompt is None else prompt.ticket.request for prompt in self.prompts])
+        self.cache, hidden, last = programs.prefill(
+            served.backbone, served.bank, self.cache, tokens, offset, count, wanted.mix, wanted.user_tokens
+        )
+        scored = {row: prompt for row, prompt in chunk.items() if prompt.ticket.request.prompt_logps}
+        if scored:
+            scores = programs.score(served.backbone, hidden, following)
+            starts = {row: (prompt, prompt.read) for row, prompt in scored.items()}
+            self._results.append(lambda: self._hand_on_scores(scores, starts, size))
+        for row, prompt in chunk.items():
+            index, prompt.read = prompt.read // self.chunk, prompt.read + int(count[row])
+            if prompt.read % self.chunk == 0 and index < len(prompt.keys):
+                self._keep(prompt.keys[index], row, prompt.read - self.chunk)
+            if prompt.read == len(prompt.tokens):
+                prompt.last = last
+
+    def _keep(self, key: bytes, row: int, start: int) -> None:
+        """Puts a chunk into the prefix cache."""
+        if key not in self._prefixes:
+            self._prefixes[key] = programs.read_chunk(self.cache, row, start, self.chunk)
+            while len(self._prefixes) > self._settings.prefix_chunks:
+                self._prefixes.popitem(last=False)
+
+    def _hand_on_scores(self, scores: Any, starts: dict[int, tuple[Prompt, int]], size: int) -> None:
+        logps, top_ids, top_logps = jax.device_get(scores)
+        for row, (prompt, start) in starts.items():
+            ticket = prompt.ticket
+            tokens, own = ticket.request.tokens, self._served.user_tokens
+            first = min(self._served.model.user_offset, len(tokens))
+            for position in range(start, min(start + size, len(prompt.tokens) - 1)):
+                # The token after a position; user tokens themselves are never scored.
+                following = position + 1 if position + 1 < first else position + 1 - own
+                if first <= position + 1 < first + own:
+                    continue
+                i, top = position - start, ticket.request.alternatives
+                pairs = zip(top_ids[row, i, :top].tolist(), top_logps[row, i, :top].tolist(), strict=True)
+                ticket.prompt.append(Token(int(tokens[following]), float(logps[row, i]), tuple(pairs)))

@@ -1,0 +1,136 @@
+"""The model that an engine serves: one base and one bank, and which requests fit them."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pjrlhf.data.tokenization import Tokenizer
+from pjrlhf.errors import UserError
+from pjrlhf.models.adapters import Backbone, bank_size, is_low_rank
+from pjrlhf.models.decoder import Decoder
+from pjrlhf.parallel.mesh import num_shards
+from pjrlhf.serving.programs import Wanted
+from pjrlhf.serving.tickets import Request
+from pjrlhf.settings import fold_seed
+from pjrlhf.types import Params
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class ServedModel:
+    """One base and one bank, in the layout in which they decode fastest.
+
+    Attributes:
+      backbone, bank: see `Engine`.
+      tokenizer: of the base.
+      user_tokens: E, the number of user tokens that every request brings.
+      context: tokens of a prompt, its user tokens and an answer, at most.
+    """
+
+    backbone: Backbone
+    bank: Params | None
+    tokenizer: Tokenizer
+    user_tokens: int
+    context: int
+
+    @classmethod
+    def make(
+        cls, backbone: Backbone, bank: Params | None, tokenizer: Tokenizer, user_tokens: int, context: int
+    ) -> "ServedModel":
+        """Checks the sizes; a `context` of 0 is what the model takes, or 4096 if less.
+
+        Raises:
+          UserError: sizes that do not fit the model, or a bank of full parameters.
+        """
+        if bank is not None and not is_low_rank(bank):
+            raise UserError(
+                "bank: holds full parameters, and every soup of them would be a model of its own; merge a soup with "
+                "pjrlhf merge, and serve its folder"
+            )
+        longest = backbone.model.config.max_length
+        context = context or min(longest, 4096)
+        if context > longest:
+            raise UserError(f"context: {context} is more than the {longest} tokens of the model; lower it")
+        if user_tokens >= context:
+            raise UserError(f"context: {context} has no room after {user_tokens} user tokens; raise it")
+        return cls(*_unrolled(backbone, bank), tokenizer, user_tokens, context)
+
+    @property
+    def model(self) -> Decoder:
+        """The decoder."""
+        return self.backbone.model
+
+    @property
+    def shards(self) -> int:
+        """Number of devices over which rows are split."""
+        return 1 if self.model.batch_sharding is None else num_shards(self.model.batch_sharding)
+
+    @property
+    def adapters(self) -> int:
+        """K, 0 without a bank."""
+        return 0 if self.bank is None else bank_size(self.bank)
+
+    def check(self, request: Request) -> None:
+        """Raises UserError for a request that does not fit; the message starts with the name of a field."""
+        length = len(request.tokens) + self.user_tokens
+        if not len(request.tokens):
+            raise UserError("tokens: the prompt is empty; give at least one token")
+        if length + request.max_new_tokens > self.context:
+            own = f" and {self.user_tokens} user tokens" if self.user_tokens else ""
+            raise UserError(
+                f"max_new_tokens: a prompt of {len(request.tokens)} tokens{own} and {request.max_new_tokens} new ones "
+                f"exceed the context of {self.context} tokens; shorten the prompt or ask for fewer tokens"
+            )
+        rows = self.model.config.vocab_size
+        if not all(0 <= i < rows for i in request.tokens):
+            raise UserError(f"tokens: the prompt has an id that is not among the {rows} of the model; correct it")
+        for name, value, width in (
+            ("mix", request.mix, (self.adapters,)),
+            ("user_tokens", request.user_tokens, (self.user_tokens, self.model.config.hidden_size)),
+        ):
+            wanted = width if width[0] else None
+            if (None if value is None else np.shape(value)) != wanted:
+                raise UserError(f"{name}: has shape {None if value is None else np.shape(value)}; give {wanted}")
+            if value is not None and not np.isfinite(value).all():
+                raise UserError(f"{name}: holds numbers that are not finite; correct them")
+
+    def wanted(self, requests: Sequence[Request | None], sample: int = 0) -> Wanted:
+        """The arrays of requests, one row each; of None, rows of no meaning."""
+
+        def rows(name: str, dtype: type, none: float = 0) -> Any:
+            return np.array([none if one is None else getattr(one, name) for one in requests], dtype)
+
+        seeds: Any = np.array([0 if one is None else fold_seed(one.seed) for one in requests], np.uint32)
+        samples: Any = np.full(len(requests), sample, np.int32)
+
+        def arrays(name: str, *shape: int) -> Any:
+            if not shape[0]:
+                return None
+            none = np.zeros(shape, np.float32)
+            return np.stack([none if one is None else np.asarray(getattr(one, name), np.float32) for one in requests])
+
+        return Wanted(
+            limit=rows("max_new_tokens", np.int32),
+            temperature=rows("temperature", np.float32),
+            top_k=rows("top_k", np.int32),
+            top_p=rows("top_p", np.float32, 1.0),
+            seed=seeds,
+            sample=samples,
+            alternatives=rows("alternatives", np.int32) > 0,
+            mix=arrays("mix", self.adapters),
+            user_tokens=arrays("user_tokens", self.user_tokens, self.model.config.hidden_size),
+        )
+
+
+def _unrolled(backbone: Backbone, bank: Params | None) -> tuple[Backbone, Params | None]:
+    """The same policies in the layout in which the model decodes fastest, made once for all requests."""
+    model = backbone.model
+    if model.decode == "scan":
+        return backbone, bank
+    mix = None if bank is None else jnp.zeros((1, bank_size(bank)))
+    variables = jax.jit(lambda backbone, bank: backbone.policies(bank, mix).unroll().variables)(backbone, bank)
+    unrolled = model.clone(scan_layers=False, transposed=model.decode == "transposed")
+    return Backbone(unrolled, backbone.adapter, variables["params"]), variables.get("adapters")
