@@ -76,14 +76,20 @@ class BadRecords:
         logging.warning("%s: %s; they are left out", self.source_name, bad)
 
 
-def from_json(text: bytes | str) -> Any:
+def from_json(text: bytes | str, strict: bool = False) -> Any:
     """The value of a JSON text.
+
+    Args:
+      strict: what JSON does not define is an error, too: NaN and infinities, and a name that comes twice in an object.
 
     Raises:
       RecordError: not UTF-8, not JSON, nested too deeply, or a number with thousands of digits.
     """
+    hooks: dict[str, Any] = {"object_pairs_hook": _named_once, "parse_constant": _no_constant} if strict else {}
     try:
-        return json.loads(text.decode("utf-8-sig") if isinstance(text, bytes) else text)
+        return json.loads(text.decode("utf-8-sig") if isinstance(text, bytes) else text, **hooks)
+    except RecordError:
+        raise
     except UnicodeDecodeError as error:
         raise RecordError("not UTF-8", str(error)) from error
     except json.JSONDecodeError as error:
@@ -92,6 +98,18 @@ def from_json(text: bytes | str) -> Any:
         raise RecordError("nested too deeply", f"more than {_DEPTH} levels") from error
     except ValueError as error:  # Python reads no whole number of thousands of digits
         raise RecordError("number too large", str(error).partition(";")[0]) from error
+
+
+def _named_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        name = collections.Counter(name for name, _ in pairs).most_common(1)[0][0]
+        raise RecordError("a name comes twice in an object", ascii(name[:100]))
+    return found
+
+
+def _no_constant(text: str) -> Any:
+    raise RecordError("bad JSON", f"{text} is no number of JSON")
 
 
 def plain(value: Json, depth: int = 0) -> Any:

@@ -16,9 +16,10 @@ from pjrlhf.data.messages import Conversation, read_messages, read_options
 from pjrlhf.data.records import RecordError
 from pjrlhf.errors import UserError
 from pjrlhf.serving import engine as engines
+from pjrlhf.serving.bodies import MAX_CHOICES, ChatBody, CompletionBody, Wish
 from pjrlhf.serving.catalogue import Voice
 from pjrlhf.serving.engine import Closing, Piece, QueueFull, Ticket
-from pjrlhf.serving.protocol import CHAT, COMPLETION, MAX_CHOICES, Body, Refused, Wish, read_prompts, read_wish
+from pjrlhf.serving.protocol import Refused
 from pjrlhf.serving.responses import Call
 from pjrlhf.serving.service import Endpoint, Service
 from pjrlhf.terminal import visible
@@ -68,15 +69,17 @@ class Answers:
 
     def _prepare(self, text: bytes, header_user: str | None, chat: bool) -> tuple[Call, list[engines.Request]]:
         """The requests for the engine, one for each prompt."""
-        body = Body(text, CHAT if chat else COMPLETION)
-        wish = read_wish(body, header_user, chat)
-        prompts = [None] if chat else read_prompts(body)
+        body = (ChatBody if chat else CompletionBody).read(text)
+        wish = body.wish(header_user)
+        prompts = body.prompts if isinstance(body, CompletionBody) else [body]
         voice = self._service.voice(wish.model, wish.mix, wish.user)
-        if len(prompts) * wish.n > MAX_CHOICES:
-            raise Refused(f"n: {len(prompts)} prompts with {wish.n} answers each are more than {MAX_CHOICES}", "n")
+        if len(prompts) * wish.draws > MAX_CHOICES:
+            name = "n" if wish.draws == wish.n else "best_of"
+            message = f"{name}: {len(prompts)} prompts with {wish.draws} answers each are more than {MAX_CHOICES}"
+            raise Refused(f"{message}; ask for fewer", name)
         requests, texts = [], []
         for prompt in prompts:
-            tokens, text_of_prompt = self._encode(body, prompt, wish)
+            tokens, text_of_prompt = self._encode(prompt, wish)
             texts.append(text_of_prompt)
             requests.append(self._request(tokens, wish, voice, chat))
         call = Call(
@@ -90,24 +93,24 @@ class Answers:
         call.id = f"{'chatcmpl' if chat else 'cmpl'}-{uuid.uuid4().hex}"
         return call, requests
 
-    def _encode(self, body: Body, prompt: str | list[int] | None, wish: Wish) -> tuple[list[int], str]:
-        """(token ids, text for `echo`) of a prompt; None for the messages of a chat."""
+    def _encode(self, prompt: str | list[int] | ChatBody, wish: Wish) -> tuple[list[int], str]:
+        """(token ids, text for `echo`) of a prompt."""
         tokenizer = self._service.catalogue.model.tokenizer
         if isinstance(prompt, list):
             known = tokenizer.rows
             if not all(0 <= i < known for i in prompt):
                 raise Refused(f"prompt: has a token that is not from 0 to {known - 1}; correct it", "prompt")
             return prompt, tokenizer.decode(prompt) if wish.echo else ""
-        name = "messages" if prompt is None else "prompt"
+        name = "prompt" if isinstance(prompt, str) else "messages"
         try:
-            if prompt is not None:
+            if isinstance(prompt, str):
                 return tokenizer.encode_prompt(prompt), prompt
-            messages = read_messages(body.fields.get("messages", []), "messages")
-            options = read_options({"chat_template_kwargs": body.fields.get("chat_template_kwargs")})
+            messages = read_messages(prompt.messages, "messages")
+            options = read_options({"chat_template_kwargs": prompt.chat_template_kwargs})
             return tokenizer.encode_prompt(Conversation(messages, options)), ""
         except RecordError as problem:
             name = "chat_template_kwargs" if "chat_template_kwargs" in str(problem) else name
-            raise Refused(f"{name}: {problem}", name) from problem
+            raise Refused(f"{name}: {problem}; correct it", name) from problem
         except UserError as problem:
             raise Refused(str(problem), name) from problem
 
@@ -130,7 +133,7 @@ class Answers:
             tokens=tokens,
             max_new_tokens=limit,
             plain=not chat,
-            n=wish.n,
+            n=wish.draws,
             mix=voice.mix,
             user_tokens=voice.user_tokens,
             temperature=wish.temperature,

@@ -7,7 +7,7 @@ import math
 import pathlib
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NotRequired, TypedDict
 
 import flax.traverse_util
 import jax
@@ -65,6 +65,21 @@ class People:
         return tuple(None if x is None else np.asarray(x, np.float32)[0] for x in found)  # pyright: ignore[reportReturnType]
 
 
+class Person(TypedDict):
+    """The person of a request, as a response tells."""
+
+    id: str
+    known: bool
+    answered_as: NotRequired[str]
+
+
+class Described(TypedDict):
+    """Who has answered, as a response tells."""
+
+    mix: dict[str, float]
+    user: NotRequired[Person]
+
+
 @dataclasses.dataclass(frozen=True)
 class Voice:
     """Who answers a request.
@@ -85,9 +100,9 @@ class Voice:
     user: str | None = None
     known: bool = False
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self) -> Described:
         """For the response."""
-        found: dict[str, Any] = {"mix": dict(self.weights)}
+        found: Described = {"mix": dict(self.weights)}
         if self.user is not None:
             found["user"] = {"id": self.user, "known": self.known}
             if not self.known:

@@ -22,6 +22,7 @@ from support.tiny_serving import K
 
 from pjrlhf.models.registry import UserRegistry
 from pjrlhf.models.users import UserModel
+from pjrlhf.serving.bodies import ChatBody, CompletionBody
 from pjrlhf.serving.catalogue import Catalogue, People
 from pjrlhf.serving.http import Server
 from pjrlhf.serving.settings import ServerSettings
@@ -267,13 +268,28 @@ def test_a_key_is_asked_for(persons):
 # ---- limits
 
 
+STRANGE = (
+    *(b"", b"{", b"[]", b"\xff\xfe", b"[" * 10_000, b'{"n": 1e999}'),
+    b'{"model": "base", "model": "base"}',  # readers differ in which one counts
+    b'{"temperature": NaN}',
+    b'{"temperature": -Infinity}',
+    b'{"user": "\\ud800"}',
+    b'{"seed": ' + b"9" * 5000 + b"}",
+    b'{"mix": ' + b'{"a":' * 3000 + b"1" + b"}" * 3001,
+    '{"user": "\u00e9"}'.encode("latin-1"),
+    '{"user": "a"}'.encode("utf-16"),
+    b'{"user": "\x00"}',
+    b"null",
+)
+
+
 def test_bad_requests_are_refused_with_their_status(soups):
     huge = {"model": "base", "messages": [{"role": "user", "content": "a " * 20_000}]}
     assert send(soups, huge)[0] == 413
     assert send(soups, b"{}", Content_Type="text/plain")[0] == 415
     assert send(soups, None, "/v1/nothing", "GET")[0] == 404
     assert send(soups, None, "/v1/chat/completions", "GET")[0] == 405
-    for text in (b"", b"{", b"[]", b"\xff\xfe", b'{"model": "base", "model": NaN}', b"[" * 10_000, b'{"n": 1e999}'):
+    for text in STRANGE:
         status, body, _ = send(soups, text)
         assert status == 400 and body["error"]["message"], text
     own = {"model": "base", "messages": QUESTION, "chat_template_kwargs": {"chat_template": "{{ 1 }}"}}
@@ -323,14 +339,12 @@ VALUES = (
 
 def test_no_body_is_too_strange(soups):
     """Random fields with random values get an answer, or a reason in the 400s."""
-    from pjrlhf.serving.protocol import CHAT, COMPLETION, IGNORED, NEUTRAL
-
     rng = np.random.default_rng(0)
     seen = set()
     for _ in range(300):
         chat = bool(rng.integers(2))
         body = {"model": "base", "max_tokens": 1} | ({"messages": QUESTION} if chat else {"prompt": "what"})
-        fields = [*(CHAT if chat else COMPLETION), *IGNORED, *NEUTRAL, "surprise"]
+        fields = [*(ChatBody if chat else CompletionBody).model_fields, "surprise"]
         for name in rng.choice(fields, rng.integers(1, 4)):
             body[str(name)] = VALUES[rng.integers(len(VALUES))]
         status, answer, _ = send(soups, body, "/v1/chat/completions" if chat else "/v1/completions")
@@ -339,6 +353,104 @@ def test_no_body_is_too_strange(soups):
         seen.add(status)
     assert seen >= {200, 400}
     assert send(soups, None, "/health", "GET")[1]["status"] == "ok"
+
+
+def test_the_best_of_several_answers_are_returned(client):
+    """Those with the highest log-prob per token, and the usage of all."""
+    options = dict(model="P1A", prompt="what is rain ?", temperature=1.3, seed=4, max_tokens=6, logprobs=0)
+    drawn = client.completions.create(**options, n=5)
+
+    def quality(choice):
+        tokens = choice.logprobs.token_logprobs
+        return sum(tokens) / len(tokens)
+
+    found = client.completions.create(**options, n=2, best_of=5)
+    assert [choice.index for choice in found.choices] == [0, 1]
+    if all(choice.finish_reason == "length" for choice in drawn.choices):  # an end of text is not listed
+        want = sorted(drawn.choices, key=quality, reverse=True)[:2]
+        assert [choice.text for choice in found.choices] == [choice.text for choice in want]
+    assert found.usage.completion_tokens == drawn.usage.completion_tokens
+    for change in ({"n": 3, "best_of": 2}, {"best_of": 2, "stream": True}, {"n": 2, "best_of": 129}):
+        with pytest.raises(openai.BadRequestError) as caught:
+            client.completions.create(**{**options, **change})
+        assert caught.value.param == "best_of"
+
+
+NEUTRAL = {
+    "frequency_penalty": 0,
+    "presence_penalty": 0.0,
+    "repetition_penalty": 1.0,
+    "logit_bias": {},
+    "min_p": 0.0,
+    "response_format": {"type": "text"},
+    "tools": [],
+    "tool_choice": "auto",
+    "functions": [],
+    "function_call": "none",
+    "modalities": ["text"],
+    "reasoning_effort": "none",
+    "min_tokens": 0,
+    "ignore_eos": False,
+    "skip_special_tokens": True,
+    "metadata": {"a": "b"},
+    "store": True,
+    "service_tier": "auto",
+    "parallel_tool_calls": True,
+    "prompt_cache_key": "x",
+    "safety_identifier": "someone",
+    "user": None,
+    "stop": None,
+    "stream_options": {},
+    "n": 1.0,
+}
+
+
+@pytest.mark.parametrize("chat", [True, False])
+def test_what_asks_for_nothing_is_taken(soups, chat):
+    body = {"model": "P1A", "temperature": 0, "max_tokens": 3}
+    body |= {"messages": QUESTION} if chat else {"prompt": "what is rain ?"}
+    path = "/v1/chat/completions" if chat else "/v1/completions"
+    status, answer, _ = send(soups, body | NEUTRAL, path)
+    assert status == 200 and answer["choices"] == send(soups, body, path)[1]["choices"]
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("response_format", {"type": "json_object"}),
+        ("tools", [{"type": "function", "function": {"name": "f"}}]),
+        ("tool_choice", "required"),
+        ("modalities", ["audio"]),
+        ("reasoning_effort", "high"),
+        ("ignore_eos", True),
+        ("skip_special_tokens", False),
+    ],
+)
+def test_what_is_not_supported_is_refused_by_name(soups, name, value):
+    status, answer, _ = send(soups, {"model": "base", "messages": QUESTION, name: value})
+    assert status == 400 and answer["error"]["param"] == name and answer["error"]["code"] == "unsupported_parameter"
+    assert answer["error"]["message"] == f"{name}: is not supported; leave it out"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"temperature": "1"}, "temperature: should be a valid number; correct it"),
+        ({"temperature": 2.5}, "temperature: should be less than or equal to 2; correct it"),
+        ({"top_p": 0}, "top_p: should be greater than 0; correct it"),
+        ({"n": 1.5}, "n: should be a valid integer; correct it"),
+        ({"stop": ["a"] * 5}, "stop: list should have at most 4 items, not 5; correct it"),
+        ({"stop": ["a", ""]}, "stop[1]: string should have at least 1 character; correct it"),
+        ({"mix": {"P1A": "1"}}, "mix.P1A: should be a valid number; correct it"),
+        ({"messages": None}, "messages: is missing; correct it"),
+        ({"stream_options": {"include_usages": True}, "stream": True}, "stream_options.include_usages: extra inputs"),
+        ({"temprature": 1}, "temprature: unknown field; did you mean temperature?"),
+    ],
+)
+def test_messages_name_the_thing_the_reason_and_the_way_out(soups, change, message):
+    status, answer, _ = send(soups, {"model": "base", "messages": QUESTION} | change)
+    assert status == 400 and answer["error"]["message"].startswith(message)
+    assert answer["error"]["param"] == next(iter(change))
 
 
 def test_a_full_queue_is_429_and_clients_that_leave_free_their_slots(model):
