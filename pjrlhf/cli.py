@@ -212,6 +212,9 @@ def _source(parser: argparse.ArgumentParser, given: argparse.Namespace) -> "Cata
         if not (name and equals and folder) or name in ingredients:
             parser.error(f"--ingredients {part}: write NAME=FOLDER, each name once")
         ingredients[name] = folder
+    from pjrlhf.settings import check_names
+
+    check_names("--ingredients", ingredients)
     from pjrlhf.main import compilation_cache
     from pjrlhf.serving.catalogue import open_folders, open_run
 

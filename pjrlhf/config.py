@@ -58,6 +58,12 @@ class RunSettings(SharedSettings):
         absent = {field.name for field in dataclasses.fields(self) if getattr(self, field.name) is None}
         return {name: value for name, value in super().to_dict().items() if name not in absent}
 
+    @property
+    def user_tokens(self) -> int:
+        """The most user tokens that stand before a prompt of this run."""
+        section = self.preference if "preference" in self.stages else None
+        return max((section.entry(name).users.added for name in section.models), default=0) if section else 0
+
     def _check_judges(self) -> None:
         audience, evaluate = self.audience, self.evaluate or SoupsSettings()
         asked = {

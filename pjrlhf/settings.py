@@ -13,6 +13,7 @@ import math
 import numbers
 import types
 import typing
+import unicodedata
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
@@ -150,23 +151,34 @@ class Settings:
         return {field.name: _plain(getattr(self, field.name)) for field in dataclasses.fields(self)}
 
 
+# Models that a server offers beside those of a run.
+SERVED = {"base": "the base itself", "personal": "the soup of the person who asks"}
+
+
 def check_names(key: str, names: typing.Iterable[str], taken: Mapping[str, str] = types.MappingProxyType({})) -> None:
-    """Checks names that folders, metrics and tables of reports are called by.
+    """Checks names that folders, metrics, tables of reports and served models are called by.
 
     Args:
-      key: dotted key of the setting that holds them, for messages.
-      taken: names that mean something else -> what they mean.
+      key: dotted key of the setting, or flag, that holds them, for messages.
+      taken: names that mean something else, beside `SERVED` -> what they mean.
 
     Raises:
-      UserError: a name that cannot name a file, or that is taken.
+      UserError: a name that cannot name a folder or a served model, that is taken, or that looks like another one.
     """
+    taken, alike = {**SERVED, **taken}, {}
     for name in names:
         if name in taken:
             raise UserError(f"{key}: {shown(name)} is the name of {taken[name]}; choose another one")
-        odd = [c for c in name if c in "/\\" or not c.isprintable()]
-        if odd or name != name.strip() or name.strip(".") == "" or len(name.encode("utf-8", "replace")) > 100:
-            reason = f"holds {odd[0]!r}" if odd else "is empty, too long, dots alone, or has space at an end"
-            raise UserError(f"{key}: {shown(name)} {reason}, so it cannot name a folder; choose another one")
+        odd = [c for c in name if c in "/\\=,:" or c.isspace() or not c.isprintable()]
+        if odd or name.strip(".") == "" or len(name.encode("utf-8", "replace")) > 100:
+            reason = f"holds {odd[0]!r}" if odd else "is empty, too long or dots alone"
+            raise UserError(
+                f"{key}: {shown(name)} {reason}, so it cannot name a folder and a served model; choose another one"
+            )
+        # On some file systems these would be one folder.
+        other = alike.setdefault(unicodedata.normalize("NFKC", name).casefold(), name)
+        if other != name:
+            raise UserError(f"{key}: {shown(name)} and {shown(other)} look alike; choose another one for one of them")
 
 
 def rule_of(field: dataclasses.Field) -> Rule:

@@ -7,6 +7,7 @@ import pathlib
 import re
 import subprocess
 import sys
+from typing import Any, cast
 
 import pytest
 from support import tiny
@@ -514,14 +515,47 @@ def test_settings_of_the_evaluation_of_users_are_checked_at_the_start(ended, fla
         assert ended("--config=configs/pdpo.py", *flags, remedy[0]) == (0, [])
 
 
-@pytest.mark.parametrize("name", ["a/b", "..", "", " a", "a\\b", "a\x1b[31m", "x" * 101])
-def test_a_name_that_cannot_name_a_folder_is_refused(name):
+ODD_NAMES = ("a/b", "..", "", " a", "a b", "a\\b", "a\x1b[31m", "x" * 101, "a,b", "soup:x", "a=1", "base", "personal")
+
+
+@pytest.mark.parametrize("name", ODD_NAMES)
+def test_a_name_that_cannot_name_a_folder_or_a_served_model_is_refused(name):
+    from pjrlhf.algorithms.pdpo import PreferenceSettings
+    from pjrlhf.config import RunSettings
+    from pjrlhf.errors import UserError
+    from pjrlhf.serving.catalogue import Catalogue
+
+    refused = r"(so it cannot name a folder and a served model|is the name of .*); choose another one"
+    known = {"preferences": {name: {"dimension": "d", "sentence": ""}}, "judge": {name: "shorter"}}
+    for key, use in {
+        "models": lambda: PreferenceSettings(models={name: {"kind": "uniform"}}),
+        "objectives": lambda: RunSettings(objectives=(name,), general="short", **known),
+        "methods": lambda: RunSettings(methods={name: {}}),
+        "ingredients": lambda: Catalogue(cast(Any, None), (name,)),
+    }.items():
+        with pytest.raises(UserError, match=f"^{key}: .* {refused}"):
+            use()
+    PreferenceSettings(models={"a$b_$<i>[bold]é你": {"kind": "uniform"}})
+
+
+def test_names_that_look_alike_are_refused():
     from pjrlhf.algorithms.pdpo import PreferenceSettings
     from pjrlhf.errors import UserError
 
-    with pytest.raises(UserError, match=r"models: .* so it cannot name a folder; choose another one"):
-        PreferenceSettings(models={name: {"kind": "uniform"}})
-    PreferenceSettings(models={"a$b_$ <i> [bold] é 你": {"kind": "uniform"}})
+    for pair in (("Ann", "ann"), ("é", "e\u0301"), ("\ufb01t", "fit")):
+        with pytest.raises(UserError, match="look alike; choose another one for one of them"):
+            PreferenceSettings(models={name: {"kind": "uniform"} for name in pair})
+
+
+@pytest.mark.parametrize("name", ["soup:x", "base", "a/b", "a b"])
+def test_a_name_of_an_ingredient_is_checked_before_anything_is_read(name, capsys):
+    from pjrlhf import cli
+
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["generate", "hi", "--model", "nowhere", "--ingredients", f"{name}=nowhere"])
+    assert stopped.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("pjrlhf: --ingredients: ") or "--ingredients: " in line
 
 
 def test_home_is_expanded_in_every_setting_that_is_a_path(monkeypatch, tmp_path):

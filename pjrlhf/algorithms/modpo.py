@@ -62,7 +62,8 @@ class ModpoSettings(Settings):
     optimizer: OptimizerSettings = setting(OptimizerSettings(learning_rate=3e-3, schedule="linear"))
 
     def check(self) -> None:
-        check_warmup(self.optimizer, self.steps)
+        if not self.epochs:
+            check_warmup(self.optimizer, self.steps)
         check_accumulation(self.accumulation_steps, self.batch_size)
         if self.preferences.kind not in ("own", "fixed"):
             raise UserError(
@@ -254,7 +255,8 @@ class Modpo(Method):
         streams: Streams,
     ):
         source = reward.Grouped(data.tables, streams.seed)
-        steps = steps_of(settings.steps, settings.epochs, len(source), settings.batch_size)
+        s = settings
+        steps = steps_of(s.steps, s.epochs, len(source), s.batch_size, "modpo", s.optimizer)
         self.settings = settings = settings.replace(steps=steps)
         self.data, self.devices, self.backbone = data, devices, backbone
         self.text, self.streams = text, streams

@@ -48,6 +48,7 @@ from pjrlhf.training.optimizer import (
     check_warmup,
     make_optimizer,
     make_schedule,
+    passes,
     per_ingredient,
     steps_of,
 )
@@ -124,6 +125,11 @@ class EntrySettings(Settings):
     )
     user_text: bool = setting(False, "what people say about themselves stands before the prompt")
 
+    @property
+    def added(self) -> int:
+        """Number of user tokens that stand before a prompt."""
+        return self.tokens if "tokens" in KINDS.get(self.kind).sizes else 0
+
     def check(self) -> None:
         try:
             KINDS.get(self.kind)
@@ -199,12 +205,24 @@ class PreferenceSettings(PairSettings, PreferenceConfig):
                     f"bank: entry {name!r} mixes policies; name the bank.safetensors of a stage policy with "
                     "--config.preference.bank, or policy for that of this run"
                 )
+        if not self.epochs:
+            self.check_steps(self.steps)
+
+    def check_steps(self, steps: int, section: str = "", source: str = "") -> None:
+        """Raises UserError for a warm-up that leaves none of so many updates.
+
+        Args:
+          section: prefix of keys in messages.
+          source: where the number of updates comes from.
+        """
         for name in self.models:
+            share = self.entry(name).users.warm_start
             # Two parts where the first trains vectors for the clusters.
-            first = round(self.entry(name).users.warm_start * self.steps)
-            for part in filter(None, (first, self.steps - first)):
-                check_warmup(self.optimizer, part)
-                check_warmup(self.user_optimizer, part, "user_optimizer")
+            first = round(share * steps)
+            for order, part in (("before", first), ("after", steps - first)):
+                told = f" {order} models.{name}.warm_start={share:g} of {steps} steps" if first else ""
+                for key in ("optimizer", "user_optimizer") if part else ():
+                    check_warmup(getattr(self, key), part, f"{section}{key}", f"{told}{source}")
 
     def entry(self, name: str) -> Entry:
         """An entry of `models`.
@@ -616,7 +634,10 @@ def run(run: Run) -> dict[str, Any]:
         entry = settings.entry(name)
         texts = entry.users.user_text
         pairs = made(user_text=texts, permuted_text=texts and entry.users.permuted)
-        steps = steps_of(settings.steps, settings.epochs, len(pairs.tables["train"]), settings.batch_size)
+        rows = len(pairs.tables["train"])
+        steps = steps_of(settings.steps, settings.epochs, rows, settings.batch_size)
+        if settings.epochs:
+            settings.check_steps(steps, "preference.", passes(settings.epochs, rows, settings.batch_size))
         entry = dataclasses.replace(entry, steps=steps)
         first, start = round(entry.users.warm_start * entry.steps), None
         if KINDS.get(entry.users.kind).mixes:

@@ -122,7 +122,9 @@ class PolicySettings(Settings):
                 f"reward_weights: combine.kind {self.combine.get('kind', 'sum')!r} does not weigh rewards by the "
                 "preference weights alone; choose sum, tchebycheff or gdpo, or leave reward_weights out"
             )
-        check_warmup(self.optimizer, self.steps * self.ppo.epochs * self.ppo.minibatches)
+        ppo, steps = self.ppo, self.steps
+        told = f" (steps={steps} x ppo.epochs={ppo.epochs} x ppo.minibatches={ppo.minibatches})"
+        check_warmup(self.optimizer, steps * ppo.epochs * ppo.minibatches, part=told)
         if self.rollouts % self.experience.samples_per_prompt:
             raise UserError(
                 f"rollouts: {self.rollouts} is not a multiple of experience.samples_per_prompt="

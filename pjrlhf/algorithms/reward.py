@@ -81,7 +81,8 @@ class RewardSettings(Settings):
 
     def check(self) -> None:
         check_quantiles(self.quantiles)
-        check_warmup(self.optimizer, self.steps)
+        if not self.epochs:
+            check_warmup(self.optimizer, self.steps)
         check_accumulation(self.accumulation_steps, self.batch_size)
 
 
@@ -265,7 +266,8 @@ class Reward(Method):
         self.train, self.heldout = tables
         self.soft = any(table.has_soft_labels for table in self.train.values())
         source = Grouped(list(self.train.values()), streams.seed)
-        steps = steps_of(settings.steps, settings.epochs, len(source), settings.batch_size)
+        s = settings
+        steps = steps_of(s.steps, s.epochs, len(source), s.batch_size, "reward", s.optimizer)
         self.settings = settings = settings.replace(steps=steps)
         self.devices, self.backbone, self.text, self.streams = devices, backbone, text, streams
         self.rates = settings.optimizer.rates()

@@ -71,7 +71,10 @@ class RicSettings(Settings):
     optimizer: OptimizerSettings = setting(OptimizerSettings(learning_rate=3e-3, schedule="cosine"))
 
     def check(self) -> None:
-        check_warmup(self.optimizer, min(self.steps, self.online_steps) if self.rounds else self.steps)
+        if not self.epochs:
+            check_warmup(self.optimizer, self.steps)
+        if not self.epochs and self.rounds:
+            check_warmup(self.optimizer, self.online_steps, part=" of an online round")
         check_accumulation(self.accumulation_steps, self.batch_size)
 
 
@@ -235,7 +238,7 @@ def fine_tune(
     name = f"{stage}/round{number}"
     table = stated(run, settings, answers, name)
     steps = settings.online_steps if number else settings.steps
-    steps = steps_of(steps, settings.epochs, len(table), settings.batch_size)
+    steps = steps_of(steps, settings.epochs, len(table), settings.batch_size, "ric", settings.optimizer)
     data = Round(table, steps, start, settings.accumulation_steps)
     return run.train(method_of(run, settings, data), name, steps).trainable
 

@@ -53,7 +53,8 @@ class SftSettings(CorpusSettings):
     )
 
     def check(self) -> None:
-        check_warmup(self.optimizer, self.steps)
+        if not self.epochs:
+            check_warmup(self.optimizer, self.steps)
         check_accumulation(self.accumulation_steps, self.batch_size)
 
 
@@ -96,7 +97,8 @@ class Sft(Method):
         table: TokenTable,
     ):
         self.devices, self.workspace, self.streams, self.records = devices, workspace, streams, len(table)
-        steps = steps_of(settings.steps, settings.epochs, len(table), settings.batch_size)
+        s = settings
+        steps = steps_of(s.steps, s.epochs, len(table), s.batch_size, "sft", s.optimizer)
         self.settings = settings = settings.replace(steps=steps)
         self.adapter = settings.adapter
         self.rates = settings.optimizer.rates()

@@ -62,6 +62,43 @@ class DataSettings(Settings):
     heldout_fraction: float = setting(0.25, "fraction of the prompts held out for evaluation", above=0.0, below=1.0)
     max_bad_fraction: float = setting(0.01, "a larger fraction of bad records stops the run", low=0.0, high=1.0)
 
+    def within(self, context: int, user_tokens: int = 0, learned_positions: bool = False) -> "DataSettings":
+        """The settings for a model with a context of so many tokens: shorter lengths, in the same proportion, where texts
+        are cut anyway.
+
+        Args:
+          user_tokens: that stand before a prompt.
+          learned_positions: of the model, which knows no position beyond its context. Other models read on, and so user
+            tokens alone change nothing.
+
+        Raises:
+          UserError: the lengths exceed the context, and texts are not cut.
+        """
+        whole = self.max_prompt + self.max_completion
+        if whole + user_tokens * learned_positions <= context:
+            return self
+        room = context - user_tokens
+        if room < 2:
+            raise UserError(
+                f"model.path: {user_tokens} user tokens leave no room for text in the context of {context} tokens of "
+                "the model; lower `tokens` of the entries of preference.models"
+            )
+        completion = max(1, room * self.max_completion // whole)
+        found = self.replace(max_prompt=room - completion, max_completion=completion)
+        names = "max_prompt", "max_completion"
+        if self.long_prompt != "truncate_left" or self.long_completion != "truncate":
+            raise UserError(
+                f"data.max_prompt: {self.max_prompt} and data.max_completion: {self.max_completion} tokens"
+                f"{f' with {user_tokens} user tokens' if user_tokens else ''} are more than the {context} tokens of the "
+                f"model's context; set {' '.join(f'--config.data.{name}={getattr(found, name)}' for name in names)}"
+            )
+        logging.info(
+            "the model has a context of %d tokens: data.max_prompt is %d in place of %d, and data.max_completion %d in "
+            "place of %d",
+            *(context, found.max_prompt, self.max_prompt, found.max_completion, self.max_completion),
+        )
+        return found
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CorpusSettings(Settings):

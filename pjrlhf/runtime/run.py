@@ -30,7 +30,7 @@ from pjrlhf.runtime.sampler import PoliciesOf, Sampler, mixed
 from pjrlhf.runtime.scorer import Scorer
 from pjrlhf.runtime.streams import Streams
 from pjrlhf.runtime.text import Text
-from pjrlhf.runtime.workspace import ModelSettings, Workspace
+from pjrlhf.runtime.workspace import ModelSettings, Workspace, context_of
 from pjrlhf.settings import SEEDS, Settings, check_names, setting
 from pjrlhf.training import loop
 from pjrlhf.training.loop import LoopSettings
@@ -100,6 +100,20 @@ class SharedSettings(LoopSettings):
         check_names("methods", self.methods)
         check_quantize(self.model.quantize, self.adapter.rank)
         self.audience.check()
+
+    @property
+    def user_tokens(self) -> int:
+        """The most user tokens that stand before a prompt of this run."""
+        return 0
+
+    def within_context(self) -> "SharedSettings":
+        """These settings with lengths of texts that the base can read; as they are where its folder does not tell."""
+        found = context_of(self.model)
+        if found is None:
+            return self
+        context, learned = found
+        data = self.data.within(context, self.user_tokens, learned)
+        return self if data is self.data else self.replace(data=data)
 
     @functools.cached_property
     def audience(self) -> Audience:
@@ -172,6 +186,7 @@ class Run(Sections):
     """
 
     def __init__(self, settings: SharedSettings, sections: Mapping[type, Settings], workdir: Workdir):
+        settings = settings.within_context()
         super().__init__(settings, sections)
         self.workdir = workdir
         self.streams = Streams(settings.seed)

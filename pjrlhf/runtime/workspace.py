@@ -21,7 +21,7 @@ from pjrlhf.models.config import ModelConfig, RopeScaling
 from pjrlhf.models.decoder import REMAT_POLICIES, Decoder, choose_decode, init_params
 from pjrlhf.models.families import leaf_shapes
 from pjrlhf.models.folders import new_folder, read_json
-from pjrlhf.models.hub import model_folder, portable
+from pjrlhf.models.hub import config_folder, model_folder, portable
 from pjrlhf.models.huggingface import fingerprint, load_params, read_config
 from pjrlhf.models.provenance import adapted, text_provenance
 from pjrlhf.models.quantization import check_quantize
@@ -92,6 +92,20 @@ class ModelSettings(Settings):
                     "rope_scaling: give factor, low_freq_factor, high_freq_factor and original_max_position, not "
                     f"{dict(self.rope_scaling)}"
                 ) from error
+
+
+def context_of(settings: ModelSettings) -> tuple[int, bool] | None:
+    """(context of the base in tokens, whether its positions are learned); None for a new model, and where its folder
+    cannot be read, of which whoever loads the model tells.
+    """
+    path = settings.path
+    if not path or (settings.vocab_size and not os.path.isdir(path)):  # a dry run without the model
+        return None
+    try:
+        config = read_config(config_folder(path))
+    except UserError:
+        return None
+    return config.max_length, config.positions == "learned"
 
 
 class Workspace:

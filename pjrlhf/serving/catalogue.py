@@ -5,7 +5,6 @@ import difflib
 import functools
 import math
 import pathlib
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NotRequired, TypedDict
 
@@ -25,10 +24,11 @@ from pjrlhf.models.hub import hub_name, model_folder
 from pjrlhf.models.registry import UserRegistry
 from pjrlhf.models.users import UserModel
 from pjrlhf.paths import local
+from pjrlhf.settings import SERVED, check_names
 from pjrlhf.types import Params
 
-BASE = "base"  # the name of the base among the models
-PERSONAL = "personal"  # the soup of the person who asks, where a user model mixes adapters
+# The name of the base among the models, and of the soup of the person who asks, where a user model mixes adapters.
+BASE, PERSONAL = SERVED
 SOUP = "soup:"
 WEIGHT_LIMIT = 100.0
 
@@ -129,13 +129,7 @@ class Catalogue:
     chat: bool = True
 
     def __post_init__(self):
-        taken = {BASE, PERSONAL}
-        for name in self.names:
-            if name in taken or not re.fullmatch(r"[^\s=,:/][^\s=,:]*", name):
-                raise UserError(
-                    f"ingredient {name!r}: the name is taken, or has a space, comma, colon or equals sign; give another"
-                )
-            taken.add(name)
+        check_names("ingredients", self.names)
 
     @property
     def user_tokens(self) -> int:

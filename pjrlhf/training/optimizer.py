@@ -38,17 +38,42 @@ class OptimizerSettings(Settings):
         return {f"{name}.learning_rate": self.learning_rate}
 
 
-def check_warmup(settings: OptimizerSettings, updates: int, name: str = "optimizer") -> None:
-    """Raises UserError for a warm-up that is not shorter than `updates`; `name` is the key of the section."""
+def check_warmup(settings: OptimizerSettings, updates: int, name: str = "optimizer", part: str = "") -> None:
+    """Raises UserError for a warm-up that is not shorter than `updates`.
+
+    Args:
+      name: key of the section.
+      part: which updates these are, where they are a part of the training.
+    """
     if settings.warmup_steps >= max(updates, 1):
         raise UserError(
-            f"{name}.warmup_steps: {settings.warmup_steps} leaves none of the {updates} updates; make it smaller"
+            f"{name}.warmup_steps: {settings.warmup_steps} leaves none of the {updates} updates{part}; make it at most "
+            f"{max(updates, 1) - 1}"
         )
 
 
-def steps_of(steps: int, epochs: float, rows: int, batch_size: int) -> int:
-    """Number of updates of a stage: those of `epochs` passes over `rows` rows, at least one; `steps` without epochs."""
-    return max(1, round(epochs * rows / batch_size)) if epochs else steps
+def steps_of(
+    steps: int, epochs: float, rows: int, batch_size: int, stage: str = "", optimizer: OptimizerSettings | None = None
+) -> int:
+    """Number of updates of a stage: those of `epochs` passes over `rows` rows, at least one; `steps` without epochs.
+
+    Args:
+      stage, optimizer: key of its section, and its optimizer.
+
+    Raises:
+      UserError: a warm-up of `optimizer` that is not shorter.
+    """
+    if not epochs:
+        return steps
+    found = max(1, round(epochs * rows / batch_size))
+    if optimizer:
+        check_warmup(optimizer, found, f"{stage}.optimizer", passes(epochs, rows, batch_size))
+    return found
+
+
+def passes(epochs: float, rows: int, batch_size: int) -> str:
+    """For messages: what makes the number of updates."""
+    return f" of epochs={epochs:g} over {rows} rows in batches of {batch_size}"
 
 
 def make_schedule(settings: OptimizerSettings, total_steps: int) -> optax.Schedule:

@@ -35,6 +35,7 @@ from pjrlhf.models.storage import load_tree, save_tree
 from pjrlhf.models.users import UserKind
 from pjrlhf.objectives.preference import PAIRWISE
 from pjrlhf.training import loop
+from pjrlhf.training.optimizer import OptimizerSettings, passes
 
 
 @pytest.fixture(scope="module")
@@ -665,3 +666,37 @@ def test_a_bank_must_fit(opposites, tmp_path):
     path.unlink()
     with pytest.raises(UserError, match=r"bank.safetensors: there is no such file"):
         preference.run(tiny.start(tmp_path / "run", settings()))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"steps": 8, "warmup": 5},
+            "optimizer.warmup_steps: 5 leaves none of the 4 updates before models.cluster.warm_start=0.5 of 8 steps; "
+            "make it at most 3",
+        ),
+        ({"steps": 8, "warmup": 3}, ""),
+        ({"steps": 8, "warmup": 5, "models": {"pooled": {"kind": "uniform"}}}, ""),
+        (
+            {"steps": 5, "warmup": 5, "models": {"pooled": {"kind": "uniform"}}},
+            "optimizer.warmup_steps: 5 leaves none of the 5 updates; make it at most 4",
+        ),
+    ],
+)
+def test_a_warm_up_that_is_too_long_names_the_part_that_it_fills(changes, message):
+    warmup = changes.pop("warmup")
+    make = functools.partial(PreferenceSettings, optimizer=OptimizerSettings(warmup_steps=warmup), **changes)
+    if not message:
+        make()
+        return
+    with pytest.raises(UserError) as refused:
+        make()
+    assert str(refused.value) == message
+
+
+def test_a_warm_up_is_compared_with_the_updates_of_epochs():
+    settings = PreferenceSettings(epochs=0.5, steps=1, optimizer=OptimizerSettings(warmup_steps=5))
+    told = "preference.optimizer.warmup_steps: 5 leaves none of the 5 updates before .* of epochs=0.5 over 80 rows"
+    with pytest.raises(UserError, match=told):
+        settings.check_steps(10, "preference.", passes(0.5, 80, 4))

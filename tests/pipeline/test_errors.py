@@ -64,7 +64,7 @@ MISTAKES = [
         -1.0,
         "sft.optimizer.learning_rate: -1.0 is out of range; choose a number at least 0",
     ),
-    ("sft.optimizer.warmup_steps", 60, "sft.optimizer.warmup_steps: 60 leaves none of the 60 updates; make it smaller"),
+    ("sft.optimizer.warmup_steps", 60, "sft.optimizer.warmup_steps: 60 leaves none of the 60 updates; make it at most 59"),
     ("model.max_length", 25, "model.max_length: 25 is less than data.max_prompt .* = 20 . 10; raise it or shorten one"),
     ("sft.steps", -1, "sft.steps: -1 is out of range; choose a number at least 1"),
     ("sft.data", "wrold", "sft.data: 'wrold' is unknown; choose one of synthetic, or give a section"),

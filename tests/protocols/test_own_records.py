@@ -34,7 +34,7 @@ def finished(tmp_path_factory):
     path = tiny_users.write_records(folder / "records.jsonl", lines)
     changes = {"preference__batch_size": 4, "preference__steps": 2, "preference__optimizer__warmup_steps": 0}
     changes |= {"data__max_prompt": 20, "data__max_completion": 10, "evaluate_users__generate_for": 1}
-    models = {"pooled": {"kind": "uniform"}, "a$b_$ [x]": {"kind": "individualized", "tokens": 1}}
+    models = {"pooled": {"kind": "uniform"}, "a$b_$[x]": {"kind": "individualized", "tokens": 1}}
     base = str(tiny_users.save_base(folder))
     config = tiny_users.settings(
         "records", model__path=base, preference__data__path=path, **changes, **{"preference.models": models}
@@ -62,7 +62,7 @@ def test_all_sampled_answers_are_kept(finished):
     lines = (finished / "report" / "answers.jsonl").read_text(encoding="utf-8").splitlines()
     found = [json.loads(line) for line in lines]
     assert {(one["model"], one["user"]) for one in found} == {
-        (model, who) for model in ("pooled", "a$b_$ [x]") for who in WHO
+        (model, who) for model in ("pooled", "a$b_$[x]") for who in WHO
     }
     assert all(isinstance(one["answer"], str) and one["prompt"] for one in found)
 

@@ -1,5 +1,6 @@
 """Packed rows and the positions that a model has learned."""
 
+import re
 import types
 
 import jax.numpy as jnp
@@ -24,3 +25,25 @@ def test_user_tokens_take_positions_of_the_context():
         UserError, match="3 with prompts of 6 and completions of 8 tokens are more than the 16 positions"
     ):
         text.pack(*rows, num_user_tokens=3)
+
+
+def test_lengths_fit_the_context_where_texts_are_cut_anyway():
+    cut = {"long_prompt": "truncate_left", "long_completion": "truncate", "prompt_buckets": ()}
+    settings = DataSettings(max_prompt=512, max_completion=256, **cut)
+    assert settings.within(768) is settings
+    for context, user_tokens, learned in ((512, 0, False), (512, 10, False), (770, 10, True), (12, 10, False)):
+        found = settings.within(context, user_tokens, learned)
+        assert found.max_prompt + found.max_completion + user_tokens == context
+        assert min(found.max_prompt, found.max_completion) >= 1
+    assert settings.within(770, 10) is settings, "the positions of the model go on"
+    with pytest.raises(UserError, match="model.path: 10 user tokens leave no room"):
+        settings.within(11, 10)
+
+
+def test_lengths_that_exceed_the_context_are_refused_with_lengths_that_fit():
+    settings = DataSettings(max_prompt=512, max_completion=256, prompt_buckets=())
+    with pytest.raises(UserError, match="more than the 512 tokens of the model's context; set ") as refused:
+        settings.within(512, 10)
+    remedy = {name: int(value) for name, value in re.findall(r"--config.data.(\w+)=(\d+)", str(refused.value))}
+    fitted = settings.replace(**remedy)
+    assert fitted.within(512, 10) is fitted
