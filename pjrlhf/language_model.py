@@ -17,7 +17,7 @@ from jax.typing import ArrayLike
 
 from pjrlhf.data.batching import pad_left, pad_right
 from pjrlhf.data.messages import Conversation, Prompt, as_turns, options_of, read_turns
-from pjrlhf.data.records import RecordError, plain
+from pjrlhf.data.records import RecordError, name_of, plain
 from pjrlhf.data.tokenization import Tokenizer, load_tokenizer
 from pjrlhf.errors import UserError
 from pjrlhf.models.adapters import AdapterConfig, Backbone, bank_size
@@ -300,7 +300,11 @@ class PersonalModel:
     def _ingredients(self, users: Sequence[str | None], count: int) -> tuple[Params, jax.Array, jax.Array | None]:
         if len(users) != count:
             raise UserError(f"users: there are {len(users)} for {count} prompts; give one for each, or None")
-        user_tokens, mix = self.users.apply(self.params["users"], jnp.asarray(self.registry.indices(users)))
+        names = []
+        for number, user in enumerate(users, 1):
+            with _named(f"user {number}"):
+                names.append(None if user is None else name_of(user, "name"))
+        user_tokens, mix = self.users.apply(self.params["users"], jnp.asarray(self.registry.indices(names)))
         return self.params["bank"], jnp.ones((1, 1)) if mix is None else mix, user_tokens
 
     def _asked(self, prompts: Sequence[Prompt]) -> list[Prompt]:
@@ -331,7 +335,8 @@ def _named(what: str) -> Iterator[None]:
     try:
         yield
     except RecordError as error:
-        remedy = "correct it" if error.reason == "not UTF-8" else "correct it, or give the prompt as text"
+        is_prompt = what.startswith("prompt") and error.reason != "not UTF-8"
+        remedy = "correct it, or give the prompt as text" if is_prompt else "correct it"
         raise UserError(f"{what}: {error}; {remedy}") from error
 
 
@@ -344,13 +349,18 @@ def _rows_of_mix(bank: Params | None, mix: ArrayLike | None, count: int) -> jax.
         if mix is not None:
             raise UserError("mix: has no bank to mix; give one, or leave mix out")
         return None
-    rows = jnp.atleast_2d(jnp.asarray(mix, jnp.float32))
+    try:
+        rows = np.atleast_2d(np.asarray(mix, np.float32))
+    except (TypeError, ValueError, OverflowError):
+        rows = np.full((1, 1), np.nan)
+    if not np.isfinite(rows).all():
+        raise UserError("mix: is not a list of finite numbers; give a weight for each adapter")
     if rows.ndim != 2 or rows.shape[1] != bank_size(bank) or rows.shape[0] not in (1, count):
         raise UserError(
             f"mix: has shape {list(rows.shape)}; give {bank_size(bank)} weights, or {bank_size(bank)} for each of the "
             f"{count} prompts"
         )
-    return rows
+    return jnp.asarray(rows)
 
 
 @functools.partial(jax.jit, static_argnums=1)

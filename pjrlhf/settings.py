@@ -361,7 +361,10 @@ def _hint_of(rule: Rule) -> str:
 
 def shown(value: object) -> str:
     """A value in a message: one line, cut where it is long."""
-    text = " ".join(repr(value).split())
+    try:
+        text = " ".join(repr(value).split())
+    except ValueError:  # Python writes no whole number of thousands of digits
+        text = f"a {type(value).__name__} of thousands of digits"
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 

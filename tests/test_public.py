@@ -87,6 +87,9 @@ def test_a_row_of_zeros_is_the_base_and_one_row_serves_all(model, bank):
         ),
         ((["rain"] * 2, "bank", [[1.0, 0.0]] * 3), r"mix: has shape \[3, 2\]"),
         ((["rain"], None, [1.0]), "mix: has no bank to mix"),
+        ((["rain"], "bank", [float("nan"), 1.0]), "mix: is not a list of finite numbers"),
+        ((["rain"], "bank", [10**400, 1.0]), "mix: is not a list of finite numbers"),
+        ((["rain"], "bank", ["a", 1.0]), "mix: is not a list of finite numbers"),
         ((["rain " * 100], None, None), "tokens do not fit the context of 40"),
     ],
 )

@@ -9,7 +9,7 @@ from typing import Any
 
 from absl import logging
 
-from pjrlhf.data.records import RecordError, from_json, plain
+from pjrlhf.data.records import RecordError, from_json, name_of, plain
 from pjrlhf.errors import UserError
 from pjrlhf.paths import local, read_errors
 from pjrlhf.settings import shown
@@ -58,7 +58,10 @@ def read_votes(spec: Mapping[str, Any], key: str = "data") -> dict[int, dict[str
     for _, row in _rows(pairs_file, names, ("pair", "prompt", "left", "right"), key):
         if isinstance(row, RecordError):
             raise UserError(f"{pairs_file}: {row}; correct it")
-        name = str(row[names["pair"]])
+        try:
+            name = name_of(row[names["pair"]], names["pair"])
+        except RecordError as error:
+            raise UserError(f"{pairs_file}: {error}; correct it") from error
         if row != pairs.setdefault(name, row):
             several.add(name)
     further, least = spec.get("ties") or (), spec.get("min_votes") or 1
@@ -71,7 +74,12 @@ def read_votes(spec: Mapping[str, Any], key: str = "data") -> dict[int, dict[str
         if isinstance(row, RecordError):
             found[number] = row
             continue
-        name, winner = str(row[names["pair"]]), str(row[names["winner"]]).strip().lower()
+        try:
+            name, user = (name_of(row[names[ours]], names[ours]) for ours in ("pair", "user"))
+        except RecordError as error:
+            found[number] = error
+            continue
+        winner = str(row[names["winner"]]).strip().lower()
         if name not in pairs:
             found[number] = RecordError("unknown pair", f"{shown(name)} is not in {pairs_file}")
         elif name in several:
@@ -87,7 +95,7 @@ def read_votes(spec: Mapping[str, Any], key: str = "data") -> dict[int, dict[str
             sides = ("left", "right") if winner == "left" else ("right", "left")
             chosen, rejected = (pairs[name][names[side]] for side in sides)
             record = {"prompt": pairs[name][names["prompt"]], "chosen": chosen, "rejected": rejected}
-            found[number] = {**record, "user_id": str(row[names["user"]])}
+            found[number] = {**record, "user_id": user}
     good = {number: record for number, record in found.items() if not isinstance(record, RecordError)}
     counts = Counter(record["user_id"] for record in good.values())
     few = {user for user, count in counts.items() if count < least}
@@ -185,7 +193,11 @@ def _parsed(path: pathlib.Path) -> Sequence[Any]:
         return [_record(line) for line in content.split(b"\n") if line.strip()]
     try:
         if path.suffix == ".csv":
-            return list(csv.DictReader(io.StringIO(content.decode("utf-8-sig"))))
+            rows = csv.DictReader(io.StringIO(content.decode("utf-8-sig")))
+            columns = rows.fieldnames or ()
+            if repeated := [name for name in columns if columns.count(name) > 1]:
+                raise ValueError(f"two columns are called {repeated[0]!r}")
+            return list(rows)
         found = plain(from_json(content))
     except (ValueError, csv.Error) as error:
         raise UserError(f"{path}: cannot be read ({error}); correct it") from error

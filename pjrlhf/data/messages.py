@@ -3,7 +3,7 @@
 import json
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 from pjrlhf.data.records import RecordError, from_json
 from pjrlhf.settings import shown
@@ -51,6 +51,23 @@ def as_request(prompt: Prompt) -> Request:
 def options_of(prompt: object) -> dict[str, Any]:
     """The arguments for the chat template that come with a prompt."""
     return prompt.options if isinstance(prompt, Conversation) else {}
+
+
+def what_needs_template(prompt: Sequence[Message]) -> str:
+    """Why a prompt needs a chat template: a text with arguments for the template is a `Conversation`, too."""
+    return f"has {_given(prompt)}, which a chat template reads" if _given(prompt) else "is a conversation"
+
+
+def without_template(prompt: Sequence[Message]) -> str:
+    """How to do without a chat template."""
+    columns = _given(prompt)
+    more = f", without {columns}" if columns else ""
+    return f"give prompts as text{more}"
+
+
+def _given(prompt: Sequence[Message]) -> str:
+    """The columns of a record that are arguments for the template."""
+    return " and ".join(columns_of(cast(Prompt, prompt)))
 
 
 def columns_of(prompt: Prompt) -> dict[str, Any]:

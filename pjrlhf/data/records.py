@@ -9,7 +9,9 @@ from typing import Any
 import numpy as np
 from absl import logging
 
+from pjrlhf import strict_json
 from pjrlhf.errors import UserError
+from pjrlhf.settings import shown
 from pjrlhf.types import Json
 
 _LOGGED = 5  # bad records that are logged one by one
@@ -80,16 +82,18 @@ def from_json(text: bytes | str, strict: bool = False) -> Any:
     """The value of a JSON text.
 
     Args:
-      strict: what JSON does not define is an error, too: NaN and infinities, and a name that comes twice in an object.
+      strict: NaN and infinities, which JSON does not define, are an error.
 
     Raises:
-      RecordError: not UTF-8, not JSON, nested too deeply, or a number with thousands of digits.
+      RecordError: not UTF-8, not JSON, a key that stands twice in one object, nested too deeply, or a number with
+        thousands of digits.
     """
-    hooks: dict[str, Any] = {"object_pairs_hook": _named_once, "parse_constant": _no_constant} if strict else {}
     try:
-        return json.loads(text.decode("utf-8-sig") if isinstance(text, bytes) else text, **hooks)
-    except RecordError:
-        raise
+        return strict_json.loads(text.decode("utf-8-sig") if isinstance(text, bytes) else text, constants=not strict)
+    except strict_json.RepeatedKey as error:
+        raise RecordError("repeated key", str(error)) from error
+    except strict_json.Constant as error:
+        raise RecordError("bad JSON", str(error)) from error
     except UnicodeDecodeError as error:
         raise RecordError("not UTF-8", str(error)) from error
     except json.JSONDecodeError as error:
@@ -98,18 +102,6 @@ def from_json(text: bytes | str, strict: bool = False) -> Any:
         raise RecordError("nested too deeply", f"more than {_DEPTH} levels") from error
     except ValueError as error:  # Python reads no whole number of thousands of digits
         raise RecordError("number too large", str(error).partition(";")[0]) from error
-
-
-def _named_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        name = collections.Counter(name for name, _ in pairs).most_common(1)[0][0]
-        raise RecordError("a name comes twice in an object", ascii(name[:100]))
-    return found
-
-
-def _no_constant(text: str) -> Any:
-    raise RecordError("bad JSON", f"{text} is no number of JSON")
 
 
 def plain(value: Json, depth: int = 0) -> Any:
@@ -145,3 +137,24 @@ def plain(value: Json, depth: int = 0) -> Any:
 
 def _key(key: object) -> object:
     return plain(key) if isinstance(key, str | bytes) else key
+
+
+def name_of(value: Json, column: str) -> str:
+    """The name of a person or a pair: text as it is, and a whole number as its digits, also where a columnar file has
+    made it a float: 7, 7.0 and "7" are one name.
+
+    Args:
+      column: for messages.
+
+    Raises:
+      RecordError: blank text, or neither text nor a whole number.
+    """
+    if isinstance(value, float) and value.is_integer() and abs(value) < 2**53:
+        value = int(value)
+    if isinstance(value, int) and not isinstance(value, bool):
+        return str(value)
+    if not isinstance(value, str):
+        raise RecordError(f"{column} is no name", f"{shown(value)} is neither text nor a whole number")
+    if not value.strip():
+        raise RecordError(f"empty {column}")
+    return value

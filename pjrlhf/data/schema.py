@@ -23,7 +23,7 @@ from pjrlhf.data.messages import (
     read_options,
     read_turns,
 )
-from pjrlhf.data.records import BadRecords, RecordError, plain
+from pjrlhf.data.records import BadRecords, RecordError, name_of, plain
 from pjrlhf.errors import UserError
 from pjrlhf.settings import shown
 from pjrlhf.types import Json
@@ -166,7 +166,7 @@ def parse(
         extra |= {name: values[name] for name in ("chosen", "rejected", "completion", "text") if name in values}
     return Example(
         **fields,
-        user_id=_user_id(values.get("user_id")),
+        user_id=name_of(values["user_id"], "user_id") if "user_id" in values else None,
         user_text=_optional_text(values, "user_text"),
         objective=_optional_text(values, "objective"),
         preference_weights=_weights(values.get("preference_weights")),
@@ -333,11 +333,6 @@ def _text(value: Json, name: str) -> str:
 
 def _optional_text(values: dict[str, Any], name: str) -> str | None:
     return _text(values[name], name) if name in values else None
-
-
-def _user_id(value: Json) -> str | None:
-    is_number = isinstance(value, int) and not isinstance(value, bool)
-    return None if value is None else _text(str(value) if is_number else value, "user_id")
 
 
 def _number(value: Json, name: str) -> float:

@@ -92,8 +92,11 @@ class JsonLines(Source):
         except (gzip.BadGzipFile, EOFError, zlib.error) as error:
             raise UserError(f"{path}: a damaged gzip file ({error}); copy or download it again") from error
         start = self._lines[0][1].removeprefix(codecs.BOM_UTF8).strip() if self._lines else b""
-        if start.startswith((b"[", b"PAR1")) or start == b"{":
-            what = "a parquet file" if start.startswith(b"PAR1") else "one JSON text over the whole file"
+        if start.startswith(b"PAR1"):
+            what = "a parquet file"
+        else:
+            what = "one JSON text over the whole file" if _is_one_text(start, len(self._lines)) else ""
+        if what:
             raise UserError(f"{path}: {what}, not one JSON object per line; {_as_datasets(key)}")
         super().__init__(file.name, self._lines)
 
@@ -105,6 +108,19 @@ class JsonLines(Source):
 
     def where(self, i: int) -> str:
         return f"{self.name} line {self._lines[i][0]}"
+
+
+def _is_one_text(line: bytes, count: int) -> bool:
+    """Whether a file of `count` lines, of which this is the first, is one JSON text: a list of records, or a text that
+    goes on on the next line. A list that ends on its line is a bad record among others.
+    """
+    if not line.startswith((b"[", b"{")):
+        return False
+    try:
+        value = from_json(line)
+    except RecordError as error:
+        return line == b"{" or (line.startswith(b"[") and error.reason == "bad JSON")
+    return count == 1 and isinstance(value, list) and all(isinstance(one, dict) for one in value)
 
 
 class Joined(Source):

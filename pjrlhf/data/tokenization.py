@@ -27,11 +27,14 @@ from pjrlhf.data.messages import (
     as_turns,
     options_of,
     text_of,
+    what_needs_template,
     without_system,
+    without_template,
 )
 from pjrlhf.data.records import BadRecords, RecordError
 from pjrlhf.data.schema import Example, shared_length
 from pjrlhf.errors import UserError
+from pjrlhf.models.folders import read_json
 from pjrlhf.models.hf_config import read_eos_ids
 from pjrlhf.terminal import quiet_libraries
 from pjrlhf.types import Json
@@ -329,8 +332,8 @@ class Tokenizer:
         """The text of a conversation, with its generation prompt where it is the assistant's turn."""
         if not self.has_chat_template:
             raise UserError(
-                "prompt: is a conversation, and the tokenizer has no chat template; add chat_template to "
-                "tokenizer_config.json, or give prompts as text"
+                f"prompt: {what_needs_template(prompt)}, and the tokenizer has no chat template; add chat_template to "
+                f"tokenizer_config.json, or {without_template(prompt)}"
             )
         if any(message["role"] in SYSTEM for message in (*prompt, *more)) and not self._knows_system:
             prompt, more = Conversation(without_system(prompt), options_of(prompt)), without_system(more)
@@ -482,7 +485,7 @@ def setting_of(folder: pathlib.Path, name: str) -> Json:
     transformers 5 ignores `add_bos_token` and `add_eos_token` for the classes that it replaces with its own.
     """
     file = folder / "tokenizer_config.json"
-    return json.loads(file.read_text()).get(name) if file.is_file() else None
+    return read_json(file).get(name) if file.is_file() else None
 
 
 def load_backend(folder: pathlib.Path) -> Any:

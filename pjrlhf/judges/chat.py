@@ -93,7 +93,7 @@ def token_counts(reply: Json) -> tuple[int, int] | None:
     if not isinstance(usage, Mapping):
         return None
     sent, received = (usage.get(name) for name in ("prompt_tokens", "completion_tokens"))
-    if not isinstance(sent, int) or not isinstance(received, int) or min(sent, received) < 0:
+    if any(type(count) is not int or not 0 <= count < 2**53 for count in (sent, received)):
         return None
     return sent, received
 

@@ -115,9 +115,13 @@ class ScoreJudge:
         return np.array([self.cache[key] for key in keys], np.float64)
 
     def _finite(self, key: tuple[Request, str, str]) -> float:
-        value = float(self.score(*key))
+        score = self.score(*key)
+        try:
+            value = float(score)
+        except (TypeError, ValueError, OverflowError):
+            value = math.nan
         if not math.isfinite(value):
-            raise UserError(f"criterion {key[2]!r}: score {value} for {key[1][:60]!r}; scores must be finite")
+            raise UserError(f"criterion {key[2]!r}: score {shown(score)} for {key[1][:60]!r}; scores must be finite")
         return value
 
 

@@ -2,7 +2,6 @@
 
 import copy
 import dataclasses
-import json
 import math
 import pathlib
 import re
@@ -14,6 +13,7 @@ from typing import Any, Protocol
 import numpy as np
 from jaxtyping import Float
 
+from pjrlhf import strict_json
 from pjrlhf.data.messages import Prompt, dialogue
 from pjrlhf.errors import UserError
 from pjrlhf.judges.chat import Body, Chat, ChatSettings
@@ -211,14 +211,14 @@ def read_rating(template: Template, reply: Json) -> float:
         verdict = _verdict(template, choice)
     try:
         number = float(verdict) if not isinstance(verdict, bool) else math.nan
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return math.nan
     return number if template.low <= number <= template.high else math.nan
 
 
 def _choice(reply: Json) -> Mapping[str, Json]:
     choices = reply.get("choices") if isinstance(reply, Mapping) else None
-    return choices[0] if choices and isinstance(choices[0], Mapping) else {}
+    return choices[0] if isinstance(choices, list) and choices and isinstance(choices[0], Mapping) else {}
 
 
 def _text(choice: Mapping[str, Json]) -> str:
@@ -240,7 +240,7 @@ def _probabilities(choice: Mapping[str, Json], labels: Iterable[str]) -> dict[st
                 found[token] += math.exp(entry["logprob"])
     except (AttributeError, LookupError, TypeError, OverflowError):
         return None
-    return found if sum(found.values()) > 0 else None
+    return found if 0 < sum(found.values()) < math.inf else None
 
 
 def _verdict(template: Template, choice: Mapping[str, Json]) -> Any:
@@ -252,7 +252,7 @@ def _verdict(template: Template, choice: Mapping[str, Json]) -> Any:
         found = re.search(r"(?:^|\n)Verdict: *(\S+?)\.?$", text)
         return found[1] if found else None
     try:
-        value = json.loads(text)
+        value = strict_json.loads(text)
     except (ValueError, RecursionError):
         return None
     return value.get("verdict") if isinstance(value, dict) else None
@@ -305,7 +305,7 @@ def describe(person: str | Mapping[str, Any]) -> str:
         raise UserError(f"person: stated is {shown(stated)}; give {{preference: how much it matters}}")
     if isinstance(heard, str) or not isinstance(heard, Sequence):
         raise UserError(f"person: said is {shown(heard)}; give a list of texts")
-    numbers = [value for value in stated.values() if isinstance(value, int | float) and math.isfinite(value)]
+    numbers = [value for value in stated.values() if isinstance(value, int | float) and abs(value) < math.inf]
     if len(numbers) < len(stated):
         raise UserError(f"person: the stated preferences {shown(dict(stated))} are no numbers; rate each of them")
     # The largest, not those that were shown first.

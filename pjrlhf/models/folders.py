@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
+from pjrlhf import strict_json
 from pjrlhf.errors import UserError
 from pjrlhf.paths import disk_errors, shown_as
 from pjrlhf.types import Json
@@ -52,7 +53,7 @@ def read_json(file: pathlib.Path) -> dict[str, Json]:
       UserError: the file is missing or holds no JSON object.
     """
     with reading(file):
-        content = json.loads(file.read_text())
+        content = strict_json.loads(file.read_text())
     if not isinstance(content, dict):
         raise UserError(f"{file}: holds no JSON object; download or export it again")
     return content

@@ -3,6 +3,7 @@
 import http.client
 import json
 import os
+import re
 import time
 import urllib.error
 import urllib.parse
@@ -11,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+from pjrlhf import strict_json
 from pjrlhf.data.messages import Prompt
 from pjrlhf.errors import UserError
 from pjrlhf.rewards.sources import SOURCES, NoReply, RewardFunction, Unanswered
@@ -142,7 +144,7 @@ def _post(url: str, body: bytes, timeout: float, retries: int, key: str, key_var
             pause *= 2
         try:
             with _OPENER.open(request, timeout=timeout) as reply:
-                return json.loads(reply.read())
+                return strict_json.loads(reply.read())
         except urllib.error.HTTPError as error:
             reason = f"HTTP {error.code}"
             if error.code in (401, 403):
@@ -155,7 +157,7 @@ def _post(url: str, body: bytes, timeout: float, retries: int, key: str, key_var
                 text = " ".join(error.read(200).decode(errors="replace").split())
                 raise UserError(f"reward server {url}: replied {reason} ({text}); correct that") from error
             after = error.headers.get("Retry-After", "")
-            pause = float(after) if after.replace(".", "", 1).isdigit() else pause
+            pause = float(after) if re.fullmatch(r"[0-9]+(\.[0-9]*)?", after) else pause
         except (OSError, ValueError, http.client.HTTPException, RecursionError) as error:
             # No connection, one that was cut, or a reply that is no HTTP or no JSON.
             reason = " ".join(str(getattr(error, "reason", error)).split()) or type(error).__name__

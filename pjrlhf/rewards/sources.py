@@ -267,10 +267,11 @@ class RewardSource:
         for i, value in enumerate(values):
             if i in failures or value is None:
                 continue
-            found[i] = _number(value)
+            with np.errstate(over="ignore"):  # beyond float32
+                found[i] = _number(value)
             if not math.isfinite(found[i]):
                 failures[i] = (
-                    f"reward {self.name!r}: its source returned {value!r} for the answer "
+                    f"reward {self.name!r}: its source returned {shown(value)} for the answer "
                     f"{_cut(batch.completions[i])}; return a finite number, or None to say nothing"
                 )
                 found[i] = np.nan
@@ -365,7 +366,7 @@ def _number(value: Any) -> float:
     """A reward as a number, NaN where it is none."""
     try:
         return math.nan if isinstance(value, str | bytes) else float(value)
-    except (TypeError, ValueError):
+    except Exception:  # the conversion of other people's objects, and of whole numbers beyond floats
         return math.nan
 
 

@@ -11,7 +11,18 @@ from absl import logging
 
 from pjrlhf.data import synthetic
 from pjrlhf.data.batching import split_by
-from pjrlhf.data.messages import Conversation, Prompt, Request, as_request, as_turns, columns_of, options_of, with_words
+from pjrlhf.data.messages import (
+    Conversation,
+    Prompt,
+    Request,
+    as_request,
+    as_turns,
+    columns_of,
+    options_of,
+    what_needs_template,
+    with_words,
+    without_template,
+)
 from pjrlhf.data.schema import Example, last_turn, other_columns, validate
 from pjrlhf.data.sources import open_source
 from pjrlhf.errors import UserError
@@ -63,8 +74,7 @@ class DataSettings(Settings):
     max_bad_fraction: float = setting(0.01, "a larger fraction of bad records stops the run", low=0.0, high=1.0)
 
     def within(self, context: int, user_tokens: int = 0, learned_positions: bool = False) -> "DataSettings":
-        """The settings for a model with a context of so many tokens: shorter lengths, in the same proportion, where texts
-        are cut anyway.
+        """The settings for a context of so many tokens: shorter lengths, in the same proportion, where texts are cut.
 
         Args:
           user_tokens: that stand before a prompt.
@@ -88,9 +98,9 @@ class DataSettings(Settings):
         names = "max_prompt", "max_completion"
         if self.long_prompt != "truncate_left" or self.long_completion != "truncate":
             raise UserError(
-                f"data.max_prompt: {self.max_prompt} and data.max_completion: {self.max_completion} tokens"
-                f"{f' with {user_tokens} user tokens' if user_tokens else ''} are more than the {context} tokens of the "
-                f"model's context; set {' '.join(f'--config.data.{name}={getattr(found, name)}' for name in names)}"
+                f"data.max_prompt={self.max_prompt} and data.max_completion={self.max_completion} tokens"
+                f"{f' with {user_tokens} user tokens' if user_tokens else ''} are more than the model's context of "
+                f"{context} tokens; set {' '.join(f'--config.data.{name}={getattr(found, name)}' for name in names)}"
             )
         logging.info(
             "the model has a context of %d tokens: data.max_prompt is %d in place of %d, and data.max_completion %d in "
@@ -196,8 +206,9 @@ class Records:
         for example in self._read(d.prompts, "prompt", d.columns, "data.prompts")[0]:
             if not isinstance(example.prompt, str) and not self.chat:
                 raise UserError(
-                    f"{example.where}: the prompt is a conversation, and requests are plain text here; leave out "
-                    "--config.data.chat=False and take a tokenizer with a chat template, or give prompts as text"
+                    f"{example.where}: the prompt {what_needs_template(example.prompt)}, and requests are plain text "
+                    "here; leave out --config.data.chat=False and take a tokenizer with a chat template, or "
+                    f"{without_template(example.prompt)}"
                 )
             first = found.setdefault(as_request(example.prompt), example)
             others += other_columns(first) != other_columns(example)

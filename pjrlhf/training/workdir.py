@@ -19,6 +19,7 @@ from typing import Any
 
 import jax
 
+from pjrlhf import strict_json
 from pjrlhf.errors import UserError
 from pjrlhf.parallel.processes import barrier, is_process_zero, on_process_zero
 from pjrlhf.paths import atomic_write, content_hash, disk_errors, refuse_remote, visible_files
@@ -57,7 +58,7 @@ def read_object(path: pathlib.Path, remedy: str = "delete it, or choose another 
       UserError: the file cannot be read or holds no JSON object; the message ends with `remedy`.
     """
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = strict_json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(value, dict):
             raise ValueError(f"a {type(value).__name__}, not an object")
         return value

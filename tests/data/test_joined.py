@@ -64,7 +64,7 @@ def test_bad_votes(votes, changes, message):
         ("9,ann,left", "unknown pair"),
         ("7,ann,lft", "unknown verdict"),
         ("7,ann,", "unknown verdict"),
-        ("7,,left", "empty user_id"),
+        ("7,,left", "empty worker"),
         ("6,ann,left", "ambiguous pair"),
     ],
 )
@@ -143,3 +143,25 @@ def test_real_votes_and_questions(shared):
     path = str(shared / "data" / "prefeval")
     found = records({"kind": "choices", "path": path, "options": "classification_task_options"})
     assert len({r["question"] for r in found}) == 765 and len({r["group"] for r in found}) == 15
+
+
+def test_a_pair_and_a_voter_are_the_same_as_numbers_and_as_text(votes, tmp_path):
+    """The pairs have the number 7, the votes the digits 7, and a voter both."""
+    lines = [{"id": 7.0, "worker": 3, "winner": "left"}, {"id": "7", "worker": "3", "winner": "right"}]
+    (tmp_path / "votes.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    found = records({**votes, "votes": f"{tmp_path}/votes.jsonl"})
+    assert [record["user_id"] for record in found] == ["3", "3"]
+
+
+@pytest.mark.parametrize("worker", [True, 1.5, [3]])
+def test_a_voter_without_a_name_is_a_bad_record(votes, tmp_path, worker):
+    lines = [{"id": 7, "worker": worker, "winner": "left"}, {"id": 7, "worker": "ann", "winner": "left"}]
+    (tmp_path / "votes.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    _, bad = validate(open_source({**votes, "votes": f"{tmp_path}/votes.jsonl"}), "preference", max_bad_fraction=0.5)
+    assert bad.counts == {"worker is no name": 1}
+
+
+def test_two_columns_of_one_name_are_refused(votes, tmp_path):
+    (tmp_path / "votes.csv").write_text("id,worker,winner,winner\n7,ann,left,right\n")
+    with pytest.raises(UserError, match=r"votes.csv: cannot be read \(two columns are called 'winner'\); correct it"):
+        open_source(votes)

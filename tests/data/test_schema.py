@@ -258,7 +258,12 @@ def test_transcripts_become_turns():
         ({"preference_weights": [0.5, 0.6]}, "bad preference_weights"),
         ({"preference_weights": {"a": 1.5, "b": -0.5}}, "bad preference_weights"),
         ({"preference_weights": []}, "bad preference_weights"),
-        ({"user_id": True}, "user_id is not text"),
+        ({"user_id": True}, "user_id is no name"),
+        ({"user_id": 1.5}, "user_id is no name"),
+        ({"user_id": math.nan}, "user_id is no name"),
+        ({"user_id": math.inf}, "user_id is no name"),
+        ({"user_id": 2.0**53}, "user_id is no name"),
+        ({"user_id": ["ann"]}, "user_id is no name"),
         ({"user_id": ""}, "empty user_id"),
         ({"objective": 1}, "objective is not text"),
         ({"chosen": b"\xff"}, "not UTF-8"),
@@ -268,6 +273,18 @@ def test_bad_record_has_a_reason(change, reason):
     with pytest.raises(RecordError) as error:
         parse(PAIR | change, "preference")
     assert error.value.reason == reason
+
+
+@pytest.mark.parametrize("value", [7, 7.0, "7", np.int64(7), np.float64(7.0)])
+def test_a_whole_number_and_its_digits_are_one_person(value):
+    """A columnar file with gaps makes floats of whole numbers."""
+    assert parse(PAIR | {"user_id": value}, "preference").user_id == "7"
+
+
+def test_a_person_of_text_is_taken_as_written():
+    assert [parse(PAIR | {"user_id": x}, "preference").user_id for x in ("7.0", " 7", "07", -0.0, 2**70)] == [
+        *("7.0", " 7", "07", "0", str(2**70))
+    ]
 
 
 def test_missing_column_says_what_was_found_and_how_to_map_it():

@@ -74,15 +74,39 @@ BAD_LINES = {
     b'{"prompt": "\xff"}': "not UTF-8",
     b"\x00\x01": "bad JSON",
     b"NaN": "bad JSON",
+    b"[1]": "bad JSON",
+    b'{"prompt": "a", "prompt": "b"}': "repeated key",
+    b'{"prompt": "a", "n": [{"b": 1, "b": 1}]}': "repeated key",
 }
 
 
 @pytest.mark.parametrize("line", BAD_LINES, ids=list(BAD_LINES.values()))
 def test_a_line_that_cannot_be_used_is_named_by_file_and_line(tmp_path, line):
-    (tmp_path / "a.jsonl").write_bytes(b'{"prompt": "a"}\n\n' + line + b"\n")
-    source = open_source({"kind": "jsonl", "path": str(tmp_path / "a.jsonl")})
-    _, bad = validate(source, "prompt", max_bad_fraction=0.5)
-    assert [(where, reason) for where, reason, _ in bad.items] == [("a.jsonl line 3", BAD_LINES[line])]
+    good = b'{"prompt": "a"}\n'
+    for content, number in ((good + b"\n" + line + b"\n", 3), (line + b"\n" + good, 1)):
+        (tmp_path / "a.jsonl").write_bytes(content)
+        source = open_source({"kind": "jsonl", "path": str(tmp_path / "a.jsonl")})
+        _, bad = validate(source, "prompt", max_bad_fraction=0.5)
+        assert [(where, reason) for where, reason, _ in bad.items] == [(f"a.jsonl line {number}", BAD_LINES[line])]
+
+
+@pytest.mark.parametrize(
+    "text", ['[{"prompt": "a"}]', '[\n{"prompt": "a"}\n]', '[{"prompt": "a"},\n{}]', '{\n"prompt": "a"\n}']
+)
+def test_one_json_text_over_the_whole_file_is_read_as_datasets_do(tmp_path, text):
+    (tmp_path / "a.jsonl").write_text(text)
+    with pytest.raises(
+        UserError, match=r"a.jsonl: one JSON text over the whole file, .*--config.sft.data.kind=datasets"
+    ):
+        open_source({"kind": "jsonl", "path": str(tmp_path / "a.jsonl")}, "sft.data")
+
+
+def test_a_line_that_is_a_list_of_something_else_is_a_bad_record(tmp_path):
+    (tmp_path / "a.jsonl").write_text('["a", "b"]\n')
+    with pytest.raises(
+        UserError, match=r"1 of 1 records are bad \(1 bad JSON\), the first at a.jsonl line 1: .*a list"
+    ):
+        validate(open_source({"kind": "jsonl", "path": str(tmp_path / "a.jsonl")}), "prompt")
 
 
 def test_a_file_that_the_system_does_not_let_read(tmp_path, monkeypatch):

@@ -166,12 +166,20 @@ def test_letters_are_read_from_log_probabilities_or_strictly(found, verdict):
         {"content": [{"token": "A", "logprob": "-1"}]},
         {"content": [{"token": "A", "logprob": math.nan}]},
         {"content": [{"token": "A", "logprob": 1e9}]},
+        {"content": [{"token": "A", "logprob": math.inf}]},
+        {"content": [{"token": "A", "logprob": 10**400}]},
         {"content": [{"token": "A", "logprob": -1.0, "top_logprobs": [1]}]},
     ],
 )
 def test_log_probabilities_of_another_form_leave_the_text(logprobs):
     choice = {"message": {"content": "B"}, "logprobs": logprobs}
     assert read_pair(read_template("criterion"), {"choices": [choice]}) == -1
+
+
+@pytest.mark.parametrize("choices", [None, 3, "A", {}, {"0": 1}, {"a": []}, [], [None], ["A"], [{}]])
+def test_a_reply_of_another_form_has_no_verdict(choices):
+    assert math.isnan(read_pair(read_template("helpful"), {"choices": choices}))
+    assert math.isnan(read_rating(read_template("rating"), {"choices": choices}))
 
 
 @pytest.mark.parametrize(
@@ -186,6 +194,7 @@ def test_log_probabilities_of_another_form_leave_the_text(logprobs):
         ('["A"]', "stop", math.nan),
         ("A", "stop", math.nan),
         ("[" * 100_000, "stop", math.nan),
+        ('{"verdict": "B", "verdict": "A"}', "stop", math.nan),
     ],
 )
 def test_objects_are_read_strictly(text, finish, verdict):
@@ -193,7 +202,12 @@ def test_objects_are_read_strictly(text, finish, verdict):
 
 
 @pytest.mark.parametrize(
-    ("verdict", "value"), [("7", 7), ("10", 10), ("11", math.nan), ('"high"', math.nan), ("true", math.nan)]
+    ("verdict", "value"),
+    [
+        *(("7", 7), ("10", 10), ("11", math.nan), ('"high"', math.nan), ("true", math.nan), ("-0.0", math.nan)),
+        *(("1" + "0" * 400, math.nan), ("9" * 5000, math.nan), ("1e999", math.nan), ("Infinity", math.nan)),
+        *(('"1e999"', math.nan), ("NaN", math.nan), ("[7]", math.nan)),
+    ],
 )
 def test_ratings_lie_within_their_bounds(verdict, value):
     found = read_rating(read_template("rating"), reply(f'{{"reason": "", "verdict": {verdict}}}'))
@@ -296,7 +310,16 @@ def test_a_cost_is_never_exceeded_by_requests_under_way(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "usage", [None, "many", [1, 2], {}, {"prompt_tokens": 5}, {"prompt_tokens": "5", "completion_tokens": 1}]
+    "usage",
+    [
+        None,
+        "many",
+        [1, 2],
+        {},
+        {"prompt_tokens": 5},
+        {"prompt_tokens": "5", "completion_tokens": 1},
+        {"prompt_tokens": 10**400, "completion_tokens": 1},
+    ],
 )
 def test_a_cost_needs_token_counts(tmp_path, usage):
     def without_usage(body):
@@ -536,6 +559,7 @@ def test_requests_are_told_apart_by_all_they_hold():
 def test_a_person_is_described_by_what_matters_most(person, text):
     """The three largest stated preferences, whatever the order in which they were shown."""
     assert language_model.describe(person) == text
+    assert language_model.describe({"stated": {"fun": 10**400}}).endswith("fun.")
     numbers = ({"stated": {"fun": "high"}}, {"stated": {"fun": math.nan}}, {"stated": ["fun"]}, {"stated": "fun"})
     for wrong in ({"name": "x"}, *numbers, {"said": "Be brief."}, {"said": 3}):
         with pytest.raises(UserError, match="person: "):

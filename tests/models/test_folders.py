@@ -9,11 +9,14 @@ import numpy as np
 import pytest
 from support.tiny_llamas import SMALL, assert_equal_trees, change_weights, edit, random_params
 
+from pjrlhf.data.records import RecordError, from_json
 from pjrlhf.errors import UserError
 from pjrlhf.models import huggingface
 from pjrlhf.models.config import RopeScaling
 from pjrlhf.models.folders import Stream, read_json, stream_tensors
 from pjrlhf.models.huggingface import config_to_hf, fingerprint, load_params, read_config, save_params
+from pjrlhf.serving.protocol import Body, Refused
+from pjrlhf.training.workdir import read_object
 
 LLAMA3 = {
     "factor": 8.0,
@@ -232,3 +235,17 @@ def test_streamed_tensors_are_those_that_the_library_reads(tmp_path, dtype):
     np.testing.assert_array_equal(found["parts"], whole)
     with pytest.raises(ValueError, match=r"parts ends at byte \d+, where its shape says"):
         stream_tensors(file, {"parts": Stream((31,), whole.dtype, pieces["parts"])})
+
+
+@pytest.mark.parametrize("text", ['{"a": 1, "a": 1}', '{"b": {"a": 1, "c": 2, "a": 3}}', '{"b": [{"a": 1, "a": 3}]}'])
+def test_a_key_that_stands_twice_is_named(tmp_path, text):
+    """Python takes the last one."""
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(UserError, match=r"config.json: cannot be read \('a' stands twice in one object\)"):
+        read_json(tmp_path / "config.json")
+    with pytest.raises(UserError, match=r"config.json: not readable as JSON \('a' stands twice in one object\)"):
+        read_object(tmp_path / "config.json")
+    with pytest.raises(RecordError, match=r"repeated key \('a' stands twice"):
+        from_json(text)
+    with pytest.raises(Refused, match=r"body: repeated key \('a' stands twice in one object\); send a JSON object"):
+        Body(text.encode(), ("a", "b"))

@@ -1,5 +1,6 @@
 """Reward sources: what a config may name, and what a source may return."""
 
+import fractions
 import types
 
 import numpy as np
@@ -90,6 +91,12 @@ def test_wrong_specifications_are_refused_by_name(spec, message):
         ([1.0, "2.0", 2.0], "returned '2.0' for the answer ''"),
         ("123", "returned str for 3 completions"),
         (np.ones((3, 2)), "returned array([1., 1.]) for the answer 'aa'"),
+        ([10**400, 1.0, 2.0], f"returned {'1' + '0' * 56}... for the answer"),
+        ([10**9000, 1.0, 2.0], "returned a int of thousands of digits for the answer"),
+        ([1e39, 1.0, 2.0], "returned 1e+39 for the answer"),
+        ([-1e999, 1.0, 2.0], "returned -inf for the answer"),
+        (["1e999", 1.0, 2.0], "returned '1e999' for the answer"),
+        ([types.SimpleNamespace(), 1.0, 2.0], "returned namespace() for the answer"),
     ],
 )
 def test_a_source_returns_one_number_or_none_for_each_answer(returned, message):
@@ -114,7 +121,7 @@ def test_a_function_may_change_what_it_gets():
 
 
 def test_numbers_of_any_kind_are_rewards():
-    for values in ([1, True, np.float32(2)], (1, 1, 2), np.array([1, 1, 2], np.int8)):
+    for values in ([1, True, np.float32(2)], (1, 1, 2), np.array([1, 1, 2], np.int8), [fractions.Fraction(1), 1, 2]):
         found = RewardSource("P2A", lambda prompts, completions, values=values: values)(PROMPTS, ANSWERS)
         np.testing.assert_array_equal(found, [1, 1, 2])
 

@@ -36,13 +36,13 @@ def test_lengths_fit_the_context_where_texts_are_cut_anyway():
         assert found.max_prompt + found.max_completion + user_tokens == context
         assert min(found.max_prompt, found.max_completion) >= 1
     assert settings.within(770, 10) is settings, "the positions of the model go on"
-    with pytest.raises(UserError, match="model.path: 10 user tokens leave no room"):
+    with pytest.raises(UserError, match=r"model\.path: 10 user tokens leave no room"):
         settings.within(11, 10)
 
 
 def test_lengths_that_exceed_the_context_are_refused_with_lengths_that_fit():
     settings = DataSettings(max_prompt=512, max_completion=256, prompt_buckets=())
-    with pytest.raises(UserError, match="more than the 512 tokens of the model's context; set ") as refused:
+    with pytest.raises(UserError, match="more than the model's context of 512 tokens; set ") as refused:
         settings.within(512, 10)
     remedy = {name: int(value) for name, value in re.findall(r"--config.data.(\w+)=(\d+)", str(refused.value))}
     fitted = settings.replace(**remedy)

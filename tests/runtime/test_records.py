@@ -98,6 +98,17 @@ def test_a_conversation_where_requests_are_text_names_its_record(tmp_path):
         _ = run.records.requests
 
 
+def test_a_text_with_tools_where_requests_are_text_says_that_tools_are_the_reason(tmp_path):
+    tools = [{"type": "function", "function": {"name": "f"}}]
+    run = started(tmp_path, [{"prompt": "x"}, {"prompt": "y", "tools": tools}], data__chat=False)
+    told = r"jsonl line 2: the prompt has tools, which a chat template reads, .* give prompts as text, without tools"
+    with pytest.raises(UserError, match=told):
+        _ = run.records.requests
+    run = started(tmp_path, [{"prompt": "y", "chat_template_kwargs": {"a": 1}}], data__chat=False)
+    with pytest.raises(UserError, match="the prompt has chat_template_kwargs, which a chat template reads"):
+        _ = run.records.requests
+
+
 def test_answers_to_held_out_conversations_are_not_fine_tuned_on(tmp_path):
     prompts = [{"prompt": TALK}, {"prompt": [ASKED]}, {"prompt": "what is snow ?"}]
     texts = [*TALK, ANSWER], [ASKED, ANSWER], [{"role": "user", "content": "what is snow ?"}, ANSWER]

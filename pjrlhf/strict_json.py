@@ -1,0 +1,39 @@
+"""JSON as people write it: a key that stands twice in an object is an error, where Python takes the last one."""
+
+import collections
+import json
+from typing import Any, NoReturn
+
+
+class RepeatedKey(ValueError):
+    """A key stands twice in one object."""
+
+
+class Constant(ValueError):
+    """NaN or an infinity, which JSON does not define."""
+
+
+def loads(text: str | bytes, constants: bool = True) -> Any:
+    """The value of a JSON text.
+
+    Args:
+      constants: whether NaN, Infinity and -Infinity are numbers, as Python has them.
+
+    Raises:
+      RepeatedKey, Constant: a `ValueError`, see there.
+      ValueError: no JSON, no Unicode, or a whole number of thousands of digits.
+      RecursionError: nested too deeply.
+    """
+    return json.loads(text, object_pairs_hook=_object, parse_constant=None if constants else _refuse)
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        twice = collections.Counter(name for name, _ in pairs).most_common(1)[0][0]
+        raise RepeatedKey(f"{twice[:100]!r} stands twice in one object")
+    return found
+
+
+def _refuse(text: str) -> NoReturn:
+    raise Constant(f"{text} is no number of JSON")
