@@ -176,9 +176,13 @@ def check_names(key: str, names: typing.Iterable[str], taken: Mapping[str, str] 
                 f"{key}: {shown(name)} {reason}, so it cannot name a folder and a served model; choose another one"
             )
         # On some file systems these would be one folder.
-        other = alike.setdefault(unicodedata.normalize("NFKC", name).casefold(), name)
-        if other != name:
-            raise UserError(f"{key}: {shown(name)} and {shown(other)} look alike; choose another one for one of them")
+        folded = unicodedata.normalize("NFKC", name).casefold()
+        if folded in alike:
+            how = "come twice" if alike[folded] == name else "look alike"
+            raise UserError(
+                f"{key}: {shown(name)} and {shown(alike[folded])} {how}; choose another name for one of them"
+            )
+        alike[folded] = name
 
 
 def rule_of(field: dataclasses.Field) -> Rule:

@@ -543,7 +543,7 @@ def test_names_that_look_alike_are_refused():
     from pjrlhf.errors import UserError
 
     for pair in (("Ann", "ann"), ("é", "e\u0301"), ("\ufb01t", "fit")):
-        with pytest.raises(UserError, match="look alike; choose another one for one of them"):
+        with pytest.raises(UserError, match="look alike; choose another name for one of them"):
             PreferenceSettings(models={name: {"kind": "uniform"} for name in pair})
 
 

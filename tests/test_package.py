@@ -42,7 +42,7 @@ ROOMS = (
 )
 # Training never imports evaluation.
 TRAINING = ("algorithms", "feedback", "runtime", "rollout", "training")
-FREE = ("errors", "paths", "registry", "settings", "terminal", "types")  # for everyone
+FREE = ("errors", "paths", "registry", "settings", "strict_json", "terminal", "types")  # for everyone
 BELOW = ("pjrlhf", *(f"pjrlhf.{name}" for name in FREE if name != "paths"))  # also for objectives and merging
 
 

@@ -93,7 +93,11 @@ def token_counts(reply: Json) -> tuple[int, int] | None:
     if not isinstance(usage, Mapping):
         return None
     sent, received = (usage.get(name) for name in ("prompt_tokens", "completion_tokens"))
-    if any(type(count) is not int or not 0 <= count < 2**53 for count in (sent, received)):
+    if (
+        type(sent) is not int
+        or type(received) is not int
+        or not 0 <= min(sent, received) <= max(sent, received) < 2**53
+    ):
         return None
     return sent, received
 
