@@ -127,6 +127,9 @@ def _serve(arguments: Sequence[str]) -> None:
         allow_abbrev=False,
     )
     _add_source(parser)
+    parser.add_argument(
+        "--mesh", metavar="AXIS=N,...", default="", help="devices, such as data=2,tensor=4; default one device"
+    )
     classes = ServerSettings, EngineSettings
     for cls in classes:
         for name, (_, field) in fields_of(cls).items():
@@ -142,7 +145,7 @@ def _serve(arguments: Sequence[str]) -> None:
         engine = parse(EngineSettings, values[EngineSettings], "serve")
         with _needs("serve"):
             from pjrlhf.serving.running import serve
-        serve(_source(parser, given), server, engine)
+        serve(_source(parser, given, given.mesh), server, engine)
 
 
 def _generate(arguments: Sequence[str]) -> None:
@@ -197,7 +200,7 @@ def _add_source(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--quantize", choices=("", "int8"), help="of --model. A run has its own")
 
 
-def _source(parser: argparse.ArgumentParser, given: argparse.Namespace) -> "Catalogue":
+def _source(parser: argparse.ArgumentParser, given: argparse.Namespace, mesh: str = "") -> "Catalogue":
     if (given.run is None) == (given.model is None):
         parser.error("name one of --run and --model")
     if given.run is not None and given.ingredients:
@@ -216,12 +219,13 @@ def _source(parser: argparse.ArgumentParser, given: argparse.Namespace) -> "Cata
 
     check_names("--ingredients", ingredients)
     from pjrlhf.main import compilation_cache
-    from pjrlhf.serving.catalogue import open_folders, open_run
+    from pjrlhf.serving.catalogue import open_folders, open_run, parse_mesh
 
     compilation_cache()
+    devices = parse_mesh(mesh)
     if given.model is not None:
-        return open_folders(given.model, ingredients, given.dtype or "float32", given.quantize or "")
-    return open_run(str(given.run), given.entry)
+        return open_folders(given.model, ingredients, given.dtype or "float32", given.quantize or "", devices)
+    return open_run(str(given.run), given.entry, devices)
 
 
 @contextlib.contextmanager

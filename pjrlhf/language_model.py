@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from jax.typing import ArrayLike
 
 from pjrlhf.data.batching import pad_left, pad_right
@@ -29,6 +30,7 @@ from pjrlhf.models.provenance import check_provenance, text_provenance
 from pjrlhf.models.registry import UserRegistry
 from pjrlhf.models.storage import load_tree
 from pjrlhf.models.users import UserModel
+from pjrlhf.parallel.mesh import batch_sharding, leaf_sharding
 from pjrlhf.rollout import sampler, scoring
 from pjrlhf.rollout.batches import Prompts
 from pjrlhf.rollout.sampler import Sampling
@@ -46,6 +48,7 @@ def load_model(
     param_dtype: str = "float32",
     quantize: str = "",
     eos_token: str | None = None,
+    mesh: Mesh | None = None,
 ) -> "LanguageModel":
     """Reads a model and its tokenizer.
 
@@ -57,6 +60,7 @@ def load_model(
       param_dtype: of the parameters, a dtype name.
       quantize: "int8" keeps the kernels of the linear layers in 8 bits.
       eos_token: the token that ends an answer; the EOS of the tokenizer where None.
+      mesh: of the devices over which parameters and rows are split, see `parallel.mesh`; one device where None.
 
     Raises:
       UserError: no such folder, or the model or tokenizer cannot be read.
@@ -68,11 +72,13 @@ def load_model(
     model = Decoder(
         config,
         dtype=jnp.dtype(dtype),
-        attention=choose("auto", platform, dtype, 1),
+        attention=choose("auto", platform, dtype, 1 if mesh is None else mesh.size),
         user_offset=int(bool(tokenizer.add_bos)),
+        batch_sharding=None if mesh is None or mesh.size == 1 else batch_sharding(mesh),
         decode=choose_decode(platform),
     )
-    base = load_params(path, dtype=jnp.dtype(param_dtype), quantized=bool(quantize))
+    place = None if mesh is None else functools.partial(leaf_sharding, mesh)
+    base = load_params(path, dtype=jnp.dtype(param_dtype), place=place, quantized=bool(quantize))
     return LanguageModel(Backbone(model, adapter, base), tokenizer)
 
 
@@ -112,12 +118,15 @@ def _check_base(file: pathlib.Path, note: dict[str, Json], folder: pathlib.Path)
         check_provenance(file, note, text_provenance(tokenizer, bool(note["chat_template"])))
 
 
-def load_personal(path: str | os.PathLike, base: str | os.PathLike | None = None) -> "PersonalModel":
+def load_personal(
+    path: str | os.PathLike, base: str | os.PathLike | None = None, *, mesh: Mesh | None = None
+) -> "PersonalModel":
     """Reads a trained entry of `preference.models`: a policy or reward model with its people.
 
     Args:
       path: preference/<name>/model.safetensors of a run, or its folder.
       base: folder of the base model, where it is no longer where the run had it.
+      mesh: of the base, see `load_model`.
 
     Raises:
       UserError: no such file, a damaged one, one that is no such entry, or another base.
@@ -133,7 +142,7 @@ def load_personal(path: str | os.PathLike, base: str | os.PathLike | None = None
         raise UserError(f"{folder}: the base of {file} is not there; name its folder with base=")
     _check_base(file, note, folder)
     dtypes = {name: note[name] for name in ("dtype", "param_dtype", "quantize")}
-    model = load_model(folder, adapter=_adapter(note), eos_token=note["eos_tokens"][0], **dtypes)
+    model = load_model(folder, adapter=_adapter(note), eos_token=note["eos_tokens"][0], mesh=mesh, **dtypes)
     registry = UserRegistry.from_json(note["users"])
     found = PersonalModel(model, UserModel(**note["user_model"]), registry, {"users": {}, **params}, note["chat"])
     check_provenance(file, note, {"user_offset": model.backbone.model.user_offset})

@@ -1,6 +1,7 @@
 """The scripts of launch/: checked for mistakes, their dry runs, and the manifests against their schemas."""
 
 import configparser
+import json
 import os
 import pathlib
 import re
@@ -12,6 +13,10 @@ import jsonschema
 import kubernetes_validate
 import pytest
 import yaml
+
+from pjrlhf.serving.running import KEY_VARIABLE
+from pjrlhf.serving.settings import EngineSettings, ServerSettings
+from pjrlhf.settings import fields_of
 
 ROOT = pathlib.Path(__file__).parent.parent
 LAUNCH = ROOT / "launch"
@@ -141,15 +146,45 @@ def test_the_job_set():
     assert (ROOT / config.removeprefix("--config=").partition(":")[0]).is_file()
 
 
-@pytest.mark.parametrize("file", ["Dockerfile.tpu", "Dockerfile.gpu"])
+def test_the_server():
+    """Valid manifests, whose parts fit each other and the server."""
+    deployment, service, budget = manifests = list(yaml.safe_load_all((LAUNCH / "k8s" / "serve.yaml").read_text()))
+    for manifest in manifests:
+        kubernetes_validate.validate(manifest, kubernetes_validate.latest_version(), strict=True)
+    spec = deployment["spec"]["template"]["spec"]
+    labels = deployment["spec"]["template"]["metadata"]["labels"]
+    assert deployment["spec"]["selector"]["matchLabels"] == service["spec"]["selector"] == labels
+    assert budget["spec"]["selector"]["matchLabels"] == labels and deployment["spec"]["replicas"] == 2
+    (container,) = spec["containers"]
+    (port,) = container["ports"]
+    assert service["spec"]["ports"][0]["targetPort"] == port["name"]
+    entry = json.loads((LAUNCH / "serve.Dockerfile").read_text().partition("ENTRYPOINT ")[2])
+    assert str(port["containerPort"]) == entry[entry.index("--port") + 1]
+    flags = dict(argument.removeprefix("--").split("=") for argument in container["args"])
+    known = {name.replace("_", "-") for cls in (ServerSettings, EngineSettings) for name in fields_of(cls)}
+    assert set(flags) <= known | {"run"}
+    sleep = int(container["lifecycle"]["preStop"]["exec"]["command"][-1])
+    assert spec["terminationGracePeriodSeconds"] > sleep + int(flags["drain-seconds"])
+    environment = {one["name"]: one["valueFrom"]["secretKeyRef"] for one in container["env"]}
+    assert KEY_VARIABLE in environment and flags["people"] == "$(PJRLHF_PEOPLE)" and "PJRLHF_PEOPLE" in environment
+    probes = {name: container[f"{name}Probe"]["httpGet"] for name in ("startup", "readiness", "liveness")}
+    assert {probe["port"] for probe in probes.values()} == {port["name"]}
+    assert [probe["path"] for probe in probes.values()] == ["/health", "/health", "/health/live"]
+    mounts = {mount["name"] for mount in container["volumeMounts"]}
+    assert mounts == {volume["name"] for volume in spec["volumes"]}
+
+
+@pytest.mark.parametrize("file", ["Dockerfile.tpu", "Dockerfile.gpu", "serve.Dockerfile"])
 def test_dockerfiles(file):
     lines = (LAUNCH / file).read_text().splitlines()
-    assert {line.split()[0] for line in lines} <= {"#", "FROM", "WORKDIR", "COPY", "RUN", "USER", "ENTRYPOINT"}
+    words = {"#", "FROM", "ARG", "WORKDIR", "COPY", "RUN", "USER", "EXPOSE", "ENTRYPOINT"}
+    assert {line.split()[0] for line in lines} <= words
     for line in lines:
         if line.startswith("COPY"):
             assert all((ROOT / name).exists() for name in line.split()[1:-1]), line
     extras = configparser.ConfigParser()
     extras.read(ROOT / "setup.cfg")
-    for extra in re.findall(r"'\.\[(\w+)\]'", "\n".join(lines)):
+    found = ",".join(re.findall(r"(?:'\.\[|EXTRAS=)([\w,]+)", "\n".join(lines))).split(",")
+    for extra in found:
         assert extra in extras["options.extras_require"]
     assert "root" not in "".join(lines) and any(line.startswith("USER") for line in lines)

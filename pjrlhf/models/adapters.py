@@ -154,6 +154,8 @@ class Policies:
       user_tokens: one set per example, or per owner of packed rows, or None. Rows need positions for them, see
         `reserve`.
       dropout_key: draws what the adapters drop of their inputs, see `AdapterConfig.dropout`; None drops nothing.
+      personal: whether the rows of `user_tokens` count; the example of another row has none, and no positions for them.
+        None: all count.
 
     Attributes:
       copies: rows of the cache per example.
@@ -171,13 +173,14 @@ class Policies:
         mix: Float[Array, "G K"] | None,
         user_tokens: Float[Array, "O E D"] | None = None,
         dropout_key: PRNGKey | None = None,
+        personal: Bool[Array, " O"] | None = None,
     ):
         self.model = model
         self.rngs = {}
         if dropout_key is not None and adapter.dropout:
             self.model, self.rngs = model.clone(dropout=adapter.dropout), {"dropout": dropout_key}
         self.copies = 1
-        self.user_tokens = user_tokens
+        self.user_tokens, self.personal = user_tokens, personal
         self.groups = 0
         self.scaled_mix = None
         self.variables: Params
@@ -213,6 +216,8 @@ class Policies:
             policies.scaled_mix = self._mix_per_example(self.scaled_mix, count)[rows]
         if self.user_tokens is not None:
             policies.user_tokens = jnp.asarray(self.user_tokens)[rows]
+        if self.personal is not None:
+            policies.personal = jnp.asarray(self.personal)[rows]
         return policies
 
     @staticmethod
@@ -251,7 +256,7 @@ class Policies:
         Groups of a full-parameter bank stay groups of rows.
 
         Raises:
-          ValueError: B is not a multiple of G.
+          ValueError: B is not a multiple of G, or full parameters with `personal`.
         """
         B = tokens.shape[0]
         if not self.groups:
@@ -267,10 +272,13 @@ class Policies:
                 cache=cache,
                 offset=offset,
                 user_tokens=self.user_tokens,
+                personal=self.personal,
                 layout=layout,
                 rngs=self.rngs,
             )
 
+        if self.personal is not None:
+            raise ValueError("personal: rows without user tokens need a low-rank bank")
         # Groups are mapped over, so sharding constraints on batch rows do not apply inside.
         loop = cache is None and self.model.attention == "blocks"
         # Neither a fused kernel nor the loop over blocks supports vmap over masks.
@@ -327,6 +335,7 @@ class Backbone(struct.PyTreeNode):
         mix: Float[Array, "G K"] | None = None,
         user_tokens: Float[Array, "O E D"] | None = None,
         dropout_key: PRNGKey | None = None,
+        personal: Bool[Array, " O"] | None = None,
     ) -> Policies:
         """The policies that rows of `mix` select from `bank`, see `Policies`; the base itself without a bank."""
-        return Policies(self.model, self.adapter, self.base, bank, mix, user_tokens, dropout_key)
+        return Policies(self.model, self.adapter, self.base, bank, mix, user_tokens, dropout_key, personal)

@@ -439,6 +439,7 @@ class Decoder(nn.Module):
         cache: Cache | None = None,
         offset: Int[Array, ""] | Int[Array, " B"] | int = 0,
         user_tokens: Float[Array, "O E D"] | None = None,
+        personal: Bool[Array, " O"] | None = None,
         layout: Layout | None = None,
     ) -> tuple[Float[Array, "B T D"], Cache | None]:
         """Runs the decoder.
@@ -453,6 +454,7 @@ class Decoder(nn.Module):
             With one per row, tokens at positions of M or more are not written, and their hidden states mean nothing.
           user_tokens: O = B sets of user tokens, or None. They replace the embeddings at positions user_offset ..
             user_offset + E - 1, counted from the first valid token; `users.reserve` inserts these positions.
+          personal: whether a set of user tokens counts; rows of another keep the embeddings of their tokens. None: all.
           layout: of packed rows, without a cache. `valid` is then unused, and `layout.owner` indexes `user_tokens`.
 
         Returns:
@@ -478,6 +480,8 @@ class Decoder(nn.Module):
             place = positions - self.user_offset
             own = jnp.asarray(user_tokens)[owner, jnp.clip(place, 0, user_tokens.shape[1] - 1)]
             is_user = (place >= 0) & (place < user_tokens.shape[1])
+            if personal is not None:
+                is_user &= jnp.asarray(personal)[owner]
             x = jnp.where(is_user[..., None], own.astype(x.dtype), x)
         if self.config.scale_embeddings:
             x = x * jnp.asarray(self.config.hidden_size**0.5, x.dtype)

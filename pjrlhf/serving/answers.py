@@ -116,7 +116,7 @@ class Answers:
 
     def _request(self, tokens: list[int], wish: Wish, voice: Voice, chat: bool) -> engines.Request:
         engine = self._service.engine
-        room = engine.context - engine.num_user_tokens - len(tokens)
+        room = engine.context - (0 if voice.user_tokens is None else len(voice.user_tokens)) - len(tokens)
         name, too_long = "messages" if chat else "prompt", "context_length_exceeded"
         limit = room if wish.limit is None else wish.limit
         if room < (1 if wish.limit is None else min(limit, 1)):

@@ -12,6 +12,7 @@ import flax.traverse_util
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from pjrlhf.data.messages import Prompt
 from pjrlhf.errors import UserError
@@ -23,6 +24,7 @@ from pjrlhf.models.hf_config import read_config
 from pjrlhf.models.hub import hub_name, model_folder
 from pjrlhf.models.registry import UserRegistry
 from pjrlhf.models.users import UserModel
+from pjrlhf.parallel.mesh import make_mesh, shard_params
 from pjrlhf.paths import local
 from pjrlhf.settings import SERVED, check_names
 from pjrlhf.types import Params
@@ -89,7 +91,7 @@ class Voice:
       mix: float [K], or None without a bank.
       user_tokens: float [E, D], or None.
       weights: name of an adapter -> its weight, without zeros.
-      user: the person's name as given; None where nobody is named or people are not served.
+      user: the person's name as given; None where nobody is named, people are not served, or the base alone answers.
       known: whether the user model knows this person.
     """
 
@@ -133,13 +135,13 @@ class Catalogue:
 
     @property
     def user_tokens(self) -> int:
-        """E, the number of user tokens that every prompt has."""
+        """E, the number of user tokens of everybody who is not asked as the base alone."""
         return 0 if self.people is None else self.people.model.num_tokens
 
     @property
     def models(self) -> dict[str, str | None]:
-        """Name -> name of the model it adapts. With user tokens, which every prompt has, the base is not among them."""
-        found: dict[str, str | None] = {} if self.user_tokens else {BASE: None}
+        """Name -> name of the model it adapts."""
+        found: dict[str, str | None] = {BASE: None}
         if self._mixing:
             found[PERSONAL] = BASE
         return found | dict.fromkeys(self.names, BASE)
@@ -181,13 +183,14 @@ class Catalogue:
         else:
             weights = {name: 1.0} if name in self.names else {}
         tokens = None
-        if self.people is not None:
+        alone = name == BASE and mix is None  # no adapter, and nobody's user tokens
+        if self.people is not None and not alone:
             tokens, own = self.people.row(user)
             if name == PERSONAL and mix is None and own is not None:
                 weights = dict(zip(self.names, own.tolist(), strict=True))
         row = np.array([weights.get(one, 0.0) for one in self.names], np.float32) if self.names else None
         weights = {one: weight for one, weight in weights.items() if weight}
-        if self.people is None or user is None:
+        if self.people is None or user is None or alone:
             return Voice(name, row, tokens, weights)
         return Voice(name, row, tokens, weights, user, user in self.people.registry.rows)
 
@@ -232,13 +235,29 @@ def parse_mix(text: str) -> dict[str, float]:
 # ---- what to serve
 
 
-def open_run(run: str, entry: str | None = None) -> Catalogue:
+def parse_mesh(text: str) -> Mesh | None:
+    """The mesh of "data=2,tensor=4", see `parallel.mesh.make_mesh`; None, for one device, where the text is empty.
+
+    Raises:
+      UserError: another form, or sizes that do not fit the devices.
+    """
+    sizes: dict[str, int] = {}
+    for part in text.split(",") if text else []:
+        name, _, size = (x.strip() for x in part.partition("="))
+        if not re.fullmatch(r"-?[0-9]{1,9}", size) or name in sizes:
+            raise UserError(f"mesh: {part!r} is no size of an axis; write AXIS=N,AXIS=N, each axis once")
+        sizes[name] = int(size)
+    return make_mesh(sizes) if sizes else None
+
+
+def open_run(run: str, entry: str | None = None, mesh: Mesh | None = None) -> Catalogue:
     """What a run has trained.
 
     Args:
       run: the run directory.
       entry: the policies of the stage policy ("policy"), of an entry of `methods`, or a user model, an entry of
         `preference.models`. Where None, the policies; without any, the only user model.
+      mesh: of the devices that hold the model; one device where None.
 
     Raises:
       UserError: no run, nothing of that name or nothing that can answer in it, or damaged files.
@@ -264,11 +283,11 @@ def open_run(run: str, entry: str | None = None) -> Catalogue:
         reason = "has several user models or methods" if entry is None else f"has no {entry!r}"
         raise UserError(f"{folder}: {reason}; name one with --entry: {found}")
     if entry in banks:
-        return _policies(folder, banks[entry], config)
-    return _person(folder, people[entry], config)
+        return _policies(folder, banks[entry], config, mesh)
+    return _person(folder, people[entry], config, mesh)
 
 
-def _policies(folder: pathlib.Path, path: pathlib.Path, config: Mapping[str, Any]) -> Catalogue:
+def _policies(folder: pathlib.Path, path: pathlib.Path, config: Mapping[str, Any], mesh: Mesh | None) -> Catalogue:
     settings = config["model"]
     base = folder / "sft" / "model" if "sft" in config["stages"] else _recorded(folder, settings["path"])
     bank, names, adapter = load_bank(path, base)
@@ -279,8 +298,9 @@ def _policies(folder: pathlib.Path, path: pathlib.Path, config: Mapping[str, Any
         param_dtype=settings["param_dtype"],
         quantize=settings["quantize"],
         eos_token=settings["eos_token"] or None,
+        mesh=mesh,
     )
-    return Catalogue(model, names, bank, chat=_chats(model, config["data"]["chat"]))
+    return Catalogue(model, names, _placed(bank, mesh), chat=_chats(model, config["data"]["chat"]))
 
 
 def _recorded(run: pathlib.Path, path: str) -> pathlib.Path:
@@ -291,11 +311,11 @@ def _recorded(run: pathlib.Path, path: str) -> pathlib.Path:
     return model_folder(f"{name.repo}@{commit}" if name and commit else path)
 
 
-def _person(folder: pathlib.Path, path: pathlib.Path, config: Mapping[str, Any]) -> Catalogue:
-    personal = load_personal(path)
+def _person(folder: pathlib.Path, path: pathlib.Path, config: Mapping[str, Any], mesh: Mesh | None) -> Catalogue:
+    personal = load_personal(path, mesh=mesh)
     if "heads" in personal.params:
         raise UserError(f"{path}: is a reward model, which gives no answers; name a policy with --entry")
-    bank, names = personal.params["bank"], (path.parent.name,)
+    bank, names = _placed(personal.params["bank"], mesh), (path.parent.name,)
     people = People(personal.users, personal.registry, personal.params["users"])
     if personal.users.mixes:
         source = config["preference"]["bank"]
@@ -308,7 +328,18 @@ def _chats(model: LanguageModel, chat: bool | None) -> bool:
     return model.tokenizer.has_chat_template and chat is not False
 
 
-def open_folders(model: str, ingredients: Mapping[str, str], dtype: str = "float32", quantize: str = "") -> Catalogue:
+def _placed(bank: Params, mesh: Mesh | None) -> Params:
+    """A bank on the devices of its base."""
+    return bank if mesh is None else shard_params(mesh, bank)
+
+
+def open_folders(
+    model: str,
+    ingredients: Mapping[str, str],
+    dtype: str = "float32",
+    quantize: str = "",
+    mesh: Mesh | None = None,
+) -> Catalogue:
     """A base and adapters from folders.
 
     Args:
@@ -317,6 +348,7 @@ def open_folders(model: str, ingredients: Mapping[str, str], dtype: str = "float
         layers may differ.
       dtype: of activations and parameters.
       quantize: see `load_model`.
+      mesh: of the devices that hold the model; one device where None.
 
     Raises:
       UserError: a folder that cannot be read, or an adapter that does not fit the base.
@@ -332,8 +364,8 @@ def open_folders(model: str, ingredients: Mapping[str, str], dtype: str = "float
     check_bases(folder, opened)
     rank = max((one.rank for one in opened), default=1)
     adapter = AdapterConfig(rank=rank, alpha=float(rank))  # scale 1: `b` has the scale of every adapter
-    found = load_model(folder, adapter=adapter, dtype=dtype, param_dtype=dtype, quantize=quantize)
-    bank = _stacked([(one.factors, one.scale) for one in opened], rank) if opened else None
+    found = load_model(folder, adapter=adapter, dtype=dtype, param_dtype=dtype, quantize=quantize, mesh=mesh)
+    bank = _placed(_stacked([(one.factors, one.scale) for one in opened], rank), mesh) if opened else None
     return Catalogue(found, tuple(ingredients), bank, chat=found.tokenizer.has_chat_template)
 
 

@@ -49,7 +49,7 @@ class Engine:
       backbone: the base with the shape of its adapters; on several devices, sharded, its model with `batch_sharding`.
       tokenizer: of the base.
       bank: low-rank adapters, or None for the base alone.
-      user_tokens: E, the number of user tokens that every request brings.
+      user_tokens: E, the number of user tokens of a request that brings any.
       settings: sizes.
 
     Raises:
@@ -95,7 +95,7 @@ class Engine:
         self.served.check(request)
         ticket = Ticket(request, listener)
         with self._changed:
-            if not self.healthy:
+            if self.state != "ok":
                 raise Closing
             if len(self._queue) >= self.settings.queue:
                 raise QueueFull
@@ -135,9 +135,9 @@ class Engine:
         return sum(answer is not None for answer in self._answers)
 
     @property
-    def healthy(self) -> bool:
-        """Whether it takes requests."""
-        return not self._closing and self.failure is None
+    def state(self) -> str:
+        """ "ok" where it takes requests, "draining" after `drain`, "stopped" after a failure."""
+        return "stopped" if self.failure is not None else "draining" if self._closing else "ok"
 
     @property
     def busy(self) -> bool:
@@ -151,11 +151,15 @@ class Engine:
         self._thread = threading.Thread(target=self._loop, name="engine", daemon=True)
         self._thread.start()
 
-    def close(self, timeout: float | None = None) -> bool:
-        """Takes no more requests, and waits until those it has are answered; False where that takes too long."""
+    def drain(self) -> None:
+        """Takes no more requests from now on; those it has are answered."""
         with self._changed:
             self._closing = True
             self._changed.notify_all()
+
+    def close(self, timeout: float | None = None) -> bool:
+        """Drains, and waits until all requests are answered; False where that takes too long."""
+        self.drain()
         if self._thread is not None:
             self._thread.join(timeout)
             return not self._thread.is_alive()

@@ -1,13 +1,17 @@
 """What the server counts, in the format of Prometheus."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import prometheus_client
 from prometheus_client import CollectorRegistry
+from prometheus_client.core import CounterMetricFamily
+from prometheus_client.registry import Collector
 
 from pjrlhf.serving.catalogue import Voice
-from pjrlhf.serving.engine import Engine, Ticket
+from pjrlhf.serving.engine import Engine
+from pjrlhf.serving.prefix import PrefixCache
+from pjrlhf.serving.tickets import Ticket
 
 
 class Metrics:
@@ -36,6 +40,9 @@ class Metrics:
         self.duration = histogram("request", "From the request to its last token.")
         gauge("requests_waiting", "Requests in the queue.", lambda: engine.waiting)
         gauge("answers_running", "Answers in slots.", lambda: engine.running)
+        prefixes = engine.prefill.prefixes
+        gauge("prefix_cache_bytes", "Bytes of keys and values in the prefix cache.", lambda: prefixes.bytes)
+        self.registry.register(_Lookups(prefixes))
 
     def count(self, voice: Voice, tickets: Sequence[Ticket], generated: int) -> None:
         """Counts a request after its end."""
@@ -49,3 +56,17 @@ class Metrics:
             if ticket.first is not None:
                 self.first_token.observe(ticket.first - ticket.submitted)
                 self.duration.observe(time.monotonic() - ticket.submitted)
+
+
+class _Lookups(Collector):
+    """What the prefix cache counts by itself."""
+
+    def __init__(self, prefixes: PrefixCache):
+        self._prefixes = prefixes
+
+    def collect(self) -> Iterator[CounterMetricFamily]:
+        text = "Whole chunks of prompts that were looked up in the prefix cache, by result."
+        family = CounterMetricFamily("pjrlhf_prefix_cache_chunks", text, labels=["result"])
+        family.add_metric(["hit"], self._prefixes.hits)
+        family.add_metric(["miss"], self._prefixes.misses)
+        yield family

@@ -8,19 +8,25 @@ from pjrlhf.serving.service import Endpoint, Service
 
 
 def endpoints(service: Service) -> list[Endpoint]:
-    """/health and /metrics."""
+    """/health, /health/live and /metrics."""
 
     async def health(request: Request) -> Response:
+        """Whether requests are taken, for load balancers."""
         engine = service.engine
-        state = {
-            "status": "ok" if engine.healthy else "stopped",
-            "waiting": engine.waiting,
-            "running": engine.running,
-        }
-        return JSONResponse(state, 200 if engine.healthy else 503)
+        state = {"status": engine.state, "waiting": engine.waiting, "running": engine.running}
+        return JSONResponse(state, 200 if engine.state == "ok" else 503)
+
+    async def live(request: Request) -> Response:
+        """Whether a restart is not needed: also true while answers are finished after SIGTERM."""
+        status = service.engine.state
+        return JSONResponse({"status": status}, 503 if status == "stopped" else 200)
 
     async def metrics(request: Request) -> Response:
         kind = prometheus_client.CONTENT_TYPE_LATEST
         return Response(prometheus_client.generate_latest(service.metrics.registry), headers={"content-type": kind})
 
-    return [Endpoint("GET", "/health", health, open=True), Endpoint("GET", "/metrics", metrics, open=True)]
+    return [
+        Endpoint("GET", "/health", health, open=True),
+        Endpoint("GET", "/health/live", live, open=True),
+        Endpoint("GET", "/metrics", metrics, open=True),
+    ]

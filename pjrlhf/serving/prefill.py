@@ -2,7 +2,6 @@
 
 import collections
 import dataclasses
-import hashlib
 from collections.abc import Callable
 from typing import Any
 
@@ -10,9 +9,10 @@ import jax
 import numpy as np
 
 from pjrlhf.serving import programs
+from pjrlhf.serving.prefix import PrefixCache
 from pjrlhf.serving.served import ServedModel
 from pjrlhf.serving.settings import EngineSettings
-from pjrlhf.serving.tickets import Request, Ticket, Token
+from pjrlhf.serving.tickets import Ticket, Token
 
 SMALLEST_CHUNK = 16  # the last tokens of a prompt are padded to a power of two from here on
 
@@ -48,30 +48,29 @@ class Prefill:
     Attributes:
       cache: keys and values of the prompts in the rows.
       prompts: by row.
+      prefixes: chunks of earlier prompts.
     """
 
     def __init__(self, served: ServedModel, settings: EngineSettings, results: collections.deque[Callable[[], None]]):
-        self._served, self._settings, self._results = served, settings, results
+        self._served, self._results = served, results
         self.chunk = min(settings.chunk, served.context)
         self.cache = programs.make_cache(served.model, served.shards, served.context)
         self.prompts: list[Prompt | None] = [None] * served.shards
-        self._prefixes: collections.OrderedDict[bytes, Any] = collections.OrderedDict()
+        self.prefixes = PrefixCache(round(settings.prefix_mb * 1e6), self.chunk)
 
     def take(self, ticket: Ticket, row: int) -> None:
         """Puts the prompt of a request into a row, with what the prefix cache has of it."""
-        request, offset = ticket.request, min(self._served.model.user_offset, len(ticket.request.tokens))
+        request, served = ticket.request, self._served
+        own, offset = served.places(request), min(served.model.user_offset, len(request.tokens))
         # The decoder puts user tokens there.
-        places = [self._served.tokenizer.pad_id] * self._served.user_tokens
+        places = [served.tokenizer.pad_id] * own
         tokens = np.array([*request.tokens[:offset], *places, *request.tokens[offset:]], np.int32)
-        prompt = Prompt(ticket, tokens, self._keys(request, tokens))
+        prompt = Prompt(ticket, tokens, self.prefixes.keys(request, tokens))
         if not request.prompt_logps:  # hidden states are not kept
-            for key in prompt.keys:
-                if (found := self._prefixes.get(key)) is None:
-                    break
-                self._prefixes.move_to_end(key)
-                self.cache = programs.write_chunk(self._served.model, self.cache, found, row, prompt.read)
+            for found in self.prefixes.find(prompt.keys):
+                self.cache = programs.write_chunk(served.model, self.cache, found, row, prompt.read)
                 prompt.read += self.chunk
-        ticket.cached_tokens = max(0, prompt.read - self._served.user_tokens)
+        ticket.cached_tokens = max(0, prompt.read - own)
         self.prompts[row] = prompt
 
     def read(self) -> int:
@@ -86,19 +85,6 @@ class Prefill:
         size = self._chunk_size(unread[0])
         self._read_chunk(size)
         return size
-
-    def _keys(self, request: Request, tokens: np.ndarray) -> list[bytes]:
-        """Of every whole chunk before the last token: a digest of all that decides on its keys and values."""
-        if not self._settings.prefix_chunks:
-            return []
-        digest = hashlib.blake2b(digest_size=16)
-        for part in (request.mix, request.user_tokens):
-            digest.update(b"" if part is None else np.asarray(part, np.float32).tobytes())
-        keys = []
-        for end in range(self.chunk, len(tokens), self.chunk):
-            digest.update(tokens[end - self.chunk : end].tobytes())
-            keys.append(digest.digest())
-        return keys
 
     def _chunk_size(self, prompt: Prompt) -> int:
         """The length to which the next chunk is padded; it depends on the length of the prompt alone."""
@@ -123,7 +109,15 @@ class Prefill:
             following[row, : len(after)] = after
         wanted = served.wanted([None if prompt is None else prompt.ticket.request for prompt in self.prompts])
         self.cache, hidden, last = programs.prefill(
-            served.backbone, served.bank, self.cache, tokens, offset, count, wanted.mix, wanted.user_tokens
+            served.backbone,
+            served.bank,
+            self.cache,
+            tokens,
+            offset,
+            count,
+            wanted.mix,
+            wanted.user_tokens,
+            wanted.personal,
         )
         scored = {row: prompt for row, prompt in chunk.items() if prompt.ticket.request.prompt_logps}
         if scored:
@@ -132,23 +126,17 @@ class Prefill:
             self._results.append(lambda: self._hand_on_scores(scores, starts, size))
         for row, prompt in chunk.items():
             index, prompt.read = prompt.read // self.chunk, prompt.read + int(count[row])
-            if prompt.read % self.chunk == 0 and index < len(prompt.keys):
-                self._keep(prompt.keys[index], row, prompt.read - self.chunk)
+            if prompt.read % self.chunk == 0 and index < len(prompt.keys) and prompt.keys[index] not in self.prefixes:
+                kept = programs.read_chunk(self.cache, row, prompt.read - self.chunk, self.chunk)
+                self.prefixes.keep(prompt.keys[index], kept)
             if prompt.read == len(prompt.tokens):
                 prompt.last = last
-
-    def _keep(self, key: bytes, row: int, start: int) -> None:
-        """Puts a chunk into the prefix cache."""
-        if key not in self._prefixes:
-            self._prefixes[key] = programs.read_chunk(self.cache, row, start, self.chunk)
-            while len(self._prefixes) > self._settings.prefix_chunks:
-                self._prefixes.popitem(last=False)
 
     def _hand_on_scores(self, scores: Any, starts: dict[int, tuple[Prompt, int]], size: int) -> None:
         logps, top_ids, top_logps = jax.device_get(scores)
         for row, (prompt, start) in starts.items():
             ticket = prompt.ticket
-            tokens, own = ticket.request.tokens, self._served.user_tokens
+            tokens, own = ticket.request.tokens, self._served.places(ticket.request)
             first = min(self._served.model.user_offset, len(tokens))
             for position in range(start, min(start + size, len(prompt.tokens) - 1)):
                 # The token after a position; user tokens themselves are never scored.

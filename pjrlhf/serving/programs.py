@@ -33,6 +33,7 @@ class Wanted(struct.PyTreeNode):
       alternatives: whether the log-probs of the most likely tokens are returned.
       mix: of the policy, or None without a bank.
       user_tokens: that the prompt starts with, or None.
+      personal: whether a row has user tokens; None where no row has any.
     """
 
     limit: Int[Array, " B"]
@@ -44,6 +45,7 @@ class Wanted(struct.PyTreeNode):
     alternatives: Bool[Array, " B"]
     mix: Float[Array, "B K"] | None
     user_tokens: Float[Array, "B E D"] | None
+    personal: Bool[Array, " B"] | None
 
 
 class Slots(struct.PyTreeNode):
@@ -129,6 +131,7 @@ def prefill(
     count: Int[Array, " B"],
     mix: Float[Array, "B K"] | None,
     user_tokens: Float[Array, "B E D"] | None,
+    personal: Bool[Array, " B"] | None,
 ) -> tuple[Cache, Float[Array, "B T D"], Float[Array, "B D"]]:
     """Reads the next chunk of every prompt: `count` of its T tokens, at positions from `offset` on.
 
@@ -138,7 +141,7 @@ def prefill(
       The cache, the hidden states of the chunk, and that of its last token.
     """
     valid = jnp.arange(jax.tree.leaves(cache)[0].shape[-2]) < (offset + count)[:, None]
-    hidden, filled = backbone.policies(bank, mix, user_tokens)(tokens, valid, cache, offset)
+    hidden, filled = backbone.policies(bank, mix, user_tokens, personal=personal)(tokens, valid, cache, offset)
     last = jnp.take_along_axis(hidden, jnp.maximum(count - 1, 0)[:, None, None], axis=1)[:, 0]
     return constrain(backbone.model, filled), hidden, last
 
@@ -197,7 +200,8 @@ def decode(
       stopped: slots whose answers are over, by a decision of the host.
       ends: tokens that end an answer.
     """
-    policies = backbone.policies(bank, slots.wanted.mix, slots.wanted.user_tokens)
+    wanted = slots.wanted
+    policies = backbone.policies(bank, wanted.mix, wanted.user_tokens, personal=wanted.personal)
     length = jax.tree.leaves(slots.cache)[0].shape[-2]
 
     def step(slots: Slots, _: None) -> tuple[Slots, Drawn]:

@@ -1,10 +1,13 @@
 """A server as a process: its socket, its key, and its end at SIGTERM."""
 
 import logging as python_logging
+import math
 import os
 import signal
 import socket
 import sys
+import time
+import types
 
 import uvicorn
 from absl import logging
@@ -48,10 +51,36 @@ def serve(catalogue: Catalogue, settings: ServerSettings, sizes: EngineSettings)
     print(f"serving {', '.join(catalogue.models)} at http://{f'[{host}]' if ':' in host else host}:{port}", flush=True)
     if not key and settings.host not in LOOPBACK:
         print(f"anybody who reaches {host} can use it; set {KEY_VARIABLE} to ask for a key", file=sys.stderr)
-    # uvicorn drains, and then sends itself the signal again.
+    # After a second one uvicorn sends itself the signal again.
     signal.signal(signal.SIGTERM, lambda *_: None)
-    uvicorn.Server(config).run(sockets=[listener])
+    _Process(config, engine).run(sockets=[listener])
     engine.close(settings.drain_seconds)
+
+
+class _Process(uvicorn.Server):
+    """Keeps its port at SIGTERM until all answers are finished: probes see that it drains, late requests get a 503.
+
+    A second SIGTERM, and Ctrl-C, close the port at once; answers that have begun are finished all the same.
+    """
+
+    def __init__(self, config: uvicorn.Config, engine: Engine):
+        super().__init__(config)
+        self._engine, self._until = engine, math.inf
+
+    def handle_exit(self, sig: int, frame: types.FrameType | None) -> None:
+        if sig == signal.SIGTERM and self._engine.state == "ok":
+            self._until = time.monotonic() + (self.config.timeout_graceful_shutdown or 0)
+            self._engine.drain()
+        else:
+            super().handle_exit(sig, frame)
+
+    async def on_tick(self, counter: int) -> bool:
+        left = self._until - time.monotonic()
+        if self._until < math.inf and (left <= 0 or not self._engine.busy):
+            # The last bytes of finished answers may still be on their way.
+            self.config.timeout_graceful_shutdown = max(1, round(left))
+            self.should_exit = True
+        return await super().on_tick(counter)
 
 
 def _listen(settings: ServerSettings) -> socket.socket:

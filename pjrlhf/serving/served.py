@@ -26,7 +26,7 @@ class ServedModel:
     Attributes:
       backbone, bank: see `Engine`.
       tokenizer: of the base.
-      user_tokens: E, the number of user tokens that every request brings.
+      user_tokens: E, the number of user tokens of a request that brings any.
       context: tokens of a prompt, its user tokens and an answer, at most.
     """
 
@@ -73,13 +73,18 @@ class ServedModel:
         """K, 0 without a bank."""
         return 0 if self.bank is None else bank_size(self.bank)
 
+    def places(self, request: Request) -> int:
+        """Number of user tokens of a request: E, or 0 for one that brings none."""
+        return 0 if request.user_tokens is None else self.user_tokens
+
     def check(self, request: Request) -> None:
         """Raises UserError for a request that does not fit; the message starts with the name of a field."""
-        length = len(request.tokens) + self.user_tokens
+        places = self.places(request)
+        length = len(request.tokens) + places
         if not len(request.tokens):
             raise UserError("tokens: the prompt is empty; give at least one token")
         if length + request.max_new_tokens > self.context:
-            own = f" and {self.user_tokens} user tokens" if self.user_tokens else ""
+            own = f" and {places} user tokens" if places else ""
             raise UserError(
                 f"max_new_tokens: a prompt of {len(request.tokens)} tokens{own} and {request.max_new_tokens} new ones "
                 f"exceed the context of {self.context} tokens; shorten the prompt or ask for fewer tokens"
@@ -92,6 +97,8 @@ class ServedModel:
             ("user_tokens", request.user_tokens, (self.user_tokens, self.model.config.hidden_size)),
         ):
             wanted = width if width[0] else None
+            if name == "user_tokens" and value is None:
+                continue
             if (None if value is None else np.shape(value)) != wanted:
                 raise UserError(f"{name}: has shape {None if value is None else np.shape(value)}; give {wanted}")
             if value is not None and not np.isfinite(value).all():
@@ -109,9 +116,12 @@ class ServedModel:
         def arrays(name: str, *shape: int) -> Any:
             if not shape[0]:
                 return None
-            none = np.zeros(shape, np.float32)
-            return np.stack([none if one is None else np.asarray(getattr(one, name), np.float32) for one in requests])
+            given = [None if one is None else getattr(one, name) for one in requests]
+            return np.stack(
+                [np.zeros(shape, np.float32) if one is None else np.asarray(one, np.float32) for one in given]
+            )
 
+        personal: Any = np.array([one is not None and one.user_tokens is not None for one in requests])
         return Wanted(
             limit=rows("max_new_tokens", np.int32),
             temperature=rows("temperature", np.float32),
@@ -122,6 +132,7 @@ class ServedModel:
             alternatives=rows("alternatives", np.int32) > 0,
             mix=arrays("mix", self.adapters),
             user_tokens=arrays("user_tokens", self.user_tokens, self.model.config.hidden_size),
+            personal=personal if self.user_tokens else None,
         )
 
 

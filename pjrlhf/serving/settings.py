@@ -17,7 +17,9 @@ class EngineSettings(Settings):
     steps: int = setting(8, "tokens drawn per dispatch; with fewer, the first comes sooner", low=1, high=1024)
     prefill_tokens: int = setting(512, "tokens of prompts read between two dispatches, about", low=1, high=2**24)
     queue: int = setting(256, "requests that may wait; more are refused", low=1, high=2**20)
-    prefix_chunks: int = setting(256, "chunks of prompts kept in the prefix cache; 0 turns it off", low=0, high=2**24)
+    prefix_mb: float = setting(
+        512.0, "MB that keys and values in the prefix cache may take on a device; 0 turns it off", low=0.0, high=2**30
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -26,7 +26,7 @@ class Request:
       plain: the prompt is plain text, see `AnswerText`.
       n: number of answers; they share the pass over the prompt.
       mix: float [K], weights of the adapters; None without a bank.
-      user_tokens: float [E, D], for an engine with user tokens.
+      user_tokens: float [E, D], for an engine with user tokens; None for an answer without any.
       temperature: 0 is greedy.
       top_k, top_p: truncation of the distribution; 0 and 1 turn it off.
       seed: any integer.

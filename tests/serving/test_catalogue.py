@@ -24,8 +24,11 @@ from pjrlhf.serving.catalogue import (
     UnknownModel,
     open_folders,
     open_run,
+    parse_mesh,
     parse_mix,
 )
+from pjrlhf.serving.engine import Engine
+from pjrlhf.serving.tickets import Request
 
 NAMES = ("P1A", "P2B", "P3A")
 QUESTION = "what is rain ?"
@@ -107,6 +110,44 @@ def test_adapters_of_folders_may_differ_in_rank_and_scale(folder, tmp_path):
     assert open_folders(str(folder), {}).bank is None
 
 
+@pytest.mark.parametrize("mesh", ["data=2,fsdp=2,tensor=2", "data=-1"])
+def test_a_model_is_served_from_several_devices(folder, tmp_path, mesh):
+    model = load_model(folder, adapter=tiny_serving.ADAPTER)
+    one = jax.tree.map(lambda x: np.asarray(x[0]), tiny_serving.bank(model))
+    save_peft(tmp_path / "a", one, tiny_serving.ADAPTER.rank, tiny_serving.ADAPTER.alpha, str(folder), "llama", 8)
+    found = [
+        open_folders(str(folder), {"A": str(tmp_path / "a")}, mesh=devices) for devices in (None, parse_mesh(mesh))
+    ]
+    ids = found[0].model.tokenizer.encode_prompt([{"role": "user", "content": QUESTION}])
+    requests = [
+        Request(tokens=ids, max_new_tokens=9, mix=np.array([weight], np.float32)) for weight in (0, 0.3, 1, -1, 2)
+    ]
+    alone, several = (
+        Engine(one.model.backbone, one.model.tokenizer, one.bank, settings=tiny_serving.SETTINGS).answer(requests)
+        for one in found
+    )
+    assert [one.text for (one,) in alone] == [one.text for (one,) in several]
+    assert len(found[1].model.backbone.base["embed"]["embedding"].devices()) == 8
+    assert len({one.text for (one,) in alone}) > 2
+
+
+def test_a_mesh_that_does_not_fit_is_refused():
+    assert parse_mesh("") is None
+    for text, message in (
+        ("data", "'data' is no size of an axis; write AXIS=N"),
+        ("data=2,data=4", "each axis once"),
+        ("data=x", "no size"),
+        ("data=1e9", "no size"),
+        ("rows=8", "unknown axis 'rows'; the axes are data, fsdp, tensor"),
+        ("data=3", "multiply to 8"),
+        ("data=-1,tensor=-1", "more than one axis is -1"),
+        ("data=0", "multiply to 8"),
+        (",", "no size"),
+    ):
+        with pytest.raises(UserError, match=f"^mesh: .*{message}"):
+            parse_mesh(text)
+
+
 def test_a_run_is_served_with_its_soups(finished, capsys):
     with tiny.one_device():
         catalogue = open_run(str(finished))
@@ -135,6 +176,11 @@ def test_a_run_is_served_with_its_people(people, capsys):
     )
     (want,) = personal.generate([QUESTION], [name], max_new_tokens=6)
     assert capsys.readouterr().out.splitlines()[-1] == want
+    spread = open_run(str(people), "individualized", parse_mesh("data=2,fsdp=2,tensor=2"))
+    voice, ids = spread.voice(user=name), spread.model.tokenizer.encode_prompt(spread.asked(QUESTION))
+    engine = Engine(spread.model.backbone, spread.model.tokenizer, spread.bank, spread.user_tokens)
+    request = Request(tokens=ids, max_new_tokens=6, mix=voice.mix, user_tokens=voice.user_tokens, plain=not spread.chat)
+    assert engine.answer([request])[0][0].text == want
     pooled = open_run(str(people), "pooled")
     assert pooled.user_tokens == 0 and list(pooled.models) == ["base", "pooled"]
 

@@ -4,6 +4,7 @@ import dataclasses
 import threading
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from support import tiny_serving
@@ -16,6 +17,7 @@ from pjrlhf.models.adapters import Backbone
 from pjrlhf.parallel.mesh import batch_sharding, make_mesh, shard_params
 from pjrlhf.rollout.sampler import truncate, truncate_rows
 from pjrlhf.serving.engine import Engine
+from pjrlhf.serving.prefix import PrefixCache
 from pjrlhf.serving.text import AnswerText
 from pjrlhf.serving.tickets import Closing, Finished, QueueFull, Request
 
@@ -66,10 +68,10 @@ def test_an_answer_does_not_depend_on_who_shares_the_batch(model, personal):
 
 def test_the_prefix_cache_changes_nothing_and_is_keyed_by_mix_and_user(model):
     engine = tiny_serving.engine(model, E)
-    without = tiny_serving.engine(model, E, prefix_chunks=0)
-    (request,) = tiny_serving.requests(model, 1, seed=3, user_tokens=E)
+    without = tiny_serving.engine(model, E, prefix_mb=0.0)
+    own = np.ones((E, model.backbone.model.config.hidden_size), np.float32)
     tokens = list(range(3, 20))
-    request = dataclasses.replace(request, tokens=tokens, n=1, prompt_logps=False, max_new_tokens=6, mix=SOUP)
+    request = Request(tokens=tokens, max_new_tokens=6, mix=SOUP, user_tokens=own, temperature=0.7)
     seen = []
 
     def answer(request, cached):
@@ -89,6 +91,25 @@ def test_the_prefix_cache_changes_nothing_and_is_keyed_by_mix_and_user(model):
     answer(dataclasses.replace(request, mix=-SOUP), whole)
     answer(request, 0)  # the cache holds few chunks, and the oldest are gone
     answer(dataclasses.replace(request, prompt_logps=True), 0)
+    prefixes = engine.prefill.prefixes
+    assert 0 < prefixes.bytes <= prefixes.limit == 8 * tiny_serving.CHUNK_BYTES and not without.prefill.prefixes.bytes
+    assert prefixes.hits > 0 and prefixes.misses > 8
+
+
+def test_the_prefix_cache_is_bounded_in_bytes():
+    """The least recently used go first; one that is too large is not kept."""
+    cache = PrefixCache(100, 4)
+    chunk = lambda size: [{"key": jnp.zeros(size, jnp.uint8)}]  # noqa: E731
+    for name in "abc":
+        cache.keep(name.encode(), chunk(30))
+    assert len(cache.find([b"a", b"x", b"b"])) == 1 and (cache.hits, cache.misses) == (1, 2)
+    cache.keep(b"d", chunk(40))  # b goes
+    assert cache.bytes == 100 and b"b" not in cache and b"a" in cache and b"c" in cache
+    cache.keep(b"e", chunk(101))
+    cache.keep(b"d", chunk(50))  # is there
+    assert cache.bytes == 100 and b"e" not in cache
+    cache.keep(b"f", chunk(100))
+    assert cache.bytes == 100 and b"f" in cache and b"a" not in cache
 
 
 def test_greedy_answers_are_those_of_generate(model, engine):
@@ -119,6 +140,20 @@ def test_greedy_answers_with_user_tokens_are_those_of_generate(model, personal):
     assert [one.text for (one,) in personal.answer(requests)] == want
     swapped = [dataclasses.replace(one, user_tokens=own) for one, own in zip(requests, users[::-1], strict=True)]
     assert [one.text for (one,) in personal.answer(swapped)] != want
+
+
+def test_the_base_alone_shares_a_batch_with_people(model, engine, personal):
+    """It has no positions for user tokens: its answers are those of an engine that knows none."""
+    requests = [dataclasses.replace(one, user_tokens=None) for one in tiny_serving.requests(model, 6, seed=7)]
+    people = [one for one in tiny_serving.requests(model, 6, seed=8, user_tokens=E) if one.user_tokens is not None]
+    mixed = personal.answer([*requests, *people])
+    for ours, theirs in zip(mixed, engine.answer(requests), strict=False):
+        assert [one.text for one in ours] == [one.text for one in theirs]
+        for a, b in zip(
+            [t for one in ours for t in one.tokens], [t for one in theirs for t in one.tokens], strict=True
+        ):
+            assert a.id == b.id and abs(a.logp - b.logp) < 1e-4
+    assert mixed[len(requests) :] == [personal.answer([one])[0] for one in people]
 
 
 def test_log_probs_are_those_of_score(model, engine):
@@ -213,7 +248,11 @@ def test_bad_requests_are_refused_by_name(model, engine, personal):
         with pytest.raises(UserError, match=f"^{name}"):
             engine.served.check(dataclasses.replace(good, **change))
     with pytest.raises(UserError, match=r"^user_tokens"):
-        personal.served.check(good)
+        personal.served.check(dataclasses.replace(good, user_tokens=np.zeros((E + 1, 16), np.float32)))
+    with pytest.raises(UserError, match=f"and {E} user tokens and 30 new ones"):
+        width = model.backbone.model.config.hidden_size
+        own = np.zeros((E, width), np.float32)
+        personal.served.check(dataclasses.replace(good, max_new_tokens=30, tokens=[1] * 9, user_tokens=own))
     with pytest.raises(UserError, match="full parameters"):
         Engine(model.backbone, model.tokenizer, jax.tree.map(lambda x: x[None], model.backbone.base))
     with pytest.raises(UserError, match=r"^context"):

@@ -243,7 +243,7 @@ def test_what_is_wrong_is_named(client):
 
 def test_people_get_their_own_answers(model, persons):
     client = client_of(persons, "secret")
-    assert [one.id for one in client.models.list()] == [*NAMES]
+    assert [one.id for one in client.models.list()] == ["base", *NAMES]
     options = dict(model="P1A", messages=QUESTION, temperature=0, max_tokens=10)
     ana = client.chat.completions.create(**options, user="ana")
     bo = client.chat.completions.create(**options, safety_identifier="bo")
@@ -254,6 +254,19 @@ def test_people_get_their_own_answers(model, persons):
     assert stranger.choices == nobody.choices
     assert not stranger.pjrlhf["user"]["known"] and "generic" in stranger.pjrlhf["user"]["answered_as"]
     assert "user" not in nobody.pjrlhf
+
+
+def test_the_base_alone_is_served_beside_people(model, persons):
+    """Nobody's user tokens are in it, so it is the same for everybody."""
+    client = client_of(persons, "secret")
+    options = dict(model="base", messages=QUESTION, temperature=0, max_tokens=10)
+    ana, nobody = (client.chat.completions.create(**options, **who) for who in ({"user": "ana"}, {}))
+    assert ana.choices == nobody.choices and ana.pjrlhf == nobody.pjrlhf == {"mix": {}}
+    assert ana.choices[0].message.content == model.generate([QUESTION], max_new_tokens=10)[0]
+    soup = client.chat.completions.create(**options, user="ana", extra_body={"mix": {"P1A": 0.5}})
+    assert soup.pjrlhf == {"mix": {"P1A": 0.5}, "user": {"id": "ana", "known": True}}
+    with pytest.raises(openai.BadRequestError, match="leave no room"):
+        client.chat.completions.create(**options | {"messages": [{"role": "user", "content": "rain " * 60}]})
 
 
 def test_a_key_is_asked_for(persons):
@@ -566,6 +579,12 @@ def test_sigterm_drains(tmp_path):
         answer = connection.getresponse()
         first = answer.readline()
         process.send_signal(signal.SIGTERM)
+        while send(place, None, "/health", "GET")[0] == 200:
+            time.sleep(0.01)
+        assert send(place, None, "/health", "GET")[1]["status"] == "draining"
+        assert send(place, None, "/health/live", "GET")[0] == 200
+        status, refused, headers = send(place, {**body, "n": 1, "stream": False}, "/v1/completions")
+        assert status == 503 and headers["Retry-After"] and "later" in refused["error"]["message"]
         rest = answer.read().decode()
         assert first.startswith(b"data: ") and rest.rstrip().endswith("data: [DONE]")
         assert rest.count('"finish_reason":"length"') + rest.count('"finish_reason":"stop"') == 40

@@ -14,8 +14,10 @@ from support import tiny_users
 from support.small_policies import noise
 
 K = 3
+CHUNK_BYTES = 4 * 2 * 8 * 4  # four tokens, keys and values of one head of 8 float32
 ADAPTER = AdapterConfig(rank=2, alpha=4.0)
-SETTINGS = EngineSettings(slots=4, chunk=4, steps=3, prefill_tokens=8, prefix_chunks=8)
+# The prefix cache holds eight chunks.
+SETTINGS = EngineSettings(slots=4, chunk=4, steps=3, prefill_tokens=8, prefix_mb=8 * CHUNK_BYTES / 1e6)
 
 
 @functools.cache
@@ -35,7 +37,7 @@ def engine(model, user_tokens=0, **changes):
 
 
 def requests(model, count, seed=0, user_tokens=0):
-    """Requests that differ in everything."""
+    """Requests that differ in everything; some bring no user tokens."""
     rng = np.random.default_rng(seed)
     width = model.backbone.model.config.hidden_size
     words = [i for i in range(model.tokenizer.vocab_size) if i not in model.tokenizer.eos_ids and i > 2]
@@ -46,7 +48,7 @@ def requests(model, count, seed=0, user_tokens=0):
         start = starts[rng.integers(2)][: rng.integers(0, 10)]
         tokens = [1, *start, *rng.choice(words, rng.integers(1, 6)).tolist()]
         mix = [np.zeros(K), np.eye(K)[rng.integers(K)], rng.normal(size=K)][rng.integers(3)]
-        own = rng.normal(size=(user_tokens, width)).astype(np.float32) if user_tokens else None
+        own = rng.normal(size=(user_tokens, width)).astype(np.float32) if user_tokens and rng.integers(4) else None
         warm = bool(rng.integers(2))
         found.append(
             Request(
