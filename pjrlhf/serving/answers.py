@@ -129,6 +129,10 @@ class Answers:
                 wish.limit_name,
                 code=too_long,
             )
+        known = self._service.catalogue.model.tokenizer.rows
+        if unknown := [i for i in wish.sampling["logit_bias"] if i >= known]:
+            message = f"logit_bias: {unknown[0]} is no token from 0 to {known - 1}; correct it"
+            raise Refused(message, "logit_bias")
         return engines.Request(
             tokens=tokens,
             max_new_tokens=limit,
@@ -136,12 +140,8 @@ class Answers:
             n=wish.draws,
             mix=voice.mix,
             user_tokens=voice.user_tokens,
-            temperature=wish.temperature,
-            top_k=wish.top_k,
-            top_p=wish.top_p,
-            seed=wish.seed,
-            stop=wish.stop,
             alternatives=wish.alternatives or 0,
+            **wish.sampling,
             prompt_logps=wish.echo and wish.alternatives is not None,
         )
 

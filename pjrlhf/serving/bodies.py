@@ -9,6 +9,7 @@ import pydantic
 from pydantic import ConfigDict, Field
 
 from pjrlhf.serving.catalogue import WEIGHT_LIMIT
+from pjrlhf.serving.penalties import BIASES
 from pjrlhf.serving.programs import TOP
 from pjrlhf.serving.protocol import UNSUPPORTED, Body, Ignored, Refused, Whole
 
@@ -17,6 +18,8 @@ COMPLETION_TOKENS = 16  # of /v1/completions where the request sets no limit, as
 LARGEST = 2**31 - 1
 
 Weight = Annotated[float, Field(ge=-WEIGHT_LIMIT, le=WEIGHT_LIMIT)]
+TokenId = Annotated[str, Field(pattern=r"^(0|[1-9][0-9]{0,8})$")]
+Bias = Annotated[float, Field(ge=-100, le=100)]
 Stop = Annotated[str, Field(min_length=1, max_length=1000)]
 Ids = Annotated[list[Whole], Field(min_length=1)]
 
@@ -55,6 +58,21 @@ class _Common(Body):
     n: Annotated[Whole, Field(ge=1, le=MAX_CHOICES)] | None = Field(None, description="Answers to each prompt.")
     temperature: Annotated[float, Field(ge=0, le=2)] | None = Field(None, description="0 is greedy; default 1.")
     top_p: Annotated[float, Field(gt=0, le=1)] | None = Field(None, description="Nucleus sampling where below 1.")
+    min_p: Annotated[float, Field(ge=0, le=1)] | None = Field(
+        None, description="Tokens less likely than this fraction of the most likely one are not drawn."
+    )
+    frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = Field(
+        None, description="Taken from the logit of a token, times the number of times that the answer has it."
+    )
+    presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = Field(
+        None, description="Taken from the logit of a token that the answer has."
+    )
+    repetition_penalty: Annotated[float, Field(gt=0, le=10)] | None = Field(
+        None, description="Divides positive logits, and multiplies others, of tokens of the prompt and the answer."
+    )
+    logit_bias: Annotated[dict[TokenId, Bias], Field(max_length=BIASES)] | None = Field(
+        None, description="Added to the logits of tokens, by id."
+    )
     top_k: Annotated[Whole, Field(ge=-1, le=LARGEST)] | None = Field(
         None, description="Draws from so many tokens; 0 and -1 turn it off."
     )
@@ -84,11 +102,6 @@ class _Common(Body):
     keep_alive: Ignored = None
     priority: Ignored = None
     # What is not supported
-    frequency_penalty: Zero = None
-    presence_penalty: Zero = None
-    repetition_penalty: One = None
-    logit_bias: Annotated[Annotated[dict[str, Any], Field(max_length=0)] | None, UNSUPPORTED] = None
-    min_p: Zero = None
     response_format: Annotated[TextFormat | None, UNSUPPORTED] = None
     tools: Nothing = None
     tool_choice: NoTool = None
@@ -126,11 +139,18 @@ class _Common(Body):
             "user": self.user or self.safety_identifier or header_user,
             "n": self.n or 1,
             "draws": self.n or 1,
-            "temperature": 1.0 if self.temperature is None else self.temperature,
-            "top_p": self.top_p or 1.0,
-            "top_k": max(self.top_k or 0, 0),
-            "seed": secrets.randbits(63) if self.seed is None else self.seed,
-            "stop": tuple([self.stop] if isinstance(self.stop, str) else self.stop or ()),
+            "sampling": {
+                "temperature": 1.0 if self.temperature is None else self.temperature,
+                "top_p": self.top_p or 1.0,
+                "top_k": max(self.top_k or 0, 0),
+                "min_p": self.min_p or 0.0,
+                "frequency_penalty": self.frequency_penalty or 0.0,
+                "presence_penalty": self.presence_penalty or 0.0,
+                "repetition_penalty": self.repetition_penalty or 1.0,
+                "logit_bias": {int(i): value for i, value in (self.logit_bias or {}).items()},
+                "seed": secrets.randbits(63) if self.seed is None else self.seed,
+                "stop": tuple([self.stop] if isinstance(self.stop, str) else self.stop or ()),
+            },
             "stream": bool(self.stream),
             "usage": bool(self.stream_options and self.stream_options.include_usage),
         }
@@ -218,7 +238,8 @@ class Wish:
 
     Attributes:
       model, mix, user: who answers, see `Catalogue.voice`.
-      n, temperature, top_p, top_k, seed, stop: of `engine.Request`.
+      sampling: attributes of `engine.Request`.
+      n: answers to each prompt.
       draws: answers to draw to each prompt; the n with the highest log-prob per token are returned.
       limit: tokens of an answer, or None.
       limit_name: the field that gave it.
@@ -232,11 +253,7 @@ class Wish:
     user: str | None
     n: int
     draws: int
-    temperature: float
-    top_p: float
-    top_k: int
-    seed: int
-    stop: tuple[str, ...]
+    sampling: Mapping[str, Any]
     limit: int | None
     limit_name: str
     alternatives: int | None

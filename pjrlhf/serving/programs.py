@@ -17,6 +17,7 @@ from jaxtyping import Bool, Float, Int, UInt32
 from pjrlhf.models.adapters import Backbone
 from pjrlhf.models.decoder import Cache, Decoder, init_cache
 from pjrlhf.rollout.sampler import truncate_rows
+from pjrlhf.serving.penalties import Penalties, above_min_p, penalized
 from pjrlhf.types import Array, Params
 
 TOP = 20  # alternatives whose log-probs are returned, at most
@@ -31,6 +32,7 @@ class Wanted(struct.PyTreeNode):
       top_k, top_p: truncation of the distribution; 0 and 1 turn it off.
       seed, sample: of the draws. Token i of an answer is drawn with the key that these two and i give.
       alternatives: whether the log-probs of the most likely tokens are returned.
+      penalties: of tokens.
       mix: of the policy, or None without a bank.
       user_tokens: that the prompt starts with, or None.
       personal: whether a row has user tokens; None where no row has any.
@@ -43,6 +45,7 @@ class Wanted(struct.PyTreeNode):
     seed: UInt32[Array, " B"]
     sample: Int[Array, " B"]
     alternatives: Bool[Array, " B"]
+    penalties: Penalties
     mix: Float[Array, "B K"] | None
     user_tokens: Float[Array, "B E D"] | None
     personal: Bool[Array, " B"] | None
@@ -56,6 +59,7 @@ class Slots(struct.PyTreeNode):
       hidden: hidden state of the last of them; the next token is drawn from it.
       length: number of tokens read.
       drawn: number of tokens drawn.
+      counts: how often each token was drawn.
       active: whether the answer goes on.
       wanted: how it is drawn.
     """
@@ -64,6 +68,7 @@ class Slots(struct.PyTreeNode):
     hidden: Float[Array, "B D"]
     length: Int[Array, " B"]
     drawn: Int[Array, " B"]
+    counts: Int[Array, "B V"]
     active: Bool[Array, " B"]
     wanted: Wanted
 
@@ -91,8 +96,9 @@ def make_slots(model: Decoder, count: int, length: int, wanted: Wanted) -> Slots
     config = model.config
     zeros = jnp.zeros((count,), jnp.int32)
     hidden = jnp.zeros((count, config.hidden_size), model.dtype)
+    counts = jnp.zeros((count, config.vocab_size), jnp.int32)
     active = jnp.zeros((count,), bool)
-    return constrain(model, Slots(make_cache(model, count, length), hidden, zeros, zeros, active, wanted))
+    return constrain(model, Slots(make_cache(model, count, length), hidden, zeros, zeros, counts, active, wanted))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
@@ -180,8 +186,8 @@ def insert(
     def put(old, new):
         return jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), slot, row_axis(old))
 
-    none = jnp.zeros((1,), jnp.int32)
-    new = Slots(jax.tree.map(take, cache), take(last), length[None], none, jnp.ones((1,), bool), wanted)
+    none, counts = jnp.zeros((1,), jnp.int32), jnp.zeros_like(slots.counts[:1])
+    new = Slots(jax.tree.map(take, cache), take(last), length[None], none, counts, jnp.ones((1,), bool), wanted)
     return constrain(model, jax.tree.map(put, slots, new))
 
 
@@ -219,6 +225,7 @@ def decode(
             hidden=hidden[:, 0],
             length=slots.length + active,
             drawn=slots.drawn + count,
+            counts=slots.counts.at[jnp.arange(len(token)), token].add(count),
             active=active,
         )
         return constrain(backbone.model, new), drawn
@@ -230,10 +237,17 @@ def decode(
 def draw(logits: Float[Array, "B V"], slots: Slots) -> Drawn:
     """The next token of every slot. A row of the result depends on the same row of the arguments alone."""
     wanted, active = slots.wanted, slots.active
+    bent = penalized(logits, wanted.penalties, slots.counts, active)
     warm, cut = wanted.temperature > 0, (wanted.top_k > 0) | (wanted.top_p < 1.0)
 
     def sampled() -> Int[Array, " B"]:
-        scaled = logits / jnp.where(warm, wanted.temperature, 1.0)[:, None]
+        scaled = bent / jnp.where(warm, wanted.temperature, 1.0)[:, None]
+        scaled = jax.lax.cond(
+            (active & warm & (wanted.penalties.min_p > 0)).any(),
+            lambda x: above_min_p(x, wanted.penalties.min_p),
+            lambda x: x,
+            scaled,
+        )
         scaled = jax.lax.cond(
             (active & warm & cut).any(), lambda x: truncate_rows(x, wanted.top_k, wanted.top_p), lambda x: x, scaled
         )
@@ -244,7 +258,7 @@ def draw(logits: Float[Array, "B V"], slots: Slots) -> Drawn:
 
         return jnp.argmax(scaled + jax.vmap(noise)(wanted.seed, wanted.sample, slots.drawn), axis=-1)
 
-    greedy = jnp.argmax(logits, axis=-1)
+    greedy = jnp.argmax(bent, axis=-1)
     token = jax.lax.cond((active & warm).any(), lambda: jnp.where(warm, sampled(), greedy), lambda: greedy)
     token = token.astype(jnp.int32)
     logps = jax.nn.log_softmax(logits)

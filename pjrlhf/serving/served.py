@@ -13,6 +13,7 @@ from pjrlhf.errors import UserError
 from pjrlhf.models.adapters import Backbone, bank_size, is_low_rank
 from pjrlhf.models.decoder import Decoder
 from pjrlhf.parallel.mesh import num_shards
+from pjrlhf.serving.penalties import BIASES, penalties_of
 from pjrlhf.serving.programs import Wanted
 from pjrlhf.serving.tickets import Request
 from pjrlhf.settings import fold_seed
@@ -104,6 +105,12 @@ class ServedModel:
             if value is not None and not np.isfinite(value).all():
                 raise UserError(f"{name}: holds numbers that are not finite; correct them")
 
+        bias = request.logit_bias
+        if len(bias) > BIASES:
+            raise UserError(f"logit_bias: has {len(bias)} tokens; give {BIASES} at most")
+        if unknown := [i for i in bias if not 0 <= i < rows]:
+            raise UserError(f"logit_bias: {unknown[0]} is no token from 0 to {rows - 1}; correct it")
+
     def wanted(self, requests: Sequence[Request | None], sample: int = 0) -> Wanted:
         """The arrays of requests, one row each; of None, rows of no meaning."""
 
@@ -130,6 +137,7 @@ class ServedModel:
             seed=seeds,
             sample=samples,
             alternatives=rows("alternatives", np.int32) > 0,
+            penalties=penalties_of(requests, self.model.config.vocab_size),
             mix=arrays("mix", self.adapters),
             user_tokens=arrays("user_tokens", self.user_tokens, self.model.config.hidden_size),
             personal=personal if self.user_tokens else None,

@@ -3,7 +3,7 @@
 import dataclasses
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
@@ -29,6 +29,8 @@ class Request:
       user_tokens: float [E, D], for an engine with user tokens; None for an answer without any.
       temperature: 0 is greedy.
       top_k, top_p: truncation of the distribution; 0 and 1 turn it off.
+      frequency_penalty, presence_penalty, repetition_penalty, min_p: see `Penalties`.
+      logit_bias: id of a token -> what is added to its logit; 300 at most.
       seed: any integer.
       stop: strings that end an answer.
       alternatives: number of most likely tokens whose log-probs come with every token, 0 to 20.
@@ -44,6 +46,11 @@ class Request:
     temperature: float = 0.0
     top_k: int = 0
     top_p: float = 1.0
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    min_p: float = 0.0
+    logit_bias: Mapping[int, float] = dataclasses.field(default_factory=dict)
     seed: int = 0
     stop: Sequence[str] = ()
     alternatives: int = 0

@@ -224,7 +224,8 @@ def test_what_is_wrong_is_named(client):
         "mix": {"extra_body": {"mix": {"P9": 1}}},
         "model": {"model": "soup:P9=1"},
         "top_logprobs": {"top_logprobs": 2},
-        "frequency_penalty": {"frequency_penalty": 1},
+        "frequency_penalty": {"frequency_penalty": 2.1},
+        "logit_bias": {"logit_bias": {"100000": 1}},
         "mixs": {"extra_body": {"mixs": {"P1A": 1}}},
         "stream_options": {"stream_options": {"include_usage": True}},
     }.items():
@@ -392,9 +393,9 @@ def test_the_best_of_several_answers_are_returned(client):
 NEUTRAL = {
     "frequency_penalty": 0,
     "presence_penalty": 0.0,
-    "repetition_penalty": 1.0,
+    "repetition_penalty": 1,
     "logit_bias": {},
-    "min_p": 0.0,
+    "min_p": 0,
     "response_format": {"type": "text"},
     "tools": [],
     "tool_choice": "auto",

@@ -62,6 +62,13 @@ def requests(model, count, seed=0, user_tokens=0):
                 top_k=int(rng.choice([0, 0, 5])),
                 top_p=float(rng.choice([1.0, 0.8])),
                 seed=int(rng.integers(-(2**63), 2**63)),
+                frequency_penalty=float(rng.choice([0, 0, 0.7])),
+                presence_penalty=float(rng.choice([0, 0, -0.5])),
+                repetition_penalty=float(rng.choice([1, 1, 1.3])),
+                min_p=float(rng.choice([0, 0, 0.05])),
+                logit_bias=dict(zip(rng.choice(words, 2, replace=False).tolist(), [3.0, -100.0], strict=True))
+                if rng.integers(4) == 0
+                else {},
                 stop=rng.choice(list("jkqvxz"), rng.integers(4)).tolist(),
                 alternatives=int(rng.choice([0, 0, 3])),
                 prompt_logps=bool(rng.integers(4) == 0),
