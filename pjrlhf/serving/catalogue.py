@@ -5,6 +5,7 @@ import difflib
 import functools
 import math
 import pathlib
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NotRequired, TypedDict
 
