@@ -18,7 +18,8 @@ POOLED = "ours"
 def ours(job, turn):
     import jax
 
-    from pjrlhf.algorithms.pdpo import Preference, PreferenceSettings
+    from pjrlhf.algorithms.pdpo import Preference
+    from pjrlhf.algorithms.pdpo_settings import PreferenceSettings
     from pjrlhf.feedback.pairs import read_pairs
 
     harness.load_ours()

@@ -411,7 +411,7 @@ def save_model(folder: pathlib.Path, size: str, max_length: int, seed: int = 0) 
     from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 
     jax.config.update("jax_platforms", "cpu")  # an accelerator is the sides'
-    from pjrlhf.data.tokenization import write_folder
+    from pjrlhf.data.tokenizer_files import write_folder
     from pjrlhf.models.config import ModelConfig
     from pjrlhf.models.decoder import Decoder, init_params
     from pjrlhf.models.huggingface import save_params

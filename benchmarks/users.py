@@ -16,7 +16,9 @@ import matplotlib
 import numpy as np
 import optax
 
-from pjrlhf.algorithms.pdpo import Optimizers, PreferenceConfig, preference_loss
+from pjrlhf.algorithms.pdpo import Optimizers
+from pjrlhf.algorithms.pdpo_objective import preference_loss
+from pjrlhf.algorithms.pdpo_settings import PreferenceConfig
 from pjrlhf.data.packing import PackLayout, pack
 from pjrlhf.feedback.pairs import PairBatch
 from pjrlhf.models.adapters import AdapterConfig, Backbone, init_bank

@@ -14,7 +14,7 @@ import ml_collections
 from absl import logging
 
 from pjrlhf.algorithms.modpo import ModpoSettings
-from pjrlhf.algorithms.pdpo import PreferenceSettings
+from pjrlhf.algorithms.pdpo_settings import PreferenceSettings
 from pjrlhf.algorithms.policy import PolicySettings
 from pjrlhf.algorithms.reward import RewardSettings
 from pjrlhf.algorithms.ric import RicSettings

@@ -14,7 +14,8 @@ from support.summaries import SUMMARY, USER_MODELS
 from pjrlhf.data import synthetic
 from pjrlhf.data.schema import COLUMNS, KINDS, validate
 from pjrlhf.data.sources import open_source
-from pjrlhf.data.tokenization import Lengths, load_tokenizer, tokenize
+from pjrlhf.data.token_table import Lengths, tokenize
+from pjrlhf.data.tokenization import load_tokenizer
 from pjrlhf.errors import UserError
 from pjrlhf.evaluation import report
 from pjrlhf.evaluation.users import user_accuracy

@@ -520,7 +520,7 @@ ODD_NAMES = ("a/b", "..", "", " a", "a b", "a\\b", "a\x1b[31m", "x" * 101, "a,b"
 
 @pytest.mark.parametrize("name", ODD_NAMES)
 def test_a_name_that_cannot_name_a_folder_or_a_served_model_is_refused(name):
-    from pjrlhf.algorithms.pdpo import PreferenceSettings
+    from pjrlhf.algorithms.pdpo_settings import PreferenceSettings
     from pjrlhf.config import RunSettings
     from pjrlhf.errors import UserError
     from pjrlhf.serving.catalogue import Catalogue
@@ -539,7 +539,7 @@ def test_a_name_that_cannot_name_a_folder_or_a_served_model_is_refused(name):
 
 
 def test_names_that_look_alike_are_refused():
-    from pjrlhf.algorithms.pdpo import PreferenceSettings
+    from pjrlhf.algorithms.pdpo_settings import PreferenceSettings
     from pjrlhf.errors import UserError
 
     for pair in (("Ann", "ann"), ("é", "e\u0301"), ("\ufb01t", "fit")):

@@ -19,7 +19,7 @@ from ml_collections import config_flags
 import pjrlhf
 from pjrlhf import config as configs
 from pjrlhf.algorithms.answering import AnswerSettings
-from pjrlhf.algorithms.pdpo import EntrySettings
+from pjrlhf.algorithms.pdpo_settings import EntrySettings
 from pjrlhf.config import RunSettings
 from pjrlhf.errors import UserError
 from pjrlhf.feedback.samplers import ChatSamplerSettings, ModelSamplerSettings

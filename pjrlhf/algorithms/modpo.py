@@ -22,7 +22,7 @@ from pjrlhf.data.messages import Prompt, text_of
 from pjrlhf.data.packing import PackedRows
 from pjrlhf.data.preferences import PreferencePrompt
 from pjrlhf.data.schema import Example
-from pjrlhf.data.tokenization import TokenRow, TokenTable
+from pjrlhf.data.token_table import TokenRow, TokenTable
 from pjrlhf.errors import UserError
 from pjrlhf.feedback.pairs import SPLITS
 from pjrlhf.models.adapters import Backbone, init_bank

@@ -19,7 +19,7 @@ from jaxtyping import Float
 from pjrlhf.data.batching import Batches, batches, soft_labels, split_by
 from pjrlhf.data.packing import PackedRows
 from pjrlhf.data.schema import Prompt, is_tie
-from pjrlhf.data.tokenization import TokenRow, TokenTable
+from pjrlhf.data.token_table import TokenRow, TokenTable
 from pjrlhf.errors import UserError
 from pjrlhf.feedback.comparisons import FILE
 from pjrlhf.models.adapters import Backbone, init_bank

@@ -24,7 +24,7 @@ from pjrlhf.data.messages import Conversation, Prompt, columns_of, read_options,
 from pjrlhf.data.packing import PackedRows
 from pjrlhf.data.preferences import PreferencePrompt
 from pjrlhf.data.schema import Example
-from pjrlhf.data.tokenization import TokenTable
+from pjrlhf.data.token_table import TokenTable
 from pjrlhf.errors import UserError
 from pjrlhf.models.adapters import Backbone, init_bank
 from pjrlhf.objectives.multi_objective import calibrate, target_map

@@ -14,7 +14,7 @@ from jaxtyping import Float
 
 from pjrlhf.data.batching import batches
 from pjrlhf.data.packing import PackedRows
-from pjrlhf.data.tokenization import TokenRow, TokenTable
+from pjrlhf.data.token_table import TokenRow, TokenTable
 from pjrlhf.export.card import write_card
 from pjrlhf.merging.lora import merge_dense
 from pjrlhf.models.adapters import AdapterConfig, Backbone, init_bank

@@ -26,7 +26,8 @@ from pjrlhf.data import synthetic
 from pjrlhf.data.batching import Completions
 from pjrlhf.data.messages import Answer, Prompt, Request
 from pjrlhf.data.schema import Example
-from pjrlhf.data.tokenization import AnswerIds, TokenTable
+from pjrlhf.data.token_table import TokenTable
+from pjrlhf.data.tokenization import AnswerIds
 from pjrlhf.errors import UserError
 from pjrlhf.feedback.pairs import SIDES, Pairs, PairSettings, registry_of, tables_of
 from pjrlhf.models.config import ModelConfig

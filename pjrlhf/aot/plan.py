@@ -15,7 +15,8 @@ from absl import logging
 from ml_collections import ConfigDict
 
 from pjrlhf.algorithms import methods, modpo, policy, reward, ric, sft
-from pjrlhf.algorithms.pdpo import Preference, PreferenceSettings
+from pjrlhf.algorithms.pdpo import Preference
+from pjrlhf.algorithms.pdpo_settings import PreferenceSettings
 from pjrlhf.aot import dry_run
 from pjrlhf.aot.dry_run import DryRun, Step, compile_reference, compile_rewards, dry_modpo, dry_pairs
 from pjrlhf.errors import UserError

@@ -8,7 +8,7 @@ import numpy as np
 from flax import struct
 from jaxtyping import Bool, Int
 
-from pjrlhf.data.tokenization import TokenRow
+from pjrlhf.data.token_table import TokenRow
 from pjrlhf.errors import UserError
 from pjrlhf.types import Array, Json
 

@@ -3,7 +3,7 @@
 import pathlib
 from collections.abc import Iterable
 
-from pjrlhf.data.tokenization import write_folder
+from pjrlhf.data.tokenizer_files import write_folder
 from pjrlhf.errors import UserError
 
 SPECIAL = ("<pad>", "<s>", "</s>", "<user>", "<assistant>")

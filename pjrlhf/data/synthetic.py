@@ -22,7 +22,7 @@ from typing import Any
 
 from pjrlhf.data.messages import Prompt, text_of, with_words
 from pjrlhf.data.preferences import Preference, Preferences, dimensions
-from pjrlhf.data.tokenization import write_folder
+from pjrlhf.data.tokenizer_files import write_folder
 
 PREFERENCES: Preferences = {
     "P1A": Preference(dimension="expertise", sentence="use easy words .", label="easy"),

@@ -1,50 +1,28 @@
-"""Tokenizes records once: chat template, one BOS, one token that ends each answer, and the boundary between prompt and
+"""Text as token ids: chat template, one BOS, one token that ends each answer, and the boundary between prompt and
 answer, which is found among the tokens.
 """
 
-import dataclasses
 import functools
-import json
 import math
 import os
 import pathlib
-import re
-from collections.abc import Iterator, Mapping, Sequence
-from importlib import metadata
-from typing import Any, NamedTuple, TypeAlias
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
-import jinja2
-import numpy as np
 from absl import logging
 
+from pjrlhf.data.chat_template import ChatTemplate, check_template
 from pjrlhf.data.messages import (
-    SAID,
-    SYSTEM,
     Answer,
-    Conversation,
     Message,
     Prompt,
-    as_turns,
-    options_of,
     text_of,
-    what_needs_template,
-    without_system,
-    without_template,
 )
-from pjrlhf.data.records import BadRecords, RecordError
-from pjrlhf.data.schema import Example, shared_length
+from pjrlhf.data.records import RecordError
+from pjrlhf.data.schema import shared_length
+from pjrlhf.data.tokenizer_files import load_backend, setting_of
 from pjrlhf.errors import UserError
-from pjrlhf.models.folders import read_json
 from pjrlhf.models.hf_config import read_eos_ids
-from pjrlhf.terminal import quiet_libraries
-from pjrlhf.types import Json
-
-# Kind of record -> its answers.
-ANSWERS = {
-    "prompt": (),
-    "completion": ("completion",),
-    "preference": ("chosen", "rejected"),
-}
 
 
 class RewrittenTurns(RecordError):
@@ -125,6 +103,7 @@ class Tokenizer:
                 if name == "EOS":
                     remedy += ", or name another token with --config.model.eos_token=..."
                 raise UserError(f"tokenizer {backend.name_or_path}: {name} {self._unknown(i)}; {remedy}")
+        self._template = ChatTemplate(backend)
         self.has_chat_template = bool(backend.chat_template)
         if self.has_chat_template:
             check_template(backend)
@@ -207,7 +186,7 @@ class Tokenizer:
           RecordError: the template refuses the conversation.
           UserError: the prompt is a conversation and the tokenizer has no chat template.
         """
-        text = prompt if isinstance(prompt, str) else self._render(prompt, generate=True)
+        text = prompt if isinstance(prompt, str) else self._template.render(prompt, generate=True)
         (ids,) = self._encode([text + start], bos=isinstance(prompt, str))
         return ids or [self.start_id]
 
@@ -231,11 +210,12 @@ class Tokenizer:
             texts = [prompt, *(prompt + text_of(answer) for answer in answers)]
         else:
             turns = [_turns(answer) for answer in answers]
-            texts = [self._render(prompt, generate=True), *(self._render(prompt, more) for more in turns)]
+            render = functools.partial(self._template.render, prompt)
+            texts = [render(generate=True), *map(render, turns)]
         alone, *whole = self._encode(texts, bos=isinstance(prompt, str))
         boundary = min(shared_length(alone, ids) for ids in whole)
         if boundary < len(alone) and not isinstance(prompt, str):
-            asked = self._render(prompt).rstrip()
+            asked = self._template.render(prompt).rstrip()
             if not all(text.startswith(asked) for text in texts):
                 raise RecordError(
                     "the chat template rewrites a prompt once it is answered", "the prompt is not what the model read"
@@ -281,8 +261,8 @@ class Tokenizer:
         """
         spans = []
         for i in (i for i, message in enumerate(answer) if message["role"] == "assistant"):
-            texts = self._render(prompt, answer[:i], generate=True), self._render(prompt, answer[: i + 1])
-            before, after = self._encode(list(texts), bos=False)
+            render = functools.partial(self._template.render, prompt)
+            before, after = self._encode([render(answer[:i], generate=True), render(answer[: i + 1])], bos=False)
             start = shared_length(before, after)
             after = [*after[:start], *self._ended(after[start:])]
             last = i == len(answer) - 1
@@ -328,84 +308,6 @@ class Tokenizer:
         """Writes the files that `load_tokenizer` and `transformers` read."""
         self.backend.save_pretrained(str(folder))
 
-    def _render(self, prompt: list[Message], more: Sequence[Message] = (), *, generate: bool = False) -> str:
-        """The text of a conversation, with its generation prompt where it is the assistant's turn."""
-        if not self.has_chat_template:
-            raise UserError(
-                f"prompt: {what_needs_template(prompt)}, and the tokenizer has no chat template; add chat_template to "
-                f"tokenizer_config.json, or {without_template(prompt)}"
-            )
-        if any(message["role"] in SYSTEM for message in (*prompt, *more)) and not self._knows_system:
-            prompt, more = Conversation(without_system(prompt), options_of(prompt)), without_system(more)
-        try:
-            text = self._apply([*prompt, *more], generate, options_of(prompt))
-        except RecordError as error:
-            # A template that knows no tool calls fails at a message without content.
-            unknown = [name for name in SAID if not self._reads(name) and any(m.get(name) for m in [*prompt, *more])]
-            if unknown:
-                raise RecordError(f"{unknown[0]} unknown to the chat template", str(error)) from error
-            raise
-        for name, messages, options in self._ignorable(prompt, more):
-            try:
-                ignored = self._apply(messages, generate, options) == text
-            except RecordError:  # the template needs it
-                ignored = False
-            if ignored:
-                raise RecordError(f"{name} ignored by the chat template", "leave it out, or use another template")
-        return text
-
-    @functools.cached_property
-    def _knows_system(self) -> bool:
-        """Whether the chat template writes what a system turn says: some refuse such a turn, some leave it out, and
-        some leave it out once the assistant has answered.
-        """
-        instruction, question = "An instruction", as_turns("A question")
-        system, answer = {"role": "system", "content": instruction}, {"role": "assistant", "content": "An answer"}
-        try:
-            self._apply(question, True, {})
-        except RecordError:
-            return True  # it refuses more than that
-        try:
-            texts = [self._apply([system, *question], True, {}), self._apply([system, *question, answer], False, {})]
-            found = all(instruction in text for text in texts)
-        except RecordError:
-            found = False
-        if not found:  # said once, for the first conversation with a system turn
-            logging.warning(
-                "the chat template knows no system role: what a system turn says begins the next message of the user"
-            )
-        return found
-
-    def _ignorable(
-        self, prompt: list[Message], more: Sequence[Message]
-    ) -> Iterator[tuple[str, list[Message], dict[str, Any]]]:
-        """What the template may leave out of the text, as (name, messages and options without it).
-
-        Templates may drop the reasoning of earlier turns, but what the last turn of an answer says must be there.
-        """
-        options, messages = options_of(prompt), [*prompt, *more]
-        for name, value in options.items():
-            if value and not re.search(rf"{{[{{%][^}}]*\b{re.escape(name)}\b", str(self.backend.chat_template)):
-                yield name, messages, {key: item for key, item in options.items() if key != name}
-        for name in SAID:
-            last = len(messages) - 1 if more and more[-1].get(name) else 0
-            if last or (not self._reads(name) and any(message.get(name) for message in messages)):
-                without = [{key: item for key, item in message.items() if key != name} for message in messages[last:]]
-                yield name, [*messages[:last], *without], options
-
-    def _reads(self, name: str) -> bool:
-        """Whether the chat template reads a key of messages, as far as its text tells."""
-        return bool(re.search(rf"(\.|['\"]){name}\b", str(self.backend.chat_template)))
-
-    def _apply(self, messages: Sequence[Message], generate: bool, options: Mapping[str, Any]) -> str:
-        try:
-            return self.backend.apply_chat_template(
-                list(messages), tokenize=False, add_generation_prompt=generate, **options
-            )
-        except Exception as error:  # a template is a program that may fail in any way
-            reason = " ".join(str(error).split()) or "no reason given"
-            raise RecordError("refused by the chat template", reason) from error
-
     def _encode(self, texts: list[str], *, bos: bool) -> list[list[int]]:
         rows = self.backend(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
         if unknown := max((i for ids in rows for i in ids if i >= self.rows), default=0):
@@ -418,35 +320,6 @@ class Tokenizer:
     def _unknown(self, i: int) -> str:
         """What is wrong with an id beyond the embedding."""
         return f"{self.backend.convert_ids_to_tokens(i)!r} has id {i}, and the model's embedding has {self.rows} rows"
-
-
-def check_template(backend: Any) -> None:
-    """Refuses a chat template that is no program, and warns of one that writes today's date.
-
-    Raises:
-      UserError: it cannot be read as a template.
-    """
-    place = f"tokenizer {backend.name_or_path or type(backend).__name__}"
-    try:
-        template = backend.get_chat_template()
-        if not isinstance(template, str):
-            raise TypeError(f"a {type(template).__name__}, no text")
-        jinja2.Environment(extensions=["jinja2.ext.loopcontrols"]).parse(template)
-    except jinja2.TemplateSyntaxError as error:
-        # Templates may use tags of extensions that `transformers` adds.
-        if "unknown tag" not in str(error):
-            reason = " ".join(str(error).split())
-            raise UserError(f"{place}: the chat template is no template ({reason}); correct it") from error
-    except (TypeError, ValueError, AttributeError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"{place}: the chat template cannot be used ({reason}); give it one, named default") from error
-    else:
-        if "strftime_now" in template:
-            logging.warning(
-                "%s: the chat template writes the date of today, so that another day gives other prompts; to fix it, "
-                "give records chat_template_kwargs, such as date_string where the template reads that",
-                place,
-            )
 
 
 def _turns(answer: Answer) -> list[Message]:
@@ -477,277 +350,3 @@ def load_tokenizer(folder: str | os.PathLike, *, eos_token: str | None = None, r
         rows=rows,
         eos_ids=read_eos_ids(folder),
     )
-
-
-def setting_of(folder: pathlib.Path, name: str) -> Json:
-    """A setting in tokenizer_config.json; None where it is absent.
-
-    transformers 5 ignores `add_bos_token` and `add_eos_token` for the classes that it replaces with its own.
-    """
-    file = folder / "tokenizer_config.json"
-    return read_json(file).get(name) if file.is_file() else None
-
-
-def load_backend(folder: pathlib.Path) -> Any:
-    """The `transformers` tokenizer of a folder, whose code does not run.
-
-    Raises:
-      UserError: `transformers` cannot load a tokenizer from the folder.
-    """
-    quiet_libraries()
-    from transformers import AutoTokenizer
-
-    if not folder.is_dir():
-        raise UserError(f"tokenizer {folder}: no such folder; give one with a tokenizer.json")
-    try:
-        backend = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
-    except Exception as error:  # the library `tokenizers` raises nothing narrower
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise UserError(
-            f"tokenizer {folder}: {reason}; give a folder with a tokenizer.json that transformers "
-            f"{metadata.version('transformers')} and tokenizers {metadata.version('tokenizers')} can read"
-        ) from error
-    if not set(backend.get_vocab()) - set(backend.all_special_tokens):
-        # Without files transformers makes one up from config.json.
-        raise UserError(f"tokenizer {folder}: has no vocabulary; copy the tokenizer.json that came with the model")
-    return backend
-
-
-def write_folder(folder: pathlib.Path, tokenizer: Any, **settings: Json) -> None:
-    """Writes tokenizer.json and tokenizer_config.json.
-
-    Args:
-      tokenizer: of the library `tokenizers`, with the special tokens <s>, </s> and <pad>.
-      settings: further keys of tokenizer_config.json.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    tokenizer.save(str(folder / "tokenizer.json"))
-    config = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "bos_token": "<s>",
-        "eos_token": "</s>",
-        "pad_token": "<pad>",
-        "clean_up_tokenization_spaces": False,
-        **settings,
-    }
-    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2))
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Lengths:
-    """Limits on lengths, in tokens, and what happens to longer texts.
-
-    Attributes:
-      prompt: limit of a prompt, with BOS.
-      completion: limit of a completion, with EOS.
-      context: of the model; None does not check it.
-      long_prompt: "drop" leaves the record out, "truncate_left" keeps BOS and the end, "error" stops the run.
-      long_completion: "drop" leaves the record out, "truncate" keeps the start, without EOS.
-
-    Raises:
-      UserError: a limit is below 1, both limits exceed the context, or an unknown choice.
-    """
-
-    prompt: int
-    completion: int
-    context: int | None = None
-    long_prompt: str = "drop"
-    long_completion: str = "drop"
-
-    def __post_init__(self):
-        if min(self.prompt, self.completion) < 1:
-            raise UserError(
-                f"lengths: prompt {self.prompt} and completion {self.completion}: both must be at least 1; raise them"
-            )
-        if self.context is not None and self.prompt + self.completion > self.context:
-            raise UserError(
-                f"lengths: prompt {self.prompt} + completion {self.completion} tokens are more than the model's "
-                f"context of {self.context}; lower --config.data.max_prompt or --config.data.max_completion"
-            )
-        for name, choices in (
-            ("long_prompt", ("drop", "truncate_left", "error")),
-            ("long_completion", ("drop", "truncate")),
-        ):
-            if getattr(self, name) not in choices:
-                raise UserError(f"{name} {getattr(self, name)!r}: not one of {', '.join(choices)}; choose one of them")
-
-
-# A row of a `TokenTable`: `index`, its place there; `prompt` and the answers of its kind, int32 [length] each; for each
-# answer <name>_mask, bool [length], which tokens are scored, or None for all; and `user_id`, `objective`, `margin`,
-# `preference`, `where` of its example.
-TokenRow: TypeAlias = Mapping[str, Any]
-
-
-@dataclasses.dataclass(frozen=True, eq=False, repr=False)
-class TokenTable(Sequence[TokenRow]):
-    """Tokenized examples in order.
-
-    Attributes:
-      kind: "prompt", "completion" or "preference".
-      examples: the records themselves.
-      tokens: "prompt" and the answers of `kind` -> int32 [length] for every example.
-      bad: the examples that do not fit.
-      masks: answers of `kind` -> bool [length] for every example, which tokens are scored; None for all of an answer.
-        Without an entry, all tokens of all answers are scored.
-      cut: "prompt" and the answers of `kind` -> how many were cut to the length limit.
-    """
-
-    kind: str
-    examples: tuple[Example, ...]
-    tokens: dict[str, tuple[np.ndarray, ...]]
-    bad: BadRecords
-    masks: dict[str, tuple[np.ndarray | None, ...]] = dataclasses.field(default_factory=dict)
-    cut: dict[str, int] = dataclasses.field(default_factory=dict)
-
-    def __len__(self) -> int:
-        return len(self.examples)
-
-    def __getitem__(self, i: int) -> TokenRow:  # pyright: ignore[reportIncompatibleMethodOverride] - no slices
-        example = self.examples[i]
-        row = {name: getattr(example, name) for name in ("user_id", "objective", "margin", "preference", "where")}
-        row |= {name: ids[i] for name, ids in self.tokens.items()} | {"index": range(len(self))[i]}
-        return row | {f"{name}_mask": self.mask(name, i) for name in ANSWERS[self.kind]}
-
-    @functools.cached_property
-    def has_soft_labels(self) -> bool:
-        """Whether it is uncertain of any pair which answer is the better one."""
-        return any(example.preference not in (None, 1.0) for example in self.examples)
-
-    def mask(self, name: str, i: int) -> np.ndarray | None:
-        """Which tokens of an answer of row i are scored, bool [length]; None for all."""
-        return self.masks[name][i] if name in self.masks else None
-
-    def select(self, rows: Sequence[int]) -> "TokenTable":
-        """The table of the given rows; its `index` starts at 0."""
-        tokens, masks = (
-            {name: tuple(items[i] for i in rows) for name, items in columns.items()}
-            for columns in (self.tokens, self.masks)
-        )
-        examples = tuple(self.examples[i] for i in rows)
-        return dataclasses.replace(self, examples=examples, tokens=tokens, masks=masks)
-
-
-def cut_left(ids: list[int], limit: int, bos_id: int | None) -> list[int]:
-    """The last `limit` ids of a prompt, with its BOS where it starts with one."""
-    if len(ids) <= limit:
-        return ids
-    start = ids[:1] if ids[0] == bos_id and limit > 1 else []
-    return start + ids[len(ids) - limit + len(start) :]
-
-
-def tokenize(
-    examples: Sequence[Example],
-    kind: str,
-    tokenizer: Tokenizer,
-    lengths: Lengths,
-    *,
-    source_name: str = "examples",
-    max_bad_fraction: float = 0.01,
-) -> TokenTable:
-    """Tokenizes examples of one kind. Those that do not fit the lengths are left out, logged and kept in `bad`; those
-    that are cut to them are counted.
-
-    A completion of several turns whose earlier turns the chat template rewrites becomes one row per turn of the
-    assistant, each after the text that the model reads before it.
-
-    Args:
-      kind: "prompt", "completion" or "preference".
-      source_name: the name of the examples in messages.
-      max_bad_fraction: a larger fraction of examples that do not fit is an error, in [0, 1].
-
-    Raises:
-      UserError: more than `max_bad_fraction` of the examples do not fit, or all; or a prompt is too long and
-        `lengths.long_prompt` is "error".
-    """
-    names = ANSWERS[kind]
-    kept: list[Example] = []
-    rows: list[_Row] = []
-    bad = BadRecords(source_name, len(examples))
-    for example in examples:
-        try:
-            pairs = list(_rows(example, kind, tokenizer, lengths))
-        except RecordError as error:
-            bad.add(example.where, error)
-            continue
-        kept += [one for one, _ in pairs]
-        rows += [row for _, row in pairs]
-    bad.check(max_bad_fraction)
-    table = TokenTable(
-        kind,
-        tuple(kept),
-        {name: tuple(np.asarray(row.ids[name], np.int32) for row in rows) for name in ("prompt", *names)},
-        bad,
-        {name: tuple(row.masks[name] for row in rows) for name in names},
-        {name: sum(name in row.cut for row in rows) for name in ("prompt", *names)},
-    )
-    if counts := ", ".join(f"{count} {name}s" for name, count in table.cut.items() if count):
-        logging.info(
-            "%s: cut to the length limits (prompt %d, completion %d): %s of %d rows; data.max_prompt and "
-            "data.max_completion raise them",
-            *(source_name, lengths.prompt, lengths.completion, counts, len(table)),
-        )
-    return table
-
-
-class _Row(NamedTuple):
-    """An example as tokens: ids by name, masks by name of an answer, and names of what was cut."""
-
-    ids: dict[str, list[int]]
-    masks: dict[str, np.ndarray | None]
-    cut: list[str]
-
-
-def _rows(example: Example, kind: str, tokenizer: Tokenizer, lengths: Lengths) -> Iterator[tuple[Example, _Row]]:
-    """The rows of an example, each with the example that it is; errors are those of `_fit`."""
-    try:
-        yield example, _fit(example, kind, tokenizer, lengths)
-    except RewrittenTurns:
-        prompt, answer = example.prompt, example.completion
-        if not isinstance(prompt, list) or not isinstance(answer, list):  # a preference record
-            raise
-        for i, message in enumerate(answer):
-            if message["role"] == "assistant":
-                before = Conversation([*prompt, *answer[:i]], options_of(prompt))
-                turn = dataclasses.replace(example, prompt=before, completion=[message])
-                yield turn, _fit(turn, kind, tokenizer, lengths)
-
-
-def _fit(example: Example, kind: str, tokenizer: Tokenizer, lengths: Lengths) -> _Row:
-    """An example within the lengths.
-
-    Raises:
-      RecordError: a text is too long or has no tokens, or both answers have the same ids.
-    """
-    names = ANSWERS[kind]
-    if names:
-        prompt, answers = tokenizer.encode_answers(example.prompt, [getattr(example, name) for name in names])
-    else:
-        prompt, answers = tokenizer.encode_prompt(example.prompt), []
-    cut = []
-    if len(prompt) > lengths.prompt:
-        detail = f"{len(prompt)} tokens, the limit is {lengths.prompt}"
-        if lengths.long_prompt == "drop":
-            ways = "raise --config.data.max_prompt, or cut prompts with --config.data.long_prompt=truncate_left"
-            raise RecordError("prompt too long", f"{detail}; {ways}")
-        if lengths.long_prompt == "error":
-            raise UserError(
-                f"{example.where}: prompt too long ({detail}); raise --config.data.max_prompt, or drop or shorten "
-                "such prompts with --config.data.long_prompt=drop or truncate_left"
-            )
-        prompt = cut_left(prompt, lengths.prompt, tokenizer.bos_id)
-        cut.append("prompt")
-    ids, masks = {"prompt": prompt}, {}
-    for name, answer in zip(names, answers, strict=True):
-        if len(answer.ids) > lengths.completion:
-            if lengths.long_completion == "drop":
-                ways = "raise --config.data.max_completion, or cut answers with --config.data.long_completion=truncate"
-                detail = f"{len(answer.ids)} tokens, the limit is {lengths.completion}"
-                raise RecordError(f"{name} too long", f"{detail}; {ways}")
-            cut.append(name)
-        ids[name], scored = answer.ids[: lengths.completion], answer.scored[: lengths.completion]
-        masks[name] = None if all(scored) else np.array(scored)
-        if not any(scored):
-            raise RecordError(f"{name} too long", f"its first {lengths.completion} tokens are not the assistant's")
-    if kind == "preference" and ids["chosen"] == ids["rejected"]:
-        raise RecordError("chosen equals rejected", f"in the first {len(ids['chosen'])} tokens")
-    return _Row(ids, masks, cut)

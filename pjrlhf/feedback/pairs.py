@@ -16,7 +16,7 @@ from pjrlhf.data.batching import soft_labels, split_by
 from pjrlhf.data.messages import with_text
 from pjrlhf.data.packing import PackedRows
 from pjrlhf.data.schema import Example, is_tie
-from pjrlhf.data.tokenization import TokenRow, TokenTable
+from pjrlhf.data.token_table import TokenRow, TokenTable
 from pjrlhf.errors import UserError
 from pjrlhf.models.registry import UserRegistry
 from pjrlhf.runtime.records import SourceSpec

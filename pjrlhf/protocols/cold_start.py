@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from pjrlhf.algorithms.pdpo import answer_scores, pair_losses
+from pjrlhf.algorithms.pdpo_objective import answer_scores, pair_losses
 from pjrlhf.errors import UserError
 from pjrlhf.protocols.trained import Trained
 from pjrlhf.training.progress import progress

@@ -6,8 +6,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Int
 
-from pjrlhf.algorithms import pdpo
-from pjrlhf.algorithms.pdpo import Entry, PairMargins
+from pjrlhf.algorithms import pdpo_entries
+from pjrlhf.algorithms.pdpo_objective import PairMargins
+from pjrlhf.algorithms.pdpo_settings import Entry
 from pjrlhf.data.messages import Prompt, with_text
 from pjrlhf.feedback.pairs import Pairs
 from pjrlhf.models.adapters import Backbone, Policies
@@ -31,10 +32,10 @@ class Trained:
     def __init__(self, run: Run, entry: Entry, pairs: Pairs, max_new_tokens: int = 0):
         self.run, self.entry, self.max_new_tokens = run, entry, max_new_tokens
         self.backbone = run.workspace.backbone
-        self.trainable, registry = pdpo.load(run, entry)
+        self.trainable, registry = pdpo_entries.load(run, entry)
         self.pairs = pairs = pairs.seen_by(registry)
         width = self.backbone.model.config.hidden_size
-        self.users = pdpo.user_model(entry, registry.capacity, width, self.trainable["bank"])
+        self.users = pdpo_entries.user_model(entry, registry.capacity, width, self.trainable["bank"])
         scorer = run.scorer(entry.batch_size)
         self._margins = PairMargins(entry, self.users, pairs, self.backbone, scorer)
         self._known: dict[tuple[str, int, int], float] = {}
@@ -42,8 +43,8 @@ class Trained:
     def margins(
         self, part: str, users: np.ndarray, rows: Sequence[int] | None = None, trainable: Params | None = None
     ) -> np.ndarray:
-        """Margins of `rows` of a part as seen by `users`, see `algorithms.pdpo.PairMargins`. Those of the trained
-        parameters are computed once.
+        """Margins of `rows` of a part as seen by `users`, see `algorithms.pdpo_objective.PairMargins`. Those of the
+        trained parameters are computed once.
         """
         if trainable is not None:
             return self._margins(trainable, part, users, rows)

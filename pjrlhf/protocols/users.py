@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from pjrlhf.algorithms.pdpo import PreferenceSettings
+from pjrlhf.algorithms.pdpo_settings import PreferenceSettings
 from pjrlhf.data.messages import as_request, columns_of, request_of, text_of
 from pjrlhf.data.schema import Example, is_tie
 from pjrlhf.evaluation import surface

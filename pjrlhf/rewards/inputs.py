@@ -7,8 +7,10 @@ from typing import Any
 
 from absl import logging
 
+from pjrlhf.data.chat_template import check_template
 from pjrlhf.data.messages import SYSTEM, Prompt, options_of, text_of, transcript
-from pjrlhf.data.tokenization import check_template, cut_left, load_backend, setting_of
+from pjrlhf.data.token_table import cut_left
+from pjrlhf.data.tokenizer_files import load_backend, setting_of
 from pjrlhf.errors import UserError
 from pjrlhf.settings import shown
 

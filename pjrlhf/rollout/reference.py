@@ -15,7 +15,7 @@ import xxhash
 from absl import logging
 
 from pjrlhf.data.batching import Completions
-from pjrlhf.data.tokenization import TokenRow, TokenTable
+from pjrlhf.data.token_table import TokenRow, TokenTable
 from pjrlhf.errors import UserError
 from pjrlhf.models.adapters import Backbone
 from pjrlhf.models.decoder import Decoder

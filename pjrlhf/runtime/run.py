@@ -14,7 +14,7 @@ import numpy as np
 from absl import logging
 
 from pjrlhf.data.messages import Prompt
-from pjrlhf.data.tokenization import TokenRow, TokenTable
+from pjrlhf.data.token_table import TokenRow, TokenTable
 from pjrlhf.errors import UserError
 from pjrlhf.judges.judge import BothOrders, JudgeContext, RewardJudge, ScoreJudge, judge_from
 from pjrlhf.models.adapters import AdapterConfig, is_low_rank

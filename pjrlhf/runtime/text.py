@@ -13,7 +13,7 @@ from pjrlhf.data.messages import dialogue
 from pjrlhf.data.packing import Ids, PackedRows, PackLayout, choose_mode, pack, row_length
 from pjrlhf.data.records import RecordError
 from pjrlhf.data.schema import Example, Prompt
-from pjrlhf.data.tokenization import Lengths, TokenRow, TokenTable, cut_left, tokenize
+from pjrlhf.data.token_table import Lengths, TokenRow, TokenTable, cut_left, tokenize
 from pjrlhf.errors import UserError
 from pjrlhf.parallel.processes import to_host
 from pjrlhf.rollout.batches import Prompts, Rollout
@@ -86,7 +86,7 @@ class Text:
     def tokenized(
         self, examples: Sequence[Example], lengths: Lengths, name: str, kind: str = "preference"
     ) -> TokenTable:
-        """Tokenizes records of one kind; see `data.tokenization.tokenize`.
+        """Tokenizes records of one kind; see `data.token_table.tokenize`.
 
         Args:
           name: of the records in messages.

@@ -17,15 +17,10 @@ from support import tiny, tiny_users
 from support.tiny_users import entry_of, method_of, pairs_of, trained_of
 
 from pjrlhf.algorithms import pdpo as preference
-from pjrlhf.algorithms.pdpo import (
-    Preference,
-    PreferenceConfig,
-    PreferenceSettings,
-    answer_scores,
-    pair_losses,
-    pair_rewards,
-    preference_loss,
-)
+from pjrlhf.algorithms import pdpo_entries, pdpo_objective
+from pjrlhf.algorithms.pdpo import Preference
+from pjrlhf.algorithms.pdpo_objective import answer_scores, pair_losses, pair_rewards, preference_loss
+from pjrlhf.algorithms.pdpo_settings import PreferenceConfig, PreferenceSettings
 from pjrlhf.data import synthetic
 from pjrlhf.data.messages import with_text
 from pjrlhf.data.schema import Example, is_tie
@@ -533,7 +528,7 @@ def unigrams(backbone, users, trainable, batch, *_):
 
 
 def test_the_reward_shift_of_bco_is_the_mean_of_all_rewards_so_far(records, tmp_path, monkeypatch):
-    monkeypatch.setattr(preference, "answer_scores", unigrams)
+    monkeypatch.setattr(pdpo_objective, "answer_scores", unigrams)
     changes = {"preference__models": {"pooled": {"kind": "uniform"}}, "preference__loss": "bco_pair"}
     run = tiny.start(tmp_path / "run", records(**changes))
     pairs = pairs_of(run)
@@ -556,7 +551,7 @@ def test_the_reward_shift_of_bco_is_the_mean_of_all_rewards_so_far(records, tmp_
 
 @pytest.mark.slow
 def test_every_loss_trains(records, tmp_path, monkeypatch):
-    monkeypatch.setattr(preference, "answer_scores", unigrams)
+    monkeypatch.setattr(pdpo_objective, "answer_scores", unigrams)
     run = tiny.start(tmp_path / "run", records(preference__models={"pooled": {"kind": "uniform"}}))
     pairs = pairs_of(run)
     given = run.section(PreferenceSettings).replace(optimizer={"name": "sgd", "learning_rate": 0.3})
@@ -631,14 +626,14 @@ def test_soup_weights_find_the_right_policy(opposites, tmp_path):
     run = tiny.start(tmp_path / "soup", config)
     preference.run(run)
     bank, _ = load_tree(path)
-    found, registry = preference.load(run, entry_of(run, "soup"))
+    found, registry = pdpo_entries.load(run, entry_of(run, "soup"))
     assert registry.to_json() == [None, "ann", "bob"]
     assert tiny.bits(found["bank"]) == tiny.bits(bank), "the policies are given, not trained"
     assert list(found["users"]) == ["table"]
     weights = jax.nn.softmax(found["users"]["table"]["weights"])
     assert weights[1, 0] > 0.8 and weights[2, 1] > 0.8
     assert abs(weights[0, 0] - 0.5) < 0.2, "the generic user hears both"
-    method = method_of(run, "soup", pairs_of(run), start={"bank": preference.soup_bank(run)})
+    method = method_of(run, "soup", pairs_of(run), start={"bank": pdpo_entries.soup_bank(run)})
     assert list(method.init().trainable) == ["users"]
 
 
@@ -648,7 +643,7 @@ def test_the_bank_of_the_same_run(opposites, tmp_path):
     with pytest.raises(UserError, match=r"run/policy/bank.safetensors: there is no such file"):
         preference.run(run)
     shutil.copy(path, run.workdir.stage("policy"))
-    assert tiny.bits(preference.soup_bank(run)) == tiny.bits(load_tree(path)[0])
+    assert tiny.bits(pdpo_entries.soup_bank(run)) == tiny.bits(load_tree(path)[0])
 
 
 def test_a_bank_must_fit(opposites, tmp_path):

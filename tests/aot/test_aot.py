@@ -11,7 +11,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from support import tiny, tiny_family, tiny_users
 
 from pjrlhf.algorithms import policy, reward
-from pjrlhf.algorithms.pdpo import PreferenceSettings
+from pjrlhf.algorithms.pdpo_settings import PreferenceSettings
 from pjrlhf.aot import dry_run as planned
 from pjrlhf.aot import plan as aot
 from pjrlhf.errors import UserError

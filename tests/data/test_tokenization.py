@@ -17,7 +17,8 @@ from support.encoding import encode_pair
 from pjrlhf.data.messages import Conversation
 from pjrlhf.data.records import RecordError
 from pjrlhf.data.schema import Example
-from pjrlhf.data.tokenization import Lengths, Tokenizer, load_tokenizer, tokenize
+from pjrlhf.data.token_table import Lengths, tokenize
+from pjrlhf.data.tokenization import Tokenizer, load_tokenizer
 from pjrlhf.errors import UserError
 from pjrlhf.models.hf_config import read_eos_ids
 

@@ -10,7 +10,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 from support import tiny, tiny_users
 
-from pjrlhf.algorithms import pdpo as preference
+from pjrlhf.algorithms import pdpo_entries, pdpo_objective
 from pjrlhf.data import synthetic
 from pjrlhf.models.users import UserModel, gather_rows
 from pjrlhf.parallel.mesh import leaf_sharding, make_mesh, round_up_rows, shard_params
@@ -164,7 +164,7 @@ def trained(start):
         history, losses = [jax.tree.map(np.array, tables(state))], []
         with pytest.MonkeyPatch.context() as patch:
             if policy == "words":
-                patch.setattr(preference, "answer_scores", words)
+                patch.setattr(pdpo_objective, "answer_scores", words)
             for step in STEPS:
                 rows = [pairs.tables["train"][np.flatnonzero(users == user)[i % 2]] for i, user in enumerate(step)]
                 state, metrics = method.step(state, method.collate("train", users, rows))
@@ -242,8 +242,8 @@ def test_vectors_are_those_of_the_people_in_the_order_of_their_names(start, trai
     run, pairs = start(mesh)
     _, state, _, _ = trained(kind, mesh)
     entry = tiny_users.entry_of(run, kind)
-    users = preference.user_model(entry, pairs.registry.capacity, run.workspace.model_config.hidden_size)
-    preference.save(run, entry, users, pairs.registry, state.trainable)
+    users = pdpo_entries.user_model(entry, pairs.registry.capacity, run.workspace.model_config.hidden_size)
+    pdpo_entries.save(run, entry, users, pairs.registry, state.trainable)
     found = tiny_users.trained_of(run, kind, pairs)
     assert not any(x.sharding.is_fully_replicated for x in jax.tree.leaves(found.trainable["users"]["table"]))
     vectors = found.vectors()

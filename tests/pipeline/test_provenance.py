@@ -11,7 +11,7 @@ import pytest
 from support import tiny, tiny_users
 from support.tiny_users import entry_of, pairs_of, trained_of
 
-from pjrlhf.algorithms import banks, pdpo, policy, reward
+from pjrlhf.algorithms import banks, pdpo_entries, policy, reward
 from pjrlhf.algorithms.pdpo import Preference
 from pjrlhf.data import synthetic
 from pjrlhf.data.tokenization import load_tokenizer
@@ -102,7 +102,7 @@ def test_people_keep_their_rows_whatever_the_order_of_lines(own, tmp_path, base_
     entry = entry_of(run, name)
     copy = shutil.copytree(folder, tmp_path / "copy")
     there = tiny.start(copy, config)
-    pdpo.save(there, entry, before.users, before.pairs.registry, {**before.trainable, "users": users})
+    pdpo_entries.save(there, entry, before.users, before.pairs.registry, {**before.trainable, "users": users})
     expected = margins_by_line(trained_of(there, name, pairs_of(there)))
 
     lines = CHANGES[change](lines_of(PEOPLE))
@@ -165,7 +165,7 @@ def test_other_settings_than_those_of_training_are_refused_by_name(finished, peo
             load(run)
     run = tiny.start(people, tiny_users.settings(**{key: value}))
     with pytest.raises(UserError, match=f"individualized/model.safetensors: was trained with .*{message}"):
-        pdpo.load(run, entry_of(run, "individualized"))
+        pdpo_entries.load(run, entry_of(run, "individualized"))
 
 
 def test_another_base_is_refused(copied):
@@ -226,7 +226,7 @@ def test_an_entry_of_other_settings_is_refused(people):
         (dataclasses.replace(entry, objective=entry.objective.replace(beta=0.2)), "objective.beta: 0.1, here 0.2"),
     ):
         with pytest.raises(UserError, match=message):
-            pdpo.load(run, changed)
+            pdpo_entries.load(run, changed)
 
 
 def test_a_note_that_lies_about_the_shapes(finished, tmp_path):
@@ -498,7 +498,7 @@ def test_one_flipped_bit_in_what_a_finished_stage_wrote(own, tmp_path):
         tiny.run(copy, config)
     run = tiny.start(copy, config)
     with pytest.raises(UserError, match="its contents are not what was saved"):
-        pdpo.load(run, entry_of(run, "cluster"))
+        pdpo_entries.load(run, entry_of(run, "cluster"))
     shutil.rmtree(copy / "preference")
     tiny.run(copy, config)
     assert tiny.bits(load_tree(path)[0]) == tiny.bits(load_tree(folder / "preference/cluster/model.safetensors")[0])

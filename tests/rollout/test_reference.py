@@ -11,7 +11,7 @@ from support.small_policies import ADAPTERS, MODEL, PAD, base
 from pjrlhf.data.batching import collate_completion
 from pjrlhf.data.records import BadRecords
 from pjrlhf.data.schema import Example
-from pjrlhf.data.tokenization import TokenTable
+from pjrlhf.data.token_table import TokenTable
 from pjrlhf.errors import UserError
 from pjrlhf.models.adapters import Backbone
 from pjrlhf.rollout import reference, scoring

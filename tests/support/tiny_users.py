@@ -5,7 +5,8 @@ import json
 
 import jax
 
-from pjrlhf.algorithms.pdpo import Preference, PreferenceSettings
+from pjrlhf.algorithms.pdpo import Preference
+from pjrlhf.algorithms.pdpo_settings import PreferenceSettings
 from pjrlhf.data import synthetic
 from pjrlhf.feedback.pairs import read_pairs
 from pjrlhf.models.config import ModelConfig

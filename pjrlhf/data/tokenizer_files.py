@@ -1,0 +1,65 @@
+"""Tokenizers on disk, as `transformers` reads them: their backend and its settings."""
+
+import json
+import pathlib
+from importlib import metadata
+from typing import Any
+
+from pjrlhf.errors import UserError
+from pjrlhf.models.folders import read_json
+from pjrlhf.terminal import quiet_libraries
+from pjrlhf.types import Json
+
+
+def setting_of(folder: pathlib.Path, name: str) -> Json:
+    """A setting in tokenizer_config.json; None where it is absent.
+
+    transformers 5 ignores `add_bos_token` and `add_eos_token` for the classes that it replaces with its own.
+    """
+    file = folder / "tokenizer_config.json"
+    return read_json(file).get(name) if file.is_file() else None
+
+
+def load_backend(folder: pathlib.Path) -> Any:
+    """The `transformers` tokenizer of a folder, whose code does not run.
+
+    Raises:
+      UserError: `transformers` cannot load a tokenizer from the folder.
+    """
+    quiet_libraries()
+    from transformers import AutoTokenizer
+
+    if not folder.is_dir():
+        raise UserError(f"tokenizer {folder}: no such folder; give one with a tokenizer.json")
+    try:
+        backend = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
+    except Exception as error:  # the library `tokenizers` raises nothing narrower
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise UserError(
+            f"tokenizer {folder}: {reason}; give a folder with a tokenizer.json that transformers "
+            f"{metadata.version('transformers')} and tokenizers {metadata.version('tokenizers')} can read"
+        ) from error
+    if not set(backend.get_vocab()) - set(backend.all_special_tokens):
+        # Without files transformers makes one up from config.json.
+        raise UserError(f"tokenizer {folder}: has no vocabulary; copy the tokenizer.json that came with the model")
+    return backend
+
+
+def write_folder(folder: pathlib.Path, tokenizer: Any, **settings: Json) -> None:
+    """Writes tokenizer.json and tokenizer_config.json.
+
+    Args:
+      tokenizer: of the library `tokenizers`, with the special tokens <s>, </s> and <pad>.
+      settings: further keys of tokenizer_config.json.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": "<s>",
+        "eos_token": "</s>",
+        "pad_token": "<pad>",
+        "clean_up_tokenization_spaces": False,
+        **settings,
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2))
