@@ -498,6 +498,31 @@ def check_arguments(make: Callable[..., Any], name: str, *given: Any, **settings
         raise UserError(f"{name} does not take these settings ({error}); correct them") from error
 
 
+def made_by(make: Callable[..., Any], name: str, what: str, *given: Any, **settings: Any) -> Any:
+    """What a maker, which may be other people's code, makes of `given` and `settings`: something that can be called.
+
+    Args:
+      name: begins messages.
+      what: it must make, such as "a function".
+
+    Raises:
+      UserError: see `check_arguments`; the maker raises, or makes something that cannot be called.
+    """
+    check_arguments(make, name, *given, **settings)
+    try:
+        found = make(*given, **settings)
+    except UserError:
+        raise
+    except Exception as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise UserError(f"{name} raised {reason} when it was made; correct it, it must make {what}") from error
+    if not callable(found):
+        if inspect.iscoroutine(found):
+            found.close()  # nobody will await it
+        raise UserError(f"{name} made a {type(found).__name__}; it must make {what}")
+    return found
+
+
 def is_open(cls: type, key: str) -> bool:
     """Whether the dotted `key` of a class is in a section whose keys a config chooses, or is such a section."""
     for part in key.split("."):

@@ -16,10 +16,11 @@ from pjrlhf.judges.chat import Body, Chat, ChatSettings
 from pjrlhf.models.frozen import OtherModelSettings
 from pjrlhf.parallel.processes import json_from_zero
 from pjrlhf.registry import Registry, callable_as
+from pjrlhf.rewards.calls import awaited, listed
 from pjrlhf.runtime.answers import sample_base
 from pjrlhf.runtime.run import Run
 from pjrlhf.runtime.workspace import ModelSettings
-from pjrlhf.settings import arguments, check_arguments, parse, setting
+from pjrlhf.settings import arguments, made_by, parse, setting, shown
 from pjrlhf.types import Json
 
 BASE = "base"
@@ -181,8 +182,26 @@ def sampler(run: Run | None, spec: str | Mapping[str, Any]) -> Sampler:
     if not isinstance(kind, str) or (kind not in SAMPLERS and ":" not in kind):
         raise UserError(f"sampler: kind {kind!r} is unknown; choose one of {', '.join(SAMPLERS)}, or name a folder")
     make = SAMPLERS.get(kind)
-    check_arguments(make, f"sampler {kind!r}:", run, **settings)
-    return make(run, **arguments(make, settings, "sampler"))
+    settings = arguments(make, settings, "sampler")
+    found = made_by(make, f"sampler {kind!r}:", "a sampler", run, **settings)
+    return functools.partial(_checked, kind, found) if ":" in kind else found
+
+
+def _checked(kind: str, sampler: Sampler, requests: Sequence[Prompt], words: Sequence[str], name: str) -> list[str]:
+    """What a sampler from outside this package answers; UserError where it raises, or for anything but texts."""
+    try:
+        found = awaited(sampler(list(requests), list(words), name))
+    except UserError:
+        raise
+    except Exception as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise UserError(f"sampler {kind!r}: raised {reason}; correct it") from error
+    texts = listed(found, len(requests))
+    if texts is None or len(texts) != len(requests) or not all(isinstance(text, str) for text in texts):
+        raise UserError(
+            f"sampler {kind!r}: returned {shown(found)} for {len(requests)} requests; return a list with one text each"
+        )
+    return texts
 
 
 def sampler_name(spec: str | Mapping[str, Any]) -> str:

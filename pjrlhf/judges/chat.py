@@ -16,39 +16,10 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 
 from pjrlhf.errors import UserError
+from pjrlhf.judges.client import Body, ChatSettings, client
 from pjrlhf.paths import expand
-from pjrlhf.rewards.server import BUSY, key_in
-from pjrlhf.rewards.sources import NoReply
-from pjrlhf.settings import Settings, setting
 from pjrlhf.training.progress import progress
 from pjrlhf.types import Json
-
-Body = Mapping[str, Json]  # of a request to /v1/chat/completions
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ChatSettings(Settings):
-    """A model behind an OpenAI-compatible URL."""
-
-    model: str = setting("", "its name there")
-    base_url: str = setting("", "URL of the server, such as http://localhost:8000/v1; that of OpenAI where empty")
-    key_variable: str = setting("OPENAI_API_KEY", "environment variable that holds the key")
-    timeout: float = setting(120.0, "seconds to wait for a reply", above=0.0, high=86400.0)
-    retries: int = setting(6, "further tries after a lost connection, and where the server is busy or fails", low=0)
-    concurrency: int = setting(8, "requests at once", low=1, high=1024)
-    requests_per_minute: int = setting(0, "requests sent in a minute at most; 0 for no limit", low=0, high=10**6)
-    cache: str = setting("", "JSON lines file of requests and replies; judge.jsonl in the run directory where empty")
-    replay: bool = setting(False, "send nothing: a request without a cached reply is an error")
-    max_requests: int = setting(0, "requests to this model in the cache at most; 0 for no limit", low=0)
-    max_cost: float = setting(0.0, "cost of its requests in the cache at most; 0 for no limit", low=0.0)
-    prices: tuple[float, ...] = setting((), "of a million input tokens and of a million output tokens", low=0.0)
-
-    def check(self) -> None:
-        super().check()
-        if self.prices and len(self.prices) != 2:
-            raise UserError(f"prices: {self.prices} are not two; give that of input and that of output tokens")
-        if self.max_cost and not self.prices:
-            raise UserError("max_cost: needs prices; give those of a million input and output tokens")
 
 
 @dataclasses.dataclass
@@ -297,49 +268,3 @@ class Chat:
             raise UserError(
                 f"model {limits.model!r}: {used}; raise the limit, and the same command goes on from {self.cache.path}"
             )
-
-
-def client(settings: ChatSettings) -> Callable[[Body], Json]:
-    """A function that sends a request through the `openai` client, which waits and tries again where that can help."""
-    try:
-        import openai
-    except ImportError as error:
-        raise UserError("chat: needs the openai client; pip install 'pjrlhf[judge]'") from error
-    key = key_in(settings.key_variable)
-    if not key and not settings.base_url:
-        raise UserError(
-            f"model {settings.model!r}: ${settings.key_variable} is not set; set it to the key of the server"
-        )
-    connection = openai.OpenAI(
-        api_key=key or "none",  # local servers need none
-        base_url=settings.base_url or None,
-        timeout=settings.timeout,
-        max_retries=settings.retries,
-    )
-    where = f"model {settings.model!r} at {connection.base_url}"
-
-    def send(body: Body) -> Json:
-        problem: Exception = ValueError("a reply without choices")
-        # What servers of open models take beside the parameters of OpenAI.
-        further = {name: value for name, value in body.items() if name == "chat_template_kwargs"}
-        known = {name: value for name, value in body.items() if name not in further}
-        for _ in range(settings.retries + 1):
-            try:
-                found = connection.chat.completions.create(**known, extra_body=further)
-                if getattr(found, "choices", None):
-                    return found.model_dump(mode="json", exclude_none=True, warnings=False)
-            except (openai.APIResponseValidationError, ValueError, RecursionError) as error:
-                problem = error  # a reply that is no JSON, or another JSON
-            except openai.AuthenticationError as error:
-                raise UserError(f"{where}: refuses the key; check ${settings.key_variable}") from error
-            except openai.NotFoundError as error:
-                raise UserError(f"{where}: has no such model or address; check model and base_url") from error
-            except openai.APIConnectionError as error:
-                raise NoReply(f"{where}: cannot be reached ({error.__cause__ or error}); check base_url") from error
-            except openai.APIStatusError as error:
-                reason = " ".join(str(error).split())[:200]
-                kind = NoReply if error.status_code in BUSY else UserError
-                raise kind(f"{where}: answers {error.status_code} ({reason}); correct that, or try later") from error
-        raise NoReply(f"{where}: its replies cannot be read ({problem}); check base_url") from problem
-
-    return send

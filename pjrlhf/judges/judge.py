@@ -17,10 +17,12 @@ from pjrlhf.data.messages import Prompt, Request, as_request
 from pjrlhf.errors import UserError
 from pjrlhf.judges.chat import Chat
 from pjrlhf.judges.language_model import ChatBackend, JudgeSettings, LanguageModelJudge
+from pjrlhf.judges.own import OwnJudge
 from pjrlhf.parallel.processes import broadcast_from_zero, is_process_zero
 from pjrlhf.registry import Registry, callable_as
+from pjrlhf.rewards.calls import listed
 from pjrlhf.rewards.sources import NO_COLUMNS, RecordColumns, RewardSource, SourceContext, reward_source
-from pjrlhf.settings import arguments, check_arguments, parse, shown
+from pjrlhf.settings import arguments, made_by, parse, shown
 
 
 class Judge(Protocol):
@@ -59,22 +61,36 @@ def ask(
     """The verdicts of `judge`, float64 [N], checked.
 
     Raises:
-      UserError: the lists differ in length, or the judge returned something other than N values in [-1, 1] or NaN.
+      UserError: the lists differ in length, or the judge returned other than N values in [-1, 1], NaN or None.
     """
     if not len(prompts) == len(first) == len(second):
         raise UserError(
             f"criterion {criterion!r}: {len(prompts)} prompts, {len(first)} first and {len(second)} second answers; "
             "give one answer of each side per prompt"
         )
-    found = np.asarray(judge(prompts, first, second, criterion))
-    numeric = np.issubdtype(found.dtype, np.number)
-    verdicts = found.astype(np.float64) if numeric else found
-    if not numeric or verdicts.shape != (len(prompts),) or (np.abs(verdicts) > 1).any():
+    found = judge(prompts, first, second, criterion)
+    values = listed(found, len(prompts))
+    verdicts = np.array([_verdict(value) for value in values or ()], np.float64)
+    if values is None or len(values) != len(prompts) or np.isinf(verdicts).any():
+        who = f"judge {judge.name!r}" if isinstance(judge, OwnJudge) else "the judge"
         raise UserError(
-            f"criterion {criterion!r}: the judge returned {np.unique(found)[:5]} in shape {found.shape}; "
-            f"it must return {len(prompts)} verdicts from -1 to +1, or NaN for none"
+            f"criterion {criterion!r}: {who} returned {shown(found)}; it must return {len(prompts)} verdicts from -1 "
+            "to +1, or None for none"
         )
     return verdicts
+
+
+def _verdict(value: Any) -> float:
+    """A verdict as a number, NaN for none, and infinite for what is no verdict."""
+    if value is None:
+        return math.nan
+    if isinstance(value, str | bytes | bool | np.bool_):  # True says no more than which side it does not choose
+        return math.inf
+    try:
+        number = float(value)
+    except (TypeError, ValueError, OverflowError):
+        return math.inf
+    return math.inf if abs(number) > 1 else number
 
 
 @dataclasses.dataclass
@@ -228,8 +244,10 @@ def judge_from(spec: str | Mapping[str, Any], context: JudgeContext) -> Judge:
     if not isinstance(kind, str):
         raise UserError(f"judge: has no kind; choose one of {', '.join(JUDGES)}")
     make = JUDGES.get(kind)
-    check_arguments(make, f"judge {kind!r}:", context, **settings)
-    return make(context, **arguments(make, settings, "judge"))
+    settings = arguments(make, settings, "judge")
+    judge = made_by(make, f"judge {kind!r}:", "a judge", context, **settings)
+    ours = isinstance(judge, ScoreJudge | RewardJudge | LanguageModelJudge)
+    return judge if ours or ":" not in kind else OwnJudge(kind, judge)
 
 
 def judge_name(spec: str | Mapping[str, Any]) -> str:

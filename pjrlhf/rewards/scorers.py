@@ -6,6 +6,7 @@ sign before any of them, as in "-sentiment", turns its scores around.
 """
 
 import functools
+import math
 import re
 from collections.abc import Callable, Mapping
 from typing import Protocol, cast
@@ -14,6 +15,8 @@ from pjrlhf.data.messages import Prompt
 from pjrlhf.errors import UserError
 from pjrlhf.paths import install
 from pjrlhf.registry import Registry, callable_as
+from pjrlhf.rewards.calls import number
+from pjrlhf.settings import shown
 
 Scorer = Callable[[Prompt, str], float]
 
@@ -140,3 +143,29 @@ def scorer(spec: str) -> Scorer:
     if spec in NEEDS:
         NEEDS[spec]()  # a missing package must be found before the run
     return SCORERS.get(spec)
+
+
+def checked(name: str, score: Scorer) -> Scorer:
+    """The scorer with errors in one line for what other people's code may do.
+
+    Args:
+      name: of the setting that names it.
+
+    Raises:
+      UserError: by the scorer that is returned, where `score` raises, or returns anything but a number.
+    """
+
+    def scored(prompt: Prompt, text: str) -> float:
+        try:
+            value = score(prompt, text)
+        except UserError:
+            raise
+        except Exception as error:
+            reason = " ".join(f"{type(error).__name__}: {error}".split())
+            raise UserError(f"{name}: raised {reason} for the answer {text[:60]!r}; correct the scorer") from error
+        found = number(value)
+        if not math.isfinite(found):
+            raise UserError(f"{name}: returned {shown(value)} for the answer {text[:60]!r}; return a finite number")
+        return found
+
+    return scored

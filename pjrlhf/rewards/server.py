@@ -1,9 +1,11 @@
 """Rewards from a server: batches of answers as JSON to a URL."""
 
+import datetime
+import email.utils
 import http.client
 import json
+import math
 import os
-import re
 import time
 import urllib.error
 import urllib.parse
@@ -15,10 +17,10 @@ from typing import Any
 from pjrlhf import strict_json
 from pjrlhf.data.messages import Prompt
 from pjrlhf.errors import UserError
+from pjrlhf.rewards.calls import as_json, is_busy
 from pjrlhf.rewards.sources import SOURCES, NoReply, RewardFunction, Unanswered
 from pjrlhf.types import Json
 
-BUSY = (408, 429, 500, 502, 503, 504)  # HTTP status codes after which another try may succeed
 LONGEST_WAIT = 60.0  # seconds between two tries
 
 
@@ -33,7 +35,7 @@ def by_http(
 ) -> RewardFunction:
     """POSTs {"prompts": [...], "completions": [...]} and takes {"rewards": [...]}, a number or null for each. A prompt
     is a text, or a list of messages where its record has messages. Where the records have other columns, "columns" has
-    {name: [...]}.
+    {name: [...]}, as `as_json` writes their values.
 
     Args:
       timeout: seconds to wait for a reply.
@@ -56,7 +58,7 @@ def by_http(
 
     def ask(content: Mapping[str, Json]) -> list[Json]:
         completions = content["completions"]
-        found = _post(url, json.dumps(content, default=str).encode(), timeout, retries, key, key_variable)
+        found = _post(url, json.dumps(content).encode(), timeout, retries, key, key_variable)
         rewards = found.get("rewards") if isinstance(found, dict) else None
         if not isinstance(rewards, list) or len(rewards) != len(completions):
             raise UserError(
@@ -75,7 +77,7 @@ def by_http(
             for part in parts:
                 content: dict[str, Json] = {"prompts": prompts[part], "completions": completions[part]}
                 if columns:
-                    content["columns"] = {name: values[part] for name, values in columns.items()}
+                    content["columns"] = {name: as_json(list(values[part])) for name, values in columns.items()}
                 asked.append(pool.submit(ask, content))
             for part, one in zip(parts, asked, strict=True):
                 try:
@@ -153,12 +155,25 @@ def _post(url: str, body: bytes, timeout: float, retries: int, key: str, key_var
             if place := error.headers.get("Location", "") if 300 <= error.code < 400 else "":
                 new = urllib.parse.urljoin(url, place)
                 raise UserError(f"reward server {url}: replied {reason}, it is now {new}; set url to that") from error
-            if error.code not in BUSY:
+            if not is_busy(error.code):
                 text = " ".join(error.read(200).decode(errors="replace").split())
                 raise UserError(f"reward server {url}: replied {reason} ({text}); correct that") from error
-            after = error.headers.get("Retry-After", "")
-            pause = float(after) if re.fullmatch(r"[0-9]+(\.[0-9]*)?", after) else pause
+            pause = retry_after(error.headers.get("Retry-After", ""), pause)
         except (OSError, ValueError, http.client.HTTPException, RecursionError) as error:
             # No connection, one that was cut, or a reply that is no HTTP or no JSON.
             reason = " ".join(str(getattr(error, "reason", error)).split()) or type(error).__name__
     raise NoReply(f"reward server {url}: no reply after {retries + 1} tries ({reason}); check the server")
+
+
+def retry_after(text: str, otherwise: float) -> float:
+    """The seconds of a header Retry-After, a number or a date (RFC 9110, 10.2.3); `otherwise` where it says nothing."""
+    try:
+        seconds = float(text)
+    except ValueError:
+        try:
+            then = email.utils.parsedate_to_datetime(text)
+        except ValueError:
+            return otherwise
+        then = then if then.tzinfo else then.replace(tzinfo=datetime.UTC)
+        seconds = (then - datetime.datetime.now(datetime.UTC)).total_seconds()
+    return seconds if 0 < seconds < math.inf else otherwise

@@ -4,16 +4,12 @@
 with a head. Sources run on the host, on text.
 """
 
-import asyncio
 import copy
 import dataclasses
-import functools
 import inspect
-import json
 import math
 import pathlib
 from collections.abc import Awaitable, Callable, Collection, Hashable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol, TypeAlias, cast
 
 import numpy as np
@@ -23,8 +19,9 @@ from jaxtyping import Float
 from pjrlhf.data.messages import Prompt, dialogue
 from pjrlhf.errors import UserError
 from pjrlhf.registry import Registry, callable_as, load
+from pjrlhf.rewards.calls import GIVEN, as_json, call, listed, missing_parameter, number
 from pjrlhf.rewards.scorers import scorer as named_scorer
-from pjrlhf.settings import arguments, check_arguments, shown
+from pjrlhf.settings import arguments, made_by, shown
 from pjrlhf.types import Json
 
 ADAPTER = "adapter"  # the reward models of the stage reward
@@ -88,6 +85,10 @@ SOURCES: Registry[Callable[..., RewardFunction]] = Registry(
 def by_function(function: str) -> RewardFunction:
     """The function "package.module:name" or "path/to/file.py:name"."""
     found = load(function, "reward function")
+    if inspect.isclass(found):
+        raise UserError(
+            f"reward function {function!r}: is a class; name an object of it that can be called, or a function"
+        )
     if not callable(found):
         raise UserError(f"reward function {function!r}: is not a function of prompts and completions")
     return cast(RewardFunction, found)
@@ -174,8 +175,7 @@ class _Batch:
         found: list[Json] = []
         for i, (prompt, completion) in enumerate(zip(self.prompts, self.completions, strict=True)):
             one = self.records.select([i])
-            columns = {column: value for column, (value,) in one.columns.items()}
-            columns = json.loads(json.dumps(columns, default=str))  # such as dates of a columnar file
+            columns = as_json({column: value for column, (value,) in one.columns.items()})
             line = {"reward": name, "prompt": prompt, "completion": completion, "columns": columns}
             found.append(line | ({"record": one.where[0]} if one.where else {}))
         return found
@@ -213,26 +213,15 @@ class RewardSource:
         found = inspect.iscoroutinefunction(self.function) or inspect.iscoroutinefunction(call)
         return found or getattr(self.function, "waits", False)
 
-    @functools.cached_property
-    def _parameters(self) -> Mapping[str, inspect.Parameter] | None:
-        """Of the function; None where Python does not know them."""
-        try:
-            return inspect.signature(self.function).parameters
-        except (TypeError, ValueError):
-            return None
-
     def check_columns(self, columns: Collection[str]) -> None:
         """Raises UserError where the function needs a parameter that is none of the `columns` of the records."""
-        known = {"prompts", "completions", *columns}
-        named = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-        for name, parameter in (self._parameters or {}).items():
-            needed = parameter.default is parameter.empty and parameter.kind in (*named, parameter.KEYWORD_ONLY)
-            if needed and name not in known:
-                listed = f"the columns {', '.join(sorted(columns))}" if columns else "no columns"
-                raise UserError(
-                    f"rewards.{self.name}: its function takes {name!r}, and the records of data.prompts have {listed} "
-                    "beside prompts and completions; rename the parameter or the column, or give it a default"
-                )
+        name = missing_parameter(self.function, {*GIVEN, *columns})
+        if name is not None:
+            have = f"the columns {', '.join(sorted(columns))}" if columns else "no columns"
+            raise UserError(
+                f"rewards.{self.name}: its function takes {name!r}, and the records of data.prompts have {have} "
+                "beside prompts and completions; rename the parameter or the column, or give it a default"
+            )
 
     def __call__(
         self, prompts: Sequence[Prompt], completions: Sequence[str], records: RecordColumns = NO_COLUMNS
@@ -268,7 +257,7 @@ class RewardSource:
             if i in failures or value is None:
                 continue
             with np.errstate(over="ignore"):  # beyond float32
-                found[i] = _number(value)
+                found[i] = number(value)
             if not math.isfinite(found[i]):
                 failures[i] = (
                     f"reward {self.name!r}: its source returned {shown(value)} for the answer "
@@ -326,10 +315,10 @@ class RewardSource:
     def _values(self, batch: _Batch) -> list[Any]:
         """What the function returns for N answers, N values; UserError where it is something else."""
         found = self._call(batch)
-        listed = isinstance(found, Sequence | np.ndarray) and not isinstance(found, str | bytes)
-        values = list(found) if listed else None
+        values = listed(found, len(batch))
         if values is None or len(values) != len(batch):
-            size = type(found).__name__ if values is None else f"{len(values)} values"
+            count = len(found) if hasattr(found, "__len__") and values else len(values or ())
+            size = type(found).__name__ if values is None else f"{count} values"
             raise UserError(
                 f"reward {self.name!r}: its source returned {size} for {len(batch)} completions; return a list with "
                 "one number or None for each"
@@ -337,37 +326,16 @@ class RewardSource:
         return values
 
     def _call(self, batch: _Batch) -> Any:
-        async def result() -> Any:
-            return await cast(Awaitable[Any], found)
-
         # The function is other people's code, which may change what it gets.
         batch = copy.deepcopy(batch)
         given = {**batch.records.columns, "prompts": batch.prompts, "completions": batch.completions}
-        parameters = self._parameters
-        if parameters is None:
-            given = {name: given[name] for name in ("prompts", "completions")}
-        elif not any(one.kind is one.VAR_KEYWORD for one in parameters.values()):
-            given = {name: value for name, value in given.items() if name in parameters}
-        found = cast(Callable[..., Any], self.function)(**given)
-        if not inspect.isawaitable(found):
-            return found
-        # In a thread, because a notebook has an event loop of its own.
-        with ThreadPoolExecutor(1) as pool:
-            return pool.submit(asyncio.run, result()).result()
+        return call(self.function, given)
 
 
 def _refuse(error: Exception) -> None:
     """Raises errors that no other answer would avoid, such as a wrong setting or the end of a budget."""
     if isinstance(error, UserError) and not isinstance(error, NoReply):
         raise error
-
-
-def _number(value: Any) -> float:
-    """A reward as a number, NaN where it is none."""
-    try:
-        return math.nan if isinstance(value, str | bytes) else float(value)
-    except Exception:  # the conversion of other people's objects, and of whole numbers beyond floats
-        return math.nan
 
 
 def reward_source(name: str, spec: str | Mapping[str, Any], context: SourceContext = NO_RUN) -> RewardSource | None:
@@ -403,8 +371,5 @@ def reward_source(name: str, spec: str | Mapping[str, Any], context: SourceConte
     settings = arguments(make, settings, f"rewards.{name}")
     given = {"objective": name, "context": context}
     settings |= {key: value for key, value in given.items() if key in inspect.signature(make).parameters}
-    check_arguments(make, f"rewards.{name}: kind {kind!r}", **settings)
-    function = make(**settings)
-    if not callable(function):
-        raise UserError(f"rewards.{name}: kind {kind!r} made a {type(function).__name__}; it must make a function")
+    function = made_by(make, f"rewards.{name}: kind {kind!r}", "a function", **settings)
     return RewardSource(name, function, float(missing))

@@ -16,7 +16,7 @@ from pjrlhf.data.preferences import Preference, Preferences
 from pjrlhf.errors import UserError
 from pjrlhf.parallel.processes import broadcast_from_zero, is_process_zero
 from pjrlhf.rewards import server
-from pjrlhf.rewards.scorers import scorer
+from pjrlhf.rewards.scorers import checked, scorer
 from pjrlhf.rewards.sources import NO_COLUMNS, NO_RUN, RecordColumns, RewardSource, SourceContext, reward_source
 from pjrlhf.runtime import classifiers, judges
 from pjrlhf.types import Json
@@ -206,7 +206,7 @@ class Audience:
         missing = [name for name in self.rewards if name not in criteria]
         if missing:
             raise UserError(f"judge: no scorer for {missing[0]!r}; add it to --config.judge")
-        scorers = {name: scorer(spec) for name, spec in criteria.items()}
+        scorers = {name: checked(f"judge.{name}: scorer {spec!r}", scorer(spec)) for name, spec in criteria.items()}
         return lambda prompt, text, criterion: scorers[criterion](prompt, text)
 
     def scores(

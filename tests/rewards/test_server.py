@@ -1,21 +1,27 @@
 """Rewards from a server on this machine, which sometimes fails."""
 
+import datetime
+import email.utils
 import http.server
 import itertools
 import json
+import math
 import threading
 
 import numpy as np
 import pytest
 
 from pjrlhf.errors import UserError
-from pjrlhf.rewards.sources import RecordColumns, reward_source
+from pjrlhf.rewards.server import retry_after
+from pjrlhf.rewards.sources import RecordColumns, SourceFailed, reward_source
+
+NOW = datetime.datetime.now(datetime.UTC)
 
 
 @pytest.fixture
 def server():
-    """(URL, sizes of the batches that were answered, list of faults to come)."""
-    sizes, faults, heard = [], [], []
+    """(URL, sizes of the batches that were answered, list of faults to come, what it heard)."""
+    sizes, faults, heard, after = [], [], [], ["0.01"]
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def log_message(self, *_):
@@ -36,7 +42,7 @@ def server():
             if fault == "half":
                 text = text[:5]
             self.send_response(fault if isinstance(fault, int) else 200)
-            self.send_header("Retry-After", "0.01")
+            self.send_header("Retry-After", after[0])
             if fault == 302:
                 self.send_header("Location", "/new")
             if fault == "early":
@@ -56,7 +62,7 @@ def server():
 
 def test_batches_come_back_in_order_whatever_the_server_does(server):
     url, sizes, faults, _ = server
-    faults.extend([503, 429, 200, 500])
+    faults.extend([503, 429, 200, 500, 520, 524, 529])
     source = reward_source("P2A", {"kind": "http", "url": url, "batch_size": 4, "concurrency": 3})
     texts = ["x" * (i % 7) for i in range(22)]
     found = source(["q"] * 22, texts)
@@ -145,3 +151,36 @@ def test_a_part_without_a_reply_has_no_reward_within_the_share(server):
         UserError, match=r"no reply after 2 tries \(HTTP 503\); check the server; it failed for more than"
     ):
         reward_source("P2A", {**spec, "missing": 0.3})(["q"] * 5, texts)
+
+
+def test_columns_are_valid_json_whatever_they_hold(server):
+    url, _, _, heard = server
+    values = [math.nan, 2**70, np.float32(0.5), datetime.date(2026, 3, 1), b"\xff", [np.int64(3), -math.inf]]
+    source = reward_source("P2A", {"kind": "http", "url": url})
+    source(["q"] * 6, ["a"] * 6, RecordColumns({"level": values}))
+    assert heard[0][0]["columns"]["level"] == [None, 2**70, 0.5, "2026-03-01", "/w==", [3, None]]
+    with pytest.raises(SourceFailed) as error:
+        reward_source("P2A", {"kind": "http", "url": url, "retries": 0})(
+            ["q"] * 6, ["down"] * 6, RecordColumns({"level": values})
+        )
+    json.dumps(error.value.batch, allow_nan=False)
+
+
+@pytest.mark.parametrize(
+    ("header", "seconds"),
+    [
+        ("3", 3),
+        ("0.5", 0.5),
+        ("0", 7),
+        ("-1", 7),
+        ("", 7),
+        ("inf", 7),
+        ("nan", 7),
+        ("soon", 7),
+        (email.utils.format_datetime(NOW + datetime.timedelta(hours=1), usegmt=True), 3600),
+        ((NOW + datetime.timedelta(hours=1)).strftime("%a, %d %b %Y %H:%M:%S -0000"), 3600),
+        (email.utils.format_datetime(NOW - datetime.timedelta(hours=1), usegmt=True), 7),
+    ],
+)
+def test_servers_say_when_to_come_back_in_seconds_or_by_a_date(header, seconds):
+    assert retry_after(header, 7) == pytest.approx(seconds, abs=600 if seconds == 3600 else 0)

@@ -4,6 +4,8 @@ import contextlib
 import http.server
 import itertools
 import json
+import socket
+import struct
 import threading
 import time
 
@@ -13,17 +15,19 @@ class ChatServer:
 
     Args:
       rule: (body of the request) -> the text of the answer, or a whole choice as a dict.
-      faults: what happens to the first requests, one each: "busy" (429), "broken" (500), "cut" (the connection), "half"
+      faults: what happens to the first requests, one each: "busy" (429), "broken" (500), an HTTP status, "cut" (the
+        connection), "reset" (the same, by an error of the connection), "early" (in the middle of the reply), "half"
         (truncated JSON), "other" (JSON of another kind), "slow", or "" for an answer.
+      refused: {parameter: what the server says of it}, with status 400, to requests that have it.
 
     Attributes:
       bodies: of the requests that were answered.
       seen: number of requests.
     """
 
-    def __init__(self, rule, faults=(), key=None, retry_after=0.01):
+    def __init__(self, rule, faults=(), key=None, retry_after=0.01, refused=()):
         self.rule, self.key, self.bodies, self.seen = rule, key, [], 0
-        self.retry_after = str(retry_after)
+        self.retry_after, self.refused = str(retry_after), dict(refused)
         self._faults, self._lock = itertools.chain(faults, itertools.repeat("")), threading.Lock()
 
     @contextlib.contextmanager
@@ -62,7 +66,15 @@ class ChatServer:
             return self._send(handler, 429, {"error": {"message": "busy"}}, {"Retry-After": self.retry_after})
         if fault == "broken":
             return self._send(handler, 500, {"error": {"message": "broken"}}, {"Retry-After": "0.01"})
-        if fault == "cut":
+        if isinstance(fault, int):
+            return self._send(handler, fault, {"error": {"message": "fault"}}, {"Retry-After": self.retry_after})
+        for name, message in self.refused.items():
+            if name in body:
+                return self._send(handler, 400, {"error": {"message": message}})
+        if fault == "reset":
+            # Closing a socket that lingers for no time sends a reset.
+            handler.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        if fault in ("cut", "reset"):
             handler.close_connection = True
             return handler.connection.close()
         if fault == "slow":
@@ -78,6 +90,9 @@ class ChatServer:
         text = json.dumps(reply)
         if fault == "half":
             return self._send(handler, 200, text[: len(text) // 2])
+        if fault == "early":
+            handler.close_connection = True
+            return self._send(handler, 200, text, {"Content-Length": len(text) + 9})
         with self._lock:
             self.bodies.append(body)
         return self._send(handler, 200, text)

@@ -1,0 +1,118 @@
+"""The client of OpenAI-compatible servers: what it sends again, under which names, and when it gives up."""
+
+import datetime
+import email.utils
+import time
+
+import pytest
+from support.chat_server import ChatServer
+
+from pjrlhf.errors import UserError
+from pjrlhf.judges.chat import Chat, ChatSettings
+from pjrlhf.judges.judge import JudgeContext, ScoreJudge, judge_from
+from pjrlhf.rewards.sources import NoReply
+
+pytest.importorskip("openai")
+BODY = {
+    "messages": [{"role": "user", "content": "Hi"}],
+    "max_tokens": 5,
+    "logprobs": True,
+    "top_logprobs": 3,
+    "seed": 1,
+}
+MAX_TOKENS = (
+    "Unsupported parameter: 'max_tokens' is not supported with this model. Use 'max_completion_tokens' instead."
+)
+
+
+def chat(url, folder, **settings):
+    return Chat(ChatSettings(model="m", base_url=url, **settings), folder / "chat.jsonl")
+
+
+def ask(chat, *numbers):
+    return chat("test", [{"model": "m", **BODY, "temperature": number / 100} for number in numbers])
+
+
+@pytest.mark.parametrize("fault", [500, 502, 520, 522, 524, 529, 530, 408, 409, 429, "cut", "reset", "early", "half"])
+def test_what_another_try_may_mend_is_tried_again(tmp_path, fault):
+    server = ChatServer(lambda body: "Hello", [fault, ""])
+    with server.running() as url:
+        (reply,) = ask(chat(url, tmp_path, concurrency=1), 1)
+    assert reply["choices"][0]["message"]["content"] == "Hello" and server.seen == 2
+
+
+@pytest.mark.parametrize("fault", [503, 520, 529, 429, "reset", "early"])
+def test_after_all_tries_there_is_no_reply(tmp_path, fault):
+    message = r"model 'm' at http://127\.0\.0\.1:\d+/v1/: (answers [45]|cannot be reached)"
+    server = ChatServer(lambda body: "Hello", [fault] * 9)
+    with server.running() as url, pytest.raises(NoReply, match=message):
+        ask(chat(url, tmp_path, retries=1), 1)
+
+
+def test_a_date_says_when_to_come_back(tmp_path):
+    then = datetime.datetime.now(datetime.UTC) + datetime.timedelta(seconds=2.5)
+    server = ChatServer(lambda body: "Hello", ["busy"], retry_after=email.utils.format_datetime(then, usegmt=True))
+    started = time.monotonic()
+    with server.running() as url:
+        ask(chat(url, tmp_path), 1)
+    # The date has whole seconds; without it the second try follows after half a second.
+    assert 1 < time.monotonic() - started < 5 and server.seen == 2
+
+
+# ---- parameters that servers refuse
+
+
+def test_the_other_name_of_a_limit_is_sent_once_it_is_known(tmp_path):
+    server = ChatServer(lambda body: "Hello", refused={"max_tokens": MAX_TOKENS})
+    with server.running() as url:
+        asked = chat(url, tmp_path, concurrency=1)
+        ask(asked, 1, 2, 3)
+        assert server.seen == 4, "refused once"
+        assert [body["max_completion_tokens"] for body in server.bodies] == [5, 5, 5]
+        # A cache holds requests under one name, whatever the server takes.
+        assert all(body["max_tokens"] == 5 for body in asked.cache._bodies.values())
+        ask(asked, 1, 2, 3)
+        assert server.seen == 4
+        # The other way: what answers at this address has changed.
+        server.refused = {"max_completion_tokens": "Extra inputs are not permitted: body.max_completion_tokens"}
+        ask(asked, 4, 5)
+        assert server.seen == 7 and [body["max_tokens"] for body in server.bodies[3:]] == [5, 5]
+
+
+def test_a_server_without_log_probs_or_seeds_is_asked_without(tmp_path):
+    refused = {"logprobs": "logprobs are not supported with this model", "seed": "Unknown parameter: 'seed'."}
+    server = ChatServer(lambda body: "Hello", refused=refused)
+    with server.running() as url:
+        ask(chat(url, tmp_path, concurrency=1), 1, 2)
+    assert server.seen == 4 and all(not {"logprobs", "top_logprobs", "seed"} & set(body) for body in server.bodies)
+
+
+@pytest.mark.parametrize(
+    ("refused", "seen"),
+    [
+        ({"max_tokens": "max_tokens is too large: 5. This model takes at most 4 tokens."}, 1),
+        ({"top_logprobs": "top_logprobs: 3 is greater than the max allowed: 1"}, 1),
+        ({"logprobs": "requested sample logprobs of 3, which is greater than max allowed: 1"}, 1),
+        ({"temperature": "Unsupported value: 'temperature' does not support 0.01 with this model."}, 1),
+        ({"max_tokens": MAX_TOKENS, "max_completion_tokens": "Unknown parameter: 'max_completion_tokens'."}, 2),
+    ],
+)
+def test_a_wrong_value_is_an_error(tmp_path, refused, seen):
+    server = ChatServer(lambda body: "Hello", refused=refused)
+    with server.running() as url, pytest.raises(UserError) as error:
+        ask(chat(url, tmp_path), 1)
+    first = next(iter(refused.values()))
+    assert f"answers 400 (Error code: 400 - {first}); correct that" in str(error.value)
+    assert server.seen == seen and not isinstance(error.value, NoReply)
+
+
+def test_a_server_that_ignores_what_it_is_asked(tmp_path):
+    """Log-probabilities, their number and the limit are ignored: the letter counts, of several choices the first."""
+
+    def ignorant(body):
+        return {"message": {"role": "assistant", "content": " A\n"}, "logprobs": None}
+
+    with ChatServer(ignorant).running() as url:
+        context = JudgeContext(ScoreJudge(print), {"long": "It is long."}, tmp_path)
+        judge = judge_from({"kind": "chat", "model": "m", "base_url": url}, context)
+        assert judge(["p"], ["a"], ["b"], "long").tolist() == [1.0]
