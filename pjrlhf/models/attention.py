@@ -13,6 +13,7 @@ from pjrlhf.models import splash
 from pjrlhf.models.blockwise import BLOCK, attend_blocks
 from pjrlhf.types import Array
 
+CACHE_BLOCK = 128  # positions of the cache that `attend_used` reads at once
 CUDNN_FORWARD = "dot_product_attention_fwd_wrapper"  # JAX's primitive for cuDNN attention
 IMPLEMENTATIONS = ("auto", "blocks", "einsum", "xla", "cudnn", "splash")
 
@@ -117,3 +118,46 @@ def attend_cached(
     scores = jnp.where(mask[:, None, :, None], soft_cap(scores, softcap), jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
     return jnp.einsum("bgthm,bgmd->btghd", weights, value).reshape(B, T, Hq, Dh)
+
+
+def attend_used(
+    query: Float[Array, "B T Hq Dh"],
+    key: Float[Array, "B Hkv M Dh"],
+    value: Float[Array, "B Hkv M Dh"],
+    mask: Bool[Array, "B T M"],
+    softcap: float | None = None,
+) -> Float[Array, "B T Hq Dh"]:
+    """`attend_cached` that reads the cache in blocks, up to the last position that any query may attend to.
+
+    Its time follows the longest row, not M. A block in which a row may attend nowhere leaves the sums of that row as
+    they are, bit for bit, so the result of a row does not depend on the lengths of others (online softmax, arXiv
+    1805.02867). Every query must be allowed to attend somewhere in the first block, or its output means nothing.
+    """
+    M = key.shape[2]
+    if M <= CACHE_BLOCK:
+        return attend_cached(query, key, value, mask, softcap)
+    B, T, Hq, Dh = query.shape
+    Hkv, lowest = key.shape[1], jnp.finfo(jnp.float32).min
+    query = query.reshape(B, T, Hkv, Hq // Hkv, Dh) * Dh**-0.5
+    used = jnp.where(mask.any((0, 1)), jnp.arange(1, M + 1), 0).max()
+
+    def block(i: Array, sums: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+        highest, total, mixed = sums
+        start = jnp.minimum(i * CACHE_BLOCK, M - CACHE_BLOCK)  # the last block may overlap the one before
+        own_key, own_value = (jax.lax.dynamic_slice_in_dim(x, start, CACHE_BLOCK, 2) for x in (key, value))
+        allowed = jax.lax.dynamic_slice_in_dim(mask, start, CACHE_BLOCK, 2)
+        allowed &= start + jnp.arange(CACHE_BLOCK) >= i * CACHE_BLOCK
+        scores = jnp.einsum("btghd,bgmd->bgthm", query, own_key, preferred_element_type=jnp.float32)
+        scores = jnp.where(allowed[:, None, :, None], soft_cap(scores, softcap), lowest)
+        new = jnp.maximum(highest, scores.max(-1))
+        weights, kept = jnp.exp(scores - new[..., None]), jnp.exp(highest - new)
+        part = jnp.einsum(
+            "bgthm,bgmd->bgthd", weights.astype(value.dtype), own_value, preferred_element_type=jnp.float32
+        )
+        return new, total, mixed * kept[..., None] + part
+
+    shape = B, Hkv, T, Hq // Hkv
+    start = jnp.full(shape, lowest), jnp.zeros(shape), jnp.zeros((*shape, Dh))
+    _, total, mixed = jax.lax.fori_loop(0, -(-used // CACHE_BLOCK), block, start)
+    out = (mixed / total[..., None]).astype(value.dtype)
+    return out.transpose(0, 2, 1, 3, 4).reshape(B, T, Hq, Dh)

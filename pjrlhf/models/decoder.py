@@ -19,7 +19,7 @@ from jax.sharding import NamedSharding
 from jaxtyping import Bool, Float, Int, Shaped
 
 from pjrlhf.errors import UserError
-from pjrlhf.models.attention import CUDNN_FORWARD, attend, attend_cached, soft_cap
+from pjrlhf.models.attention import CUDNN_FORWARD, attend, attend_cached, attend_used, soft_cap
 from pjrlhf.models.config import ModelConfig, RopeScaling
 from pjrlhf.models.matmul import matmul, matmul_transposed
 from pjrlhf.parallel.activations import constrain_batch, constrain_reshard, layer_sharding
@@ -314,7 +314,10 @@ class Attention(nn.Module):
             key, value = cache["key"], cache["value"]
             if layer is not None:
                 key, value = (jax.lax.dynamic_index_in_dim(x, layer, keepdims=False) for x in (key, value))
-            out = attend_cached(query, key.astype(self.dtype), value.astype(self.dtype), mask, c.attention_softcap)
+            # Rows of a server differ in length, and a CPU gains by reading no more than the longest needs.
+            ragged = self.implementation == "blocks" and jnp.ndim(offset) > 0
+            over_cache = attend_used if ragged else attend_cached
+            out = over_cache(query, key.astype(self.dtype), value.astype(self.dtype), mask, c.attention_softcap)
         out = constrain_reshard(out.reshape(B, T, -1), self.batch_sharding, between)
         return project(self, {"output": c.hidden_size}, out, mix)[0], cache
 

@@ -33,11 +33,19 @@ from pjrlhf.types import Params
 
 @dataclasses.dataclass(eq=False)
 class _Answer:
-    """One of the n answers of a request, from its slot on."""
+    """One of the n answers of a request, from its slot on.
+
+    Attributes:
+      text: of the tokens so far.
+      sent: steps that were dispatched for it.
+      count: tokens that were read.
+      finish: see `Piece`.
+    """
 
     ticket: Ticket
     index: int
     text: AnswerText
+    sent: int = 0
     count: int = 0
     finish: str | None = None
 
@@ -296,6 +304,11 @@ class Engine:
         answers = tuple(self._answers)
         if not any(answer is not None and answer.ticket.request.alternatives for answer in answers):
             drawn = drawn.replace(top_ids=None, top_logps=None)
+        for slot, answer in enumerate(answers):
+            if answer is not None:
+                answer.sent += self.settings.steps
+                if answer.sent >= answer.ticket.request.max_new_tokens:
+                    self._answers[slot] = None  # it ends in this dispatch, so the next answer may follow it
         for leaf in jax.tree.leaves(drawn):
             leaf.copy_to_host_async()
         self._results.append(lambda: self._hand_on(drawn, answers))
@@ -307,28 +320,31 @@ class Engine:
         for slot, answer in enumerate(answers):
             if answer is None or answer.finish is not None:
                 continue
-            steps = np.flatnonzero(drawn.emitted[:, slot])
-            tokens, finish = [], None
-            for i in steps.tolist():
-                tokens.append(_token(drawn, i, slot, answer.ticket.request.alternatives))
-                finish = self._add(answer, tokens[-1].id)
-                if finish:
-                    break
+            steps = np.flatnonzero(drawn.emitted[:, slot]).tolist()
+            tokens = [_token(drawn, i, slot, answer.ticket.request.alternatives) for i in steps]
+            tokens, finish = self._add(answer, tokens)
             answer.ticket.first = answer.ticket.first or now
             if finish:
                 self._finish(slot, answer, finish, tokens)
             elif tokens:
                 answer.ticket.listener(answer.ticket, Piece(answer.index, answer.text.take(), tuple(tokens), None))
 
-    def _add(self, answer: _Answer, token: int) -> str | None:
-        """Adds a token to an answer; returns why the answer ends with it."""
-        answer.count += 1
-        if token in self.tokenizer.eos_ids:
-            return "stop"
-        answer.text.add([token])
-        if answer.text.stopped:
-            return "stop"
-        return "length" if answer.count == answer.ticket.request.max_new_tokens else None
+    def _add(self, answer: _Answer, tokens: list[Token]) -> tuple[list[Token], str | None]:
+        """Adds tokens to an answer; returns those that are part of it, and why it ends with them."""
+        request, finish, ids = answer.ticket.request, None, [token.id for token in tokens]
+        ends = [i for i, token in enumerate(ids) if token in self.tokenizer.eos_ids]
+        if ends:
+            tokens, ids, finish = tokens[: ends[0] + 1], ids[: ends[0]], "stop"
+        if not request.stop:
+            answer.text.add(ids)
+        else:  # the token that completes a stop string is the last
+            for i, token in enumerate(ids):
+                answer.text.add([token])
+                if answer.text.stopped:
+                    tokens, finish = tokens[: i + 1], "stop"
+                    break
+        answer.count += len(tokens)
+        return tokens, finish or ("length" if answer.count == request.max_new_tokens else None)
 
     def _finish(self, slot: int, answer: _Answer, reason: str, tokens: Sequence[Token]) -> None:
         """Ends an answer and frees its slot. The devices may not know that it is over."""

@@ -20,6 +20,7 @@ from pjrlhf.rollout.sampler import truncate_rows
 from pjrlhf.serving.penalties import Penalties, above_min_p, penalized
 from pjrlhf.types import Array, Params
 
+COPIED = 128  # positions of a prompt that are copied into a slot at once
 TOP = 20  # alternatives whose log-probs are returned, at most
 
 
@@ -146,7 +147,8 @@ def prefill(
     Returns:
       The cache, the hidden states of the chunk, and that of its last token.
     """
-    valid = jnp.arange(jax.tree.leaves(cache)[0].shape[-2]) < (offset + count)[:, None]
+    # A row without a prompt may attend to its first position, and makes nobody read further.
+    valid = jnp.arange(jax.tree.leaves(cache)[0].shape[-2]) < jnp.where(count > 0, offset + count, 1)[:, None]
     hidden, filled = backbone.policies(bank, mix, user_tokens, personal=personal)(tokens, valid, cache, offset)
     last = jnp.take_along_axis(hidden, jnp.maximum(count - 1, 0)[:, None, None], axis=1)[:, 0]
     return constrain(backbone.model, filled), hidden, last
@@ -180,15 +182,29 @@ def insert(
       wanted: of this answer, leaves [1, ...].
     """
 
-    def take(x):
-        return jax.lax.dynamic_slice_in_dim(x, row, 1, row_axis(x))
-
     def put(old, new):
-        return jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), slot, row_axis(old))
+        return jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), slot, 0)
 
+    size = min(COPIED, jax.tree.leaves(cache)[0].shape[-2])
+
+    def copy(i: Array, filled: Cache) -> Cache:
+        def one(old, new):
+            axis = row_axis(old)
+            places, sizes = [0] * old.ndim, list(old.shape)
+            places[axis], places[-2] = row, i * size
+            sizes[axis], sizes[-2] = 1, size
+            part = jax.lax.dynamic_slice(new, places, sizes)
+            places[axis] = slot
+            return jax.lax.dynamic_update_slice(old, part, places)
+
+        return jax.tree.map(one, filled, cache)
+
+    filled = jax.lax.fori_loop(0, -(-length // size), copy, slots.cache)
     none, counts = jnp.zeros((1,), jnp.int32), jnp.zeros_like(slots.counts[:1])
-    new = Slots(jax.tree.map(take, cache), take(last), length[None], none, counts, jnp.ones((1,), bool), wanted)
-    return constrain(model, jax.tree.map(put, slots, new))
+    hidden = jax.lax.dynamic_slice_in_dim(last, row, 1, 0)
+    rest = hidden, length[None], none, counts, jnp.ones((1,), bool), wanted
+    old = slots.hidden, slots.length, slots.drawn, slots.counts, slots.active, slots.wanted
+    return constrain(model, Slots(filled, *jax.tree.map(put, old, rest)))
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=3)
@@ -210,14 +226,14 @@ def decode(
     policies = backbone.policies(bank, wanted.mix, wanted.user_tokens, personal=wanted.personal)
     length = jax.tree.leaves(slots.cache)[0].shape[-2]
 
-    def step(slots: Slots, _: None) -> tuple[Slots, Drawn]:
+    def step(slots: Slots) -> tuple[Slots, Drawn]:
         logits = policies.logits(slots.hidden[:, None])[:, 0]
         drawn = draw(logits, slots)
         token = drawn.tokens
         active = slots.active & ~(token[:, None] == ends).any(1) & (slots.drawn + 1 < slots.wanted.limit)
         # A row that is over writes beyond the cache, which drops it: its slot may hold another prompt already.
         offset = jnp.where(active, slots.length, length)
-        valid = jnp.arange(length) <= slots.length[:, None]
+        valid = jnp.arange(length) <= jnp.where(active, slots.length, 0)[:, None]
         hidden, cache = policies(token[:, None], valid, slots.cache, offset)
         count = slots.active.astype(jnp.int32)
         new = slots.replace(
@@ -230,8 +246,17 @@ def decode(
         )
         return constrain(backbone.model, new), drawn
 
+    def body(state: tuple[Array, Slots, Drawn]) -> tuple[Array, Slots, Drawn]:
+        i, slots, found = state
+        slots, drawn = step(slots)
+        return i + 1, slots, jax.tree.map(lambda all, new: all.at[i].set(new), found, drawn)
+
     slots = slots.replace(active=slots.active & ~stopped)
-    return jax.lax.scan(step, slots, None, length=steps)
+    none = jax.tree.map(lambda x: jnp.zeros((steps, *x.shape), x.dtype), jax.eval_shape(lambda: step(slots)[1]))
+    start = jnp.zeros((), jnp.int32), slots, none
+    # Where all answers are over, the next dispatch comes at once.
+    _, slots, drawn = jax.lax.while_loop(lambda state: (state[0] < steps) & state[1].active.any(), body, start)
+    return slots, drawn
 
 
 def draw(logits: Float[Array, "B V"], slots: Slots) -> Drawn:
