@@ -131,7 +131,7 @@ def attend_used(
 
     Its time follows the longest row, not M. A block in which a row may attend nowhere leaves the sums of that row as
     they are, bit for bit, so the result of a row does not depend on the lengths of others (online softmax, arXiv
-    1805.02867). Every query must be allowed to attend somewhere in the first block, or its output means nothing.
+    1805.02867). The output of a query that may attend nowhere is finite but unspecified.
     """
     M = key.shape[2]
     if M <= CACHE_BLOCK:
@@ -151,9 +151,8 @@ def attend_used(
         scores = jnp.where(allowed[:, None, :, None], soft_cap(scores, softcap), lowest)
         new = jnp.maximum(highest, scores.max(-1))
         weights, kept = jnp.exp(scores - new[..., None]), jnp.exp(highest - new)
-        part = jnp.einsum(
-            "bgthm,bgmd->bgthd", weights.astype(value.dtype), own_value, preferred_element_type=jnp.float32
-        )
+        total, weights = total * kept + weights.sum(-1), weights.astype(value.dtype)
+        part = jnp.einsum("bgthm,bgmd->bgthd", weights, own_value, preferred_element_type=jnp.float32)
         return new, total, mixed * kept[..., None] + part
 
     shape = B, Hkv, T, Hq // Hkv

@@ -1,5 +1,7 @@
 """Blockwise, fused and plain attention agree, in values and gradients."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,7 +9,7 @@ import pytest
 
 from pjrlhf.errors import UserError
 from pjrlhf.models import splash
-from pjrlhf.models.attention import attend, choose
+from pjrlhf.models.attention import attend, attend_cached, attend_used, choose
 from pjrlhf.models.blockwise import BLOCK, attend_blocks
 from pjrlhf.models.config import ModelConfig
 from pjrlhf.models.decoder import Decoder, init_params
@@ -187,3 +189,24 @@ def test_splash_leaves_to_xla_what_it_cannot_share():
     q, k, v, _ = inputs(9, 4, 2)
     found = str(jax.make_jaxpr(lambda *x: attend(*x, packed(9), "splash"))(q, k, v))
     assert "pallas_call" not in found
+
+
+@pytest.mark.parametrize("softcap", [None, 3.0])
+@pytest.mark.parametrize(("T", "M", "window"), [(1, 300, 999), (5, 384, 999), (3, 129, 999), (5, 384, 20)])
+def test_blocks_of_a_cache_are_exact_and_rows_do_not_see_each_other(T, M, window, softcap):
+    """Bit for bit, whatever the lengths of other rows."""
+    rng = np.random.default_rng(0)
+    query = rng.normal(size=(3, T, 4, 8)).astype(np.float32)
+    key, value = (rng.normal(size=(3, 2, M, 8)).astype(np.float32) for _ in range(2))
+    lengths = np.array([T, M // 2, M])
+
+    def mask(rows):
+        distance = (lengths[rows] - T)[:, None, None] + np.arange(T)[:, None] - np.arange(M)
+        return (distance >= 0) & (distance < window)
+
+    run = jax.jit(functools.partial(attend_used, softcap=softcap))
+    got = run(query, key, value, mask([0, 1, 2]))
+    np.testing.assert_allclose(got, attend_cached(query, key, value, mask([0, 1, 2]), softcap), rtol=1e-5, atol=1e-6)
+    for row in range(3):
+        others = [row] * 3
+        np.testing.assert_array_equal(run(query[others], key[others], value[others], mask(others))[0], got[row])

@@ -13,6 +13,7 @@ from support.tiny_serving import K
 
 from pjrlhf.errors import UserError
 from pjrlhf.language_model import LanguageModel
+from pjrlhf.models import attention
 from pjrlhf.models.adapters import Backbone
 from pjrlhf.parallel.mesh import batch_sharding, make_mesh, shard_params
 from pjrlhf.rollout.sampler import truncate, truncate_rows
@@ -64,6 +65,18 @@ def test_an_answer_does_not_depend_on_who_shares_the_batch(model, personal):
     assert len({answer.text for one in alone for answer in one}) > len(alone) / 2
     assert {answer.finish for one in alone for answer in one} == {"stop", "length"}
     assert not personal.busy and personal.running == personal.waiting == 0
+
+
+def test_a_cache_that_is_read_in_blocks_changes_no_answer(model, monkeypatch):
+    """The longest row says how many blocks are read, and no other row notices."""
+    requests = tiny_serving.requests(model, 8, seed=11, user_tokens=E)
+    want = tiny_serving.engine(model, E, context=39).answer(requests)
+    monkeypatch.setattr(attention, "CACHE_BLOCK", 8)
+    engine = tiny_serving.engine(model, E, context=38)  # programs of its own
+    together = engine.answer(requests)
+    assert together == [engine.answer([request])[0] for request in requests]
+    for ours, theirs in zip(together, want, strict=True):
+        assert [one.text for one in ours] == [one.text for one in theirs]
 
 
 def test_the_prefix_cache_changes_nothing_and_is_keyed_by_mix_and_user(model):
