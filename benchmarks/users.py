@@ -18,13 +18,13 @@ import optax
 
 from pjrlhf.algorithms.pdpo import Optimizers
 from pjrlhf.algorithms.pdpo_objective import preference_loss
-from pjrlhf.algorithms.pdpo_settings import PreferenceConfig
+from pjrlhf.data.comparisons import PairBatch
 from pjrlhf.data.packing import PackLayout, pack
-from pjrlhf.feedback.pairs import PairBatch
 from pjrlhf.models.adapters import AdapterConfig, Backbone, init_bank
 from pjrlhf.models.config import ModelConfig
 from pjrlhf.models.decoder import Decoder, init_params
 from pjrlhf.models.users import UserModel, gather_rows
+from pjrlhf.rollout.preference import PreferenceConfig
 from pjrlhf.training.lazy_adam import lazy_adam
 
 SIZES = {"cluster": (10, 10_000, 1_000_000), "individualized": (10, 1_000, 100_000)}

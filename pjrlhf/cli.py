@@ -18,6 +18,7 @@ VERBS = {
     "merge": "merge models or adapters into one folder: pjrlhf merge A B --weights 0.7 0.3 --base BASE --output OUT",
     "serve": "answer over HTTP, each request with its own soup or person: pjrlhf serve --run runs/soups",
     "generate": 'answer on the terminal: pjrlhf generate --run runs/soups --mix P1A=0.7,P3A=0.3 "what is rain ?"',
+    "users": "the people of a run: pjrlhf users list --run runs/pdpo; also show, add, update, remove, export, import",
     "push": "upload an exported folder to the Hugging Face hub, with a model card: pjrlhf push FOLDER USER/NAME",
     "report": "print the tables of a finished run: pjrlhf report runs/soups",
 }
@@ -51,7 +52,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     from pjrlhf.main import interruptible
 
     with interruptible():
-        functions = {"merge": _merge, "push": _push, "serve": _serve, "generate": _generate, "report": _report}
+        functions = {
+            "merge": _merge,
+            "push": _push,
+            "serve": _serve,
+            "generate": _generate,
+            "report": _report,
+            "users": _users,
+        }
         functions[verb](arguments[1:])
 
 
@@ -170,8 +178,9 @@ def _generate(arguments: Sequence[str]) -> None:
         if given.user is not None and catalogue.people is None:
             raise UserError("--user: these models know no people; leave it out, or name a user model with --entry")
         voice = catalogue.voice(mix=None if given.mix is None else parse_mix(given.mix), user=given.user)
-        if voice.user is not None and not voice.known:
-            print(f"{visible(voice.user)} is unknown: the generic user answers", file=sys.stderr)
+        if given.user is not None and not voice.known:
+            who = "the generic user" if voice.personal else voice.model
+            print(f"{visible(given.user)} is unknown: {who} answers", file=sys.stderr)
         tokens: Any = voice.user_tokens
         answers = catalogue.model.generate(
             [catalogue.asked(question) for question in given.questions],
@@ -185,6 +194,14 @@ def _generate(arguments: Sequence[str]) -> None:
         )
         for answer in answers:
             print(visible(answer, keep="\n\t"))
+
+
+def _users(arguments: Sequence[str]) -> None:
+    from pjrlhf.serving.people_cli import parser_of, users
+
+    given = parser_of().parse_args(arguments)
+    with _one_line(), _needs("serve"):
+        users(given)
 
 
 def _add_source(parser: argparse.ArgumentParser) -> None:

@@ -15,15 +15,17 @@ from jaxtyping import Int
 
 from pjrlhf.algorithms.pdpo_entries import save, soup_bank, user_model
 from pjrlhf.algorithms.pdpo_objective import PairMargins, preference_loss
-from pjrlhf.algorithms.pdpo_settings import Entry, PreferenceConfig, PreferenceSettings
+from pjrlhf.algorithms.pdpo_settings import Entry, PreferenceSettings
 from pjrlhf.data.batching import batches
+from pjrlhf.data.comparisons import PairBatch
 from pjrlhf.data.messages import text_of
 from pjrlhf.data.token_table import TokenRow
-from pjrlhf.feedback.pairs import PairBatch, Pairs, read_pairs
+from pjrlhf.feedback.pairs import Pairs, read_pairs
 from pjrlhf.models.adapters import Backbone, init_bank
 from pjrlhf.models.users import KINDS, fit_clusters, gather_rows
 from pjrlhf.objectives import preference as losses
 from pjrlhf.rollout import scoring
+from pjrlhf.rollout.preference import PreferenceConfig
 from pjrlhf.runtime.devices import Devices
 from pjrlhf.runtime.run import Run, Stage
 from pjrlhf.runtime.scorer import Scorer

@@ -1,5 +1,5 @@
-"""The objective of P-DPO and P-RM (P-RLHF, arXiv 2402.05133): scores, rewards, losses and margins of pairs as their
-users see them.
+"""The training objective of P-DPO and P-RM (P-RLHF, arXiv 2402.05133), and the margins of pairs as their users see
+them.
 """
 
 import functools
@@ -10,78 +10,17 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
-from pjrlhf.algorithms.pdpo_settings import Entry, PreferenceConfig
-from pjrlhf.feedback.pairs import SIDES, PairBatch, Pairs
+from pjrlhf.algorithms.pdpo_settings import Entry
+from pjrlhf.data.comparisons import SIDES, PairBatch
+from pjrlhf.feedback.pairs import Pairs
 from pjrlhf.models.adapters import Backbone
 from pjrlhf.models.users import UserModel
 from pjrlhf.objectives import preference as losses
 from pjrlhf.rollout import scoring
+from pjrlhf.rollout.preference import PreferenceConfig, answer_scores, pair_losses, pair_rewards, reward_shift
 from pjrlhf.runtime.scorer import Scorer
 from pjrlhf.training.metrics import Metrics
 from pjrlhf.types import Array, Params, PRNGKey
-
-
-def answer_scores(
-    backbone: Backbone, users: UserModel, trainable: Params, batch: PairBatch, dropout_key: PRNGKey | None = None
-) -> Float[Array, "2 B"]:
-    """Scores of the chosen and rejected answers as each pair's user sees them: summed log-probs, nats, or, where
-    `trainable` has "heads", rewards.
-
-    Args:
-      trainable: {"bank": the adapters, "users": parameters of the user model, whose table has a row for each of
-        `batch.places`}, and "heads" of a reward model.
-      dropout_key: see `Policies`.
-    """
-    user_tokens, mix = users.apply(trainable["users"], batch.places)
-    one = jnp.ones((1, 1))
-    policies = backbone.policies(trainable["bank"], one if mix is None else mix, user_tokens, dropout_key)
-    if "heads" in trainable:
-        scores = scoring.packed_rewards(policies, trainable["heads"], one, batch.rows)
-    else:
-        scores = scoring.packed_logps(policies, batch.rows)
-    return scores.reshape(-1, 2).T
-
-
-def _references(config: PreferenceConfig, batch: PairBatch) -> Float[Array, "2 B"]:
-    """What the scores of `answer_scores` are measured against; rewards against nothing."""
-    return batch.reference.T if config.head == "policy" else jnp.zeros_like(batch.reference.T)
-
-
-def pair_rewards(
-    config: PreferenceConfig, scores: Float[Array, "2 B"], batch: PairBatch
-) -> tuple[Float[Array, " B"], Float[Array, " B"]]:
-    """(chosen, rejected) rewards from what `answer_scores` gives, constants to the gradient: those of the head, or beta
-    log(pi / reference), per token where the loss is.
-    """
-    chosen, rejected = losses.implicit_rewards(scores, _references(config, batch), config.scale)
-    if "lengths" in losses.PAIRWISE.get(config.loss).options:
-        return chosen / batch.counts[:, 0], rejected / batch.counts[:, 1]
-    return chosen, rejected
-
-
-def reward_shift(config: PreferenceConfig, scores: Float[Array, "2 B"], batch: PairBatch) -> Float[Array, "2"]:
-    """Sum and number of the rewards of both answers so far: `batch.shift` and those of the batch. Their
-    mean is the reward shift of BCO (arXiv 2404.04656).
-    """
-    rewards = jnp.stack(losses.implicit_rewards(scores, _references(config, batch), config.scale))
-    before = jnp.zeros(2) if batch.shift is None else batch.shift
-    return before + jnp.stack([rewards.sum(), jnp.asarray(float(rewards.size))])
-
-
-def pair_losses(config: PreferenceConfig, scores: Float[Array, "2 B"], batch: PairBatch) -> Float[Array, " B"]:
-    """The loss of every pair from what `answer_scores` gives."""
-    takes, options = losses.PAIRWISE.get(config.loss).options, {}
-    if "lengths" in takes:
-        options["lengths"] = batch.counts.T
-    if "label_smoothing" in takes:
-        options["label_smoothing"] = config.label_smoothing
-    if "margin" in takes:
-        options["margin"] = batch.margin
-    if "delta" in takes:
-        total, count = reward_shift(config, scores, batch)
-        options["delta"] = total / count
-    references = _references(config, batch)
-    return losses.pairwise_loss(config.loss, scores, references, config.scale, preference=batch.preference, **options)
 
 
 def preference_loss(

@@ -1,4 +1,4 @@
-"""The settings of user models: the objective, the entries and the section `preference`.
+"""The settings of user models: the entries and the section `preference`.
 
 Each entry of `preference.models` is one run of the same training on the same pairs with the same budget; the
 controls, pooled DPO and permuted user ids, are two more entries. An entry has the settings of its user model
@@ -12,57 +12,10 @@ from typing import Any
 from pjrlhf.errors import UserError
 from pjrlhf.feedback.pairs import PairSettings
 from pjrlhf.models.users import KINDS, STARTS
-from pjrlhf.objectives import preference as losses
+from pjrlhf.rollout.preference import PreferenceConfig
 from pjrlhf.settings import Settings, check_names, parse, setting
 from pjrlhf.training.accumulation import check_accumulation
 from pjrlhf.training.optimizer import OptimizerSettings, check_warmup
-
-HEADS = ("policy", "reward")
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class PreferenceConfig(Settings):
-    """The objective.
-
-    `head` "policy" scores an answer by beta log(pi / reference), as DPO does; "reward" by a scalar head on its last
-    token, without a reference and with beta 1 (P-RM, arXiv 2402.05133, section 4.1). `loss` and `label_smoothing` as
-    in `objectives.preference.pairwise_loss`; `alpha` is the share of the user-specific term; `mixture` "exact" puts
-    every pair in twice (its user, the generic user), "dropout" once with the user dropped with probability 1 - alpha:
-    the same gradient in expectation at half the cost.
-    """
-
-    head: str = setting("policy", "policy (P-DPO), or reward (P-RM)", choices=HEADS)
-    loss: str = setting(
-        "sigmoid", "see objectives/preference.py", choices=lambda: tuple(losses.PAIRWISE), extensible=True
-    )
-    beta: float = setting(0.1, "inverse temperature of the implicit reward", above=0.0, high=1e6)
-    alpha: float = setting(
-        0.5, "fraction of the user-specific term; the rest trains the generic user", low=0.0, high=1.0
-    )
-    mixture: str = setting(
-        "exact", "exact: every pair twice; dropout: once, at half the cost", choices=("exact", "dropout")
-    )
-    label_smoothing: float = setting(0.0, "fraction of labels taken for wrong", low=0.0, below=0.5)
-    sft_weight: float = setting(0.0, "weight of the log-likelihood of the chosen answers", low=0.0, high=1e6)
-
-    def check(self) -> None:
-        try:
-            loss = losses.PAIRWISE.get(self.loss)
-        except UserError as error:
-            raise UserError(f"loss: {error}") from error
-        if self.label_smoothing and "label_smoothing" not in loss.options:
-            raise UserError(f"label_smoothing: loss {self.loss!r} has none; set it to 0 or choose another loss")
-        if self.head == "reward" and (self.sft_weight or not loss.for_rewards):
-            known = [name for name, other in losses.PAIRWISE.items() if other.for_rewards]
-            raise UserError(
-                f"head: 'reward' with loss {self.loss!r} and sft_weight {self.sft_weight} needs a policy; choose from "
-                f"{', '.join(known)}, and sft_weight 0"
-            )
-
-    @property
-    def scale(self) -> float:
-        """What a score difference is multiplied by: beta for log-ratios, 1 for rewards."""
-        return self.beta if self.head == "policy" else 1.0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

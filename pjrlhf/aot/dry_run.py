@@ -24,12 +24,13 @@ from pjrlhf.algorithms import modpo, reward
 from pjrlhf.algorithms.modpo import Modpo
 from pjrlhf.data import synthetic
 from pjrlhf.data.batching import Completions
+from pjrlhf.data.comparisons import SIDES
 from pjrlhf.data.messages import Answer, Prompt, Request
 from pjrlhf.data.schema import Example
 from pjrlhf.data.token_table import TokenTable
 from pjrlhf.data.tokenization import AnswerIds
 from pjrlhf.errors import UserError
-from pjrlhf.feedback.pairs import SIDES, Pairs, PairSettings, registry_of, tables_of
+from pjrlhf.feedback.pairs import Pairs, PairSettings, registry_of, tables_of
 from pjrlhf.models.config import ModelConfig
 from pjrlhf.models.families import leaf_shapes
 from pjrlhf.models.hub import config_folder

@@ -150,7 +150,7 @@ def tokenize(
     """
     names = ANSWERS[kind]
     kept: list[Example] = []
-    rows: list[_Row] = []
+    rows: list[EncodedRow] = []
     bad = BadRecords(source_name, len(examples))
     for example in examples:
         try:
@@ -178,7 +178,7 @@ def tokenize(
     return table
 
 
-class _Row(NamedTuple):
+class EncodedRow(NamedTuple):
     """An example as tokens: ids by name, masks by name of an answer, and names of what was cut."""
 
     ids: dict[str, list[int]]
@@ -186,10 +186,10 @@ class _Row(NamedTuple):
     cut: list[str]
 
 
-def _rows(example: Example, kind: str, tokenizer: Tokenizer, lengths: Lengths) -> Iterator[tuple[Example, _Row]]:
-    """The rows of an example, each with the example that it is; errors are those of `_fit`."""
+def _rows(example: Example, kind: str, tokenizer: Tokenizer, lengths: Lengths) -> Iterator[tuple[Example, EncodedRow]]:
+    """The rows of an example, each with the example that it is; errors are those of `encode_example`."""
     try:
-        yield example, _fit(example, kind, tokenizer, lengths)
+        yield example, encode_example(example, kind, tokenizer, lengths)
     except RewrittenTurns:
         prompt, answer = example.prompt, example.completion
         if not isinstance(prompt, list) or not isinstance(answer, list):  # a preference record
@@ -198,10 +198,10 @@ def _rows(example: Example, kind: str, tokenizer: Tokenizer, lengths: Lengths) -
             if message["role"] == "assistant":
                 before = Conversation([*prompt, *answer[:i]], options_of(prompt))
                 turn = dataclasses.replace(example, prompt=before, completion=[message])
-                yield turn, _fit(turn, kind, tokenizer, lengths)
+                yield turn, encode_example(turn, kind, tokenizer, lengths)
 
 
-def _fit(example: Example, kind: str, tokenizer: Tokenizer, lengths: Lengths) -> _Row:
+def encode_example(example: Example, kind: str, tokenizer: Tokenizer, lengths: Lengths) -> EncodedRow:
     """An example within the lengths.
 
     Raises:
@@ -239,4 +239,4 @@ def _fit(example: Example, kind: str, tokenizer: Tokenizer, lengths: Lengths) ->
             raise RecordError(f"{name} too long", f"its first {lengths.completion} tokens are not the assistant's")
     if kind == "preference" and ids["chosen"] == ids["rejected"]:
         raise RecordError("chosen equals rejected", f"in the first {len(ids['chosen'])} tokens")
-    return _Row(ids, masks, cut)
+    return EncodedRow(ids, masks, cut)

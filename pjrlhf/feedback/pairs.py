@@ -3,18 +3,13 @@
 import dataclasses
 import unicodedata
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from absl import logging
-from flax import struct
-from jaxtyping import Bool, Float, Int
 
-from pjrlhf.data.batching import soft_labels, split_by
+from pjrlhf.data.batching import split_by
+from pjrlhf.data.comparisons import SIDES, PairBatch, pair_batch
 from pjrlhf.data.messages import with_text
-from pjrlhf.data.packing import PackedRows
 from pjrlhf.data.schema import Example, is_tie
 from pjrlhf.data.token_table import TokenRow, TokenTable
 from pjrlhf.errors import UserError
@@ -23,9 +18,7 @@ from pjrlhf.runtime.records import SourceSpec
 from pjrlhf.runtime.run import Run
 from pjrlhf.runtime.text import Text
 from pjrlhf.settings import Settings, setting, shown
-from pjrlhf.types import Array
 
-SIDES = ("chosen", "rejected")
 PARTS = ("train", "heldout", "new_users")
 # What is never on both sides of the split: a prompt, or a pair of answers whoever compared them and however.
 SPLITS: dict[str, Callable[[Example], str]] = {
@@ -49,52 +42,6 @@ class PairSettings(Settings):
         0.0, "fraction of the people of your own data, kept out to be met as new people", low=0.0, below=1.0
     )
     batch_size: int = setting(32, "pairs a step", low=1, high=2**20)
-
-
-class PairBatch(struct.PyTreeNode):
-    """B comparisons of people; NumPy arrays on the host.
-
-    Attributes:
-      rows: pair b is owner b; its answers are 2 b, chosen, and 2 b + 1, rejected.
-      index: rows of the token table.
-      users: rows of the user table: who made each comparison; 0 is the generic user.
-      reference: summed log-probabilities of chosen and rejected under the reference, nats.
-      counts: scored tokens of chosen and rejected.
-      margin: by how much the reward of chosen must exceed that of rejected.
-      local: places of the users in a gathered table, see `models.users.gather_rows`; None where the user model has its
-        whole table.
-      generic: which copies are the generic user's, see `both_copies`; None where every pair is in once.
-      preference: the probability that chosen is better; None where that is certain for all pairs of a run.
-      shift: sum and number of the rewards before this batch, for losses with a reward shift, or None.
-    """
-
-    # The order of a program's arguments, on which the rounding of its results depends.
-    counts: Float[Array, "B 2"]
-    index: Int[Array, " B"]
-    margin: Float[Array, " B"]
-    reference: Float[Array, "B 2"]
-    rows: PackedRows
-    users: Int[Array, " B"]
-    generic: Bool[Array, " B"] | None = None
-    local: Int[Array, " B"] | None = None
-    preference: Float[Array, " B"] | None = None
-    shift: Float[Array, "2"] | None = None
-
-    def __len__(self) -> int:
-        return len(self.users)
-
-    @property
-    def places(self) -> Int[Array, " B"]:
-        """Each user's place in the table that the user model has."""
-        return self.users if self.local is None else self.local
-
-    def both_copies(self) -> "PairBatch":
-        """Every pair twice: as its user said it, and as the generic user."""
-        B = len(self)
-        rest: PairBatch = self.replace(rows=None)
-        both = jax.tree.map(lambda x: jnp.concatenate([x, x]), rest)
-        generic = jnp.arange(2 * B) >= B
-        return both.replace(rows=self.rows.repeat(2), users=jnp.where(generic, 0, both.users), generic=generic)
 
 
 def _told(example: Example, text: str | None) -> Example:
@@ -248,18 +195,5 @@ class Pairs:
           num_user_tokens: room for user tokens in every prompt.
         """
         index = np.array([row["index"] for row in rows], np.int32)
-        arrays: dict[str, Any] = {
-            "index": index,
-            "users": users[index],
-            "reference": self.reference[part][index],
-            "counts": np.array([[_count(row, side) for side in SIDES] for row in rows], np.float32),
-            "margin": np.array([row["margin"] or 0.0 for row in rows], np.float32),
-            "preference": soft_labels(rows) if self.soft else None,
-        }
-        return PairBatch(rows=self.text.pack(rows, SIDES, num_user_tokens=num_user_tokens), **arrays)
-
-
-def _count(row: TokenRow, side: str) -> int:
-    """Number of scored tokens of an answer."""
-    mask = row[f"{side}_mask"]
-    return len(row[side]) if mask is None else int(mask.sum())
+        packed = self.text.pack(rows, SIDES, num_user_tokens=num_user_tokens)
+        return pair_batch(rows, packed, users[index], self.reference[part][index], self.soft)

@@ -15,10 +15,10 @@ from typing import Any
 import numpy as np
 from absl import logging
 
+from pjrlhf.data.comparisons import SIDES
 from pjrlhf.data.messages import Request, as_request, text_of
 from pjrlhf.errors import UserError
 from pjrlhf.feedback.comparisons import preference_record
-from pjrlhf.feedback.pairs import SIDES
 from pjrlhf.parallel.processes import on_process_zero
 from pjrlhf.runtime.answers import sample_base
 from pjrlhf.runtime.records import SourceSpec

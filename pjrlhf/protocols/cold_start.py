@@ -5,11 +5,10 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
-from pjrlhf.algorithms.pdpo_objective import answer_scores, pair_losses
 from pjrlhf.errors import UserError
 from pjrlhf.protocols.trained import Trained
+from pjrlhf.serving.people_fit import fit_rows
 from pjrlhf.training.progress import progress
 
 
@@ -33,19 +32,6 @@ def fit_new_users(trained: Trained, counts: Sequence[int], steps: int, learning_
     cells = [(user, k) for user in people for k in counts]
     params = trained.trainable["users"]
     rows = jax.tree.map(lambda x: jnp.repeat(x[:1], len(cells) + 1, axis=0), params["table"])
-    optimizer = optax.adam(learning_rate)
-    state = optimizer.init(rows)
-
-    @jax.jit
-    def gradient(rows, trainable, backbone, batch, weight):
-        def loss(rows):
-            users = {**trainable["users"], "table": rows}
-            scores = answer_scores(backbone, trained.users, {**trainable, "users": users}, batch)
-            losses = pair_losses(entry.objective, scores, batch)
-            return (jnp.where(weight > 0, losses, 0.0) * weight).sum()
-
-        return jax.grad(loss)(rows)
-
     # Every cell's k pairs, one after another, in the table of cells.
     fit = [(i, cell + 1) for cell, (user, k) in enumerate(cells) for i in people[user][False][:k]]
     size, prepared, nobody = entry.batch_size, [], np.zeros(len(table), np.int32)
@@ -58,14 +44,17 @@ def fit_new_users(trained: Trained, counts: Sequence[int], steps: int, learning_
         weight = np.array([1.0 / cells[cell - 1][1] for _, cell in padded], np.float32)
         prepared.append((batch, weight * (np.arange(size) < len(part))))
     with progress(f"evaluate_users: rows of new people by {entry.name}", steps) as bar:
-        for step in range(steps):
-            total = jax.tree.map(jnp.zeros_like, rows)
-            for batch, weight in prepared:
-                part = gradient(rows, trained.trainable, backbone, batch, weight)
-                total = jax.tree.map(jnp.add, total, part)
-            updates, state = optimizer.update(total, state)
-            rows = optax.apply_updates(rows, updates)
-            bar.update(step + 1, {})
+        rows = fit_rows(
+            trained.users,
+            entry.objective,
+            backbone,
+            trained.trainable,
+            rows,
+            prepared,
+            steps,
+            learning_rate,
+            lambda step: bar.update(step, {}),
+        )
 
     fitted = {**trained.trainable, "users": {**params, "table": rows}}
     found: dict[int, list[float]] = {k: [] for k in counts}

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from pjrlhf.algorithms.pdpo_settings import PreferenceSettings
+from pjrlhf.data.comparisons import SIDES
 from pjrlhf.data.messages import as_request, columns_of, request_of, text_of
 from pjrlhf.data.schema import Example, is_tie
 from pjrlhf.evaluation import surface
@@ -23,7 +24,7 @@ from pjrlhf.evaluation.users import (
     principal_axes,
     user_accuracy,
 )
-from pjrlhf.feedback.pairs import SIDES, Pairs, read_pairs
+from pjrlhf.feedback.pairs import Pairs, read_pairs
 from pjrlhf.protocols.cold_start import fit_new_users
 from pjrlhf.protocols.reporting import finish
 from pjrlhf.protocols.trained import Trained

@@ -15,6 +15,7 @@ import xxhash
 from absl import logging
 
 from pjrlhf.data.batching import Completions
+from pjrlhf.data.comparisons import SIDES
 from pjrlhf.data.token_table import TokenRow, TokenTable
 from pjrlhf.errors import UserError
 from pjrlhf.models.adapters import Backbone
@@ -23,7 +24,6 @@ from pjrlhf.parallel.processes import broadcast_from_zero, on_process_zero
 from pjrlhf.paths import atomic_write
 from pjrlhf.rollout import scoring
 
-SIDES = ("chosen", "rejected")
 _VERSION = 1  # of the computation; raise it where the same key would give other numbers
 
 

@@ -7,7 +7,7 @@ import math
 import pathlib
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any, NotRequired, TypedDict
+from typing import Any, NotRequired, Protocol, TypedDict
 
 import flax.traverse_util
 import jax
@@ -16,24 +16,31 @@ import numpy as np
 from jax.sharding import Mesh
 
 from pjrlhf.data.messages import Prompt
+from pjrlhf.data.token_table import Lengths
 from pjrlhf.errors import UserError
 from pjrlhf.export.ingredients import check_adapter, check_bases, open_ingredient
 from pjrlhf.language_model import LanguageModel, load_bank, load_model, load_personal
-from pjrlhf.models.adapters import AdapterConfig
+from pjrlhf.models.adapters import AdapterConfig, is_low_rank
 from pjrlhf.models.folders import read_json
 from pjrlhf.models.hf_config import read_config
 from pjrlhf.models.hub import hub_name, model_folder
+from pjrlhf.models.huggingface import fingerprint
 from pjrlhf.models.registry import UserRegistry
+from pjrlhf.models.storage import load_tree
 from pjrlhf.models.users import UserModel
 from pjrlhf.parallel.mesh import make_mesh, shard_params
 from pjrlhf.paths import local
-from pjrlhf.settings import SERVED, check_names
+from pjrlhf.rollout.preference import PreferenceConfig
+from pjrlhf.serving.people_fit import Learning
+from pjrlhf.settings import SERVED, check_names, parse
 from pjrlhf.types import Params
 
 # The name of the base among the models, and of the soup of the person who asks, where a user model mixes adapters.
 BASE, PERSONAL = SERVED
 SOUP = "soup:"
 WEIGHT_LIMIT = 100.0
+# Comparisons of people who are served are cut rather than refused.
+LONG = {"long_prompt": "truncate_left", "long_completion": "truncate"}
 
 
 class UnknownModel(UserError):
@@ -44,6 +51,24 @@ class UnknownIngredient(UserError):
     """A mix names an adapter that is not served."""
 
 
+class Persons(Protocol):
+    """Who may ask: the people of a user model."""
+
+    @property
+    def model(self) -> UserModel: ...
+
+    @property
+    def trained(self) -> bool: ...
+
+    def row(self, name: str | None) -> tuple[np.ndarray | None, np.ndarray | None]:
+        """(user tokens [E, D] or None, mix [K] or None) of a person; of the generic user for unknown ones."""
+        ...
+
+    def knows(self, name: str) -> bool:
+        """Whether a person has a row of their own."""
+        ...
+
+
 @dataclasses.dataclass(frozen=True)
 class People:
     """A user model with its people.
@@ -52,11 +77,17 @@ class People:
       model: kind and sizes.
       registry: who has which row.
       params: of the user model.
+      trained: whether a run has trained it; otherwise everybody starts as the same share of every adapter.
+      learning: how the rows of new people are fitted; None where that is not known.
+      base: identifies the base.
     """
 
     model: UserModel
     registry: UserRegistry
     params: Params
+    trained: bool = True
+    learning: Learning | None = None
+    base: str = ""
 
     @functools.cached_property
     def _apply(self) -> Any:
@@ -66,6 +97,10 @@ class People:
         """(user tokens [E, D] or None, mix [K] or None) of a person; of the generic user for unknown ones."""
         found = self._apply(self.params, jnp.asarray(self.registry.indices([name])))
         return tuple(None if x is None else np.asarray(x, np.float32)[0] for x in found)  # pyright: ignore[reportReturnType]
+
+    def knows(self, name: str) -> bool:
+        """Whether a person has a row of their own."""
+        return name in self.registry.rows
 
 
 class Person(TypedDict):
@@ -94,6 +129,7 @@ class Voice:
       weights: name of an adapter -> its weight, without zeros.
       user: the person's name as given; None where nobody is named, people are not served, or the base alone answers.
       known: whether the user model knows this person.
+      personal: whether the answer depends on the person.
     """
 
     model: str
@@ -102,13 +138,14 @@ class Voice:
     weights: Mapping[str, float]
     user: str | None = None
     known: bool = False
+    personal: bool = False
 
     def describe(self) -> Described:
         """For the response."""
         found: Described = {"mix": dict(self.weights)}
         if self.user is not None:
             found["user"] = {"id": self.user, "known": self.known}
-            if not self.known:
+            if self.personal and not self.known:
                 found["user"]["answered_as"] = "the generic user, because this person is unknown"
         return found
 
@@ -123,13 +160,15 @@ class Catalogue:
       bank: the adapters, or None.
       people: or None.
       chat: plain prompts of the command line are asked as the first message of a conversation.
+      run: the run directory, where a run is served.
     """
 
     model: LanguageModel
     names: tuple[str, ...] = ()
     bank: Params | None = None
-    people: People | None = None
+    people: Persons | None = None
     chat: bool = True
+    run: pathlib.Path | None = None
 
     def __post_init__(self):
         check_names("ingredients", self.names)
@@ -149,8 +188,10 @@ class Catalogue:
 
     @property
     def default(self) -> str:
-        """The model that answers where a request names none."""
-        return PERSONAL if self._mixing else self.names[0] if self.people is not None else BASE
+        """The model that answers where a request names none: what the user model was trained for, else the base."""
+        if self.people is None or not self.people.trained:
+            return BASE
+        return PERSONAL if self._mixing else self.names[0]
 
     @property
     def _mixing(self) -> bool:
@@ -161,7 +202,8 @@ class Catalogue:
         """Who answers.
 
         Args:
-          model: a name of `models`, or "soup:NAME=WEIGHT,..."; `default` where None.
+          model: a name of `models`, or "soup:NAME=WEIGHT,..."; where None, `personal` for a known person who is a soup,
+            else `default`.
           mix: weights by name of adapter; they need not sum to 1 and may be negative.
           user: the person who asks.
 
@@ -170,7 +212,8 @@ class Catalogue:
           UnknownIngredient: `mix`, or the soup that `model` names, has an unknown name.
           UserError: the soup is malformed, or `mix` is given beside a model that is a soup already.
         """
-        name = self.default if model is None else model
+        known = self.people is not None and user is not None and self.people.knows(user)
+        name = (PERSONAL if known and self._mixing else self.default) if model is None else model
         if name.startswith(SOUP):
             if mix is not None:
                 raise UserError("mix: the model names a soup already; give one of the two")
@@ -178,7 +221,7 @@ class Catalogue:
         elif name not in self.models:
             raise UnknownModel(f"model {name!r}: is not served here; choose one of {', '.join(self.models)}")
         elif mix is not None:
-            if name in self.names and self.people is None:
+            if name in self.names and not self.user_tokens:
                 raise UserError(f"mix: the model {name} is one adapter already; give the mix with model {BASE}")
             weights = self._checked(mix)
         else:
@@ -193,7 +236,7 @@ class Catalogue:
         weights = {one: weight for one, weight in weights.items() if weight}
         if self.people is None or user is None or alone:
             return Voice(name, row, tokens, weights)
-        return Voice(name, row, tokens, weights, user, user in self.people.registry.rows)
+        return Voice(name, row, tokens, weights, user, known, tokens is not None or (name == PERSONAL and mix is None))
 
     def asked(self, text: str) -> Prompt:
         """A question of the command line as a prompt."""
@@ -301,7 +344,32 @@ def _policies(folder: pathlib.Path, path: pathlib.Path, config: Mapping[str, Any
         eos_token=settings["eos_token"] or None,
         mesh=mesh,
     )
-    return Catalogue(model, names, _placed(bank, mesh), chat=_chats(model, config["data"]["chat"]))
+    learning = _learning(config, model, PreferenceConfig())
+    people = soup_people(bank, names, learning, fingerprint(base))
+    return Catalogue(model, names, _placed(bank, mesh), people, _chats(model, config["data"]["chat"]), folder)
+
+
+def soup_people(bank: Params, names: Sequence[str], learning: Learning | None, base: str) -> People | None:
+    """People who are soups of a bank that no user model was trained for: softmax of weights, which start at 0."""
+    if len(names) < 2 or not is_low_rank(bank):
+        return None
+    model = UserModel(kind="soup", num_users=1, adapters=len(names))
+    params = {"table": {"weights": jnp.zeros((2, len(names)))}}
+    return People(model, UserRegistry((None, None)), params, trained=False, learning=learning, base=base)
+
+
+def _learning(config: Mapping[str, Any], model: LanguageModel, objective: PreferenceConfig) -> Learning:
+    """How a run fits new people, see `protocols.users.UsersSettings`."""
+    data, evaluated = config["data"], config.get("evaluate_users") or {}
+    lengths = Lengths(
+        prompt=data["max_prompt"],
+        completion=data["max_completion"],
+        context=model.backbone.model.config.max_length,
+        **LONG,
+    )
+    names = {"steps": "cold_start_steps", "learning_rate": "cold_start_learning_rate"}
+    given = {ours: evaluated[name] for ours, name in names.items() if name in evaluated}
+    return Learning(objective=objective, lengths=lengths, **given)
 
 
 def _recorded(run: pathlib.Path, path: str) -> pathlib.Path:
@@ -317,11 +385,16 @@ def _person(folder: pathlib.Path, path: pathlib.Path, config: Mapping[str, Any],
     if "heads" in personal.params:
         raise UserError(f"{path}: is a reward model, which gives no answers; name a policy with --entry")
     bank, names = _placed(personal.params["bank"], mesh), (path.parent.name,)
-    people = People(personal.users, personal.registry, personal.params["users"])
+    _, note = load_tree(path)
+    objective = {name.removeprefix("objective."): x for name, x in note.items() if name.startswith("objective.")}
+    learning = _learning(config, personal.model, parse(PreferenceConfig, objective, str(path)))
+    people = People(
+        personal.users, personal.registry, personal.params["users"], learning=learning, base=str(note["base"])
+    )
     if personal.users.mixes:
         source = config["preference"]["bank"]
         _, names, _ = load_bank(folder / "policy" if source == "policy" else source)
-    return Catalogue(personal.model, names, bank, people, _chats(personal.model, personal.chat))
+    return Catalogue(personal.model, names, bank, people, _chats(personal.model, personal.chat), folder)
 
 
 def _chats(model: LanguageModel, chat: bool | None) -> bool:
@@ -367,7 +440,11 @@ def open_folders(
     adapter = AdapterConfig(rank=rank, alpha=float(rank))  # scale 1: `b` has the scale of every adapter
     found = load_model(folder, adapter=adapter, dtype=dtype, param_dtype=dtype, quantize=quantize, mesh=mesh)
     bank = _placed(_stacked([(one.factors, one.scale) for one in opened], rank), mesh) if opened else None
-    return Catalogue(found, tuple(ingredients), bank, chat=found.tokenizer.has_chat_template)
+    room = min(config.max_length, 4096)
+    lengths = Lengths(prompt=room // 2, completion=room // 2, context=config.max_length, **LONG)
+    learning = Learning(objective=PreferenceConfig(), lengths=lengths)
+    people = None if bank is None else soup_people(bank, tuple(ingredients), learning, fingerprint(folder))
+    return Catalogue(found, tuple(ingredients), bank, people, found.tokenizer.has_chat_template)
 
 
 def _stacked(adapters: Sequence[tuple[Mapping[str, np.ndarray], float]], rank: int) -> Params:

@@ -11,7 +11,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from pjrlhf.serving import answers, models, monitoring
+from pjrlhf.serving import answers, models, monitoring, people_api
 from pjrlhf.serving.catalogue import Catalogue
 from pjrlhf.serving.engine import Engine
 from pjrlhf.serving.protocol import Refused, error
@@ -22,6 +22,7 @@ from pjrlhf.serving.settings import ServerSettings
 GROUPS: tuple[Callable[[Service], Sequence[Endpoint]], ...] = (
     models.endpoints,
     answers.endpoints,
+    people_api.endpoints,
     monitoring.endpoints,
 )
 

@@ -17,6 +17,8 @@ from pjrlhf.serving import engine as engines
 from pjrlhf.serving.catalogue import Catalogue
 from pjrlhf.serving.engine import Engine
 from pjrlhf.serving.http import Server
+from pjrlhf.serving.people import Members, open_members
+from pjrlhf.serving.people_store import MEMORY
 from pjrlhf.serving.settings import EngineSettings, ServerSettings
 
 KEY_VARIABLE = "PJRLHF_API_KEY"
@@ -29,6 +31,7 @@ def serve(catalogue: Catalogue, settings: ServerSettings, sizes: EngineSettings)
     Raises:
       UserError: the address is taken or not of this machine.
     """
+    catalogue = open_members(catalogue, settings.people, settings.comparisons)
     engine = Engine(catalogue.model.backbone, catalogue.model.tokenizer, catalogue.bank, catalogue.user_tokens, sizes)
     key = os.environ.get(KEY_VARIABLE, "")
     listener = _listen(settings)
@@ -49,6 +52,8 @@ def serve(catalogue: Catalogue, settings: ServerSettings, sizes: EngineSettings)
     python_logging.getLogger("uvicorn").setLevel(python_logging.WARNING)
     host, port = listener.getsockname()[:2]
     print(f"serving {', '.join(catalogue.models)} at http://{f'[{host}]' if ':' in host else host}:{port}", flush=True)
+    if isinstance(catalogue.people, Members) and catalogue.people.store.url == MEMORY:
+        print("people are kept in memory, until the server ends; keep them with --people sqlite:///FILE", flush=True)
     if not key and settings.host not in LOOPBACK:
         print(f"anybody who reaches {host} can use it; set {KEY_VARIABLE} to ask for a key", file=sys.stderr)
     # After a second one uvicorn sends itself the signal again.

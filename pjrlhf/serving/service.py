@@ -13,6 +13,8 @@ from pjrlhf.errors import UserError
 from pjrlhf.serving.catalogue import Catalogue, UnknownIngredient, UnknownModel, Voice
 from pjrlhf.serving.engine import Engine
 from pjrlhf.serving.metrics import Metrics
+from pjrlhf.serving.people import open_members
+from pjrlhf.serving.people_store import Unreachable
 from pjrlhf.serving.protocol import Refused
 from pjrlhf.serving.settings import ServerSettings
 
@@ -49,7 +51,8 @@ class Service:
     """
 
     def __init__(self, catalogue: Catalogue, engine: Engine, settings: ServerSettings):
-        self.catalogue, self.engine, self.settings = catalogue, engine, settings
+        self.catalogue = open_members(catalogue, settings.people, settings.comparisons)
+        self.engine, self.settings = engine, settings
         self.metrics = Metrics(engine)
         self.started = int(time.time())
         self.encoding = asyncio.Lock()
@@ -86,6 +89,9 @@ class Service:
             return self.catalogue.voice(model, mix, user)
         except UnknownModel as problem:
             raise Refused(str(problem), "model", 404, "model_not_found") from problem
+        except Unreachable as problem:
+            message, again = "people: their database does not answer; try again later", {"retry-after": "1"}
+            raise Refused(message, status=503, headers=again) from problem
         except UserError as problem:
             code = "unknown_ingredient" if isinstance(problem, UnknownIngredient) else None
             raise Refused(str(problem), "model" if mix is None else "mix", code=code) from problem

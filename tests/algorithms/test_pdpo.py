@@ -19,16 +19,18 @@ from support.tiny_users import entry_of, method_of, pairs_of, trained_of
 from pjrlhf.algorithms import pdpo as preference
 from pjrlhf.algorithms import pdpo_entries, pdpo_objective
 from pjrlhf.algorithms.pdpo import Preference
-from pjrlhf.algorithms.pdpo_objective import answer_scores, pair_losses, pair_rewards, preference_loss
-from pjrlhf.algorithms.pdpo_settings import PreferenceConfig, PreferenceSettings
+from pjrlhf.algorithms.pdpo_objective import preference_loss
+from pjrlhf.algorithms.pdpo_settings import PreferenceSettings
 from pjrlhf.data import synthetic
+from pjrlhf.data.comparisons import PairBatch
 from pjrlhf.data.messages import with_text
 from pjrlhf.data.schema import Example, is_tie
 from pjrlhf.errors import UserError
-from pjrlhf.feedback.pairs import PairBatch, PairSettings, split
+from pjrlhf.feedback.pairs import PairSettings, split
 from pjrlhf.models.storage import load_tree, save_tree
 from pjrlhf.models.users import UserKind
 from pjrlhf.objectives.preference import PAIRWISE
+from pjrlhf.rollout.preference import PreferenceConfig, answer_scores, pair_losses, pair_rewards
 from pjrlhf.training import loop
 from pjrlhf.training.optimizer import OptimizerSettings, passes
 

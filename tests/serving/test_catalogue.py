@@ -26,6 +26,7 @@ from pjrlhf.serving.catalogue import (
     open_run,
     parse_mesh,
     parse_mix,
+    soup_people,
 )
 from pjrlhf.serving.engine import Engine
 from pjrlhf.serving.tickets import Request
@@ -88,6 +89,19 @@ def test_a_person_who_is_a_soup_has_a_model(soups):
     assert ana.known and not nobody.known and nobody.describe()["user"]["id"] == "zoe"
     assert catalogue.voice("P1A", user="ana").weights == {"P1A": 1.0}
     assert catalogue.voice("base", {"P3A": 0.5}, "ana").weights == {"P3A": 0.5}
+
+
+def test_a_bank_alone_has_people_and_answers_as_the_base_by_default(soups):
+    bank = dataclasses.replace(soups, people=soup_people(soups.bank, NAMES, None, "base"))
+    assert list(bank.models) == ["base", "personal", *NAMES] and bank.default == "base"
+    np.testing.assert_allclose(bank.voice("personal", user="zoe").mix, 1 / 3, rtol=1e-6)
+    assert bank.voice(user="zoe").weights == {} and "answered_as" not in bank.voice(user="zoe").describe()["user"]
+    assert bank.voice("personal", user="zoe").describe()["user"]["answered_as"]
+    with pytest.raises(UserError, match="give the mix with model base"):
+        bank.voice("P1A", {"P2B": 1.0})
+    known = dataclasses.replace(bank.people, registry=UserRegistry((None, "ana")))
+    assert dataclasses.replace(bank, people=known).voice(user="ana").model == "personal"
+    assert soup_people(soups.bank, NAMES[:1], None, "base") is None
 
 
 def test_adapters_of_folders_may_differ_in_rank_and_scale(folder, tmp_path):
@@ -188,7 +202,6 @@ def test_a_run_is_served_with_its_people(people, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--user", "ana"), "--user: these models know no people"),
         (("--max-tokens", "0"), "max_new_tokens 0: below 1"),
         (("--temperature", "nan"), "temperature nan"),
         (("--quantize", "int8"), "--dtype and --quantize go with --model"),

@@ -1,7 +1,6 @@
 """The server as clients use it: the official client, malformed bodies, limits, metrics, and SIGTERM."""
 
 import asyncio
-import contextlib
 import http.client
 import json
 import os
@@ -10,22 +9,19 @@ import re
 import signal
 import subprocess
 import sys
-import threading
 import time
 
 import numpy as np
 import openai
 import pytest
-import uvicorn
 from support import tiny_serving, tiny_users
+from support.serving import send, served
 from support.tiny_serving import K
 
 from pjrlhf.models.registry import UserRegistry
 from pjrlhf.models.users import UserModel
 from pjrlhf.serving.bodies import ChatBody, CompletionBody
 from pjrlhf.serving.catalogue import Catalogue, People
-from pjrlhf.serving.http import Server
-from pjrlhf.serving.settings import ServerSettings
 
 ROOT = pathlib.Path(__file__).parents[2]
 NAMES = ("P1A", "P2B", "P3A")
@@ -37,23 +33,6 @@ E = 2
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     return tiny_serving.model(tmp_path_factory.mktemp("base"))
-
-
-@contextlib.contextmanager
-def served(catalogue, engine, key="", **settings):
-    """(host, port) of a server in a thread."""
-    server = Server(catalogue, engine, ServerSettings(port=0, **settings), key)
-    config = uvicorn.Config(server.app, log_config=None, access_log=False, port=0, timeout_graceful_shutdown=5)
-    running = uvicorn.Server(config)
-    thread = threading.Thread(target=running.run, daemon=True)
-    thread.start()
-    while not running.started:
-        time.sleep(0.01)
-    try:
-        yield "127.0.0.1", running.servers[0].sockets[0].getsockname()[1]
-    finally:
-        running.should_exit = True
-        thread.join(30)
 
 
 @pytest.fixture(scope="module")
@@ -93,21 +72,6 @@ def client_of(place, key="none"):
 @pytest.fixture(scope="module")
 def client(soups):
     return client_of(soups)
-
-
-def send(place, body, path="/v1/chat/completions", method="POST", **headers):
-    """(status, JSON or text, headers) of a raw request."""
-    connection = http.client.HTTPConnection(*place, timeout=60)
-    headers = {"Content-Type": "application/json"} | {key.replace("_", "-"): value for key, value in headers.items()}
-    data = body if isinstance(body, bytes | None) else json.dumps(body).encode()
-    connection.request(method, path, data, headers)
-    answer = connection.getresponse()
-    text = answer.read().decode()
-    connection.close()
-    try:
-        return answer.status, json.loads(text), answer.headers
-    except ValueError:
-        return answer.status, text, answer.headers
 
 
 # ---- the official client

@@ -32,8 +32,9 @@ def bank(model):
     return noise(init_bank(model.backbone.base, ADAPTER, K, jax.random.key(1)), 2, 0.3)
 
 
-def engine(model, user_tokens=0, **changes):
-    return Engine(model.backbone, model.tokenizer, bank(model), user_tokens, SETTINGS.replace(**changes))
+def engine(model, user_tokens=0, adapters=K, **changes):
+    some = jax.tree.map(lambda x: x[:adapters], bank(model))
+    return Engine(model.backbone, model.tokenizer, some, user_tokens, SETTINGS.replace(**changes))
 
 
 def requests(model, count, seed=0, user_tokens=0):

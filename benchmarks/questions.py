@@ -1,0 +1,113 @@
+"""Which comparison to ask a new person for next: `python benchmarks/questions.py --run RUN --people FILE.jsonl`.
+
+Every new person has a pool of comparisons that they could be asked for, and held-out ones. Starting from the generic
+user, one comparison after the other is asked, the row is fitted as the server fits it, and the held-out accuracy is
+measured: in random order, and by the largest expected information (pjrlhf/serving/people_questions.py). Both orders
+have the same pool. Intervals are 95 % bootstraps over people of means over the seeds. Writes results/questions.json,
+under the name of the entry.
+
+FILE is population/new_users.jsonl of a run, or records of your own with `user_id` and, for those to test on,
+`held_out`.
+"""
+
+import argparse
+import json
+import pathlib
+
+import numpy as np
+
+from pjrlhf.data.schema import Example, validate
+from pjrlhf.data.sources import open_source
+from pjrlhf.serving.catalogue import open_run
+from pjrlhf.serving.people import Members, open_members
+from pjrlhf.serving.people_questions import expected_information
+
+COUNTS = (0, 1, 2, 3, 4, 6, 8)
+RESULTS = pathlib.Path(__file__).parent / "results" / "questions.json"
+
+
+def read(path: str) -> dict[str, dict[bool, list[Example]]]:
+    """Person -> whether held out -> comparisons."""
+    examples, _ = validate(open_source({"kind": "jsonl", "path": path}, "--people"), "preference")
+    found: dict[str, dict[bool, list[Example]]] = {}
+    for example in examples:
+        sides = found.setdefault(str(example.user_id), {False: [], True: []})
+        sides[bool(example.extra.get("held_out"))].append(example)
+    return found
+
+
+def curve(members: Members, pool: list[Example], held: list[Example], seed: int | None) -> list[float]:
+    """Accuracy after each of `COUNTS`; in random order with a `seed`, by information without."""
+    fitter, start, asked = members.fitter, members.generic_row, []
+    assert fitter is not None
+    rest = list(range(len(pool)))
+    order = None if seed is None else np.random.default_rng(seed).permutation(len(pool)).tolist()
+    row, found = start, []
+    for k in range(max(COUNTS) + 1):
+        if k in COUNTS:
+            row = fitter.fit(start, [pool[i] for i in asked])
+            found.append(float((fitter.margins(row, held)[0] > 0).mean()))
+        if order is not None:
+            chosen = order[k]
+        else:
+            row = fitter.fit(start, [pool[i] for i in asked])
+            new = fitter.margins(row, [pool[i] for i in rest])
+            seen = fitter.margins(row, [pool[i] for i in asked])
+            chosen = rest[int(np.argmax(expected_information(*new, *seen, members.variance)[0]))]
+        asked.append(chosen)
+        rest.remove(chosen)
+    return found
+
+
+def interval(values: np.ndarray) -> dict[str, float]:
+    """Mean over people [U] with its bootstrap interval."""
+    draws = np.random.default_rng(0).integers(len(values), size=(2000, len(values)))
+    low, high = np.quantile(values[draws].mean(1), [0.025, 0.975])
+    return {"mean": float(values.mean()), "low": float(low), "high": float(high)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--run", required=True)
+    parser.add_argument("--entry")
+    parser.add_argument("--people", required=True)
+    parser.add_argument("--pool", type=int, default=24, help="comparisons to choose from")
+    parser.add_argument("--held", type=int, default=24, help="comparisons to test on, at most")
+    parser.add_argument("--seeds", type=int, default=4, help="pools, and random orders of each")
+    parser.add_argument("--output", default=str(RESULTS))
+    given = parser.parse_args()
+    catalogue = open_members(open_run(given.run, given.entry), "sqlite://")
+    members = catalogue.people
+    assert isinstance(members, Members)
+    curves: dict[str, list[list[list[float]]]] = {"random": [], "information": []}
+    for name, sides in read(given.people).items():
+        if len(sides[False]) < given.pool or not sides[True]:
+            continue
+        one: dict[str, list[list[float]]] = {order: [] for order in curves}
+        for seed in range(given.seeds):
+            some = np.random.default_rng(seed).permutation(len(sides[False]))[: given.pool]
+            pool, held = [sides[False][i] for i in some], sides[True][: given.held]
+            one["random"].append(curve(members, pool, held, seed))
+            one["information"].append(curve(members, pool, held, None))
+        for order in curves:
+            curves[order].append(one[order])
+        print(name, *(f"{order} {np.mean(one[order], 0).round(3).tolist()}" for order in curves), flush=True)
+    means = {order: np.mean(found, axis=1) for order, found in curves.items()}  # [U, counts]
+    rows = {order: [interval(x) for x in found.T] for order, found in means.items()}
+    rows["gain"] = [interval(x) for x in (means["information"] - means["random"]).T]
+    output = pathlib.Path(given.output)
+    results = json.loads(output.read_text()) if output.is_file() else {}
+    people = {"people": len(means["random"]), "seeds": given.seeds, "pool": given.pool}
+    results[given.entry or "soups"] = {**people, "comparisons": COUNTS, **rows}
+    output.write_text(json.dumps(results, indent=1) + "\n")
+    print("| comparisons | random order | most informative first | difference |\n|---|---|---|---|")
+    for i, k in enumerate(COUNTS):
+        cells = (
+            f"{rows[name][i]['mean']:.3f} ({rows[name][i]['low']:.3f} to {rows[name][i]['high']:.3f})"
+            for name in ("random", "information", "gain")
+        )
+        print(f"| {k} | {' | '.join(cells)} |")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,187 @@
+"""The endpoints of people: who is known, their comparisons, and what to ask them next."""
+
+import contextlib
+import functools
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from anyio import CapacityLimiter, to_thread
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+
+from pjrlhf.errors import UserError
+from pjrlhf.serving.people import Members
+from pjrlhf.serving.people_exchange import LIMIT, describe, exported, imported, listed
+from pjrlhf.serving.people_questions import next_questions
+from pjrlhf.serving.people_store import Taken, Unknown, Unreachable
+from pjrlhf.serving.protocol import Body, Refused
+from pjrlhf.serving.service import Endpoint, Service
+from pjrlhf.types import Json
+
+THREADS = 4  # requests of people at once; their fits run one after the other
+PERSON = "/v1/users/{id:path}"
+
+
+def endpoints(service: Service) -> list[Endpoint]:
+    """/v1/users."""
+    people = PeopleApi(service)
+    return [
+        Endpoint("GET", "/v1/users", people.list),
+        Endpoint("POST", "/v1/users", people.add),
+        Endpoint("POST", "/v1/users/import", people.take),
+        Endpoint("POST", f"{PERSON}/feedback", people.learn),
+        Endpoint("POST", f"{PERSON}/next", people.ask),
+        Endpoint("GET", f"{PERSON}/export", people.export),
+        Endpoint("GET", PERSON, people.show),
+        Endpoint("DELETE", PERSON, people.remove),
+    ]
+
+
+class NewPerson(Body):
+    """A new person: a name, and comparisons or stated weights to start from."""
+
+    id: str
+    mix: dict[str, Any] | None = None
+    comparisons: list[Any] | None = None
+
+
+class Feedback(Body):
+    """Comparisons: each a prompt (or messages), and the chosen and the rejected answer."""
+
+    comparisons: list[Any]
+
+
+class Questions(Body):
+    """Pairs of answers to choose from: each a prompt (or messages), and two answers."""
+
+    pairs: list[Any]
+
+
+class Exported(Body):
+    """An export of a person."""
+
+    object: str | None = None
+    format: int | None = None
+    id: str | None = None
+    comparisons: list[Any] | None = None
+    mix: dict[str, Any] | None = None
+    row: dict[str, Any] | None = None
+    start: dict[str, Any] | None = None
+    model: str | None = None
+    kind: str | None = None
+
+
+@contextlib.contextmanager
+def refused() -> Iterator[None]:
+    """Turns what goes wrong with people into responses."""
+    try:
+        yield
+    except Unknown as problem:
+        param = "after" if str(problem).startswith("after") else "id"
+        raise Refused(str(problem), param, 404, "user_not_found") from problem
+    except Taken as problem:
+        raise Refused(str(problem), "id", 409, "user_exists") from problem
+    except Unreachable as problem:
+        raise Refused(
+            "people: their database does not answer; try again later", status=503, headers={"retry-after": "1"}
+        ) from problem
+    except UserError as problem:
+        param = str(problem).partition(":")[0]
+        raise Refused(str(problem), param if param.isidentifier() else None) from problem
+
+
+class PeopleApi:
+    """Reads the requests, and hands them to `Members` in threads: fits and databases take their time."""
+
+    def __init__(self, service: Service):
+        self._service = service
+        self._limiter = CapacityLimiter(THREADS)
+
+    @property
+    def _members(self) -> Members:
+        people = self._service.catalogue.people
+        if not isinstance(people, Members):
+            raise Refused(
+                "users: nobody can be known here; serve a run with --run, or two or more --ingredients", status=404
+            )
+        return people
+
+    async def _answer(self, function: Callable[..., Json], *arguments: Any, **options: Any) -> Response:
+        work = functools.partial(function, self._members, *arguments, **options)
+        started = time.monotonic()
+        with refused():
+            found = await to_thread.run_sync(work, limiter=self._limiter)
+        if function is _learn:
+            found = {**found, "seconds": time.monotonic() - started}
+        return JSONResponse(found)
+
+    async def list(self, request: Request) -> Response:
+        """Everybody who is known."""
+        limit = request.query_params.get("limit", str(LIMIT))
+        if not (limit.isascii() and limit.isdecimal() and 1 <= int(limit[:9]) <= LIMIT):
+            raise Refused(f"limit: is no whole number from 1 to {LIMIT}; correct it", "limit")
+        if not isinstance(self._service.catalogue.people, Members):
+            return JSONResponse({"object": "list", "data": [], "has_more": False})
+        return await self._answer(listed, int(limit), request.query_params.get("after"))
+
+    async def add(self, request: Request) -> Response:
+        """A new person."""
+        body = NewPerson.read(await self._service.body(request))
+        return await self._answer(_add, body.id, body.comparisons, body.mix)
+
+    async def show(self, request: Request) -> Response:
+        """One person."""
+        return await self._answer(describe, request.path_params["id"])
+
+    async def remove(self, request: Request) -> Response:
+        """Deletes a person."""
+        return await self._answer(_remove, request.path_params["id"])
+
+    async def learn(self, request: Request) -> Response:
+        """Comparisons of a person."""
+        body = Feedback.read(await self._service.body(request))
+        return await self._answer(_learn, request.path_params["id"], body.comparisons)
+
+    async def ask(self, request: Request) -> Response:
+        """What to ask a person next."""
+        body = Questions.read(await self._service.body(request))
+        return await self._answer(_next, request.path_params["id"], body.pairs)
+
+    async def export(self, request: Request) -> Response:
+        """All that is kept of a person."""
+        name, raw = request.path_params["id"], request.scope.get("raw_path", b"/export")
+        if not raw.endswith(b"/export"):  # the slash is a part of the name
+            return await self._answer(describe, f"{name}/export")
+        return await self._answer(exported, name)
+
+    async def take(self, request: Request) -> Response:
+        """A person from an export."""
+        body = Exported.read(await self._service.body(request))
+        return await self._answer(_import, body.model_dump())
+
+
+def _add(members: Members, name: Json, comparisons: Json, mix: Json) -> Json:
+    return describe(members, members.add(name, comparisons, mix))
+
+
+def _learn(members: Members, name: str, comparisons: Json) -> Json:
+    members.learn(name, comparisons)
+    return describe(members, name)
+
+
+def _remove(members: Members, name: str) -> Json:
+    members.remove(name)
+    found: dict[str, Json] = {"object": "user.deleted", "id": name, "deleted": True}
+    try:
+        return {**found, "rewritten": [str(path) for path in members.forget(name)]}
+    except UserError as problem:  # they are deleted all the same: nobody uses this row again
+        return {**found, "rewritten": [], "warning": f"{problem}; then run pjrlhf users remove"}
+
+
+def _next(members: Members, name: str, pairs: Json) -> Json:
+    return {"object": "list", "data": next_questions(members, name, pairs)}
+
+
+def _import(members: Members, fields: Json) -> Json:
+    return describe(members, imported(members, fields))

@@ -1,0 +1,194 @@
+"""The verbs of `pjrlhf users`, in a module that imports quickly."""
+
+import argparse
+import json
+import pathlib
+import sys
+from typing import TYPE_CHECKING, Any
+
+from pjrlhf.errors import UserError
+
+if TYPE_CHECKING:
+    from pjrlhf.serving.people import Members
+
+MOST = 100_000  # comparisons of a person; how many are kept is for the server to say
+VERBS = {
+    "list": "everybody",
+    "show": "one person",
+    "add": "a new person, from comparisons or stated weights",
+    "update": "more comparisons, or other stated weights",
+    "remove": "deletes a person, also from the user models of the run",
+    "export": "all that is kept of a person, as JSON",
+    "import": "adds an exported person",
+}
+
+
+def parser_of() -> argparse.ArgumentParser:
+    """The flags."""
+    parser = argparse.ArgumentParser(
+        prog="pjrlhf users",
+        description="The people of a run: those of its user models, and those who came later. A server may run on the "
+        "same store at the same time.",
+        allow_abbrev=False,
+    )
+    verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
+    for verb, text in VERBS.items():
+        one = verbs.add_parser(verb, help=text, description=text, allow_abbrev=False)
+        if verb not in ("list", "import"):
+            one.add_argument("name", metavar="NAME", help="of the person")
+        if verb == "import":
+            one.add_argument("file", metavar="FILE", help="what export wrote; - reads it from the terminal")
+            one.add_argument("--name", metavar="NAME", help="another name")
+        one.add_argument("--run", required=True, metavar="RUN", help="the run directory, such as runs/pdpo")
+        one.add_argument("--entry", metavar="NAME", help="of methods or preference.models, where the run has several")
+        one.add_argument("--people", default="", metavar="URL", help="the store; people.sqlite in RUN by default")
+        if verb in ("add", "update"):
+            one.add_argument("--comparisons", metavar="FILE", help="JSON lines with prompt, chosen and rejected")
+            one.add_argument("--mix", metavar="NAME=WEIGHT,...", help="stated weights, for people who are soups")
+        if verb == "export":
+            one.add_argument("--output", metavar="FILE", help="where to write it; on the terminal where not given")
+    return parser
+
+
+def users(given: argparse.Namespace) -> None:
+    """Does what the flags say.
+
+    Raises:
+      UserError: no such run or person, or anything else that cannot be done.
+    """
+    if given.verb == "list":
+        _list(given)
+    elif given.verb == "remove":
+        _remove(given)
+    else:
+        _with_model(given)
+
+
+def _store(given: argparse.Namespace) -> Any:
+    from pjrlhf.paths import local
+    from pjrlhf.serving.people import store_of
+
+    run = local(given.run)
+    if not (run / "config.json").is_file():
+        raise UserError(f"{run}: no config.json; name the run directory of a run")
+    return run, store_of(run, given.people, MOST)
+
+
+def _list(given: argparse.Namespace) -> None:
+    from pjrlhf.serving.people_run import trained_people
+    from pjrlhf.serving.people_store import key_of
+    from pjrlhf.terminal import visible
+
+    run, store = _store(given)
+    gone, stored = store.forgotten(), {str(person.name): person for person in store.people()}
+    trained = {name for name in trained_people(run) if key_of(name) not in gone}
+    for name in dict.fromkeys([*sorted(trained), *stored]):
+        count = stored[name].comparisons if name in stored else 0
+        words = [f"{count} comparison{'s' * (count != 1)}", *["trained"] * (name in trained)]
+        print(f"{visible(name)}: {', '.join(words)}")
+
+
+def _remove(given: argparse.Namespace) -> None:
+    from pjrlhf.serving.people_run import forget, trained_people
+    from pjrlhf.serving.people_store import Unknown
+    from pjrlhf.settings import shown
+    from pjrlhf.terminal import visible
+
+    run, store = _store(given)
+    trained = given.name in trained_people(run)
+    try:
+        store.remove(given.name, trained)
+    except Unknown:
+        if not trained:  # one who was deleted over HTTP may still be in the files of another copy of the run
+            raise UserError(f"user {shown(given.name)}: is unknown; see pjrlhf users list --run {given.run}") from None
+    for file in forget(run, given.name):
+        print(f"rewritten: {visible(file)}")
+    print(f"removed {visible(given.name)}")
+
+
+def _with_model(given: argparse.Namespace) -> None:
+    from pjrlhf.main import compilation_cache
+    from pjrlhf.serving.catalogue import open_run, parse_mix
+    from pjrlhf.serving.people import Members, open_members
+    from pjrlhf.serving.people_exchange import describe, exported, imported
+    from pjrlhf.serving.people_store import Taken, Unknown
+    from pjrlhf.settings import shown
+    from pjrlhf.terminal import visible
+
+    compilation_cache()
+    members = open_members(open_run(given.run, given.entry), given.people, MOST).people
+    if not isinstance(members, Members):
+        raise UserError(f"{given.run}: its model is the same for everybody; name one that knows people with --entry")
+    name = getattr(given, "name", None)
+    try:
+        if given.verb in ("add", "update"):
+            comparisons = None if given.comparisons is None else _comparisons(given.comparisons, given.name)
+            mix = None if given.mix is None else parse_mix(given.mix)
+            if given.verb == "add":
+                members.add(given.name, comparisons, mix)
+            else:
+                _update(members, given.name, comparisons, mix)
+        elif given.verb == "export":
+            text = json.dumps(exported(members, given.name), indent=2)
+            if given.output is None:
+                print(text)
+            else:
+                _write(given.output, text)
+                print(f"exported to {visible(given.output)}")
+            return
+        elif given.verb == "import":
+            name = imported(members, _read(given.file), name)
+    except Unknown:
+        raise UserError(f"user {shown(given.name)}: is unknown; see pjrlhf users list --run {given.run}") from None
+    except Taken:
+        way = "add to it with pjrlhf users update" if given.verb == "add" else "give another one with --name"
+        raise UserError(f"user {shown(name or '')}: the name is taken; {way}, or remove that person first") from None
+    print(json.dumps(describe(members, str(name)), indent=2))
+
+
+def _update(members: "Members", name: str, comparisons: Any, mix: Any) -> None:
+    if comparisons is None and mix is None:
+        raise UserError("users update: nothing to update; give --comparisons or --mix")
+    if mix is not None:
+        members.state(name, mix)
+    if comparisons is not None:
+        members.learn(name, comparisons)
+
+
+def _comparisons(path: str, name: str) -> list[dict[str, Any]]:
+    """The comparisons of a file of records."""
+    from pjrlhf.data.schema import validate
+    from pjrlhf.data.sources import open_source
+    from pjrlhf.serving.people_fit import as_json
+
+    source = open_source({"kind": "jsonl", "path": path}, "--comparisons")
+    examples, _ = validate(source, "preference", max_bad_fraction=0.0)
+    for example in examples:
+        if example.user_id not in (None, name):
+            raise UserError(f"{example.where}: is of user {example.user_id!r}, not {name!r}; give a file of one person")
+    return [as_json(example) for example in examples]
+
+
+def _read(path: str) -> dict[str, Any]:
+    from pjrlhf.data.records import RecordError, from_json, plain
+
+    try:
+        text = sys.stdin.buffer.read() if path == "-" else pathlib.Path(path).expanduser().read_bytes()
+        found = plain(from_json(text))
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); name a file that users export wrote") from error
+    except RecordError as error:
+        raise UserError(f"{path}: {error}; name a file that users export wrote") from error
+    if not isinstance(found, dict):
+        raise UserError(f"{path}: is no export of a person; name a file that users export wrote")
+    return found
+
+
+def _write(path: str, text: str) -> None:
+    """Only its owner can read it: what people compared is theirs."""
+    from pjrlhf.paths import atomic_write, disk_errors
+
+    file = pathlib.Path(path).expanduser()
+    with disk_errors(file), atomic_write(file) as temporary:
+        temporary.touch(0o600)
+        temporary.write_text(text + "\n", encoding="utf-8")

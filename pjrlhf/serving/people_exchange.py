@@ -1,0 +1,149 @@
+"""A person as JSON: for lists, and to take along to another server."""
+
+import datetime
+from collections.abc import Mapping
+from typing import Any
+
+import flax.traverse_util
+import numpy as np
+
+from pjrlhf.errors import UserError
+from pjrlhf.serving.people import Members, checked_name
+from pjrlhf.serving.people_store import Person, Taken, Unknown
+from pjrlhf.settings import shown
+from pjrlhf.types import Json
+
+FORMAT = 1
+LIMIT = 1000  # people of a list
+
+
+def describe(members: Members, name: str) -> dict[str, Json]:
+    """A person for a client.
+
+    Raises:
+      Unknown: no such person.
+    """
+    return _described(members, _person(members, name), fits=True)
+
+
+def _person(members: Members, name: str) -> Person:
+    if not members.knows(name):
+        raise Unknown(f"user {shown(name)}: is unknown; add this person first")
+    return members.store.person(name) or Person(name=name)
+
+
+def _described(members: Members, person: Person, fits: bool) -> dict[str, Json]:
+    name = str(person.name)
+    output = members.output(person, fits)
+    mix = None if output is None else output[1]
+    found: dict[str, Json] = {
+        "object": "user",
+        "id": name,
+        "known": True,
+        "trained": name in members.trained_names(),
+        "comparisons": person.comparisons,
+        "mix": None if mix is None else dict(zip(members.names, mix.tolist(), strict=True)),
+        "stated": person.stated,
+    }
+    for field in ("created", "updated"):
+        moment = getattr(person, field)
+        found[field] = None if moment is None else int(moment.replace(tzinfo=datetime.UTC).timestamp())
+    return found
+
+
+def listed(members: Members, limit: int = LIMIT, after: str | None = None) -> dict[str, Json]:
+    """A page of all people: those of the trained user model, then those who came later.
+
+    Args:
+      limit: people of the page.
+      after: the last one of the page before.
+
+    Raises:
+      Unknown: nobody is called `after`.
+    """
+    stored = {person.name: person for person in members.store.people()}
+    names = list(dict.fromkeys([*members.trained_names(), *map(str, stored)]))
+    if after is not None and after not in names:
+        raise Unknown(f"after: nobody is called {shown(after)}; give the last id of the page before")
+    start = 0 if after is None else names.index(after) + 1
+    page = names[start : start + limit]
+    data = [_described(members, stored.get(name) or Person(name=name), fits=False) for name in page]
+    return {"object": "list", "data": data, "has_more": start + len(page) < len(names)}
+
+
+def exported(members: Members, name: str) -> dict[str, Json]:
+    """All that is kept of a person, and what it belongs to; `imported` reads it.
+
+    Raises:
+      Unknown: no such person.
+    """
+    person = _person(members, name)
+    comparisons = members.store.comparisons(name)[1] if person.version else []
+    trained = name in members.trained_names() and not person.forgotten
+    return {
+        "object": "user.export",
+        "format": FORMAT,
+        "id": name,
+        "comparisons": comparisons,
+        "mix": person.stated,
+        "row": _listed(members.row_of(person)),
+        "start": _listed(members.start_of(person)) if trained or person.start is not None else None,
+        "model": members.fingerprint,
+        "kind": members.model.kind,
+    }
+
+
+def imported(members: Members, body: Mapping[str, Json], name: object = None) -> str:
+    """Adds a person who was exported, here or from another server; returns the name.
+
+    A row of this model is taken as it is. Of another model only comparisons and stated weights are of use: the row is
+    fitted to them.
+
+    Args:
+      name: a new one, or None.
+
+    Raises:
+      Taken: the name is taken.
+      UserError: no export, or one that has nothing but a row of another model.
+    """
+    if body.get("object") != "user.export" or body.get("format") != FORMAT:
+        raise UserError("object: is no export of a person; give what GET /v1/users/ID/export or users export returns")
+    name = checked_name(body.get("id") if name is None else name)
+    if members.knows(name):
+        raise Taken(f"id: {shown(name)} is taken; choose another, or delete that person first")
+    comparisons, mix = body.get("comparisons") or [], body.get("mix")
+    own = body.get("model") == members.fingerprint
+    read = members.read(comparisons) if comparisons else []
+    stated = None
+    if mix is not None and members.model.mixes:
+        stated = members.check_mix(mix)
+    if not own and not read and stated is None:
+        raise UserError(
+            f"model: {shown(name)} has a row of another model ({shown(body.get('model'))}, here {members.fingerprint}) "
+            "and no comparisons to fit it again; export comparisons too, or add the person with new ones"
+        )
+    rows = {field: _row(members, body.get(field), field) if own else None for field in ("row", "start")}
+    members.take(name, read, stated, rows["row"], rows["start"])
+    return name
+
+
+def _listed(row: Mapping[str, Any]) -> dict[str, Json]:
+    return {key: np.asarray(x).tolist() for key, x in flax.traverse_util.flatten_dict(dict(row), sep="/").items()}
+
+
+def _row(members: Members, value: Json, field: str) -> dict[str, Any] | None:
+    if value is None:
+        return None
+    like: dict[str, Any] = dict(flax.traverse_util.flatten_dict(members.generic_row, sep="/"))
+    found = {}
+    try:
+        if not isinstance(value, Mapping) or value.keys() != like.keys():
+            raise ValueError("other leaves")
+        for key, leaf in like.items():
+            found[key] = np.asarray(value[key], np.float32)
+            if found[key].shape != np.shape(leaf) or not np.isfinite(found[key]).all():
+                raise ValueError("another shape, or numbers that are not finite")
+    except (TypeError, ValueError, OverflowError) as error:
+        shapes = {key: np.shape(leaf) for key, leaf in like.items()}
+        raise UserError(f"{field}: is no row of this model ({shapes}); give it as it was exported") from error
+    return flax.traverse_util.unflatten_dict(found, sep="/")

@@ -1,0 +1,253 @@
+"""Fits a person's row of a user table to their comparisons, everything else frozen.
+
+The evaluation of new people (`protocols.cold_start`) and the server use the same fit: the loss of P-DPO (P-RLHF, arXiv
+2402.05133) averaged over the person's own pairs, and some updates of Adam from where the row starts.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import json
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Float
+
+from pjrlhf.data.comparisons import SIDES, PairBatch, pair_batch
+from pjrlhf.data.messages import Conversation, as_turns, columns_of
+from pjrlhf.data.packing import PackedRows, PackLayout, choose_mode, pack, row_length
+from pjrlhf.data.records import RecordError
+from pjrlhf.data.schema import Example, parse
+from pjrlhf.data.token_table import Lengths, TokenRow, encode_example, tokenize
+from pjrlhf.data.tokenization import Tokenizer
+from pjrlhf.errors import UserError
+from pjrlhf.models.adapters import Backbone
+from pjrlhf.models.users import UserModel
+from pjrlhf.objectives.preference import PAIRWISE
+from pjrlhf.parallel.mesh import num_shards
+from pjrlhf.rollout import scoring
+from pjrlhf.rollout.preference import PreferenceConfig, answer_scores, pair_losses
+from pjrlhf.settings import shown
+from pjrlhf.types import Json, Params
+
+CHUNK = 8  # comparisons read at once; a fit is many short dispatches, between which the engine has its turn
+COLUMNS = ("prompt", *SIDES, "tools", "chat_template_kwargs")
+Row = dict[str, Any]  # a row of a user table: its leaves without the axis of users
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Learning:
+    """How people are fitted.
+
+    Attributes:
+      objective: of the entry that trained the user model.
+      lengths: how comparisons are cut, as in training.
+      steps: updates of a row.
+      learning_rate: of Adam.
+    """
+
+    objective: PreferenceConfig
+    lengths: Lengths
+    steps: int = 20
+    learning_rate: float = 0.1
+
+
+def fit_rows(
+    users: UserModel,
+    objective: PreferenceConfig,
+    backbone: Backbone,
+    trainable: Params,
+    rows: Params,
+    batches: Sequence[tuple[PairBatch, Float[np.ndarray, " B"]]],
+    steps: int,
+    learning_rate: float,
+    told: Callable[[int], None] = lambda step: None,
+) -> Params:
+    """The rows after `steps` updates of Adam. No row's gradient depends on another, so many are fitted side by side.
+
+    Args:
+      trainable: {"bank", "users"}, as in `answer_scores`; only `rows` move.
+      rows: the table to fit: leaves [N, ...].
+      batches: comparisons, whose `local` is a row of `rows`, with their weights in the loss of this row.
+      told: called after every update with the number of updates.
+    """
+    optimizer = optax.adam(learning_rate)
+    state = optimizer.init(rows)
+    for step in range(steps):
+        total = jax.tree.map(jnp.zeros_like, rows)
+        for batch, weight in batches:
+            part = _gradient(users, objective, rows, trainable, backbone, batch, weight)
+            total = jax.tree.map(jnp.add, total, part)
+        updates, state = optimizer.update(total, state)
+        rows = optax.apply_updates(rows, updates)  # pyright: ignore[reportAssignmentType]
+        told(step + 1)
+    return rows
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _gradient(users, objective, rows, trainable, backbone, batch, weight):
+    def loss(rows):
+        fitted = {**trainable, "users": {**trainable["users"], "table": rows}}
+        losses = pair_losses(objective, answer_scores(backbone, users, fitted, batch), batch)
+        return (jnp.where(weight > 0, losses, 0.0) * weight).sum()
+
+    return jax.grad(loss)(rows)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _margins(users, objective, rows, trainable, backbone, batch):
+    """(margins [B], their gradients, leaves [B, ...]) of comparisons with a row of their own each."""
+
+    per_token = "lengths" in PAIRWISE.get(objective.loss).options
+    lengths = batch.counts.T if per_token else jnp.ones(())
+
+    def margins(rows):
+        fitted = {**trainable, "users": {**trainable["users"], "table": rows}}
+        scores = answer_scores(backbone, users, fitted, batch)
+        rewards = objective.scale * (scores - batch.reference.T) / lengths
+        return (rewards[0] - rewards[1]).sum(), rewards[0] - rewards[1]
+
+    gradient, found = jax.grad(margins, has_aux=True)(rows)
+    return found, gradient
+
+
+@jax.jit
+def _reference(backbone, rows):
+    return scoring.packed_logps(backbone.policies(), rows).reshape(-1, 2)
+
+
+def as_example(comparison: Mapping[str, Json], where: str = "comparison") -> Example:
+    """A comparison {"prompt" or "messages", "chosen", "rejected"} as a record.
+
+    Raises:
+      RecordError: it has another form, or both answers are the same.
+    """
+    record = {name: value for name, value in comparison.items() if name != "messages"}
+    if "messages" in comparison:
+        if "prompt" in comparison:
+            raise RecordError("prompt beside messages", "give one of the two")
+        record["prompt"] = comparison["messages"]
+    if unknown := sorted(set(map(str, record)) - set(COLUMNS)):
+        raise RecordError("unknown field", f"{shown(unknown[0])}; a comparison has {', '.join(COLUMNS)} or messages")
+    if missing := [name for name in COLUMNS[:3] if name not in record]:
+        raise RecordError(f"no {missing[0]}", "a comparison has a prompt (or messages), chosen and rejected")
+    return parse(record, "preference", where=where)
+
+
+def as_json(example: Example) -> dict[str, Json]:
+    """The comparison that `as_example` reads."""
+    prompt = example.original
+    name = "prompt" if isinstance(prompt, str) else "messages"
+    return {name: prompt, **{side: getattr(example, side) for side in SIDES}, **columns_of(prompt)}
+
+
+class Fitter:
+    """Fits the rows of people who are served.
+
+    Args:
+      backbone: the frozen base.
+      tokenizer: of the base.
+      chat: text prompts are the first message of a conversation.
+      users, trainable: the user model, and {"bank", "users"}.
+      learning: how.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        tokenizer: Tokenizer,
+        chat: bool,
+        users: UserModel,
+        trainable: Params,
+        learning: Learning,
+    ):
+        self.backbone, self.tokenizer, self.chat, self.users = backbone, tokenizer, chat, users
+        self.trainable, self.learning = trainable, learning
+        lengths, mode = learning.lengths, choose_mode("auto", backbone.model.attention)
+        self._layout = PackLayout(
+            mode=mode,
+            length=row_length(mode, lengths.prompt + users.num_tokens, lengths.completion, len(SIDES)),
+            pad_id=tokenizer.pad_id,
+            multiple=1 if backbone.model.batch_sharding is None else num_shards(backbone.model.batch_sharding),
+            user_offset=backbone.model.user_offset,
+        )
+
+    def check(self, example: Example) -> None:
+        """Raises RecordError or UserError for a comparison that the model cannot read."""
+        encode_example(self._asked(example), "preference", self.tokenizer, self.learning.lengths)
+
+    def _asked(self, example: Example) -> Example:
+        """As `runtime.records` asks it in training."""
+        if not self.chat or not isinstance(example.prompt, str):
+            return example
+        sides = {side: getattr(example, side) for side in SIDES}
+        stripped = {side: text.strip() for side, text in sides.items() if isinstance(text, str)}
+        return dataclasses.replace(example, prompt=Conversation(as_turns(example.prompt)), **stripped)
+
+    def fit(self, start: Row, examples: Sequence[Example]) -> Row:
+        """The row after the fit to some comparisons, from a row to start from: float32 leaves on the host.
+
+        The same comparisons give the same bits in whatever order they come.
+        """
+        batches = self._batches(examples)
+        if not batches:
+            return start
+        count = sum(int((weight > 0).sum()) for _, weight in batches)
+        batches = [(batch.replace(local=np.ones(len(batch), np.int32)), weight / count) for batch, weight in batches]
+        table = jax.tree.map(lambda generic, row: np.stack([generic, row]), self._row(0), start)
+        options = self.learning.steps, self.learning.learning_rate
+        fitted = fit_rows(self.users, self.learning.objective, self.backbone, self.trainable, table, batches, *options)
+        return jax.tree.map(lambda x: np.asarray(x[1]), fitted)
+
+    def margins(self, row: Row, examples: Sequence[Example]) -> tuple[np.ndarray, np.ndarray]:
+        """(margins float32 [N], their gradients with respect to the row, float32 [N, D'] with all its leaves side by
+        side) of comparisons, in their order.
+        """
+        margins, gradients, generic = [], [], self._row(0)
+        for batch, weight in self._batches(examples, ordered=True):
+            B, kept = len(batch), int((weight > 0).sum())
+            batch = batch.replace(local=np.arange(1, B + 1, dtype=np.int32))
+            table = jax.tree.map(lambda g, x, B=B: np.stack([g, *[x] * B]), generic, row)
+            found, slopes = _margins(self.users, self.learning.objective, table, self.trainable, self.backbone, batch)
+            flat = [np.asarray(x[1:]).reshape(B, -1) for x in jax.tree.leaves(slopes)]
+            margins.append(np.asarray(found)[:kept])
+            gradients.append(np.concatenate(flat, axis=1)[:kept])
+        size = sum(x.size for x in jax.tree.leaves(row))
+        return np.concatenate([np.zeros(0, np.float32), *margins]), np.concatenate([np.zeros((0, size)), *gradients])
+
+    def _row(self, index: int) -> Row:
+        return jax.tree.map(lambda x: np.asarray(x[index], np.float32), self.trainable["users"]["table"])
+
+    def _batches(
+        self, examples: Sequence[Example], ordered: bool = False
+    ) -> list[tuple[PairBatch, Float[np.ndarray, " B"]]]:
+        """Batches of a few sizes, with weight 1 for every comparison and 0 for padding; what the model cannot read is
+        left out.
+        """
+        if not ordered:
+            examples = sorted(examples, key=lambda example: json.dumps(as_json(example), sort_keys=True))
+        rows: list[TokenRow] = []
+        for example in examples:
+            with contextlib.suppress(UserError):
+                rows += tokenize([self._asked(example)], "preference", self.tokenizer, self.learning.lengths)
+        found = []
+        for start in range(0, len(rows), CHUNK):
+            part = rows[start : start + CHUNK]
+            size = 1 << (len(part) - 1).bit_length()
+            size += -size % self._layout.multiple
+            padded = [*part, *[part[0]] * (size - len(part))]
+            plain, packed = self._packed(padded, 0), self._packed(padded, self.users.num_tokens)
+            reference = np.asarray(_reference(self.backbone, plain))
+            batch = pair_batch(padded, packed, np.zeros(size, np.int32), reference)
+            found.append((batch, (np.arange(size) < len(part)).astype(np.float32)))
+        return found
+
+    def _packed(self, rows: Sequence[TokenRow], user_tokens: int) -> PackedRows:
+        layout = dataclasses.replace(self._layout, num_user_tokens=user_tokens)
+        answers = [[row[side] for side in SIDES] for row in rows]
+        masks = [[row[f"{side}_mask"] for side in SIDES] for row in rows]
+        return pack([row["prompt"] for row in rows], answers, layout, masks)

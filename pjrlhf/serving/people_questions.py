@@ -1,0 +1,89 @@
+"""Which comparison to ask a person for next: the one whose answer tells most about their row.
+
+The row has a Gaussian posterior around its fit (Laplace's approximation), in which margins are linear in the row: the
+covariance is that of the generalised Gauss-Newton matrix (MacKay 1992, "A practical Bayesian framework for
+backpropagation networks"; Immer et al. 2021, arXiv 2008.08400). The information of a comparison is the mutual
+information of its answer and the row (BALD; Houlsby et al. 2011, arXiv 1112.5745).
+"""
+
+from collections.abc import Mapping
+
+import numpy as np
+from jaxtyping import Float
+from scipy.special import expit, xlogy
+
+from pjrlhf.errors import UserError
+from pjrlhf.serving.people import Members
+from pjrlhf.types import Json
+
+MOST = 64  # pairs of a request
+_NODES, _WEIGHTS = np.polynomial.hermite_e.hermegauss(64)
+
+
+def expected_information(
+    margins: Float[np.ndarray, " M"],
+    gradients: Float[np.ndarray, "M D"],
+    seen_margins: Float[np.ndarray, " N"],
+    seen_gradients: Float[np.ndarray, "N D"],
+    variance: float,
+) -> tuple[Float[np.ndarray, " M"], Float[np.ndarray, " M"]]:
+    """(information in nats, probability that the first answer is the better one) of M comparisons.
+
+    The answer has probability sigmoid(margin). With prior covariance `variance` I and the N comparisons seen so far,
+    the posterior precision is I / variance + sum_n p_n (1 - p_n) g_n g_n^T; its inverse is taken in N dimensions
+    (Woodbury), so that D may be large.
+
+    Args:
+      margins, gradients: of the comparisons, at the fitted row.
+      seen_margins, seen_gradients: of those that the row was fitted to.
+      variance: of the prior of every number of a row around where it started.
+    """
+    G = np.asarray(gradients, np.float64)
+    p = expit(np.asarray(seen_margins, np.float64))
+    A = np.sqrt(p * (1 - p))[:, None] * np.asarray(seen_gradients, np.float64).reshape(len(p), G.shape[1])
+    spread = variance * np.square(G).sum(1)
+    if len(A):
+        across = A @ G.T  # [N, M]
+        spread -= variance**2 * (across * np.linalg.solve(np.eye(len(A)) + variance * A @ A.T, across)).sum(0)
+    deviation = np.sqrt(np.maximum(spread, 0.0))
+    weights = _WEIGHTS / _WEIGHTS.sum()
+    chances = expit(np.asarray(margins, np.float64)[:, None] + deviation[:, None] * _NODES)
+    mean = chances @ weights
+    return np.maximum(_entropy(mean) - _entropy(chances) @ weights, 0.0), mean
+
+
+def _entropy(p: np.ndarray) -> np.ndarray:
+    return -(xlogy(p, p) + xlogy(1 - p, 1 - p))
+
+
+def next_questions(members: Members, name: str, pairs: object) -> list[dict[str, Json]]:
+    """Pairs of answers, that which tells most about a person first.
+
+    Args:
+      pairs: each {"prompt" or "messages", "answers": [text, text]}.
+
+    Raises:
+      Unknown: no such person.
+      UserError: a pair that the model cannot read.
+    """
+    if not isinstance(pairs, list) or not 1 <= len(pairs) <= MOST:
+        raise UserError(f"pairs: is no list of 1 to {MOST} pairs; give each a prompt and two answers")
+    asked = []
+    for i, pair in enumerate(pairs, 1):
+        answers = pair.get("answers") if isinstance(pair, Mapping) else None
+        if not isinstance(answers, list) or len(answers) != 2:
+            raise UserError(f"pairs: number {i} has no answers, a list of two; give it prompt and answers")
+        rest = {key: value for key, value in pair.items() if key != "answers"}
+        asked.append({**rest, "chosen": answers[0], "rejected": answers[1]})
+    new, seen = members.linearized(name, asked, "pairs")
+    information, chance = expected_information(*new, *seen, members.variance)
+    order = np.argsort(-information, kind="stable")
+    return [
+        {
+            "index": int(i),
+            "information": float(information[i]),
+            "probability": float(chance[i]),
+            "pair": pairs[i],
+        }
+        for i in order
+    ]

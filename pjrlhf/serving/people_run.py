@@ -1,0 +1,68 @@
+"""The people in the user models that a run has trained."""
+
+import contextlib
+import fcntl
+import json
+import os
+import pathlib
+from collections.abc import Iterator
+
+from pjrlhf.models.folders import reading
+from pjrlhf.models.registry import UserRegistry
+from pjrlhf.models.storage import load_tree, save_tree
+from pjrlhf.paths import disk_errors
+from pjrlhf.training.workdir import Workdir
+
+FILES = "preference/*/model.safetensors"
+
+
+def trained_people(run: pathlib.Path) -> set[str]:
+    """Everybody whom a user model of the run knows."""
+    return {name for file in sorted(run.glob(FILES)) for name in _names(file)}
+
+
+def _names(file: pathlib.Path) -> list[str]:
+    from safetensors import safe_open
+
+    with reading(file), safe_open(file, framework="np") as opened:
+        note = json.loads((opened.metadata() or {}).get("note", "{}"))
+    return [name for name in note.get("users", []) if name is not None]
+
+
+def forget(run: pathlib.Path, name: str) -> list[pathlib.Path]:
+    """Zeroes the row of a person in every user model of a run and frees it for others; returns the files that were
+    written anew. Checksums and the run's manifest stay valid.
+
+    Checkpoints of a training keep what they have: they belong to the data that the run was given.
+
+    Raises:
+      UserError: a file is damaged or cannot be written, or a training uses the run.
+    """
+    if name not in trained_people(run):
+        return []
+    written, workdir = [], Workdir(run)
+    with _alone(run), workdir.locked():
+        for file in sorted(run.glob(FILES)):
+            if name not in _names(file):
+                continue
+            tree, note = load_tree(file)
+            users = dict(tree.get("users", {}))
+            registry, table = UserRegistry.from_json(note["users"]).remove_users(users.get("table", {}), [name])
+            if table:
+                tree["users"] = {**users, "table": table}
+            with disk_errors(file):
+                save_tree(file, tree, {**note, "users": registry.to_json()})
+            workdir.mark_rewritten(file)
+            written.append(file)
+    return written
+
+
+@contextlib.contextmanager
+def _alone(folder: pathlib.Path) -> Iterator[None]:
+    """Two processes that delete people write one after the other."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)

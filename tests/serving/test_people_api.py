@@ -1,0 +1,248 @@
+"""People over HTTP: added, taught, asked, exported, deleted; and what is refused."""
+
+import urllib.parse
+
+import jax
+import numpy as np
+import pytest
+from support import tiny_serving
+from support.serving import send, served
+
+from pjrlhf.data.token_table import Lengths
+from pjrlhf.models.registry import UserRegistry
+from pjrlhf.models.users import UserModel
+from pjrlhf.rollout.preference import PreferenceConfig
+from pjrlhf.serving.catalogue import Catalogue, People, soup_people
+from pjrlhf.serving.people_fit import Learning
+
+NAMES = ("P1A", "P2B", "P3A")
+ANSWERS = ("it is wet .", "the sky is blue .", "a dog runs .", "yes .")
+LEARNING = Learning(
+    objective=PreferenceConfig(beta=0.5),
+    lengths=Lengths(prompt=16, completion=12, long_prompt="truncate_left", long_completion="truncate"),
+    steps=10,
+)
+E = 2
+
+
+def comparison(i, chosen=0, rejected=1):
+    return {
+        "prompt": f"what is {['rain', 'snow', 'wind'][i % 3]} ?",
+        "chosen": ANSWERS[chosen],
+        "rejected": ANSWERS[rejected],
+    }
+
+
+def catalogue_of(model, kind="soup"):
+    bank = tiny_serving.bank(model)
+    if kind == "soup":
+        return Catalogue(model, NAMES, bank, soup_people(bank, NAMES, LEARNING, "base"))
+    width = model.backbone.model.config.hidden_size
+    users = UserModel(kind=kind, num_users=2, tokens=E, width=width, clusters=3)
+    rng = np.random.default_rng(0)
+    shapes = jax.eval_shape(lambda: users.init(jax.random.key(0), model.backbone.base["embed"]["embedding"]))
+    params = jax.tree.map(lambda x: rng.normal(size=x.shape).astype(np.float32), shapes)
+    one = jax.tree.map(lambda x: x[:1], bank)
+    people = People(users, UserRegistry((None, "ana", "bo")), params, learning=LEARNING, base="base")
+    return Catalogue(model, (kind,), one, people)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return tiny_serving.model(tmp_path_factory.mktemp("base"))
+
+
+@pytest.fixture(scope="module")
+def place(model):
+    engine = tiny_serving.engine(model)
+    engine.start()
+    with served(catalogue_of(model), engine, max_body=20_000) as found:
+        yield found
+    engine.close(30)
+
+
+def users(place, path="", body=None, method=None):
+    status, found, _ = send(place, body, f"/v1/users{path}", method or ("GET" if body is None else "POST"))
+    return status, found
+
+
+def quoted(name):
+    return "/" + urllib.parse.quote(name, safe="")
+
+
+def mix_of(place, name):
+    """The soup that answers a person."""
+    body = {"model": "personal", "user": name, "messages": [{"role": "user", "content": "what is rain ?"}]}
+    status, found, _ = send(place, {**body, "max_tokens": 1})
+    assert status == 200, found
+    return found["pjrlhf"]["mix"]
+
+
+@pytest.mark.parametrize("name", ["ana", "a/b", "x/export", "import", "Zoë ☃", "a b?c#d%41", "next"])
+def test_a_person_is_added_taught_and_deleted(place, name):
+    status, found = users(place, "", {"id": name})
+    assert status == 200 and found["id"] == name and found["known"] and found["comparisons"] == 0, found
+    assert found["mix"] == pytest.approx(dict.fromkeys(NAMES, 1 / 3))
+    assert users(place, "", {"id": name})[0] == 409
+    before = mix_of(place, "somebody else")
+    status, found = users(place, quoted(name) + "/feedback", {"comparisons": [comparison(0), comparison(1)]})
+    assert status == 200 and found["comparisons"] == 2 and found["seconds"] > 0, found
+    assert found["mix"] != pytest.approx(dict.fromkeys(NAMES, 1 / 3), abs=1e-3)
+    assert mix_of(place, name) == pytest.approx(found["mix"]), "the next answer is already another one"
+    assert mix_of(place, "somebody else") == before == pytest.approx(dict.fromkeys(NAMES, 1 / 3))
+    status, shown = users(place, quoted(name))
+    assert status == 200 and shown == {key: x for key, x in found.items() if key != "seconds"}
+    assert name in [one["id"] for one in users(place)[1]["data"]]
+    status, export = users(place, quoted(name) + "/export")
+    assert status == 200 and export["comparisons"] == [comparison(0), comparison(1)], export
+    status, gone = users(place, quoted(name), method="DELETE")
+    assert status == 200 and gone == {"object": "user.deleted", "id": name, "deleted": True, "rewritten": []}
+    assert users(place, quoted(name))[0] == 404
+    assert mix_of(place, name) == before
+    status, back = users(place, "/import", export)
+    assert status == 200 and back["mix"] == found["mix"] and back["comparisons"] == 2
+    assert users(place, "/import", export)[0] == 409
+    assert users(place, quoted(name), method="DELETE")[0] == 200
+
+
+def test_neither_order_nor_batches_of_votes_matter(place):
+    votes = [comparison(i, i % 4, (i + 1) % 4) for i in range(11)]
+    found = []
+    for name, batches in (("all", [votes]), ("one by one", [[x] for x in votes]), ("back", [votes[6:], votes[:6]])):
+        users(place, "", {"id": name})
+        for batch in batches:
+            status, person = users(place, quoted(name) + "/feedback", {"comparisons": batch})
+            assert status == 200, person
+        found.append(users(place, quoted(name) + "/export")[1]["row"])
+    assert found[0] == found[1] == found[2]
+
+
+def test_stated_weights_are_taken_as_they_are_until_the_first_vote(place):
+    status, found = users(place, "", {"id": "stated", "mix": {"P1A": 3, "P3A": 1}})
+    assert status == 200 and found["mix"] == {"P1A": 0.75, "P2B": 0.0, "P3A": 0.25} == found["mix"]
+    assert mix_of(place, "stated") == {"P1A": 0.75, "P3A": 0.25}
+    status, found = users(place, "/stated/feedback", {"comparisons": [comparison(0)]})
+    assert status == 200 and abs(found["mix"]["P1A"] - 0.75) < 0.25 and found["mix"]["P1A"] != 0.75
+
+
+def test_the_most_informative_pair_comes_first(place):
+    users(place, "", {"id": "asked"})
+    pairs = [
+        {"prompt": "what is rain ?", "answers": [ANSWERS[0], ANSWERS[1]]},
+        {"messages": [{"role": "user", "content": "what is snow ?"}], "answers": [ANSWERS[2], ANSWERS[3]]},
+    ]
+    status, found = users(place, "/asked/next", {"pairs": pairs})
+    assert status == 200, found
+    scores = [one["information"] for one in found["data"]]
+    assert scores == sorted(scores, reverse=True) and scores[-1] > 0
+    assert sorted(one["index"] for one in found["data"]) == [0, 1]
+    assert all(one["pair"] == pairs[one["index"]] and 0 < one["probability"] < 1 for one in found["data"])
+    vote = comparison(0)
+    users(place, "/asked/feedback", {"comparisons": [vote] * 8})
+    after = {one["index"]: one["information"] for one in users(place, "/asked/next", {"pairs": pairs})[1]["data"]}
+    before = {one["index"]: one["information"] for one in found["data"]}
+    assert after[0] < before[0], "what was asked eight times tells less"
+
+
+VOTE = comparison(0)
+ANSWERED = {"role": "assistant", "content": "a"}
+BAD = [
+    ("", {"id": ""}, 400, "id"),
+    ("", {"id": 3}, 400, "id"),
+    ("", {}, 400, "id"),
+    ("", {"id": "x" * 600}, 400, "id"),
+    ("", {"id": "\ud800"}, 400, None),
+    ("", {"id": "bad", "mix": {"P9": 1}}, 400, "mix"),
+    ("", {"id": "bad", "mix": {"P1A": -1}}, 400, "mix"),
+    ("", {"id": "bad", "mix": {"P1A": 0}}, 400, "mix"),
+    ("", {"id": "bad", "mix": {}}, 400, "mix"),
+    ("", {"id": "bad", "mix": {"P1A": True}}, 400, "mix"),
+    ("", {"id": "bad", "comparisons": []}, 400, "comparisons"),
+    ("", {"id": "bad", "comparisons": [{}]}, 400, "comparisons"),
+    ("", {"id": "bad", "colour": 1}, 400, "colour"),
+    ("", [], 400, None),
+    ("/nobody/feedback", {"comparisons": [VOTE]}, 404, "id"),
+    ("/nobody/next", {"pairs": [{"prompt": "a", "answers": ["b", "c"]}]}, 404, "id"),
+    ("/there/feedback", {}, 400, "comparisons"),
+    ("/there/feedback", {"comparisons": []}, 400, "comparisons"),
+    ("/there/feedback", {"comparisons": [3]}, 400, "comparisons"),
+    ("/there/feedback", {"comparisons": [VOTE] * 300}, 413, None),
+    ("/there/feedback", {"comparisons": [{**VOTE, "chosen": VOTE["rejected"]}]}, 400, "comparisons"),
+    ("/there/feedback", {"comparisons": [{**VOTE, "chosen": ""}]}, 400, "comparisons"),
+    ("/there/feedback", {"comparisons": [{**VOTE, "chosen": None}]}, 400, "comparisons"),
+    ("/there/feedback", {"comparisons": [{**VOTE, "messages": []}]}, 400, "comparisons"),
+    ("/there/feedback", {"comparisons": [{**VOTE, "prompt": 7}]}, 400, "comparisons"),
+    ("/there/feedback", {"comparisons": [{**VOTE, "rating": 7}]}, 400, "comparisons"),
+    ("/there/feedback", {"comparisons": [{**VOTE, "prompt": [{"role": "user"}]}]}, 400, "comparisons"),
+    (
+        "/there/feedback",
+        {"comparisons": [{**VOTE, "prompt": [{"role": "assistant", "content": "a"}]}]},
+        400,
+        "comparisons",
+    ),
+    ("/there/next", {"pairs": []}, 400, "pairs"),
+    ("/there/next", {"pairs": [{"prompt": "a"}]}, 400, "pairs"),
+    ("/there/next", {"pairs": [{"prompt": "a", "answers": ["b"]}]}, 400, "pairs"),
+    ("/there/next", {"pairs": [{"prompt": "a", "answers": ["b", "b"]}]}, 400, "pairs"),
+    ("/import", {}, 400, "object"),
+    ("/import", {"object": "user.export", "format": 1, "id": "new", "model": "other"}, 400, "model"),
+    ("?limit=0", None, 400, "limit"),
+    ("?limit=x", None, 400, "limit"),
+    ("?after=nobody", None, 404, "after"),
+    ("/nobody", None, 404, "id"),
+    ("/nobody/export", None, 404, "id"),
+    ("/", None, 404, "id"),
+    ("/%FF", None, 404, "id"),
+]
+
+
+@pytest.mark.parametrize(("path", "body", "status", "param"), BAD, ids=range(len(BAD)))
+def test_bad_requests_are_refused(place, path, body, status, param):
+    users(place, "", {"id": "there"})
+    got, found = users(place, path, body)
+    assert got == status and found["error"]["param"] == param, found
+    assert "bad" not in [one["id"] for one in users(place)[1]["data"]]
+
+
+def test_people_come_in_pages(place):
+    for i in range(5):
+        users(place, "", {"id": f"page {i}"})
+    everybody = [one["id"] for one in users(place)[1]["data"]]
+    found, after = [], ""
+    while True:
+        page = users(place, f"?limit=2{after}")[1]
+        found += [one["id"] for one in page["data"]]
+        if not page["has_more"]:
+            break
+        after = f"&after={urllib.parse.quote(found[-1])}"
+    assert found == everybody
+
+
+@pytest.mark.parametrize("kind", ["individualized", "cluster"])
+def test_people_of_a_trained_user_model(model, kind):
+    """Each learns alone: nobody else's row moves, not by a bit."""
+    catalogue = catalogue_of(model, kind)
+    engine = tiny_serving.engine(model, E, adapters=1)
+    engine.start()
+    with served(catalogue, engine) as place:
+        rows = {name: users(place, f"/{name}/export")[1]["row"] for name in ("ana", "bo")}
+        assert [one["id"] for one in users(place)[1]["data"]] == ["ana", "bo"]
+        assert users(place, "/ana")[1]["trained"] and users(place, "/ana")[1]["mix"] is None
+        assert users(place, "", {"id": "ana"})[0] == 409
+        status, refused = users(place, "", {"id": "new", "mix": {kind: 1}})
+        assert status == 400 and refused["error"]["param"] == "mix"
+        for name in ("ana", "new"):
+            users(place, "", {"id": "new"})
+            status, found = users(place, f"/{name}/feedback", {"comparisons": [comparison(0), comparison(2)]})
+            assert status == 200 and found["comparisons"] == 2, found
+        after = {name: users(place, f"/{name}/export")[1]["row"] for name in ("ana", "bo", "new")}
+        assert after["bo"] == rows["bo"] and after["ana"] != rows["ana"] != after["new"]
+        assert (
+            users(place, "/ana/next", {"pairs": [{"prompt": "what is rain ?", "answers": list(ANSWERS[:2])}]})[0] == 200
+        )
+        assert users(place, "/bo", method="DELETE")[0] == 200
+        assert [one["id"] for one in users(place)[1]["data"]] == ["ana", "new"]
+        users(place, "", {"id": "bo"})
+        assert users(place, "/bo/export")[1]["row"] != rows["bo"], "what training knew of them is forgotten"
+        assert not users(place, "/bo")[1]["trained"]
+    engine.close(30)

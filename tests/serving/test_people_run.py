@@ -1,0 +1,181 @@
+"""People of a run: what they learn is what the evaluation measures; the commands; and deletions in its files."""
+
+import json
+import pathlib
+import shutil
+
+import jax
+import numpy as np
+import pytest
+from support import tiny, tiny_serving, tiny_users
+from support.serving import send, served
+
+import pjrlhf
+from pjrlhf import cli
+from pjrlhf.models.storage import load_tree
+from pjrlhf.protocols.cold_start import fit_new_users
+from pjrlhf.serving.catalogue import open_run
+from pjrlhf.serving.engine import Engine
+from pjrlhf.serving.people import open_members
+from pjrlhf.serving.people_fit import as_json
+from pjrlhf.training.workdir import Workdir
+
+COUNTS = (0, 1, 2, 4, 8)
+
+
+@pytest.fixture
+def run(people, tmp_path):
+    """A copy that a test may change."""
+    return shutil.copytree(people, tmp_path / "run")
+
+
+def place_of(run, **settings):
+    catalogue = open_run(str(run), "individualized")
+    sizes = tiny_serving.SETTINGS
+    return served(
+        catalogue, Engine(catalogue.model.backbone, catalogue.model.tokenizer, catalogue.bank, 4, sizes), **settings
+    )
+
+
+def ask(place, path, body=None, method=None):
+    status, found, _ = send(place, body, f"/v1/users{path}", method or ("GET" if body is None else "POST"))
+    assert status == 200, found
+    return found
+
+
+def test_votes_over_http_give_the_accuracy_of_the_evaluation(people):
+    trained = tiny_users.trained_of(
+        started := tiny.start(people, tiny_users.settings()), "individualized", tiny_users.pairs_of(started)
+    )
+    table = trained.pairs.tables["new_users"]
+    sides = {}
+    for i, example in enumerate(table.examples):
+        sides.setdefault(example.user_id, {False: [], True: []})[bool(example.extra["held_out"])].append(i)
+    sides = {user: rows for user, rows in sides.items() if len(rows[False]) >= max(COUNTS) and rows[True]}
+    want = fit_new_users(trained, COUNTS, 3, 0.1)
+    assert len({tuple(want[k]) for k in COUNTS}) > 1, "votes change nothing: this test could not fail"
+    params, found = trained.trainable["users"], {k: [] for k in COUNTS}
+    with place_of(people, people="sqlite://") as place:
+        for k in COUNTS:
+            for user, rows in sides.items():
+                name = f"{user} {k}"
+                votes = [as_json(table.examples[i]) for i in rows[False][:k]]
+                ask(place, "", {"id": name})
+                if votes:
+                    ask(place, f"/{name.replace(' ', '%20')}/feedback", {"comparisons": votes})
+                row = ask(place, f"/{name.replace(' ', '%20')}/export")["row"]
+                rows_of = {
+                    leaf: np.stack([np.asarray(x[0]), np.asarray(row[leaf], np.float32)])
+                    for leaf, x in params["table"].items()
+                }
+                fitted = {**trained.trainable, "users": {**params, "table": rows_of}}
+                margins = trained.margins("new_users", np.ones(len(table), np.int32), rows[True], fitted)
+                found[k].append(float((margins > 0).mean()))
+    assert found == pytest.approx(want)
+
+
+def test_a_trained_person_is_deleted_from_every_file_of_the_run(run):
+    before = {path.parent.name: load_tree(path) for path in run.glob("preference/*/model.safetensors")}
+    names = [name for name in before["individualized"][1]["users"] if name]
+    gone, kept = names[0], names[1:]
+    row = np.asarray(before["individualized"][0]["users"]["table"]["offset"][1]).tobytes()
+    path = run / "preference" / "individualized" / "model.safetensors"
+    assert row in path.read_bytes()
+    with place_of(run) as place:
+        answer = ask(place, f"/{gone}", method="DELETE")
+        assert len(answer["rewritten"]) == len(before) and [one["id"] for one in ask(place, "")["data"]] == kept
+    for file in filter(pathlib.Path.is_file, run.glob("**/*")):
+        assert "checkpoints" in file.parts or row not in file.read_bytes(), file
+        if file.suffix == ".safetensors" or "sqlite" in file.name:
+            assert gone.encode() not in file.read_bytes(), file
+    for name, (tree, note) in before.items():
+        after, changed = load_tree(run / "preference" / name / "model.safetensors")
+        index = note["users"].index(gone)
+        assert changed == {**note, "users": [None if one == gone else one for one in note["users"]]}
+        for one, other in zip(jax.tree.leaves(tree), jax.tree.leaves(after), strict=True):
+            same = np.asarray(one) == np.asarray(other)
+            assert same.all() or same[[i for i in range(len(same)) if i != index]].all()
+    Workdir(run).check_outputs("preference")
+    assert gone not in pjrlhf.load_personal(path).registry.rows
+    with place_of(run) as place:
+        assert [one["id"] for one in ask(place, "")["data"]] == kept, "also after a restart"
+
+
+def test_a_copy_of_the_run_that_still_has_a_deleted_person_does_not_serve_them(run, tmp_path):
+    """Replicas of one store, each with its own copy of the run."""
+    copy, url = shutil.copytree(run, tmp_path / "copy"), str(tmp_path / "people.sqlite")
+    first, second = (open_members(open_run(str(one), "individualized"), url).people for one in (run, copy))
+    name = first.trained_names()[0]
+    tokens = second.row(name)[0]
+    first.learn(name, [{"prompt": "what is rain ?", "chosen": "it is wet .", "rejected": "the sky is blue ."}])
+    assert not np.array_equal(second.row(name)[0], tokens), "a vote given to one is known to the other"
+    np.testing.assert_array_equal(second.row(name)[0], first.row(name)[0])
+    first.remove(name)
+    assert not second.knows(name)
+    np.testing.assert_array_equal(second.row(name)[0], second.row(None)[0])
+    later = open_members(open_run(str(copy), "individualized"), url).people
+    assert not later.knows(name) and name not in later.trained_names()
+
+
+def users(capsys, *arguments, code=0):
+    if code:
+        with pytest.raises(SystemExit) as stopped:
+            cli.main(["users", *arguments])
+        assert stopped.value.code == code
+    else:
+        cli.main(["users", *arguments])
+    out = capsys.readouterr()
+    return out.err if code else out.out
+
+
+def test_the_commands(run, tmp_path, capsys):
+    """Beside a server that uses the same store."""
+    where = ["--run", str(run), "--entry", "individualized"]
+    votes = tmp_path / "votes.jsonl"
+    tiny_users.write_records(
+        votes, [{"prompt": "what is rain ?", "chosen": "it is wet .", "rejected": "yes .", "user_id": "new"}]
+    )
+    with place_of(run) as place:
+        shown = json.loads(users(capsys, "add", "new", *where, "--comparisons", str(votes)))
+        assert shown == ask(place, "/new") and shown["comparisons"] == 1
+        assert json.loads(users(capsys, "update", "new", *where, "--comparisons", str(votes)))["comparisons"] == 2
+        assert ask(place, "/new")["comparisons"] == 2
+        assert "new: 2 comparisons\n" in users(capsys, "list", *where)
+        assert ": 0 comparisons, trained\n" in users(capsys, "list", *where)
+        export = tmp_path / "new.json"
+        users(capsys, "export", "new", *where, "--output", str(export))
+        assert (
+            json.loads(export.read_text())
+            == ask(place, "/new/export")
+            == json.loads(users(capsys, "export", "new", *where))
+        )
+        assert json.loads(users(capsys, "import", str(export), *where, "--name", "twin"))["id"] == "twin"
+        assert ask(place, "/twin/export")["row"] == ask(place, "/new/export")["row"]
+        users(capsys, "remove", "new", *where)
+        assert "new" not in [one["id"] for one in ask(place, "")["data"]]
+        trained = ask(place, "")["data"][0]["id"]
+        assert users(capsys, "remove", trained, *where).count("rewritten") == 4
+        assert trained not in [one["id"] for one in ask(place, "")["data"]]
+        assert trained not in users(capsys, "list", *where)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("show", "nobody"), "user 'nobody': is unknown; see pjrlhf users list --run"),
+        (("remove", "nobody"), "user 'nobody': is unknown; see pjrlhf users list --run"),
+        (("update", "user00"), "nothing to update; give --comparisons or --mix"),
+        (("add", "user00"), "user 'user00': the name is taken; add to it with pjrlhf users update"),
+        (("add", "x", "--mix", "a=1"), "mix: people of this model are no soups; give comparisons"),
+        (("add", "x", "--mix", "a"), "mix: 'a' is no soup; write NAME=WEIGHT"),
+        (("add", "x", "--comparisons", "/nowhere"), "/nowhere"),
+        (("import", "/nowhere"), "/nowhere: cannot be read"),
+        (("import", "/dev/null"), "name a file that users export wrote"),
+        (("list", "--people", "/nowhere/x"), "people cannot be kept there"),
+    ],
+)
+def test_mistakes_of_the_commands_get_one_line(people, tmp_path, capsys, arguments, message):
+    store = [] if "--people" in arguments else ["--people", str(tmp_path / "people.sqlite")]
+    found = users(capsys, *arguments, "--run", str(people), "--entry", "individualized", *store, code=2)
+    assert message in found and found.count("\n") == 1
+    assert "no config.json" in users(capsys, "list", "--run", str(tmp_path), code=2)

@@ -1,0 +1,44 @@
+"""A server in a thread, and requests to it."""
+
+import contextlib
+import http.client
+import json
+import threading
+import time
+
+import uvicorn
+
+from pjrlhf.serving.http import Server
+from pjrlhf.serving.settings import ServerSettings
+
+
+@contextlib.contextmanager
+def served(catalogue, engine, key="", **settings):
+    """(host, port) of a server in a thread."""
+    server = Server(catalogue, engine, ServerSettings(port=0, **settings), key)
+    config = uvicorn.Config(server.app, log_config=None, access_log=False, port=0, timeout_graceful_shutdown=5)
+    running = uvicorn.Server(config)
+    thread = threading.Thread(target=running.run, daemon=True)
+    thread.start()
+    while not running.started:
+        time.sleep(0.01)
+    try:
+        yield "127.0.0.1", running.servers[0].sockets[0].getsockname()[1]
+    finally:
+        running.should_exit = True
+        thread.join(30)
+
+
+def send(place, body, path="/v1/chat/completions", method="POST", **headers):
+    """(status, JSON or text, headers) of a raw request."""
+    connection = http.client.HTTPConnection(*place, timeout=60)
+    headers = {"Content-Type": "application/json"} | {key.replace("_", "-"): value for key, value in headers.items()}
+    data = body if isinstance(body, bytes | None) else json.dumps(body).encode()
+    connection.request(method, path, data, headers)
+    answer = connection.getresponse()
+    text = answer.read().decode()
+    connection.close()
+    try:
+        return answer.status, json.loads(text), answer.headers
+    except ValueError:
+        return answer.status, text, answer.headers
