@@ -19,9 +19,17 @@ VERBS = {
     "serve": "answer over HTTP, each request with its own soup or person: pjrlhf serve --run runs/soups",
     "generate": 'answer on the terminal: pjrlhf generate --run runs/soups --mix P1A=0.7,P3A=0.3 "what is rain ?"',
     "users": "the people of a run: pjrlhf users list --run runs/pdpo; also show, add, update, remove, export, import",
+    "export": "a soup or a person for other programs: pjrlhf export --run runs/soups --for peft --mix P1A=0.7,P3A=0.3 "
+    "--output FOLDER",
     "push": "upload an exported folder to the Hugging Face hub, with a model card: pjrlhf push FOLDER USER/NAME",
     "report": "print the tables of a finished run: pjrlhf report runs/soups",
 }
+EXPORTS = ("peft", "merged", "vocabulary", "gguf", "mergekit")
+EXPORTS_HELP = (
+    "peft: one LoRA adapter that vLLM, SGLang and PEFT read, of every ingredient without --mix; merged: a full model; "
+    "vocabulary: a full model whose vocabulary holds the user tokens of every person; gguf: one adapter per ingredient "
+    "for llama.cpp; mergekit: one full model per ingredient and recipes"
+)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -59,6 +67,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             "generate": _generate,
             "report": _report,
             "users": _users,
+            "export": _export,
         }
         functions[verb](arguments[1:])
 
@@ -204,6 +213,81 @@ def _users(arguments: Sequence[str]) -> None:
         users(given)
 
 
+def _export(arguments: Sequence[str]) -> None:
+    parser = argparse.ArgumentParser(
+        prog="pjrlhf export",
+        description="Writes a soup, a person or every ingredient for other programs.",
+        allow_abbrev=False,
+    )
+    _add_source(parser)
+    parser.add_argument("--for", dest="kind", choices=EXPORTS, help=EXPORTS_HELP)
+    parser.add_argument("--output", metavar="FOLDER", help="a new or empty folder")
+    parser.add_argument("--check", metavar="URL", help="write nothing: compare the log-probs of a server with ours")
+    parser.add_argument("--served-as", metavar="NAME", help="of --check: the name of the model on the server")
+    parser.add_argument("--tolerance", type=float, metavar="NATS", help="of --check; default 0.05")
+    parser.add_argument("--mix", metavar="NAME=WEIGHT,...", help="weights of the ingredients")
+    parser.add_argument("--user", metavar="NAME", help="a person of a user model")
+    parser.add_argument("--rank", type=int, metavar="R", help="of peft: the nearest adapter of this rank, by SVD")
+    parser.add_argument("--save-dtype", choices=("float32", "bfloat16", "float16"), help="of full models")
+    parser.add_argument("--keep-adapter", action="store_true", help="of vocabulary: do not merge the adapter")
+    parser.add_argument("--push", default="", metavar="USER/NAME", help="upload the folder to the Hugging Face hub")
+    parser.add_argument("--private", action="store_true", help="whether a new repository is private")
+    given = parser.parse_args(arguments)
+    if given.check is not None:
+        written = given.kind, given.output, given.rank, given.save_dtype, given.keep_adapter or None, given.push or None
+        if written != (None,) * len(written):
+            parser.error("--check writes nothing: leave out --for, --output and what goes with them")
+        _check_server(parser, given)
+        return
+    if (given.served_as, given.tolerance) != (None, None):
+        parser.error("--served-as and --tolerance go with --check")
+    if given.kind is None or given.output is None:
+        parser.error("name --for and --output, or --check")
+    with _one_line():
+        from pjrlhf.export.command import Wish, export, output_folder
+        from pjrlhf.export.push import check_push
+        from pjrlhf.export.soup import Source
+        from pjrlhf.serving.catalogue import parse_mix
+        from pjrlhf.terminal import visible
+
+        output = output_folder(given.output)
+        mix = None if given.mix is None else parse_mix(given.mix)
+        if given.push:
+            check_push(given.push)
+        catalogue = _source(parser, given)
+        places = _ingredients(parser, given) or {name: f"{given.run}/{name}" for name in catalogue.names}
+        wish = Wish(
+            kind=given.kind,
+            output=output,
+            mix=mix,
+            user=given.user,
+            rank=given.rank,
+            dtype=given.save_dtype,
+            keep_adapter=given.keep_adapter,
+        )
+        for line in export(Source(catalogue, places), wish, given.push, given.private):
+            print(visible(line))
+
+
+def _check_server(parser: argparse.ArgumentParser, given: argparse.Namespace) -> None:
+    """Exit code 1 where the log-probs of a server differ by more than the tolerance."""
+    with _one_line():
+        from pjrlhf.export.check import TOLERANCE, Server, check
+        from pjrlhf.export.soup import Source
+        from pjrlhf.serving.catalogue import parse_mix
+        from pjrlhf.terminal import visible
+
+        server = Server.at(given.check)
+        mix = None if given.mix is None else parse_mix(given.mix)
+        tolerance = TOLERANCE if given.tolerance is None else given.tolerance
+        source = Source(_source(parser, given), {})
+        lines, good = check(server, source, mix, given.user, given.served_as, tolerance)
+        for line in lines:
+            print(visible(line))
+    if not good:
+        sys.exit(1)
+
+
 def _add_source(parser: argparse.ArgumentParser) -> None:
     """What to serve."""
     parser.add_argument("--run", metavar="RUN", help="the run directory, such as runs/soups")
@@ -226,12 +310,7 @@ def _source(parser: argparse.ArgumentParser, given: argparse.Namespace, mesh: st
         parser.error("--dtype and --quantize go with --model; a run has those it was trained with")
     if given.model is not None and given.entry is not None:
         parser.error("--entry goes with --run")
-    ingredients: dict[str, str] = {}
-    for part in ",".join(given.ingredients).split(",") if given.ingredients else []:
-        name, equals, folder = part.partition("=")
-        if not (name and equals and folder) or name in ingredients:
-            parser.error(f"--ingredients {part}: write NAME=FOLDER, each name once")
-        ingredients[name] = folder
+    ingredients = _ingredients(parser, given)
     from pjrlhf.settings import check_names
 
     check_names("--ingredients", ingredients)
@@ -243,6 +322,17 @@ def _source(parser: argparse.ArgumentParser, given: argparse.Namespace, mesh: st
     if given.model is not None:
         return open_folders(given.model, ingredients, given.dtype or "float32", given.quantize or "", devices)
     return open_run(str(given.run), given.entry, devices)
+
+
+def _ingredients(parser: argparse.ArgumentParser, given: argparse.Namespace) -> dict[str, str]:
+    """Name -> folder of the adapters of --ingredients."""
+    found: dict[str, str] = {}
+    for part in ",".join(given.ingredients).split(",") if given.ingredients else []:
+        name, equals, folder = part.partition("=")
+        if not (name and equals and folder) or name in found:
+            parser.error(f"--ingredients {part}: write NAME=FOLDER, each name once")
+        found[name] = folder
+    return found
 
 
 @contextlib.contextmanager

@@ -79,7 +79,7 @@ def load_model(
     )
     place = None if mesh is None else functools.partial(leaf_sharding, mesh)
     base = load_params(path, dtype=jnp.dtype(param_dtype), place=place, quantized=bool(quantize))
-    return LanguageModel(Backbone(model, adapter, base), tokenizer)
+    return LanguageModel(Backbone(model, adapter, base), tokenizer, path)
 
 
 def load_bank(
@@ -156,10 +156,12 @@ class LanguageModel:
     Attributes:
       backbone: model, parameters and adapter shape, as jitted functions take them.
       tokenizer: of the base.
+      folder: where the base was read from; None for one that was not read.
     """
 
     backbone: Backbone
     tokenizer: Tokenizer
+    folder: pathlib.Path | None = None
 
     def generate(
         self,

@@ -54,7 +54,9 @@ def push(folder: pathlib.Path, repo: str, private: bool = False) -> str:
     Raises:
       UserError: the folder is no export, or it cannot be uploaded.
     """
-    if not any((folder / name).is_file() for name in ("config.json", ADAPTER_CONFIG)):
+    if not any((folder / name).is_file() for name in ("config.json", ADAPTER_CONFIG)) and not any(
+        folder.glob("*.gguf")
+    ):
         raise UserError(f"{folder}: holds neither config.json nor {ADAPTER_CONFIG}; name an exported folder")
     files: dict[str, Any] = {
         path.relative_to(folder).as_posix(): path

@@ -97,8 +97,21 @@ def save_peft(
       UserError: a leaf without a name in PEFT, a missing factor, a factor that holds NaN or infinity, an existing
         folder that is no earlier export, or a disk that is full or unwritable.
     """
-    if base_name and pathlib.Path(base_name).is_dir():
-        base_name = str(pathlib.Path(base_name).absolute())
+    modules = module_factors(folder, adapter, model_type, head_dim)
+    fused = {name: b.shape[1] // rank for name, (_, b) in modules.items() if b.shape[1] != rank}
+    write_peft(folder, modules, rank, alpha, base_name, model_type, revision, fused)
+
+
+def module_factors(
+    folder: Folder, adapter: Params, model_type: str = "llama", head_dim: int = 0
+) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """The factors [L, in, R'] and [L, R', out] of every module on disk, such as "model.layers.{layer}.mlp.up_proj".
+
+    R' is the rank of the adapter; of a fused projection, the sum of the ranks of its three parts.
+
+    Raises:
+      UserError: see `save_peft`; the message names `folder`.
+    """
     leaves = {path: np.asarray(leaf) for path, leaf in flax.traverse_util.flatten_dict(adapter, sep="/").items()}
     family = get_family(model_type, folder)
     modules = {
@@ -111,6 +124,46 @@ def save_peft(
         raise UserError(f"{folder}: {min(unknown)} has no name in PEFT; export adapters of linear layers only")
     if missing := wanted - leaves.keys():
         raise UserError(f"{folder}: {min(missing)} is missing; adapt both factors, and all parts of a fused projection")
+
+    def factors(paths: tuple[str, ...]) -> tuple[np.ndarray, np.ndarray]:
+        a, b = ([leaves[f"{path}/{factor}"] for path in paths] for factor in FACTORS)
+        if len(paths) == 1:
+            return a[0], b[0]
+        depth, rank, outputs = b[0].shape
+        wide = np.zeros((depth, len(paths) * rank, len(paths) * outputs), b[0].dtype)
+        for part, block in enumerate(b):
+            start = 0
+            for run in part_runs(family, part, outputs, head_dim):
+                end = start + run.stop - run.start
+                wide[:, part * rank : (part + 1) * rank, run] = block[..., start:end]
+                start = end
+        return np.concatenate(a, axis=-1), wide
+
+    return {module: factors(paths) for module, paths in modules.items()}
+
+
+def write_peft(
+    folder: Folder,
+    modules: Mapping[str, tuple[np.ndarray, np.ndarray]],
+    rank: int,
+    alpha: float,
+    base_name: str | None,
+    model_type: str = "llama",
+    revision: str | None = None,
+    fused: Mapping[str, int] | None = None,
+) -> None:
+    """Writes adapter_config.json and adapter_model.safetensors from factors of modules, see `module_factors`.
+
+    Args:
+      rank, alpha, base_name, model_type, revision: see `save_peft`.
+      fused: module -> multiple of `rank` that it has; recorded in `rank_pattern` and `alpha_pattern`.
+
+    Raises:
+      UserError: see `save_peft`.
+    """
+    if base_name and pathlib.Path(base_name).is_dir():
+        base_name = str(pathlib.Path(base_name).absolute())
+    family = get_family(model_type, folder)
     config = {
         **FIXED,
         "base_model_name_or_path": base_name,
@@ -123,28 +176,15 @@ def save_peft(
         "target_modules": sorted(_target(family, module) for module in modules),
         "task_type": "CAUSAL_LM",
         "use_rslora": False,
-        **_patterns(family, modules, rank, alpha),
     }
-
-    def factors(paths):
-        """Factors [L, in, R] and [L, R, out] of a module on disk; R is `rank` times the number of fused parts."""
-        a, b = ([leaves[f"{path}/{factor}"] for path in paths] for factor in FACTORS)
-        if len(paths) == 1:
-            return a[0], b[0]
-        depth, _, outputs = b[0].shape
-        wide = np.zeros((depth, len(paths) * rank, len(paths) * outputs), b[0].dtype)
-        for part, block in enumerate(b):
-            start = 0
-            for run in part_runs(family, part, outputs, head_dim):
-                end = start + run.stop - run.start
-                wide[:, part * rank : (part + 1) * rank, run] = block[..., start:end]
-                start = end
-        return np.concatenate(a, axis=-1), wide
-
+    if fused:
+        parts = {_target(family, module): count for module, count in fused.items()}
+        config["rank_pattern"] = {target: count * rank for target, count in parts.items()}
+        config["alpha_pattern"] = {target: count * alpha for target, count in parts.items()}
     tensors = (
         (f"base_model.model.{module.format(layer=layer)}.{name}.weight", matrix.T)
-        for module, paths in modules.items()
-        for name, stack in zip(FACTORS.values(), factors(paths), strict=True)
+        for module, factors in modules.items()
+        for name, stack in zip(FACTORS.values(), factors, strict=True)
         for layer, matrix in enumerate(stack)
     )
     with new_folder(folder, marker=CONFIG) as work:
@@ -157,17 +197,6 @@ def _target(family: Family, module: str) -> str:
     names = module.split(".")
     ends = (".".join(names[-n:]) for n in range(1, len(names)))
     return next(end for end in ends if sum(x.endswith(f".{end}") for x in adapter_modules(family)) == 1)
-
-
-def _patterns(family: Family, modules: Mapping[str, tuple[str, ...]], rank: int, alpha: float) -> dict[str, Json]:
-    """`rank_pattern` and `alpha_pattern` of the fused modules among `modules`; {} where there are none."""
-    fused = {_target(family, module): len(paths) for module, paths in modules.items() if len(paths) > 1}
-    if not fused:
-        return {}
-    return {
-        "rank_pattern": {target: parts * rank for target, parts in fused.items()},
-        "alpha_pattern": {target: parts * alpha for target, parts in fused.items()},
-    }
 
 
 def load_peft(folder: Folder, model_type: str = "llama", head_dim: int = 0) -> tuple[Params, int, float]:

@@ -34,3 +34,26 @@ def golden_families():
 
 def weights_of(model_type):
     return {name: draw(name, shape) for name, shape in golden_families()[model_type]["shapes"].items()}
+
+
+def save_family(folder, model_type, spread=0.3):
+    """A model of a family with the tokenizer of the synthetic environment, as a Hugging Face folder; weights are those
+    of `draw` times `spread`, norms excepted.
+    """
+    from pjrlhf.data import synthetic
+    from pjrlhf.models.folders import write_tensors
+    from pjrlhf.models.huggingface import copy_tokenizer
+
+    entry, size = golden_families()[model_type], len(synthetic.vocabulary())
+    config = entry["config"] | {"vocab_size": size, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+    tensors = []
+    for name, shape in entry["shapes"].items():
+        words = any(part in name for part in ("embed_tokens", "wte", "embed_in", "embed_out", "lm_head"))
+        shape = [size, *shape[1:]] if words else shape
+        tensors.append((name, draw(name, shape) * (1.0 if len(shape) == 1 else spread)))
+    folder.mkdir(parents=True)
+    write_tensors(folder / "model.safetensors", tensors)
+    (folder / "config.json").write_text(json.dumps(config))
+    synthetic.write_tokenizer(folder.parent / "tokenizer")
+    copy_tokenizer(folder.parent / "tokenizer", folder)
+    return folder

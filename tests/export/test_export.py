@@ -1,0 +1,126 @@
+"""Exports read back by this package: numbers, manifests, cards, and what is refused."""
+
+import json
+import os
+
+import numpy as np
+import pytest
+from support.exporting import ANSWER, MIX, NAMES, QUESTION, arguments, export, mix_flag, ours, write_models
+
+from pjrlhf import cli
+from pjrlhf.language_model import load_model
+from pjrlhf.models.peft import load_peft
+from pjrlhf.serving.catalogue import open_folders
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    return write_models(tmp_path_factory.mktemp("exports"))
+
+
+def score_adapter(base, folder):
+    """Log-probs of a base with the adapter of a folder."""
+    catalogue = open_folders(str(base), {"soup": str(folder)})
+    return catalogue.model.score([QUESTION], [ANSWER], catalogue.bank, [1.0])
+
+
+def test_a_soup_is_one_adapter_of_one_rank_at_scale_one(models, tmp_path):
+    folder = export(models, tmp_path / "soup", "peft", mix_flag(MIX))
+    config = json.loads((folder / "adapter_config.json").read_text())
+    # Ingredients of a bank have one rank, to which the smaller ones are padded.
+    assert config["r"] == config["lora_alpha"] == 6 and not {"rank_pattern", "alpha_pattern"} & config.keys()
+    assert config["use_rslora"] is False and config["modules_to_save"] is None
+    np.testing.assert_allclose(score_adapter(models[0], folder), ours(models, MIX), atol=1e-4)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    assert {one["name"]: one["weight"] for one in manifest["ingredients"]} == MIX
+    card = (folder / "README.md").read_text()
+    assert "# soup" in card and "0.7" in card and "AutoPeftModelForCausalLM" in card
+
+
+def test_every_ingredient_gets_its_own_folder(models, tmp_path, capsys):
+    folder = export(models, tmp_path / "all", "peft")
+    assert sorted(path.name for path in folder.iterdir()) == ["P1A", "P2B", "manifest.json"]
+    printed = capsys.readouterr().out
+    for name in NAMES:
+        assert (folder / name / "README.md").is_file() and f"{folder}/{name}" in printed
+        np.testing.assert_allclose(score_adapter(models[0], folder / name), ours(models, {name: 1.0}), atol=1e-4)
+
+
+@pytest.mark.parametrize("rank", [1, 3, 6, 64])
+def test_a_truncated_soup_is_the_nearest_of_its_rank(models, tmp_path, rank, capsys):
+    folder = export(models, tmp_path / "soup", "peft", mix_flag(MIX), f"--rank={rank}")
+    exact = export(models, tmp_path / "exact", "peft", mix_flag(MIX))
+    (want, *_), (got, found, _) = load_peft(exact), load_peft(folder)
+    assert found <= rank
+    errors, total = json.loads((folder / "manifest.json").read_text())["error"], np.zeros(2)
+    for module, pair in want["layers"]["attention"].items():
+        whole = pair["a"] @ pair["b"]
+        part = got["layers"]["attention"][module]
+        u, s, vt = np.linalg.svd(whole, full_matrices=False)
+        np.testing.assert_allclose(part["a"] @ part["b"], (u[..., :rank] * s[:, None, :rank]) @ vt[:, :rank], atol=1e-4)
+        short = {"query": "q", "key": "k", "value": "v", "output": "o"}[module]
+        error = errors[f"model.layers.{{layer}}.self_attn.{short}_proj"]
+        np.testing.assert_allclose(error, np.sqrt((s[:, rank:] ** 2).sum() / (s**2).sum()), atol=1e-5)
+        total += np.array([(s[:, rank:] ** 2).sum(), (s**2).sum()])
+    assert min(errors.values()) <= errors["total"] <= max(errors.values())
+    assert "error of the truncation" in capsys.readouterr().out
+
+
+def test_a_soup_is_a_full_model(models, tmp_path):
+    folder = export(models, tmp_path / "merged", "merged", mix_flag(MIX))
+    np.testing.assert_allclose(load_model(folder).score([QUESTION], [ANSWER]), ours(models, MIX), atol=1e-4)
+    half = export(models, tmp_path / "half", "merged", mix_flag(MIX), "--save-dtype=bfloat16")
+    assert json.loads((half / "config.json").read_text())["dtype"] == "bfloat16"
+
+
+def test_everyone_may_read_an_export(models, tmp_path):
+    folder = export(models, tmp_path / "soup", "peft", mix_flag(MIX))
+    mask = os.umask(0)
+    os.umask(mask)
+    for path in folder.iterdir():
+        assert path.stat().st_mode & 0o777 == 0o666 & ~mask
+
+
+def refused(capsys, *flags):
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["export", *map(str, flags)])
+    assert stopped.value.code == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    return error
+
+
+def test_what_cannot_be_exported_is_refused_before_anything_is_written(models, tmp_path, capsys):
+    common, output = arguments(models), tmp_path / "out"
+    for flags, message in (
+        (["--for", "merged"], "--mix: is not given; weigh P1A, P2B"),
+        (["--for", "peft", "--mix", "P1A=0"], "--mix: all weights are 0"),
+        (["--for", "peft", "--mix", "P9=1"], "'P9' is no ingredient; choose from P1A, P2B"),
+        (["--for", "peft", "--user", "ana"], "--user: these models know no people"),
+        (["--for", "merged", "--mix", "P1A=1", "--rank", "3"], "--rank: --for merged does not read it"),
+        (["--for", "peft", "--mix", "P1A=1", "--rank", "0"], "--rank 0: is below 1"),
+        (["--for", "peft", "--mix", "P1A=1", "--save-dtype", "float16"], "writes float32"),
+    ):
+        assert message in refused(capsys, *common, "--output", output, *flags)
+        assert not output.exists() and not list(tmp_path.glob(".out*"))
+    bare = ["--model", models[0], "--output", output]
+    assert "no adapter to export" in refused(capsys, *bare, "--for", "peft")
+    assert "no adapter to export" in refused(capsys, *bare, "--for", "merged", "--mix", "P1A=1")
+    output.mkdir()
+    (output / "file").touch()
+    assert "exists and is not empty; choose another --output" in refused(
+        capsys, *common, "--for", "merged", "--mix", "P1A=1", "--output", output
+    )
+    assert "must be on a file system" in refused(
+        capsys, *common, "--for", "merged", "--mix", "P1A=1", "--output", "gs://bucket/x"
+    )
+
+
+def test_a_run_is_exported(finished, tmp_path, capsys):
+    tail = ["--for", "peft", "--mix", "P1A=0.5,P2B=0.5", "--output", str(tmp_path / "soup")]
+    cli.main(["export", "--run", str(finished), *tail])
+    manifest = json.loads((tmp_path / "soup" / "manifest.json").read_text())
+    assert manifest["base"]["folder"] == str(finished / "sft" / "model")
+    assert "## Training" in (tmp_path / "soup" / "README.md").read_text()
+    cli.main(["merge", str(tmp_path / "soup"), "--weights", "1", "--base", manifest["base"]["folder"],
+              "--output", str(tmp_path / "merged")])  # fmt: skip
+    assert (tmp_path / "merged" / "config.json").is_file()
