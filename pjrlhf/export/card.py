@@ -44,7 +44,7 @@ def card_of(folder: pathlib.Path, name: str) -> str:
     parts = [one for one in manifest.get("ingredients") or () if isinstance(one, dict)]
     run = next(filter(None, map(_run_of, [*(pathlib.Path(str(one.get("folder"))) for one in parts), folder])), None)
     base = manifest.get("base") or _base_in(run, folder)
-    adapter = _object(folder / ADAPTER_CONFIG)
+    adapter, kind = _object(folder / ADAPTER_CONFIG), manifest.get("format")
     if adapter and not base.get("folder"):
         base = {**base, "folder": adapter.get("base_model_name_or_path"), "commit": adapter.get("revision")}
     base_card = _card_of_base(base)
@@ -54,9 +54,14 @@ def card_of(folder: pathlib.Path, name: str) -> str:
     data = huggingface_hub.ModelCardData(
         base_model=_one_or_several(named or ([ancestors] if isinstance(ancestors, str) else list(ancestors))),
         datasets=sorted({one for _, one in _data(run) if one}) or None,
-        library_name="peft" if adapter else "transformers",
+        library_name="gguf" if kind == "gguf" else "peft" if adapter else "transformers",
         pipeline_tag="text-generation",
-        tags=["pjrlhf", "personalized-rlhf", *(["lora"] if adapter else []), *(["merge"] if parts else [])],
+        tags=[
+            "pjrlhf",
+            "personalized-rlhf",
+            *(["lora"] if adapter or kind == "gguf" else []),
+            *(["merge"] if parts else []),
+        ],
         **licence,
     )
     sections = [
@@ -68,7 +73,7 @@ def card_of(folder: pathlib.Path, name: str) -> str:
         *_training(run),
         *_figures(run),
         "## How to load it",
-        _loading(name, bool(adapter)),
+        _loading(name, bool(adapter), manifest),
     ]
     return "\n\n".join(filter(None, sections)) + "\n"
 
@@ -233,15 +238,25 @@ def _figures(run: pathlib.Path | None) -> list[str]:
     return ["## Figures", "Of all models of the run, on held-out data.", f"```text\n{lines}\n```"] if lines else []
 
 
-def _loading(name: str, adapter: bool) -> str:
+def _loading(name: str, adapter: bool, manifest: Mapping[str, Any]) -> str:
     quoted = json.dumps(name)
+    if manifest.get("format") == "gguf":
+        parts = manifest.get("ingredients") or ()
+        scaled = ",".join(f"{one.get('name')}.gguf:{one.get('weight'):g}" for one in parts if isinstance(one, dict))
+        return f"```sh\nllama-server -m BASE.gguf --lora-scaled {scaled}\n```"
     if adapter:
         return (
             f"```python\nfrom peft import AutoPeftModelForCausalLM\n\n"
             f"model = AutoPeftModelForCausalLM.from_pretrained({quoted})\n```"
         )
+    person = ""
+    if manifest.get("format") == "vocabulary":
+        person = (
+            "\n# a person by name; nobody, or an unknown one, is the generic user\n"
+            'text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, user="NAME")\n'
+        )
     return (
         f"```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
         f"model = AutoModelForCausalLM.from_pretrained({quoted})\n"
-        f"tokenizer = AutoTokenizer.from_pretrained({quoted})\n```"
+        f"tokenizer = AutoTokenizer.from_pretrained({quoted})\n{person}```"
     )

@@ -155,10 +155,9 @@ def _vocabulary(work: pathlib.Path, source: Source, wish: Wish) -> list[str]:
     finish(work, source.manifest("vocabulary", weights) | note, wish.output.name)
     lines = [f"model with the tokens of {len(made.names)} people: {wish.output}"]
     if wish.keep_adapter:
-        adapter_note = source.manifest("peft", weights) | {
-            "checksum": content_hash(work / vocabulary.ADAPTER / WEIGHTS)
-        }
-        finish(work / vocabulary.ADAPTER, adapter_note)
+        own = {"base": {"folder": str(wish.output.absolute()), "hash": note["fingerprint"]}}
+        own |= {"checksum": content_hash(work / vocabulary.ADAPTER / WEIGHTS)}
+        finish(work / vocabulary.ADAPTER, source.manifest("peft", weights) | own, vocabulary.ADAPTER)
         lines.append(f"its adapter, without which it is the base: {wish.output / vocabulary.ADAPTER}")
     if source.catalogue.model.tokenizer.has_chat_template:
         lines.append('a conversation names its person by chat_template_kwargs: {"user": "NAME"}')

@@ -23,6 +23,7 @@ from pjrlhf.models.config import ModelConfig
 from pjrlhf.types import Params
 
 LOGIT = -1e4
+LEAST_CAP = 20.0  # a smaller cap of logits would leave new rows a probability that matters
 LARGEST_RMS = 1e3  # of the residual stream, up to which logits of new rows are at most LOGIT
 READS = ("query", "key", "value", "gate", "up")  # linear layers that read the residual stream; the others write to it
 
@@ -39,8 +40,13 @@ def add_rows(config: ModelConfig, params: Params, rows: np.ndarray, model_type: 
       (its config, its parameters as numpy arrays, float32). The head is not tied.
 
     Raises:
-      UserError: the final norm has no bias by which new rows could be told from others.
+      UserError: the final norm has no bias by which new rows could be told from others, or logits are capped too low.
     """
+    if config.logit_softcap is not None and config.logit_softcap < LEAST_CAP:
+        raise UserError(
+            f"--for vocabulary: this model caps logits at {config.logit_softcap:g}, so user tokens would be sampled; "
+            "serve it with pjrlhf serve"
+        )
     flat = {path: np.asarray(x, np.float32) for path, x in flax.traverse_util.flatten_dict(params, sep="/").items()}
     if config.tie_embeddings:
         flat["head/kernel"] = flat["embed/embedding"].T

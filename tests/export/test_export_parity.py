@@ -3,10 +3,14 @@
 import jax
 import numpy as np
 import pytest
+from support import persons
 from support.drawn_models import golden_families, save_family
 from support.exporting import MIX, NAMES, export, mix_flag
 from support.small_policies import noise
 
+from pjrlhf.export.command import Wish
+from pjrlhf.export.command import export as write
+from pjrlhf.export.soup import Source
 from pjrlhf.models.adapters import AdapterConfig, init_bank
 from pjrlhf.models.huggingface import load_params, read_config
 from pjrlhf.models.peft import save_peft
@@ -80,3 +84,27 @@ def test_transformers_loads_a_merged_soup(model_type, tmp_path):
     np.testing.assert_allclose(theirs(model, prompt, answer), want, atol=1e-4)
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     assert tokenizer(QUESTION)["input_ids"] == prompt
+
+
+@pytest.mark.parametrize("model_type", some("llama", "gpt2"))
+def test_transformers_answers_every_person(model_type, tmp_path):
+    base = save_family(tmp_path / "base", model_type)
+    catalogue = persons.catalogue(base)
+    if catalogue.model.backbone.model.config.logit_softcap:
+        pytest.skip("the cap of this small model is refused")
+    source = Source(catalogue, {name: f"run/{name}" for name in catalogue.names})
+    write(source, Wish(kind="vocabulary", output=tmp_path / "people"))
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "people", dtype=torch.float32)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "people")
+    message = [{"role": "user", "content": QUESTION}]
+    answer = [*tokenizer(ANSWER, add_special_tokens=False)["input_ids"], 2]
+    for name in (None, "unknown", *persons.NAMES):
+        options = {} if name is None else {"user": name}
+        ids = tokenizer.apply_chat_template(message, add_generation_prompt=True, return_dict=False, **options)
+        want = persons.score(catalogue, name, message, ANSWER.strip())
+        np.testing.assert_allclose(theirs(model, ids, answer), want, atol=1e-4)
+        with torch.no_grad():
+            chances = model(torch.tensor([ids])).logits[0].softmax(-1)
+        assert float(chances[:, catalogue.model.tokenizer.rows :].sum(-1).max()) < 1e-20
+    drawn = model.generate(torch.tensor([ids] * 4), do_sample=True, max_new_tokens=20, temperature=5.0)
+    assert int(drawn[:, len(ids) :].max()) < catalogue.model.tokenizer.rows
