@@ -8,9 +8,10 @@ may be more than that of a word. So the new rows get a logit that is far below a
 * RMSNorm gives h = x g / rms(x), without a constant. The width grows by a few channels in which the residual stream
   always holds the constant c: the embedding writes it there, no layer reads or changes it, and only the new rows of the
   head read it, with a negative factor. With k channels of c the mean square over the larger width D' is
-  (sum x^2 + k c^2) / D'. Scales times sqrt(D / D') and an epsilon of (D eps - k c^2) / D' undo this exactly. Where the
-  epsilon also belongs to norms of another width (norms of heads, or of what layers write) it stays, c^2 is small beside
-  it, and the relative error is below epsilon over the mean square.
+  (sum x^2 + k c^2) / D'. Scales times sqrt(D / D') and an epsilon of (D eps - k c^2) / D' undo this exactly. What layers
+  write has no c: where that is normalised too (Gemma, OLMo 2), c^2 is small beside epsilon, and the relative error is
+  below 1 % of epsilon over the mean square. Norms of queries and keys see the new epsilon: both are scaled by
+  sqrt(eps' / eps), which undoes it.
 """
 
 import math
@@ -90,9 +91,26 @@ def extra_width(config: ModelConfig, model_type: str) -> int:
     return math.lcm(heads, 8)
 
 
-def widen(config: ModelConfig, extra: int, path: str, x: np.ndarray) -> np.ndarray:
-    """A kernel, a bias or a low-rank factor with zeros for `extra` channels of the residual stream."""
+def _sizes(config: ModelConfig, model_type: str) -> tuple[int, float, float]:
+    """(k, the constant c, the new epsilon) of a model with RMSNorm."""
+    extra, width = extra_width(config, model_type), config.hidden_size
+    part = 0.5 if config.norm_placement == "before" else 0.0
+    constant = math.sqrt((part or 0.01) * width * config.norm_eps / extra)
+    return extra, constant, (1 - part) * width * config.norm_eps / (width + extra)
+
+
+def widen(config: ModelConfig, model_type: str, path: str, x: np.ndarray) -> np.ndarray:
+    """A kernel, a bias or a low-rank factor of the model that `add_rows` makes.
+
+    Args:
+      config: of the model before.
+    """
+    if config.norm == "layer":
+        return x
+    extra, _, eps = _sizes(config, model_type)
     *_, module, leaf = path.split("/")
+    if config.qk_norm and module in ("query", "key") and leaf in ("kernel", "bias", "b"):
+        x = x * np.float32(math.sqrt(eps / config.norm_eps))
     reads = module in READS
     axis = {"kernel": -2 if reads else -1, "a": -2 if reads else None, "b": None if reads else -1}.get(leaf)
     axis = -1 if leaf == "bias" and not reads else axis
@@ -105,10 +123,8 @@ def _widened(
     config: ModelConfig, flat: dict[str, np.ndarray], model_type: str
 ) -> tuple[ModelConfig, dict[str, np.ndarray], np.ndarray]:
     """The model with k more channels; returns also the row [D + k] of the head that reads them."""
-    extra, width = extra_width(config, model_type), config.hidden_size
-    exact = config.norm_placement == "before" and not config.qk_norm
-    constant = math.sqrt((0.5 if exact else 0.01) * width * config.norm_eps / extra)
-    eps = 0.5 * width * config.norm_eps / (width + extra) if exact else config.norm_eps
+    before, width = config, config.hidden_size
+    extra, constant, eps = _sizes(config, model_type)
     shrink = math.sqrt(width / (width + extra))
     offset = 1.0 if config.norm == "rms_plus_one" else 0.0
     # Both factors of the logit are as large as each other, so that 16 bits hold them.
@@ -118,7 +134,7 @@ def _widened(
     def changed(path: str, x: np.ndarray) -> np.ndarray:
         *_, module, leaf = path.split("/")
         if path == "embed/embedding":
-            x = x * np.float32(shrink) if config.scale_embeddings else x
+            x = x * np.float32(shrink) if before.scale_embeddings else x
             return np.pad(x, ((0, 0), (0, extra)), constant_values=constant / scaled)
         if path == "head/kernel":
             return np.pad(x, ((0, extra), (0, 0)))
@@ -128,7 +144,7 @@ def _widened(
             own = factor if module == "final_norm" else 0.0
             pad = [(0, 0)] * (x.ndim - 1) + [(0, extra)]
             return np.pad((x + offset) * np.float32(shrink), pad, constant_values=own) - np.float32(offset)
-        return widen(config, extra, path, x)
+        return widen(before, model_type, path, x)
 
     column = np.concatenate([np.zeros(width, np.float32), np.full(extra, -factor, np.float32)])
     config = config.replace(hidden_size=width + extra, norm_eps=eps)

@@ -14,7 +14,7 @@ from pjrlhf.export.adapter import uniform
 from pjrlhf.export.ingredients import combine_adapters
 from pjrlhf.export.people import PeopleTokens
 from pjrlhf.export.soup import Source
-from pjrlhf.export.unsampled import add_rows, extra_width, widen
+from pjrlhf.export.unsampled import add_rows, widen
 from pjrlhf.merging import lora
 from pjrlhf.models.folders import open_tensors, weight_files
 from pjrlhf.models.hf_config import generation_config
@@ -106,9 +106,7 @@ def write(
     (work / PEOPLE).write_text(json.dumps(listed, indent=1, ensure_ascii=False), encoding="utf-8")
     if keep_adapter:
         combined = flax.traverse_util.flatten_dict(combine_adapters(lora.concatenate, adapters), sep="/")
-        if source.config.norm != "layer":
-            extra = extra_width(source.config, source.model_type)
-            combined = {path: widen(source.config, extra, path, np.asarray(x)) for path, x in combined.items()}
+        combined = {path: widen(source.config, source.model_type, path, np.asarray(x)) for path, x in combined.items()}
         whole = flax.traverse_util.unflatten_dict(combined, sep="/")
         modules, rank = uniform(module_factors(folder, whole, source.model_type, config.head_dim))
         write_peft(work / ADAPTER, modules, rank, rank, str(output.absolute()), source.model_type)
