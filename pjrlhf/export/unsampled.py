@@ -8,9 +8,9 @@ may be more than that of a word. So the new rows get a logit that is far below a
 * RMSNorm gives h = x g / rms(x), without a constant. The width grows by a few channels in which the residual stream
   always holds the constant c: the embedding writes it there, no layer reads or changes it, and only the new rows of the
   head read it, with a negative factor. With k channels of c the mean square over the larger width D' is
-  (sum x^2 + k c^2) / D'. Scales times sqrt(D / D') and an epsilon of (D eps - k c^2) / D' undo this exactly. What layers
-  write has no c: where that is normalised too (Gemma, OLMo 2), c^2 is small beside epsilon, and the relative error is
-  below 1 % of epsilon over the mean square. Norms of queries and keys see the new epsilon: both are scaled by
+  (sum x^2 + k c^2) / D'. Scales times sqrt(D / D') and an epsilon of (D eps - k c^2) / D' undo this exactly. Outputs of
+  layers have no c: where these are normalised too (Gemma, OLMo 2), c^2 is small beside epsilon, and the relative error
+  is below 1 % of epsilon over the mean square. Norms of queries and keys see the new epsilon: both are scaled by
   sqrt(eps' / eps), which undoes it.
 """
 

@@ -3,14 +3,23 @@
 import json
 import os
 
+import jax
 import numpy as np
 import pytest
 from support.exporting import ANSWER, MIX, NAMES, QUESTION, arguments, export, mix_flag, ours, write_models
+from support.small_policies import noise
 
 from pjrlhf import cli
+from pjrlhf.errors import UserError
+from pjrlhf.export.command import Wish
+from pjrlhf.export.command import export as write
+from pjrlhf.export.soup import Source
 from pjrlhf.language_model import load_model
+from pjrlhf.models.adapters import AdapterConfig, init_bank
 from pjrlhf.models.peft import load_peft
-from pjrlhf.serving.catalogue import open_folders
+from pjrlhf.models.registry import UserRegistry
+from pjrlhf.models.users import UserModel
+from pjrlhf.serving.catalogue import Catalogue, People, open_folders
 
 
 @pytest.fixture(scope="module")
@@ -124,3 +133,47 @@ def test_a_run_is_exported(finished, tmp_path, capsys):
     cli.main(["merge", str(tmp_path / "soup"), "--weights", "1", "--base", manifest["base"]["folder"],
               "--output", str(tmp_path / "merged")])  # fmt: skip
     assert (tmp_path / "merged" / "config.json").is_file()
+
+
+def source_of(model, bank, people=None):
+    return Source(Catalogue(model, NAMES, bank, people), {name: f"run/{name}" for name in NAMES})
+
+
+def test_full_models_as_ingredients_are_merged(models, tmp_path):
+    adapter = AdapterConfig(rank=0)
+    model = load_model(models[0], adapter=adapter)
+    bank = noise(init_bank(model.backbone.base, adapter, 2, jax.random.key(0)), 1, 0.1)
+    source = source_of(model, bank)
+    for kind in ("peft", "gguf"):
+        with pytest.raises(UserError, match="full models, which have no low-rank factors; use --for merged"):
+            write(source, Wish(kind=kind, output=tmp_path / "out", mix=MIX))
+    write(source, Wish(kind="merged", output=tmp_path / "out", mix=MIX))
+    want = model.score([QUESTION], [ANSWER], bank, [MIX[name] for name in NAMES])
+    np.testing.assert_allclose(load_model(tmp_path / "out").score([QUESTION], [ANSWER]), want, atol=1e-4)
+    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    assert {one["kind"] for one in manifest["ingredients"]} == {"full"}
+
+
+def test_a_person_who_is_a_mix_is_an_adapter(models, tmp_path):
+    opened = open_folders(str(models[0]), {name: str(folder) for name, folder in models[1].items()})
+    users = UserModel(kind="soup", num_users=1, adapters=2)
+    params = {"table": {"weights": np.array([[0, 0], [1.0, -1.0]], np.float32)}}
+    people = People(users, UserRegistry((None, "ana")), params)
+    source = source_of(opened.model, opened.bank, people)
+    write(source, Wish(kind="peft", output=tmp_path / "ana", user="ana"))
+    weights = jax.nn.softmax(np.array([1.0, -1.0]))
+    want = ours(models, dict(zip(NAMES, weights.tolist(), strict=True)))
+    np.testing.assert_allclose(score_adapter(models[0], tmp_path / "ana"), want, atol=1e-4)
+    for user, mix, message in (
+        ("zoe", None, "'zoe': is unknown; leave it out, or name one of the 1"),
+        ("ana", MIX, "the user has weights already"),
+    ):
+        with pytest.raises(UserError, match=message):
+            write(source, Wish(kind="peft", output=tmp_path / "out", user=user, mix=mix))
+
+
+def test_an_export_of_a_quantised_base_is_that_of_its_floats(models, tmp_path, capsys):
+    folder = export(models, tmp_path / "merged", "merged", mix_flag(MIX), "--quantize=int8")
+    assert "held in 8 bits; this export is made from its floats" in capsys.readouterr().out
+    np.testing.assert_allclose(load_model(folder).score([QUESTION], [ANSWER]), ours(models, MIX), atol=1e-4)
+    assert json.loads((folder / "manifest.json").read_text())["quantize"] == "int8"
