@@ -6,6 +6,7 @@ where it cannot, those of the tokens that it draws greedily.
 
 import dataclasses
 import json
+import math
 import os
 import urllib.error
 import urllib.parse
@@ -110,9 +111,11 @@ def check(
     """
     voice = source.catalogue.voice(None, mix, user)
     try:
-        listed = server.ask("/models").get("data") or []
+        reply = server.ask("/models")
     except _NotSupported as error:
         raise UserError(f"{server.url}/models: {error}; name the address up to /v1") from error
+    data = reply.get("data") if isinstance(reply, dict) else None
+    listed = [one for one in data if isinstance(one, dict)] if isinstance(data, list) else []
     same = any(one.get("owned_by") == "pjrlhf" for one in listed)
     body: dict[str, Json] = {
         "model": _name(server, [str(one.get("id")) for one in listed], served_as, voice.model if same else None)
@@ -165,7 +168,7 @@ def _difference(
             mine = ours.prompt(ids)
             pairs = [(a, b) for a, b in zip(theirs, mine, strict=True) if a is not None and b is not None]
             if pairs:
-                return max(abs(a - b) for a, b in pairs), f"{len(pairs)} tokens of the prompt"
+                return _largest([abs(a - b) for a, b in pairs]), f"{len(pairs)} tokens of the prompt"
     try:
         reply = server.ask("/completions", {**wish, "max_tokens": GREEDY})
     except _NotSupported as error:
@@ -175,8 +178,28 @@ def _difference(
     theirs = [value for value in _logprobs(reply) if value is not None][:GREEDY]
     if not theirs:
         raise UserError(f"{server.url}: gives no log-probs; use a server with logprobs in /v1/completions")
-    mine = ours.greedy(ids, len(theirs))
-    return max(abs(a - b) for a, b in zip(theirs, mine, strict=False)), f"{len(theirs)} greedy tokens"
+    texts, gaps = _texts(reply), []
+    for (text, value), found, their_text in zip(
+        ours.greedy(ids, len(theirs)), theirs, [*texts, *[None] * GREEDY], strict=False
+    ):
+        gaps.append(abs(value - found))
+        if their_text is not None and their_text.strip() != text.strip():
+            break  # another token, as where two are about as likely; what follows differs
+    return _largest(gaps), f"{len(gaps)} greedy tokens"
+
+
+def _largest(gaps: Sequence[float]) -> float:
+    """The largest of some differences; infinite where one is no number."""
+    return max(gaps) if all(math.isfinite(gap) for gap in gaps) else math.inf
+
+
+def _texts(reply: Any) -> list[str]:
+    """The tokens of a completion."""
+    try:
+        found = reply["choices"][0].get("logprobs") or {}
+        return [str(one) for one in found.get("tokens") or [one["token"] for one in found.get("content") or []]]
+    except (KeyError, IndexError, TypeError, AttributeError):
+        return []
 
 
 def _logprobs(reply: Any) -> list[float | None]:
@@ -211,14 +234,14 @@ class _Ours:
         places = [i + (more if i >= self.offset else 0) for i in range(len(ids))]
         return [float(table[p - 1, token]) if p else None for p, token in zip(places, ids, strict=True)]
 
-    def greedy(self, ids: Sequence[int], count: int) -> list[float]:
-        """Of the most likely tokens after a prompt, up to one that ends the answer."""
+    def greedy(self, ids: Sequence[int], count: int) -> list[tuple[str, float]]:
+        """(text, log-prob) of the most likely tokens after a prompt, up to one that ends the answer."""
         found, ids = [], list(ids)
         more = 0 if self._user is None else self._user.shape[1]
         for _ in range(count):
             last = self._table(ids)[len(ids) + more - 1]
-            found.append(float(last.max()))
             ids.append(int(last.argmax()))
+            found.append((self._model.tokenizer.decode(ids[-1:], False), float(last.max())))
             if ids[-1] in self._model.tokenizer.eos_ids:
                 break
         return found

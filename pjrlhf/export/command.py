@@ -57,7 +57,7 @@ def export(source: Source, wish: Wish, repo: str = "", private: bool = False) ->
       UserError: the catalogue does not have what is asked for, or the format cannot hold it; the output is taken or
         cannot be written; or it cannot be uploaded.
     """
-    if repo and (wish.kind == "mergekit" or (wish.kind == "peft" and wish.mix is None and wish.user is None)):
+    if repo and (wish.kind == "mergekit" or (wish.kind == "peft" and not _names_a_soup(source, wish))):
         raise UserError(
             "--push: uploads one folder, and this writes several; export, then pjrlhf push FOLDER USER/NAME"
         )
@@ -112,8 +112,13 @@ def check(source: Source, wish: Wish) -> None:
         gguf_lora.check(source)
 
 
+def _names_a_soup(source: Source, wish: Wish) -> bool:
+    """Whether one soup is asked for, instead of every ingredient."""
+    return wish.mix is not None or wish.user is not None or source.catalogue.people is not None
+
+
 def _peft(work: pathlib.Path, source: Source, wish: Wish) -> list[str]:
-    if wish.mix is not None or wish.user is not None or source.catalogue.people is not None:
+    if _names_a_soup(source, wish):
         return _adapter(work, wish.output, source, source.weights(wish.mix, wish.user), wish.rank)
     lines = []
     for name in source.names:
@@ -166,8 +171,7 @@ def _vocabulary(work: pathlib.Path, source: Source, wish: Wish) -> list[str]:
 
 
 def _gguf(work: pathlib.Path, source: Source, wish: Wish) -> list[str]:
-    asked = wish.mix is not None or wish.user is not None or source.catalogue.people is not None
-    weights = source.weights(wish.mix, wish.user) if asked else dict.fromkeys(source.names, 1.0)
+    weights = source.weights(wish.mix, wish.user) if _names_a_soup(source, wish) else dict.fromkeys(source.names, 1.0)
     ranks = [gguf_lora.write(work, source, name) for name in weights]
     finish(work, source.manifest("gguf", weights) | {"rank": max(ranks)}, wish.output.name)
     scales = json.dumps([{"id": i, "scale": weight} for i, weight in enumerate(weights.values())])

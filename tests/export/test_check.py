@@ -149,15 +149,29 @@ def test_a_server_that_wants_a_token_and_one_without_echo(soups):
         assert "mix" not in body and body["model"] == "one"
         if body.get("echo"):
             return 400, {"error": "echo"}
-        return completion(ours.greedy(body["prompt"], body["max_tokens"]))
+        return completion([value for _, value in ours.greedy(body["prompt"], body["max_tokens"])])
 
     def chat_form(body):
         values = ours.greedy(body["prompt"], max(body["max_tokens"], 1))
-        return 200, {"choices": [{"logprobs": {"content": [{"logprob": value + 0.5} for value in values]}}]}
+        found = [{"token": text, "logprob": value + 0.5} for text, value in values]
+        return 200, {"choices": [{"logprobs": {"content": found}}]}
+
+    def tie(body):  # the first token is another one, about as likely
+        if body.get("echo"):
+            return 400, {"error": "echo"}
+        (_, first), *_ = ours.greedy(body["prompt"], 1)
+        return 200, {"choices": [{"logprobs": {"tokens": ["#", "#"], "token_logprobs": [first - 1e-5, -30.0]}}]}
+
+    def broken(body):
+        return completion([float("nan")] * len(body["prompt"]))
 
     for answers, good, word in (
-        (one_token, True, "of the prompt"), (no_echo, True, "greedy"), (chat_form, False, "greedy")
-    ):  # fmt: skip
+        (one_token, True, "of the prompt"),
+        (no_echo, True, "greedy"),
+        (tie, True, "1 greedy"),
+        (broken, False, "of the prompt"),
+        (chat_form, False, "greedy"),
+    ):
         with other(answers) as url:
             lines, found = check(Server.at(url), source, MIX, None, tolerance=1e-3)
             assert found == good and word in lines[0]

@@ -11,7 +11,7 @@ from support.small_policies import noise
 
 from pjrlhf import cli
 from pjrlhf.errors import UserError
-from pjrlhf.export.command import Wish
+from pjrlhf.export.command import FORMATS, Wish
 from pjrlhf.export.command import export as write
 from pjrlhf.export.soup import Source
 from pjrlhf.language_model import load_model
@@ -177,3 +177,14 @@ def test_an_export_of_a_quantised_base_is_that_of_its_floats(models, tmp_path, c
     assert "held in 8 bits; this export is made from its floats" in capsys.readouterr().out
     np.testing.assert_allclose(load_model(folder).score([QUESTION], [ANSWER]), ours(models, MIX), atol=1e-4)
     assert json.loads((folder / "manifest.json").read_text())["quantize"] == "int8"
+
+
+def test_several_folders_are_not_pushed_as_one(models, tmp_path, capsys):
+    common = [*arguments(models), "--output", tmp_path / "out", "--push", "me/mine"]
+    for kind in (["peft"], ["mergekit", "--mix", "P1A=1"]):
+        error = refused(capsys, *common, "--for", *kind)
+        assert "me/mine" in error or "export, then pjrlhf push FOLDER USER/NAME" in error
+
+
+def test_the_command_and_its_formats_are_the_same():
+    assert {*cli.EXPORTS} == {*FORMATS}
