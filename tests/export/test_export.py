@@ -179,11 +179,13 @@ def test_an_export_of_a_quantised_base_is_that_of_its_floats(models, tmp_path, c
     assert json.loads((folder / "manifest.json").read_text())["quantize"] == "int8"
 
 
-def test_several_folders_are_not_pushed_as_one(models, tmp_path, capsys):
-    common = [*arguments(models), "--output", tmp_path / "out", "--push", "me/mine"]
-    for kind in (["peft"], ["mergekit", "--mix", "P1A=1"]):
-        error = refused(capsys, *common, "--for", *kind)
-        assert "me/mine" in error or "export, then pjrlhf push FOLDER USER/NAME" in error
+def test_several_folders_are_not_pushed_as_one(models, tmp_path):
+    opened = open_folders(str(models[0]), {name: str(folder) for name, folder in models[1].items()})
+    source = source_of(opened.model, opened.bank)
+    for kind, mix in (("peft", None), ("mergekit", MIX)):
+        with pytest.raises(UserError, match="export, then pjrlhf push FOLDER USER/NAME"):
+            write(source, Wish(kind=kind, output=tmp_path / "out", mix=mix), "me/mine")
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_command_and_its_formats_are_the_same():
