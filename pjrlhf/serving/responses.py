@@ -236,7 +236,10 @@ class Call:
         self.last.setdefault(index, None if self.chat else request.tokens[-1])
         if first and self.wish.echo:
             text = self.texts[number] + text
-            shown = [Token(request.tokens[0], None), *self.tickets[number].prompt, *shown]
+            scored = self.tickets[number].prompt
+            # Nothing stands before the first token, except user tokens where there is no BOS.
+            start = [Token(request.tokens[0], None)] if len(scored) < len(request.tokens) else []
+            shown = [*start, *scored, *shown]
             self.last[index] = None
         if self.wish.alternatives is None:
             return text, None
