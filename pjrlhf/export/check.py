@@ -109,7 +109,7 @@ def check(
     Raises:
       UserError: no server, no model of that name, or no log-probs in its replies.
     """
-    voice = source.catalogue.voice(None, mix, user)
+    voice = source.voice(mix, user)
     try:
         reply = server.ask("/models")
     except _NotSupported as error:

@@ -20,6 +20,8 @@ from pjrlhf.models.folders import read_json
 from pjrlhf.models.huggingface import fingerprint
 from pjrlhf.types import Json, Params
 
+BASE = "base"  # its name in a catalogue
+
 
 class Catalogue(Protocol):
     """What an export reads of a `serving.catalogue.Catalogue`."""
@@ -109,24 +111,38 @@ class Source:
                 f"--for {kind}: the ingredients are full models, which have no low-rank factors; use --for merged"
             )
 
+    @property
+    def people(self) -> Any:
+        """The people of a trained user model; None without one."""
+        people = self.catalogue.people
+        return people if people is not None and people.trained else None
+
+    def check_user(self, user: str) -> None:
+        """Raises a UserError for a person whom nobody knows."""
+        if self.people is None:
+            raise UserError("--user: these models know no people; leave it out, or name a user model with --entry")
+        if user not in self.people.registry.rows:
+            count = len(self.people.registry.rows)
+            raise UserError(f"--user {user!r}: is unknown; leave it out, or name one of the {count} people of the run")
+
+    def voice(self, mix: Mapping[str, float] | None, user: str | None) -> Any:
+        """Who answers, see `Catalogue.voice`; a mix alone is that of the base and its adapters."""
+        plain = mix is not None and not self.catalogue.user_tokens
+        return self.catalogue.voice(BASE if plain else None, mix, user)
+
     def weights(self, mix: Mapping[str, float] | None, user: str | None) -> dict[str, float]:
         """Weights of the adapters, without zeros.
 
         Raises:
           UserError: an unknown name; a user where nobody is known, or who is no mix of adapters; or no weight but 0.
         """
-        people = self.catalogue.people
-        if user is not None and people is None:
-            raise UserError("--user: these models know no people; leave it out, or name a user model with --entry")
-        if user is not None and people is not None and user not in people.registry.rows:
-            raise UserError(
-                f"--user {user!r}: is unknown; leave it out, or name one of the {len(people.registry.rows)}"
-            )
+        if user is not None:
+            self.check_user(user)
         if mix is not None and user is not None:
             raise UserError("--mix: the user has weights already; give one of --mix and --user")
-        if self.names and mix is None and people is None:
+        if self.names and mix is None and self.people is None:
             raise UserError(f"--mix: is not given; weigh {', '.join(self.names)}, as in --mix {self.names[0]}=1")
-        found = dict(self.catalogue.voice(None, mix, user).weights)
+        found = dict(self.voice(mix, user).weights)
         if not found:
             raise UserError("--mix: all weights are 0, which is the base; give one another weight")
         return found

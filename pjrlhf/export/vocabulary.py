@@ -31,13 +31,10 @@ def user_tokens(source: Source, names: Sequence[str]) -> np.ndarray:
     Raises:
       UserError: a name that the user model does not know.
     """
-    people = source.catalogue.people
+    people = source.people
     assert people is not None  # there are user tokens
     for name in names:
-        if name not in people.registry.rows:
-            raise UserError(
-                f"--user {name!r}: is unknown; leave it out, or name one of the {len(people.registry.rows)}"
-            )
+        source.check_user(name)
         try:
             name.encode()
         except UnicodeEncodeError:
@@ -51,7 +48,7 @@ def user_tokens(source: Source, names: Sequence[str]) -> np.ndarray:
 
 def people_of(source: Source, user: str | None = None) -> tuple[PeopleTokens, np.ndarray]:
     """The added tokens of all people, or of one, and their vectors [1 + U, E, D]."""
-    people = source.catalogue.people
+    people = source.people
     assert people is not None
     names = [user] if user is not None else [name for name in people.registry.names if name is not None]
     vectors = user_tokens(source, names)

@@ -133,7 +133,7 @@ def other(answers):
 
 def test_a_server_that_wants_a_token_and_one_without_echo(soups):
     source = Source(soups, {})
-    ours = _Ours(source, soups.voice(None, MIX))
+    ours = _Ours(source, source.voice(MIX, None))
     seen = []
 
     def completion(values):
