@@ -227,6 +227,9 @@ def _export(arguments: Sequence[str]) -> None:
     parser.add_argument("--tolerance", type=float, metavar="NATS", help="of --check; default 0.05")
     parser.add_argument("--mix", metavar="NAME=WEIGHT,...", help="weights of the ingredients")
     parser.add_argument("--user", metavar="NAME", help="a person of a user model")
+    parser.add_argument(
+        "--people", default="", metavar="URL", help="the store of people; people.sqlite in RUN by default"
+    )
     parser.add_argument("--rank", type=int, metavar="R", help="of peft: the nearest adapter of this rank, by SVD")
     parser.add_argument("--save-dtype", choices=("float32", "bfloat16", "float16"), help="of full models")
     parser.add_argument("--keep-adapter", action="store_true", help="of vocabulary: do not merge the adapter")
@@ -254,7 +257,7 @@ def _export(arguments: Sequence[str]) -> None:
         mix = None if given.mix is None else parse_mix(given.mix)
         if given.push:
             check_push(given.push)
-        catalogue = _source(parser, given)
+        catalogue, members = _with_members(_source(parser, given), given.people)
         places = _ingredients(parser, given) or {name: f"{given.run}/{name}" for name in catalogue.names}
         wish = Wish(
             kind=given.kind,
@@ -265,8 +268,26 @@ def _export(arguments: Sequence[str]) -> None:
             dtype=given.save_dtype,
             keep_adapter=given.keep_adapter,
         )
-        for line in export(Source(catalogue, places), wish, given.push, given.private):
+        for line in export(Source(catalogue, places, members), wish, given.push, given.private):
             print(visible(line))
+
+
+def _with_members(catalogue: "Catalogue", url: str) -> tuple["Catalogue", tuple[str, ...]]:
+    """The catalogue with the people of its store, if it has one, and the names of all people."""
+    from pjrlhf.serving.catalogue import People
+
+    if not isinstance(catalogue.people, People):
+        return catalogue, ()
+    trained = [name for name in catalogue.people.registry.names if name is not None]
+    if not url and (catalogue.run is None or not (catalogue.run / "people.sqlite").is_file()):
+        return catalogue, tuple(trained)
+    with _needs("serve"):
+        from pjrlhf.serving.people import Members, open_members
+    found = open_members(catalogue, url)
+    members = found.people
+    assert isinstance(members, Members)
+    later = [str(person.name) for person in members.store.people() if person.name is not None]
+    return found, tuple(name for name in dict.fromkeys([*trained, *later]) if members.knows(name))
 
 
 def _check_server(parser: argparse.ArgumentParser, given: argparse.Namespace) -> None:
@@ -280,7 +301,8 @@ def _check_server(parser: argparse.ArgumentParser, given: argparse.Namespace) ->
         server = Server.at(given.check)
         mix = None if given.mix is None else parse_mix(given.mix)
         tolerance = TOLERANCE if given.tolerance is None else given.tolerance
-        source = Source(_source(parser, given), {})
+        catalogue, members = _with_members(_source(parser, given), given.people)
+        source = Source(catalogue, {}, members)
         lines, good = check(server, source, mix, given.user, given.served_as, tolerance)
         for line in lines:
             print(visible(line))

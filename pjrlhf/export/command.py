@@ -114,7 +114,7 @@ def check(source: Source, wish: Wish) -> None:
 
 def _names_a_soup(source: Source, wish: Wish) -> bool:
     """Whether one soup is asked for, instead of every ingredient."""
-    return wish.mix is not None or wish.user is not None or source.people is not None
+    return wish.mix is not None or wish.user is not None or source.personal
 
 
 def _peft(work: pathlib.Path, source: Source, wish: Wish) -> list[str]:

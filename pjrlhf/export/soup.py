@@ -48,10 +48,12 @@ class Source:
     Attributes:
       catalogue: base, adapters and people.
       places: name of an adapter -> its folder, for the manifest.
+      members: names of the people who have a row of their own.
     """
 
     catalogue: Catalogue
     places: Mapping[str, str]
+    members: tuple[str, ...] = ()
 
     @property
     def folder(self) -> pathlib.Path:
@@ -112,18 +114,19 @@ class Source:
             )
 
     @property
-    def people(self) -> Any:
-        """The people of a trained user model; None without one."""
-        people = self.catalogue.people
-        return people if people is not None and people.trained else None
+    def personal(self) -> bool:
+        """Whether a user model was trained, so that somebody answers where neither mix nor user is given."""
+        return self.catalogue.people is not None and self.catalogue.people.trained
 
     def check_user(self, user: str) -> None:
         """Raises a UserError for a person whom nobody knows."""
-        if self.people is None:
+        if not self.members and not self.personal:
             raise UserError("--user: these models know no people; leave it out, or name a user model with --entry")
-        if user not in self.people.registry.rows:
-            count = len(self.people.registry.rows)
-            raise UserError(f"--user {user!r}: is unknown; leave it out, or name one of the {count} people of the run")
+        if user not in self.members:
+            raise UserError(
+                f"--user {user!r}: is unknown; leave it out, or name one of the {len(self.members)} people that "
+                "pjrlhf users list shows"
+            )
 
     def voice(self, mix: Mapping[str, float] | None, user: str | None) -> Any:
         """Who answers, see `Catalogue.voice`; a mix alone is that of the base and its adapters."""
@@ -140,7 +143,7 @@ class Source:
             self.check_user(user)
         if mix is not None and user is not None:
             raise UserError("--mix: the user has weights already; give one of --mix and --user")
-        if self.names and mix is None and self.people is None:
+        if self.names and mix is None and user is None and not self.personal:
             raise UserError(f"--mix: is not given; weigh {', '.join(self.names)}, as in --mix {self.names[0]}=1")
         found = dict(self.voice(mix, user).weights)
         if not found:

@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import flax.traverse_util
-import jax.numpy as jnp
 import numpy as np
 
 from pjrlhf.errors import UserError
@@ -29,10 +28,8 @@ def user_tokens(source: Source, names: Sequence[str]) -> np.ndarray:
     """Tokens of the generic user and of people, float32 [1 + U, E, D].
 
     Raises:
-      UserError: a name that the user model does not know.
+      UserError: a name that the user model does not know, or that is no UTF-8.
     """
-    people = source.people
-    assert people is not None  # there are user tokens
     for name in names:
         source.check_user(name)
         try:
@@ -41,16 +38,13 @@ def user_tokens(source: Source, names: Sequence[str]) -> np.ndarray:
             raise UserError(
                 f"user {name!r}: is no UTF-8, which files and templates need; give them another name"
             ) from None
-    rows = people.registry.indices([None, *names])
-    found, _ = people.model.apply(people.params, jnp.asarray(rows))
+    found = [source.catalogue.people.row(name)[0] for name in (None, *names)]
     return np.asarray(found, np.float32)
 
 
 def people_of(source: Source, user: str | None = None) -> tuple[PeopleTokens, np.ndarray]:
     """The added tokens of all people, or of one, and their vectors [1 + U, E, D]."""
-    people = source.people
-    assert people is not None
-    names = [user] if user is not None else [name for name in people.registry.names if name is not None]
+    names = [*source.members] if user is None else [user]
     vectors = user_tokens(source, names)
     content = vectors.tobytes() + json.dumps(names).encode()
     return PeopleTokens.create(names, vectors.shape[1], source.catalogue.model.tokenizer, content), vectors

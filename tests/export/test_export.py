@@ -136,7 +136,8 @@ def test_a_run_is_exported(finished, tmp_path, capsys):
 
 
 def source_of(model, bank, people=None):
-    return Source(Catalogue(model, NAMES, bank, people), {name: f"run/{name}" for name in NAMES})
+    members = () if people is None else ("ana",)
+    return Source(Catalogue(model, NAMES, bank, people), {name: f"run/{name}" for name in NAMES}, members)
 
 
 def test_full_models_as_ingredients_are_merged(models, tmp_path):
@@ -165,7 +166,7 @@ def test_a_person_who_is_a_mix_is_an_adapter(models, tmp_path):
     want = ours(models, dict(zip(NAMES, weights.tolist(), strict=True)))
     np.testing.assert_allclose(score_adapter(models[0], tmp_path / "ana"), want, atol=1e-4)
     for user, mix, message in (
-        ("zoe", None, "'zoe': is unknown; leave it out, or name one of the 1"),
+        ("zoe", None, "'zoe': is unknown; leave it out, or name one of the 1 people"),
         ("ana", MIX, "the user has weights already"),
     ):
         with pytest.raises(UserError, match=message):

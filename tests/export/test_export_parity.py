@@ -92,7 +92,7 @@ def test_transformers_answers_every_person(model_type, tmp_path):
     catalogue = persons.catalogue(base)
     if catalogue.model.backbone.model.config.logit_softcap:
         pytest.skip("the cap of this small model is refused")
-    source = Source(catalogue, {name: f"run/{name}" for name in catalogue.names})
+    source = Source(catalogue, {name: f"run/{name}" for name in catalogue.names}, persons.NAMES)
     write(source, Wish(kind="vocabulary", output=tmp_path / "people"))
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "people", dtype=torch.float32)
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "people")

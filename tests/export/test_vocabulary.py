@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import pathlib
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,7 @@ from support import chat_templates, persons
 from support.drawn_models import golden_families, save_family
 from support.persons import NAMES, TOKENS
 
+from pjrlhf import cli
 from pjrlhf.data.messages import Conversation, as_turns
 from pjrlhf.data.tokenization import Tokenizer
 from pjrlhf.errors import UserError
@@ -22,7 +24,8 @@ from pjrlhf.export.unsampled import add_rows
 from pjrlhf.language_model import load_model
 from pjrlhf.models.decoder import Decoder
 from pjrlhf.models.huggingface import load_params, read_config
-from pjrlhf.serving.catalogue import open_folders
+from pjrlhf.serving.catalogue import open_folders, open_run
+from pjrlhf.serving.people import open_members
 
 QUESTION, ANSWER = "what is rain ?", "it is wet ."
 
@@ -32,7 +35,8 @@ def some(*quick):
 
 
 def write(catalogue, output, **changes):
-    source = Source(catalogue, {name: f"run/{name}" for name in catalogue.names})
+    members = tuple(name for name in catalogue.people.registry.names if name is not None)
+    source = Source(catalogue, {name: f"run/{name}" for name in catalogue.names}, members)
     return export(source, Wish(kind="vocabulary", output=output, **changes))
 
 
@@ -165,3 +169,23 @@ def test_nothing_is_left_of_an_export_that_fails(base, tmp_path, monkeypatch):
     with pytest.raises(UserError, match="NaN or infinity"):
         write(catalogue, tmp_path / "out")
     assert not [path for path in pathlib.Path(tmp_path).iterdir()]
+
+
+def test_people_who_came_later_are_exported_and_those_who_left_are_not(people, tmp_path, capsys):
+    run = shutil.copytree(people, tmp_path / "run")
+    source = ["--run", str(run), "--entry", "individualized"]
+    pair = {"prompt": QUESTION, "chosen": "it holds air .", "rejected": "it can burn ."}
+    (tmp_path / "pairs.jsonl").write_text(json.dumps(pair) + "\n")
+    cli.main(["users", "add", "zoe", *source, "--comparisons", str(tmp_path / "pairs.jsonl")])
+    cli.main(["export", *source, "--for", "vocabulary", "--output", str(tmp_path / "out")])
+    assert "zoe" in json.loads((tmp_path / "out" / "users.json").read_text())["people"]
+    catalogue = open_members(open_run(str(run), "individualized"))
+    got = load_model(tmp_path / "out").score([Conversation(as_turns(QUESTION), {"user": "zoe"})], [ANSWER])[0]
+    np.testing.assert_allclose(got, persons.score(catalogue, "zoe", as_turns(QUESTION), ANSWER), atol=1e-4)
+    cli.main(["users", "remove", "zoe", *source])
+    cli.main(["export", *source, "--for", "vocabulary", "--output", str(tmp_path / "without")])
+    assert "zoe" not in json.loads((tmp_path / "without" / "users.json").read_text())["people"]
+    assert b"zoe" not in (tmp_path / "without" / "chat_template.jinja").read_bytes()
+    with pytest.raises(SystemExit):
+        cli.main(["export", *source, "--user", "zoe", "--for", "vocabulary", "--output", str(tmp_path / "none")])
+    assert "'zoe': is unknown" in capsys.readouterr().err
