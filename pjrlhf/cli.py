@@ -206,9 +206,11 @@ def _generate(arguments: Sequence[str]) -> None:
 
 
 def _users(arguments: Sequence[str]) -> None:
+    from pjrlhf.main import compilation_cache
     from pjrlhf.serving.people_cli import parser_of, users
 
     given = parser_of().parse_args(arguments)
+    compilation_cache()
     with _one_line(), _needs("serve"):
         users(given)
 

@@ -86,9 +86,7 @@ class Members:
         self._fitting: set[str] = set()
         self._lock = threading.Lock()
         self._apply = jax.jit(self.model.apply)
-        gone = store.forgotten()
-        for name in [name for name in self._people.registry.rows if key_of(name) in gone]:
-            self._forget_trained(name)
+        self.trained_names()  # without those who were deleted
 
     # ---- who answers
 
@@ -334,6 +332,9 @@ class Members:
 
     def trained_names(self) -> list[str]:
         """The people of the trained user model who were not deleted."""
+        gone, names = self.store.forgotten(), list(self._people.registry.rows)
+        for name in [name for name in names if gone and key_of(name) in gone]:
+            self._forget_trained(name)  # another process has deleted them
         return list(self._people.registry.rows)
 
     def take(

@@ -107,7 +107,6 @@ def _remove(given: argparse.Namespace) -> None:
 
 
 def _with_model(given: argparse.Namespace) -> None:
-    from pjrlhf.main import compilation_cache
     from pjrlhf.serving.catalogue import open_run, parse_mix
     from pjrlhf.serving.people import Members, open_members
     from pjrlhf.serving.people_exchange import describe, exported, imported
@@ -115,7 +114,6 @@ def _with_model(given: argparse.Namespace) -> None:
     from pjrlhf.settings import shown
     from pjrlhf.terminal import visible
 
-    compilation_cache()
     members = open_members(open_run(given.run, given.entry), given.people, MOST).people
     if not isinstance(members, Members):
         raise UserError(f"{given.run}: its model is the same for everybody; name one that knows people with --entry")
@@ -138,12 +136,12 @@ def _with_model(given: argparse.Namespace) -> None:
             return
         elif given.verb == "import":
             name = imported(members, _read(given.file), name)
+        print(json.dumps(describe(members, str(name)), indent=2))
     except Unknown:
         raise UserError(f"user {shown(given.name)}: is unknown; see pjrlhf users list --run {given.run}") from None
     except Taken:
         way = "add to it with pjrlhf users update" if given.verb == "add" else "give another one with --name"
         raise UserError(f"user {shown(name or '')}: the name is taken; {way}, or remove that person first") from None
-    print(json.dumps(describe(members, str(name)), indent=2))
 
 
 def _update(members: "Members", name: str, comparisons: Any, mix: Any) -> None:

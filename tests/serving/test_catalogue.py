@@ -95,7 +95,7 @@ def test_a_bank_alone_has_people_and_answers_as_the_base_by_default(soups):
     bank = dataclasses.replace(soups, people=soup_people(soups.bank, NAMES, None, "base"))
     assert list(bank.models) == ["base", "personal", *NAMES] and bank.default == "base"
     np.testing.assert_allclose(bank.voice("personal", user="zoe").mix, 1 / 3, rtol=1e-6)
-    assert bank.voice(user="zoe").weights == {} and "answered_as" not in bank.voice(user="zoe").describe()["user"]
+    assert bank.voice(user="zoe").describe() == {"mix": {}}, "the base alone, which knows nobody"
     assert bank.voice("personal", user="zoe").describe()["user"]["answered_as"]
     with pytest.raises(UserError, match="give the mix with model base"):
         bank.voice("P1A", {"P2B": 1.0})

@@ -1,11 +1,14 @@
 """People over HTTP: added, taught, asked, exported, deleted; and what is refused."""
 
+import concurrent.futures
+import contextlib
 import urllib.parse
 
 import jax
 import numpy as np
 import pytest
 from support import tiny_serving
+from support.postgres import postgres
 from support.serving import send, served
 
 from pjrlhf.data.token_table import Lengths
@@ -246,3 +249,49 @@ def test_people_of_a_trained_user_model(model, kind):
         assert users(place, "/bo/export")[1]["row"] != rows["bo"], "what training knew of them is forgotten"
         assert not users(place, "/bo")[1]["trained"]
     engine.close(30)
+
+
+def test_a_vote_given_to_one_replica_is_known_to_the_other(model, tmp_path):
+    """Two servers, one PostgreSQL; votes for one person on both at once."""
+    with contextlib.ExitStack() as stack:
+        url = stack.enter_context(postgres(tmp_path))
+        places = []
+        for _ in range(2):
+            engine = tiny_serving.engine(model)
+            engine.start()
+            stack.callback(engine.close, 30)
+            places.append(stack.enter_context(served(catalogue_of(model), engine, people=url)))
+        assert users(places[0], "", {"id": "ana"})[0] == 200
+        assert users(places[1], "", {"id": "ana"})[0] == 409
+        found = users(places[0], "/ana/feedback", {"comparisons": [comparison(0)]})[1]
+        assert mix_of(places[1], "ana") == pytest.approx(found["mix"]) != pytest.approx(dict.fromkeys(NAMES, 1 / 3))
+
+        def vote(i):
+            return users(places[i % 2], "/ana/feedback", {"comparisons": [comparison(i, i % 4, (i + 1) % 4)]})[0]
+
+        with concurrent.futures.ThreadPoolExecutor(6) as pool:
+            assert set(pool.map(vote, range(12))) == {200}
+        exports = [users(place, "/ana/export")[1] for place in places]
+        assert len(exports[0]["comparisons"]) == 13 and exports[0] == exports[1]
+        assert mix_of(places[0], "ana") == mix_of(places[1], "ana")
+        assert users(places[1], "/ana", method="DELETE")[0] == 200
+        assert users(places[0], "/ana")[0] == 404
+        assert mix_of(places[0], "ana") == pytest.approx(dict.fromkeys(NAMES, 1 / 3))
+
+
+def test_a_database_that_is_gone_is_a_503(model, tmp_path):
+    engine = tiny_serving.engine(model)
+    with contextlib.ExitStack() as stack:
+        running = contextlib.ExitStack()
+        url = running.enter_context(postgres(tmp_path))
+        place = stack.enter_context(served(catalogue_of(model), engine, people=url))
+        assert users(place, "", {"id": "ana"})[0] == 200
+        running.close()
+        body = {"model": "personal", "user": "ana", "messages": [{"role": "user", "content": "what is rain ?"}]}
+        for status, found, headers in (
+            send(place, None, "/v1/users/ana", "GET"),
+            send(place, {"comparisons": [comparison(0)]}, "/v1/users/ana/feedback"),
+            send(place, body),
+        ):
+            assert status == 503 and "database does not answer" in found["error"]["message"], found
+            assert headers["retry-after"] == "1"
