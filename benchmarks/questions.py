@@ -11,11 +11,14 @@ FILE is population/new_users.jsonl of a run, or records of your own with `user_i
 """
 
 import argparse
+import dataclasses
 import json
 import pathlib
 
 import numpy as np
 
+from pjrlhf.data import synthetic
+from pjrlhf.data.messages import text_of
 from pjrlhf.data.schema import Example, validate
 from pjrlhf.data.sources import open_source
 from pjrlhf.serving.catalogue import open_run
@@ -33,6 +36,25 @@ def read(path: str) -> dict[str, dict[bool, list[Example]]]:
     for example in examples:
         sides = found.setdefault(str(example.user_id), {False: [], True: []})
         sides[bool(example.extra.get("held_out"))].append(example)
+    return found
+
+
+def simulated(path: str, personas: list[str], each: int = 2) -> dict[str, dict[bool, list[Example]]]:
+    """People of the synthetic environment, who choose among the pairs of a file; a fifth of the prompts is held out."""
+    examples, _ = validate(open_source({"kind": "jsonl", "path": path}, "--people"), "preference")
+    prompts = sorted({text_of(example.prompt) for example in examples})
+    held = set(np.random.default_rng(0).permutation(prompts)[: len(prompts) // 5].tolist())
+    found: dict[str, dict[bool, list[Example]]] = {}
+    for number, persona in enumerate(personas * each):
+        sides: dict[bool, list[Example]] = {False: [], True: []}
+        for i in np.random.default_rng(number).permutation(len(examples)):
+            pair = [text_of(answer or "") for answer in (examples[i].chosen, examples[i].rejected)]
+            one, other = (synthetic.score(examples[i].prompt, text, persona) for text in pair)
+            if one != other:
+                chosen, rejected = pair if one > other else pair[::-1]
+                example = dataclasses.replace(examples[i], chosen=chosen, rejected=rejected)
+                sides[text_of(example.prompt) in held].append(example)
+        found[f"{persona} {number}"] = sides
     return found
 
 
@@ -71,6 +93,7 @@ def main() -> None:
     parser.add_argument("--run", required=True)
     parser.add_argument("--entry")
     parser.add_argument("--people", required=True)
+    parser.add_argument("--personas", help="of the synthetic environment, who choose among the pairs of FILE: P1A,P2B")
     parser.add_argument("--pool", type=int, default=24, help="comparisons to choose from")
     parser.add_argument("--held", type=int, default=24, help="comparisons to test on, at most")
     parser.add_argument("--seeds", type=int, default=4, help="pools, and random orders of each")
@@ -80,7 +103,8 @@ def main() -> None:
     members = catalogue.people
     assert isinstance(members, Members)
     curves: dict[str, list[list[list[float]]]] = {"random": [], "information": []}
-    for name, sides in read(given.people).items():
+    people = simulated(given.people, given.personas.split(",")) if given.personas else read(given.people)
+    for name, sides in people.items():
         if len(sides[False]) < given.pool or not sides[True]:
             continue
         one: dict[str, list[list[float]]] = {order: [] for order in curves}
@@ -97,8 +121,8 @@ def main() -> None:
     rows["gain"] = [interval(x) for x in (means["information"] - means["random"]).T]
     output = pathlib.Path(given.output)
     results = json.loads(output.read_text()) if output.is_file() else {}
-    people = {"people": len(means["random"]), "seeds": given.seeds, "pool": given.pool}
-    results[given.entry or "soups"] = {**people, "comparisons": COUNTS, **rows}
+    note = {"people": len(means["random"]), "seeds": given.seeds, "pool": given.pool}
+    results[given.entry or "soups"] = {**note, "comparisons": COUNTS, **rows}
     output.write_text(json.dumps(results, indent=1) + "\n")
     print("| comparisons | random order | most informative first | difference |\n|---|---|---|---|")
     for i, k in enumerate(COUNTS):

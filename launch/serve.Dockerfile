@@ -1,7 +1,7 @@
-# docker build -f launch/serve.Dockerfile -t pjrlhf-serve .        (--build-arg EXTRAS=serve,cuda12 for a GPU)
+# docker build -f launch/serve.Dockerfile -t pjrlhf-serve .        (--build-arg EXTRAS=serve,postgres,cuda12 for a GPU)
 # docker run -p 8000:8000 -e PJRLHF_API_KEY -v "$PWD/runs:/pjrlhf/runs" pjrlhf-serve --run runs/soups
 FROM python:3.11-slim
-ARG EXTRAS=serve
+ARG EXTRAS=serve,postgres
 WORKDIR /pjrlhf
 COPY setup.cfg pyproject.toml README.md LICENSE ./
 COPY pjrlhf pjrlhf

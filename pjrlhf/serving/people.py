@@ -12,6 +12,7 @@ import dataclasses
 import functools
 import json
 import math
+import os
 import pathlib
 import threading
 from collections.abc import Mapping, Sequence
@@ -38,6 +39,7 @@ from pjrlhf.types import Json
 NAME_LENGTH = 512  # characters of a person's name
 ROWS_KEPT = 4096  # people whose rows are kept in memory
 STORE = "people.sqlite"  # in a run directory
+PEOPLE_VARIABLE = "PJRLHF_PEOPLE"  # the store, whose address may hold a password
 SMALLEST = 1e-4  # of a stated weight that learning starts from; softmax gives no zero
 
 
@@ -471,7 +473,8 @@ def open_members(catalogue: Catalogue, url: str = "", limit: int = 256) -> Catal
     """A catalogue whose people learn.
 
     Args:
-      url: of the store, see `Store`; "" is `STORE` in the run directory, or memory where no run is served.
+      url: of the store, see `Store`; "" is that of the environment variable `PEOPLE_VARIABLE`, else `STORE` in the run
+        directory, or memory where no run is served.
       limit: see `Store`.
 
     Raises:
@@ -484,4 +487,5 @@ def open_members(catalogue: Catalogue, url: str = "", limit: int = 256) -> Catal
 
 def store_of(run: pathlib.Path | None, url: str = "", limit: int = 256) -> Store:
     """The store of a run, see `open_members`."""
+    url = url or os.environ.get(PEOPLE_VARIABLE, "")
     return Store(url or (MEMORY if run is None else str(run / STORE)), limit)

@@ -15,8 +15,10 @@ from pjrlhf.data.token_table import Lengths
 from pjrlhf.models.registry import UserRegistry
 from pjrlhf.models.users import UserModel
 from pjrlhf.rollout.preference import PreferenceConfig
+from pjrlhf.serving import running
 from pjrlhf.serving.catalogue import Catalogue, People, soup_people
 from pjrlhf.serving.people_fit import Learning
+from pjrlhf.serving.settings import ServerSettings
 
 NAMES = ("P1A", "P2B", "P3A")
 ANSWERS = ("it is wet .", "the sky is blue .", "a dog runs .", "yes .")
@@ -295,3 +297,19 @@ def test_a_database_that_is_gone_is_a_503(model, tmp_path):
         ):
             assert status == 503 and "database does not answer" in found["error"]["message"], found
             assert headers["retry-after"] == "1"
+
+
+def test_a_server_says_where_people_are_kept(model, tmp_path, capsys, monkeypatch):
+    """In memory where nothing else is said, which one line tells at the start."""
+    monkeypatch.setattr(running._Process, "run", lambda self, sockets: [one.close() for one in sockets])
+    path = tmp_path / "people.sqlite"
+    for kept, settings, variable in (
+        ("memory", {}, ""),
+        ("", {"people": str(path)}, ""),
+        ("", {}, f"sqlite:///{path}"),
+    ):
+        monkeypatch.setenv("PJRLHF_PEOPLE", variable)
+        running.serve(catalogue_of(model), ServerSettings(port=0, **settings), tiny_serving.SETTINGS)
+        out = capsys.readouterr().out
+        assert ("people are kept in memory, until the server ends; keep them with --people" in out) == bool(kept)
+        assert path.exists() != bool(kept)
