@@ -186,6 +186,10 @@ def _generate(arguments: Sequence[str]) -> None:
         catalogue = _source(parser, given)
         if given.user is not None and catalogue.people is None:
             raise UserError("--user: these models know no people; leave it out, or name a user model with --entry")
+        if given.user is not None:
+            with _needs("serve"):
+                from pjrlhf.serving.people import with_stored
+            catalogue = with_stored(catalogue)
         voice = catalogue.voice(mix=None if given.mix is None else parse_mix(given.mix), user=given.user)
         if given.user is not None and not voice.known:
             who = "the generic user" if voice.personal else voice.model

@@ -415,6 +415,10 @@ class Members:
         found = [np.square(np.asarray(x, np.float64)[rows] - np.asarray(x, np.float64)[0]).mean() for x in leaves]
         return float(np.mean(found)) or 1.0
 
+    def is_trained(self, person: Person) -> bool:
+        """Whether a person has a row in the trained user model."""
+        return not person.forgotten and person.name in self._people.registry.rows
+
     def _need(self, name: str) -> None:
         if not self.knows(name):
             raise Unknown(f"user {shown(name)}: is unknown; add this person first")
@@ -483,6 +487,12 @@ def open_members(catalogue: Catalogue, url: str = "", limit: int = 256) -> Catal
     if not isinstance(catalogue.people, People):
         return catalogue
     return dataclasses.replace(catalogue, people=Members(catalogue, store_of(catalogue.run, url, limit)))
+
+
+def with_stored(catalogue: Catalogue) -> Catalogue:
+    """A catalogue with the people of its store, where there is one."""
+    kept = catalogue.run is not None and (catalogue.run / STORE).is_file()
+    return open_members(catalogue) if kept or os.environ.get(PEOPLE_VARIABLE) else catalogue
 
 
 def store_of(run: pathlib.Path | None, url: str = "", limit: int = 256) -> Store:

@@ -40,7 +40,7 @@ def _described(members: Members, person: Person, fits: bool) -> dict[str, Json]:
         "object": "user",
         "id": name,
         "known": True,
-        "trained": name in members.trained_names(),
+        "trained": members.is_trained(person),
         "comparisons": person.comparisons,
         "mix": None if mix is None else dict(zip(members.names, mix.tolist(), strict=True)),
         "stated": person.stated,
@@ -61,13 +61,14 @@ def listed(members: Members, limit: int = LIMIT, after: str | None = None) -> di
     Raises:
       Unknown: nobody is called `after`.
     """
-    stored = {person.name: person for person in members.store.people()}
-    names = list(dict.fromkeys([*members.trained_names(), *map(str, stored)]))
+    stored = {str(person.name): person for person in members.store.people()}
+    names = list(dict.fromkeys([*members.trained_names(), *stored]))
     if after is not None and after not in names:
         raise Unknown(f"after: nobody is called {shown(after)}; give the last id of the page before")
     start = 0 if after is None else names.index(after) + 1
     page = names[start : start + limit]
-    data = [_described(members, stored.get(name) or Person(name=name), fits=False) for name in page]
+    found = [members.store.person(name) if name in stored else Person(name=name) for name in page]
+    data = [_described(members, person, fits=False) for person in found if person is not None and person.name]
     return {"object": "list", "data": data, "has_more": start + len(page) < len(names)}
 
 
@@ -79,7 +80,6 @@ def exported(members: Members, name: str) -> dict[str, Json]:
     """
     person = _person(members, name)
     comparisons = members.store.comparisons(name)[1] if person.version else []
-    trained = name in members.trained_names() and not person.forgotten
     return {
         "object": "user.export",
         "format": FORMAT,
@@ -87,7 +87,7 @@ def exported(members: Members, name: str) -> dict[str, Json]:
         "comparisons": comparisons,
         "mix": person.stated,
         "row": _listed(members.row_of(person)),
-        "start": _listed(members.start_of(person)) if trained or person.start is not None else None,
+        "start": _listed(members.start_of(person)) if members.is_trained(person) or person.start is not None else None,
         "model": members.fingerprint,
         "kind": members.model.kind,
     }

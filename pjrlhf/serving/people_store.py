@@ -222,25 +222,24 @@ class Store:
 
     def person(self, name: str) -> Person | None:
         """What the store knows of a name."""
-        found = self._select(_people.c.key == key_of(name))
+        found = self._select(_people.c.key == key_of(name), tuple(_people.c))
         return found[0] if found else None
 
     def people(self) -> list[Person]:
-        """Everybody, in the order of coming."""
-        return self._select(_people.c.name.is_not(None))
+        """Everybody, in the order of coming; without their rows."""
+        rows = {"start", "start_model", "row", "row_model", "row_version"}
+        return self._select(_people.c.name.is_not(None), [x for x in _people.c if x.name not in rows])
 
     def forgotten(self) -> set[str]:
         """Keys of the people whose trained rows are never used again."""
         with self._transaction() as connection:
             return set(connection.scalars(sa.select(_people.c.key).where(_people.c.forgotten)))
 
-    def _select(self, which: sa.ColumnElement[bool]) -> list[Person]:
+    def _select(self, which: sa.ColumnElement[bool], columns: Sequence[sa.Column]) -> list[Person]:
         count = (
             sa.select(sa.func.count()).where(_comparisons.c.key == _people.c.key).correlate(_people).scalar_subquery()
         )
-        query = (
-            sa.select(*_people.c, count.label("comparisons")).where(which).order_by(_people.c.created, _people.c.key)
-        )
+        query = sa.select(*columns, count.label("comparisons")).where(which).order_by(_people.c.created, _people.c.key)
         with self._transaction() as connection:
             rows = connection.execute(query).mappings().all()
         return [_person(row) for row in rows]
@@ -416,7 +415,7 @@ def _begin(connection: sa.Connection) -> None:
 
 
 def _person(row: sa.RowMapping) -> Person:
-    found = {field.name: row[field.name] for field in dataclasses.fields(Person)}
+    found = {field.name: row[field.name] for field in dataclasses.fields(Person) if field.name in row}
     for name in ("name", "stated"):
         found[name] = None if found[name] is None else json.loads(found[name])
     return Person(**found)

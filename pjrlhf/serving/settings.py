@@ -32,7 +32,7 @@ class ServerSettings(Settings):
     drain_seconds: int = setting(60, "seconds that answers may still take after SIGTERM", low=0, high=86400)
     people: str = setting(
         "",
-        "where people are kept, a URL of SQLAlchemy; where empty, that in $PJRLHF_PEOPLE, else people.sqlite in --run",
+        "where people are kept, a URL of SQLAlchemy; if empty, that in $PJRLHF_PEOPLE, else people.sqlite in --run",
     )
     comparisons: int = setting(256, "kept of a person; the oldest make room for new ones", low=1, high=100_000)
     log_prompts: bool = setting(False, "write the texts of requests to the log")

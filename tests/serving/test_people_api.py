@@ -302,6 +302,7 @@ def test_a_database_that_is_gone_is_a_503(model, tmp_path):
 def test_a_server_says_where_people_are_kept(model, tmp_path, capsys, monkeypatch):
     """In memory where nothing else is said, which one line tells at the start."""
     monkeypatch.setattr(running._Process, "run", lambda self, sockets: [one.close() for one in sockets])
+    monkeypatch.setattr(running.signal, "signal", lambda *_: None)
     path = tmp_path / "people.sqlite"
     for kept, settings, variable in (
         ("memory", {}, ""),

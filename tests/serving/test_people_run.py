@@ -151,7 +151,12 @@ def test_the_commands(run, tmp_path, capsys):
         )
         assert json.loads(users(capsys, "import", str(export), *where, "--name", "twin"))["id"] == "twin"
         assert ask(place, "/twin/export")["row"] == ask(place, "/new/export")["row"]
+        asked = ["generate", "--run", str(run), "--entry", "individualized", "--max-tokens", "6", "what is rain ?"]
+        cli.main([*asked, "--user", "new"])
+        assert "unknown" not in capsys.readouterr().err
         users(capsys, "remove", "new", *where)
+        cli.main([*asked, "--user", "new"])
+        assert "new is unknown: the generic user answers" in capsys.readouterr().err
         assert "new" not in [one["id"] for one in ask(place, "")["data"]]
         trained = ask(place, "")["data"][0]["id"]
         assert users(capsys, "remove", trained, *where).count("rewritten") == 4
