@@ -295,7 +295,7 @@ def newcomer(options: argparse.Namespace, model: Any, count: int) -> dict[str, A
 def main():
     parser = harness.arguments(__doc__, rounds=5, models=("tiny", "26m"))
     parser.add_argument("--path", type=pathlib.Path, help="a model in Hugging Face layout in place of --model")
-    parser.add_argument("--rows", type=int, nargs="+", default=[1, 8, 32])
+    parser.add_argument("--rows", type=int, nargs="*", default=[1, 8, 32])
     parser.add_argument("--adapters", type=int, nargs="+", default=[2, 6, 16], help="K")
     parser.add_argument("--prompt", type=int, default=32, help="tokens")
     parser.add_argument("--new", type=int, default=32, help="tokens of an answer")

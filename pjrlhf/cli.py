@@ -6,6 +6,7 @@ import json
 import os
 import pathlib
 import re
+import signal
 import sys
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
@@ -160,6 +161,8 @@ def _serve(arguments: Sequence[str]) -> None:
         values = {cls: {name: getattr(given, name) for name in fields_of(cls)} for cls in classes}
         server = parse(ServerSettings, values[ServerSettings], "serve")
         engine = parse(EngineSettings, values[EngineSettings], "serve")
+        # Nothing is to be finished yet, and process 1 of a container would ignore the signal.
+        signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
         with _needs("serve"):
             from pjrlhf.serving.running import serve
         serve(_source(parser, given, given.mesh), server, engine)

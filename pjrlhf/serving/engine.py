@@ -130,6 +130,21 @@ class Engine:
             self.step()
         return [Finished.of(pieces[ticket], ticket.request.n) for ticket in tickets]
 
+    def warm_up(self) -> None:
+        """Compiles what requests may need: otherwise all answers would wait for the first prompt of another length."""
+        mix = np.zeros(self.served.adapters, np.float32) if self.served.adapters else None
+        requests = []
+        for length in (*self.prefill.sizes, *[self.prefill.chunk + 1] * 2):
+            tokens = [0] * max(1, min(length, self.context - 1))  # one less is padded to the same length
+            limit, whole = min(1, self.context - len(tokens)), length > self.prefill.chunk
+            # A prompt of several chunks goes through the prefix cache, unless its tokens are scored.
+            requests.append(
+                Request(tokens=tokens, max_new_tokens=limit, mix=mix, temperature=1.0, prompt_logps=not whole)
+            )
+        for request in requests:
+            self.answer([request])
+        self.prefill.prefixes.clear()
+
     # ---- state for health and metrics
 
     @property

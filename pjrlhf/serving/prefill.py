@@ -58,6 +58,14 @@ class Prefill:
         self.prompts: list[Prompt | None] = [None] * served.shards
         self.prefixes = PrefixCache(round(settings.prefix_mb * 1e6), self.chunk)
 
+    @property
+    def sizes(self) -> list[int]:
+        """Lengths that a chunk may have."""
+        found = [min(self.chunk, SMALLEST_CHUNK)]
+        while found[-1] < self.chunk:
+            found.append(min(self.chunk, 2 * found[-1]))
+        return found
+
     def take(self, ticket: Ticket, row: int) -> None:
         """Puts the prompt of a request into a row, with what the prefix cache has of it."""
         request, served = ticket.request, self._served

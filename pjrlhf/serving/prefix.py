@@ -58,6 +58,11 @@ class PrefixCache:
     def __contains__(self, key: bytes) -> bool:
         return key in self._chunks
 
+    def clear(self) -> None:
+        """Forgets all chunks and counts."""
+        self._chunks.clear()
+        self.bytes = self.hits = self.misses = 0
+
     def keep(self, key: bytes, chunk: Cache) -> None:
         """Adds a chunk; older ones make room. A chunk that is larger than the whole cache is not kept."""
         size = bytes_per_device(chunk)

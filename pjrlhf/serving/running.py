@@ -13,7 +13,6 @@ import uvicorn
 from absl import logging
 
 from pjrlhf.errors import UserError
-from pjrlhf.serving import engine as engines
 from pjrlhf.serving.catalogue import Catalogue
 from pjrlhf.serving.engine import Engine
 from pjrlhf.serving.http import Server
@@ -35,9 +34,7 @@ def serve(catalogue: Catalogue, settings: ServerSettings, sizes: EngineSettings)
     engine = Engine(catalogue.model.backbone, catalogue.model.tokenizer, catalogue.bank, catalogue.user_tokens, sizes)
     key = os.environ.get(KEY_VARIABLE, "")
     listener = _listen(settings)
-    voice = catalogue.voice()
-    one = engines.Request(tokens=[0], max_new_tokens=1, mix=voice.mix, user_tokens=voice.user_tokens, temperature=1.0)
-    engine.answer([one])  # compiles before anybody waits
+    engine.warm_up()
     engine.start()
     server = Server(catalogue, engine, settings, key)
     config = uvicorn.Config(

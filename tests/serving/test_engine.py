@@ -17,6 +17,7 @@ from pjrlhf.models import attention
 from pjrlhf.models.adapters import Backbone
 from pjrlhf.parallel.mesh import batch_sharding, make_mesh, shard_params
 from pjrlhf.rollout.sampler import truncate, truncate_rows
+from pjrlhf.serving import programs
 from pjrlhf.serving.engine import Engine
 from pjrlhf.serving.prefix import PrefixCache
 from pjrlhf.serving.text import AnswerText
@@ -65,6 +66,22 @@ def test_an_answer_does_not_depend_on_who_shares_the_batch(model, personal):
     assert len({answer.text for one in alone for answer in one}) > len(alone) / 2
     assert {answer.finish for one in alone for answer in one} == {"stop", "length"}
     assert not personal.busy and personal.running == personal.waiting == 0
+
+
+def test_a_warm_engine_compiles_nothing(model):
+    """Prompts of any length, draws of any kind, scores, hits of the prefix cache."""
+    engine = tiny_serving.engine(model, E, context=37, chunk=32)  # programs of its own
+    engine.warm_up()
+    assert engine.prefill.sizes == [16, 32] and not engine.busy and not engine.prefill.prefixes.bytes
+
+    def compiled():
+        names = "prefill", "score", "insert", "decode", "read_chunk", "write_chunk"
+        return {name: getattr(programs, name)._cache_size() for name in names}
+
+    before = compiled()
+    requests = tiny_serving.requests(model, 10, seed=12, user_tokens=E)
+    engine.answer([*requests, *(dataclasses.replace(one, tokens=[1] * 34, max_new_tokens=1) for one in requests)])
+    assert compiled() == before and engine.prefill.prefixes.hits
 
 
 def test_a_cache_that_is_read_in_blocks_changes_no_answer(model, monkeypatch):
