@@ -162,7 +162,7 @@ def test_the_server():
     assert str(port["containerPort"]) == entry[entry.index("--port") + 1]
     flags = dict(argument.removeprefix("--").split("=") for argument in container["args"])
     known = {name.replace("_", "-") for cls in (ServerSettings, EngineSettings) for name in fields_of(cls)}
-    assert set(flags) <= known | {"run", "people"}
+    assert set(flags) <= known | {"run"}
     sleep = int(container["lifecycle"]["preStop"]["exec"]["command"][-1])
     assert spec["terminationGracePeriodSeconds"] > sleep + int(flags["drain-seconds"])
     environment = {one["name"]: one["valueFrom"]["secretKeyRef"] for one in container["env"]}
