@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from pjrlhf.errors import UserError
 from pjrlhf.serving import programs
 from pjrlhf.serving.prefix import PrefixCache
 from pjrlhf.serving.served import ServedModel
@@ -49,6 +50,9 @@ class Prefill:
       cache: keys and values of the prompts in the rows.
       prompts: by row.
       prefixes: chunks of earlier prompts.
+
+    Raises:
+      UserError: the prefix cache is smaller than a chunk.
     """
 
     def __init__(self, served: ServedModel, settings: EngineSettings, results: collections.deque[Callable[[], None]]):
@@ -57,6 +61,12 @@ class Prefill:
         self.cache = programs.make_cache(served.model, served.shards, served.context)
         self.prompts: list[Prompt | None] = [None] * served.shards
         self.prefixes = PrefixCache(round(settings.prefix_mb * 1e6), self.chunk)
+        whole = sum(leaf.nbytes for leaf in jax.tree.leaves(self.cache)) / (served.shards * served.context) * self.chunk
+        if 0 < self.prefixes.limit < whole:
+            raise UserError(
+                f"prefix_mb: {settings.prefix_mb:g} MB hold no chunk of {self.chunk} tokens, which takes "
+                f"{whole / 1e6:.3g} MB; raise it, lower chunk, or give 0, which turns the prefix cache off"
+            )
 
     @property
     def sizes(self) -> list[int]:

@@ -287,6 +287,10 @@ def test_bad_requests_are_refused_by_name(model, engine, personal):
         Engine(model.backbone, model.tokenizer, jax.tree.map(lambda x: x[None], model.backbone.base))
     with pytest.raises(UserError, match=r"^context"):
         tiny_serving.engine(model, context=41)
+    with pytest.raises(UserError, match=r"^prefix_mb: 0.0002 MB hold no chunk of 4 tokens, which takes 0.000256 MB"):
+        tiny_serving.engine(model, prefix_mb=0.0002)
+    for way_out in ({"prefix_mb": 0.000256}, {"chunk": 3}, {"prefix_mb": 0.0}):
+        tiny_serving.engine(model, **{"prefix_mb": 0.0002, **way_out})
 
 
 def test_the_queue_is_bounded_and_a_closed_engine_answers_what_it_has(model):
