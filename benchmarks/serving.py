@@ -36,7 +36,7 @@ from typing import Any
 import harness
 import numpy as np
 
-LIMITS = 60, 0.7  # median and sigma of the limits of answers, log-normal
+SIGMA = 0.7  # of the limits of answers, log-normal
 OURS = "a soup per row"
 
 
@@ -214,7 +214,7 @@ def compare_mixed(options: argparse.Namespace, model: Any, count: int) -> dict:
 
     rng = np.random.default_rng(0)
     lengths = np.clip(rng.lognormal(np.log(options.prompt / 2), 0.6, options.requests), 2, options.prompt).astype(int)
-    drawn = rng.lognormal(np.log(LIMITS[0]), LIMITS[1], options.requests)
+    drawn = rng.lognormal(np.log(options.median), SIGMA, options.requests)
     limits = np.clip(drawn, 4, options.longest).astype(int).tolist()
     vocabulary = model.backbone.model.config.vocab_size
     prompts = [[harness.BOS, *harness.words(rng, n, vocabulary)] for n in lengths]
@@ -300,8 +300,9 @@ def main():
     parser.add_argument("--prompt", type=int, default=32, help="tokens")
     parser.add_argument("--new", type=int, default=32, help="tokens of an answer")
     parser.add_argument("--requests", type=int, default=96, help="of mixed length; 0 leaves this table out")
-    parser.add_argument("--slots", type=int, default=32, help="for requests of mixed length")
-    parser.add_argument("--longest", type=int, default=256, help="tokens of an answer to a request of mixed length")
+    parser.add_argument("--slots", type=int, default=16, help="for requests of mixed length")
+    parser.add_argument("--median", type=int, default=60, help="tokens of an answer to a request of mixed length")
+    parser.add_argument("--longest", type=int, default=256, help="the same at most")
     parser.add_argument("--name", default="serving", help="of the file of results")
     options = harness.parse(parser)
     if options.quick:
