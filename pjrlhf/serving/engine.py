@@ -10,7 +10,6 @@ the keys and values of whole chunks from the prefix cache, which hold the same n
 """
 
 import collections
-import dataclasses
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -26,28 +25,10 @@ from pjrlhf.serving import programs
 from pjrlhf.serving.prefill import Prefill
 from pjrlhf.serving.served import ServedModel
 from pjrlhf.serving.settings import EngineSettings
+from pjrlhf.serving.slots import Answer
 from pjrlhf.serving.text import AnswerText
 from pjrlhf.serving.tickets import Closing, Finished, Piece, QueueFull, Request, Ticket, Token
 from pjrlhf.types import Params
-
-
-@dataclasses.dataclass(eq=False)
-class _Answer:
-    """One of the n answers of a request, from its slot on.
-
-    Attributes:
-      text: of the tokens so far.
-      sent: steps that were dispatched for it.
-      count: tokens that were read.
-      finish: see `Piece`.
-    """
-
-    ticket: Ticket
-    index: int
-    text: AnswerText
-    sent: int = 0
-    count: int = 0
-    finish: str | None = None
 
 
 class Engine:
@@ -80,7 +61,7 @@ class Engine:
         self.prefill = Prefill(served, settings, self._results)
         count = settings.slots + -settings.slots % served.shards
         self._slots = programs.make_slots(served.model, count, served.context, served.wanted([None] * count))
-        self._answers: list[_Answer | None] = [None] * count
+        self._answers: list[Answer | None] = [None] * count
         self._stopped = np.zeros(count, bool)
         self._ends = jnp.asarray(tokenizer.eos_ids, jnp.int32)
         self._queue: collections.deque[Ticket] = collections.deque()
@@ -291,7 +272,7 @@ class Engine:
                     self.served.wanted([request], prompt.started),
                 )
                 text = AnswerText(self.tokenizer, request.tokens if request.plain else None, request.stop)
-                self._answers[slot] = _Answer(prompt.ticket, prompt.started, text)
+                self._answers[slot] = Answer(prompt.ticket, prompt.started, text)
                 self._stopped[slot] = False
                 prompt.started += 1
             if prompt.started == request.n:
@@ -328,40 +309,21 @@ class Engine:
             leaf.copy_to_host_async()
         self._results.append(lambda: self._hand_on(drawn, answers))
 
-    def _hand_on(self, drawn: programs.Drawn, answers: Sequence[_Answer | None]) -> None:
+    def _hand_on(self, drawn: programs.Drawn, answers: Sequence[Answer | None]) -> None:
         """Hands the tokens of a dispatch on to the listeners of its answers."""
         drawn = jax.device_get(drawn)
         now = time.monotonic()
         for slot, answer in enumerate(answers):
             if answer is None or answer.finish is not None:
                 continue
-            steps = np.flatnonzero(drawn.emitted[:, slot]).tolist()
-            tokens = [_token(drawn, i, slot, answer.ticket.request.alternatives) for i in steps]
-            tokens, finish = self._add(answer, tokens)
+            tokens, finish = answer.add(drawn, slot, self.tokenizer.eos_ids)
             answer.ticket.first = answer.ticket.first or now
             if finish:
                 self._finish(slot, answer, finish, tokens)
             elif tokens:
                 answer.ticket.listener(answer.ticket, Piece(answer.index, answer.text.take(), tuple(tokens), None))
 
-    def _add(self, answer: _Answer, tokens: list[Token]) -> tuple[list[Token], str | None]:
-        """Adds tokens to an answer; returns those that are part of it, and why it ends with them."""
-        request, finish, ids = answer.ticket.request, None, [token.id for token in tokens]
-        ends = [i for i, token in enumerate(ids) if token in self.tokenizer.eos_ids]
-        if ends:
-            tokens, ids, finish = tokens[: ends[0] + 1], ids[: ends[0]], "stop"
-        if not request.stop:
-            answer.text.add(ids)
-        else:  # the token that completes a stop string is the last
-            for i, token in enumerate(ids):
-                answer.text.add([token])
-                if answer.text.stopped:
-                    tokens, finish = tokens[: i + 1], "stop"
-                    break
-        answer.count += len(tokens)
-        return tokens, finish or ("length" if answer.count == request.max_new_tokens else None)
-
-    def _finish(self, slot: int, answer: _Answer, reason: str, tokens: Sequence[Token]) -> None:
+    def _finish(self, slot: int, answer: Answer, reason: str, tokens: Sequence[Token]) -> None:
         """Ends an answer and frees its slot. The devices may not know that it is over."""
         answer.finish = reason
         if self._answers[slot] is answer:
@@ -373,11 +335,3 @@ class Engine:
             ticket.listener(ticket, Piece(answer.index, answer.text.take(end=True), tuple(tokens), reason))
         if not ticket.open:
             self._end(ticket)
-
-
-def _token(drawn: programs.Drawn, step: int, slot: int, alternatives: int) -> Token:
-    top = ()
-    if alternatives:
-        ids, logps = (x[step, slot, :alternatives].tolist() for x in (drawn.top_ids, drawn.top_logps))
-        top = tuple(zip(ids, logps, strict=True))
-    return Token(int(drawn.tokens[step, slot]), float(drawn.logps[step, slot]), top)

@@ -512,9 +512,10 @@ def test_many_clients_at_once_get_their_own_answers(model, soups):
 # ---- the command
 
 
-def start(*arguments):
+def start(*arguments, devices=1):
     """The process of `pjrlhf serve`, and the address it tells."""
     env = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "PYTHONUNBUFFERED": "1"}
+    env["JAX_NUM_CPU_DEVICES"] = str(devices)
     command = [
         sys.executable,
         "-c",
@@ -560,3 +561,18 @@ def test_sigterm_drains(tmp_path):
             send(place, None, "/health", "GET")
     finally:
         process.kill()
+
+
+@pytest.mark.slow
+def test_the_command_serves_from_several_devices(tmp_path):
+    folder, found = tiny_users.save_base(tmp_path), []
+    for devices, mesh in ((1, ""), (8, "data=2,fsdp=2,tensor=2")):
+        process, place = start("--model", folder, "--mesh", mesh, "--slots", "3", devices=devices)
+        try:
+            bodies = [{"model": "base", "prompt": "please rain " * i, "max_tokens": 12, "seed": i} for i in range(1, 5)]
+            found.append([send(place, body, "/v1/completions")[1]["choices"] for body in bodies])
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(60) == 0
+        finally:
+            process.kill()
+    assert found[0] == found[1]
