@@ -295,8 +295,10 @@ def newcomer(options: argparse.Namespace, model: Any, count: int) -> dict[str, A
 def main():
     parser = harness.arguments(__doc__, rounds=5, models=("tiny", "26m"))
     parser.add_argument("--path", type=pathlib.Path, help="a model in Hugging Face layout in place of --model")
-    parser.add_argument("--rows", type=int, nargs="*", default=[1, 8, 32])
-    parser.add_argument("--adapters", type=int, nargs="+", default=[2, 6, 16], help="K")
+    parser.add_argument("--rows", type=int, nargs="*", default=[1, 8, 32], help="1 also brings the person never seen")
+    parser.add_argument(
+        "--adapters", type=int, nargs="+", default=[2, 6, 16], help="K; the first also in the other tables"
+    )
     parser.add_argument("--prompt", type=int, default=32, help="tokens")
     parser.add_argument("--new", type=int, default=32, help="tokens of an answer")
     parser.add_argument("--requests", type=int, default=96, help="of mixed length; 0 leaves this table out")
@@ -333,7 +335,8 @@ def main():
                 f"{name}, K = {options.adapters[0]}, {options.requests} requests of mixed length, {options.slots} slots"
             )
             tables[title] = table(title, compare_mixed(options, model, options.adapters[0]))
-        tables[f"{name}, a person never seen"] = newcomer(options, model, options.adapters[0])
+        if 1 in options.rows:
+            tables[f"{name}, a person never seen"] = newcomer(options, model, options.adapters[0])
         harness.write(options, options.name, {"models": about}, tables)
 
 
