@@ -11,8 +11,8 @@ Rows that start together, prompts and answers of equal length, greedy, as many s
 * PEFT: `generate(adapter_names=...)` of transformers, one of K adapters per row, which is as near to a soup per row as
   it comes (left out where torch or peft is missing).
 
-Requests of mixed length, all waiting from the start, in fewer slots than there are requests: a soup per row, the base,
-and static batches of the same soups by `LanguageModel.generate`, in the order of arrival, each up to the longest limit
+Requests of mixed length, all waiting from the start, in fewer slots than there are requests: a soup per row, one
+adapter, the base, and static batches of the same soups by `LanguageModel.generate`, in the order of arrival, each up to the longest limit
 in it (rounded up to a power of two, for few programs). Tokens are those of the answers; what a static batch draws
 beyond the limit of a row does not count.
 
@@ -219,6 +219,7 @@ def compare_mixed(options: argparse.Namespace, model: Any, count: int) -> dict:
     vocabulary = model.backbone.model.config.vocab_size
     prompts = [[harness.BOS, *harness.words(rng, n, vocabulary)] for n in lengths]
     mix = rng.dirichlet(np.ones(count), options.requests).astype(np.float32)
+    one = np.eye(count, dtype=np.float32)[np.zeros(options.requests, int)]
     sizes = EngineSettings(
         slots=options.slots,
         chunk=min(64, options.prompt),
@@ -231,6 +232,7 @@ def compare_mixed(options: argparse.Namespace, model: Any, count: int) -> dict:
     plain = Engine(model.backbone, model.tokenizer, None, settings=sizes)
     sides = {
         OURS: lambda: of_engine(soups, prompts, limits, mix),
+        "one adapter": lambda: of_engine(soups, prompts, limits, one),
         "base": lambda: of_engine(plain, prompts, limits, [None] * len(limits)),
         "static batches": lambda: of_batches(model, bank, options.slots, prompts, limits, mix),
     }
