@@ -12,9 +12,9 @@ Rows that start together, prompts and answers of equal length, greedy, as many s
   it comes (left out where torch or peft is missing).
 
 Requests of mixed length, all waiting from the start, in fewer slots than there are requests: a soup per row, one
-adapter, the base, and static batches of the same soups by `LanguageModel.generate`, in the order of arrival, each up to the longest limit
-in it (rounded up to a power of two, for few programs). Tokens are those of the answers; what a static batch draws
-beyond the limit of a row does not count.
+adapter, the base, and static batches of the same soups by `LanguageModel.generate`, in the order of arrival, each up to
+the longest limit in it (rounded up to a power of two, for few programs). Tokens are those of the answers; what a static
+batch draws beyond the limit of a row does not count.
 
 A person never seen: the time from a request to its first token, alone in a running engine, for a soup never used before
 and for one used before (with another prompt), and for merging that soup in memory and answering with the merged model.
