@@ -69,7 +69,7 @@ def test_an_answer_does_not_depend_on_who_shares_the_batch(model, personal):
 
 def test_a_warm_engine_compiles_nothing(model):
     """Prompts of any length, draws of any kind, scores, hits of the prefix cache."""
-    engine = tiny_serving.engine(model, E, context=37, chunk=32)  # programs of its own
+    engine = tiny_serving.engine(model, E, context=37, chunk=32, prefix_mb=1.0)  # programs of its own
     engine.warm_up()
     assert engine.prefill.sizes == [16, 32] and not engine.busy and not engine.prefill.prefixes.bytes
 
@@ -80,9 +80,10 @@ def test_a_warm_engine_compiles_nothing(model):
             compiled.append(event)
 
     requests = tiny_serving.requests(model, 10, seed=12, user_tokens=E)
+    long = [dataclasses.replace(one, tokens=[1] * 34, max_new_tokens=1) for one in requests]
     jax.monitoring.register_event_duration_secs_listener(listen)
     try:
-        engine.answer([*requests, *(dataclasses.replace(one, tokens=[1] * 34, max_new_tokens=1) for one in requests)])
+        engine.answer([*requests, *long, *long])
     finally:
         jax.monitoring.unregister_event_duration_listener(listen)
     assert not compiled and engine.prefill.prefixes.hits
