@@ -36,7 +36,7 @@ def weights_of(model_type):
     return {name: draw(name, shape) for name, shape in golden_families()[model_type]["shapes"].items()}
 
 
-def save_family(folder, model_type, spread=0.3):
+def save_family(folder, model_type, spread=0.3, **changes):
     """A model of a family with the tokenizer of the synthetic environment, as a Hugging Face folder; weights are those
     of `draw` times `spread`, norms excepted.
     """
@@ -45,7 +45,7 @@ def save_family(folder, model_type, spread=0.3):
     from pjrlhf.models.huggingface import copy_tokenizer
 
     entry, size = golden_families()[model_type], len(synthetic.vocabulary())
-    config = entry["config"] | {"vocab_size": size, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+    config = entry["config"] | {"vocab_size": size, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0} | changes
     tensors = []
     for name, shape in entry["shapes"].items():
         words = any(part in name for part in ("embed_tokens", "wte", "embed_in", "embed_out", "lm_head"))
