@@ -237,7 +237,10 @@ def _export(arguments: Sequence[str]) -> None:
     parser.add_argument("--mix", metavar="NAME=WEIGHT,...", help="weights of the ingredients")
     parser.add_argument("--user", metavar="NAME", help="a person of a user model")
     parser.add_argument(
-        "--people", default="", metavar="URL", help="the store of people; people.sqlite in RUN by default"
+        "--people",
+        default="",
+        metavar="URL",
+        help="the store of people; if empty, that in $PJRLHF_PEOPLE, else people.sqlite in RUN",
     )
     parser.add_argument("--rank", type=int, metavar="R", help="of peft: the nearest adapter of this rank, by SVD")
     parser.add_argument("--save-dtype", choices=("float32", "bfloat16", "float16"), help="of full models")
@@ -288,7 +291,8 @@ def _with_members(catalogue: "Catalogue", url: str) -> tuple["Catalogue", tuple[
     if not isinstance(catalogue.people, People):
         return catalogue, ()
     trained = [name for name in catalogue.people.registry.names if name is not None]
-    if not url and (catalogue.run is None or not (catalogue.run / "people.sqlite").is_file()):
+    kept = catalogue.run is not None and (catalogue.run / "people.sqlite").is_file()
+    if not (url or kept or os.environ.get("PJRLHF_PEOPLE")):  # the extra is not needed then
         return catalogue, tuple(trained)
     with _needs("serve"):
         from pjrlhf.serving.people import Members, open_members
