@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import functools
 import json
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -48,9 +49,14 @@ class PeopleTokens:
         """Of person `number` of `names`, counted from 1; of the generic user for 0."""
         return [f"<|person-{self.mark}-{number}-{i}|>" for i in range(self.count)]
 
+    @functools.cached_property
+    def numbers(self) -> dict[str, int]:
+        """Name of a person -> their number; the generic user has 0."""
+        return {name: number for number, name in enumerate(self.names, 1)}
+
     def text(self, name: str | None) -> str:
         """What stands for a person in a plain prompt; for the generic user, where the name is None or unknown."""
-        return "".join(self.tokens(self.names.index(name) + 1 if name in self.names else 0))
+        return "".join(self.tokens(self.numbers.get(name or "", 0)))
 
     def extend(self, tokenizer: Tokenizer) -> Any:
         """The tokenizer of `transformers` with these tokens and, where it has one, a chat template that prints them.
@@ -93,13 +99,12 @@ class PeopleTokens:
     def _template(self, old: str, start: str) -> str:
         # A template loses a newline at its end, and an environment that trims blocks loses one after a tag.
         old = old[:-1] if old.endswith("\n") else old
-        people = {name: number for number, name in enumerate(self.names, 1)}
         number = "pjrlhf_people.get(user | string, 0) if user is defined and user is not none else 0"
         token = f"<|person-{self.mark}-{{{{ pjrlhf_person }}}}-{{{{ i }}}}|>"
         before = json.dumps(start, ensure_ascii=False)
         return (
             f"{{% set pjrlhf_text %}}\n{old}{{{{ '' }}}}{{% endset %}}"
-            f"{{% set pjrlhf_people = {json.dumps(people, ensure_ascii=False)} %}}"
+            f"{{% set pjrlhf_people = {json.dumps(self.numbers, ensure_ascii=False)} %}}"
             f"{{% set pjrlhf_person = {number} %}}"
             f"{{% set pjrlhf_tokens %}}{{% for i in range({self.count}) %}}{token}{{% endfor %}}{{% endset %}}"
             f"{{% if not pjrlhf_text.startswith({before}) %}}"
@@ -129,6 +134,6 @@ class PeopleTokens:
 
     def inserted(self, ids: Sequence[int], name: str | None, tokenizer: Tokenizer, backend: Any) -> list[int]:
         """Ids of a prompt with those of a person where training has them."""
-        number = self.names.index(name) + 1 if name in self.names else 0
+        number = self.numbers.get(name or "", 0)
         place = min(int(bool(tokenizer.add_bos)), len(ids))
         return [*ids[:place], *backend.convert_tokens_to_ids(self.tokens(number)), *ids[place:]]

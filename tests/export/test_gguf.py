@@ -1,6 +1,7 @@
 """Adapters for llama.cpp, read back by its package; skipped where `gguf` is not installed."""
 
 import json
+import sys
 
 import jax
 import numpy as np
@@ -95,6 +96,16 @@ def test_a_family_that_llama_cpp_does_not_have_is_refused(tmp_path, capsys):
         cli.main(["export", *source, "--for", "gguf", "--output", str(tmp_path / "out")])
     assert stopped.value.code == 2 and not (tmp_path / "out").exists()
     assert "llama.cpp has no models of type gptj; use --for peft or --for merged" in capsys.readouterr().err
+    for kind in ("peft", "merged"):
+        cli.main(["export", *source, "--mix=P1A=1", "--for", kind, "--output", str(tmp_path / kind)])
+
+
+def test_the_package_is_named_where_it_is_missing(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    source, *_ = write_models(tmp_path, "llama")
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["export", *source, "--for", "gguf", "--output", str(tmp_path / "out")])
+    assert stopped.value.code == 2 and "gguf: is not installed; pip install" in capsys.readouterr().err
 
 
 def test_every_other_family_has_an_architecture():
