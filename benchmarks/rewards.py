@@ -13,7 +13,8 @@ With --clock cpu a round lasts as long as its process computes, which other work
 sides need the wall clock.
 
 `scoring` is what the function takes in a step, and `model` the reward model alone, in the same shape. The host path
-costs what free takes beyond adapter without its model, as a share of a step with scoring.
+costs what free takes beyond adapter without its model, as a share of a step with scoring: the median over rounds, of
+which each compares its own steps.
 """
 
 import json
@@ -121,6 +122,18 @@ def classifier(model, folder, width):
     return str(folder)
 
 
+def host_path_percent(c):
+    """Of every round: what the step of free takes beyond that of adapter without its model, in percent of the latter's
+    step with it.
+    """
+
+    def each(side, name):
+        return [report[name] for report in c.sides[side].reports if report["counts"]]
+
+    rounds = zip(each("free", "seconds"), each("adapter", "seconds"), each("function", "model"), strict=True)
+    return harness.spread([100 * (free - adapter + model) / adapter for free, adapter, model in rounds])
+
+
 def compare(options, size):
     length, new, prompts = (12, 8, 2) if options.quick else (options.prompt, options.new, options.prompts)
     rows = prompts * options.samples
@@ -155,12 +168,12 @@ def compare(options, size):
                 c.start(name, c.ours("ours", **job, **more))
         c.run(options.rounds, 2)
         found = c.found("adapter")
+        host_path = host_path_percent(c) if {"adapter", "function", "free"} <= {*c.sides} else {}
     about = {"parameters": shape["parameters"], "rows": rows, "prompt": length, "new": new}
-    if "free" in found and "function" in found:
-        step = found["adapter"]["seconds"]["median"]
-        extra = found["free"]["seconds"]["median"] - (step - found["function"]["model"])
-        about["host_path_percent"] = 100 * extra / step
-        print(f"the host path costs {about['host_path_percent']:.1f} % of a step beside the scoring")
+    if host_path:
+        about["host_path_percent"] = host_path
+        low, middle, high = (host_path[name] for name in ("q1", "median", "q3"))
+        print(f"the host path costs {middle:.1f} % [{low:.1f}, {high:.1f}] of a step beside the scoring")
     return found, about
 
 
