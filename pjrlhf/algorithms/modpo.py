@@ -6,6 +6,7 @@ enter as margins. With one-hot weights it is DPO (arXiv 2305.18290) on that obje
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -31,11 +32,13 @@ from pjrlhf.objectives.preference import accuracy, implicit_rewards
 from pjrlhf.rollout import experience, scoring
 from pjrlhf.rollout.reference import SIDES, unique_answers
 from pjrlhf.runtime.devices import Devices
+from pjrlhf.runtime.heldout_answers import HeldoutAnswers, heldout_requests, once, rows_of
 from pjrlhf.runtime.run import Run, Trainer
 from pjrlhf.runtime.streams import Streams
 from pjrlhf.runtime.text import Text
 from pjrlhf.settings import Settings, setting
 from pjrlhf.training.accumulation import check_accumulation, gradient_of, parts_of
+from pjrlhf.training.completions import Row
 from pjrlhf.training.loop import Method
 from pjrlhf.training.metrics import Metrics
 from pjrlhf.training.optimizer import OptimizerSettings, check_warmup, make_optimizer, per_ingredient, steps_of
@@ -253,8 +256,9 @@ class Modpo(Method):
         backbone: Backbone,
         text: Text,
         streams: Streams,
+        answers: Callable[[], HeldoutAnswers] | None = None,
     ):
-        source = reward.Grouped(data.tables, streams.seed)
+        source, self.answers = reward.Grouped(data.tables, streams.seed), once(answers)
         s = settings
         steps = steps_of(s.steps, s.epochs, len(source), s.batch_size, "modpo", s.optimizer)
         self.settings = settings = settings.replace(steps=steps)
@@ -297,6 +301,9 @@ class Modpo(Method):
         # The rest of a batch is small: every device has all of it.
         parts = (part.replace(rows=self.devices.place(part.rows)) for part in parts_of(batch))
         return self._update(state, self.backbone, *parts)
+
+    def rows(self, state: State) -> Sequence[Row]:
+        return rows_of(self.answers, state.trainable)
 
 
 # ---- the stage
@@ -344,6 +351,16 @@ def data_of(
     return ModpoData(tuple(targets.policies), labels, weights, table, reference(table), rewards)
 
 
+def heldout_answers(run: Run, policies: Sequence[str]) -> HeldoutAnswers:
+    """What the policies in training answer to held-out requests."""
+    prompts = [run.records.ask(request) for request in heldout_requests(run)]
+    about = [{"policy": name} for name in policies for _ in prompts]
+    mix = np.repeat(np.eye(len(policies), dtype=np.float32), len(prompts), axis=0)
+    # A bank of full parameters is merged for a chunk.
+    groups = None if run.workspace.adapter.rank else [k for k in range(len(policies)) for _ in prompts]
+    return HeldoutAnswers(run, "modpo", prompts * len(policies), about, data=mix, groups=groups)
+
+
 def method_of(run: Run, settings: ModpoSettings) -> Modpo:
     """The method for the policies of a run."""
     data = data_of(
@@ -352,7 +369,8 @@ def method_of(run: Run, settings: ModpoSettings) -> Modpo:
         raw=lambda table: table_rewards(run, reward.load(run), table),
         reference=lambda table: run.reference(table, run.text.sample_rows),
     )
-    return Modpo(settings, data, run.devices, run.workspace.backbone, run.text, run.streams)
+    answers = functools.partial(heldout_answers, run, data.policies)
+    return Modpo(settings, data, run.devices, run.workspace.backbone, run.text, run.streams, answers)
 
 
 def train(run: Run, settings: ModpoSettings, stage: str) -> dict[str, Any]:

@@ -4,7 +4,7 @@ arXiv 2402.05133).
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, cast
 
 import jax
@@ -13,7 +13,7 @@ import numpy as np
 import optax
 from jaxtyping import Int
 
-from pjrlhf.algorithms.pdpo_entries import save, soup_bank, user_model
+from pjrlhf.algorithms.pdpo_entries import policies_of, save, soup_bank, user_model
 from pjrlhf.algorithms.pdpo_objective import PairMargins, preference_loss
 from pjrlhf.algorithms.pdpo_settings import Entry, PreferenceSettings
 from pjrlhf.data.batching import batches
@@ -22,24 +22,23 @@ from pjrlhf.data.messages import text_of
 from pjrlhf.data.token_table import TokenRow
 from pjrlhf.feedback.pairs import Pairs, read_pairs
 from pjrlhf.models.adapters import Backbone, init_bank
-from pjrlhf.models.users import KINDS, fit_clusters, gather_rows
+from pjrlhf.models.users import KINDS, UserModel, fit_clusters, gather_rows
 from pjrlhf.objectives import preference as losses
 from pjrlhf.rollout import scoring
 from pjrlhf.rollout.preference import PreferenceConfig
 from pjrlhf.runtime.devices import Devices
+from pjrlhf.runtime.heldout_answers import HeldoutAnswers, once, rows_of
 from pjrlhf.runtime.run import Run, Stage
 from pjrlhf.runtime.scorer import Scorer
 from pjrlhf.runtime.streams import Streams
 from pjrlhf.training.accumulation import gradient_of, in_parts, parts_of
-from pjrlhf.training.completions import Row
+from pjrlhf.training.completions import Row, spread
 from pjrlhf.training.lazy_adam import LazyAdam, lazy_adam
 from pjrlhf.training.loop import Method
 from pjrlhf.training.metrics import Metrics
 from pjrlhf.training.optimizer import make_optimizer, make_schedule, passes, per_ingredient, steps_of
 from pjrlhf.training.state import State
-from pjrlhf.types import Array, Params, PRNGKey, Tree
-
-PAIRS_SHOWN = 64  # held-out pairs in a table
+from pjrlhf.types import Array, Params, PRNGKey
 
 
 class Optimizers(NamedTuple):
@@ -114,6 +113,8 @@ class Preference(Method):
     Args:
       start: parameters to go on from, {"bank", "users"}. A user model that mixes adapters only needs their "bank",
         which is not trained.
+      shown: held-out pairs of a table.
+      answers: (user model, numbers of held-out pairs) -> what policies answer in a table.
     """
 
     show = ("loss", "rewards/accuracies")
@@ -126,7 +127,10 @@ class Preference(Method):
         backbone: Backbone,
         streams: Streams,
         start: Params | None = None,
+        shown: int = 16,
+        answers: Callable[[UserModel, Sequence[int]], HeldoutAnswers] | None = None,
     ):
+        self.shown = shown
         self.entry, self.pairs, self.devices, self.streams = entry, pairs, devices, streams
         self.backbone, self.objective = backbone, entry.objective
         self.rates = entry.optimizer.rates() | entry.user_optimizer.rates("user_optimizer")
@@ -152,6 +156,10 @@ class Preference(Method):
             key="preference.batch_size",
             rows="pairs",
         )
+        self.answers = None
+        if answers and self.objective.head == "policy":
+            numbers = spread(len(pairs.tables["heldout"]), shown)
+            self.answers = once(functools.partial(answers, self.users, numbers))
         self._margins = PairMargins(entry, self.users, pairs, backbone, Scorer(devices, entry.batch_size))
         self._update = devices.training_step(self._step)
         self.programs = (self._update,)
@@ -219,13 +227,13 @@ class Preference(Method):
         margins = self._margins(trainable, "heldout", self.pairs.users("heldout"))
         return {"accuracy": float((margins > 0).mean())}
 
-    def step_with_rows(self, state: State, batch: Tree) -> tuple[State, Metrics, Sequence[Row]]:
-        """The same update, and a table of held-out pairs with their margins after it."""
-        state, metrics = self.step(state, batch)
-        examples = self.pairs.tables["heldout"].examples[:PAIRS_SHOWN]
-        trainable, users = {**self.frozen, **state.trainable}, self.pairs.users("heldout")
-        margins = self._margins(trainable, "heldout", users, range(len(examples)))
-        rows = [
+    def rows(self, state: State) -> Sequence[Row]:
+        """Held-out pairs with their margins, and what a policy answers; both as people see them."""
+        table, users = self.pairs.tables["heldout"], self.pairs.users("heldout")
+        numbers = spread(len(table), self.shown)
+        trainable = {**self.frozen, **state.trainable}
+        margins = self._margins(trainable, "heldout", users, numbers)
+        found = [
             {
                 "user": example.user_id or "",
                 "prompt": text_of(example.prompt or ""),
@@ -233,9 +241,23 @@ class Preference(Method):
                 "rejected": text_of(example.rejected or ""),
                 "margin": margin,
             }
-            for example, margin in zip(examples, margins.tolist(), strict=True)
+            for example, margin in zip((table.examples[i] for i in numbers), margins.tolist(), strict=True)
         ]
-        return state, metrics, rows
+        answers = rows_of(self.answers, trainable) or [{}] * len(found)
+        return [{**row, **answer} for row, answer in zip(found, answers, strict=True)]
+
+
+def heldout_answers(run: Run, pairs: Pairs, users: UserModel, numbers: Sequence[int]) -> HeldoutAnswers:
+    """What policies in training answer the people of held-out pairs."""
+    examples = [pairs.tables["heldout"].examples[i] for i in numbers]
+    return HeldoutAnswers(
+        run,
+        "preference",
+        [example.prompt or "" for example in examples],
+        [{}] * len(examples),
+        policies=functools.partial(policies_of, users),
+        data=pairs.users("heldout")[list(numbers)],
+    )
 
 
 def run(run: Run) -> dict[str, Any]:
@@ -245,10 +267,12 @@ def run(run: Run) -> dict[str, Any]:
     settings = run.section(PreferenceSettings)
     made = functools.cache(functools.partial(read_pairs, run, settings))
     parts, counts = (run.devices, run.workspace.backbone, run.streams), {}
+    shown = run.settings.completion_prompts
     for name in settings.models:
         entry = settings.entry(name)
         texts = entry.users.user_text
         pairs = made(user_text=texts, permuted_text=texts and entry.users.permuted)
+        answers = functools.partial(heldout_answers, run, pairs)
         rows = len(pairs.tables["train"])
         steps = steps_of(settings.steps, settings.epochs, rows, settings.batch_size)
         if settings.epochs:
@@ -258,13 +282,13 @@ def run(run: Run) -> dict[str, Any]:
         if KINDS.get(entry.users.kind).mixes:
             start = {"bank": soup_bank(run)}
         elif first:
-            method = Preference(entry.part(first, "individualized"), pairs, *parts)
+            method = Preference(entry.part(first, "individualized"), pairs, *parts, shown=shown, answers=answers)
             start = run.train(method, f"preference/{name}/individualized", first).trainable
             people = sorted(pairs.registry.rows.values())
             vectors = method.users, start["users"], entry.users.clusters, run.streams.key("preference/clusters")
             start = {**start, "users": fit_clusters(*vectors, user_rows=people)}
         rest = entry.steps - first
-        method = Preference(entry.part(rest, entry.users.kind), pairs, *parts, start)
+        method = Preference(entry.part(rest, entry.users.kind), pairs, *parts, start, shown, answers)
         trainable = run.train(method, f"preference/{name}", rest).trainable
         save(run, entry, method.users, pairs.registry, {**method.frozen, **trainable})
         tables = {part: len(table) for part, table in pairs.tables.items()}

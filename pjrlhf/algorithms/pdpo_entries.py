@@ -4,11 +4,13 @@ import dataclasses
 import pathlib
 
 import jax
+import jax.numpy as jnp
+from jaxtyping import Int
 
 from pjrlhf.algorithms import banks
 from pjrlhf.algorithms.pdpo_settings import Entry, PreferenceSettings
 from pjrlhf.errors import UserError
-from pjrlhf.models.adapters import bank_size, is_low_rank
+from pjrlhf.models.adapters import Backbone, Policies, bank_size, is_low_rank
 from pjrlhf.models.hub import model_file
 from pjrlhf.models.provenance import check_provenance, check_shapes
 from pjrlhf.models.registry import UserRegistry
@@ -18,7 +20,7 @@ from pjrlhf.parallel.processes import on_process_zero, to_host
 from pjrlhf.rollout import scoring
 from pjrlhf.runtime.run import Run
 from pjrlhf.training.workdir import disk_errors
-from pjrlhf.types import Json, Params
+from pjrlhf.types import Array, Json, Params
 
 MODEL = "model.safetensors"
 
@@ -40,6 +42,17 @@ def user_model(entry: Entry, capacity: int, width: int, bank: Params | None = No
         return UserModel(num_users=capacity, width=width, adapters=adapters, **own)
     except ValueError as error:
         raise UserError(f"preference.models.{entry.name}: {error}") from error
+
+
+def policies_of(users: UserModel, backbone: Backbone, trainable: Params, rows: Int[Array, " B"]) -> Policies:
+    """The policies of people, one per row.
+
+    Args:
+      trainable: {"bank", "users"}.
+      rows: of the user table.
+    """
+    tokens, mix = users.apply(trainable["users"], rows)
+    return backbone.policies(trainable["bank"], jnp.ones((1, 1)) if mix is None else mix, tokens)
 
 
 def soup_bank(run: Run) -> Params:

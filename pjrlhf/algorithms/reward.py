@@ -17,6 +17,7 @@ from flax import struct
 from jaxtyping import Float
 
 from pjrlhf.data.batching import Batches, batches, soft_labels, split_by
+from pjrlhf.data.messages import text_of
 from pjrlhf.data.packing import PackedRows
 from pjrlhf.data.schema import Prompt, is_tie
 from pjrlhf.data.token_table import TokenRow, TokenTable
@@ -41,6 +42,7 @@ from pjrlhf.runtime.streams import Streams
 from pjrlhf.runtime.text import Text
 from pjrlhf.settings import Settings, setting
 from pjrlhf.training.accumulation import check_accumulation, gradient_of, in_parts, parts_of
+from pjrlhf.training.completions import Row, spread
 from pjrlhf.training.loop import Method
 from pjrlhf.training.metrics import Metrics
 from pjrlhf.training.optimizer import OptimizerSettings, check_warmup, make_optimizer, per_ingredient, steps_of
@@ -250,6 +252,7 @@ class Reward(Method):
 
     Args:
       tables: (training, held-out) pairs of every objective.
+      shown: held-out pairs of every objective in a table.
     """
 
     show = ("loss", "rewards/accuracies")
@@ -262,7 +265,9 @@ class Reward(Method):
         text: Text,
         streams: Streams,
         tables: tuple[Tables, Tables],
+        shown: int = 16,
     ):
+        self.shown = shown
         self.train, self.heldout = tables
         self.soft = any(table.has_soft_labels for table in self.train.values())
         source = Grouped(list(self.train.values()), streams.seed)
@@ -275,7 +280,7 @@ class Reward(Method):
         self.optimizer = per_ingredient(make_optimizer(settings.optimizer, settings.steps))
         self.batches = source.batches(settings, self.collate, "reward.batch_size")
         self._update = devices.training_step(self._step)
-        self._hits = jax.jit(self._are_hits)
+        self._rewards = jax.jit(self._side_by_side)
         self.programs = (self._update,)
 
     def collate(self, rows: Sequence[Sequence[TokenRow]]) -> RewardBatch:
@@ -312,9 +317,21 @@ class Reward(Method):
         """Held-out accuracy per objective."""
         return {f"accuracy/{name}": found["accuracy"] for name, found in self.heldout_accuracy(state.trainable).items()}
 
-    def _are_hits(self, backbone: Backbone, trainable: Params, rows: PackedRows) -> Float[Array, "n K"]:
-        """1 where a model rewards chosen more than rejected, else 0."""
-        return accuracy(*pair_rewards(backbone, trainable, rows)).T
+    def _side_by_side(self, backbone: Backbone, trainable: Params, rows: PackedRows) -> Float[Array, "n K 2"]:
+        """Raw rewards of chosen and rejected."""
+        return jnp.stack(pair_rewards(backbone, trainable, rows), axis=-1).swapaxes(0, 1)
+
+    def heldout_rewards(self, trainable: Params, count: int = 0) -> dict[str, Float[np.ndarray, "n 2"]]:
+        """Raw rewards of chosen and rejected of the held-out pairs of every objective, or of up to `count` of each."""
+        chosen = {name: spread(len(table), count or len(table)) for name, table in self.heldout.items()}
+        longest = max(map(len, chosen.values()))
+        rewards = Scorer(self.devices, self.settings.batch_size)(
+            "reward: held-out pairs",
+            [[self.heldout[name][rows[i % len(rows)]] for name, rows in chosen.items()] for i in range(longest)],
+            lambda rows: by_model(self.text, rows)[0],
+            functools.partial(self._rewards, self.backbone, trainable),
+        )
+        return {name: rewards[: len(rows), k] for k, (name, rows) in enumerate(chosen.items())}
 
     def heldout_accuracy(self, trainable: Params) -> dict[str, dict[str, float]]:
         """Held-out accuracy and number of pairs per objective.
@@ -322,20 +339,22 @@ class Reward(Method):
         Raises:
           UserError: a reward that is NaN.
         """
-        tables = list(self.heldout.values())
-        longest = max(map(len, tables))
-        hits = Scorer(self.devices, self.settings.batch_size)(
-            "reward: held-out pairs",
-            [[table[i % len(table)] for table in tables] for i in range(longest)],
-            lambda rows: by_model(self.text, rows)[0],
-            functools.partial(self._hits, self.backbone, trainable),
-        )
         found = {}
-        for k, (name, table) in enumerate(self.heldout.items()):
-            share = float(hits[: len(table), k].mean(dtype=np.float64))
-            if not np.isfinite(share):
+        for name, rewards in self.heldout_rewards(trainable).items():
+            if np.isnan(rewards).any():
                 raise UserError(f"reward: the model of {name!r} gives NaN on held-out pairs; lower its learning rate")
-            found[name] = {"accuracy": share, "pairs": len(table)}
+            share = np.asarray(accuracy(*rewards.T)).mean(dtype=np.float64)
+            found[name] = {"accuracy": float(share), "pairs": len(rewards)}
+        return found
+
+    def rows(self, state: State) -> Sequence[Row]:
+        """Held-out pairs of every objective with their raw rewards."""
+        found = []
+        for name, rewards in self.heldout_rewards(state.trainable, self.shown).items():
+            examples = self.heldout[name].examples
+            for i, (chosen, rejected) in zip(spread(len(examples), self.shown), rewards.tolist(), strict=True):
+                texts = {side: text_of(getattr(examples[i], side) or "") for side in ("prompt", *SIDES)}
+                found.append({"objective": name, **texts, "rewards/chosen": chosen, "rewards/rejected": rejected})
         return found
 
     def calibrate(self, trainable: Params, prompts: Sequence[Prompt]) -> Scale:
@@ -393,7 +412,8 @@ def method_of(run: Run) -> Reward:
     """The method for the reward models of a run."""
     settings = run.section(RewardSettings)
     tables = split_tables(comparisons(run), run.audience.learned, settings.heldout_fraction, run.streams.seed)
-    return Reward(settings, run.devices, run.workspace.backbone, run.text, run.streams, tables)
+    shown = run.settings.completion_prompts
+    return Reward(settings, run.devices, run.workspace.backbone, run.text, run.streams, tables, shown)
 
 
 def source_scale(run: Run) -> dict[str, Scale]:

@@ -31,10 +31,12 @@ from pjrlhf.objectives.multi_objective import calibrate, target_map
 from pjrlhf.parallel.processes import on_process_zero
 from pjrlhf.runtime.answers import EvaluatedPolicy, Point, Row, sample_base, sample_rows
 from pjrlhf.runtime.devices import Devices
+from pjrlhf.runtime.heldout_answers import HeldoutAnswers, heldout_requests, once, rows_of
 from pjrlhf.runtime.run import Run, Trainer
 from pjrlhf.runtime.streams import Streams
 from pjrlhf.runtime.text import Text
 from pjrlhf.settings import Settings, setting
+from pjrlhf.training import completions
 from pjrlhf.training.accumulation import check_accumulation, gradient_of, in_parts, parts_of
 from pjrlhf.training.loop import Method
 from pjrlhf.training.metrics import Metrics
@@ -196,7 +198,9 @@ class Ric(Method):
         backbone: Backbone,
         text: Text,
         streams: Streams,
+        answers: Callable[[], HeldoutAnswers] | None = None,
     ):
+        self.answers = once(answers)
         self.data, self.devices, self.backbone, self.streams = data, devices, backbone, streams
         self.rates = settings.optimizer.rates()
         self.optimizer = per_ingredient(make_optimizer(settings.optimizer, data.steps))
@@ -222,13 +226,32 @@ class Ric(Method):
     def step(self, state: State, batch: PackedRows | tuple[PackedRows, ...]) -> tuple[State, Metrics]:
         return self._update(state, self.backbone, *map(self.devices.place, parts_of(batch)))
 
+    def rows(self, state: State) -> Sequence[completions.Row]:
+        return rows_of(self.answers, state.trainable)
+
 
 # ---- the stage
 
 
 def method_of(run: Run, settings: RicSettings, data: Round) -> Ric:
     """The method for one round of a run."""
-    return Ric(settings, data, run.devices, run.workspace.backbone, run.text, run.streams)
+    answers = functools.partial(heldout_answers, run, settings)
+    return Ric(settings, data, run.devices, run.workspace.backbone, run.text, run.streams, answers)
+
+
+def heldout_answers(run: Run, settings: RicSettings) -> HeldoutAnswers:
+    """Answers that are asked for all of one objective, or for equal parts of all, in turn."""
+    names, requests = run.audience.objectives, heldout_requests(run)
+    points = np.concatenate([np.eye(len(names)), np.full((1, len(names)), 1 / len(names))])
+    points = points[np.arange(len(requests)) % len(points)]
+    stated = np.asarray(target_map(points, settings.target)).tolist()  # pyright: ignore[reportArgumentType]
+    prompts = [
+        run.records.ask(request, prompt_format(run, settings, request, scores))
+        for request, scores in zip(requests, stated, strict=True)
+    ]
+    weights = [[f"{name} {w:.3g}" for name, w in zip(names, p, strict=True) if w] for p in points.tolist()]
+    about = [{"weights": ", ".join(each)} for each in weights]
+    return HeldoutAnswers(run, "ric", prompts, about, data=np.ones((len(prompts), 1), np.float32))
 
 
 def fine_tune(

@@ -4,7 +4,7 @@ used.
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -17,12 +17,13 @@ from pjrlhf.data.packing import PackedRows
 from pjrlhf.data.token_table import TokenRow, TokenTable
 from pjrlhf.export.card import write_card
 from pjrlhf.merging.lora import merge_dense
-from pjrlhf.models.adapters import AdapterConfig, Backbone, init_bank
+from pjrlhf.models.adapters import AdapterConfig, Backbone, Policies, init_bank
 from pjrlhf.models.huggingface import fingerprint, save_params
 from pjrlhf.models.peft import MANIFEST
 from pjrlhf.parallel.processes import on_process_zero, to_host
 from pjrlhf.rollout import scoring
 from pjrlhf.runtime.devices import Devices
+from pjrlhf.runtime.heldout_answers import HeldoutAnswers, heldout_requests, once, rows_of
 from pjrlhf.runtime.records import CorpusSettings
 from pjrlhf.runtime.run import Run, Stage
 from pjrlhf.runtime.streams import Streams
@@ -30,6 +31,7 @@ from pjrlhf.runtime.text import Text
 from pjrlhf.runtime.workspace import Workspace
 from pjrlhf.settings import setting
 from pjrlhf.training.accumulation import check_accumulation, gradient_of, in_parts, parts_of
+from pjrlhf.training.completions import Row
 from pjrlhf.training.loop import Method
 from pjrlhf.training.metrics import Metrics, masked
 from pjrlhf.training.optimizer import OptimizerSettings, check_warmup, make_optimizer, per_ingredient, steps_of
@@ -85,6 +87,7 @@ class Sft(Method):
 
     Args:
       table: prompts and completions.
+      answers: shown while training, by the policies of `policies_of`.
     """
 
     def __init__(
@@ -95,7 +98,9 @@ class Sft(Method):
         text: Text,
         streams: Streams,
         table: TokenTable,
+        answers: Callable[[], HeldoutAnswers] | None = None,
     ):
+        self.answers = once(answers)
         self.devices, self.workspace, self.streams, self.records = devices, workspace, streams, len(table)
         s = settings
         steps = steps_of(s.steps, s.epochs, len(table), s.batch_size, "sft", s.optimizer)
@@ -136,6 +141,11 @@ class Sft(Method):
     def step(self, state: State, batch: PackedRows | tuple[PackedRows, ...]) -> tuple[State, Metrics]:
         return self._update(state, self.backbone, *map(self.devices.place, parts_of(batch)))
 
+    def rows(self, state: State) -> Sequence[Row]:
+        if self.adapter.rank:
+            return rows_of(self.answers, {"base": self.backbone.base, "bank": state.trainable})
+        return rows_of(self.answers, {"base": state.trainable, "bank": None})
+
     def result(self, state: State) -> Params:
         """The fine-tuned parameters."""
         if not self.adapter.rank:
@@ -144,13 +154,28 @@ class Sft(Method):
         return merge_dense(self.backbone.base, [one], [self.adapter.scale], [1.0])
 
 
+def policies_of(backbone: Backbone, parameters: Params, _: None) -> Policies:
+    """The model in training, of parameters {"base", "bank"}; no bank where all of them are trained."""
+    bank = parameters["bank"]
+    return backbone.replace(base=parameters["base"]).policies(bank, None if bank is None else jnp.ones((1, 1)))
+
+
 # ---- the stage
+
+
+def heldout_answers(run: Run, settings: SftSettings) -> HeldoutAnswers:
+    """What the model in training answers to held-out requests."""
+    prompts = [run.records.ask(request) for request in heldout_requests(run)]
+    backbone = Backbone(run.workspace.model, settings.adapter, {})
+    return HeldoutAnswers(run, "sft", prompts, [{}] * len(prompts), backbone, policies_of)
 
 
 def method_of(run: Run) -> Sft:
     """The method for the base of a run."""
+    settings = run.section(SftSettings)
     table = run.text.tokenized(run.records.completions, run.text.lengths, "sft.data", "completion")
-    return Sft(run.section(SftSettings), run.devices, run.workspace, run.text, run.streams, table)
+    answers = functools.partial(heldout_answers, run, settings)
+    return Sft(settings, run.devices, run.workspace, run.text, run.streams, table, answers)
 
 
 def run(run: Run) -> dict[str, Any]:

@@ -56,7 +56,7 @@ def _policy(run: DryRun, settings: policy.PolicySettings | None = None) -> None:
     if run.audience.sources:
         host = np.zeros(placed.targets.objectives.shape, np.float32)
         with devices.part("update"):  # its rewards come from the host
-            method.learn(state, placed, rollout, host)
+            method.finish(state, placed, rollout, host)
     else:
         with devices.part("whole step"):
             method.step(state, batch)

@@ -59,8 +59,7 @@ class Trained:
 
     def policies(self, backbone: Backbone, trainable: Params, users: Int[Array, " B"]) -> Policies:
         """The policies of `users`, one per row."""
-        tokens, mix = self.users.apply(trainable["users"], users)
-        return backbone.policies(trainable["bank"], jnp.ones((1, 1)) if mix is None else mix, tokens)
+        return pdpo_entries.policies_of(self.users, backbone, trainable, users)
 
     def answers(self, prompts: Sequence[Prompt], users: Sequence[str]) -> list[list[str]]:
         """For each user, an answer to each prompt; what users say about themselves is put before it where the entry's

@@ -32,7 +32,7 @@ def mixed(backbone: Backbone, bank: Params | None, mix: Float[Array, "B K"] | No
 
 
 class Sampler:
-    """Samples answers in chunks of `text.sample_rows` rows.
+    """Samples answers in chunks of rows.
 
     The last chunk repeats its first row, so that all chunks of a shape share one program.
 
@@ -40,10 +40,19 @@ class Sampler:
       text: encodes prompts and decodes answers.
       policies: makes the policies of a chunk.
       sampling: length, temperature and special tokens; those of the run where None.
+      size: rows of a chunk, rounded up to a multiple that splits evenly over the devices; `text.sample_rows` where 0.
     """
 
-    def __init__(self, text: Text, backbone: Backbone, policies: PoliciesOf = mixed, sampling: Sampling | None = None):
+    def __init__(
+        self,
+        text: Text,
+        backbone: Backbone,
+        policies: PoliciesOf = mixed,
+        sampling: Sampling | None = None,
+        size: int = 0,
+    ):
         self.text, self.backbone, self.policies = text, backbone, policies
+        self.size = text.devices.even(size) if size else text.sample_rows
         self.sampling = sampling or text.sampling()
         self._draw = jax.jit(self.draw)
 
@@ -75,7 +84,7 @@ class Sampler:
         Raises:
           UserError: a prompt is too long, see `Text.encode`.
         """
-        size, texts = self.text.sample_rows, [""] * len(prompts)
+        size, texts = self.size, [""] * len(prompts)
         chunks = _chunks(len(prompts), size, groups)
         with progress(name, len(chunks)) as bar:
             for number, chunk in enumerate(chunks):

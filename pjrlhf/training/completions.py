@@ -13,7 +13,7 @@ from pjrlhf.terminal import visible
 
 FOLDER = "completions"
 # Columns of text; all others hold numbers, or None where there is no number.
-TEXTS = ("policy", "user", "prompt", "completion", "chosen", "rejected", "weights")
+TEXTS = ("policy", "user", "objective", "prompt", "completion", "chosen", "rejected", "weights")
 LONG = ("prompt", "completion", "chosen", "rejected")  # they have lines of their own on the terminal
 Row: TypeAlias = Mapping[str, str | float | None]
 
@@ -46,6 +46,12 @@ def drop_after(workdir: pathlib.Path, stage: str, step: int) -> None:
             file.unlink()
 
 
+def spread(size: int, count: int) -> list[int]:
+    """Up to `count` numbers below `size`, evenly spread."""
+    count = min(count, size)
+    return [i * size // count for i in range(count)]
+
+
 def print_rows(stage: str, step: int, rows: Sequence[Row], count: int) -> None:
     """Prints up to `count` rows, spread over the table, on stdout; control characters as escapes.
 
@@ -53,7 +59,7 @@ def print_rows(stage: str, step: int, rows: Sequence[Row], count: int) -> None:
     """
     if not count or not rows:
         return
-    shown = [rows[i * len(rows) // min(count, len(rows))] for i in range(min(count, len(rows)))]
+    shown = [rows[i] for i in spread(len(rows), count)]
     width = shutil.get_terminal_size().columns if sys.stdout.isatty() else 0
     print(visible(f"{stage}, step {step}: {len(shown)} of {len(rows)} rows"))
     for row in shown:

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import math
 import pathlib
 import signal
@@ -46,8 +47,11 @@ class LoopSettings(Settings):
     eval_every: int = setting(0, "steps between evaluations on held-out data; 0 is never", low=0)
     log_completions: int = setting(
         0,
-        "steps between tables: answers of policies with rewards, pairs with the margins of user models; 0 is never",
+        "steps between tables: answers of the model in training, with rewards or margins; 0 is never",
         low=0,
+    )
+    completion_prompts: int = setting(
+        16, "held-out prompts or pairs of a table, where a step samples nothing itself", low=1, high=2**20
     )
     num_completions_to_print: int = setting(8, "answers of a table that are printed; 0 for none", low=0, high=2**20)
     loggers: tuple[str, ...] = setting((), "beside metrics.jsonl", choices=lambda: tuple(LOGGERS), extensible=True)
@@ -94,9 +98,16 @@ class Method:
         """One update, dispatched asynchronously; adds 1 to `state.step` and may donate `state`."""
         raise NotImplementedError
 
-    def step_with_rows(self, state: State, batch: Tree) -> tuple[State, Metrics, Sequence[Row]]:
-        """The same update, and a table of what was sampled for it; without rows where a method samples nothing."""
-        return *self.step(state, batch), ()
+    def step_with_rows(self, state: State, batch: Tree) -> tuple[State, Metrics, Callable[[], Sequence[Row]]]:
+        """The same update, and what makes a table for it before the next one: of what was sampled for the update, or by
+        default `rows`. All processes must call it.
+        """
+        state, metrics = self.step(state, batch)
+        return state, metrics, functools.partial(self.rows, state)
+
+    def rows(self, state: State) -> Sequence[Row]:
+        """A table of held-out data, of the same data each time; empty by default."""
+        return ()
 
     def evaluate(self, state: State) -> Mapping[str, float]:
         """Values on held-out data, logged as eval/<name> every `eval_every` steps; none by default."""
@@ -222,16 +233,20 @@ def run(
                     batch = next(method.batches)
                 except StopIteration:
                     raise UserError(f"{stage}: the data ended at step {done} of {steps}; ask for fewer steps") from None
-                rows: Sequence[Row] = ()
+                table: Callable[[], Sequence[Row]] | None = None
                 if log_completions and (done + 1) % log_completions == 0:
-                    state, metrics, rows = method.step_with_rows(state, batch)
+                    state, metrics, table = method.step_with_rows(state, batch)
                 else:
                     state, metrics = method.step(state, batch)
                 done += 1
-                if rows and is_process_zero():
-                    bar.hide()
-                    print_rows(stage, done, rows, settings.num_completions_to_print)
-                    writer.table(done, rows)
+                if table:
+                    jax.block_until_ready(state)  # the step itself counts
+                    with performance.excluded():
+                        rows = table()
+                        if rows and is_process_zero():
+                            bar.hide()
+                            print_rows(stage, done, rows, settings.num_completions_to_print)
+                            writer.table(done, rows)
                 if pending and (row := settle(*pending)):
                     writer.write(pending[0], row, performance.row(pending[0]))
                 pending = (done, metrics, batch)

@@ -9,8 +9,11 @@ import pyarrow.parquet
 import pytest
 from support import tiny, tiny_users
 
-from pjrlhf.algorithms import policy
+from pjrlhf.algorithms import modpo, pdpo, policy, policy_step, reward, ric, sft
+from pjrlhf.models.huggingface import load_params
 from pjrlhf.pipeline import stages
+from pjrlhf.rollout import experience
+from pjrlhf.training.completions import spread
 from pjrlhf.training.loop import Interrupted
 from pjrlhf.training.workdir import Workdir
 
@@ -18,8 +21,10 @@ MODULE = "support.toy_extensions"
 
 
 @pytest.mark.parametrize("sources", [{}, {"P2A": f"{MODULE}:brevity"}], ids=["models", "sources"])
-def test_a_table_shows_what_the_step_trains_on(copied, sources):
-    """The same update with and without it; its rewards and answers are those of the step."""
+def test_a_table_shows_what_the_step_trains_on(copied, monkeypatch, sources):
+    """The same update with and without it, sampled once; its rewards and answers are those of the step."""
+    sampled = []
+    monkeypatch.setattr(policy_step, "sample", lambda *a, **k: sampled.append(1) or experience.sample(*a, **k))
     config = tiny.settings(rewards=sources)
     if sources:
         for name in ("reward", "policy", "comparisons"):
@@ -29,7 +34,9 @@ def test_a_table_shows_what_the_step_trains_on(copied, sources):
             stages.run(tiny.settings(rewards=sources, stages=("sft", "comparisons", "reward")), Workdir(copied))
     method = policy.method_of(tiny.start(copied, config))
     plain, batch = policy.method_of(tiny.start(copied, config)), next(method.batches)
-    state, metrics, rows = method.step_with_rows(method.init(), batch)
+    state, metrics, table = method.step_with_rows(method.init(), batch)
+    rows = table()
+    assert len(sampled) == 1, "one program samples"
     other, expected = plain.step(plain.init(), batch)
     assert tiny.bits(state.trainable) == tiny.bits(other.trainable)
     K, n, names = method.K, config.policy.rollouts, method.targets.policies
@@ -44,7 +51,7 @@ def test_a_table_shows_what_the_step_trains_on(copied, sources):
     assert all(row[f"rewards/{name}"] is None for row in rows for name in names if name != row["policy"])
     assert all(isinstance(row["prompt"], str) and row["prompt"] and np.isfinite(row["advantage"]) for row in rows)
     assert any(row["completion"] for row in rows)
-    assert metrics.keys() >= {"objective/kl"} and method._show is None
+    assert metrics.keys() >= {"objective/kl"}
 
 
 def test_a_run_leaves_tables_and_evaluates_and_resumes(copied, tmp_path, monkeypatch, capsys):
@@ -72,7 +79,7 @@ def test_a_run_leaves_tables_and_evaluates_and_resumes(copied, tmp_path, monkeyp
     assert [line["step"] for line in evaluated] == [2, 4]
     assert {f"eval/rewards/{name}" for name in tiny.REWARDS} | {"eval/length"} <= {*evaluated[0]}
 
-    step, calls = policy.Policy.step, []
+    step, calls = policy.Policy.step_with_rows, []
 
     def stopping(self, state, batch):
         calls.append(1)
@@ -81,7 +88,7 @@ def test_a_run_leaves_tables_and_evaluates_and_resumes(copied, tmp_path, monkeyp
         return step(self, state, batch)
 
     with monkeypatch.context() as patch, tiny.one_device():
-        patch.setattr(policy.Policy, "step", stopping)
+        patch.setattr(policy.Policy, "step_with_rows", stopping)
         config.checkpoint_every = 2
         with pytest.raises(Interrupted):
             stages.run(config, Workdir(other))
@@ -107,14 +114,14 @@ def test_an_evaluation_is_of_all_prompts_and_the_same_twice(finished):
     assert set(method.heldout.requests) == set(run.records.requests[1])
     assert not set(method.heldout.requests) & set(method.data.requests)
     seen = []
-    inspect = method._inspect
+    judge = method._judge
 
     def counted(*arguments):
-        found = inspect(*arguments)
-        seen.append(jax.device_get(found[0]))
+        found = judge(*arguments)
+        seen.append(jax.device_get(found))
         return found
 
-    method._inspect = counted
+    method._judge = counted
     method.evaluate(state)
     scores = np.concatenate([part.reshape(method.K, -1) for part in seen], axis=1)[:, :kept]
     values = [first[f"rewards/{name}"] for name in method.targets.policies]
@@ -122,16 +129,85 @@ def test_an_evaluation_is_of_all_prompts_and_the_same_twice(finished):
 
 
 def test_user_models_show_held_out_pairs(people):
-    """With the margins that the report would have after that step."""
-    run = tiny.start(people, tiny_users.settings())
+    """With the margins that the report would have after that step, and what the policy answers that person."""
+    run = tiny.start(people, tiny_users.settings(completion_prompts=6, temperature=0.0))
     pairs = tiny_users.pairs_of(run)
-    method, plain = (tiny_users.method_of(run, "individualized", pairs) for _ in range(2))
+    shown = {"shown": 6, "answers": lambda users, numbers: pdpo.heldout_answers(run, pairs, users, numbers)}
+    method, plain = (
+        tiny_users.method_of(run, "individualized", pairs, **shown),
+        tiny_users.method_of(run, "individualized", pairs),
+    )
     batch = next(method.batches)
-    state, _, rows = method.step_with_rows(method.init(), batch)
+    state, _, table = method.step_with_rows(method.init(), batch)
+    rows = table()
     other, _ = plain.step(plain.init(), batch)
     assert tiny.bits(state.trainable) == tiny.bits(other.trainable)
     examples = pairs.tables["heldout"].examples
-    assert [row["user"] for row in rows] == [e.user_id for e in examples[: len(rows)]] and len(rows) > 4
+    numbers = spread(len(examples), 6)
+    assert [row["user"] for row in rows] == [examples[i].user_id for i in numbers] and len({*numbers}) == 6
+    assert len({row["user"] for row in rows}) > 1, "of several people"
     margins = method._margins(state.trainable, "heldout", pairs.users("heldout"))
-    np.testing.assert_allclose([row["margin"] for row in rows], margins[: len(rows)], rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose([row["margin"] for row in rows], margins[numbers], rtol=1e-5, atol=1e-6)
     assert method.evaluate(state)["accuracy"] == np.mean(margins > 0)
+    assert [row["completion"] for row in method.rows(state)] == [row["completion"] for row in rows]
+    # A person's tokens that change change what that person is answered.
+    moved = jax.tree.map(lambda x: x + 3.0 * np.cos(np.arange(x.size)).reshape(x.shape), state.trainable["users"])
+    after = method.rows(state.replace(trainable={**state.trainable, "users": moved}))
+    assert any(one["completion"] != other["completion"] for one, other in zip(rows, after, strict=True))
+
+
+def test_reward_models_show_held_out_pairs_with_their_rewards(finished):
+    method = reward.method_of(tiny.start(finished, tiny.settings(completion_prompts=3)))
+    state = method.init()
+    rows, every = method.rows(state), method.heldout_rewards(state.trainable)
+    assert {row["objective"] for row in rows} == set(tiny.REWARDS)
+    for name, rewards in every.items():
+        own = [row for row in rows if row["objective"] == name]
+        numbers = spread(len(rewards), 3)
+        found = [[row["rewards/chosen"], row["rewards/rejected"]] for row in own]
+        np.testing.assert_allclose(found, rewards[numbers], rtol=1e-4, atol=1e-5)
+        assert [row["chosen"] for row in own] == [method.heldout[name].examples[i].chosen for i in numbers]
+        hits = float(np.mean(rewards[:, 0] > rewards[:, 1]))
+        assert method.heldout_accuracy(state.trainable)[name]["accuracy"] == pytest.approx(hits)
+
+
+@pytest.mark.parametrize("rank", [0, 2])
+def test_the_base_in_training_answers_held_out_requests(finished, rank):
+    """With the parameters in training, whether all are or an adapter is."""
+    config = tiny.settings(completion_prompts=4, temperature=0.0, sft__adapter__rank=rank)
+    run = tiny.start(finished, config)
+    method = sft.method_of(run)
+    state = method.init()
+    rows = method.rows(state)
+    asked = [run.records.ask(request) for request in run.records.requests[1][:4]]
+    assert [row["prompt"] for row in rows] == [
+        run.text.workspace.tokenizer.decode(run.text.prompt_ids(q), False) for q in asked
+    ]
+    if not rank:  # the trained base answers as its stage evaluates it
+        trained = load_params(run.workspace.base_folder, run.workspace.model_config)
+        rows = method.rows(state.replace(trainable=trained))
+        texts = run.sampler()("answers", asked, lambda i: run.streams.key("sft/completions", i))
+        assert [row["completion"] for row in rows] == texts
+
+
+@pytest.mark.slow
+def test_modpo_and_ric_answer_held_out_requests(finished):
+    """Every policy of MODPO by its adapter alone; RiC as its prompts ask."""
+    config = tiny.settings(completion_prompts=3, temperature=0.0)
+    run = tiny.start(finished, config)
+    method = modpo.method_of(run, run.section(modpo.ModpoSettings))
+    bank = jax.tree.map(lambda x: x + 0.3 * np.cos(np.arange(x.size)).reshape(x.shape), method.init().trainable)
+    rows = method.rows(method.init().replace(trainable=bank))
+    names = method.data.policies
+    assert [row["policy"] for row in rows] == [name for name in names for _ in range(3)]
+    asked = [run.records.ask(request) for request in run.records.requests[1][:3]]
+    for k, name in enumerate(names):
+        mix = np.tile(np.eye(len(names), dtype=np.float32)[k], (3, 1))
+        texts = run.sampler()("answers", asked, lambda i: run.streams.key("modpo/completions", i), bank, mix)
+        assert [row["completion"] for row in rows if row["policy"] == name] == texts
+
+    settings = run.section(ric.RicSettings)
+    answers = ric.heldout_answers(run, settings)
+    rows = answers(jax.tree.map(lambda x: x[:1], bank))
+    assert [row["weights"] for row in rows] == [f"{name} 1" for name in run.audience.objectives[:3]]
+    assert len({row["prompt"] for row in rows}) == 3

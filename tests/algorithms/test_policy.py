@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 from support import tiny
 
-from pjrlhf.algorithms import policy
+from pjrlhf.algorithms import policy, policy_metrics
 from pjrlhf.errors import UserError
 from pjrlhf.pipeline import stages
+from pjrlhf.rollout.batches import ScoredRollout
 
 POINT = (0.5, 0.0, 0.3, 0.2)
 
@@ -26,7 +27,7 @@ def test_a_schedule_multiplies_the_preference_weights(finished):
     state, batch = plain.init().replace(step=np.int32(3)), next(plain.batches)
     rollout = plain.rollout(plain.backbone, state.trainable["bank"], batch, jax.random.key(1))
     scores = np.random.default_rng(0).standard_normal((1, 4, 4)).astype(np.float32)
-    scored = policy.ScoredRollout(batch.prompts, rollout, scores, batch.targets)
+    scored = ScoredRollout(batch.prompts, rollout, scores, batch.targets)
     by_hand = batch.targets.weights * np.float32([0.25, 1, 1, 1.5])
     weighed = scored.replace(targets=batch.targets.replace(weights=by_hand))
     found, want = (
@@ -81,8 +82,8 @@ def test_correlations_of_rewards_are_over_the_answers_that_both_know():
     for s, t in ((0, 1), (0, 2), (1, 2)):
         both = known[:, s] & known[:, t]
         want.append(np.corrcoef(scores[both, s], scores[both, t])[0, 1])
-    total, count = policy._correlations(jnp.where(known, scores, 0.0), jnp.array(known))
+    total, count = policy_metrics.correlations(jnp.where(known, scores, 0.0), jnp.array(known))
     np.testing.assert_allclose([total, count], [sum(want), 3], rtol=1e-4)
     known[:, 1] = False
-    total, count = policy._correlations(jnp.where(known, scores, 0.0), jnp.array(known))
+    total, count = policy_metrics.correlations(jnp.where(known, scores, 0.0), jnp.array(known))
     np.testing.assert_allclose([total, count], [want[1], 1], rtol=1e-4)
