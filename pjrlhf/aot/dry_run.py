@@ -105,13 +105,14 @@ class DryDevices(Devices):
     Attributes:
       steps: what was compiled so far.
       naming: what the programs to come are called.
+      resident: bytes on each chip that lie there beside the arguments of a program.
     """
 
     def __init__(self, settings: MeshSettings, trip_count: int, topology: str):
         self.chip, self.devices = devices_of(topology)
         super().__init__(settings, trip_count)
         self.steps: list[Step] = []
-        self.naming = "step"
+        self.naming, self.resident = "step", 0
 
     def make_mesh(self, settings: MeshSettings) -> jax.sharding.Mesh:
         return make_mesh(settings.to_dict(), self.devices)
@@ -138,6 +139,13 @@ class DryDevices(Devices):
         yield
         self.naming = whole
 
+    @contextlib.contextmanager
+    def beside(self, more: int) -> Iterator[None]:
+        """So many more bytes on each chip lie beside the programs compiled inside."""
+        self.resident += more
+        yield
+        self.resident -= more
+
     def program(self, step: Callable[..., Any], **options: Any) -> Any:
         jitted = jax.jit(step, **options)
 
@@ -162,6 +170,7 @@ class DryDevices(Devices):
             found = re.search(r"Used ([\d.]+)([KMGT]) of", str(error))
             problem = f"needs {found[1]} {found[2]}iB" if found else "needs more memory than a chip has"
             memory = int(float(found[1]) * 1024 ** (" KMGT".index(found[2]))) if found else limit + 1
+        memory += self.resident
         least = estimate(CHIPS[self.chip], len(self.devices), cost, sum(sent.values()))
         logging.info("%s: compiled in %.0f s", self.naming, time.perf_counter() - started)
         return Step(self.naming, memory, limit, cost, sent, least, time.perf_counter() - started, problem)
@@ -237,6 +246,7 @@ class DryRun(Run):
         plan = read(config)
         nowhere = cast(Workdir, types.SimpleNamespace(path=pathlib.Path("dry_run")))
         super().__init__(plan.settings, plan.settings.sections, nowhere)
+        self.audience = plan.settings.audience  # whose sources read no model
         self.topology, self.batch_rows = topology, 2 * max([64, *batch_sizes(config).values()])
 
     @functools.cached_property

@@ -18,6 +18,7 @@ from pjrlhf.algorithms import methods, modpo, policy, reward, ric, sft
 from pjrlhf.algorithms.pdpo import Preference
 from pjrlhf.algorithms.pdpo_settings import PreferenceSettings
 from pjrlhf.aot import dry_run
+from pjrlhf.aot.dry_classifiers import classifiers_of, compile_classifiers
 from pjrlhf.aot.dry_run import DryRun, Step, compile_reference, compile_rewards, dry_modpo, dry_pairs
 from pjrlhf.errors import UserError
 from pjrlhf.models.users import KINDS
@@ -57,6 +58,7 @@ def _policy(run: DryRun, settings: policy.PolicySettings | None = None) -> None:
         host = np.zeros(placed.targets.objectives.shape, np.float32)
         with devices.part("update"):  # its rewards come from the host
             method.finish(state, placed, rollout, host)
+        compile_classifiers(run, (backbone.base, state))
     else:
         with devices.part("whole step"):
             method.step(state, batch)
@@ -77,6 +79,7 @@ def _preference(run: DryRun) -> None:
 
 def _modpo(run: DryRun, settings: modpo.ModpoSettings) -> None:
     method = dry_modpo(run, settings)
+    compile_classifiers(run, run.workspace.backbone.base)
     with run.devices.part("step"):
         _step(method)
 
@@ -89,6 +92,7 @@ def _ric(run: DryRun, settings: ric.RicSettings) -> None:
     with run.devices.part("rollout of the base"):
         draw(backbone, None, None, prompts, run.streams.root)
     compile_rewards(run)
+    compile_classifiers(run, backbone.base)
     scores = [0.5] * len(run.audience.objectives)
     answers = [{"request": request, "text": "answer", "scores": scores} for request in run.records.requests[0]]
     data = ric.Round(ric.stated(run, settings, answers, run.devices.naming), settings.steps)
@@ -111,6 +115,7 @@ def _methods(run: DryRun) -> None:
             logging.warning("methods.%s: the steps of trainer %s are not known here, and left out", name, train)
 
 
+ASKING = ("policy", "methods")  # stages that ask reward sources while they train
 PLANS = {"sft": _sft, "reward": _reward, "policy": _policy, "preference": _preference, "methods": _methods}
 
 
@@ -129,6 +134,8 @@ def plan(config: Config, topology: str, stages: Sequence[str] = ()) -> list[Step
     for stage in stages or [name for name in config.stages if name in PLANS]:
         run = DryRun(config, topology)
         run.devices.naming = stage
+        if stage in ASKING:
+            run.devices.resident = sum(one.bytes for one in classifiers_of(run))
         PLANS[stage](run)
         found += run.devices.steps
     return found

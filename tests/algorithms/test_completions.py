@@ -180,9 +180,8 @@ def test_the_base_in_training_answers_held_out_requests(finished, rank):
     state = method.init()
     rows = method.rows(state)
     asked = [run.records.ask(request) for request in run.records.requests[1][:4]]
-    assert [row["prompt"] for row in rows] == [
-        run.text.workspace.tokenizer.decode(run.text.prompt_ids(q), False) for q in asked
-    ]
+    decode = run.text.workspace.tokenizer.backend.decode
+    assert [row["prompt"] for row in rows] == [decode(run.text.prompt_ids(prompt)) for prompt in asked]
     if not rank:  # the trained base answers as its stage evaluates it
         trained = load_params(run.workspace.base_folder, run.workspace.model_config)
         rows = method.rows(state.replace(trainable=trained))

@@ -8,13 +8,15 @@ import jax
 import jax.numpy as jnp
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
-from support import tiny, tiny_family, tiny_users
+from support import tiny, tiny_classifiers, tiny_family, tiny_users
 
 from pjrlhf.algorithms import policy, reward
 from pjrlhf.algorithms.pdpo_settings import PreferenceSettings
 from pjrlhf.aot import dry_run as planned
 from pjrlhf.aot import plan as aot
+from pjrlhf.aot.dry_classifiers import bytes_per_chip, classifiers_of
 from pjrlhf.errors import UserError
+from pjrlhf.models.classifier import load_classifier, read_classifier
 from pjrlhf.parallel import roofline
 from pjrlhf.parallel.mesh import make_mesh
 
@@ -194,6 +196,33 @@ def test_planned_memory_is_what_the_program_holds(monkeypatch):
     (step,) = aot.plan(config, "v5e:2x4", ["reward"])
     run = aot.DryRun(config, "v5e:2x4")
     assert step.memory > sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(run.workspace.base)) > 0
+
+
+def test_classifiers_lie_beside_every_step_that_may_ask_them(monkeypatch, tmp_path):
+    """Their weights count in the memory of each program of the stage, and their scoring is one; of the folder only
+    config.json is read.
+    """
+    monkeypatch.setattr(planned, "devices_of", lambda topology: ("v5e", jax.devices()))
+    folder = tiny_classifiers.gpt2_folder(tmp_path / "classifier")
+    spec = {"kind": "classifier", "path": str(folder), "template": "{prompt}{answer}"}
+    function = "support.toy_extensions:brevity"
+    plans = {}
+    for name, source in (("function", function), ("one", spec), ("twice", spec)):
+        rewards = {"P1A": source, "P1B": spec if name == "twice" else function}
+        config = tiny.settings(policy__rollouts=8, rewards=rewards)
+        plans[name] = {step.name: step for step in aot.plan(config, "v5e:2x4", ["policy"])}
+    run = aot.DryRun(config, "v5e:2x4")
+    (found,) = classifiers_of(run)  # once for both rewards
+    weights = load_classifier(read_classifier(folder))[1]
+    assert 0 < found.bytes < sum(x.nbytes for x in jax.tree.leaves(weights)), "sharded"
+    scoring = "policy: classifier of P1A"
+    assert plans["one"].keys() - plans["function"].keys() == {scoring}
+    for name, step in plans["function"].items():
+        assert plans["one"][name].memory == plans["twice"][name].memory == step.memory + found.bytes
+    assert plans["one"][scoring].memory > found.bytes + bytes_per_chip(run.workspace.base)
+    for file in folder.glob("*.safetensors"):
+        file.unlink()
+    assert classifiers_of(run)[0].bytes == found.bytes
 
 
 @pytest.mark.parametrize(
