@@ -88,9 +88,9 @@ class WeightsAndBiases:
         self._run.log({f"{self.stage}/{name}": value for name, value in ({**values, "step": step}).items()})
 
     def table(self, step: int, rows: Sequence[Row]) -> None:
-        names = list(rows[0])
+        names = list(dict.fromkeys(name for row in rows for name in row))
         table = importlib.import_module(self.module).Table(
-            columns=["step", *names], data=[[step, *(row[name] for name in names)] for row in rows]
+            columns=["step", *names], data=[[step, *(row.get(name) for name in names)] for row in rows]
         )
         self._run.log({f"{self.stage}/completions": table, f"{self.stage}/step": step})
 
