@@ -102,6 +102,14 @@ def people(once, cache_folder):
 
 
 @pytest.fixture(scope="session")
+def hub_model(once):
+    """The folder of a tiny random model with its tokenizer, as one on the hub; not to be changed."""
+    from support import tiny_users
+
+    return once("hub_model", tiny_users.save_base) / "model"
+
+
+@pytest.fixture(scope="session")
 def family(once, cache_folder):
     """The folder of a finished run of `tiny_family.settings()`; not to be changed."""
     from support import tiny, tiny_family

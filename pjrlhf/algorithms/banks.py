@@ -1,7 +1,7 @@
 """The trained adapters of a stage on disk: a bank, and each adapter as a folder of its own."""
 
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import jax
 
@@ -15,6 +15,8 @@ from pjrlhf.models.storage import load_tree, save_tree
 from pjrlhf.parallel.processes import on_process_zero, to_host
 from pjrlhf.paths import content_hash
 from pjrlhf.runtime.run import Run
+from pjrlhf.runtime.workspace import Workspace
+from pjrlhf.training.progress import megabytes
 from pjrlhf.training.workdir import disk_errors, write_json
 from pjrlhf.types import Json, Params
 
@@ -51,28 +53,51 @@ def export(run: Run, target: pathlib.Path, one: Params) -> None:
     """
     workspace, adapter = run.workspace, run.workspace.adapter
     manifest: dict[str, Json] = {"trained_with": workspace.provenance}
-    if adapter.rank:
-        (base_name, commit), head_dim = workspace.base_name, workspace.model_config.head_dim
-        save_peft(target, one, adapter.rank, adapter.alpha, base_name, workspace.model_type, head_dim, commit)
-        # A merge stops where the adapter does, also where its base does not say so.
-        write_json(target / GENERATION, {"eos_token_id": workspace.token_ids["eos_token_id"]})
-        # By this the merge refuses an adapter that was trained on another base. One trained on a quantised base is
-        # merged into the floats that stand in the folder.
-        origin = {"commit": commit} if commit else {}
-        manifest["base"] = {"folder": base_name, **origin, "hash": workspace.folder_hash}
-        manifest |= {"quantize": run.settings.model.quantize, "checksum": content_hash(target / WEIGHTS)}
-    else:
-        save_params(
-            target,
-            workspace.model_config,
-            one,
-            model_type=workspace.model_type,
-            tokenizer_folder=workspace.base_folder,
-            token_ids=workspace.token_ids,
-        )
-        manifest["fingerprint"] = fingerprint(target)
+    if not adapter.rank:
+        return export_model(workspace, target, one, workspace.base_folder, manifest, target.name)
+    (base_name, commit), head_dim = workspace.base_name, workspace.model_config.head_dim
+    save_peft(target, one, adapter.rank, adapter.alpha, base_name, workspace.model_type, head_dim, commit)
+    # A merge stops where the adapter does, also where its base does not say so.
+    write_json(target / GENERATION, {"eos_token_id": workspace.token_ids["eos_token_id"]})
+    # By this the merge refuses an adapter that was trained on another base. One trained on a quantised base is merged
+    # into the floats that stand in the folder.
+    origin = {"commit": commit} if commit else {}
+    manifest["base"] = {"folder": base_name, **origin, "hash": workspace.folder_hash}
+    manifest |= {"quantize": run.settings.model.quantize, "checksum": content_hash(target / WEIGHTS)}
     write_json(target / MANIFEST, manifest)
     write_card(target, target.name)
+
+
+def export_model(
+    workspace: Workspace,
+    folder: pathlib.Path,
+    params: Params,
+    tokenizer_folder: pathlib.Path | None,
+    manifest: Mapping[str, Json],
+    name: str,
+) -> None:
+    """Writes a full model as a Hugging Face folder with its manifest and card.
+
+    Args:
+      tokenizer_folder: whose tokenizer files are copied.
+      manifest: gets the fingerprint of the folder.
+      name: of the model in its card and in messages.
+
+    Raises:
+      UserError: see `save_params`.
+    """
+    with megabytes(f"{name}: writing the model") as report:
+        save_params(
+            folder,
+            workspace.model_config,
+            params,
+            model_type=workspace.model_type,
+            tokenizer_folder=tokenizer_folder,
+            token_ids=workspace.token_ids,
+            report=report,
+        )
+    write_json(folder / MANIFEST, {**manifest, "fingerprint": fingerprint(folder)})
+    write_card(folder, name)
 
 
 def load(run: Run, stage: str = "policy", names: Sequence[str] | None = None) -> Params:

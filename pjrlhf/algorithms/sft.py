@@ -12,14 +12,12 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Float
 
+from pjrlhf.algorithms import banks
 from pjrlhf.data.batching import batches
 from pjrlhf.data.packing import PackedRows
 from pjrlhf.data.token_table import TokenRow, TokenTable
-from pjrlhf.export.card import write_card
 from pjrlhf.merging.lora import merge_dense
 from pjrlhf.models.adapters import AdapterConfig, Backbone, Policies, init_bank
-from pjrlhf.models.huggingface import fingerprint, save_params
-from pjrlhf.models.peft import MANIFEST
 from pjrlhf.parallel.processes import on_process_zero, to_host
 from pjrlhf.rollout import scoring
 from pjrlhf.runtime.devices import Devices
@@ -35,9 +33,8 @@ from pjrlhf.training.completions import Row
 from pjrlhf.training.loop import Method
 from pjrlhf.training.metrics import Metrics, masked
 from pjrlhf.training.optimizer import OptimizerSettings, check_warmup, make_optimizer, per_ingredient, steps_of
-from pjrlhf.training.progress import megabytes
 from pjrlhf.training.state import State
-from pjrlhf.training.workdir import disk_errors, write_json
+from pjrlhf.training.workdir import disk_errors
 from pjrlhf.types import Array, Params, PRNGKey
 
 
@@ -182,26 +179,11 @@ def run(run: Run) -> dict[str, Any]:
     """Trains the base and writes it to <workdir>/sft/model as a Hugging Face folder."""
     method = method_of(run)
     state = run.train(method, "sft", method.settings.steps)
-    with disk_errors(run.workspace.base_folder):
-        _save(run.workspace, to_host(method.result(state)))
+    workspace, params = run.workspace, to_host(method.result(state))
+    folder, note = workspace.base_folder, {"eos_tokens": workspace.tokenizer.eos_tokens}
+    with disk_errors(folder):
+        on_process_zero(banks.export_model)(workspace, folder, params, workspace.start_folder, note, "sft")
     return {"steps": method.settings.steps, "records": method.records}
-
-
-@on_process_zero
-def _save(workspace: Workspace, params: Params) -> None:
-    folder = workspace.base_folder
-    with megabytes("sft: writing the model") as report:
-        save_params(
-            folder,
-            workspace.model_config,
-            params,
-            model_type=workspace.model_type,
-            tokenizer_folder=workspace.start_folder,
-            token_ids=workspace.token_ids,
-            report=report,
-        )
-    write_json(folder / MANIFEST, {"eos_tokens": workspace.tokenizer.eos_tokens, "fingerprint": fingerprint(folder)})
-    write_card(folder, "sft")
 
 
 STAGE = Stage("sft", run, SftSettings)

@@ -6,8 +6,7 @@ import jax
 import numpy as np
 import pytest
 from huggingface_hub import constants
-from support import hub_server, tiny_users
-from support.hub_server import Hub
+from support import hub_server
 
 from pjrlhf.errors import UserError
 from pjrlhf.models import hub
@@ -17,27 +16,20 @@ from pjrlhf.models.huggingface import TOKENIZER_FILES, fingerprint, load_params
 NEVER = ("pytorch_model.bin", "modeling_small.py", "consolidated.00.pth", "onnx/model.onnx", "notes.txt", "x.gguf")
 
 
-@pytest.fixture(scope="module")
-def small(tmp_path_factory):
-    return tiny_users.save_base(tmp_path_factory.mktemp("small"))
-
-
 @pytest.fixture
-def server(small, tmp_path, monkeypatch):
+def server(hub_model, tmp_path):
     """A hub with the model ann/small, and files that must stay there."""
-    monkeypatch.setattr(hub, "_pinned", {})
-    server = Hub()
-    files = {path.name: path.read_bytes() for path in small.iterdir()}
-    server.files_of_small = {**files, "README.md": b"---\nlicense: mit\n---\n", **dict.fromkeys(NEVER, b"x")}
-    server.add("ann/small", server.files_of_small)
-    with server.running(tmp_path / "cache"):
+    files = {path.name: path.read_bytes() for path in hub_model.iterdir()}
+    files |= {"README.md": b"---\nlicense: mit\n---\n", **dict.fromkeys(NEVER, b"x")}
+    with hub_server.serving(files, tmp_path / "cache") as server:
+        server.files_of_small = files
         yield server
 
 
-def test_a_name_is_the_folder_of_its_files(server, small):
+def test_a_name_is_the_folder_of_its_files(server, hub_model):
     folder = model_folder("ann/small")
-    assert fingerprint(folder) == fingerprint(small)
-    jax.tree.map(np.testing.assert_array_equal, load_params(folder), load_params(small))
+    assert fingerprint(folder) == fingerprint(hub_model)
+    jax.tree.map(np.testing.assert_array_equal, load_params(folder), load_params(hub_model))
     assert commit_of("ann/small", folder) == server.repos["models", "ann/small"]["branches"]["main"]
     assert newest("ann/small") == folder.name
     found = sorted(str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file())
@@ -77,7 +69,7 @@ def test_revisions(server):
     assert model_folder("ann/small").name == first, "a run stays where it started"
 
 
-def test_a_local_folder_comes_first(server, tmp_path, monkeypatch, small):
+def test_a_local_folder_comes_first(server, tmp_path, monkeypatch, hub_model):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "ann" / "small@old").mkdir(parents=True)
     assert model_folder("ann/small@old").as_posix() == "ann/small@old" and hub_name("ann/small@old") is None

@@ -342,20 +342,53 @@ def test_modules_may_have_a_rank_and_scale_of_their_own(folder, settings):
 
 # --- PEFT itself ---
 
+TOKENS = np.arange(12).reshape(2, 6)
+
+
+class Trained:
+    """The base in a folder, with an adapter of PEFT that is not as it starts.
+
+    Attributes:
+      start: the folder of the adapter as it starts, saved where `changes_base`.
+    """
+
+    def __init__(self, folder, changes_base=False, **settings):
+        torch, peft = pytest.importorskip("torch"), pytest.importorskip("peft")
+        transformers = pytest.importorskip("transformers")
+        torch.manual_seed(0)
+        self.torch, self.start = torch, str(folder / "start")
+        base = transformers.AutoModelForCausalLM.from_pretrained(folder / "base", dtype=torch.float32)
+        self.model = peft.get_peft_model(base, peft.LoraConfig(r=4, lora_alpha=6, **settings))
+        if changes_base:
+            start, self.config.init_lora_weights = self.config.init_lora_weights, True
+            self.model.save_pretrained(self.start)
+            self.config.init_lora_weights = start
+        with torch.no_grad():
+            for name, weight in self.model.named_parameters():
+                if "lora_" in name:
+                    weight += 0.1 * torch.randn_like(weight)
+        self.model.save_pretrained(folder / "trained")
+
+    @property
+    def config(self):
+        return self.model.peft_config["default"]
+
+    def logits(self):
+        with self.torch.no_grad():
+            return self.model(self.torch.tensor(TOKENS)).logits.numpy()
+
 
 @pytest.mark.parametrize("rslora", [False, True])
 @pytest.mark.parametrize("model_type", ["llama", "gpt2"])
 def test_patterns_of_peft(model_type, rslora, tmp_path):
-    torch, peft = pytest.importorskip("torch"), pytest.importorskip("peft")
-    transformers = pytest.importorskip("transformers")
-    torch.manual_seed(0)
     if model_type == "llama":
         save_params(tmp_path / "base", SMALL, random_params(SMALL))
     else:
+        transformers = pytest.importorskip("transformers")
+        transformers.set_seed(0)
         shape = transformers.GPT2Config(n_embd=8, n_head=2, n_layer=2, n_positions=16, vocab_size=12)
         transformers.GPT2LMHeadModel(shape).save_pretrained(tmp_path / "base")
     config = read_config(tmp_path / "base")
-    base = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32)
     own = {
         "llama": {
             "target_modules": ["q_proj", "o_proj", "down_proj"],
@@ -368,20 +401,11 @@ def test_patterns_of_peft(model_type, rslora, tmp_path):
             "alpha_pattern": {"c_attn": 18},
         },
     }
-    settings = peft.LoraConfig(r=4, lora_alpha=6, use_rslora=rslora, task_type="CAUSAL_LM", **own[model_type])
-    model = peft.get_peft_model(base, settings)
-    with torch.no_grad():
-        for name, weight in model.named_parameters():
-            if "lora_" in name:
-                weight += 0.1 * torch.randn_like(weight)
-    model.save_pretrained(tmp_path / "trained")
-    tokens = np.arange(12).reshape(2, 6)
-    with torch.no_grad():
-        want = model(torch.tensor(tokens)).logits.numpy()
+    trained = Trained(tmp_path, use_rslora=rslora, task_type="CAUSAL_LM", **own[model_type])
     adapter, rank, alpha = load_peft(tmp_path / "trained", model_type, config.head_dim)
     params = merge_dense(load_params(tmp_path / "base"), [adapter], [alpha / rank], [1.0])
-    got = forward(config, params, tokens, np.ones((2, 6), bool))
-    np.testing.assert_allclose(got, want, rtol=0, atol=1e-4)
+    got = forward(config, params, TOKENS, np.ones((2, 6), bool))
+    np.testing.assert_allclose(got, trained.logits(), rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("start", [True, "gaussian", "orthogonal", "pissa", "pissa_niter_2", "olora"])
@@ -390,34 +414,16 @@ def test_adapters_of_peft(start, rslora, tmp_path):
     """Loaded with its base, an adapter gives PEFT's logits; one that changes its base is refused until it is converted,
     as the message says.
     """
-    torch, peft = pytest.importorskip("torch"), pytest.importorskip("peft")
-    transformers = pytest.importorskip("transformers")
-    torch.manual_seed(0)
     save_params(tmp_path / "base", SMALL, random_params(SMALL))
-    base = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32)
-    settings = peft.LoraConfig(
-        r=4, lora_alpha=6, target_modules=["q_proj", "down_proj"], init_lora_weights=start, use_rslora=rslora
-    )
-    model = peft.get_peft_model(base, settings)
     changes_base = isinstance(start, str) and start.startswith(("pissa", "olora"))
-    if changes_base:
-        model.peft_config["default"].init_lora_weights = True
-        model.save_pretrained(tmp_path / "start")
-        model.peft_config["default"].init_lora_weights = start
-    with torch.no_grad():
-        for name, weight in model.named_parameters():
-            if "lora_" in name:
-                weight += 0.1 * torch.randn_like(weight)
-    model.save_pretrained(tmp_path / "trained")
-    tokens = np.arange(12).reshape(2, 6)
-    with torch.no_grad():
-        want = model(torch.tensor(tokens)).logits.numpy()
+    modules = {"target_modules": ["q_proj", "down_proj"]}
+    trained = Trained(tmp_path, changes_base, init_lora_weights=start, use_rslora=rslora, **modules)
+    want = trained.logits()
     if changes_base:
         with pytest.raises(UserError, match="path_initial_model_for_weight_conversion=START"):
             load_peft(tmp_path / "trained")
-        start_folder = str(tmp_path / "start")
-        model.save_pretrained(tmp_path / "trained", path_initial_model_for_weight_conversion=start_folder)
+        trained.model.save_pretrained(tmp_path / "trained", path_initial_model_for_weight_conversion=trained.start)
     adapter, rank, alpha = load_peft(tmp_path / "trained")
     params = merge_dense(load_params(tmp_path / "base"), [adapter], [alpha / rank], [1.0])
-    got = forward(read_config(tmp_path / "base"), params, tokens, np.ones((2, 6), bool))
+    got = forward(read_config(tmp_path / "base"), params, TOKENS, np.ones((2, 6), bool))
     np.testing.assert_allclose(got, want, rtol=0, atol=1e-4)

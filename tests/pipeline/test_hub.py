@@ -7,8 +7,7 @@ import jax
 import numpy as np
 import pytest
 from huggingface_hub import constants
-from support import tiny, tiny_users
-from support.hub_server import Hub
+from support import hub_server, tiny, tiny_users
 
 from pjrlhf.data import synthetic
 from pjrlhf.export import merge
@@ -23,23 +22,15 @@ from pjrlhf.runtime.inputs import fetch_models, fingerprints
 from pjrlhf.training.workdir import Workdir
 
 
-@pytest.fixture(scope="module")
-def small(tmp_path_factory):
-    return tiny_users.save_base(tmp_path_factory.mktemp("small"))
-
-
 @pytest.fixture
-def server(small, tmp_path, monkeypatch):
-    monkeypatch.setattr(hub, "_pinned", {})
-    server = Hub()
-    server.add("ann/small", small)
-    with server.running(tmp_path / "cache"):
+def server(hub_model, tmp_path):
+    with hub_server.serving(hub_model, tmp_path / "cache") as server:
         yield server
 
 
-def moved(server, small):
+def moved(server, hub_model):
     """Another model under the same name."""
-    files = {path.name: path.read_bytes() for path in small.iterdir()}
+    files = {path.name: path.read_bytes() for path in hub_model.iterdir()}
     weights = bytearray(files["model.safetensors"])
     weights[-1] ^= 1
     return server.add("ann/small", {**files, "model.safetensors": bytes(weights)})
@@ -63,16 +54,16 @@ def config_of(folder):
     )
 
 
-def test_a_run_records_the_commit_and_stays_there(server, small, tmp_path, monkeypatch, caplog):
+def test_a_run_records_the_commit_and_stays_there(server, hub_model, tmp_path, monkeypatch, caplog):
     config, first = config_of(tmp_path), server.repos["models", "ann/small"]["branches"]["main"]
     run = tiny.run(tmp_path / "run", config)
     recorded = json.loads((run / "inputs.json").read_text())["model.path"]
     assert recorded["path"] == "ann/small" and recorded["commit"] == first
-    assert recorded["hash"].startswith(fingerprint(small))
+    assert recorded["hash"].startswith(fingerprint(hub_model))
     file = run / "preference" / "pooled" / "model.safetensors"
     assert load_tree(file)[1]["base_folder"] == f"ann/small@{first}", "others find the base without this machine"
 
-    second = moved(server, small)
+    second = moved(server, hub_model)
     (run / "manifest.json").unlink()
     monkeypatch.setattr(hub, "_pinned", {})  # another process
     with caplog.at_level(logging.WARNING):
@@ -92,9 +83,9 @@ def test_a_run_records_the_commit_and_stays_there(server, small, tmp_path, monke
     assert fingerprints({"model": {"path": "ann/small"}}, other.path)["model.path"]["commit"] == second
 
 
-def test_all_processes_read_the_commit_of_process_zero(server, small, tmp_path, monkeypatch):
+def test_all_processes_read_the_commit_of_process_zero(server, hub_model, tmp_path, monkeypatch):
     first = server.repos["models", "ann/small"]["branches"]["main"]
-    moved(server, small)  # after process 0 looked
+    moved(server, hub_model)  # after process 0 looked
     monkeypatch.setattr(inputs, "is_process_zero", lambda: False)
     monkeypatch.setattr(inputs, "broadcast_from_zero", lambda _: np.frombuffer(first.encode(), np.uint8))
     fetch_models({"model": {"path": "ann/small"}}, Workdir(tmp_path / "run"))

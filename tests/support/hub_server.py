@@ -12,6 +12,8 @@ import urllib.parse
 import pytest
 from huggingface_hub import constants
 
+from pjrlhf.models import hub
+
 
 class Hub:
     """Repositories in memory.
@@ -188,6 +190,17 @@ class Hub:
                 files.pop(value["path"], None)
         commit = self.add(name, files, branch, kind)
         return 200, {"commitOid": commit, "commitUrl": f"{self.url}/{name}/commit/{commit}", "hookOutput": ""}, {}
+
+
+@contextlib.contextmanager
+def serving(files, cache):
+    """A hub with the model ann/small of `files`, see `Hub.add`, for this process, which has pinned no commit."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(hub, "_pinned", {})
+        server = Hub()
+        server.add("ann/small", files)
+        with server.running(cache):
+            yield server
 
 
 def use(patch, url, cache):
