@@ -174,7 +174,7 @@ def test_reward_models_show_held_out_pairs_with_their_rewards(finished):
 @pytest.mark.parametrize("rank", [0, 2])
 def test_the_base_in_training_answers_held_out_requests(finished, rank):
     """With the parameters in training, whether all are or an adapter is."""
-    config = tiny.settings(completion_prompts=4, temperature=0.0, sft__adapter__rank=rank)
+    config = tiny.settings(completion_prompts=4, temperature=1e-4, sft__adapter__rank=rank)
     run = tiny.start(finished, config)
     method = sft.method_of(run)
     state = method.init()
@@ -192,7 +192,7 @@ def test_the_base_in_training_answers_held_out_requests(finished, rank):
 @pytest.mark.slow
 def test_modpo_and_ric_answer_held_out_requests(finished):
     """Every policy of MODPO by its adapter alone; RiC as its prompts ask."""
-    config = tiny.settings(completion_prompts=3, temperature=0.0)
+    config = tiny.settings(completion_prompts=3, temperature=1e-4)
     run = tiny.start(finished, config)
     method = modpo.method_of(run, run.section(modpo.ModpoSettings))
     bank = jax.tree.map(lambda x: x + 0.3 * np.cos(np.arange(x.size)).reshape(x.shape), method.init().trainable)

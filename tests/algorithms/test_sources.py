@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from support import tiny, toy_extensions
 
-from pjrlhf.algorithms import policy, reward
+from pjrlhf.algorithms import policy, policy_host, reward
 from pjrlhf.data import synthetic
 from pjrlhf.errors import UserError
 from pjrlhf.models.storage import load_tree
@@ -43,7 +43,7 @@ def method_of(folder, rewards):
 
 
 @pytest.mark.parametrize("sources", [("P2A",), tiny.REWARDS], ids=["one", "all"])
-def test_a_source_that_gives_the_rewards_of_a_model_trains_as_the_model(finished, sources):
+def test_a_source_that_gives_the_rewards_of_a_model_trains_as_the_model(finished, monkeypatch, sources):
     """The same states and metrics after two steps."""
     known = method_of(finished, {})
     asked = method_of(finished, dict.fromkeys(sources, f"{MODULE}:brevity"))
@@ -59,7 +59,7 @@ def test_a_source_that_gives_the_rewards_of_a_model_trains_as_the_model(finished
         own = [name in sources for name in tiny.REWARDS]
         return np.where(np.repeat(own, len(found) // K)[:, None], found, np.nan)
 
-    asked.ask = lambda batch, rollout: lambda: HostRewards(raw(batch, rollout), {})
+    monkeypatch.setattr(policy_host, "ask", lambda data, *found: lambda: HostRewards(raw(*found), {}))
     states = [known.init(), asked.init()]
     close(tiny.bits(states[0].trainable) == tiny.bits(states[1].trainable), True)
     for _ in range(2):

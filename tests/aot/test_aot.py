@@ -209,7 +209,7 @@ def test_classifiers_lie_beside_every_step_that_may_ask_them(monkeypatch, tmp_pa
     plans = {}
     for name, source in (("function", function), ("one", spec), ("twice", spec)):
         rewards = {"P1A": source, "P1B": spec if name == "twice" else function}
-        config = tiny.settings(policy__rollouts=8, rewards=rewards)
+        config = tiny.settings(policy__rollouts=8, rewards=rewards, mesh__data=1, mesh__fsdp=-1)
         plans[name] = {step.name: step for step in aot.plan(config, "v5e:2x4", ["policy"])}
     run = aot.DryRun(config, "v5e:2x4")
     (found,) = classifiers_of(run)  # once for both rewards
