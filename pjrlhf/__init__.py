@@ -5,9 +5,9 @@ import sys
 
 # The command, or `python -m` while it looks for a program of this package: what follows takes a while to import.
 if os.path.basename(sys.argv[0] if sys.argv else "") in ("pjrlhf", "-m"):
-    from pjrlhf.errors import exit_on_interrupt
+    from pjrlhf.errors import exit_on_signals
 
-    exit_on_interrupt()
+    exit_on_signals()
 
 import lazy_loader
 

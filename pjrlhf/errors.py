@@ -1,4 +1,4 @@
-"""The exception for bad input, and the end of a process that Ctrl-C stops."""
+"""The exception for bad input, and the end of a process that a signal stops."""
 
 import os
 import signal
@@ -11,6 +11,25 @@ class UserError(ValueError):
     """
 
 
-def exit_on_interrupt() -> None:
-    """From now on Ctrl-C ends this process at once, with one line and exit code 130."""
-    signal.signal(signal.SIGINT, lambda *_: (os.write(2, b"interrupted\n"), os._exit(130)))
+def ending_signals() -> list[signal.Signals]:
+    """Signals that end a process: Ctrl-C, a scheduler, a terminal that closes. Those that the starter of this process
+    has it ignore, as nohup does, are not among them.
+    """
+    found = [signal.SIGINT]
+    return found + [one for one in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(one) != signal.SIG_IGN]
+
+
+def stopped_by(number: int) -> str:
+    """How a signal ended this process, for a message."""
+    return "interrupted" if number == signal.SIGINT else f"stopped by {signal.Signals(number).name}"
+
+
+def exit_on_signals() -> None:
+    """From now on a signal ends this process at once, with one line and exit code 128 + its number."""
+
+    def end(number: int, _: object) -> None:
+        os.write(2, f"{stopped_by(number)}\n".encode())
+        os._exit(128 + number)
+
+    for number in ending_signals():
+        signal.signal(number, end)

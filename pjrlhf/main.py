@@ -20,12 +20,12 @@ from absl.logging import converter
 from ml_collections import ConfigDict, FrozenConfigDict, config_flags
 from ml_collections.config_dict import placeholder
 
-from pjrlhf.errors import UserError
+from pjrlhf.errors import UserError, ending_signals, stopped_by
 from pjrlhf.paths import expand, user_cache
 from pjrlhf.terminal import SafeRecords, line, print_error, quiet_libraries, visible
 
 FLAGS = flags.FLAGS
-CLEANUP_SECONDS = 10.0  # at most, between Ctrl-C and the end
+CLEANUP_SECONDS = 10.0  # at most, between a signal and the end
 
 
 class _ConfigFile(flags.ArgumentParser):
@@ -299,12 +299,16 @@ def _leave_now(code: int) -> NoReturn:
 
 
 @contextlib.contextmanager
-def interruptible(message: str = "interrupted") -> Iterator[None]:
-    """Ends this process with one line and exit code 130 where Ctrl-C stops the block, after its cleaning up."""
+def interruptible(advice: str = "") -> Iterator[None]:
+    """Ends this process with one line and exit code 128 + number where a signal stops the block, after its cleaning up.
+
+    Args:
+      advice: ends the line.
+    """
 
     def end() -> NoReturn:
-        print(message, file=sys.stderr)
-        _leave_now(130)
+        print(f"{stopped_by(received[0])}{advice}", file=sys.stderr)
+        _leave_now(128 + received[0])
 
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -321,7 +325,7 @@ def interruptible(message: str = "interrupted") -> Iterator[None]:
         deadline.start()
         raise KeyboardInterrupt
 
-    before = signal.signal(signal.SIGINT, interrupt)
+    before = {number: signal.signal(number, interrupt) for number in ending_signals()}
     unraisable, sys.unraisablehook = sys.unraisablehook, lambda one: received or unraisable(one)
     try:
         yield
@@ -333,7 +337,8 @@ def interruptible(message: str = "interrupted") -> Iterator[None]:
         raise
     finally:
         sys.unraisablehook = unraisable
-        signal.signal(signal.SIGINT, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _is_importing(frame: types.FrameType | None) -> bool:
@@ -343,10 +348,10 @@ def _is_importing(frame: types.FrameType | None) -> bool:
 
 
 def run() -> None:
-    """The entry point. A UserError and Ctrl-C end in one line instead of a traceback."""
+    """The entry point. A UserError and a signal end in one line instead of a traceback."""
     quiet_libraries()
     try:
-        with interruptible("interrupted; the same command goes on from what is saved"):
+        with interruptible("; the same command goes on from what is saved"):
             app.run(main, flags_parser=parse)
     except UserError as error:
         print_error(error)

@@ -4,6 +4,7 @@ import fcntl
 import os
 import pathlib
 import shutil
+import sys
 from importlib import metadata
 
 # Most of the time of the tests goes into compiling programs that run once: compile fast rather than well.
@@ -115,3 +116,34 @@ def family(once, cache_folder):
     from support import tiny, tiny_family
 
     return once("family", lambda folder: tiny.run(folder, tiny_family.settings()))
+
+
+@pytest.fixture
+def ended(monkeypatch, capsys):
+    """(exit code, lines on stderr) of the program called with some arguments; in this process, with flags of its own,
+    as a process each would take minutes in all. Where the flags are right, `main` reads the config and ends.
+    """
+    from absl import flags
+
+    from pjrlhf import main
+    from pjrlhf.pipeline import stages
+
+    monkeypatch.chdir(ROOT)
+
+    def call(*arguments):
+        values = flags.FlagValues()
+        main.define(values)
+        monkeypatch.setattr(main, "FLAGS", values)
+
+        def start(_, flags_parser):
+            flags_parser(["main", *arguments])
+            stages.read(values.config)
+            raise SystemExit(0)
+
+        monkeypatch.setattr(main.app, "run", start)
+        monkeypatch.setattr(sys, "argv", ["main", *arguments])
+        with pytest.raises(SystemExit) as stopped:
+            main.run()
+        return stopped.value.code, capsys.readouterr().err.splitlines()
+
+    return call

@@ -5,6 +5,7 @@ import json
 import os
 import pathlib
 import re
+import signal
 import subprocess
 import sys
 from typing import Any, cast
@@ -26,37 +27,6 @@ def call(*arguments):
 
 
 SOUPS = "--config=configs/soups.py"
-
-
-@pytest.fixture
-def ended(monkeypatch, capsys):
-    """(exit code, lines on stderr) of the program called with some arguments; in this process, with flags of its own,
-    as a process each would take minutes in all. Where the flags are right, `main` reads the config and ends.
-    """
-    from absl import flags
-
-    from pjrlhf import main
-    from pjrlhf.pipeline import stages
-
-    monkeypatch.chdir(ROOT)
-
-    def call(*arguments):
-        values = flags.FlagValues()
-        main.define(values)
-        monkeypatch.setattr(main, "FLAGS", values)
-
-        def start(_, flags_parser):
-            flags_parser(["main", *arguments])
-            stages.read(values.config)
-            raise SystemExit(0)
-
-        monkeypatch.setattr(main.app, "run", start)
-        monkeypatch.setattr(sys, "argv", ["main", *arguments])
-        with pytest.raises(SystemExit) as stopped:
-            main.run()
-        return stopped.value.code, capsys.readouterr().err.splitlines()
-
-    return call
 
 
 @pytest.mark.parametrize(
@@ -208,15 +178,25 @@ def test_a_mistake_does_not_wait_for_threads_of_libraries():
     assert (done.returncode, done.stderr) == (2, "error: disk: is full\n")
 
 
+SIGNALS = {"SIGINT": "interrupted", "SIGTERM": "stopped by SIGTERM", "SIGHUP": "stopped by SIGHUP"}
+
+
+def unignored():
+    """In a child: signals as a terminal gives them to a program, whatever started the tests."""
+    for name in SIGNALS:
+        signal.signal(signal.Signals[name], signal.SIG_DFL)
+
+
+@pytest.mark.parametrize("name", SIGNALS)
 @pytest.mark.parametrize("swallowed", [False, True])
-def test_an_interrupt_that_a_library_changes_or_swallows_ends_the_process_too(swallowed):
+def test_an_interrupt_that_a_library_changes_or_swallows_ends_the_process_too(swallowed, name):
     code = (
         "import os, signal, sys, time\n"
         "from pjrlhf import main\n"
         "main.CLEANUP_SECONDS = 0.5\n"
         "def start(*_, **__):\n"
         "    try:\n"
-        "        os.kill(os.getpid(), signal.SIGINT)\n"
+        f"        os.kill(os.getpid(), signal.{name})\n"
         "        time.sleep(60)\n"
         "    except KeyboardInterrupt as error:\n"
         "        if len(sys.argv) > 1:\n"
@@ -227,8 +207,26 @@ def test_an_interrupt_that_a_library_changes_or_swallows_ends_the_process_too(sw
     )
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-c", code, *(["swallow"] if swallowed else [])]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=30, preexec_fn=unignored)
+    told = f"{SIGNALS[name]}; the same command goes on from what is saved\n"
+    assert (done.returncode, done.stderr) == (128 + signal.Signals[name], told)
+
+
+def test_signals_that_the_starter_ignores_stay_ignored():
+    """As nohup does."""
+    code = (
+        "import os, signal\n"
+        "from pjrlhf import main\n"
+        "def start(*_, **__):\n"
+        "    os.kill(os.getpid(), signal.SIGHUP)\n"
+        "    print('goes on')\n"
+        "main.app.run = start\n"
+        "main.run()\n"
+    )
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = ["nohup", sys.executable, "-c", code]
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=30)
-    assert (done.returncode, done.stderr) == (130, "interrupted; the same command goes on from what is saved\n")
+    assert (done.returncode, done.stdout) == (0, "goes on\n")
 
 
 def test_a_device_without_enough_memory_ends_in_one_line():
@@ -246,20 +244,28 @@ def test_a_device_without_enough_memory_ends_in_one_line():
     assert "Out of memory allocating 9 bytes." in done.stderr and "--config.model.remat=full" in done.stderr
 
 
+@pytest.mark.parametrize("name", SIGNALS)
 @pytest.mark.parametrize("program", ["module", "command"])
-def test_ctrl_c_during_the_first_import_ends_in_one_line(program, tmp_path):
+def test_a_signal_during_the_first_import_ends_in_one_line(program, name, tmp_path):
     """The handler is there before anything of other packages is imported."""
-    (tmp_path / "lazy_loader.py").write_text("import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\n")
+    (tmp_path / "lazy_loader.py").write_text(f"import os, signal\nos.kill(os.getpid(), signal.{name})\n")
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin" / "pjrlhf").write_text("from pjrlhf.cli import main\nmain()\n")
     env = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
     command = ["-m", "pjrlhf.main"] if program == "module" else [str(tmp_path / "bin" / "pjrlhf"), "train"]
-    done = subprocess.run([sys.executable, *command], env=env, capture_output=True, text=True, timeout=30)
-    assert (done.returncode, done.stderr) == (130, "interrupted\n")
+    done = subprocess.run(
+        [sys.executable, *command], env=env, capture_output=True, text=True, timeout=30, preexec_fn=unignored
+    )
+    assert (done.returncode, done.stderr) == (128 + signal.Signals[name], f"{SIGNALS[name]}\n")
 
 
-def test_importing_the_package_leaves_ctrl_c_alone():
-    code = "import signal; a = signal.getsignal(2); import pjrlhf, pjrlhf.cli; print(signal.getsignal(2) is a)"
+def test_importing_the_package_leaves_signals_alone():
+    code = (
+        "import signal\n"
+        "before = [signal.getsignal(number) for number in (1, 2, 15)]\n"
+        "import pjrlhf, pjrlhf.cli\n"
+        "print(before == [signal.getsignal(number) for number in (1, 2, 15)])\n"
+    )
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=30)
     assert done.stdout == "True\n"

@@ -84,7 +84,7 @@ def by_targets(run: Run, settings: TargetSection, stage: str, how: AnswerSetting
     targets = targets_of(run, settings)
     bank = banks.load(run, stage, targets.adapters)
     if how.answer == "mod" and not is_low_rank(bank):
-        raise UserError(f"{stage}: MOD runs every policy as a row, which takes adapters; set a rank")
+        raise UserError(f"{stage}: MOD runs every policy as a row, which takes adapters; set --config.adapter.rank=8")
     mix, points = _mix(targets, how, len(run.audience.objectives))
     return EvaluatedPolicy(
         bank,

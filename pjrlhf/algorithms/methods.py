@@ -7,6 +7,7 @@ trains nothing), what differs from the section of that trainer, and how it answe
 
 import contextlib
 import dataclasses
+import difflib
 import importlib
 import pkgutil
 import time
@@ -42,7 +43,9 @@ def trainer_of(name: str) -> Trainer:
     if isinstance(found, Trainer):
         return found
     names = [one for one in known if hasattr(importlib.import_module(f"pjrlhf.algorithms.{one}"), "TRAINER")]
-    raise UserError(f"methods: train {name!r} is no trainer; choose one of {', '.join(names)}, or package.module:name")
+    near = difflib.get_close_matches(name, names, 1)
+    hint = f"did you mean {near[0]!r}? The choices are" if near else "choose one of"
+    raise UserError(f"methods: train {name!r} is no trainer; {hint} {', '.join(names)}, or package.module:name")
 
 
 def folder(name: str) -> str:

@@ -121,9 +121,14 @@ class Targets:
         if self.mix == "weights" and self.kind not in ("grid", "dirichlet"):
             raise UserError(f"mix 'weights': needs weights over all objectives, which {self.kind!r} does not draw")
         if self.mix == "weights" and not adapter.rank:
-            raise UserError("mix 'weights': every example has parameters of its own, which takes adapters; set a rank")
+            raise UserError(
+                "mix 'weights': every example has parameters of its own, which takes adapters; set "
+                "--config.adapter.rank=8"
+            )
         if self.kind == "combinations" and not adapter.rank:
-            raise UserError("preferences.kind combinations: every answer has reward models of its own; set a rank")
+            raise UserError(
+                "preferences.kind combinations: every answer has reward models of its own; set --config.adapter.rank=8"
+            )
         self.adapters = audience.objectives if self.mix == "weights" else self.policies
         self.prompt_format = settings.prompt_format
         # "half": each request comes once with and once without its preferences stated.

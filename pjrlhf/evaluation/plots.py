@@ -28,6 +28,7 @@ _THEMES = {
     "dark": {"ink": "#dfe5ea", "ground": "#1b2128", "edge": "#4a5561", "grid": "#2c343d"},
 }
 _LETTERS = 24  # of a name in a figure
+SMALL_SCREEN, READABLE = 500, 10  # pixels: width of a figure there, and of text to be read
 
 
 class Picture(NamedTuple):
@@ -49,10 +50,10 @@ def _style(ink: str, ground: str, edge: str, grid: str) -> dict[str, Any]:
         "axes.spines.right": False,
         "axes.spines.top": False,
         "axes.titlelocation": "left",
-        "axes.titlesize": 12,
+        "axes.titlesize": "medium",
         "axes.titleweight": "bold",
         "figure.facecolor": ground,
-        "font.size": 11,
+        "legend.fontsize": "medium",
         "grid.color": grid,
         "legend.frameon": False,
         "savefig.facecolor": ground,
@@ -78,9 +79,9 @@ def label(name: object) -> str:
     return f"\N{WORD JOINER}{text}" if text.startswith("_") else text
 
 
-def legend_columns(labels: Iterable[str]) -> int:
-    """How many names of a legend stand side by side above a figure."""
-    return max(1, min(6, 75 // (6 + max(map(len, labels), default=0))))
+def legend_columns(labels: Iterable[str], letters: int = 75) -> int:
+    """How many names of a legend stand side by side above or below a figure of so many letters."""
+    return max(1, min(6, letters // (6 + max(map(len, labels), default=0))))
 
 
 def span(low: float, high: float, least: float, bounds: tuple[float, float] | None = None) -> tuple[float, float]:
@@ -137,10 +138,14 @@ def draw(makers: Mapping[str, Callable[[], "tuple[Figure, str] | None"]]) -> dic
 
 
 def new_figure(width: float, height: float, rows: int, columns: int) -> "tuple[Figure, np.ndarray]":
-    """(figure of inches, axes [rows, columns])."""
+    """(figure of inches, axes [rows, columns]). Text is so large that it stays readable on small screens; it is
+    to have no size of its own below that.
+    """
     # A bare Figure draws with Agg and needs neither pyplot's global state nor a display.
+    import matplotlib
     from matplotlib.figure import Figure
 
+    matplotlib.rcParams["font.size"] = max(11.0, READABLE * 72 * width / SMALL_SCREEN)  # `draw` restores it
     figure = Figure(figsize=(width, height), layout="constrained")
     return figure, figure.subplots(rows, columns, squeeze=False)
 
@@ -240,7 +245,7 @@ def _ingredients(ingredients: Mapping[str, Any]) -> "tuple[Figure, str] | None":
 
 
 def _sweep(sweep: Mapping[str, Any]) -> "tuple[Figure, str] | None":
-    """One column per dimension, one row per end: its score against the weight, and the straight line between the ends.
+    """One row per dimension, one column per end: its score against the weight, and the straight line between the ends.
 
     Scores of different criteria need not have a common unit, so each has a panel of its own.
     """
@@ -251,25 +256,23 @@ def _sweep(sweep: Mapping[str, Any]) -> "tuple[Figure, str] | None":
     for dimension, one in sweep.items():
         ends = [name for name in (one.get("low"), one.get("high")) if name in one["scores"]]
         shown[dimension] = ends or list(one["scores"])
-    rows = max(map(len, shown.values()))
-    figure, axes = new_figure(max(3.3 * len(sweep), 4.6), 2.3 * rows + 0.4, rows, len(sweep))
-    for column, (dimension, one) in zip(axes.T, sweep.items(), strict=True):
+    columns = max(map(len, shown.values()))
+    figure, axes = new_figure(max(3.4 * columns, 4.6), 2.6 * len(sweep) + 0.2, len(sweep), columns)
+    for row, (dimension, one) in zip(axes, sweep.items(), strict=True):
         weights = np.array(one["weights"], np.float64)
         order = np.argsort(weights)
-        for axis, colour, name in zip(column, itertools.cycle(COLOURS), shown[dimension], strict=False):
+        for axis, colour, name in zip(row, itertools.cycle(COLOURS), shown[dimension], strict=False):
             scores = np.array([number_or_nan(score) for score in one["scores"][name]])[order]
             axis.plot(weights[order], scores, "o-", color=colour, markersize=4)
             axis.plot(weights[order[[0, -1]]], scores[[0, -1]], "--", color=colour, linewidth=1, alpha=0.7)
             axis.set_ylabel(f"score of {label(name)}")
             low, high = axis.get_ylim()
             axis.set_ylim(*span(low, high, 0.1 * max(1.0, float(np.nanmax(np.abs(scores), initial=0.0)))))
-        for axis in column[len(shown[dimension]) :]:
+            named = one.get("low") and one.get("high")
+            axis.set_xlabel(f"weight of {label(one['high'])},\nrest {label(one['low'])}" if named else "weight")
+        for axis in row[len(shown[dimension]) :]:
             axis.set_visible(False)
-        column[0].set_title(label(dimension))
-        named = one.get("low") and one.get("high")
-        column[len(shown[dimension]) - 1].set_xlabel(
-            f"weight of {label(one['high'])}, rest {label(one['low'])}" if named else "weight"
-        )
+        row[0].set_title(label(dimension))
     return figure, "Score against weight; dashed, the straight line between the ends."
 
 
@@ -278,16 +281,20 @@ def _training(curves: Mapping[tuple[str, str, str], Mapping[str, np.ndarray]]) -
     if not curves:
         return None
     stages = list(dict.fromkeys(stage for stage, _, _ in curves))
-    figure, axes = new_figure(8.4, 2.9 * len(stages), len(stages), 2)
+    figure, axes = new_figure(7.0, 2.9 * len(stages) + 0.5, len(stages), 2)
+    names = list(dict.fromkeys(name for lines in curves.values() for name in lines))
+    colours = {name: COLOURS[i % len(COLOURS)] for i, name in enumerate(names)}
     for (stage, quantity, unit), lines in curves.items():
         axis = axes[stages.index(stage), int(quantity == "kl")]
-        for i, (name, points) in enumerate(lines.items()):
-            axis.plot(*points, color=COLOURS[i % len(COLOURS)], linewidth=1.4, label=label(name))
-        axis.set(title=f"{label(stage)}: {_CURVES[quantity]}", xlabel=unit)
-        if len(lines) > 1:
-            axis.legend(fontsize=8, ncols=2 if max(map(len, lines)) < 12 else 1)
+        for name, points in lines.items():
+            axis.plot(*points, color=colours[name], linewidth=1.4)
+        axis.set(title=f"{label(stage)}:\n{_CURVES[quantity]}", xlabel=unit)
     for axis in axes.ravel():
         axis.set_visible(axis.has_data())
+    if len(names) > 1:
+        handles = [axes[0, 0].plot([], [], color=colours[name])[0] for name in names]
+        columns = legend_columns(map(label, names), 50)
+        figure.legend(handles, list(map(label, names)), loc="outside lower center", ncols=columns)
     shown = {quantity for _, quantity, _ in curves}
     said = [text for name, text in (("scores", "mean reward"), ("kl", "KL from the reference")) if name in shown]
     return figure, f"{' and '.join(said).capitalize() if 'scores' in shown else said[0]} as training went on."

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pjrlhf.evaluation.pareto import non_dominated
-from pjrlhf.evaluation.plots import COLOURS, Picture, draw, label, new_figure, span
+from pjrlhf.evaluation.plots import COLOURS, Picture, draw, label, legend_columns, new_figure, span
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 _KINDS = {"dominated": "dominated", "unseen": "not trained on"}
 _PAIRS, _COLUMNS = 6, 2  # pairs of objectives that are drawn, panels of a figure beside each other
-_NAMES = 4  # of methods beside each other in a legend
+_LEGEND = 60  # letters beside each other in a legend
 _SPAN = 0.2  # least width of an axis of rewards, whose scale is that of the base
 _NAME = 24  # letters of a method in a legend; longer names would leave no room for the panels
 
@@ -86,8 +86,9 @@ def _panels(count: int, found: Mapping[str, Any]) -> "tuple[Figure, list[Axes]]"
 
     columns = min(_COLUMNS, count)
     rows = math.ceil(count / columns)
-    height = (4.2 if count == 1 else 2.9) * rows + 0.3 + 0.25 * math.ceil(len(found) / _NAMES)
-    figure, axes = new_figure(7.6, height, rows, columns)
+    lines = math.ceil(len(found) / legend_columns(map(_short, found), _LEGEND))
+    height = (4.2 if count == 1 else 2.9) * rows + 0.3 + 0.25 * lines
+    figure, axes = new_figure(7.0, height, rows, columns)
     figure.set_layout_engine(ConstrainedLayoutEngine(w_pad=0.1))
     for axis in axes.flat[count:]:
         axis.remove()
@@ -101,7 +102,7 @@ def _legend(figure: "Figure", axis: "Axes", found: Mapping[str, Any]) -> None:
         for one in found.values()
     ]
     names = [_short(method) for method in found]
-    figure.legend(handles, names, loc="outside lower center", fontsize=10, ncols=min(_NAMES, len(names)))
+    figure.legend(handles, names, loc="outside lower center", ncols=legend_columns(names, _LEGEND))
 
 
 def _short(name: str) -> str:

@@ -182,8 +182,8 @@ def _strips(
         )
         axis.grid(False, axis="x")
     if named:
-        axes[-1, 0].set_xticks(range(len(order)), [label(user) for user in order], rotation=90, fontsize=8)
-    figure.supylabel("mean length of an answer" if bars else "accuracy, %", fontsize=10)
+        axes[-1, 0].set_xticks(range(len(order)), [label(user) for user in order], rotation=90, fontsize="small")
+    figure.supylabel("mean length of an answer" if bars else "accuracy, %", fontsize="medium")
     handles, labels = axes[0, 0].get_legend_handles_labels()
     if any(labels):
         figure.legend(handles, labels, loc="outside upper right", ncols=legend_columns(labels))

@@ -8,18 +8,15 @@ import dataclasses
 import itertools
 import json
 import pathlib
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from pjrlhf.errors import UserError
 from pjrlhf.models.folders import read_json, reading
-from pjrlhf.models.hf_config import GENERATION, TOKEN_IDS
+from pjrlhf.models.generation import GENERATION, TOKEN_IDS, checked
 from pjrlhf.models.huggingface import TOKENIZER_FILES
 from pjrlhf.models.peft import CONFIG as ADAPTER
 from pjrlhf.types import Json
-
-# Keys of generation_config.json that are no settings of generation.
-_NOTES = ("_from_model_config", "transformers_version")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,23 +70,22 @@ def inherit(
                 return new[0], found[new[0]]
         return None, None
 
-    def read_file(name: str, ignored: Collection[str] = ()) -> dict[str, Json]:
-        """The keys of a JSON file, each from the folder that decides about it."""
-        contents = {folder: _with_lists(_optional(folder / name)) for folder in folders}
-        keys = dict.fromkeys(key for content in contents.values() for key in content if key not in ignored)
+    def read_file(name: str) -> dict[str, Json]:
+        """The settings of generation in a JSON file, each from the folder that decides about it."""
+        contents = {folder: _with_lists(_settings(folder / name, rows)) for folder in folders}
+        keys = dict.fromkeys(key for content in contents.values() for key in content)
         return {
             key: decide(f"{key} in {name}", name, lambda folder, key=key: contents[folder].get(key))[1] for key in keys
         }
 
-    others = {key for folder in folders for key in _optional(folder / "config.json")} - {*TOKEN_IDS}
-    generation, config = read_file(GENERATION, _NOTES), read_file("config.json", others)
+    # Adapters have no config.json; all models of a merge have the same vocabulary.
+    sizes = (_optional(folder / "config.json").get("vocab_size") for folder in folders)
+    rows = next((size for size in sizes if type(size) is int), None)
+    generation, config = read_file(GENERATION), read_file("config.json")
     ids = {}
     for name in TOKEN_IDS:
         stated = [x[name] for x in (generation, config) if x.get(name) is not None]
-        every = [i for ids_of_file in stated for i in ids_of_file]
-        if wrong := [i for i in every if type(i) is not int]:
-            raise UserError(f"{name} of the ingredients: {wrong[0]!r} is no id; correct {GENERATION} and config.json")
-        every = list(dict.fromkeys(every))
+        every = list(dict.fromkeys(i for ids_of_file in stated for i in ids_of_file))
         # EOS may be several; the model stops at any of them.
         ids[name] = every if name == "eos_token_id" and len(every) > 1 else next(iter(every), None)
     tokenizer, _ = decide("chat template or EOS token", "tokenizer_config.json", _voice)
@@ -104,6 +100,14 @@ def _with_lists(content: dict[str, Json]) -> dict[str, Json]:
     """`content` with every id of a special token as a sorted list: 3 and [3] say the same."""
     ids = {name: content[name] for name in TOKEN_IDS if content.get(name) is not None}
     return content | {name: sorted(x, key=str) if isinstance(x, list) else [x] for name, x in ids.items()}
+
+
+def _settings(file: pathlib.Path, rows: int | None) -> dict[str, Json]:
+    """The settings of generation in a JSON file: all of generation_config.json, and the special tokens of another."""
+    content = _optional(file)
+    if file.name != GENERATION:
+        content = {name: value for name, value in content.items() if name in TOKEN_IDS}
+    return checked(content, file, rows)
 
 
 def _voice(folder: pathlib.Path) -> tuple[Json, Json] | None:

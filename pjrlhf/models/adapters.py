@@ -58,7 +58,9 @@ class AdapterConfig(Settings):
 
     def check(self) -> None:
         if (self.dropout or self.target_modules) and not self.rank:
-            raise UserError("rank: 0 trains full parameters, which have no dropout or target_modules; set a rank")
+            raise UserError(
+                "rank: 0 trains full parameters, which have no dropout or target_modules; make it 1 or more"
+            )
 
     @property
     def targets(self) -> frozenset[str]:

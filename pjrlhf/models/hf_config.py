@@ -16,10 +16,9 @@ from pjrlhf.errors import UserError
 from pjrlhf.models.config import LINEARS, ModelConfig, RopeScaling
 from pjrlhf.models.families import Family, get_family
 from pjrlhf.models.folders import Folder, equal_values, open_tensors, read_json, weight_files
+from pjrlhf.models.generation import GENERATION, TOKEN_IDS, read_generation
 from pjrlhf.types import DType, Json
 
-TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
-GENERATION = "generation_config.json"
 # Type of RoPE scaling -> our name of each of its numbers -> theirs.
 ROPE_FIELDS = {
     "linear": {"factor": "factor"},
@@ -71,20 +70,20 @@ def read_eos_ids(folder: Folder) -> list[int]:
 
 
 def generation_config(
-    folder: Folder | None, settings: Mapping[str, Json] | None, token_ids: Mapping[str, Json]
+    folder: Folder | None, settings: Mapping[str, Json] | None, token_ids: Mapping[str, Json], rows: int | None = None
 ) -> dict[str, Json]:
     """The content of generation_config.json for a model derived from that in `folder`.
 
     Args:
       settings: of generation, such as temperature; those of the folder where None.
       token_ids: take the place of the settings of these names, where they are not None.
+      rows: ids that the model knows.
 
     Raises:
-      UserError: an unreadable file.
+      UserError: an unreadable file, or a setting of the folder that is none, see `generation.read_generation`.
     """
-    file = None if folder is None else pathlib.Path(folder) / GENERATION
     if settings is None:
-        settings = read_json(file) if file is not None and file.is_file() else {}
+        settings = {} if folder is None else read_generation(folder, rows)
     return {**settings, **{name: value for name, value in token_ids.items() if value is not None}}
 
 

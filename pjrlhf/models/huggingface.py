@@ -229,10 +229,11 @@ def save_params(
     )
     ids = dict(token_ids or {})
     hf = config_to_hf(config, model_type=model_type, dtype=dtypes["embed/embedding"], **ids)
+    settings = generation_config(tokenizer_folder, generation, ids, config.vocab_size)
     with new_folder(folder, marker="config.json") as work:
         if tokenizer_folder is not None:
             copy_tokenizer(pathlib.Path(tokenizer_folder), work)
-        (work / GENERATION).write_text(json.dumps(generation_config(tokenizer_folder, generation, ids), indent=2))
+        (work / GENERATION).write_text(json.dumps(settings, indent=2))
         for file, names in shards.filename_to_tensors.items():
             stream_tensors(work / file, {name: tensors[name] for name in names})
         if shards.is_sharded:

@@ -12,7 +12,7 @@ import types
 import uvicorn
 from absl import logging
 
-from pjrlhf.errors import UserError
+from pjrlhf.errors import UserError, ending_signals
 from pjrlhf.serving.catalogue import Catalogue
 from pjrlhf.serving.engine import Engine
 from pjrlhf.serving.http import Server
@@ -55,6 +55,8 @@ def serve(catalogue: Catalogue, settings: ServerSettings, sizes: EngineSettings)
         print(f"anybody who reaches {host} can use it; set {KEY_VARIABLE} to ask for a key", file=sys.stderr)
     # After a second one uvicorn sends itself the signal again.
     signal.signal(signal.SIGTERM, lambda *_: None)
+    if signal.SIGHUP in ending_signals():
+        signal.signal(signal.SIGHUP, lambda *_: signal.raise_signal(signal.SIGTERM))
     _Process(config, engine).run(sockets=[listener])
     engine.close(settings.drain_seconds)
 

@@ -15,7 +15,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from pjrlhf.errors import UserError
+from pjrlhf.errors import UserError, ending_signals
 from pjrlhf.parallel.processes import is_process_zero, to_host
 from pjrlhf.settings import Settings, setting
 from pjrlhf.training.checkpoint import Checkpoints, abstract
@@ -115,7 +115,7 @@ class Method:
 
 
 class Interrupted(SystemExit):
-    """Raised after SIGTERM or SIGINT once a checkpoint is saved. Exit code 143 or 130; `str()` says how to resume."""
+    """Raised after a signal once a checkpoint is saved. Exit code 128 + its number; `str()` says how to resume."""
 
     def __init__(self, message: str, number: int):
         super().__init__(message)
@@ -123,7 +123,7 @@ class Interrupted(SystemExit):
 
 
 class _Stop:
-    """Catches the first SIGTERM or SIGINT; the second one has its usual effect.
+    """Catches the first SIGTERM, SIGINT or SIGHUP; the second one has its usual effect.
 
     Several processes must stop after the same step, which JAX's preemption service chooses; it handles SIGTERM itself.
     """
@@ -133,7 +133,7 @@ class _Stop:
     def __enter__(self) -> "_Stop":
         self._old: dict[int, Any] = {}
         if jax.process_count() == 1 and threading.current_thread() is threading.main_thread():
-            self._old = {number: signal.signal(number, self._catch) for number in (signal.SIGTERM, signal.SIGINT)}
+            self._old = {number: signal.signal(number, self._catch) for number in ending_signals()}
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -173,7 +173,7 @@ def run(
       UserError: a watched metric is NaN or infinite (the batch is saved beside the checkpoints), the data ended early,
         no checkpoint is readable, the last one is of a run with another config or inputs, or the disk is full or
         unwritable.
-      Interrupted: SIGTERM or SIGINT was received; the current step was completed and saved.
+      Interrupted: SIGTERM, SIGINT or SIGHUP was received; the current step was completed and saved.
     """
     checkpoint_every, max_to_keep, keep_best = settings.checkpoint_every, settings.max_to_keep, settings.keep_best
     log_completions = settings.log_completions

@@ -153,5 +153,5 @@ def test_wrong_settings(run, changes, message):
 
 def test_mixed_adapters_take_a_rank(run):
     full = tiny.start(run.workdir.path, tiny.settings(adapter__rank=0, stages=("sft",)))
-    with pytest.raises(UserError, match="which takes adapters; set a rank"):
+    with pytest.raises(UserError, match="which takes adapters; set --config"):
         targets(full, mix="weights", preferences__kind="dirichlet")

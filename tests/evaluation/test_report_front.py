@@ -7,10 +7,11 @@ import re
 
 import numpy as np
 import pytest
+from matplotlib.text import Text
 from support.pages import Page, printed
 from support.summaries import SUMMARY, USER_MODELS
 
-from pjrlhf.evaluation import plots_front, report, report_front
+from pjrlhf.evaluation import plots, plots_front, plots_users, report, report_front
 from pjrlhf.evaluation.formats import estimate
 
 NAMES = ("soup", "one <script>alert(1)</script>", "Méthode & <b>fils</b>")
@@ -250,3 +251,29 @@ def test_tables_of_fronts_fit_a_terminal():
 )
 def test_estimates_read_as_a_number_and_its_interval(value, shown):
     assert estimate(value) == shown
+
+
+def test_text_of_figures_is_readable_on_small_screens(tmp_path, monkeypatch):
+    """In pixels, where the page shows a figure 500 pixels wide."""
+    sizes = {}
+    drawn = plots._png
+
+    def measured(figure):
+        texts = [one for one in figure.findobj(Text) if one.get_visible() and one.get_text()]
+        least = min(texts, key=lambda one: one.get_size())
+        sizes[least.get_text()] = least.get_size() / 72 * 500 / figure.get_figwidth()
+        return drawn(figure)
+
+    monkeypatch.setattr(plots, "_png", measured)
+    lines = [
+        {"stage": stage, "step": step, "samples": 16 * step, **{f"objective/{x}/P{i}A": 0.1 * step for i in range(5)}}
+        for stage in ("policy", "methods/moc_per_preference")
+        for x in ("scores", "kl")
+        for step in range(3)
+    ]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    whole = report.clean(SUMMARY | USER_MODELS | FRONTS)
+    assert len(plots.figures(whole, tmp_path / "metrics.jsonl")) == 4
+    assert plots_front.figures(whole).keys() == {"control"} and plots_users.figures(whole)
+    assert len(sizes) > 4 and min(sizes.values()) > 8, sizes
+    assert min(size for text, size in sizes.items() if text not in ("ann", "bob")) > 9.9, sizes

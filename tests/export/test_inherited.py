@@ -227,3 +227,63 @@ def test_a_tokenizer_that_cannot_be_read_is_named(models, content):
     (models / "plain" / "tokenizer.json").write_text(content)
     with pytest.raises(UserError, match=r"plain/tokenizer\.json: tokenizers .* cannot read it"):
         merged(models, ("chat", "plain"), None)
+
+
+WRONG_SETTINGS = {
+    "temperature": ("hot", float("nan"), float("inf"), True, -1.0, [0.5], 10**400),
+    "top_p": (0, 1.5, "1"),
+    "top_k": (0.5, -2, "all"),
+    "do_sample": (1, "yes"),
+    "max_new_tokens": (0, 2.5, {}),
+    "eos_token_id": ("</s>", 1.0, True, [1, "a"], {"id": 1}),
+    "bad_words_ids": (3, [3], [["a"]]),
+    "stop_strings": (3, ["a", 3]),
+}
+
+
+@pytest.mark.parametrize("name", WRONG_SETTINGS)
+def test_a_setting_of_generation_of_a_wrong_type_is_refused_by_name(models, name):
+    for value in WRONG_SETTINGS[name]:
+        write_json(models / "chat" / "generation_config.json", **{name: value})
+        told = rf"chat/generation_config.json: {name}=.* is not .*; correct it or leave it out"
+        with pytest.raises(UserError, match=told):
+            merged(models, ("chat",))
+        with pytest.raises(UserError, match=told):
+            save_params(models / "copy", SMALL, random_params(SMALL), tokenizer_folder=models / "chat")
+        assert not (models.parent / "out").exists() and not (models / "copy").exists()
+
+
+def test_unknown_settings_and_ids_beyond_the_model_are_left_out_by_name(models, caplog):
+    beyond = SMALL.vocab_size
+    write_json(
+        models / "chat" / "generation_config.json",
+        eos_token_id=[3, beyond],
+        pad_token_id=beyond,
+        bos_token_id=-1,
+        suppress_tokens=[1, beyond],
+        **{"\x1b[31mmagic": 3, "top_k": 5, "bad_words_ids": [[1], [2, beyond]], "transformers_version": "9"},
+    )
+    with caplog.at_level("WARNING", logger="absl"):
+        _, config, generation = merged(models, ("chat",))
+    assert generation == {
+        "bos_token_id": 0,
+        "eos_token_id": 3,
+        "top_k": 5,
+        "suppress_tokens": [1],
+        "bad_words_ids": [[1]],
+    }
+    assert (config["eos_token_id"], config["pad_token_id"]) == (3, None)
+    for name in ("eos_token_id", "pad_token_id", "suppress_tokens", "bad_words_ids"):
+        assert f"{name} has the id {beyond}, and the model has {beyond}; it is left out" in caplog.text
+    assert "magic' is no setting that is known here" in caplog.text and "\x1b" not in caplog.text
+    assert "version" not in caplog.text and "bos_token_id" not in caplog.text
+
+
+def test_the_settings_that_are_known_are_those_of_transformers():
+    from transformers import GenerationConfig
+
+    from pjrlhf.models.generation import CHECKS, NOTES
+
+    assert set(CHECKS) <= set(vars(GenerationConfig())), "a setting that transformers no longer has"
+    sampling = {"temperature", "top_p", "top_k", "do_sample", "max_length", "repetition_penalty", *NOTES}
+    assert sampling <= set(CHECKS) | set(NOTES)

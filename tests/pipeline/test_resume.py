@@ -119,7 +119,14 @@ def start_main(tmp_path, workdir, compile_flags=os.environ["XLA_FLAGS"], **chang
         "XDG_CACHE_HOME": str(tmp_path / "cache"),
         "JAX_COMPILATION_CACHE_DIR": str(jax.config.jax_compilation_cache_dir),
     }
-    return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(command, env=env, cwd=tmp_path, preexec_fn=unignored, **pipes)
+
+
+def unignored():
+    """In a child: signals as a terminal gives them to a program, whatever started the tests."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
 
 
 @pytest.mark.slow
@@ -138,10 +145,10 @@ def test_two_processes_give_the_same_bits_with_the_default_compiler(tmp_path):
     assert len(found[0][1]) == 64 and found[0] == found[1]
 
 
-def interrupt(process, seconds):
-    """Ctrl-C after some seconds; (exit code, lines on stderr that are no log)."""
+def interrupt(process, seconds, number=signal.SIGINT):
+    """A signal after some seconds; (exit code, lines on stderr that are no log)."""
     time.sleep(seconds)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     _, errors = process.communicate(timeout=120)
     logged = re.compile(r"[IW]\d{4} |  |.*  \d+/\d+|.* so far$|\[transformers\]")
     return process.returncode, [line for line in errors.splitlines() if not logged.match(line)]
@@ -157,6 +164,63 @@ def test_ctrl_c_ends_in_one_line(tmp_path, seconds):
     code, lines = interrupt(process, seconds)
     assert (code, len(lines)) == (130, 1), lines
     assert re.match(r"interrupted|sft: stopped by SIGINT|reward: stopped by SIGINT", lines[0])
+
+
+MOMENTS_OF_OTHERS = (0.3, 0.7, 1.6, 3.0, 5.0, 8.0, 11.0, 15.0)
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
+@pytest.mark.parametrize("seconds", [2.0, *(pytest.param(one, marks=pytest.mark.slow) for one in MOMENTS_OF_OTHERS)])
+def test_another_signal_ends_in_one_line_and_the_run_goes_on(tmp_path, seconds, name):
+    """While importing, compiling, sampling or training; the rerun ends as if nothing had happened."""
+    number = signal.Signals[name]
+    sizes = {"sft__steps": 4, "sft__records": 64, "sft__optimizer__warmup_steps": 0}
+    changes = {"stages": ("sft", "comparisons"), **sizes}
+    process = start_main(tmp_path, tmp_path / "run", **changes)
+    code, lines = interrupt(process, seconds, number)
+    if code == 0:  # this machine was faster
+        return
+    assert (code, len(lines)) == (128 + number, 1), lines
+    assert re.match(f"stopped by {name}; the same command goes on|[a-z]+: stopped by {name}", lines[0])
+    process = start_main(tmp_path, tmp_path / "run", **changes)
+    _, errors = process.communicate(timeout=300)
+    # Answers of a base of four steps may all be alike.
+    assert process.returncode == 0 or (process.returncode == 2 and "comparisons" in errors.splitlines()[-1]), errors
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
+@pytest.mark.parametrize("verb", ["merge", "generate", "serve", "report"])
+def test_a_signal_to_a_verb_ends_in_one_line(tmp_path, verb, name):
+    """While the verb is at work, which the test makes it be when it reads its first JSON file."""
+    arguments = {
+        "merge": ["a", "b", "--weights", "1", "1", "--output", "o", "--base", "c"],
+        "generate": ["hello", "--model", "a"],
+        "serve": ["--model", "a"],
+        "report": ["a"],
+    }
+    code = (
+        "import json, sys, time\n"
+        "from pjrlhf import cli\n"
+        "import pjrlhf.export.merge, pjrlhf.serving.http, pjrlhf.serving.running, pjrlhf.evaluation.report\n"
+        "def loads(*_, **__):\n"
+        "    print('here', flush=True)\n"
+        "    time.sleep(60)\n"
+        "json.loads = loads\n"
+        "cli.main(sys.argv[1:])\n"
+    )
+    for folder in "abc":
+        (tmp_path / folder / "report").mkdir(parents=True)
+        for file in ("config.json", "report/summary.json"):
+            (tmp_path / folder / file).write_text("{}")
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, "-c", code, verb, *arguments[verb]]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen(command, env=env, cwd=tmp_path, preexec_fn=unignored, **pipes)
+    assert process.stdout.readline() == "here\n"
+    process.send_signal(signal.Signals[name])
+    _, errors = process.communicate(timeout=60)
+    assert (process.returncode, errors) == (128 + signal.Signals[name], f"stopped by {name}\n")
+    assert not (tmp_path / "o").exists()
 
 
 @pytest.mark.slow
