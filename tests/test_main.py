@@ -1,6 +1,5 @@
 """The command line: mistakes end in one line on stderr and exit code 2."""
 
-import ast
 import json
 import os
 import pathlib
@@ -313,25 +312,6 @@ def test_default_workdir():
 
 
 # ---- remedies: what a message tells a user to do works
-
-
-def named_keys():
-    """(file, dotted key) of every --config.key in the texts of the package."""
-    for path in sorted((ROOT / "pjrlhf").rglob("*.py")):
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.Constant) and isinstance(node.value, str):
-                for key in re.findall(r"--config\.(\w+(?:\.\w+)*)(?![\w.]*$)", node.value):
-                    yield str(path.relative_to(ROOT)), key
-
-
-@pytest.mark.parametrize(("file", "key"), sorted(set(named_keys())))
-def test_every_flag_that_a_message_names_exists(file, key):
-    from pjrlhf import config
-    from pjrlhf.settings import fields_of, is_open
-
-    sections = {name.rpartition(".")[0] for name in fields_of(config.RunSettings)}
-    known = key in fields_of(config.RunSettings) or key in sections or is_open(config.RunSettings, key)
-    assert known, f"{file}: --config.{key}"
 
 
 @pytest.fixture

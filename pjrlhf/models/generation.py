@@ -2,6 +2,7 @@
 
 import math
 import pathlib
+import sys
 from collections.abc import Callable
 
 from absl import logging
@@ -19,7 +20,7 @@ NOTES = ("_from_model_config", "transformers_version")
 
 def _is_number(low: float, high: float = math.inf, above: bool = False) -> Callable[[Json], bool]:
     def check(value: Json) -> bool:
-        if type(value) not in (int, float) or not abs(value) < math.inf:
+        if type(value) not in (int, float) or not abs(value) <= sys.float_info.max:
             return False
         return low <= value <= high and not (above and value == low)
 
