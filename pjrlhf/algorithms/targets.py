@@ -30,7 +30,7 @@ from pjrlhf.runtime.records import Records
 from pjrlhf.runtime.run import Sections
 from pjrlhf.runtime.streams import Streams
 from pjrlhf.runtime.text import Text
-from pjrlhf.settings import Settings, setting
+from pjrlhf.settings import Settings, setting, shown
 
 KINDS = ("own", "fixed", "grid", "dirichlet", "combinations")
 NEAR = 0.02  # a drawn preference this near to a held-out one is drawn again
@@ -115,7 +115,7 @@ class Targets:
             )
         objectives = [name for name in own if name in audience.objectives]
         self.combos = preferences.combinations(audience.preferences, objectives)
-        names = {"own": own, "fixed": tuple(point_name(audience.objectives, p) for p in self.points)}
+        names = {"own": own, "fixed": point_names(audience.objectives, self.points) if self.kind == "fixed" else ()}
         self.policies = names.get(self.kind, ("policy",))
         self.mix = settings.mix
         if self.mix == "weights" and self.kind not in ("grid", "dirichlet"):
@@ -291,10 +291,15 @@ def simplex_points(
         except ValueError as error:
             raise UserError(f"preferences.{name} {points!r}: {error}; add objectives") from error
     for point in points:
-        row = tuple(float(w) for w in point)
+        try:
+            row = tuple(float(w) for w in point)
+        except (TypeError, ValueError, OverflowError) as error:
+            raise UserError(
+                f"preferences.{name}: {shown(point)} is no row of numbers; give weights such as (0.5, 0.5)"
+            ) from error
         if len(row) != len(objectives):
             raise UserError(f"preferences.{name} {row}: {len(row)} weights; give one for each of {tuple(objectives)}")
-        if min(row) < 0 or abs(sum(row) - 1) > 1e-3:
+        if not (min(row) >= 0 and abs(sum(row) - 1) <= 1e-3):  # NaN is no share
             raise UserError(f"preferences.{name} {row}: not shares; none may be below 0, and their sum is 1")
         found.append(row)
     return found
@@ -318,6 +323,22 @@ NAMED = {
 def point_name(objectives: Sequence[str], point: Sequence[float]) -> str:
     """A file name: "P2A0.3+P2B0.7"."""
     return "+".join(f"{name}{w:.3g}" for name, w in zip(objectives, point, strict=True) if w > 0)
+
+
+def point_names(objectives: Sequence[str], points: Sequence[Sequence[float]]) -> tuple[str, ...]:
+    """Their names, which folders are called by.
+
+    Raises:
+      UserError: two of them have one name, or one is too long for a folder.
+    """
+    names = tuple(point_name(objectives, point) for point in points)
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise UserError(f"preferences.points: two of them are {twice[0]} in three digits; leave one out")
+    if long := [name for name in names if len(name.encode()) > 200]:
+        raise UserError(
+            f"preferences.points: {shown(long[0])} is too long for the name of a folder; give objectives shorter names"
+        )
+    return names
 
 
 def _near(a: Sequence[float], b: Sequence[float], distance: float) -> bool:

@@ -7,7 +7,7 @@ import pytest
 from support import tiny
 
 from pjrlhf.algorithms.policy import settings_of
-from pjrlhf.algorithms.targets import NEAR, PromptRows, point_name, targets_of
+from pjrlhf.algorithms.targets import NEAR, PromptRows, point_name, point_names, simplex_points, targets_of
 from pjrlhf.errors import UserError
 from pjrlhf.objectives.simplex import simplex_grid
 
@@ -155,3 +155,33 @@ def test_mixed_adapters_take_a_rank(run):
     full = tiny.start(run.workdir.path, tiny.settings(adapter__rank=0, stages=("sft",)))
     with pytest.raises(UserError, match="which takes adapters; set --config"):
         targets(full, mix="weights", preferences__kind="dirichlet")
+
+
+@pytest.mark.parametrize(
+    ("points", "message"),
+    [
+        (
+            ((0.3001, 0.6999, 0.0, 0.0), (0.3, 0.7, 0.0, 0.0)),
+            "two of them are P1A0.3.P1B0.7 in three digits; leave",
+        ),
+        (((1.0, 0.0, 0.0, 0.0), (1.0, 0.0, 0.0, 0.0)), "two of them are P1A1 in three digits; leave one out"),
+        (((0.5, 0.6, 0.0, 0.0),), "not shares; none may be below 0, and their sum is 1"),
+    ],
+)
+def test_points_that_cannot_name_policies(run, points, message):
+    with pytest.raises(UserError, match=message):
+        targets(run, preferences__kind="fixed", preferences__points=points)
+
+
+@pytest.mark.parametrize("weight", [float("nan"), float("inf"), 10**400, "a", None, [0.5]])
+def test_points_are_rows_of_finite_numbers(weight):
+    with pytest.raises(UserError, match=r"^preferences.points"):
+        simplex_points([(weight, 0.5)], ("a", "b"), "points")
+    with pytest.raises(UserError, match=r"^preferences.points"):
+        simplex_points([weight], ("a", "b"), "points")
+
+
+def test_names_of_policies_name_folders():
+    with pytest.raises(UserError, match="is too long for the name of a folder; give objectives shorter names"):
+        point_names(("a" * 90, "b" * 90, "c" * 90), [(0.3, 0.3, 0.4)])
+    assert point_names(("a", "b"), [(0.3, 0.7), (0.0, 1.0)]) == ("a0.3+b0.7", "b1")
