@@ -53,7 +53,7 @@ def read_json(file: pathlib.Path) -> dict[str, Json]:
       UserError: the file is missing or holds no JSON object.
     """
     with reading(file):
-        content = strict_json.loads(file.read_text())
+        content = strict_json.loads(file.read_text(), bounded=True)
     if not isinstance(content, dict):
         raise UserError(f"{file}: holds no JSON object; download or export it again")
     return content

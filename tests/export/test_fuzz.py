@@ -18,7 +18,26 @@ from pjrlhf.language_model import load_model
 from pjrlhf.models.huggingface import fingerprint, save_params
 from pjrlhf.models.peft import save_peft
 
-VALUES = [None, True, -1, 0, 1, 3.5, 10**6, 10**30, float("nan"), "", "x", "../..", [], [1], ["x"], {}, {"a": 1}]
+VALUES = [
+    None,
+    True,
+    -1,
+    0,
+    1,
+    3.5,
+    10**6,
+    10**30,
+    10**400,
+    float("nan"),
+    "",
+    "x",
+    "../..",
+    [],
+    [1],
+    ["x"],
+    {},
+    {"a": 1},
+]
 
 
 @pytest.fixture(scope="module")

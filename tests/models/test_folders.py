@@ -249,3 +249,11 @@ def test_a_key_that_stands_twice_is_named(tmp_path, text):
         from_json(text)
     with pytest.raises(Refused, match=r"body: repeated key \('a' stands twice in one object\); send a JSON object"):
         Body.read(text.encode())
+
+
+def test_a_number_beyond_floats_is_refused(tmp_path):
+    (tmp_path / "config.json").write_text(f'{{"a": [{10**400}]}}')
+    with pytest.raises(UserError, match=r"config.json: cannot be read \(a whole number of 401 digits\)"):
+        read_json(tmp_path / "config.json")
+    (tmp_path / "config.json").write_text(f'{{"a": {-(10**298)}}}')
+    assert read_json(tmp_path / "config.json") == {"a": -(10**298)}
