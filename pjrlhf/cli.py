@@ -388,18 +388,19 @@ def _report(arguments: Sequence[str]) -> None:
     folder = pathlib.Path(os.path.expanduser(parser.parse_args(arguments).run)) / "report"
     with _one_line():
         from pjrlhf.errors import UserError
-        from pjrlhf.evaluation.report import print_tables
+        from pjrlhf.evaluation.report import print_summary
         from pjrlhf.terminal import visible
 
+        remedy = f"delete {visible(folder.parent / 'manifest.json')} and run its config again"
         try:
             summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
         except FileNotFoundError:
             raise UserError(f"{folder}: no summary.json; name the run directory of a finished run") from None
         except NotADirectoryError:
             raise UserError(f"{folder.parent}: is a file; name the run directory of a finished run") from None
-        except (OSError, ValueError) as error:
-            raise UserError(f"{folder}/summary.json: cannot be read ({error}); run the evaluation again") from error
-        print_tables(summary)
+        except (OSError, ValueError, RecursionError) as error:
+            raise UserError(f"{folder}/summary.json: cannot be read ({error}); {remedy}") from error
+        print_summary(folder / "summary.json", summary, remedy)
         print(f"report: {visible(folder / 'index.html')}")
 
 

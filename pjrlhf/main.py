@@ -268,9 +268,10 @@ def main(_: list[str]) -> None:
     (seeds if plan.settings.seeds else stages).run(config, workdir)
     summary = workdir.path / "report" / "summary.json"
     if summary.is_file() and processes.is_process_zero():
-        from pjrlhf.evaluation.report import print_tables
+        from pjrlhf.evaluation.report import print_summary
 
-        print_tables(read_object(summary, f"delete {workdir.path / 'manifest.json'}, and the stages write it again"))
+        remedy = f"delete {workdir.path / 'manifest.json'}, and the stages write it again"
+        print_summary(summary, read_object(summary, remedy), remedy)
         print(f"report: {visible(summary.with_name('index.html'))}")
 
 

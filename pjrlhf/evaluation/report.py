@@ -63,6 +63,7 @@ import jinja2
 import rich.console
 
 from pjrlhf.data.messages import Prompt, request_of, said
+from pjrlhf.errors import UserError
 from pjrlhf.evaluation import plots, plots_front, plots_users, report_front, report_judges, report_users
 from pjrlhf.evaluation.formats import (
     cell,
@@ -177,6 +178,21 @@ def _template() -> jinja2.Template:
     environment.filters |= {function.__name__: function for function in filters}
     environment.filters["base64"] = lambda content: base64.b64encode(content).decode()
     return environment.get_template("report.html")
+
+
+def print_summary(path: pathlib.Path, summary: Any, remedy: str) -> None:
+    """The closing tables of the run whose summary.json this is, whatever it holds.
+
+    Raises:
+      UserError: it is no summary of a run; the message ends with `remedy`.
+    """
+    console = terminal_console()
+    try:
+        with console.capture() as captured:  # all of it or nothing
+            print_tables(summary, console)
+    except (TypeError, ValueError, AttributeError, LookupError, ArithmeticError) as error:
+        raise UserError(f"{path}: is no summary of a run ({type(error).__name__}: {error}); {remedy}") from error
+    print(captured.get(), end="")
 
 
 def print_tables(summary: Mapping[str, Any], console: rich.console.Console | None = None) -> None:

@@ -1,14 +1,17 @@
 """The report: complete, partial and hostile summaries."""
 
+import collections
 import json
 import math
+import random
 import re
 
 import numpy as np
 import pytest
 from support.pages import Page, printed
-from support.summaries import METHODS, RATE, SUMMARY
+from support.summaries import METHODS, RATE, SUMMARY, USER_MODELS
 
+from pjrlhf.errors import UserError
 from pjrlhf.evaluation import plots, report
 from pjrlhf.evaluation.winrate import win_rate
 
@@ -184,3 +187,32 @@ def test_training_curves_are_read_by_stage_and_policy(tmp_path):
 
 def test_methods_come_before_opponents_without_a_row():
     assert plots.opponents({"A": {"C": 1, "B": 1}, "B": {"A": 1}}) == ["A", "B", "C"]
+
+
+def test_an_altered_summary_is_printed_or_refused_in_one_line(tmp_path, capsys):
+    """As `pjrlhf report` prints it, with one value replaced."""
+    whole = json.dumps(report.clean(SUMMARY | USER_MODELS))
+    values = [None, True, 3.5, 10**30, "", "x", [], [1], {}, {"a": 1}, {"a": {"b": 1}}]
+    ended = collections.Counter()
+    for seed in range(150):
+        rng, summary = random.Random(seed), json.loads(whole)
+        holder = summary
+        while (key := rng.choice(sorted(holder))) is not None:
+            below = holder[key]
+            if not isinstance(below, dict) or not below or rng.random() < 0.3:
+                break
+            holder = below
+        holder[key] = rng.choice(values)
+        try:
+            report.print_summary(tmp_path / "summary.json", summary, "run it again")
+            ended["printed"] += 1
+            assert capsys.readouterr().out
+        except UserError as error:
+            told = str(error)
+            assert "\n" not in told and told.endswith("; run it again") and "summary.json: is no summary" in told
+            assert not capsys.readouterr().out, "all of it or nothing"
+            ended["refused"] += 1
+    for nonsense in ([], 3, None, "x"):
+        with pytest.raises(UserError, match="is no summary of a run"):
+            report.print_summary(tmp_path / "summary.json", nonsense, "run it again")
+    assert min(ended["printed"], ended["refused"]) > 10, ended

@@ -230,7 +230,7 @@ def test_a_tokenizer_that_cannot_be_read_is_named(models, content):
 
 
 WRONG_SETTINGS = {
-    "temperature": ("hot", float("nan"), float("inf"), True, -1.0, [0.5], 10**400),
+    "temperature": ("hot", float("nan"), float("inf"), True, -1.0, [0.5]),
     "top_p": (0, 1.5, "1"),
     "top_k": (0.5, -2, "all"),
     "do_sample": (1, "yes"),
