@@ -189,6 +189,7 @@ def test_records_of_every_kind_are_used_or_refused_in_one_line(tmp_path, tokeniz
             ended["refused"] += 1
         except Exception as error:
             raise AssertionError(f"seed {seed}: {spec}") from error
+    print(make.__name__, dict(ended))
     assert ended["used"] > 10 and ended["refused"] > 70, ended
 
 

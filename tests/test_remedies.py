@@ -14,8 +14,8 @@ from pjrlhf.settings import fields_of, is_open
 ROOT = pathlib.Path(__file__).parents[1]
 ERRORS = re.compile(r"(\w*Error|Refused|Unanswered|NoReply|Unknown\w+)$")
 HOLE = "\N{OBJECT REPLACEMENT CHARACTER}"  # a value in a message
-# Flags of other programs, and those that a message quotes.
-OTHERS = {"--help"}
+# Flags of other programs: llama.cpp reads GGUF files.
+OTHERS = {"--help", "--lora", "--lora-scaled", "--outfile"}
 
 
 def text_of(node):
