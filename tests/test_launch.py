@@ -14,6 +14,7 @@ import kubernetes_validate
 import pytest
 import yaml
 
+from pjrlhf.serving.people import PEOPLE_VARIABLE
 from pjrlhf.serving.running import KEY_VARIABLE
 from pjrlhf.serving.settings import EngineSettings, ServerSettings
 from pjrlhf.settings import fields_of
@@ -166,7 +167,7 @@ def test_the_server():
     sleep = int(container["lifecycle"]["preStop"]["exec"]["command"][-1])
     assert spec["terminationGracePeriodSeconds"] > sleep + int(flags["drain-seconds"])
     environment = {one["name"]: one["valueFrom"]["secretKeyRef"] for one in container["env"]}
-    assert KEY_VARIABLE in environment and flags["people"] == "$(PJRLHF_PEOPLE)" and "PJRLHF_PEOPLE" in environment
+    assert set(environment) == {KEY_VARIABLE, PEOPLE_VARIABLE}
     probes = {name: container[f"{name}Probe"]["httpGet"] for name in ("startup", "readiness", "liveness")}
     assert {probe["port"] for probe in probes.values()} == {port["name"]}
     assert [probe["path"] for probe in probes.values()] == ["/health", "/health", "/health/live"]
