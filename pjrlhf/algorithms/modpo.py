@@ -358,7 +358,8 @@ def heldout_answers(run: Run, policies: Sequence[str]) -> HeldoutAnswers:
     mix = np.repeat(np.eye(len(policies), dtype=np.float32), len(prompts), axis=0)
     # A bank of full parameters is merged for a chunk.
     groups = None if run.workspace.adapter.rank else [k for k in range(len(policies)) for _ in prompts]
-    return HeldoutAnswers(run, "modpo", prompts * len(policies), about, data=mix, groups=groups)
+    keys = functools.partial(run.streams.key, "modpo/completions")
+    return HeldoutAnswers(run, keys, prompts * len(policies), about, data=mix, groups=groups)
 
 
 def method_of(run: Run, settings: ModpoSettings) -> Modpo:

@@ -252,7 +252,7 @@ def heldout_answers(run: Run, pairs: Pairs, users: UserModel, numbers: Sequence[
     examples = [pairs.tables["heldout"].examples[i] for i in numbers]
     return HeldoutAnswers(
         run,
-        "preference",
+        functools.partial(run.streams.key, "preference/completions"),
         [example.prompt or "" for example in examples],
         [{}] * len(examples),
         policies=functools.partial(policies_of, users),

@@ -251,7 +251,8 @@ def heldout_answers(run: Run, settings: RicSettings) -> HeldoutAnswers:
     ]
     weights = [[f"{name} {w:.3g}" for name, w in zip(names, p, strict=True) if w] for p in points.tolist()]
     about = [{"weights": ", ".join(each)} for each in weights]
-    return HeldoutAnswers(run, "ric", prompts, about, data=np.ones((len(prompts), 1), np.float32))
+    keys = functools.partial(run.streams.key, "ric/completions")
+    return HeldoutAnswers(run, keys, prompts, about, data=np.ones((len(prompts), 1), np.float32))
 
 
 def fine_tune(

@@ -164,7 +164,8 @@ def heldout_answers(run: Run, settings: SftSettings) -> HeldoutAnswers:
     """What the model in training answers to held-out requests."""
     prompts = [run.records.ask(request) for request in heldout_requests(run)]
     backbone = Backbone(run.workspace.model, settings.adapter, {})
-    return HeldoutAnswers(run, "sft", prompts, [{}] * len(prompts), backbone, policies_of)
+    keys = functools.partial(run.streams.key, "sft/completions")
+    return HeldoutAnswers(run, keys, prompts, [{}] * len(prompts), backbone, policies_of)
 
 
 def method_of(run: Run) -> Sft:

@@ -8,6 +8,7 @@ import numpy as np
 
 from pjrlhf.data.schema import Prompt
 from pjrlhf.models.adapters import Backbone
+from pjrlhf.runtime.answers import Keys
 from pjrlhf.runtime.run import Run
 from pjrlhf.runtime.sampler import PoliciesOf, Sampler, mixed
 from pjrlhf.training.completions import Row
@@ -17,7 +18,7 @@ class HeldoutAnswers:
     """Answers of a model in training to the same M prompts each time, drawn with the same keys.
 
     Args:
-      stage: its stream of random numbers is <stage>/completions.
+      keys: number of a chunk -> its key.
       prompts: as the model is asked.
       about: M beginnings of rows, such as the policy or the user that answers.
       backbone: of the policies; that of the run where None.
@@ -29,7 +30,7 @@ class HeldoutAnswers:
     def __init__(
         self,
         run: Run,
-        stage: str,
+        keys: Keys,
         prompts: Sequence[Prompt],
         about: Sequence[Row],
         backbone: Backbone | None = None,
@@ -37,8 +38,7 @@ class HeldoutAnswers:
         data: np.ndarray | None = None,
         groups: Sequence[Any] | None = None,
     ):
-        self.stage, self.prompts, self.data, self.groups = stage, prompts, data, groups
-        self._keys = functools.partial(run.streams.key, f"{stage}/completions")
+        self.keys, self.prompts, self.data, self.groups = keys, prompts, data, groups
         size = len(prompts) // len(set(groups)) if groups else len(prompts)
         self._sample = Sampler(run.text, backbone or run.workspace.backbone, policies, size=size)
         decode = run.text.workspace.tokenizer.backend.decode
@@ -48,8 +48,8 @@ class HeldoutAnswers:
 
     def __call__(self, parameters: Any) -> list[Row]:
         """The rows, with columns `prompt`, as the model reads it, and `completion`. All processes must call it."""
-        name = f"{self.stage}: answers to held-out prompts"
-        texts = self._sample(name, self.prompts, self._keys, parameters, self.data, self.groups)
+        name = "answers to held-out prompts"
+        texts = self._sample(name, self.prompts, self.keys, parameters, self.data, self.groups)
         return [{**one, "completion": text} for one, text in zip(self._about, texts, strict=True)]
 
 

@@ -384,6 +384,7 @@ def test_patterns_of_peft(model_type, rslora, tmp_path):
     if model_type == "llama":
         save_params(tmp_path / "base", SMALL, random_params(SMALL))
     else:
+        pytest.importorskip("torch")
         transformers = pytest.importorskip("transformers")
         transformers.set_seed(0)
         shape = transformers.GPT2Config(n_embd=8, n_head=2, n_layer=2, n_positions=16, vocab_size=12)
