@@ -154,6 +154,8 @@ def install(extra: str) -> str:
     except importlib.metadata.PackageNotFoundError:  # a clone that is not installed
         return f"pip install '.[{extra}]' in the folder of the clone"
     names = [one.partition(";")[0].strip() for one in found if one.replace("'", '"').endswith(f'extra == "{extra}"')]
+    if not names:  # the clone has changed since it was installed
+        return f"pip install '.[{extra}]' in the folder of the clone"
     return "pip install " + " ".join(f"'{name}'" for name in names)
 
 

@@ -121,7 +121,7 @@ def check(
         "model": _name(server, [str(one.get("id")) for one in listed], served_as, voice.model if same else None)
     }
     if same:
-        body |= {"mix": dict(mix)} if mix is not None else {}
+        body |= {"mix": dict(mix)} if mix is not None and served_as is None else {}  # a name says who answers
         body |= {"user": user} if user is not None else {}
     ours = _Ours(source, voice)
     added = None if same or voice.user_tokens is None else people_of(source)[0]

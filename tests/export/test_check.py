@@ -62,6 +62,10 @@ def test_our_server_agrees_on_a_soup_and_not_on_another(soups):
             assert good and "within the tolerance" in lines[-1] and "tokens of the prompt" in lines[0]
         _, good = check(Server.at(url), source, None, None, served_as="P2B", tolerance=1e-3)  # the base here
         assert not good
+        lines, good = check(Server.at(url), source, MIX, None, served_as="soup:P1A=0.7,P3A=-0.4", tolerance=1e-3)
+        assert good and lines[-1].startswith("soup:")
+        _, good = check(Server.at(url), source, MIX, None, served_as="P2B", tolerance=1e-3)
+        assert not good
         with pytest.raises(UserError, match="serves no 'P9'; name one with --served-as: base, P1A"):
             check(Server.at(url), source, None, None, served_as="P9")
 

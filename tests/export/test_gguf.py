@@ -105,7 +105,7 @@ def test_the_package_is_named_where_it_is_missing(tmp_path, capsys, monkeypatch)
     source, *_ = write_models(tmp_path, "llama")
     with pytest.raises(SystemExit) as stopped:
         cli.main(["export", *source, "--for", "gguf", "--output", str(tmp_path / "out")])
-    assert stopped.value.code == 2 and "gguf: is not installed; pip install" in capsys.readouterr().err
+    assert stopped.value.code == 2 and "gguf: is not installed; pip install '" in capsys.readouterr().err
 
 
 def test_every_other_family_has_an_architecture():
