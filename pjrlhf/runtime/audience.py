@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Float
 
-from pjrlhf.data import preferences, synthetic
+from pjrlhf.data import synthetic
 from pjrlhf.data.messages import Prompt
+from pjrlhf.data.named_preferences import NAMED
 from pjrlhf.data.preferences import Preference, Preferences
 from pjrlhf.errors import UserError
 from pjrlhf.parallel.processes import broadcast_from_zero, is_process_zero
@@ -23,7 +24,6 @@ from pjrlhf.types import Json
 
 # Modules that register reward sources.
 REWARD_KINDS = (judges.by_judge, server.by_http, classifiers.by_classifier)
-NAMED: Mapping[str, Preferences] = {**synthetic.ENVIRONMENTS, "paper": preferences.PAPER}
 
 
 @dataclasses.dataclass(frozen=True)

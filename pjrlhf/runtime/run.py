@@ -14,6 +14,7 @@ import numpy as np
 from absl import logging
 
 from pjrlhf.data.messages import Prompt
+from pjrlhf.data.named_preferences import NAMED
 from pjrlhf.data.token_table import TokenRow, TokenTable
 from pjrlhf.errors import UserError
 from pjrlhf.judges.judge import BothOrders, JudgeContext, RewardJudge, ScoreJudge, judge_from
@@ -23,7 +24,7 @@ from pjrlhf.parallel.mesh import bytes_per_device
 from pjrlhf.rewards.sources import SourceContext
 from pjrlhf.rollout.reference import cache_key, reference_logps, summed_logps
 from pjrlhf.rollout.sampler import Sampling
-from pjrlhf.runtime.audience import NAMED, Audience
+from pjrlhf.runtime.audience import Audience
 from pjrlhf.runtime.devices import Devices, MeshSettings
 from pjrlhf.runtime.records import CorpusSettings, DataSettings, Records
 from pjrlhf.runtime.sampler import PoliciesOf, Sampler, mixed

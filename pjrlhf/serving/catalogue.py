@@ -32,6 +32,7 @@ from pjrlhf.parallel.mesh import make_mesh, shard_params
 from pjrlhf.paths import local
 from pjrlhf.rollout.preference import PreferenceConfig
 from pjrlhf.serving.people_fit import Learning
+from pjrlhf.serving.run_notes import RunNotes, read_notes
 from pjrlhf.settings import SERVED, check_names, parse
 from pjrlhf.types import Params
 
@@ -161,6 +162,7 @@ class Catalogue:
       people: or None.
       chat: plain prompts of the command line are asked as the first message of a conversation.
       run: the run directory, where a run is served.
+      notes: what the run tells people about all this.
     """
 
     model: LanguageModel
@@ -169,6 +171,7 @@ class Catalogue:
     people: Persons | None = None
     chat: bool = True
     run: pathlib.Path | None = None
+    notes: RunNotes = dataclasses.field(default_factory=RunNotes)
 
     def __post_init__(self):
         check_names("ingredients", self.names)
@@ -326,9 +329,10 @@ def open_run(run: str, entry: str | None = None, mesh: Mesh | None = None) -> Ca
         found = ", ".join((*banks, *people))
         reason = "has several user models or methods" if entry is None else f"has no {entry!r}"
         raise UserError(f"{folder}: {reason}; name one with --entry: {found}")
+    notes = read_notes(config)
     if entry in banks:
-        return _policies(folder, banks[entry], config, mesh)
-    return _person(folder, people[entry], config, mesh)
+        return dataclasses.replace(_policies(folder, banks[entry], config, mesh), notes=notes)
+    return dataclasses.replace(_person(folder, people[entry], config, mesh), notes=notes)
 
 
 def _policies(folder: pathlib.Path, path: pathlib.Path, config: Mapping[str, Any], mesh: Mesh | None) -> Catalogue:

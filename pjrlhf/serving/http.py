@@ -1,6 +1,5 @@
 """The HTTP application: routes, keys and errors. The endpoints come in groups, each in a module of its own."""
 
-import hmac
 import uuid
 from collections.abc import Callable, Sequence
 
@@ -11,7 +10,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from pjrlhf.serving import answers, models, monitoring, people_api
+from pjrlhf.serving import answers, models, monitoring, people_api, web_page
 from pjrlhf.serving.catalogue import Catalogue
 from pjrlhf.serving.engine import Engine
 from pjrlhf.serving.protocol import Refused, error
@@ -24,6 +23,7 @@ GROUPS: tuple[Callable[[Service], Sequence[Endpoint]], ...] = (
     answers.endpoints,
     people_api.endpoints,
     monitoring.endpoints,
+    web_page.endpoints,
 )
 
 
@@ -36,16 +36,16 @@ class Server:
     """
 
     def __init__(self, catalogue: Catalogue, engine: Engine, settings: ServerSettings, api_key: str = ""):
-        self.service = Service(catalogue, engine, settings)
-        self._key = api_key.encode()
+        self.service = Service(catalogue, engine, settings, api_key)
         routes = [self._route(endpoint) for group in GROUPS for endpoint in group(self.service)]
         self.app = Starlette(routes=routes, exception_handlers={HTTPException: _no_route, Exception: _failed})
 
     def _route(self, endpoint: Endpoint) -> Route:
         async def answer(request: Request) -> Response:
             try:
-                if not endpoint.open:
-                    self._authenticate(request)
+                if not endpoint.open and not self.service.admits(request):
+                    message = "the API key is missing or wrong; send it as a bearer token"
+                    raise Refused(message, status=401, code="invalid_api_key")
                 response = await endpoint.handler(request)
             except Refused as refused:
                 body = error(refused.message, refused.status, refused.param, refused.code)
@@ -59,13 +59,6 @@ class Server:
             return response
 
         return Route(endpoint.path, answer, methods=[endpoint.method])
-
-    def _authenticate(self, request: Request) -> None:
-        given = request.headers.get("authorization", "").encode("utf-8", "surrogateescape")
-        if self._key and not hmac.compare_digest(given, b"Bearer " + self._key):
-            raise Refused(
-                "the API key is missing or wrong; send it as a bearer token", status=401, code="invalid_api_key"
-            )
 
 
 async def _no_route(request: Request, problem: Exception) -> Response:

@@ -11,6 +11,7 @@ def endpoints(service: Service) -> list[Endpoint]:
     """/v1/models."""
 
     def described(name: str, parent: str | None) -> dict[str, Json]:
+        text = service.catalogue.notes.describe(name)["description"]
         return {
             "id": name,
             "object": "model",
@@ -18,6 +19,7 @@ def endpoints(service: Service) -> list[Endpoint]:
             "owned_by": "pjrlhf",
             "parent": parent,
             "max_model_len": service.engine.context,
+            **({"description": text} if text else {}),
         }
 
     async def every(request: Request) -> Response:

@@ -2,6 +2,7 @@
 
 import asyncio
 import dataclasses
+import hmac
 import time
 from collections.abc import Awaitable, Callable
 from typing import Any
@@ -43,6 +44,7 @@ class Service:
       catalogue: what is served.
       engine: of its model and bank; running.
       settings: limits.
+      api_key: that requests must bring; "" for none.
 
     Attributes:
       metrics: of this server.
@@ -50,12 +52,18 @@ class Service:
       encoding: held while a text is encoded: one at a time, so that others do not hold up answers.
     """
 
-    def __init__(self, catalogue: Catalogue, engine: Engine, settings: ServerSettings):
+    def __init__(self, catalogue: Catalogue, engine: Engine, settings: ServerSettings, api_key: str = ""):
         self.catalogue = open_members(catalogue, settings.people, settings.comparisons)
         self.engine, self.settings = engine, settings
+        self.api_key = api_key.encode("utf-8", "surrogateescape")
         self.metrics = Metrics(engine)
         self.started = int(time.time())
         self.encoding = asyncio.Lock()
+
+    def admits(self, request: Request) -> bool:
+        """Whether a request brings the key, where there is one."""
+        given = request.headers.get("authorization", "").encode("latin-1")  # headers are bytes
+        return not self.api_key or hmac.compare_digest(given, b"Bearer " + self.api_key)
 
     async def body(self, request: Request) -> bytes:
         """The JSON text of a request.
