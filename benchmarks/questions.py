@@ -21,11 +21,11 @@ from pjrlhf.data import synthetic
 from pjrlhf.data.messages import text_of
 from pjrlhf.data.schema import Example, validate
 from pjrlhf.data.sources import open_source
-from pjrlhf.serving.catalogue import open_run
+from pjrlhf.serving.catalogue import open_folders, open_run
 from pjrlhf.serving.people import Members, open_members
 from pjrlhf.serving.people_questions import expected_information
 
-COUNTS = (0, 1, 2, 3, 4, 6, 8)
+COUNTS = (0, 1, 2, 4, 8)
 RESULTS = pathlib.Path(__file__).parent / "results" / "questions.json"
 
 
@@ -64,17 +64,17 @@ def curve(members: Members, pool: list[Example], held: list[Example], seed: int 
     assert fitter is not None
     rest = list(range(len(pool)))
     order = None if seed is None else np.random.default_rng(seed).permutation(len(pool)).tolist()
-    row, found = start, []
+    found = []
     for k in range(max(COUNTS) + 1):
-        if k in COUNTS:
+        row = start
+        if k in COUNTS or order is None:
             row = fitter.fit(start, [pool[i] for i in asked])
+        if k in COUNTS:
             found.append(float((fitter.margins(row, held)[0] > 0).mean()))
         if order is not None:
             chosen = order[k]
         else:
-            row = fitter.fit(start, [pool[i] for i in asked])
-            new = fitter.margins(row, [pool[i] for i in rest])
-            seen = fitter.margins(row, [pool[i] for i in asked])
+            new, seen = (fitter.margins(row, [pool[i] for i in some]) for some in (rest, asked))
             chosen = rest[int(np.argmax(expected_information(*new, *seen, members.variance)[0]))]
         asked.append(chosen)
         rest.remove(chosen)
@@ -90,17 +90,22 @@ def interval(values: np.ndarray) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--run", required=True)
-    parser.add_argument("--entry")
+    parser.add_argument("--run", help="a run directory")
+    parser.add_argument("--entry", help="of the run")
+    parser.add_argument("--model", help="in place of --run")
+    parser.add_argument("--ingredients", nargs="+", default=[], metavar="NAME=FOLDER", help="of --model")
     parser.add_argument("--people", required=True)
     parser.add_argument("--personas", help="of the synthetic environment, who choose among the pairs of FILE: P1A,P2B")
-    parser.add_argument("--pool", type=int, default=24, help="comparisons to choose from")
-    parser.add_argument("--held", type=int, default=24, help="comparisons to test on, at most")
-    parser.add_argument("--seeds", type=int, default=4, help="pools, and random orders of each")
+    parser.add_argument("--pool", type=int, default=16, help="comparisons to choose from")
+    parser.add_argument("--held", type=int, default=16, help="comparisons to test on, at most")
+    parser.add_argument("--seeds", type=int, default=2, help="pools, and random orders of each")
     parser.add_argument("--output", default=str(RESULTS))
     given = parser.parse_args()
-    catalogue = open_members(open_run(given.run, given.entry), "sqlite://")
-    members = catalogue.people
+    if given.model:
+        opened = open_folders(given.model, dict(one.split("=", 1) for one in given.ingredients))
+    else:
+        opened = open_run(given.run, given.entry)
+    members = open_members(opened, "sqlite://").people
     assert isinstance(members, Members)
     curves: dict[str, list[list[list[float]]]] = {"random": [], "information": []}
     people = simulated(given.people, given.personas.split(",")) if given.personas else read(given.people)

@@ -19,7 +19,7 @@ from jaxtyping import Float
 
 from pjrlhf.data.comparisons import SIDES, PairBatch, pair_batch
 from pjrlhf.data.messages import Conversation, as_turns, columns_of
-from pjrlhf.data.packing import PackedRows, PackLayout, choose_mode, pack, row_length
+from pjrlhf.data.packing import PackedRows, PackLayout, align, choose_mode, pack, row_length
 from pjrlhf.data.records import RecordError
 from pjrlhf.data.schema import Example, parse
 from pjrlhf.data.token_table import Lengths, TokenRow, encode_example, tokenize
@@ -34,7 +34,10 @@ from pjrlhf.rollout.preference import PreferenceConfig, answer_scores, pair_loss
 from pjrlhf.settings import shown
 from pjrlhf.types import Json, Params
 
-CHUNK = 8  # comparisons read at once; a fit is many short dispatches, between which the engine has its turn
+# Comparisons read at once. A fit is many short dispatches, between which the engine has its turn; batches have few
+# shapes, of which each compiles once.
+SIZES = (2, 8)
+CHUNK = SIZES[-1]
 COLUMNS = ("prompt", *SIDES, "tools", "chat_template_kwargs")
 Row = dict[str, Any]  # a row of a user table: its leaves without the axis of users
 
@@ -237,7 +240,7 @@ class Fitter:
         found = []
         for start in range(0, len(rows), CHUNK):
             part = rows[start : start + CHUNK]
-            size = 1 << (len(part) - 1).bit_length()
+            size = next(size for size in SIZES if size >= len(part))
             size += -size % self._layout.multiple
             padded = [*part, *[part[0]] * (size - len(part))]
             plain, packed = self._packed(padded, 0), self._packed(padded, self.users.num_tokens)
@@ -250,4 +253,24 @@ class Fitter:
         layout = dataclasses.replace(self._layout, num_user_tokens=user_tokens)
         answers = [[row[side] for side in SIDES] for row in rows]
         masks = [[row[f"{side}_mask"] for side in SIDES] for row in rows]
-        return pack([row["prompt"] for row in rows], answers, layout, masks)
+        packed = pack([row["prompt"] for row in rows], answers, layout, masks)
+        B, T = packed.tokens.shape
+        Z, X = packed.columns.shape
+        T = max(T, min(_power(T), layout.length))
+        X = next((x for x in (B * T // Z // 4, B * T // Z // 2) if x >= X), max(X, B * T // Z))
+        return _padded(packed, T, X)
+
+
+def _power(x: int) -> int:
+    """The power of two that is not smaller."""
+    return 1 << (x - 1).bit_length()
+
+
+def _padded(packed: PackedRows, length: int, scored: int) -> PackedRows:
+    """The same rows with padding to `length` positions, and `scored` places for scored tokens."""
+    (B, _), Z = packed.tokens.shape, len(packed.columns)
+    rows = dict.fromkeys(("branch", "owner", "position", "segment", "tokens"), np.zeros((B, length), np.int32))
+    places = dict.fromkeys(("answer", "columns", "targets"), np.zeros((Z, scored), np.int32))
+    last = dict.fromkeys(("last", "last_answer"), np.zeros(packed.last.shape, np.int32))
+    like: PackedRows = packed.replace(**rows, **places, **last)
+    return align([packed, like])[0]
