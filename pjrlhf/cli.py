@@ -162,7 +162,7 @@ def _serve(arguments: Sequence[str]) -> None:
         server = parse(ServerSettings, values[ServerSettings], "serve")
         engine = parse(EngineSettings, values[EngineSettings], "serve")
         # Nothing is to be finished yet, and process 1 of a container would ignore the signal.
-        signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
+        signal.signal(signal.SIGTERM, lambda *_: (os.write(2, b"stopped by SIGTERM\n"), os._exit(0)))
         with _needs("serve"):
             from pjrlhf.serving.running import serve
         serve(_source(parser, given, given.mesh), server, engine)

@@ -219,7 +219,9 @@ def test_a_signal_to_a_verb_ends_in_one_line(tmp_path, verb, name):
     assert process.stdout.readline() == "here\n"
     process.send_signal(signal.Signals[name])
     _, errors = process.communicate(timeout=60)
-    assert (process.returncode, errors) == (128 + signal.Signals[name], f"stopped by {name}\n")
+    # A server has nothing to finish yet, and ends as one that has finished its answers.
+    code = 0 if (verb, name) == ("serve", "SIGTERM") else 128 + signal.Signals[name]
+    assert (process.returncode, errors) == (code, f"stopped by {name}\n")
     assert not (tmp_path / "o").exists()
 
 
