@@ -33,7 +33,7 @@ def write(work: pathlib.Path, source: Source, weights: Mapping[str, float], dtyp
             token_ids=ids,
         )
         return
-    inherited = Inherited(base, ids, generation_config(base, None, ids))
+    inherited = Inherited(base, ids, generation_config(base, None, ids, source.config.vocab_size))
     write_dense(
         work,
         base,
