@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import dataclasses
 import json
 import os
 import pathlib
@@ -148,6 +149,13 @@ def _serve(arguments: Sequence[str]) -> None:
     parser.add_argument(
         "--mesh", metavar="AXIS=N,...", default="", help="devices, such as data=2,tensor=4; default one device"
     )
+    parser.add_argument(
+        "--soups",
+        nargs="+",
+        default=[],
+        metavar="SOUP",
+        help="soups with names of their own, which are models: NAME=INGREDIENT=WEIGHT,..., or a JSON file of them",
+    )
     classes = ServerSettings, EngineSettings
     for cls in classes:
         for name, (_, field) in fields_of(cls).items():
@@ -165,7 +173,10 @@ def _serve(arguments: Sequence[str]) -> None:
         signal.signal(signal.SIGTERM, lambda *_: (os.write(2, b"stopped by SIGTERM\n"), os._exit(0)))
         with _needs("serve"):
             from pjrlhf.serving.running import serve
-        serve(_source(parser, given, given.mesh), server, engine)
+        from pjrlhf.serving.soups import read_soups
+
+        soups = read_soups(given.soups)
+        serve(dataclasses.replace(_source(parser, given, given.mesh), soups=soups), server, engine)
 
 
 def _generate(arguments: Sequence[str]) -> None:

@@ -20,7 +20,7 @@ from pjrlhf.serving.bodies import MAX_CHOICES, ChatBody, CompletionBody, Wish
 from pjrlhf.serving.catalogue import Voice
 from pjrlhf.serving.engine import Closing, Piece, QueueFull, Ticket
 from pjrlhf.serving.protocol import Refused
-from pjrlhf.serving.responses import Call
+from pjrlhf.serving.responses import Call, ChatCompletion, TextCompletion
 from pjrlhf.serving.service import Endpoint, Service
 from pjrlhf.terminal import visible
 
@@ -32,8 +32,24 @@ def endpoints(service: Service) -> list[Endpoint]:
     """/v1/chat/completions and /v1/completions."""
     answers = Answers(service)
     return [
-        Endpoint("POST", "/v1/chat/completions", answers.chat),
-        Endpoint("POST", "/v1/completions", answers.complete),
+        Endpoint(
+            "POST",
+            "/v1/chat/completions",
+            answers.chat,
+            summary="Answers a conversation",
+            body=ChatBody,
+            answer=ChatCompletion,
+            streams=True,
+        ),
+        Endpoint(
+            "POST",
+            "/v1/completions",
+            answers.complete,
+            summary="Goes on with prompts",
+            body=CompletionBody,
+            answer=TextCompletion,
+            streams=True,
+        ),
     ]
 
 

@@ -11,9 +11,10 @@ from pydantic import ConfigDict, Field
 from pjrlhf.serving.catalogue import WEIGHT_LIMIT
 from pjrlhf.serving.penalties import BIASES
 from pjrlhf.serving.programs import TOP
-from pjrlhf.serving.protocol import UNSUPPORTED, Body, Ignored, Refused, Whole
+from pjrlhf.serving.protocol import UNSUPPORTED, WHOLE, Body, Ignored, Refused
 
 MAX_CHOICES = 128  # answers to one request
+MAX_STOPS = 16  # harnesses give more than the four of OpenAI's API
 COMPLETION_TOKENS = 16  # of /v1/completions where the request sets no limit, as OpenAI has it
 LARGEST = 2**31 - 1
 
@@ -21,7 +22,8 @@ Weight = Annotated[float, Field(ge=-WEIGHT_LIMIT, le=WEIGHT_LIMIT)]
 TokenId = Annotated[str, Field(pattern=r"^(0|[1-9][0-9]{0,8})$")]
 Bias = Annotated[float, Field(ge=-100, le=100)]
 Stop = Annotated[str, Field(min_length=1, max_length=1000)]
-Ids = Annotated[list[Whole], Field(min_length=1)]
+Id = Annotated[int, WHOLE]
+Ids = Annotated[list[Id], Field(min_length=1)]
 
 
 # Fields that are not supported, with the values that ask for nothing.
@@ -55,7 +57,7 @@ class _Common(Body):
     user: str | None = Field(None, description="The person who asks.")
     safety_identifier: str | None = Field(None, description="The person who asks, where `user` is not given.")
     # How it is drawn
-    n: Annotated[Whole, Field(ge=1, le=MAX_CHOICES)] | None = Field(None, description="Answers to each prompt.")
+    n: Annotated[int, Field(ge=1, le=MAX_CHOICES), WHOLE] | None = Field(None, description="Answers to each prompt.")
     temperature: Annotated[float, Field(ge=0, le=2)] | None = Field(None, description="0 is greedy; default 1.")
     top_p: Annotated[float, Field(gt=0, le=1)] | None = Field(None, description="Nucleus sampling where below 1.")
     min_p: Annotated[float, Field(ge=0, le=1)] | None = Field(
@@ -70,16 +72,17 @@ class _Common(Body):
     repetition_penalty: Annotated[float, Field(gt=0, le=10)] | None = Field(
         None, description="Divides positive logits, and multiplies others, of tokens of the prompt and the answer."
     )
-    logit_bias: Annotated[dict[TokenId, Bias], Field(max_length=BIASES)] | None = Field(
-        None, description="Added to the logits of tokens, by id."
-    )
-    top_k: Annotated[Whole, Field(ge=-1, le=LARGEST)] | None = Field(
+    logit_bias: (
+        Annotated[dict[TokenId, Bias], Field(max_length=BIASES, json_schema_extra={"additionalProperties": False})]
+        | None
+    ) = Field(None, description="Added to the logits of tokens, by id.")
+    top_k: Annotated[int, Field(ge=-1, le=LARGEST), WHOLE] | None = Field(
         None, description="Draws from so many tokens; 0 and -1 turn it off."
     )
-    seed: Annotated[Whole, Field(ge=-(2**63), le=2**63 - 1)] | None = Field(
+    seed: Annotated[int, Field(ge=-(2**63), le=2**63 - 1), WHOLE] | None = Field(
         None, description="The same seed draws the same answer."
     )
-    stop: Stop | Annotated[list[Stop], Field(max_length=4)] | None = Field(
+    stop: Stop | Annotated[list[Stop], Field(max_length=MAX_STOPS)] | None = Field(
         None, description="Texts that end an answer and are no part of it."
     )
     stream: bool | None = Field(None, description="Server-sent events.")
@@ -162,13 +165,13 @@ class ChatBody(_Common):
     messages: list[dict[str, Any]] = Field(
         description="Each has a `role` and a `content`: text, or a list of parts of type text."
     )
-    max_tokens: Annotated[Whole, Field(ge=1, le=LARGEST)] | None = Field(None, description="Of an answer, at most.")
-    max_completion_tokens: Annotated[Whole, Field(ge=1, le=LARGEST)] | None = Field(
+    max_tokens: Annotated[int, Field(ge=1, le=LARGEST), WHOLE] | None = Field(None, description="Of an answer.")
+    max_completion_tokens: Annotated[int, Field(ge=1, le=LARGEST), WHOLE] | None = Field(
         None, description="The same as `max_tokens`."
     )
     chat_template_kwargs: dict[str, Any] | None = Field(None, description="Variables of the chat template.")
     logprobs: bool | None = Field(None, description="Log-probs of the tokens of the answer.")
-    top_logprobs: Annotated[Whole, Field(ge=0, le=TOP)] | None = Field(
+    top_logprobs: Annotated[int, Field(ge=0, le=TOP), WHOLE] | None = Field(
         None, description="So many most likely tokens at each place; needs `logprobs`."
     )
     add_generation_prompt: On = None
@@ -196,15 +199,15 @@ class CompletionBody(_Common):
         | Ids
         | Annotated[list[Ids], Field(min_length=1, max_length=MAX_CHOICES)]
     ) = Field(description="Text, token ids, or a list of either.")
-    max_tokens: Annotated[Whole, Field(ge=0, le=LARGEST)] | None = Field(None, description="Of an answer, at most.")
-    max_completion_tokens: Annotated[Whole, Field(ge=0, le=LARGEST)] | None = Field(
+    max_tokens: Annotated[int, Field(ge=0, le=LARGEST), WHOLE] | None = Field(None, description="Of an answer.")
+    max_completion_tokens: Annotated[int, Field(ge=0, le=LARGEST), WHOLE] | None = Field(
         None, description="The same as `max_tokens`."
     )
     echo: bool | None = Field(None, description="The prompt is part of the answer.")
-    logprobs: Annotated[Whole, Field(ge=0, le=TOP)] | None = Field(
+    logprobs: Annotated[int, Field(ge=0, le=TOP), WHOLE] | None = Field(
         None, description="Log-probs of the tokens, and so many most likely ones at each place."
     )
-    best_of: Annotated[Whole, Field(ge=1, le=MAX_CHOICES)] | None = Field(
+    best_of: Annotated[int, Field(ge=1, le=MAX_CHOICES), WHOLE] | None = Field(
         None, description="Draws so many answers, and returns the `n` with the highest log-prob per token."
     )
     suffix: Annotated[Literal[""] | None, UNSUPPORTED] = None

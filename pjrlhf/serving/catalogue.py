@@ -7,13 +7,14 @@ import math
 import pathlib
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any, NotRequired, Protocol, TypedDict
+from typing import Any, NotRequired, Protocol
 
 import flax.traverse_util
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
+from typing_extensions import TypedDict
 
 from pjrlhf.data.messages import Prompt
 from pjrlhf.data.token_table import Lengths
@@ -163,6 +164,7 @@ class Catalogue:
       chat: plain prompts of the command line are asked as the first message of a conversation.
       run: the run directory, where a run is served.
       notes: what the run tells people about all this.
+      soups: name -> weights by name of adapter, of soups that are models of their own.
     """
 
     model: LanguageModel
@@ -172,9 +174,16 @@ class Catalogue:
     chat: bool = True
     run: pathlib.Path | None = None
     notes: RunNotes = dataclasses.field(default_factory=RunNotes)
+    soups: Mapping[str, Mapping[str, float]] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self):
         check_names("ingredients", self.names)
+        check_names("soups", self.soups, dict.fromkeys(self.names, "an ingredient"))
+        for name, mix in self.soups.items():
+            try:
+                self._checked(mix)
+            except UserError as problem:
+                raise UserError(f"soups: {name}: {problem}") from problem
 
     @property
     def user_tokens(self) -> int:
@@ -187,7 +196,7 @@ class Catalogue:
         found: dict[str, str | None] = {BASE: None}
         if self._mixing:
             found[PERSONAL] = BASE
-        return found | dict.fromkeys(self.names, BASE)
+        return found | dict.fromkeys((*self.names, *self.soups), BASE)
 
     @property
     def default(self) -> str:
@@ -224,11 +233,13 @@ class Catalogue:
         elif name not in self.models:
             raise UnknownModel(f"model {name!r}: is not served here; choose one of {', '.join(self.models)}")
         elif mix is not None:
+            if name in self.soups:
+                raise UserError(f"mix: the model {name} is a soup already; give the mix with model {BASE}")
             if name in self.names and not self.user_tokens:
                 raise UserError(f"mix: the model {name} is one adapter already; give the mix with model {BASE}")
             weights = self._checked(mix)
         else:
-            weights = {name: 1.0} if name in self.names else {}
+            weights = {name: 1.0} if name in self.names else dict(self.soups.get(name, {}))
         tokens = None
         alone = name == BASE and mix is None  # no adapter, and nobody's user tokens
         if self.people is not None and not alone:

@@ -10,7 +10,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from pjrlhf.serving import answers, models, monitoring, people_api, web_page
+from pjrlhf.serving import answers, models, monitoring, openapi, people_api, web_page
 from pjrlhf.serving.catalogue import Catalogue
 from pjrlhf.serving.engine import Engine
 from pjrlhf.serving.protocol import Refused, error
@@ -37,7 +37,9 @@ class Server:
 
     def __init__(self, catalogue: Catalogue, engine: Engine, settings: ServerSettings, api_key: str = ""):
         self.service = Service(catalogue, engine, settings, api_key)
-        routes = [self._route(endpoint) for group in GROUPS for endpoint in group(self.service)]
+        endpoints = [endpoint for group in GROUPS for endpoint in group(self.service)]
+        endpoints.append(openapi.endpoint(endpoints, bool(api_key)))
+        routes = [self._route(endpoint) for endpoint in endpoints]
         self.app = Starlette(routes=routes, exception_handlers={HTTPException: _no_route, Exception: _failed})
 
     def _route(self, endpoint: Endpoint) -> Route:

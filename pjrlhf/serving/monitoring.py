@@ -3,8 +3,17 @@
 import prometheus_client
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
+from typing_extensions import TypedDict
 
 from pjrlhf.serving.service import Endpoint, Service
+
+
+class Health(TypedDict):
+    """The state of the engine."""
+
+    status: str
+    waiting: int
+    running: int
 
 
 def endpoints(service: Service) -> list[Endpoint]:
@@ -13,7 +22,7 @@ def endpoints(service: Service) -> list[Endpoint]:
     async def health(request: Request) -> Response:
         """Whether requests are taken, for load balancers."""
         engine = service.engine
-        state = {"status": engine.state, "waiting": engine.waiting, "running": engine.running}
+        state: Health = {"status": engine.state, "waiting": engine.waiting, "running": engine.running}
         return JSONResponse(state, 200 if engine.state == "ok" else 503)
 
     async def live(request: Request) -> Response:
@@ -26,7 +35,7 @@ def endpoints(service: Service) -> list[Endpoint]:
         return Response(prometheus_client.generate_latest(service.metrics.registry), headers={"content-type": kind})
 
     return [
-        Endpoint("GET", "/health", health, open=True),
+        Endpoint("GET", "/health", health, open=True, summary="Tells whether requests are taken", answer=Health),
         Endpoint("GET", "/health/live", live, open=True),
-        Endpoint("GET", "/metrics", metrics, open=True),
+        Endpoint("GET", "/metrics", metrics, open=True, summary="Metrics for Prometheus"),
     ]

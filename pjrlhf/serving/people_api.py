@@ -26,15 +26,19 @@ PERSON = "/v1/users/{id:path}"
 def endpoints(service: Service) -> list[Endpoint]:
     """/v1/users."""
     people = PeopleApi(service)
+
+    def endpoint(method: str, path: str, handler: Any, summary: str, body: type[Body] | None = None) -> Endpoint:
+        return Endpoint(method, path, handler, summary=summary, body=body, answer=dict[str, Any])
+
     return [
-        Endpoint("GET", "/v1/users", people.list),
-        Endpoint("POST", "/v1/users", people.add),
-        Endpoint("POST", "/v1/users/import", people.take),
-        Endpoint("POST", f"{PERSON}/feedback", people.learn),
-        Endpoint("POST", f"{PERSON}/next", people.ask),
-        Endpoint("GET", f"{PERSON}/export", people.export),
-        Endpoint("GET", PERSON, people.show),
-        Endpoint("DELETE", PERSON, people.remove),
+        endpoint("GET", "/v1/users", people.list, "Lists people"),
+        endpoint("POST", "/v1/users", people.add, "Adds a person", NewPerson),
+        endpoint("POST", "/v1/users/import", people.take, "Adds an exported person", Exported),
+        endpoint("POST", f"{PERSON}/feedback", people.learn, "Learns from comparisons of a person", Feedback),
+        endpoint("POST", f"{PERSON}/next", people.ask, "Orders pairs by what they tell of a person", Questions),
+        endpoint("GET", f"{PERSON}/export", people.export, "Exports a person"),
+        endpoint("GET", PERSON, people.show, "Describes a person"),
+        endpoint("DELETE", PERSON, people.remove, "Deletes a person"),
     ]
 
 

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Self
 
 import pydantic
 from pydantic import BeforeValidator, ConfigDict, Field
+from typing_extensions import TypedDict
 
 from pjrlhf.data.records import RecordError, from_json, plain
 from pjrlhf.types import Json
@@ -41,7 +42,22 @@ class Refused(Exception):
         )
 
 
-def error(message: str, status: int, param: str | None = None, code: str | None = None) -> dict[str, Json]:
+class ErrorDetails(TypedDict):
+    """What is wrong, and with what."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorBody(TypedDict):
+    """Why a request is not answered."""
+
+    error: ErrorDetails
+
+
+def error(message: str, status: int, param: str | None = None, code: str | None = None) -> ErrorBody:
     """The body of an error."""
     kinds = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
     kind = kinds.get(status, "server_error" if status >= 500 else "invalid_request_error")
@@ -57,7 +73,9 @@ def _whole(value: Any) -> Any:
     return int(value) if type(value) is float and value.is_integer() else value
 
 
-Whole = Annotated[int, BeforeValidator(_whole)]  # JSON has one kind of number: 3.0 is a whole one
+# Last in the annotation of a whole number, after its limits, which the schema shows: JSON has one kind of number, and
+# 3.0 is a whole one.
+WHOLE = BeforeValidator(_whole)
 Ignored = Annotated[Any, Field(description="Changes nothing here."), IGNORED]
 
 

@@ -6,7 +6,9 @@ import itertools
 import json
 import math
 from collections.abc import AsyncIterator, Sequence
-from typing import Any, Literal, TypedDict
+from typing import Any, Literal
+
+from typing_extensions import TypedDict
 
 from pjrlhf import __version__
 from pjrlhf.data.tokenization import Tokenizer
@@ -228,8 +230,11 @@ class Call:
             yield _event(error(refused.message, refused.status))
 
     def _part(self, index: int, text: str, tokens: Sequence[Token], first: bool) -> tuple[str, Any]:
-        """(text, log-probs or None) of a part of a choice; `first` says whether it is its start."""
-        ends = self.tokenizer.eos_ids
+        """(text, log-probs or None) of a part of a choice; `first` says whether it is its start.
+
+        Plain completions list the token that ends an answer, too: harnesses ask for one token and drop the last entry.
+        """
+        ends = self.tokenizer.eos_ids if self.chat else ()
         shown = [token for token in tokens if token.id not in ends]
         number = index // self.wish.n
         request = self.tickets[number].request

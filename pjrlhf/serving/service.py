@@ -16,7 +16,7 @@ from pjrlhf.serving.engine import Engine
 from pjrlhf.serving.metrics import Metrics
 from pjrlhf.serving.people import open_members
 from pjrlhf.serving.people_store import Unreachable
-from pjrlhf.serving.protocol import Refused
+from pjrlhf.serving.protocol import Body, Refused
 from pjrlhf.serving.settings import ServerSettings
 
 
@@ -29,12 +29,20 @@ class Endpoint:
       path: with parameters as Starlette writes them.
       handler: answers a request. It may raise `Refused`.
       open: needs no API key, and is neither counted nor logged: probes, and files of a page.
+      summary: for the OpenAPI schema, which leaves endpoints without one out.
+      body: the model of the request's JSON, or None.
+      answer: the type of the response's JSON, or None for text.
+      streams: the response may be server-sent events.
     """
 
     method: str
     path: str
     handler: Callable[[Request], Awaitable[Response]]
     open: bool = False
+    summary: str = ""
+    body: type[Body] | None = None
+    answer: Any = None
+    streams: bool = False
 
 
 class Service:

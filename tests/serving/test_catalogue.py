@@ -29,6 +29,7 @@ from pjrlhf.serving.catalogue import (
     soup_people,
 )
 from pjrlhf.serving.engine import Engine
+from pjrlhf.serving.soups import read_soups
 from pjrlhf.serving.tickets import Request
 
 NAMES = ("P1A", "P2B", "P3A")
@@ -224,3 +225,40 @@ def test_what_cannot_be_served_is_named(finished, folder, tmp_path):
         open_run(str(tmp_path))
     with pytest.raises(UserError, match="no 'xyz'; name one with --entry: policy"):
         open_run(str(finished), "xyz")
+
+
+def test_saved_soups_are_models(soups, tmp_path):
+    file = tmp_path / "soups.json"
+    file.write_text('{"calm": {"P1A": 0.7, "P3A": -0.3}}')
+    saved = read_soups([str(file), "short=P2B=0.5,P1A=1"])
+    catalogue = dataclasses.replace(soups, soups=saved)
+    assert list(catalogue.models) == ["base", *NAMES, "calm", "short"] and catalogue.models["calm"] == "base"
+    assert catalogue.voice("calm").weights == {"P1A": 0.7, "P3A": -0.3}
+    assert catalogue.voice("short").mix.tolist() == [1.0, 0.5, 0.0]
+    with pytest.raises(UserError, match="calm is a soup already"):
+        catalogue.voice("calm", {"P1A": 1.0})
+
+
+@pytest.mark.parametrize(
+    ("items", "message"),
+    [
+        (["calm=P1A"], "'calm': mix: 'P1A' is no soup; write NAME=WEIGHT"),
+        (["calm=P1A=1", "calm=P2B=1"], "comes twice; give each soup a name of its own"),
+        (["nothing.json"], "No such file or directory; name a JSON file, or write NAME=INGREDIENT=WEIGHT"),
+        ('{"calm": {"P1A": "1"}}', 'is no object of soups; write {"calm": {"P1A": 0.7'),
+        ('{"calm": {"P1A": NaN}}', "bad JSON"),
+        ("[]", "is no object of soups"),
+        (["calm=P9=1"], "soups: calm: mix: 'P9' is no ingredient"),
+        (["P1A=P1A=1"], "is the name of an ingredient; choose another one"),
+        (["base=P1A=1"], "is the name of the base itself; choose another one"),
+        ('{"a b": {"P1A": 1}}', "cannot name a folder and a served model; choose another one"),
+        ('{"calm": {"P1A": 1000}}', "is not between -100 and 100; correct it"),
+    ],
+)
+def test_bad_soups_are_refused_at_the_start(soups, tmp_path, items, message):
+    if isinstance(items, str):
+        (tmp_path / "soups.json").write_text(items)
+        items = [str(tmp_path / "soups.json")]
+    with pytest.raises(UserError) as caught:
+        dataclasses.replace(soups, soups=read_soups(items))
+    assert message in str(caught.value) and "\n" not in str(caught.value)

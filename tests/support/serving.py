@@ -1,8 +1,13 @@
-"""A server in a thread, and requests to it."""
+"""A server in a thread or as a process, and requests to it."""
 
 import contextlib
 import http.client
 import json
+import os
+import pathlib
+import re
+import subprocess
+import sys
 import threading
 import time
 
@@ -10,6 +15,8 @@ import uvicorn
 
 from pjrlhf.serving.http import Server
 from pjrlhf.serving.settings import ServerSettings
+
+ROOT = pathlib.Path(__file__).parents[2]
 
 
 @contextlib.contextmanager
@@ -42,3 +49,25 @@ def send(place, body, path="/v1/chat/completions", method="POST", **headers):
         return answer.status, json.loads(text), answer.headers
     except ValueError:
         return answer.status, text, answer.headers
+
+
+def start(*arguments, devices=1):
+    """The process of `pjrlhf serve`, and the address it tells."""
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "PYTHONUNBUFFERED": "1"}
+    env["JAX_NUM_CPU_DEVICES"] = str(devices)
+    command = [
+        sys.executable,
+        "-c",
+        "from pjrlhf.cli import main; main()",
+        "serve",
+        "--port",
+        "0",
+        *map(str, arguments),
+    ]
+    process = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    lines = []
+    for line in process.stdout:
+        lines.append(line)
+        if found := re.search(r"at http://127\.0\.0\.1:(\d+)", line):
+            return process, ("127.0.0.1", int(found[1]))
+    raise AssertionError("".join(lines))
