@@ -37,7 +37,7 @@ REPORT_HEADERS = _ALWAYS | {
 
 
 def endpoints(service: Service) -> list[Endpoint]:
-    """/, /page and /report."""
+    """/, /favicon.ico, /page and /report."""
     files = {path.name: path.read_bytes() for path in FILES.iterdir() if path.suffix in KINDS}
     # A link brings no bearer token, so the page gets a cookie that opens the report and nothing else.
     ticket = hmac.new(service.api_key, COOKIE.encode(), hashlib.sha256).hexdigest()
@@ -49,6 +49,9 @@ def endpoints(service: Service) -> list[Endpoint]:
 
     async def index(request: Request) -> Response:
         return file("index.html")
+
+    async def icon(request: Request) -> Response:
+        return file("icon.svg")  # browsers ask for it beside a report, too
 
     async def part(request: Request) -> Response:
         return file(request.path_params["name"])
@@ -75,6 +78,7 @@ def endpoints(service: Service) -> list[Endpoint]:
 
     return [
         Endpoint("GET", "/", index, open=True),
+        Endpoint("GET", "/favicon.ico", icon, open=True),
         Endpoint("GET", "/page/about", about, open=True),
         Endpoint("GET", "/page/{name}", part, open=True),
         Endpoint("GET", "/report/{path:path}", report, open=True),

@@ -102,6 +102,10 @@ def test_headers_allow_this_server_alone(place):
         assert set(rules.values()) == {"'self'"}
 
 
+def test_there_is_an_icon_wherever_a_browser_looks(place):
+    assert get(place, "/favicon.ico")[2]["content-type"] == "image/svg+xml"
+
+
 def test_the_package_holds_the_files():
     package_data = pathlib.Path(__file__).parents[2].joinpath("setup.cfg").read_text()
     assert "serving/page/*" in package_data
