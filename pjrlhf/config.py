@@ -27,8 +27,9 @@ from pjrlhf.feedback.population import PopulationSettings
 from pjrlhf.judges.judge import check_criteria
 from pjrlhf.models.users import KINDS
 from pjrlhf.protocols.front import FrontSettings
+from pjrlhf.protocols.judging import check_length_controlled
 from pjrlhf.protocols.soups import OWN as SOUPS_OWN
-from pjrlhf.protocols.soups import SoupsSettings, check_length_controlled
+from pjrlhf.protocols.soups import SoupsSettings
 from pjrlhf.protocols.users import OWN as USERS_OWN
 from pjrlhf.protocols.users import UsersSettings
 from pjrlhf.runtime.run import SharedSettings
@@ -93,7 +94,8 @@ class RunSettings(SharedSettings):
         self._check_judges()
         if "evaluate" in self.stages:
             check_names("methods", self.methods, SOUPS_OWN)
-            check_length_controlled(self.audience, self.evaluate or SoupsSettings())
+            evaluate = self.evaluate or SoupsSettings()
+            check_length_controlled(self.audience, evaluate.length_controlled, (evaluate.judge, *evaluate.judges))
         for name in self.population.personas if self.population else ():
             if name not in known:
                 raise UserError(f"population.personas: {name!r} is unknown; choose from {', '.join(known)}")

@@ -12,6 +12,7 @@ from support.pages import Page, printed
 from support.summaries import SUMMARY, USER_MODELS
 
 from pjrlhf.data import synthetic
+from pjrlhf.data.records import as_json
 from pjrlhf.data.schema import COLUMNS, KINDS, validate
 from pjrlhf.data.sources import open_source
 from pjrlhf.data.token_table import Lengths, tokenize
@@ -206,7 +207,7 @@ def renamed(found, names):
 
 @pytest.mark.filterwarnings("error")
 def test_people_models_and_criteria_may_have_any_name(tmp_path):
-    whole = report.clean(SUMMARY | USER_MODELS)
+    whole = as_json(SUMMARY | USER_MODELS)
     for seed in range(12):
         rng = random.Random(seed)
         old = ("ann", "bob", "pooled", "short", "P3A", "P1A", "P1B", "expertise", "Soups", "Base", "P1A+P2A", "sft")

@@ -7,7 +7,7 @@ enter as margins. With one-hot weights it is DPO (arXiv 2305.18290) on that obje
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -29,11 +29,12 @@ from pjrlhf.feedback.pairs import SPLITS
 from pjrlhf.models.adapters import Backbone, init_bank
 from pjrlhf.objectives.multi_objective import modpo_loss, weighted_sum
 from pjrlhf.objectives.preference import accuracy, implicit_rewards
+from pjrlhf.objectives.scalarization import Points, factors, schedules
 from pjrlhf.rollout import experience, scoring
 from pjrlhf.rollout.reference import SIDES, unique_answers
 from pjrlhf.runtime.devices import Devices
 from pjrlhf.runtime.heldout_answers import HeldoutAnswers, heldout_requests, once, rows_of
-from pjrlhf.runtime.run import Run, Trainer
+from pjrlhf.runtime.run import Run, Sections, Trainer
 from pjrlhf.runtime.streams import Streams
 from pjrlhf.runtime.text import Text
 from pjrlhf.settings import Settings, setting
@@ -56,6 +57,11 @@ class ModpoSettings(Settings):
     mix: str = setting("own", "an adapter per policy", choices=("own",))
     prompt_format: PreferencePrompt = setting(PreferencePrompt())
     prompt_preference: str = setting("never", "the pairs have plain prompts", choices=("never", "always", "half"))
+    reward_weights: Mapping[str, Any] = setting(
+        {},
+        "{objective: factor of its preference weight, in margins too}: a number, or a schedule by step, "
+        '{"start": 1.0, "end": 0.0, "steps": 100} or points [[0, 1.0], [100, 0.0]]',
+    )
     steps: int = setting(120, "updates", low=1, high=10**9)
     epochs: float = setting(0.0, "passes over the pairs instead of steps; 0 is steps", low=0.0, high=1e6)
     batch_size: int = setting(8, "pairs per policy and step", low=1, high=2**20)
@@ -64,7 +70,13 @@ class ModpoSettings(Settings):
     loss: str = setting("sigmoid", "of the margins", choices=LOSSES)
     optimizer: OptimizerSettings = setting(OptimizerSettings(learning_rate=3e-3, schedule="linear"))
 
+    @property
+    def schedules(self) -> dict[str, Points]:
+        """Objective -> the points of its factor in `reward_weights`."""
+        return schedules(self.reward_weights, "reward_weights")
+
     def check(self) -> None:
+        _ = self.schedules
         if not self.epochs:
             check_warmup(self.optimizer, self.steps)
         check_accumulation(self.accumulation_steps, self.batch_size)
@@ -218,19 +230,23 @@ class ModpoData:
 
     Attributes:
       policies: K names.
-      labels: the objective that the pairs of each policy are labelled for, the one that weighs most.
-      weights: float32 [K, 1, S] over the reward models of the run, for each policy that of its label first, the others
-        in order.
+      objectives: names of all S rewards of the run, for each policy its label first, the others in order.
+      weights: float32 [K, 1, S], theirs in that order.
       table: the M pairs labelled for any of those objectives.
       reference, rewards: float32 [M, 2] and [M, 2, S - 1], see `ModpoBatch`.
     """
 
     policies: tuple[str, ...]
-    labels: tuple[str, ...]
+    objectives: tuple[tuple[str, ...], ...]
     weights: np.ndarray
     table: TokenTable
     reference: np.ndarray
     rewards: np.ndarray
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """The objective that the pairs of each policy are labelled for, the one that weighs most."""
+        return tuple(names[0] for names in self.objectives)
 
     @property
     def tables(self) -> list[list[TokenRow]]:
@@ -291,10 +307,18 @@ class Modpo(Method):
         return State.create(self.streams.key("modpo/state"), bank, self.optimizer)
 
     def _step(self, state: State, backbone: Backbone, *parts: ModpoBatch) -> tuple[State, Metrics]:
+        known = self.settings.schedules
+        each = [[known.get(name, ((0, 1.0),)) for name in names] for names in self.data.objectives]
+        scale = jnp.stack([factors(own, state.step) for own in each])[:, None]  # [K, 1, S]
+
         def loss(bank: Params, batch: ModpoBatch, key: PRNGKey) -> tuple[Array, Metrics]:
+            if known:
+                batch = batch.replace(weights=batch.weights * scale)
             return policies_loss(backbone, bank, batch, self.settings.beta, self.settings.loss, key)
 
         gradient, metrics = gradient_of(loss, state.trainable, parts, state.key)
+        shown = {f"rewards/{name}/weight": factors([points], state.step)[0] for name, points in known.items()}
+        metrics = {**metrics, **{name: (factor, jnp.ones(())) for name, factor in shown.items()}}
         return state.apply_gradients(gradient, self.optimizer), metrics
 
     def step(self, state: State, batch: ModpoBatch | tuple[ModpoBatch, ...]) -> tuple[State, Metrics]:
@@ -309,31 +333,56 @@ class Modpo(Method):
 # ---- the stage
 
 
-def labelled(run: Run, settings: ModpoSettings) -> tuple[Targets, tuple[str, ...], np.ndarray, TokenTable]:
-    """(targets, labels, weights, table): see `ModpoData`.
+def check(run: Sections, settings: ModpoSettings) -> Targets:
+    """What the policies are trained for.
+
+    Raises:
+      UserError: settings that MODPO cannot follow.
+    """
+    targets, rewards = targets_of(run, settings), run.audience.rewards
+    if unknown := [name for name in settings.reward_weights if name not in rewards]:
+        raise UserError(f"reward_weights: {unknown[0]!r} is not one of {', '.join(rewards)}; name one of these")
+    for names, _ in _weighed(targets):
+        if min(factor for _, factor in settings.schedules.get(names[0], ((0, 1.0),))) <= 0:
+            raise UserError(
+                f"reward_weights.{names[0]}: is 0 at some step, and MODPO divides by the weight of what its pairs are "
+                "labelled for; keep it above 0"
+            )
+    return targets
+
+
+def _weighed(targets: Targets) -> list[tuple[tuple[str, ...], np.ndarray]]:
+    """(objectives, weights) of each policy, see `ModpoData`."""
+    rewards, found = targets.audience.rewards, []
+    for k in range(len(targets.policies)):
+        target, weights = targets.target(0, k), np.zeros(len(rewards), np.float32)
+        weights[list(target.objectives)] = target.weights
+        label = int(weights.argmax())  # the first of equals
+        order = [label, *(i for i in range(len(rewards)) if i != label)]
+        found.append((tuple(rewards[i] for i in order), weights[order]))
+    return found
+
+
+def labelled(run: Run, settings: ModpoSettings) -> tuple[Targets, tuple[tuple[str, ...], ...], np.ndarray, TokenTable]:
+    """(targets, objectives, weights, table): see `ModpoData`.
 
     Raises:
       UserError: settings that MODPO cannot follow, or an objective without pairs.
     """
-    targets, rewards = targets_of(run, settings), run.audience.rewards
-    K = len(targets.policies)
-    weights = np.zeros((K, len(rewards)), np.float32)
-    for k in range(K):
-        target = targets.target(0, k)
-        weights[k, list(target.objectives)] = target.weights
-    numbers = weights.argmax(1)  # the first of equals
-    labels = tuple(rewards[i] for i in numbers)
-    ordered = np.array([[w[i], *np.delete(w, i)] for w, i in zip(weights, numbers, strict=True)])[:, None]
+    targets = check(run, settings)
+    weighed = _weighed(targets)
     table = reward.comparisons(run)
     found = {example.objective for example in table.examples}
-    for name, label in zip(targets.policies, labels, strict=True):
-        if label not in found:
+    for policy, (names, _) in zip(targets.policies, weighed, strict=True):
+        if names[0] not in found:
             raise UserError(
-                f"{table.bad.source_name}: no pair is labelled for {label!r}, which weighs most for policy "
-                f"{name!r}; add comparisons, or train for other preferences"
+                f"{table.bad.source_name}: no pair is labelled for {names[0]!r}, which weighs most for policy "
+                f"{policy!r}; add comparisons, or train for other preferences"
             )
+    labels = {names[0] for names, _ in weighed}
     rows = [i for i, example in enumerate(table.examples) if example.objective in labels]
-    return targets, labels, ordered, table.select(rows)
+    weights = np.stack([own for _, own in weighed])[:, None]
+    return targets, tuple(names for names, _ in weighed), weights, table.select(rows)
 
 
 def data_of(
@@ -345,10 +394,10 @@ def data_of(
     """What MODPO learns from, where `raw` and `reference` give the rewards [M, 2, S] and log-probabilities [M, 2] of a
     table; see `labelled` for errors.
     """
-    targets, labels, weights, table = labelled(run, settings)
+    targets, objectives, weights, table = labelled(run, settings)
     of = [run.audience.rewards.index(example.objective) for example in table.examples]
     rewards = np.stack([np.delete(x, i, axis=1) for x, i in zip(raw(table), of, strict=True)])
-    return ModpoData(tuple(targets.policies), labels, weights, table, reference(table), rewards)
+    return ModpoData(tuple(targets.policies), objectives, weights, table, reference(table), rewards)
 
 
 def heldout_answers(run: Run, policies: Sequence[str]) -> HeldoutAnswers:
@@ -382,4 +431,4 @@ def train(run: Run, settings: ModpoSettings, stage: str) -> dict[str, Any]:
     return {"ingredients": names, "samples": method.data.samples, "base": base_hash}
 
 
-TRAINER = Trainer(lambda run: run.section(ModpoSettings), train, answering.by_targets, targets_of)
+TRAINER = Trainer(lambda run: run.section(ModpoSettings), train, answering.by_targets, check)

@@ -137,7 +137,9 @@ class Policy(PolicyStep, Method):
         """
         if not self.heldout:
             return {}
-        rows = [self.heldout[i] for i in range(min(self.settings.eval_prompts, len(self.heldout)))]
+        # A request has a row for each way to ask it, with and without its preferences stated.
+        wanted = self.settings.eval_prompts * len(self.targets.stated)
+        rows = [self.heldout[i] for i in range(min(wanted, len(self.heldout)))]
         samples = self.settings.experience.samples_per_prompt
         size = self.settings.rollouts // samples
         found, key = [], self.streams.key("policy/eval")

@@ -8,7 +8,7 @@ from pjrlhf.algorithms.ppo import PPOConfig
 from pjrlhf.algorithms.targets import Targets, TargetSettings, targets_of
 from pjrlhf.data.preferences import PreferencePrompt
 from pjrlhf.errors import UserError
-from pjrlhf.objectives.scalarization import CombinationRule, Points, make_rule, schedule, section
+from pjrlhf.objectives.scalarization import CombinationRule, Points, make_rule, schedules, section
 from pjrlhf.rollout.experience import ExperienceConfig
 from pjrlhf.runtime.run import Sections
 from pjrlhf.settings import Settings, setting
@@ -72,13 +72,7 @@ class PolicySettings(Settings):
     @property
     def schedules(self) -> dict[str, Points]:
         """Objective -> the points of its factor in `reward_weights`."""
-        found = {}
-        for name, spec in self.reward_weights.items():
-            try:
-                found[name] = schedule(spec)
-            except UserError as error:
-                raise UserError(f"reward_weights.{name}: {error}") from error
-        return found
+        return schedules(self.reward_weights, "reward_weights")
 
     def check(self) -> None:
         try:

@@ -161,12 +161,22 @@ def without_system(messages: Sequence[Message]) -> list[Message]:
 
 
 def dialogue(prompt: Prompt) -> str:
-    """A prompt as text for a reader: all turns of a conversation, each after the name of its role; the text alone of a
-    text prompt and of a single message of the user.
+    """A prompt as text for a reader: all turns of a conversation, each after the name of its role, and the tools that
+    the model may call; the text alone of a text prompt and of a single message of the user without tools.
     """
-    if isinstance(prompt, str) or (len(prompt) == 1 and prompt[0]["role"] == "user"):
+    named = tools_of(prompt)
+    if isinstance(prompt, str) or (len(prompt) == 1 and prompt[0]["role"] == "user" and not named):
         return text_of(prompt)
-    return "\n\n".join(f"{message['role'].capitalize()}: {said(message)}" for message in prompt)
+    parts = [f"{message['role'].capitalize()}: {said(message)}" for message in prompt]
+    listed = "; ".join(f"{name} ({about})" if about else name for name, about in named)
+    return "\n\n".join([*parts, *([f"[tools: {listed}]"] if named else ())])
+
+
+def tools_of(prompt: object) -> list[tuple[str, str]]:
+    """(name, what it is for) of the tools that come with a prompt; what it is for may be empty."""
+    schemas = [one.get("function", one) for one in options_of(prompt).get("tools") or () if isinstance(one, Mapping)]
+    known = [schema for schema in schemas if isinstance(schema, Mapping)]
+    return [(str(schema.get("name", "")), str(schema.get("description") or "")) for schema in known]
 
 
 def said(message: Message) -> str:

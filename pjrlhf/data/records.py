@@ -1,9 +1,14 @@
 """Records as plain Python values, and a report of those that cannot be used."""
 
+import base64
 import collections
+import dataclasses
+import datetime
+import decimal
 import json
 import math
-from collections.abc import Mapping
+import numbers
+from collections.abc import Mapping, Set
 from typing import Any
 
 import numpy as np
@@ -158,3 +163,34 @@ def name_of(value: Json, column: str) -> str:
     if not value.strip():
         raise RecordError(f"empty {column}")
     return value
+
+
+def as_json(value: object) -> Any:
+    """A value in JSON types, without loss where that is possible.
+
+    Numbers that JSON does not have (NaN, infinity) are null, bytes are base64, dates and times are those of ISO 8601,
+    dataclasses and mappings are objects, and arrays of any library are lists; all else is its text.
+    """
+    if value is None or isinstance(value, bool | str):
+        return value
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        value = dataclasses.asdict(value)
+    if tolist := getattr(value, "tolist", None):  # NumPy and JAX, arrays and scalars
+        plain = tolist()
+        # NumPy gives a time to the nanosecond as a whole number.
+        return str(value) if isinstance(value, np.datetime64) and isinstance(plain, int) else as_json(plain)
+    if isinstance(value, numbers.Integral):
+        return int(value)
+    if isinstance(value, numbers.Real | decimal.Decimal):
+        return float(value) if math.isfinite(value) else None
+    if isinstance(value, datetime.date | datetime.time):
+        return None if value != value else value.isoformat()  # NaT of pandas is no time
+    if isinstance(value, bytes | bytearray | memoryview):
+        return base64.b64encode(value).decode()
+    if isinstance(value, Mapping):
+        return {str(key): as_json(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [as_json(item) for item in value]
+    if isinstance(value, Set):
+        return sorted((as_json(item) for item in value), key=str)
+    return str(value)

@@ -17,8 +17,10 @@ Layout of `summary` (every section may be absent, every number may be nan or Non
     position_consistency  fraction of comparisons judged alike in both orders, where the judge could differ
     judge                 {name, asked, judged; of a language model also position_bias, requests, failures, cost}
     judges                [like `judge`, with self_consistency: the dict of `judge.agreement`], that and further judges
-    agreement             [{criterion, judges: [name, name], and the dict of `judge.agreement`}]
-    length_controlled     {criterion: {policy: {rate, controlled, length, base_length, n}}}, against the base
+    win_rate_by_judge     {judge: {method: rate}}, against the base, where there are several judges
+    agreement             [{criterion, or "all"; judges: [name, name], and the dict of `judge.agreement`}]
+    length_controlled     {criterion: {policy: {rate, length, base_length, n, and the fields of
+                          `length_control.ControlledRate`}}}, against the base
     notes                 [str]
 
 of several methods on one front, for N objectives, where a metric is a number or, over seeds, {"mean", "low", "high"},
@@ -52,9 +54,7 @@ list of messages.
 """
 
 import base64
-import dataclasses
 import json
-import math
 import pathlib
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
@@ -62,7 +62,8 @@ from typing import Any
 import jinja2
 import rich.console
 
-from pjrlhf.data.messages import Prompt, request_of, said
+from pjrlhf.data.messages import Prompt, request_of, said, tools_of
+from pjrlhf.data.records import as_json
 from pjrlhf.errors import UserError
 from pjrlhf.evaluation import plots, plots_front, plots_users, report_front, report_judges, report_users
 from pjrlhf.evaluation.formats import (
@@ -97,14 +98,14 @@ def write_report(
     """
     folder = pathlib.Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    summary = clean(summary)
+    summary = as_json(summary)
     _write(folder / "summary.json", (json.dumps(summary, indent=1, allow_nan=False) + "\n").encode())
     pictures = plots.figures(summary, metrics) | plots_front.figures(summary) | plots_users.figures(summary)
     for name, picture in pictures.items():
         _write(folder / f"{name}.png", picture.light)
     page = _template().render(
         summary=summary,
-        samples=clean(samples),
+        samples=[{**as_json(one), "tools": tools_of(one.get("prompt"))} for one in samples],
         pictures=pictures,
         config=flatten(summary.get("config") or {}),
         opponents=plots.opponents,
@@ -115,21 +116,6 @@ def write_report(
     )
     _write(folder / "index.html", page.encode())
     return folder / "index.html"
-
-
-def clean(value: object) -> Any:
-    """`value` in JSON types: dataclasses and mappings as dicts, arrays as lists, nan and inf None, the rest as text."""
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        value = dataclasses.asdict(value)
-    if tolist := getattr(value, "tolist", None):  # numpy and jax, arrays and scalars
-        value = tolist()
-    if isinstance(value, Mapping):
-        return {str(key): clean(item) for key, item in value.items()}
-    if isinstance(value, list | tuple | set | frozenset):
-        return [clean(item) for item in value]
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    return value if value is None or isinstance(value, bool | int | str) else str(value)
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -198,7 +184,7 @@ def print_summary(path: pathlib.Path, summary: Any, remedy: str) -> None:
 def print_tables(summary: Mapping[str, Any], console: rich.console.Console | None = None) -> None:
     """The closing tables of a run, from win rates to fronts, user models and time, where the summary has them."""
     console = console or terminal_console()
-    summary = clean(summary)
+    summary = as_json(summary)
     average, pairs = summary.get("win_rate_average") or {}, summary.get("win_rate") or {}
     against = plots.opponents(pairs)
     rows = [

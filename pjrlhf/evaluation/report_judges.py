@@ -5,10 +5,11 @@ from typing import Any
 
 import rich.console
 
-from pjrlhf.evaluation.formats import Table, number, percent, print_table, without_empty
+from pjrlhf.evaluation.formats import Table, interval, number, percent, print_table, without_empty
 
 TITLES = {
     "judges": "Judges",
+    "win_rate_by_judge": "Win rate against the base, by judge",
     "agreement": "Agreement of judges",
     "length_controlled": "Win rate against the base, at equal lengths",
 }
@@ -20,9 +21,10 @@ def page(summary: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def tables(summary: Mapping[str, Any]) -> dict[str, Table]:
-    """The tables judges, agreement and length_controlled; without rows where the summary has nothing to tell."""
+    """The tables of `TITLES`; without rows where the summary has nothing to tell."""
     found = {
         "judges": _judges(summary.get("judges") or []),
+        "win_rate_by_judge": _by_judge(summary.get("win_rate_by_judge") or {}),
         "agreement": _agreement(summary.get("agreement") or []),
         "length_controlled": _lengths(summary.get("length_controlled") or {}),
     }
@@ -44,6 +46,19 @@ def _judges(judges: Sequence[Mapping[str, Any]]) -> Table:
     return columns, rows
 
 
+def _by_judge(judges: Mapping[str, Any]) -> Table:
+    methods = list(dict.fromkeys(method for rates in judges.values() for method in rates))
+    columns = ["policy", *(f"{name}, %" for name in judges)]
+    rows = [[method, *(_with_interval(rates.get(method), "rate") for rates in judges.values())] for method in methods]
+    return columns, rows
+
+
+def _with_interval(rate: Mapping[str, Any] | None, key: str) -> str:
+    """A rate in percent with its interval, "57.0 (52.1 to 62.0)"."""
+    limits = interval(rate)
+    return percent((rate or {}).get(key)) + (f" ({limits})" if limits else "")
+
+
 def _agreement(pairs: Sequence[Mapping[str, Any]]) -> Table:
     columns = ["criterion", "judge", "other judge", "comparisons", "equal, %", "Cohen's kappa"]
     rows = [
@@ -60,13 +75,16 @@ def _agreement(pairs: Sequence[Mapping[str, Any]]) -> Table:
 
 
 def _lengths(criteria: Mapping[str, Any]) -> Table:
-    columns = ["criterion", "policy", "win rate, %", "at equal lengths, %", "characters", "of the base", "comparisons"]
+    columns = ["criterion", "policy", "win rate, %", "at equal lengths, %", "form", "effect of length", "characters"]
+    columns += ["of the base", "comparisons"]
     rows = [
         [
             criterion,
             policy,
             percent(one.get("rate")),
-            percent(one.get("controlled")),
+            _with_interval(one, "controlled"),
+            str(one.get("form") or ""),
+            number(one.get("length_effect")),
             *(number(one.get(key), 0) for key in ("length", "base_length")),
             number(one.get("n")),
         ]

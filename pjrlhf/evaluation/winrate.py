@@ -6,11 +6,9 @@ per prompt, and the rate counts prompts won against prompts lost.
 
 import dataclasses
 import math
-import re
 
 import numpy as np
 from numpy.typing import ArrayLike
-from scipy import optimize, special
 
 from pjrlhf.errors import UserError
 from pjrlhf.evaluation.statistics import bootstrap_interval
@@ -86,47 +84,3 @@ def win_rate(
         high=high,
         unjudged=rows.size - n,
     )
-
-
-# Words that make a criterion one about length.
-ABOUT_LENGTH = re.compile(
-    r"\b(length(y|s)?|long(er|est)?|short(er|est)?|brief(ly|er)?|brevity|concise(ly|ness)?|succinct(ly)?|terse(ly)?"
-    r"|verbos\w*|wordy|detail(s|ed)?|informative(ness)?|completeness|complete|thorough(ly|ness)?|in depth)\b",
-    re.IGNORECASE,
-)
-
-
-def about_length(text: str) -> bool:
-    """Whether the text of a criterion speaks of length, which a length-controlled rate takes away."""
-    return bool(ABOUT_LENGTH.search(text))
-
-
-def length_controlled_rate(verdicts: ArrayLike, lengths_a: ArrayLike, lengths_b: ArrayLike) -> float:
-    """What the win rate of `a` would be at equal lengths (AlpacaEval 2, arXiv 2404.04475, without its terms for models
-    and instructions).
-
-    A logistic regression of verdicts (1 + v) / 2 on an intercept and tanh((length_a - length_b) / s), where s is the
-    standard deviation of the differences and the weight of the length has a ridge penalty of 1 / 2; the rate is that of
-    the intercept alone. It says nothing about criteria that are themselves about length.
-
-    Args:
-      verdicts: [N] in [-1, 1]; NaN are left out.
-      lengths_a, lengths_b: [N] in characters.
-
-    Returns:
-      the rate in [0, 1]; NaN without verdicts.
-    """
-    verdicts = np.asarray(verdicts, np.float64)
-    known = ~np.isnan(verdicts)
-    if not known.any():
-        return math.nan
-    wins = (1 + verdicts[known]) / 2
-    difference = (np.asarray(lengths_a, np.float64) - np.asarray(lengths_b, np.float64))[known]
-    length = np.tanh(difference / (difference.std() or 1.0))
-
-    def loss(weights: np.ndarray) -> float:
-        logits = weights[0] + weights[1] * length
-        return float((np.logaddexp(0, logits) - wins * logits).sum() + weights[1] ** 2 / 2)
-
-    intercept = optimize.minimize(loss, np.zeros(2)).x[0]
-    return float(special.expit(intercept))

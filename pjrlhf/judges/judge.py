@@ -175,7 +175,7 @@ def by_chat(context: JudgeContext, **settings: Any) -> Judge:
     """A language model behind an OpenAI-compatible URL; for settings see `JudgeSettings`."""
     own = parse(JudgeSettings, settings, "judge")
     chat = Chat(own, context.folder / "judge.jsonl")
-    return LanguageModelJudge(own, context.criteria, ChatBackend(own, chat))
+    return LanguageModelJudge(own, context.criteria, ChatBackend(own, chat), context.columns)
 
 
 @JUDGES.register("reward")
@@ -291,7 +291,11 @@ def both_orders(
     orders = np.zeros((2, len(prompts)))
     if getattr(judge, "on_all_processes", False) or is_process_zero():
         orders[:] = ask(judge, prompts, a, b, criterion), ask(judge, prompts, b, a, criterion)
-    forward, swapped = broadcast_from_zero(orders)
+    return of_both(*broadcast_from_zero(orders))
+
+
+def of_both(forward: np.ndarray, swapped: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """What `both_orders` returns, from the verdicts [N] of (a, b) and of (b, a), each from the side of the first."""
     backward = -swapped
     mean, consistent = (forward + backward) / 2, np.sign(forward) == np.sign(backward)
     hard = np.isin(forward, (-1, 0, 1)) & np.isin(backward, (-1, 0, 1))

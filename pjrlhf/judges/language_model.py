@@ -7,7 +7,7 @@ import pathlib
 import re
 import string
 import tomllib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -18,6 +18,7 @@ from pjrlhf.data.messages import Prompt, dialogue
 from pjrlhf.errors import UserError
 from pjrlhf.judges.chat import Body, Chat, ChatSettings
 from pjrlhf.paths import expand
+from pjrlhf.rewards.sources import NO_COLUMNS, RecordColumns, column_text, listed_columns
 from pjrlhf.settings import Settings, setting, shown
 from pjrlhf.types import Json
 
@@ -38,7 +39,7 @@ class Template:
       answer: how the verdict is read: "letter", one token, with log-probabilities where the server gives them; "json",
         an object {"reason", "verdict"}; "text", the last line "Verdict: X".
       system, user: texts with fields {prompt}, {first}, {second}, {criterion}, {person}; {low} and {high} of a
-        rating. {prompt} is all turns of a conversation.
+        rating; and the names of columns of the records. {prompt} is all turns of a conversation.
       first, second, tie: the verdicts of a pair; `tie` may be empty.
       low, high: the bounds of a rating.
       helpful: the text of the general criterion, which is no preference; "" where the texts do not show the criterion.
@@ -67,6 +68,20 @@ class Template:
         """Whether the texts have a field."""
         return field in _fields(self.system + self.user)
 
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The fields that are columns of the records."""
+        return tuple(sorted(_fields(self.system + self.user) - set(FIELDS)))
+
+    def check_columns(self, columns: Collection[str]) -> None:
+        """Raises UserError where a field is none of the `columns` of the records."""
+        if missing := [name for name in self.columns if name not in columns]:
+            raise UserError(
+                f"judge prompt {self.name!r}: {{{missing[0]}}} is no field, and no column of the records; choose from "
+                f"{', '.join(FIELDS)}, or a column (data.prompts has {listed_columns(columns)}), and write other "
+                "braces twice"
+            )
+
     def messages(self, values: Mapping[str, str]) -> list[dict[str, str]]:
         """The messages of a request with the values of the fields."""
         filled = {"low": self.low, "high": self.high, **values}
@@ -90,16 +105,16 @@ def read_template(spec: str) -> Template:
         raise UserError(f"judge prompt {spec!r}: there is no such file; choose one of {known}, or give a .toml file")
     try:
         template = Template(name=spec, **tomllib.loads(path.read_text(encoding="utf-8")))
-        unknown = _fields(template.system + template.user) - set(FIELDS)
+        unknown = [name for name in template.columns if not name.isidentifier()]
         if not unknown:
-            template.messages(dict.fromkeys(FIELDS, ""))
+            template.messages(dict.fromkeys((*FIELDS, *template.columns), ""))
     except (OSError, ValueError, TypeError, AttributeError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"judge prompt {spec!r}: is no template ({reason}); see pjrlhf/judges/prompts") from error
     if unknown:
         raise UserError(
-            f"judge prompt {spec!r}: {{{min(unknown)}}} is no field; choose from {', '.join(FIELDS)}, and write other "
-            "braces twice"
+            f"judge prompt {spec!r}: {{{min(unknown)}}} is no field; choose from {', '.join(FIELDS)} and columns of "
+            "the records, and write other braces twice"
         )
     if template.kind not in ("pair", "rating") or template.answer not in ANSWERS:
         raise UserError(
@@ -425,9 +440,23 @@ class _Asking:
             raise UserError(f"judge: criterion {criterion!r} has no text; add it to criteria")
         return text
 
-    def ask(self, name: str, items: Sequence[Mapping[str, str]]) -> list[float]:
-        """What the model answers about items; NaN where it does not."""
-        found = self.backend(name, self.template, items) if items else []
+    def check_columns(self, columns: Collection[str]) -> None:
+        """Raises UserError where the prompt shows another column than these of the records."""
+        self.template.check_columns(columns)
+
+    def ask(self, name: str, items: Sequence[Mapping[str, str]], columns: Mapping[str, Sequence[Any]]) -> list[float]:
+        """What the model answers about N items; NaN where it does not, and where a column that the prompt shows has no
+        value, which nobody is asked about.
+
+        Args:
+          columns: of the records, N values each.
+        """
+        own = {column: columns.get(column, [None] * len(items)) for column in self.template.columns}
+        known = [i for i in range(len(items)) if all(values[i] is not None for values in own.values())]
+        whole = [{**items[i], **{column: column_text(values[i]) for column, values in own.items()}} for i in known]
+        found = [math.nan] * len(items)
+        for i, answer in zip(known, self.backend(name, self.template, whole) if whole else (), strict=True):
+            found[i] = answer
         self.asked += len(items)
         self.failures += sum(map(math.isnan, found))
         return found
@@ -438,6 +467,7 @@ class LanguageModelJudge(_Asking):
 
     Args:
       sentences: {criterion: text}.
+      columns: N requests -> what their records have beside the prompt.
 
     Raises:
       UserError: see `read_template`.
@@ -445,8 +475,15 @@ class LanguageModelJudge(_Asking):
 
     kind = "pair"
 
-    def __init__(self, settings: PromptSettings, sentences: Mapping[str, str], backend: Backend):
+    def __init__(
+        self,
+        settings: PromptSettings,
+        sentences: Mapping[str, str],
+        backend: Backend,
+        columns: Callable[[Sequence[Prompt]], RecordColumns] = lambda requests: NO_COLUMNS,
+    ):
         super().__init__(settings, sentences, backend, "criterion")
+        self.columns = columns
 
     def __call__(
         self, prompts: Sequence[Prompt], first: Sequence[str], second: Sequence[str], criterion: str
@@ -455,8 +492,15 @@ class LanguageModelJudge(_Asking):
         verdicts = np.zeros(len(prompts))
         rows = [i for i in range(len(prompts)) if first[i] != second[i]]
         items = [{"prompt": dialogue(prompts[i]), "first": first[i], "second": second[i], **shared} for i in rows]
-        verdicts[rows] = self.ask(f"judge: {criterion}", items)
+        records = self.columns(prompts).select(rows) if self.template.columns else NO_COLUMNS
+        verdicts[rows] = self.ask(f"judge: {criterion}", items, records.columns)
         return verdicts
+
+    def within(self, records: RecordColumns) -> "LanguageModelJudge":
+        """The judge for prompts that have these records; it shares the model with this one."""
+        other = copy.copy(self)
+        other.columns = lambda prompts: records
+        return other
 
     def check_criteria(self, known: Sequence[str], asked: Sequence[str]) -> None:
         """Raises UserError where there is no text for a criterion that is `asked` for, or one for a criterion that is
@@ -493,15 +537,31 @@ class LanguageModelRating(_Asking):
     kind, waits = "rating", True
 
     def __init__(self, settings: PromptSettings, objective: str, criterion: str, backend: Backend):
-        if settings.criteria:
-            raise UserError(f"rewards.{objective}: has criteria; leave them out, because criterion says what is rated")
         super().__init__(settings, {objective: criterion}, backend, "rating")
-        if self.template.shows("criterion") and not criterion.strip():
-            raise UserError(f"rewards.{objective}.criterion: is empty; say what is rated")
+        _check_objective(self, settings, objective, criterion)
         self.objective = objective
         self.shared = {"criterion": self.text_of(objective), "person": self.person}
 
-    def __call__(self, prompts: list[Prompt], completions: list[str]) -> list[float | None]:
+    def __call__(self, prompts: list[Prompt], completions: list[str], **columns: Sequence[Any]) -> list[float | None]:
         items = [{"prompt": dialogue(p), "first": c, **self.shared} for p, c in zip(prompts, completions, strict=True)]
-        found = self.ask(f"rating: {self.objective}", items)
+        found = self.ask(f"rating: {self.objective}", items, columns)
         return [None if math.isnan(value) else value for value in found]
+
+
+def objective_judge(settings: PromptSettings, objective: str, criterion: str, backend: Backend) -> LanguageModelJudge:
+    """The judge of one objective, whose criterion has this text.
+
+    Raises:
+      UserError: see `read_template`; other criteria, or none where the prompt shows it.
+    """
+    judge = LanguageModelJudge(settings, {objective: criterion}, backend)
+    _check_objective(judge, settings, objective, criterion)
+    judge.text_of(objective)
+    return judge
+
+
+def _check_objective(asking: _Asking, settings: PromptSettings, objective: str, criterion: str) -> None:
+    if settings.criteria:
+        raise UserError(f"rewards.{objective}: has criteria; leave them out, because criterion says what is judged")
+    if asking.template.shows("criterion") and not criterion.strip():
+        raise UserError(f"rewards.{objective}.criterion: is empty; say what is judged")

@@ -5,8 +5,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from pjrlhf.data.messages import Prompt
+from pjrlhf.data.records import as_json
 from pjrlhf.errors import UserError
-from pjrlhf.rewards.calls import as_json, awaited
+from pjrlhf.rewards.calls import awaited
 
 
 class OwnJudge:

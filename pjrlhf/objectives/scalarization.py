@@ -319,6 +319,21 @@ def schedule(spec: Any) -> Points:
     return points
 
 
+def schedules(specs: Mapping[str, Any], key: str) -> dict[str, Points]:
+    """The schedule of each objective of a setting; `key` is its name, for messages.
+
+    Raises:
+      UserError: see `schedule`.
+    """
+    found = {}
+    for name, spec in specs.items():
+        try:
+            found[name] = schedule(spec)
+        except UserError as error:
+            raise UserError(f"{key}.{name}: {error}") from error
+    return found
+
+
 def _is_number(x: object) -> bool:
     return isinstance(x, int | float) and not isinstance(x, bool) and abs(x) <= sys.float_info.max
 

@@ -197,7 +197,7 @@ def _run_stages(plan: Plan, run: Run, workdir: Workdir) -> None:
             source.check_columns(run.records.columns)
         for section in map(run.section, filter(None, (stage.settings for stage in plan.stages))):
             for _, spec in _judges(section):
-                if isinstance(spec, Mapping) and spec.get("kind") == "reward":
+                if isinstance(spec, Mapping) and spec.get("kind") in ("reward", "chat", "model"):
                     run.judge(spec)  # checks columns
     for stage in plan.stages:
         # The entries of `methods` are settings that all stages share.

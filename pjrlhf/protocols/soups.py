@@ -24,12 +24,12 @@ from pjrlhf.data import preferences
 from pjrlhf.data.messages import columns_of
 from pjrlhf.errors import UserError
 from pjrlhf.evaluation.statistics import chord_gap, spearman
-from pjrlhf.evaluation.winrate import about_length, aggregate, length_controlled_rate, win_rate
-from pjrlhf.judges.judge import JUDGES, agreement, check_judge, combo_outcomes, judge_name
+from pjrlhf.evaluation.winrate import aggregate, win_rate
+from pjrlhf.judges.judge import JUDGES, check_judge
+from pjrlhf.protocols.judging import Panel, at_equal_lengths
 from pjrlhf.protocols.reporting import finish
 from pjrlhf.protocols.selection import Rewarded
 from pjrlhf.runtime.answers import Keys, Row, sample_rows
-from pjrlhf.runtime.audience import Audience
 from pjrlhf.runtime.run import Run, Stage
 from pjrlhf.settings import Settings, setting
 from pjrlhf.training.progress import watched
@@ -57,7 +57,7 @@ class SoupsSettings(Settings):
     )
     judges: tuple[str | Mapping[str, Any], ...] = setting(
         (),
-        "further judges, like judge: how far each two agree, on each ingredient's own criterion",
+        "further judges, like judge, of the same comparisons: their win rates, and how far each two agree",
         choices=tuple(JUDGES),
         extensible=True,
     )
@@ -93,26 +93,6 @@ class SoupsSettings(Settings):
     def check(self) -> None:
         for spec in (self.judge, *self.judges):
             check_judge(spec)
-
-
-def check_length_controlled(audience: Audience, settings: SoupsSettings) -> None:
-    """Raises UserError where `length_controlled` names no criterion of a run, or one that is about length."""
-    for name in settings.length_controlled:
-        if name not in audience.rewards:
-            raise UserError(
-                f"evaluate.length_controlled: {name!r} is no criterion; choose from {', '.join(audience.rewards)}"
-            )
-        found = audience.preferences.get(name)
-        # What is opposite to a criterion about length is about length too.
-        same = [one for one in audience.preferences.values() if found and one.dimension == found.dimension]
-        texts = [text for one in same for text in (one.dimension, one.sentence, one.label)]
-        if isinstance(audience.judge, Mapping):
-            texts.append(str(audience.judge.get(name)))
-        if any(about_length(text) for text in texts):
-            raise UserError(
-                f"evaluate.length_controlled: {name!r} is about length, so equal lengths would take away what it asks "
-                "for; leave it out"
-            )
 
 
 def adapters(run: Run) -> tuple[Any, tuple[str, ...], tuple[str, ...]]:
@@ -162,16 +142,9 @@ class Evaluation:
         self.requests = run.records.requests[1]
         self.sample = functools.partial(sample_rows, run, bank)
         self.answers: list[dict[str, Any]] = []  # all that were sampled
-        self.agreements: list[dict[str, Any]] = []  # the section of that name
-        self.twice: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {}  # judge -> its verdicts, and those asked anew
         self.scorer = run.scores
-        self.judge = run.judge(self.config.judge)
-        self.judges = {judge_name(self.config.judge): self.judge}
-        for spec in self.config.judges:
-            name = judge_name(spec)
-            same = sum(known == name or known.startswith(f"{name} (") for known in self.judges)
-            self.judges[f"{name} ({same + 1})" if same else name] = run.judge(spec)
-        self.again = {name: again for name, judge in self.judges.items() if (again := judge.again()) is not None}
+        self.panel = Panel(run, (self.config.judge, *self.config.judges), self.config.asked_twice)
+        self.judge = next(iter(self.panel.judges.values()))
         self.combos = preferences.combinations(run.audience.preferences, run.audience.objectives)
         self.rate = functools.partial(win_rate, resamples=self.config.resamples, seed=run.streams.seed)
 
@@ -220,7 +193,9 @@ class Evaluation:
         return {name: (words if name in told else "", mix) for name, mix in weights.items()}
 
     def people(self) -> dict[str, Any]:
-        """The sections win_rate, win_rate_average, combos, ablation and position_consistency, and sample answers."""
+        """The sections win_rate, win_rate_average, win_rate_by_judge, combos, ablation, length_controlled and
+        position_consistency, and sample answers.
+        """
         repeats = self.config.samples_per_prompt
         plans = {combo: self.methods(combo) for combo in self.combos}
         keys = [(combo, method) for combo in self.combos for method in plans[combo]]
@@ -241,19 +216,22 @@ class Evaluation:
 
         methods = [*plans[self.combos[0]], *(["best_of_n"] if self.config.best_of else [])]
         outcomes: dict[tuple[str, str], list[np.ndarray]] = {}
-        own_base: dict[tuple[str, str], list[np.ndarray]] = {}  # (criterion, method) -> [verdict, length, of the base]
+        own_base: dict[tuple[str, str], list[np.ndarray]] = {}  # see `judging.at_equal_lengths`
+        by_judge: dict[tuple[str, str], list[np.ndarray]] = {}  # (judge, method) -> outcomes against the base
         combos: dict[str, Any] = {}
         for combo in self._judged(self.combos, "kinds of people"):
             table: dict[str, Any] = {method: {} for method in methods if method != "soups_untold"}
             for a, b in itertools.combinations(methods, 2):
-                verdicts = combo_outcomes(
-                    self.judge, self.requests * repeats, answers[combo, a], answers[combo, b], combo
-                )
+                found = self.panel(self.requests * repeats, answers[combo, a], answers[combo, b], combo)
+                results = {judge: self.by_prompt(verdicts) for judge, verdicts in found.items()}
+                verdicts, result = (next(iter(each.values())) for each in (found, results))
                 if a == "base":
                     sizes = [np.array([len(text) for text in answers[combo, method]]) for method in (b, a)]
+                    numbers = np.tile(np.arange(len(self.requests)), repeats)
                     for name, verdict in zip(combo, -verdicts.T, strict=True):
-                        own_base.setdefault((name, b), []).append(np.stack([verdict, *sizes]))
-                result = aggregate(verdicts).reshape(repeats, len(self.requests)).T  # the prompt comes first
+                        own_base.setdefault((name, b), []).append(np.stack([verdict, *sizes, numbers]))
+                    for judge, own in results.items():
+                        by_judge.setdefault((judge, b), []).append(-own)
                 outcomes.setdefault((a, b), []).append(result)
                 outcomes.setdefault((b, a), []).append(-result)
                 if a in table and b in table:
@@ -281,8 +259,16 @@ class Evaluation:
             "win_rate_average": average,
             "combos": combos,
             "position_consistency": self.judge.consistency,
-            "length_controlled": self.at_equal_lengths(own_base),
+            "length_controlled": at_equal_lengths(
+                self.config.length_controlled, own_base, resamples=self.config.resamples, seed=self.run.streams.seed
+            ),
         }
+        if len(self.panel.judges) > 1:
+            rates = {key: self.rate(np.concatenate(parts, axis=1)) for key, parts in by_judge.items()}
+            sections["win_rate_by_judge"] = {
+                judge: {method: rates[judge, method] for method in shown if method != "base"}
+                for judge in self.panel.judges
+            }
         if "soups_untold" in methods:
             sections["ablation"] = {"soups_untold": {b: self.rate(pooled["soups_untold", b]) for b in shown}}
         return {"sections": sections, "samples": samples}
@@ -305,49 +291,9 @@ class Evaluation:
                 self._keep("people", rows[i], texts[i], combo="+".join(combo), method="best_of_n")
         return found
 
-    def at_equal_lengths(self, found: Mapping[tuple[str, str], Sequence[np.ndarray]]) -> dict[str, dict[str, Any]]:
-        """The section length_controlled, from verdicts against the base: (criterion, method) -> [3, N] each, the
-        verdict and the lengths of both answers in characters.
-        """
-        section: dict[str, dict[str, Any]] = {name: {} for name in self.config.length_controlled}
-        for (name, method), parts in found.items():
-            if name in section:
-                verdicts, own, base = np.concatenate(parts, axis=1)
-                known = verdicts[~np.isnan(verdicts)]
-                section[name][method] = {
-                    "rate": float((1 + known).mean() / 2) if len(known) else None,
-                    "controlled": length_controlled_rate(verdicts, own, base),
-                    "length": float(own.mean()),
-                    "base_length": float(base.mean()),
-                    "n": len(known),
-                }
-        return section
-
-    # ---- judges
-
-    def judged_again(self, name: str, requests: Sequence[Any], own: Sequence[str], base: Sequence[str]) -> np.ndarray:
-        """Verdicts of the judge of the report on the answers of an ingredient and of the base by its own criterion,
-        [N]; also asks the further judges about them, and some of them anew, for `judging`.
-        """
-        found = {key: combo_outcomes(judge, requests, own, base, (name,))[:, 0] for key, judge in self.judges.items()}
-        for key, again in self.again.items() if self.config.asked_twice else ():
-            few = slice(self.config.asked_twice)
-            anew = combo_outcomes(again, requests[few], own[few], base[few], (name,))[:, 0]
-            self.twice.setdefault(key, []).append((found[key][few], anew))
-        for pair in itertools.combinations(found, 2):
-            self.agreements.append({"criterion": name, "judges": list(pair), **agreement(*(found[x] for x in pair))})
-        return found[judge_name(self.config.judge)]
-
-    def judging(self) -> dict[str, Any]:
-        """The sections judge, judges and agreement, after everything is judged."""
-        reports = []
-        for name, judge in self.judges.items():
-            report = {"name": name, **judge.report()}
-            if name in self.twice:
-                first, second = (np.concatenate(parts) for parts in zip(*self.twice[name], strict=True))
-                report["self_consistency"] = agreement(first, second)
-            reports.append(report)
-        return {"judge": reports[0], "judges": reports, "agreement": self.agreements}
+    def by_prompt(self, verdicts: np.ndarray) -> np.ndarray:
+        """Outcomes [prompts, repeats] of verdicts [repeats * prompts, C]."""
+        return aggregate(verdicts).reshape(-1, len(self.requests)).T
 
     # ---- ingredients
 
@@ -367,9 +313,10 @@ class Evaluation:
         found = {}
         for k, name in self._judged(list(enumerate(names)), "ingredients"):
             own = texts[(k + 1) * size : (k + 2) * size]
-            verdicts = self.judged_again(name, requests, own, base)
+            verdicts = self.panel(requests, own, base, (name,))
+            self.panel.again(requests, own, base, name, verdicts)
             found[name] = {
-                "win_rate_vs_base": self.rate(verdicts.reshape(2, -1).T),
+                "win_rate_vs_base": self.rate(self.by_prompt(next(iter(verdicts.values())))),
                 "kl": kl.get(name),
                 "length": float(np.mean([len(text.split()) for text in own])),
                 "score": self.scores(own, name),
@@ -447,7 +394,7 @@ def run(run: Run) -> dict[str, Any]:
         "reward_models": reward.get("models", {}),
         "ingredients": ingredients,
         **people["sections"],
-        **evaluation.judging(),
+        **evaluation.panel.sections(),
         "sweep": sweep,
         "notes": _notes(sweep),
     }

@@ -1,20 +1,12 @@
-"""How functions of other people are called, with lists and with columns of the records; and records as JSON."""
+"""How functions of other people are called, with lists and with columns of the records, and what they may return."""
 
 import asyncio
-import base64
-import datetime
-import decimal
 import inspect
 import itertools
 import math
-import numbers
 from collections.abc import Callable, Collection, Iterable, Mapping, Set
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
-
-import numpy as np
-
-from pjrlhf.types import Json
 
 GIVEN = ("prompts", "completions")  # what every reward function may take
 ONE = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
@@ -115,32 +107,3 @@ def is_busy(status: int) -> bool:
     reached by what stands before it (520 to 530).
     """
     return status in (408, 409, 429) or (500 <= status < 600 and status not in (501, 505))
-
-
-def as_json(value: Any) -> Json:
-    """A value of a record as JSON has it, without loss where that is possible.
-
-    Numbers that JSON does not have (NaN, infinity) are null, bytes are base64, dates and times are those of ISO 8601,
-    NumPy scalars and arrays are numbers and lists; anything else that JSON does not have is its text.
-    """
-    if value is None or isinstance(value, bool | str):
-        return value
-    if isinstance(value, np.ndarray | np.generic):
-        plain = value.tolist()
-        # NumPy gives a time to the nanosecond as a whole number.
-        return str(value) if isinstance(value, np.datetime64) and isinstance(plain, int) else as_json(plain)
-    if isinstance(value, numbers.Integral):
-        return int(value)
-    if isinstance(value, numbers.Real | decimal.Decimal):
-        return float(value) if math.isfinite(value) else None
-    if isinstance(value, datetime.date | datetime.time):
-        return None if value != value else value.isoformat()  # NaT of pandas is no time
-    if isinstance(value, bytes | bytearray | memoryview):
-        return base64.b64encode(value).decode()
-    if isinstance(value, Mapping):
-        return {str(key): as_json(one) for key, one in value.items()}
-    if isinstance(value, list | tuple):
-        return [as_json(one) for one in value]
-    if isinstance(value, Set):
-        return sorted((as_json(one) for one in value), key=str)
-    return str(value)

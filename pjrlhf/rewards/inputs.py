@@ -2,7 +2,8 @@
 
 import pathlib
 import string
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 from absl import logging
@@ -12,6 +13,7 @@ from pjrlhf.data.messages import SYSTEM, Prompt, options_of, text_of, transcript
 from pjrlhf.data.token_table import cut_left
 from pjrlhf.data.tokenizer_files import load_backend, setting_of
 from pjrlhf.errors import UserError
+from pjrlhf.rewards.sources import column_text, listed_columns
 from pjrlhf.settings import shown
 
 CHAT = "chat"  # the chat template of the classifier's tokenizer
@@ -27,6 +29,7 @@ FORMATS: Mapping[str, str | tuple[str, str]] = {
     "faithful": ("{answer}", "{prompt}"),
 }
 SIDES = ("left", "right")
+_KNOWN = ", ".join(f"{{{field}}}" for field in FIELDS)
 
 Row = dict[str, list[int]]  # "input_ids", and what else the tokenizer gives, such as "token_type_ids"
 
@@ -40,7 +43,8 @@ class Inputs:
       template: "chat", a name in `FORMATS`, a text with `FIELDS` in braces, or two such texts. "" is "chat" where the
         tokenizer has a chat template, else "pair". {prompt} is the request, or all messages of a conversation;
         {answer} has no space at its ends; {text} is prompt and answer as they are; {transcript} is the conversation in
-        the format of HH-RLHF, "\\n\\nHuman: ..."; {bos} and {eos} are tokens of the classifier.
+        the format of HH-RLHF, "\\n\\nHuman: ..."; {bos} and {eos} are tokens of the classifier; any other field is a
+        column of the records.
       limit: tokens of an input at most; 0 is what the tokenizer says.
       positions: of the model; None for no limit.
       rows: ids that the model knows.
@@ -50,6 +54,7 @@ class Inputs:
     Attributes:
       limit: tokens of an input at most; None for no limit.
       asked, cut: inputs so far, and of these the ones that were cut.
+      columns: the fields that are columns of the records.
 
     Raises:
       UserError: a template that cannot be used, by name, or a limit that the model does not have.
@@ -82,6 +87,8 @@ class Inputs:
         if self.chat:
             check_template(self.backend)
         first = [self._check(part) for part in self.parts] if not self.chat else []
+        used = [field for part in self.parts for field in _fields(part)] if not self.chat else []
+        self.columns = tuple(dict.fromkeys(field for field in used if field not in FIELDS))
         self.side = truncate or ("right" if len(first) == 1 and first[0] == "answer" else "left")
         self.pair = "only_first"
         if len(first) == 2 and "answer" in _fields(self.parts[0]):
@@ -90,14 +97,33 @@ class Inputs:
         self.bos, self.eos = self._wanted("bos", 0), self._wanted("eos", -1)
         self.asked = self.cut = 0
 
-    def __call__(self, prompts: Sequence[Prompt], answers: Sequence[str]) -> list[Row]:
-        """The rows of N answers; one without tokens where template, prompt and answer are empty.
+    def check_columns(self, columns: Collection[str]) -> None:
+        """Raises UserError where a field of the template is none of the `columns` of the records."""
+        if missing := [field for field in self.columns if field not in columns]:
+            raise UserError(
+                f"{self.name}.template: {{{missing[0]}}} is no field, and no column of the records; choose from "
+                f"{_KNOWN}, or a column (data.prompts has {listed_columns(columns)}), and write other braces twice"
+            )
+
+    def __call__(
+        self,
+        prompts: Sequence[Prompt],
+        answers: Sequence[str],
+        columns: Mapping[str, Sequence[Any]] = MappingProxyType({}),
+    ) -> list[Row]:
+        """The rows of N answers; one without tokens where template, prompt and answer are empty, and where a column of
+        the template has no value.
+
+        Args:
+          columns: of the records, N values each.
 
         Raises:
           UserError: the chat template refuses a prompt, or a token that the model does not know.
         """
-        texts = [self._texts(prompt, answer) for prompt, answer in zip(prompts, answers, strict=True)]
-        whole = [self._encode(one) for one in texts]
+        own = {name: columns.get(name, [None] * len(answers)) for name in self.columns}
+        values = [{name: every[i] for name, every in own.items()} for i in range(len(answers))]
+        texts = [self._texts(*one) for one in zip(prompts, answers, values, strict=True)]
+        whole = [self._encode(one) if one else {"input_ids": []} for one in texts]
         long = [i for i, row in enumerate(whole) if self.limit and len(row["input_ids"]) > self.limit]
         for i in long:
             whole[i] = self._encode(texts[i], self.limit)
@@ -125,15 +151,15 @@ class Inputs:
             raise UserError(
                 f"{self.name}.template: {shown(part)} cannot be read ({error}); write braces that are no field twice"
             ) from error
-        known = ", ".join(f"{{{field}}}" for field in FIELDS)
-        if unknown := [field for field in fields if field not in FIELDS]:
+        if unknown := [field for field in fields if not field.isidentifier()]:
             raise UserError(
-                f"{self.name}.template: {{{unknown[0]}}} is no field; choose from {known}, and write other braces twice"
+                f"{self.name}.template: {{{unknown[0]}}} is no field; choose from {_KNOWN} and columns of the records, "
+                "and write other braces twice"
             )
         if not fields:
             raise UserError(
                 f"{self.name}.template: {shown(part)} has no field and is no name; write a text with fields from "
-                f"{known}, or choose one of {CHAT}, {', '.join(FORMATS)}"
+                f"{_KNOWN}, or choose one of {CHAT}, {', '.join(FORMATS)}"
             )
         for field, token in (("bos", self.backend.bos_token), ("eos", self.backend.eos_token)):
             if field in fields and token is None:
@@ -143,7 +169,10 @@ class Inputs:
                 )
         return next((field for field in fields if field not in ("bos", "eos")), "")
 
-    def _texts(self, prompt: Prompt, answer: str) -> tuple[str, ...]:
+    def _texts(self, prompt: Prompt, answer: str, columns: Mapping[str, Any]) -> tuple[str, ...]:
+        """The texts of an input; none where a column has no value."""
+        if any(value is None for value in columns.values()):
+            return ()
         if self.chat:
             return (self._render(prompt, answer.strip()),)
         values = {
@@ -153,6 +182,7 @@ class Inputs:
             "transcript": _transcript(prompt),
             "bos": self.backend.bos_token,
             "eos": self.backend.eos_token,
+            **{name: column_text(value) for name, value in columns.items()},
         }
         return tuple(part.format_map(values) for part in self.parts)
 

@@ -16,8 +16,9 @@ from typing import Any
 
 from pjrlhf import strict_json
 from pjrlhf.data.messages import Prompt
+from pjrlhf.data.records import as_json
 from pjrlhf.errors import UserError
-from pjrlhf.rewards.calls import as_json, is_busy
+from pjrlhf.rewards.calls import is_busy
 from pjrlhf.rewards.sources import SOURCES, NoReply, RewardFunction, Unanswered
 from pjrlhf.types import Json
 

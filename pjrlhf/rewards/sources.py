@@ -7,6 +7,7 @@ with a head. Sources run on the host, on text.
 import copy
 import dataclasses
 import inspect
+import json
 import math
 import pathlib
 from collections.abc import Awaitable, Callable, Collection, Hashable, Mapping, Sequence
@@ -17,9 +18,10 @@ from absl import logging
 from jaxtyping import Float
 
 from pjrlhf.data.messages import Prompt, dialogue
+from pjrlhf.data.records import as_json
 from pjrlhf.errors import UserError
 from pjrlhf.registry import Registry, callable_as, load
-from pjrlhf.rewards.calls import GIVEN, as_json, call, listed, missing_parameter, number
+from pjrlhf.rewards.calls import GIVEN, call, listed, missing_parameter, number
 from pjrlhf.rewards.scorers import scorer as named_scorer
 from pjrlhf.settings import arguments, made_by, shown
 from pjrlhf.types import Json
@@ -55,6 +57,8 @@ class SourceContext:
         only checked: a source is made then, but never asked.
       rows: answers that are scored at once, `sample_rows` of the run.
       folder: where a source may keep files, the run directory.
+      base_answers: (N requests, "greedy" or "sampled") -> one answer of the base to each, the same whenever it is
+        asked; all processes must call it. None while a config is only checked.
       shared: what sources of the same model have in common, by a key of its maker. What has a method `close` is closed
         when the run ends.
     """
@@ -62,6 +66,7 @@ class SourceContext:
     devices: Callable[[], Any] | None = None
     rows: int = 32
     folder: pathlib.Path = pathlib.Path()
+    base_answers: Callable[[Sequence[Prompt], str], list[str]] | None = None
     shared: dict[Hashable, Any] = dataclasses.field(default_factory=dict)
 
     def close(self) -> None:
@@ -120,6 +125,32 @@ class RecordColumns:
 
 
 NO_COLUMNS = RecordColumns()
+
+
+def listed_columns(columns: Collection[str]) -> str:
+    """The columns of the records in a message."""
+    return f"the columns {', '.join(sorted(columns))}" if columns else "no columns"
+
+
+def is_turns(value: Any) -> bool:
+    """Whether the value of a column is a conversation."""
+    return isinstance(value, list) and bool(value) and all(isinstance(x, Mapping) and "role" in x for x in value)
+
+
+def column_text(value: Any) -> str:
+    """The value of a column in a prompt: text as it is, a conversation as a dialogue, all else as JSON."""
+    if isinstance(value, str):
+        return value
+    return dialogue(value) if is_turns(value) else json.dumps(as_json(value), ensure_ascii=False)
+
+
+def check_column(name: str, column: str, columns: Collection[str]) -> None:
+    """Raises UserError where a column that the setting `name` names is none of the `columns` of the records."""
+    if column not in columns:
+        raise UserError(
+            f"{name}: {column!r} is no column, and the records of data.prompts have {listed_columns(columns)} beside "
+            "the prompt; name one of these, or add it to the data"
+        )
 
 
 class NoReply(UserError):
@@ -214,14 +245,19 @@ class RewardSource:
         return found or getattr(self.function, "waits", False)
 
     def check_columns(self, columns: Collection[str]) -> None:
-        """Raises UserError where the function needs a parameter that is none of the `columns` of the records."""
+        """Raises UserError where the function needs a parameter that is none of the `columns` of the records, or where
+        its own method `check_columns` does.
+        """
         name = missing_parameter(self.function, {*GIVEN, *columns})
         if name is not None:
-            have = f"the columns {', '.join(sorted(columns))}" if columns else "no columns"
             raise UserError(
-                f"rewards.{self.name}: its function takes {name!r}, and the records of data.prompts have {have} "
-                "beside prompts and completions; rename the parameter or the column, or give it a default"
+                f"rewards.{self.name}: its function takes {name!r}, and the records of data.prompts have "
+                f"{listed_columns(columns)} beside prompts and completions; rename the parameter or the column, or "
+                "give it a default"
             )
+        check = getattr(self.function, "check_columns", None)
+        if check is not None:
+            check(columns)
 
     def __call__(
         self, prompts: Sequence[Prompt], completions: Sequence[str], records: RecordColumns = NO_COLUMNS

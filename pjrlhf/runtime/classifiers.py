@@ -6,7 +6,7 @@ Families that our decoder computes run on the mesh of the run, the others in tor
 import dataclasses
 import functools
 import threading
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, Protocol
 
 import jax
@@ -123,13 +123,19 @@ class ClassifierReward:
     def waits(self) -> bool:
         return not self.classifier.in_decoder
 
-    def __call__(self, prompts: Sequence[Prompt], completions: Sequence[str]) -> list[float | None]:
-        """Rewards of N answers; None for an input without a token.
+    def check_columns(self, columns: Collection[str]) -> None:
+        """Raises UserError where the template shows another column than these of the records."""
+        self.inputs.check_columns(columns)
+
+    def __call__(
+        self, prompts: Sequence[Prompt], completions: Sequence[str], **columns: Sequence[Any]
+    ) -> list[float | None]:
+        """Rewards of N answers; None for an input without a token, and where a column of the template has no value.
 
         Raises:
           UserError: the weights cannot be loaded, or the model fails.
         """
-        rows = self.inputs(prompts, completions)
+        rows = self.inputs(prompts, completions, columns)
         known = [i for i, row in enumerate(rows) if row["input_ids"]]
         found: list[float | None] = [None] * len(rows)
         if known:

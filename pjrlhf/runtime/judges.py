@@ -24,14 +24,17 @@ from pjrlhf.data.schema import Prompt, shared_length
 from pjrlhf.data.tokenization import Tokenizer, load_tokenizer
 from pjrlhf.errors import UserError
 from pjrlhf.judges.chat import Chat
+from pjrlhf.judges.comparison import Baseline, ColumnBaseline, ComparisonReward, SampledBaseline
 from pjrlhf.judges.judge import JUDGES, Judge, JudgeContext
 from pjrlhf.judges.language_model import (
+    Backend,
     ChatBackend,
     JudgeSettings,
     LanguageModelJudge,
     LanguageModelRating,
     PromptSettings,
     Template,
+    objective_judge,
     verdict_of,
 )
 from pjrlhf.models.adapters import AdapterConfig, Backbone
@@ -48,6 +51,7 @@ from pjrlhf.runtime.scorer import Scorer
 from pjrlhf.settings import parse, setting
 from pjrlhf.types import Array
 
+BASELINES = ("greedy", "sampled")  # answers of the base that others are compared with
 MULTIPLE = 64  # lengths are rounded up to multiples of 64, so that few programs are compiled
 # How an answer begins before its verdict, by the kind of a prompt and the format of its answer.
 STARTS = {
@@ -260,28 +264,68 @@ def by_model(context: JudgeContext, **settings: Any) -> Judge:
     own = parse(ModelJudgeSettings, settings, "judge")
     if not own.path:
         raise UserError("judge: names no model; set path to its folder")
-    return LanguageModelJudge(own, context.criteria, ModelBackend(own, context.sources))
+    return LanguageModelJudge(own, context.criteria, ModelBackend(own, context.sources), context.columns)
 
 
 @SOURCES.register("judge")
 def by_judge(
-    objective: str, criterion: str, context: SourceContext, path: str = "", cache: str = "", **settings: Any
+    objective: str,
+    criterion: str,
+    context: SourceContext,
+    path: str = "",
+    cache: str = "",
+    baseline: str = "",
+    baseline_column: str = "",
+    score: str = "",
+    **settings: Any,
 ) -> RewardFunction:
-    """Ratings of a language model: in our own decoder where `path` names its folder, see `ModelJudgeSettings`; else
-    behind an OpenAI-compatible URL, see `JudgeSettings`.
+    """Ratings of a language model, or its comparisons with a baseline: in our own decoder where `path` names its
+    folder, see `ModelJudgeSettings`; else behind an OpenAI-compatible URL, see `JudgeSettings`.
 
     Args:
-      criterion: what is rated, in words.
+      criterion: what is judged, in words.
       cache: JSON lines file of requests to a URL and replies; ratings.jsonl in the run directory where empty.
+      baseline: "greedy" or "sampled", the answer of the base with which answers are compared; where empty they are
+        rated.
+      baseline_column: the column of the records with the answer to compare with.
+      score: of a comparison, see `ComparisonReward`; "probability" where empty.
     """
     name = f"rewards.{objective}"
+    if path and cache:
+        raise UserError(f"{name}: has a path and a cache; leave out the cache, because a folder needs none")
     if path:
-        if cache:
-            raise UserError(f"{name}: has a path and a cache; leave out the cache, because a folder needs none")
-        mine = parse(ModelJudgeSettings, {**settings, "path": path}, name)
-        return LanguageModelRating(mine, objective, criterion, ModelBackend(mine, context))
-    own = parse(JudgeSettings, {**settings, "cache": cache}, name)
-    if not own.model:
-        raise UserError(f"{name}: names no model; set path to its folder, or model to its name on a server")
-    chat = Chat(own, context.folder / "ratings.jsonl")
-    return LanguageModelRating(own, objective, criterion, ChatBackend(own, chat))
+        own: ModelJudgeSettings | JudgeSettings = parse(ModelJudgeSettings, {**settings, "path": path}, name)
+        backend: Backend = ModelBackend(own, context)
+    else:
+        own = parse(JudgeSettings, {**settings, "cache": cache}, name)
+        if not own.model:
+            raise UserError(f"{name}: names no model; set path to its folder, or model to its name on a server")
+        backend = ChatBackend(own, Chat(own, context.folder / "ratings.jsonl"))
+    against = _baseline(name, baseline, baseline_column, context)
+    if against is None:
+        if score:
+            raise UserError(f"{name}.score: is of comparisons; set baseline or baseline_column, or leave it out")
+        return LanguageModelRating(own, objective, criterion, backend)
+    return ComparisonReward(
+        objective_judge(own, objective, criterion, backend), objective, against, score or "probability"
+    )
+
+
+def _baseline(name: str, how: str, column: str, context: SourceContext) -> Baseline | None:
+    """The baseline that a reward compares with; None for none."""
+    if how and column:
+        raise UserError(f"{name}: has a baseline and a baseline_column; leave one of them out")
+    if column:
+        return ColumnBaseline(f"{name}.baseline_column", column)
+    if how not in ("", *BASELINES):
+        raise UserError(
+            f"{name}.baseline: {how!r} is unknown; choose one of {', '.join(BASELINES)}, or set baseline_column to a "
+            "column of the records"
+        )
+    return SampledBaseline(functools.partial(_base_answers, context, how)) if how else None
+
+
+def _base_answers(context: SourceContext, how: str, prompts: Sequence[Prompt]) -> list[str]:
+    if context.base_answers is None:
+        raise UserError("baseline: the base of a run answers; use it as a reward in a config")
+    return context.base_answers(prompts, how)

@@ -18,6 +18,7 @@ from pjrlhf.data.named_preferences import NAMED
 from pjrlhf.data.token_table import TokenRow, TokenTable
 from pjrlhf.errors import UserError
 from pjrlhf.judges.judge import BothOrders, JudgeContext, RewardJudge, ScoreJudge, judge_from
+from pjrlhf.judges.language_model import LanguageModelJudge
 from pjrlhf.models.adapters import AdapterConfig, is_low_rank
 from pjrlhf.models.quantization import check_quantize
 from pjrlhf.parallel.mesh import bytes_per_device
@@ -25,6 +26,7 @@ from pjrlhf.rewards.sources import SourceContext
 from pjrlhf.rollout.reference import cache_key, reference_logps, summed_logps
 from pjrlhf.rollout.sampler import Sampling
 from pjrlhf.runtime.audience import Audience
+from pjrlhf.runtime.baselines import BaseAnswers
 from pjrlhf.runtime.devices import Devices, MeshSettings
 from pjrlhf.runtime.records import CorpusSettings, DataSettings, Records
 from pjrlhf.runtime.sampler import PoliciesOf, Sampler, mixed
@@ -191,7 +193,12 @@ class Run(Sections):
         super().__init__(settings, sections)
         self.workdir = workdir
         self.streams = Streams(settings.seed)
-        self.context = SourceContext(lambda: self.devices, settings.sample_rows, workdir.path)
+        self.context = SourceContext(
+            devices=lambda: self.devices,
+            rows=settings.sample_rows,
+            folder=workdir.path,
+            base_answers=lambda prompts, how: self.base_answers(prompts, how),
+        )
         self.audience = settings.audience.within(self.context)
 
     @functools.cached_property
@@ -248,6 +255,17 @@ class Run(Sections):
         # All stages share it, so that its programs compile once.
         return Sampler(self.text, self.workspace.backbone)
 
+    @functools.cached_property
+    def base_answers(self) -> BaseAnswers:
+        """Answers of the base to plain requests, the same whenever they are asked for."""
+
+        def sample(requests: Sequence[Prompt], how: str, number: int) -> list[str]:
+            sampler = self.sampler(sampling=self.text.sampling(temperature=0.0)) if how == "greedy" else self._sampler
+            prompts = [self.records.ask(request) for request in requests]
+            return sampler("answers of the base", prompts, lambda i: self.streams.key("rewards/baseline", number, i))
+
+        return BaseAnswers(self.workdir.path, self.workspace.base_hash, sample)
+
     def judge(self, spec: str | Mapping[str, Any]) -> BothOrders:
         """The judge that a config names, asked in both orders; see `judges.judge.judge_from`."""
         criteria = self.audience.sentences
@@ -255,6 +273,8 @@ class Run(Sections):
         found = judge_from(spec, context)
         if isinstance(found, RewardJudge):
             found.check(self.records.columns)
+        if isinstance(found, LanguageModelJudge) and found.template.columns:
+            found.check_columns(self.records.columns)
         return BothOrders(found)
 
     @functools.cached_property

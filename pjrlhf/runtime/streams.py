@@ -55,6 +55,7 @@ STREAMS = {
     "requests/heldout_order": 163,
     "population/people": 164,
     "comparisons/prompts": 165,
+    "rewards/baseline": 166,
 }
 UNNAMED = 2**31  # the first number of names outside the table
 

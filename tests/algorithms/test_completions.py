@@ -128,6 +128,20 @@ def test_an_evaluation_is_of_all_prompts_and_the_same_twice(finished):
     np.testing.assert_allclose(scores.mean(1), values, rtol=1e-5)
 
 
+def test_prompts_that_are_asked_in_two_ways_count_once(finished):
+    """With `prompt_preference=half` every prompt is asked with and without its preferences stated."""
+    config = tiny.settings(eval_every=1, policy__eval_prompts=5, prompt_preference="half")
+    method = policy.method_of(tiny.start(finished, config))
+    asked, collate = [], method.heldout.collate
+    method.heldout.collate = lambda rows, samples: asked.append(rows) or collate(rows, samples)
+    method.evaluate(method.init())
+    size = config.policy.rollouts // config.policy.experience.samples_per_prompt
+    rows = [row for part in asked for row in part][: 2 * 5]
+    assert len(asked) == -(-2 * 5 // size)
+    assert sorted(row.request for row in rows) == sorted(2 * list(range(5)))
+    assert sum(row.prompts[0] != row.reward_prompt for row in rows) == 5
+
+
 def test_user_models_show_held_out_pairs(people):
     """With the margins that the report would have after that step, and what the policy answers that person."""
     run = tiny.start(people, tiny_users.settings(completion_prompts=6, temperature=0.0))

@@ -3,6 +3,7 @@
 import json
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from support import tiny
@@ -183,6 +184,22 @@ def test_the_loss_of_a_mixture_is_the_papers(method, bank, batch):
     assert metrics["rewards/accuracies"][1] == pytest.approx((h > 0).mean())
 
 
+def test_weights_follow_their_schedules_in_margins_too(finished, bank, batch):
+    """Policy 1 after two steps: 1.4 P1A, and 0.15 P2A."""
+    changing = made(finished, reward_weights={"P1A": 2, "P2A": [[0, 1.0], [4, 0.0]], "helpful": 0})
+    state = changing.init().replace(step=jnp.array(2, jnp.int32), trainable=bank)
+    placed = changing.collate(batch)
+    by_hand = {k: dict(zip(changing.data.objectives[k], changing.data.weights[k, 0], strict=True)) for k in range(K)}
+    factor = {"P1A": 2.0, "P2A": 0.5, "helpful": 0.0}
+    scaled = [[w * factor.get(name, 1.0) for name, w in by_hand[k].items()] for k in range(K)]
+    assert scaled[1][0] == pytest.approx(1.4) and pytest.approx(max(scaled[1][1:])) == 0.15
+    expected = placed.replace(weights=np.array(scaled, np.float32)[:, None])
+    (_, want), _ = _gradient(changing.backbone, bank, expected, beta=BETA, kind="sigmoid")
+    found = changing.step(state, placed)[1]
+    np.testing.assert_allclose(found["loss"][0], want["loss"][0], rtol=1e-4)
+    assert [float(found[f"rewards/{name}/weight"][0]) for name in factor] == [2.0, 0.5, 0.0]
+
+
 @pytest.mark.parametrize(("changed", "touched"), [("P2A", [1, 2]), ("P1B", [2]), ("helpful", [])])
 def test_a_reward_model_reaches_the_policies_that_weigh_it_beside_their_label(
     method, run, bank, batch, finished, monkeypatch, changed, touched
@@ -251,6 +268,12 @@ MISTAKES = [
     ({"mix": "weights"}, "modpo.mix: 'weights' is unknown; choose one of own"),
     ({"prompt_preference": "half"}, "modpo.prompt_preference: 'half', but MODPO .*; set it to never"),
     ({"loss": "ipo"}, "modpo.loss: 'ipo' is unknown; choose one of sigmoid, hinge"),
+    ({"reward_weights": {"P9": 1}}, r"reward_weights: 'P9' is not one of P1A, .*; name one of these"),
+    ({"reward_weights": {"P1A": "slow"}}, r"modpo.reward_weights.P1A: 'slow' is no schedule; give a number"),
+    (
+        {"reward_weights": {"P2A": {"start": 1, "end": 0, "steps": 9}}},
+        r"reward_weights.P2A: is 0 at some step, and MODPO divides by the weight .*; keep it above 0",
+    ),
     ({"beta": 0.0}, "modpo.beta: 0.0 is out of range; choose a number above 0"),
     (
         {"batch_size": 10_000},

@@ -11,6 +11,8 @@ import pytest
 from support.pages import Page, printed
 from support.summaries import METHODS, RATE, SUMMARY, USER_MODELS
 
+from pjrlhf.data.messages import Conversation, dialogue
+from pjrlhf.data.records import as_json
 from pjrlhf.errors import UserError
 from pjrlhf.evaluation import plots, report
 from pjrlhf.evaluation.winrate import win_rate
@@ -103,6 +105,20 @@ def test_conversations_are_shown_as_dialogues(tmp_path):
     assert shown.count("And snow?") == 2, "in the heading, and in its turn"
 
 
+def test_the_tools_of_a_conversation_are_listed(tmp_path):
+    tools = [
+        {"type": "function", "function": {"name": "look<up>", "description": "Finds <b>facts</b>."}},
+        {"name": "sum", "parameters": {}},
+    ]
+    prompt = Conversation([{"role": "user", "content": "How high is it?"}], {"tools": tools, "style": "brief"})
+    samples = [{"combo": "P1A", "prompt": one, "answers": {"base": "High."}} for one in (prompt, list(prompt))]
+    page = Page(report.write_report(tmp_path, {}, samples).read_text(encoding="utf-8"))
+    shown = " ".join("".join(page.text).split())
+    assert shown.count("Tools of this conversation: look<up>: Finds <b>facts</b>. sum") == 1
+    assert dialogue(prompt) == "User: How high is it?\n\n[tools: look<up> (Finds <b>facts</b>.); sum]"
+    assert dialogue(list(prompt)) == "How high is it?"
+
+
 def test_the_page_tells_the_numbers(written):
     text = "".join(Page((written / "index.html").read_text()).text)
     for expected in ("75.0", "98.0 %", "1 min 16 s", "model.layers", "A note.", "-0.250", "No combination"):
@@ -191,7 +207,7 @@ def test_methods_come_before_opponents_without_a_row():
 
 def test_an_altered_summary_is_printed_or_refused_in_one_line(tmp_path, capsys):
     """As `pjrlhf report` prints it, with one value replaced."""
-    whole = json.dumps(report.clean(SUMMARY | USER_MODELS))
+    whole = json.dumps(as_json(SUMMARY | USER_MODELS))
     values = [None, True, 3.5, 10**30, "", "x", [], [1], {}, {"a": 1}, {"a": {"b": 1}}]
     ended = collections.Counter()
     for seed in range(150):

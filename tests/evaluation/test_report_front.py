@@ -11,6 +11,7 @@ from matplotlib.text import Text
 from support.pages import Page, printed
 from support.summaries import SUMMARY, USER_MODELS
 
+from pjrlhf.data.records import as_json
 from pjrlhf.evaluation import plots, plots_front, plots_users, report, report_front
 from pjrlhf.evaluation.formats import estimate
 
@@ -113,7 +114,7 @@ def test_the_drawing_stays_readable_on_small_screens(tmp_path):
     for objectives in (2, 3, 5):
         rewards = np.eye(objectives)
         summary = {"methods": {"one": {"points": {"weights": rewards, "rewards": rewards}}}}
-        drawing = plots_front.drawing(report.clean(summary))
+        drawing = plots_front.drawing(as_json(summary))
         page = report.write_report(tmp_path / str(objectives), summary).read_text()
         boxes = re.findall(r'<svg viewBox="(\d+) 0 (\d+) (\d+)" role', page)
         assert len(boxes) == len(drawing["panels"]) and {int(width) for _, width, _ in boxes} == {drawing["width"]}
@@ -127,7 +128,7 @@ def test_the_drawing_stays_readable_on_small_screens(tmp_path):
 
 
 def test_places_in_the_drawing_follow_the_rewards():
-    drawing = plots_front.drawing(report.clean(FRONTS))
+    drawing = plots_front.drawing(as_json(FRONTS))
     (panel,) = drawing["panels"]
     first, *_, last = drawing["methods"]["soup"]["circles"]
     assert first["x"] < last["x"] and first["y"] < last["y"]  # up is less in SVG
@@ -145,9 +146,9 @@ def test_more_objectives_have_a_panel_per_pair(tmp_path, objectives, panels):
     path = report.write_report(tmp_path, {"methods": methods})
     source = path.read_text()
     assert len(circles(source)) == 14 * objectives * panels
-    assert len(plots_front.drawing({"methods": report.clean(methods)})["panels"]) == panels
+    assert len(plots_front.drawing({"methods": as_json(methods)})["panels"]) == panels
     assert source.count("<polyline") == (14 if objectives == 2 else 0)
-    looks = plots_front._fronts({"methods": report.clean(methods)}).values()
+    looks = plots_front._fronts({"methods": as_json(methods)}).values()
     assert len({(one["colour"], one["marker"]) for one in looks}) == 14
     assert "objective 1" in source and "dominated" not in "".join(
         attributes["class"] for attributes, _ in circles(source)
@@ -272,7 +273,7 @@ def test_text_of_figures_is_readable_on_small_screens(tmp_path, monkeypatch):
         for step in range(3)
     ]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    whole = report.clean(SUMMARY | USER_MODELS | FRONTS)
+    whole = as_json(SUMMARY | USER_MODELS | FRONTS)
     assert len(plots.figures(whole, tmp_path / "metrics.jsonl")) == 4
     assert plots_front.figures(whole).keys() == {"control"} and plots_users.figures(whole)
     assert len(sizes) > 4 and min(sizes.values()) > 8, sizes

@@ -4,7 +4,7 @@ import pytest
 from support.pages import Page, printed
 
 from pjrlhf.evaluation import report, report_judges
-from pjrlhf.evaluation.winrate import about_length
+from pjrlhf.evaluation.length_control import about_length
 
 JUDGE = {
     "name": "chat <b>gpt</b>",
@@ -25,7 +25,23 @@ SUMMARY = {
         {"criterion": "P3<i>B", "judges": ["chat <b>gpt</b>", "score"], "n": 0, "agreement": None, "kappa": None},
     ],
     "length_controlled": {
-        "P1A": {"soups": {"rate": 0.6543, "controlled": 0.5432, "length": 210.4, "base_length": 97.0, "n": 24}}
+        "P1A": {
+            "soups": {
+                "rate": 0.6543,
+                "controlled": 0.5432,
+                "low": 0.4111,
+                "high": 0.6222,
+                "form": "instructions",
+                "length_effect": 1.234,
+                "length": 210.4,
+                "base_length": 97.0,
+                "n": 24,
+            }
+        }
+    },
+    "win_rate_by_judge": {
+        "chat <b>gpt</b>": {"soups": {"rate": 0.7171, "low": 0.6, "high": 0.8}},
+        "score": {"soups": {"rate": 0.6161, "low": 0.5, "high": 0.7}, "rlhf": {"rate": None}},
     },
 }
 
@@ -35,7 +51,9 @@ def test_the_page_tells_what_judges_did(tmp_path):
     page = Page(source)
     assert "judges" in page.ids() and "<b>gpt" not in source and "P3<i>B" not in source
     text = "".join(page.text)
-    for expected in ("chat <b>gpt</b>", "87.5", "93.8", "-0.12", "0.43", "65.4", "54.3", "210", "97", "P3<i>B"):
+    for expected in ("chat <b>gpt</b>", "87.5", "93.8", "-0.12", "0.43", "65.4", "210", "97", "P3<i>B"):
+        assert expected in text, expected
+    for expected in ("54.3 (41.1 to 62.2)", "instructions", "1.23", "71.7 (60.0 to 80.0)", "61.6"):
         assert expected in text, expected
     assert "None" not in text and "nan" not in text.lower()
 

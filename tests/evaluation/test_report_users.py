@@ -8,6 +8,7 @@ import pytest
 from support.pages import Page, printed
 from support.summaries import ACCURACY, MODELS, SUMMARY, USER_MODELS
 
+from pjrlhf.data.records import as_json
 from pjrlhf.evaluation import plots, plots_users, report, report_users
 
 USER_SAMPLES = [{"model": MODELS[1], "prompt": "Why?", "answers": {"bob": "<script>x</script>", "unheard": "so"}}]
@@ -75,7 +76,7 @@ def test_numbers_of_user_models_may_be_missing(tmp_path):
 
 
 def test_the_ceiling_is_drawn_where_accuracies_are_and_nothing_else_changes(of_users):
-    free = plots_users.figures(report.clean({**USER_MODELS, "ceiling": None}))
+    free = plots_users.figures(as_json({**USER_MODELS, "ceiling": None}))
     changed = {name for name, png in free.items() if png.light != (of_users / f"{name}.png").read_bytes()}
     assert changed == {"accuracy", "people", "cold_start"}
 
@@ -110,7 +111,7 @@ def renamed(value, old, new):
 
 @pytest.mark.parametrize("name", HOSTILE)
 def test_names_of_people_models_personas_and_criteria_are_data_everywhere(tmp_path, name, recwarn):
-    summary = report.clean(USER_MODELS | SUMMARY)
+    summary = as_json(USER_MODELS | SUMMARY)
     for old in ("ann", "pooled", "short", "P3A", "P1A", "expertise", "Soups"):
         summary = renamed(summary, old, HOSTILE[name])
     page = Page(report.write_report(tmp_path, summary).read_text())
@@ -122,7 +123,7 @@ def test_names_of_people_models_personas_and_criteria_are_data_everywhere(tmp_pa
 
 def own_records():
     """What a run on records without personas and without new people reports."""
-    summary = {key: report.clean(value) for key, value in USER_MODELS.items() if key not in ("ceiling", "cold_start")}
+    summary = {key: as_json(value) for key, value in USER_MODELS.items() if key not in ("ceiling", "cold_start")}
     for one in summary["accuracy"].values():
         for key in ("majority", "minority"):
             one.pop(key)
@@ -151,7 +152,7 @@ def test_captions_and_columns_promise_nothing_that_is_not_there(tmp_path):
 
 
 def cards_of(**changes):
-    return [(card["number"], card["text"]) for card in report_users.cards(report.clean(USER_MODELS | changes))]
+    return [(card["number"], card["text"]) for card in report_users.cards(as_json(USER_MODELS | changes))]
 
 
 def test_the_headline_compares_with_the_model_that_does_not_know_people():

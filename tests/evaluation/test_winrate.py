@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from pjrlhf.errors import UserError
-from pjrlhf.evaluation.winrate import aggregate, length_controlled_rate, win_rate
+from pjrlhf.evaluation.winrate import aggregate, win_rate
 from pjrlhf.judges.judge import ScoreJudge, combo_outcomes
 from pjrlhf.rewards.scorers import scorer
 
@@ -101,23 +101,3 @@ def test_a_soft_verdict_is_part_of_a_win():
     rate = win_rate(np.array([0.5, -0.2, 0.0, 1.0]))
     assert (rate.wins, rate.losses, rate.ties) == (2, 1, 1)
     assert rate.rate_half == pytest.approx((0.75 + 0.4 + 0.5 + 1) / 4) and rate.rate == pytest.approx(2 / 3)
-
-
-def test_at_equal_lengths_length_control_changes_nothing():
-    verdicts = np.array([1, 1, -1, 0, 0.5, math.nan])
-    assert length_controlled_rate(verdicts, np.full(6, 9), np.full(6, 9)) == pytest.approx(3.25 / 5, abs=1e-4)
-    assert math.isnan(length_controlled_rate([math.nan], [1], [2]))
-
-
-def test_length_control_recovers_the_rate_at_equal_lengths():
-    """Verdicts drawn from the model itself: a judge that likes length, and a policy that is a little better."""
-    rng = np.random.default_rng(0)
-    a, b = rng.integers(20, 400, (2, 20000))
-    a = a + 80  # the policy writes more, which its raw win rate gains from
-    difference = a - b
-    logits = 0.3 + 1.5 * np.tanh(difference / difference.std())
-    verdicts = np.where(rng.random(len(a)) < 1 / (1 + np.exp(-logits)), 1, -1)
-    assert win_rate(verdicts, resamples=50).rate > 0.65
-    found = length_controlled_rate(verdicts, a, b)
-    assert found == pytest.approx(1 / (1 + math.exp(-0.3)), abs=0.01)
-    assert length_controlled_rate(-verdicts, b, a) == pytest.approx(1 - found, abs=1e-3)

@@ -228,7 +228,11 @@ def test_a_prompt_of_your_own(tmp_path):
     # Only the last line counts, and a verdict inside the reasons does not.
     assert math.isnan(read_pair(template, reply("Verdict: one, I first thought. But no.")))
     path.write_text(path.read_text().replace("{prompt}", "{question}"))
-    with pytest.raises(UserError, match=r"mine\.toml': \{question\} is no field; choose from prompt, first"):
+    with pytest.raises(UserError, match=r"\{question\} is no field, and no column .* the columns answer, l"):
+        read_template(str(path)).check_columns(("level", "answer"))
+    read_template(str(path)).check_columns(("question",))
+    path.write_text(path.read_text().replace("{question}", "{question[0]}"))
+    with pytest.raises(UserError, match=r"mine\.toml': \{question\[0\]\} is no field; choose from prompt, first"):
         read_template(str(path))
     for wrong, message in (
         ("{prompt} {first}", "do not show what is judged; write {second} where it stands"),

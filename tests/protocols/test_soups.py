@@ -1,5 +1,6 @@
 """The evaluation: which weights and prompts each answer is sampled with, and what is counted from the answers."""
 
+import dataclasses
 import functools
 import itertools
 import json
@@ -12,7 +13,7 @@ from support import tiny, tiny_judge
 from pjrlhf.algorithms import banks, policy, reward
 from pjrlhf.algorithms.modpo import answer_rewards
 from pjrlhf.errors import UserError
-from pjrlhf.evaluation.winrate import length_controlled_rate
+from pjrlhf.evaluation.length_control import Comparisons, length_controlled
 from pjrlhf.judges.judge import BothOrders
 from pjrlhf.models.adapters import bank_size
 from pjrlhf.models.storage import load_tree
@@ -313,16 +314,44 @@ def test_judges_agree_as_far_as_their_verdicts_do(finished):
     brevity = {"kind": "reward", "source": "support.toy_extensions:brevity"}
     found = with_judges(finished, "score", brevity)
     ingredients = found.ingredients()
-    sections = found.judging()
+    sections = found.panel.sections()
     assert [one["name"] for one in sections["judges"]] == ["score", "score (2)", "reward"]
     assert sections["judge"] == sections["judges"][0]
     pairs = {(one["criterion"], *one["judges"]): one for one in sections["agreement"]}
-    assert len(pairs) == 3 * len(ingredients)
+    assert len(pairs) == 3 * (len(ingredients) + 1)
     for name in ingredients:
         assert pairs[name, "score", "score (2)"]["agreement"] == 1
     # Whoever likes short answers sees every ingredient that writes more as worse.
     other = pairs["P2B", "score", "reward"]
     assert other["n"] == 2 * len(found.requests) and other["agreement"] < 0.5
+    assert pairs["all", "score", "reward"]["n"] == other["n"] * len(ingredients)
+
+
+def test_further_judges_judge_all_methods(finished):
+    """Their verdicts are those that each would give alone, and the agreement is over all comparisons."""
+    brevity = {"kind": "reward", "source": "support.toy_extensions:brevity"}
+    found = with_judges(finished, brevity)
+    alone = {"score": with_judges(finished), "reward": with_judges(finished, judge=brevity)}
+    sections = found.people()["sections"]
+    wins = {name: one.people()["sections"]["win_rate"] for name, one in alone.items()}
+    assert sections["win_rate"] == wins["score"]
+    rates = sections["win_rate_by_judge"]
+    assert set(rates["reward"]) == {"prompting", "soups", "rlhf", "pmorl"}
+    for judge, own in rates.items():
+        for method, rate in own.items():
+            assert dataclasses.astuple(rate) == pytest.approx(
+                dataclasses.astuple(wins[judge][method]["base"]), nan_ok=True
+            )
+    assert rates["score"] != rates["reward"]
+    found.ingredients()
+    agreements = {one["criterion"]: one for one in found.panel.sections()["agreement"]}
+    each = [one for criterion, one in agreements.items() if criterion != "all"]
+    assert agreements["all"]["n"] == sum(one["n"] for one in each) == found.judge.judged
+    assert agreements["all"]["agreement"] == pytest.approx(
+        sum(one["agreement"] * one["n"] for one in each) / agreements["all"]["n"]
+    )
+    asked = [judge.asked for judge in found.panel.judges.values()]
+    assert asked[0] == asked[1] > len(found.combos) * len(found.requests) * 10
 
 
 def test_a_model_folder_judges_beside_the_scores(finished, tmp_path):
@@ -331,7 +360,7 @@ def test_a_model_folder_judges_beside_the_scores(finished, tmp_path):
     found = with_judges(finished, model)
     with tiny.one_device():
         ingredients = found.ingredients()
-    judge = found.judging()["judges"][1]
+    judge = found.panel.sections()["judges"][1]
     assert judge["name"] == f"model {folder}" and judge["failures"] == 0
     assert judge["asked"] == judge["judged"] == 2 * len(found.requests) * len(ingredients)
     assert 0 <= judge["consistency"] <= 1 and -1 <= judge["position_bias"] <= 1
@@ -353,13 +382,13 @@ class Moody:
 def test_a_judge_is_asked_twice_as_often_as_wanted(finished, monkeypatch):
     found = with_judges(finished, evaluate__asked_twice=3)
     found.ingredients()
-    assert "self_consistency" not in found.judging()["judge"], "scores are the same by construction"
+    assert "self_consistency" not in found.panel.sections()["judge"], "scores are the same by construction"
     monkeypatch.setattr(found.run, "judge", lambda spec: BothOrders(Moody()))
     found = Evaluation(found.run)
     found.sample = Stub(wordy)
     found.ingredients()
-    twice = found.judging()["judge"]["self_consistency"]
-    verdicts = [first for first, _ in found.twice["score"]]
+    twice = found.panel.sections()["judge"]["self_consistency"]
+    verdicts = [first for first, _ in found.panel._twice["score"]]
     assert twice["n"] == 3 * len(set(found.names) - set(found.prompted))
     assert twice["agreement"] == np.mean(np.concatenate(verdicts) == 0), "only ties stay"
 
@@ -377,14 +406,18 @@ def test_rates_at_equal_lengths_are_those_of_the_verdicts(finished):
     verdicts, lengths = [float(EXPERT in text) for text in texts], [len(text) for text in texts]
     prompting = rows["prompting"]
     assert prompting["n"] == len(texts) and prompting["rate"] == (1 + np.mean(verdicts)) / 2 == 0.75
-    assert prompting["controlled"] == pytest.approx(length_controlled_rate(verdicts, lengths, base))
+    # Each request is answered by several methods for several kinds of people, which tells its difficulty.
+    assert prompting["form"] == "instructions" and prompting["low"] <= prompting["controlled"] <= prompting["high"]
+    comparisons = Comparisons(verdicts, lengths, base, np.arange(len(texts)) % len(found.requests))
+    alone = length_controlled({"prompting": comparisons}, resamples=2)["prompting"]
+    assert prompting["controlled"] == pytest.approx(alone.controlled, abs=0.1)
     assert (prompting["length"], prompting["base_length"]) == (np.mean(lengths), base[0])
 
 
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("P2A", "'P2A' is about length, so equal lengths would take away what it asks for; leave it out"),
+        ("P2A", "'P2A' is about length (.*), so equal lengths would take away what it asks for; leave it out"),
         ("P2B", "'P2B' is about length"),  # its opposite is
         ("P9", "'P9' is no criterion; choose from P1A"),
     ],

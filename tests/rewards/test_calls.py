@@ -10,8 +10,9 @@ import uuid
 import numpy as np
 import pytest
 
+from pjrlhf.data.records import as_json
 from pjrlhf.errors import UserError
-from pjrlhf.rewards.calls import as_json, is_busy
+from pjrlhf.rewards.calls import is_busy
 from pjrlhf.rewards.sources import RecordColumns, RewardSource, reward_source
 
 PROMPTS, ANSWERS = ["say a", "say b", "say c"], ["aa", "b", "a cat"]

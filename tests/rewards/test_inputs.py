@@ -140,9 +140,9 @@ def test_the_limit_is_that_of_model_and_tokenizer(tmp_path):
     ("template", "settings", "message"),
     [
         (
-            "Q: {question} A: {answer}",
+            "Q: {question[0]} A: {answer}",
             {},
-            "rewards.P2A.template: {question} is no field; choose from {prompt}, {answer}",
+            "rewards.P2A.template: {question[0]} is no field; choose from {prompt}, {answer}",
         ),
         ("{prompt.x}", {}, "{prompt.x} is no field"),
         ("{prompt", {}, "'{prompt' cannot be read"),
@@ -171,3 +171,18 @@ def test_further_mistakes_are_named(tmp_path):
 def test_the_tokenizer_of_a_folder_without_chat_template_reads_pairs(tmp_path):
     found = Inputs("r", gpt2_folder(tmp_path, chat=False), "", 0, 512, 10**6, "")
     assert found.parts == FORMATS["pair"]
+
+
+def test_templates_show_columns_of_the_records(tmp_path):
+    found = inputs(tmp_path, ["{level}: {prompt}", "{answer}|{reference}"], pair=True)
+    found.check_columns(("reference", "level", "other"))
+    values = {"level": [1, None, 2], "reference": ["r", "s", [{"role": "user", "content": "Hi"}]], "other": [0, 0, 0]}
+    rows = found(["p", "q", "p"], ["a", "b", "c"], values)
+    texts = [found.backend.decode(row["input_ids"]) for row in rows]
+    assert texts == ["[CLS]1: p[SEP]a|r[SEP]", "", "[CLS]2: p[SEP]c|Hi[SEP]"]
+    with pytest.raises(UserError) as error:
+        found.check_columns(("level",))
+    assert str(error.value) == (
+        "rewards.P2A.template: {reference} is no field, and no column of the records; choose from {prompt}, {answer}, "
+        "{text}, {transcript}, {bos}, {eos}, or a column (data.prompts has the columns level), and write other braces twice"
+    )
