@@ -46,6 +46,8 @@ and of user models, where `accuracy` is the dict of `users.user_accuracy`:
     length_matched        {model: the dict of `users.length_matched`}
     cold_start            {model: the dict of `users.cold_start_curve`}
     embedding             {model: {users, groups: [U] names; x, y: [U]}}, a map of the people
+    role_play             {model: a rate against the base over people; person_mean: {mean, low, high}; people: number;
+                          users: {user: fraction won}}, by a judge in the place of each person
     generation            {model: {user: {group, length, score: {name: x}}}}, means over the answers to each
 
 `rate` is a `winrate.Rate` or a mapping with its fields: rate, rate_half, low, high, wins, losses, ties.

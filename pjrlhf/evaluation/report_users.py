@@ -8,7 +8,7 @@ from typing import Any
 import rich.console
 
 from pjrlhf.evaluation import plots_users
-from pjrlhf.evaluation.formats import cell, interval, mean_of, number, percent, print_table
+from pjrlhf.evaluation.formats import Table, cell, interval, mean_of, number, percent, print_table
 from pjrlhf.evaluation.plots_users import CELLS
 
 
@@ -24,9 +24,11 @@ def page(summary: Mapping[str, Any]) -> dict[str, Any]:
         "gained": _some(summary.get("gain") or {}, "mean"),
         "cards": cards(summary),
         "counts": _counts(summary.get("cold_start") or {}),
+        "role_play": _role_play(summary.get("role_play") or {}),
     }
 
 
+ROLE_PLAY = "Own answers against those of the base, by a judge in the place of each person"
 _PARTS = {
     "micro": "over pairs, %",
     "generic": "generic user",
@@ -134,7 +136,21 @@ def print_users(console: rich.console.Console, summary: Mapping[str, Any]) -> No
         for model, table in tables.items()
         for persona, one in table.items()
     ]
+    print_table(console, ROLE_PLAY, *_role_play(summary.get("role_play") or {}))
     print_table(console, "Answers by persona", ["model", "persona", "people", "mean length", *scores], rows)
+
+
+def _role_play(models: Mapping[str, Any]) -> Table:
+    """How often people prefer their own answers to those of the base, as a judge in their place says."""
+    columns = ["model", "preferred, %", "95% interval", "mean over people, %", "95% interval of the mean"]
+    columns += ["comparisons", "ties", "without verdict", "people"]
+    rows = []
+    for model, one in models.items():
+        mean = one.get("person_mean") or {}
+        rates = percent(one.get("rate")), interval(one), percent(mean.get("mean")), interval(mean)
+        counts = (number(one.get(key)) for key in ("n", "ties", "unjudged", "people"))
+        rows.append([model, *rates, *counts])
+    return columns, rows
 
 
 def _by_persona(generation: Mapping[str, Any]) -> dict[str, dict[str, dict[str, Any]]]:

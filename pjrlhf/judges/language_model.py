@@ -469,6 +469,10 @@ class LanguageModelJudge(_Asking):
       sentences: {criterion: text}.
       columns: N requests -> what their records have beside the prompt.
 
+    Attributes:
+      people: whose place the judge takes, one description per comparison of the next calls; where empty, that of
+        `person` in all of them.
+
     Raises:
       UserError: see `read_template`.
     """
@@ -484,14 +488,19 @@ class LanguageModelJudge(_Asking):
     ):
         super().__init__(settings, sentences, backend, "criterion")
         self.columns = columns
+        self.people: Sequence[str] = ()
 
     def __call__(
         self, prompts: Sequence[Prompt], first: Sequence[str], second: Sequence[str], criterion: str
     ) -> Float[np.ndarray, " N"]:
-        shared = {"criterion": self.text_of(criterion), "person": self.person}
+        text, people = self.text_of(criterion), self.people or [self.person] * len(prompts)
         verdicts = np.zeros(len(prompts))
         rows = [i for i in range(len(prompts)) if first[i] != second[i]]
-        items = [{"prompt": dialogue(prompts[i]), "first": first[i], "second": second[i], **shared} for i in rows]
+        items = [
+            {"prompt": dialogue(prompts[i]), "first": first[i], "second": second[i]}
+            | {"criterion": text, "person": people[i]}
+            for i in rows
+        ]
         records = self.columns(prompts).select(rows) if self.template.columns else NO_COLUMNS
         verdicts[rows] = self.ask(f"judge: {criterion}", items, records.columns)
         return verdicts

@@ -22,6 +22,7 @@ from pjrlhf.feedback.samplers import as_spec
 from pjrlhf.models.hub import hub_name
 from pjrlhf.parallel.processes import is_process_zero
 from pjrlhf.paths import expand, is_remote
+from pjrlhf.protocols.users import UsersSettings
 from pjrlhf.registry import load
 from pjrlhf.rewards.sources import SourceFailed
 from pjrlhf.runtime.inputs import fetch_models, fingerprints
@@ -196,7 +197,7 @@ def _run_stages(plan: Plan, run: Run, workdir: Workdir) -> None:
         for source in run.audience.sources.values():
             source.check_columns(run.records.columns)
         for section in map(run.section, filter(None, (stage.settings for stage in plan.stages))):
-            for _, spec in _judges(section):
+            for _, spec in () if isinstance(section, UsersSettings) else _judges(section):  # its judge needs a person
                 if isinstance(spec, Mapping) and spec.get("kind") in ("reward", "chat", "model"):
                     run.judge(spec)  # checks columns
     for stage in plan.stages:

@@ -6,7 +6,7 @@ The controls stand beside every personalized figure: pooled DPO on the same data
 import dataclasses
 import functools
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,6 +15,7 @@ from pjrlhf.algorithms.pdpo_settings import PreferenceSettings
 from pjrlhf.data.comparisons import SIDES
 from pjrlhf.data.messages import as_request, columns_of, request_of, text_of
 from pjrlhf.data.schema import Example, is_tie
+from pjrlhf.errors import UserError
 from pjrlhf.evaluation import surface
 from pjrlhf.evaluation.users import (
     choice_accuracy,
@@ -27,6 +28,7 @@ from pjrlhf.evaluation.users import (
 from pjrlhf.feedback.pairs import Pairs, read_pairs
 from pjrlhf.protocols.cold_start import fit_new_users
 from pjrlhf.protocols.reporting import finish
+from pjrlhf.protocols.role_play import PersonColumns, RolePlay, check_role_play, descriptions
 from pjrlhf.protocols.trained import Trained
 from pjrlhf.runtime.run import Run, Stage
 from pjrlhf.settings import Settings, setting
@@ -54,12 +56,25 @@ class UsersSettings(Settings):
     surface: bool = setting(False, "compare with logistic regressions on surface features of the answers")
     generate_for: int = setting(4, "held-out prompts answered as every user; 0 skips generation", low=0, high=10**6)
     max_new_tokens: int = setting(0, "of these answers; 0 is data.max_completion", low=0, high=2**20)
+    judge: str | Mapping[str, Any] = setting(
+        "",
+        'who compares these answers with those of the base in the place of each person: {"kind": "chat"} or {"kind": '
+        '"model"} with settings, see protocols/role_play.py; nobody where empty',
+    )
+    person_columns: PersonColumns = setting(PersonColumns())
     cold_start: tuple[int, ...] = setting(
         (0, 1, 2, 4, 8, 16), "comparisons a new person gives; () skips it", low=0, high=10**6
     )
     cold_start_models: tuple[str, ...] = setting(("individualized", "cluster"), "entries that meet new people")
     cold_start_steps: int = setting(20, "updates of a new person's row", low=1, high=10**6)
     cold_start_learning_rate: float = setting(0.1, "of these updates", above=0.0, high=1e6)
+
+    def check(self) -> None:
+        super().check()
+        if self.judge:
+            check_role_play(self.judge)
+            if not self.generate_for:
+                raise UserError("generate_for: is 0, and the judge compares these answers; set it to 1 or more")
 
 
 def run(run: Run) -> dict[str, Any]:
@@ -77,10 +92,13 @@ def run(run: Run) -> dict[str, Any]:
     settings = {"groups": groups, "resamples": config.resamples, "seed": run.streams.seed}
     summary: dict[str, Any] = {"controls": [name for name in models if preference.entry(name).users.permuted]}
     sections = ("accuracy", "gain", "choices", "length_matched", "grid", "embedding", "cold_start", "generation")
+    sections += ("role_play",) if config.judge else ()
     summary |= {section: {} for section in sections}
     samples: list[dict[str, Any]] = []
     answers: list[dict[str, Any]] = []
     prompts = list({as_request(example.prompt): example for example in held}.values())[: config.generate_for]
+    role = _role(run, pairs, groups or {}) if config.judge else None
+    base = _base_answers(run, prompts) if role else []
     # The base itself, by its own log-probs, and what surface features alone can tell.
     score = functools.partial(_score, summary, questions=questions, settings=settings)
     score("base", np.subtract(*pairs.reference["heldout"].T), None, held)
@@ -106,6 +124,12 @@ def run(run: Run) -> dict[str, Any]:
             section, sampled = _generation(trained, prompts, groups or {})
             summary["generation"][name] = section
             answers += sampled
+            if role and sampled:
+                texts = [one["answer"] for one in sampled]
+                users = [one["user"] for one in sampled[:: len(prompts)]]
+                who = [user for user in users for _ in prompts]
+                asked = [example.original for _ in users for example in prompts]
+                summary["role_play"][name] = role(who, asked, texts, base * len(users))
             first = {one["user"]: one["answer"] for one in sampled if one["prompt"] == sampled[0]["prompt"]}
             samples.append({"prompt": prompts[0].original, "model": name, "answers": first})
     for name, against in _pooled_models(run, config.surface).items():
@@ -115,8 +139,27 @@ def run(run: Run) -> dict[str, Any]:
     if groups:
         counts = list(groups.values())
         summary["ceiling"] = {"majority_fraction": max(counts.count(persona) for persona in set(counts)) / len(counts)}
+    if role:
+        summary["judges"] = [role.report()]
     finish(run, "evaluate_users", started, summary, samples, answers)
     return {"pairs": len(held), "users": len(pairs.registry.rows)}
+
+
+def _role(run: Run, pairs: Pairs, personas: Mapping[str, str]) -> RolePlay:
+    """The judge in the place of people: simulated ones are what their preferences say, others what records tell."""
+    config, sentences = run.section(UsersSettings), run.audience.sentences
+    people = {user: sentences[persona] for user, persona in personas.items() if sentences.get(persona)}
+    if not people:
+        people = descriptions([e for table in pairs.tables.values() for e in table.examples], config.person_columns)
+    return RolePlay(run, config.judge, people, config.resamples)
+
+
+def _base_answers(run: Run, examples: Sequence[Example]) -> list[str]:
+    """An answer of the base to the prompt of each example."""
+    keys = functools.partial(run.streams.key, "evaluate_users/base_answers")
+    longest = run.section(UsersSettings).max_new_tokens or run.settings.data.max_completion
+    sampler = run.sampler(sampling=run.text.sampling(max_new_tokens=longest))
+    return sampler("evaluate_users: answers of the base", [example.prompt for example in examples], keys)
 
 
 def _score(

@@ -56,6 +56,7 @@ STREAMS = {
     "population/people": 164,
     "comparisons/prompts": 165,
     "rewards/baseline": 166,
+    "evaluate_users/base_answers": 167,
 }
 UNNAMED = 2**31  # the first number of names outside the table
 

@@ -172,7 +172,8 @@ def test_a_rating_may_show_columns_of_the_records(tmp_path, template):
         found.check_columns(("gold",))
     assert str(error.value) == (
         f"judge prompt {path!r}: {{level}} is no field, and no column of the records; choose from prompt, first, "
-        "second, criterion, person, low, high, or a column (data.prompts has the columns gold), and write other braces twice"
+        "second, criterion, person, low, high, or a column (data.prompts has the columns gold), and write other "
+        "braces twice"
     )
 
 

@@ -184,5 +184,6 @@ def test_templates_show_columns_of_the_records(tmp_path):
         found.check_columns(("level",))
     assert str(error.value) == (
         "rewards.P2A.template: {reference} is no field, and no column of the records; choose from {prompt}, {answer}, "
-        "{text}, {transcript}, {bos}, {eos}, or a column (data.prompts has the columns level), and write other braces twice"
+        "{text}, {transcript}, {bos}, {eos}, or a column (data.prompts has the columns level), and write other "
+        "braces twice"
     )
