@@ -104,9 +104,9 @@ def test_a_run_leaves_tables_and_evaluates_and_resumes(copied, tmp_path, monkeyp
 
 def test_an_evaluation_is_of_all_prompts_and_the_same_twice(finished):
     """The last batch is filled, which does not count; every evaluation draws alike, and held-out prompts alone."""
-    config = tiny.settings(eval_every=1, policy__eval_prompts=6)
+    config = tiny.settings(eval_every=1, policy__eval_prompts=5)
     method = policy.method_of(tiny.start(finished, config))
-    state, kept = method.init(), min(6, len(method.heldout))
+    state, kept = method.init(), min(5 * len(method.targets.stated), len(method.heldout))
     assert kept % config.policy.rollouts, "the last batch is not full"
     first = method.evaluate(state)
     assert method.evaluate(state) == first

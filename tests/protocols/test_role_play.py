@@ -45,9 +45,7 @@ def test_people_are_described_by_their_records():
     assert descriptions([example("ana", brevity=2, wit=3.5)], numbers) == {
         "ana": "What matters most to this person, in this order: wit, brevity."
     }
-    with pytest.raises(
-        UserError, match=r"evaluate_users\.person_columns: no record has brevity, wit, so nobody"
-    ):
+    with pytest.raises(UserError, match=r"evaluate_users\.person_columns: no record has brevity, wit, so nobody"):
         descriptions(examples, numbers)
     with pytest.raises(UserError, match=r"person: the stated preferences .* are no numbers; rate each of them"):
         descriptions([example("ana", brevity="much")], numbers)
