@@ -8,7 +8,7 @@ import numpy as np
 
 from pjrlhf.data.messages import Prompt, text_of
 from pjrlhf.errors import UserError
-from pjrlhf.judges.judge import ask, both_orders, of_both
+from pjrlhf.judges.judge import both_orders, in_orders, of_both
 from pjrlhf.judges.language_model import LanguageModelJudge
 from pjrlhf.rewards.sources import RecordColumns, check_column, column_text, is_turns
 
@@ -118,4 +118,4 @@ class ComparisonReward:
 
 def _here(judge: Any, prompts: Any, a: Any, b: Any, criterion: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """`both_orders` on this process alone."""
-    return of_both(ask(judge, prompts, a, b, criterion), ask(judge, prompts, b, a, criterion))
+    return of_both(*in_orders(judge, prompts, a, b, criterion))

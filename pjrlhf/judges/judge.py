@@ -279,8 +279,8 @@ def check_criteria(
 def both_orders(
     judge: Judge, prompts: Sequence[Prompt], a: Sequence[str], b: Sequence[str], criterion: str
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Asks for (a, b) and for (b, a). Process 0 asks, so that all processes have the same verdicts; every
-    process asks a judge on the mesh.
+    """Asks for (a, b) and for (b, a); once where the judge is `order_invariant`. Process 0 asks, so that all processes
+    have the same verdicts; every process asks a judge on the mesh.
 
     Returns:
       verdict: float64 [N] from the side of `a`: the mean of the two orders; a tie where hard verdicts disagree; NaN
@@ -290,12 +290,21 @@ def both_orders(
     """
     orders = np.zeros((2, len(prompts)))
     if getattr(judge, "on_all_processes", False) or is_process_zero():
-        orders[:] = ask(judge, prompts, a, b, criterion), ask(judge, prompts, b, a, criterion)
+        orders[:] = in_orders(judge, prompts, a, b, criterion)
     return of_both(*broadcast_from_zero(orders))
 
 
+def in_orders(
+    judge: Judge, prompts: Sequence[Prompt], a: Sequence[str], b: Sequence[str], criterion: str
+) -> tuple[np.ndarray, np.ndarray]:
+    """The verdicts [N] of (a, b) and of (b, a), each from the side of the first."""
+    forward = ask(judge, prompts, a, b, criterion)
+    invariant = getattr(judge, "order_invariant", False)
+    return forward, -forward if invariant else ask(judge, prompts, b, a, criterion)
+
+
 def of_both(forward: np.ndarray, swapped: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """What `both_orders` returns, from the verdicts [N] of (a, b) and of (b, a), each from the side of the first."""
+    """What `both_orders` returns, from what `in_orders` does."""
     backward = -swapped
     mean, consistent = (forward + backward) / 2, np.sign(forward) == np.sign(backward)
     hard = np.isin(forward, (-1, 0, 1)) & np.isin(backward, (-1, 0, 1))

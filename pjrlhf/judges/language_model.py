@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import hashlib
 import math
 import pathlib
 import re
@@ -282,6 +283,9 @@ class PromptSettings(Settings):
 
     prompt: str = setting("", "the prompt, a name in judges/prompts or a .toml file of your own")
     criteria: Mapping[str, Any] = setting({}, "{criterion: text}; others have the sentence of their preference")
+    orders: int = setting(
+        2, "in which the two answers of a comparison are shown; 1: one of the two, drawn for each pair", low=1, high=2
+    )
     person: str | Mapping[str, Any] = setting(
         "",
         'whose place the judge takes, for prompts that show it: a text, or {"about": text, "stated": {preference: how '
@@ -487,6 +491,7 @@ class LanguageModelJudge(_Asking):
         columns: Callable[[Sequence[Prompt]], RecordColumns] = lambda requests: NO_COLUMNS,
     ):
         super().__init__(settings, sentences, backend, "criterion")
+        self.order_invariant = settings.orders == 1
         self.columns = columns
         self.people: Sequence[str] = ()
 
@@ -496,13 +501,15 @@ class LanguageModelJudge(_Asking):
         text, people = self.text_of(criterion), self.people or [self.person] * len(prompts)
         verdicts = np.zeros(len(prompts))
         rows = [i for i in range(len(prompts)) if first[i] != second[i]]
-        items = [
-            {"prompt": dialogue(prompts[i]), "first": first[i], "second": second[i]}
-            | {"criterion": text, "person": people[i]}
-            for i in rows
-        ]
+        turned = [self.order_invariant and _turned(prompts[i], first[i], second[i]) for i in rows]
+        items = []
+        for i, turn in zip(rows, turned, strict=True):
+            shown = (second[i], first[i]) if turn else (first[i], second[i])
+            item = dict(zip(("prompt", "first", "second"), (dialogue(prompts[i]), *shown), strict=True))
+            items.append({**item, "criterion": text, "person": people[i]})
         records = self.columns(prompts).select(rows) if self.template.columns else NO_COLUMNS
-        verdicts[rows] = self.ask(f"judge: {criterion}", items, records.columns)
+        found = np.array(self.ask(f"judge: {criterion}", items, records.columns))
+        verdicts[rows] = np.where(turned, -found, found)
         return verdicts
 
     def within(self, records: RecordColumns) -> "LanguageModelJudge":
@@ -535,6 +542,15 @@ class LanguageModelJudge(_Asking):
         return {**self.backend.report(), "failures": self.failures}
 
 
+def _turned(prompt: Prompt, first: str, second: str) -> bool:
+    """Whether the second of two answers is shown first where they are shown in one order: one of the two orders, drawn
+    for the pair, in whichever order it is given.
+    """
+    pair = sorted((first, second))
+    digest = hashlib.sha256("\0".join((dialogue(prompt), *pair)).encode("utf-8", "surrogatepass")).digest()
+    return (first == pair[0]) == bool(digest[0] & 1)
+
+
 class LanguageModelRating(_Asking):
     """Rates answers by one criterion; a reward function.
 
@@ -547,6 +563,10 @@ class LanguageModelRating(_Asking):
 
     def __init__(self, settings: PromptSettings, objective: str, criterion: str, backend: Backend):
         super().__init__(settings, {objective: criterion}, backend, "rating")
+        if settings.orders != 2:
+            raise UserError(
+                f"rewards.{objective}.orders: is of comparisons, and a rating is of one answer; leave it out"
+            )
         _check_objective(self, settings, objective, criterion)
         self.objective = objective
         self.shared = {"criterion": self.text_of(objective), "person": self.person}

@@ -68,6 +68,23 @@ def test_verdicts_are_those_of_the_rule_whatever_the_server_does(tmp_path):
     assert {body["messages"][1]["content"].count("The response is long.") for body in server.bodies} == {1}
 
 
+def test_one_order_is_drawn_for_each_pair(tmp_path):
+    """Half of the requests, the same verdicts from either side, and a bias that averages out."""
+    server = ChatServer(lambda body: longer(body) if "request 1" in str(body["messages"]) else "A")
+    with server.running() as url:
+        one = BothOrders(judge(url, tmp_path, orders=1))
+        prompts = [f"request {i}" for i in range(100)]
+        a, b = [f"a {'x' * (i % 3)}" for i in range(100)], [f"b {'x' * (i % 2)}" for i in range(100)]
+        found = one(prompts, a, b, "long")
+        assert len(server.bodies) == 100
+        np.testing.assert_array_equal(one(prompts, b, a, "long"), -found)
+        assert len(server.bodies) == 100, "the same requests, whichever answer is given first"
+    ruled = [i for i, prompt in enumerate(prompts) if "request 1" in prompt]
+    assert found[ruled].tolist() == np.array(want(a, b))[ruled].tolist()
+    assert abs(np.delete(found, ruled).mean()) < 0.25
+    assert "consistency" not in one.report(), "nothing is known of the other order"
+
+
 def test_a_replay_gives_the_same_verdicts_with_the_server_gone(tmp_path):
     server = ChatServer(longer)
     with server.running() as url:
