@@ -106,6 +106,7 @@ def test_a_judge_needs_answers():
         UsersSettings(generate_for=0, judge={"kind": "chat", "model": "m", "base_url": "http://h/v1"})
 
 
+@pytest.mark.slow
 def test_the_report_of_a_run_tells_what_people_prefer(people, tmp_path):
     """On trained models: the judge prefers what the persona asks for, by the length of the answers."""
 
