@@ -11,6 +11,7 @@ from pjrlhf.errors import UserError
 from pjrlhf.judges.judge import both_orders, in_orders, of_both
 from pjrlhf.judges.language_model import LanguageModelJudge
 from pjrlhf.rewards.sources import RecordColumns, check_column, column_text, is_turns
+from pjrlhf.settings import shown
 
 SCORES = ("probability", "outcome")
 
@@ -87,7 +88,7 @@ class ComparisonReward:
 
     def __init__(self, judge: LanguageModelJudge, objective: str, baseline: Baseline, score: str):
         if score not in SCORES:
-            raise UserError(f"rewards.{objective}.score: {score!r} is unknown; choose one of {', '.join(SCORES)}")
+            raise UserError(f"rewards.{objective}.score: {shown(score)} is unknown; choose one of {', '.join(SCORES)}")
         self.judge, self.objective, self.baseline, self.score = judge, objective, baseline, score
         self.asked = self.failures = 0
 

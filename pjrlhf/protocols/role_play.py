@@ -18,7 +18,7 @@ from pjrlhf.judges.judge import BothOrders, JudgeContext, ScoreJudge, judge_from
 from pjrlhf.judges.language_model import LanguageModelJudge, describe
 from pjrlhf.rewards.sources import column_text
 from pjrlhf.runtime.run import Run
-from pjrlhf.settings import Settings, setting
+from pjrlhf.settings import Settings, setting, shown
 
 PROMPT = "role_play"
 UNNAMED = ("user_text",)  # columns whose text says of itself what it is
@@ -48,8 +48,8 @@ def _judge(spec: str | Mapping[str, Any], make: Any) -> LanguageModelJudge:
         raise UserError("judge.person: is that of each comparison; leave it out, and set person_columns")
     if settings.get("kind") not in ("chat", "model"):
         raise UserError(
-            f"judge.kind: {settings.get('kind')!r} cannot take the place of a person; choose chat or model, a language "
-            "model"
+            f"judge.kind: {shown(settings.get('kind'))} cannot take the place of a person; choose chat or model, a "
+            "language model"
         )
     judge = make({"prompt": PROMPT, **settings, "person": "that of each comparison"})
     assert isinstance(judge, LanguageModelJudge), settings["kind"]

@@ -48,7 +48,7 @@ from pjrlhf.rewards.sources import SOURCES, RewardFunction, SourceContext
 from pjrlhf.rollout.batches import Prompts
 from pjrlhf.runtime.devices import Devices
 from pjrlhf.runtime.scorer import Scorer
-from pjrlhf.settings import parse, setting
+from pjrlhf.settings import parse, setting, shown
 from pjrlhf.types import Array
 
 BASELINES = ("greedy", "sampled")  # answers of the base that others are compared with
@@ -319,8 +319,8 @@ def _baseline(name: str, how: str, column: str, context: SourceContext) -> Basel
         return ColumnBaseline(f"{name}.baseline_column", column)
     if how not in ("", *BASELINES):
         raise UserError(
-            f"{name}.baseline: {how!r} is unknown; choose one of {', '.join(BASELINES)}, or set baseline_column to a "
-            "column of the records"
+            f"{name}.baseline: {shown(how)} is unknown; choose one of {', '.join(BASELINES)}, or set baseline_column "
+            "to a column of the records"
         )
     return SampledBaseline(functools.partial(_base_answers, context, how)) if how else None
 

@@ -67,7 +67,7 @@ def test_a_reward_model_that_is_trained_here_has_no_source(spec):
         ),
         (
             {"kind": "judge", "criterion": " ", "model": "m", "base_url": "http://h/v1"},
-            "rewards.P2A.criterion: is empty; say what is rated",
+            "rewards.P2A.criterion: is empty; say what is judged",
         ),
         (None, "rewards.P2A: None is no source; name a function"),
         ({"kind": f"{MODULE}:brevity", "prompts": [], "completions": []}, "made a list; it must make a function"),
