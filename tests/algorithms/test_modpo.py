@@ -185,19 +185,19 @@ def test_the_loss_of_a_mixture_is_the_papers(method, bank, batch):
 
 
 def test_weights_follow_their_schedules_in_margins_too(finished, bank, batch):
-    """Policy 1 after two steps: 1.4 P1A, and 0.15 P2A."""
-    changing = made(finished, reward_weights={"P1A": 2, "P2A": [[0, 1.0], [4, 0.0]], "helpful": 0})
+    """Policy 1 after two steps: 1.4 P1A, and 0.225 P2A."""
+    changing = made(finished, reward_weights={"P1A": 2, "P2A": [[0, 1.0], [4, 0.5]], "helpful": 0})
     state = changing.init().replace(step=jnp.array(2, jnp.int32), trainable=bank)
     placed = changing.collate(batch)
     by_hand = {k: dict(zip(changing.data.objectives[k], changing.data.weights[k, 0], strict=True)) for k in range(K)}
-    factor = {"P1A": 2.0, "P2A": 0.5, "helpful": 0.0}
+    factor = {"P1A": 2.0, "P2A": 0.75, "helpful": 0.0}
     scaled = [[w * factor.get(name, 1.0) for name, w in by_hand[k].items()] for k in range(K)]
-    assert scaled[1][0] == pytest.approx(1.4) and pytest.approx(max(scaled[1][1:])) == 0.15
+    assert scaled[1][0] == pytest.approx(1.4) and pytest.approx(max(scaled[1][1:])) == 0.225
     expected = placed.replace(weights=np.array(scaled, np.float32)[:, None])
     (_, want), _ = _gradient(changing.backbone, bank, expected, beta=BETA, kind="sigmoid")
     found = changing.step(state, placed)[1]
     np.testing.assert_allclose(found["loss"][0], want["loss"][0], rtol=1e-4)
-    assert [float(found[f"rewards/{name}/weight"][0]) for name in factor] == [2.0, 0.5, 0.0]
+    assert [float(found[f"rewards/{name}/weight"][0]) for name in factor] == [2.0, 0.75, 0.0]
 
 
 @pytest.mark.parametrize(("changed", "touched"), [("P2A", [1, 2]), ("P1B", [2]), ("helpful", [])])
