@@ -247,7 +247,7 @@ def test_a_file_where_the_run_directory_should_be(tmp_path):
 @pytest.mark.parametrize(
     ("stage", "method", "writer"),
     [
-        (sft, None, "save_params"),
+        (sft, "pjrlhf.algorithms.banks.save_params", None),
         (reward, None, "save_tree"),
         (policy, "pjrlhf.algorithms.banks.save_peft", None),
         (comparisons, "pathlib.Path.write_text", None),

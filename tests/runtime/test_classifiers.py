@@ -127,7 +127,7 @@ LABELS = "'bad' (0), 'so-so' (1), 'good' (2)"
         ({"label": -1}, "has no label -1"),
         ({"label": 1.5}, "rewards.P2A.label: 1.5 is not text or a whole number"),
         ({"label": 1, "activation": "tanh"}, "rewards.P2A.activation: 'tanh' is unknown; choose one of"),
-        ({"label": 1, "template": "{question}"}, "rewards.P2A.template: {question} is no field; choose from {prompt}"),
+        ({"label": 1, "template": "{question[0]}"}, "rewards.P2A.template: {question[0]} is no field; choose from"),
         (
             {"label": 1, "template": ["{prompt}"] * 3},
             "rewards.P2A.template: is 3 texts; give one text, or the two of a",
