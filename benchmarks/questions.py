@@ -2,7 +2,7 @@
 
 Every new person has a pool of comparisons that they could be asked for, and held-out ones. Starting from the generic
 user, one comparison after the other is asked, the row is fitted as the server fits it, and the held-out accuracy is
-measured: in random order, and by the largest expected information (pjrlhf/serving/people_questions.py). Both orders
+measured: in random order, and by the largest expected information (pjrlhf/serving/people/questions.py). Both orders
 have the same pool. Intervals are 95 % bootstraps over people of means over the seeds. Writes results/questions.json,
 under the name of the entry.
 
@@ -22,8 +22,8 @@ from pjrlhf.data.messages import text_of
 from pjrlhf.data.schema import Example, validate
 from pjrlhf.data.sources import open_source
 from pjrlhf.serving.catalogue import open_folders, open_run
-from pjrlhf.serving.people import Members, open_members
-from pjrlhf.serving.people_questions import expected_information
+from pjrlhf.serving.people.members import Members, open_members
+from pjrlhf.serving.people.questions import expected_information
 
 COUNTS = (0, 1, 2, 4, 8)
 RESULTS = pathlib.Path(__file__).parent / "results" / "questions.json"

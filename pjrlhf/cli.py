@@ -202,7 +202,7 @@ def _generate(arguments: Sequence[str]) -> None:
             raise UserError("--user: these models know no people; leave it out, or name a user model with --entry")
         if given.user is not None:
             with _needs("serve"):
-                from pjrlhf.serving.people import with_stored
+                from pjrlhf.serving.people.members import with_stored
             catalogue = with_stored(catalogue)
         voice = catalogue.voice(mix=None if given.mix is None else parse_mix(given.mix), user=given.user)
         if given.user is not None and not voice.known:
@@ -225,7 +225,7 @@ def _generate(arguments: Sequence[str]) -> None:
 
 def _users(arguments: Sequence[str]) -> None:
     from pjrlhf.main import compilation_cache
-    from pjrlhf.serving.people_cli import parser_of, users
+    from pjrlhf.serving.people.commands import parser_of, users
 
     given = parser_of().parse_args(arguments)
     compilation_cache()
@@ -306,7 +306,7 @@ def _with_members(catalogue: "Catalogue", url: str) -> tuple["Catalogue", tuple[
     if not (url or kept or os.environ.get("PJRLHF_PEOPLE")):  # the extra is not needed then
         return catalogue, tuple(trained)
     with _needs("serve"):
-        from pjrlhf.serving.people import Members, open_members
+        from pjrlhf.serving.people.members import Members, open_members
     found = open_members(catalogue, url)
     members = found.people
     assert isinstance(members, Members)

@@ -8,7 +8,7 @@ import numpy as np
 
 from pjrlhf.errors import UserError
 from pjrlhf.protocols.trained import Trained
-from pjrlhf.serving.people_fit import fit_rows
+from pjrlhf.serving.people.fit import fit_rows
 from pjrlhf.training.progress import progress
 
 

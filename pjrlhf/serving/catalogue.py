@@ -32,7 +32,7 @@ from pjrlhf.models.users import UserModel
 from pjrlhf.parallel.mesh import make_mesh, shard_params
 from pjrlhf.paths import local
 from pjrlhf.rollout.preference import PreferenceConfig
-from pjrlhf.serving.people_fit import Learning
+from pjrlhf.serving.people.fit import Learning
 from pjrlhf.serving.run_notes import RunNotes, read_notes
 from pjrlhf.settings import SERVED, check_names, parse
 from pjrlhf.types import Params

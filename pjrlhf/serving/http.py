@@ -10,9 +10,10 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from pjrlhf.serving import answers, models, monitoring, openapi, people_api, web_page
+from pjrlhf.serving import answers, models, monitoring, openapi, web_page
 from pjrlhf.serving.catalogue import Catalogue
 from pjrlhf.serving.engine import Engine
+from pjrlhf.serving.people import api as people
 from pjrlhf.serving.protocol import Refused, error
 from pjrlhf.serving.service import Endpoint, Service
 from pjrlhf.serving.settings import ServerSettings
@@ -21,7 +22,7 @@ from pjrlhf.serving.settings import ServerSettings
 GROUPS: tuple[Callable[[Service], Sequence[Endpoint]], ...] = (
     models.endpoints,
     answers.endpoints,
-    people_api.endpoints,
+    people.endpoints,
     monitoring.endpoints,
     web_page.endpoints,
 )

@@ -16,8 +16,8 @@ from pjrlhf.errors import UserError, ending_signals
 from pjrlhf.serving.catalogue import Catalogue
 from pjrlhf.serving.engine import Engine
 from pjrlhf.serving.http import Server
-from pjrlhf.serving.people import Members, open_members
-from pjrlhf.serving.people_store import MEMORY
+from pjrlhf.serving.people.members import Members, open_members
+from pjrlhf.serving.people.store import MEMORY
 from pjrlhf.serving.settings import EngineSettings, ServerSettings
 
 KEY_VARIABLE = "PJRLHF_API_KEY"

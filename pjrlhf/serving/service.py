@@ -14,8 +14,8 @@ from pjrlhf.errors import UserError
 from pjrlhf.serving.catalogue import Catalogue, UnknownIngredient, UnknownModel, Voice
 from pjrlhf.serving.engine import Engine
 from pjrlhf.serving.metrics import Metrics
-from pjrlhf.serving.people import open_members
-from pjrlhf.serving.people_store import Unreachable
+from pjrlhf.serving.people.members import open_members
+from pjrlhf.serving.people.store import Unreachable
 from pjrlhf.serving.protocol import Body, Refused
 from pjrlhf.serving.settings import ServerSettings
 

@@ -9,7 +9,7 @@ from starlette.requests import Request
 from starlette.responses import FileResponse, JSONResponse, Response
 
 from pjrlhf.serving.catalogue import BASE, PERSONAL
-from pjrlhf.serving.people import Members
+from pjrlhf.serving.people.members import Members
 from pjrlhf.serving.protocol import Refused
 from pjrlhf.serving.service import Endpoint, Service
 from pjrlhf.types import Json

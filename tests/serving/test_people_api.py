@@ -17,7 +17,7 @@ from pjrlhf.models.users import UserModel
 from pjrlhf.rollout.preference import PreferenceConfig
 from pjrlhf.serving import running
 from pjrlhf.serving.catalogue import Catalogue, People, soup_people
-from pjrlhf.serving.people_fit import Learning
+from pjrlhf.serving.people.fit import Learning
 from pjrlhf.serving.settings import ServerSettings
 
 NAMES = ("P1A", "P2B", "P3A")

@@ -16,8 +16,8 @@ from pjrlhf.models.storage import load_tree
 from pjrlhf.protocols.cold_start import fit_new_users
 from pjrlhf.serving.catalogue import open_run
 from pjrlhf.serving.engine import Engine
-from pjrlhf.serving.people import open_members
-from pjrlhf.serving.people_fit import as_json
+from pjrlhf.serving.people.fit import as_json
+from pjrlhf.serving.people.members import open_members
 from pjrlhf.training.workdir import Workdir
 
 COUNTS = (0, 1, 2, 4, 8)

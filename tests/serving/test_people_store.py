@@ -16,8 +16,8 @@ import sqlalchemy as sa
 from support.postgres import postgres
 
 from pjrlhf.errors import UserError
-from pjrlhf.serving import people_store
-from pjrlhf.serving.people_store import MIGRATIONS, Store, Taken, Unknown, Unreachable
+from pjrlhf.serving.people import store as stores
+from pjrlhf.serving.people.store import MIGRATIONS, Store, Taken, Unknown, Unreachable
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -37,7 +37,7 @@ def url(request, tmp_path):
     found = request.getfixturevalue("server")
     engine = sa.create_engine(found.replace("postgresql:", "postgresql+psycopg:"))
     with engine.begin() as connection:
-        people_store._tables.drop_all(connection)
+        stores._tables.drop_all(connection)
     engine.dispose()
     return found
 
@@ -159,7 +159,7 @@ def test_replicas_that_start_together_share_the_tables(url):
 
 WRITER = """
 import sys
-from pjrlhf.serving.people_store import Store
+from pjrlhf.serving.people.store import Store
 store = Store(sys.argv[1], limit=10**6)
 store.add("ana")
 for i in range(10**6):
@@ -210,7 +210,7 @@ def test_a_store_of_a_newer_version_is_refused(url):
         pytest.skip("memory is always new")
     store = Store(url)
     with store._transaction(write=True) as connection:
-        connection.execute(people_store._schema.update().values(version=len(MIGRATIONS) + 1))
+        connection.execute(stores._schema.update().values(version=len(MIGRATIONS) + 1))
     store.close()
     with pytest.raises(UserError, match=r"newer version of pjrlhf \(schema 2, this one knows 1\); update pjrlhf"):
         Store(url)
@@ -220,7 +220,7 @@ def test_a_store_is_migrated_once(tmp_path, monkeypatch):
     path = str(tmp_path / "people.sqlite")
     Store(path).add("ana")
     add = sa.text("ALTER TABLE pjrlhf_people ADD COLUMN colour TEXT")
-    monkeypatch.setattr(people_store, "MIGRATIONS", (*MIGRATIONS, lambda connection: connection.execute(add)))
+    monkeypatch.setattr(stores, "MIGRATIONS", (*MIGRATIONS, lambda connection: connection.execute(add)))
     for _ in range(2):
         assert [person.name for person in Store(path).people()] == ["ana"]
     columns = {row[1] for row in sqlite3.connect(path).execute("PRAGMA table_info(pjrlhf_people)")}

@@ -1,7 +1,7 @@
 """The people of a server: those of its user model, and those who come later and teach it.
 
 A person is a row of the user table. People of the trained user model have theirs; everybody else starts as the generic
-user, or as the weights they state. A row is fitted to all comparisons that its person has given, see `people_fit`, so
+user, or as the weights they state. A row is fitted to all comparisons that its person has given, see `fit`, so
 neither their order nor how they are batched matters, and nobody else's row moves.
 """
 
@@ -30,9 +30,9 @@ from pjrlhf.data.schema import Example
 from pjrlhf.errors import UserError
 from pjrlhf.models.provenance import text_provenance
 from pjrlhf.serving.catalogue import Catalogue, People
-from pjrlhf.serving.people_fit import Fitter, Row, as_example, as_json
-from pjrlhf.serving.people_run import forget, trained_people
-from pjrlhf.serving.people_store import MEMORY, Person, Store, Taken, Unknown, key_of
+from pjrlhf.serving.people.fit import Fitter, Row, as_example, as_json
+from pjrlhf.serving.people.store import MEMORY, Person, Store, Taken, Unknown, key_of
+from pjrlhf.serving.people.trained import forget, trained_people
 from pjrlhf.settings import shown
 from pjrlhf.types import Json
 
@@ -316,7 +316,7 @@ class Members:
         self._forget_trained(name)
 
     def forget(self, name: str) -> list[pathlib.Path]:
-        """Deletes a person from the user models of the run, see `people_run.forget`."""
+        """Deletes a person from the user models of the run, see `trained.forget`."""
         return [] if self._run is None else forget(self._run, name)
 
     def _forget_trained(self, name: str) -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from pjrlhf.errors import UserError
 
 if TYPE_CHECKING:
-    from pjrlhf.serving.people import Members
+    from pjrlhf.serving.people.members import Members
 
 MOST = 100_000  # comparisons of a person; how many are kept is for the server to say
 VERBS = {
@@ -66,7 +66,7 @@ def users(given: argparse.Namespace) -> None:
 
 def _store(given: argparse.Namespace) -> Any:
     from pjrlhf.paths import local
-    from pjrlhf.serving.people import store_of
+    from pjrlhf.serving.people.members import store_of
 
     run = local(given.run)
     if not (run / "config.json").is_file():
@@ -75,8 +75,8 @@ def _store(given: argparse.Namespace) -> Any:
 
 
 def _list(given: argparse.Namespace) -> None:
-    from pjrlhf.serving.people_run import trained_people
-    from pjrlhf.serving.people_store import key_of
+    from pjrlhf.serving.people.store import key_of
+    from pjrlhf.serving.people.trained import trained_people
     from pjrlhf.terminal import visible
 
     run, store = _store(given)
@@ -89,8 +89,8 @@ def _list(given: argparse.Namespace) -> None:
 
 
 def _remove(given: argparse.Namespace) -> None:
-    from pjrlhf.serving.people_run import forget, trained_people
-    from pjrlhf.serving.people_store import Unknown
+    from pjrlhf.serving.people.store import Unknown
+    from pjrlhf.serving.people.trained import forget, trained_people
     from pjrlhf.settings import shown
     from pjrlhf.terminal import visible
 
@@ -108,9 +108,9 @@ def _remove(given: argparse.Namespace) -> None:
 
 def _with_model(given: argparse.Namespace) -> None:
     from pjrlhf.serving.catalogue import open_run, parse_mix
-    from pjrlhf.serving.people import Members, open_members
-    from pjrlhf.serving.people_exchange import describe, exported, imported
-    from pjrlhf.serving.people_store import Taken, Unknown
+    from pjrlhf.serving.people.exchange import describe, exported, imported
+    from pjrlhf.serving.people.members import Members, open_members
+    from pjrlhf.serving.people.store import Taken, Unknown
     from pjrlhf.settings import shown
     from pjrlhf.terminal import visible
 
@@ -157,7 +157,7 @@ def _comparisons(path: str, name: str) -> list[dict[str, Any]]:
     """The comparisons of a file of records."""
     from pjrlhf.data.schema import validate
     from pjrlhf.data.sources import open_source
-    from pjrlhf.serving.people_fit import as_json
+    from pjrlhf.serving.people.fit import as_json
 
     source = open_source({"kind": "jsonl", "path": path}, "--comparisons")
     examples, _ = validate(source, "preference", max_bad_fraction=0.0)

@@ -11,10 +11,10 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from pjrlhf.errors import UserError
-from pjrlhf.serving.people import Members
-from pjrlhf.serving.people_exchange import LIMIT, describe, exported, imported, listed
-from pjrlhf.serving.people_questions import next_questions
-from pjrlhf.serving.people_store import Taken, Unknown, Unreachable
+from pjrlhf.serving.people.exchange import LIMIT, describe, exported, imported, listed
+from pjrlhf.serving.people.members import Members
+from pjrlhf.serving.people.questions import next_questions
+from pjrlhf.serving.people.store import Taken, Unknown, Unreachable
 from pjrlhf.serving.protocol import Body, Refused
 from pjrlhf.serving.service import Endpoint, Service
 from pjrlhf.types import Json

@@ -13,7 +13,7 @@ from jaxtyping import Float
 from scipy.special import expit, xlogy
 
 from pjrlhf.errors import UserError
-from pjrlhf.serving.people import Members
+from pjrlhf.serving.people.members import Members
 from pjrlhf.types import Json
 
 MOST = 64  # pairs of a request

@@ -8,8 +8,8 @@ import flax.traverse_util
 import numpy as np
 
 from pjrlhf.errors import UserError
-from pjrlhf.serving.people import Members, checked_name
-from pjrlhf.serving.people_store import Person, Taken, Unknown
+from pjrlhf.serving.people.members import Members, checked_name
+from pjrlhf.serving.people.store import Person, Taken, Unknown
 from pjrlhf.settings import shown
 from pjrlhf.types import Json
 
