@@ -123,7 +123,7 @@ def load(spec: str, noun: str) -> object:
         module = _from_file(pathlib.Path(expand(place))) if place.endswith(".py") else _from_path(place)
     except UserError as error:
         raise UserError(f"{noun} {spec!r}: {error}") from error
-    except Exception as error:  # the module's own code may raise anything
+    except (Exception, SystemExit) as error:  # the module's own code may raise anything, or end the process
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise UserError(f"{noun} {spec!r}: {place} cannot be imported ({reason}); correct that first") from error
     if not hasattr(module, name):

@@ -513,7 +513,7 @@ def made_by(make: Callable[..., Any], name: str, what: str, *given: Any, **setti
         found = make(*given, **settings)
     except UserError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise UserError(f"{name} raised {reason} when it was made; correct it, it must make {what}") from error
     if not callable(found):

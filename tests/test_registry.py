@@ -59,11 +59,13 @@ def test_entries_of_other_code(tmp_path, monkeypatch):
         ("no/such/file.py:x", "no file no/such/file.py; check the path"),
         ("FOLDER/broken.py:x", "broken.py cannot be imported (NameError: name 'nothing' is not defined); correct"),
         ("FOLDER/needs.py:x", "needs.py cannot be imported (ModuleNotFoundError: No module named 'no_such_thing')"),
+        ("FOLDER/script.py:x", "script.py cannot be imported (SystemExit: 0); correct"),
     ],
 )
 def test_mistakes_are_one_line(spec, message, tmp_path):
     (tmp_path / "broken.py").write_text("x = nothing\n")
     (tmp_path / "needs.py").write_text("import no_such_thing\n")
+    (tmp_path / "script.py").write_text("import sys\nsys.exit(0)\n")
     for _ in range(2):  # a module that failed is not half there the second time
         with pytest.raises(UserError, match=re.escape(message)) as caught:
             colours().get(spec.replace("FOLDER", str(tmp_path)))

@@ -388,6 +388,7 @@ class Reward(Method):
 
 def scale_of(raw: Float[np.ndarray, "B K"], quantiles: Sequence[float], least: float) -> Scale:
     """The scale of raw rewards, float32 [K] each; `least` is that of rewards that are all the same."""
+    raw = raw.astype(np.float64)  # the squares of large rewards are beyond float32
     low, high = np.quantile(raw, quantiles, axis=0)
     scale = {"mean": raw.mean(0), "std": np.maximum(raw.std(0), least)}
     scale |= {"low": low, "high": np.maximum(high, low + least)}

@@ -109,8 +109,14 @@ def run(run: Run) -> dict[str, Any]:
     decided = {record["objective"] for record in records if record.get("preference") != 0.5}
     undecided = set(run.audience.learned) - decided
     if undecided:
+        name = min(undecided)
+        if unjudged[name]:
+            raise UserError(
+                f"comparisons: the judge gave no verdict by {name!r} on {unjudged[name]} of {len(kept)} pairs of "
+                "answers, and a tie on all others; check what it replies, or choose another one in comparisons.judge"
+            )
         raise UserError(
-            f"comparisons: none of {config.pairs} pairs of answers differs by {min(undecided)!r}; train the base "
+            f"comparisons: none of {config.pairs} pairs of answers differs by {name!r}; train the base "
             "longer or raise --config.comparisons.pairs"
         )
     path = run.workdir.stage("comparisons") / FILE

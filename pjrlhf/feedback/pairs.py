@@ -82,6 +82,11 @@ def split(examples: Sequence[Example], config: PairSettings, seed: int) -> dict[
         elif not is_tie(example):
             parts["heldout"].append(example)
     for name, part in parts.items():
+        if not part and all(map(is_tie, examples)):
+            raise UserError(
+                f"preference: all {len(examples)} comparisons are ties, which are never held out; add ones with a "
+                "preference above 0.5"
+            )
         if not part:
             raise UserError(
                 f"preference: no record is left for part {name!r}; change preference.heldout_fraction or "
@@ -114,9 +119,9 @@ def tables_of(
         examples, source = run.records.comparisons(settings.data, "preference.data")
         examples = run.records.asked(examples)
         parts = {name: (part, source) for name, part in split(examples, settings, run.streams.seed).items()}
-    names = [example.user_id for example in parts["train"][0]]
-    if None in names:
-        raise UserError(f"{parts['train'][0][names.index(None)].where}: no user_id; give every record one")
+    for example in (example for part, _ in parts.values() for example in part):
+        if example.user_id is None:
+            raise UserError(f"{example.where}: no user_id; give every record one")
     if user_text:
         rng = run.streams.numpy("preference/permutation")
         for name, (examples, source) in parts.items():

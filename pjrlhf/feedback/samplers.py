@@ -193,7 +193,7 @@ def _checked(kind: str, sampler: Sampler, requests: Sequence[Prompt], words: Seq
         found = awaited(sampler(list(requests), list(words), name))
     except UserError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise UserError(f"sampler {kind!r}: raised {reason}; correct it") from error
     texts = listed(found, len(requests))

@@ -9,9 +9,10 @@ from absl import logging
 
 from pjrlhf.errors import UserError
 from pjrlhf.rewards.calls import is_busy
-from pjrlhf.rewards.server import key_in
+from pjrlhf.rewards.server import is_address, key_in
 from pjrlhf.rewards.sources import NoReply
 from pjrlhf.settings import Settings, setting
+from pjrlhf.terminal import masked
 from pjrlhf.types import Json
 
 Body = Mapping[str, Json]  # of a request to /v1/chat/completions
@@ -36,6 +37,8 @@ class ChatSettings(Settings):
 
     def check(self) -> None:
         super().check()
+        if self.base_url and not is_address(self.base_url):
+            raise UserError(f"base_url: {masked(self.base_url)!r} is no address; write http://host:port/v1")
         if self.prices and len(self.prices) != 2:
             raise UserError(f"prices: {self.prices} are not two; give that of input and that of output tokens")
         if self.max_cost and not self.prices:

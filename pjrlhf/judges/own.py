@@ -61,6 +61,6 @@ class OwnJudge:
             return ask()
         except UserError:
             raise
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             reason = " ".join(f"{type(error).__name__}: {error}".split())
             raise UserError(f"judge {self.name!r}: raised {reason} {where}; correct the judge") from error

@@ -160,7 +160,7 @@ def checked(name: str, score: Scorer) -> Scorer:
             value = score(prompt, text)
         except UserError:
             raise
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             reason = " ".join(f"{type(error).__name__}: {error}".split())
             raise UserError(f"{name}: raised {reason} for the answer {text[:60]!r}; correct the scorer") from error
         found = number(value)

@@ -46,7 +46,7 @@ def by_http(
       concurrency: requests at once.
       key_variable: environment variable that holds a key, which is sent as a bearer token.
     """
-    if not _is_address(url):
+    if not is_address(url):
         raise UserError(f"reward server {url!r}: is no address; write http://host:port/path")
     if min(batch_size, concurrency) < 1 or retries < 0 or timeout <= 0:
         raise UserError(
@@ -112,7 +112,8 @@ def key_in(variable: str) -> str:
     return key
 
 
-def _is_address(url: str) -> bool:
+def is_address(url: str) -> bool:
+    """Whether a text is the address of an HTTP server."""
     try:
         parts = urllib.parse.urlsplit(url)
         known = parts.scheme in ("http", "https") and parts.hostname and (parts.port is None or parts.port > 0)

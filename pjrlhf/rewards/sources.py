@@ -283,7 +283,7 @@ class RewardSource:
             values = self._values(batch)
         except Unanswered as error:
             values, failures = list(error.rewards), dict.fromkeys(error.failed, str(error))
-        except Exception as error:  # the function is other people's code
+        except (Exception, SystemExit) as error:  # the function is other people's code
             _refuse(error)
             if isinstance(error, NoReply) and not self._limit(len(batch)):
                 raise
@@ -317,7 +317,7 @@ class RewardSource:
         more = f"; it failed for more than rewards.{self.name}.missing={self.missing:g} of {count} answers"
         raise UserError(first + (more if self.missing else ""))
 
-    def _around(self, batch: _Batch, error: Exception) -> tuple[list[Any], dict[int, str]]:
+    def _around(self, batch: _Batch, error: Exception | SystemExit) -> tuple[list[Any], dict[int, str]]:
         """(rewards, failures) of a batch for which the function raised `error`: it is asked for each answer by itself,
         until more fail than may, and then for the others together.
         """
@@ -325,7 +325,7 @@ class RewardSource:
         for i in range(count):
             try:
                 self._call(batch.select([i]))
-            except Exception as one:
+            except (Exception, SystemExit) as one:
                 _refuse(one)
                 failures[i] = self._raised(one, f" for the answer {batch.named(i)}")
                 if len(failures) > self._limit(count):
@@ -337,12 +337,12 @@ class RewardSource:
                 raise error
             for i, value in zip(rest, self._values(batch.select(rest)) if rest else (), strict=True):
                 values[i] = value
-        except Exception as one:  # for no answer by itself
+        except (Exception, SystemExit) as one:  # for no answer by itself
             _refuse(one)
             failures |= dict.fromkeys(rest, self._raised(one, ""))
         return values, failures
 
-    def _raised(self, error: Exception, where: str) -> str:
+    def _raised(self, error: Exception | SystemExit, where: str) -> str:
         if isinstance(error, NoReply):
             return str(error)
         reason = " ".join(f"{type(error).__name__}: {error}".split())
@@ -368,7 +368,7 @@ class RewardSource:
         return call(self.function, given)
 
 
-def _refuse(error: Exception) -> None:
+def _refuse(error: Exception | SystemExit) -> None:
     """Raises errors that no other answer would avoid, such as a wrong setting or the end of a budget."""
     if isinstance(error, UserError) and not isinstance(error, NoReply):
         raise error

@@ -29,6 +29,8 @@ READ = (
     *("comparisons.sampler", "comparisons.sampler.path"),
     *("comparisons.judge.path", "evaluate.judge.path", "evaluate.judges.path"),
 )
+# What these settings name without a path, also where a folder of that name exists.
+WORDS = {"comparisons.sampler": "base", "preference.bank": "policy"}
 # Settings of sources, of records or rewards: mappings that may name files. Judges are none; they write their caches.
 SOURCES = ("data", "prompts", "rewards")
 # Settings of rewards and judges that name a model.
@@ -126,7 +128,11 @@ def _named(value: Any, name: str = "", source: bool = False) -> Iterator[tuple[s
         for inner in value:
             if source or _is_model(name) or isinstance(inner, Mapping):
                 yield from _named(inner, name, source)
-    elif isinstance(value, str) and value and (_is_model(name) or (source and _looks_like_a_path(name, value))):
+    elif (
+        isinstance(value, str)
+        and value not in ("", WORDS.get(name))
+        and (_is_model(name) or (source and _looks_like_a_path(name, value)))
+    ):
         yield name, value
 
 

@@ -160,6 +160,8 @@ def test_ties_are_trained_on_and_never_tested():
     assert any(is_tie(example) for example in parts["train"])
     assert not any(is_tie(example) for name in ("heldout", "new_users") for example in parts[name])
     assert all(parts.values())
+    with pytest.raises(UserError, match="all 20 comparisons are ties, which are never held out"):
+        split([example for example in examples if is_tie(example)], settings, 0)
 
 
 @pytest.mark.parametrize(("mixture", "alpha", "times"), [("exact", 0.5, 2), ("dropout", 0.0, 1)])
@@ -375,9 +377,12 @@ def test_own_records_are_split_by_prompt(records, tmp_path):
 def test_records_without_a_user_are_refused(records, tmp_path):
     path = tmp_path / "records.jsonl"
     lines = [json.loads(line) for line in path.read_text().splitlines()]
-    tiny_users.write_records(path, [{**line, "user_id": None} for line in lines])
-    with pytest.raises(UserError, match=r"records.jsonl line .*: no user_id; give every record one"):
-        pairs_of(tiny.start(tmp_path / "run", records()))
+    held = pairs_of(tiny.start(tmp_path / "run", records())).tables["heldout"].examples[0].prompt
+    for nobody in ({line["prompt"] for line in lines}, {held}):
+        changed = [{**line, "user_id": None} if line["prompt"] in nobody else line for line in lines]
+        tiny_users.write_records(path, changed)
+        with pytest.raises(UserError, match=r"records.jsonl line .*: no user_id; give every record one"):
+            pairs_of(tiny.start(tmp_path / "run", records()))
 
 
 def test_a_split_by_pair_keeps_a_pair_on_one_side(records, tmp_path):

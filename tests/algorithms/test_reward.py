@@ -38,6 +38,13 @@ def slice_of(trained, k):
 _score = jax.jit(pair_rewards)
 
 
+def test_rewards_whose_squares_are_beyond_floats_have_a_scale():
+    scale = reward.scale_of(np.float32([[-1e30], [1e30]]), (0.0, 1.0), 1e-6)
+    assert {name: float(x[0]) / 1e30 for name, x in scale.items()} == pytest.approx(
+        {"mean": 0, "std": 1, "low": -1, "high": 1}
+    )
+
+
 def score(method, trainable, batch):
     """Rewards (chosen, rejected) [K, n] of a batch."""
     return _score(method.backbone, {name: trainable[name] for name in ("bank", "heads")}, batch.rows)

@@ -70,7 +70,7 @@ def test_pairs_without_a_verdict_are_counted_and_no_records(copied):
     config = {"kind": "chat", "model": "n"}
     with ChatServer(silent_on_friendly).running() as url:
         criteria = dict.fromkeys(tiny.REWARDS[:-1], "The response is long.") | {"P2B": "The response is friendly."}
-        with pytest.raises(UserError, match="none of 16 pairs of answers differs by 'P2B'"):
+        with pytest.raises(UserError, match=r"no verdict by 'P2B' on (\d+) of \1 pairs of answers.*check what it rep"):
             label(copied, {**config, "base_url": url, "criteria": criteria})
 
 

@@ -531,6 +531,12 @@ def test_a_key_that_cannot_be_sent(tmp_path, monkeypatch, key):
         judge("http://127.0.0.1:9/v1", tmp_path)
 
 
+@pytest.mark.parametrize("url", ["localhost:8000/v1", "http://", "ftp://a/v1", "http://a:99999/v1", "/v1"])
+def test_a_base_url_that_is_no_address_is_refused_at_the_start(url):
+    with pytest.raises(UserError, match=r"base_url: .* is no address; write http://host:port/v1"):
+        ChatSettings(model="m", base_url=url).check()
+
+
 def test_a_server_that_is_not_there_or_talks_nonsense(tmp_path):
     with pytest.raises(UserError, match=r"model 'm' at http://127\.0\.0\.1:9/v1/: cannot be reached .*check base_url"):
         judge("http://127.0.0.1:9/v1", tmp_path, retries=0)(PROMPTS, A, B, "long")

@@ -54,6 +54,10 @@ def raising(prompts, first, second, criterion):
     return 1 / 0
 
 
+def leaving(prompts, first, second, criterion):
+    sys.exit(0)
+
+
 def few(prompts):
     return [0.0]
 
@@ -62,11 +66,12 @@ def few(prompts):
 def named(monkeypatch):
     """A module of makers."""
     module = types.ModuleType("mine")
-    for judge in (longer, patient, one_by_one, by_position, Longer(), hesitant, raising, few):
+    for judge in (longer, patient, one_by_one, by_position, Longer(), hesitant, raising, leaving, few):
         name = getattr(judge, "__name__", "Longer")
         setattr(module, name, lambda context, judge=judge: judge)
     module.nothing = lambda context: None
     module.fragile = lambda context: context.missing
+    module.Leaver = lambda context: sys.exit(3)
     module.pi, module.itself = math.pi, longer
     module.Maker = Longer
     monkeypatch.setitem(sys.modules, "mine", module)
@@ -104,6 +109,7 @@ def test_none_is_no_verdict(named):
             "mine:fragile",
             "judge 'mine:fragile': raised AttributeError: 'JudgeContext' object has no attribute",
         ),
+        ("mine:Leaver", "judge 'mine:Leaver': raised SystemExit: 3 when it was made; correct it"),
         ("mine:pi", "judge 'mine:pi': is not a function from a JudgeContext to a Judge"),
         ("mine:itself", "judge 'mine:itself': does not take these settings (missing a required argument: 'first')"),
         ("mine:Maker", "judge 'mine:Maker': does not take these settings (too many positional arguments)"),
@@ -146,6 +152,8 @@ def test_a_judge_that_raises_is_named(named):
     assert str(error.value) == (
         "judge 'mine:raising': raised ZeroDivisionError: division by zero for the criterion 'long'; correct the judge"
     )
+    with pytest.raises(UserError, match="judge 'mine:leaving': raised SystemExit: 0 for the criterion 'long'"):
+        ask(judge_from("mine:leaving", CONTEXT), PROMPTS, A, B, "long")
 
 
 # ---- samplers and scorers
@@ -158,11 +166,12 @@ def test_a_judge_that_raises_is_named(named):
         (["a", None], "returned ['a', None] for 2 requests"),
         ("ab", "returned 'ab' for 2 requests"),
         (ZeroDivisionError("no"), "sampler 'mine:sampler': raised ZeroDivisionError: no; correct it"),
+        (SystemExit(0), "sampler 'mine:sampler': raised SystemExit: 0; correct it"),
     ],
 )
 def test_a_sampler_that_returns_something_else_is_named(named, returned, message):
     def answer(requests, words, name):
-        if isinstance(returned, Exception):
+        if isinstance(returned, BaseException):
             raise returned
         return returned
 

@@ -547,6 +547,15 @@ def test_what_a_config_reads(finished, tmp_path, monkeypatch):
     assert {name for name in found if found[name] != again[name]} == {"preference.data.more.files"}
 
 
+def test_a_word_is_no_path_where_a_folder_has_its_name(tmp_path, monkeypatch):
+    for name in ("base", "policy"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text("{}")
+    monkeypatch.chdir(tmp_path)
+    words = {"comparisons": {"sampler": "base"}, "preference": {"bank": "policy"}}
+    assert fingerprints(words, tmp_path / "run") == {}
+
+
 # ---- the run directory
 
 

@@ -1,6 +1,7 @@
 """Reward sources: what a config may name, and what a source may return."""
 
 import fractions
+import sys
 import types
 
 import numpy as np
@@ -136,6 +137,13 @@ def test_an_exception_names_the_source_and_the_answer():
         "reward 'P2A': its source raised ZeroDivisionError: division by zero for the answer '' to 'say b'; correct the "
         "source"
     )
+
+
+def test_a_function_that_ends_the_process_is_named():
+    with pytest.raises(UserError, match="reward 'P2A': its source raised SystemExit: 0 for the answer 'a good cat'"):
+        RewardSource("P2A", lambda prompts, completions: sys.exit(0) if "a good cat" in completions else [0.0] * 3)(
+            PROMPTS, ANSWERS
+        )
 
 
 # ---- columns of the records
