@@ -166,9 +166,15 @@ def _serve(arguments: Sequence[str]) -> None:
                 parser.add_argument(flag, type=type(field.default), default=field.default, metavar="X", help=help)
     given = parser.parse_args(arguments)
     with _one_line():
+        from pjrlhf.errors import UserError
+
         values = {cls: {name: getattr(given, name) for name in fields_of(cls)} for cls in classes}
-        server = parse(ServerSettings, values[ServerSettings], "serve")
-        engine = parse(EngineSettings, values[EngineSettings], "serve")
+        try:
+            server = parse(ServerSettings, values[ServerSettings], "serve")
+            engine = parse(EngineSettings, values[EngineSettings], "serve")
+        except UserError as error:  # settings are flags here
+            message = re.sub(r"^serve\.(\w+)", lambda found: f"--{found[1].replace('_', '-')}", str(error))
+            raise UserError(message) from error
         # Nothing is to be finished yet, and process 1 of a container would ignore the signal.
         signal.signal(signal.SIGTERM, lambda *_: (os.write(2, b"stopped by SIGTERM\n"), os._exit(0)))
         with _needs("serve"):
@@ -209,16 +215,21 @@ def _generate(arguments: Sequence[str]) -> None:
             who = "the generic user" if voice.personal else voice.model
             print(f"{visible(given.user)} is unknown: {who} answers", file=sys.stderr)
         tokens: Any = voice.user_tokens
-        answers = catalogue.model.generate(
-            [catalogue.asked(question) for question in given.questions],
-            catalogue.bank,
-            voice.mix,
-            max_new_tokens=given.max_tokens,
-            temperature=given.temperature,
-            top_p=given.top_p,
-            seed=given.seed,
-            user_tokens=None if tokens is None else tokens[None].repeat(len(given.questions), axis=0),
-        )
+        try:
+            answers = catalogue.model.generate(
+                [catalogue.asked(question) for question in given.questions],
+                catalogue.bank,
+                voice.mix,
+                max_new_tokens=given.max_tokens,
+                temperature=given.temperature,
+                top_p=given.top_p,
+                seed=given.seed,
+                user_tokens=None if tokens is None else tokens[None].repeat(len(given.questions), axis=0),
+            )
+        except UserError as error:  # arguments are flags here
+            flags = {"max_new_tokens": "--max-tokens", "temperature": "--temperature", "top_p": "--top-p"}
+            name, *rest = str(error).split(" ", 1)
+            raise UserError(" ".join([flags.get(name, name), *rest])) from error
         for answer in answers:
             print(visible(answer, keep="\n\t"))
 

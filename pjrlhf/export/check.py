@@ -5,9 +5,9 @@ where it cannot, those of the tokens that it draws greedily.
 """
 
 import dataclasses
+import http.client
 import json
 import math
-import os
 import urllib.error
 import urllib.parse
 import urllib.request
@@ -22,6 +22,7 @@ from pjrlhf.data.batching import pad_right
 from pjrlhf.errors import UserError
 from pjrlhf.export.soup import Source
 from pjrlhf.export.vocabulary import people_of
+from pjrlhf.rewards.server import is_address, key_in
 from pjrlhf.types import Json
 
 PROMPTS = (
@@ -57,9 +58,9 @@ class Server:
         Raises:
           UserError: no address of a server.
         """
-        parts = urllib.parse.urlsplit(url)
-        if parts.scheme not in ("http", "https") or not parts.netloc:
+        if not (is_address(url) and url.isascii()):
             raise UserError(f"--check {url}: is no address of a server; write one such as http://127.0.0.1:8000/v1")
+        parts = urllib.parse.urlsplit(url)
         path = parts.path.rstrip("/") or "/v1"
         return cls(f"{parts.scheme}://{parts.netloc}{path}")
 
@@ -68,9 +69,9 @@ class Server:
 
         Raises:
           _NotSupported: status 400, 404, 405, 422 or 501.
-          UserError: no server there, or another failure.
+          UserError: no server there, a key that cannot be sent, or another failure.
         """
-        key = next((value for name in KEYS if (value := os.environ.get(name))), None)
+        key = next((value for name in KEYS if (value := key_in(name))), None)
         headers = {"content-type": "application/json"} | ({"authorization": f"Bearer {key}"} if key else {})
         data = None if body is None else json.dumps(body).encode()
         request = urllib.request.Request(f"{self.url}{path}", data, headers)
@@ -84,8 +85,9 @@ class Server:
             if error.code == 401:
                 raise UserError(f"{self.url}: wants an API key; set {' or '.join(KEYS)}") from error
             raise UserError(f"{self.url}: status {error.code} ({reason}); try again, or look at its log") from error
-        except (OSError, ValueError) as error:
-            reason = getattr(error, "reason", error)
+        except (OSError, ValueError, http.client.HTTPException, RecursionError) as error:
+            # No connection, one that was cut, or a reply that is no HTTP or no JSON.
+            reason = " ".join(str(getattr(error, "reason", error)).split())[:300] or type(error).__name__
             raise UserError(
                 f"{self.url}: gives no answer ({reason}); start the server, or correct the address"
             ) from error
@@ -207,9 +209,9 @@ def _logprobs(reply: Any) -> list[float | None]:
     try:
         found = reply["choices"][0].get("logprobs") or {}
         if "token_logprobs" in found:
-            return [*found["token_logprobs"]]
-        return [one["logprob"] for one in found.get("content") or []]
-    except (KeyError, IndexError, TypeError, AttributeError):
+            return [None if one is None else float(one) for one in found["token_logprobs"]]
+        return [float(one["logprob"]) for one in found.get("content") or []]
+    except (KeyError, IndexError, TypeError, AttributeError, ValueError):
         return []
 
 

@@ -19,6 +19,7 @@ from pjrlhf.serving.http import Server
 from pjrlhf.serving.people.members import Members, open_members
 from pjrlhf.serving.people.store import MEMORY
 from pjrlhf.serving.settings import EngineSettings, ServerSettings
+from pjrlhf.settings import shown
 
 KEY_VARIABLE = "PJRLHF_API_KEY"
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
@@ -94,7 +95,7 @@ def _listen(settings: ServerSettings) -> socket.socket:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)
         listener.listen(1024)
-    except OSError as problem:
-        place = f"{settings.host}:{settings.port}"
-        raise UserError(f"{place}: {problem.strerror or problem}; choose another --host or --port") from problem
+    except (OSError, ValueError) as problem:  # ValueError: a host that no name of the network can be
+        place, reason = f"{shown(settings.host)}, port {settings.port}", getattr(problem, "strerror", None) or problem
+        raise UserError(f"{place}: {reason}; choose another --host or --port") from problem
     return listener

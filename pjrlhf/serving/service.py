@@ -7,6 +7,7 @@ import time
 from collections.abc import Awaitable, Callable
 from typing import Any
 
+from absl import logging
 from starlette.requests import Request
 from starlette.responses import Response
 
@@ -106,8 +107,14 @@ class Service:
         except UnknownModel as problem:
             raise Refused(str(problem), "model", 404, "model_not_found") from problem
         except Unreachable as problem:
-            message, again = "people: their database does not answer; try again later", {"retry-after": "1"}
-            raise Refused(message, status=503, headers=again) from problem
+            raise unreachable(problem) from problem
         except UserError as problem:
             code = "unknown_ingredient" if isinstance(problem, UnknownIngredient) else None
             raise Refused(str(problem), "model" if mix is None else "mix", code=code) from problem
+
+
+def unreachable(problem: Unreachable) -> Refused:
+    """What clients are told; the log has the reason, which is for whoever runs the server."""
+    logging.error("%s", problem)
+    message = "people: their database does not answer, see the log of the server; try again later"
+    return Refused(message, status=503, headers={"retry-after": "1"})

@@ -3,6 +3,7 @@
 import contextlib
 import http.server
 import json
+import socket
 import threading
 import time
 
@@ -189,9 +190,34 @@ def test_servers_without_what_is_needed_are_named(soups):
         (lambda body: (400, {"error": "no"}), "refuses prompts for log-probs"),
         (lambda body: (401, {}), "wants an API key; set PJRLHF_API_KEY or OPENAI_API_KEY"),
         (lambda body: (500, {}), "status 500"),
+        (lambda body: (200, {"choices": [{"logprobs": {"token_logprobs": ["a"] * 99}}]}), "gives no log-probs"),
+        (lambda body: (200, {"choices": [{"logprobs": {"content": [{"logprob": []}]}}]}), "gives no log-probs"),
+        (lambda body: (200, "x"), "gives no log-probs"),
     ):
         with other(answers) as url, pytest.raises(UserError, match=message):
             check(Server.at(url), source, MIX, None)
-    for address in ("localhost:8000", "ftp://x", "http://"):
+    wrong = "http://[::1/v1", "http://h:abc/v1", "http://h:99999/v1", "http://h/a b", "http://h/ü", "http://h/\n"
+    for address in ("localhost:8000", "ftp://x", "http://", *wrong):
         with pytest.raises(UserError, match="is no address of a server; write one such as"):
             Server.at(address)
+
+
+@pytest.mark.parametrize("reply", [b"SSH-2.0-OpenSSH_9.6\r\n", b"", b"HTTP/1.1 200 OK\r\ncontent-length: 99\r\n\r\n{"])
+def test_what_is_no_server_of_http_is_named(reply):
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def answer():
+            with listener.accept()[0] as connection:
+                connection.recv(10_000)
+                connection.sendall(reply)
+
+        threading.Thread(target=answer, daemon=True).start()
+        with pytest.raises(UserError, match=r"gives no answer .*; start the server, or correct the address"):
+            Server.at(f"http://127.0.0.1:{listener.getsockname()[1]}/v1").ask("/models")
+
+
+def test_a_key_that_cannot_be_sent_is_told_without_it(monkeypatch):
+    monkeypatch.setenv("PJRLHF_API_KEY", "sk-secret\n")
+    with pytest.raises(UserError, match="PJRLHF_API_KEY: holds a line break") as caught:
+        Server.at("http://127.0.0.1:1/v1").ask("/models")
+    assert "secret" not in str(caught.value)

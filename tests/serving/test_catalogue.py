@@ -203,8 +203,9 @@ def test_a_run_is_served_with_its_people(people, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--max-tokens", "0"), "max_new_tokens 0: below 1"),
-        (("--temperature", "nan"), "temperature nan"),
+        (("--max-tokens", "0"), "error: --max-tokens 0: below 1"),
+        (("--temperature", "nan"), "error: --temperature nan: "),
+        (("--top-p", "0"), "error: --top-p 0.0: "),
         (("--quantize", "int8"), "--dtype and --quantize go with --model"),
         (("--dtype", "bfloat16"), "--dtype and --quantize go with --model"),
     ],

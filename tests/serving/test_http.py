@@ -6,6 +6,7 @@ import json
 import pathlib
 import re
 import signal
+import socket
 import time
 
 import numpy as np
@@ -15,10 +16,14 @@ from support import tiny_serving, tiny_users
 from support.serving import send, served, start
 from support.tiny_serving import K
 
+from pjrlhf import cli
+from pjrlhf.errors import UserError
 from pjrlhf.models.registry import UserRegistry
 from pjrlhf.models.users import UserModel
 from pjrlhf.serving.bodies import ChatBody, CompletionBody
 from pjrlhf.serving.catalogue import Catalogue, People
+from pjrlhf.serving.running import _listen
+from pjrlhf.serving.settings import ServerSettings
 
 ROOT = pathlib.Path(__file__).parents[2]
 NAMES = ("P1A", "P2B", "P3A")
@@ -507,6 +512,32 @@ def test_many_clients_at_once_get_their_own_answers(model, soups):
 
 
 # ---- the command
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--port", "99999"), "error: --port: 99999 is out of range"),
+        (("--prefix-mb", "-1"), "error: --prefix-mb: -1"),
+    ],
+)
+def test_settings_of_a_server_are_named_as_flags(capsys, arguments, message):
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["serve", "--model", "nowhere", *arguments])
+    assert stopped.value.code == 2 and message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("host", ["a..b", "a" * 70, "", "ü" * 70, "192.0.2.1"])
+def test_what_cannot_be_listened_on_is_named(host):
+    with pytest.raises(UserError, match=r"port 0: .*; choose another --host or --port"):
+        _listen(ServerSettings(host=host, port=0))
+
+
+def test_a_port_in_use_is_named():
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(UserError, match=f"'127.0.0.1', port {port}: Address already in use; choose another"):
+            _listen(ServerSettings(port=port))
 
 
 def test_sigterm_drains(tmp_path):

@@ -83,7 +83,9 @@ def mix_of(place, name):
     return found["pjrlhf"]["mix"]
 
 
-@pytest.mark.parametrize("name", ["ana", "a/b", "x/export", "import", "Zoë ☃", "a b?c#d%41", "next"])
+@pytest.mark.parametrize(
+    "name", ["ana", "a/b", "x/export", "import", "Zoë ☃", "a b?c#d%41", "next", "\n", "a\nb", "x/export\n"]
+)
 def test_a_person_is_added_taught_and_deleted(place, name):
     status, found = users(place, "", {"id": name})
     assert status == 200 and found["id"] == name and found["known"] and found["comparisons"] == 0, found
@@ -128,6 +130,23 @@ def test_stated_weights_are_taken_as_they_are_until_the_first_vote(place):
     assert mix_of(place, "stated") == {"P1A": 0.75, "P3A": 0.25}
     status, found = users(place, "/stated/feedback", {"comparisons": [comparison(0)]})
     assert status == 200 and abs(found["mix"]["P1A"] - 0.75) < 0.25 and found["mix"]["P1A"] != 0.75
+
+
+@pytest.mark.parametrize("mix", [{"P1A": 5e-324}, {"P1A": 1e-300, "P2B": 1e-300}, {"P3A": 1e-46, "P1A": 100}])
+def test_tiny_stated_weights_are_weights(place, mix):
+    status, found = users(place, "", {"id": "tiny", "mix": mix})
+    want = {name: mix.get(name, 0.0) / sum(mix.values()) for name in NAMES}
+    assert status == 200 and found["mix"] == pytest.approx(want), found
+    assert users(place)[0] == 200, "the list shows everybody"
+    assert users(place, "/tiny/feedback", {"comparisons": [comparison(0)]})[0] == 200
+    assert users(place, "/tiny", method="DELETE")[0] == 200
+
+
+def test_a_newline_tells_people_apart(place):
+    assert users(place, "", {"id": "bea"})[0] == 200
+    for method in ("GET", "DELETE"):
+        assert users(place, quoted("bea\n"), method=method)[0] == 404
+    assert users(place, "/bea")[0] == 200
 
 
 def test_the_most_informative_pair_comes_first(place):

@@ -177,6 +177,8 @@ def test_the_commands(run, tmp_path, capsys):
         (("import", "/nowhere"), "/nowhere: cannot be read"),
         (("import", "/dev/null"), "name a file that users export wrote"),
         (("list", "--people", "/nowhere/x"), "people cannot be kept there"),
+        *(((verb, "\udcff"), r"user '\udcff': is unknown; see pjrlhf users list --run") for verb in ("remove", "show")),
+        (("add", "\udcff"), "id: not UTF-8"),
     ],
 )
 def test_mistakes_of_the_commands_get_one_line(people, tmp_path, capsys, arguments, message):

@@ -238,6 +238,10 @@ def test_a_store_is_migrated_once(tmp_path, monkeypatch):
         ("/nowhere/people.sqlite", "/nowhere/people.sqlite: people cannot be kept there"),
         ("sqlite:////nowhere/people.sqlite", "/nowhere/people.sqlite: people cannot be kept there"),
         ("firebird://h/x", "check --people"),
+        ("postgresql://ana:secret@h:port/people", r"\*\*\*@h:port/people: .*; check --people"),
+        ("sqlite://?timeout=soon", "check --people"),
+        ("sqlite:///file:x?uri=true", "addresses with file: are not supported; give the path"),
+        ("x\0y", "null character; leave it out"),
     ],
 )
 def test_what_is_no_store_is_named(url, message):
@@ -250,3 +254,63 @@ def test_a_file_that_is_no_database_is_named(tmp_path):
     (tmp_path / "notes").write_text("hello " * 1000)
     with pytest.raises(Unreachable, match=re.escape(str(tmp_path / "notes"))):
         Store(str(tmp_path / "notes"))
+
+
+@pytest.mark.parametrize("folder", ["what?", "a?mode=ro&x", "a%20b", "a#b", "x@y:z", "ü ☃"])
+def test_any_character_of_a_path_stands_for_itself(tmp_path, folder):
+    place = tmp_path / folder
+    place.mkdir()
+    Store(str(place / "people.sqlite")).add("ana")
+    assert (place / "people.sqlite").stat().st_size and list(tmp_path.iterdir()) == [place]
+    assert [person.name for person in Store(str(place / "people.sqlite")).people()] == ["ana"]
+
+
+def test_the_home_folder_is_found(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    Store("~/people.sqlite").add("ana")
+    assert (tmp_path / "people.sqlite").is_file()
+
+
+@pytest.mark.parametrize("change", ["deleted", "moved", "replaced"])
+def test_nothing_is_acknowledged_that_a_restart_would_lose(tmp_path, change):
+    """SQLite itself goes on with the file that it has open."""
+    path = tmp_path / "run" / "people.sqlite"
+    path.parent.mkdir()
+    store = Store(str(path))
+    store.add("ana", [vote(0)])
+    if change == "deleted":
+        for file in path.parent.iterdir():
+            file.unlink()
+    elif change == "moved":
+        path.parent.rename(tmp_path / "other")
+    else:
+        Store(str(tmp_path / "new.sqlite")).close()
+        (tmp_path / "new.sqlite").replace(path)
+    for act in (lambda: store.learn("ana", [vote(1)]), lambda: store.version("ana"), lambda: store.remove("ana")):
+        with pytest.raises(Unreachable, match=r"people\.sqlite: was deleted, moved or replaced .*; start again"):
+            act()
+    assert change != "deleted" or not list(path.parent.iterdir()), "no empty file takes its place"
+    if change == "moved":
+        assert Store(str(tmp_path / "other" / "people.sqlite")).person("ana").comparisons == 1
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        "UPDATE pjrlhf_people SET stated = '{'",
+        "UPDATE pjrlhf_people SET created = 'yesterday'",
+        "UPDATE pjrlhf_comparisons SET comparison = 'no JSON'",
+        "DROP TABLE pjrlhf_comparisons",
+    ],
+)
+def test_damage_that_sqlite_does_not_see_is_named(tmp_path, damage):
+    path = tmp_path / "people.sqlite"
+    store = Store(str(path))
+    store.add("ana", [vote(0)], {"P1A": 1.0})
+    store.close()
+    with contextlib.closing(sqlite3.connect(path)) as connection, connection:
+        connection.execute(damage)
+    store = Store(str(path))
+    with pytest.raises(Unreachable, match=r"people\.sqlite: .*; check --people and its database"):
+        store.people()
+        store.comparisons("ana")

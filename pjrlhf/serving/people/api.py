@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from anyio import CapacityLimiter, to_thread
+from starlette.convertors import StringConvertor, register_url_convertor
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
@@ -16,11 +17,20 @@ from pjrlhf.serving.people.members import Members
 from pjrlhf.serving.people.questions import next_questions
 from pjrlhf.serving.people.store import Taken, Unknown, Unreachable
 from pjrlhf.serving.protocol import Body, Refused
-from pjrlhf.serving.service import Endpoint, Service
+from pjrlhf.serving.service import Endpoint, Service, unreachable
 from pjrlhf.types import Json
 
 THREADS = 4  # requests of people at once; their fits run one after the other
-PERSON = "/v1/users/{id:path}"
+PERSON = "/v1/users/{id:person}"
+
+
+class _Name(StringConvertor):
+    """Any text. That of Starlette's paths ends before a newline, so that one person would be taken for another."""
+
+    regex = "(?s:.*)"
+
+
+register_url_convertor("person", _Name())
 
 
 def endpoints(service: Service) -> list[Endpoint]:
@@ -87,9 +97,7 @@ def refused() -> Iterator[None]:
     except Taken as problem:
         raise Refused(str(problem), "id", 409, "user_exists") from problem
     except Unreachable as problem:
-        raise Refused(
-            "people: their database does not answer; try again later", status=503, headers={"retry-after": "1"}
-        ) from problem
+        raise unreachable(problem) from problem
     except UserError as problem:
         param = str(problem).partition(":")[0]
         raise Refused(str(problem), param if param.isidentifier() else None) from problem
@@ -154,10 +162,10 @@ class PeopleApi:
 
     async def export(self, request: Request) -> Response:
         """All that is kept of a person."""
-        name, raw = request.path_params["id"], request.scope.get("raw_path", b"/export")
+        raw = request.scope.get("raw_path", b"/export")
         if not raw.endswith(b"/export"):  # the slash is a part of the name
-            return await self._answer(describe, f"{name}/export")
-        return await self._answer(exported, name)
+            return await self._answer(describe, request.scope["path"].removeprefix("/v1/users/"))
+        return await self._answer(exported, request.path_params["id"])
 
     async def take(self, request: Request) -> Response:
         """A person from an export."""

@@ -168,8 +168,8 @@ class Members:
         """Stated weights in the order of the adapters; None without any, or where they are of other adapters."""
         if person.stated is None or not self.model.mixes or not set(person.stated) <= set(self.names):
             return None
-        weights = np.array([person.stated.get(name, 0.0) for name in self.names], np.float32)
-        return weights / weights.sum()
+        weights = np.array([person.stated.get(name, 0.0) for name in self.names], np.float64)
+        return (weights / weights.sum()).astype(np.float32)  # in float64, where no positive weight is rounded to 0
 
     def _start(self, person: Person) -> Row:
         """The row that learning starts from."""

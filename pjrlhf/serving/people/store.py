@@ -25,7 +25,7 @@ from sqlalchemy.exc import IntegrityError, SQLAlchemyError
 from sqlalchemy.pool import StaticPool
 
 from pjrlhf.errors import UserError
-from pjrlhf.paths import install
+from pjrlhf.paths import expand, install
 from pjrlhf.terminal import masked
 from pjrlhf.types import Json
 
@@ -113,7 +113,7 @@ class Person:
 
 def key_of(name: str) -> str:
     """The key of a person."""
-    return hashlib.sha256(name.encode()).hexdigest()
+    return hashlib.sha256(name.encode("utf-8", "surrogatepass")).hexdigest()
 
 
 class Store:
@@ -131,12 +131,11 @@ class Store:
         self.url, self.limit = url, limit
         self.where = masked(url)
         with self._errors():
-            parsed = sa.make_url(url if "://" in url else f"sqlite:///{url}")
-            if parsed.drivername in ("postgresql", "postgres"):
-                parsed = parsed.set(drivername="postgresql+psycopg")
+            parsed = _parsed(url)
             self._sqlite = parsed.get_backend_name() == "sqlite"
             memory = parsed.database in (None, "", ":memory:")
             self._file = pathlib.Path(parsed.database or "") if self._sqlite and not memory else None
+            self._inode: tuple[int, int] | None = None
             options: dict[str, Any] = {"pool_pre_ping": not self._sqlite}
             if self._sqlite:
                 options["connect_args"] = {"timeout": BUSY_SECONDS, "check_same_thread": False}
@@ -147,6 +146,7 @@ class Store:
                 options["poolclass"] = StaticPool
             if self._file is not None:
                 self._create(self._file)
+                self._inode = _inode(self._file)
             self._engine = sa.create_engine(parsed, **options)
             self._writer = self._engine.execution_options(writes=True)
             if self._sqlite:
@@ -173,19 +173,31 @@ class Store:
     def _errors(self) -> Iterator[None]:
         try:
             yield
-        except IntegrityError:
+        except (IntegrityError, UserError):
             raise
         except SQLAlchemyError as error:
             reason = " ".join(str(getattr(error, "orig", None) or error).split())[:200]
             raise Unreachable(f"{self.where}: {masked(reason)}; check --people and its database") from error
+        except ValueError as error:  # of an address, or of a value that a damaged database returns
+            raise Unreachable(f"{self.where}: {masked(str(error))[:200]}; check --people and its database") from error
         except ModuleNotFoundError as error:
             way = install("postgres") if error.name == "psycopg" else "install it, or use SQLite or PostgreSQL"
             raise UserError(f"{self.where}: the driver {error.name} is not installed; {way}") from error
 
     @contextlib.contextmanager
     def _transaction(self, write: bool = False) -> Iterator[sa.Connection]:
-        with self._alone, self._errors(), (self._writer if write else self._engine).begin() as connection:
-            yield connection
+        with self._alone, self._errors():
+            self._check_file()
+            with (self._writer if write else self._engine).begin() as connection:
+                yield connection
+
+    def _check_file(self) -> None:
+        """SQLite goes on with a file that is no longer there, and what it keeps is lost with the last connection."""
+        if self._file is not None and _inode(self._file) != self._inode:
+            raise Unreachable(
+                f"{self.where}: was deleted, moved or replaced while it was in use, and nothing more can be kept "
+                "there; start again, with the file in its place"
+            )
 
     def _migrate(self) -> None:
         for attempt in range(_STARTS):
@@ -241,8 +253,7 @@ class Store:
         )
         query = sa.select(*columns, count.label("comparisons")).where(which).order_by(_people.c.created, _people.c.key)
         with self._transaction() as connection:
-            rows = connection.execute(query).mappings().all()
-        return [_person(row) for row in rows]
+            return [_person(row) for row in connection.execute(query).mappings()]
 
     def comparisons(self, name: str) -> tuple[str, list[dict[str, Json]]]:
         """(version, comparisons in the order of coming) of a person.
@@ -260,8 +271,9 @@ class Store:
                     .where(_comparisons.c.key == key_of(name))
                     .order_by(_comparisons.c.id)
                 ).all()
+                comparisons = [json.loads(text) for text in found]
             if self.version(name) == before:  # else another process has added some in between
-                return before[0], [json.loads(text) for text in found]
+                return before[0], comparisons
 
     # ---- changes
 
@@ -387,6 +399,7 @@ class Store:
         with self._errors():
             if self._sqlite and self._file is None:
                 return
+            self._check_file()
             with self._engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
                 if not self._sqlite:
                     if self._engine.dialect.name == "postgresql":
@@ -398,6 +411,26 @@ class Store:
                     if not busy:
                         return
                     time.sleep(0.05)
+
+
+def _parsed(url: str) -> sa.URL:
+    """Of a URL, or of a path, in which any character stands for itself."""
+    if "://" not in url:
+        return sa.URL.create("sqlite", database=expand(url))
+    parsed = sa.make_url(url)
+    if parsed.drivername in ("postgresql", "postgres"):
+        return parsed.set(drivername="postgresql+psycopg")
+    if parsed.get_backend_name() == "sqlite" and "uri" in parsed.query:
+        raise UserError(f"{masked(url)}: addresses with file: are not supported; give the path of the file alone")
+    return parsed
+
+
+def _inode(file: pathlib.Path) -> tuple[int, int] | None:
+    try:
+        found = file.stat()
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino
 
 
 def _connected(connection, _) -> None:
