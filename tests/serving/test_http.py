@@ -560,8 +560,8 @@ def test_sigterm_drains(tmp_path):
         rest = answer.read().decode()
         assert first.startswith(b"data: ") and rest.rstrip().endswith("data: [DONE]")
         assert rest.count('"finish_reason":"length"') + rest.count('"finish_reason":"stop"') == 40
-        log = process.stdout.read()
         assert process.wait(60) == 0
+        log = process.stdout.read()
         assert "POST /v1/completions: 200" in log and "rain" not in log
         with pytest.raises(ConnectionError):
             send(place, None, "/health", "GET")

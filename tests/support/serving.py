@@ -8,6 +8,7 @@ import pathlib
 import re
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 
@@ -64,10 +65,16 @@ def start(*arguments, devices=1):
         "0",
         *map(str, arguments),
     ]
-    process = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    lines = []
-    for line in process.stdout:
-        lines.append(line)
-        if found := re.search(r"at http://127\.0\.0\.1:(\d+)", line):
+    # A file and no pipe: a pipe that nobody reads stops the server once it is full.
+    with tempfile.NamedTemporaryFile("w") as output:
+        process = subprocess.Popen(command, env=env, stdout=output, stderr=subprocess.STDOUT)
+        process.stdout = open(output.name, encoding="utf-8", errors="replace")  # noqa: SIM115
+    written = ""
+    while True:
+        ended = process.poll() is not None
+        written += process.stdout.read()
+        if found := re.search(r"at http://127\.0\.0\.1:(\d+)", written):
             return process, ("127.0.0.1", int(found[1]))
-    raise AssertionError("".join(lines))
+        if ended:
+            raise AssertionError(written)
+        time.sleep(0.05)
