@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -232,3 +233,21 @@ def test_lm_evaluation_harness(url, folders, tmp_path, monkeypatch):
             while not ticket.done.is_set():
                 engine.step()
             np.testing.assert_allclose(got, sum(token.logp for token in ticket.prompt[start - 1 :]), rtol=1e-4)
+
+
+def test_schemathesis(url, tmp_path):
+    """Requests that its generators make from the schema: no 500, and answers of the form that the schema gives."""
+    pytest.importorskip("schemathesis", reason="schemathesis is not installed")
+    checks = "not_a_server_error,status_code_conformance,content_type_conformance,response_schema_conformance"
+    command = [sys.executable, "-m", "schemathesis.cli", "run", f"{url}/openapi.json", "--checks", checks]
+    flags = ["--max-examples", "20", "--seed", "1", "--request-timeout", "60", "--no-color"]
+    done = subprocess.run(
+        [*command, *flags, "--phases", "examples,coverage,fuzzing"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=500,
+    )
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+    generated = re.search(r"(\d+) generated", done.stdout)
+    assert generated and int(generated[1]) > 500
