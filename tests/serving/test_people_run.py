@@ -173,7 +173,9 @@ def test_the_commands(run, tmp_path, capsys):
         (("add", "user00"), "user 'user00': the name is taken; add to it with pjrlhf users update"),
         (("add", "x", "--mix", "a=1"), "mix: people of this model are no soups; give comparisons"),
         (("add", "x", "--mix", "a"), "mix: 'a' is no soup; write NAME=WEIGHT"),
-        (("add", "x", "--comparisons", "/nowhere"), "/nowhere"),
+        (("add", "x", "--comparisons", "/nowhere"), "/nowhere: no such file; name a file of JSON lines"),
+        (("add", "x", "--comparisons", "/"), "/: is a folder, not a file of JSON lines; name a file of JSON lines"),
+        (("add", "x", "--comparisons", "/dev/null"), "/dev/null"),
         (("import", "/nowhere"), "/nowhere: cannot be read"),
         (("import", "/dev/null"), "name a file that users export wrote"),
         (("list", "--people", "/nowhere/x"), "people cannot be kept there"),
@@ -186,3 +188,41 @@ def test_mistakes_of_the_commands_get_one_line(people, tmp_path, capsys, argumen
     found = users(capsys, *arguments, "--run", str(people), "--entry", "individualized", *store, code=2)
     assert message in found and found.count("\n") == 1
     assert "no config.json" in users(capsys, "list", "--run", str(tmp_path), code=2)
+
+
+PAIR = {"prompt": "what is rain ?", "chosen": "it is wet .", "rejected": "yes ."}
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("", "holds no comparisons; give it one on each line"),
+        ('{"prompt": "what', "line 1: bad JSON (Unterminated string"),
+        ("[1]", "line 1: bad JSON (a list, not an object); correct it"),
+        (json.dumps({"chosen": "a", "rejected": "b"}), "line 1: missing prompt"),
+        (json.dumps({**PAIR, "rejected": PAIR["chosen"]}), "line 1: chosen equals rejected; correct it"),
+        (json.dumps({**PAIR, "user_id": "bob"}), "line 1: is of user 'bob', not 'x'; give a file of one person"),
+        (json.dumps({**PAIR, "preference": 0.5}), "give a tie as two comparisons"),
+        (json.dumps(PAIR, indent=1), "not one JSON object per line; name a file of JSON lines"),
+    ],
+)
+def test_what_is_wrong_with_a_file_of_comparisons(people, tmp_path, capsys, line, message):
+    """The messages have no settings of a config, which the command does not have."""
+    (tmp_path / "votes.jsonl").write_text(line)
+    where = ["--run", str(people), "--entry", "individualized", "--people", str(tmp_path / "people.sqlite")]
+    found = users(capsys, "add", "x", *where, "--comparisons", str(tmp_path / "votes.jsonl"), code=2)
+    assert message in found and "--config" not in found and found.count("\n") == 1
+
+
+def test_files_of_the_commands(people, tmp_path, capsys):
+    """Comparisons as HTTP takes them, an export into a folder to be made, and a name that is taken."""
+    where = ["--run", str(people), "--entry", "individualized", "--people", str(tmp_path / "people.sqlite")]
+    talk = [{"role": "user", "content": PAIR["prompt"]}]
+    answers = {"chosen": PAIR["chosen"], "rejected": PAIR["rejected"]}
+    tiny_users.write_records(tmp_path / "votes.jsonl", [{"messages": talk, **answers, "source": "a page"}])
+    users(capsys, "add", "x", *where, "--comparisons", str(tmp_path / "votes.jsonl"))
+    users(capsys, "export", "x", *where, "--output", str(tmp_path / "new" / "x.json"))
+    export = json.loads((tmp_path / "new" / "x.json").read_text())
+    assert export["comparisons"] == [{"messages": talk, **answers}]
+    taken = users(capsys, "import", str(tmp_path / "new" / "x.json"), *where, code=2)
+    assert "user 'x': the name is taken; give another one with --name" in taken

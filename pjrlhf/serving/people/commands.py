@@ -3,10 +3,12 @@
 import argparse
 import json
 import pathlib
+import re
 import sys
 from typing import TYPE_CHECKING, Any
 
 from pjrlhf.errors import UserError
+from pjrlhf.settings import shown
 
 if TYPE_CHECKING:
     from pjrlhf.serving.people.members import Members
@@ -43,7 +45,9 @@ def parser_of() -> argparse.ArgumentParser:
         one.add_argument("--entry", metavar="NAME", help="of methods or preference.models, where the run has several")
         one.add_argument("--people", default="", metavar="URL", help="the store; people.sqlite in RUN by default")
         if verb in ("add", "update"):
-            one.add_argument("--comparisons", metavar="FILE", help="JSON lines with prompt, chosen and rejected")
+            one.add_argument(
+                "--comparisons", metavar="FILE", help="JSON lines with prompt (or messages), chosen and rejected"
+            )
             one.add_argument("--mix", metavar="NAME=WEIGHT,...", help="stated weights, for people who are soups")
         if verb == "export":
             one.add_argument("--output", metavar="FILE", help="where to write it; on the terminal where not given")
@@ -91,7 +95,6 @@ def _list(given: argparse.Namespace) -> None:
 def _remove(given: argparse.Namespace) -> None:
     from pjrlhf.serving.people.store import Unknown
     from pjrlhf.serving.people.trained import forget, trained_people
-    from pjrlhf.settings import shown
     from pjrlhf.terminal import visible
 
     run, store = _store(given)
@@ -111,13 +114,12 @@ def _with_model(given: argparse.Namespace) -> None:
     from pjrlhf.serving.people.exchange import describe, exported, imported
     from pjrlhf.serving.people.members import Members, open_members
     from pjrlhf.serving.people.store import Taken, Unknown
-    from pjrlhf.settings import shown
     from pjrlhf.terminal import visible
 
     members = open_members(open_run(given.run, given.entry), given.people, MOST).people
     if not isinstance(members, Members):
         raise UserError(f"{given.run}: its model is the same for everybody; name one that knows people with --entry")
-    name = getattr(given, "name", None)
+    name: Any = given.name if given.verb != "import" else None
     try:
         if given.verb in ("add", "update"):
             comparisons = None if given.comparisons is None else _comparisons(given.comparisons, given.name)
@@ -135,13 +137,15 @@ def _with_model(given: argparse.Namespace) -> None:
                 print(f"exported to {visible(given.output)}")
             return
         elif given.verb == "import":
-            name = imported(members, _read(given.file), name)
+            body = _read(given.file)
+            name = body.get("id") if given.name is None else given.name
+            imported(members, body, name)
         print(json.dumps(describe(members, str(name)), indent=2))
     except Unknown:
         raise UserError(f"user {shown(given.name)}: is unknown; see pjrlhf users list --run {given.run}") from None
     except Taken:
         way = "add to it with pjrlhf users update" if given.verb == "add" else "give another one with --name"
-        raise UserError(f"user {shown(name or '')}: the name is taken; {way}, or remove that person first") from None
+        raise UserError(f"user {shown(name)}: the name is taken; {way}, or remove that person first") from None
 
 
 def _update(members: "Members", name: str, comparisons: Any, mix: Any) -> None:
@@ -154,17 +158,40 @@ def _update(members: "Members", name: str, comparisons: Any, mix: Any) -> None:
 
 
 def _comparisons(path: str, name: str) -> list[dict[str, Any]]:
-    """The comparisons of a file of records."""
-    from pjrlhf.data.schema import validate
-    from pjrlhf.data.sources import open_source
+    """The comparisons of a file of records; columns that a comparison does not have are left out."""
+    from pjrlhf.data.records import RecordError
+    from pjrlhf.data.schema import parse
+    from pjrlhf.data.sources import JsonLines
     from pjrlhf.serving.people.fit import as_json
 
-    source = open_source({"kind": "jsonl", "path": path}, "--comparisons")
-    examples, _ = validate(source, "preference", max_bad_fraction=0.0)
-    for example in examples:
+    try:
+        source = JsonLines(path)
+    except UserError as error:  # there is no config here
+        raise UserError(re.sub(r"; [^;]*--config\..*", "; name a file of JSON lines", str(error))) from error
+    found = []
+    for i in range(len(source)):
+        where = f"{path} line {source.where(i).rpartition(' ')[2]}"
+        try:
+            record = source[i]
+            if "messages" in record and "prompt" not in record:
+                record["prompt"] = record.pop("messages")
+            example = parse(record, "preference", where=where)
+        except RecordError as error:
+            reason = re.sub(r"; [^;]*--config\.[^)]*", "", str(error))
+            raise UserError(f"{where}: {reason}; correct it") from error
         if example.user_id not in (None, name):
-            raise UserError(f"{example.where}: is of user {example.user_id!r}, not {name!r}; give a file of one person")
-    return [as_json(example) for example in examples]
+            raise UserError(
+                f"{where}: is of user {shown(example.user_id)}, not {shown(name)}; give a file of one person"
+            )
+        if example.preference not in (None, 1.0):
+            raise UserError(
+                f"{where}: has a preference of {example.preference:g}, and people learn from plain comparisons; leave "
+                "it out, or give a tie as two comparisons, one in each order"
+            )
+        found.append(as_json(example))
+    if not found:
+        raise UserError(f"{path}: holds no comparisons; give it one on each line")
+    return found
 
 
 def _read(path: str) -> dict[str, Any]:
@@ -187,6 +214,8 @@ def _write(path: str, text: str) -> None:
     from pjrlhf.paths import atomic_write, disk_errors
 
     file = pathlib.Path(path).expanduser()
+    with disk_errors(file):
+        file.parent.mkdir(parents=True, exist_ok=True)
     with disk_errors(file), atomic_write(file) as temporary:
         temporary.touch(0o600)
         temporary.write_text(text + "\n", encoding="utf-8")

@@ -166,7 +166,7 @@ class Store:
         except OSError as error:
             raise UserError(
                 f"{file}: people cannot be kept there ({error.strerror}); make it writable, or name another place "
-                "with --people; sqlite:// is in memory"
+                "with --people or $PJRLHF_PEOPLE; sqlite:// is in memory"
             ) from error
 
     @contextlib.contextmanager
