@@ -193,7 +193,9 @@ def _generate(arguments: Sequence[str]) -> None:
     _add_source(parser)
     parser.add_argument("--mix", metavar="NAME=WEIGHT,...", help="weights of the ingredients; the base where not given")
     parser.add_argument("--user", metavar="NAME", help="who asks, for a user model")
-    parser.add_argument("--max-tokens", type=int, default=64, metavar="N", help="of an answer; default 64")
+    parser.add_argument(
+        "--max-tokens", type=int, metavar="N", help="of an answer; default 64, or what the context leaves"
+    )
     parser.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0, the default, is greedy")
     parser.add_argument("--top-p", type=float, default=1.0, metavar="P", help="nucleus sampling where below 1")
     parser.add_argument("--seed", type=int, default=0, help="of the draws")

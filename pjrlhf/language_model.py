@@ -37,6 +37,7 @@ from pjrlhf.rollout.sampler import Sampling
 from pjrlhf.settings import fold_seed
 from pjrlhf.types import Json, Params
 
+LONGEST = 64  # tokens of an answer where nobody says how many
 MULTIPLE = 32  # lengths are rounded up to multiples of 32, so that few programs are compiled
 
 
@@ -169,7 +170,7 @@ class LanguageModel:
         bank: Params | None = None,
         mix: ArrayLike | None = None,
         *,
-        max_new_tokens: int = 64,
+        max_new_tokens: int | None = None,
         temperature: float = 0.0,
         top_p: float = 1.0,
         seed: int = 0,
@@ -182,7 +183,7 @@ class LanguageModel:
             to be answered, or a `data.messages.Conversation` with tools and variables of the template.
           bank: K adapters; None for the base alone.
           mix: float [K] or [B, K], weights of the adapters; None for the base alone.
-          max_new_tokens: longest answer, in tokens.
+          max_new_tokens: longest answer, in tokens; where None 64, or what the context leaves where that is less.
           temperature: of sampling; 0 is greedy.
           top_p: nucleus sampling where below 1 (arXiv 1904.09751).
           seed: of all draws.
@@ -196,6 +197,14 @@ class LanguageModel:
         mix = _rows_of_mix(bank, mix, len(prompts))
         if not prompts:
             return []
+        ids = []
+        for number, prompt in enumerate(prompts, 1):
+            with _named(f"prompt {number}"):
+                ids.append(self.tokenizer.encode_prompt(prompt))
+        reserved = 0 if user_tokens is None else user_tokens.shape[1]
+        longest, limit = max(map(len, ids)) + reserved, self.backbone.model.config.max_length
+        if max_new_tokens is None:
+            max_new_tokens = max(1, min(LONGEST, limit - longest))
         sampling = Sampling(
             max_new_tokens=max_new_tokens,
             eos_ids=self.tokenizer.eos_ids,
@@ -203,13 +212,7 @@ class LanguageModel:
             temperature=temperature,
             top_p=top_p,
         )
-        ids = []
-        for number, prompt in enumerate(prompts, 1):
-            with _named(f"prompt {number}"):
-                ids.append(self.tokenizer.encode_prompt(prompt))
-        reserved = 0 if user_tokens is None else user_tokens.shape[1]
-        room = self.backbone.model.config.max_length - max_new_tokens - reserved
-        longest, limit = max(map(len, ids)) + reserved, self.backbone.model.config.max_length
+        room = limit - max_new_tokens - reserved
         if longest < limit < longest + max_new_tokens:
             raise UserError(
                 f"max_new_tokens {max_new_tokens}: prompts of up to {longest} tokens leave {limit - longest} of the "

@@ -38,7 +38,8 @@ _DISK = {
     errno.ENAMETOOLONG: "the name is too long; choose a shorter one",
     errno.EIO: "the disk reports an error; choose another one",
     errno.EFBIG: "the limit on the size of a file is reached; raise it (ulimit -f)",
-    errno.ENOENT: "its folder was deleted while the run used it; start the run again",
+    errno.ENOENT: "no folder can be made there, or it was deleted while the run used it; start the run again, or "
+    "choose another --workdir or output folder",
     errno.ESTALE: "its folder was deleted while the run used it; start the run again",
 }
 

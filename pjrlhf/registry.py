@@ -63,7 +63,7 @@ class Registry(Generic[T]):
           UserError: an unknown name, a module, file or attribute that does not exist, a module that cannot be imported,
             or an object that cannot be an entry.
         """
-        if spec in self._entries:
+        if spec in self:
             return self._entries[spec]
         if not isinstance(spec, str) or ":" not in spec:
             raise UserError(f"{self.noun} {spec!r}: unknown; {self._advice(spec)}")
@@ -85,7 +85,7 @@ class Registry(Generic[T]):
         return self._entries.items()
 
     def __contains__(self, name: object) -> bool:
-        return name in self._entries
+        return isinstance(name, str) and name in self._entries
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._entries)

@@ -169,6 +169,8 @@ def test_an_answer_that_is_too_long_is_told_how_long_it_may_be(model):
     with pytest.raises(UserError, match=r"ask for \d+ at most") as refused:
         model.generate(PROMPTS, max_new_tokens=1000)
     assert model.generate(PROMPTS, max_new_tokens=int(str(refused.value).split()[-3]))
+    room = model.backbone.model.config.max_length
+    assert model.generate(["what is rain ? " * ((room - 9) // 4)])[0], "the default is what the context leaves"
 
 
 def test_answers_are_as_many_as_prompts_and_have_tokens(model):

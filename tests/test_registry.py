@@ -72,6 +72,13 @@ def test_mistakes_are_one_line(spec, message, tmp_path):
         assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("spec", [[], {}, None, 3])
+def test_what_is_no_text_is_no_name(spec):
+    assert spec not in colours()
+    with pytest.raises(UserError, match="unknown; choose one of"):
+        colours().get(spec)
+
+
 def test_what_an_entry_is_made_of():
     def accept(thing):
         if not isinstance(thing, str):

@@ -7,7 +7,7 @@ where it has more than that: tool calls, reasoning, or several turns.
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from typing import Any
 
 from absl import logging
@@ -152,10 +152,8 @@ def parse(
     if not isinstance(record, Mapping):
         raise RecordError("not a record", f"a {type(record).__name__}, not an object with named columns")
     values, extra, nulls = _rename(plain(record), columns or {})
-    # Columnar files give all records all columns, so a record of another form may have an empty completion and prompt.
-    if ("prompt" in nulls and kind == "preference") or ("completion" in nulls and "prompt" in values):
-        name = "prompt" if kind == "preference" else "completion"
-        raise RecordError(f"{name} is null", "give it a value, or leave out the record")
+    if empty := nulls & _needed(kind, values.keys()):
+        raise RecordError(f"{min(empty)} is null", "give it a value, or leave out the record")
     fields = {"prompt": _prompt, "completion": _completion, "preference": _preference}[kind](values, list(record))
     options, prompt = read_options(values), fields["prompt"]
     if isinstance(prompt, list):
@@ -214,6 +212,17 @@ def _rename(record: dict[str, Any], columns: Mapping[str, str]) -> tuple[dict[st
     used = set(theirs.values())
     nulls = {ours for ours, name in theirs.items() if name in record and record[name] is None}
     return values, {name: value for name, value in record.items() if name not in used}, nulls
+
+
+def _needed(kind: str, given: Set[str]) -> set[str]:
+    """The columns that a record must have because of those that it has. Columnar files give all records all columns, so
+    a record of another form may have an empty completion and prompt.
+    """
+    if kind == "preference":
+        return {"prompt", "chosen", "rejected"}
+    if kind == "completion":
+        return {"prompt", "completion"} if {"prompt", "completion"} & given else set()
+    return set() if "messages" in given or {"chosen", "rejected"} <= given else {"prompt"}
 
 
 def _need(values: dict[str, Any], names: Sequence[str], found: list[str], what: str) -> None:

@@ -34,9 +34,9 @@ def load_backend(folder: pathlib.Path) -> Any:
     try:
         backend = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
     except Exception as error:  # the library `tokenizers` raises nothing narrower
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
         raise UserError(
-            f"tokenizer {folder}: {reason}; give a folder with a tokenizer.json that transformers "
+            f"tokenizer {folder}: {reason}; give a folder with a tokenizer.json, and a config.json, that transformers "
             f"{metadata.version('transformers')} and tokenizers {metadata.version('tokenizers')} can read"
         ) from error
     if not set(backend.get_vocab()) - set(backend.all_special_tokens):

@@ -308,6 +308,11 @@ class JudgeSettings(PromptSettings, ChatSettings):
     max_tokens: int = setting(512, "of a reply with a reason", low=1, high=2**20)
 
 
+def is_number(value: object) -> bool:
+    """Whether a value says how much something matters: a finite number, and no truth value."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < math.inf
+
+
 def describe(person: str | Mapping[str, Any]) -> str:
     """What a prompt shows of a person (P-RLHF on PRISM, arXiv 2402.05133, appendix): who they are, their three largest
     stated preferences, the largest first, and what they said.
@@ -324,8 +329,7 @@ def describe(person: str | Mapping[str, Any]) -> str:
         raise UserError(f"person: stated is {shown(stated)}; give {{preference: how much it matters}}")
     if isinstance(heard, str) or not isinstance(heard, Sequence):
         raise UserError(f"person: said is {shown(heard)}; give a list of texts")
-    numbers = [value for value in stated.values() if isinstance(value, int | float) and abs(value) < math.inf]
-    if len(numbers) < len(stated):
+    if not all(map(is_number, stated.values())):
         raise UserError(f"person: the stated preferences {shown(dict(stated))} are no numbers; rate each of them")
     # The largest, not those that were shown first.
     largest = sorted(stated, key=lambda name: -stated[name])[:SHOWN_PREFERENCES]

@@ -22,7 +22,7 @@ from pjrlhf.feedback.samplers import as_spec
 from pjrlhf.models.hub import hub_name
 from pjrlhf.parallel.processes import is_process_zero
 from pjrlhf.paths import expand, is_remote
-from pjrlhf.protocols.users import UsersSettings
+from pjrlhf.protocols.users import UsersSettings, check_people
 from pjrlhf.registry import load
 from pjrlhf.rewards.sources import SourceFailed
 from pjrlhf.runtime.inputs import fetch_models, fingerprints
@@ -200,6 +200,8 @@ def _run_stages(plan: Plan, run: Run, workdir: Workdir) -> None:
             for _, spec in () if isinstance(section, UsersSettings) else _judges(section):  # its judge needs a person
                 if isinstance(spec, Mapping) and spec.get("kind") in ("reward", "chat", "model"):
                     run.judge(spec)  # checks columns
+            if isinstance(section, UsersSettings) and section.judge:
+                check_people(run)
     for stage in plan.stages:
         # The entries of `methods` are settings that all stages share.
         section = masked(run.section(stage.settings).to_dict()) if stage.settings else plan.to_dict().get(stage.name)

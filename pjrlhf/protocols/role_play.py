@@ -15,7 +15,7 @@ from pjrlhf.errors import UserError
 from pjrlhf.evaluation.statistics import bootstrap_interval
 from pjrlhf.evaluation.winrate import win_rate
 from pjrlhf.judges.judge import BothOrders, JudgeContext, ScoreJudge, judge_from, judge_name
-from pjrlhf.judges.language_model import LanguageModelJudge, describe
+from pjrlhf.judges.language_model import LanguageModelJudge, describe, is_number
 from pjrlhf.rewards.sources import column_text
 from pjrlhf.runtime.run import Run
 from pjrlhf.settings import Settings, setting, shown
@@ -61,16 +61,18 @@ def descriptions(examples: Sequence[Example], columns: PersonColumns) -> dict[st
     column by column.
 
     Raises:
-      UserError: no record has any of the columns, or a stated preference is no number.
+      UserError: no record has one of the columns, or a stated preference is no number. `user_text` may be missing
+        where another column describes people.
     """
     names = (*columns.about, *columns.stated, *columns.said)
     known: dict[str, dict[str, Any]] = {}
     for example in examples:
         values, own = other_columns(example), known.setdefault(str(example.user_id), {})
         own |= {name: values[name] for name in names if name not in own and values.get(name) not in (None, "")}
-    if not any(known.values()):
+    missing = [name for name in names if not any(name in own for own in known.values())]
+    if not any(known.values()) or set(missing) - set(UNNAMED):
         raise UserError(
-            f"evaluate_users.person_columns: no record has {', '.join(names) or 'any column'}, so nobody can be "
+            f"evaluate_users.person_columns: no record has {', '.join(missing) or 'any column'}, so people cannot be "
             "described to the judge; name columns that the comparisons have"
         )
     return {user: text for user, own in known.items() if (text := _description(own, columns))}
@@ -87,13 +89,9 @@ def _description(own: Mapping[str, Any], columns: PersonColumns) -> str:
         value = own.get(name)
         # A survey may hold a remark beside the numbers.
         given = value if isinstance(value, Mapping) else {name: value} if value is not None else {}
-        stated |= {key: x for key, x in given.items() if not isinstance(value, Mapping) or _is_number(x)}
+        stated |= {key: x for key, x in given.items() if not isinstance(value, Mapping) or is_number(x)}
     said = [one for name in columns.said if name in own for one in _texts(own[name])]
     return describe({"about": "\n".join(about), "stated": stated, "said": said})
-
-
-def _is_number(x: object) -> bool:
-    return isinstance(x, int | float) and not isinstance(x, bool) and math.isfinite(x)
 
 
 def _texts(value: Any) -> list[str]:

@@ -145,6 +145,13 @@ def run(run: Run) -> dict[str, Any]:
     return {"pairs": len(held), "users": len(pairs.registry.rows)}
 
 
+def check_people(run: Run) -> None:
+    """Raises UserError where the columns of your own comparisons cannot describe people to the judge."""
+    data = run.section(PreferenceSettings).data
+    if not isinstance(data, str):
+        descriptions(run.records.comparisons(data, "preference.data")[0], run.section(UsersSettings).person_columns)
+
+
 def _role(run: Run, pairs: Pairs, personas: Mapping[str, str]) -> RolePlay:
     """The judge in the place of people: simulated ones are what their preferences say, others what records tell."""
     config, sentences = run.section(UsersSettings), run.audience.sentences

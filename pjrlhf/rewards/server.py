@@ -20,6 +20,7 @@ from pjrlhf.data.records import as_json
 from pjrlhf.errors import UserError
 from pjrlhf.rewards.calls import is_busy
 from pjrlhf.rewards.sources import SOURCES, NoReply, RewardFunction, Unanswered
+from pjrlhf.terminal import masked
 from pjrlhf.types import Json
 
 LONGEST_WAIT = 60.0  # seconds between two tries
@@ -48,6 +49,11 @@ def by_http(
     """
     if not is_address(url):
         raise UserError(f"reward server {url!r}: is no address; write http://host:port/path")
+    if "@" in urllib.parse.urlsplit(url).netloc:
+        raise UserError(
+            f"reward server {masked(url)}: has a login in its address, which is not sent; put the key into an "
+            "environment variable and name that in key_variable"
+        )
     if min(batch_size, concurrency) < 1 or retries < 0 or timeout <= 0:
         raise UserError(
             f"reward server {url}: needs timeout above 0, retries of 0 or more, batch_size and concurrency of 1 or more"

@@ -122,6 +122,19 @@ def test_a_null_completion_is_bad_unless_the_record_is_of_another_form():
     assert parse(turns, "completion").completion == "Blue."
 
 
+def test_a_null_column_counts_where_the_record_needs_it():
+    for kind, record in (("preference", PAIR), ("prompt", {"prompt": "Sky?"})):
+        assert parse({**record, "completion": None}, kind).prompt == record["prompt"], "of another kind of data"
+    assert parse({"prompt": None, "messages": [user("Sky?")]}, "prompt").prompt == [user("Sky?")]
+    for kind, record in (
+        ("prompt", {}),
+        ("prompt", {"chosen": "a", "rejected": None}),
+        ("completion", {"completion": "a"}),
+    ):
+        with pytest.raises(RecordError, match=r"^prompt is null"):
+            parse({"prompt": None, **record}, kind)
+
+
 def test_forms_of_a_completion():
     turns = [user("Sky?"), assistant("Blue.")]
     assert parse({"prompt": "Sky?", "completion": " Blue."}, "completion").completion == " Blue."
@@ -222,7 +235,7 @@ def test_transcripts_become_turns():
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        ({"chosen": None}, "missing chosen"),
+        ({"chosen": None}, "chosen is null"),
         ({"chosen": " \n"}, "empty chosen"),
         ({"rejected": ""}, "empty rejected"),
         ({"prompt": ""}, "empty prompt"),

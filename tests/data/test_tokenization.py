@@ -254,6 +254,17 @@ def test_tokens_that_the_model_does_not_know_are_named():
     assert (len(table), table.bad.counts) == (1, {"has a token that the model does not know": 1})
 
 
+def test_the_whole_reason_of_the_library_is_said(tmp_path, monkeypatch):
+    """A mistake in config.json, which the library reads too, follows in the second line of its message."""
+
+    def refuse(*_, **__):
+        raise ValueError("Class validation error:\n    the hidden size (16) is not a multiple of the heads (3)")
+
+    monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", refuse)
+    with pytest.raises(UserError, match=r"ValueError: Class validation error: the hidden size .* and a config\.json"):
+        load_tokenizer(tmp_path)
+
+
 @pytest.mark.parametrize("content", ["{}", "[]", '{"model": {"type": "Newer"}}', "{"])
 def test_a_tokenizer_that_cannot_be_read_is_one_line(tmp_path, content):
     (tmp_path / "tokenizer.json").write_text(content)

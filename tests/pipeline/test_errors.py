@@ -197,7 +197,7 @@ GOOD = {"prompt": "what is rain ?", "chosen": "it can shine .", "rejected": "it 
         ({"objective": "P7"}, "pairs.jsonl line 2: objective 'P7' is not one of P1A, .*; mend the record or add it"),
         ({"chosen": ""}, "pairs.jsonl: 1 of 3 records are bad .1 empty chosen., .*line 2.*; correct the data, or"),
         ({"chosen": "it can grow ."}, "1 of 3 records are bad .1 chosen equals rejected., .*line 2"),
-        ({"rejected": None}, "1 of 3 records are bad .1 missing rejected., .*found columns"),
+        ({"rejected": None}, "1 of 3 records are bad .1 rejected is null., .*line 2"),
         ({"prompt": "rain " * 30}, "1 of 3 records are bad .1 prompt too long., .*line 2: .*the limit is 20"),
         ({}, "no training pair for objective|no held-out pair for objective"),
     ],

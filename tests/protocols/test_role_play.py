@@ -45,10 +45,40 @@ def test_people_are_described_by_their_records():
     assert descriptions([example("ana", brevity=2, wit=3.5)], numbers) == {
         "ana": "What matters most to this person, in this order: wit, brevity."
     }
-    with pytest.raises(UserError, match=r"evaluate_users\.person_columns: no record has brevity, wit, so nobody"):
+    with pytest.raises(UserError, match=r"evaluate_users\.person_columns: no record has brevity, wit, so people"):
         descriptions(examples, numbers)
+    # A column that is misspelled, beside one that is not; nobody has to say something of themselves.
+    with pytest.raises(UserError, match="no record has agge, so people"):
+        descriptions(examples, PersonColumns(about=("user_text", "agge")))
+    assert descriptions(examples[:1], PersonColumns(about=("user_text", "age"))) == {"ana": "age: 25-34"}
+    with pytest.raises(UserError, match=r"stated preferences .* are no numbers"):
+        descriptions([example("ana", brevity=True)], PersonColumns(stated=("brevity",)))
     with pytest.raises(UserError, match=r"person: the stated preferences .* are no numbers; rate each of them"):
-        descriptions([example("ana", brevity="much")], numbers)
+        descriptions([example("ana", brevity="much", wit=1)], numbers)
+
+
+def test_columns_that_describe_nobody_are_found_before_the_first_stage(tmp_path):
+    lines = [
+        {
+            "prompt": f"what is {word} ?",
+            "chosen": "it can shine .",
+            "rejected": "it can grow .",
+            "user_id": who,
+            "age": 30,
+        }
+        for word in ("rain", "sun", "snow")
+        for who in ("ana", "ben")
+    ]
+    path = tiny_users.write_records(tmp_path / "records.jsonl", lines)
+    base = str(tiny_users.save_base(tmp_path))
+    config = tiny_users.settings("records", model__path=base, preference__data__path=path)
+    config.evaluate_users.update({"cold_start": (), "generate_for": 1})
+    config.evaluate_users.person_columns.about = ("age", "town")
+    with config.ignore_type():
+        config.evaluate_users.judge = {"kind": "chat", "model": "m", "base_url": "http://127.0.0.1:9/v1"}
+    with pytest.raises(UserError, match=r"evaluate_users\.person_columns: no record has town, so people"):
+        tiny.run(tmp_path / "run", config)
+    assert not (tmp_path / "run" / "preference").exists()
 
 
 def wishes(body):

@@ -103,6 +103,7 @@ def test_a_server_that_is_not_there_and_wrong_settings():
         [({"url": url}, "is no address") for url in ("localhost:9", "http://", "http://a b/", "http://h:99999/")],
         [
             ({"url": "http://h", "batch_size": 0}, "of 1 or more"),
+            ({"url": "http://me:secret@h/"}, r"http://\*\*\*@h/: has a login in its address, which is not sent"),
             ({"url": None}, r"rewards\.P2A\.url: None is not text"),
         ],
         [

@@ -142,6 +142,15 @@ def test_a_file_that_cannot_be_read(tmp_path, monkeypatch):
         Workdir(tmp_path).finished("sft")
 
 
+def test_a_place_where_no_folder_can_be_made(tmp_path):
+    def refuse():
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
+
+    message = r"no folder can be made there, or it was deleted .* choose another --workdir"
+    with pytest.raises(UserError, match=message), disk_errors(tmp_path):
+        refuse()
+
+
 def test_a_deleted_folder_is_not_made_again(tmp_path):
     workdir = started(tmp_path / "run")
     workdir.keep()
