@@ -362,6 +362,11 @@ def get_family(model_type: object, source: object) -> Family:
     Raises:
       UserError: an unknown type; the message names `source`.
     """
+    if model_type is None:
+        raise UserError(
+            f"{source}: has no model_type, so this is no model folder; name one in Hugging Face layout (of a run "
+            "directory, sft/model)"
+        )
     if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise UserError(
             f"{source}: model_type {model_type!r} is not supported; use a model of type {', '.join(sorted(FAMILIES))}"

@@ -40,6 +40,8 @@ def reading(file: pathlib.Path) -> Iterator[None]:
         raise
     except FileNotFoundError as e:
         raise UserError(f"{file}: no such file; name a folder in Hugging Face layout with safetensors weights") from e
+    except NotADirectoryError as e:
+        raise UserError(f"{file.parent}: is a file; name the folder that holds the model") from e
     except OSError as e:
         raise UserError(f"{file}: cannot be read ({e.strerror or e}); check the path and its permissions") from e
     except (ValueError, RecursionError, SafetensorError) as e:

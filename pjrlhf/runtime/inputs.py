@@ -100,7 +100,7 @@ def fingerprints(config: Mapping[str, Json], workdir: pathlib.Path) -> dict[str,
         if os.path.exists(here):  # a text that is no path may be too long for one
             commit = commit_of(path, here) if on_hub else None
             with megabytes(f"hashing {path}") as report:
-                value = _hash(here, bool(_SCORES.fullmatch(name)), report)
+                value = _hash(here, bool(_SCORES.fullmatch(name)), report) if _is_model(name) else content_hash(here)
             if name in found:  # several of a list, such as ingredients; the last one has the plain name
                 number = sum(re.fullmatch(rf"{re.escape(name)}( \d+)?", other) is not None for other in found)
                 found[f"{name} {number}"] = found.pop(name)

@@ -88,7 +88,7 @@ def test_absent_keys_have_the_defaults_of_transformers(small):
 
 BROKEN_CONFIGS = {
     "model_type 't5' is not supported": {"model_type": "t5"},
-    "model_type None is not supported": {"model_type": None},
+    "has no model_type, so this is no model folder": {"model_type": None},
     "'vocab_size' is missing": {"vocab_size": None},
     "'num_attention_heads' is missing": {"num_attention_heads": None},
     "hidden_act='mish'": {"hidden_act": "mish"},
@@ -120,6 +120,8 @@ def test_unreadable_configs_are_named(small):
             read_config(small)
     with pytest.raises(UserError, match=r"nowhere/config\.json: no such file"):
         read_config("nowhere")
+    with pytest.raises(UserError, match=r"model\.safetensors: is a file; name the folder that holds the model"):
+        read_config(small / "model.safetensors")
 
 
 # --- folders ---

@@ -554,6 +554,9 @@ def test_a_word_is_no_path_where_a_folder_has_its_name(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     words = {"comparisons": {"sampler": "base"}, "preference": {"bank": "policy"}}
     assert fingerprints(words, tmp_path / "run") == {}
+    # Nor is a folder of records a model because it has a config.json.
+    data = {"data": {"prompts": {"kind": "datasets", "path": str(tmp_path / "base")}}}
+    assert set(fingerprints(data, tmp_path / "run")) == {"data.prompts.path"}
 
 
 # ---- the run directory
