@@ -123,7 +123,7 @@ CONFIGS = {
     "r=0 is no whole number": {"r": 0},
     "lora_alpha=inf is no finite number": {"lora_alpha": float("inf")},
     "lora_alpha='16' is no finite number": {"lora_alpha": "16"},
-    "lora_alpha=1(0{400}) is no finite number": {"lora_alpha": 10**400},
+    "adapter_config.json: cannot be read .a whole number of 401 digits": {"lora_alpha": 10**400},
     "use_rslora='false' is neither true nor false": {"use_rslora": "false"},
     "lora_bias=True": {"lora_bias": True},
     "use_qalora=True": {"use_qalora": True},

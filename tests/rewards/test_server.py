@@ -1,7 +1,6 @@
 """Rewards from a server on this machine, which sometimes fails."""
 
 import datetime
-import email.utils
 import http.server
 import itertools
 import json
@@ -14,8 +13,6 @@ import pytest
 from pjrlhf.errors import UserError
 from pjrlhf.rewards.server import retry_after
 from pjrlhf.rewards.sources import RecordColumns, SourceFailed, reward_source
-
-NOW = datetime.datetime.now(datetime.UTC)
 
 
 @pytest.fixture
@@ -178,10 +175,13 @@ def test_columns_are_valid_json_whatever_they_hold(server):
         ("inf", 7),
         ("nan", 7),
         ("soon", 7),
-        (email.utils.format_datetime(NOW + datetime.timedelta(hours=1), usegmt=True), 3600),
-        ((NOW + datetime.timedelta(hours=1)).strftime("%a, %d %b %Y %H:%M:%S -0000"), 3600),
-        (email.utils.format_datetime(NOW - datetime.timedelta(hours=1), usegmt=True), 7),
+        ((1, "%a, %d %b %Y %H:%M:%S GMT"), 3600),  # hours from now, and the form of a date
+        ((1, "%a, %d %b %Y %H:%M:%S -0000"), 3600),
+        ((-1, "%a, %d %b %Y %H:%M:%S GMT"), 7),
     ],
 )
 def test_servers_say_when_to_come_back_in_seconds_or_by_a_date(header, seconds):
+    if isinstance(header, tuple):
+        hours, form = header
+        header = (datetime.datetime.now(datetime.UTC) + datetime.timedelta(hours=hours)).strftime(form)
     assert retry_after(header, 7) == pytest.approx(seconds, abs=600 if seconds == 3600 else 0)

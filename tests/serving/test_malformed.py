@@ -91,7 +91,7 @@ def answer(place, data, ends):
                 connection.shutdown(socket.SHUT_WR)
             while part := connection.recv(65_536):
                 received += part
-        except ConnectionError:  # closed while there was more to send
+        except OSError:  # closed while there was more to send
             pass
     head, _, body = received.replace(b"HTTP/1.1 100 Continue\r\n\r\n", b"").partition(b"\r\n\r\n")
     return int(head.split(b" ")[1]) if head else 0, body

@@ -178,7 +178,7 @@ def test_the_commands(run, tmp_path, capsys):
         (("add", "x", "--comparisons", "/dev/null"), "/dev/null"),
         (("import", "/nowhere"), "/nowhere: cannot be read"),
         (("import", "/dev/null"), "name a file that users export wrote"),
-        (("list", "--people", "/nowhere/x"), "people cannot be kept there"),
+        (("list", "--people", "/dev/null/x"), "people cannot be kept there"),
         *(((verb, "\udcff"), r"user '\udcff': is unknown; see pjrlhf users list --run") for verb in ("remove", "show")),
         (("add", "\udcff"), "id: not UTF-8"),
     ],
