@@ -48,6 +48,7 @@ def trained(finished, tmp_path_factory):
     return tiny.run(folder / "run", config), config
 
 
+@pytest.mark.slow
 def test_the_setting_of_moc_runs_on_classifiers(trained):
     folder, _ = trained
     found = json.loads((folder / "report" / "summary.json").read_text())
@@ -61,6 +62,7 @@ def test_the_setting_of_moc_runs_on_classifiers(trained):
     assert answers
 
 
+@pytest.mark.slow
 def test_a_scale_of_other_weights_is_refused(trained, finished):
     folder, config = trained
     other = settings(folder.parent, finished / "sft" / "model", reward__path=str(folder / "reward" / reward.MODEL))

@@ -142,6 +142,7 @@ def test_prompts_that_are_asked_in_two_ways_count_once(finished):
     assert sum(row.prompts[0] != row.reward_prompt for row in rows) == 5
 
 
+@pytest.mark.slow
 def test_user_models_show_held_out_pairs(people):
     """With the margins that the report would have after that step, and what the policy answers that person."""
     run = tiny.start(people, tiny_users.settings(completion_prompts=6, temperature=0.0))

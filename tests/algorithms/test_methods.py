@@ -22,6 +22,8 @@ from pjrlhf.protocols.front import Front
 from pjrlhf.runtime.answers import Row, sample_rows
 from pjrlhf.training.workdir import Workdir
 
+pytestmark = pytest.mark.slow
+
 
 def read(folder):
     return json.loads((folder / "report" / "summary.json").read_text())

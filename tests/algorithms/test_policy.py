@@ -20,6 +20,7 @@ def fixed(folder, **changes):
     return policy.method_of(tiny.start(folder, tiny.settings(**changes)))
 
 
+@pytest.mark.slow
 def test_a_schedule_multiplies_the_preference_weights(finished):
     """An update at step 3 is that of a method without schedules on weights multiplied by hand."""
     given = {"P1A": {"start": 1.0, "end": 0.0, "steps": 4}, "P2B": [[2, 0.5], [4, 2.5]]}

@@ -42,7 +42,7 @@ def method_of(folder, rewards):
     return policy.method_of(run, rewarder=found)
 
 
-@pytest.mark.parametrize("sources", [("P2A",), tiny.REWARDS], ids=["one", "all"])
+@pytest.mark.parametrize("sources", [pytest.param(("P2A",), marks=pytest.mark.slow), tiny.REWARDS], ids=["one", "all"])
 def test_a_source_that_gives_the_rewards_of_a_model_trains_as_the_model(finished, monkeypatch, sources):
     """The same states and metrics after two steps."""
     known = method_of(finished, {})

@@ -198,6 +198,7 @@ def test_planned_memory_is_what_the_program_holds(monkeypatch):
     assert step.memory > sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(run.workspace.base)) > 0
 
 
+@pytest.mark.slow
 def test_classifiers_lie_beside_every_step_that_may_ask_them(monkeypatch, tmp_path):
     """Their weights count in the memory of each program of the stage, and their scoring is one; of the folder only
     config.json is read.

@@ -10,6 +10,8 @@ import pjrlhf
 from pjrlhf.data import synthetic
 from pjrlhf.data.messages import Conversation
 
+pytestmark = pytest.mark.slow
+
 SYSTEM = {"role": "system", "content": "be kind ."}
 SEEN = []  # prompts that the reward function got
 

@@ -244,6 +244,7 @@ def test_folders_that_are_not_there_are_missed_at_the_start(tmp_path, key, spec)
         stages.run(config, Workdir(tmp_path / "run"))
 
 
+@pytest.mark.slow
 def test_a_run_labels_its_comparisons_with_a_model(folder, copied):
     config = tiny.settings(comparisons__pairs=12)
     with config.ignore_type():

@@ -43,6 +43,7 @@ def ask(place, path, body=None, method=None):
     return found
 
 
+@pytest.mark.slow
 def test_votes_over_http_give_the_accuracy_of_the_evaluation(people):
     trained = tiny_users.trained_of(
         started := tiny.start(people, tiny_users.settings()), "individualized", tiny_users.pairs_of(started)
