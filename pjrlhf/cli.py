@@ -165,7 +165,7 @@ def _serve(arguments: Sequence[str]) -> None:
             else:
                 parser.add_argument(flag, type=type(field.default), default=field.default, metavar="X", help=help)
     given = parser.parse_args(arguments)
-    with _one_line():
+    with _one_line("context", "mesh", "soups"):
         from pjrlhf.errors import UserError
 
         values = {cls: {name: getattr(given, name) for name in fields_of(cls)} for cls in classes}
@@ -200,11 +200,12 @@ def _generate(arguments: Sequence[str]) -> None:
     parser.add_argument("--top-p", type=float, default=1.0, metavar="P", help="nucleus sampling where below 1")
     parser.add_argument("--seed", type=int, default=0, help="of the draws")
     given = parser.parse_args(arguments)
-    with _one_line():
+    with _one_line("mix"):
         from pjrlhf.errors import UserError
         from pjrlhf.serving.catalogue import parse_mix
         from pjrlhf.terminal import visible
 
+        mix = None if given.mix is None else parse_mix(given.mix)
         catalogue = _source(parser, given)
         if given.user is not None and catalogue.people is None:
             raise UserError("--user: these models know no people; leave it out, or name a user model with --entry")
@@ -212,7 +213,7 @@ def _generate(arguments: Sequence[str]) -> None:
             with _needs("serve"):
                 from pjrlhf.serving.people.members import with_stored
             catalogue = with_stored(catalogue)
-        voice = catalogue.voice(mix=None if given.mix is None else parse_mix(given.mix), user=given.user)
+        voice = catalogue.voice(mix=mix, user=given.user)
         if given.user is not None and not voice.known:
             who = "the generic user" if voice.personal else voice.model
             print(f"{visible(given.user)} is unknown: {who} answers", file=sys.stderr)
@@ -242,7 +243,8 @@ def _users(arguments: Sequence[str]) -> None:
 
     given = parser_of().parse_args(arguments)
     compilation_cache()
-    with _one_line(), _needs("serve"):
+    flags = ("mix", "comparisons") if given.verb in ("add", "update") else ()
+    with _one_line(*flags), _needs("serve"):
         users(given)
 
 
@@ -282,7 +284,7 @@ def _export(arguments: Sequence[str]) -> None:
         parser.error("--served-as and --tolerance go with --check")
     if given.kind is None or given.output is None:
         parser.error("name --for and --output, or --check")
-    with _one_line():
+    with _one_line("mix"):
         from pjrlhf.export.command import Wish, export, output_folder
         from pjrlhf.export.push import check_push
         from pjrlhf.export.soup import Source
@@ -329,15 +331,16 @@ def _with_members(catalogue: "Catalogue", url: str) -> tuple["Catalogue", tuple[
 
 def _check_server(parser: argparse.ArgumentParser, given: argparse.Namespace) -> None:
     """Exit code 1 where the log-probs of a server differ by more than the tolerance."""
-    with _one_line():
-        from pjrlhf.export.check import TOLERANCE, Server, check
+    with _one_line("mix"):
+        from pjrlhf.export.check import TOLERANCE, Server, check, check_tolerance
         from pjrlhf.export.soup import Source
         from pjrlhf.serving.catalogue import parse_mix
         from pjrlhf.terminal import visible
 
+        tolerance = TOLERANCE if given.tolerance is None else given.tolerance
+        check_tolerance(tolerance)
         server = Server.at(given.check)
         mix = None if given.mix is None else parse_mix(given.mix)
-        tolerance = TOLERANCE if given.tolerance is None else given.tolerance
         catalogue, members = _with_members(_source(parser, given), given.people)
         source = Source(catalogue, {}, members)
         lines, good = check(server, source, mix, given.user, given.served_as, tolerance)
@@ -429,13 +432,23 @@ def _report(arguments: Sequence[str]) -> None:
 
 
 @contextlib.contextmanager
-def _one_line() -> Iterator[None]:
-    """Turns a UserError into one line on stderr and exit code 2."""
+def _one_line(*flags: str) -> Iterator[None]:
+    """Turns a UserError into one line on stderr and exit code 2.
+
+    Args:
+      flags: what a message may start with that is a flag here; the message then names the flag.
+    """
     from pjrlhf.errors import UserError
     from pjrlhf.terminal import print_error
 
     try:
         yield
     except UserError as error:
-        print_error(error)
+        print_error(
+            UserError(re.sub(r"^(\w+):", lambda found: f"--{found[0]}" if found[1] in flags else found[0], str(error)))
+        )
         sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

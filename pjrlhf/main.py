@@ -1,6 +1,8 @@
 """Starts a run: `python -m pjrlhf.main --config=configs/soups.py --workdir=runs/mine --config.seed=1`."""
 
+import ast
 import contextlib
+import functools
 import importlib.machinery
 import importlib.util
 import inspect
@@ -182,15 +184,17 @@ def settings_help(spec: str) -> Iterator[str]:
         for key, field in found.items():
             if key.rpartition(".")[0].partition(".")[0] != section:
                 continue
-            value, rule = config, rule_of(field)
-            for part in key.split("."):
-                value = value.get(part) if isinstance(value, ConfigDict) else None
+            value, rule = functools.reduce(_get, key.split("."), config), rule_of(field)
             value = value.to_dict() if isinstance(value, ConfigDict) else value
             default = field.default_factory() if callable(field.default_factory) else field.default
             limits = rule.describe() or " | ".join(str(choice) or '""' for choice in rule.allowed)
             notes = [rule.help, limits, "" if value == default else f"default {visible(repr(default))}"]
             yield f"  --config.{key}={visible(repr(value))}"
             yield f"      {' - '.join(filter(None, notes))}"
+
+
+def _get(section: Any, key: str) -> Any:
+    return section.get(key) if isinstance(section, ConfigDict) else None
 
 
 def compilation_cache() -> None:
@@ -234,6 +238,8 @@ def parse(argv: list[str]) -> list[str]:
     except (flags.Error, TypeError, ValueError, LookupError, AttributeError, SyntaxError, RecursionError) as error:
         if isinstance(error.__context__, UserError):  # an error of the config file that absl wraps
             raise error.__context__ from None
+        if refused := _refused(str(error)):
+            raise refused from None
         reason = " ".join(str(error).split()) or type(error).__name__
         raise UserError(f"{reason}; check the flags") from None
     if FLAGS.config is None:
@@ -241,6 +247,40 @@ def parse(argv: list[str]) -> list[str]:
     if len(rest) > 1:
         raise UserError(f"{rest[1]}: not a flag; settings of the config start with --config.")
     return rest
+
+
+def _refused(message: str) -> UserError | None:
+    """The error for a value of the wrong type, as a config file with this value would get it.
+
+    Args:
+      message: of absl: "flag --NAME=VALUE: REASON".
+    """
+    from pjrlhf.config import RunSettings
+    from pjrlhf.settings import Rule, checked, fields_of, rule_of, shown
+
+    found = re.match(r"flag --([^=]+)=(.*?): ", message, re.DOTALL)
+    if not found or found[1] not in FLAGS:
+        return None
+    flag, value = found.groups()
+    with contextlib.suppress(ValueError, SyntaxError, MemoryError, RecursionError):
+        value = ast.literal_eval(value)
+    key, parser, settings = flag.removeprefix("config."), FLAGS[flag].parser, fields_of(RunSettings)
+    name = key if key != flag else f"--{flag}"
+    kinds = {flags.IntegerParser: int, flags.FloatParser: float, flags.BooleanParser: bool}
+    kind = next((kind for cls, kind in kinds.items() if isinstance(parser, cls)), None)
+    if key != flag and key in settings:
+        hint, rule = settings[key][0], rule_of(settings[key][1])
+    elif kind is not None:
+        hint, rule = kind, Rule()
+    elif isinstance(functools.reduce(_get, key.split("."), FLAGS["config"].value), ConfigDict):
+        return UserError(f"{name}: {shown(value)} is not a section of settings; set --config.{key}.KEY")
+    else:
+        return None
+    try:
+        checked(name, value, hint, rule)
+    except UserError as error:
+        return error
+    return None
 
 
 def main(_: list[str]) -> None:

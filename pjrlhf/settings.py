@@ -128,7 +128,7 @@ class Settings:
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
-            value = _checked(field.name, getattr(self, field.name), _hints(type(self))[field.name], rule_of(field))
+            value = checked(field.name, getattr(self, field.name), _hints(type(self))[field.name], rule_of(field))
             object.__setattr__(self, field.name, value)
         self.check()
 
@@ -232,7 +232,7 @@ def _name(hint: object) -> str:
     return _NAMES.get(hint, "a section of settings")
 
 
-def _checked(name: str, value: object, hint: object, rule: Rule) -> Any:
+def checked(name: str, value: object, hint: object, rule: Rule) -> Any:
     """`value` converted to the type of its field; UserError where type or rule do not hold."""
     options = _options(hint)
     section = ", or give a section" if any(typing.get_origin(option) in (dict, Mapping) for option in options) else ""
@@ -483,7 +483,7 @@ def arguments(make: Callable[..., Any], given: Mapping[str, Any], path: str) -> 
 
     def converted(key: str, value: Any) -> Any:
         try:
-            return _checked(f"{path}.{key}", value, hints.get(key, Any), Rule())
+            return checked(f"{path}.{key}", value, hints.get(key, Any), Rule())
         except TypeError:
             return value
 

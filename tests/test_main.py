@@ -45,9 +45,17 @@ SOUPS = "--config=configs/soups.py"
         ([SOUPS, "--config.seed.x=3"], "--config.seed.x: --config.seed is a value, not a section; set --config.seed"),
         ([SOUPS, "--config.merge.seed=3"], "--config.merge: this config has no section merge; add it to the file, or"),
         ([SOUPS, "--config.mesh.model=8"], "--config.mesh.model: no such setting; known keys: data, fsdp, tensor"),
-        ([SOUPS, "--config.policy.steps=many"], "--config.policy.steps=many: invalid literal for int"),
+        (
+            [SOUPS, "--config.policy.steps=many"],
+            "policy.steps: 'many' is not a whole number; choose a number at least 1",
+        ),
+        ([SOUPS, "--config.policy.steps=3.5"], "policy.steps: 3.5 is not a whole number; choose a number at least 1"),
+        ([SOUPS, "--config.seed=1e3"], "seed: 1000.0 is not a whole number"),
+        ([SOUPS, "--config.policy.optimizer.learning_rate=x"], "policy.optimizer.learning_rate: 'x' is not a number"),
+        ([SOUPS, "--config.profile=maybe"], "profile: 'maybe' is not True or False"),
+        ([SOUPS, "--config.seeds=(1,"], "seeds: '(1,' is not a list of whole numbers"),
         ([SOUPS, "--config.policy.steps"], "Missing value for flag --config.policy.steps"),
-        ([SOUPS, "--config.policy=3"], "--config.policy=3: Failed to parse '3' as a ConfigDict"),
+        ([SOUPS, "--config.policy=3"], "policy: 3 is not a section of settings; set --config.policy.KEY"),
         ([SOUPS, "--config.objectives[=3"], "objectives["),
         ([SOUPS, "--config.objectives[9]=3"], "check the flags"),
         ([SOUPS, "--config.policy.steps=-1"], "policy.steps: -1 is out of range; choose a number at least 1"),
@@ -55,7 +63,7 @@ SOUPS = "--config=configs/soups.py"
         ([f"{SOUPS}:none"], "configs/soups.py:none: unknown variant; use one of configs/soups.py, configs/soups.py:hf"),
         (["--config=configs/merge.py:none"], "configs/merge.py: get_config has no variant; leave out :none"),
         ([SOUPS, "--wrokdir=x"], "Unknown command line flag 'wrokdir'. Did you mean: workdir"),
-        ([SOUPS, "--num_processes=x"], "--num_processes=x: invalid literal for int"),
+        ([SOUPS, "--num_processes=x"], "--num_processes: 'x' is not a whole number"),
         ([SOUPS, "seed=1"], "seed=1: not a flag; settings of the config start with --config."),
     ],
 )
@@ -562,3 +570,38 @@ def test_home_is_expanded_in_every_setting_that_is_a_path(monkeypatch, tmp_path)
             assert found in (f"{tmp_path}/x", [f"{tmp_path}/x"], (f"{tmp_path}/x",)), key
             asked += 1
     assert asked >= 7
+
+
+@pytest.mark.parametrize("module", ["pjrlhf.cli", "pjrlhf.main"])
+def test_a_module_with_a_command_runs_it(module):
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, "-m", module, "--help"]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0 and done.stdout
+
+
+@pytest.mark.parametrize("value", ["nan", "-1", "inf", "-inf"])
+def test_a_tolerance_that_decides_nothing_is_refused_before_anything_is_read(value, capsys):
+    from pjrlhf import cli
+
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["export", "--model", "nowhere", "--check", "http://127.0.0.1:9", f"--tolerance={value}"])
+    (line,) = capsys.readouterr().err.splitlines()
+    assert stopped.value.code == 2 and line.startswith(f"error: --tolerance {value}: is no number of nats")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "start"),
+    [
+        (["serve", "--model", "nowhere", "--mesh", "data=x"], "--mesh: 'data=x' is no size of an axis"),
+        (["generate", "hi", "--model", "nowhere", "--mix", "x"], "--mix: 'x' is no soup"),
+        (["export", "--for=peft", "--output=OUT", "--model", "nowhere", "--mix", "x"], "--mix: 'x' is no soup"),
+    ],
+)
+def test_a_mistake_in_a_flag_names_the_flag(arguments, start, capsys):
+    from pjrlhf import cli
+
+    with pytest.raises(SystemExit):
+        cli.main(arguments)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: {start}")

@@ -93,6 +93,12 @@ class Server:
             ) from error
 
 
+def check_tolerance(tolerance: float) -> None:
+    """Raises UserError for a tolerance that decides nothing."""
+    if not (math.isfinite(tolerance) and tolerance >= 0):
+        raise UserError(f"--tolerance {tolerance:g}: is no number of nats that is finite and at least 0; correct it")
+
+
 def check(
     server: Server,
     source: Source,

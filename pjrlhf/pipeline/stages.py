@@ -156,6 +156,9 @@ def read(config: ConfigDict | Mapping[str, Json]) -> Plan:
     if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
         raise UserError(f"stages: {shown(names)} is not a list of names; choose from {', '.join(STAGES)}")
     stages = tuple(stage_of(name) for name in names)
+    names = [stage.name for stage in stages]
+    if repeated := [name for i, name in enumerate(names) if name in names[:i]]:
+        raise UserError(f"stages: {shown(repeated[0])} comes twice; name each stage once")
     # A stage of other code has a section of its own class under its name.
     known = {field.name for field in dataclasses.fields(configs.RunSettings)}
     kinds = {stage.name: stage.settings for stage in stages if stage.name not in known and stage.settings}

@@ -66,6 +66,8 @@ MISTAKES = [
     ),
     ("sft.optimizer.warmup_steps", 60, "sft.optimizer.warmup_steps: 60 leaves none of the 60 updates; .*at most 59"),
     ("model.max_length", 25, "model.max_length: 25 is less than data.max_prompt .* = 20 . 10; raise it or shorten one"),
+    ("stages", ("sft", "reward", "sft"), "stages: 'sft' comes twice; name each stage once"),
+    ("stages", ("sft", "pjrlhf.algorithms.sft:STAGE"), "stages: 'sft' comes twice; name each stage once"),
     ("sft.steps", -1, "sft.steps: -1 is out of range; choose a number at least 1"),
     ("sft.data", "wrold", "sft.data: 'wrold' is unknown; choose one of synthetic, or give a section"),
     ("policy.ppo.clip", -1, "policy.ppo.clip: -1.0 is out of range; choose a number above 0"),

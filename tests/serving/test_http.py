@@ -527,6 +527,17 @@ def test_settings_of_a_server_are_named_as_flags(capsys, arguments, message):
     assert stopped.value.code == 2 and message in capsys.readouterr().err
 
 
+def test_a_context_that_the_model_does_not_have_names_the_flag(tmp_path, capsys):
+    folder, before = tiny_users.save_base(tmp_path), signal.getsignal(signal.SIGTERM)
+    try:
+        with pytest.raises(SystemExit) as stopped:
+            cli.main(["serve", "--model", str(folder), "--context", "1000000"])
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert stopped.value.code == 2 and line.startswith("error: --context: 1000000 is more than the ")
+
+
 @pytest.mark.parametrize("host", ["a..b", "a" * 70, "", "ü" * 70, "192.0.2.1"])
 def test_what_cannot_be_listened_on_is_named(host):
     with pytest.raises(UserError, match=r"port 0: .*; choose another --host or --port"):
