@@ -187,7 +187,8 @@ def test_the_loss_of_a_mixture_is_the_papers(method, bank, batch):
 def test_weights_follow_their_schedules_in_margins_too(finished, bank, batch):
     """Policy 1 after two steps: 1.4 P1A, and 0.225 P2A."""
     changing = made(finished, reward_weights={"P1A": 2, "P2A": [[0, 1.0], [4, 0.5]], "helpful": 0})
-    state = changing.init().replace(step=jnp.array(2, jnp.int32), trainable=bank)
+    own = jax.tree.map(jnp.copy, bank)  # the step takes the memory of its state
+    state = changing.init().replace(step=jnp.array(2, jnp.int32), trainable=own)
     placed = changing.collate(batch)
     by_hand = {k: dict(zip(changing.data.objectives[k], changing.data.weights[k, 0], strict=True)) for k in range(K)}
     factor = {"P1A": 2.0, "P2A": 0.75, "helpful": 0.0}

@@ -178,7 +178,8 @@ def test_another_signal_ends_in_one_line_and_the_run_goes_on(tmp_path, seconds, 
     changes = {"stages": ("sft", "comparisons"), **sizes}
     process = start_main(tmp_path, tmp_path / "run", **changes)
     code, lines = interrupt(process, seconds, number)
-    if code == 0:  # this machine was faster
+    # The run was faster than the signal, or the signal came before the first line of the package.
+    if code == 0 or (seconds < 0.5 and code == -number):
         return
     assert (code, len(lines)) == (128 + number, 1), lines
     assert re.match(f"stopped by {name}; the same command goes on|[a-z]+: stopped by {name}", lines[0])
