@@ -302,9 +302,11 @@ def main(_: list[str]) -> None:
     from pjrlhf.parallel import processes
 
     processes.initialize(FLAGS.distributed, FLAGS.coordinator, FLAGS.num_processes, FLAGS.process_id)
-    from pjrlhf.training.workdir import Workdir, read_object
+    from pjrlhf.training.workdir import Workdir, read_object, refuse_inside_run
 
-    workdir = Workdir(expand(FLAGS.workdir or default_workdir(config_flags.get_config_filename(FLAGS["config"]))))
+    path = expand(FLAGS.workdir or default_workdir(config_flags.get_config_filename(FLAGS["config"])))
+    refuse_inside_run(path)
+    workdir = Workdir(path)
     (seeds if plan.settings.seeds else stages).run(config, workdir)
     summary = workdir.path / "report" / "summary.json"
     if summary.is_file() and processes.is_process_zero():

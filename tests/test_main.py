@@ -572,6 +572,14 @@ def test_home_is_expanded_in_every_setting_that_is_a_path(monkeypatch, tmp_path)
     assert asked >= 7
 
 
+def test_a_workdir_inside_a_run_is_refused_and_not_made(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "manifest.json").write_text('{"stages": {}}')
+    done = call(SOUPS, "--config.stages=()", f"--workdir={tmp_path / 'policy'}")
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and f"is inside the run {tmp_path}" in done.stderr
+    assert not (tmp_path / "policy").exists()
+
+
 @pytest.mark.parametrize("module", ["pjrlhf.cli", "pjrlhf.main"])
 def test_a_module_with_a_command_runs_it(module):
     env = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}

@@ -8,7 +8,7 @@ where it has more than that: tool calls, reasoning, or several turns.
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence, Set
-from typing import Any
+from typing import Any, NamedTuple
 
 from absl import logging
 
@@ -29,8 +29,9 @@ from pjrlhf.settings import shown
 from pjrlhf.types import Json
 
 KINDS = ("prompt", "completion", "preference")
+_TEXTS = ("prompt", "chosen", "rejected", "completion", "messages", "text")
 COLUMNS = (
-    *("prompt", "chosen", "rejected", "completion", "messages", "text"),
+    *_TEXTS,
     *("tools", "chat_template_kwargs"),
     *("user_id", "user_text", "objective", "preference_weights", "rewards", "margin", "preference"),
 )
@@ -108,15 +109,20 @@ def validate(
     name = source_name or getattr(records, "name", "records")
     name_row = getattr(records, "where", lambda i: f"{name} row {i}")
     examples, bad = [], BadRecords(name, len(records))
-    without_prompt = 0
+    without_prompt, seen = 0, set()
     for i in range(len(records)):
         try:
             record = records[i]
+            seen.update(record if isinstance(record, Mapping) else ())
             examples.append(parse(record, kind, columns=columns, where=name_row(i)))
             without_prompt += kind == "preference" and (columns or {}).get("prompt", "prompt") not in record
         except RecordError as error:
             bad.add(name_row(i), error)
     bad.check(max_bad_fraction)
+    # Not an error: one mapping serves all sources of a run, and each of them has other columns.
+    optional = {ours: theirs for ours, theirs in (columns or {}).items() if ours not in _TEXTS}
+    if absent := [f"{theirs!r} ({ours})" for ours, theirs in optional.items() if theirs not in seen]:
+        logging.warning("%s: no record has the column %s of data.columns", name, " or ".join(absent))
     if without_prompt:
         logging.warning(
             "%s: %d of %d records have no prompt; it is what both answers start with",
@@ -154,7 +160,9 @@ def parse(
     values, extra, nulls = _rename(plain(record), columns or {})
     if empty := nulls & _needed(kind, values.keys()):
         raise RecordError(f"{min(empty)} is null", "give it a value, or leave out the record")
-    fields = {"prompt": _prompt, "completion": _completion, "preference": _preference}[kind](values, list(record))
+    fields = {"prompt": _prompt, "completion": _completion, "preference": _preference}[kind](
+        values, _Given(list(record), columns or {})
+    )
     options, prompt = read_options(values), fields["prompt"]
     if isinstance(prompt, list):
         fields["prompt"] = Conversation(prompt, options)
@@ -206,6 +214,8 @@ def _rename(record: dict[str, Any], columns: Mapping[str, str]) -> tuple[dict[st
     """(our columns that hold a value, all other columns, our columns that hold null)."""
     if unknown := sorted(set(columns) - set(COLUMNS)):
         raise UserError(f"columns {unknown}: unknown; map only {', '.join(COLUMNS)}")
+    if odd := [(ours, name) for ours, name in columns.items() if not isinstance(name, str)]:
+        raise UserError(f"columns.{odd[0][0]}: {shown(odd[0][1])} is no name of a column; give it as text")
     taken = set(columns.values())
     theirs = {ours: ours for ours in COLUMNS if ours not in columns and ours not in taken} | dict(columns)
     values = {ours: record[name] for ours, name in theirs.items() if record.get(name) is not None}
@@ -225,12 +235,25 @@ def _needed(kind: str, given: Set[str]) -> set[str]:
     return set() if "messages" in given or {"chosen", "rejected"} <= given else {"prompt"}
 
 
-def _need(values: dict[str, Any], names: Sequence[str], found: list[str], what: str) -> None:
+class _Given(NamedTuple):
+    """The columns of a record, and the names that a config gives ours."""
+
+    names: list[str]
+    theirs: Mapping[str, str]
+
+
+def _need(values: dict[str, Any], names: Sequence[str], given: _Given, what: str) -> None:
     missing = [name for name in names if name not in values]
     if missing:
         ways = " ".join(f"--config.data.columns.{name}=YOURS" for name in missing)
+        absent = [
+            f"no column {shown(given.theirs[name])}, which columns.{name} names"
+            for name in missing
+            if name in given.theirs
+        ]
         raise RecordError(
-            f"missing {' and '.join(missing)}", f"{what}; found columns {_listed(found)}; map them with {ways}"
+            f"missing {' and '.join(missing)}",
+            "; ".join([what, *absent, f"found columns {_listed(given.names)}", f"map them with {ways}"]),
         )
 
 
@@ -239,7 +262,7 @@ def _listed(names: Sequence[str]) -> str:
     return f"[{', '.join(map(shown, names[:20]))}{', ...' if len(names) > 20 else ''}]"
 
 
-def _prompt(values: dict[str, Any], found: list[str]) -> dict[str, Any]:
+def _prompt(values: dict[str, Any], given: _Given) -> dict[str, Any]:
     if "prompt" not in values and "messages" in values:
         prompt: Prompt = read_messages(values["messages"], "messages")
         while prompt and prompt[-1]["role"] == "assistant":
@@ -247,16 +270,16 @@ def _prompt(values: dict[str, Any], found: list[str]) -> dict[str, Any]:
         if not prompt:
             raise RecordError("no prompt in messages", "all of them are the assistant's")
     elif "prompt" not in values and {"chosen", "rejected"} <= values.keys():
-        prompt = _preference(values, found)["prompt"]
+        prompt = _preference(values, given)["prompt"]
     else:
-        _need(values, ["prompt"], found, "prompt data needs prompt, or messages")
+        _need(values, ["prompt"], given, "prompt data needs prompt, or messages")
         prompt = _read_prompt(values["prompt"])
     if isinstance(prompt, list) and prompt[-1]["role"] in SYSTEM:
         raise RecordError("prompt ends with a system turn", "the last message of a prompt is the one to answer")
     return {"prompt": prompt}
 
 
-def _completion(values: dict[str, Any], found: list[str]) -> dict[str, Any]:
+def _completion(values: dict[str, Any], given: _Given) -> dict[str, Any]:
     if "completion" not in values and "messages" in values:
         messages = read_messages(values["messages"], "messages")
         by_assistant = [message["role"] == "assistant" for message in messages]
@@ -267,16 +290,16 @@ def _completion(values: dict[str, Any], found: list[str]) -> dict[str, Any]:
         return {"prompt": messages[:first], "completion": answer}
     if "completion" not in values and "text" in values:
         return {"prompt": "", "completion": _text(values["text"], "text")}
-    _need(values, ["prompt", "completion"], found, "completion data needs prompt and completion, or messages, or text")
+    _need(values, ["prompt", "completion"], given, "completion data needs prompt and completion, or messages, or text")
     prompt, (completion,) = _explicit(values["prompt"], {"completion": values["completion"]})
     return {"prompt": prompt, "completion": completion}
 
 
-def _preference(values: dict[str, Any], found: list[str]) -> dict[str, Any]:
+def _preference(values: dict[str, Any], given: _Given) -> dict[str, Any]:
     _need(
         values,
         ["chosen", "rejected"],
-        found,
+        given,
         "preference data needs chosen and rejected, and prompt unless both repeat it",
     )
     answers = {name: values[name] for name in ("chosen", "rejected")}
@@ -285,7 +308,7 @@ def _preference(values: dict[str, Any], found: list[str]) -> dict[str, Any]:
     if isinstance(answers["chosen"], str) != isinstance(answers["rejected"], str):
         raise RecordError("chosen and rejected differ in kind", "one is text, the other a conversation")
     prompt, (chosen, rejected) = (
-        _explicit(values["prompt"], answers) if "prompt" in values else _implicit(answers, found)
+        _explicit(values["prompt"], answers) if "prompt" in values else _implicit(answers, given)
     )
     if chosen == rejected:
         raise RecordError("chosen equals rejected")
@@ -305,12 +328,12 @@ def _explicit(prompt: Json, answers: dict[str, Any]) -> tuple[Prompt, list[Answe
     return prompt, texts
 
 
-def _implicit(answers: dict[str, Any], found: list[str]) -> tuple[Prompt, list[Answer]]:
+def _implicit(answers: dict[str, Any], given: _Given) -> tuple[Prompt, list[Answer]]:
     if isinstance(answers["chosen"], str):
         texts = [_text(answer, name) for name, answer in answers.items()]
         common = texts[0][: shared_length(*texts)]
         if ASSISTANT_MARKER not in common or "Human:" not in common:
-            _need({}, ["prompt"], found, "preference data of texts needs a prompt")
+            _need({}, ["prompt"], given, "preference data of texts needs a prompt")
         end = common.rindex(ASSISTANT_MARKER) + len(ASSISTANT_MARKER)
         if not common[:end].strip():
             raise RecordError("no shared prompt", "the transcripts start with an answer; add a prompt column")

@@ -90,6 +90,28 @@ def _below(key: str, names: Collection[str]) -> bool:
     return any(key == name or key.startswith(f"{name}.") for name in names)
 
 
+def refuse_inside_run(path: str | os.PathLike) -> None:
+    """Raises UserError for a run directory inside another one, whose stages hash and delete what is in their folders.
+
+    The folder of several seeds is none: it holds runs, and no stages.
+    """
+    found = pathlib.Path(os.path.realpath(path))
+    if run := next((folder for folder in found.parents if _holds_stages(folder)), None):
+        raise UserError(
+            f"{path}: is inside the run {run}, which hashes and deletes its folders; choose another --workdir"
+        )
+
+
+def _holds_stages(folder: pathlib.Path) -> bool:
+    if not os.path.isfile(folder / "config.json"):
+        return False
+    try:
+        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+        return isinstance(manifest, dict) and "stages" in manifest
+    except (OSError, ValueError, RecursionError):
+        return os.path.isfile(folder / "inputs.json")  # its first stage has not ended
+
+
 class Workdir:
     """The folder of one run, shared by all its processes. Create it after `processes.initialize`.
 

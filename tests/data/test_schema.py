@@ -4,6 +4,7 @@ import functools
 import gzip
 import json
 import math
+import re
 
 import numpy as np
 import pytest
@@ -298,6 +299,35 @@ def test_a_person_of_text_is_taken_as_written():
     assert [parse(PAIR | {"user_id": x}, "preference").user_id for x in ("7.0", " 7", "07", -0.0, 2**70)] == [
         *("7.0", " 7", "07", "0", str(2**70))
     ]
+
+
+@pytest.mark.parametrize(
+    ("kind", "columns", "absent"),
+    [
+        ("preference", {"chosen": "better"}, "no column 'better', which columns.chosen names"),
+        ("preference", {"prompt": "ask", "rejected": "worse"}, "no column 'worse', which columns.rejected names"),
+        ("preference", {"prompt": "ask"}, "no column 'ask', which columns.prompt names"),
+        ("prompt", {"prompt": "ask"}, "no column 'ask', which columns.prompt names"),
+        ("completion", {"completion": "reply"}, "no column 'reply', which columns.completion names"),
+    ],
+)
+def test_a_mapped_column_that_no_record_has_is_named_with_those_there_are(kind, columns, absent):
+    whole = {"preference": PAIR, "prompt": {"prompt": "Sky?"}, "completion": {"prompt": "Sky?", "completion": "blue"}}
+    record = {f"their {name}" if name in columns else name: value for name, value in whole[kind].items()}
+    found = rf"found columns {re.escape(str(list(record)))}; map them with --config\.data\.columns\."
+    with pytest.raises(UserError, match=rf"{re.escape(absent)}; {found}"):
+        validate([record] * 2, kind, columns=columns)
+
+
+def test_an_optional_column_that_no_record_has_is_named_in_the_log(caplog):
+    validate([PAIR], "preference", columns={"user_id": "annotator", "chosen": "chosen"})
+    assert "no record has the column 'annotator' (user_id) of data.columns" in caplog.text
+
+
+@pytest.mark.parametrize("name", [3, ["a"], None, {"a": "b"}])
+def test_a_column_is_named_by_text(name):
+    with pytest.raises(UserError, match=r"^columns\.chosen: .* is no name of a column; give it as text"):
+        validate([PAIR], "preference", columns={"chosen": name})
 
 
 def test_missing_column_says_what_was_found_and_how_to_map_it():

@@ -2,11 +2,13 @@
 
 import concurrent.futures
 import contextlib
+import sqlite3
 import urllib.parse
 
 import jax
 import numpy as np
 import pytest
+from safetensors.numpy import save
 from support import tiny_serving
 from support.postgres import postgres
 from support.serving import send, served
@@ -18,6 +20,8 @@ from pjrlhf.rollout.preference import PreferenceConfig
 from pjrlhf.serving import running
 from pjrlhf.serving.catalogue import Catalogue, People, soup_people
 from pjrlhf.serving.people.fit import Learning
+from pjrlhf.serving.people.members import open_members
+from pjrlhf.serving.people.store import Unreachable
 from pjrlhf.serving.settings import ServerSettings
 
 NAMES = ("P1A", "P2B", "P3A")
@@ -316,6 +320,49 @@ def test_a_database_that_is_gone_is_a_503(model, tmp_path):
         ):
             assert status == 503 and "database does not answer" in found["error"]["message"], found
             assert headers["retry-after"] == "1"
+
+
+def test_a_damaged_row_is_fitted_again(model, tmp_path):
+    """In a database that is intact; another server of the same store has the row in memory."""
+    path = tmp_path / "people.sqlite"
+    people = catalogue_of(model).people
+    shapes = jax.tree.map(lambda x: np.asarray(x[0], np.float32), people.params["table"])
+    (leaf,) = shapes
+    members = open_members(catalogue_of(model), str(path)).people
+    members.add("ana", [comparison(0)])
+    before = members.row("ana")[1]
+    good = sqlite(path, "SELECT row FROM pjrlhf_people")
+    damages = [
+        *(b"", b"no tensors", good[:-1], good[:20], "text", 7),
+        save({leaf: shapes[leaf][:1]}),
+        save({"other": shapes[leaf]}),
+        save({leaf: shapes[leaf].astype(np.float64)}),
+        save({leaf: np.full_like(shapes[leaf], np.nan)}),
+    ]
+    for damage in damages:
+        sqlite(path, "UPDATE pjrlhf_people SET row = ?", damage)
+        again = open_members(catalogue_of(model), str(path)).people
+        assert again.row("ana")[1] == pytest.approx(before, abs=1e-6)
+        assert sqlite(path, "SELECT row FROM pjrlhf_people") == good, "the row is kept"
+
+
+def test_a_damaged_start_is_named(model, tmp_path):
+    path = tmp_path / "people.sqlite"
+    members = open_members(catalogue_of(model), str(path)).people
+    row = jax.tree.map(lambda x: np.asarray(x[0], np.float32), catalogue_of(model).people.params["table"])
+    members.take("ana", [], None, row, None)
+    sqlite(path, "UPDATE pjrlhf_people SET start = x'00'")
+    again = open_members(catalogue_of(model), str(path)).people
+    with pytest.raises(Unreachable, match=r"imported row of user 'ana' is damaged .*; restore the database, or delete"):
+        again.row("ana")
+    again.remove("ana")
+
+
+def sqlite(path, command, *values):
+    """Runs a command; its first value, if it has one."""
+    with contextlib.closing(sqlite3.connect(path)) as connection, connection:
+        found = connection.execute(command, values).fetchone()
+    return None if found is None else found[0]
 
 
 def test_a_server_says_where_people_are_kept(model, tmp_path, capsys, monkeypatch):

@@ -299,7 +299,17 @@ def test_nothing_is_acknowledged_that_a_restart_would_lose(tmp_path, change):
     [
         "UPDATE pjrlhf_people SET stated = '{'",
         "UPDATE pjrlhf_people SET created = 'yesterday'",
+        "UPDATE pjrlhf_people SET stated = '[1]'",
+        """UPDATE pjrlhf_people SET stated = '{"P1A": "x"}'""",
+        """UPDATE pjrlhf_people SET stated = '{"P1A": NaN}'""",
+        """UPDATE pjrlhf_people SET stated = '{"P1A": 0}'""",
+        "UPDATE pjrlhf_people SET stated = x'00'",
+        "UPDATE pjrlhf_people SET name = '7'",
+        "UPDATE pjrlhf_people SET created = x'00'",
+        "UPDATE pjrlhf_people SET created = 7",
         "UPDATE pjrlhf_comparisons SET comparison = 'no JSON'",
+        "UPDATE pjrlhf_comparisons SET comparison = '[]'",
+        "UPDATE pjrlhf_comparisons SET comparison = x'00'",
         "DROP TABLE pjrlhf_comparisons",
     ],
 )

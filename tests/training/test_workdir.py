@@ -14,7 +14,7 @@ import pytest
 
 from pjrlhf.errors import UserError
 from pjrlhf.training import workdir as module
-from pjrlhf.training.workdir import Workdir, disk_errors, write_json
+from pjrlhf.training.workdir import Workdir, disk_errors, refuse_inside_run, write_json
 
 CONFIG = {"seed": 1, "optimizer": {"learning_rate": 0.1, "betas": (0.9, 0.99)}, "log_every": 5, "report": {"dpi": 80}}
 
@@ -308,3 +308,34 @@ def test_a_lock_that_says_nothing(tmp_path, content):
     (tmp_path / "lock").write_text(content)
     with Workdir(tmp_path).locked():
         pass
+
+
+def test_a_run_inside_another_one_is_refused(tmp_path):
+    """Also through a link, and while the other one is in its first stage."""
+    outer = started(tmp_path / "runs" / "outer")
+    refuse_inside_run(outer.path / "policy")
+    outer.check_contents({})
+    outer.keep()
+    (tmp_path / "link").symlink_to(outer.stage("policy"))
+    for finished in (False, True):
+        if finished:
+            outer.mark_finished("policy", 1.0)
+            (outer.path / "inputs.json").unlink()
+        for inside in (outer.path / "policy", outer.path / "policy" / "a" / "b", tmp_path / "link" / "x"):
+            with pytest.raises(UserError, match=r"is inside the run .*/outer, .*; choose another --workdir"):
+                refuse_inside_run(inside)
+        refuse_inside_run(outer.path)
+        refuse_inside_run(outer.path.parent / "other")
+
+
+def test_the_folder_of_several_seeds_holds_runs(tmp_path):
+    seeds = started(tmp_path)
+    seeds.keep()
+    refuse_inside_run(seeds.path / "seed1")
+
+
+@pytest.mark.parametrize("manifest", ["{}", "[]", "no JSON", '{"version": 3}'])
+def test_a_project_with_such_files_is_no_run(tmp_path, manifest):
+    for name, content in (("config.json", "{}"), ("manifest.json", manifest)):
+        (tmp_path / name).write_text(content)
+    refuse_inside_run(tmp_path / "runs" / "mine")

@@ -31,7 +31,7 @@ from pjrlhf.errors import UserError
 from pjrlhf.models.provenance import text_provenance
 from pjrlhf.serving.catalogue import Catalogue, People
 from pjrlhf.serving.people.fit import Fitter, Row, as_example, as_json
-from pjrlhf.serving.people.store import MEMORY, Person, Store, Taken, Unknown, key_of
+from pjrlhf.serving.people.store import MEMORY, Person, Store, Taken, Unknown, Unreachable, key_of
 from pjrlhf.serving.people.trained import forget, trained_people
 from pjrlhf.settings import shown
 from pjrlhf.types import Json
@@ -133,14 +133,23 @@ class Members:
         name, row = str(person.name), None
         if not person.comparisons or self.fitter is None:
             row = self._start(person)
-        elif person.row is not None and person.row_model == self.fingerprint:
-            row = _unpacked(person.row)
+        elif (row := self._stored_row(person)) is not None:
             if person.row_version != person.version:  # votes whose fit has not ended; nobody waits for it here
                 self._fit_later(name)
                 return self._as_known(person, row)
         elif fits:
             return self.working.submit(self._fit, name).result()
         return None if row is None else self._keep(name, self._as_known(person, row))
+
+    def _stored_row(self, person: Person) -> Row | None:
+        """The row that is stored, where it is of this model and intact: it can be fitted again."""
+        if person.row is None or person.row_model != self.fingerprint:
+            return None
+        try:
+            return _unpacked(person.row, self._table_row(0))
+        except ValueError as error:
+            logging.warning("%s: the row of a person is damaged (%s); it is fitted again", self.store.where, error)
+            return None
 
     def _as_known(self, person: Person, row: Row) -> _Known:
         stated = self._stated(person)
@@ -178,7 +187,13 @@ class Members:
             (leaf,) = self._table_row(0)
             return {leaf: np.log(np.maximum(stated, SMALLEST))}
         if person.start is not None and person.start_model == self.fingerprint:
-            return _unpacked(person.start)
+            try:
+                return _unpacked(person.start, self._table_row(0))
+            except ValueError as error:  # nothing here could give it again
+                raise Unreachable(
+                    f"{self.store.where}: the imported row of user {shown(person.name)} is damaged ({error}); restore "
+                    "the database, or delete this person and import them again"
+                ) from error
         rows = self._people.registry.rows
         return self._table_row(0 if person.forgotten else rows.get(str(person.name), 0))
 
@@ -451,8 +466,21 @@ def _packed(row: Row) -> bytes:
     return save({name: np.ascontiguousarray(x) for name, x in flax.traverse_util.flatten_dict(row, sep="/").items()})
 
 
-def _unpacked(data: bytes) -> Row:
-    return flax.traverse_util.unflatten_dict(load(data), sep="/")
+def _unpacked(data: bytes, like: Row) -> Row:
+    """The row of some bytes.
+
+    Raises:
+      ValueError: it has other arrays than `like`, or numbers that are not finite.
+    """
+    try:
+        row = flax.traverse_util.unflatten_dict(load(data), sep="/")
+    except Exception as error:  # the reader has no type of its own for what damaged bytes may be
+        raise ValueError(" ".join(str(error).split())[:100]) from error
+    if jax.tree.map(lambda x: (x.shape, x.dtype), row) != jax.tree.map(lambda x: (x.shape, x.dtype), like):
+        raise ValueError("it has other arrays")
+    if not all(np.isfinite(x).all() for x in jax.tree.leaves(row)):
+        raise ValueError("not all of its numbers are finite")
+    return row
 
 
 def _fingerprint(catalogue: Catalogue, people: People) -> str:

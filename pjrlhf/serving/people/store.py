@@ -11,6 +11,7 @@ import dataclasses
 import datetime
 import hashlib
 import json
+import math
 import os
 import pathlib
 import secrets
@@ -178,7 +179,7 @@ class Store:
         except SQLAlchemyError as error:
             reason = " ".join(str(getattr(error, "orig", None) or error).split())[:200]
             raise Unreachable(f"{self.where}: {masked(reason)}; check --people and its database") from error
-        except ValueError as error:  # of an address, or of a value that a damaged database returns
+        except (ValueError, TypeError) as error:  # of an address, or of a value that a damaged database returns
             raise Unreachable(f"{self.where}: {masked(str(error))[:200]}; check --people and its database") from error
         except ModuleNotFoundError as error:
             way = install("postgres") if error.name == "psycopg" else "install it, or use SQLite or PostgreSQL"
@@ -271,7 +272,7 @@ class Store:
                     .where(_comparisons.c.key == key_of(name))
                     .order_by(_comparisons.c.id)
                 ).all()
-                comparisons = [json.loads(text) for text in found]
+                comparisons = [_object(text, "a comparison") for text in found]
             if self.version(name) == before:  # else another process has added some in between
                 return before[0], comparisons
 
@@ -451,7 +452,21 @@ def _person(row: sa.RowMapping) -> Person:
     found = {field.name: row[field.name] for field in dataclasses.fields(Person) if field.name in row}
     for name in ("name", "stated"):
         found[name] = None if found[name] is None else json.loads(found[name])
+    if not isinstance(found["name"], str | None):
+        raise ValueError("a name is no text")
+    if found["stated"] is not None:
+        weights = _object(row["stated"], "what a person states").values()
+        if not all(type(x) in (int, float) and 0 <= x < math.inf for x in weights) or not sum(weights):
+            raise ValueError("what a person states are no weights")
     return Person(**found)
+
+
+def _object(text: str, what: str) -> dict[str, Any]:
+    """Raises ValueError for JSON that is no object, as only a damaged database has it."""
+    value = json.loads(text)
+    if not isinstance(value, dict):
+        raise ValueError(f"{what} is no object")
+    return value
 
 
 def _unknown(name: str) -> Unknown:
