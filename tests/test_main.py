@@ -409,7 +409,7 @@ def test_flags_reach_sections_whose_keys_a_config_chooses(settings):
             "learning_rat: no such setting; did you mean learning_rate",
         ),
         ("--config.methods.pmorl.stpes=3", "methods.pmorl.stpes: no such setting; did you mean steps?"),
-        ("--config.data.columns=x", "--config.data.columns=x: Failed to parse"),
+        ("--config.data.columns=x", "data.columns: 'x' is not a section of settings"),
     ],
 )
 def test_a_wrong_flag_of_such_a_section_is_told(ended, flag, message):

@@ -2,6 +2,7 @@
 
 import ast
 import configparser
+import functools
 import pathlib
 import re
 
@@ -66,6 +67,7 @@ def is_setting(key):
     return key in known or key in sections or is_open(RunSettings, key)
 
 
+@functools.cache
 def flags():
     """Every flag of the program and of the command."""
     from pjrlhf.serving.settings import EngineSettings, ServerSettings
