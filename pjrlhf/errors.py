@@ -1,4 +1,4 @@
-"""The exception for bad input, and the end of a process that a signal stops."""
+"""The exception for bad input, how other errors are told, and the end of a process that a signal stops."""
 
 import os
 import signal
@@ -9,6 +9,16 @@ class UserError(ValueError):
 
     The message names the thing, the reason and the way out. The command line prints it without a traceback.
     """
+
+
+def described(error: BaseException) -> str:
+    """The kind of an error and what it says, on one line, for a message about other people's code."""
+    return " ".join(f"{type(error).__name__}: {error}".split())
+
+
+def reason_of(error: BaseException, limit: int | None = None) -> str:
+    """What an error says, on one line of at most `limit` characters; its kind where it says nothing."""
+    return " ".join(str(error).split())[:limit] or type(error).__name__
 
 
 def ending_signals() -> list[signal.Signals]:

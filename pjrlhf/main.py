@@ -22,7 +22,7 @@ from absl.logging import converter
 from ml_collections import ConfigDict, FrozenConfigDict, config_flags
 from ml_collections.config_dict import placeholder
 
-from pjrlhf.errors import UserError, ending_signals, stopped_by
+from pjrlhf.errors import UserError, described, ending_signals, reason_of, stopped_by
 from pjrlhf.paths import expand, user_cache
 from pjrlhf.terminal import SafeRecords, line, print_error, quiet_libraries, visible
 
@@ -101,7 +101,7 @@ def read_file(spec: str) -> ConfigDict:
     except UserError:
         raise
     except (Exception, SystemExit) as error:
-        reason = " ".join(f"{type(error).__name__}: {error}".split()).removesuffix(":")
+        reason = described(error).removesuffix(":")
         raise UserError(f"{_place(error, path)}: {reason}; correct the config file") from error
     if not isinstance(config, ConfigDict):
         what = "nothing" if config is None else f"a {type(config).__name__}"
@@ -240,7 +240,7 @@ def parse(argv: list[str]) -> list[str]:
             raise error.__context__ from None
         if refused := _refused(str(error)):
             raise refused from None
-        reason = " ".join(str(error).split()) or type(error).__name__
+        reason = reason_of(error)
         raise UserError(f"{reason}; check the flags") from None
     if FLAGS.config is None:
         raise UserError("--config: not given; for example --config=configs/soups.py")

@@ -16,7 +16,7 @@ from typing import TypeAlias
 import xxhash
 from etils import epath
 
-from pjrlhf.errors import UserError
+from pjrlhf.errors import UserError, reason_of
 
 # Called with (bytes done, all bytes) during a long pass.
 Report: TypeAlias = Callable[[int, int], None]
@@ -144,7 +144,7 @@ def bucket_errors(path: str | os.PathLike) -> Iterator[None]:
     except ImportError as error:
         raise UserError(f"{path}: {error}; {install(EXTRAS[scheme])}") from error
     except Exception as error:  # clients raise their own kinds for network, credentials and store
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        reason = reason_of(error, 200)
         raise UserError(f"{path}: cannot be reached ({reason}); check the name and the credentials") from error
 
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, ItemsView, Iterator
 from types import ModuleType
 from typing import Any, Generic, TypeVar
 
-from pjrlhf.errors import UserError
+from pjrlhf.errors import UserError, described
 from pjrlhf.paths import expand
 
 T = TypeVar("T")
@@ -124,7 +124,7 @@ def load(spec: str, noun: str) -> object:
     except UserError as error:
         raise UserError(f"{noun} {spec!r}: {error}") from error
     except (Exception, SystemExit) as error:  # the module's own code may raise anything, or end the process
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        reason = described(error)
         raise UserError(f"{noun} {spec!r}: {place} cannot be imported ({reason}); correct that first") from error
     if not hasattr(module, name):
         near = difflib.get_close_matches(name, vars(module), n=3)

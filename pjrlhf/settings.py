@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 import ml_collections
 from ml_collections import config_dict
 
-from pjrlhf.errors import UserError
+from pjrlhf.errors import UserError, described
 from pjrlhf.paths import expand
 
 T = TypeVar("T", bound="Settings")
@@ -514,7 +514,7 @@ def made_by(make: Callable[..., Any], name: str, what: str, *given: Any, **setti
     except UserError:
         raise
     except (Exception, SystemExit) as error:
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        reason = described(error)
         raise UserError(f"{name} raised {reason} when it was made; correct it, it must make {what}") from error
     if not callable(found):
         if inspect.iscoroutine(found):

@@ -5,7 +5,7 @@ import pathlib
 from importlib import metadata
 from typing import Any
 
-from pjrlhf.errors import UserError
+from pjrlhf.errors import UserError, described
 from pjrlhf.models.folders import read_json
 from pjrlhf.terminal import quiet_libraries
 from pjrlhf.types import Json
@@ -34,7 +34,7 @@ def load_backend(folder: pathlib.Path) -> Any:
     try:
         backend = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
     except Exception as error:  # the library `tokenizers` raises nothing narrower
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        reason = described(error)[:200]
         raise UserError(
             f"tokenizer {folder}: {reason}; give a folder with a tokenizer.json, and a config.json, that transformers "
             f"{metadata.version('transformers')} and tokenizers {metadata.version('tokenizers')} can read"

@@ -9,7 +9,7 @@ from typing import Any
 import huggingface_hub
 from huggingface_hub import constants, errors
 
-from pjrlhf.errors import UserError
+from pjrlhf.errors import UserError, reason_of
 from pjrlhf.export.card import card_of
 from pjrlhf.models.hub import CARD
 from pjrlhf.models.peft import CONFIG as ADAPTER_CONFIG
@@ -91,7 +91,7 @@ def _public(value: Any, key: str = "") -> Any:
 def _refused(repo: str, error: Exception, folder: pathlib.Path | None = None) -> UserError:
     again = f"; then `pjrlhf push {folder} {repo}`" if folder else ""
     status = error.response.status_code if isinstance(error, errors.HfHubHTTPError) else None
-    reason = " ".join(str(error).split())[:200] or type(error).__name__
+    reason = reason_of(error, 200)
     if status == 401:
         return UserError(
             f"{repo}: the hub does not accept the token; log in again with `hf auth login`, or set HF_TOKEN{again}"

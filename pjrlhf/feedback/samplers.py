@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 from pjrlhf.data.messages import Message, Prompt, columns_of
-from pjrlhf.errors import UserError
+from pjrlhf.errors import UserError, described
 from pjrlhf.judges.chat import Body, Chat, ChatSettings
 from pjrlhf.models.frozen import OtherModelSettings
 from pjrlhf.parallel.processes import json_from_zero
@@ -194,7 +194,7 @@ def _checked(kind: str, sampler: Sampler, requests: Sequence[Prompt], words: Seq
     except UserError:
         raise
     except (Exception, SystemExit) as error:
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        reason = described(error)
         raise UserError(f"sampler {kind!r}: raised {reason}; correct it") from error
     texts = listed(found, len(requests))
     if texts is None or len(texts) != len(requests) or not all(isinstance(text, str) for text in texts):

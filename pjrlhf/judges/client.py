@@ -8,8 +8,7 @@ from typing import Any
 from absl import logging
 
 from pjrlhf.errors import UserError
-from pjrlhf.rewards.calls import is_busy
-from pjrlhf.rewards.server import is_address, key_in
+from pjrlhf.rewards.server import is_address, is_busy, key_in
 from pjrlhf.rewards.sources import NoReply
 from pjrlhf.settings import Settings, setting
 from pjrlhf.terminal import masked

@@ -6,7 +6,7 @@ from typing import Any
 
 from pjrlhf.data.messages import Prompt
 from pjrlhf.data.records import as_json
-from pjrlhf.errors import UserError
+from pjrlhf.errors import UserError, described
 from pjrlhf.rewards.calls import awaited
 
 
@@ -62,5 +62,5 @@ class OwnJudge:
         except UserError:
             raise
         except (Exception, SystemExit) as error:
-            reason = " ".join(f"{type(error).__name__}: {error}".split())
+            reason = described(error)
             raise UserError(f"judge {self.name!r}: raised {reason} {where}; correct the judge") from error

@@ -15,7 +15,7 @@ import huggingface_hub
 from huggingface_hub import constants, errors
 from huggingface_hub.utils import tqdm
 
-from pjrlhf.errors import UserError
+from pjrlhf.errors import UserError, reason_of
 from pjrlhf.models.folders import INDEX
 from pjrlhf.models.hf_config import GENERATION
 from pjrlhf.models.huggingface import TEMPLATES, TOKENIZER_FILES
@@ -154,18 +154,17 @@ def _reason(name: HubName, error: BaseException) -> str:
     if isinstance(error, errors.RevisionNotFoundError):
         return f"the repository has no revision {name.revision!r}; name one of its branches, tags or commits"
     if isinstance(error, errors.HFValidationError):
-        return f"no such folder, and no name on the hub ({_short(error)}); write owner/name or owner/name@revision"
+        return (
+            f"no such folder, and no name on the hub ({reason_of(error, 200)}); write owner/name or owner/name@revision"
+        )
     if constants.is_offline_mode():
         return (
             "no such folder, and not whole in the cache of the hub while HF_HUB_OFFLINE is set; unset it, or download "
             f"the model with `hf download {name.repo}`"
         )
     cause = error.__cause__ if isinstance(error, errors.LocalEntryNotFoundError) and error.__cause__ else error
-    return f"no such folder, and the hub cannot be reached ({_short(cause)}); check the network, or name a local folder"
-
-
-def _short(error: BaseException) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__
+    reason = reason_of(cause, 200)
+    return f"no such folder, and the hub cannot be reached ({reason}); check the network, or name a local folder"
 
 
 def _bars(report: Report | None) -> type[tqdm]:

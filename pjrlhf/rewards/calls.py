@@ -100,10 +100,3 @@ def number(value: Any) -> float:
         return math.nan if isinstance(value, str | bytes) else float(value)
     except Exception:  # the conversion of other people's objects, and of whole numbers beyond floats
         return math.nan
-
-
-def is_busy(status: int) -> bool:
-    """Whether another try may succeed after an HTTP status code: a busy or failing server, or one that cannot be
-    reached by what stands before it (520 to 530).
-    """
-    return status in (408, 409, 429) or (500 <= status < 600 and status not in (501, 505))

@@ -12,7 +12,7 @@ from pjrlhf.data.chat_template import check_template
 from pjrlhf.data.messages import SYSTEM, Prompt, options_of, text_of, transcript
 from pjrlhf.data.token_table import cut_left
 from pjrlhf.data.tokenizer_files import load_backend, setting_of
-from pjrlhf.errors import UserError
+from pjrlhf.errors import UserError, reason_of
 from pjrlhf.rewards.sources import column_text, listed_columns
 from pjrlhf.settings import shown
 
@@ -193,7 +193,7 @@ class Inputs:
                 [*messages, {"role": "assistant", "content": answer}], tokenize=False, **options_of(prompt)
             )
         except Exception as error:  # a template is a program that may fail in any way
-            reason = " ".join(str(error).split()) or type(error).__name__
+            reason = reason_of(error)
             raise UserError(
                 f"{self.name}: the chat template in {self.folder} refuses the prompt {str(prompt)[:60]!r} ({reason}); "
                 "set another template"

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from typing import Protocol, cast
 
 from pjrlhf.data.messages import Prompt
-from pjrlhf.errors import UserError
+from pjrlhf.errors import UserError, described
 from pjrlhf.paths import install
 from pjrlhf.registry import Registry, callable_as
 from pjrlhf.rewards.calls import number
@@ -161,7 +161,7 @@ def checked(name: str, score: Scorer) -> Scorer:
         except UserError:
             raise
         except (Exception, SystemExit) as error:
-            reason = " ".join(f"{type(error).__name__}: {error}".split())
+            reason = described(error)
             raise UserError(f"{name}: raised {reason} for the answer {text[:60]!r}; correct the scorer") from error
         found = number(value)
         if not math.isfinite(found):

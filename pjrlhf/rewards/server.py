@@ -18,7 +18,6 @@ from pjrlhf import strict_json
 from pjrlhf.data.messages import Prompt
 from pjrlhf.data.records import as_json
 from pjrlhf.errors import UserError
-from pjrlhf.rewards.calls import is_busy
 from pjrlhf.rewards.sources import SOURCES, NoReply, RewardFunction, Unanswered
 from pjrlhf.terminal import masked
 from pjrlhf.types import Json
@@ -171,6 +170,13 @@ def _post(url: str, body: bytes, timeout: float, retries: int, key: str, key_var
             # No connection, one that was cut, or a reply that is no HTTP or no JSON.
             reason = " ".join(str(getattr(error, "reason", error)).split()) or type(error).__name__
     raise NoReply(f"reward server {url}: no reply after {retries + 1} tries ({reason}); check the server")
+
+
+def is_busy(status: int) -> bool:
+    """Whether another try may succeed after an HTTP status code: a busy or failing server, or one that cannot be
+    reached by what stands before it (520 to 530).
+    """
+    return status in (408, 409, 429) or (500 <= status < 600 and status not in (501, 505))
 
 
 def retry_after(text: str, otherwise: float) -> float:

@@ -19,7 +19,7 @@ from jaxtyping import Float
 
 from pjrlhf.data.messages import Prompt, dialogue
 from pjrlhf.data.records import as_json
-from pjrlhf.errors import UserError
+from pjrlhf.errors import UserError, described
 from pjrlhf.registry import Registry, callable_as, load
 from pjrlhf.rewards.calls import GIVEN, call, listed, missing_parameter, number
 from pjrlhf.rewards.scorers import scorer as named_scorer
@@ -345,7 +345,7 @@ class RewardSource:
     def _raised(self, error: Exception | SystemExit, where: str) -> str:
         if isinstance(error, NoReply):
             return str(error)
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        reason = described(error)
         return f"reward {self.name!r}: its source raised {reason}{where}; correct the source"
 
     def _values(self, batch: _Batch) -> list[Any]:

@@ -21,7 +21,7 @@ from etils import epath
 from jaxtyping import UInt32
 from orbax.checkpoint import v1 as ocp
 
-from pjrlhf.errors import UserError
+from pjrlhf.errors import UserError, reason_of
 from pjrlhf.parallel.processes import on_all_processes, on_process_zero, to_host
 from pjrlhf.paths import bucket_errors, is_remote
 from pjrlhf.training.workdir import disk_errors, listed
@@ -348,4 +348,4 @@ def _reason(error: BaseException) -> str:
     """The innermost error on one line, shortened."""
     while inner := error.__cause__ or error.__context__:
         error = inner
-    return " ".join(str(error).split())[:300] or type(error).__name__
+    return reason_of(error, 300)

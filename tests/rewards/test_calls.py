@@ -12,7 +12,7 @@ import pytest
 
 from pjrlhf.data.records import as_json
 from pjrlhf.errors import UserError
-from pjrlhf.rewards.calls import is_busy
+from pjrlhf.rewards.server import is_busy
 from pjrlhf.rewards.sources import RecordColumns, RewardSource, reward_source
 
 PROMPTS, ANSWERS = ["say a", "say b", "say c"], ["aa", "b", "a cat"]
