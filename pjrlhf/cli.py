@@ -83,7 +83,6 @@ def _train(arguments: Sequence[str]) -> None:
 
 
 def _merge(arguments: Sequence[str]) -> None:
-    from pjrlhf.errors import UserError
     from pjrlhf.export.merge import METHOD_OPTIONS, SPACES, MergeSettings, merge
     from pjrlhf.settings import fields_of, parse, rule_of
     from pjrlhf.terminal import visible
@@ -105,12 +104,8 @@ def _merge(arguments: Sequence[str]) -> None:
     parser.add_argument("--private", action="store_true", help=helps["private"])
     given = {key: value for key, value in vars(parser.parse_args(arguments)).items() if value is not None}
     with _one_line():
-        try:
-            with progress("merge", 1):
-                manifest = merge(parse(MergeSettings, given, "merge"))
-        except UserError as error:  # settings of a config are flags here
-            keys = "|".join(key for key in helps if key != "ingredients")
-            raise UserError(re.sub(rf"\bmerge\.({keys})\b", r"--\1", str(error))) from error
+        with _flags_of("merge", [key for key in helps if key != "ingredients"]), progress("merge", 1):
+            manifest = merge(parse(MergeSettings, given, "merge"))
         print(f"merged model: {visible(manifest['output'])}")
         if "pushed" in manifest:
             print(f"pushed to {visible(manifest['pushed'])}")
@@ -166,15 +161,10 @@ def _serve(arguments: Sequence[str]) -> None:
                 parser.add_argument(flag, type=type(field.default), default=field.default, metavar="X", help=help)
     given = parser.parse_args(arguments)
     with _one_line("context", "mesh", "soups"):
-        from pjrlhf.errors import UserError
-
         values = {cls: {name: getattr(given, name) for name in fields_of(cls)} for cls in classes}
-        try:
+        with _flags_of("serve", [name for cls in classes for name in values[cls]]):
             server = parse(ServerSettings, values[ServerSettings], "serve")
             engine = parse(EngineSettings, values[EngineSettings], "serve")
-        except UserError as error:  # settings are flags here
-            message = re.sub(r"^serve\.(\w+)", lambda found: f"--{found[1].replace('_', '-')}", str(error))
-            raise UserError(message) from error
         # Nothing is to be finished yet, and process 1 of a container would ignore the signal.
         signal.signal(signal.SIGTERM, lambda *_: (os.write(2, b"stopped by SIGTERM\n"), os._exit(0)))
         with _needs("serve"):
@@ -210,9 +200,7 @@ def _generate(arguments: Sequence[str]) -> None:
         if given.user is not None and catalogue.people is None:
             raise UserError("--user: these models know no people; leave it out, or name a user model with --entry")
         if given.user is not None:
-            with _needs("serve"):
-                from pjrlhf.serving.people.members import with_stored
-            catalogue = with_stored(catalogue)
+            catalogue = _with_stored(catalogue)
         voice = catalogue.voice(mix=mix, user=given.user)
         if given.user is not None and not voice.known:
             who = "the generic user" if voice.personal else voice.model
@@ -317,16 +305,23 @@ def _with_members(catalogue: "Catalogue", url: str) -> tuple["Catalogue", tuple[
     if not isinstance(catalogue.people, People):
         return catalogue, ()
     trained = [name for name in catalogue.people.registry.names if name is not None]
-    kept = catalogue.run is not None and (catalogue.run / "people.sqlite").is_file()
-    if not (url or kept or os.environ.get("PJRLHF_PEOPLE")):  # the extra is not needed then
+    found = _with_stored(catalogue, url)
+    members: Any = found.people
+    if found is catalogue:
         return catalogue, tuple(trained)
-    with _needs("serve"):
-        from pjrlhf.serving.people.members import Members, open_members
-    found = open_members(catalogue, url)
-    members = found.people
-    assert isinstance(members, Members)
     later = [str(person.name) for person in members.store.people() if person.name is not None]
     return found, tuple(name for name in dict.fromkeys([*trained, *later]) if members.knows(name))
+
+
+def _with_stored(catalogue: "Catalogue", url: str = "") -> "Catalogue":
+    """The catalogue with the people of its store; as it is where there is none, and the extra is not needed."""
+    from pjrlhf.serving.people.address import is_kept
+
+    if not is_kept(catalogue.run, url):
+        return catalogue
+    with _needs("serve"):
+        from pjrlhf.serving.people.members import open_members
+    return open_members(catalogue, url)
 
 
 def _check_server(parser: argparse.ArgumentParser, given: argparse.Namespace) -> None:
@@ -395,6 +390,18 @@ def _ingredients(parser: argparse.ArgumentParser, given: argparse.Namespace) -> 
             parser.error(f"--ingredients {part}: write NAME=FOLDER, each name once")
         found[name] = folder
     return found
+
+
+@contextlib.contextmanager
+def _flags_of(section: str, names: Sequence[str]) -> Iterator[None]:
+    """Settings of a section are flags here, and a UserError names them so."""
+    from pjrlhf.errors import UserError
+
+    try:
+        yield
+    except UserError as error:
+        keys = rf"\b{section}\.({'|'.join(names)})\b"
+        raise UserError(re.sub(keys, lambda found: f"--{found[1].replace('_', '-')}", str(error))) from error
 
 
 @contextlib.contextmanager

@@ -14,7 +14,7 @@ import kubernetes_validate
 import pytest
 import yaml
 
-from pjrlhf.serving.people.members import PEOPLE_VARIABLE
+from pjrlhf.serving.people.address import PEOPLE_VARIABLE
 from pjrlhf.serving.running import KEY_VARIABLE
 from pjrlhf.serving.settings import EngineSettings, ServerSettings
 from pjrlhf.settings import fields_of

@@ -125,7 +125,7 @@ class Prefill:
             tokens[row, : len(part)], offset[row], count[row] = part, prompt.read, len(part)
             after = prompt.tokens[prompt.read + 1 : prompt.read + 1 + size]
             following[row, : len(after)] = after
-        wanted = served.wanted([None if prompt is None else prompt.ticket.request for prompt in self.prompts])
+        speakers = served.speakers([None if prompt is None else prompt.ticket.request for prompt in self.prompts])
         self.cache, hidden, last = programs.prefill(
             served.backbone,
             served.bank,
@@ -133,9 +133,7 @@ class Prefill:
             tokens,
             offset,
             count,
-            wanted.mix,
-            wanted.user_tokens,
-            wanted.personal,
+            *speakers,
         )
         scored = {row: prompt for row, prompt in chunk.items() if prompt.ticket.request.prompt_logps}
         if scored:

@@ -111,14 +111,11 @@ class ServedModel:
         if unknown := [i for i in bias if not 0 <= i < rows]:
             raise UserError(f"logit_bias: {unknown[0]} is no token from 0 to {rows - 1}; correct it")
 
-    def wanted(self, requests: Sequence[Request | None], sample: int = 0) -> Wanted:
-        """The arrays of requests, one row each; of None, rows of no meaning."""
+    def speakers(self, requests: Sequence[Request | None]) -> tuple[Any, Any, Any]:
+        """Who answers requests, one row each: (mix [B, K], user tokens [B, E, D], which rows bring user tokens [B]).
 
-        def rows(name: str, dtype: type, none: float = 0) -> Any:
-            return np.array([none if one is None else getattr(one, name) for one in requests], dtype)
-
-        seeds: Any = np.array([0 if one is None else fold_seed(one.seed) for one in requests], np.uint32)
-        samples: Any = np.full(len(requests), sample, np.int32)
+        None in place of what nobody has here.
+        """
 
         def arrays(name: str, *shape: int) -> Any:
             if not shape[0]:
@@ -128,7 +125,23 @@ class ServedModel:
                 [np.zeros(shape, np.float32) if one is None else np.asarray(one, np.float32) for one in given]
             )
 
-        personal: Any = np.array([one is not None and one.user_tokens is not None for one in requests])
+        personal = np.array([one is not None and one.user_tokens is not None for one in requests])
+        return (
+            arrays("mix", self.adapters),
+            arrays("user_tokens", self.user_tokens, self.model.config.hidden_size),
+            personal if self.user_tokens else None,
+        )
+
+    def wanted(self, requests: Sequence[Request | None], sample: int = 0) -> Wanted:
+        """The arrays of requests, one row each; of None, rows of no meaning."""
+
+        def rows(name: str, dtype: type, none: float = 0) -> Any:
+            return np.array([none if one is None else getattr(one, name) for one in requests], dtype)
+
+        seeds: Any = np.array([0 if one is None else fold_seed(one.seed) for one in requests], np.uint32)
+        samples: Any = np.full(len(requests), sample, np.int32)
+
+        mix, user_tokens, personal = self.speakers(requests)
         return Wanted(
             limit=rows("max_new_tokens", np.int32),
             temperature=rows("temperature", np.float32),
@@ -138,9 +151,9 @@ class ServedModel:
             sample=samples,
             alternatives=rows("alternatives", np.int32) > 0,
             penalties=penalties_of(requests, self.model.config.vocab_size),
-            mix=arrays("mix", self.adapters),
-            user_tokens=arrays("user_tokens", self.user_tokens, self.model.config.hidden_size),
-            personal=personal if self.user_tokens else None,
+            mix=mix,
+            user_tokens=user_tokens,
+            personal=personal,
         )
 
 

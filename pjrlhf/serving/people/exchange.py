@@ -8,7 +8,7 @@ import flax.traverse_util
 import numpy as np
 
 from pjrlhf.errors import UserError
-from pjrlhf.serving.people.members import Members, checked_name
+from pjrlhf.serving.people.members import Members, checked_name, checked_row
 from pjrlhf.serving.people.store import Person, Taken, Unknown
 from pjrlhf.settings import shown
 from pjrlhf.types import Json
@@ -135,14 +135,10 @@ def _row(members: Members, value: Json, field: str) -> dict[str, Any] | None:
     if value is None:
         return None
     like: dict[str, Any] = dict(flax.traverse_util.flatten_dict(members.generic_row, sep="/"))
-    found = {}
     try:
-        if not isinstance(value, Mapping) or value.keys() != like.keys():
-            raise ValueError("other leaves")
-        for key, leaf in like.items():
-            found[key] = np.asarray(value[key], np.float32)
-            if found[key].shape != np.shape(leaf) or not np.isfinite(found[key]).all():
-                raise ValueError("another shape, or numbers that are not finite")
+        if not isinstance(value, Mapping):
+            raise TypeError("no object of arrays")
+        found = checked_row({key: np.asarray(x, np.float32) for key, x in value.items()}, like)
     except (TypeError, ValueError, OverflowError) as error:
         shapes = {key: np.shape(leaf) for key, leaf in like.items()}
         raise UserError(f"{field}: is no row of this model ({shapes}); give it as it was exported") from error

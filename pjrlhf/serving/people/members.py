@@ -12,7 +12,6 @@ import dataclasses
 import functools
 import json
 import math
-import os
 import pathlib
 import threading
 from collections.abc import Mapping, Sequence
@@ -30,6 +29,7 @@ from pjrlhf.data.schema import Example
 from pjrlhf.errors import UserError
 from pjrlhf.models.provenance import text_provenance
 from pjrlhf.serving.catalogue import Catalogue, People
+from pjrlhf.serving.people.address import address
 from pjrlhf.serving.people.fit import Fitter, Row, as_example, as_json
 from pjrlhf.serving.people.store import MEMORY, Person, Store, Taken, Unknown, Unreachable, key_of
 from pjrlhf.serving.people.trained import forget, trained_people
@@ -38,8 +38,6 @@ from pjrlhf.types import Json
 
 NAME_LENGTH = 512  # characters of a person's name
 ROWS_KEPT = 4096  # people whose rows are kept in memory
-STORE = "people.sqlite"  # in a run directory
-PEOPLE_VARIABLE = "PJRLHF_PEOPLE"  # the store, whose address may hold a password
 SMALLEST = 1e-4  # of a stated weight that learning starts from; softmax gives no zero
 
 
@@ -132,7 +130,7 @@ class Members:
         """A person's row: the one that is stored, where it is of this model; it is fitted where it is not."""
         name, row = str(person.name), None
         if not person.comparisons or self.fitter is None:
-            row = self._start(person)
+            row = self.start_of(person)
         elif (row := self._stored_row(person)) is not None:
             if person.row_version != person.version:  # votes whose fit has not ended; nobody waits for it here
                 self._fit_later(name)
@@ -180,8 +178,8 @@ class Members:
         weights = np.array([person.stated.get(name, 0.0) for name in self.names], np.float64)
         return (weights / weights.sum()).astype(np.float32)  # in float64, where no positive weight is rounded to 0
 
-    def _start(self, person: Person) -> Row:
-        """The row that learning starts from."""
+    def start_of(self, person: Person) -> Row:
+        """The row that a person's fits start from."""
         stated = self._stated(person)
         if stated is not None:
             (leaf,) = self._table_row(0)
@@ -223,7 +221,7 @@ class Members:
                 examples.append(as_example(one))
             except RecordError as error:
                 logging.warning("left out a comparison of a person: %s", error.reason)
-        row = self.fitter.fit(self._start(person), examples)
+        row = self.fitter.fit(self.start_of(person), examples)
         if not all(np.isfinite(x).all() for x in jax.tree.leaves(row)):
             raise UserError("comparisons: the fit diverges; lower evaluate_users.cold_start_learning_rate")
         if comparisons:
@@ -377,14 +375,10 @@ class Members:
         """The row of everybody unknown."""
         return self._table_row(0)
 
-    def start_of(self, person: Person) -> Row:
-        """The row that a person's fits start from."""
-        return self._start(person)
-
     def row_of(self, person: Person) -> Row:
         """A person's row."""
         known = self._known(str(person.name))
-        return self._start(person) if known is None else known.row
+        return self.start_of(person) if known is None else known.row
 
     def output(self, person: Person, fits: bool = True) -> tuple[np.ndarray | None, np.ndarray | None] | None:
         """(user tokens, mix) of a person; None where `fits` is False and their row has yet to be fitted."""
@@ -476,6 +470,15 @@ def _unpacked(data: bytes, like: Row) -> Row:
         row = flax.traverse_util.unflatten_dict(load(data), sep="/")
     except Exception as error:  # the reader has no type of its own for what damaged bytes may be
         raise ValueError(" ".join(str(error).split())[:100]) from error
+    return checked_row(row, like)
+
+
+def checked_row(row: Row, like: Row) -> Row:
+    """A row of host arrays.
+
+    Raises:
+      ValueError: it has other arrays than `like`, or numbers that are not finite.
+    """
     if jax.tree.map(lambda x: (x.shape, x.dtype), row) != jax.tree.map(lambda x: (x.shape, x.dtype), like):
         raise ValueError("it has other arrays")
     if not all(np.isfinite(x).all() for x in jax.tree.leaves(row)):
@@ -505,8 +508,7 @@ def open_members(catalogue: Catalogue, url: str = "", limit: int = 256) -> Catal
     """A catalogue whose people learn.
 
     Args:
-      url: of the store, see `Store`; "" is that of the environment variable `PEOPLE_VARIABLE`, else `STORE` in the run
-        directory, or memory where no run is served.
+      url: of the store, see `address`; memory where there is none.
       limit: see `Store`.
 
     Raises:
@@ -517,13 +519,6 @@ def open_members(catalogue: Catalogue, url: str = "", limit: int = 256) -> Catal
     return dataclasses.replace(catalogue, people=Members(catalogue, store_of(catalogue.run, url, limit)))
 
 
-def with_stored(catalogue: Catalogue) -> Catalogue:
-    """A catalogue with the people of its store, where there is one."""
-    kept = catalogue.run is not None and (catalogue.run / STORE).is_file()
-    return open_members(catalogue) if kept or os.environ.get(PEOPLE_VARIABLE) else catalogue
-
-
 def store_of(run: pathlib.Path | None, url: str = "", limit: int = 256) -> Store:
     """The store of a run, see `open_members`."""
-    url = url or os.environ.get(PEOPLE_VARIABLE, "")
-    return Store(url or (MEMORY if run is None else str(run / STORE)), limit)
+    return Store(address(run, url) or MEMORY, limit)
