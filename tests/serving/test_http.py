@@ -13,7 +13,7 @@ import numpy as np
 import openai
 import pytest
 from support import tiny_serving, tiny_users
-from support.serving import send, served, start
+from support.serving import answering, send, served, start
 from support.tiny_serving import K
 
 from pjrlhf import cli
@@ -41,10 +41,8 @@ def model(tmp_path_factory):
 def soups(model):
     """Soups, on 127.0.0.1."""
     engine = tiny_serving.engine(model)
-    engine.start()
-    with served(Catalogue(model, NAMES, tiny_serving.bank(model)), engine, max_body=20_000) as place:
+    with answering(Catalogue(model, NAMES, tiny_serving.bank(model)), engine, max_body=20_000) as place:
         yield place
-    engine.close(30)
 
 
 @pytest.fixture(scope="module")
@@ -61,10 +59,8 @@ def persons(model):
         model, NAMES, tiny_serving.bank(model), People(users, UserRegistry((None, "ana", "bo")), params)
     )
     engine = tiny_serving.engine(model, E)
-    engine.start()
-    with served(catalogue, engine, key="secret") as place:
+    with answering(catalogue, engine, key="secret") as place:
         yield place
-    engine.close(30)
 
 
 def client_of(place, key="none"):

@@ -5,7 +5,7 @@ import socket
 
 import pytest
 from support import tiny_serving
-from support.serving import send, served
+from support.serving import answering, send
 
 from pjrlhf.serving.catalogue import Catalogue
 
@@ -18,11 +18,9 @@ JSON = "Content-Type: application/json"
 def place(tmp_path_factory):
     model = tiny_serving.model(tmp_path_factory.mktemp("base"))
     engine = tiny_serving.engine(model)
-    engine.start()
     catalogue = Catalogue(model, ("P1A", "P2B", "P3A"), tiny_serving.bank(model))
-    with served(catalogue, engine, max_body=20_000) as place:
+    with answering(catalogue, engine, max_body=20_000) as place:
         yield place
-    engine.close(30)
 
 
 def post(*headers, body=BODY, path=PATH, version="HTTP/1.1"):

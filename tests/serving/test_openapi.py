@@ -3,7 +3,7 @@
 import jsonschema
 import pytest
 from support import tiny_serving
-from support.serving import send, served
+from support.serving import answering, send
 
 from pjrlhf.serving.bodies import ChatBody, CompletionBody
 from pjrlhf.serving.catalogue import Catalogue
@@ -16,11 +16,9 @@ QUESTION = [{"role": "user", "content": "what is rain ?"}]
 def place(tmp_path_factory):
     model = tiny_serving.model(tmp_path_factory.mktemp("base"))
     engine = tiny_serving.engine(model)
-    engine.start()
     catalogue = Catalogue(model, ("P1A", "P2B", "P3A"), tiny_serving.bank(model), soups={"calm": {"P1A": 0.7}})
-    with served(catalogue, engine, key="secret") as place:
+    with answering(catalogue, engine, key="secret") as place:
         yield place
-    engine.close(30)
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ import pytest
 from safetensors.numpy import save
 from support import tiny_serving
 from support.postgres import postgres
-from support.serving import send, served
+from support.serving import answering, send, served
 
 from pjrlhf.data.token_table import Lengths
 from pjrlhf.models.registry import UserRegistry
@@ -64,10 +64,8 @@ def model(tmp_path_factory):
 @pytest.fixture(scope="module")
 def place(model):
     engine = tiny_serving.engine(model)
-    engine.start()
-    with served(catalogue_of(model), engine, max_body=20_000) as found:
+    with answering(catalogue_of(model), engine, max_body=20_000) as found:
         yield found
-    engine.close(30)
 
 
 def users(place, path="", body=None, method=None):

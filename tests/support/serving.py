@@ -37,6 +37,15 @@ def served(catalogue, engine, key="", **settings):
         thread.join(30)
 
 
+@contextlib.contextmanager
+def answering(catalogue, engine, key="", **settings):
+    """The same, with an engine that works for as long."""
+    engine.start()
+    with served(catalogue, engine, key, **settings) as place:
+        yield place
+    engine.close(30)
+
+
 def send(place, body, path="/v1/chat/completions", method="POST", **headers):
     """(status, JSON or text, headers) of a raw request."""
     connection = http.client.HTTPConnection(*place, timeout=60)
