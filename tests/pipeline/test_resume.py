@@ -178,14 +178,15 @@ def test_another_signal_ends_in_one_line_and_the_run_goes_on(tmp_path, seconds, 
     changes = {"stages": ("sft", "comparisons"), **sizes}
     process = start_main(tmp_path, tmp_path / "run", **changes)
     code, lines = interrupt(process, seconds, number)
+    # Answers of a base of four steps may all be alike, which ends the run.
+    ended = code == 0 or (code == 2 and lines and "comparisons" in lines[-1])
     # The run was faster than the signal, or the signal came before the first line of the package.
-    if code == 0 or (seconds < 0.5 and code == -number):
+    if ended or (seconds < 0.5 and code == -number):
         return
     assert (code, len(lines)) == (128 + number, 1), lines
     assert re.match(f"stopped by {name}; the same command goes on|[a-z]+: stopped by {name}", lines[0])
     process = start_main(tmp_path, tmp_path / "run", **changes)
     _, errors = process.communicate(timeout=300)
-    # Answers of a base of four steps may all be alike.
     assert process.returncode == 0 or (process.returncode == 2 and "comparisons" in errors.splitlines()[-1]), errors
 
 

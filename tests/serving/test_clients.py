@@ -1,5 +1,6 @@
 """Clients that people use, against a server process on loopback. Extra `clients`."""
 
+import contextlib
 import json
 import os
 import re
@@ -7,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import threading
+import time
 
 import jax
 import numpy as np
@@ -105,16 +107,24 @@ def test_openai_is_told_to_wait_and_does(folders, monkeypatch):
             openai.OpenAI(base_url=address, api_key="wrong", max_retries=0).models.list()
         client = openai.OpenAI(base_url=address, api_key="secret", max_retries=0, timeout=120)
         long = dict(model="base", prompt=QUESTION, max_tokens=30, n=128)
-        threads = [threading.Thread(target=client.completions.create, kwargs=long, daemon=True) for _ in range(2)]
+        done = threading.Event()
+
+        def keep_busy():
+            while not done.is_set():
+                with contextlib.suppress(openai.RateLimitError):
+                    client.completions.create(**long)
+
+        threads = [threading.Thread(target=keep_busy, daemon=True) for _ in range(3)]
         for thread in threads:
             thread.start()
-        refused = None
-        while refused is None and any(thread.is_alive() for thread in threads):
+        refused, deadline = None, time.monotonic() + 60
+        while refused is None and time.monotonic() < deadline:
             try:
                 client.completions.create(model="base", prompt=QUESTION, max_tokens=1)
             except openai.RateLimitError as error:
                 refused = error
         assert refused is not None and refused.response.headers["retry-after"] == "1" and refused.code == "queue_full"
+        done.set()
         patient = client.with_options(max_retries=60)
         assert patient.completions.create(model="base", prompt=QUESTION, max_tokens=1).choices
         for thread in threads:
