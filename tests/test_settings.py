@@ -21,6 +21,7 @@ from pjrlhf import config as configs
 from pjrlhf.algorithms.answering import AnswerSettings
 from pjrlhf.algorithms.pdpo_settings import EntrySettings
 from pjrlhf.config import RunSettings
+from pjrlhf.data.readers.reader import ReaderSettings
 from pjrlhf.errors import UserError
 from pjrlhf.feedback.samplers import ChatSamplerSettings, ModelSamplerSettings
 from pjrlhf.judges.language_model import JudgeSettings
@@ -149,6 +150,7 @@ def test_every_class_of_settings_is_reached_by_a_flag():
     chosen = {EntrySettings, AnswerSettings, CombinationRule, *named, *below(CombinationRule)}
     inherited = {base for cls in [*classes(), *named] for base in cls.__mro__}
     chosen |= {EngineSettings, ServerSettings}  # flags of `pjrlhf serve`
+    chosen |= {ReaderSettings, *below(ReaderSettings)}  # of sources, by their kind
     assert package - inherited - chosen == set()
     combine = everything().policy.combine
     for rule in below(CombinationRule) & package:

@@ -30,11 +30,21 @@ class RecordError(ValueError):
     Args:
       reason: a short phrase; records are counted by it.
       detail: what is wrong in this record.
+
+    Attributes:
+      where: place of the raw row, where a reader knows it; else "".
     """
+
+    where = ""
 
     def __init__(self, reason: str, detail: str = ""):
         super().__init__(f"{reason} ({detail})" if detail else reason)
         self.reason = reason
+
+    def at(self, where: str) -> "RecordError":
+        """The error itself, with the place of its raw row."""
+        self.where = where
+        return self
 
 
 class BadRecords:

@@ -12,7 +12,10 @@ from typing import Any
 from etils import epath
 
 from pjrlhf import paths
+from pjrlhf.data import readers
 from pjrlhf.data.joined import read_choices, read_votes
+from pjrlhf.data.readers.raw import check_path
+from pjrlhf.data.readers.reader import read, settings_of
 from pjrlhf.data.records import RecordError, from_json, plain
 from pjrlhf.errors import UserError
 from pjrlhf.registry import Registry, callable_as
@@ -39,12 +42,23 @@ class Source(Sequence):
       name: for messages.
       records: mappings by index; a `RecordError` in place of a record that cannot be used.
       rows: the rows of `records` that belong to the source, in order; all of them where None.
+      places: of each of `records`, for messages; "" or None for its number.
+      dropped: what a reader left out on purpose, reason -> how often.
     """
 
-    def __init__(self, name: str, records: Any, rows: Sequence[int] | None = None):
+    def __init__(
+        self,
+        name: str,
+        records: Any,
+        rows: Sequence[int] | None = None,
+        places: Sequence[str] | None = None,
+        dropped: Mapping[str, int] | None = None,
+    ):
         self.name = name
+        self.dropped = dict(dropped or {})
         self._records = records
         self._rows = range(len(records)) if rows is None else rows
+        self._places = places
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -63,7 +77,9 @@ class Source(Sequence):
 
     def where(self, i: int) -> str:
         """The place of a row, such as "train row 3": the row number in the whole split, from 0."""
-        return f"{self.name} row {self._rows[i]}"
+        row = self._rows[i]
+        place = self._places[row] if self._places else ""
+        return place or f"{self.name} row {row}"
 
 
 class JsonLines(Source):
@@ -141,6 +157,7 @@ def open_source(spec: Mapping[str, Any], key: str = "data") -> Source:
     "votes":    votes on pairs of answers, see `joined.read_votes`.
     "choices":  multiple-choice questions, see `joined.read_choices`.
     "records":  `records`, a random-access sequence of mappings, and a `name` for messages.
+    One of `readers.MODULES`: a published data set, see docs/data.md.
     "package.module:reader" or "path/to/file.py:reader": a `Reader`.
 
     Args:
@@ -171,6 +188,9 @@ def check_source(spec: Mapping[str, Any], key: str) -> None:
     kind = spec.get("kind")
     _reader_of(kind, key)
     spec = Spec(spec, key)
+    if kind in readers.MODULES:
+        _split(spec)
+        check_path(settings_of(readers.reader_of(str(kind)), spec, key).path, key)
     for name in _NEEDED.get(str(kind), ()):
         value = str(_required(spec, name))
         is_file = name in ("path", "votes") and kind != "datasets" and not paths.is_remote(value)
@@ -308,6 +328,20 @@ def _tfds(spec: Mapping[str, Any]) -> Source:
         ) from error
     # Slices are taken here because parquet builders silently ignore them.
     return Source(f"{name} [{split}]", data, cut(len(data)))
+
+
+def _published(spec: Mapping[str, Any]) -> Source:
+    reader, key = readers.reader_of(str(spec["kind"])), _key(spec)
+    split, cut = _split(spec)
+    settings = settings_of(reader, spec, key)
+    check_path(settings.path, key)
+    found = read(reader, settings.replace(split=split), key)
+    name = f"{reader.kind} [{split}]"
+    return Source(name, found.records, cut(len(found.records)), found.places, found.dropped)
+
+
+for _kind in readers.MODULES:
+    READERS.register(_kind)(_published)
 
 
 def _split(spec: Mapping[str, Any]) -> tuple[str, Callable[[int], range]]:

@@ -1,0 +1,19 @@
+"""Readers of published data sets, one module each, loaded when a config names it. docs/data.md describes them."""
+
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pjrlhf.data.readers.reader import DataReader
+
+# Kind in a config -> module of this package, which has the reader as `READER`, or several as `READERS` by kind.
+MODULES = {
+    "compred": "shp",
+    "shp": "shp",
+}
+
+
+def reader_of(kind: str) -> "DataReader":
+    """The reader of one of `MODULES`."""
+    module = importlib.import_module(f"{__name__}.{MODULES[kind]}")
+    return module.READERS[kind] if hasattr(module, "READERS") else module.READER
