@@ -332,8 +332,8 @@ def _tfds(spec: Mapping[str, Any]) -> Source:
 
 def _published(spec: Mapping[str, Any]) -> Source:
     reader, key = readers.reader_of(str(spec["kind"])), _key(spec)
-    split, cut = _split(spec)
     settings = settings_of(reader, spec, key)
+    split, cut = _split(Spec({"split": settings.split}, key))  # each reader has its default
     check_path(settings.path, key)
     found = read(reader, settings.replace(split=split), key)
     name = f"{reader.kind} [{split}]"

@@ -1,9 +1,11 @@
 """Raw files of data sets, written by hand, and what their readers make of them."""
 
+import csv
 import dataclasses
 import gzip
 import json
 import pathlib
+from collections.abc import Iterator
 from typing import Any
 
 from pjrlhf.data import readers
@@ -13,7 +15,7 @@ from pjrlhf.data.sources import check_source, open_source
 
 
 def write(path: pathlib.Path, rows: Any) -> str:
-    """Writes rows as .jsonl, .json (one list, where its rows are no mappings of one list: as they are) or .parquet."""
+    """Writes rows as .parquet, .csv, or JSON lines, also .gz; as one JSON list where the folder is called one_text."""
     path.parent.mkdir(parents=True, exist_ok=True)
     name = path.name.removesuffix(".gz")
     if name.endswith(".parquet"):
@@ -22,10 +24,30 @@ def write(path: pathlib.Path, rows: Any) -> str:
 
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
         return str(path)
+    if name.endswith(".csv"):
+        with path.open("w", encoding="utf-8", newline="") as file:
+            table = csv.DictWriter(file, rows[0].keys())
+            table.writeheader()
+            table.writerows(rows)
+        return str(path)
     one_text = name.endswith(".json") and path.parent.name == "one_text"
     text = json.dumps(rows) if one_text else "".join(json.dumps(row) + "\n" for row in rows)
     path.write_bytes(gzip.compress(text.encode()) if path.suffix == ".gz" else text.encode())
     return str(path)
+
+
+def odd(row: Any) -> Iterator[Any]:
+    """Copies of a row in each of which one value, at any depth, is of another type, null or gone. Of lists, one of the
+    first two values.
+    """
+    for key in row if isinstance(row, dict) else range(len(row[:2])):
+        kept = {name: value for name, value in row.items() if name != key} if isinstance(row, dict) else row[:key]
+        yield kept
+        values = [None, "", "x", "[", 7, -0.5, True, [], [[]], {}, {"a": []}]
+        if isinstance(row[key], dict | list):
+            values += odd(row[key])
+        for value in values:
+            yield {**row, key: value} if isinstance(row, dict) else [*row[:key], value, *row[key + 1 :]]
 
 
 @dataclasses.dataclass

@@ -8,7 +8,20 @@ if TYPE_CHECKING:
 
 # Kind in a config -> module of this package, which has the reader as `READER`, or several as `READERS` by kind.
 MODULES = {
+    "alignx": "alignx",
+    "alpaca_eval": "prompt_sets",
+    "beavertails": "beavertails",
+    "cardinal_prefs": "cardinal_prefs",
+    "collective_alignment": "collective_alignment",
     "compred": "shp",
+    "helpsteer2": "helpsteer2",
+    "koala": "prompt_sets",
+    "lamp": "lamp",
+    "personal_llm": "personal_llm",
+    "personal_rewardbench": "personal_rewardbench",
+    "personamem": "personamem",
+    "pku_saferlhf": "pku_saferlhf",
+    "rfm": "rfm",
     "shp": "shp",
 }
 

@@ -197,3 +197,15 @@ def number(row: Mapping[str, Any], *names: str) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or value - value != 0:
         raise RecordError(f"bad {names[-1]}", f"{shown(value)} is not a finite number")
     return float(value)
+
+
+def objects(row: Mapping[str, Any], *names: str) -> list[Mapping[str, Any]]:
+    """A `field` that is a list of objects.
+
+    Raises:
+      RecordError: see `field`; also "bad <last name>".
+    """
+    value = field(row, *names)
+    if not isinstance(value, list) or not all(isinstance(item, Mapping) for item in value):
+        raise RecordError(f"bad {names[-1]}", f"{shown(value)} is no list of objects")
+    return value
