@@ -20,10 +20,12 @@ from pjrlhf.runtime.text import Text
 from pjrlhf.settings import Settings, setting, shown
 
 PARTS = ("train", "heldout", "new_users")
-# What is never on both sides of the split: a prompt, or a pair of answers whoever compared them and however.
+# What is never on both sides of the split: a prompt, a pair of answers whoever compared them and however, or records
+# with one value of the column `group`, such as the turns of a dialogue; those without it are split by prompt.
 SPLITS: dict[str, Callable[[Example], str]] = {
     "prompt": lambda example: repr(example.prompt),
     "pair": lambda example: repr((example.prompt, sorted((str(example.chosen), str(example.rejected))))),
+    "group": lambda example: repr(example.extra.get("group", example.prompt)),
 }
 
 

@@ -366,6 +366,17 @@ def records(tmp_path, base_folder):
     return settings
 
 
+def test_a_group_is_on_one_side_of_the_split():
+    turns = [
+        Example(prompt=f"{group} {turn}", chosen="a", rejected="b", user_id="ann", extra={"group": f"dialogue {group}"})
+        for group in range(10)
+        for turn in range(3)
+    ]
+    parts = split(turns, PairSettings(data={"kind": "records"}, split="group", heldout_fraction=0.3), 0)
+    sides = {name: {example.extra["group"] for example in part} for name, part in parts.items()}
+    assert len(sides["train"]) == 7 and len(sides["heldout"]) == 3 and not sides["train"] & sides["heldout"]
+
+
 def test_own_records_are_split_by_prompt(records, tmp_path):
     pairs = pairs_of(tiny.start(tmp_path / "run", records()))
     prompts = {name: {example.prompt for example in table.examples} for name, table in pairs.tables.items()}

@@ -15,14 +15,20 @@ MODULES = {
     "collective_alignment": "collective_alignment",
     "compred": "shp",
     "helpsteer2": "helpsteer2",
+    "hh_rlhf": "hh",
     "koala": "prompt_sets",
     "lamp": "lamp",
     "personal_llm": "personal_llm",
     "personal_rewardbench": "personal_rewardbench",
     "personamem": "personamem",
     "pku_saferlhf": "pku_saferlhf",
+    "prism": "prism",
+    "psoups": "psoups",
     "rfm": "rfm",
     "shp": "shp",
+    "tldr": "tldr",
+    "ultrafeedback": "ultrafeedback",
+    "vpl_hh": "hh",
 }
 
 

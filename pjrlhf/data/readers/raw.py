@@ -66,6 +66,19 @@ class Raw:
             self.dropped[reason] += count
 
     @property
+    def is_folder(self) -> bool:
+        """Whether the path is a folder of files, and not one file or a name on the hub."""
+        return paths.local(self.path).is_dir()
+
+    def error(self, name: str, reason: str) -> UserError:
+        """An error about a setting, whose message begins with its key."""
+        return UserError(f"{self.key}.{name}: {reason}")
+
+    def holds(self, files: str) -> bool:
+        """Whether a folder has files that match a pattern, see `rows`."""
+        return bool(_matching(paths.local(self.path), files))
+
+    @property
     def is_file(self) -> bool:
         """Whether the path is one file, so that it cannot hold a set of several."""
         return paths.local(self.path).is_file()
@@ -144,8 +157,7 @@ def _files(folder: pathlib.Path, pattern: str, split: str | None, key: str) -> l
     Raises:
       UserError: there are none.
     """
-    named = {file: name for file in paths.visible_files(folder) if (name := _stem(folder, file)) is not None}
-    found = {file: name for file, name in named.items() if fnmatch.fnmatchcase(f"/{name}", f"*/{pattern}")}
+    found = _matching(folder, pattern)
     if not found:
         what = "data files" if pattern == "*" else f"files {pattern!r}"
         raise UserError(
@@ -153,7 +165,7 @@ def _files(folder: pathlib.Path, pattern: str, split: str | None, key: str) -> l
             "raw files"
         )
     if split is None:
-        return list(found)
+        return found
     words = next((alike for alike in _ALIKE if split in alike), (split,))
     # The folder itself is named by the user, so only what is inside tells parts.
     inside = {file: file.relative_to(folder).as_posix() for file in found}
@@ -163,7 +175,13 @@ def _files(folder: pathlib.Path, pattern: str, split: str | None, key: str) -> l
             f"{folder}: no file of split {split!r} (found {shown(sorted(inside.values())[:10])}); set "
             f"--config.{key}.split to another one"
         )
-    return chosen or list(found)
+    return chosen or found
+
+
+def _matching(folder: pathlib.Path, pattern: str) -> list[pathlib.Path]:
+    """The data files of a folder whose path without suffix ends in a pattern."""
+    named = ((file, _stem(folder, file)) for file in paths.visible_files(folder))
+    return [file for file, name in named if name is not None and fnmatch.fnmatchcase(f"/{name}", f"*/{pattern}")]
 
 
 def _stem(folder: pathlib.Path, file: pathlib.Path) -> str | None:
