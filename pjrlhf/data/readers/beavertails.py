@@ -63,8 +63,10 @@ def pair(answers: list[Row], raw: Raw) -> Iterator[Row]:
 
 def read(settings: BeaverTailsSettings, raw: Raw) -> Iterator[Row | RecordError]:
     """The records of the set: bad rows, then answers in the order in which they first come."""
+    size, _, part = settings.split.rpartition("_")  # a folder of raw files has folders 30k and 330k
+    rows = raw(f"{size}/*" if size else "*", split=part, hub={"split": settings.split})
     labels: dict[tuple[str, str], list[Row]] = collections.defaultdict(list)
-    for row in converted(raw(), lambda row: [label(row)]):
+    for row in converted(rows, lambda row: [label(row)]):
         if isinstance(row, RecordError):
             yield row
         else:
@@ -98,5 +100,6 @@ READER = DataReader(
         "other labels are counted",
         "there are no pairs in the set: gives=pairs makes one per prompt, and leaves out ties and single answers",
         "categories with a label become the column harms",
+        "the files of the set are packed by xz, which is not read: unpack them, or read the set by its name on the hub",
     ),
 )

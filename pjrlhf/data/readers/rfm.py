@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 
 from pjrlhf.data.readers.literals import literal
 from pjrlhf.data.readers.raw import Raw, Row
-from pjrlhf.data.readers.reader import DataReader, ReaderSettings, Record, converted, field, number, text
+from pjrlhf.data.readers.reader import DataReader, ReaderSettings, Record, converted, number, text
 from pjrlhf.data.records import RecordError
 from pjrlhf.errors import UserError
 from pjrlhf.settings import setting, shown
@@ -62,7 +62,7 @@ def convert(row: Row, settings: RfmSettings, raw: Raw) -> Iterator[Record]:
         raw.drop("identical answers", len(scores))
         return
     for rater, columns in scores.items():
-        if any(field(row, column) == "" for column in columns):
+        if any(row[column] in ("", None) for column in columns):
             raw.drop("no score")
             continue
         margin = number(row, columns[0]) - number(row, columns[1])

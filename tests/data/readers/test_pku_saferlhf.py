@@ -80,7 +80,11 @@ LABELS = [
 
 def test_labels_of_an_answer_are_one_reward(tmp_path):
     write(tmp_path / "round0/330k/train.jsonl", LABELS)
-    found = read("beavertails", tmp_path / "round0/330k/train.jsonl")
+    write(tmp_path / "round0/330k/test.jsonl", LABELS[:2])
+    write(tmp_path / "round0/30k/train.jsonl", LABELS[:1])
+    for split, count in (("330k_test", 2), ("30k_train", 1), ("330k_train[:2]", 2)):
+        assert len(read("beavertails", tmp_path, split=split).good) == count
+    found = read("beavertails", tmp_path)
     assert [(one["completion"], one["rewards"]["harmless"]) for one in found.good] == [
         ("Like this.", pytest.approx(1 / 3)),
         ("Call a locksmith.", 1.0),

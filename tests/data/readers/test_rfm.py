@@ -57,6 +57,11 @@ def test_ties_and_identical_answers_are_counted(tmp_path):
     rows = [row(**{"one_RM-7B_chosen": "1.0"}), row(chosen="A carrot."), row(**{"two_RM-2B_rejected": ""})]
     found = read("rfm", write(tmp_path / "train.csv", rows))
     assert found.dropped == {"ties": 1, "identical answers": 2, "no score": 1} and len(found.good) == 2
+    typed = row(
+        **{"one_RM-7B_chosen": 1.5, "one_RM-7B_rejected": None, "two_RM-2B_chosen": -2, "two_RM-2B_rejected": 0.25}
+    )
+    found = read("rfm", write(tmp_path / "train.parquet", [typed]))
+    assert found.dropped == {"no score": 1} and found.good[0]["margin"] == 2.25
 
 
 def test_bad_rows_and_settings_are_named(tmp_path):
