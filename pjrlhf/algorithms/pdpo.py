@@ -131,6 +131,7 @@ class Preference(Method):
         answers: Callable[[UserModel, Sequence[int]], HeldoutAnswers] | None = None,
     ):
         self.shown = shown
+        pairs = pairs.for_head(entry.objective.head)
         self.entry, self.pairs, self.devices, self.streams = entry, pairs, devices, streams
         self.backbone, self.objective = backbone, entry.objective
         self.rates = entry.optimizer.rates() | entry.user_optimizer.rates("user_optimizer")
@@ -273,6 +274,7 @@ def run(run: Run) -> dict[str, Any]:
         texts = entry.users.user_text
         pairs = made(user_text=texts, permuted_text=texts and entry.users.permuted)
         answers = functools.partial(heldout_answers, run, pairs)
+        pairs.for_head(entry.objective.head).reference["train"]  # computed before the first step
         rows = len(pairs.tables["train"])
         steps = steps_of(settings.steps, settings.epochs, rows, settings.batch_size)
         if settings.epochs:

@@ -1,7 +1,7 @@
 """Pads rows of token ids, and iterates over batches in an order that a resumed run continues exactly."""
 
 import hashlib
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import Any, Protocol, TypeVar, cast
 
 import numpy as np
@@ -171,6 +171,11 @@ def batches(
     return iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)))
 
 
+def by_hash(names: Iterable[str], seed: int) -> list[str]:
+    """`names`, each once, in a random order that is the same on every machine, whatever their order was."""
+    return sorted(set(names), key=lambda name: hashlib.sha256(f"{seed}\0{name}".encode()).digest())
+
+
 def split_by(
     keys: Sequence[Hashable], fraction: float, seed: int, alike: str = "split by another one"
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -198,7 +203,7 @@ def split_by(
             f"row {keys.index(None)}: has no key to split by; give every row a key, or split by another one"
         )
     names = [str(key) for key in keys]
-    groups = sorted(set(names), key=lambda name: hashlib.sha256(f"{seed}\0{name}".encode()).digest())
+    groups = by_hash(names, seed)
     if len(groups) < 2:
         raise UserError(
             f"held-out fraction {fraction}: the {len(names)} rows have one key, so nothing can be held out; {alike}"

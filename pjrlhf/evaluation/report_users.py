@@ -62,7 +62,11 @@ def cards(summary: Mapping[str, Any]) -> list[dict[str, str]]:
         text = f"accuracy of {best} over {gain.get('against')}, person by person, {number(gain.get('users'))} people"
         found.append({"number": f"{sign}{percent(gain['mean'])} points", "text": _with_interval(text, gain)})
     else:
-        trained = {name: one for name, one in accuracy.items() if name != "base" and name not in controls} or accuracy
+        trained = {
+            name: one
+            for name, one in accuracy.items()
+            if name not in ("base", "base_told", "base_told_others", *controls)
+        } or accuracy
         if not trained:
             return []
         best = max(trained, key=lambda name: trained[name]["mean"])

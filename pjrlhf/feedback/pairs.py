@@ -1,5 +1,6 @@
 """The comparisons of a run of user models: tokens, reference log-probs, and who said so."""
 
+import collections
 import dataclasses
 import unicodedata
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -7,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 import numpy as np
 from absl import logging
 
-from pjrlhf.data.batching import split_by
+from pjrlhf.data.batching import by_hash, split_by
 from pjrlhf.data.comparisons import SIDES, PairBatch, pair_batch
 from pjrlhf.data.messages import with_text
 from pjrlhf.data.schema import Example, is_tie
@@ -43,6 +44,10 @@ class PairSettings(Settings):
     new_user_fraction: float = setting(
         0.0, "fraction of the people of your own data, kept out to be met as new people", low=0.0, below=1.0
     )
+    max_pairs: int = setting(
+        0, "pairs to train on at most: a random sample, of whole prompts where split is prompt; 0 is all", low=0
+    )
+    max_heldout_pairs: int = setting(0, "the same of held-out pairs", low=0)
     batch_size: int = setting(32, "pairs a step", low=1, high=2**20)
 
 
@@ -100,15 +105,41 @@ def split(examples: Sequence[Example], config: PairSettings, seed: int) -> dict[
     return parts
 
 
+def _sample(examples: Sequence[Example], most: int, key: Callable[[Example], str], seed: int) -> list[Example]:
+    """At most `most` of `examples`, in their order: whole groups of one key, drawn by a hash of it, at least one."""
+    keys = [key(example) for example in examples]
+    size, kept, count = collections.Counter(keys), set(), 0
+    for name in by_hash(size, seed):
+        if kept and count + size[name] > most:
+            break
+        kept.add(name)
+        count += size[name]
+    return [example for example, name in zip(examples, keys, strict=True) if name in kept]
+
+
+def _of_others(examples: Sequence[Example], rng: np.random.Generator) -> list[str | None]:
+    """For every example what another person says about themselves, the same one for all examples of a person."""
+    texts = {example.user_id: example.user_text for example in examples}
+    people = [list(texts)[i] for i in rng.permutation(len(texts))]
+    other = dict(zip(people, [*people[1:], people[0]], strict=True))
+    return [texts[other[example.user_id]] for example in examples]
+
+
 def tables_of(
-    run: Run, settings: PairSettings, *, user_text: bool = False, permuted_text: bool = False
+    run: Run,
+    settings: PairSettings,
+    *,
+    user_text: bool = False,
+    permuted_text: bool = False,
+    others_text: bool = False,
 ) -> dict[str, TokenTable]:
     """The comparisons of a run in training and held-out parts, as token ids.
 
     Args:
       user_text: put what each person says about themselves before the prompt, for whoever answers it: the user's
         policy, the generic user and the reference read the same text (P-RLHF, arXiv 2402.05133, section 4.2).
-      permuted_text: in the training part, everybody's pairs carry the text of somebody else's: the control.
+      permuted_text: in the training part, the pairs carry each other's texts in random order: the control.
+      others_text: in the held-out part, everybody's pairs carry the text of one other person.
 
     Raises:
       UserError: records without `user_id` (or `user_text` where it is asked for), or that cannot be split.
@@ -121,15 +152,24 @@ def tables_of(
         examples, source = run.records.comparisons(settings.data, "preference.data")
         examples = run.records.asked(examples)
         parts = {name: (part, source) for name, part in split(examples, settings, run.streams.seed).items()}
+    for name, most in (("train", settings.max_pairs), ("heldout", settings.max_heldout_pairs)):
+        examples, source = parts[name]
+        if most and len(examples) > most:
+            kept = _sample(examples, most, SPLITS[settings.split], run.streams.seed)
+            logging.info("%s: %d of %d pairs of the part %s", source, len(kept), len(examples), name)
+            parts[name] = (kept, source)
     for example in (example for part, _ in parts.values() for example in part):
         if example.user_id is None:
             raise UserError(f"{example.where}: no user_id; give every record one")
     if user_text:
         rng = run.streams.numpy("preference/permutation")
         for name, (examples, source) in parts.items():
-            order = rng.permutation(len(examples)) if permuted_text and name == "train" else range(len(examples))
-            told = [_told(e, examples[i].user_text) for e, i in zip(examples, order, strict=True)]
-            parts[name] = (told, source)
+            texts = [example.user_text for example in examples]
+            if permuted_text and name == "train":
+                texts = [texts[i] for i in rng.permutation(len(texts))]
+            elif others_text and name == "heldout":
+                texts = _of_others(examples, rng)
+            parts[name] = ([_told(e, text) for e, text in zip(examples, texts, strict=True)], source)
     return {name: run.text.tokenized(examples, lengths, source) for name, (examples, source) in parts.items()}
 
 
@@ -156,8 +196,20 @@ def read_pairs(run: Run, settings: PairSettings, **texts: bool) -> "Pairs":
     """The comparisons of a run with their reference log-probabilities; `texts` and errors are those of `tables_of`."""
     tables = tables_of(run, settings, **texts)
     rows = run.devices.even(2 * settings.batch_size)
-    reference = {name: run.reference(table, rows) for name, table in tables.items()}
+    reference = References(lambda name: run.reference(tables[name], rows))
     return Pairs(tables, registry_of(run, tables["train"]), reference, run.text)
+
+
+class References(dict[str, np.ndarray]):
+    """Part -> reference log-probs of its N pairs, float32 [N, 2]; those of a part are computed when first asked for."""
+
+    def __init__(self, compute: Callable[[str], np.ndarray]):
+        super().__init__()
+        self.compute = compute
+
+    def __missing__(self, part: str) -> np.ndarray:
+        self[part] = found = self.compute(part)
+        return found
 
 
 class Pairs:
@@ -183,6 +235,13 @@ class Pairs:
     def seen_by(self, registry: UserRegistry) -> "Pairs":
         """The same comparisons for a user table with the rows of another registry."""
         return Pairs(self.tables, registry, self.reference, self.text)
+
+    def for_head(self, head: str) -> "Pairs":
+        """The same comparisons for a policy, or for a reward model, which has no reference."""
+        if head == "policy":
+            return self
+        zeros = References(lambda part: np.zeros((len(self.tables[part]), len(SIDES)), np.float32))
+        return Pairs(self.tables, self.registry, zeros, self.text)
 
     @property
     def people(self) -> set[str]:

@@ -33,7 +33,7 @@ class Trained:
         self.run, self.entry, self.max_new_tokens = run, entry, max_new_tokens
         self.backbone = run.workspace.backbone
         self.trainable, registry = pdpo_entries.load(run, entry)
-        self.pairs = pairs = pairs.seen_by(registry)
+        self.pairs = pairs = pairs.for_head(entry.objective.head).seen_by(registry)
         width = self.backbone.model.config.hidden_size
         self.users = pdpo_entries.user_model(entry, registry.capacity, width, self.trainable["bank"])
         scorer = run.scorer(entry.batch_size)

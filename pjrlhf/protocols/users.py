@@ -37,6 +37,8 @@ from pjrlhf.training.progress import progress
 # Models that every report has, or may have, beside the entries of `preference.models`.
 OWN = {
     "base": "the base itself",
+    "base_told": "the base that is told what people say about themselves",
+    "base_told_others": "the base that is told what somebody else says",
     "surface": "the regression on surface features",
     "surface_personal": "the regression on surface features per person",
 }
@@ -83,7 +85,7 @@ def run(run: Run) -> dict[str, Any]:
     config, preference = run.section(UsersSettings), run.section(PreferenceSettings)
     models = preference.models
     made = functools.cache(functools.partial(read_pairs, run, preference))
-    pairs = made(user_text=False)
+    pairs = made(user_text=False, others_text=False)
     held = pairs.tables["heldout"].examples
     # Columns of your own data may have the same names and mean other things.
     simulated = isinstance(preference.data, str)
@@ -102,11 +104,15 @@ def run(run: Run) -> dict[str, Any]:
     # The base itself, by its own log-probs, and what surface features alone can tell.
     score = functools.partial(_score, summary, questions=questions, settings=settings)
     score("base", np.subtract(*pairs.reference["heldout"].T), None, held)
+    if any(preference.entry(name).users.user_text for name in models):
+        for name, others in (("base_told", False), ("base_told_others", True)):
+            told = made(user_text=True, others_text=others)
+            score(name, np.subtract(*told.reference["heldout"].T), None, told.tables["heldout"].examples)
     for name, (own, generic) in _surface(pairs).items() if config.surface else ():
         score(name, own, generic, held)
     for name in models:
         entry = preference.entry(name)
-        trained = Trained(run, entry, made(user_text=entry.users.user_text), config.max_new_tokens)
+        trained = Trained(run, entry, made(user_text=entry.users.user_text, others_text=False), config.max_new_tokens)
         held = trained.pairs.tables["heldout"].examples
         own, nobody = trained.pairs.users("heldout"), np.zeros(len(held), np.int32)
         score(name, trained.margins("heldout", own), trained.margins("heldout", nobody), held)

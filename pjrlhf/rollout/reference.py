@@ -7,15 +7,16 @@ text alone.
 import contextlib
 import hashlib
 import pathlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import jax
 import numpy as np
 import xxhash
 from absl import logging
 
-from pjrlhf.data.batching import Completions
 from pjrlhf.data.comparisons import SIDES
+from pjrlhf.data.packing import PackedRows
 from pjrlhf.data.token_table import TokenRow, TokenTable
 from pjrlhf.errors import UserError
 from pjrlhf.models.adapters import Backbone
@@ -24,7 +25,7 @@ from pjrlhf.parallel.processes import broadcast_from_zero, on_process_zero
 from pjrlhf.paths import atomic_write
 from pjrlhf.rollout import scoring
 
-_VERSION = 1  # of the computation; raise it where the same key would give other numbers
+_VERSION = 2  # of the computation; raise it where the same key would give other numbers
 
 
 def cache_key(table: TokenTable, base_hash: str, param_dtype: object, model: Decoder) -> str:
@@ -80,9 +81,9 @@ def _written(folder: pathlib.Path) -> Iterator[None]:
         ) from error
 
 
-def summed_logps(backbone: Backbone, batch: Completions) -> jax.Array:
-    """Float32 [B]: log-probabilities of the completions under the base, nats."""
-    return scoring.sequence_logps(backbone.policies(), batch.tokens, batch.valid, batch.prompt_length, batch.scored)[0]
+def summed_logps(backbone: Backbone, rows: PackedRows) -> jax.Array:
+    """Float32 [E, A]: log-probabilities of A answers to each of E prompts under the base, nats."""
+    return scoring.packed_logps(backbone.policies(), rows).reshape(rows.owners, -1)
 
 
 def reference_logps(
@@ -93,7 +94,7 @@ def reference_logps(
     Args:
       key: see `cache_key`.
       folder: where the cache lies; a file there is used if and only if it has this key.
-      score: rows of `unique_answers` -> `summed_logps` of each, float32 [M].
+      score: rows of `unique_answers` -> the log-prob of each, float32 [M].
 
     Raises:
       UserError: the cache cannot be written, or a log-prob is NaN or infinite.
@@ -131,6 +132,31 @@ def unique_answers(table: TokenTable) -> tuple[list[TokenRow], np.ndarray]:
                 answers.append({"prompt": prompt, "completion": answer, "completion_mask": mask})
             found[i, column] = numbers[key]
     return answers, found
+
+
+def shared_prompts(answers: Sequence[TokenRow], most: int = 8) -> np.ndarray:
+    """Groups of answers to one prompt, so that it is read once for all of them: int [G, A], numbers of `answers`.
+
+    A, at most `most`, is the size with the fewest tokens in all. A group with fewer answers repeats its last one.
+    """
+    by_prompt: dict[bytes, list[int]] = {}
+    for i, answer in enumerate(answers):
+        by_prompt.setdefault(answer["prompt"].tobytes(), []).append(i)
+    sizes = np.array([len(numbers) for numbers in by_prompt.values()])
+    prompts = np.array([len(answers[numbers[0]]["prompt"]) for numbers in by_prompt.values()])
+    mean = np.mean([len(answer["completion"]) for answer in answers])
+    tokens = [(np.ceil(sizes / A) * (prompts + A * mean)).sum() for A in range(1, most + 1)]
+    A = 1 + int(np.argmin(tokens))
+    groups = [numbers[i : i + A] for numbers in by_prompt.values() for i in range(0, len(numbers), A)]
+    return np.array([[*group, *[group[-1]] * (A - len(group))] for group in groups])
+
+
+def with_answers(answers: Sequence[TokenRow], names: Sequence[str]) -> TokenRow:
+    """One row with a prompt and its answers by name, as `Text.pack` takes it."""
+    row: dict[str, Any] = {"prompt": answers[0]["prompt"]}
+    for name, answer in zip(names, answers, strict=True):
+        row |= {name: answer["completion"], f"{name}_mask": answer["completion_mask"]}
+    return row
 
 
 def _write(path: pathlib.Path, values: np.ndarray) -> None:

@@ -23,7 +23,7 @@ from pjrlhf.models.adapters import AdapterConfig, is_low_rank
 from pjrlhf.models.quantization import check_quantize
 from pjrlhf.parallel.mesh import bytes_per_device
 from pjrlhf.rewards.sources import SourceContext
-from pjrlhf.rollout.reference import cache_key, reference_logps, summed_logps
+from pjrlhf.rollout.reference import cache_key, reference_logps, shared_prompts, summed_logps, with_answers
 from pjrlhf.rollout.sampler import Sampling
 from pjrlhf.runtime.audience import Audience
 from pjrlhf.runtime.baselines import BaseAnswers
@@ -297,13 +297,19 @@ class Run(Sections):
           rows: answers per chunk.
         """
         workspace, backbone = self.workspace, self.workspace.backbone
-        scorer, logps = self.scorer(rows), functools.partial(jax.jit(summed_logps), backbone)
+        logps = functools.partial(jax.jit(summed_logps), backbone)
         key = cache_key(table, workspace.base_hash, jax.tree.leaves(backbone.base)[0].dtype, backbone.model)
 
         def score(answers: list[TokenRow]) -> np.ndarray:
-            lengths = [len(answer["prompt"]) + len(answer["completion"]) for answer in answers]
-            name = f"reference log-probs of {table.bad.source_name}"
-            return scorer(name, answers, self.text.pad_completions, logps, lengths)
+            groups = shared_prompts(answers)
+            names = [f"answer {a}" for a in range(groups.shape[1])]
+            shared = [with_answers([answers[i] for i in group], names) for group in groups]
+            lengths = [len(row["prompt"]) + sum(len(row[name]) for name in names) for row in shared]
+            scorer = self.scorer(max(1, rows // len(names)))
+            progress = f"reference log-probs of {table.bad.source_name}"
+            found = scorer(progress, shared, functools.partial(self.text.pack, names=names), logps, lengths)
+            _, first = np.unique(groups, return_index=True)  # without the answers that a group repeats
+            return found.reshape(-1)[first]
 
         return reference_logps(table, key, workspace.cache_folder / "reference", score)
 

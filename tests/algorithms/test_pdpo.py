@@ -1,5 +1,6 @@
 """The stage that trains user models: its objective, whose rows move, and that it resumes."""
 
+import collections
 import dataclasses
 import functools
 import json
@@ -26,7 +27,7 @@ from pjrlhf.data.comparisons import PairBatch
 from pjrlhf.data.messages import with_text
 from pjrlhf.data.schema import Example, is_tie
 from pjrlhf.errors import UserError
-from pjrlhf.feedback.pairs import PairSettings, split
+from pjrlhf.feedback.pairs import PairSettings, split, tables_of
 from pjrlhf.models.storage import load_tree, save_tree
 from pjrlhf.models.users import UserKind
 from pjrlhf.objectives.preference import PAIRWISE
@@ -396,6 +397,34 @@ def test_records_without_a_user_are_refused(records, tmp_path):
             pairs_of(tiny.start(tmp_path / "run", records()))
 
 
+@pytest.mark.parametrize("most", [1, 7, 20, 10**6])
+def test_a_sample_of_the_pairs_has_whole_prompts(records, tmp_path, most):
+    run = tiny.start(tmp_path / "run", records())
+    settings = run.section(PreferenceSettings)
+    whole, some = (tables_of(run, settings.replace(max_pairs=count, max_heldout_pairs=count)) for count in (0, most))
+    for part in ("train", "heldout"):
+        sizes = collections.Counter(str(example.prompt) for example in whole[part].examples)
+        kept = collections.Counter(str(example.prompt) for example in some[part].examples)
+        assert all(sizes[prompt] == count for prompt, count in kept.items())
+        assert len(some[part]) <= max(most, max(sizes.values())) and len(kept) >= 1
+        order = [whole[part].examples.index(example) for example in some[part].examples]
+        assert order == sorted(order)
+        if most >= len(whole[part]):
+            assert len(some[part]) == len(whole[part])
+        elif most > max(sizes.values()):
+            assert len(some[part]) > most - max(sizes.values())
+
+
+def test_a_reward_model_has_no_reference(records, tmp_path):
+    run = tiny.start(tmp_path / "run", records())
+    run.reference = lambda table, rows: pytest.fail("the reference is not needed")
+    pairs = pairs_of(run)
+    entry = entry_of(run, "individualized", head="reward")
+    method = Preference(entry, pairs, run.devices, run.workspace.backbone, run.streams)
+    batch = method.collate("train", pairs.users("train"), [pairs.tables["train"][i] for i in range(8)])
+    assert not batch.reference.any() and batch.reference.shape == (8, 2)
+
+
 def test_a_split_by_pair_keeps_a_pair_on_one_side(records, tmp_path):
     pairs = pairs_of(tiny.start(tmp_path / "run", records(preference__split="pair")))
     # ann and bob judge the same pair in opposite ways: it is one pair all the same.
@@ -505,7 +534,12 @@ def test_texts_under_wrong_names_are_a_control_of_training(told, tmp_path):
     assert 0.2 < np.mean([a != b for a, b in zip(prompts["a"], prompts["b"], strict=True)]) < 0.8
     words = [[prompt.split("\n")[0] for prompt in part] for part in prompts.values()]
     assert sorted(words[0]) == sorted(words[1]), "as many of each text"
-    assert [e.prompt for e in own.tables["heldout"].examples] == [e.prompt for e in permuted.tables["heldout"].examples]
+    held = own.tables["heldout"].examples
+    assert [e.prompt for e in held] == [e.prompt for e in permuted.tables["heldout"].examples]
+    others = tables_of(run, run.section(PreferenceSettings), user_text=True, others_text=True)["heldout"].examples
+    for e, other in zip(held, others, strict=True):
+        (somebody_else,) = {one.user_text for one in held} - {e.user_text}
+        assert other.prompt == str(e.prompt).replace(str(e.user_text), str(somebody_else))
 
 
 def test_text_in_a_conversation_stands_in_the_message_to_answer():

@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 from support.small_policies import ADAPTERS, MODEL, PAD, base
 
-from pjrlhf.data.batching import collate_completion
+from pjrlhf.data.packing import PackLayout, pack
 from pjrlhf.data.records import BadRecords
 from pjrlhf.data.schema import Example
 from pjrlhf.data.token_table import TokenTable
 from pjrlhf.errors import UserError
 from pjrlhf.models.adapters import Backbone
 from pjrlhf.rollout import reference, scoring
-from pjrlhf.rollout.reference import cache_key, reference_logps, summed_logps
+from pjrlhf.rollout.reference import cache_key, reference_logps, shared_prompts, summed_logps
 
 COLUMNS = ("prompt", "chosen", "rejected")
 N = 5
@@ -40,7 +40,11 @@ def summed(batch):
 
 
 def score(answers):
-    return np.asarray(summed(collate_completion(answers, prompt_length=6, completion_length=5, pad_id=PAD)))
+    layout = PackLayout(mode="share", length=16, pad_id=PAD)
+    prompts, completions, masks = zip(
+        *((row["prompt"], [row["completion"]], [row["completion_mask"]]) for row in answers), strict=True
+    )
+    return np.asarray(summed(pack(prompts, completions, layout, masks)))[:, 0]
 
 
 def refuse(answers):
@@ -250,3 +254,23 @@ def test_an_answer_that_many_people_compared_is_scored_once(tmp_path):
     assert len(seen) == len(set(seen)) == 2 * N
     once = logps(table_of(tokens), tmp_path / "once")
     np.testing.assert_allclose(found, np.concatenate([once, once[:, ::-1], once]), rtol=1e-6)
+
+
+def test_the_answers_to_a_prompt_share_it():
+    def answers(*lengths):
+        return [
+            {"prompt": np.full(P, i, np.int32), "completion": np.arange(n)}
+            for i, (P, counts) in enumerate(lengths)
+            for n in counts
+        ]
+
+    for rows in (answers((50, (3, 4, 5, 6)), (50, (2, 2, 2, 2))), answers((50, (3, 3, 3)), (2, (9,)), (40, (1,) * 20))):
+        groups = shared_prompts(rows)
+        assert sorted(set(groups.ravel())) == [*range(len(rows))]
+        for group in groups:
+            assert len({rows[i]["prompt"].tobytes() for i in group}) == 1
+    assert shared_prompts(answers((50, (3, 4, 5, 6)), (50, (2, 2, 2, 2)))).shape == (2, 4)
+    # Where every prompt has one answer, no row has a repeated one.
+    assert shared_prompts(answers(*((9, (4,)) for _ in range(5)))).tolist() == [[0], [1], [2], [3], [4]]
+    # A long answer costs more than reading a short prompt again.
+    assert shared_prompts(answers((1, (30, 30, 30)))).shape[1] in (1, 3)
