@@ -1,0 +1,91 @@
+"""Every variant of configs/smollm.py from end to end, on a random model and records in the schemas of its data."""
+
+import csv
+import gzip
+import json
+
+import pytest
+from support import tiny, tiny_users
+
+from pjrlhf.data import synthetic
+
+LONG, SHORT = "it can shine and it can grow and it can melt .", "it can grow ."
+SIZES = {
+    "log_every": 1,
+    "checkpoint_every": 0,
+    "sample_rows": 16,
+    "data.max_prompt": 20,
+    "data.max_completion": 12,
+    "data.prompt_buckets": (),
+    "data.completion_buckets": (),
+    "data.heldout_fraction": 0.3,
+}
+PREFERENCE = {
+    "preference.steps": 2,
+    "preference.batch_size": 4,
+    "preference.optimizer.warmup_steps": 0,
+    "preference.max_pairs": 12,
+    "evaluate_users.resamples": 20,
+    "evaluate_users.generate_for": 1,
+    "evaluate_users.max_new_tokens": 6,
+}
+PEOPLE = {
+    "population.users": 3,
+    "population.new_users": 2,
+    "population.pairs_per_user": 4,
+    "population.heldout_pairs_per_user": 2,
+    "population.new_pairs_per_user": 2,
+}
+VARIANTS = {
+    "pdpo_length": PREFERENCE | PEOPLE,
+    "pdpo_votes": PREFERENCE,
+    "pdpo_text": PREFERENCE,
+}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """A folder with the files that the variants read, and a base."""
+    folder = tmp_path_factory.mktemp("data")
+    for name in ("alpaca_eval", "llmfao", "prefeval"):
+        (folder / "data" / name).mkdir(parents=True)
+    prompts = synthetic.prompts()[:24]
+    with gzip.open(folder / "data/alpaca_eval/style_pairs.jsonl.gz", "wt") as file:
+        for prompt in prompts:
+            file.write(json.dumps({"prompt": prompt, "concise": SHORT, "verbose": LONG, "model": "m"}) + "\n")
+    pairs = [{"id": i, "text": p, "result_x": SHORT, "result_y": f"{LONG} {p}"} for i, p in enumerate(prompts)]
+    tiny_users.write_records(folder / "data/llmfao/pairs-crowd.jsonl", pairs)
+    with (folder / "data/llmfao/crowd-comparisons.csv").open("w") as file:
+        rows = csv.writer(file)
+        rows.writerow(["id", "worker", "winner"])
+        rows.writerows([[i, f"w{k}", "left" if k else "right"] for k in range(3) for i in range(24) for _ in range(3)])
+    questions = [
+        {
+            "preference": f"i like {prompt}",
+            "question": prompt,
+            "classification_task_options": [LONG, SHORT, f"{SHORT} {SHORT}", "it can melt ."],
+        }
+        for prompt in prompts
+    ]
+    (folder / "data/prefeval/topic.json").write_text(json.dumps(questions))
+    return folder, tiny_users.save_base(folder)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_variant_runs(data, tmp_path, monkeypatch, variant):
+    folder, base = data
+    monkeypatch.setenv("PJRLHF_TEST_DATA", str(folder))
+    config = tiny.catalogue("smollm").get_config(variant)
+    assert not config.model.path, "any model will do"
+    config.model.path = str(base)
+    with config.ignore_type():
+        config.update_from_flattened_dict(SIZES | VARIANTS[variant])
+        if variant == "pdpo_votes":
+            config.preference.data.min_votes = 1
+    run = tiny.run(tmp_path / "run", config)
+    summary = json.loads((run / "report" / "summary.json").read_text())
+    if variant == "pdpo_text":
+        assert {"base", "base_told", "base_told_others"} < set(summary["choices"])
+    else:
+        assert {"base", "pooled", "individualized", "permuted"} <= set(summary["accuracy"])
