@@ -1,6 +1,6 @@
 """The experiments of the papers on a real instruction-tuned model, sized for SmolLM2-135M-Instruct on two CPU cores.
 
-    python -m pjrlhf.main --config=configs/smollm.py:VARIANT --config.model.path=FOLDER
+    python -m pjrlhf.main --config=configs/smollm.py:soups --config.model.path=FOLDER
 
 FOLDER is any Hugging Face folder or name on the hub, such as HuggingFaceTB/SmolLM2-135M-Instruct. The variants:
 
