@@ -8,7 +8,6 @@ from typing import Any
 from pjrlhf.data.readers.raw import Raw, Row
 from pjrlhf.data.readers.reader import DataReader, ReaderSettings, Record, converted, field, objects, text
 from pjrlhf.data.records import RecordError, name_of
-from pjrlhf.errors import UserError
 from pjrlhf.settings import setting, shown
 
 RANKINGS = ("personal", "world")
@@ -125,10 +124,7 @@ def read(settings: CollectiveAlignmentSettings, raw: Raw) -> Iterator[Row | Reco
     told: dict[str, str] = {}
     if settings.demographics:
         if raw.is_file:
-            raise UserError(
-                f"{raw.path}: one file, without annotators.jsonl; set --config.{raw.key}.path to the folder of both, "
-                f"or --config.{raw.key}.demographics=False"
-            )
+            raise raw.error("path", "is one file, without annotators.jsonl; name the folder of both files")
         for row in converted(raw("annotators", split="train", hub={"name": "annotators"}), about):
             if isinstance(row, RecordError):
                 yield row

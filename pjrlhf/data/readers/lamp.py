@@ -7,7 +7,6 @@ from typing import Any
 from pjrlhf.data.readers.raw import Raw, Row
 from pjrlhf.data.readers.reader import DataReader, ReaderSettings, Record, converted, field, objects, text
 from pjrlhf.data.records import RecordError, name_of
-from pjrlhf.errors import UserError
 from pjrlhf.settings import setting
 
 _HIDDEN = ("id", "date")  # of a profile item: no content
@@ -67,10 +66,7 @@ def read(settings: LampSettings, raw: Raw) -> Iterator[Row | RecordError]:
     golds: dict[str, str] = {}
     if settings.gives == "completions":
         if raw.is_file:
-            raise UserError(
-                f"{raw.path}: one file, without outputs; set --config.{raw.key}.path to the folder of the task, or "
-                f"--config.{raw.key}.gives=prompts"
-            )
+            raise raw.error("path", "is one file, without outputs; name the folder of the task, or set gives=prompts")
         for gold in converted(raw("*outputs"), outputs):
             if isinstance(gold, RecordError):
                 yield gold

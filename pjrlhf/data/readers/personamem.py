@@ -11,7 +11,6 @@ from pjrlhf.data.readers.raw import Raw, Row
 from pjrlhf.data.readers.reader import DataReader, ReaderSettings, Record, converted, field, number, objects, text
 from pjrlhf.data.records import RecordError, name_of
 from pjrlhf.errors import UserError
-from pjrlhf.paths import local
 from pjrlhf.settings import setting, shown
 
 _LETTER = re.compile(r"^\s*\(([a-z])\)\s*")
@@ -113,7 +112,7 @@ def _pairs(
 ) -> Iterator[Record]:
     question, prompt, kind = asked
     user = name_of(field(row, "persona_id"), "persona_id")
-    shared = {"prompt": prompt, "user_id": user, "user_text": told, "question": question, "group": kind}
+    shared = {"prompt": prompt, "user_id": user, "user_text": told, "question": question, "question_type": kind}
     for option in wrong:
         if option == correct:
             raw.drop("identical answers")
@@ -123,11 +122,8 @@ def _pairs(
 
 def read(settings: PersonaMemSettings, raw: Raw) -> Iterator[Row | RecordError]:
     """The records of the set."""
-    if not local(raw.path).is_dir():
-        raise UserError(
-            f"{raw.path}: questions and histories are several files; download the set, and set "
-            f"--config.{raw.key}.path to its folder"
-        )
+    if not raw.is_folder:
+        raise raw.error("path", "questions and histories are several files; download the set, and name its folder")
     found: dict[str, Any] = {}
     files = f"shared_contexts_{settings.size}" if settings.version == "v1" else f"chat_history_{settings.size}/*"
     for row in raw(files, split=None):
@@ -164,7 +160,7 @@ READER = DataReader(
         "system messages of histories describe the person: they are left out, unless keep_persona",
         "v2: several files of histories are of the same persona_id: the file is found by its name in the link",
         "options and queries are Python lists and dicts as text; (a), (b), ... are cut off the options",
-        "every pair of a question has the same column question, and question_type or pref_type as group",
+        "every question is several pairs: they have the same column question, and its kind as question_type",
         "histories have 32k tokens and more: last_messages keeps their end",
         "the names of the parts train and val of v2 are not verified",
     ),

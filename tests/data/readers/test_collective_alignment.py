@@ -69,9 +69,7 @@ def test_demographics_are_told(tmp_path):
     write(tmp_path / "merged_comparisons_annotators.jsonl", [{"odd": 1}])
     found = read("collective_alignment", tmp_path, demographics=True, pair="extremes", rankings=("world",))
     assert [one.get("user_text") for one in found.good] == ["age: 25-34; country of residence: Chile", None]
-    with pytest.raises(
-        UserError, match=r"comparisons.jsonl: one file, without annotators.jsonl; set --config.data.path"
-    ):
+    with pytest.raises(UserError, match=r"^data.path: is one file, without annotators.jsonl"):
         read("collective_alignment", tmp_path / "comparisons.jsonl", demographics=True)
 
 

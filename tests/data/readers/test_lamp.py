@@ -48,7 +48,7 @@ def test_test_parts_have_no_outputs(tmp_path):
     assert "completion" not in found and found["prompt"].startswith("Generate")
     with pytest.raises(UserError, match=r"holds no files '\*outputs'"):
         read("lamp", place, split="test")
-    with pytest.raises(UserError, match=r"one file, without outputs; set --config.data.path to the folder of the task"):
+    with pytest.raises(UserError, match=r"^data.path: is one file, without outputs; name the folder"):
         read("lamp", place / "test_questions.json")
 
 

@@ -45,7 +45,7 @@ def test_v1_has_the_history_up_to_the_question(tmp_path):
         "user_id": "3",
         "user_text": "User: I like rye.\n\nAssistant: Rye is sour.",
         "question": "q1",
-        "group": "recall_user_shared_facts",
+        "question_type": "recall_user_shared_facts",
         "chosen": "Rye.",
     }
     assert found == [shared | {"rejected": "Wheat."}, shared | {"rejected": "It's (all) bread."}]
@@ -112,7 +112,10 @@ def test_v2_finds_the_history_by_its_link(tmp_path):
     assert [one["rejected"] for one in found.good] == ["Wheat.", "Eggs, it's early."]
     assert found.dropped == {"identical answers": 1}
     assert {one["user_text"] for one in found.good} == {"User: I love rye."}
-    assert found.good[0]["prompt"] == "What's for breakfast?" and found.good[0]["group"] == "anti_stereotypical_pref"
+    assert (
+        found.good[0]["prompt"] == "What's for breakfast?"
+        and found.good[0]["question_type"] == "anti_stereotypical_pref"
+    )
     assert len({one["question"] for one in found.good}) == 1
     write_v2(tmp_path, v2(correct_answer="Oats."), part="train")
     assert read("personamem", tmp_path, split="train").good[0]["chosen"] == "Oats."
@@ -136,7 +139,7 @@ def test_bad_questions_of_v2_are_named(tmp_path, change, reason):
 
 def test_one_file_is_not_enough(tmp_path):
     write_v1(tmp_path, v1())
-    with pytest.raises(UserError, match=r"several files; download the set, and set --config.data.path to its folder"):
+    with pytest.raises(UserError, match=r"^data.path: questions and histories are several files"):
         read("personamem", tmp_path / "questions_32k.csv", version="v1")
 
 
