@@ -19,14 +19,13 @@ from pjrlhf.algorithms.policy import PolicySettings
 from pjrlhf.algorithms.reward import RewardSettings
 from pjrlhf.algorithms.ric import RicSettings
 from pjrlhf.algorithms.sft import SftSettings
-from pjrlhf.algorithms.targets import simplex_points
 from pjrlhf.errors import UserError
 from pjrlhf.export.merge import MergeSettings
 from pjrlhf.feedback.comparisons import ComparisonsSettings
 from pjrlhf.feedback.population import PopulationSettings
 from pjrlhf.judges.judge import check_criteria
 from pjrlhf.models.users import KINDS
-from pjrlhf.protocols.front import FrontSettings
+from pjrlhf.protocols.front import FrontSettings, evaluated_points
 from pjrlhf.protocols.judging import check_length_controlled
 from pjrlhf.protocols.soups import OWN as SOUPS_OWN
 from pjrlhf.protocols.soups import SoupsSettings
@@ -67,8 +66,10 @@ class RunSettings(SharedSettings):
 
     def _check_judges(self) -> None:
         audience, evaluate = self.audience, self.evaluate or SoupsSettings()
+        comparisons = self.comparisons or ComparisonsSettings()
+        labels = comparisons.labels(audience) if "comparisons" in self.stages else ()
         asked = {
-            "comparisons": ([(self.comparisons or ComparisonsSettings()).judge], audience.learned),
+            "comparisons": ([comparisons.judge], labels),
             "evaluate": ([evaluate.judge, *evaluate.judges], audience.objectives),
         }
         known = tuple(dict.fromkeys((*audience.preferences, *audience.rewards)))
@@ -83,10 +84,7 @@ class RunSettings(SharedSettings):
         super().check()
         known = self.audience.preferences
         if self.evaluate_front:
-            try:
-                simplex_points(self.evaluate_front.points, self.objectives, "points")
-            except UserError as error:
-                raise UserError(f"evaluate_front.{str(error).removeprefix('preferences.')}") from error
+            evaluated_points(self.evaluate_front, self.objectives)
         if "evaluate_users" in self.stages and self.evaluate_users and self.preference:
             self._check_cold_start(self.evaluate_users, self.preference)
         if self.evaluate_users and self.preference:

@@ -243,6 +243,8 @@ def checked(name: str, value: object, hint: object, rule: Rule) -> Any:
                 converted = _open_section(name, converted)
             _check_rule(name, converted, rule, section)
             return _expanded(converted) if rule.path else converted
+    if str in options and isinstance(value, list | tuple) and len(value) == 1 and isinstance(value[0], str):
+        return checked(name, value[0], hint, rule)  # what a flag gives where the default is a list
     if isinstance(value, str) and rule.allowed:
         _check_rule(name, value, rule, section)  # a message with the choices helps more than one with the type
     wanted = " or ".join(dict.fromkeys(_name(option) for option in options if option is not type(None)))

@@ -468,6 +468,18 @@ def test_secrets_are_masked_in_what_a_run_keeps(settings, tmp_path):
     ("flag", "message"),
     [
         ("--config.evaluate_front.points=((0.5, 0.6),)", "evaluate_front.points (0.5, 0.6): not shares"),
+        (
+            "--config.evaluate_front.points=corner",
+            "evaluate_front.points: 'corner' is unknown; did you mean 'corners'?",
+        ),
+        (
+            "--config.evaluate_front.points=centre",
+            "evaluate_front.points: 'centre' is one point, or has one twice; give",
+        ),
+        (
+            "--config.evaluate_front.points=((1.0, 0.0), (1.0, 0.0))",
+            "evaluate_front.points: ((1.0, 0.0), (1.0, 0.0)) is",
+        ),
         ("--config.evaluate_front.target=some", "evaluate_front.target: 'some' is unknown"),
         ("--config.methods.psoups.preferences.kind=fixd", "methods.psoups.preferences.kind: 'fixd' is unknown"),
         ("--config.methods.morl.preferences.points=corner", "methods.morl.preferences.points: 'corner' is unknown"),

@@ -377,7 +377,8 @@ def labelled(run: Run, settings: ModpoSettings) -> tuple[Targets, tuple[tuple[st
         if names[0] not in found:
             raise UserError(
                 f"{table.bad.source_name}: no pair is labelled for {names[0]!r}, which weighs most for policy "
-                f"{policy!r}; add comparisons, or train for other preferences"
+                f"{policy!r}; add comparisons (with comparisons.objectives, or in reward.data), or train for other "
+                "preferences"
             )
     labels = {names[0] for names, _ in weighed}
     rows = [i for i, example in enumerate(table.examples) if example.objective in labels]

@@ -411,8 +411,10 @@ def comparisons(run: Run) -> TokenTable:
 
 def method_of(run: Run) -> Reward:
     """The method for the reward models of a run."""
-    settings = run.section(RewardSettings)
-    tables = split_tables(comparisons(run), run.audience.learned, settings.heldout_fraction, run.streams.seed)
+    settings, table = run.section(RewardSettings), comparisons(run)
+    # Labels of objectives whose rewards have a source are for MODPO.
+    table = table.select([i for i, e in enumerate(table.examples) if e.objective not in run.audience.sources])
+    tables = split_tables(table, run.audience.learned, settings.heldout_fraction, run.streams.seed)
     shown = run.settings.completion_prompts
     return Reward(settings, run.devices, run.workspace.backbone, run.text, run.streams, tables, shown)
 

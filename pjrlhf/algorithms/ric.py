@@ -260,6 +260,11 @@ def fine_tune(
 ) -> Params:
     """The bank of one adapter after round `number`, of which the first is 0, on `answers`."""
     name = f"{stage}/round{number}"
+    if not answers:
+        raise UserError(
+            f"{name}: none of the answers is both not empty and rewarded by every source; let the sources of all "
+            "objectives say something about the same answers, or leave one out of the objectives"
+        )
     table = stated(run, settings, answers, name)
     steps = settings.online_steps if number else settings.steps
     steps = steps_of(steps, settings.epochs, len(table), settings.batch_size, "ric", settings.optimizer)

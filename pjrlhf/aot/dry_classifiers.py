@@ -1,10 +1,10 @@
-"""The reward classifiers of a dry run: what they hold of every chip beside the steps, and what scoring takes."""
+"""The classifiers of a dry run: what they hold of every chip beside the steps, and what scoring takes."""
 
 import dataclasses
 import functools
 import math
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, TypeAlias
 
 import flax.traverse_util
 import jax
@@ -26,13 +26,16 @@ from pjrlhf.runtime.classifiers import SHORTEST, ClassifierSettings
 from pjrlhf.settings import parse
 from pjrlhf.types import Params, Tree
 
+Specs: TypeAlias = Sequence[tuple[str, Any]]  # (setting, specification) of reward sources or judges
+REWARDS = "rewards."
+
 
 @dataclasses.dataclass(frozen=True)
 class DryClassifier:
     """A classifier on the mesh.
 
     Attributes:
-      name: of the first reward that asks it.
+      name: of the first setting that asks it.
       config: dimensions of its decoder.
       params: shapes of {"decoder", "score"}, sharded.
     """
@@ -53,21 +56,26 @@ def bytes_per_chip(tree: Tree) -> int:
     return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
-def classifiers_of(run: DryRun) -> list[DryClassifier]:
-    """The classifiers that the rewards of a run ask on the mesh, each folder once; of it only config.json is read.
+def rewards_of(run: DryRun) -> Specs:
+    """(setting, specification) of the reward sources of a run."""
+    return [(f"{REWARDS}{name}", spec) for name, spec in run.audience.source_specs.items()]
+
+
+def classifiers_of(run: DryRun, specs: Specs) -> list[DryClassifier]:
+    """The classifiers among reward sources that run on the mesh, each folder once; of it only config.json is read.
 
     Raises:
       UserError: settings that are not known, or a config.json that cannot be read.
     """
     found: dict[tuple[str, str, int], DryClassifier] = {}
-    for name, spec in run.audience.source_specs.items():
+    for name, spec in specs:
         if not isinstance(spec, Mapping) or spec.get("kind") != "classifier":
             continue
-        values = {key: value for key, value in spec.items() if key != "kind"}
-        settings = parse(ClassifierSettings, values, f"rewards.{name}")
+        values = {key: value for key, value in spec.items() if key not in ("kind", "missing")}
+        settings = parse(ClassifierSettings, values, name)
         folder = config_folder(settings.path)
         if read_json(folder / "config.json").get("model_type") not in FAMILIES:
-            logging.info("rewards.%s: %s runs in torch, beside the chips", name, settings.path)
+            logging.info("%s: %s runs in torch, beside the chips", name, settings.path)
             continue
         key = settings.path, settings.dtype, settings.batch_size
         if key not in found:
@@ -86,11 +94,11 @@ def _params(run: DryRun, config: ModelConfig, dtype: str) -> Params:
     }
 
 
-def compile_classifiers(run: DryRun, beside: Tree) -> None:
-    """Scoring `sample_rows` answers of the greatest length by every classifier of a run, while `beside` lies on the
-    chips too.
+def compile_classifiers(run: DryRun, classifiers: Iterable[DryClassifier], beside: Tree) -> None:
+    """Scoring `sample_rows` answers of the greatest length by each of `classifiers`, which all lie on the chips, while
+    `beside` lies there too.
     """
-    for one in classifiers_of(run):
+    for one in classifiers:
         s, mesh = one.settings, run.devices.mesh
         rows = run.devices.even(s.batch_size or run.text.sample_rows)
         longest = run.settings.data.max_prompt + run.settings.data.max_completion
@@ -104,5 +112,8 @@ def compile_classifiers(run: DryRun, beside: Tree) -> None:
         )
         whole: Any = np.zeros((rows, length), np.int32)
         batch = run.devices.place((whole, whole.astype(bool), whole[:, 0]))
-        with run.devices.part(f"classifier of {one.name}"), run.devices.beside(bytes_per_chip(beside) - one.bytes):
+        with (
+            run.devices.part(f"classifier of {one.name.removeprefix(REWARDS)}"),
+            run.devices.beside(bytes_per_chip(beside) - one.bytes),
+        ):
             run.devices.program(functools.partial(class_logits, model))(one.params, *batch)

@@ -3,6 +3,7 @@ measured.
 """
 
 import contextlib
+import copy
 import dataclasses
 import functools
 import os
@@ -41,15 +42,16 @@ from pjrlhf.parallel.roofline import CHIPS, Cost, Estimate, collective_bytes, es
 from pjrlhf.paths import install
 from pjrlhf.pipeline.stages import read
 from pjrlhf.rollout import reference
+from pjrlhf.rollout.batches import Prompts
 from pjrlhf.runtime.audience import Audience
 from pjrlhf.runtime.devices import Devices, MeshSettings
 from pjrlhf.runtime.records import CorpusSettings, DataSettings, Records, SourceSpec
-from pjrlhf.runtime.run import Run
+from pjrlhf.runtime.run import Run, SharedSettings
 from pjrlhf.runtime.streams import Streams
 from pjrlhf.runtime.workspace import Workspace
 from pjrlhf.training.progress import progress
 from pjrlhf.training.workdir import Workdir
-from pjrlhf.types import Params, PRNGKey, Tree
+from pjrlhf.types import Array, Params, PRNGKey, Tree
 
 FIRST_ID = 5  # of the ids that stand for text; lower ones are special
 
@@ -200,7 +202,7 @@ class DryRecords(Records):
         examples = [
             Example(prompt=request, chosen="one", rejected="other", user_id=f"user {i}", objective=name)
             for i, request in enumerate(self.requests[0])
-            for name in self.audience.learned
+            for name in self.audience.rewards
         ]
         return examples, "stand-ins"
 
@@ -273,6 +275,14 @@ class DryRun(Run):
             found = reward.method_of(self).init().trainable
         return {**found, **self.devices.shard(scale)}
 
+    def answering(self, settings: SharedSettings) -> "DryRun":
+        """The run with other settings of its base and texts, on the same devices."""
+        other = copy.copy(self)
+        for name in ("records", "workspace", "text", "rewarder", "_sampler"):
+            vars(other).pop(name, None)
+        other.settings = settings
+        return other
+
     def rows(self, count: int) -> Completions:
         """`count` prompts and completions of the greatest length, on the mesh."""
         P = self.settings.data.max_prompt
@@ -315,6 +325,14 @@ def compile_rewards(run: DryRun) -> None:
     rows = run.rows(run.text.sample_rows)
     with run.devices.part("rewards"):
         run.devices.program(modpo.scores)(run.workspace.backbone, run.rewarder, rows.tokens, rows.valid)
+
+
+def compile_draw(run: DryRun, bank: Params | None = None, mix: Array | None = None) -> None:
+    """Answers to `run.text.sample_rows` prompts of the greatest length by the base, or by adapters."""
+    tokens = np.zeros((run.text.sample_rows, run.settings.data.max_prompt), np.int32)
+    prompts = run.devices.place(Prompts(tokens, tokens.astype(bool)))  # pyright: ignore[reportArgumentType]
+    draw = run.devices.program(run.sampler().draw)
+    draw(run.workspace.backbone, bank, mix, prompts, run.streams.root)
 
 
 def batch_sizes(config: ml_collections.ConfigDict) -> dict[str, int]:

@@ -6,7 +6,7 @@ each step takes of a chip's memory and the least time it can take, and how to ma
 
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -18,14 +18,21 @@ from pjrlhf.algorithms import methods, modpo, policy, reward, ric, sft
 from pjrlhf.algorithms.pdpo import Preference
 from pjrlhf.algorithms.pdpo_settings import PreferenceSettings
 from pjrlhf.aot import dry_run
-from pjrlhf.aot.dry_classifiers import classifiers_of, compile_classifiers
-from pjrlhf.aot.dry_run import DryRun, Step, compile_reference, compile_rewards, dry_modpo, dry_pairs
+from pjrlhf.aot.dry_classifiers import Specs, bytes_per_chip, classifiers_of, compile_classifiers, rewards_of
+from pjrlhf.aot.dry_judges import compile_judges, judges_of
+from pjrlhf.aot.dry_run import DryRun, Step, compile_draw, compile_reference, compile_rewards, dry_modpo, dry_pairs
 from pjrlhf.errors import UserError
+from pjrlhf.feedback.comparisons import ComparisonsSettings
+from pjrlhf.feedback.samplers import ModelSamplerSettings, as_spec, other_base
+from pjrlhf.models.adapters import init_bank
 from pjrlhf.models.users import KINDS
 from pjrlhf.parallel.roofline import CHIPS
-from pjrlhf.rollout.batches import Prompts
+from pjrlhf.protocols.role_play import PROMPT
+from pjrlhf.protocols.soups import SoupsSettings
+from pjrlhf.protocols.users import UsersSettings
+from pjrlhf.settings import parse
 from pjrlhf.training.loop import Method
-from pjrlhf.types import Config
+from pjrlhf.types import Config, Params, Tree
 
 # ---- which programs a stage runs
 
@@ -36,6 +43,17 @@ def _step(method: Method) -> None:
 
 def _sft(run: DryRun) -> None:
     _step(sft.method_of(run))
+
+
+def _asked(run: DryRun, specs: Specs, beside: Tree) -> None:
+    """What models on the mesh do for reward sources and judges."""
+    compile_classifiers(run, classifiers_of(run, specs), beside)
+    compile_judges(run, judges_of(run, specs), beside)
+
+
+def _resident(run: DryRun, specs: Specs) -> int:
+    """Bytes of each chip that the models of reward sources and judges take."""
+    return sum(one.bytes for one in (*classifiers_of(run, specs), *judges_of(run, specs)))
 
 
 def _reward(run: DryRun) -> None:
@@ -58,7 +76,7 @@ def _policy(run: DryRun, settings: policy.PolicySettings | None = None) -> None:
         host = np.zeros(placed.targets.objectives.shape, np.float32)
         with devices.part("update"):  # its rewards come from the host
             method.finish(state, placed, rollout, host)
-        compile_classifiers(run, (backbone.base, state))
+        _asked(run, rewards_of(run), (backbone.base, state))
     else:
         with devices.part("whole step"):
             method.step(state, batch)
@@ -79,20 +97,17 @@ def _preference(run: DryRun) -> None:
 
 def _modpo(run: DryRun, settings: modpo.ModpoSettings) -> None:
     method = dry_modpo(run, settings)
-    compile_classifiers(run, run.workspace.backbone.base)
+    _asked(run, rewards_of(run), run.workspace.backbone.base)
     with run.devices.part("step"):
         _step(method)
 
 
 def _ric(run: DryRun, settings: ric.RicSettings) -> None:
     backbone, rows = run.workspace.backbone, run.text.sample_rows
-    tokens = np.zeros((rows, run.settings.data.max_prompt), np.int32)
-    prompts = run.devices.place(Prompts(tokens, tokens.astype(bool)))  # pyright: ignore[reportArgumentType]
-    draw = run.devices.program(run.sampler().draw)
     with run.devices.part("rollout of the base"):
-        draw(backbone, None, None, prompts, run.streams.root)
+        compile_draw(run)
     compile_rewards(run)
-    compile_classifiers(run, backbone.base)
+    _asked(run, rewards_of(run), backbone.base)
     scores = [0.5] * len(run.audience.objectives)
     answers = [{"request": request, "text": "answer", "scores": scores} for request in run.records.requests[0]]
     data = ric.Round(ric.stated(run, settings, answers, run.devices.naming), settings.steps)
@@ -101,7 +116,7 @@ def _ric(run: DryRun, settings: ric.RicSettings) -> None:
         _step(method)
     if settings.rounds:
         with run.devices.part("rollout"):
-            draw(backbone, method.init().trainable, jnp.ones((rows, 1)), prompts, run.streams.root)
+            compile_draw(run, method.init().trainable, jnp.ones((rows, 1)))
 
 
 def _methods(run: DryRun) -> None:
@@ -115,8 +130,61 @@ def _methods(run: DryRun) -> None:
             logging.warning("methods.%s: the steps of trainer %s are not known here, and left out", name, train)
 
 
+def _judged(run: DryRun, judges: Specs, adapters: int = 0, asks: bool = False) -> None:
+    """What the judges of a stage do, beside the base and `adapters` adapters, and where it `asks` the reward sources,
+    beside their models.
+    """
+    # A judge by a reward source has the model of that.
+    specs = [(name, spec["source"] if _by_reward(spec) else spec) for name, spec in judges]
+    specs += rewards_of(run) if asks else []
+    backbone = run.workspace.backbone
+
+    def make(base: Params) -> Params:
+        return init_bank(base, backbone.adapter, adapters, run.streams.root)
+
+    bank = run.devices.create(make, backbone.base) if adapters else None
+    with run.devices.beside(_resident(run, specs)):
+        _asked(run, specs, (backbone.base, bank))
+
+
+def _by_reward(spec: Any) -> bool:
+    return isinstance(spec, Mapping) and spec.get("kind") == "reward" and "source" in spec
+
+
+def _comparisons(run: DryRun) -> None:
+    settings = run.section(ComparisonsSettings)
+    found = as_spec(settings.sampler)
+    if found.pop("kind") == "model":
+        own, base = parse(ModelSamplerSettings, found, "comparisons.sampler"), run.workspace.backbone.base
+        other = run.answering(other_base(run.settings, own))
+        with run.devices.part("rollout of the sampler"), run.devices.beside(bytes_per_chip(base)):
+            compile_draw(other)
+    by_rewards = settings.judge == "score" and run.settings.judge == "rewards"
+    _judged(run, [("comparisons.judge", settings.judge)], asks=by_rewards)
+
+
+def _evaluate(run: DryRun) -> None:
+    s = run.section(SoupsSettings)
+    judges = [("evaluate.judge", s.judge), *(("evaluate.judges", spec) for spec in s.judges)]
+    _judged(run, judges, len(run.audience.rewards), asks=True)  # models of rewards stay from training on
+
+
+def _evaluate_users(run: DryRun) -> None:
+    spec = run.section(UsersSettings).judge
+    _judged(run, [("evaluate_users.judge", {"prompt": PROMPT, **spec} if isinstance(spec, Mapping) else spec)])
+
+
 ASKING = ("policy", "methods")  # stages that ask reward sources while they train
-PLANS = {"sft": _sft, "reward": _reward, "policy": _policy, "preference": _preference, "methods": _methods}
+PLANS = {
+    "sft": _sft,
+    "comparisons": _comparisons,
+    "reward": _reward,
+    "policy": _policy,
+    "evaluate": _evaluate,
+    "preference": _preference,
+    "evaluate_users": _evaluate_users,
+    "methods": _methods,
+}
 
 
 def plan(config: Config, topology: str, stages: Sequence[str] = ()) -> list[Step]:
@@ -125,7 +193,7 @@ def plan(config: Config, topology: str, stages: Sequence[str] = ()) -> list[Step
     Args:
       config: as of a run; `aot.users` is how many people to reckon with. Of `model.path` only config.json is read, and
         where there is no such folder the dimensions in `model` count.
-      stages: those of the run by default. Sampling and judging in evaluations is that of the stage policy.
+      stages: those of the run by default. Sampling in evaluations is that of the stage policy.
 
     Raises:
       UserError: an unknown topology, or a batch that the mesh cannot share.
@@ -135,7 +203,7 @@ def plan(config: Config, topology: str, stages: Sequence[str] = ()) -> list[Step
         run = DryRun(config, topology)
         run.devices.naming = stage
         if stage in ASKING:
-            run.devices.resident = sum(one.bytes for one in classifiers_of(run))
+            run.devices.resident = _resident(run, rewards_of(run))
         PLANS[stage](run)
         found += run.devices.steps
     return found

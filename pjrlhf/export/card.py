@@ -16,7 +16,7 @@ from pjrlhf import __version__
 from pjrlhf.errors import UserError
 from pjrlhf.evaluation.report import print_tables
 from pjrlhf.models.folders import read_json
-from pjrlhf.models.hub import CARD, hub_name, model_folder
+from pjrlhf.models.hub import CARD, hub_name, model_folder, public_name
 from pjrlhf.models.peft import CONFIG as ADAPTER_CONFIG
 from pjrlhf.models.peft import MANIFEST
 from pjrlhf.paths import content_hash
@@ -189,7 +189,7 @@ def _short(place: Mapping[str, Any]) -> str:
     """A model in a public text: its name on the hub with its commit, or the name of its folder without the path."""
     if place.get("commit"):
         return f"{place['folder']}@{place['commit'][:12]}"
-    return "/".join(pathlib.PurePath(str(place.get("folder"))).parts[-2:]).lstrip("/")
+    return public_name(str(place.get("folder")))
 
 
 def _base_lines(base: Mapping[str, Any], licence: Mapping[str, Any]) -> Iterator[str]:

@@ -16,6 +16,7 @@ from pjrlhf.errors import UserError
 from pjrlhf.feedback.samplers import BASE, sampler, sampler_name
 from pjrlhf.judges.judge import JUDGES, check_judge, combo_outcomes, judge_name
 from pjrlhf.parallel.processes import on_process_zero
+from pjrlhf.runtime.audience import Audience
 from pjrlhf.runtime.run import Run, Stage
 from pjrlhf.settings import Settings, setting
 from pjrlhf.training.workdir import disk_errors, write_lines
@@ -40,6 +41,10 @@ class ComparisonsSettings(Settings):
         choices=tuple(JUDGES),
         extensible=True,
     )
+    objectives: tuple[str, ...] = setting(
+        (),
+        "preferences that pairs are labelled by; those with a reward model where empty. MODPO needs labels of others",
+    )
     pairs: int = setting(
         1024, "pairs of answers that are sampled; different ones are labelled once per objective", low=1, high=10**8
     )
@@ -50,6 +55,29 @@ class ComparisonsSettings(Settings):
     def check(self) -> None:
         check_judge(self.judge)
         sampler(None, self.sampler)
+
+    def labels(self, audience: Audience) -> tuple[str, ...]:
+        """The preferences that pairs are labelled by.
+
+        Raises:
+          UserError: an unknown one, one with a reward model that is left out, or none.
+        """
+        if not self.objectives:
+            if not audience.learned:
+                raise UserError(
+                    "comparisons: the rewards of all objectives have a source, so that no reward model learns from "
+                    "labels; leave the stage out, or name in comparisons.objectives what MODPO needs labels of"
+                )
+            return audience.learned
+        if unknown := [name for name in self.objectives if name not in audience.rewards]:
+            raise UserError(
+                f"comparisons.objectives: {unknown[0]!r} is unknown; choose from {', '.join(audience.rewards)}"
+            )
+        if missing := [name for name in audience.learned if name not in self.objectives]:
+            raise UserError(
+                f"comparisons.objectives: {missing[0]!r} has a reward model, which learns from labels; add it"
+            )
+        return tuple(name for name in audience.rewards if name in self.objectives)
 
 
 def stated_sets(run: Run, count: int, rng: random.Random) -> list[tuple[str, ...]]:
@@ -86,7 +114,7 @@ def run(run: Run) -> dict[str, Any]:
     texts = sampler(run, config.sampler)(requests * 2, words, f"comparisons: answers of {source}")
     first, second = texts[: config.pairs], texts[config.pairs :]
 
-    judge, names = run.judge(config.judge), run.audience.learned
+    judge, names = run.judge(config.judge), config.labels(run.audience)
     usable = [i for i in range(config.pairs) if first[i].strip() and second[i].strip()]
     equal = [i for i in usable if first[i] == second[i]]
     pairs = {(requests[i], *sorted((first[i], second[i]))): i for i in reversed(usable) if first[i] != second[i]}
@@ -107,7 +135,7 @@ def run(run: Run) -> dict[str, Any]:
             soft = {} if abs(verdict) == 1 else {"preference": (1 + abs(verdict)) / 2}
             records.append(preference_record(run, request, chosen, rejected, objective=name, **label, **soft))
     decided = {record["objective"] for record in records if record.get("preference") != 0.5}
-    undecided = set(run.audience.learned) - decided
+    undecided = set(names) - decided
     if undecided:
         name = min(undecided)
         if unjudged[name]:

@@ -13,12 +13,13 @@ from typing import Any, Protocol
 from pjrlhf.data.messages import Message, Prompt, columns_of
 from pjrlhf.errors import UserError, described
 from pjrlhf.judges.chat import Body, Chat, ChatSettings
+from pjrlhf.judges.judge import judge_name
 from pjrlhf.models.frozen import OtherModelSettings
 from pjrlhf.parallel.processes import json_from_zero
 from pjrlhf.registry import Registry, callable_as
 from pjrlhf.rewards.calls import awaited, listed
 from pjrlhf.runtime.answers import sample_base
-from pjrlhf.runtime.run import Run
+from pjrlhf.runtime.run import Run, SharedSettings
 from pjrlhf.runtime.workspace import ModelSettings
 from pjrlhf.settings import arguments, made_by, parse, setting, shown
 from pjrlhf.types import Json
@@ -75,9 +76,8 @@ def by_model(run: Run, **settings: Any) -> Sampler:
     return sample
 
 
-def _other(run: Run, own: ModelSamplerSettings) -> Run:
-    """The run with another base."""
-    shared = run.settings
+def other_base(shared: SharedSettings, own: ModelSamplerSettings) -> SharedSettings:
+    """The settings of a run with another base."""
     model = ModelSettings(
         path=own.path,
         dtype=own.dtype,
@@ -92,7 +92,12 @@ def _other(run: Run, own: ModelSamplerSettings) -> Run:
     )
     temperature = shared.temperature if own.temperature is None else own.temperature
     stages = tuple(stage for stage in shared.stages if stage != "sft")
-    other = Run(shared.replace(model=model, data=data, temperature=temperature, stages=stages), {}, run.workdir)
+    return shared.replace(model=model, data=data, temperature=temperature, stages=stages)
+
+
+def _other(run: Run, own: ModelSamplerSettings) -> Run:
+    """The run with another base."""
+    other = Run(other_base(run.settings, own), {}, run.workdir)
     vars(other)["devices"] = run.devices  # one mesh
     return other
 
@@ -205,6 +210,5 @@ def _checked(kind: str, sampler: Sampler, requests: Sequence[Prompt], words: Seq
 
 
 def sampler_name(spec: str | Mapping[str, Any]) -> str:
-    """The kind of a sampler, with its model if it has one."""
-    settings = as_spec(spec)
-    return " ".join(str(settings[key]) for key in ("kind", "model", "path") if settings.get(key))
+    """The kind of a sampler, with its model if it has one, as records show it."""
+    return judge_name(as_spec(spec))

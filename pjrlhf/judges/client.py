@@ -8,7 +8,7 @@ from typing import Any
 from absl import logging
 
 from pjrlhf.errors import UserError
-from pjrlhf.rewards.server import is_address, is_busy, key_in
+from pjrlhf.rewards.server import is_address, is_busy, key_in, refuse_login
 from pjrlhf.rewards.sources import NoReply
 from pjrlhf.settings import Settings, setting
 from pjrlhf.terminal import masked
@@ -38,6 +38,7 @@ class ChatSettings(Settings):
         super().check()
         if self.base_url and not is_address(self.base_url):
             raise UserError(f"base_url: {masked(self.base_url)!r} is no address; write http://host:port/v1")
+        refuse_login(self.base_url, f"base_url {masked(self.base_url)}")
         if self.prices and len(self.prices) != 2:
             raise UserError(f"prices: {self.prices} are not two; give that of input and that of output tokens")
         if self.max_cost and not self.prices:

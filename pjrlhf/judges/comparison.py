@@ -72,7 +72,7 @@ class SampledBaseline:
 
 class ComparisonReward:
     """A reward function: what a judge says of an answer against that of a baseline, in both orders. A tie is 1/2, also
-    of equal answers, about which nobody is asked. None where there is no baseline, or no verdict in one of the orders.
+    of equal answers, about which nobody is asked. None where there is no baseline, or no verdict of both orders.
 
     Args:
       judge: of the criterion that has the name of the objective.
@@ -119,4 +119,4 @@ class ComparisonReward:
 
 def _here(judge: Any, prompts: Any, a: Any, b: Any, criterion: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """`both_orders` on this process alone."""
-    return of_both(*in_orders(judge, prompts, a, b, criterion))
+    return of_both(judge, *in_orders(judge, prompts, a, b, criterion))

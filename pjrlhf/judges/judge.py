@@ -18,6 +18,7 @@ from pjrlhf.errors import UserError
 from pjrlhf.judges.chat import Chat
 from pjrlhf.judges.language_model import ChatBackend, JudgeSettings, LanguageModelJudge
 from pjrlhf.judges.own import OwnJudge
+from pjrlhf.models.hub import public_name
 from pjrlhf.parallel.processes import broadcast_from_zero, is_process_zero
 from pjrlhf.registry import Registry, callable_as
 from pjrlhf.rewards.calls import listed
@@ -28,8 +29,9 @@ from pjrlhf.settings import arguments, made_by, parse, shown
 class Judge(Protocol):
     """Anything that compares answers: a reward model, a rule, a person, a language model behind an API.
 
-    A judge whose verdict cannot depend on the order of the answers may say so with `order_invariant = True`. Process 0
-    alone is asked; one that runs a program on the mesh, which all processes must enter together, says so with
+    A judge whose verdict cannot depend on the order of the answers may say so with `order_invariant = True`. One whose
+    verdicts count only where both orders agree on the side says so with `consistent_only = True`. Process 0 alone is
+    asked; one that runs a program on the mesh, which all processes must enter together, says so with
     `on_all_processes = True`.
     """
 
@@ -251,10 +253,11 @@ def judge_from(spec: str | Mapping[str, Any], context: JudgeContext) -> Judge:
 
 
 def judge_name(spec: str | Mapping[str, Any]) -> str:
-    """The kind of a judge, with its model if it has one."""
+    """The kind of a judge, with its model if it has one, as reports and records show it."""
     if isinstance(spec, str):
         return spec
-    return " ".join(str(spec[key]) for key in ("kind", "model", "path") if spec.get(key))
+    path = [public_name(str(spec["path"]))] if spec.get("path") else []
+    return " ".join([*(str(spec[key]) for key in ("kind", "model") if spec.get(key)), *path])
 
 
 def check_judge(spec: str | Mapping[str, Any]) -> None:
@@ -284,14 +287,14 @@ def both_orders(
 
     Returns:
       verdict: float64 [N] from the side of `a`: the mean of the two orders; a tie where hard verdicts disagree; NaN
-        where one of them is missing.
+        where one of them is missing, and where they disagree and the judge is `consistent_only`.
       consistent: bool [N], whether the orders agree on the side, or on a tie.
       bias: float64 [N], from -1 to 1, how much the judge leans to the answer that it sees first.
     """
     orders = np.zeros((2, len(prompts)))
     if getattr(judge, "on_all_processes", False) or is_process_zero():
         orders[:] = in_orders(judge, prompts, a, b, criterion)
-    return of_both(*broadcast_from_zero(orders))
+    return of_both(judge, *broadcast_from_zero(orders))
 
 
 def in_orders(
@@ -303,12 +306,15 @@ def in_orders(
     return forward, -forward if invariant else ask(judge, prompts, b, a, criterion)
 
 
-def of_both(forward: np.ndarray, swapped: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def of_both(judge: Judge, forward: np.ndarray, swapped: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """What `both_orders` returns, from what `in_orders` does."""
     backward = -swapped
     mean, consistent = (forward + backward) / 2, np.sign(forward) == np.sign(backward)
     hard = np.isin(forward, (-1, 0, 1)) & np.isin(backward, (-1, 0, 1))
-    return np.where(hard & ~consistent, 0.0, mean), consistent, (forward + swapped) / 2
+    verdict = np.where(hard & ~consistent, 0.0, mean)
+    if getattr(judge, "consistent_only", False):
+        verdict = np.where(consistent, verdict, math.nan)
+    return verdict, consistent, (forward + swapped) / 2
 
 
 @dataclasses.dataclass
@@ -319,21 +325,24 @@ class BothOrders:
       asked: comparisons so far.
       judged: of these the ones with a verdict in both orders.
       consistent: of `judged` the ones whose verdicts agree.
+      dropped: of `judged` the ones without a verdict of their own, because the orders disagree.
     """
 
     judge: Judge
     asked: int = 0
     judged: int = 0
     consistent: int = 0
+    dropped: int = 0
     _bias: float = 0.0
 
     def __call__(
         self, prompts: Sequence[Prompt], first: Sequence[str], second: Sequence[str], criterion: str
     ) -> np.ndarray:
         verdict, consistent, bias = both_orders(self.judge, prompts, first, second, criterion)
-        known = ~np.isnan(verdict)
+        known = ~np.isnan(bias)
         self.asked += len(verdict)
         self.judged += int(known.sum())
+        self.dropped += int((known & np.isnan(verdict)).sum())
         self.consistent += int(consistent[known].sum())
         self._bias += float(bias[known].sum())
         return verdict
@@ -346,7 +355,7 @@ class BothOrders:
 
     def report(self) -> dict[str, Any]:
         """Counts, and what a judge with a method `report` says of itself, as JSON values."""
-        found: dict[str, Any] = {"asked": self.asked, "judged": self.judged}
+        found: dict[str, Any] = {"asked": self.asked, "judged": self.judged - self.dropped}
         if not self._invariant and self.judged:
             found |= {"consistency": self.consistency, "position_bias": self.position_bias}
         report = getattr(self.judge, "report", None)

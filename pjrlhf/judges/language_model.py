@@ -26,6 +26,7 @@ from pjrlhf.types import Json
 FOLDER = pathlib.Path(__file__).parent / "prompts"
 FIELDS = ("prompt", "first", "second", "criterion", "person", "low", "high")
 ANSWERS = ("letter", "json", "text")
+INCONSISTENT = ("tie", "none")
 SHOWN_PREFERENCES = 3  # the largest stated preferences of a person
 PARSE_RETRIES = 2  # further requests, each with another seed, where a reply cannot be read
 
@@ -42,6 +43,7 @@ class Template:
       system, user: texts with fields {prompt}, {first}, {second}, {criterion}, {person}; {low} and {high} of a
         rating; and the names of columns of the records. {prompt} is all turns of a conversation.
       first, second, tie: the verdicts of a pair; `tie` may be empty.
+      inconsistent: of a pair, what it is where the two orders disagree: "tie", or "none", no verdict.
       low, high: the bounds of a rating.
       helpful: the text of the general criterion, which is no preference; "" where the texts do not show the criterion.
     """
@@ -54,6 +56,7 @@ class Template:
     first: str = "A"
     second: str = "B"
     tie: str = ""
+    inconsistent: str = "tie"
     low: int = 1
     high: int = 10
     helpful: str = ""
@@ -141,6 +144,11 @@ def _check_verdicts(template: Template) -> None:
             raise UserError(f"{name}: the verdicts {shown(labels)}; give texts without spaces at their ends")
         if len(set(template.labels)) < len(template.labels):
             raise UserError(f"{name}: two of its verdicts {shown(labels)} are the same; give each its own")
+        if template.inconsistent not in INCONSISTENT:
+            raise UserError(
+                f"{name}: inconsistent {shown(template.inconsistent)} is unknown; choose one of "
+                f"{', '.join(INCONSISTENT)}"
+            )
     wanted = ("first", "second") if pair else ("first",)
     if unseen := [field for field in wanted if not template.shows(field)]:
         raise UserError(f"{name}: its texts do not show what is judged; write {{{unseen[0]}}} where it stands")
@@ -286,6 +294,12 @@ class PromptSettings(Settings):
     orders: int = setting(
         2, "in which the two answers of a comparison are shown; 1: one of the two, drawn for each pair", low=1, high=2
     )
+    inconsistent: str = setting(
+        "",
+        "what two answers are that the two orders judge differently: a tie (of soft verdicts their mean), or none, no "
+        "verdict; as the prompt says where empty",
+        choices=("", *INCONSISTENT),
+    )
     person: str | Mapping[str, Any] = setting(
         "",
         'whose place the judge takes, for prompts that show it: a text, or {"about": text, "stated": {preference: how '
@@ -294,9 +308,14 @@ class PromptSettings(Settings):
 
     def check(self) -> None:
         super().check()
+        for name, text in self.criteria.items():
+            if not isinstance(text, str):
+                raise UserError(f"criteria.{name}: {shown(text)} is not text; say what is judged")
         describe(self.person)
         if self.prompt:
             read_template(self.prompt)
+        if self.inconsistent == "none" and self.orders == 1:
+            raise UserError("inconsistent: none compares two orders, and orders is 1; leave one of them out")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -496,6 +515,7 @@ class LanguageModelJudge(_Asking):
     ):
         super().__init__(settings, sentences, backend, "criterion")
         self.order_invariant = settings.orders == 1
+        self.consistent_only = (settings.inconsistent or self.template.inconsistent) == "none"
         self.columns = columns
         self.people: Sequence[str] = ()
 
@@ -567,10 +587,11 @@ class LanguageModelRating(_Asking):
 
     def __init__(self, settings: PromptSettings, objective: str, criterion: str, backend: Backend):
         super().__init__(settings, {objective: criterion}, backend, "rating")
-        if settings.orders != 2:
-            raise UserError(
-                f"rewards.{objective}.orders: is of comparisons, and a rating is of one answer; leave it out"
-            )
+        for name, given in (("orders", settings.orders != 2), ("inconsistent", settings.inconsistent)):
+            if given:
+                raise UserError(
+                    f"rewards.{objective}.{name}: is of comparisons, and a rating is of one answer; leave it out"
+                )
         _check_objective(self, settings, objective, criterion)
         self.objective = objective
         self.shared = {"criterion": self.text_of(objective), "person": self.person}

@@ -25,6 +25,7 @@ class OwnJudge:
     def __init__(self, name: str, judge: Callable[..., Any]):
         self.name, self.judge = name, judge
         self.order_invariant = bool(getattr(judge, "order_invariant", False))
+        self.consistent_only = bool(getattr(judge, "consistent_only", False))
         self.on_all_processes = bool(getattr(judge, "on_all_processes", False))
         try:
             inspect.signature(judge).bind([], [], [], "")

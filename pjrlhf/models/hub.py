@@ -57,6 +57,11 @@ def hub_name(path: str | os.PathLike) -> HubName | None:
     return HubName(found["repo"], found["revision"] or "main")
 
 
+def public_name(path: str | os.PathLike) -> str:
+    """A model in a text for others: its name on the hub, or the last two parts of its path."""
+    return os.fspath(path) if hub_name(path) else "/".join(pathlib.PurePath(path).parts[-2:]).lstrip("/")
+
+
 def model_folder(path: str | os.PathLike, report: Report | None = None) -> pathlib.Path:
     """The local folder of a model.
 

@@ -121,6 +121,9 @@ class Plan:
             for key, path in _models(section):
                 inside = pathlib.Path(os.path.abspath(path)).is_relative_to(workdir.path)  # this run may make it
                 self._check_path(f"{name}.{key}", "" if inside else path)
+        for name, spec in self.settings.rewards.items() if waiting else ():
+            for key, path in _folders(f"rewards.{name}", spec):
+                self._check_path(key, path)
         for name, field in (("reward", "path"), ("preference", "bank")) if waiting else ():
             self._check_path(f"{name}.{field}", getattr(getattr(self.settings, name), field, ""))
         for key, spec in sections.items():
@@ -136,8 +139,15 @@ def _models(section: Any) -> Iterator[tuple[str, str]]:
     """(key, folder) of the judges and samplers of a section that are models."""
     sampler = getattr(section, "sampler", None)
     for key, spec in [*_judges(section), ("sampler", as_spec(sampler) if sampler else None)]:
-        if isinstance(spec, Mapping) and spec.get("kind") == "model":
-            yield f"{key}.path", expand(str(spec.get("path", "")))
+        yield from _folders(key, spec)
+
+
+def _folders(key: str, spec: Any) -> Iterator[tuple[str, str]]:
+    """(key, folder) of the model of a judge, a sampler or a reward source, where it has one that is not read before."""
+    if isinstance(spec, Mapping) and spec.get("kind") == "reward":
+        yield from _folders(f"{key}.source", spec.get("source"))
+    if isinstance(spec, Mapping) and spec.get("kind") in ("model", "judge") and spec.get("path"):
+        yield f"{key}.path", expand(str(spec["path"]))
 
 
 def _judges(section: Any) -> list[tuple[str, Any]]:
@@ -226,6 +236,7 @@ def _run_stages(plan: Plan, run: Run, workdir: Workdir) -> None:
                 with disk_errors(path):
                     write_lines(path, error.batch)
             raise UserError(f"{error}; what it was asked is in {path}") from error
+        run.end_stage()
         workdir.mark_finished(stage.name, time.perf_counter() - started, config=section, **info)
 
 

@@ -16,7 +16,7 @@ from absl import logging
 
 from pjrlhf.algorithms import methods
 from pjrlhf.algorithms.reward import check_quantiles
-from pjrlhf.algorithms.targets import simplex_points
+from pjrlhf.algorithms.targets import NAMED, simplex_points
 from pjrlhf.data.messages import Prompt, columns_of
 from pjrlhf.errors import UserError
 from pjrlhf.evaluation import pareto
@@ -25,7 +25,7 @@ from pjrlhf.protocols.reporting import finish
 from pjrlhf.protocols.selection import Rewarded
 from pjrlhf.runtime.answers import EvaluatedPolicy, Point, Row, sample_base, sample_rows
 from pjrlhf.runtime.run import Run, Stage
-from pjrlhf.settings import Settings, setting
+from pjrlhf.settings import Settings, setting, shown
 from pjrlhf.training.progress import watched
 
 
@@ -33,8 +33,10 @@ from pjrlhf.training.progress import watched
 class FrontSettings(Settings):
     """The comparison of methods on one front."""
 
-    points: tuple[tuple[float, ...], ...] = setting(
-        (), "preference weights; by default those of the literature, see objectives.simplex.simplex_grid"
+    points: str | tuple[tuple[float, ...], ...] = setting(
+        (),
+        "preference weights: rows, or the name of a set; simplex, those of the literature, where empty",
+        choices=lambda: tuple(NAMED),
     )
     unseen: bool = setting(True, "measure weights too that no method was trained on")
     samples_per_prompt: int = setting(1, "answers per held-out prompt and point", low=1, high=10**4)
@@ -55,6 +57,24 @@ class FrontSettings(Settings):
             raise UserError(f"metrics: {error}") from error
 
 
+def evaluated_points(settings: FrontSettings, objectives: Sequence[str]) -> list[tuple[float, ...]]:
+    """The preference weights at which methods are compared.
+
+    Raises:
+      UserError: they are none, or fewer than two.
+    """
+    try:
+        found = simplex_points(settings.points or "simplex", objectives, "points")
+    except UserError as error:
+        raise UserError(f"evaluate_front.{str(error).removeprefix('preferences.')}") from error
+    if len(set(found)) < max(len(found), 2):
+        raise UserError(
+            f"evaluate_front.points: {shown(settings.points)} is one point, or has one twice; give two or more that "
+            "differ"
+        )
+    return found
+
+
 class Front:
     """The evaluation of one run."""
 
@@ -63,7 +83,7 @@ class Front:
         self.metrics = pareto.chosen_metrics(self.config.metrics)
         self.names = run.audience.objectives
         self.requests = run.records.requests[1]
-        self.points = simplex_points(self.config.points or "simplex", self.names, "points")
+        self.points = evaluated_points(self.config, self.names)
         self.unseen = simplex_points("between" if self.config.unseen else (), self.names, "unseen")
         texts = sample_base(
             run,

@@ -48,11 +48,7 @@ def by_http(
     """
     if not is_address(url):
         raise UserError(f"reward server {url!r}: is no address; write http://host:port/path")
-    if "@" in urllib.parse.urlsplit(url).netloc:
-        raise UserError(
-            f"reward server {masked(url)}: has a login in its address, which is not sent; put the key into an "
-            "environment variable and name that in key_variable"
-        )
+    refuse_login(url, f"reward server {masked(url)}")
     if min(batch_size, concurrency) < 1 or retries < 0 or timeout <= 0:
         raise UserError(
             f"reward server {url}: needs timeout above 0, retries of 0 or more, batch_size and concurrency of 1 or more"
@@ -125,6 +121,15 @@ def is_address(url: str) -> bool:
     except ValueError:  # a port out of range, or an open bracket
         return False
     return bool(known) and url.isprintable() and " " not in url
+
+
+def refuse_login(url: str, name: str) -> None:
+    """Raises UserError for the address of the server `name` that has a user or password, which messages would show."""
+    if "@" in urllib.parse.urlsplit(url).netloc:
+        raise UserError(
+            f"{name}: has a login in its address, which is not sent; put the key into an environment variable and name "
+            "that in key_variable"
+        )
 
 
 class _NoRedirect(urllib.request.HTTPRedirectHandler):

@@ -4,13 +4,14 @@
 with a head. Sources run on the host, on text.
 """
 
+import collections
 import copy
 import dataclasses
 import inspect
 import json
 import math
 import pathlib
-from collections.abc import Awaitable, Callable, Collection, Hashable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Hashable, Mapping, MutableMapping, Sequence
 from typing import Any, Protocol, TypeAlias, cast
 
 import numpy as np
@@ -67,14 +68,19 @@ class SourceContext:
     rows: int = 32
     folder: pathlib.Path = pathlib.Path()
     base_answers: Callable[[Sequence[Prompt], str], list[str]] | None = None
-    shared: dict[Hashable, Any] = dataclasses.field(default_factory=dict)
+    shared: MutableMapping[Hashable, Any] = dataclasses.field(default_factory=dict)
+
+    def nested(self) -> "SourceContext":
+        """A context that takes models from this one where it has them, and closes no others than its own."""
+        return dataclasses.replace(self, shared=collections.ChainMap({}, self.shared))
 
     def close(self) -> None:
-        """Ends what sources hold outside this process."""
-        for held in self.shared.values():
+        """Ends what sources hold outside this process, and lets go of their models."""
+        own = self.shared.maps[0] if isinstance(self.shared, collections.ChainMap) else self.shared
+        for held in own.values():
             if hasattr(held, "close"):
                 held.close()
-        self.shared.clear()
+        own.clear()
 
 
 NO_RUN = SourceContext()  # of a check
@@ -392,7 +398,12 @@ def reward_source(name: str, spec: str | Mapping[str, Any], context: SourceConte
         raise UserError(f'rewards.{name}: {shown(spec)} is no source; name a function, or give {{"kind": ...}}')
     settings = dict(spec)
     kind = settings.pop("kind", None)
-    if kind == ADAPTER and not settings:
+    if kind == ADAPTER:
+        if settings:
+            raise UserError(
+                f"rewards.{name}.{min(settings)}: kind 'adapter' has no settings, it is the reward model of the stage "
+                "reward; leave it out, and set those of reward"
+            )
         return None
     if not isinstance(kind, str) or (kind not in SOURCES and ":" not in kind):
         known = ", ".join((ADAPTER, *SOURCES))

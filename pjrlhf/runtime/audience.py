@@ -20,6 +20,7 @@ from pjrlhf.rewards import server
 from pjrlhf.rewards.scorers import checked, scorer
 from pjrlhf.rewards.sources import NO_COLUMNS, NO_RUN, RecordColumns, RewardSource, SourceContext, reward_source
 from pjrlhf.runtime import classifiers, judges
+from pjrlhf.settings import shown
 from pjrlhf.types import Json
 
 # Modules that register reward sources.
@@ -206,6 +207,9 @@ class Audience:
         missing = [name for name in self.rewards if name not in criteria]
         if missing:
             raise UserError(f"judge: no scorer for {missing[0]!r}; add it to --config.judge")
+        for name, spec in criteria.items():
+            if not isinstance(spec, str):
+                raise UserError(f"judge.{name}: {shown(spec)} is not text; name a scorer")
         scorers = {name: checked(f"judge.{name}: scorer {spec!r}", scorer(spec)) for name, spec in criteria.items()}
         return lambda prompt, text, criterion: scorers[criterion](prompt, text)
 
@@ -236,8 +240,12 @@ class Audience:
 
 def _preference(name: str, fields: Mapping[str, Json]) -> Preference:
     try:
-        return Preference(**fields)
+        found = Preference(**fields)
     except TypeError as error:
         raise UserError(
             f"preferences.{name}: is {fields!r}; give it a dimension and a sentence, and optionally a label"
         ) from error
+    for key, text in vars(found).items():
+        if not isinstance(text, str):
+            raise UserError(f"preferences.{name}.{key}: {shown(text)} is not text; write it in quotes")
+    return found

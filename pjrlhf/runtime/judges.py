@@ -75,6 +75,12 @@ class ModelJudgeSettings(OtherModelSettings, PromptSettings):
     )
 
 
+def model_key(settings: ModelJudgeSettings) -> tuple[str | int, ...]:
+    """What judges that share one model have in common."""
+    s = settings
+    return s.path, s.dtype, s.param_dtype, s.quantize, s.batch_size
+
+
 class NextToken:
     """Log-probabilities of the next token, by a frozen model in its own tokenizer on the mesh.
 
@@ -246,11 +252,10 @@ class ModelBackend:
 
     def _model(self) -> NextToken:
         """The model, which all that judge by the same folder share."""
-        s, shared = self.settings, self.context.shared
-        key = "judge", s.path, s.dtype, s.param_dtype, s.quantize, s.batch_size
+        key, shared = ("judge", *model_key(self.settings)), self.context.shared
         if key not in shared:
             assert self.context.devices is not None, "a judge of a check is never asked"
-            shared[key] = NextToken(s, self.context.devices())
+            shared[key] = NextToken(self.settings, self.context.devices())
         return shared[key]
 
     def report(self) -> dict[str, Any]:

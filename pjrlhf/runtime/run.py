@@ -200,13 +200,19 @@ class Run(Sections):
             base_answers=lambda prompts, how: self.base_answers(prompts, how),
         )
         self.audience = settings.audience.within(self.context)
+        self.judging = self.context.nested()  # of the judges of a stage
 
     @functools.cached_property
     def devices(self) -> Devices:
         return Devices(self.settings.mesh, self.settings.data.max_completion)
 
+    def end_stage(self) -> None:
+        """Ends what the judges of a stage hold, such as models on the mesh, so that it is free for the next stage."""
+        self.judging.close()
+
     def close(self) -> None:
         """Ends what the reward sources and judges of the run hold, such as processes of their own."""
+        self.judging.close()
         self.context.close()
 
     @functools.cached_property
@@ -269,7 +275,7 @@ class Run(Sections):
     def judge(self, spec: str | Mapping[str, Any]) -> BothOrders:
         """The judge that a config names, asked in both orders; see `judges.judge.judge_from`."""
         criteria = self.audience.sentences
-        context = JudgeContext(self.scores, criteria, self.workdir.path, self.context, self.records.columns_of)
+        context = JudgeContext(self.scores, criteria, self.workdir.path, self.judging, self.records.columns_of)
         found = judge_from(spec, context)
         if isinstance(found, RewardJudge):
             found.check(self.records.columns)

@@ -8,17 +8,20 @@ import jax
 import jax.numpy as jnp
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
-from support import tiny, tiny_classifiers, tiny_family, tiny_users
+from support import tiny, tiny_classifiers, tiny_family, tiny_judge, tiny_users
 
 from pjrlhf.algorithms import policy, reward
 from pjrlhf.algorithms.pdpo_settings import PreferenceSettings
 from pjrlhf.aot import dry_run as planned
 from pjrlhf.aot import plan as aot
-from pjrlhf.aot.dry_classifiers import bytes_per_chip, classifiers_of
+from pjrlhf.aot.dry_classifiers import bytes_per_chip, classifiers_of, rewards_of
+from pjrlhf.aot.dry_judges import judges_of
 from pjrlhf.errors import UserError
 from pjrlhf.models.classifier import load_classifier, read_classifier
 from pjrlhf.parallel import roofline
-from pjrlhf.parallel.mesh import make_mesh
+from pjrlhf.parallel.mesh import bytes_per_device, make_mesh
+from pjrlhf.runtime.devices import Devices, MeshSettings
+from pjrlhf.runtime.judges import ModelJudgeSettings, NextToken
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden" / "shardings.json"
 LLAMAS = ("pdpo_8b", "soups_8b", "pdpo_70b", "soups_70b")
@@ -213,7 +216,7 @@ def test_classifiers_lie_beside_every_step_that_may_ask_them(monkeypatch, tmp_pa
         config = tiny.settings(policy__rollouts=8, rewards=rewards, mesh__data=1, mesh__fsdp=-1)
         plans[name] = {step.name: step for step in aot.plan(config, "v5e:2x4", ["policy"])}
     run = aot.DryRun(config, "v5e:2x4")
-    (found,) = classifiers_of(run)  # once for both rewards
+    (found,) = classifiers_of(run, rewards_of(run))  # once for both rewards
     weights = load_classifier(read_classifier(folder))[1]
     assert 0 < found.bytes < sum(x.nbytes for x in jax.tree.leaves(weights)), "sharded"
     scoring = "policy: classifier of P1A"
@@ -223,7 +226,61 @@ def test_classifiers_lie_beside_every_step_that_may_ask_them(monkeypatch, tmp_pa
     assert plans["one"][scoring].memory > found.bytes + bytes_per_chip(run.workspace.base)
     for file in folder.glob("*.safetensors"):
         file.unlink()
-    assert classifiers_of(run)[0].bytes == found.bytes
+    assert classifiers_of(run, rewards_of(run))[0].bytes == found.bytes
+
+
+def judging(folder, **changes):
+    """The tiny config on devices in the place of a TPU's, with a model folder as judge of its comparisons."""
+    config = tiny.settings(policy__rollouts=8, mesh__data=1, mesh__fsdp=-1, **changes)
+    with config.ignore_type():
+        config.comparisons.judge = {"kind": "model", "path": str(folder), "batch_size": 8}
+    return config
+
+
+def test_a_judge_and_a_sampler_of_comparisons_are_planned(monkeypatch, tmp_path):
+    """What a judge holds of each chip is what it holds in a run; of its folder only config.json is read."""
+    monkeypatch.setattr(planned, "devices_of", lambda topology: ("v5e", jax.devices()))
+    folder = tiny_judge.make(tmp_path)
+    config = judging(folder)
+    with config.ignore_type():
+        config.comparisons.sampler = str(folder)
+    run = aot.DryRun(config, "v5e:2x4")
+    (found,) = judges_of(run, [("comparisons.judge", config.comparisons.judge.to_dict())])
+    real = NextToken(ModelJudgeSettings(path=str(folder)), Devices(MeshSettings(data=1, fsdp=-1), 10))
+    assert found.bytes == bytes_per_device(real.backbone.base)
+    assert config.data.max_prompt + 2 * config.data.max_completion < found.length <= real.longest
+    for file in folder.glob("*.safetensors"):
+        file.unlink()
+    steps = {step.name: step for step in aot.plan(config, "v5e:2x4", ["comparisons"])}
+    assert list(steps) == ["comparisons: rollout of the sampler", "comparisons: judge of comparisons.judge"]
+    base = bytes_per_chip(run.workspace.base)
+    assert all(step.memory > found.bytes + base and step.cost.flops > 0 for step in steps.values())
+    assert aot.plan(tiny.settings(), "v5e:2x4", ["comparisons", "evaluate"]) == []
+
+
+@pytest.mark.slow
+def test_judges_lie_beside_every_step_that_may_ask_them(monkeypatch, tmp_path):
+    """Those of rewards beside the steps of training, those of a stage beside that stage alone."""
+    monkeypatch.setattr(planned, "devices_of", lambda topology: ("v5e", jax.devices()))
+    folder = tiny_judge.make(tmp_path)
+    judge = {"kind": "judge", "path": str(folder), "criterion": "It helps.", "missing": 0.5}
+    classifier = tiny_classifiers.gpt2_folder(tmp_path / "classifier")
+    scored = {"kind": "classifier", "path": str(classifier), "template": "{prompt}{answer}", "missing": 0.5}
+    function, plans = "support.toy_extensions:brevity", {}
+    for name, source in (("function", function), ("judge", judge), ("compared", {**judge, "baseline": "greedy"})):
+        config = judging(folder, rewards={"P1A": source, "P1B": function})
+        config.evaluate.judges = ({"kind": "reward", "source": scored}, "score")
+        found = aot.plan(config, "v5e:2x4", ["policy", "evaluate"])
+        plans[name] = {step.name: step for step in found}
+    run = aot.DryRun(config, "v5e:2x4")
+    (one,), (other,) = judges_of(run, rewards_of(run)), classifiers_of(run, [("judges", scored)])
+    of_judge = {"policy: judge of P1A", "evaluate: judge of P1A"}
+    assert plans["judge"].keys() - plans["function"].keys() == of_judge
+    for name, step in plans["function"].items():
+        assert plans["judge"][name].memory == plans["compared"][name].memory == step.memory + one.bytes, name
+    for name in of_judge:  # the answer of the baseline is read too
+        assert plans["compared"][name].cost.flops > plans["judge"][name].cost.flops
+    assert plans["function"]["evaluate: classifier of evaluate.judges"].memory > other.bytes
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ import pytest
 from support import tiny
 from support.chat_server import ChatServer
 
+from pjrlhf.algorithms import reward
 from pjrlhf.data.messages import Conversation
 from pjrlhf.errors import UserError
 from pjrlhf.feedback import comparisons
@@ -118,6 +119,58 @@ def test_records_name_their_judge_and_sampler_and_no_pair_comes_twice(copied):
     assert all(counts[name] + report["ties"][name] == usable for name in tiny.REWARDS)
 
 
+def test_pairs_are_labelled_by_what_learns_from_labels(copied):
+    """Reward models, and beside them objectives with a source that MODPO needs labels of."""
+    by_all, _ = label(copied)
+    sources = {"P2A": "support.toy_extensions:brevity"}
+    by_models, _ = label(copied, rewards=sources)
+    assert by_models == [record for record in by_all if record["objective"] != "P2A"]
+    assert label(copied, rewards=sources, comparisons__objectives=tiny.REWARDS)[0] == by_all
+    models = reward.method_of(tiny.start(copied, settings(rewards=sources)))
+    assert models.ingredients == tuple(name for name in tiny.REWARDS if name != "P2A")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"rewards": dict.fromkeys(tiny.REWARDS, "support.toy_extensions:brevity")},
+            "comparisons: the rewards of all objectives have a source, .*; leave the stage out, or name in",
+        ),
+        ({"comparisons__objectives": ("P9",)}, "comparisons.objectives: 'P9' is unknown; choose from P1A, "),
+        ({"comparisons__objectives": ("P2A",)}, "comparisons.objectives: 'P1A' has a reward model, which learns from"),
+    ],
+)
+def test_labels_for_nobody_are_refused_before_anything_runs(changes, message):
+    with pytest.raises(UserError, match=message):
+        stages.read(settings(**changes))
+
+
+def test_answers_that_both_orders_do_not_agree_on_are_no_records(copied):
+    """With soft verdicts a mean is left of them, which the prompt of self-reference feedback leaves out."""
+
+    def alike(first, second):
+        return (len(first) + len(second)) % 2 == 0
+
+    def rule(body):
+        text = body["messages"][-1]["content"]
+        first, second = re.search(r"Response A:\n(.*?)\n\nResponse B:\n(.*?)\n\nWhich", text, re.S).groups()
+        leaning = 0.9 if len(first) > len(second) else 0.1
+        if alike(first, second):  # the first one, in both orders
+            leaning = 0.7 if first > second else 0.55
+        top = [{"token": "A", "logprob": math.log(leaning)}, {"token": "B", "logprob": math.log(1 - leaning)}]
+        content = [{"token": "A", "logprob": 0.0, "top_logprobs": top}]
+        return {"message": {"role": "assistant", "content": "A"}, "logprobs": {"content": content}}
+
+    with ChatServer(rule).running() as url:
+        judge = {"kind": "chat", "model": "soft", "base_url": url}
+        every, _ = label(copied, judge)
+        found, report = label(copied, {**judge, "inconsistent": "none"})
+    texts = [[record[side][0]["content"] for side in ("chosen", "rejected")] for record in every]
+    assert found == [record for record, pair in zip(every, texts, strict=True) if not alike(*pair)] != []
+    assert sum(report["unjudged"].values()) == report["judge"]["asked"] - report["judge"]["judged"] > 0
+
+
 def test_ties_are_kept_where_they_are_wanted(copied):
     dropped, counts = label(copied)
     kept, _ = label(copied, comparisons__ties="keep")
@@ -193,10 +246,10 @@ def test_a_chat_sampler_gets_tools_and_variables_of_the_template(tmp_path):
 def test_another_model_answers_in_the_place_of_the_base(copied):
     """The base itself, named as another folder, gives the answers of the base."""
     by_base, _ = label(copied)
-    folder = str(copied / "sft" / "model")
-    found, _ = label(copied, sampler=folder)
+    folder = copied / "sft" / "model"
+    found, _ = label(copied, sampler=str(folder))
     assert [{**record, "sampler": "base"} for record in found] == by_base
-    assert {record["sampler"] for record in found} == {f"model {folder}"}
+    assert {record["sampler"] for record in found} == {"model sft/model"}
 
 
 @pytest.mark.parametrize(

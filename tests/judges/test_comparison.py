@@ -120,6 +120,8 @@ def test_the_base_of_the_run_is_a_baseline(tmp_path):
         ),
         ({"baseline_column": "gold", "score": "elo"}, "rewards.P1A.score: 'elo' is unknown; choose one of probability"),
         ({"baseline_column": "gold", "prompt": "rating"}, "judge prompt 'rating': is one of kind rating, not pair"),
+        ({"inconsistent": "none"}, "rewards.P1A.inconsistent: is of comparisons, and a rating is of one answer"),
+        ({"orders": 1}, "rewards.P1A.orders: is of comparisons, and a rating is of one answer; leave it out"),
         ({"baseline": "greedy", "criterion": " "}, "rewards.P1A.criterion: is empty; say what is judged"),
         ({"baseline": "greedy", "criteria": {"P1A": "x"}}, "rewards.P1A: has criteria; leave them out"),
         ({"baseline": "greedy", "prompt": "alpaca_eval"}, "judge prompt 'alpaca_eval': does not show the criterion"),

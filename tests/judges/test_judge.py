@@ -121,6 +121,22 @@ def test_soft_verdicts_are_averaged_and_none_stays_none():
     assert counted.position_bias == pytest.approx((0.3 + 0.5 + 0) / 3)
 
 
+def test_verdicts_may_count_only_where_both_orders_agree():
+    """Wins and ties that agree stay; a soft or hard disagreement is no verdict, and counts in the consistency."""
+    given = {False: [1, 0.5, 1, 1, 0, 0.4, math.nan], True: [-1, 0.1, 1, 0, 0, -0.2, 1]}
+
+    def judge(prompts, first, second, criterion):
+        return given[first[0] == "b"]
+
+    judge.consistent_only = True
+    counted, none = BothOrders(judge), math.nan
+    found = counted(list("pqrstuv"), ["a"] * 7, ["b"] * 7, "any")
+    np.testing.assert_allclose(found, [1, none, none, none, 0, 0.3, none])
+    np.testing.assert_array_equal(counted(list("pqrstuv"), ["b"] * 7, ["a"] * 7, "any"), -found)
+    report = counted.report()
+    assert (report["asked"], report["judged"], report["consistency"]) == (14, 6, 0.5)
+
+
 def test_swapping_negates_every_verdict_of_both_orders():
     rng = np.random.default_rng(0)
     table = rng.choice([-1, -0.4, 0, 0.3, 1, math.nan], (2, 40))

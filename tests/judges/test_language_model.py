@@ -85,6 +85,33 @@ def test_one_order_is_drawn_for_each_pair(tmp_path):
     assert "consistency" not in one.report(), "nothing is known of the other order"
 
 
+@pytest.mark.parametrize(
+    ("settings", "unlike"),
+    [
+        ({"prompt": "self_reference"}, math.nan),
+        ({"prompt": "self_reference", "inconsistent": "tie"}, 0),
+        ({}, 0),
+        ({"inconsistent": "none"}, math.nan),
+    ],
+)
+def test_answers_that_the_orders_judge_differently_are_a_tie_or_none(tmp_path, settings, unlike):
+    """Self-reference feedback keeps what both orders agree on (arXiv 2406.11190)."""
+
+    def first_unless_ruled(body):
+        found = longer(body) if "request 1" in str(body["messages"]) else "A"
+        return json.dumps({"reason": "", "verdict": found}) if "response_format" in body else found
+
+    with ChatServer(first_unless_ruled).running() as url:
+        found = BothOrders(judge(url, tmp_path, **settings))(PROMPTS, A, B, "long")
+    ruled = np.array(["request 1" in prompt for prompt in PROMPTS])
+    np.testing.assert_array_equal(found, np.where(ruled, want(A, B), unlike))
+
+
+def test_none_needs_two_orders_to_compare(tmp_path):
+    with pytest.raises(UserError, match="inconsistent: none compares two orders, and orders is 1; leave one of them"):
+        judge("http://127.0.0.1:9/v1", tmp_path, inconsistent="none", orders=1)
+
+
 def test_a_replay_gives_the_same_verdicts_with_the_server_gone(tmp_path):
     server = ChatServer(longer)
     with server.running() as url:
@@ -535,6 +562,16 @@ def test_a_key_that_cannot_be_sent(tmp_path, monkeypatch, key):
 def test_a_base_url_that_is_no_address_is_refused_at_the_start(url):
     with pytest.raises(UserError, match=r"base_url: .* is no address; write http://host:port/v1"):
         ChatSettings(model="m", base_url=url).check()
+
+
+def test_a_login_in_a_base_url_is_refused_and_not_shown():
+    with pytest.raises(UserError, match=r"base_url http://\*+@a/v1: has a login in its address, which is not sent"):
+        ChatSettings(model="m", base_url="http://me:secret@a/v1").check()
+
+
+def test_a_criterion_is_text(tmp_path):
+    with pytest.raises(UserError, match=r"judge\.criteria\.long: 5 is not text; say what is judged"):
+        judge("http://127.0.0.1:9/v1", tmp_path, criteria={"long": 5})
 
 
 def test_a_server_that_is_not_there_or_talks_nonsense(tmp_path):

@@ -361,7 +361,7 @@ def test_a_model_folder_judges_beside_the_scores(finished, tmp_path):
     with tiny.one_device():
         ingredients = found.ingredients()
     judge = found.panel.sections()["judges"][1]
-    assert judge["name"] == f"model {folder}" and judge["failures"] == 0
+    assert judge["name"] == f"model {folder.parent.name}/{folder.name}" and judge["failures"] == 0
     assert judge["asked"] == judge["judged"] == 2 * len(found.requests) * len(ingredients)
     assert 0 <= judge["consistency"] <= 1 and -1 <= judge["position_bias"] <= 1
 

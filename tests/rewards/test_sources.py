@@ -56,7 +56,7 @@ def test_a_reward_model_that_is_trained_here_has_no_source(spec):
         ({"function": f"{MODULE}:brevity"}, "rewards.P2A: kind None is unknown; choose one of adapter, function"),
         ({"kind": "oracle"}, "rewards.P2A: kind 'oracle' is unknown; choose one of adapter, function, scorer"),
         ({"kind": "function"}, "rewards.P2A: kind 'function' does not take these settings"),
-        ({"kind": "adapter", "rank": 3}, "rewards.P2A: kind 'adapter' is unknown"),
+        ({"kind": "adapter", "rank": 3}, "rewards.P2A.rank: kind 'adapter' has no settings, it is"),
         ({"kind": "scorer", "scorer": "sour"}, "scorer 'sour': unknown"),
         ({"kind": "scorer", "scorer": 3}, "rewards.P2A.scorer: 3 is not text"),
         ({"kind": "function", "function": None}, "rewards.P2A.function: None is not text"),
@@ -337,6 +337,23 @@ def test_a_context_closes_what_sources_hold():
     assert closed == ["worker"] and not context.shared
 
 
+def test_a_nested_context_shares_and_closes_what_is_its_own():
+    closed = []
+
+    def held(name):
+        return types.SimpleNamespace(close=lambda: closed.append(name))
+
+    outer = SourceContext()
+    inner = outer.nested()
+    outer.shared["reward"] = held("reward")
+    inner.shared["judge"] = held("judge")
+    assert inner.shared["reward"] is outer.shared["reward"] and "judge" not in outer.shared
+    inner.close()
+    assert closed == ["judge"] and list(inner.shared) == ["reward"]
+    outer.close()
+    assert closed == ["judge", "reward"] and not inner.shared
+
+
 def test_the_judge_may_be_the_sources():
     specs = {"P1A": f"{MODULE}:brevity", "P2A": f"{MODULE}:brevity"}
     people = Audience("synthetic", ("P1A", "P2A"), "", "rewards", specs)
@@ -347,6 +364,21 @@ def test_the_judge_may_be_the_sources():
         people.score("p", "a", "P3A")
     with pytest.raises(UserError, match=r"judge: rewards, but 'P2A' has a reward model that this run trains"):
         Audience("synthetic", ("P1A", "P2A"), "", "rewards", {"P1A": f"{MODULE}:brevity"}).check()
+
+
+@pytest.mark.parametrize(
+    ("fields", "judge", "message"),
+    [
+        ({"sentence": 5}, {"A": "short"}, r"preferences\.A\.sentence: 5 is not text; write it in quotes"),
+        ({"dimension": None}, {"A": "short"}, r"preferences\.A\.dimension: None is not text; write it in quotes"),
+        ({"label": 3}, {"A": "short"}, r"preferences\.A\.label: 3 is not text; write it in quotes"),
+        ({}, {"A": None}, r"judge\.A: None is not text; name a scorer"),
+        ({}, {"A": ["short"]}, r"judge\.A: \['short'\] is not text; name a scorer"),
+    ],
+)
+def test_preferences_and_scorers_are_texts(fields, judge, message):
+    with pytest.raises(UserError, match=message):
+        Audience({"A": {"dimension": "x", "sentence": "Be x.", **fields}}, ("A",), "", judge).check()
 
 
 def test_a_source_for_no_objective_is_refused():

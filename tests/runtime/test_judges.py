@@ -1,8 +1,10 @@
 """A model folder as a judge: log-probabilities of verdicts, read without sampling."""
 
+import gc
 import json
 import math
 import re
+import weakref
 
 import jax
 import numpy as np
@@ -222,6 +224,28 @@ def test_wrong_settings_are_refused_before_anything_is_read(settings, message):
         judge_from({"kind": "model", **settings}, JudgeContext(ScoreJudge(print)))
 
 
+def test_the_model_of_a_judge_leaves_with_its_stage(folder, copied):
+    """Unless a reward asks the same model, whose judge takes it over."""
+    criteria = {"helpful": "It helps."}
+    rewards = {"P2A": {"kind": "judge", "path": str(folder), "criterion": "It is brief."}}
+    (copied / "config.json").unlink()
+    run = tiny.start(copied, tiny.settings(rewards=rewards))
+    for shared in (False, True):
+        if shared:
+            run.audience.sources["P2A"](PROMPTS, A)
+        found = run.judge({"kind": "model", "path": str(folder), "criteria": criteria})
+        found(PROMPTS, A, B, "helpful")
+        (model,) = map(weakref.ref, run.judging.shared.values())
+        assert len(run.context.shared) == shared
+        del found
+        run.end_stage()
+        gc.collect()
+        assert (model() is not None) == shared
+    run.close()
+    gc.collect()
+    assert model() is None
+
+
 def test_a_folder_that_is_not_there(context):
     with pytest.raises(UserError, match="nowhere"):
         judge("nowhere", context)(PROMPTS, A, B, "long")
@@ -233,6 +257,8 @@ def test_a_folder_that_is_not_there(context):
         ("comparisons.judge", {"kind": "model", "path": "nowhere"}),
         ("evaluate.judges", ({"kind": "model", "path": "nowhere"},)),
         ("comparisons.sampler", "nowhere"),
+        ("evaluate.judge", {"kind": "reward", "source": {"kind": "judge", "path": "nowhere", "criterion": "x"}}),
+        ("rewards.P2A", {"kind": "judge", "path": "nowhere", "criterion": "x"}),
     ],
 )
 def test_folders_that_are_not_there_are_missed_at_the_start(tmp_path, key, spec):
@@ -240,7 +266,9 @@ def test_folders_that_are_not_there_are_missed_at_the_start(tmp_path, key, spec)
     section, name = key.split(".")
     with config.ignore_type():
         config[section][name] = spec
-    with pytest.raises(UserError, match=rf"{key}\.path: nowhere: no such file; set --config\.{key}\.path to one"):
+    with pytest.raises(
+        UserError, match=rf"{key}(\.source)?\.path: nowhere: no such file; set --config\.{key}(\.source)?\.path to one"
+    ):
         stages.run(config, Workdir(tmp_path / "run"))
 
 
@@ -253,6 +281,6 @@ def test_a_run_labels_its_comparisons_with_a_model(folder, copied):
     with tiny.one_device():
         found = comparisons.run(tiny.start(copied, config))
     records = [json.loads(line) for line in (copied / "comparisons" / comparisons.FILE).read_text().splitlines()]
-    assert records and {record["judge"] for record in records} == {f"model {folder}"}
+    assert records and {record["judge"] for record in records} == {f"model {folder.parent.name}/{folder.name}"}
     assert all(0.5 < record["preference"] < 1 for record in records)
     assert not any(found["unjudged"].values()) and found["judge"]["consistency"] <= 1
