@@ -144,13 +144,7 @@ def _serve(arguments: Sequence[str]) -> None:
     parser.add_argument(
         "--mesh", metavar="AXIS=N,...", default="", help="devices, such as data=2,tensor=4; default one device"
     )
-    parser.add_argument(
-        "--soups",
-        nargs="+",
-        default=[],
-        metavar="SOUP",
-        help="soups with names of their own, which are models: NAME=INGREDIENT=WEIGHT,..., or a JSON file of them",
-    )
+    _add_soups(parser, "which are models")
     classes = ServerSettings, EngineSettings
     for cls in classes:
         for name, (_, field) in fields_of(cls).items():
@@ -160,7 +154,7 @@ def _serve(arguments: Sequence[str]) -> None:
             else:
                 parser.add_argument(flag, type=type(field.default), default=field.default, metavar="X", help=help)
     given = parser.parse_args(arguments)
-    with _one_line("context", "mesh", "soups"):
+    with _one_line("context", "mesh", "soups", "questions"):
         values = {cls: {name: getattr(given, name) for name in fields_of(cls)} for cls in classes}
         with _flags_of("serve", [name for cls in classes for name in values[cls]]):
             server = parse(ServerSettings, values[ServerSettings], "serve")
@@ -169,10 +163,7 @@ def _serve(arguments: Sequence[str]) -> None:
         signal.signal(signal.SIGTERM, lambda *_: (os.write(2, b"stopped by SIGTERM\n"), os._exit(0)))
         with _needs("serve"):
             from pjrlhf.serving.running import serve
-        from pjrlhf.serving.soups import read_soups
-
-        soups = read_soups(given.soups)
-        serve(dataclasses.replace(_source(parser, given, given.mesh), soups=soups), server, engine)
+        serve(_source(parser, given, given.mesh), server, engine)
 
 
 def _generate(arguments: Sequence[str]) -> None:
@@ -181,7 +172,12 @@ def _generate(arguments: Sequence[str]) -> None:
     )
     parser.add_argument("questions", nargs="+", metavar="QUESTION")
     _add_source(parser)
-    parser.add_argument("--mix", metavar="NAME=WEIGHT,...", help="weights of the ingredients; the base where not given")
+    _add_soups(parser, "for --mix")
+    parser.add_argument(
+        "--mix",
+        metavar="NAME=WEIGHT,...",
+        help="weights of the ingredients, or the name of one or of a soup; the base where not given",
+    )
     parser.add_argument("--user", metavar="NAME", help="who asks, for a user model")
     parser.add_argument(
         "--max-tokens", type=int, metavar="N", help="of an answer; default 64, or what the context leaves"
@@ -190,18 +186,18 @@ def _generate(arguments: Sequence[str]) -> None:
     parser.add_argument("--top-p", type=float, default=1.0, metavar="P", help="nucleus sampling where below 1")
     parser.add_argument("--seed", type=int, default=0, help="of the draws")
     given = parser.parse_args(arguments)
-    with _one_line("mix"):
+    with _one_line("mix", "soups"):
         from pjrlhf.errors import UserError
         from pjrlhf.serving.catalogue import parse_mix
         from pjrlhf.terminal import visible
 
-        mix = None if given.mix is None else parse_mix(given.mix)
+        mix = None if given.mix is None or "=" not in given.mix else parse_mix(given.mix)
         catalogue = _source(parser, given)
         if given.user is not None and catalogue.people is None:
             raise UserError("--user: these models know no people; leave it out, or name a user model with --entry")
         if given.user is not None:
             catalogue = _with_stored(catalogue)
-        voice = catalogue.voice(mix=mix, user=given.user)
+        voice = catalogue.voice(_named(catalogue, given.mix) if mix is None else None, mix, given.user)
         if given.user is not None and not voice.known:
             who = "the generic user" if voice.personal else voice.model
             print(f"{visible(given.user)} is unknown: {who} answers", file=sys.stderr)
@@ -351,11 +347,38 @@ def _add_source(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--entry", metavar="NAME", help="of methods or preference.models, where the run has several")
     parser.add_argument("--model", metavar="FOLDER", help="a base, its folder or name on the hub, in place of --run")
     parser.add_argument(
-        "--ingredients", nargs="+", default=[], metavar="NAME=FOLDER", help="LoRA adapters in PEFT layout, for --model"
+        "--ingredients",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="NAME=FOLDER",
+        help="LoRA adapters in PEFT layout, for --model",
     )
     dtypes = "float32", "bfloat16"
     parser.add_argument("--dtype", choices=dtypes, help="of --model; default float32. A run has its own")
     parser.add_argument("--quantize", choices=("", "int8"), help="of --model. A run has its own")
+
+
+def _add_soups(parser: argparse.ArgumentParser, use: str) -> None:
+    parser.add_argument(
+        "--soups",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="SOUP",
+        help=f"soups with names of their own, {use}: NAME=INGREDIENT=WEIGHT,..., or a JSON file of them",
+    )
+
+
+def _named(catalogue: "Catalogue", name: str | None) -> str | None:
+    """What --mix names in place of weights."""
+    from pjrlhf.errors import UserError
+
+    known = *catalogue.names, *catalogue.soups
+    if name is not None and name not in known:
+        hint = f"name one of {', '.join(known)}, or write NAME=WEIGHT,NAME=WEIGHT" if known else "leave it out"
+        raise UserError(f"mix: {name!r} is no ingredient and no soup of --soups; {hint}")
+    return name
 
 
 def _source(parser: argparse.ArgumentParser, given: argparse.Namespace, mesh: str = "") -> "Catalogue":
@@ -376,9 +399,17 @@ def _source(parser: argparse.ArgumentParser, given: argparse.Namespace, mesh: st
 
     compilation_cache()
     devices = parse_mesh(mesh)
+    soups = {}
+    if getattr(given, "soups", None):
+        from pjrlhf.serving.soups import read_soups
+
+        soups = read_soups(given.soups)
     if given.model is not None:
-        return open_folders(given.model, ingredients, given.dtype or "float32", given.quantize or "", devices)
-    return open_run(str(given.run), given.entry, devices)
+        dtype, quantize = given.dtype or "float32", given.quantize or ""
+        found = open_folders(given.model, ingredients, dtype, quantize, devices)
+    else:
+        found = open_run(str(given.run), given.entry, devices)
+    return dataclasses.replace(found, soups=soups)
 
 
 def _ingredients(parser: argparse.ArgumentParser, given: argparse.Namespace) -> dict[str, str]:

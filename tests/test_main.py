@@ -614,8 +614,8 @@ def test_a_tolerance_that_decides_nothing_is_refused_before_anything_is_read(val
     ("arguments", "start"),
     [
         (["serve", "--model", "nowhere", "--mesh", "data=x"], "--mesh: 'data=x' is no size of an axis"),
-        (["generate", "hi", "--model", "nowhere", "--mix", "x"], "--mix: 'x' is no soup"),
-        (["export", "--for=peft", "--output=OUT", "--model", "nowhere", "--mix", "x"], "--mix: 'x' is no soup"),
+        (["generate", "hi", "--model", "nowhere", "--mix", "x="], "--mix: 'x=' is no soup"),
+        (["export", "--for=peft", "--output=OUT", "--model", "nowhere", "--mix", "x="], "--mix: 'x=' is no soup"),
     ],
 )
 def test_a_mistake_in_a_flag_names_the_flag(arguments, start, capsys):

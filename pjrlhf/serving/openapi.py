@@ -10,7 +10,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from pjrlhf import __version__
-from pjrlhf.serving.protocol import ErrorBody
+from pjrlhf.serving.protocol import Body, ErrorBody
 from pjrlhf.serving.service import Endpoint
 
 
@@ -58,6 +58,8 @@ def schema_of(endpoints: Sequence[Endpoint], key: bool) -> dict[str, Any]:
         if names:
             text = {"type": "string", "minLength": 1}
             operation["parameters"] = [{"name": x, "in": "path", "required": True, "schema": text} for x in names]
+        if one.query is not None:
+            operation["parameters"] = [*operation.get("parameters", []), *_query(one.query)]
         if one.body is not None:
             operation["requestBody"] = {"required": True, "content": json_of(one.body)}
         if key and not one.open:
@@ -72,3 +74,13 @@ def schema_of(endpoints: Sequence[Endpoint], key: bool) -> dict[str, Any]:
         "paths": paths,
         "components": components,
     }
+
+
+def _query(model: type[Body]) -> list[dict[str, Any]]:
+    """The parameters of a query."""
+    schema = model.model_json_schema()
+    required = schema.get("required", [])
+    return [
+        {"name": name, "in": "query", "required": name in required, "schema": part}
+        for name, part in schema["properties"].items()
+    ]

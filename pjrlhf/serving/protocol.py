@@ -76,6 +76,8 @@ def _whole(value: Any) -> Any:
 # Last in the annotation of a whole number, after its limits, which the schema shows: JSON has one kind of number, and
 # 3.0 is a whole one.
 WHOLE = BeforeValidator(_whole)
+# The same for a whole number of a query, which is text.
+DIGITS = BeforeValidator(lambda text: int(text) if text.isascii() and text.isdecimal() and len(text) < 10 else text)
 Ignored = Annotated[Any, Field(description="Changes nothing here."), IGNORED]
 
 
@@ -97,7 +99,16 @@ class Body(pydantic.BaseModel):
             raise Refused(f"body: {problem}; send a JSON object") from problem
         if not isinstance(value, dict):
             raise Refused("body: is no JSON object; send one")
-        given = {name: one for name, one in value.items() if one is not None}
+        return cls.of(value)
+
+    @classmethod
+    def of(cls, fields: Mapping[str, Json]) -> Self:
+        """Of the fields of a body, or the texts of a query.
+
+        Raises:
+          Refused: see `read`.
+        """
+        given = {name: one for name, one in fields.items() if one is not None}
         for name in given:
             if name not in cls.model_fields:
                 close = difflib.get_close_matches(name, cls.model_fields, 1)

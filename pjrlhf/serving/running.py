@@ -16,7 +16,7 @@ from pjrlhf.errors import UserError, ending_signals
 from pjrlhf.serving.catalogue import Catalogue
 from pjrlhf.serving.engine import Engine
 from pjrlhf.serving.http import Server
-from pjrlhf.serving.people.members import Members, open_members
+from pjrlhf.serving.people.members import Members
 from pjrlhf.serving.people.store import MEMORY
 from pjrlhf.serving.settings import EngineSettings, ServerSettings
 from pjrlhf.settings import shown
@@ -31,13 +31,15 @@ def serve(catalogue: Catalogue, settings: ServerSettings, sizes: EngineSettings)
     Raises:
       UserError: the address is taken or not of this machine.
     """
-    catalogue = open_members(catalogue, settings.people, settings.comparisons)
     engine = Engine(catalogue.model.backbone, catalogue.model.tokenizer, catalogue.bank, catalogue.user_tokens, sizes)
     key = os.environ.get(KEY_VARIABLE, "")
+    server = Server(catalogue, engine, settings, key)
+    members = server.service.catalogue.people
     listener = _listen(settings)
     engine.warm_up()
     engine.start()
-    server = Server(catalogue, engine, settings, key)
+    if isinstance(members, Members):
+        members.warm_up()
     config = uvicorn.Config(
         server.app,
         log_config=None,
@@ -50,7 +52,7 @@ def serve(catalogue: Catalogue, settings: ServerSettings, sizes: EngineSettings)
     python_logging.getLogger("uvicorn").setLevel(python_logging.WARNING)
     host, port = listener.getsockname()[:2]
     print(f"serving {', '.join(catalogue.models)} at http://{f'[{host}]' if ':' in host else host}:{port}", flush=True)
-    if isinstance(catalogue.people, Members) and catalogue.people.store.url == MEMORY:
+    if isinstance(members, Members) and members.store.url == MEMORY:
         print("people are kept in memory, until the server ends; keep them with --people sqlite:///FILE", flush=True)
     if not key and settings.host not in LOOPBACK:
         print(f"anybody who reaches {host} can use it; set {KEY_VARIABLE} to ask for a key", file=sys.stderr)
@@ -60,6 +62,8 @@ def serve(catalogue: Catalogue, settings: ServerSettings, sizes: EngineSettings)
         signal.signal(signal.SIGHUP, lambda *_: signal.raise_signal(signal.SIGTERM))
     _Process(config, engine).run(sockets=[listener])
     engine.close(settings.drain_seconds)
+    if isinstance(members, Members):
+        members.close()
 
 
 class _Process(uvicorn.Server):

@@ -15,7 +15,8 @@ from pjrlhf.errors import UserError
 from pjrlhf.serving.catalogue import Catalogue, UnknownIngredient, UnknownModel, Voice
 from pjrlhf.serving.engine import Engine
 from pjrlhf.serving.metrics import Metrics
-from pjrlhf.serving.people.members import open_members
+from pjrlhf.serving.people.members import Members, open_members
+from pjrlhf.serving.people.questions import pool_of
 from pjrlhf.serving.people.store import Unreachable
 from pjrlhf.serving.protocol import Body, Refused
 from pjrlhf.serving.settings import ServerSettings
@@ -32,6 +33,7 @@ class Endpoint:
       open: needs no API key, and is neither counted nor logged: probes, and files of a page.
       summary: for the OpenAPI schema, which leaves endpoints without one out.
       body: the model of the request's JSON, or None.
+      query: the model of the parameters after the path, or None.
       answer: the type of the response's JSON, or None for text.
       streams: the response may be server-sent events.
     """
@@ -42,6 +44,7 @@ class Endpoint:
     open: bool = False
     summary: str = ""
     body: type[Body] | None = None
+    query: type[Body] | None = None
     answer: Any = None
     streams: bool = False
 
@@ -58,12 +61,18 @@ class Service:
     Attributes:
       metrics: of this server.
       started: time of its start, in whole seconds since the epoch.
+      questions: pairs of answers that people are asked about.
       encoding: held while a text is encoded: one at a time, so that others do not hold up answers.
     """
 
     def __init__(self, catalogue: Catalogue, engine: Engine, settings: ServerSettings, api_key: str = ""):
         self.catalogue = open_members(catalogue, settings.people, settings.comparisons)
         self.engine, self.settings = engine, settings
+        people, notes = self.catalogue.people, catalogue.notes
+        learns = isinstance(people, Members) and people.fitter is not None
+        if settings.questions and not learns:
+            raise UserError("questions: nobody learns from the answers here; leave it out, or serve another entry")
+        self.questions = pool_of(catalogue.run, settings.questions, bool(notes.examples)) if learns else ()
         self.api_key = api_key.encode("utf-8", "surrogateescape")
         self.metrics = Metrics(engine)
         self.started = int(time.time())

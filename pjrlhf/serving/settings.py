@@ -35,4 +35,8 @@ class ServerSettings(Settings):
         "where people are kept, a URL of SQLAlchemy; if empty, that in $PJRLHF_PEOPLE, else people.sqlite in --run",
     )
     comparisons: int = setting(256, "kept of a person; the oldest make room for new ones", low=1, high=100_000)
+    questions: str = setting(
+        "",
+        "comparisons, JSON lines, that the page asks people about; those of the run for the synthetic environment",
+    )
     log_prompts: bool = setting(False, "write the texts of requests to the log")

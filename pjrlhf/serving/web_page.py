@@ -99,6 +99,7 @@ def _about(service: Service) -> dict[str, Json]:
         "ingredients": [{"name": name, **notes.describe(name)} for name in catalogue.names],
         "people": isinstance(people, Members),
         "learns": isinstance(people, Members) and people.fitter is not None,
+        "asks": bool(service.questions),  # whether there are pairs to ask a person about
         "generic": generic,  # weights of a person who is not known
         "chat": catalogue.chat,
         "longest": min(256, service.engine.context // 2),  # tokens of a plain completion

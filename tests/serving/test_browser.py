@@ -9,7 +9,7 @@ import urllib.parse
 import jax
 import numpy as np
 import pytest
-from support import tiny_serving
+from support import tiny_serving, tiny_users
 from support.browser import chromium
 from support.serving import send, served
 
@@ -61,7 +61,11 @@ def place(model, engine, tmp_path_factory):
     (run / "report" / "index.html").write_text("<!doctype html><html lang=en><title>the report</title>")
     bank, notes = tiny_serving.bank(model), RunNotes(f"Soups {EVIL}", PAPER, (QUESTION,))
     people = soup_people(bank, NAMES, LEARNING, "base")
-    with served(Catalogue(model, NAMES, bank, people, run=run, notes=notes), engine) as place:
+    answers = ("it is wet .", "yes .", EVIL)
+    pairs = [{"prompt": QUESTION, "chosen": a, "rejected": b} for a, b in itertools.combinations(answers, 2)]
+    asked = tiny_users.write_records(run / "questions.jsonl", pairs)
+    catalogue = Catalogue(model, NAMES, bank, people, run=run, notes=notes)
+    with served(catalogue, engine, questions=asked) as place:
         yield place
 
 
@@ -259,6 +263,35 @@ def test_a_vote_brings_the_sliders_back_to_the_person(page, place, ana):
     assert sliders(page) == rounded(place, ana)
 
 
+def test_questions_are_asked_one_after_the_other(page, place, ana):
+    """Those of the server; each vote teaches the person, and the next question is another one."""
+    assert page.locator("#ask-me").is_disabled()
+    add(page, ana)
+    page.click("#ask-me")
+    page.wait_for_selector("#quiz:not([hidden])")
+    assert page.evaluate("document.activeElement.id") == "quiz-title"
+    chosen = []
+    for button, count in (("#quiz-choice-0", 1), ("#quiz-skip", 1), ("#quiz-choice-2", 3)):
+        asked = [page.locator(f"#quiz-answer-{i}").inner_text() for i in range(2)]
+        assert page.locator("#quiz-prompt").inner_text() == QUESTION
+        page.click(button)
+        until(page, lambda: page.get_attribute("#quiz", "aria-busy") == "false")
+        after = [page.locator(f"#quiz-answer-{i}").inner_text() for i in range(2)]
+        assert set(asked) != set(after) or page.locator("#quiz-pair").is_hidden()
+        if button != "#quiz-skip":
+            chosen += [tuple(asked), *[tuple(asked[::-1])] * (button == "#quiz-choice-2")]
+        assert sorted(votes(place, ana)) == sorted(chosen) and len(chosen) == count
+        assert sliders(page) == rounded(place, ana)
+    says(page, "#quiz-note", "No questions are left.")  # but the one that was skipped
+    page.click("#quiz-stop")
+    assert page.locator("#quiz").is_hidden() and page.evaluate("document.activeElement.id") == "ask-me"
+    page.click("#ask-me")
+    page.wait_for_selector("#quiz:not([hidden])")
+    assert page.locator("#quiz-pair").is_visible()
+    page.locator("#person").select_option("")
+    until(page, lambda: page.locator("#quiz").is_hidden())
+
+
 def test_no_difference_says_that_each_is_as_good_as_the_other(page, place, ana):
     add(page, ana)
     ask(page)
@@ -432,6 +465,8 @@ def test_any_screen(browser, place, width, scheme):
         page.wait_for_selector("#main:not([hidden])")
         add(page, f"{'a-person-with-a-long-name-' * 4}{width}{scheme}")
         page.click("#add-soup")
+        page.click("#ask-me")
+        page.wait_for_selector("#quiz:not([hidden])")
         ask(page)
         assert page.evaluate("document.documentElement.scrollWidth") <= width
         for row in page.locator("button:visible, select:visible, input:visible").all():

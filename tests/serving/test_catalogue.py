@@ -173,6 +173,9 @@ def test_a_run_is_served_with_its_soups(finished, capsys):
     (want,) = model.generate([[{"role": "user", "content": QUESTION}]], bank, mix, max_new_tokens=6)
     cli.main(["generate", "--run", str(finished), "--mix", "P1A=0.7,P2B=0.3", "--max-tokens", "6", QUESTION])
     assert capsys.readouterr().out.splitlines()[-1] == want
+    named = ["--soups", "calm=P1A=0.7,P2B=0.3", "--soups", "other=P1A=1", "--mix", "calm"]
+    cli.main(["generate", "--run", str(finished), *named, "--max-tokens", "6", QUESTION])
+    assert capsys.readouterr().out.splitlines()[-1] == want
     assert open_run(str(finished), "pmorl").names == load_bank(finished / "methods" / "pmorl")[1]
     with pytest.raises(SystemExit) as stopped:
         cli.main(["generate", "--run", str(finished), "--mix", "P9=1", QUESTION])
@@ -206,6 +209,8 @@ def test_a_run_is_served_with_its_people(people, capsys):
         (("--max-tokens", "0"), "error: --max-tokens 0: below 1"),
         (("--temperature", "nan"), "error: --temperature nan: "),
         (("--top-p", "0"), "error: --top-p 0.0: "),
+        (("--mix", "x"), "--mix: 'x' is no ingredient and no soup of --soups; name one of P1A"),
+        (("--soups", "x", "--mix", "x"), "--soups: "),
         (("--quantize", "int8"), "--dtype and --quantize go with --model"),
         (("--dtype", "bfloat16"), "--dtype and --quantize go with --model"),
     ],

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from support import tiny_serving
 from support.meshes import MESHES
+from support.serving import compilations
 from support.tiny_serving import K
 
 from pjrlhf.errors import UserError
@@ -73,19 +74,10 @@ def test_a_warm_engine_compiles_nothing(model):
     engine.warm_up()
     assert engine.prefill.sizes == [16, 32] and not engine.busy and not engine.prefill.prefixes.bytes
 
-    compiled = []
-
-    def listen(event, _, **__):
-        if event == "/jax/core/compile/backend_compile_duration":
-            compiled.append(event)
-
     requests = tiny_serving.requests(model, 10, seed=12, user_tokens=E)
     long = [dataclasses.replace(one, tokens=[1] * 34, max_new_tokens=1) for one in requests]
-    jax.monitoring.register_event_duration_secs_listener(listen)
-    try:
+    with compilations() as compiled:
         engine.answer([*requests, *long, *long])
-    finally:
-        jax.monitoring.unregister_event_duration_listener(listen)
     assert not compiled and engine.prefill.prefixes.hits
 
 

@@ -39,6 +39,17 @@ def test_every_field_that_is_read_is_in_the_schema(schema):
         assert set(found["properties"]) == set(body.model_fields) and found["additionalProperties"] is False
 
 
+def test_paths_and_queries_have_parameters(schema):
+    found = {one["name"]: one for one in schema["paths"]["/v1/users"]["get"]["parameters"]}
+    assert {name: (one["in"], one["required"]) for name, one in found.items()} == {
+        "limit": ("query", False),
+        "after": ("query", False),
+    }
+    assert (found["limit"]["schema"]["minimum"], found["limit"]["schema"]["maximum"]) == (1, 1000)
+    (one,) = schema["paths"]["/v1/users/{id}/next"]["post"]["parameters"]
+    assert (one["name"], one["in"], one["required"]) == ("id", "path", True)
+
+
 @pytest.mark.parametrize(
     ("change", "right"),
     [

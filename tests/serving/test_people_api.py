@@ -2,26 +2,35 @@
 
 import concurrent.futures
 import contextlib
+import dataclasses
+import itertools
 import sqlite3
+import threading
+import time
 import urllib.parse
 
 import jax
 import numpy as np
 import pytest
 from safetensors.numpy import save
-from support import tiny_serving
+from support import tiny_serving, tiny_users
 from support.postgres import postgres
-from support.serving import answering, send, served
+from support.serving import answering, compilations, send, served
 
+from pjrlhf.data.packing import NOWHERE
 from pjrlhf.data.token_table import Lengths
+from pjrlhf.errors import UserError
 from pjrlhf.models.registry import UserRegistry
 from pjrlhf.models.users import UserModel
 from pjrlhf.rollout.preference import PreferenceConfig
 from pjrlhf.serving import running
 from pjrlhf.serving.catalogue import Catalogue, People, soup_people
+from pjrlhf.serving.people import fit
 from pjrlhf.serving.people.fit import Learning
 from pjrlhf.serving.people.members import open_members
+from pjrlhf.serving.people.questions import next_questions, pool_of, read_pool
 from pjrlhf.serving.people.store import Unreachable
+from pjrlhf.serving.service import Service
 from pjrlhf.serving.settings import ServerSettings
 
 NAMES = ("P1A", "P2B", "P3A")
@@ -214,6 +223,9 @@ BAD = [
     ("/import", {"object": "user.export", "format": 1, "id": "new", "model": "other"}, 400, "model"),
     ("?limit=0", None, 400, "limit"),
     ("?limit=x", None, 400, "limit"),
+    ("?limit=1001", None, 400, "limit"),
+    ("?limit=%C2%B2", None, 400, "limit"),
+    ("?colour=1", None, 400, "colour"),
     ("?after=nobody", None, 404, "after"),
     ("/nobody", None, 404, "id"),
     ("/nobody/export", None, 404, "id"),
@@ -378,3 +390,157 @@ def test_a_server_says_where_people_are_kept(model, tmp_path, capsys, monkeypatc
         out = capsys.readouterr().out
         assert ("people are kept in memory, until the server ends; keep them with --people" in out) == bool(kept)
         assert path.exists() != bool(kept)
+
+
+@pytest.mark.parametrize("kind", ["soup", pytest.param("individualized", marks=pytest.mark.slow)])
+def test_a_vote_after_the_warm_up_compiles_nothing(model, monkeypatch, kind):
+    """Of any length, alone or beside others; neither does the question what to ask next."""
+    if kind == "soup":  # half as many programs
+        monkeypatch.setattr(fit, "SIZES", (2,))
+        monkeypatch.setattr(fit, "CHUNK", 2)
+    catalogue = catalogue_of(model, kind)
+    people = dataclasses.replace(catalogue.people, learning=dataclasses.replace(LEARNING, steps=3))
+    members = open_members(dataclasses.replace(catalogue, people=people)).people
+    members.warm_up()
+    while members.warming:
+        time.sleep(0.01)
+    with compilations() as compiled:
+        members.add("new")
+        for count, words in itertools.product((1, 3), (1, 40)):
+            text = " ".join(["wet"] * words)
+            votes = [comparison(i) | {"chosen": f"{text} .", "prompt": f"{text} ?"} for i in range(count)]
+            members.learn("new", votes)
+            pairs = [{"prompt": vote["prompt"], "answers": [vote["chosen"], vote["rejected"]]} for vote in votes]
+            next_questions(members, "new", pairs)
+    assert not compiled
+
+
+@pytest.mark.parametrize(("mode", "multiple"), [("share", 1), ("share", 8), ("join", 1), ("join", 2)])
+def test_comparisons_of_any_length_have_few_shapes(model, monkeypatch, mode, multiple):
+    """Those that the warm-up compiles; no scored token is lost."""
+    fitter = open_members(catalogue_of(model, "individualized")).people.fitter
+    rng = np.random.default_rng(0)
+    for prompt, completion in ((16, 12), (20, 28), (64, 200), (700, 400)):
+        length = prompt + E + 2 * completion
+        layout = dataclasses.replace(fitter._layout, mode=mode, multiple=multiple, length=length)
+        monkeypatch.setattr(fitter, "_layout", layout)
+        sizes = sorted(map(fitter._size, (1, 2, 3, 8)))
+        assert all(len(fitter._shapes(size)) <= 20 for size in sizes)
+        for size, tokens in itertools.product(sizes, (0, E)):
+            for fraction in (0.05, 0.3, 1.0):
+                p, a, b = (
+                    rng.integers(most * fraction / 2 + 1, most * fraction + 2, size).clip(max=most)
+                    for most in (prompt, completion, completion)
+                )
+                lengths = list(zip(p.tolist(), a.tolist(), b.tolist(), strict=True))
+                rows = [{"prompt": [1] * p, "chosen": [2] * a, "rejected": [3] * b} for p, a, b in lengths]
+                masks = {"chosen_mask": None, "rejected_mask": None}
+                packed = fitter._packed([row | masks for row in rows], tokens)
+                shape = packed.tokens.shape[1], packed.columns.shape[1]
+                assert shape in fitter._shapes(size)
+                assert (packed.answer != NOWHERE).sum() == a.sum() + b.sum()
+
+
+def test_votes_and_deletions_while_a_fit_runs(model, monkeypatch):
+    """Answers do not wait for it, votes that come meanwhile count, and nobody comes back."""
+    members = open_members(catalogue_of(model)).people
+    for name in ("ana", "bo"):
+        members.add(name, [comparison(0)])
+    before = members.row("ana")[1]
+    plain, running, go_on = members.fitter.fit, threading.Event(), threading.Event()
+
+    def held(*arguments):
+        running.set()
+        assert go_on.wait(60)
+        return plain(*arguments)
+
+    monkeypatch.setattr(members.fitter, "fit", held)
+    with concurrent.futures.ThreadPoolExecutor(3) as pool:
+        votes = [pool.submit(members.learn, name, [comparison(i)]) for i, name in enumerate(("ana", "ana", "bo"), 1)]
+        assert running.wait(60)
+        while [len(members.comparisons(name)) for name in ("ana", "bo")] != [3, 2]:
+            time.sleep(0.01)
+        np.testing.assert_array_equal(members.row("ana")[1], before)
+        members.remove("bo")
+        go_on.set()
+        for vote in votes:
+            vote.result(60)
+    assert not members.knows("bo") and members.store.person("bo") is None
+    members.add("twin", [comparison(i) for i in range(3)])
+    np.testing.assert_array_equal(members.row("ana")[1], members.row("twin")[1])
+    assert not np.array_equal(members.row("ana")[1], before)
+
+
+@pytest.fixture(scope="module")
+def asking(model, tmp_path_factory):
+    """A server with questions of its own, in the forms that a file of comparisons may have."""
+    path = tmp_path_factory.mktemp("questions") / "questions.jsonl"
+    talk = {"messages": [{"role": "user", "content": "what is ice ?"}]}
+    records = [comparison(0), comparison(0, 1, 0), {**comparison(1), "user_id": "x"}]
+    records.append({**talk, "chosen": ANSWERS[2], "rejected": ANSWERS[3]})
+    tiny_users.write_records(path, records)
+    with answering(catalogue_of(model), tiny_serving.engine(model), questions=str(path)) as found:
+        yield found
+
+
+def test_a_server_asks_what_it_has_not_asked_yet(asking):
+    users(asking, "", {"id": "ana"})
+    asked = []
+    for left in (3, 2, 1, 0):
+        status, found = users(asking, "/ana/next", {})
+        assert status == 200 and len(found["data"]) == left, found
+        scores = [one["information"] for one in found["data"]]
+        assert scores == sorted(scores, reverse=True)
+        if left:
+            best = found["data"][0]
+            asked.append(best["index"])
+            rest = {name: value for name, value in best["pair"].items() if name != "answers"}
+            assert "user_id" not in rest
+            sides = dict(zip(("chosen", "rejected"), best["pair"]["answers"], strict=True))
+            assert users(asking, "/ana/feedback", {"comparisons": [{**rest, **sides}]})[0] == 200
+    assert len(set(asked)) == 3, "both orders of two answers are one question"
+    assert users(asking, "/nobody/next", {})[0] == 404
+    assert send(asking, None, "/page/about", "GET")[1]["asks"]
+
+
+def test_a_server_without_questions_says_so(place):
+    users(place, "", {"id": "there"})
+    status, found = users(place, "/there/next", {})
+    assert status == 400 and "start it with --questions" in found["error"]["message"]
+    assert not send(place, None, "/page/about", "GET")[1]["asks"]
+
+
+def test_which_answer_was_chosen_does_not_show(tmp_path):
+    records = [{"prompt": f"{i} ?", "chosen": "good", "rejected": "bad"} for i in range(40)]
+    pool = read_pool(tiny_users.write_records(tmp_path / "questions.jsonl", records))
+    first = [pair["answers"][0] == "good" for pair in pool]
+    assert 8 < sum(first) < 32 and len({pair["prompt"] for pair in pool}) == 40
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("", "holds no comparisons"),
+        ("{}", "line 1: missing chosen and rejected"),
+        (None, "no such file; name a file of JSON lines"),
+    ],
+)
+def test_what_is_wrong_with_questions_is_told_at_the_start(model, tmp_path, line, message):
+    path = tmp_path / "questions.jsonl"
+    if line is not None:
+        path.write_text(line)
+    with pytest.raises(UserError, match=f"questions: {path}.*{message}"):
+        Service(catalogue_of(model), None, ServerSettings(questions=str(path)))
+    with pytest.raises(UserError, match="questions: nobody learns"):
+        Service(Catalogue(model), None, ServerSettings(questions=str(path)))
+
+
+@pytest.mark.parametrize("name", ["comparisons/comparisons.jsonl", "population/train.jsonl"])
+def test_only_answers_that_a_run_has_drawn_itself_are_shown(tmp_path, name):
+    """Records that it was given may be somebody's own."""
+    (tmp_path / name).parent.mkdir()
+    tiny_users.write_records(tmp_path / name, [comparison(0)])
+    assert len(pool_of(tmp_path, "", own=True)) == 1
+    assert pool_of(tmp_path, "", own=False) == pool_of(None, "", own=True) == ()
+    (tmp_path / name).write_text("{")
+    assert pool_of(tmp_path, "", own=True) == (), "a server starts without"

@@ -3,21 +3,23 @@
 import json
 import pathlib
 import shutil
+import time
 
 import jax
 import numpy as np
 import pytest
 from support import tiny, tiny_serving, tiny_users
-from support.serving import send, served
+from support.serving import compilations, send, served
 
 import pjrlhf
 from pjrlhf import cli
 from pjrlhf.models.storage import load_tree
 from pjrlhf.protocols.cold_start import fit_new_users
-from pjrlhf.serving.catalogue import open_run
+from pjrlhf.serving.catalogue import open_run, parse_mesh
 from pjrlhf.serving.engine import Engine
 from pjrlhf.serving.people.fit import as_json
 from pjrlhf.serving.people.members import open_members
+from pjrlhf.serving.people.questions import next_questions
 from pjrlhf.training.workdir import Workdir
 
 COUNTS = (0, 1, 2, 4, 8)
@@ -73,6 +75,32 @@ def test_votes_over_http_give_the_accuracy_of_the_evaluation(people):
                 margins = trained.margins("new_users", np.ones(len(table), np.int32), rows[True], fitted)
                 found[k].append(float((margins > 0).mean()))
     assert {k: pytest.approx(values) for k, values in want.items()} == found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("warm", [False, True])
+def test_people_learn_on_several_devices(people, warm):
+    """As on one."""
+    votes = [
+        {"prompt": "what is rain ?", "chosen": f"it is wet {'. ' * (i + 1)}".strip(), "rejected": "the sky is blue ."}
+        for i in range(3)
+    ]
+    found = []
+    for mesh in ("", "data=2,fsdp=2,tensor=2"):
+        members = open_members(open_run(str(people), "individualized", parse_mesh(mesh)), "sqlite://").people
+        if warm:
+            members.warm_up()
+            while members.warming:
+                time.sleep(0.01)
+        with compilations() as compiled:
+            members.add("new", votes[:1])
+            members.learn("new", votes[1:])
+            asked = next_questions(members, "new", [{"prompt": "what is sun ?", "answers": ["it is wet .", "yes ."]}])
+        assert not (warm and compiled)
+        found.append([members.row("new")[0], asked[0]["information"], asked[0]["probability"]])
+    for one, other in zip(*found, strict=True):
+        np.testing.assert_allclose(one, other, rtol=2e-3, atol=2e-4)
+    assert not np.allclose(found[0][0], members.row(None)[0], atol=1e-2), "votes change nothing: this could not fail"
 
 
 def test_a_trained_person_is_deleted_from_every_file_of_the_run(run):

@@ -12,12 +12,29 @@ import tempfile
 import threading
 import time
 
+import jax
 import uvicorn
 
 from pjrlhf.serving.http import Server
 from pjrlhf.serving.settings import ServerSettings
 
 ROOT = pathlib.Path(__file__).parents[2]
+
+
+@contextlib.contextmanager
+def compilations():
+    """A list of what this process compiles meanwhile, or loads from the cache of compiled programs."""
+    found = []
+
+    def listen(event, _, **__):
+        if event == "/jax/core/compile/backend_compile_duration":
+            found.append(event)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        yield found
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
 
 
 @contextlib.contextmanager

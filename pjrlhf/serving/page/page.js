@@ -3,6 +3,7 @@
 import { call, key } from "./api.js";
 import { startEditor } from "./editor.js";
 import { loadPeople, loadWeights, startPeople } from "./people.js";
+import { startQuestions } from "./questions.js";
 import { changed, restore, state } from "./state.js";
 import { startTalk } from "./talk.js";
 
@@ -51,7 +52,10 @@ async function start() {
   restore();
   await loadWeights(state.person);
   startEditor();
-  if (about.people) startPeople(attempt);
+  if (about.people) {
+    startPeople(attempt);
+    startQuestions(attempt);
+  }
   startTalk(attempt);
   changed();
   $("main").hidden = false;

@@ -2,7 +2,7 @@
 
 import { Failure, call } from "./api.js";
 import { called, changed, known, listen, state } from "./state.js";
-import { plural } from "./weights.js";
+import { lasted, plural } from "./weights.js";
 
 const $ = (id) => document.getElementById(id);
 export const place = (id) => `v1/users/${encodeURIComponent(id)}`;
@@ -28,6 +28,18 @@ export function learned(person) {
   const at = state.people.findIndex((other) => other.id === person.id);
   if (at < 0) state.people.push(person);
   else state.people[at] = person;
+}
+
+// Teaches the person who asks; tells what was learned.
+export async function teach(comparisons) {
+  const began = performance.now();
+  const id = state.person;
+  const person = await call(`${place(id)}/feedback`, "POST", { comparisons });
+  learned(person);
+  if (state.server.mixing && !state.soups.some((soup) => soup.follows)) state.soups[0].follows = true;
+  changed();
+  const time = lasted(performance.now() - began);
+  return `Learned from your vote in ${time}: ${id}, ${plural(person.comparisons, "comparison")}.`;
 }
 
 export function option(value, text) {

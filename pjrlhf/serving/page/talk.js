@@ -1,8 +1,8 @@
 // Questions, answers side by side, and votes.
 
-import { call, stream } from "./api.js";
-import { learned, place } from "./people.js";
-import { LETTERS, called, changed, labelOf, listen, state } from "./state.js";
+import { stream } from "./api.js";
+import { teach } from "./people.js";
+import { LETTERS, called, labelOf, listen, state } from "./state.js";
 import { lasted, plural, sent, shown } from "./weights.js";
 
 const $ = (id) => document.getElementById(id);
@@ -166,16 +166,7 @@ async function vote(best) {
   voted = true;
   showVote();
   try {
-    const began = performance.now();
-    const id = state.person;
-    const person = await call(`${place(id)}/feedback`, "POST", { comparisons: comparisons(best) });
-    learned(person);
-    if (state.server.mixing && !state.soups.some((soup) => soup.follows)) {
-      state.soups[0].follows = true;
-    }
-    const time = lasted(performance.now() - began);
-    $("status").textContent = `Learned from your vote in ${time}: ${id}, ${plural(person.comparisons, "comparison")}.`;
-    changed();
+    $("status").textContent = await teach(comparisons(best));
     $("question").focus();
   } catch (problem) {
     voted = false;

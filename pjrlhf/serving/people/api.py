@@ -3,10 +3,11 @@
 import contextlib
 import functools
 import time
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Annotated, Any
 
 from anyio import CapacityLimiter, to_thread
+from pydantic import Field
 from starlette.convertors import StringConvertor, register_url_convertor
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
@@ -14,9 +15,9 @@ from starlette.responses import JSONResponse, Response
 from pjrlhf.errors import UserError
 from pjrlhf.serving.people.exchange import LIMIT, describe, exported, imported, listed
 from pjrlhf.serving.people.members import Members
-from pjrlhf.serving.people.questions import next_questions
+from pjrlhf.serving.people.questions import Pair, ask_of, next_questions
 from pjrlhf.serving.people.store import Taken, Unknown, Unreachable
-from pjrlhf.serving.protocol import Body, Refused
+from pjrlhf.serving.protocol import DIGITS, Body, Refused
 from pjrlhf.serving.service import Endpoint, Service, unreachable
 from pjrlhf.types import Json
 
@@ -37,11 +38,18 @@ def endpoints(service: Service) -> list[Endpoint]:
     """/v1/users."""
     people = PeopleApi(service)
 
-    def endpoint(method: str, path: str, handler: Any, summary: str, body: type[Body] | None = None) -> Endpoint:
-        return Endpoint(method, path, handler, summary=summary, body=body, answer=dict[str, Any])
+    def endpoint(
+        method: str,
+        path: str,
+        handler: Any,
+        summary: str,
+        body: type[Body] | None = None,
+        query: type[Body] | None = None,
+    ) -> Endpoint:
+        return Endpoint(method, path, handler, summary=summary, body=body, query=query, answer=dict[str, Any])
 
     return [
-        endpoint("GET", "/v1/users", people.list, "Lists people"),
+        endpoint("GET", "/v1/users", people.list, "Lists people", query=Page),
         endpoint("POST", "/v1/users", people.add, "Adds a person", NewPerson),
         endpoint("POST", "/v1/users/import", people.take, "Adds an exported person", Exported),
         endpoint("POST", f"{PERSON}/feedback", people.learn, "Learns from comparisons of a person", Feedback),
@@ -50,6 +58,13 @@ def endpoints(service: Service) -> list[Endpoint]:
         endpoint("GET", PERSON, people.show, "Describes a person"),
         endpoint("DELETE", PERSON, people.remove, "Deletes a person"),
     ]
+
+
+class Page(Body):
+    """Which people of a list."""
+
+    limit: Annotated[int, Field(ge=1, le=LIMIT), DIGITS] = LIMIT
+    after: str = Field("", description="The last person of the page before.")
 
 
 class NewPerson(Body):
@@ -69,7 +84,7 @@ class Feedback(Body):
 class Questions(Body):
     """Pairs of answers to choose from: each a prompt (or messages), and two answers."""
 
-    pairs: list[Any]
+    pairs: list[Any] | None = Field(None, description="If absent, some of those that the server asks about.")
 
 
 class Exported(Body):
@@ -130,12 +145,10 @@ class PeopleApi:
 
     async def list(self, request: Request) -> Response:
         """Everybody who is known."""
-        limit = request.query_params.get("limit", str(LIMIT))
-        if not (limit.isascii() and limit.isdecimal() and 1 <= int(limit[:9]) <= LIMIT):
-            raise Refused(f"limit: is no whole number from 1 to {LIMIT}; correct it", "limit")
+        page = Page.of(request.query_params)
         if not isinstance(self._service.catalogue.people, Members):
             return JSONResponse({"object": "list", "data": [], "has_more": False})
-        return await self._answer(listed, int(limit), request.query_params.get("after"))
+        return await self._answer(listed, page.limit, page.after or None)
 
     async def add(self, request: Request) -> Response:
         """A new person."""
@@ -158,7 +171,11 @@ class PeopleApi:
     async def ask(self, request: Request) -> Response:
         """What to ask a person next."""
         body = Questions.read(await self._service.body(request))
-        return await self._answer(_next, request.path_params["id"], body.pairs)
+        pool = self._service.questions
+        if body.pairs is None and not pool:
+            message = "pairs: is missing, and this server has no questions; give pairs, or start it with --questions"
+            raise Refused(message, "pairs")
+        return await self._answer(_next, request.path_params["id"], body.pairs, pool)
 
     async def export(self, request: Request) -> Response:
         """All that is kept of a person."""
@@ -191,8 +208,9 @@ def _remove(members: Members, name: str) -> Json:
         return {**found, "rewritten": [], "warning": f"{problem}; then run pjrlhf users remove"}
 
 
-def _next(members: Members, name: str, pairs: Json) -> Json:
-    return {"object": "list", "data": next_questions(members, name, pairs)}
+def _next(members: Members, name: str, pairs: Json, pool: Sequence[Pair]) -> Json:
+    found = ask_of(members, name, pool) if pairs is None else next_questions(members, name, pairs)
+    return {"object": "list", "data": found}
 
 
 def _import(members: Members, fields: Json) -> Json:

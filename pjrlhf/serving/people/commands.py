@@ -3,7 +3,6 @@
 import argparse
 import json
 import pathlib
-import re
 import sys
 from typing import TYPE_CHECKING, Any
 
@@ -159,26 +158,12 @@ def _update(members: "Members", name: str, comparisons: Any, mix: Any) -> None:
 
 def _comparisons(path: str, name: str) -> list[dict[str, Any]]:
     """The comparisons of a file of records; columns that a comparison does not have are left out."""
-    from pjrlhf.data.records import RecordError
-    from pjrlhf.data.schema import parse
-    from pjrlhf.data.sources import JsonLines
+    from pjrlhf.serving.people.files import read_comparisons
     from pjrlhf.serving.people.fit import as_json
 
-    try:
-        source = JsonLines(path)
-    except UserError as error:  # there is no config here
-        raise UserError(re.sub(r"; [^;]*--config\..*", "; name a file of JSON lines", str(error))) from error
     found = []
-    for i in range(len(source)):
-        where = f"{path} line {source.where(i).rpartition(' ')[2]}"
-        try:
-            record = source[i]
-            if "messages" in record and "prompt" not in record:
-                record["prompt"] = record.pop("messages")
-            example = parse(record, "preference", where=where)
-        except RecordError as error:
-            reason = re.sub(r"; [^;]*--config\.[^)]*", "", str(error))
-            raise UserError(f"{where}: {reason}; correct it") from error
+    for example in read_comparisons(path):
+        where = example.where
         if example.user_id not in (None, name):
             raise UserError(
                 f"{where}: is of user {shown(example.user_id)}, not {shown(name)}; give a file of one person"

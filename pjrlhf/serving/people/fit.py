@@ -8,7 +8,7 @@ import contextlib
 import dataclasses
 import functools
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -19,7 +19,7 @@ from jaxtyping import Float
 
 from pjrlhf.data.comparisons import SIDES, PairBatch, pair_batch
 from pjrlhf.data.messages import Conversation, as_turns, columns_of
-from pjrlhf.data.packing import PackedRows, PackLayout, align, choose_mode, pack, row_length
+from pjrlhf.data.packing import NOWHERE, PackedRows, PackLayout, align, choose_mode, pack, row_length
 from pjrlhf.data.records import RecordError
 from pjrlhf.data.schema import Example, parse
 from pjrlhf.data.token_table import Lengths, TokenRow, encode_example, tokenize
@@ -38,6 +38,7 @@ from pjrlhf.types import Json, Params
 # shapes, of which each compiles once.
 SIZES = (2, 8)
 CHUNK = SIZES[-1]
+SHORTEST = 32  # positions of a row; longer ones have a power of two of them, or the greatest length
 COLUMNS = ("prompt", *SIDES, "tools", "chat_template_kwargs")
 Row = dict[str, Any]  # a row of a user table: its leaves without the axis of users
 
@@ -78,17 +79,23 @@ def fit_rows(
       batches: comparisons, whose `local` is a row of `rows`, with their weights in the loss of this row.
       told: called after every update with the number of updates.
     """
-    optimizer = optax.adam(learning_rate)
-    state = optimizer.init(rows)
+    state = None
     for step in range(steps):
-        total = jax.tree.map(jnp.zeros_like, rows)
+        total = None
         for batch, weight in batches:
             part = _gradient(users, objective, rows, trainable, backbone, batch, weight)
-            total = jax.tree.map(jnp.add, total, part)
-        updates, state = optimizer.update(total, state)
-        rows = optax.apply_updates(rows, updates)  # pyright: ignore[reportAssignmentType]
+            total = part if total is None else jax.tree.map(jnp.add, total, part)
+        if total is not None:
+            rows, state = _update(learning_rate, rows, state, total)
         told(step + 1)
     return rows
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _update(learning_rate, rows, state, gradient):
+    optimizer = optax.adam(learning_rate)
+    updates, state = optimizer.update(gradient, optimizer.init(rows) if state is None else state)
+    return optax.apply_updates(rows, updates), state
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -200,23 +207,30 @@ class Fitter:
         if not batches:
             return start
         count = sum(int((weight > 0).sum()) for _, weight in batches)
-        batches = [(batch.replace(local=np.ones(len(batch), np.int32)), weight / count) for batch, weight in batches]
-        table = jax.tree.map(lambda generic, row: np.stack([generic, row]), self._row(0), start)
-        options = self.learning.steps, self.learning.learning_rate
-        fitted = fit_rows(self.users, self.learning.objective, self.backbone, self.trainable, table, batches, *options)
-        return jax.tree.map(lambda x: np.asarray(x[1]), fitted)
+        batches = [(batch, weight / count) for batch, weight in batches]
+        fitted = self._fitted(self._table(start, 1), batches, self.learning.steps)
+        return jax.tree.map(lambda x: np.asarray(x)[1], fitted)
+
+    def _fitted(self, table: Params, batches: Sequence[tuple[PairBatch, np.ndarray]], steps: int) -> Params:
+        batches = [(batch.replace(local=np.ones(len(batch), np.int32)), weight) for batch, weight in batches]
+        options = steps, self.learning.learning_rate
+        return fit_rows(self.users, self.learning.objective, self.backbone, self.trainable, table, batches, *options)
+
+    def _table(self, row: Row, count: int) -> Params:
+        """A table of the generic user and `count` times a row."""
+        return jax.tree.map(lambda generic, x: np.stack([generic, *[x] * count]), self._row(0), row)
 
     def margins(self, row: Row, examples: Sequence[Example]) -> tuple[np.ndarray, np.ndarray]:
         """(margins float32 [N], their gradients with respect to the row, float32 [N, D'] with all its leaves side by
         side) of comparisons, in their order.
         """
-        margins, gradients, generic = [], [], self._row(0)
+        margins, gradients = [], []
         for batch, weight in self._batches(examples, ordered=True):
             B, kept = len(batch), int((weight > 0).sum())
             batch = batch.replace(local=np.arange(1, B + 1, dtype=np.int32))
-            table = jax.tree.map(lambda g, x, B=B: np.stack([g, *[x] * B]), generic, row)
-            found, slopes = _margins(self.users, self.learning.objective, table, self.trainable, self.backbone, batch)
-            flat = [np.asarray(x[1:]).reshape(B, -1) for x in jax.tree.leaves(slopes)]
+            parts = self.users, self.learning.objective, self._table(row, B), self.trainable, self.backbone, batch
+            found, slopes = _margins(*parts)
+            flat = [np.asarray(x)[1:].reshape(B, -1) for x in jax.tree.leaves(slopes)]
             margins.append(np.asarray(found)[:kept])
             gradients.append(np.concatenate(flat, axis=1)[:kept])
         size = sum(x.size for x in jax.tree.leaves(row))
@@ -240,8 +254,7 @@ class Fitter:
         found = []
         for start in range(0, len(rows), CHUNK):
             part = rows[start : start + CHUNK]
-            size = next(size for size in SIZES if size >= len(part))
-            size += -size % self._layout.multiple
+            size = self._size(len(part))
             padded = [*part, *[part[0]] * (size - len(part))]
             plain, packed = self._packed(padded, 0), self._packed(padded, self.users.num_tokens)
             reference = np.asarray(_reference(self.backbone, plain))
@@ -249,28 +262,66 @@ class Fitter:
             found.append((batch, (np.arange(size) < len(part)).astype(np.float32)))
         return found
 
+    def _size(self, count: int) -> int:
+        """Comparisons of a batch that holds `count`."""
+        size = next(size for size in SIZES if size >= count)
+        return size + -size % self._layout.multiple
+
     def _packed(self, rows: Sequence[TokenRow], user_tokens: int) -> PackedRows:
         layout = dataclasses.replace(self._layout, num_user_tokens=user_tokens)
         answers = [[row[side] for side in SIDES] for row in rows]
         masks = [[row[f"{side}_mask"] for side in SIDES] for row in rows]
         packed = pack([row["prompt"] for row in rows], answers, layout, masks)
-        B, T = packed.tokens.shape
-        Z, X = packed.columns.shape
-        T = max(T, min(_power(T), layout.length))
-        X = next((x for x in (B * T // Z // 4, B * T // Z // 2) if x >= X), max(X, B * T // Z))
-        return _padded(packed, T, X)
+        length, scored = packed.tokens.shape[1], (packed.answer != NOWHERE).sum(1).max()
+        return _padded(packed, *next((T, X) for T, X in self._shapes(len(rows)) if length <= T and scored <= X))
 
+    def _shapes(self, size: int) -> list[tuple[int, int]]:
+        """(T, X) of the rows that `size` comparisons may have, see `PackedRows`, ascending."""
+        layout = self._layout
+        each = size // layout.multiple  # comparisons of a part
+        greatest, rows = (each * layout.length, 1) if layout.mode == "join" else (layout.length, each)
+        greatest += -greatest % (8 if greatest < 1024 else 128)  # as `pack` rounds it
+        found, T = [], SHORTEST
+        while 2 * greatest >= 3 * T:
+            found.append(T)
+            T *= 2
+        return [(T, rows * T // part) for T in (*found, greatest) for part in (2, 1)]
 
-def _power(x: int) -> int:
-    """The power of two that is not smaller."""
-    return 1 << (x - 1).bit_length()
+    def warm_up(self) -> Iterator[None]:
+        """Compiles one program after the other, those for few and short comparisons first, and yields after each;
+        afterwards neither fits nor margins compile anything.
+        """
+        row: Any = {"index": 0, "margin": None, "prompt": [0]}
+        row |= {key: value for side in SIDES for key, value in ((side, [0]), (f"{side}_mask", None))}
+        start, placed = self._table(self._row(0), 1), None
+        for size in dict.fromkeys(map(self._size, SIZES)):
+            nobody = np.zeros(size, np.int32)
+            least = [self._packed([row] * size, E) for E in (0, self.users.num_tokens)]
+            for shape in self._shapes(size):
+                plain, packed = (_padded(one, *shape) for one in least)
+                _reference.lower(self.backbone, plain).compile()
+                yield
+                batch = pair_batch([row] * size, packed, nobody, np.zeros((size, 2), np.float32))
+                weight = np.ones(size, np.float32)
+                if placed is None:  # real updates say where they leave the rows; two batches add their gradients
+                    placed = self._fitted(start, [(batch, weight)] * 2, steps=3)
+                    yield
+                parts = self.trainable, self.backbone, batch.replace(local=nobody)
+                for table in (start, placed):
+                    _gradient.lower(self.users, self.learning.objective, table, *parts, weight).compile()
+                yield
+                table = self._table(self._row(0), size)
+                _margins.lower(self.users, self.learning.objective, table, *parts).compile()
+                yield
 
 
 def _padded(packed: PackedRows, length: int, scored: int) -> PackedRows:
-    """The same rows with padding to `length` positions, and `scored` places for scored tokens."""
+    """The same rows with `length` positions, and `scored` places for scored tokens, of which none is lost."""
     (B, _), Z = packed.tokens.shape, len(packed.columns)
+    places = ("answer", "columns", "targets")
+    packed = packed.replace(**{name: getattr(packed, name)[:, :scored] for name in places})
     rows = dict.fromkeys(("branch", "owner", "position", "segment", "tokens"), np.zeros((B, length), np.int32))
-    places = dict.fromkeys(("answer", "columns", "targets"), np.zeros((Z, scored), np.int32))
+    wide = dict.fromkeys(places, np.zeros((Z, scored), np.int32))
     last = dict.fromkeys(("last", "last_answer"), np.zeros(packed.last.shape, np.int32))
-    like: PackedRows = packed.replace(**rows, **places, **last)
+    like: PackedRows = packed.replace(**rows, **wide, **last)
     return align([packed, like])[0]

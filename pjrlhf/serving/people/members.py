@@ -69,6 +69,7 @@ class Members:
       fingerprint: of all that a row depends on besides the comparisons; a row of another one is fitted again.
       fitter: fits their rows; None where the model is the same for everybody.
       working: runs fits.
+      warming: whether the warm-up goes on.
     """
 
     def __init__(self, catalogue: Catalogue, store: Store):
@@ -82,6 +83,7 @@ class Members:
             self.fitter = Fitter(*parts, trainable, self._people.learning)
         self.fingerprint = _fingerprint(catalogue, self._people)
         self.working = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="people")
+        self.warming = False
         self._kept: collections.OrderedDict[str, _Known] = collections.OrderedDict()
         self._fitting: set[str] = set()
         self._lock = threading.Lock()
@@ -196,6 +198,28 @@ class Members:
         return self._table_row(0 if person.forgotten else rows.get(str(person.name), 0))
 
     # ---- learning
+
+    def warm_up(self) -> None:
+        """Compiles in the background what votes need, one program at a time: votes that come meanwhile go first."""
+        if self.fitter is None:
+            return
+        programs, self.warming = self.fitter.warm_up(), True
+
+        def compile_one() -> None:
+            try:
+                for _ in programs:
+                    self.working.submit(compile_one)
+                    return
+            except Exception as error:  # votes compile what they need themselves, and say what is wrong
+                logging.warning("people: programs could not be compiled beforehand (%s)", error)
+            self.warming = False
+
+        self.working.submit(self._as_known, Person(name=None), self._table_row(0))
+        self.working.submit(compile_one)
+
+    def close(self) -> None:
+        """Gives up what nobody waits for."""
+        self.working.shutdown(wait=False, cancel_futures=True)
 
     def _fit_later(self, name: str) -> None:
         with self._lock:
@@ -385,6 +409,15 @@ class Members:
         known = self._read(person, fits)
         return None if known is None else known.output
 
+    def comparisons(self, name: str) -> list[dict[str, Json]]:
+        """What a person has given.
+
+        Raises:
+          Unknown: no such person.
+        """
+        self._need(name)
+        return [] if self.store.version(name) is None else self.store.comparisons(name)[1]
+
     def linearized(
         self, name: str, comparisons: Sequence[Mapping[str, Json]], where: str
     ) -> tuple[tuple[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]:
@@ -399,10 +432,9 @@ class Members:
         self._check_learns()
         examples = [self._example(one, f"{where}: number {i}") for i, one in enumerate(comparisons, 1)]
         known, seen = self._known(name), []
-        if self.store.version(name) is not None:
-            for one in self.store.comparisons(name)[1]:
-                with contextlib.suppress(RecordError):
-                    seen.append(as_example(one))
+        for one in self.comparisons(name):
+            with contextlib.suppress(RecordError):
+                seen.append(as_example(one))
         row = self.generic_row if known is None else known.row
 
         def work() -> tuple[tuple[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]:

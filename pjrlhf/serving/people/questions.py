@@ -6,17 +6,27 @@ backpropagation networks"; Immer et al. 2021, arXiv 2008.08400). The information
 information of its answer and the row (BALD; Houlsby et al. 2011, arXiv 1112.5745).
 """
 
-from collections.abc import Mapping
+import json
+import pathlib
+from collections.abc import Mapping, Sequence
 
 import numpy as np
+from absl import logging
 from jaxtyping import Float
 from scipy.special import expit, xlogy
 
+from pjrlhf.data.comparisons import SIDES
 from pjrlhf.errors import UserError
+from pjrlhf.serving.people.files import read_comparisons
+from pjrlhf.serving.people.fit import as_json
 from pjrlhf.serving.people.members import Members
 from pjrlhf.types import Json
 
 MOST = 64  # pairs of a request
+POOL = 1000  # pairs that a server asks about, at most
+DRAWN = 32  # of them are compared at once: each is a pass forward and back
+OF_A_RUN = ("comparisons/comparisons.jsonl", "population/train.jsonl")
+Pair = dict[str, Json]
 _NODES, _WEIGHTS = np.polynomial.hermite_e.hermegauss(64)
 
 
@@ -87,3 +97,71 @@ def next_questions(members: Members, name: str, pairs: object) -> list[dict[str,
         }
         for i in order
     ]
+
+
+def read_pool(path: str) -> tuple[Pair, ...]:
+    """The pairs of a file of comparisons, each once, in random order, as are the two answers: which of them was chosen
+    does not show.
+
+    Raises:
+      UserError: no such file, a line that is no comparison, or none at all.
+    """
+    found = {}
+    for example in read_comparisons(path):
+        comparison = as_json(example)
+        found[_key(comparison)] = comparison
+    if not found:
+        raise UserError(f"{path}: holds no comparisons; give it one on each line")
+    rng, pairs = np.random.default_rng(0), list(found.values())
+    pool = [pairs[i] for i in rng.permutation(len(pairs))[:POOL]]
+    return tuple(
+        {name: value for name, value in one.items() if name not in SIDES}
+        | {"answers": [one[side] for side in (SIDES if rng.integers(2) else SIDES[::-1])]}
+        for one in pool
+    )
+
+
+def pool_of(run: pathlib.Path | None, path: str, own: bool) -> tuple[Pair, ...]:
+    """What a server asks people about.
+
+    Args:
+      run: that is served, or None.
+      path: of a file of comparisons, or "".
+      own: without a file, use the answers that the run itself has drawn. Records that a run was given are not shown.
+
+    Raises:
+      UserError: see `read_pool`.
+    """
+    if path:
+        try:
+            return read_pool(path)
+        except UserError as error:
+            raise UserError(f"questions: {error}") from error
+    for file in [run / name for name in OF_A_RUN] if own and run is not None else ():
+        if file.is_file():
+            try:
+                return read_pool(str(file))
+            except UserError as error:
+                logging.warning("no questions for people: %s", error)
+    return ()
+
+
+def ask_of(members: Members, name: str, pool: Sequence[Pair]) -> list[dict[str, Json]]:
+    """Pairs of a pool that a person has not compared, some at random, that which tells most first; none where all are
+    compared.
+
+    Raises:
+      Unknown: no such person.
+    """
+    seen = {_key(one) for one in members.comparisons(name)}
+    left = [i for i, pair in enumerate(pool) if _key(pair) not in seen]
+    some = np.random.default_rng().permutation(left)[:DRAWN].tolist() if left else []
+    found = next_questions(members, name, [pool[i] for i in some]) if some else []
+    return [{**one, "index": some[one["index"]]} for one in found]
+
+
+def _key(pair: Mapping[str, Json]) -> str:
+    """The same for both orders of the answers."""
+    answers = pair.get("answers") or [pair[side] for side in SIDES]
+    rest = {name: value for name, value in pair.items() if name not in ("answers", *SIDES)}
+    return json.dumps([rest, sorted(map(json.dumps, answers))], sort_keys=True)
