@@ -6,6 +6,7 @@ states, and which adapters give it.
 | own | one per reward model, or for `objectives` alone | 1 for its own (Personalized Soups, Rewarded Soups) |
 | fixed | one per row of `points` | that row (MORL, RLHF on an average, Bone Soups) |
 | grid | one | a row of `points`, at random (MOC) |
+| between | one | a random point between two random rows of `points` |
 | dirichlet | one | drawn with concentration `alpha` (MOC, CLP) |
 | combinations | one | equal ones of one preference per dimension (of `objectives`), at random (Prompted-MORL) |
 """
@@ -32,7 +33,7 @@ from pjrlhf.runtime.streams import Streams
 from pjrlhf.runtime.text import Text
 from pjrlhf.settings import Settings, setting, shown
 
-KINDS = ("own", "fixed", "grid", "dirichlet", "combinations")
+KINDS = ("own", "fixed", "grid", "between", "dirichlet", "combinations")
 NEAR = 0.02  # a drawn preference this near to a held-out one is drawn again
 
 
@@ -43,7 +44,7 @@ class TargetSettings(Settings):
     kind: str = setting("own", "where the weights come from; see the table above", choices=KINDS)
     objectives: tuple[str, ...] = setting((), "of own and combinations: train for these alone")
     points: str | tuple[tuple[float, ...], ...] = setting(
-        (), "of fixed and grid: rows of weights, or the name of a set", choices=lambda: tuple(NAMED)
+        (), "of fixed, grid and between: rows of weights, or the name of a set", choices=lambda: tuple(NAMED)
     )
     alpha: float = setting(1.0, "of dirichlet: its concentration", above=0.0, high=1e6)
     held_out: str | tuple[tuple[float, ...], ...] = setting(
@@ -97,17 +98,19 @@ class Targets:
         self.audience, self.streams = audience, streams
         spec = settings.preferences
         self.kind = spec.kind
-        self.sampled = self.kind in ("grid", "dirichlet", "combinations")
+        self.sampled = self.kind in ("grid", "between", "dirichlet", "combinations")
         self.alpha = spec.alpha
         self.held_out = simplex_points(spec.held_out, audience.objectives, "held_out")
         self.points: list[tuple[float, ...]] = []
-        if self.kind in ("fixed", "grid"):
+        if self.kind in ("fixed", "grid", "between"):
             self.points = simplex_points(spec.points, audience.objectives, "points")
             apart = [p for p in self.points if not any(_near(p, h, 1e-6) for h in self.held_out)]
             if self.kind == "grid":
                 self.points = apart
             if not self.points:
                 raise UserError("preferences.points: none is left to train on; give some that are not held out")
+            if self.kind == "between" and len(self.points) < 2:
+                raise UserError("preferences.points: between takes two or more; add some, such as corners")
         own = spec.objectives or audience.rewards
         if unknown := [name for name in own if name not in audience.rewards]:
             raise UserError(
@@ -118,7 +121,7 @@ class Targets:
         names = {"own": own, "fixed": point_names(audience.objectives, self.points) if self.kind == "fixed" else ()}
         self.policies = names.get(self.kind, ("policy",))
         self.mix = settings.mix
-        if self.mix == "weights" and self.kind not in ("grid", "dirichlet"):
+        if self.mix == "weights" and self.kind not in ("grid", "between", "dirichlet"):
             raise UserError(f"mix 'weights': needs weights over all objectives, which {self.kind!r} does not draw")
         if self.mix == "weights" and not adapter.rank:
             raise UserError(
@@ -151,9 +154,16 @@ class Targets:
             combo = self.combos[index]
             return Target(tuple(map(rewards.index, combo)), (1 / len(combo),) * len(combo), index)
         while True:
-            point = tuple(rng.dirichlet([self.alpha] * len(everything)).tolist())
+            point = tuple(self._drawn(rng).tolist())
             if not any(_near(point, h, NEAR) for h in self.held_out):
                 return Target(everything, point)
+
+    def _drawn(self, rng: np.random.Generator) -> np.ndarray:
+        """A point of the simplex [N]."""
+        if self.kind == "dirichlet":
+            return rng.dirichlet([self.alpha] * len(self.audience.objectives))
+        one, other = np.array(self.points)[rng.choice(len(self.points), 2, replace=False)]
+        return one + rng.random() * (other - one)
 
     @functools.cached_property
     def objectives(self) -> np.ndarray | None:

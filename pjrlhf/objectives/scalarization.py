@@ -138,10 +138,22 @@ class WeightedSum(CombinationRule):
 @RULES.register("tchebycheff")
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Tchebycheff(CombinationRule):
-    """One head, of minus the largest weighted distance to an ideal reward (`multi_objective.tchebycheff`)."""
+    """One head, of minus the largest weighted distance to an ideal reward (`multi_objective.tchebycheff`); with
+    `smoothing`, its smooth form (STCH, arXiv 2402.19078).
+    """
 
     ideal: float = setting(1.0, "the best reward of every objective, on the scale of the rewards", low=-1e6, high=1e6)
     smoothing: float = setting(0.0, "0 for the exact maximum; larger values make it smooth", low=0.0, high=1e6)
+    across: str = setting(
+        "mean",
+        "how the gradients of the trained preference vectors are combined: their mean over the batch, or min_norm, as "
+        "heads per_preference of the rule min_norm",
+        choices=("mean", "min_norm"),
+    )
+
+    @property
+    def needs_preference_groups(self):
+        return self.across == "min_norm"
 
     def names(self, objectives):
         return ("reward",)
@@ -150,7 +162,7 @@ class Tchebycheff(CombinationRule):
         return mo.tchebycheff(scores, p, jnp.full(scores.shape[-1], self.ideal), self.smoothing)[..., None]
 
     def advantages(self, advantages, p, mask, group=None):
-        return _single(advantages, mask)
+        return _single(advantages, mask) if self.across == "mean" else _per_preference(advantages, mask, group)
 
 
 @RULES.register("gdpo")
@@ -264,7 +276,7 @@ class MinNorm(CombinationRule):
 
     def advantages(self, advantages, p, mask, group=None):
         if self.heads == "per_preference":
-            return self._per_preference(advantages, mask, group)
+            return _per_preference(advantages, mask, group, self.weights)
         if advantages.shape[-1] == 1:
             return _single(advantages, mask)
         gram, statistics = _gram(advantages, mask)
@@ -274,15 +286,6 @@ class MinNorm(CombinationRule):
         else:
             c = _present_weights(mo.cosines(gram) if self.normalize == "gradient" else gram, present)
         return zero_outside(mo.weighted_sum(advantages, c), mask), statistics | {"weights": c}
-
-    def _per_preference(self, advantages, mask, group):
-        if group is None:
-            raise ValueError("per_preference: needs the index of every answer's preference; train on a fixed set")
-        advantage = zero_outside(advantages[..., 0], mask)
-        scale = _disjoint_weights(jnp.square(advantage).sum(1), group)
-        scale = jnp.ones_like(scale) if self.weights == "equal" else scale
-        statistics = {"gradient_cosine": jnp.zeros(()), "weights": jnp.ones(1)}
-        return advantage * scale[:, None], statistics
 
 
 # ---- weights that change during training
@@ -350,6 +353,21 @@ def _single(
     """The advantage of the only head."""
     _, statistics = _gram(advantages, mask)
     return zero_outside(advantages[..., 0], mask), statistics | {"weights": jnp.ones(1)}
+
+
+def _per_preference(
+    advantages: Float[Array, "n T 1"],
+    mask: Float[Array, "n T"],
+    group: Int[Array, " n"] | None,
+    weights: str = "min_norm",
+) -> tuple[Float[Array, "n T"], dict[str, Array]]:
+    """The advantage of the only head, with every preference vector an objective of its own (`_disjoint_weights`)."""
+    if group is None:
+        raise ValueError("per_preference: needs the index of every answer's preference; train on a fixed set")
+    advantage = zero_outside(advantages[..., 0], mask)
+    scale = _disjoint_weights(jnp.square(advantage).sum(1), group)
+    scale = jnp.ones_like(scale) if weights == "equal" else scale
+    return advantage * scale[:, None], {"gradient_cosine": jnp.zeros(()), "weights": jnp.ones(1)}
 
 
 def _gram(advantages: Float[Array, "n T H"], mask: Float[Array, "n T"]) -> tuple[Float[Array, "H H"], dict[str, Array]]:

@@ -63,6 +63,19 @@ def test_drawn_weights_are_the_same_whenever_they_are_asked_and_spread_over_the_
     np.testing.assert_allclose(means, 0.25, atol=0.05)
 
 
+def test_weights_between_two_points(run):
+    """Between the corners of a simplex: on its edges, and uniform there."""
+    found = targets(run, preferences__kind="between", preferences__points="corners")
+    drawn = np.array([found.target(i, 0).weights for i in range(2000)])
+    assert found.sampled and found.policies == ("policy",) and ((drawn > 0).sum(1) == 2).all()
+    np.testing.assert_allclose(drawn.sum(1), 1, rtol=1e-12)
+    np.testing.assert_allclose(drawn.mean(0), 0.25, atol=0.03)
+    # Half of the pairs hold a corner, whose weight is then uniform: E[w^2] = 1 / 2 * 1 / 3.
+    np.testing.assert_allclose((drawn**2).mean(0), 1 / 6, atol=0.03)
+    with pytest.raises(UserError, match="between takes two or more; add some"):
+        targets(run, preferences__kind="between", preferences__points="centre")
+
+
 def test_held_out_preferences_stay_held_out(run):
     found = targets(run, preferences__kind="grid", preferences__points=CORNERS, preferences__held_out=CORNERS[1:])
     assert {found.target(i, 0).weights for i in range(40)} == {CORNERS[0]}

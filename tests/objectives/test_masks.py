@@ -91,7 +91,8 @@ def test_an_empty_row_takes_no_score():
 @pytest.mark.parametrize("rubbish", RUBBISH)
 @pytest.mark.parametrize("name", [name for name, _ in RULES.items()])
 def test_combination_rules_read_no_advantage_outside_the_mask(name, rubbish):
-    for changes in ({}, {"heads": "per_preference"}) if name == "min_norm" else ({},):
+    variants = {"min_norm": {"heads": "per_preference"}, "tchebycheff": {"across": "min_norm"}}
+    for changes in ({}, variants.get(name, {})):
         rule = make_rule({"kind": name, **changes})
         count = len(rule.names(("one", "two", "three")))
         clean, dirty = (np.where(MASK[..., None] > 0, HEADS[..., :count], fill) for fill in (0.0, rubbish))

@@ -132,6 +132,11 @@ def test_objectives_of_disjoint_answers_have_the_min_norm_weights_of_their_gram_
     np.testing.assert_allclose(mixed, 4 * np.asarray(c)[group][:, None] * advantages[..., 0] * mask(), rtol=2e-3)
     with pytest.raises(ValueError, match="train on a fixed set"):
         rule.advantages(jnp.asarray(advantages), simplex(16), mask())
+    # The weights follow from the advantages of the only head, whatever made its reward.
+    other = Tchebycheff(across="min_norm")
+    assert other.needs_preference_groups and not Tchebycheff().needs_preference_groups
+    same, _ = other.advantages(jnp.asarray(advantages), simplex(16), mask(), jnp.asarray(group))
+    np.testing.assert_array_equal(same, mixed)
 
 
 def test_control_asks_for_rewards_equal_to_the_weights():
@@ -147,6 +152,17 @@ def test_control_asks_for_rewards_equal_to_the_weights():
         np.testing.assert_array_equal(four[:, :-1], one[:, :-1])
     hinge = MinNorm(sided="hinge")
     np.testing.assert_array_equal(hinge.rewards(p + 0.1, p)[:, 1], 0)
+
+
+def test_the_smooth_tchebycheff_reward_of_equal_distances():
+    """-m log(S exp(d / m)) = -d - m log S where all weighted distances are d; between that and -max d otherwise."""
+    p = np.full((n, S), 1 / S, np.float32)
+    got = Tchebycheff(ideal=1.0, smoothing=0.2).rewards(jnp.full((n, S), 0.4), p)
+    np.testing.assert_allclose(got[:, 0], -0.6 / S - 0.2 * np.log(S), rtol=1e-5)
+    scores = draw(21, n, S)
+    exact, smooth = (Tchebycheff(smoothing=m).rewards(jnp.asarray(scores), p)[:, 0] for m in (0.0, 0.2))
+    np.testing.assert_allclose(exact, -((1 - scores) / S).max(1), rtol=1e-5)
+    assert (smooth <= exact).all() and (smooth >= exact - 0.2 * np.log(S) - 1e-6).all()
 
 
 def test_inside_jit_and_under_vmap():
