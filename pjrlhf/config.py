@@ -89,6 +89,12 @@ class RunSettings(SharedSettings):
             self._check_cold_start(self.evaluate_users, self.preference)
         if self.evaluate_users and self.preference:
             check_names("preference.models", self.preference.models, USERS_OWN)
+            read = [name for name in self.preference.models if self.preference.entry(name).users.history]
+            if read and self.evaluate_users.generate_for:
+                raise UserError(
+                    f"evaluate_users.generate_for: preference.models.{read[0]} reads comparisons before its prompts, "
+                    "and is evaluated on comparisons alone; set --config.evaluate_users.generate_for=0"
+                )
         self._check_judges()
         if "evaluate" in self.stages:
             check_names("methods", self.methods, SOUPS_OWN)
@@ -138,7 +144,8 @@ class RunSettings(SharedSettings):
                 f"population.new_pairs_per_user={self.population.new_pairs_per_user} to test on; raise the latter"
             )
         for name in evaluated.cold_start_models:
-            if not KINDS.get(trained.entry(name).users.kind).personal:
+            kind = KINDS.get(trained.entry(name).users.kind)
+            if not kind.personal or kind.trains_adapters:
                 raise UserError(
                     f"evaluate_users.cold_start_models: {name!r} has nothing of a person's own to fit; leave it out"
                 )

@@ -180,7 +180,7 @@ class Preference(Method):
         key, base = self.streams.key("preference/init"), backbone.base
         trainable = {"users": self.users.init(jax.random.fold_in(key, 1), base["embed"]["embedding"])}
         if not self.frozen:
-            trainable["bank"] = init_bank(base, backbone.adapter, 1, jax.random.fold_in(key, 0))
+            trainable["bank"] = init_bank(base, backbone.adapter, self.users.policies, jax.random.fold_in(key, 0))
         if self.objective.head == "reward":
             width = backbone.model.config.hidden_size
             trainable["heads"] = scoring.init_heads(1, width, jax.random.fold_in(key, 3))
@@ -271,8 +271,7 @@ def run(run: Run) -> dict[str, Any]:
     shown = run.settings.completion_prompts
     for name in settings.models:
         entry = settings.entry(name)
-        texts = entry.users.user_text
-        pairs = made(user_text=texts, permuted_text=texts and entry.users.permuted)
+        pairs = made(**entry.users.trained_texts)
         answers = functools.partial(heldout_answers, run, pairs)
         pairs.for_head(entry.objective.head).reference["train"]  # computed before the first step
         rows = len(pairs.tables["train"])

@@ -37,7 +37,8 @@ def user_model(entry: Entry, capacity: int, width: int, bank: Params | None = No
       UserError: sizes that the kind refuses.
     """
     own = {key: getattr(entry.users, key) for key in ("kind", "tokens", "clusters", "start", "std", "zero_offset")}
-    adapters = bank_size(bank) if KINDS.get(entry.users.kind).mixes and bank is not None else 0
+    found = KINDS.get(entry.users.kind)
+    adapters = capacity + 1 if found.trains_adapters else bank_size(bank) if found.mixes and bank is not None else 0
     try:
         return UserModel(num_users=capacity, width=width, adapters=adapters, **own)
     except ValueError as error:
@@ -99,7 +100,7 @@ def save(run: Run, entry: Entry, users: UserModel, registry: UserRegistry, param
     params = to_host(params)
     with disk_errors(path):
         save_tree(path, params, note)
-        if entry.objective.head == "policy" and not (users.num_tokens or users.mixes):
+        if entry.objective.head == "policy" and not (users.num_tokens or users.mixes or users.policies > 1):
             one = jax.tree.map(lambda x: x[0], params["bank"])
             on_process_zero(banks.export)(run, path.parent / "ingredient", one)
 

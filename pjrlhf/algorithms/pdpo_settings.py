@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from pjrlhf.errors import UserError
+from pjrlhf.feedback.history import TEMPLATE, History, check_template
 from pjrlhf.feedback.pairs import PairSettings
 from pjrlhf.models.users import KINDS, STARTS
 from pjrlhf.rollout.preference import PreferenceConfig
@@ -36,13 +37,29 @@ class EntrySettings(Settings):
         below=1.0,
     )
     user_text: bool = setting(False, "what people say about themselves stands before the prompt")
+    history: int = setting(0, "comparisons of the person that stand before the prompt", low=0, high=10**4)
+    history_template: str = setting(TEMPLATE, "how one of them is written")
 
     @property
     def added(self) -> int:
         """Number of user tokens that stand before a prompt."""
         return self.tokens if "tokens" in KINDS.get(self.kind).sizes else 0
 
+    @property
+    def texts(self) -> dict[str, Any]:
+        """What of people stands before prompts outside training; see `feedback.pairs.tables_of`."""
+        history = History(count=self.history, template=self.history_template) if self.history else None
+        return {"user_text": self.user_text, "others_text": False, "history": history}
+
+    @property
+    def trained_texts(self) -> dict[str, Any]:
+        """The same in training, where it is permuted in the control."""
+        history = self.texts["history"]
+        history = history and dataclasses.replace(history, permuted=self.permuted)
+        return {"user_text": self.user_text, "permuted_text": self.user_text and self.permuted, "history": history}
+
     def check(self) -> None:
+        check_template(self.history_template)
         try:
             KINDS.get(self.kind)
         except UserError as error:

@@ -45,6 +45,9 @@ and of user models, where `accuracy` is the dict of `users.user_accuracy`:
                           "unseen_user_unseen_prompt": fraction, or a mapping with mean, low and high}}
     length_matched        {model: the dict of `users.length_matched`}
     cold_start            {model: the dict of `users.cold_start_curve`}
+    by_people             {model: {what people differ in: the dict of `users.accuracy_by`}}
+    changed_minds         {model: {way to fit a row: the dict of `users.cold_start_curve`}}, by the new preference
+    size                  {model: {rows, people, table_bytes, adapter_bytes}}
     embedding             {model: {users, groups: [U] names; x, y: [U]}}, a map of the people
     role_play             {model: a rate against the base over people; person_mean: {mean, low, high}; people: number;
                           users: {user: fraction won}}, by a judge in the place of each person

@@ -25,6 +25,7 @@ def page(summary: Mapping[str, Any]) -> dict[str, Any]:
         "cards": cards(summary),
         "counts": _counts(summary.get("cold_start") or {}),
         "role_play": _role_play(summary.get("role_play") or {}),
+        "tables": {"by-people": _by_people(summary), "changed-minds": _changed_minds(summary)},
     }
 
 
@@ -127,6 +128,9 @@ def print_users(console: rich.console.Console, summary: Mapping[str, Any]) -> No
     rows = [[model, *(cell(curve.get(k), "mean") for k in counts)] for model, curve in curves.items()]
     print_table(console, "Accuracy on new people by number of their comparisons, %", ["model", *counts], rows)
 
+    for title, table in (_by_people(summary) | _changed_minds(summary)).items():
+        print_table(console, title, *table)
+
     tables = _by_persona(summary.get("generation") or {})
     scores, known = _score_names(tables), plots_users.personas(summary)
     rows = [
@@ -142,6 +146,34 @@ def print_users(console: rich.console.Console, summary: Mapping[str, Any]) -> No
     ]
     print_table(console, ROLE_PLAY, *_role_play(summary.get("role_play") or {}))
     print_table(console, "Answers by persona", ["model", "persona", "people", "mean length", *scores], rows)
+
+
+_DIFFERENCES = {
+    "comparisons": "Accuracy by the number of a person's comparisons in training, %",
+    "stated": "Accuracy by whether comparisons agree with what people say about themselves, %",
+}
+
+
+def _by_people(summary: Mapping[str, Any]) -> dict[str, Table]:
+    """Title -> accuracy of different kinds of people, where there are several."""
+    tables: dict[str, Table] = {}
+    for key, title in _DIFFERENCES.items():
+        found = {model: one[key] for model, one in (summary.get("by_people") or {}).items() if one.get(key)}
+        kinds = list(dict.fromkeys(kind for one in found.values() for kind in one))
+        if len(kinds) > 1:
+            rows = [[model, *(cell(one.get(kind), "mean") for kind in kinds)] for model, one in found.items()]
+            tables[title] = ["model", *kinds], rows
+    return tables
+
+
+def _changed_minds(summary: Mapping[str, Any]) -> dict[str, Table]:
+    """Title -> accuracy of people who change their mind, where the summary has it."""
+    models = summary.get("changed_minds") or {}
+    curves = {(model, way): curve for model, ways in models.items() for way, curve in ways.items()}
+    counts = _counts(curves)
+    rows = [[model, way, *(cell(curve.get(k), "mean") for k in counts)] for (model, way), curve in curves.items()]
+    title = "Accuracy by the new preference, by number of comparisons after a change of mind, %"
+    return {title: (["model", "fitted to", *counts], rows)} if rows else {}
 
 
 def _role_play(models: Mapping[str, Any]) -> Table:
@@ -185,6 +217,6 @@ def _score_names(by_persona: Mapping[str, Any]) -> list[str]:
     return list(dict.fromkeys(name for table in by_persona.values() for one in table.values() for name in one["score"]))
 
 
-def _counts(curves: Mapping[str, Mapping[str, Any]]) -> list[str]:
+def _counts(curves: Mapping[Any, Mapping[str, Any]]) -> list[str]:
     """The numbers of comparisons of all cold-start curves, rising."""
     return sorted({k for curve in curves.values() for k in curve}, key=float)

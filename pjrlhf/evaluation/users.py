@@ -69,6 +69,45 @@ def user_accuracy(
     return found | {"pairs": len(margins), "users": people}
 
 
+def accuracy_by(
+    margins: ArrayLike, users: ArrayLike, kinds: Mapping[str, str], *, resamples: int = 2000, seed: int = 0
+) -> dict[str, dict[str, Any]]:
+    """Accuracy over people, for each kind of person.
+
+    Args:
+      margins, users: as for `user_accuracy`.
+      kinds: user -> their kind; people without one do not count.
+
+    Returns:
+      {kind: {"mean", "low", "high", "users"}} in the order of `kinds`, with the 95 % bootstrap interval over people.
+
+    Raises:
+      UserError: as `user_accuracy`.
+    """
+    margins, users = _pairs(margins, users)
+    names, index = np.unique(users, return_inverse=True)
+    each = np.bincount(index, weights=margins > 0) / np.bincount(index)
+    values: dict[str, list[float]] = {kind: [] for kind in kinds.values()}
+    for name, accuracy in zip(names.tolist(), each.tolist(), strict=True):
+        if name in kinds:
+            values[kinds[name]].append(accuracy)
+    found = {}
+    for kind, fractions in values.items():
+        if fractions:
+            low, high = bootstrap_interval(fractions, resamples=resamples, seed=seed)
+            found[kind] = {"mean": float(np.mean(fractions)), "low": low, "high": high, "users": len(fractions)}
+    return found
+
+
+def by_powers_of_two(counts: Mapping[str, int]) -> dict[str, str]:
+    """User -> the range "4-7" between powers of two that their count is in, in the order of the ranges."""
+    ranges = {}
+    for user, count in sorted(counts.items(), key=lambda item: item[1]):
+        low = 1 << (count.bit_length() - 1) if count else 0
+        ranges[user] = str(low) if low < 2 else f"{low}-{2 * low - 1}"
+    return ranges
+
+
 def length_matched(
     margins: ArrayLike,
     users: ArrayLike,

@@ -4,6 +4,7 @@ import collections
 import dataclasses
 import unicodedata
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from absl import logging
@@ -14,6 +15,7 @@ from pjrlhf.data.messages import with_text
 from pjrlhf.data.schema import Example, is_tie
 from pjrlhf.data.token_table import TokenRow, TokenTable
 from pjrlhf.errors import UserError
+from pjrlhf.feedback.history import History, with_history
 from pjrlhf.models.registry import UserRegistry
 from pjrlhf.runtime.records import SourceSpec
 from pjrlhf.runtime.run import Run
@@ -48,6 +50,9 @@ class PairSettings(Settings):
         0, "pairs to train on at most: a random sample, of whole prompts where split is prompt; 0 is all", low=0
     )
     max_heldout_pairs: int = setting(0, "the same of held-out pairs", low=0)
+    rows: int = setting(
+        0, "of the user table, with room for people who come later; 0: one per person", low=0, high=10**8
+    )
     batch_size: int = setting(32, "pairs a step", low=1, high=2**20)
 
 
@@ -132,6 +137,7 @@ def tables_of(
     user_text: bool = False,
     permuted_text: bool = False,
     others_text: bool = False,
+    history: History | None = None,
 ) -> dict[str, TokenTable]:
     """The comparisons of a run in training and held-out parts, as token ids.
 
@@ -140,6 +146,7 @@ def tables_of(
         policy, the generic user and the reference read the same text (P-RLHF, arXiv 2402.05133, section 4.2).
       permuted_text: in the training part, the pairs carry each other's texts in random order: the control.
       others_text: in the held-out part, everybody's pairs carry the text of one other person.
+      history: put other comparisons of each person before the prompt, as `user_text`.
 
     Raises:
       UserError: records without `user_id` (or `user_text` where it is asked for), or that cannot be split.
@@ -161,8 +168,11 @@ def tables_of(
     for example in (example for part, _ in parts.values() for example in part):
         if example.user_id is None:
             raise UserError(f"{example.where}: no user_id; give every record one")
+    if history:
+        told = with_history({name: part for name, (part, _) in parts.items()}, history, _rng(run))
+        parts = {name: (told[name], source) for name, (_, source) in parts.items()}
     if user_text:
-        rng = run.streams.numpy("preference/permutation")
+        rng = _rng(run)
         for name, (examples, source) in parts.items():
             texts = [example.user_text for example in examples]
             if permuted_text and name == "train":
@@ -171,6 +181,10 @@ def tables_of(
                 texts = _of_others(examples, rng)
             parts[name] = ([_told(e, text) for e, text in zip(examples, texts, strict=True)], source)
     return {name: run.text.tokenized(examples, lengths, source) for name, (examples, source) in parts.items()}
+
+
+def _rng(run: Run) -> np.random.Generator:
+    return run.streams.numpy("preference/permutation")
 
 
 def registry_of(run: Run, table: TokenTable, people: int = 0) -> UserRegistry:
@@ -192,12 +206,12 @@ def _warn_of_twins(names: Iterable[str]) -> None:
             )
 
 
-def read_pairs(run: Run, settings: PairSettings, **texts: bool) -> "Pairs":
+def read_pairs(run: Run, settings: PairSettings, **texts: Any) -> "Pairs":
     """The comparisons of a run with their reference log-probabilities; `texts` and errors are those of `tables_of`."""
     tables = tables_of(run, settings, **texts)
     rows = run.devices.even(2 * settings.batch_size)
     reference = References(lambda name: run.reference(tables[name], rows))
-    return Pairs(tables, registry_of(run, tables["train"]), reference, run.text)
+    return Pairs(tables, registry_of(run, tables["train"], settings.rows), reference, run.text)
 
 
 class References(dict[str, np.ndarray]):

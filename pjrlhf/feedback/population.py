@@ -3,11 +3,13 @@ base's, or those of your own pairs.
 
 Every person draws one persona (a preference of the registry) once, as in the conflicting-length experiment of P-RLHF
 (arXiv 2402.05133, section 5.1), and labels pairs by it. Three files: people who are trained on, the same people on
-held-out prompts, and new people.
+held-out prompts, and new people. What they say about themselves (`user_text`) is the sentence of their persona, or, for
+those who contradict themselves, of another one.
 """
 
 import dataclasses
 import functools
+import itertools
 import random
 from collections.abc import Sequence
 from typing import Any
@@ -40,6 +42,13 @@ class PopulationSettings(Settings):
         'two answers of the base, or a source of pairs: {"kind": "jsonl", ..., "columns": {...}}',
         choices=("base",),
     )
+    pool: int = setting(
+        0,
+        "of the base: pairs of answers of each of the three files, which everybody draws from, so that many people "
+        "cost no more sampling; 0 samples every person's own",
+        low=0,
+        high=10**7,
+    )
     whole_answers: int = setting(
         0, "of a given pair, how many must fit into data.max_completion where longer ones are cut", low=0, high=2
     )
@@ -47,7 +56,13 @@ class PopulationSettings(Settings):
     new_users: int = setting(10, "people who are met after training", low=1, high=10**7)
     personas: tuple[str, ...] = setting(("P3A", "P3B"), "preferences, of which everybody has one")
     fractions: tuple[float, ...] = setting((0.7, 0.3), "of the people, one for each persona", low=0.0)
+    contradicting: float = setting(
+        0.0, "fraction of the people who state the preference of another persona", low=0.0, high=1.0
+    )
     pairs_per_user: int = setting(320, "pairs to train on", low=1, high=10**7)
+    pairs_in_turn: tuple[int, ...] = setting(
+        (), "in place of pairs_per_user: numbers of pairs that one person after the other gives", low=1, high=10**7
+    )
     heldout_pairs_per_user: int = setting(64, "pairs on held-out prompts", low=1, high=10**7)
     new_pairs_per_user: int = setting(96, "pairs of each new person", low=1, high=10**7)
 
@@ -58,6 +73,10 @@ class PopulationSettings(Settings):
             )
         if sum(self.fractions) <= 0:
             raise UserError("fractions: they sum to 0; make one of them positive")
+        if self.contradicting and len(set(self.personas)) < 2:
+            raise UserError("contradicting: there is one persona alone; add another one, or set it to 0")
+        if self.pool and self.data != "base":
+            raise UserError("pool: the pairs of population.data are all there is; set it to 0")
 
 
 def personas(names: Sequence[str], fractions: Sequence[float], count: int, rng: random.Random) -> list[str]:
@@ -65,6 +84,30 @@ def personas(names: Sequence[str], fractions: Sequence[float], count: int, rng: 
     bounds = [round(count * sum(fractions[: i + 1]) / sum(fractions)) for i in range(len(fractions))]
     drawn = [name for name, low, high in zip(names, [0, *bounds], bounds, strict=False) for _ in range(high - low)]
     return rng.sample(drawn, len(drawn))
+
+
+@dataclasses.dataclass(frozen=True)
+class Person:
+    """Somebody of the population: the persona they label by, and the one they say they have."""
+
+    persona: str
+    stated: str
+
+    @property
+    def contradicts(self) -> bool:
+        """Whether they say what their labels deny."""
+        return self.stated != self.persona
+
+
+def people_of(config: PopulationSettings, prefix: str, count: int, rng: random.Random) -> dict[str, Person]:
+    """`count` people by name."""
+    drawn = personas(config.personas, config.fractions, count, rng)
+    found = {f"{prefix}{i:02d}": Person(persona, persona) for i, persona in enumerate(drawn)}
+    if config.contradicting:
+        for name in rng.sample(sorted(found), round(config.contradicting * count)):
+            others = [one for one in dict.fromkeys(config.personas) if one != found[name].persona]
+            found[name] = dataclasses.replace(found[name], stated=rng.choice(others))
+    return found
 
 
 def given_pairs(run: Run) -> list[Triple]:
@@ -111,51 +154,56 @@ def run(run: Run) -> dict[str, Any]:
     """
     config = run.section(PopulationSettings)
     rng = run.streams.python("population/people")
-    people = {
-        f"user{i:02d}": persona
-        for i, persona in enumerate(personas(config.personas, config.fractions, config.users, rng))
-    }
-    strangers = {
-        f"new{i:02d}": persona
-        for i, persona in enumerate(personas(config.personas, config.fractions, config.new_users, rng))
-    }
+    people = people_of(config, "user", config.users, rng)
+    strangers = people_of(config, "new", config.new_users, rng)
     train, held = run.records.requests
     given = None if config.data == "base" else given_pairs(run)
     folder = run.workdir.stage("population")
-    ties = {}
+    ties, sentences = {}, run.audience.sentences
     plans = (
-        (TRAIN, people, train, config.pairs_per_user),
-        (HELDOUT, people, held, config.heldout_pairs_per_user),
-        (NEW, strangers, train + held, config.new_pairs_per_user),
+        (TRAIN, people, train, config.pairs_in_turn or (config.pairs_per_user,)),
+        (HELDOUT, people, held, (config.heldout_pairs_per_user,)),
+        (NEW, strangers, train + held, (config.new_pairs_per_user,)),
     )
     for name, crowd, requests, pairs in plans:
-        if given is None:
-            users = [user for user in crowd for _ in range(pairs)]
+        counts = dict(zip(crowd, itertools.cycle(pairs)))
+        if given is None and not config.pool:
+            users = [user for user in crowd for _ in range(counts[user])]
             triples = _sampled(run, [rng.choice(requests) for _ in users], STREAMS[name])
         else:
-            known = set(requests)
-            usable = [triple for triple in given if triple[0] in known]
+            if given is None:
+                usable = _sampled(run, [rng.choice(requests) for _ in range(config.pool)], STREAMS[name])
+            else:
+                known = set(requests)
+                usable = [triple for triple in given if triple[0] in known]
             if not usable:
                 raise UserError(
-                    f"population.data: none of {len(given)} pairs belongs to {name}; its prompts must be those of "
-                    "data.prompts"
+                    f"population.data: none of {len(given or ())} pairs belongs to {name}; its prompts must be those "
+                    "of data.prompts"
                 )
             # Nobody labels a pair twice, so a small source gives fewer than asked for.
-            drawn = {user: rng.sample(usable, min(pairs, len(usable))) for user in crowd}
+            drawn = {user: rng.sample(usable, min(counts[user], len(usable))) for user in crowd}
             users = [user for user in crowd for _ in drawn[user]]
             triples = [triple for user in crowd for triple in drawn[user]]
         records, ties[name] = [], 0
         for user, (request, a, b) in zip(users, triples, strict=True):
-            gap = run.audience.score(request, a, crowd[user]) - run.audience.score(request, b, crowd[user])
+            person = crowd[user]
+            gap = run.audience.score(request, a, person.persona) - run.audience.score(request, b, person.persona)
             if abs(gap) <= 1e-9 or not a.strip() or not b.strip():
                 ties[name] += 1
                 continue
             chosen, rejected = (a, b) if gap > 0 else (b, a)
-            columns = {"user_id": user, "persona": crowd[user], "held_out": request in held}
+            columns = {"user_id": user, "persona": person.persona, "held_out": request in held}
+            if text := sentences.get(person.stated):
+                columns |= {"user_text": text, "contradicts": person.contradicts}
             records.append(preference_record(run, request, chosen, rejected, **columns))
         with disk_errors(folder / name):
             on_process_zero(write_lines)(folder / name, records)
-    found = {"people": people, "new_people": strangers, "ties": ties}
+    found = {
+        "people": {user: person.persona for user, person in people.items()},
+        "new_people": {user: person.persona for user, person in strangers.items()},
+        "ties": ties,
+    }
     return found if given is None else found | {"given_pairs": len(given)}
 
 

@@ -37,12 +37,14 @@ class UserModel:
       cluster: tokens e_i = sum_c softmax(w_i)_c V_c, with one weight vector w_i for all E tokens, also for the generic
         user.
       soup: no tokens; mix_i = softmax(w_i) over the K adapters.
+      adapters: no tokens; everybody has one of K = U + 1 adapters, trained on their comparisons alone, and the generic
+        user adapter 0. Fine-tuning per user, the baseline.
 
     Attributes:
       num_users: U, without the generic user.
       tokens, width: E and D, for kinds with tokens.
       clusters: J, for kind cluster.
-      adapters: K, for kind soup.
+      adapters: K, for kinds soup and adapters.
       start: initial values of e_0, V and non-zero offsets: "vocabulary" (input embeddings of random tokens, drawn with
         replacement) or "normal" (N(0, std^2)).
       std: see `start`.
@@ -84,6 +86,11 @@ class UserModel:
     def mixes(self) -> bool:
         """Whether it mixes adapters that are given, instead of adding user tokens."""
         return self._kind.mixes
+
+    @property
+    def policies(self) -> int:
+        """How many adapters are trained: one for everybody, or one for each row of the table."""
+        return self.adapters if self._kind.trains_adapters else 1
 
     @property
     def num_tokens(self) -> int:
@@ -169,6 +176,14 @@ def _apply_soup(params: Params, users: Int[Array, " B"]) -> Output:
     return None, jax.nn.softmax(params["table"]["weights"][users])
 
 
+def _init_adapters(model: UserModel, key: PRNGKey, embedding: Float[Array, "V D"] | None) -> Params:
+    return {"table": {"adapter": jnp.eye(model.num_users + 1, model.adapters)}}
+
+
+def _apply_adapters(params: Params, users: Int[Array, " B"]) -> Output:
+    return None, jax.lax.stop_gradient(params["table"]["adapter"][users])
+
+
 @dataclasses.dataclass(frozen=True)
 class UserKind:
     """A kind of user model.
@@ -178,18 +193,20 @@ class UserKind:
         "offset" [U + 1, E, D] or "weights" [U + 1, any] are split over devices, others are replicated.
       apply: (parameters, users [B]) -> (user tokens [B, E, D] or None, mix [B, K] or None), float32.
       sizes: those of `SIZES` that must be positive. A kind with "tokens" adds user tokens; one with "adapters" mixes
-        adapters that are trained already.
+        adapters that are trained already, or `trains_adapters`.
       personal: whether its parameters have a "table", a row for each user.
+      trains_adapters: whether it trains an adapter for each row of its table.
     """
 
     init: Callable[[UserModel, PRNGKey, Array | None], Params]
     apply: Callable[[Params, Array], Output]
     sizes: tuple[str, ...] = ()
     personal: bool = True
+    trains_adapters: bool = False
 
     @property
     def mixes(self) -> bool:
-        return "adapters" in self.sizes
+        return "adapters" in self.sizes and not self.trains_adapters
 
 
 def _kind(thing: object) -> UserKind:
@@ -207,6 +224,7 @@ KINDS.register("uniform")(
 KINDS.register("individualized")(UserKind(_init_individualized, _apply_individualized, ("tokens", "width")))
 KINDS.register("cluster")(UserKind(_init_cluster, _apply_cluster, ("tokens", "width", "clusters")))
 KINDS.register("soup")(UserKind(_init_soup, _apply_soup, ("adapters",)))
+KINDS.register("adapters")(UserKind(_init_adapters, _apply_adapters, ("adapters",), trains_adapters=True))
 
 
 def fit_clusters(

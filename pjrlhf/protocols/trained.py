@@ -49,7 +49,7 @@ class Trained:
         if trainable is not None:
             return self._margins(trainable, part, users, rows)
         rows = range(len(self.pairs.tables[part])) if rows is None else rows
-        if not (self.users.num_tokens or self.users.mixes):
+        if not (self.users.num_tokens or self.users.mixes or self.users.personal):
             users = np.zeros_like(users)  # everybody sees the same
         keys = {row: (part, row, int(users[row])) for row in rows}
         if new := [row for row, key in keys.items() if key not in self._known]:

@@ -3,21 +3,25 @@
 The controls stand beside every personalized figure: pooled DPO on the same data and budget, and permuted user ids.
 """
 
+import collections
 import dataclasses
 import functools
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 
-from pjrlhf.algorithms.pdpo_settings import PreferenceSettings
+from pjrlhf.algorithms.pdpo_settings import EntrySettings, PreferenceSettings
 from pjrlhf.data.comparisons import SIDES
 from pjrlhf.data.messages import as_request, columns_of, request_of, text_of
 from pjrlhf.data.schema import Example, is_tie
 from pjrlhf.errors import UserError
 from pjrlhf.evaluation import surface
 from pjrlhf.evaluation.users import (
+    accuracy_by,
+    by_powers_of_two,
     choice_accuracy,
     cold_start_curve,
     length_matched,
@@ -26,7 +30,7 @@ from pjrlhf.evaluation.users import (
     user_accuracy,
 )
 from pjrlhf.feedback.pairs import Pairs, read_pairs
-from pjrlhf.protocols.cold_start import fit_new_users
+from pjrlhf.protocols.cold_start import fit_changed_minds, fit_new_users
 from pjrlhf.protocols.reporting import finish
 from pjrlhf.protocols.role_play import PersonColumns, RolePlay, check_role_play, descriptions
 from pjrlhf.protocols.trained import Trained
@@ -70,6 +74,13 @@ class UsersSettings(Settings):
     cold_start_models: tuple[str, ...] = setting(("individualized", "cluster"), "entries that meet new people")
     cold_start_steps: int = setting(20, "updates of a new person's row", low=1, high=10**6)
     cold_start_learning_rate: float = setting(0.1, "of these updates", above=0.0, high=1e6)
+    changed_after: int = setting(
+        0,
+        "comparisons after which the people of cold_start change their mind: they prefer what they disliked, and give "
+        "as many comparisons as cold_start says; 0 skips it",
+        low=0,
+        high=10**6,
+    )
 
     def check(self) -> None:
         super().check()
@@ -85,7 +96,7 @@ def run(run: Run) -> dict[str, Any]:
     config, preference = run.section(UsersSettings), run.section(PreferenceSettings)
     models = preference.models
     made = functools.cache(functools.partial(read_pairs, run, preference))
-    pairs = made(user_text=False, others_text=False)
+    pairs = made(**EntrySettings().texts)
     held = pairs.tables["heldout"].examples
     # Columns of your own data may have the same names and mean other things.
     simulated = isinstance(preference.data, str)
@@ -94,6 +105,7 @@ def run(run: Run) -> dict[str, Any]:
     settings = {"groups": groups, "resamples": config.resamples, "seed": run.streams.seed}
     summary: dict[str, Any] = {"controls": [name for name in models if preference.entry(name).users.permuted]}
     sections = ("accuracy", "gain", "choices", "length_matched", "grid", "embedding", "cold_start", "generation")
+    sections += ("by_people", "changed_minds", "size")
     sections += ("role_play",) if config.judge else ()
     summary |= {section: {} for section in sections}
     samples: list[dict[str, Any]] = []
@@ -106,16 +118,18 @@ def run(run: Run) -> dict[str, Any]:
     score("base", np.subtract(*pairs.reference["heldout"].T), None, held)
     if any(preference.entry(name).users.user_text for name in models):
         for name, others in (("base_told", False), ("base_told_others", True)):
-            told = made(user_text=True, others_text=others)
+            told = made(**EntrySettings(user_text=True).texts | {"others_text": others})
             score(name, np.subtract(*told.reference["heldout"].T), None, told.tables["heldout"].examples)
     for name, (own, generic) in _surface(pairs).items() if config.surface else ():
         score(name, own, generic, held)
     for name in models:
         entry = preference.entry(name)
-        trained = Trained(run, entry, made(user_text=entry.users.user_text, others_text=False), config.max_new_tokens)
+        trained = Trained(run, entry, made(**entry.users.texts), config.max_new_tokens)
         held = trained.pairs.tables["heldout"].examples
         own, nobody = trained.pairs.users("heldout"), np.zeros(len(held), np.int32)
         score(name, trained.margins("heldout", own), trained.margins("heldout", nobody), held)
+        summary["by_people"][name] = _by_people(trained, settings)
+        summary["size"][name] = _size(trained)
         summary["grid"][name] = _grid(trained)
         vectors = trained.vectors()
         if vectors is not None:
@@ -124,8 +138,11 @@ def run(run: Run) -> dict[str, Any]:
             who = [(groups or {}).get(user) for user in users]
             summary["embedding"][name] = {"users": users, "groups": who, "x": axes[:, 0], "y": axes[:, 1]}
         if name in config.cold_start_models and config.cold_start:
-            found = fit_new_users(trained, config.cold_start, config.cold_start_steps, config.cold_start_learning_rate)
-            summary["cold_start"][name] = cold_start_curve(found)
+            fit = config.cold_start, config.cold_start_steps, config.cold_start_learning_rate
+            summary["cold_start"][name] = cold_start_curve(fit_new_users(trained, *fit))
+            if config.changed_after:
+                changed = fit_changed_minds(trained, config.changed_after, *fit)
+                summary["changed_minds"][name] = {way: cold_start_curve(found) for way, found in changed.items()}
         if config.generate_for and entry.objective.head == "policy":
             section, sampled = _generation(trained, prompts, groups or {})
             summary["generation"][name] = section
@@ -222,11 +239,38 @@ def _pooled_models(run: Run, surface: bool) -> dict[str, str]:
     entries = {name: config.entry(name) for name in config.models}
     pooled: dict[str, str] = {}
     for name, entry in entries.items():
-        if entry.users.kind == "uniform" and not entry.users.user_text:
+        if entry.users.kind == "uniform" and not (entry.users.user_text or entry.users.history):
             pooled.setdefault(entry.objective.head, name)
     found = {name: pooled.get(entry.objective.head) for name, entry in entries.items()}
     found |= {"surface_personal": "surface"} if surface else {}
     return {name: against for name, against in found.items() if against not in (None, name)}
+
+
+def _by_people(trained: Trained, settings: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Held-out accuracy by how many comparisons people were trained on and, where they say who they are, by whether
+    their comparisons contradict it.
+    """
+    held, train = (trained.pairs.tables[part].examples for part in ("heldout", "train"))
+    names = [str(example.user_id) for example in held]
+    given = collections.Counter(str(example.user_id) for example in train)
+    kinds = {"comparisons": by_powers_of_two({name: given[name] for name in names})}
+    says = {str(e.user_id): e.extra["contradicts"] for e in held if "contradicts" in e.extra}
+    if any(says.values()):
+        kinds["stated"] = {name: "contradicts" if contradicts else "agrees" for name, contradicts in says.items()}
+    margins = trained.margins("heldout", trained.pairs.users("heldout"))
+    options = {key: settings[key] for key in ("resamples", "seed")}
+    return {name: accuracy_by(margins, names, found, **options) for name, found in kinds.items()}
+
+
+def _size(trained: Trained) -> dict[str, int]:
+    """Rows of the user table without the generic user's, how many are taken, and bytes of the table and adapters."""
+    table = jax.tree.leaves(trained.trainable["users"].get("table", {}))
+    return {
+        "rows": trained.pairs.registry.capacity,
+        "people": len(trained.pairs.registry.rows),
+        "table_bytes": sum(x.nbytes for x in table),
+        "adapter_bytes": sum(x.nbytes for x in jax.tree.leaves(trained.trainable["bank"])),
+    }
 
 
 def _grid(trained: Trained) -> dict[str, float]:

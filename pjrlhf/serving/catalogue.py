@@ -397,6 +397,10 @@ def _recorded(run: pathlib.Path, path: str) -> pathlib.Path:
 
 def _person(folder: pathlib.Path, path: pathlib.Path, config: Mapping[str, Any], mesh: Mesh | None) -> Catalogue:
     personal = load_personal(path, mesh=mesh)
+    if personal.users.policies > 1:
+        raise UserError(
+            f"{path}: has an adapter for each person, a baseline that is not served; name another entry with --entry"
+        )
     if "heads" in personal.params:
         raise UserError(f"{path}: is a reward model, which gives no answers; name a policy with --entry")
     bank, names = _placed(personal.params["bank"], mesh), (path.parent.name,)

@@ -3,6 +3,7 @@
 import collections
 import dataclasses
 import functools
+import itertools
 import json
 import os
 import shutil
@@ -21,17 +22,19 @@ from pjrlhf.algorithms import pdpo as preference
 from pjrlhf.algorithms import pdpo_entries, pdpo_objective
 from pjrlhf.algorithms.pdpo import Preference
 from pjrlhf.algorithms.pdpo_objective import preference_loss
-from pjrlhf.algorithms.pdpo_settings import PreferenceSettings
+from pjrlhf.algorithms.pdpo_settings import EntrySettings, PreferenceSettings
 from pjrlhf.data import synthetic
 from pjrlhf.data.comparisons import PairBatch
 from pjrlhf.data.messages import with_text
 from pjrlhf.data.schema import Example, is_tie
 from pjrlhf.errors import UserError
+from pjrlhf.feedback.history import History
 from pjrlhf.feedback.pairs import PairSettings, split, tables_of
 from pjrlhf.models.storage import load_tree, save_tree
 from pjrlhf.models.users import UserKind
 from pjrlhf.objectives.preference import PAIRWISE
 from pjrlhf.rollout.preference import PreferenceConfig, answer_scores, pair_losses, pair_rewards
+from pjrlhf.serving import catalogue
 from pjrlhf.training import loop
 from pjrlhf.training.optimizer import OptimizerSettings, passes
 
@@ -495,6 +498,39 @@ def test_a_reward_model_knows_people_apart(records, tmp_path):
     assert (generic > 0).mean() == 0.5
 
 
+# ---- an adapter for each person, the baseline
+
+
+def test_an_adapter_of_their_own_learns_from_nobody_else(records, tmp_path):
+    models = {"pooled": {"kind": "uniform"}, "own": {"kind": "adapters"}}
+    run = tiny.start(tmp_path / "run", records(preference__models=models, preference__alpha=1.0))
+    pairs = pairs_of(run)
+    rows = [pairs.tables["train"][i] for i in np.flatnonzero(pairs.users("train") == 1)[:8]]
+    one, own = (method_of(run, name, pairs) for name in models)
+    start = rows_of(own.init().trainable["bank"])
+    (pooled, _), (found, _) = (method.step(method.init(), batch_of(pairs, rows)) for method in (one, own))
+    leaves = (jax.tree.leaves(tree) for tree in (found.trainable["bank"], pooled.trainable["bank"], start))
+    for got, want, before in zip(*leaves, strict=True):
+        assert len(got) == 3  # the generic user, ann and bob
+        np.testing.assert_allclose(got[1], want[0], rtol=1e-4, atol=1e-6)  # as if there were nobody else
+        for other in (0, 2):
+            assert np.asarray(got[other]).tobytes() == before[other].tobytes()
+    table = found.trainable["users"]["table"]["adapter"]
+    np.testing.assert_array_equal(table, np.eye(3))
+
+
+def test_adapters_of_their_own_are_kept_and_not_served(records, tmp_path):
+    models = {"own": {"kind": "adapters"}}
+    run = tiny.start(tmp_path / "run", records(preference__models=models, preference__steps=2))
+    preference.run(run)
+    assert not (run.workdir.path / "preference" / "own" / "ingredient").exists()
+    trained = trained_of(run, "own", pairs_of(run))
+    margins = [trained.margins("heldout", np.full(len(trained.pairs.tables["heldout"]), row)) for row in range(3)]
+    assert all((x != y).any() for x, y in itertools.combinations(margins, 2))
+    with pytest.raises(UserError, match="has an adapter for each person, a baseline that is not served; name another"):
+        catalogue._person(run.workdir.path, run.workdir.path / "preference/own/model.safetensors", {}, None)
+
+
 # ---- what people say about themselves
 
 
@@ -561,6 +597,35 @@ def test_a_text_alone_tells_people_apart(told, tmp_path):
         margins = trained.margins("heldout", trained.pairs.users("heldout"))
         shares[name] = (margins > 0).mean()
     assert shares == {"text": 1.0, "pooled": 0.5}
+
+
+def test_comparisons_of_a_person_stand_before_the_prompt(records, tmp_path):
+    run = tiny.start(tmp_path / "run", records(data__max_prompt=32))
+    short = History(count=1, template="{prompt} {chosen} {rejected}")
+    plain, pairs, wrong = (pairs_of(run, history=h) for h in (None, short, History(count=1, permuted=True)))
+    known = {"ann": " ".join(ANSWERS), "bob": " ".join(ANSWERS[::-1])}
+    trained = {example.prompt for example in plain.tables["train"].examples}
+    for part in ("train", "heldout"):
+        for before, told in zip(plain.tables[part].examples, pairs.tables[part].examples, strict=True):
+            past, asked = told.prompt.split("\n")
+            request = past.removesuffix(f" {known[told.user_id]}")
+            assert asked == before.prompt and request in trained and request != asked
+    preferred = {"ann": f"Preferred: {ANSWERS[0]}", "bob": f"Preferred: {ANSWERS[1]}"}
+    own = [one.prompt.split("\n")[1] == preferred[one.user_id] for one in wrong.tables["train"].examples]
+    assert 0.2 < np.mean(own) < 0.8, "the control has the comparisons of anybody"
+    own = [one.prompt.split("\n")[1] == preferred[one.user_id] for one in wrong.tables["heldout"].examples]
+    assert all(own)
+    assert EntrySettings(history=1, permuted=True).trained_texts["history"].permuted
+    assert not EntrySettings(history=1, permuted=True).texts["history"].permuted
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [("{prompt}", r"must name \{chosen\} and \{rejected\}"), ("{chosen} {rejected} {other}", "cannot be filled in")],
+)
+def test_templates_of_comparisons(template, message):
+    with pytest.raises(UserError, match=f"history_template: {message}"):
+        EntrySettings(history=1, history_template=template).check()
 
 
 def test_records_without_text(records, tmp_path):

@@ -7,6 +7,8 @@ import pytest
 
 from pjrlhf.errors import UserError
 from pjrlhf.evaluation.users import (
+    accuracy_by,
+    by_powers_of_two,
     choice_accuracy,
     cold_start_curve,
     length_matched,
@@ -127,6 +129,20 @@ def test_length_matching_keeps_the_relatively_closest_quarter():
 def test_pairs_that_differ_alike_are_kept_together():
     found = length_matched(MARGINS, USERS, np.zeros(7), np.zeros(7))
     assert found == user_accuracy(MARGINS, USERS) | {"max_difference": 0.0}
+
+
+def test_kinds_of_people_are_counted_apart():
+    users, kinds = list("aabbcd"), {"a": "new", "c": "old", "b": "new", "z": "nobody"}
+    found = accuracy_by([1, -1, 1, 1, 0, 5], users, kinds, resamples=100)
+    assert list(found) == ["new", "old"]  # without those of no kind, and kinds without people
+    assert found["new"]["mean"] == 0.75 and found["new"]["users"] == 2 and found["old"]["mean"] == 0
+    assert found["new"]["low"] <= 0.75 <= found["new"]["high"]
+
+
+def test_ranges_between_powers_of_two():
+    counts = {"a": 16, "b": 0, "c": 3, "d": 1, "e": 2, "f": 31, "g": 7}
+    ranges = {"b": "0", "d": "1", "e": "2-3", "c": "2-3", "g": "4-7", "a": "16-31", "f": "16-31"}
+    assert by_powers_of_two(counts) == ranges and next(iter(by_powers_of_two(counts))) == "b"
 
 
 def test_the_cold_start_curve_counts_people_and_rises_in_k():

@@ -4,11 +4,13 @@ import collections
 import gzip
 import itertools
 import json
+import random
 
 import pytest
 from support import tiny
 from support.tiny_users import settings, write_records
 
+from pjrlhf.data import synthetic
 from pjrlhf.errors import UserError
 from pjrlhf.feedback import population
 
@@ -147,3 +149,61 @@ def test_real_answers_of_conflicting_length(tmp_path, shared):
         len(r["chosen"][0]["content"]) / len(r["rejected"][0]["content"]) for r in held if r["persona"] == "shorter"
     ]
     assert max(ratio) < 1
+
+
+def test_people_take_turns_in_how_much_they_compare(tmp_path):
+    config = length_settings(tmp_path)
+    config.population.pairs_in_turn = (1, 3)
+    run = tiny.start(tmp_path / "run", config)
+    population.run(run)
+    counts = collections.Counter(record["user_id"] for record in read(run)[0])
+    assert all(counts[user] <= most for user, most in zip(sorted(counts), (1, 3, 1, 3), strict=True))
+    assert sum(counts.values()) >= 6  # of at most 8, two of which may be ties
+
+
+def test_many_people_draw_from_one_pool(tmp_path, monkeypatch):
+    """The answers that are sampled are those of the pool, whoever compares them."""
+    asked = []
+
+    def sampled(run, prompts, keys, name):
+        asked.append(len(prompts))
+        return [synthetic.answer(prompt, (), random.Random(i)) for i, prompt in enumerate(prompts)]
+
+    monkeypatch.setattr(population, "sample_base", sampled)
+    changes = {"population.users": 50, "population.pool": 9, "population.pairs_per_user": 4}
+    run = tiny.start(tmp_path / "run", settings(**{**PEOPLE, "population.personas": ("P2A", "P2B"), **changes}))
+    population.run(run)
+    assert asked == [18, 18, 18]
+    train = read(run)[0]
+    counts = collections.Counter(record["user_id"] for record in train)
+    assert len(counts) == 50 and max(counts.values()) <= 4
+    assert (
+        len({(record["request"], *sorted(map(str, (record["chosen"], record["rejected"])))) for record in train}) <= 9
+    )
+
+
+@pytest.mark.parametrize("share", [0.0, 0.25, 1.0])
+def test_people_who_contradict_themselves(share):
+    config = population.PopulationSettings(contradicting=share, personas=("P2A", "P3A", "P3B"), fractions=(1, 1, 2))
+    people = population.people_of(config, "user", 20, random.Random(0))
+    without = population.people_of(config.replace(contradicting=0.0), "user", 20, random.Random(0))
+    assert sum(person.contradicts for person in people.values()) == 20 * share
+    assert {name: person.persona for name, person in people.items()} == {
+        name: person.persona for name, person in without.items()
+    }
+    assert all(person.stated in config.personas for person in people.values())
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"contradicting": 0.5, "personas": ("P3A",), "fractions": (1.0,)},
+            "contradicting: there is one persona alone",
+        ),
+        ({"pool": 5, "data": {"kind": "jsonl", "path": "x"}}, "pool: the pairs of population.data are all there is"),
+    ],
+)
+def test_mistakes_in_populations(changes, message):
+    with pytest.raises(UserError, match=message):
+        population.PopulationSettings().replace(**changes).check()

@@ -78,6 +78,19 @@ def test_soup_weights_are_points_of_the_simplex():
     np.testing.assert_allclose(mix, jax.nn.softmax(params["table"]["weights"])[USERS], rtol=1e-6)
 
 
+def test_everybody_has_an_adapter_of_their_own():
+    model = UserModel(kind="adapters", num_users=U, adapters=U + 1)
+    params = model.init(jax.random.key(0))
+    assert model.policies == U + 1 and model.personal and not model.mixes and model.num_tokens == 0
+    tokens, mix = model.apply(params, jnp.asarray([*USERS, U + 1, -1]))
+    assert tokens is None
+    np.testing.assert_array_equal(mix, np.eye(U + 1)[[*USERS, 0, 0]])
+    small, local, _ = gather_rows(params, jnp.asarray(USERS))
+    np.testing.assert_array_equal(model.apply(small, local)[1], np.eye(U + 1)[USERS])
+    gradient = jax.grad(lambda p: (model.apply(p, jnp.asarray(USERS))[1] ** 2).sum())(params)
+    assert not np.any(gradient["table"]["adapter"])  # whose adapter it is is not learned
+
+
 @pytest.mark.parametrize("kind", TABLES)
 def test_an_index_outside_the_table_is_the_generic_user(kind):
     params, strangers = noisy(kind), jnp.array([U + 1, U + 2, -1, -U, 10**9, -(10**9)])
@@ -185,7 +198,7 @@ def test_mistakes_are_named():
         model_of("individualized").init(jax.random.key(0))
     with pytest.raises(ValueError, match="width=4 of the user model is not the embedding's 3"):
         model_of("individualized").init(jax.random.key(0), EMBEDDING[:, :3])
-    assert set(KINDS) == {"uniform", *TABLES}
+    assert set(KINDS) == {"uniform", "adapters", *TABLES}
 
 
 def others_keep_every_bit(old, new, rows):

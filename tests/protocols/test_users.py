@@ -11,7 +11,7 @@ from support.tiny_users import pairs_of, trained_of
 
 from pjrlhf.errors import UserError
 from pjrlhf.models.users import UserModel, fit_clusters
-from pjrlhf.protocols.cold_start import fit_new_users
+from pjrlhf.protocols.cold_start import _turned, fit_changed_minds, fit_new_users
 from pjrlhf.protocols.users import _generation
 
 pytestmark = pytest.mark.slow  # many programs to compile
@@ -112,6 +112,27 @@ def test_new_people_move_their_own_rows_only(trained):
 def test_too_few_comparisons_of_new_people(trained):
     with pytest.raises(UserError, match="cold start: no new user has 1000 comparisons and others to test on; ask for"):
         fit_new_users(trained, (0, 1000), steps=1, learning_rate=0.1)
+
+
+def test_people_who_change_their_mind(trained):
+    """Each way to fit a row equals a fit that is known."""
+    options = {"steps": 20, "learning_rate": 1.0}
+    before, found = fit_new_users(trained, (0, 2), **options), fit_changed_minds(trained, 2, (0, 2, 3), **options)
+    wrong, generic = ([1 - accuracy for accuracy in before[k]] for k in (2, 0))
+    for way in ("all", "latest", "continued"):  # before the first new comparison everybody is who they were
+        assert found[way][0] == pytest.approx(wrong)
+    assert found["new"][0] == pytest.approx(generic)
+    assert found["latest"][2] == pytest.approx(found["new"][2])  # nothing old is left
+    assert len({tuple(found[way][3]) for way in found}) > 1, "the ways do not differ"
+
+
+def test_turned_pairs_have_the_opposite_margins(trained):
+    part, users = "new_users", np.zeros(len(trained.pairs.tables["new_users"]), np.int32)
+    before = trained.margins(part, users)
+    turned = trained._margins.__class__(
+        trained.entry, trained.users, _turned(trained.pairs), trained.backbone, trained.run.scorer(8)
+    )
+    np.testing.assert_allclose(turned(trained.trainable, part, users), -before, atol=1e-5)
 
 
 def test_answers_for_everybody(trained):

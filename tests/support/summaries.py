@@ -57,6 +57,11 @@ USER_MODELS = {
         MODELS[1]: dict.fromkeys(plots_users.CELLS, ACCURACY),
     },
     "length_matched": {model: ACCURACY | {"mean": 0.5432, "max_difference": 0.0975} for model in MODELS},
+    "by_people": {
+        model: {"comparisons": {"0": {"mean": 0.3131, "low": 0.2, "high": 0.4, "users": 2}, "4-7": {"mean": 0.5}}}
+        for model in MODELS
+    },
+    "changed_minds": {model: {"all": cold_start_curve({0: [0.1313, 0.1313], 4: [0.5, 0.6]})} for model in MODELS},
     "cold_start": {model: cold_start_curve({0: [0.5, 0.75], 2: [0.8, 0.6], 10: [1, 1]}) for model in MODELS},
     "embedding": {
         model: {"users": list(PEOPLE), "groups": list(PEOPLE.values()), "x": np.arange(3.0), "y": np.ones(3)}
