@@ -23,6 +23,7 @@ VERBS = {
     "users": "the people of a run: pjrlhf users list --run runs/pdpo; also show, add, update, remove, export, import",
     "export": "a soup or a person for other programs: pjrlhf export --run runs/soups --for peft --mix P1A=0.7,P3A=0.3 "
     "--output FOLDER",
+    "data": "what a source of records holds, and records as the model reads them: pjrlhf data show prism path=FOLDER",
     "push": "upload an exported folder to the Hugging Face hub, with a model card: pjrlhf push FOLDER USER/NAME",
     "report": "print the tables of a finished run: pjrlhf report runs/soups",
 }
@@ -69,6 +70,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             "generate": _generate,
             "report": _report,
             "users": _users,
+            "data": _data,
             "export": _export,
         }
         functions[verb](arguments[1:])
@@ -230,6 +232,19 @@ def _users(arguments: Sequence[str]) -> None:
     flags = ("mix", "comparisons") if given.verb in ("add", "update") else ()
     with _one_line(*flags), _needs("serve"):
         users(given)
+
+
+def _data(arguments: Sequence[str]) -> None:
+    from pjrlhf.config import complete
+    from pjrlhf.main import read_file
+    from pjrlhf.pipeline.data_command import names_config, parser_of, show
+
+    given = parser_of().parse_args(arguments)
+    with _one_line():
+        config = read_file(given.spec) if names_config(given.spec, given.settings) else None
+        if config is not None:
+            complete(config)
+        show(given, config)
 
 
 def _export(arguments: Sequence[str]) -> None:

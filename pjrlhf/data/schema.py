@@ -191,6 +191,15 @@ def other_columns(example: Example) -> dict[str, Any]:
     return {name: value for name, value in own.items() if value is not None} | example.extra
 
 
+def in_conversation(example: Example, prompt: Conversation) -> Example:
+    """A record whose text prompt is asked as a conversation. The white space around an answer, which separated it from
+    the text, is dropped.
+    """
+    answers = {name: getattr(example, name) for name in ("chosen", "rejected", "completion")}
+    stripped = {name: answer.strip() for name, answer in answers.items() if isinstance(answer, str)}
+    return dataclasses.replace(example, prompt=prompt, request=example.prompt, **stripped)
+
+
 def is_tie(example: Example) -> bool:
     """Whether neither answer of a preference record is the better one: there is nothing to get right about it."""
     return example.preference == 0.5

@@ -105,6 +105,14 @@ def config_folder(path: str | os.PathLike) -> pathlib.Path:
     return local(f"{os.fspath(path)}/config.json").parent
 
 
+def tokenizer_folder(path: str | os.PathLike) -> pathlib.Path:
+    """A local folder with the tokenizer of a model, which may be without its weights; see `model_folder`."""
+    name = hub_name(path)
+    if name is not None:
+        return _snapshot(name, ("config.json", GENERATION, *TOKENIZER_FILES, *VOCABULARIES))
+    return model_folder(path)
+
+
 def commit_of(path: str | os.PathLike, folder: pathlib.Path) -> str | None:
     """The commit of the hub at which `folder` holds the model `path`; None for models from elsewhere."""
     return folder.name if hub_name(path) and _COMMIT.fullmatch(folder.name) else None

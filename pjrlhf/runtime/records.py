@@ -23,7 +23,7 @@ from pjrlhf.data.messages import (
     with_words,
     without_template,
 )
-from pjrlhf.data.schema import Example, last_turn, other_columns, validate
+from pjrlhf.data.schema import Example, in_conversation, last_turn, other_columns, validate
 from pjrlhf.data.sources import open_source
 from pjrlhf.errors import UserError
 from pjrlhf.rewards.sources import RecordColumns
@@ -192,9 +192,7 @@ class Records:
         prompt = example.prompt
         if not isinstance(prompt, str) or not prompt:
             return example
-        answers = {name: getattr(example, name) for name in ("chosen", "rejected", "completion")}
-        stripped = {name: answer.strip() for name, answer in answers.items() if isinstance(answer, str)}
-        return dataclasses.replace(example, prompt=self.ask(prompt), request=prompt, **stripped)
+        return in_conversation(example, Conversation(as_turns(prompt)))
 
     @functools.cached_property
     def _by_request(self) -> dict[Request, Example]:

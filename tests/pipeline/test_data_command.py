@@ -1,0 +1,106 @@
+"""`pjrlhf data show`: a kind with settings, or a section of a config; with and without a tokenizer and colour."""
+
+import io
+import json
+
+import pytest
+import rich.console
+
+from pjrlhf import cli
+from pjrlhf.data import synthetic
+from pjrlhf.data.schema import parse
+from pjrlhf.data.tokenization import load_tokenizer
+from pjrlhf.pipeline.data_command import print_example
+
+SAID = ["what is rain ?", "what is snow ?", "what is wind ?", "what is ice ?"]
+
+
+@pytest.fixture
+def path(tmp_path):
+    rows = [
+        {"prompt": prompt, "chosen": "it is water .", "rejected": "it can burn .", "user_id": user}
+        for prompt in SAID
+        for user in ("ann", "bob")
+    ]
+    file = tmp_path / "train.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in [*rows, {"prompt": "broken"}]))
+    (tmp_path / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[:2]))
+    return file
+
+
+@pytest.fixture
+def tokenizer(tmp_path):
+    folder = tmp_path / "tokenizer"
+    folder.mkdir()
+    synthetic.write_tokenizer(folder, synthetic.ENVIRONMENTS["synthetic"])
+    return folder
+
+
+def told(capsys, *arguments):
+    cli.main(["data", "show", *map(str, arguments)])
+    return capsys.readouterr().out
+
+
+def row_of(text, name):
+    return next(" ".join(line.replace("│", " ").split()) for line in text.splitlines() if f"│ {name}" in line)
+
+
+def test_a_kind_with_settings(path, capsys):
+    text = told(capsys, "jsonl", f"path={path}", "--examples", 1)
+    assert row_of(text, "records ") == "records 8" and row_of(text, "prompts") == "prompts 4"
+    assert row_of(text, "cannot be used") == "cannot be used 1 missing chosen and rejected"
+    assert row_of(text, "records of a person") == "records of a person 4 4 4 4 4 4"
+    assert "lengths in words" in text and row_of(text, "chosen") == "chosen 4 4 4 4 4 4"
+    assert text.count("  chosen: it is water .") == 1 and "\x1b" not in text
+
+
+def test_what_another_source_shares(path, capsys):
+    text = told(capsys, "jsonl", f"path={path}", "--against", f"path={path.with_name('test.jsonl')}", "--examples", 0)
+    assert f"also in path={path.with_name('test.jsonl')} (2 records)" in text
+    assert "prompts 1 of 1 (100.0 %)" in " ".join(text.replace("│", " ").split())
+
+
+def test_records_as_the_model_reads_them(path, tokenizer, capsys):
+    text = told(capsys, "jsonl", f"path={path}", "--tokenizer", tokenizer)
+    assert "lengths in tokens" in text and row_of(text, "prompt ") == "prompt 7 7 7 7 7 7"
+    assert text.count("  prompt, 7 tokens, mask 0: <s>|<user>|what|is|") == 3
+    assert text.count("  chosen, 5 tokens, mask 1: it|is|water|.|</s>\n") == 3
+
+
+def test_colours_only_on_a_terminal(tokenizer):
+    example = parse({"prompt": SAID[0], "chosen": "it is water .", "rejected": "it can burn ."}, "preference")
+    texts = {}
+    for colour in (True, False):
+        file = io.StringIO()
+        system = "truecolor" if colour else None
+        console = rich.console.Console(file=file, force_terminal=colour, color_system=system, width=200)
+        print_example(console, example, load_tokenizer(tokenizer), 4)
+        texts[colour] = file.getvalue()
+    assert "\x1b[" in texts[True] and "\x1b" not in texts[False]
+    assert "more ..." in texts[False] and "mask 1" in texts[False]
+
+
+def test_a_section_of_a_config(path, capsys):
+    text = told(capsys, "configs/pdpo.py:records", "preference.data", f"path={path}", "--examples", 1)
+    assert "of the run: in train and in heldout" in text and "lengths in tokens" in text
+    assert "prompts 0 of" in " ".join(text.replace("│", " ").split())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["jsonl", "path"], "path: is not KEY=VALUE"),
+        (["jsonl", "path=gone.jsonl"], "gone.jsonl: no such file"),
+        (["prisn", "path=x"], "did you mean prism?"),
+        (["prism", "path=."], "holds no files"),
+        (["configs/pdpo.py", "preference.data"], "preference.data: is no source of records in configs/pdpo.py"),
+        (["configs/pdpo.py:records"], "choose one of preference.data"),
+        (["jsonl", "path=configs/instructions.jsonl", "--tokenizer", "nowhere/x/y"], "nowhere/x/y"),
+    ],
+)
+def test_mistakes_are_one_line(arguments, message, capsys):
+    with pytest.raises(SystemExit) as error:
+        cli.main(["data", "show", *arguments])
+    assert error.value.code == 2
+    err = capsys.readouterr().err.strip()
+    assert message in err and err.count("\n") == 0
