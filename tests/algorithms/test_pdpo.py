@@ -26,6 +26,7 @@ from pjrlhf.algorithms.pdpo_settings import EntrySettings, PreferenceSettings
 from pjrlhf.data import synthetic
 from pjrlhf.data.comparisons import PairBatch
 from pjrlhf.data.messages import with_text
+from pjrlhf.data.preferences import PAPER
 from pjrlhf.data.schema import Example, is_tie
 from pjrlhf.errors import UserError
 from pjrlhf.feedback.history import History
@@ -33,10 +34,12 @@ from pjrlhf.feedback.pairs import PairSettings, split, tables_of
 from pjrlhf.models.storage import load_tree, save_tree
 from pjrlhf.models.users import UserKind
 from pjrlhf.objectives.preference import PAIRWISE
+from pjrlhf.pipeline import stages
 from pjrlhf.rollout.preference import PreferenceConfig, answer_scores, pair_losses, pair_rewards
 from pjrlhf.serving import catalogue
 from pjrlhf.training import loop
 from pjrlhf.training.optimizer import OptimizerSettings, passes
+from pjrlhf.training.workdir import Workdir
 
 
 @pytest.fixture(scope="module")
@@ -368,6 +371,22 @@ def records(tmp_path, base_folder):
         return tiny_users.settings("records", **(sizes | changes))
 
     return settings
+
+
+def test_a_published_set_is_read_by_its_kind(records, tmp_path):
+    lines = [
+        {"prompt": f"{request} {PAPER[profile].sentence}", "chosen": pair[0], "rejected": pair[1], "uid": uid}
+        for request in synthetic.prompts()[:24]
+        for uid, profile, pair in ((1, "P1A", ANSWERS), (6, "P3B", ANSWERS[::-1]))
+    ]
+    path = tiny_users.write_records(tmp_path / "train.jsonl", lines * 5)  # as often as in the set
+    config = records(preference__data__kind="psoups", preference__data__path=path)
+    stages.read(config).check_inputs(Workdir(tmp_path / "run"))
+    found = pairs_of(tiny.start(tmp_path / "run", config))
+    examples = [example for table in found.tables.values() for example in table.examples]
+    assert found.people == {"P1A", "P3B"} and len(examples) == 48
+    assert {example.prompt for example in examples} == set(synthetic.prompts()[:24])
+    assert {example.user_text for example in examples} == {PAPER["P1A"].sentence, PAPER["P3B"].sentence}
 
 
 def test_a_group_is_on_one_side_of_the_split():
