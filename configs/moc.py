@@ -25,7 +25,7 @@ Time on 2 CPU cores: about 2 minutes, and half an hour for the stories. Results:
 
 import ml_collections
 
-from pjrlhf import config
+from pjrlhf import config, papers
 from pjrlhf.errors import UserError
 
 
@@ -45,27 +45,11 @@ def get_config(variant: str = "synthetic") -> ml_collections.ConfigDict:
     return c
 
 
-# Objective -> its reward model, with the inputs and outputs of RiC (arXiv 2402.10207), whose tasks MOC shares.
-CLASSIFIERS = {
-    "harmless": {"path": "Ray2333/gpt2-large-harmless-reward_model", "template": "transcript"},
-    "helpful": {"path": "Ray2333/gpt2-large-helpful-reward_model", "template": "transcript"},
-    "humor": {"path": "mohameddhiab/humor-no-humor", "template": "answer", "label": 1, "activation": "raw"},
-}
-
-
 def classifiers(c: ml_collections.ConfigDict) -> None:
     """Harmless, helpful and humorous answers to the prompts of HH-RLHF, rewarded and evaluated by classifiers."""
     c.title = "MOC on three public reward models"
-    config.front(c, tuple(CLASSIFIERS))
-    c.stages = ("reward", "methods", "evaluate_front")  # reward measures the scale of the classifiers
-    c.judge = "rewards"
+    papers.rewarded_by(c, "harmless", "helpful", "humor")
     with c.ignore_type():
-        c.preferences = ml_collections.ConfigDict(
-            {name: {"dimension": name, "sentence": f"{name}.", "label": name} for name in CLASSIFIERS}
-        )
-        c.rewards = ml_collections.ConfigDict(
-            {name: {"kind": "classifier", **found, "max_length": 512} for name, found in CLASSIFIERS.items()}
-        )
         c.data.prompts = ml_collections.ConfigDict(
             {"kind": "datasets", "path": "Anthropic/hh-rlhf", "split": "train[:2%]"}
         )

@@ -22,7 +22,7 @@ Time for the synthetic environment: 5 to 6 minutes on 2 CPU cores. Results: docs
 
 import ml_collections
 
-from pjrlhf import config
+from pjrlhf import config, papers
 from pjrlhf.errors import UserError
 from pjrlhf.protocols.soups import SoupsSettings
 from pjrlhf.settings import to_config
@@ -52,29 +52,10 @@ def get_config(variant: str = "synthetic") -> ml_collections.ConfigDict:
 
 
 def styles(c: ml_collections.ConfigDict) -> None:
-    """The scaling experiment of the paper: two more styles give 2 x 2 x 4 = 16 personas.
-
-    Soups train two more ingredients. Prompted-MORL trains again from the start, with as many answers as all eight
-    ingredients.
-    """
+    """The scaling experiment of the paper: two more styles give 2 x 2 x 4 = 16 personas."""
     c.title = "Two more styles: from 8 to 16 personas"
     c.preferences = c.model.tokenizer = "synthetic16"
-    old, new = c.objectives, ("P3C", "P3D")
-    c.objectives += new
-    c.general = ""
-    c.stages = ("sft", "comparisons", "reward", "methods", "evaluate")
-    pmorl = {"prompt_preference": "always"}
-    with c.ignore_type():
-        c.methods = ml_collections.ConfigDict(
-            {
-                "soups_old": {"preferences": {"kind": "own", "objectives": old}},
-                "soups_new": {"preferences": {"kind": "own", "objectives": new}},
-                "pmorl_8": {"preferences": {"kind": "combinations", "objectives": old}, "rollouts": 96, **pmorl},
-                "pmorl_16": {"preferences": {"kind": "combinations"}, "rollouts": 128, **pmorl},
-            }
-        )
-        c.evaluate.new_preferences = new
-        c.evaluate.scaling = ml_collections.ConfigDict({"soups": ("soups_new",), "pmorl_16": ("pmorl_16",)})
+    papers.later_styles(c, "P3C", "P3D")
 
 
 def huggingface(c: ml_collections.ConfigDict) -> None:

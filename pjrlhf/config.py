@@ -96,6 +96,8 @@ class RunSettings(SharedSettings):
                     "and is evaluated on comparisons alone; set --config.evaluate_users.generate_for=0"
                 )
         self._check_judges()
+        if {"evaluate", "evaluate_front"} & {*self.stages}:
+            self.audience.check_scores()
         if "evaluate" in self.stages:
             check_names("methods", self.methods, SOUPS_OWN)
             evaluate = self.evaluate or SoupsSettings()

@@ -22,6 +22,7 @@ ROOMS = (
     ("main",),
     ("aot",),
     ("pipeline",),
+    ("papers",),
     ("config",),
     ("protocols",),
     ("algorithms",),

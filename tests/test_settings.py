@@ -292,6 +292,10 @@ def test_old_names_of_values_are_answered_too():
         ({"stages": "sft"}, "stages: 'sft' is not a list of names"),
         ({"stages": (1,)}, "stages: .* is not a list of names"),
         ({"objectives": ("P1A", "P9")}, "objective 'P9': not among the preferences"),
+        (
+            {"general": "polite", "stages": ("evaluate",)},
+            "judge: synthetic has no score for 'polite'; give --config.judge a scorer",
+        ),
         ({"objectives": ()}, "objectives: is empty"),
         ({"objectives": ("P1A", "P1A")}, "objectives: .* repeats one"),
         ({"judge": {"P1A": "no such"}}, "judge"),

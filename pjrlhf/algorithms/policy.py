@@ -91,7 +91,7 @@ class Policy(PolicyStep, Method):
             "bank": init_bank(backbone.base, backbone.adapter, adapters, self.streams.key("policy/adapter")),
             "value_heads": init_value_heads(K, len(names), width),
         }
-        beta = jnp.full((K,), self.settings.kl.coefficient)
+        beta = jnp.full((K,), self.settings.kl.coefficient, jnp.float32)  # the type that an adapted one has
         kl = jnp.zeros((min(KL_STEPS, self.settings.steps), K))
         return State.create(self.streams.key("policy/state"), trainable, self.optimizer, beta=beta, kl=kl)
 

@@ -498,7 +498,8 @@ def load(run: Run) -> Params:
         )
     sources = {name: model for name, model in note.get("models", {}).items() if "source" in model}
     found = {name: model["source"] for name, model in sources.items()}
-    if found != (own := {name: audience.source_specs[name] for name in audience.sources}):
+    own = {name: audience.source_specs[name] for name in audience.sources}
+    if found != (own := json.loads(json.dumps(own))):  # as the file has them: tuples are lists there
         raise UserError(f"{path}: has the scale of rewards from {found}, this run has {own}; measure it again")
     # Inside a run inputs.json holds the files fixed.
     changed = [name for name, model in sources.items() if other and model.get("files") != files_of(run, name)]

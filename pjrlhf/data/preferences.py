@@ -58,6 +58,13 @@ PAPER: Preferences = {
     "P3B": Preference(dimension="style", sentence="Generate a response in an unfriendly manner.", label="unfriendly"),
 }
 
+# With the two styles of its scaling experiment.
+PAPER16: Preferences = {
+    **PAPER,
+    "P3C": Preference(dimension="style", sentence="Generate a response in a sassy manner.", label="sassy"),
+    "P3D": Preference(dimension="style", sentence="Generate a response in a sarcastic manner.", label="sarcastic"),
+}
+
 
 def dimensions(preferences: Preferences, ids: Iterable[str]) -> dict[str, list[str]]:
     """Dimension -> those of `ids` that belong to it, in order."""

@@ -207,7 +207,7 @@ def _run(plan: Plan, workdir: Workdir) -> None:
 
 def _run_stages(plan: Plan, run: Run, workdir: Workdir) -> None:
     if not all(workdir.finished(stage.name) for stage in plan.stages):
-        for source in run.audience.sources.values():
+        for source in (*run.audience.sources.values(), *run.audience.judging_sources.values()):
             source.check_columns(run.records.columns)
         for section in map(run.section, filter(None, (stage.settings for stage in plan.stages))):
             for _, spec in () if isinstance(section, UsersSettings) else _judges(section):  # its judge needs a person

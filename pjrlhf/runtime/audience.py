@@ -48,7 +48,8 @@ class Audience:
       named: "synthetic", "synthetic16", "paper", or {id: {"dimension", "sentence", optional "label"}}.
       objectives: ids of the preferences with an ingredient of their own.
       general: the criterion of the general reward of RLHF; "" for none.
-      judge: "synthetic"; "rewards", the reward sources of the run; or {criterion: name of a scorer}.
+      judge: "synthetic"; "rewards", the reward sources of the run; or {criterion: name of a scorer, or specification of
+        a reward source that judges alone}.
       sources: {objective: specification of its reward source, see `rewards.sources`}; the others have reward models
         that are trained here.
       context: what the run offers to the sources; by default nothing, for a check.
@@ -81,6 +82,19 @@ class Audience:
         cannot be made, or that no objective has.
         """
         _ = self.score, self.sources
+        if self._judges:
+            try:
+                _ = self._judges.sources
+            except UserError as error:
+                raise UserError(f"judge: {error}") from error
+
+    def check_scores(self) -> None:
+        """Raises UserError where the synthetic judge has no score for a criterion."""
+        known = (*self.synthetic, "helpful")
+        if self.judge == "synthetic" and (unknown := [name for name in self.rewards if name not in known]):
+            raise UserError(
+                f"judge: synthetic has no score for {unknown[0]!r}; give --config.judge a scorer for each criterion"
+            )
 
     def _preferences(self) -> Preferences:
         """Preference id -> dimension, sentence and label."""
@@ -208,10 +222,33 @@ class Audience:
         if missing:
             raise UserError(f"judge: no scorer for {missing[0]!r}; add it to --config.judge")
         for name, spec in criteria.items():
-            if not isinstance(spec, str):
-                raise UserError(f"judge.{name}: {shown(spec)} is not text; name a scorer")
-        scorers = {name: checked(f"judge.{name}: scorer {spec!r}", scorer(spec)) for name, spec in criteria.items()}
-        return lambda prompt, text, criterion: scorers[criterion](prompt, text)
+            if not isinstance(spec, str | Mapping):
+                raise UserError(f"judge.{name}: {shown(spec)} is not text; name a scorer, or give a reward source")
+        scorers = {
+            name: checked(f"judge.{name}: scorer {spec!r}", scorer(spec))
+            for name, spec in criteria.items()
+            if isinstance(spec, str)
+        }
+
+        def score(prompt: Prompt, text: str, criterion: str) -> float:
+            own = scorers.get(criterion)
+            return own(prompt, text) if own else float(self.scores([prompt], [text], criterion)[0])
+
+        return score
+
+    @functools.cached_property
+    def _judges(self) -> "Audience | None":
+        """The same criteria with the reward sources that judge alone, if there are some."""
+        judge = self.judge if isinstance(self.judge, Mapping) else {}
+        specs = {name: spec for name, spec in judge.items() if isinstance(spec, Mapping)}
+        return Audience(self.named, self.objectives, self.general, "rewards", specs, self.context) if specs else None
+
+    @property
+    def judging_sources(self) -> Mapping[str, RewardSource]:
+        """The reward sources that score answers for the judge, by criterion."""
+        if self._judges:
+            return self._judges.sources
+        return self.sources if self.judge == "rewards" else {}
 
     def scores(
         self,
@@ -228,6 +265,8 @@ class Audience:
         Raises:
           UserError: the judge is the reward sources, and the criterion has none.
         """
+        if self._judges and criterion in self._judges.sources:
+            return self._judges.scores(prompts, completions, criterion, records)
         if self.judge != "rewards":
             pairs = zip(prompts, completions, strict=True)
             return np.array([self.score(prompt, text, criterion) for prompt, text in pairs], np.float64)

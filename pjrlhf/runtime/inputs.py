@@ -34,8 +34,8 @@ WORDS = {"comparisons.sampler": "base", "preference.bank": "policy"}
 # Settings of sources, of records or rewards: mappings that may name files. Judges are none; they write their caches.
 SOURCES = ("data", "prompts", "rewards")
 # Settings of rewards and judges that name a model.
-_MODEL = re.compile(r"rewards\.[^.]+\.path|(.+\.)?judges?(\.source)?\.path")
-_SCORES = re.compile(r"rewards\..+|.+\.source\.path")  # settings of classifiers, whose base and head are read
+_MODEL = re.compile(r"(rewards|judge)\.[^.]+\.path|(.+\.)?judges?(\.source)?\.path")
+_SCORES = re.compile(r"(rewards|judge)\..+|.+\.source\.path")  # settings of classifiers, whose base and head are read
 
 
 def fetch_models(config: Mapping[str, Json], workdir: Workdir) -> None:

@@ -69,7 +69,8 @@ class SharedSettings(LoopSettings):
     general: str = setting("", 'a further general criterion, such as the reward of RLHF; "" for none')
     judge: str | Mapping[str, Any] = setting(
         "synthetic",
-        "the judge of answers; rewards, the sources of the run; or {criterion: scorer}, see rewards/scorers.py",
+        "the judge of answers; rewards, the sources of the run; or {criterion: scorer, or reward source that only "
+        "judges}, see rewards/scorers.py and rewards/sources.py",
         choices=("synthetic", "rewards"),
     )
     rewards: Mapping[str, Any] = setting(
@@ -290,7 +291,7 @@ class Run(Sections):
         def together(requests: Sequence[Prompt], texts: Sequence[str], criterion: str) -> np.ndarray:
             return self.audience.scores(requests, texts, criterion, self.records.columns_of(requests))
 
-        return ScoreJudge(self.audience.score, TIE, together if self.settings.judge == "rewards" else None)
+        return ScoreJudge(self.audience.score, TIE, together if self.audience.judging_sources else None)
 
     def scorer(self, size: int = 0) -> Scorer:
         """A scorer of rows in chunks of `size`; of `sample_rows` where 0."""

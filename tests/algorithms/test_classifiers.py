@@ -2,16 +2,21 @@
 
 import json
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from ml_collections import ConfigDict
 from support import tiny, tiny_family
 from support.tiny_classifiers import gpt2_folder
 
 from pjrlhf.algorithms import reward
 from pjrlhf.data import synthetic
 from pjrlhf.errors import UserError
+from pjrlhf.models.storage import save_tree
 from pjrlhf.pipeline import stages
+from pjrlhf.rewards.sources import reward_source
 from pjrlhf.runtime import classifiers
+from pjrlhf.runtime.inputs import fingerprints
 from pjrlhf.training.workdir import Workdir
 
 NAMES = ("harmless", "helpful", "humor")
@@ -73,6 +78,42 @@ def test_a_scale_of_other_weights_is_refused(trained, finished):
         reward.load(run)
     with tiny.one_device(), pytest.raises(UserError, match=r"has changed since it started \(rewards.helpful.path"):
         stages.run(config, Workdir(folder))
+
+
+def test_a_template_of_two_texts_is_the_one_that_the_scale_was_measured_with(copied):
+    """Tuples of a config are lists in the file."""
+    spec = {
+        "kind": "classifier",
+        "path": str(gpt2_folder(copied / "c", chat=False)),
+        "template": ("{prompt}", "{answer}"),
+    }
+    run = tiny.start(copied, tiny.settings(stages=tiny.TRAINING, rewards=dict.fromkeys(tiny.REWARDS, spec)))
+    models = {name: {"source": run.audience.source_specs[name]} for name in tiny.REWARDS}
+    scale = dict.fromkeys(reward.SCALE, jnp.ones(len(tiny.REWARDS)))
+    note = {"rewards": list(tiny.REWARDS), "models": models, **run.workspace.provenance}
+    save_tree(run.workdir.path / "reward" / reward.MODEL, scale, note)
+    assert set(reward.load(run)) == {*reward.SCALE, "models"}
+
+
+def test_classifiers_that_only_judge(finished, tmp_path):
+    """Their scores are those of the same classifier as a reward; the others keep the scorers of the config."""
+    spec = {"kind": "classifier", "path": str(gpt2_folder(tmp_path / "c", ("bad", "good"))), "label": "good"}
+    scorers = dict.fromkeys(tiny.REWARDS, "short")
+    config = tiny.settings()
+    with config.ignore_type():  # a mapping in place of a name
+        config.judge = ConfigDict({**scorers, "P1A": spec})
+    run = tiny.start(finished, config)
+    prompts, answers = synthetic.prompts()[:3], ["it holds air .", "so happy to help !", "it can fly ."]
+    assert run.audience.learned == tiny.REWARDS and set(run.audience.judging_sources) == {"P1A"}
+    want = reward_source("P1A", spec, run.context)(prompts, answers)
+    np.testing.assert_allclose(run.audience.scores(prompts, answers, "P1A"), want, rtol=1e-6)
+    np.testing.assert_allclose(run.audience.score(prompts[0], answers[0], "P1A"), want[0], rtol=1e-5)
+    assert run.scores.scores(prompts, answers, "P1B").tolist() == [-3, -4, -3]
+    np.testing.assert_allclose(run.scores.scores(prompts, answers, "P1A"), want, rtol=1e-6)
+    assert fingerprints(run.settings.to_dict(), tmp_path / "run")["judge.P1A.path"]["path"] == spec["path"]
+    config.judge.P1A.activation = "tanh"
+    with pytest.raises(UserError, match=r"judge: rewards.P1A.activation: 'tanh' is unknown"):
+        stages.read(config)
 
 
 def test_rewards_judge_where_they_are_not_trained_in_the_run(finished):

@@ -40,6 +40,12 @@ def test_a_schedule_multiplies_the_preference_weights(finished):
         jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-6), one, other)
 
 
+def test_a_state_has_no_weak_types(finished):
+    """A step that adapts the KL coefficient would make a strong one of it, and all programs would compile again."""
+    state = fixed(finished, policy__kl__target=3.0).init()
+    assert not any(getattr(x, "weak_type", False) for x in jax.tree.leaves(state))
+
+
 def test_factors_are_logged_and_one_of_1_changes_nothing(finished):
     plain, one = fixed(finished), fixed(finished, policy__reward_weights={"P1A": 1, "P2B": [[0, 1.0], [2, 0.0]]})
     states = plain.init(), one.init()
