@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 
 from pjrlhf.data.readers.raw import Raw, Row
-from pjrlhf.data.readers.reader import DataReader, ReaderSettings, Record, field, number, text
+from pjrlhf.data.readers.reader import DataReader, ReaderSettings, Record, converted, field, number, text
 from pjrlhf.data.records import RecordError
-from pjrlhf.settings import setting
+from pjrlhf.settings import setting, shown
 
 # Part of `user_text` -> how it begins.
 ABOUT = {
@@ -248,20 +248,18 @@ def _read(settings: PrismSettings, raw: Raw) -> Iterator[Row | RecordError]:
     for row in raw("conversations*", split=None, hub={"name": "conversations"}):
         if isinstance(row, RecordError):
             yield row
-        elif row.get("user_id") not in people:
-            yield RecordError("unknown person", f"{row.get('user_id')!r} is not in the survey").at(row.where)
+        elif str(row.get("user_id")) not in people:
+            yield RecordError("unknown person", f"{shown(row.get('user_id'))} is not in the survey").at(row.where)
         else:
             conversations.append(row)
     wanted = _wanted(people, conversations, settings)
-    for row in conversations:
-        if wanted is not None and row.get("conversation_id") not in wanted:
-            continue
-        says = about(people[row["user_id"]], settings.about, settings.max_about)
-        records = pairs(row, says, settings, raw) if settings.gives == "pairs" else ratings(row, says)
-        try:
-            yield from [Row(record, row.where) for record in records]
-        except RecordError as error:
-            yield error.at(row.where)
+
+    def convert(row: Row) -> list[Record]:
+        says = about(people[str(row["user_id"])], settings.about, settings.max_about)
+        return list(pairs(row, says, settings, raw) if settings.gives == "pairs" else ratings(row, says))
+
+    kept = [row for row in conversations if wanted is None or str(row.get("conversation_id")) in wanted]
+    yield from converted(kept, convert)
 
 
 def _wanted(people: Iterable[str], conversations: Sequence[Row], settings: PrismSettings) -> set[str] | None:
@@ -276,9 +274,9 @@ def _wanted(people: Iterable[str], conversations: Sequence[Row], settings: Prism
         except RecordError:
             usable = False
         if usable:
-            dialogues[row["user_id"]].append(str(row.get("conversation_id")))
+            dialogues[str(row["user_id"])].append(str(row.get("conversation_id")))
         else:
-            emptied.add(row["user_id"])
+            emptied.add(str(row["user_id"]))
     # As in the notebook: people are left out who lose all dialogues, and kept who had none in the file.
     return split_people({who: names for who, names in dialogues.items() if names or who not in emptied})[settings.part]
 

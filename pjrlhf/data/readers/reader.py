@@ -15,7 +15,7 @@ from absl import logging
 from pjrlhf.data.readers.raw import Raw, Row
 from pjrlhf.data.records import RecordError
 from pjrlhf.data.schema import COLUMNS
-from pjrlhf.errors import UserError
+from pjrlhf.errors import UserError, described
 from pjrlhf.settings import Settings, parse, setting, shown
 
 Record: TypeAlias = dict[str, Any]
@@ -85,7 +85,8 @@ def converted(
 ) -> Iterator[Row | RecordError]:
     """The records that `convert` makes of each row, in order, named by the place of the row.
 
-    A `RecordError` that `convert` raises, and a row that cannot be read, stand in place of their records.
+    A `RecordError` that `convert` raises, and a row that cannot be read, stand in place of their records. So does a row
+    that is nested otherwise than the set, on which `convert` raises something else.
     """
     for row in rows:
         if isinstance(row, RecordError):
@@ -94,8 +95,12 @@ def converted(
         try:
             for record in convert(row):
                 yield Row(record, row.where)
+        except UserError:
+            raise
         except RecordError as error:
             yield error.at(row.where)
+        except Exception as error:
+            yield RecordError("of another format", described(error)).at(row.where)
 
 
 def settings_of(reader: DataReader, spec: Mapping[str, Any], key: str) -> ReaderSettings:
@@ -122,9 +127,17 @@ def read(reader: DataReader, settings: ReaderSettings, key: str = "data") -> Fou
     """
     raw = Raw(settings.path, settings.split, settings.name, key, reader.kind)
     records, places = [], []
-    for item in reader.read(settings, raw):
-        records.append(item if isinstance(item, RecordError) else dict(item))
-        places.append(getattr(item, "where", ""))
+    try:
+        for item in reader.read(settings, raw):
+            records.append(item if isinstance(item, RecordError) else dict(item))
+            places.append(getattr(item, "where", ""))
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(
+            f"{key}.path: the rows of {settings.path} are not those of data kind {reader.kind!r} ({described(error)}); "
+            f"take the files of {reader.home}"
+        ) from error
     found = Found(records, places, dict(raw.dropped))
     if found.dropped:
         counts = ", ".join(f"{count} {reason}" for reason, count in found.dropped.items())

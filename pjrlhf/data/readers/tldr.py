@@ -18,6 +18,8 @@ from pjrlhf.settings import setting
 
 AXES = ("overall", "accuracy", "coverage", "coherence")
 PARTS = {"validation": ("valid1", "valid2"), "valid": ("valid1", "valid2"), "all": ()}  # split -> `split` of rows
+# Reason why a comparison is no record -> what is counted.
+_DROPPED = {"chosen equals rejected": "equal summaries", "equal lengths": "summaries of equal length"}
 LONGER = 0.7  # probability that a worker prefers longer summaries
 
 
@@ -90,7 +92,8 @@ def by_count(rows: Sequence[Mapping[str, Any]]) -> list[str]:
 def _is_supervised(row: Row) -> bool:
     """Whether both summaries are of supervised policies for posts, by the names of the policies."""
     summaries = row.get("summaries")
-    names = [str(one.get("policy")) for one in summaries if isinstance(one, Mapping)] if summaries else []
+    known = summaries if isinstance(summaries, list) else []  # what else it may be is told by `pair`
+    names = [str(one.get("policy")) for one in known if isinstance(one, Mapping)]
     return all("sup" in name and "ppo" not in name and "cnn" not in name for name in names)
 
 
@@ -161,18 +164,19 @@ def _pairs(settings: TldrSettings, raw: Raw) -> Iterator[Row | RecordError]:
         if worker not in known and settings.others == "drop":
             raw.drop("comparisons of other workers")
             continue
-        yield from _one(row, functools.partial(pair, settings=settings, prefers=lengths.get(worker)), raw)
+        convert = functools.partial(_distinct, settings=settings, prefers=lengths.get(worker), raw=raw)
+        yield from converted([row], convert)
 
 
-def _one(row: Row, convert: Callable[[Row], Record], raw: Raw) -> Iterator[Row | RecordError]:
+def _distinct(row: Row, settings: TldrSettings, prefers: str | None, raw: Raw) -> list[Record]:
     """The record of a row; equal summaries, and equal lengths where they decide, are dropped and counted."""
     try:
-        yield Row(convert(row), row.where)
+        return [pair(row, settings, prefers)]
     except RecordError as error:
-        if error.reason in ("chosen equals rejected", "equal lengths"):
-            raw.drop({"equal lengths": "summaries of equal length"}.get(error.reason, "equal summaries"))
-        else:
-            yield error.at(row.where)
+        if error.reason not in _DROPPED:
+            raise
+        raw.drop(_DROPPED[error.reason])
+        return []
 
 
 def _is_kept(row: Row, settings: TldrSettings, raw: Raw) -> bool:
