@@ -2,6 +2,7 @@
 
 import copy
 import json
+from typing import Any
 
 import pytest
 
@@ -40,8 +41,11 @@ ROWS = {
         "performance_attributes": {"fluency": 3},
     },
 }
-SETTINGS = {"hh_rlhf": {"name": "helpful-base"}, "tldr": {"policies": "supervised"}}
-SETTINGS["ultrafeedback"] = {"aspects": ("helpfulness",)}
+SETTINGS: dict[str, dict[str, Any]] = {
+    "hh_rlhf": {"name": "helpful-base"},
+    "tldr": {"policies": "supervised"},
+    "ultrafeedback": {"aspects": ("helpfulness",)},
+}
 ODD = (None, 7, -1.5, True, "", "text", [], [[]], {}, {"a": [None]}, [None], ["text", 1])
 
 
