@@ -73,7 +73,9 @@ def stories(c: ml_collections.ConfigDict) -> None:
             {name: {"dimension": name, "sentence": f"{name}.", "label": name} for name in c.objectives}
         )
         c.judge = ml_collections.ConfigDict({"happy": "sentiment", "short": "short"})
-        c.data.prompts = ml_collections.ConfigDict({"kind": "jsonl", "path": "configs/story_openings.jsonl"})
+        c.data.prompts = ml_collections.ConfigDict(
+            {"kind": "jsonl", "path": config.beside(__file__, "story_openings.jsonl")}
+        )
     config.pretrained(c)
     c.data.update({"max_prompt": 256, "max_completion": 128})
     c.sample_rows = 128

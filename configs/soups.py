@@ -69,7 +69,9 @@ def huggingface(c: ml_collections.ConfigDict) -> None:
             {name: {"dimension": dimension, "sentence": ""} for name, dimension in dimensions.items()}
         )
         c.judge = ml_collections.ConfigDict({name: name for name in dimensions})
-        c.data.prompts = ml_collections.ConfigDict({"kind": "jsonl", "path": "configs/story_openings.jsonl"})
+        c.data.prompts = ml_collections.ConfigDict(
+            {"kind": "jsonl", "path": config.beside(__file__, "story_openings.jsonl")}
+        )
     c.objectives = tuple(dimensions)
     c.general = ""
     c.prompt_preference = "never"
@@ -95,7 +97,9 @@ def instruct(c: ml_collections.ConfigDict) -> None:
         c.rewards = ml_collections.ConfigDict(
             {name: {"kind": "scorer", "scorer": spec} for name, spec in scorers.items()}
         )
-        c.data.prompts = ml_collections.ConfigDict({"kind": "jsonl", "path": "configs/instructions.jsonl"})
+        c.data.prompts = ml_collections.ConfigDict(
+            {"kind": "jsonl", "path": config.beside(__file__, "instructions.jsonl")}
+        )
     c.judge = "rewards"
     c.general = ""
     config.pretrained(c)

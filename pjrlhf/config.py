@@ -7,6 +7,7 @@ Every default is in the `Settings` class of the code that reads it; `RunSettings
 # pyright: reportAttributeAccessIssue=false, reportOptionalMemberAccess=false, reportArgumentType=false
 
 import dataclasses
+import pathlib
 from collections.abc import Mapping
 from typing import Any, get_type_hints
 
@@ -182,6 +183,17 @@ def complete(config: ml_collections.ConfigDict) -> None:
         section = config.get(name)
         if isinstance(section, ml_collections.ConfigDict) and (cls := nested_class(kind)):
             fill(section, cls())
+
+
+def beside(file: str, name: str) -> str:
+    """Path of a file that stands beside a config, relative to the working directory where it is below that.
+
+    Args:
+      file: `__file__` of the config.
+    """
+    path = pathlib.Path(file).with_name(name).resolve()
+    here = pathlib.Path.cwd().resolve()
+    return str(path.relative_to(here) if path.is_relative_to(here) else path)
 
 
 def base() -> ml_collections.ConfigDict:

@@ -67,21 +67,36 @@ def define(values: flags.FlagValues) -> None:
 define(FLAGS)
 
 
+def shipped_configs() -> dict[str, str]:
+    """Name -> path of the configs that come with the package, such as "soups" and "papers/prlhf"."""
+    package = pathlib.Path(__file__).parent
+    # Installed, they are a part of the package; in the source tree they stand beside it.
+    folder = next((path for path in (package / "configs", package.parent / "configs") if path.is_dir()), package)
+    files = sorted(folder.rglob("*.py")) if folder != package else []
+    return {file.relative_to(folder).with_suffix("").as_posix(): str(file) for file in files}
+
+
 def read_file(spec: str) -> ConfigDict:
     """The config that `get_config` of a config file returns.
 
     Args:
-      spec: path of the file, optionally with :variant, the argument of `get_config`.
+      spec: path of the file, or one of `shipped_configs`, optionally with :variant, the argument of `get_config`.
 
     Raises:
       UserError: no such file, an error in the file, or a result that is not a ConfigDict.
     """
     path, _, variant = spec.partition(":")
     path = expand(path)
+    if not os.path.exists(path):
+        path = shipped_configs().get(path, path)
     if os.path.isdir(path):
         raise UserError(f"--config: {path!r} is a folder; name a file in it, for example --config=configs/soups.py")
     if not os.path.isfile(path):
-        raise UserError(f"--config: no file {path!r}; name one that exists, for example --config=configs/soups.py")
+        shipped = ", ".join(shipped_configs())
+        raise UserError(
+            f"--config: no file {path!r}; name one that exists, for example --config=configs/soups.py, or one that "
+            f"comes with the package: {shipped}"
+        )
     loader = importlib.machinery.SourceFileLoader("config_file", path)
     module_spec = importlib.util.spec_from_file_location("config_file", path, loader=loader)
     assert module_spec, path  # always present with a loader

@@ -5,6 +5,7 @@ import configparser
 import importlib.util
 import os
 import pathlib
+import shutil
 import subprocess
 import sys
 
@@ -165,3 +166,45 @@ def test_files_beside_the_code_are_installed():
     assert ROOT / "pjrlhf" / "evaluation" / "report.html" in others <= covered
     folders = {path.parent for path in MODULES.values()}
     assert all((folder / "__init__.py").is_file() for folder in folders)
+    configs = {file.parent for file in (ROOT / "configs").rglob("*.py")}
+    packages = {".".join(folder.relative_to(ROOT).parts) for folder in folders}
+    packages |= {".".join(("pjrlhf", *folder.relative_to(ROOT).parts)) for folder in configs}
+    assert sorted(setup["options"]["packages"].split()) == sorted(packages), "every package is installed"
+    assert {file.suffix for folder in configs for file in folder.iterdir() if file.is_file()} == {".py", ".jsonl"}
+
+
+@pytest.mark.slow
+def test_a_wheel_runs_outside_the_source_tree(tmp_path):
+    """Its configs are named without a path; the environment of the test has its dependencies and setuptools."""
+    source = tmp_path / "source"
+    kept = ("pjrlhf", "configs", "setup.cfg", "pyproject.toml", "README.md", "LICENSE")
+    source.mkdir()
+    for name in kept:
+        if (ROOT / name).is_dir():
+            shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
+        else:
+            shutil.copy(ROOT / name, source / name)
+    target, elsewhere = tmp_path / "site", tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    pip = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--no-build-isolation", "--target", str(target)]
+    subprocess.run([*pip, str(source)], check=True, capture_output=True, timeout=300)
+    environment = {**os.environ, "PYTHONPATH": str(target)}
+
+    def ran(code, *arguments):
+        command = [sys.executable, "-P", "-c", code, *arguments]
+        return subprocess.run(command, cwd=elsewhere, env=environment, capture_output=True, text=True, timeout=300)
+
+    where = ran("import pjrlhf; print(pjrlhf.__file__)")
+    assert where.stdout.strip() == str(target / "pjrlhf" / "__init__.py"), where.stderr
+    found = ran("from pjrlhf.main import shipped_configs; print(*shipped_configs())").stdout.split()
+    files = (ROOT / "configs").rglob("*.py")
+    assert found == sorted(file.relative_to(ROOT / "configs").with_suffix("").as_posix() for file in files)
+    main = "import sys; from pjrlhf.cli import main; main()"
+    for name in ("soups:instruct", "moc:stories", "smollm"):
+        shown = ran(main, "train", f"--config={name}", "--help")
+        assert shown.returncode == 0 and "--config.data.prompts" in shown.stdout, shown.stderr
+    assert (
+        f"{target}/pjrlhf/configs/instructions.jsonl" in ran(main, "train", "--config=soups:instruct", "--help").stdout
+    )
+    missing = ran(main, "train", "--config=soup")
+    assert missing.returncode == 2 and "comes with the package: " in missing.stderr and "soups" in missing.stderr
