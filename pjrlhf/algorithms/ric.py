@@ -25,7 +25,7 @@ from pjrlhf.data.packing import PackedRows
 from pjrlhf.data.preferences import PreferencePrompt
 from pjrlhf.data.schema import Example
 from pjrlhf.data.token_table import TokenTable
-from pjrlhf.errors import UserError
+from pjrlhf.errors import UserError, reason_of
 from pjrlhf.models.adapters import Backbone, init_bank
 from pjrlhf.objectives.multi_objective import calibrate, target_map
 from pjrlhf.parallel.processes import on_process_zero
@@ -43,7 +43,7 @@ from pjrlhf.training.metrics import Metrics
 from pjrlhf.training.optimizer import OptimizerSettings, check_warmup, make_optimizer, per_ingredient, steps_of
 from pjrlhf.training.state import State
 from pjrlhf.training.workdir import disk_errors, write_lines
-from pjrlhf.types import Params
+from pjrlhf.types import Json, Params
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -154,16 +154,22 @@ def good(answers: Sequence[Answer], offline: Sequence[Answer], quantile: float) 
     return [answer for answer in answers if (np.array(answer["scores"]) >= limits).any()]
 
 
+def _stored_answer(line: Json) -> Answer:
+    request, text, scores = line["request"], str(line["text"]), [float(score) for score in line["scores"]]
+    if not isinstance(request, str):
+        request = Conversation(request, read_options(line))
+    return {**line, "request": request, "text": text, "scores": scores}
+
+
 def stored(path: pathlib.Path, make: Callable[[], list[Answer]]) -> list[Answer]:
     """The answers in the JSON lines of `path`; where there is no such file, those of `make`, which go there."""
     if path.is_file():
-        found = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-        return [
-            answer
-            if isinstance(answer["request"], str)
-            else {**answer, "request": Conversation(answer["request"], read_options(answer))}
-            for answer in found
-        ]
+        try:
+            return [_stored_answer(json.loads(line)) for line in path.read_bytes().splitlines()]
+        except (ValueError, LookupError, TypeError, RecursionError) as error:
+            raise UserError(
+                f"{path}: is damaged ({reason_of(error)}); delete it, and the same command samples these answers again"
+            ) from error
     answers = make()
     with disk_errors(path):
         on_process_zero(write_lines)(path, answers)

@@ -19,6 +19,7 @@ from pjrlhf.errors import UserError
 from pjrlhf.judges.client import Body, ChatSettings, client
 from pjrlhf.paths import expand
 from pjrlhf.training.progress import progress
+from pjrlhf.training.workdir import end_line, read_lines
 from pjrlhf.types import Json
 
 
@@ -106,16 +107,11 @@ class Cache:
         self._usage = dict[tuple[str, str], Usage]()
         self._lock = threading.Lock()
         try:
-            lines = path.read_bytes().splitlines(keepends=True) if path.is_file() else []
+            entries = read_lines(path)
         except OSError as error:
             raise UserError(f"{path}: cannot be read ({error.strerror}); choose another cache") from error
-        self._whole = not lines or lines[-1].endswith(b"\n")
-        for line in lines:
-            try:
-                entry = json.loads(line)
-                key, body, reply = entry["key"], entry["request"], entry["reply"]
-            except (ValueError, KeyError, TypeError):
-                continue
+        for entry in entries:
+            key, body, reply = (entry.get(name) for name in ("key", "request", "reply"))
             if isinstance(key, str) and isinstance(body, dict) and isinstance(reply, dict):
                 self._bodies[key], self.replies[key] = body, reply
 
@@ -137,13 +133,13 @@ class Cache:
         with self._lock:
             try:
                 self.path.parent.mkdir(parents=True, exist_ok=True)
+                end_line(self.path)
                 with self.path.open("ab") as file:
-                    file.write(("" if self._whole else "\n").encode() + line.encode("utf-8", "surrogatepass"))
+                    file.write(line.encode("utf-8", "surrogatepass"))
                     file.flush()
                     os.fsync(file.fileno())
             except OSError as error:
                 raise UserError(f"{self.path}: cannot be written ({error.strerror}); choose another cache") from error
-            self._whole = True
             self._bodies[key], self.replies[key] = body, reply
 
 

@@ -6,8 +6,10 @@ import pathlib
 from collections.abc import Callable, Mapping, Sequence
 
 from pjrlhf.data.messages import Prompt, columns_of
+from pjrlhf.errors import UserError
 from pjrlhf.parallel.processes import is_process_zero, json_from_zero
 from pjrlhf.paths import disk_errors
+from pjrlhf.training.workdir import end_line, read_lines
 from pjrlhf.types import Json
 
 FILE = "baselines.jsonl"
@@ -44,23 +46,21 @@ class BaseAnswers:
         return [self._known[how, key] for key in keys]
 
     def _keep(self, how: str, prompts: Mapping[str, Prompt], answers: Sequence[str]) -> None:
-        with disk_errors(self.path), self.path.open("a", encoding="utf-8") as file:
-            for (key, prompt), text in zip(prompts.items(), answers, strict=True):
-                line = {"how": how, "prompt": prompt, **columns_of(prompt), "answer": text}
-                file.write(json.dumps({**line, "base": self.base, "key": key}) + "\n")
+        with disk_errors(self.path):
+            end_line(self.path)
+            with self.path.open("a", encoding="utf-8") as file:
+                for (key, prompt), text in zip(prompts.items(), answers, strict=True):
+                    line = {"how": how, "prompt": prompt, **columns_of(prompt), "answer": text}
+                    file.write(json.dumps({**line, "base": self.base, "key": key}) + "\n")
 
 
 def _lines(path: pathlib.Path) -> list[Json]:
-    """The answers in a file. A line that was cut short by a crash is left out."""
-    found = []
-    for text in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
-        try:
-            line = json.loads(text)
-        except ValueError:
-            continue
-        if isinstance(line, dict) and all(isinstance(line.get(name), str) for name in ("how", "key", "base", "answer")):
-            found.append(line)
-    return found
+    """The answers in a file."""
+    try:
+        lines = read_lines(path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); mend it, or choose another --workdir") from error
+    return [line for line in lines if all(isinstance(line.get(name), str) for name in ("how", "key", "base", "answer"))]
 
 
 def _key(prompt: Prompt) -> str:

@@ -9,7 +9,6 @@ import importlib
 import json
 import logging
 import math
-import pathlib
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Protocol, TypeAlias
 
@@ -22,7 +21,7 @@ from pjrlhf.parallel.processes import is_process_zero, to_host
 from pjrlhf.paths import atomic_write, install
 from pjrlhf.registry import Registry, callable_as
 from pjrlhf.training.completions import Row, drop_after, file_of, markdown, write_rows
-from pjrlhf.training.workdir import Workdir, disk_errors
+from pjrlhf.training.workdir import Workdir, disk_errors, end_line
 from pjrlhf.types import Array, Json
 
 Metrics: TypeAlias = Mapping[str, tuple[Array, Array]]
@@ -194,7 +193,7 @@ class MetricWriter:
         with disk_errors(self.path):
             self._drop_after(after)
             drop_after(workdir.path, stage, after)
-            _end_line(workdir.path / "performance.jsonl")
+            end_line(workdir.path / "performance.jsonl")
             self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 (open as long as the stage runs)
             self._performance = open(workdir.path / "performance.jsonl", "a", encoding="utf-8")  # noqa: SIM115
         self._loggers = [factory(workdir, stage, after) for factory in factories]
@@ -249,10 +248,3 @@ class MetricWriter:
                 self._performance.close()
         for logger in self._loggers:
             logger.close()
-
-
-def _end_line(path: pathlib.Path) -> None:
-    """Ends a last line that a crash cut short, so that it does not spoil the next one."""
-    if path.is_file() and (content := path.read_bytes()) and not content.endswith(b"\n"):
-        with path.open("ab") as file:
-            file.write(b"\n")

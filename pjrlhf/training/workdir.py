@@ -51,6 +51,33 @@ def write_lines(path: pathlib.Path, records: Iterable[Json]) -> None:
         file.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
 
 
+def read_lines(path: pathlib.Path) -> list[dict[str, Any]]:
+    """The JSON objects in the lines of a file that a run adds to; none where there is no such file. A line that was cut
+    short by a crash, or damaged otherwise, is left out.
+
+    Raises:
+      OSError: the file cannot be read.
+    """
+    found = []
+    for line in path.read_bytes().splitlines() if path.is_file() else ():
+        try:
+            value = json.loads(line)
+        except (ValueError, RecursionError):
+            continue
+        if isinstance(value, dict):
+            found.append(value)
+    return found
+
+
+def end_line(path: pathlib.Path) -> None:
+    """Ends a last line that a crash cut short, so that it does not spoil the next one."""
+    if path.is_file() and path.stat().st_size:
+        with path.open("rb+") as file:
+            file.seek(-1, os.SEEK_END)
+            if file.read(1) != b"\n":
+                file.write(b"\n")
+
+
 def read_object(path: pathlib.Path, remedy: str = "delete it, or choose another --workdir") -> dict[str, Any]:
     """The JSON object in a file of a run directory; {} where there is no such file.
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from support import tiny, toy_extensions
 
-from pjrlhf.algorithms import policy, policy_host, reward
+from pjrlhf.algorithms import policy, policy_host, reward, ric
 from pjrlhf.data import synthetic
 from pjrlhf.errors import UserError
 from pjrlhf.models.storage import load_tree
@@ -209,6 +209,26 @@ def test_sources_that_wait_are_asked_at_the_same_time():
 def test_parts_that_cannot_be(changes, message):
     with pytest.raises(UserError, match=message):
         stages.read(tiny.settings(**changes))
+
+
+# ---- answers for Rewards-in-Context
+
+
+def test_rewards_that_never_come_together_are_named():
+    with pytest.raises(
+        UserError, match="ric/round0: none of the answers is both not empty and rewarded by every source"
+    ):
+        ric.fine_tune(None, ric.RicSettings(), "methods/ric", 0, [])
+
+
+@pytest.mark.parametrize("damage", [b'{"request": "q", "te', b"\xff", b"[" * 200_000, b"[]", b'{"request": "q"}', b"7"])
+def test_stored_answers_that_are_damaged_are_named(tmp_path, damage):
+    path = tmp_path / "answers0.jsonl"
+    kept = [{"request": "q", "text": "a", "scores": [0.5, 1.0]}]
+    assert ric.stored(path, lambda: kept) == kept == ric.stored(path, list)
+    path.write_bytes(path.read_bytes() + damage)
+    with pytest.raises(UserError, match=r"answers0\.jsonl: is damaged \(.*\); delete it, and the same command samples"):
+        ric.stored(path, list)
 
 
 # ---- columns of the records, and failures

@@ -513,6 +513,7 @@ def test_a_line_that_a_crash_cut_short_is_asked_again(tmp_path):
         judge(url, tmp_path)(PROMPTS, A, B, "long")
         path = tmp_path / "judge.jsonl"
         others = [b"[]", b"3", b"null", b'{"key": 1}', b'{"key": "k", "request": [], "reply": 3}', b"\xff\xfe"]
+        others.append(b"[" * 200_000)
         path.write_bytes(b"\n".join([*others, path.read_bytes()[:-20]]))
         assert judge(url, tmp_path)(PROMPTS, A, B, "long").tolist() == want(A, B).tolist()
     assert len(server.bodies) == 13

@@ -33,6 +33,17 @@ def test_each_prompt_is_answered_once_also_after_a_restart(tmp_path):
     # Another base has other answers.
     BaseAnswers(tmp_path, "other", counting(calls))(["a"], "greedy")
     assert calls[-1] == (["a"], "greedy", 0)
+    # What was answered after the crash is kept too.
+    BaseAnswers(tmp_path, "other", counting(calls))(["a"], "greedy")
+    assert len(calls) == 4
+
+
+def test_damaged_lines_are_left_out(tmp_path):
+    calls = []
+    first = BaseAnswers(tmp_path, "base", counting(calls))(["a"], "greedy")
+    kept = (tmp_path / FILE).read_bytes()
+    (tmp_path / FILE).write_bytes(b"\n".join([b"\xff\xfe", b"[" * 200_000, b"[]", b"7", b'{"key": 1}', kept]))
+    assert BaseAnswers(tmp_path, "base", counting(calls))(["a"], "greedy") == first and len(calls) == 1
 
 
 @pytest.mark.parametrize("how", ["greedy", "sampled"])
