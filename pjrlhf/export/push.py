@@ -11,13 +11,14 @@ from huggingface_hub import constants, errors
 
 from pjrlhf.errors import UserError, reason_of
 from pjrlhf.export.card import card_of
+from pjrlhf.models.folders import read_json
 from pjrlhf.models.hub import CARD
 from pjrlhf.models.peft import CONFIG as ADAPTER_CONFIG
 from pjrlhf.models.peft import MANIFEST
 
 _NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
-# Keys of a manifest that hold paths of this machine.
-_PLACES = ("folder", "output", "tokenizer")
+# Keys of a manifest, and of the config of an adapter, that hold paths of this machine.
+_PLACES = ("folder", "output", "tokenizer", "base_model_name_or_path")
 
 
 def check_push(repo: str) -> None:
@@ -45,14 +46,15 @@ def check_push(repo: str) -> None:
 def push(folder: pathlib.Path, repo: str, private: bool = False) -> str:
     """Uploads an exported folder, with a card made for `repo`; returns its address.
 
-    Paths of this machine are left out of the manifest. What the repository has already is replaced file by file.
+    Paths of this machine are left out of the manifest and of the config of an adapter. What the repository has already
+    is replaced file by file.
 
     Args:
       repo: USER/NAME; made where there is none.
       private: of a new repository.
 
     Raises:
-      UserError: the folder is no export, or it cannot be uploaded.
+      UserError: the folder is no export, or has a damaged file; or it cannot be uploaded.
     """
     if not any((folder / name).is_file() for name in ("config.json", ADAPTER_CONFIG)) and not any(
         folder.glob("*.gguf")
@@ -64,8 +66,9 @@ def push(folder: pathlib.Path, repo: str, private: bool = False) -> str:
         if path.is_file() and not any(part.startswith(".") for part in path.relative_to(folder).parts)
     }
     files[CARD] = card_of(folder, repo).encode()
-    if MANIFEST in files:
-        files[MANIFEST] = json.dumps(_public(json.loads((folder / MANIFEST).read_text())), indent=2).encode()
+    for name in (MANIFEST, ADAPTER_CONFIG):
+        if name in files:
+            files[name] = json.dumps(_public(read_json(folder / name)), indent=2).encode()
     additions = [
         huggingface_hub.CommitOperationAdd(name, io.BytesIO(content) if isinstance(content, bytes) else content)
         for name, content in files.items()

@@ -140,7 +140,10 @@ def test_what_is_pushed_can_be_read_by_name(server, finished, tmp_path, capsys):
     assert (folder / "adapter_model.safetensors").read_bytes() == (
         finished / ADAPTER / "adapter_model.safetensors"
     ).read_bytes()
-    assert b"## Figures" in server.files("me/concise")["README.md"]
+    files = server.files("me/concise")
+    assert b"## Figures" in files["README.md"]
+    assert json.loads(files["adapter_config.json"])["base_model_name_or_path"] == "model", "no path of this machine"
+    assert not any(str(finished).encode() in content for content in files.values())
     merged = soup(finished, tmp_path / "again", ingredients=("me/concise",), weights=(1.0,))
     assert merged["ingredients"][0]["folder"] == "me/concise", "which checks the fingerprint of its base"
 
@@ -170,6 +173,14 @@ def test_what_cannot_be_pushed_is_one_line_before_anything_is_merged(server, fin
         soup(finished, tmp_path / "soup", push=repo)
     assert "\n" not in str(caught.value) and "secret" not in str(caught.value)
     assert not (tmp_path / "soup").exists() and not server.repos
+
+
+def test_a_damaged_manifest_is_named(server, finished, tmp_path):
+    folder = shutil.copytree(finished / ADAPTER, tmp_path / "adapter")
+    (folder / "manifest.json").write_text('{"base": ')
+    with pytest.raises(UserError, match=r"adapter/manifest\.json"):
+        push(folder, "me/x")
+    assert not server.repos
 
 
 def test_a_push_that_fails_names_the_command_that_repeats_it(server, finished, monkeypatch):
