@@ -30,6 +30,7 @@ from pjrlhf.protocols.front import FrontSettings, evaluated_points
 from pjrlhf.protocols.judging import check_length_controlled
 from pjrlhf.protocols.soups import OWN as SOUPS_OWN
 from pjrlhf.protocols.soups import SoupsSettings
+from pjrlhf.protocols.user_models import UserModelsSettings
 from pjrlhf.protocols.users import OWN as USERS_OWN
 from pjrlhf.protocols.users import UsersSettings
 from pjrlhf.runtime.run import SharedSettings
@@ -52,6 +53,7 @@ class RunSettings(SharedSettings):
     evaluate: SoupsSettings | None = setting(None)
     evaluate_users: UsersSettings | None = setting(None)
     evaluate_front: FrontSettings | None = setting(None)
+    user_models: UserModelsSettings | None = setting(None)
     merge: MergeSettings | None = setting(None)
 
     def to_dict(self) -> dict[str, Any]:

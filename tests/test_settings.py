@@ -25,6 +25,8 @@ from pjrlhf.data.readers.reader import ReaderSettings
 from pjrlhf.errors import UserError
 from pjrlhf.feedback.samplers import ChatSamplerSettings, ModelSamplerSettings
 from pjrlhf.judges.language_model import JudgeSettings
+from pjrlhf.models.user_models.base import UserRewards
+from pjrlhf.models.user_models.kinds import kinds
 from pjrlhf.objectives.scalarization import CombinationRule
 from pjrlhf.pipeline import stages
 from pjrlhf.runtime.classifiers import ClassifierSettings
@@ -151,6 +153,7 @@ def test_every_class_of_settings_is_reached_by_a_flag():
     inherited = {base for cls in [*classes(), *named] for base in cls.__mro__}
     chosen |= {EngineSettings, ServerSettings}  # flags of `pjrlhf serve`
     chosen |= {ReaderSettings, *below(ReaderSettings)}  # of sources, by their kind
+    chosen |= {UserRewards, *below(UserRewards)}  # entries of `user_models.models`
     assert package - inherited - chosen == set()
     combine = everything().policy.combine
     for rule in below(CombinationRule) & package:
@@ -205,7 +208,10 @@ def one_line(error):
     return "\n" not in str(error) and len(str(error)) < 1000 and str(error).isprintable()
 
 
-@pytest.mark.parametrize("cls", sorted(classes() | {EngineSettings, ServerSettings}, key=lambda cls: cls.__name__))
+@pytest.mark.parametrize(
+    "cls",
+    sorted(classes() | {EngineSettings, ServerSettings} | set(kinds().values()), key=lambda cls: cls.__name__),
+)
 def test_every_value_is_taken_or_refused_in_one_line(cls):
     """Given for one field of its class."""
     for field in dataclasses.fields(cls):

@@ -1,11 +1,15 @@
-"""Preference records from two other formats: votes on pairs of answers, and multiple-choice questions."""
+"""Preference records from three other formats: votes on pairs of answers, multiple-choice questions, and several
+answers to a prompt.
+"""
 
 import csv
 import io
+import itertools
 import pathlib
+import random
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 from absl import logging
 
@@ -28,6 +32,9 @@ CHOICES = {
     "options": "options",  # the first is the one that respects the preference
     "user_text": "preference",
 }
+
+ANSWERS = {"prompt": "prompt", "completion": "completion"}
+ANSWER_PAIRS = 4  # of a prompt
 
 
 TIES = ("tie", "ties", "draw", "equal", "same", "both", "neither", "none")  # words for a tie, beside `ties`
@@ -148,6 +155,63 @@ def _required(spec: Mapping[str, Any], name: str, key: str) -> str:
     if not spec.get(name):
         raise UserError(f"data kind {spec['kind']!r}: needs {name!r}; set --config.{key}.{name}")
     return str(spec[name])
+
+
+class Located(Protocol):
+    """Records that know their places in a file, such as `sources.Source`."""
+
+    name: str
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, i: int, /) -> Mapping[str, Any]: ...
+
+    def where(self, i: int) -> str: ...
+
+
+def answer_pairs(source: Located, spec: Mapping[str, Any], key: str = "data") -> list[dict[str, Any]]:
+    """Pairs of different answers to the same prompt, for people who say which one is better (`population.data`).
+
+    Args:
+      source: completion records.
+      spec: `pairs` of a prompt (at most; 4 by default), and column names that differ from `ANSWERS`. The pairs of a
+        prompt are drawn without replacement, and depend on the prompt and the number of its answers alone.
+      key: dotted key of `spec` in the config, for messages.
+
+    Returns:
+      TRL preference records, whose "chosen" is the answer that stands first in the file.
+
+    Raises:
+      UserError: a record cannot be read or lacks a column, or no prompt has two answers.
+    """
+    names = {ours: spec.get(ours) or name for ours, name in ANSWERS.items()}
+    most = spec.get("pairs") or ANSWER_PAIRS
+    if not isinstance(most, int) or isinstance(most, bool) or most < 1:
+        raise UserError(f"{key}.pairs: {shown(most)} is not a whole number above 0; set --config.{key}.pairs=4")
+    answers: dict[str, dict[str, None]] = {}
+    for i in range(len(source)):
+        where = source.where(i)
+        try:
+            row = source[i]
+        except RecordError as error:
+            raise UserError(f"{where}: {error}; correct it") from error
+        texts = [row.get(names[ours]) for ours in ANSWERS]
+        if not all(isinstance(text, str) for text in texts):
+            raise UserError(
+                f"{where}: has no texts {names['prompt']!r} and {names['completion']!r}; correct it, or "
+                f"name your columns with --config.{key}.prompt and --config.{key}.completion"
+            )
+        prompt, answer = map(str, texts)
+        if answer.strip():
+            answers.setdefault(prompt, {})[answer] = None
+    records = []
+    for prompt, found in answers.items():
+        pairs = list(itertools.combinations(found, 2))
+        drawn = random.Random(f"{prompt} {len(found)}").sample(range(len(pairs)), min(most, len(pairs)))
+        records += [{"prompt": prompt, "chosen": pairs[i][0], "rejected": pairs[i][1]} for i in sorted(drawn)]
+    if not records:
+        raise UserError(f"{source.name}: no prompt has two different answers; give a file with several answers to each")
+    return records
 
 
 def _file(spec: Mapping[str, Any], name: str, key: str) -> pathlib.Path:

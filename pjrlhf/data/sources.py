@@ -13,7 +13,7 @@ from etils import epath
 
 from pjrlhf import paths
 from pjrlhf.data import readers
-from pjrlhf.data.joined import read_choices, read_votes
+from pjrlhf.data.joined import answer_pairs, read_choices, read_votes
 from pjrlhf.data.readers.raw import check_path
 from pjrlhf.data.readers.reader import read, settings_of
 from pjrlhf.data.records import RecordError, from_json, plain
@@ -156,6 +156,7 @@ def open_source(spec: Mapping[str, Any], key: str = "data") -> Source:
     "tfds":     `name`, `split` (as above) and `data_dir` of a data set in a file format with random access.
     "votes":    votes on pairs of answers, see `joined.read_votes`.
     "choices":  multiple-choice questions, see `joined.read_choices`.
+    "answers":  pairs of answers to the same prompt, see `joined.answer_pairs`.
     "records":  `records`, a random-access sequence of mappings, and a `name` for messages.
     One of `readers.MODULES`: a published data set, see docs/data.md.
     "package.module:reader" or "path/to/file.py:reader": a `Reader`.
@@ -211,6 +212,7 @@ _NEEDED = {
     "tfds": ("name",),
     "votes": ("path", "votes"),
     "choices": ("path",),
+    "answers": ("path",),
 }
 
 
@@ -254,6 +256,12 @@ def _votes(spec: Mapping[str, Any]) -> Source:
 @READERS.register("choices")
 def _choices(spec: Mapping[str, Any]) -> Source:
     return Source(pathlib.Path(str(spec.get("path"))).name, read_choices(spec, _key(spec)))
+
+
+@READERS.register("answers")
+def _answers(spec: Mapping[str, Any]) -> Source:
+    found = _jsonl(spec)
+    return Source(found.name, answer_pairs(found, spec, _key(spec)))
 
 
 @READERS.register("datasets")

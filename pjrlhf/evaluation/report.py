@@ -51,6 +51,9 @@ and of user models, where `accuracy` is the dict of `users.user_accuracy`:
     embedding             {model: {users, groups: [U] names; x, y: [U]}}, a map of the people
     role_play             {model: a rate against the base over people; person_mean: {mean, low, high}; people: number;
                           users: {user: fraction won}}, by a judge in the place of each person
+    user_models           {model: {kind; source, state, injection, objective: its parts; seeds: [accuracy of each]; ece;
+                          flip: {flipped, accuracy: of the labels reversed}; bytes, milliseconds: of a new person;
+                          seconds, loss: of training; new_gain: like gain, on new people; kl, active_units: of latents}}
     generation            {model: {user: {group, length, score: {name: x}}}}, means over the answers to each
 
 `rate` is a `winrate.Rate` or a mapping with its fields: rate, rate_half, low, high, wins, losses, ties.
@@ -70,7 +73,15 @@ import rich.console
 from pjrlhf.data.messages import Prompt, request_of, said, tools_of
 from pjrlhf.data.records import as_json
 from pjrlhf.errors import UserError
-from pjrlhf.evaluation import plots, plots_front, plots_users, report_front, report_judges, report_users
+from pjrlhf.evaluation import (
+    plots,
+    plots_front,
+    plots_users,
+    report_front,
+    report_judges,
+    report_user_models,
+    report_users,
+)
 from pjrlhf.evaluation.formats import (
     cell,
     duration,
@@ -106,6 +117,7 @@ def write_report(
     summary = as_json(summary)
     _write(folder / "summary.json", (json.dumps(summary, indent=1, allow_nan=False) + "\n").encode())
     pictures = plots.figures(summary, metrics) | plots_front.figures(summary) | plots_users.figures(summary)
+    pictures |= report_user_models.figures(summary)
     for name, picture in pictures.items():
         _write(folder / f"{name}.png", picture.light)
     page = _template().render(
@@ -118,6 +130,7 @@ def write_report(
         **report_front.page(summary),
         **report_judges.page(summary),
         **report_users.page(summary),
+        **report_user_models.page(summary),
     )
     _write(folder / "index.html", page.encode())
     return folder / "index.html"
@@ -217,6 +230,7 @@ def print_tables(summary: Mapping[str, Any], console: rich.console.Console | Non
     report_judges.print_judges(console, summary)
     report_front.print_fronts(console, summary)
     report_users.print_users(console, summary)
+    report_user_models.print_user_models(console, summary)
 
     seconds = summary.get("stage_seconds") or {}
     rows = [[stage, duration(value)] for stage, value in seconds.items()]

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
+from scipy import special
 
 from pjrlhf.errors import UserError
 from pjrlhf.evaluation.statistics import bootstrap_interval
@@ -193,6 +194,25 @@ def choice_accuracy(
     low, high = bootstrap_interval(right, resamples=resamples, seed=seed)
     chance = float((1 / (1 + others)).mean())
     return {"mean": float(right.mean()), "low": low, "high": high, "chance": chance, "questions": len(others)}
+
+
+def calibration_error(margins: ArrayLike, bins: int = 10) -> float:
+    """Expected calibration error (arXiv 1706.04599) of the probabilities s(margin) that the chosen answer is preferred,
+    in [0, 1/2]: the mean over pairs of |accuracy - mean confidence| of their bin.
+
+    Args:
+      margins: float [N], score of the chosen answer less that of the rejected one. The answer that scores higher is the
+        prediction, and its probability the confidence; exactly 0 is no hit.
+      bins: of equal width between 1/2 and 1.
+
+    Raises:
+      UserError: nothing to count, or margins that are nan.
+    """
+    margins, _ = _pairs(margins, np.zeros(np.size(margins), str))
+    confidence = special.expit(np.abs(margins))
+    index = np.minimum(((confidence - 0.5) * 2 * bins).astype(int), bins - 1)
+    gaps = np.bincount(index, weights=(margins > 0) - confidence, minlength=bins)
+    return float(np.abs(gaps).sum() / len(margins))
 
 
 def cold_start_curve(

@@ -4,7 +4,7 @@ import collections
 import dataclasses
 import unicodedata
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from absl import logging
@@ -35,6 +35,8 @@ SPLITS: dict[str, Callable[[Example], str]] = {
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PairSettings(Settings):
     """Comparisons by people, and how they are split."""
+
+    section: ClassVar[str] = "preference"  # its key in a config, for messages
 
     data: str | SourceSpec = setting(
         "population",
@@ -69,18 +71,18 @@ def split(examples: Sequence[Example], config: PairSettings, seed: int) -> dict[
     tested, because neither answer is the right one.
 
     Args:
-      config: `split`, `heldout_fraction` and `new_user_fraction` of the section `preference`.
+      config: its `split`, `heldout_fraction` and `new_user_fraction` count.
 
     Raises:
       UserError: a part that is left empty.
     """
     keys = [SPLITS[config.split](example) for example in examples]
-    alike = "the comparisons need several prompts, or --config.preference.split=pair"
+    alike = f"the comparisons need several prompts, or --config.{config.section}.split=pair"
     held = set(split_by(keys, config.heldout_fraction, seed, alike)[1].tolist())
     new: set[int] = set()
     if config.new_user_fraction:
         people = [example.user_id for example in examples]
-        alike = "one person is all there is: set --config.preference.new_user_fraction=0"
+        alike = f"one person is all there is: set --config.{config.section}.new_user_fraction=0"
         new = set(split_by(people, config.new_user_fraction, seed, alike)[1].tolist())
     parts: dict[str, list[Example]] = {name: [] for name in PARTS if new or name != "new_users"}
     for i, example in enumerate(examples):
@@ -96,18 +98,28 @@ def split(examples: Sequence[Example], config: PairSettings, seed: int) -> dict[
     for name, part in parts.items():
         if not part and all(map(is_tie, examples)):
             raise UserError(
-                f"preference: all {len(examples)} comparisons are ties, which are never held out; add ones with a "
-                "preference above 0.5"
+                f"{config.section}: all {len(examples)} comparisons are ties, which are never held out; add ones with "
+                "a preference above 0.5"
             )
         if not part:
             raise UserError(
-                f"preference: no record is left for part {name!r}; change preference.heldout_fraction or "
-                "preference.new_user_fraction"
+                f"{config.section}: no record is left for part {name!r}; change {config.section}.heldout_fraction or "
+                f"{config.section}.new_user_fraction"
             )
     trained, tested = ({SPLITS[config.split](e) for e in parts[name]} for name in ("train", "heldout"))
     if trained & tested or {e.user_id for e in parts.get("new_users", ())} & {e.user_id for e in parts["train"]}:
         raise RuntimeError(f"a {config.split} or a new person is both trained on and held out")
     return parts
+
+
+def at_most(part: str, examples: list[Example], settings: PairSettings, seed: int, source: str) -> list[Example]:
+    """The examples of a part, or a sample of them, as the settings limit it; `source` names them in messages."""
+    most = {"train": settings.max_pairs, "heldout": settings.max_heldout_pairs}.get(part, 0)
+    if not most or len(examples) <= most:
+        return examples
+    kept = _sample(examples, most, SPLITS[settings.split], seed)
+    logging.info("%s: %d of %d pairs of the part %s", source, len(kept), len(examples), part)
+    return kept
 
 
 def _sample(examples: Sequence[Example], most: int, key: Callable[[Example], str], seed: int) -> list[Example]:
@@ -153,18 +165,14 @@ def tables_of(
     """
     if isinstance(settings.data, str):  # "population"
         folder, lengths = run.workdir.path / "population", run.text.sampled_lengths
-        parts = {name: run.records.made(folder / f"{name}.jsonl", "preference.data") for name in PARTS}
+        parts = {name: run.records.made(folder / f"{name}.jsonl", f"{settings.section}.data") for name in PARTS}
     else:
         lengths = run.text.lengths
-        examples, source = run.records.comparisons(settings.data, "preference.data")
+        examples, source = run.records.comparisons(settings.data, f"{settings.section}.data")
         examples = run.records.asked(examples)
         parts = {name: (part, source) for name, part in split(examples, settings, run.streams.seed).items()}
-    for name, most in (("train", settings.max_pairs), ("heldout", settings.max_heldout_pairs)):
-        examples, source = parts[name]
-        if most and len(examples) > most:
-            kept = _sample(examples, most, SPLITS[settings.split], run.streams.seed)
-            logging.info("%s: %d of %d pairs of the part %s", source, len(kept), len(examples), name)
-            parts[name] = (kept, source)
+    for name, (examples, source) in parts.items():
+        parts[name] = (at_most(name, examples, settings, run.streams.seed, source), source)
     for example in (example for part, _ in parts.values() for example in part):
         if example.user_id is None:
             raise UserError(f"{example.where}: no user_id; give every record one")

@@ -2,9 +2,9 @@
 base's, or those of your own pairs.
 
 Every person draws one persona (a preference of the registry) once, as in the conflicting-length experiment of P-RLHF
-(arXiv 2402.05133, section 5.1), and labels pairs by it. Three files: people who are trained on, the same people on
-held-out prompts, and new people. What they say about themselves (`user_text`) is the sentence of their persona, or, for
-those who contradict themselves, of another one.
+(arXiv 2402.05133, section 5.1), or weights of all personas, and labels pairs by them. Three files: people who are
+trained on, the same people on held-out prompts, and new people. What they say about themselves (`user_text`) is the
+sentence of their persona (of the one that weighs most), or, for those who contradict themselves, of another one.
 """
 
 import dataclasses
@@ -31,6 +31,7 @@ from pjrlhf.training.workdir import disk_errors, write_lines
 TRAIN, HELDOUT, NEW = "train.jsonl", "heldout.jsonl", "new_users.jsonl"
 STREAMS = {TRAIN: "population/train", HELDOUT: "population/heldout", NEW: "population/new_users"}
 Triple = tuple[Request, str, str]  # a request and two answers
+Taste = dict[str, float]  # persona -> its weight
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -56,6 +57,13 @@ class PopulationSettings(Settings):
     new_users: int = setting(10, "people who are met after training", low=1, high=10**7)
     personas: tuple[str, ...] = setting(("P3A", "P3B"), "preferences, of which everybody has one")
     fractions: tuple[float, ...] = setting((0.7, 0.3), "of the people, one for each persona", low=0.0)
+    mixture: float = setting(
+        0.0,
+        "where positive, everybody weighs all personas, by a Dirichlet distribution of this concentration for each of "
+        "equal fractions, so that small numbers give people of few preferences; 0 gives one persona each",
+        low=0.0,
+        high=1e6,
+    )
     contradicting: float = setting(
         0.0, "fraction of the people who state the preference of another persona", low=0.0, high=1.0
     )
@@ -88,10 +96,15 @@ def personas(names: Sequence[str], fractions: Sequence[float], count: int, rng: 
 
 @dataclasses.dataclass(frozen=True)
 class Person:
-    """Somebody of the population: the persona they label by, and the one they say they have."""
+    """Somebody of the population: the weights of personas they label by, and the persona they say they have."""
 
-    persona: str
+    taste: Taste
     stated: str
+
+    @property
+    def persona(self) -> str:
+        """The persona with the largest weight."""
+        return max(self.taste, key=lambda name: self.taste[name])
 
     @property
     def contradicts(self) -> bool:
@@ -99,10 +112,57 @@ class Person:
         return self.stated != self.persona
 
 
+def tastes(names: Sequence[str], fractions: Sequence[float], mixture: float, rng: np.random.Generator) -> Taste:
+    """Weights of personas, with sum 1: Dirichlet(mixture x number of personas x fractions), as people weigh reward
+    models in PersonalLLM (arXiv 2409.20296, section 3).
+    """
+    used = [(name, fraction) for name, fraction in zip(names, fractions, strict=True) if fraction > 0]
+    total = sum(fraction for _, fraction in used)
+    weights = rng.dirichlet([mixture * len(used) * fraction / total for _, fraction in used])
+    return {name: float(weight) for (name, _), weight in zip(used, weights, strict=True)}
+
+
+class Labels:
+    """Which of two answers a person prefers: the sum of the scores of the personas, by the person's weights.
+
+    Scores of different personas have different units: after `calibrate`, each is divided by its standard deviation.
+    """
+
+    def __init__(self, run: Run):
+        self.run = run
+        self._spread: dict[str, float] = {}
+        self._known: dict[tuple[str, str, str], float] = {}
+
+    def calibrate(self, names: Sequence[str], triples: Sequence[Triple]) -> None:
+        """Measures the spread of the scores of personas over the answers of pairs."""
+        answers = {(repr(request), text): (request, text) for request, *texts in triples for text in texts}
+        for name in names:
+            spread = float(np.std([self._score(request, text, name) for request, text in answers.values()]))
+            self._spread[name] = max(spread, 1e-9)
+
+    def gap(self, taste: Taste, request: Request, first: str, second: str) -> float:
+        """How much better the first answer is."""
+        gaps = {name: self._score(request, first, name) - self._score(request, second, name) for name in taste}
+        return sum(weight * gaps[name] / self._spread.get(name, 1.0) for name, weight in taste.items())
+
+    def _score(self, request: Request, text: str, name: str) -> float:
+        if not self._spread:  # each answer is asked about once
+            return self.run.audience.score(request, text, name)
+        key = (repr(request), text, name)
+        if key not in self._known:
+            self._known[key] = self.run.audience.score(request, text, name)
+        return self._known[key]
+
+
 def people_of(config: PopulationSettings, prefix: str, count: int, rng: random.Random) -> dict[str, Person]:
     """`count` people by name."""
-    drawn = personas(config.personas, config.fractions, count, rng)
-    found = {f"{prefix}{i:02d}": Person(persona, persona) for i, persona in enumerate(drawn)}
+    if config.mixture:
+        draws = np.random.default_rng(rng.randrange(2**63))
+        weights = [tastes(config.personas, config.fractions, config.mixture, draws) for _ in range(count)]
+    else:
+        weights = [{persona: 1.0} for persona in personas(config.personas, config.fractions, count, rng)]
+    people = [Person(taste, "") for taste in weights]
+    found = {f"{prefix}{i:02d}": dataclasses.replace(one, stated=one.persona) for i, one in enumerate(people)}
     if config.contradicting:
         for name in rng.sample(sorted(found), round(config.contradicting * count)):
             others = [one for one in dict.fromkeys(config.personas) if one != found[name].persona]
@@ -159,7 +219,7 @@ def run(run: Run) -> dict[str, Any]:
     train, held = run.records.requests
     given = None if config.data == "base" else given_pairs(run)
     folder = run.workdir.stage("population")
-    ties, sentences = {}, run.audience.sentences
+    ties, sentences, labels = {}, run.audience.sentences, Labels(run)
     plans = (
         (TRAIN, people, train, config.pairs_in_turn or (config.pairs_per_user,)),
         (HELDOUT, people, held, (config.heldout_pairs_per_user,)),
@@ -185,25 +245,27 @@ def run(run: Run) -> dict[str, Any]:
             drawn = {user: rng.sample(usable, min(counts[user], len(usable))) for user in crowd}
             users = [user for user in crowd for _ in drawn[user]]
             triples = [triple for user in crowd for triple in drawn[user]]
+        if config.mixture and name == TRAIN:
+            labels.calibrate(config.personas, triples)
         records, ties[name] = [], 0
         for user, (request, a, b) in zip(users, triples, strict=True):
             person = crowd[user]
-            gap = run.audience.score(request, a, person.persona) - run.audience.score(request, b, person.persona)
+            gap = labels.gap(person.taste, request, a, b)
             if abs(gap) <= 1e-9 or not a.strip() or not b.strip():
                 ties[name] += 1
                 continue
             chosen, rejected = (a, b) if gap > 0 else (b, a)
             columns = {"user_id": user, "persona": person.persona, "held_out": request in held}
+            if config.mixture:
+                columns["taste"] = person.taste
             if text := sentences.get(person.stated):
                 columns |= {"user_text": text, "contradicts": person.contradicts}
             records.append(preference_record(run, request, chosen, rejected, **columns))
         with disk_errors(folder / name):
             on_process_zero(write_lines)(folder / name, records)
-    found = {
-        "people": {user: person.persona for user, person in people.items()},
-        "new_people": {user: person.persona for user, person in strangers.items()},
-        "ties": ties,
-    }
+    found: dict[str, Any] = {"ties": ties}
+    for key, crowd in (("people", people), ("new_people", strangers)):
+        found[key] = {user: person.taste if config.mixture else person.persona for user, person in crowd.items()}
     return found if given is None else found | {"given_pairs": len(given)}
 
 

@@ -37,7 +37,8 @@ from pjrlhf.types import Json
 FREE = (
     *("log_every", "loggers", "profile", "aot", "checkpoint_every", "max_to_keep", "keep_best"),
     *("log_completions", "num_completions_to_print"),
-    *("title", "seeds", "stages", "methods", "evaluate", "evaluate_users", "evaluate_front", "merge"),
+    *("title", "seeds", "stages", "methods", "evaluate", "evaluate_users", "evaluate_front", "user_models"),
+    "merge",
 )
 FAILED = "failed_rewards.jsonl"  # what a source was asked when it failed, in the run directory
 
@@ -53,6 +54,7 @@ STAGES = {
     "population": "pjrlhf.feedback.population",
     "preference": "pjrlhf.algorithms.pdpo",
     "evaluate_users": "pjrlhf.protocols.users",
+    "user_models": "pjrlhf.protocols.user_models",
     # the multi-objective family
     "methods": "pjrlhf.algorithms.methods",
     "evaluate_front": "pjrlhf.protocols.front",

@@ -30,6 +30,7 @@ from pjrlhf.evaluation.users import (
     user_accuracy,
 )
 from pjrlhf.feedback.pairs import Pairs, read_pairs
+from pjrlhf.feedback.population import PopulationSettings
 from pjrlhf.protocols.cold_start import fit_changed_minds, fit_new_users
 from pjrlhf.protocols.reporting import finish
 from pjrlhf.protocols.role_play import PersonColumns, RolePlay, check_role_play, descriptions
@@ -159,7 +160,7 @@ def run(run: Run) -> dict[str, Any]:
         one, other = (summary["accuracy"][model]["users"] for model in (name, against))
         options = {key: settings[key] for key in ("resamples", "seed")}
         summary["gain"][name] = {"against": against, **paired_gain(one, other, **options)}
-    if groups:
+    if groups and not run.section(PopulationSettings).mixture:  # mixtures also differ within a persona
         counts = list(groups.values())
         summary["ceiling"] = {"majority_fraction": max(counts.count(persona) for persona in set(counts)) / len(counts)}
     if role:

@@ -1,4 +1,4 @@
-"""Preference records from votes on pairs and from multiple-choice questions."""
+"""Preference records from votes on pairs, multiple-choice questions, and several answers to a prompt."""
 
 import json
 
@@ -165,3 +165,37 @@ def test_two_columns_of_one_name_are_refused(votes, tmp_path):
     (tmp_path / "votes.csv").write_text("id,worker,winner,winner\n7,ann,left,right\n")
     with pytest.raises(UserError, match=r"votes.csv: cannot be read \(two columns are called 'winner'\); correct it"):
         open_source(votes)
+
+
+def answers(folder, *records, **spec):
+    lines = "".join(f"{json.dumps(record)}\n" if isinstance(record, dict) else record for record in records)
+    (folder / "answers.jsonl").write_text(lines)
+    return {"kind": "answers", "path": f"{folder}/answers.jsonl", **spec}
+
+
+def test_pairs_of_answers_are_of_one_prompt_and_differ(tmp_path):
+    given = [
+        {"prompt": p, "text": t} for p, t in (("a", "1"), ("b", "9"), ("a", "2"), ("a", "1"), ("a", "3"), ("c", " "))
+    ]
+    found = records(answers(tmp_path, *given, completion="text", pairs=9))
+    assert found == [{"prompt": "a", "chosen": x, "rejected": y} for x, y in (("1", "2"), ("1", "3"), ("2", "3"))]
+    few = answers(tmp_path, *given, completion="text", pairs=2)
+    assert len(records(few)) == 2 and records(few) == records(few)
+    assert all(record in found for record in records(few))
+    assert len(validate(open_source(few), "preference")[0]) == 2
+
+
+@pytest.mark.parametrize(
+    ("rows", "spec", "message"),
+    [
+        ([{"prompt": "a", "completion": "1"}], {}, "answers.jsonl: no prompt has two different answers"),
+        ([{"prompt": "a", "response": "1"}], {}, "answers.jsonl line 1: has no texts 'prompt' and 'completion'"),
+        ([{"prompt": "a", "completion": 3}], {}, "answers.jsonl line 1: has no texts"),
+        (["{\n"], {}, "answers.jsonl"),
+        ([{"prompt": "a", "completion": "1"}], {"pairs": -1}, "data.pairs: -1 is not a whole number above 0"),
+        ([{"prompt": "a", "completion": "1"}], {"pairs": "x"}, "data.pairs: 'x' is not a whole number above 0"),
+    ],
+)
+def test_answers_that_make_no_pairs(tmp_path, rows, spec, message):
+    with pytest.raises(UserError, match=message):
+        open_source(answers(tmp_path, *rows, **spec))

@@ -4,11 +4,13 @@ import math
 
 import numpy as np
 import pytest
+from scipy import special
 
 from pjrlhf.errors import UserError
 from pjrlhf.evaluation.users import (
     accuracy_by,
     by_powers_of_two,
+    calibration_error,
     choice_accuracy,
     cold_start_curve,
     length_matched,
@@ -229,3 +231,17 @@ def test_a_question_is_right_when_its_option_beats_all_others():
     assert found["mean"] == pytest.approx(found["chance"], abs=0.03) and found["chance"] == 0.25
     with pytest.raises(UserError, match="1 of 2 are nan"):
         choice_accuracy([1.0, math.nan], ["a", "b"])
+
+
+def test_calibration_error():
+    """Confident and right half of the time is off by a half less the rest; certainty that comes true is not."""
+    sure = special.logit(0.9)
+    assert calibration_error([sure] * 9 + [-sure]) == pytest.approx(0.0)
+    assert calibration_error([sure, -sure]) == pytest.approx(0.4)
+    assert calibration_error([0.0, 0.0]) == pytest.approx(0.5), "a tie is no hit"
+    assert calibration_error([50.0]) == pytest.approx(0.0)
+    # Bins keep errors of different confidence from cancelling.
+    low = special.logit(0.6)
+    assert calibration_error([sure] * 2 + [low, -low]) == pytest.approx((2 * 0.1 + 2 * 0.1) / 4)
+    with pytest.raises(UserError, match="margins: 1 of 2 are nan"):
+        calibration_error([np.nan, 1.0])

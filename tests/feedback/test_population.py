@@ -6,6 +6,7 @@ import itertools
 import json
 import random
 
+import numpy as np
 import pytest
 from support import tiny
 from support.tiny_users import settings, write_records
@@ -207,3 +208,38 @@ def test_people_who_contradict_themselves(share):
 def test_mistakes_in_populations(changes, message):
     with pytest.raises(UserError, match=message):
         population.PopulationSettings().replace(**changes).check()
+
+
+def test_people_who_weigh_personas(tmp_path):
+    """Everybody's label is the sign of their own weighted sum of standardised scores."""
+    config = length_settings(tmp_path)
+    config.population.mixture = 0.5
+    run = tiny.start(tmp_path / "run", config)
+    info = population.run(run)
+    crowd = info["people"] | info["new_people"]
+    assert all(sum(taste.values()) == pytest.approx(1) and min(taste.values()) >= 0 for taste in crowd.values())
+    assert len({tuple(taste.values()) for taste in crowd.values()}) == len(crowd)
+    for record in itertools.chain(*read(run)):
+        taste = crowd[record["user_id"]]
+        assert record["taste"] == taste and record["persona"] == max(taste, key=taste.get)
+        chosen, rejected = (record[side][0]["content"] for side in ("chosen", "rejected"))
+        # The two scores are opposite and have one spread.
+        assert (len(chosen) - len(rejected)) * (taste["longer"] - taste["shorter"]) > 0
+
+
+def test_scores_of_different_units_count_alike(tmp_path):
+    run = tiny.start(tmp_path / "run", length_settings(tmp_path))
+    labels = population.Labels(run)
+    labels.calibrate(("longer",), [("q", "ab", "abcd")])  # lengths 2 and 4 have a standard deviation of 1
+    assert labels.gap({"longer": 0.5}, "q", "abc", "a") == pytest.approx(1.0)
+    labels.calibrate(("longer",), [("q", "ab", "abcdefghij"), ("q", "ab", "abcdefghij")])
+    assert labels.gap({"longer": 0.5}, "q", "abc", "a") == pytest.approx(0.25)
+
+
+def test_concentrated_mixtures_are_even_and_fractions_are_means():
+    rng = np.random.default_rng(0)
+    even = population.tastes(("a", "b"), (0.5, 0.5), 1e5, rng)
+    assert even == pytest.approx({"a": 0.5, "b": 0.5}, abs=0.02)
+    drawn = [population.tastes(("a", "b", "c"), (3.0, 1.0, 0.0), 0.3, rng) for _ in range(2000)]
+    assert np.mean([taste["a"] for taste in drawn]) == pytest.approx(0.75, abs=0.03)
+    assert all(set(taste) == {"a", "b"} for taste in drawn)

@@ -1,0 +1,31 @@
+"""States of the frozen base for answers: the features of reward models that train no layer of it."""
+
+import jax.numpy as jnp
+import numpy as np
+import xxhash
+from jaxtyping import Float
+
+from pjrlhf.data.batching import Completions
+from pjrlhf.data.token_table import TokenRow
+from pjrlhf.models.adapters import Backbone
+from pjrlhf.types import Array
+
+STATES = ("last", "mean")  # the order of the axis of `answer_states`
+KEY_BYTES = 16
+
+
+def answer_states(backbone: Backbone, batch: Completions) -> Float[Array, "B 2 D"]:
+    """The base's hidden state at the last token of each answer, and the mean of those at all its tokens; float32."""
+    hidden, _ = backbone.policies()(batch.tokens, batch.valid)
+    hidden = hidden.astype(jnp.float32)
+    last = batch.valid.shape[1] - 1 - jnp.argmax(batch.valid[:, ::-1], axis=1)
+    at_last = jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0]
+    answered = jnp.asarray(batch.valid[:, batch.prompt_length :], jnp.float32)
+    total = jnp.einsum("bnd,bn->bd", hidden[:, batch.prompt_length :], answered)
+    return jnp.stack([at_last, total / jnp.maximum(answered.sum(1), 1.0)[:, None]], axis=1)
+
+
+def answer_key(row: TokenRow) -> bytes:
+    """The content of a prompt with its answer: 16 bytes that depend on their token ids alone."""
+    prompt, answer = (np.asarray(row[name], "<i4").tobytes() for name in ("prompt", "completion"))
+    return xxhash.xxh3_128_digest(len(prompt).to_bytes(8, "little") + prompt + answer)
