@@ -13,6 +13,7 @@ from typing import Any, Protocol
 from pjrlhf.data.messages import Message, Prompt, columns_of
 from pjrlhf.errors import UserError, described
 from pjrlhf.judges.chat import Body, Chat, ChatSettings
+from pjrlhf.judges.client import text_in
 from pjrlhf.judges.judge import judge_name
 from pjrlhf.models.frozen import OtherModelSettings
 from pjrlhf.parallel.processes import json_from_zero
@@ -162,7 +163,7 @@ def _sent(turn: Message) -> Message:
 def answer_of(reply: Json) -> str:
     """The text of a reply, empty where it has none; a question mark for half of a surrogate pair."""
     try:
-        text = (reply["choices"][0]["message"].get("content") or "").strip()
+        text = text_in(reply["choices"][0]["message"].get("content"))
         return text.encode("utf-8", "replace").decode()
     except (AttributeError, IndexError, KeyError, TypeError):
         return ""

@@ -45,6 +45,14 @@ class ChatSettings(Settings):
             raise UserError("max_cost: needs prices; give those of a million input and output tokens")
 
 
+def text_in(content: Json) -> str:
+    """The text of a message's content: a text, or parts, of which those of type text count; empty for anything else."""
+    if isinstance(content, list):
+        texts = [part.get("text") for part in content if isinstance(part, Mapping) and part.get("type") == "text"]
+        content = "".join(text for text in texts if isinstance(text, str))
+    return content.strip() if isinstance(content, str) else ""
+
+
 def client(settings: ChatSettings) -> Callable[[Body], Json]:
     """A function that sends a request through the `openai` client, which waits and tries again where that can help."""
     try:

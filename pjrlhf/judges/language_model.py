@@ -18,6 +18,7 @@ from pjrlhf import strict_json
 from pjrlhf.data.messages import Prompt, dialogue
 from pjrlhf.errors import UserError
 from pjrlhf.judges.chat import Body, Chat, ChatSettings
+from pjrlhf.judges.client import text_in
 from pjrlhf.paths import expand
 from pjrlhf.rewards.sources import NO_COLUMNS, RecordColumns, column_text, listed_columns
 from pjrlhf.settings import Settings, setting, shown
@@ -247,8 +248,7 @@ def _choice(reply: Json) -> Mapping[str, Json]:
 
 def _text(choice: Mapping[str, Json]) -> str:
     message = choice.get("message")
-    content = message.get("content") if isinstance(message, Mapping) else None
-    return content.strip() if isinstance(content, str) else ""
+    return text_in(message.get("content")) if isinstance(message, Mapping) else ""
 
 
 def _probabilities(choice: Mapping[str, Json], labels: Iterable[str]) -> dict[str, float] | None:

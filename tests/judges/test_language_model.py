@@ -17,6 +17,7 @@ import pytest
 from support.chat_server import ChatServer
 
 from pjrlhf.errors import UserError
+from pjrlhf.feedback.samplers import answer_of
 from pjrlhf.judges import chat, language_model
 from pjrlhf.judges.chat import Cache, Chat, ChatSettings
 from pjrlhf.judges.judge import BothOrders, JudgeContext, ScoreJudge, judge_from
@@ -218,6 +219,24 @@ def test_letters_are_read_from_log_probabilities_or_strictly(found, verdict):
 def test_log_probabilities_of_another_form_leave_the_text(logprobs):
     choice = {"message": {"content": "B"}, "logprobs": logprobs}
     assert read_pair(read_template("criterion"), {"choices": [choice]}) == -1
+
+
+@pytest.mark.parametrize(
+    ("content", "text"),
+    [
+        (" B ", "B"),
+        ([{"type": "thinking", "thinking": "A?"}, {"type": "text", "text": "B"}], "B"),
+        ([{"type": "text", "text": "B"}, {"type": "text", "text": ""}], "B"),
+        ([{"type": "text", "text": 3}, {"type": "text"}, "B", None], ""),
+        ([], ""),
+        (None, ""),
+        ({"text": "B"}, ""),
+    ],
+)
+def test_the_content_of_a_reply_is_a_text_or_has_parts(content, text):
+    """Servers of models that reason give parts, of which the text is the answer."""
+    verdict = read_pair(read_template("criterion"), reply(content))
+    assert answer_of(reply(content)) == text and (verdict == -1 if text else math.isnan(verdict))
 
 
 @pytest.mark.parametrize("choices", [None, 3, "A", {}, {"0": 1}, {"a": []}, [], [None], ["A"], [{}]])
