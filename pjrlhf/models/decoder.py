@@ -9,6 +9,7 @@ layers slices, so that one layer is compiled for all.
 
 import functools
 import itertools
+from collections.abc import Callable
 from typing import Any, NamedTuple, TypeAlias
 
 import flax.linen as nn
@@ -133,6 +134,15 @@ def choose_decode(backend: str) -> str:
     return {"tpu": "scan", "cpu": "transposed"}.get(backend, "unrolled")
 
 
+def row_by_row(apply: Callable[..., Array], *arguments: Array | None) -> Array:
+    """`apply(*arguments)`, one row of the batch after the other.
+
+    Rounding depends on the shape of a product. So a prompt that a CPU reads with others keeps the bits it has alone,
+    and a kernel is still in the processor's cache when the next row needs it.
+    """
+    return jax.lax.map(lambda row: apply(*row)[0], jax.tree.map(lambda x: x[:, None], arguments))
+
+
 class Linear(nn.Module):
     """`x W`, plus the mixed low-rank update where a bank is present.
 
@@ -154,37 +164,46 @@ class Linear(nn.Module):
     def __call__(
         self, x: Float[Array, "*batch D"], mix: Float[Array, "*mix K"] | None
     ) -> Float[Array, "*batch {self.features}"]:
-        low, b, features = None, None, self.features
+        a, b, features = None, None, self.features
         if mix is not None and self.has_variable("adapters", "b"):
             b = self.get_variable("adapters", "b").astype(self.dtype)
             if self.has_variable("adapters", "a"):
-                kept = x
-                if self.dropout and self.has_rng("dropout"):
-                    keep = jax.random.bernoulli(self.make_rng("dropout"), 1.0 - self.dropout, x.shape)
-                    kept = jnp.where(keep, x / (1.0 - self.dropout), 0.0).astype(x.dtype)
-                low = jnp.einsum("btd,kdr->btkr", kept, self.get_variable("adapters", "a").astype(self.dtype))
+                a = self.get_variable("adapters", "a").astype(self.dtype)
             else:
                 features += b.shape[0] * b.shape[1]
         shape = (features, x.shape[-1]) if self.transposed else (x.shape[-1], features)
         kernel = self.param("kernel", nn.initializers.lecun_normal(), shape, self.param_dtype)
-        quantized = self.has_variable("params", "scale")
-        if not quantized:
+        scale = self.get_variable("params", "scale") if self.has_variable("params", "scale") else None
+        if scale is None:
             kernel = kernel.astype(self.dtype)
         elif x.shape[1] == 1 and self.path[0] != "layers" and not self.transposed:
             # Stop XLA from hoisting the int8 -> float conversion of unrolled layers out of the decode loop, which would
             # hold all kernels as floats. On a CPU (transposed kernels) hoisting is right: there the conversion takes
             # longer than the matmul.
             x, kernel = jax.lax.optimization_barrier((x, kernel))
-        y = matmul_transposed(x, kernel) if self.transposed else matmul(x, kernel)
-        if quantized:
-            y = (y.astype(jnp.float32) * self.get_variable("params", "scale")).astype(self.dtype)
-        if b is not None and mix is not None:
-            mix = (mix[:, None] if mix.ndim == 2 else mix).astype(self.dtype)
-            if low is None:
-                y, low = jnp.split(y, [self.features], axis=-1)
-                y = y + (low * jnp.repeat(mix, b.shape[1], axis=-1)) @ b.reshape(-1, self.features)
-            else:
-                y = y + jnp.einsum("btkr,krf->btf", low * mix[..., None], b)
+
+        def apply(x: Float[Array, "B T D"], mix: Array | None) -> Float[Array, "B T _"]:
+            low = None
+            if a is not None:
+                kept = x
+                if self.dropout and self.has_rng("dropout"):
+                    keep = jax.random.bernoulli(self.make_rng("dropout"), 1.0 - self.dropout, x.shape)
+                    kept = jnp.where(keep, x / (1.0 - self.dropout), 0.0).astype(x.dtype)
+                low = jnp.einsum("btd,kdr->btkr", kept, a)
+            y = matmul_transposed(x, kernel) if self.transposed else matmul(x, kernel)
+            if scale is not None:
+                y = (y.astype(jnp.float32) * scale).astype(self.dtype)
+            if b is not None and mix is not None:
+                mix = (mix[:, None] if mix.ndim == 2 else mix).astype(self.dtype)
+                if low is None:
+                    y, low = jnp.split(y, [self.features], axis=-1)
+                    y = y + (low * jnp.repeat(mix, b.shape[1], axis=-1)) @ b.reshape(-1, self.features)
+                else:
+                    y = y + jnp.einsum("btkr,krf->btf", low * mix[..., None], b)
+            return y
+
+        apart = self.transposed and x.ndim == 3 and min(x.shape[:2]) > 1
+        y = row_by_row(apply, x, mix) if apart else apply(x, mix)
         if self.use_bias:
             y = y + self.param("bias", nn.initializers.zeros, (self.features,), self.param_dtype).astype(self.dtype)
         return y
@@ -309,7 +328,12 @@ class Attention(nn.Module):
         if cache is not None:
             cache = {name: _write(cache[name], new, offset, layer) for name, new in (("key", key), ("value", value))}
         if cache is None or mask.shape[-1] == T:  # keys are those of the tokens themselves
-            out = attend(query, key, value, mask, self.implementation, c.attention_softcap, self.batch_sharding)
+
+            def over_tokens(query, key, value, mask):
+                return attend(query, key, value, mask, self.implementation, c.attention_softcap, self.batch_sharding)
+
+            apart = self.transposed and min(B, T) > 1
+            out = (functools.partial(row_by_row, over_tokens) if apart else over_tokens)(query, key, value, mask)
         else:
             key, value = cache["key"], cache["value"]
             if layer is not None:

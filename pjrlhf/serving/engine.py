@@ -1,8 +1,8 @@
 """Answers many requests at once, each with its own soup or person: continuous batching with static shapes.
 
-The batch has a fixed number of slots. A request waits in a queue, its prompt is read in chunks by a prefill of its own,
-and each of its answers then takes a free slot until it ends. One dispatch draws several tokens in all slots; while the
-devices work on it, the host reads the results of the dispatch before.
+The batch has a fixed number of slots. A request waits in a queue, its prompt is read by the prefill, short prompts
+together and longer ones in chunks, and each of its answers then takes a free slot until it ends. One dispatch draws
+several tokens in all slots; while the devices work on it, the host reads the results of the dispatch before.
 
 An answer does not depend on who shares the batch: rows of a batch do not see each other, a prompt is always cut into
 the same chunks, and every draw has a key that the request alone determines. A prompt whose start was read before takes
@@ -114,16 +114,27 @@ class Engine:
     def warm_up(self) -> None:
         """Compiles what requests may need: otherwise all answers would wait for the first prompt of another length."""
         mix = np.zeros(self.served.adapters, np.float32) if self.served.adapters else None
-        requests = []
-        for length in (*self.prefill.sizes, *[self.prefill.chunk + 1] * 2):
-            tokens = [0] * max(1, min(length, self.context - 1))  # one less is padded to the same length
-            limit, whole = min(1, self.context - len(tokens)), length > self.prefill.chunk
-            # A prompt of several chunks goes through the prefix cache, unless its tokens are scored.
-            requests.append(
-                Request(tokens=tokens, max_new_tokens=limit, mix=mix, temperature=1.0, prompt_logps=not whole)
-            )
-        for request in requests:
-            self.answer([request])
+        prefill, longest = self.prefill, self.context
+        together: list[list[Request]] = []
+
+        def add(length: int, count: int = 1, scored: bool = False) -> None:
+            limit = min(1, longest - length)
+            one = Request(tokens=[0] * length, max_new_tokens=limit, mix=mix, temperature=1.0, prompt_logps=scored)
+            together.append([one] * count)
+
+        for size in prefill.sizes:
+            # One token less is padded to the same length, and leaves room for an answer.
+            length = next(n for n in (min(size, longest - 1), size) if n and prefill.padded(n) == size)
+            add(length, scored=True)
+            if prefill.group(size) > self.served.shards:
+                add(length, prefill.group(size))
+            more = min(size, longest - prefill.chunk)
+            if more and prefill.padded(more) == size:
+                add(prefill.chunk + more)
+        if longest > prefill.chunk:
+            add(prefill.chunk + 1)  # its start comes from the prefix cache
+        for requests in together:
+            self.answer(requests)
         self.prefill.prefixes.clear()
 
     # ---- state for health and metrics
@@ -146,7 +157,7 @@ class Engine:
     @property
     def busy(self) -> bool:
         """Whether there is something to do."""
-        return bool(self._queue or self._results or self.running or any(self.prefill.prompts))
+        return bool(self._queue or self._results or self.running or self.prefill.prompts)
 
     # ---- the loop
 
@@ -200,12 +211,11 @@ class Engine:
                 self._queue.remove(ticket)
         for ticket in gone:
             self._end(ticket)
-        for row, prompt in enumerate(self.prefill.prompts):
-            if prompt is not None and prompt.ticket.cancelled:
-                self.prefill.prompts[row] = None
-                prompt.ticket.open -= prompt.ticket.request.n - prompt.started
-                if not prompt.ticket.open:
-                    self._end(prompt.ticket)
+        for prompt in [prompt for prompt in self.prefill.prompts if prompt.ticket.cancelled]:
+            self.prefill.prompts.remove(prompt)
+            prompt.ticket.open -= prompt.ticket.request.n - prompt.started
+            if not prompt.ticket.open:
+                self._end(prompt.ticket)
         for slot, answer in enumerate(self._answers):
             if answer is not None and answer.ticket.cancelled:
                 self._finish(slot, answer, "cancelled", ())
@@ -231,32 +241,34 @@ class Engine:
     # ---- prompts
 
     def _read_prompts(self) -> None:
-        """Reads chunks of prompts up to the budget of a step, and starts answers in free slots."""
+        """Reads prompts up to the budget of a step, and starts answers in free slots."""
         budget = self.settings.prefill_tokens
         while True:
             self._start_answers()
-            for row, prompt in enumerate(self.prefill.prompts):
-                if prompt is None and (ticket := self._next()):
-                    self.prefill.take(ticket, row)
+            if not self.prefill.prompts:
+                self.prefill.take(self._next())
             size = self.prefill.read() if budget > 0 else 0
             if not size:
                 return
             budget -= size
 
-    def _next(self) -> Ticket | None:
-        """The next request of the queue."""
+    def _next(self) -> list[Ticket]:
+        """The requests to read next, out of the queue."""
         with self._changed:
-            return self._queue.popleft() if self._queue else None
+            found = self.prefill.choose(self._queue)
+            for ticket in found:
+                self._queue.remove(ticket)
+        return found
 
     # ---- answers
 
     def _start_answers(self) -> None:
         """Gives free slots to the answers of prompts that are read, oldest first."""
-        ready = [(row, p) for row, p in enumerate(self.prefill.prompts) if p is not None and p.last is not None]
-        for row, prompt in sorted(ready, key=lambda one: one[1].ticket.submitted):
+        ready = [prompt for prompt in self.prefill.prompts if prompt.last is not None]
+        for prompt in sorted(ready, key=lambda one: one.ticket.submitted):
             request = prompt.ticket.request
             if not request.max_new_tokens:
-                self.prefill.prompts[row] = None
+                self.prefill.prompts.remove(prompt)
                 self._results.append(lambda ticket=prompt.ticket: self._end_unanswered(ticket))
                 continue
             while prompt.started < request.n and None in self._answers:
@@ -264,9 +276,9 @@ class Engine:
                 self._slots = programs.insert(
                     self.served.model,
                     self._slots,
-                    self.prefill.cache,
+                    self.prefill.cache if prompt.cache is None else prompt.cache,
                     prompt.last,
-                    row,
+                    prompt.row,
                     slot,
                     len(prompt.tokens),
                     self.served.wanted([request], prompt.started),
@@ -276,7 +288,7 @@ class Engine:
                 self._stopped[slot] = False
                 prompt.started += 1
             if prompt.started == request.n:
-                self.prefill.prompts[row] = None
+                self.prefill.prompts.remove(prompt)
 
     def _end_unanswered(self, ticket: Ticket) -> None:
         """Ends a request that asks for no tokens, once what is known of its prompt is handed on."""
@@ -286,8 +298,23 @@ class Engine:
         ticket.open = 0
         self._end(ticket)
 
+    def _steps(self) -> int:
+        """Tokens to draw in the next dispatch.
+
+        An answer that has just begun gets its first token at once. Where others wait, a dispatch ends with the first
+        answer that reaches its limit, so that its slot is never empty.
+        """
+        running = [answer for answer in self._answers if answer is not None]
+        if any(not answer.sent for answer in running):
+            return 1
+        if not (self._queue or self.prefill.prompts):
+            return self.settings.steps
+        left = min(answer.ticket.request.max_new_tokens - answer.sent for answer in running)
+        return min(self.settings.steps, left)
+
     def _dispatch(self) -> None:
         """Draws the next tokens in all slots."""
+        steps = self._steps()
         self._slots, drawn = programs.decode(
             self.settings.steps,
             self.served.backbone,
@@ -295,6 +322,7 @@ class Engine:
             self._slots,
             self._stopped.copy(),
             self._ends,
+            steps,
         )
         self._stopped[:] = False
         answers = tuple(self._answers)
@@ -302,7 +330,7 @@ class Engine:
             drawn = drawn.replace(top_ids=None, top_logps=None)
         for slot, answer in enumerate(answers):
             if answer is not None:
-                answer.sent += self.settings.steps
+                answer.sent += steps
                 if answer.sent >= answer.ticket.request.max_new_tokens:
                     self._answers[slot] = None  # it ends in this dispatch, so the next answer may follow it
         for leaf in jax.tree.leaves(drawn):

@@ -209,16 +209,18 @@ def insert(
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=3)
 def decode(
-    steps: int,
+    most: int,
     backbone: Backbone,
     bank: Params | None,
     slots: Slots,
     stopped: Bool[Array, " B"],
     ends: Int[Array, " _"],
+    steps: Int[Array, ""] | int,
 ) -> tuple[Slots, Drawn]:
-    """Draws up to N = `steps` tokens in every active slot.
+    """Draws up to `steps` tokens in every active slot.
 
     Args:
+      most: N, the length of the results; `steps` is at most N.
       stopped: slots whose answers are over, by a decision of the host.
       ends: tokens that end an answer.
     """
@@ -252,7 +254,7 @@ def decode(
         return i + 1, slots, jax.tree.map(lambda all, new: all.at[i].set(new), found, drawn)
 
     slots = slots.replace(active=slots.active & ~stopped)
-    none = jax.tree.map(lambda x: jnp.zeros((steps, *x.shape), x.dtype), jax.eval_shape(lambda: step(slots)[1]))
+    none = jax.tree.map(lambda x: jnp.zeros((most, *x.shape), x.dtype), jax.eval_shape(lambda: step(slots)[1]))
     start = jnp.zeros((), jnp.int32), slots, none
     # Where all answers are over, the next dispatch comes at once.
     _, slots, drawn = jax.lax.while_loop(lambda state: (state[0] < steps) & state[1].active.any(), body, start)

@@ -158,11 +158,26 @@ class ServedModel:
 
 
 def _unrolled(backbone: Backbone, bank: Params | None) -> tuple[Backbone, Params | None]:
-    """The same policies in the layout in which the model decodes fastest, made once for all requests."""
-    model = backbone.model
+    """The same policies in the layout in which the model decodes fastest, made once for all requests.
+
+    What that layout leaves as it is, such as the embedding, stays the array of the base.
+    """
+    model, base = backbone.model, backbone.base
     if model.decode == "scan":
         return backbone, bank
     mix = None if bank is None else jnp.zeros((1, bank_size(bank)))
-    variables = jax.jit(lambda backbone, bank: backbone.policies(bank, mix).unroll().variables)(backbone, bank)
+
+    def changed(backbone: Backbone, bank: Params | None) -> Params:
+        variables = backbone.policies(bank, mix).unroll().variables
+        old = {id(leaf) for leaf in jax.tree.leaves(backbone.base)}
+        params = {
+            name: tree
+            for name, tree in variables["params"].items()
+            if any(id(leaf) not in old for leaf in jax.tree.leaves(tree))
+        }
+        return {**variables, "params": params}
+
+    variables = jax.jit(changed)(backbone, bank)
+    same = {name: tree for name, tree in base.items() if name != "layers" and name not in variables["params"]}
     unrolled = model.clone(scan_layers=False, transposed=model.decode == "transposed")
-    return Backbone(unrolled, backbone.adapter, variables["params"]), variables.get("adapters")
+    return Backbone(unrolled, backbone.adapter, {**same, **variables["params"]}), variables.get("adapters")

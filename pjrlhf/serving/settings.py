@@ -13,8 +13,10 @@ class EngineSettings(Settings):
     context: int = setting(
         0, "tokens of a prompt and its answer, at most; 0 for what the model takes, or 4096 if less", low=0, high=2**24
     )
-    chunk: int = setting(128, "tokens of a prompt read at once; the unit of the prefix cache", low=1, high=2**24)
-    steps: int = setting(8, "tokens drawn per dispatch; with fewer, the first comes sooner", low=1, high=1024)
+    chunk: int = setting(128, "tokens of prompts read at once; the unit of the prefix cache", low=1, high=2**24)
+    steps: int = setting(
+        8, "tokens drawn per dispatch, at most; more cost less of the host, and come in larger pieces", low=1, high=1024
+    )
     prefill_tokens: int = setting(512, "tokens of prompts read between two dispatches, about", low=1, high=2**24)
     queue: int = setting(256, "requests that may wait; more are refused", low=1, high=2**20)
     prefix_mb: float = setting(
