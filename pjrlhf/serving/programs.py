@@ -261,6 +261,15 @@ def decode(
     return slots, drawn
 
 
+def likeliest(scores: Float[Array, "B V"]) -> Int[Array, " B"]:
+    """`argmax` over the last axis, as two reductions, which XLA vectorises on a CPU.
+
+    An argmax it does not: 2.0 instead of 0.6 ms for 16 rows of 32,000.
+    """
+    ids = jnp.arange(scores.shape[-1], dtype=jnp.int32)
+    return jnp.where(scores == scores.max(-1, keepdims=True), ids, ids[-1]).min(-1)
+
+
 def draw(logits: Float[Array, "B V"], slots: Slots) -> Drawn:
     """The next token of every slot. A row of the result depends on the same row of the arguments alone."""
     wanted, active = slots.wanted, slots.active
@@ -283,11 +292,10 @@ def draw(logits: Float[Array, "B V"], slots: Slots) -> Drawn:
             key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), sample), i)
             return jax.random.gumbel(key, logits.shape[1:], logits.dtype)
 
-        return jnp.argmax(scaled + jax.vmap(noise)(wanted.seed, wanted.sample, slots.drawn), axis=-1)
+        return likeliest(scaled + jax.vmap(noise)(wanted.seed, wanted.sample, slots.drawn))
 
-    greedy = jnp.argmax(bent, axis=-1)
+    greedy = likeliest(bent)
     token = jax.lax.cond((active & warm).any(), lambda: jnp.where(warm, sampled(), greedy), lambda: greedy)
-    token = token.astype(jnp.int32)
     logps = jax.nn.log_softmax(logits)
     shape = len(token), min(TOP, logits.shape[-1])
     top_logps, top_ids = jax.lax.cond(

@@ -104,3 +104,8 @@ def test_the_engine_shares_what_its_layout_leaves_as_it_is(model):
     assert ours["embed"]["embedding"] is given["embed"]["embedding"]
     assert ours["final_norm"]["scale"] is given["final_norm"]["scale"]
     assert "layers" not in ours and len(jax.tree.leaves(ours["layers_0"])) > 0
+
+
+def test_the_likeliest_token_is_the_first_of_equals():
+    scores = np.random.default_rng(0).integers(0, 9, (50, 30)).astype(np.float32)
+    np.testing.assert_array_equal(programs.likeliest(scores), scores.argmax(-1))
