@@ -194,8 +194,9 @@ def rewards_in_context(c: ml_collections.ConfigDict, variant: str, file: str) ->
         c.data.prompts = ml_collections.ConfigDict(prompts)
         c.sft.data = ml_collections.ConfigDict({**prompts, "answers": "chosen"})
     # "code": YangRui2015/RiC at aee53a6, the scripts of the authors. It keeps prompts of 8 to 512 tokens.
+    # Here longer ones are cut: some are longer only by the words about rewards, and those must not stop a run.
     c.data.update({"max_prompt": 512, "max_completion": 48 if summary else 128})  # code: 48 and 128 new tokens
-    c.data.update({"long_prompt": "drop", "max_bad_fraction": 0.1})
+    c.data.max_bad_fraction = 0.1
     c.adapter.update({"rank": 64, "alpha": 128.0})  # code
     c.temperature = 0.7  # code, of PPO
     # Code, sft.py: the same adapter and rate as RiC's own training.

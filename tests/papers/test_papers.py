@@ -22,6 +22,8 @@ def test_every_config_is_read_without_a_network(paper, variant, tmp_path):
             spec.path = str(tmp_path)
     plan = stages.read(config)
     assert plan.settings.model.path in papers.BASES and plan.settings.title
+    # Words about preferences or rewards may make a prompt too long, which must not stop a run.
+    assert plan.settings.data.long_prompt == "truncate_left"
 
 
 @pytest.mark.slow
