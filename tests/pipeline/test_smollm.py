@@ -5,7 +5,7 @@ import gzip
 import json
 
 import pytest
-from support import tiny, tiny_users
+from support import tiny, tiny_papers, tiny_users
 
 from pjrlhf.data import synthetic
 
@@ -29,6 +29,14 @@ PREFERENCE = {
     "evaluate_users.generate_for": 1,
     "evaluate_users.max_new_tokens": 6,
 }
+POLICY = {"policy.steps": 2, "reward.calibration_samples": 8}
+FRONT = POLICY | {
+    "ric.samples": 8,
+    "ric.steps": 2,
+    "ric.online_steps": 2,
+    "ric.batch_size": 4,
+    "ric.optimizer.warmup_steps": 0,
+}
 PEOPLE = {
     "population.users": 3,
     "population.new_users": 2,
@@ -37,6 +45,9 @@ PEOPLE = {
     "population.new_pairs_per_user": 2,
 }
 VARIANTS = {
+    "soups": POLICY | {"methods.pmorl.rollouts": 4, "evaluate.resamples": 20, "evaluate.sweep_points": 2},
+    "front": FRONT,
+    "front3": FRONT,
     "pdpo_length": PREFERENCE | PEOPLE,
     "pdpo_votes": PREFERENCE,
     "pdpo_text": PREFERENCE,
@@ -68,12 +79,14 @@ def data(tmp_path_factory):
         for prompt in prompts
     ]
     (folder / "data/prefeval/topic.json").write_text(json.dumps(questions))
-    return folder, tiny_users.save_base(folder)
+    return folder, tiny_papers.base(folder)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_every_variant_runs(data, tmp_path, monkeypatch, variant):
+    for extra in ("textstat", "vaderSentiment") if variant in ("soups", "front", "front3") else ():
+        pytest.importorskip(extra, reason=f"{extra} is not installed")
     folder, base = data
     monkeypatch.setenv("PJRLHF_TEST_DATA", str(folder))
     config = tiny.catalogue("smollm").get_config(variant)
@@ -81,11 +94,17 @@ def test_every_variant_runs(data, tmp_path, monkeypatch, variant):
     config.model.path = str(base)
     with config.ignore_type():
         config.update_from_flattened_dict(SIZES | VARIANTS[variant])
+        if variant.startswith("front"):
+            config.rewards.friendly.scorer = "longer"  # a random model knows no friendly word
         if variant == "pdpo_votes":
             config.preference.data.min_votes = 1
     run = tiny.run(tmp_path / "run", config)
     summary = json.loads((run / "report" / "summary.json").read_text())
     if variant == "pdpo_text":
         assert {"base", "base_told", "base_told_others"} < set(summary["choices"])
+    elif variant == "soups":
+        assert {"base", "prompting", "soups", "pmorl"} == set(summary["win_rate"])
+    elif variant.startswith("front"):
+        assert {"prompting", "rsoups", "clp", "moc", "ric", "mod"} == set(summary["methods"])
     else:
         assert {"base", "pooled", "individualized", "permuted"} <= set(summary["accuracy"])
