@@ -544,3 +544,25 @@ def test_only_answers_that_a_run_has_drawn_itself_are_shown(tmp_path, name):
     assert pool_of(tmp_path, "", own=False) == pool_of(None, "", own=True) == ()
     (tmp_path / name).write_text("{")
     assert pool_of(tmp_path, "", own=True) == (), "a server starts without"
+
+
+def test_a_server_that_ends_gives_up_its_warm_up(model, monkeypatch):
+    """After the program that is being compiled, without a word."""
+    members = open_members(catalogue_of(model)).people
+    compiling, go_on, compiled, said = threading.Event(), threading.Event(), [], []
+
+    def programs():
+        for i in range(9):
+            compiling.set()
+            assert go_on.wait(60)
+            compiled.append(i)
+            yield
+
+    monkeypatch.setattr(members.fitter, "warm_up", programs)
+    monkeypatch.setattr("absl.logging.warning", lambda *text: said.append(text))
+    members.warm_up()
+    assert compiling.wait(60) and members.warming
+    members.close()
+    go_on.set()
+    members.working.shutdown(wait=True)
+    assert compiled == [0] and not members.warming and not said

@@ -208,8 +208,10 @@ class Members:
         def compile_one() -> None:
             try:
                 for _ in programs:
-                    self.working.submit(compile_one)
-                    return
+                    with contextlib.suppress(RuntimeError):  # the server has ended
+                        self.working.submit(compile_one)
+                        return
+                    break
             except Exception as error:  # votes compile what they need themselves, and say what is wrong
                 logging.warning("people: programs could not be compiled beforehand (%s)", error)
             self.warming = False

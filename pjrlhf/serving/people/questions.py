@@ -14,6 +14,7 @@ import numpy as np
 from absl import logging
 from jaxtyping import Float
 from scipy.special import expit, xlogy
+from scipy.stats import norm
 
 from pjrlhf.data.comparisons import SIDES
 from pjrlhf.errors import UserError
@@ -28,6 +29,8 @@ DRAWN = 32  # of them are compared at once: each is a pass forward and back
 OF_A_RUN = ("comparisons/comparisons.jsonl", "population/train.jsonl")
 Pair = dict[str, Json]
 _NODES, _WEIGHTS = np.polynomial.hermite_e.hermegauss(64)
+_STEP = 0.04
+_MARGINS = (np.arange(-1000, 1000) + 0.5) * _STEP  # beyond them an answer is certain
 
 
 def expected_information(
@@ -55,11 +58,23 @@ def expected_information(
     if len(A):
         across = A @ G.T  # [N, M]
         spread -= variance**2 * (across * np.linalg.solve(np.eye(len(A)) + variance * A @ A.T, across)).sum(0)
-    deviation = np.sqrt(np.maximum(spread, 0.0))
+    mean, doubt = _expected(np.asarray(margins, np.float64), np.sqrt(np.maximum(spread, 0.0)))
+    return np.maximum(_entropy(mean) - doubt, 0.0), mean
+
+
+def _expected(
+    margins: Float[np.ndarray, " M"], deviations: Float[np.ndarray, " M"]
+) -> tuple[Float[np.ndarray, " M"], Float[np.ndarray, " M"]]:
+    """Means of sigmoid(x) and of its entropy over x with normal distributions."""
     weights = _WEIGHTS / _WEIGHTS.sum()
-    chances = expit(np.asarray(margins, np.float64)[:, None] + deviation[:, None] * _NODES)
-    mean = chances @ weights
-    return np.maximum(_entropy(mean) - _entropy(chances) @ weights, 0.0), mean
+    chances = expit(margins[:, None] + deviations[:, None] * _NODES)
+    narrow = chances @ weights, _entropy(chances) @ weights
+    # Of a wide one the nodes lie far apart, but it hardly changes where the sigmoid does.
+    wide = np.maximum(deviations, 1.0)
+    density = _STEP * norm.pdf(_MARGINS, margins[:, None], wide[:, None])
+    chance = expit(_MARGINS)
+    found = norm.cdf(margins / wide) + density @ (chance - (_MARGINS > 0)), density @ _entropy(chance)
+    return np.where(deviations < 1, narrow[0], found[0]), np.where(deviations < 1, narrow[1], found[1])
 
 
 def _entropy(p: np.ndarray) -> np.ndarray:
