@@ -100,6 +100,5 @@ READER = DataReader(
         "other labels are counted",
         "there are no pairs in the set: gives=pairs makes one per prompt, and leaves out ties and single answers",
         "categories with a label become the column harms",
-        "the files of the set are packed by xz, which is not read: unpack them, or read the set by its name on the hub",
     ),
 )

@@ -7,11 +7,12 @@ import fnmatch
 import gzip
 import io
 import itertools
+import lzma
 import pathlib
 import re
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, BinaryIO, cast
+from typing import IO, Any, BinaryIO, cast
 
 from pjrlhf import paths
 from pjrlhf.data.records import RecordError, from_json, plain
@@ -19,7 +20,7 @@ from pjrlhf.errors import UserError, reason_of
 from pjrlhf.models.hub import hub_name
 from pjrlhf.settings import shown
 
-FORMATS = (".jsonl", ".json", ".csv", ".parquet")  # each also compressed: .jsonl.gz
+FORMATS = (".jsonl", ".json", ".csv", ".parquet")  # each also compressed: .jsonl.gz, .jsonl.xz
 # Other words for the same part of a set, as file names have them.
 _ALIKE = (
     ("train", "training"),
@@ -110,7 +111,7 @@ def rows(
     hub: Mapping[str, Any] | None = None,
     key: str = "data",
 ) -> Iterator[Row | RecordError]:
-    """Raw rows of .jsonl, .json, .csv and .parquet files, also compressed by gzip, in order of file names.
+    """Raw rows of .jsonl, .json, .csv and .parquet files, also compressed by gzip or xz, in order of file names.
 
     Args:
       path: a file, whose rows are all read; a folder of files, also in subfolders; or a name on the hub.
@@ -148,7 +149,12 @@ def check_path(path: str, key: str) -> None:
 
 
 def _is_hub_name(path: str) -> bool:
-    return hub_name(path) is not None and not path.removesuffix(".gz").endswith(FORMATS)
+    return hub_name(path) is not None and not _unpacked(path).endswith(FORMATS)
+
+
+def _unpacked(name: str) -> str:
+    """The name of a file without the suffix of its compression."""
+    return name.removesuffix(".gz").removesuffix(".xz")
 
 
 def _files(folder: pathlib.Path, pattern: str, split: str | None, key: str) -> list[pathlib.Path]:
@@ -161,8 +167,8 @@ def _files(folder: pathlib.Path, pattern: str, split: str | None, key: str) -> l
     if not found:
         what = "data files" if pattern == "*" else f"files {pattern!r}"
         raise UserError(
-            f"{folder}: holds no {what} ({', '.join(FORMATS)}, also .gz); set --config.{key}.path to the folder of the "
-            "raw files"
+            f"{folder}: holds no {what} ({', '.join(FORMATS)}, also .gz and .xz); set --config.{key}.path to the folder "
+            "of the raw files"
         )
     if split is None:
         return found
@@ -186,7 +192,7 @@ def _matching(folder: pathlib.Path, pattern: str) -> list[pathlib.Path]:
 
 def _stem(folder: pathlib.Path, file: pathlib.Path) -> str | None:
     """The path of a data file with its folder and without its suffix; None for a file of another format."""
-    name = (folder.absolute().name / file.relative_to(folder)).as_posix().removesuffix(".gz")
+    name = _unpacked((folder.absolute().name / file.relative_to(folder)).as_posix())
     return next((name.removesuffix(suffix) for suffix in FORMATS if name.endswith(suffix)), None)
 
 
@@ -198,11 +204,18 @@ def _numbered(file: pathlib.Path, name: str) -> Iterator[tuple[str, Any]]:
     """(place, value) of every row of a file; a `RecordError` for a line that is not JSON."""
     try:
         with paths.read_errors(file), file.open("rb") as raw:
-            packed = raw.read(2) == b"\x1f\x8b"
-        with paths.read_errors(file), gzip.open(file) if packed else file.open("rb") as content:
-            yield from _rows_of(cast(BinaryIO, content), file.name.removesuffix(".gz"), name)
-    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise UserError(f"{file}: a damaged gzip file ({error}); copy or download it again") from error
+            start = raw.read(6)
+        with paths.read_errors(file), _opened(file, start) as content:
+            yield from _rows_of(cast(BinaryIO, content), _unpacked(file.name), name)
+    except (gzip.BadGzipFile, lzma.LZMAError, EOFError, zlib.error) as error:
+        raise UserError(f"{file}: a damaged compressed file ({error}); copy or download it again") from error
+
+
+def _opened(file: pathlib.Path, start: bytes) -> IO[bytes]:
+    """The unpacked content of a file that starts with these bytes, whatever its name says."""
+    if start.startswith(b"\x1f\x8b"):
+        return cast(IO[bytes], gzip.open(file))
+    return lzma.open(file) if start == b"\xfd7zXZ\x00" else file.open("rb")
 
 
 def _rows_of(content: BinaryIO, file: str, name: str) -> Iterator[tuple[str, Any]]:
@@ -212,7 +225,9 @@ def _rows_of(content: BinaryIO, file: str, name: str) -> Iterator[tuple[str, Any
         return _csv(content, name)
     if file.endswith((".jsonl", ".json")):
         return _json(content, name)
-    raise UserError(f"{name}: the name does not tell the format; let it end in one of {', '.join(FORMATS)}, also .gz")
+    raise UserError(
+        f"{name}: the name does not tell the format; let it end in one of {', '.join(FORMATS)}, also .gz and .xz"
+    )
 
 
 def _json(content: BinaryIO, name: str) -> Iterator[tuple[str, Any]]:

@@ -3,6 +3,7 @@
 import dataclasses
 import gzip
 import json
+import lzma
 import pathlib
 import re
 
@@ -57,7 +58,7 @@ def test_rows_of_another_set_give_no_records_and_no_traceback(kind, tmp_path):
 ROWS = [{"a": "x\u2028y", "n": [{"b": None}]}, {"a": "", "n": []}]
 
 
-@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("packed", ["", ".gz", ".xz"])
 @pytest.mark.parametrize("suffix", FORMATS)
 def test_all_formats_give_the_same_rows(tmp_path, suffix, packed):
     path = tmp_path / f"train{suffix}"
@@ -67,7 +68,8 @@ def test_all_formats_give_the_same_rows(tmp_path, suffix, packed):
     else:
         write(path, rows)
     if packed:
-        (tmp_path / f"train{suffix}.gz").write_bytes(gzip.compress(path.read_bytes()))
+        compress = gzip.compress if packed == ".gz" else lzma.compress
+        (tmp_path / f"train{suffix}{packed}").write_bytes(compress(path.read_bytes()))
         path.unlink()
     found = list(Raw(str(tmp_path))())
     assert found == rows and all(row.where.startswith("train") for row in found)
@@ -101,7 +103,8 @@ def test_bad_rows_are_named(tmp_path):
     ("name", "content", "message"),
     [
         ("a.json", b"[1, 2", "cannot be read"),
-        ("a.jsonl.gz", b"\x1f\x8b\x08\x00", "damaged gzip file"),
+        ("a.jsonl.gz", b"\x1f\x8b\x08\x00", "damaged compressed file"),
+        ("a.jsonl.xz", lzma.compress(b'{"a": 1}')[:-9], "damaged compressed file"),
         ("a.parquet", b"PAR1 no more", "damaged parquet file"),
         ("a.csv", b"a\n\xff\n", "cannot be read"),
         ("a.txt", b"a", "does not tell the format"),
