@@ -167,8 +167,8 @@ def _files(folder: pathlib.Path, pattern: str, split: str | None, key: str) -> l
     if not found:
         what = "data files" if pattern == "*" else f"files {pattern!r}"
         raise UserError(
-            f"{folder}: holds no {what} ({', '.join(FORMATS)}, also .gz and .xz); set --config.{key}.path to the folder "
-            "of the raw files"
+            f"{folder}: holds no {what} ({', '.join(FORMATS)}, also .gz and .xz); set --config.{key}.path to the "
+            "folder of the raw files"
         )
     if split is None:
         return found
