@@ -22,6 +22,8 @@ Ten thousand people with 1 to 8 comparisons each, and a table with a million row
 
     python -m pjrlhf.main --config=configs/questions.py:many
     python -m pjrlhf.main --config=configs/questions.py:million
+
+Results: docs/results/questions.md.
 """
 
 import ml_collections
