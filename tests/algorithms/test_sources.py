@@ -29,7 +29,7 @@ def close(a, b):
 
 def method_of(folder, rewards):
     """The method of a run whose objectives have `rewards`, with the reward models of another run."""
-    run = tiny.start(folder, tiny.settings(rewards=rewards))
+    run = tiny.start(folder, tiny.settings(rewards=rewards, stages=tiny.TRAINING))
     found = load_tree(folder / "reward" / "model.safetensors")[0]
     if learned := [run.audience.rewards.index(name) for name in run.audience.learned]:
         found |= jax.tree.map(lambda x: x[np.array(learned)], {name: found[name] for name in ("bank", "heads")})
