@@ -339,6 +339,7 @@ def tiny_config(paper, variant, folder, judge=""):
     if "evaluate_users" in config:
         config.evaluate_users.generate_for = min(config.evaluate_users.generate_for, 1)
         config.evaluate_users.max_new_tokens = 8
+        config.evaluate_users.cold_start = config.evaluate_users.cold_start and (0, 2)
     for entry in config.methods.values():
         if "rollouts" in entry:
             entry.rollouts = 4
