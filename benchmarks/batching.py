@@ -21,7 +21,7 @@ steps of slots with an answer and of slots without, and the host.
 import contextlib
 import heapq
 import statistics
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import harness
@@ -75,6 +75,10 @@ def timed(clock: Callable[[], float]) -> Iterator[dict[str, float]]:
             setattr(programs, name, real[name])
 
 
+def said(values: Mapping[str, float]) -> str:
+    return ", ".join(f"{key} {harness.rounded(value)}" for key, value in values.items())
+
+
 def account(clock: Callable[[], float], slots: int, run: Callable[[], serving.Round]) -> dict[str, float]:
     """Seconds of a round by what they are spent on."""
     with timed(clock) as found:
@@ -122,7 +126,10 @@ def compare(options: Any, model: Any) -> tuple[dict, dict]:
         "static": lambda: engines.parts(engine, batches, prompts, limits, mix),
     }
     about: dict[str, Any] = {"ideal": schedule(limits, slots)}
-    about["where_seconds_go"] = {name: account(engines.clock, slots, side) for name, side in sides.items()}
+    about["where_seconds_go"] = {}
+    for name, side in sides.items():
+        about["where_seconds_go"][name] = parts = account(engines.clock, slots, side)
+        print(f"{name}: " + said(parts), flush=True)
     if not options.path and serving.wanted(options, "generate"):  # its prompts are texts of our own words
         sides["generate"] = generate
         generate()
