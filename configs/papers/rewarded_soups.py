@@ -55,10 +55,12 @@ def get_config(variant: str = "news") -> ml_collections.ConfigDict:
     c.policy.kl.update({"coefficient": 0.2, "target": 6.0})  # code; TRL's target
     c.policy.experience.missing_eos_penalty = 0.0
     config.family(c, "rsoups", "morl")
-    # Three policies of MORL, or one for four rewards: eleven or more at once would take several pods. Our choice.
-    points = ((0.25, 0.75), (0.5, 0.5), (0.75, 0.25)) if len(REWARDS[variant]) == 2 else "centre"
+    # Three policies of MORL, or two for four rewards: eleven or more at once would take several pods. Our choice.
+    pair = len(REWARDS[variant]) == 2
+    grid = tuple((round(i / 10, 1), round(1 - i / 10, 1)) for i in range(11))  # code: 11 interpolations
     with c.ignore_type():
-        c.methods.morl.preferences.points = points
+        c.methods.morl.preferences.points = grid[3:8:2] if pair else ((0.25,) * 4, (0.5, 0.5, 0.0, 0.0))
+        c.evaluate_front.points = grid if pair else "subsets"
     for entry in c.methods.values():
         entry.rollouts = c.policy.rollouts
     return c
