@@ -314,8 +314,12 @@ def dry_modpo(run: DryRun, settings: modpo.ModpoSettings) -> Modpo:
 
 def compile_reference(run: DryRun, count: int) -> None:
     """The log-probs of `count` answers under the reference."""
+    d = run.settings.data
+    prompt, answer = (np.zeros(length, np.int32) for length in (d.max_prompt, d.max_completion))
+    rows = [{"prompt": prompt, "answer": answer, "answer_mask": None}] * count
+    packed = run.devices.place(run.text.pack(rows, ["answer"]))
     with run.devices.part("reference"):
-        run.devices.program(reference.summed_logps)(run.workspace.backbone, run.rows(count))
+        run.devices.program(reference.summed_logps)(run.workspace.backbone, packed)
 
 
 def compile_rewards(run: DryRun) -> None:
