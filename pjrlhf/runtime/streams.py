@@ -57,6 +57,9 @@ STREAMS = {
     "comparisons/prompts": 165,
     "rewards/baseline": 166,
     "evaluate_users/base_answers": 167,
+    "user_models/permutation": 180,
+    "user_models/init": 181,
+    "user_models/batches": 182,
 }
 UNNAMED = 2**31  # the first number of names outside the table
 

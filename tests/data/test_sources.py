@@ -237,7 +237,10 @@ def test_tfds_without_tensorflow(tfds_folder):
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ({"kind": "csv"}, "data kind 'csv': unknown; .*choose one of jsonl, records, votes, choices, datasets, tfds"),
+        (
+            {"kind": "csv"},
+            "data kind 'csv': unknown; .*choose one of jsonl, records, votes, choices, answers, datasets, tfds",
+        ),
         ("csv", "data kind 'csv': unknown"),
         ({}, "data kind None: unknown"),
         ({"kind": "jsonl"}, "--config.data.path"),

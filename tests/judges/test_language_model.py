@@ -444,10 +444,11 @@ def test_requests_keep_to_their_rate(tmp_path):
         times.append(time.monotonic())
         return {"n": body["n"]}
 
-    Chat(ChatSettings(model="m", requests_per_minute=1200), tmp_path / "c.jsonl", send)(
-        "all", [{"n": n} for n in range(5)]
-    )
-    assert min(np.diff(sorted(times))) > 0.03 and max(times) - min(times) >= 0.18
+    chat = Chat(ChatSettings(model="m", requests_per_minute=1200), tmp_path / "c.jsonl", send)
+    started = time.monotonic()
+    chat("all", [{"n": n} for n in range(5)])
+    # A busy machine may send late, and never early.
+    assert all(at - started >= 0.05 * n - 0.005 for n, at in enumerate(sorted(times)))
 
 
 def test_those_who_ask_at_the_same_time_share_limits(tmp_path):

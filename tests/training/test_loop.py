@@ -4,7 +4,6 @@ import errno
 import json
 import os
 import pathlib
-import shutil
 import signal
 import subprocess
 import sys
@@ -122,7 +121,7 @@ def test_a_run_directory_that_is_deleted_while_training(tmp_path, checkpoint_eve
     class Deleting(Linear):
         def step(self, state, batch):
             if int(state.step) == 7:
-                shutil.rmtree(tmp_path / "run")
+                (tmp_path / "run").rename(tmp_path / "gone")  # at once, also while a checkpoint is being written
             return super().step(state, batch)
 
     with pytest.raises(UserError, match=f"{tmp_path}/run.*: .*deleted .*; start the run again|and start the run again"):
