@@ -48,7 +48,7 @@ VARIANTS = {
     "soups": POLICY | {"methods.pmorl.rollouts": 4, "evaluate.resamples": 20, "evaluate.sweep_points": 2},
     "front": FRONT,
     "front3": FRONT,
-    "pdpo_length": PREFERENCE | PEOPLE,
+    "pdpo_length": PREFERENCE | PEOPLE | {"data.max_completion": 40},  # one answer of a pair has to fit
     "pdpo_votes": PREFERENCE,
     "pdpo_text": PREFERENCE,
 }
