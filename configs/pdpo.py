@@ -29,12 +29,9 @@ Time on 2 CPU cores: about 4 minutes for the synthetic environment, 6 for :soup,
 for the base. Results: docs/results/pdpo.md.
 """
 
-import os
-from typing import Any
-
 import ml_collections
 
-from pjrlhf import config
+from pjrlhf import config, real_data
 from pjrlhf.errors import UserError
 from pjrlhf.feedback.population import PopulationSettings
 from pjrlhf.settings import to_config
@@ -79,30 +76,13 @@ def records(c: ml_collections.ConfigDict) -> None:
     c.stages = ("preference", "evaluate_users")
     config.pretrained(c)
     c.evaluate_users.update({"cold_start": (), "grid_pairs": 100})
-    _data(c.preference, kind="jsonl", path="")
-
-
-def _data(section: ml_collections.ConfigDict, **spec: Any) -> None:
-    with section.ignore_type():
-        section.data = ml_collections.ConfigDict(spec)
-
-
-def _folder(name: str) -> str:
-    return f"{os.environ.get('PJRLHF_TEST_DATA', '../shared')}/data/{name}"
+    real_data.source(c.preference, kind="jsonl", path="")
 
 
 def _small_base(c: ml_collections.ConfigDict) -> None:
-    """A model from scratch, trained on real answers, of which it reads the first 128 tokens."""
-    _data(c.sft, kind="jsonl", path=f"{_folder('alpaca_eval')}/responses.jsonl.gz")
-    with c.ignore_type():
-        c.data.columns = ml_collections.ConfigDict({"completion": "response"})
-        c.model.tokenizer = ml_collections.ConfigDict({"kind": "bpe", "vocab_size": 2048, "texts": 5000})
-    c.model.update({"hidden_size": 128, "intermediate_size": 384, "max_length": 384})
+    """A model from scratch, and training for it."""
+    real_data.small_base(c, steps=1000, completion=128)
     c.adapter.update({"rank": 16, "alpha": 32.0})
-    c.data.update({"max_prompt": 64, "prompt_buckets": (32,), "max_completion": 128, "max_bad_fraction": 0.05})
-    c.data.update({"long_prompt": "truncate_left", "long_completion": "truncate"})
-    c.sft.update({"steps": 1000, "batch_size": 16})
-    c.sft.optimizer.learning_rate = 3e-3
     c.preference.update({"mixture": "dropout", "batch_size": 16, "steps": 260})
     # Per token, because the summed log-ratio of a long answer mostly measures the distance from the reference.
     c.preference.update({"loss": "sigmoid_norm", "beta": 10.0})
@@ -117,14 +97,14 @@ def _small_base(c: ml_collections.ConfigDict) -> None:
 def style_pairs(c: ml_collections.ConfigDict) -> None:
     """Users who want longer or shorter answers, with real answers that a rule judges by length."""
     _small_base(c)
-    pairs = {"kind": "jsonl", "path": f"{_folder('alpaca_eval')}/style_pairs.jsonl.gz"}
+    pairs = real_data.style_pairs()
     personas = ("longer", "shorter")
     c.title = "P-DPO with users who want longer or shorter answers"
     with c.ignore_type():
         c.preferences = ml_collections.ConfigDict({name: {"dimension": "length", "sentence": ""} for name in personas})
         c.judge = ml_collections.ConfigDict({name: name for name in personas})
-        c.data.prompts = ml_collections.ConfigDict(pairs)
-    _data(c.population, **pairs, columns={"chosen": "concise", "rejected": "verbose"})
+    real_data.prompts(c, **pairs)
+    real_data.source(c.population, **pairs, columns={"chosen": "concise", "rejected": "verbose"})
     c.objectives = personas
     c.population.update({"personas": personas, "pairs_per_user": 320, "heldout_pairs_per_user": 60})
     c.population.new_pairs_per_user = 40
@@ -139,12 +119,9 @@ def llmfao(c: ml_collections.ConfigDict) -> None:
     _small_base(c)
     c.title = "P-DPO on the votes of real users"
     c.stages = ("sft", "preference", "evaluate_users")
-    folder = _folder("llmfao")
-    votes = {"kind": "votes", "path": f"{folder}/pairs-crowd.jsonl", "votes": f"{folder}/crowd-comparisons.csv"}
-    votes |= {"prompt": "text", "left": "result_x", "right": "result_y", "min_votes": 50}
-    with c.ignore_type():
-        c.data.prompts = ml_collections.ConfigDict(votes)
-    _data(c.preference, **votes)
+    votes = real_data.crowd_votes(least=50)
+    real_data.prompts(c, **votes)
+    real_data.source(c.preference, **votes)
     c.data.max_bad_fraction = 0.12  # one in ten votes is on a pair with an empty answer
     c.preference.update({"split": "pair", "steps": 210})
     c.preference.optimizer.learning_rate = 1e-3
@@ -160,9 +137,9 @@ def prefeval(c: ml_collections.ConfigDict) -> None:
     _small_base(c)
     c.title = "A user model that reads what users say about themselves"
     c.stages = ("sft", "preference", "evaluate_users")
-    choices = {"kind": "choices", "path": _folder("prefeval"), "options": "classification_task_options"}
+    choices = {"kind": "choices", "path": real_data.folder("prefeval"), "options": "classification_task_options"}
+    real_data.prompts(c, **choices)
     with c.ignore_type():
-        c.data.prompts = ml_collections.ConfigDict(choices)
         c.preference.models = ml_collections.ConfigDict(
             {
                 "pooled": {"kind": "uniform"},
@@ -170,6 +147,6 @@ def prefeval(c: ml_collections.ConfigDict) -> None:
                 "permuted": {"kind": "uniform", "user_text": True, "permuted": True},
             }
         )
-    _data(c.preference, **choices)
+    real_data.source(c.preference, **choices)
     c.data.update({"max_prompt": 96, "prompt_buckets": (48,), "max_completion": 64})
     c.preference.steps = 120

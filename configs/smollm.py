@@ -24,12 +24,11 @@ Prompts are those of AlpacaEval, and the data of the other variants are in $PJRL
 data/alpaca_eval, data/llmfao and data/prefeval. Results and times: docs/results/smollm.md.
 """
 
-import os
 import pathlib
 
 import ml_collections
 
-from pjrlhf import config
+from pjrlhf import config, real_data
 from pjrlhf.errors import UserError
 from pjrlhf.registry import load
 
@@ -61,11 +60,7 @@ def _of(file: str, variant: str) -> ml_collections.ConfigDict:
 
 
 def _alpaca_prompts(c: ml_collections.ConfigDict) -> None:
-    folder = os.environ.get("PJRLHF_TEST_DATA", "../shared")
-    with c.ignore_type():
-        c.data.prompts = ml_collections.ConfigDict(
-            {"kind": "jsonl", "path": f"{folder}/data/alpaca_eval/style_pairs.jsonl.gz"}
-        )
+    real_data.prompts(c, **real_data.style_pairs())
     c.data.update({"max_prompt": 96, "max_completion": 48, "heldout_fraction": 0.03})  # 24 of 805 prompts
     with c.ignore_type():
         c.data.prompt_buckets, c.data.completion_buckets = (48,), ()
@@ -168,8 +163,7 @@ def hh() -> ml_collections.ConfigDict:
     """Two users: one whose comparisons are those of helpful-base, one with those of harmless-base."""
     c = _of("pdpo.py", "records")
     c.title = "P-DPO with the two conflicting objectives of HH-RLHF as users"
-    with c.ignore_type():
-        c.preference.data = ml_collections.ConfigDict({"kind": "hh_rlhf", "path": "Anthropic/hh-rlhf"})
+    real_data.source(c.preference, kind="hh_rlhf", path="Anthropic/hh-rlhf")
     c.preference.optimizer.learning_rate = 3e-4
     c.preference.update({"batch_size": 8, "steps": 100})
     return c

@@ -26,12 +26,9 @@ Your own records with a column `user_id`:
 Results: docs/results/user_models.md.
 """
 
-import os
-from typing import Any
-
 import ml_collections
 
-from pjrlhf import config
+from pjrlhf import config, real_data
 from pjrlhf.errors import UserError
 from pjrlhf.feedback.population import PopulationSettings
 from pjrlhf.protocols.user_models import UserModelsSettings
@@ -88,30 +85,12 @@ def records(c: ml_collections.ConfigDict) -> None:
     c.title = "Reward models of people on your records"
     c.stages = ("user_models",)
     config.pretrained(c)
-    _data(c.user_models, kind="jsonl", path="")
-
-
-def _data(section: ml_collections.ConfigDict, **spec: Any) -> None:
-    with section.ignore_type():
-        section.data = ml_collections.ConfigDict(spec)
-
-
-def _folder(name: str) -> str:
-    return f"{os.environ.get('PJRLHF_TEST_DATA', '../shared')}/data/{name}"
+    real_data.source(c.user_models, kind="jsonl", path="")
 
 
 def _small_base(c: ml_collections.ConfigDict) -> None:
-    """A model from scratch, trained on real answers, of which it reads the first 192 tokens."""
-    _data(c.sft, kind="jsonl", path=f"{_folder('alpaca_eval')}/responses.jsonl.gz")
-    with c.ignore_type():
-        c.data.columns = ml_collections.ConfigDict({"completion": "response"})
-        c.model.tokenizer = ml_collections.ConfigDict({"kind": "bpe", "vocab_size": 2048, "texts": 5000})
-    c.model.update({"hidden_size": 128, "intermediate_size": 384, "max_length": 384})
-    c.data.update({"max_prompt": 64, "prompt_buckets": (32,), "max_completion": 192, "max_bad_fraction": 0.05})
+    real_data.small_base(c, steps=500, completion=192)
     c.data.completion_buckets = (64, 128)
-    c.data.update({"long_prompt": "truncate_left", "long_completion": "truncate"})
-    c.sft.update({"steps": 500, "batch_size": 16})
-    c.sft.optimizer.learning_rate = 3e-3
 
 
 def _people(c: ml_collections.ConfigDict, personas: dict[str, str]) -> None:
@@ -126,10 +105,9 @@ def style_pairs(c: ml_collections.ConfigDict) -> None:
     """Users who want longer or shorter answers, with real answers that a rule judges by length."""
     _small_base(c)
     c.title = "Reward models of people who want longer or shorter answers"
-    pairs = {"kind": "jsonl", "path": f"{_folder('alpaca_eval')}/style_pairs.jsonl.gz"}
-    with c.ignore_type():
-        c.data.prompts = ml_collections.ConfigDict(pairs)
-    _data(c.population, **pairs, columns={"chosen": "concise", "rejected": "verbose"})
+    pairs = real_data.style_pairs()
+    real_data.prompts(c, **pairs)
+    real_data.source(c.population, **pairs, columns={"chosen": "concise", "rejected": "verbose"})
     _people(c, {"longer": "longer", "shorter": "shorter"})
     c.population.whole_answers = 1  # the lengths of two truncated answers cannot be compared
 
@@ -138,10 +116,13 @@ def rules(c: ml_collections.ConfigDict) -> None:
     """People who weigh ten rules, among answers of real models to the same prompts."""
     _small_base(c)
     c.title = "Reward models of people who weigh ten rules"
-    answers = {"kind": "answers", "path": f"{_folder('alpaca_eval')}/responses.jsonl.gz", "completion": "response"}
-    with c.ignore_type():
-        c.data.prompts = ml_collections.ConfigDict(answers)
-    _data(c.population, **answers, pairs=24)
+    answers = {
+        "kind": "answers",
+        "path": f"{real_data.folder('alpaca_eval')}/responses.jsonl.gz",
+        "completion": "response",
+    }
+    real_data.prompts(c, **answers)
+    real_data.source(c.population, **answers, pairs=24)
     _people(
         c,
         {
@@ -165,11 +146,8 @@ def llmfao(c: ml_collections.ConfigDict) -> None:
     _small_base(c)
     c.title = "Reward models of people by their votes"
     c.stages = ("sft", "user_models")
-    folder = _folder("llmfao")
-    votes = {"kind": "votes", "path": f"{folder}/pairs-crowd.jsonl", "votes": f"{folder}/crowd-comparisons.csv"}
-    votes |= {"prompt": "text", "left": "result_x", "right": "result_y", "min_votes": 30}
-    with c.ignore_type():
-        c.data.prompts = ml_collections.ConfigDict(votes)
-    _data(c.user_models, **votes)
+    votes = real_data.crowd_votes(least=30)
+    real_data.prompts(c, **votes)
+    real_data.source(c.user_models, **votes)
     c.data.max_bad_fraction = 0.12  # one in ten votes is on a pair with an empty answer
     c.user_models.split = "pair"

@@ -23,7 +23,7 @@ ROOMS = (
     ("main",),
     ("aot",),
     ("pipeline",),
-    ("papers",),
+    ("papers", "real_data"),
     ("config",),
     ("protocols",),
     ("algorithms",),
