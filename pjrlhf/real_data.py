@@ -3,7 +3,7 @@ default), in data/alpaca_eval, data/llmfao and data/prefeval.
 """
 
 # The attributes of a ConfigDict are dynamic.
-# pyright: reportAttributeAccessIssue=false, reportArgumentType=false
+# pyright: reportAttributeAccessIssue=false, reportOptionalMemberAccess=false, reportArgumentType=false
 
 import os
 from typing import Any

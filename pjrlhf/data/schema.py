@@ -17,6 +17,7 @@ from pjrlhf.data.messages import (
     Answer,
     Conversation,
     Prompt,
+    as_turns,
     options_of,
     read_answer,
     read_messages,
@@ -191,13 +192,16 @@ def other_columns(example: Example) -> dict[str, Any]:
     return {name: value for name, value in own.items() if value is not None} | example.extra
 
 
-def in_conversation(example: Example, prompt: Conversation) -> Example:
-    """A record whose text prompt is asked as a conversation. The white space around an answer, which separated it from
-    the text, is dropped.
+def in_conversation(example: Example) -> Example:
+    """A record whose text prompt, if it has one, is asked as a conversation. The white space around an answer, which
+    separated it from the text, is dropped.
     """
+    prompt = example.prompt
+    if not isinstance(prompt, str) or not prompt:
+        return example
     answers = {name: getattr(example, name) for name in ("chosen", "rejected", "completion")}
     stripped = {name: answer.strip() for name, answer in answers.items() if isinstance(answer, str)}
-    return dataclasses.replace(example, prompt=prompt, request=example.prompt, **stripped)
+    return dataclasses.replace(example, prompt=Conversation(as_turns(prompt)), request=prompt, **stripped)
 
 
 def is_tie(example: Example) -> bool:

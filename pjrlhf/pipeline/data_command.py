@@ -20,7 +20,6 @@ from ml_collections import ConfigDict
 from pjrlhf import config as configs
 from pjrlhf.config import RunSettings
 from pjrlhf.data import synthetic
-from pjrlhf.data.messages import Conversation, as_turns
 from pjrlhf.data.overview import QUANTILES, Overview, Shared, overview, quantiles, sample, shared, written
 from pjrlhf.data.packing import Ids
 from pjrlhf.data.records import BadRecords, RecordError
@@ -179,13 +178,8 @@ def _read(
         examples, bad = validate(records, kind, columns=columns, max_bad_fraction=1.0)
     chat = data.chat if data and data.chat is not None else tokenizer is not None and tokenizer.has_chat_template
     if chat:
-        examples = [_asked(example) for example in examples]
+        examples = [in_conversation(example) for example in examples]
     return examples, bad, source.dropped
-
-
-def _asked(example: Example) -> Example:
-    prompt = example.prompt
-    return in_conversation(example, Conversation(as_turns(prompt))) if isinstance(prompt, str) and prompt else example
 
 
 def _kind_of(source: Sequence[Any], columns: Mapping[str, str]) -> str:

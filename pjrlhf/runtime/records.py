@@ -186,13 +186,7 @@ class Records:
 
         In a conversation, the white space around an answer, which separated it from a text prompt, is dropped.
         """
-        return [self._asked(example) for example in examples] if self.chat else list(examples)
-
-    def _asked(self, example: Example) -> Example:
-        prompt = example.prompt
-        if not isinstance(prompt, str) or not prompt:
-            return example
-        return in_conversation(example, Conversation(as_turns(prompt)))
+        return [in_conversation(example) for example in examples] if self.chat else list(examples)
 
     @functools.cached_property
     def _by_request(self) -> dict[Request, Example]:

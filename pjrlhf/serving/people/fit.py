@@ -18,10 +18,10 @@ import optax
 from jaxtyping import Float
 
 from pjrlhf.data.comparisons import SIDES, PairBatch, pair_batch
-from pjrlhf.data.messages import Conversation, as_turns, columns_of
+from pjrlhf.data.messages import columns_of
 from pjrlhf.data.packing import NOWHERE, PackedRows, PackLayout, align, choose_mode, pack, row_length
 from pjrlhf.data.records import RecordError
-from pjrlhf.data.schema import Example, parse
+from pjrlhf.data.schema import Example, in_conversation, parse
 from pjrlhf.data.token_table import Lengths, TokenRow, encode_example, tokenize
 from pjrlhf.data.tokenization import Tokenizer
 from pjrlhf.errors import UserError
@@ -192,11 +192,7 @@ class Fitter:
 
     def _asked(self, example: Example) -> Example:
         """As `runtime.records` asks it in training."""
-        if not self.chat or not isinstance(example.prompt, str):
-            return example
-        sides = {side: getattr(example, side) for side in SIDES}
-        stripped = {side: text.strip() for side, text in sides.items() if isinstance(text, str)}
-        return dataclasses.replace(example, prompt=Conversation(as_turns(example.prompt)), **stripped)
+        return in_conversation(example) if self.chat else example
 
     def fit(self, start: Row, examples: Sequence[Example]) -> Row:
         """The row after the fit to some comparisons, from a row to start from: float32 leaves on the host.
