@@ -28,6 +28,17 @@ from pjrlhf.rollout import scoring
 _VERSION = 2  # of the computation; raise it where the same key would give other numbers
 
 
+def computation(version: int, base_hash: str, param_dtype: object, model: Decoder) -> str:
+    """All that the numbers which a frozen base gives for token ids depend on, as text.
+
+    Args:
+      version: of the code that computes them.
+      base_hash, param_dtype: of the base's files, and the dtype they are read as.
+    """
+    decoder = (str(np.dtype(model.dtype)), model.attention, jax.default_backend(), model.config)
+    return repr((version, base_hash, str(param_dtype), *decoder))
+
+
 def cache_key(table: TokenTable, base_hash: str, param_dtype: object, model: Decoder) -> str:
     """Hex digest of everything the numbers of `reference_logps` depend on.
 
@@ -35,8 +46,7 @@ def cache_key(table: TokenTable, base_hash: str, param_dtype: object, model: Dec
     limits; the base by the hash of its files and the dtype they are read as; the computation by its dtype, attention
     and device. Log-probs are stored as sums, so that no loss normalisation is part of them.
     """
-    computation = (str(np.dtype(model.dtype)), model.attention, jax.default_backend(), model.config)
-    digest = hashlib.sha256(repr((_VERSION, base_hash, str(param_dtype), *computation)).encode())
+    digest = hashlib.sha256(computation(_VERSION, base_hash, param_dtype, model).encode())
     for name in ("prompt", *SIDES):
         for ids in table.tokens[name]:
             digest.update(len(ids).to_bytes(8, "little"))

@@ -14,6 +14,7 @@ from pjrlhf.errors import UserError
 from pjrlhf.models.storage import load_tree, save_tree
 from pjrlhf.parallel.processes import broadcast_from_zero
 from pjrlhf.rollout.features import KEY_BYTES, STATES, answer_key, answer_states
+from pjrlhf.rollout.reference import computation
 from pjrlhf.runtime.run import Run
 from pjrlhf.training.workdir import disk_errors
 
@@ -60,10 +61,9 @@ def features_of(run: Run, answers: Sequence[TokenRow]) -> np.ndarray:
 
 def _name(run: Run) -> str:
     """Hex digest of all that the features of an answer depend on beside its token ids."""
-    workspace, model = run.workspace, run.workspace.backbone.model
+    workspace = run.workspace
     dtype = jax.tree.leaves(workspace.backbone.base)[0].dtype
-    computation = (str(np.dtype(model.dtype)), model.attention, jax.default_backend(), model.config)
-    text = repr((_VERSION, workspace.base_hash, str(dtype), *computation))
+    text = computation(_VERSION, workspace.base_hash, dtype, workspace.backbone.model)
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
