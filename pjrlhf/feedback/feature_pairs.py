@@ -11,7 +11,7 @@ from pjrlhf.data.comparisons import SIDES
 from pjrlhf.data.schema import Example, is_tie
 from pjrlhf.data.token_table import TokenRow, TokenTable
 from pjrlhf.errors import UserError
-from pjrlhf.feedback.pairs import PARTS, PairSettings, at_most, split, tables_of
+from pjrlhf.feedback.pairs import PARTS, PairSettings, at_most, check_named, split, tables_of
 from pjrlhf.models.registry import UserRegistry
 from pjrlhf.models.user_models.base import Comparisons, Person
 from pjrlhf.rollout.features import STATES, answer_key
@@ -138,9 +138,7 @@ class FeaturePairs:
 
 def _table(run: Run, settings: FeatureSettings) -> TokenTable:
     examples, source = run.records.comparisons(settings.data, "user_models.data")  # pyright: ignore[reportArgumentType]
-    for example in examples:
-        if example.user_id is None:
-            raise UserError(f"{example.where}: no user_id; give every record one")
+    check_named(examples)
     return run.text.tokenized(run.records.asked(examples), run.text.lengths, source)
 
 

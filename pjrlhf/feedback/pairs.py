@@ -112,6 +112,13 @@ def split(examples: Sequence[Example], config: PairSettings, seed: int) -> dict[
     return parts
 
 
+def check_named(examples: Iterable[Example]) -> None:
+    """Raises UserError for a record that does not say who compared."""
+    for example in examples:
+        if example.user_id is None:
+            raise UserError(f"{example.where}: no user_id; give every record one")
+
+
 def at_most(part: str, examples: list[Example], settings: PairSettings, seed: int, source: str) -> list[Example]:
     """The examples of a part, or a sample of them, as the settings limit it; `source` names them in messages."""
     most = {"train": settings.max_pairs, "heldout": settings.max_heldout_pairs}.get(part, 0)
@@ -173,9 +180,8 @@ def tables_of(
         parts = {name: (part, source) for name, part in split(examples, settings, run.streams.seed).items()}
     for name, (examples, source) in parts.items():
         parts[name] = (at_most(name, examples, settings, run.streams.seed, source), source)
-    for example in (example for part, _ in parts.values() for example in part):
-        if example.user_id is None:
-            raise UserError(f"{example.where}: no user_id; give every record one")
+    for part, _ in parts.values():
+        check_named(part)
     if history:
         told = with_history({name: part for name, (part, _) in parts.items()}, history, _rng(run))
         parts = {name: (told[name], source) for name, (_, source) in parts.items()}
