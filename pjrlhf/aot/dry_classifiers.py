@@ -56,6 +56,24 @@ def bytes_per_chip(tree: Tree) -> int:
     return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
+def decoder_of(run: DryRun, config: ModelConfig, dtype: str, **options: Any) -> Decoder:
+    """A decoder on the mesh of a dry run, whose rows are split over the chips."""
+    mesh = run.devices.mesh
+    return Decoder(
+        config,
+        dtype=jnp.dtype(dtype),
+        attention=choose("auto", mesh.devices.flat[0].platform, dtype, mesh.size),
+        batch_sharding=batch_sharding(mesh) if mesh.size > 1 else None,
+        **options,
+    )
+
+
+def decoder_shapes(config: ModelConfig, dtype: str) -> Params:
+    """Shapes of the parameters of a decoder."""
+    leaves = {path: jax.ShapeDtypeStruct(shape, jnp.dtype(dtype)) for path, shape in leaf_shapes(config).items()}
+    return flax.traverse_util.unflatten_dict(leaves, sep="/")
+
+
 def rewards_of(run: DryRun) -> Specs:
     """(setting, specification) of the reward sources of a run."""
     return [(f"{REWARDS}{name}", spec) for name, spec in run.audience.source_specs.items()]
@@ -86,10 +104,9 @@ def classifiers_of(run: DryRun, specs: Specs) -> list[DryClassifier]:
 
 
 def _params(run: DryRun, config: ModelConfig, dtype: str) -> Params:
-    leaves = {path: jax.ShapeDtypeStruct(shape, jnp.dtype(dtype)) for path, shape in leaf_shapes(config).items()}
     score = jax.ShapeDtypeStruct((config.hidden_size, 1), jnp.float32)
     return {
-        "decoder": run.devices.shard(flax.traverse_util.unflatten_dict(leaves, sep="/")),
+        "decoder": run.devices.shard(decoder_shapes(config, dtype)),
         **run.devices.shard({"score": score}),
     }
 
@@ -99,17 +116,12 @@ def compile_classifiers(run: DryRun, classifiers: Iterable[DryClassifier], besid
     `beside` lies there too.
     """
     for one in classifiers:
-        s, mesh = one.settings, run.devices.mesh
+        s = one.settings
         rows = run.devices.even(s.batch_size or run.text.sample_rows)
         longest = run.settings.data.max_prompt + run.settings.data.max_completion
         length = max(SHORTEST, 1 << (longest - 1).bit_length())
         length = min(filter(None, (length, one.config.max_length, s.max_length)))
-        model = Decoder(
-            one.config,
-            dtype=jnp.dtype(s.dtype),
-            attention=choose("auto", mesh.devices.flat[0].platform, s.dtype, mesh.size),
-            batch_sharding=batch_sharding(mesh) if mesh.size > 1 else None,
-        )
+        model = decoder_of(run, one.config, s.dtype)
         whole: Any = np.zeros((rows, length), np.int32)
         batch = run.devices.place((whole, whole.astype(bool), whole[:, 0]))
         with (

@@ -4,23 +4,18 @@ import dataclasses
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-import flax.traverse_util
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pjrlhf.aot.dry_classifiers import REWARDS, Specs, bytes_per_chip
+from pjrlhf.aot.dry_classifiers import REWARDS, Specs, bytes_per_chip, decoder_of, decoder_shapes
 from pjrlhf.aot.dry_run import DryRun
 from pjrlhf.judges.language_model import PromptSettings, read_template
 from pjrlhf.models.adapters import AdapterConfig, Backbone
-from pjrlhf.models.attention import choose
 from pjrlhf.models.config import ModelConfig
-from pjrlhf.models.decoder import Decoder
-from pjrlhf.models.families import leaf_shapes
 from pjrlhf.models.hub import config_folder
 from pjrlhf.models.huggingface import read_config
 from pjrlhf.models.quantization import quantize_params
-from pjrlhf.parallel.mesh import batch_sharding
 from pjrlhf.rollout.batches import Prompts
 from pjrlhf.runtime.judges import MULTIPLE, ModelJudgeSettings, model_key, next_logps
 from pjrlhf.settings import parse
@@ -86,9 +81,7 @@ def _longest(run: DryRun, settings: PromptSettings, default: str) -> int:
 
 
 def _params(run: DryRun, config: ModelConfig, settings: ModelJudgeSettings) -> Params:
-    dtype = jnp.dtype(settings.param_dtype)
-    leaves = {path: jax.ShapeDtypeStruct(shape, dtype) for path, shape in leaf_shapes(config).items()}
-    tree = flax.traverse_util.unflatten_dict(leaves, sep="/")
+    tree = decoder_shapes(config, settings.param_dtype)
     return run.devices.shard(jax.eval_shape(quantize_params, tree) if settings.quantize else tree)
 
 
@@ -97,14 +90,8 @@ def compile_judges(run: DryRun, judges: Iterable[DryJudge], beside: Tree) -> Non
     `beside` lies there too.
     """
     for one in judges:
-        s, mesh = one.settings, run.devices.mesh
-        model = Decoder(
-            one.config,
-            dtype=jnp.dtype(s.dtype),
-            attention=choose("auto", mesh.devices.flat[0].platform, s.dtype, mesh.size),
-            user_offset=1,
-            batch_sharding=batch_sharding(mesh) if mesh.size > 1 else None,
-        )
+        s = one.settings
+        model = decoder_of(run, one.config, s.dtype, user_offset=1)
         whole = np.zeros((run.devices.even(s.batch_size), one.length), np.int32)
         prompts: Any = Prompts(whole, whole.astype(bool))  # pyright: ignore[reportArgumentType]
         backbone, wanted = Backbone(model, AdapterConfig(), one.params), jax.ShapeDtypeStruct((FORMS,), jnp.int32)
