@@ -8,19 +8,16 @@ import itertools
 import json
 import pathlib
 
-import jax
 import numpy as np
 
 from pjrlhf.data import bpe
 from pjrlhf.data.preferences import PAPER
 from pjrlhf.data.readers.personal_llm import SCALES
-from pjrlhf.models.config import ModelConfig
-from pjrlhf.models.decoder import Decoder, init_params
-from pjrlhf.models.huggingface import save_params
 from support.drawn_models import golden_families
 from support.raw_data import write
 from support.tiny_classifiers import config_of
 from support.tiny_llamas import write as write_model
+from support.tiny_users import save_base
 
 PAPERS = pathlib.Path(__file__).parents[2] / "configs" / "papers"
 VOCABULARY = 320
@@ -88,22 +85,8 @@ def tokenizer(folder):
 
 
 def base(folder):
-    """A random model; returns its Hugging Face folder."""
-    tokenizer(folder / "tokenizer")
-    config = ModelConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=16,
-        intermediate_size=24,
-        num_layers=1,
-        num_heads=2,
-        num_kv_heads=1,
-        head_dim=8,
-        max_length=4096,
-    )
-    params = init_params(Decoder(config), jax.random.key(0))
-    ids = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
-    save_params(folder / "model", config, params, tokenizer_folder=folder / "tokenizer", token_ids=ids)
-    return folder / "model"
+    """A random model that reads any text; returns its Hugging Face folder."""
+    return save_base(folder, VOCABULARY, max_length=4096, write_tokenizer=tokenizer)
 
 
 def classifier(folder, labels, seed):

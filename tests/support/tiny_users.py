@@ -85,11 +85,11 @@ def write_records(path, records):
     return str(path)
 
 
-def save_base(folder, vocab_size=0):
-    """Writes a random model with the tokenizer of the synthetic environment (and as many entries as that, if not more);
-    returns its Hugging Face folder.
+def save_base(folder, vocab_size=0, max_length=40, write_tokenizer=synthetic.write_tokenizer):
+    """Writes a random model with the tokenizer of the synthetic environment, or another one (and as many entries as the
+    former, if not more); returns its Hugging Face folder.
     """
-    synthetic.write_tokenizer(folder / "tokenizer")
+    write_tokenizer(folder / "tokenizer")
     config = ModelConfig(
         vocab_size=max(vocab_size, len(synthetic.vocabulary())),
         hidden_size=16,
@@ -98,7 +98,7 @@ def save_base(folder, vocab_size=0):
         num_heads=2,
         num_kv_heads=1,
         head_dim=8,
-        max_length=40,
+        max_length=max_length,
     )
     params = init_params(Decoder(config), jax.random.key(0))
     ids = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
