@@ -23,9 +23,11 @@ import jaxtyping
 import pytest
 import support.typechecker
 
-# Modules of array functions, whose annotated types and shapes are checked at every call.
+# Modules of array functions, whose annotated types and shapes are checked where PJRLHF_TEST_SHAPES is set.
+# This takes a fifth of the time of the tests.
 CHECKED = ("merging", "models", "objectives", "parallel", "rollout", "training")
-jaxtyping.install_import_hook([f"pjrlhf.{name}" for name in CHECKED], f"{support.typechecker.__name__}.check")
+if os.environ.get("PJRLHF_TEST_SHAPES"):
+    jaxtyping.install_import_hook([f"pjrlhf.{name}" for name in CHECKED], f"{support.typechecker.__name__}.check")
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 

@@ -73,6 +73,7 @@ def test_the_first_screen_of_readme_says_how_to_run_and_to_test():
     assert blocks[1].strip() == "pip install -e '.[test]' && pytest"
 
 
+@pytest.mark.slow
 def test_the_code_of_readme_runs(finished, tmp_path, monkeypatch, capsys):
     """On a run of the tests in place of the one that README makes."""
     (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), flags=re.DOTALL)

@@ -20,7 +20,10 @@ from pjrlhf.training.workdir import Workdir
 MODULE = "support.toy_extensions"
 
 
-@pytest.mark.parametrize("sources", [{}, {"P2A": f"{MODULE}:brevity"}], ids=["models", "sources"])
+SOURCE = pytest.param({"P2A": f"{MODULE}:brevity"}, marks=pytest.mark.slow, id="sources")
+
+
+@pytest.mark.parametrize("sources", [pytest.param({}, id="models"), SOURCE])
 def test_a_table_shows_what_the_step_trains_on(copied, monkeypatch, sources):
     """The same update with and without it, sampled once; its rewards and answers are those of the step."""
     sampled = []
@@ -54,6 +57,7 @@ def test_a_table_shows_what_the_step_trains_on(copied, monkeypatch, sources):
     assert metrics.keys() >= {"objective/kl"}
 
 
+@pytest.mark.slow
 def test_a_run_leaves_tables_and_evaluates_and_resumes(copied, tmp_path, monkeypatch, capsys):
     """A stopped run ends with the same tables; nothing stands twice, and early ones are not written again."""
     config = tiny.settings(

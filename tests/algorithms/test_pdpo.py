@@ -314,10 +314,8 @@ def test_held_out_accuracy_is_that_of_the_margins(run, pairs):
 # ---- resuming
 
 
-@pytest.mark.parametrize(
-    "stop_at",
-    [pytest.param(2, marks=pytest.mark.slow, id="in the warm start"), pytest.param(5, id="after it")],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("stop_at", [2, 5], ids=["in the warm start", "after it"])
 def test_a_stopped_run_ends_as_the_undisturbed_one(people, tmp_path, monkeypatch, stop_at):
     config = tiny_users.settings()
     config.preference.models = {"cluster": config.preference.models["cluster"].to_dict()}

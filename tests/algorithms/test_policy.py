@@ -46,6 +46,7 @@ def test_a_state_has_no_weak_types(finished):
     assert not any(getattr(x, "weak_type", False) for x in jax.tree.leaves(state))
 
 
+@pytest.mark.slow
 def test_factors_are_logged_and_one_of_1_changes_nothing(finished):
     plain, one = fixed(finished), fixed(finished, policy__reward_weights={"P1A": 1, "P2B": [[0, 1.0], [2, 0.0]]})
     states = plain.init(), one.init()

@@ -87,14 +87,8 @@ def gradient(config, backbone, trainable, rows):
     return found, metrics
 
 
-@pytest.mark.parametrize(
-    "kind, optimizer",
-    [
-        pytest.param("lora", "adamw", marks=pytest.mark.slow),
-        ("lora", "sgd"),
-        pytest.param("full", "sgd", marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "optimizer"), [("lora", "adamw"), ("lora", "sgd"), ("full", "sgd")])
 def test_policies_in_one_program_train_as_in_programs_of_their_own(kind, optimizer):
     """Two epochs of two minibatches, clipping active for one policy and idle for another."""
     rows, start = fabricated(np.array([0.05, 1.0, 300.0]), 0.05), trainable(kind, 0.05)

@@ -36,6 +36,7 @@ def test_the_base_is_that_of_the_folder_quantised_and_has_a_name_of_its_own(fini
     )
 
 
+@pytest.mark.slow
 def test_policies_train_on_it_and_their_adapters_merge_into_the_folder(copied, tmp_path):
     """One step by hand; what is written for `merge` names the folder, whose floats it adds to."""
     run = tiny.start(copied, tiny.settings(model__quantize="int8", policy__steps=1))

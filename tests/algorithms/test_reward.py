@@ -93,7 +93,8 @@ def noisy(tree, seed, scale=0.3):
     return structure.unflatten([x + scale * rng.standard_normal(x.shape).astype(x.dtype) for x in leaves])
 
 
-@pytest.mark.parametrize("rank", [2, pytest.param(0, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [2, 0])
 def test_k_models_in_one_program_equal_k_programs(method, rank):
     K, adapter = len(tiny.REWARDS), AdapterConfig(rank=rank, alpha=4.0)
     backbone = method.backbone.replace(adapter=adapter)

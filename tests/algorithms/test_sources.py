@@ -42,7 +42,8 @@ def method_of(folder, rewards):
     return policy.method_of(run, rewarder=found)
 
 
-@pytest.mark.parametrize("sources", [pytest.param(("P2A",), marks=pytest.mark.slow), tiny.REWARDS], ids=["one", "all"])
+@pytest.mark.slow
+@pytest.mark.parametrize("sources", [("P2A",), tiny.REWARDS], ids=["one", "all"])
 def test_a_source_that_gives_the_rewards_of_a_model_trains_as_the_model(finished, monkeypatch, sources):
     """The same states and metrics after two steps."""
     known = method_of(finished, {})
@@ -73,6 +74,7 @@ def test_a_source_that_gives_the_rewards_of_a_model_trains_as_the_model(finished
             assert metrics[1][f"rewards/{name}/seconds"][0] >= 0
 
 
+@pytest.mark.slow
 def test_a_run_mixes_sources_and_reward_models(copied):
     config = tiny.settings(
         rewards={"P2A": f"{MODULE}:brevity", "P1B": {"kind": "scorer", "scorer": "words:the,a"}},
@@ -135,6 +137,7 @@ def by_model(run, method, k):
     return rewards
 
 
+@pytest.mark.slow
 def test_a_function_that_calls_our_own_reward_model_trains_as_the_model(finished):
     known, asked = method_of(finished, {}), method_of(finished, {"P2A": BREVITY})
     run = tiny.start(finished, tiny.settings())
@@ -148,6 +151,7 @@ def test_a_function_that_calls_our_own_reward_model_trains_as_the_model(finished
         close(metrics[0], {name: metrics[1][name] for name in metrics[0]})
 
 
+@pytest.mark.slow
 def test_a_rollout_in_parts_is_the_whole_rollout_and_parts_are_sampled_while_others_are_scored(finished):
     """One part and two parts give the same state; the second part is drawn before the first is scored."""
     methods = [

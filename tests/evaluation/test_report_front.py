@@ -213,6 +213,7 @@ def test_numbers_of_fronts_may_be_missing(tmp_path):
     assert "nan" not in text.lower() and "None" not in text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("summary", [SUMMARY, USER_MODELS])
 def test_reports_without_fronts_are_as_before(tmp_path, summary):
     empty = {"front": {}, "methods": None, "claims": [], "scaling": {}}

@@ -141,6 +141,7 @@ def own_records():
     return summary | {"grid": dict.fromkeys(MODELS, cells)}
 
 
+@pytest.mark.slow
 def test_captions_and_columns_promise_nothing_that_is_not_there(tmp_path):
     summary = own_records()
     text = " ".join("".join(Page(report.write_report(tmp_path, summary).read_text()).text).split())

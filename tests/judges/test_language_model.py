@@ -501,6 +501,7 @@ print(judge([f"request {i}" for i in range(count)], ["xx"] * count, ["y"] * coun
 """
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_without_asking_again(tmp_path):
     """SIGKILL in the middle: only what was under way is asked again."""
     enough = threading.Event()

@@ -153,6 +153,7 @@ def test_every_device_holds_its_part(taken, step, mesh):
         assert bytes_per_device(tables) == whole_bytes(tables) // (sizes["data"] * sizes["fsdp"])
 
 
+@pytest.mark.slow
 def test_a_run_says_what_its_parameters_take(start, caplog):
     run = start("reward", "1x8")
     method = reward.method_of(run)
@@ -166,7 +167,8 @@ def test_a_run_says_what_its_parameters_take(start, caplog):
 # ---- merging
 
 
-@pytest.mark.parametrize("mesh", [pytest.param(m, marks=() if m == "2x2x2" else pytest.mark.slow) for m in MESHES])
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", MESHES)
 def test_merging_from_sharded_checkpoints(start, tmp_path, mesh):
     """Full models and adapters are saved from one mesh and merged on another, sharded throughout."""
     first, run = start("reward", "4x2"), start("reward", mesh)

@@ -27,6 +27,7 @@ def settings(**entry):
     return config
 
 
+@pytest.mark.slow
 def test_a_method_and_a_stage_of_other_code_run_beside_those_of_the_package(copied):
     config = settings()
     (copied / "config.json").unlink()  # of another config

@@ -123,8 +123,8 @@ def test_some_damages_end_in_success_or_one_line(runs, tmp_path):
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 @leaves_futures
-def test_every_damage_ends_in_success_or_one_line(runs, tmp_path):
-    found = damaged(runs, tmp_path, 0, 1)
+def test_a_third_of_all_damages_ends_in_success_or_one_line(runs, tmp_path):
+    found = damaged(runs, tmp_path, 0, 3)
 
     print({how: len(cases) for how, cases in found.items()})
     check(found)

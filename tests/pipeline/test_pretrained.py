@@ -53,6 +53,7 @@ def trained(tmp_path, base, **changes):
     return likelihood(run) - likelihood(run, bank)
 
 
+@pytest.mark.slow
 @pytest.mark.real_data
 def test_a_pretrained_model_keeps_its_likelihood_of_plain_text(tmp_path, shared):
     assert abs(trained(tmp_path, shared / "models" / "stories260K")) < 0.05

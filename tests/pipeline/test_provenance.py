@@ -314,6 +314,7 @@ def test_adapters_bring_the_tokens_that_end_their_answers(base_folder, tmp_path)
     assert set(load_tokenizer(tmp_path / "delta").eos_ids) == set(ids)
 
 
+@pytest.mark.slow
 def test_a_policy_of_everybody_is_an_ingredient(base_folder, tmp_path):
     """Merged into its base, it answers as the trained entry does."""
     records = tiny_users.write_records(tmp_path / "records.jsonl", lines_of(PEOPLE))
@@ -340,6 +341,7 @@ def test_a_bank_for_a_notebook(finished, base_folder):
 # ---- a trained entry, from its files alone
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bos", [True, False])
 def test_a_trained_entry_is_rebuilt_from_its_files(tmp_path, base_folder, bos):
     """Log-probs of the rebuilt model give the margins of the run, with and without BOS before the user tokens."""
@@ -426,6 +428,7 @@ def flipped(lines):
     return [{**line, "chosen": line["rejected"], "rejected": line["chosen"]} for line in lines]
 
 
+@pytest.mark.slow
 def test_other_data_or_base_under_the_same_path_are_refused_by_name(tmp_path, base_folder, monkeypatch):
     base = shutil.copytree(base_folder, tmp_path / "base")
     path = tmp_path / "records.jsonl"

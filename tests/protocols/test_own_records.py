@@ -78,6 +78,7 @@ def test_the_page_says_how_the_run_was_made(finished):
     assert "preference.optimizer.learning_rate" in text and "records.jsonl" in text
 
 
+@pytest.mark.slow
 def test_without_a_chat_template_the_synthetic_environment_trains_on_text(tmp_path):
     config = tiny.settings(stages=("sft",), data__chat=False, sft__steps=3, sft__optimizer__warmup_steps=0)
     folder = tiny.run(tmp_path / "run", config)

@@ -167,6 +167,7 @@ def test_ingredients_are_set_against_the_base_by_their_own_criterion(run):
     assert ingredients["P1B"]["kl"] == pytest.approx(np.mean(kl[-policy.KL_STEPS :]))
 
 
+@pytest.mark.slow
 def test_the_kl_is_that_of_the_last_steps_whatever_is_logged(copied, monkeypatch):
     """More steps than are averaged, a different number of them logged, and one of the runs interrupted."""
     monkeypatch.setattr(policy, "KL_STEPS", 2)
@@ -354,6 +355,7 @@ def test_further_judges_judge_all_methods(finished):
     assert asked[0] == asked[1] > len(found.combos) * len(found.requests) * 10
 
 
+@pytest.mark.slow
 def test_a_model_folder_judges_beside_the_scores(finished, tmp_path):
     folder = tiny_judge.make(tmp_path)
     model = {"kind": "model", "path": str(folder), "criteria": {"helpful": "It helps."}}

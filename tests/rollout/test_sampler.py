@@ -337,6 +337,7 @@ def test_impossible_settings_are_refused(setting, name):
         Sampling(**{"max_new_tokens": N, "eos_ids": (EOS,), "pad_id": PAD} | setting)
 
 
+@pytest.mark.slow
 def test_learned_positions_are_counted_with_user_tokens():
     """Beyond the last one, embeddings would be NaN."""
     model = Decoder(CONFIG.replace(positions="learned", max_length=P + N + 2))

@@ -224,6 +224,7 @@ def test_wrong_settings_are_refused_before_anything_is_read(settings, message):
         judge_from({"kind": "model", **settings}, JudgeContext(ScoreJudge(print)))
 
 
+@pytest.mark.slow
 def test_the_model_of_a_judge_leaves_with_its_stage(folder, copied):
     """Unless a reward asks the same model, whose judge takes it over."""
     criteria = {"helpful": "It helps."}

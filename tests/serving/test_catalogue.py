@@ -125,6 +125,7 @@ def test_adapters_of_folders_may_differ_in_rank_and_scale(folder, tmp_path):
     assert open_folders(str(folder), {}).bank is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mesh", ["data=2,fsdp=2,tensor=2", "data=-1"])
 def test_a_model_is_served_from_several_devices(folder, tmp_path, mesh):
     model = load_model(folder, adapter=tiny_serving.ADAPTER)

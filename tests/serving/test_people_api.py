@@ -123,6 +123,7 @@ def test_a_person_is_added_taught_and_deleted(place, name):
     assert users(place, quoted(name), method="DELETE")[0] == 200
 
 
+@pytest.mark.slow
 def test_neither_order_nor_batches_of_votes_matter(place):
     votes = [comparison(i, i % 4, (i + 1) % 4) for i in range(11)]
     found = []
@@ -286,6 +287,7 @@ def test_people_of_a_trained_user_model(model, kind):
     engine.close(30)
 
 
+@pytest.mark.slow
 def test_a_vote_given_to_one_replica_is_known_to_the_other(model, tmp_path):
     """Two servers, one PostgreSQL; votes for one person on both at once."""
     with contextlib.ExitStack() as stack:

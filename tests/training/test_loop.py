@@ -125,7 +125,9 @@ def test_a_run_directory_that_is_deleted_while_training(tmp_path, checkpoint_eve
             return super().step(state, batch)
 
     with pytest.raises(UserError, match=f"{tmp_path}/run.*: .*deleted .*; start the run again|and start the run again"):
-        train(tmp_path / "run", Deleting(), checkpoint_every=checkpoint_every)
+        workdir = Workdir(tmp_path / "run")
+        workdir.check_config({"seed": 0})  # as every run does: a writer may make the folder again, but not this file
+        loop.run(Deleting(), workdir, "fit", STEPS, LoopSettings(checkpoint_every=checkpoint_every))
     assert checkpoint_every == 5 or not (tmp_path / "run").exists()
 
 
