@@ -1,0 +1,6 @@
+"""`python -m pjrlhf VERB ...` is the command `pjrlhf VERB ...`."""
+
+from pjrlhf.cli import main
+
+if __name__ == "__main__":
+    main()
