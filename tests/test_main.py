@@ -600,6 +600,11 @@ def test_a_module_with_a_command_runs_it(module):
     assert done.returncode == 0 and done.stdout
 
 
+def test_the_package_is_the_command():
+    done = subprocess.run([sys.executable, "-m", "pjrlhf", "--help"], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0 and done.stdout.startswith("usage: pjrlhf ")
+
+
 @pytest.mark.parametrize("value", ["nan", "-1", "inf", "-inf"])
 def test_a_tolerance_that_decides_nothing_is_refused_before_anything_is_read(value, capsys):
     from pjrlhf import cli

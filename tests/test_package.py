@@ -19,6 +19,7 @@ MODULES = {
 }
 # A room may import what stands after it.
 ROOMS = (
+    ("__main__",),
     ("cli",),
     ("main",),
     ("aot",),

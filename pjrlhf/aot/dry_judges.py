@@ -10,7 +10,8 @@ import numpy as np
 
 from pjrlhf.aot.dry_classifiers import REWARDS, Specs, bytes_per_chip, decoder_of, decoder_shapes
 from pjrlhf.aot.dry_run import DryRun
-from pjrlhf.judges.language_model import PromptSettings, read_template
+from pjrlhf.judges.language_model import PromptSettings
+from pjrlhf.judges.templates import read_template
 from pjrlhf.models.adapters import AdapterConfig, Backbone
 from pjrlhf.models.config import ModelConfig
 from pjrlhf.models.hub import config_folder

@@ -33,10 +33,9 @@ from pjrlhf.judges.language_model import (
     LanguageModelJudge,
     LanguageModelRating,
     PromptSettings,
-    Template,
     objective_judge,
-    verdict_of,
 )
+from pjrlhf.judges.templates import Template, verdict_of
 from pjrlhf.models.adapters import AdapterConfig, Backbone
 from pjrlhf.models.attention import choose
 from pjrlhf.models.decoder import Decoder

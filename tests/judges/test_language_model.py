@@ -21,14 +21,8 @@ from pjrlhf.feedback.samplers import answer_of
 from pjrlhf.judges import chat, language_model
 from pjrlhf.judges.chat import Cache, Chat, ChatSettings
 from pjrlhf.judges.judge import BothOrders, JudgeContext, ScoreJudge, judge_from
-from pjrlhf.judges.language_model import (
-    FOLDER,
-    JudgeSettings,
-    LanguageModelJudge,
-    read_pair,
-    read_rating,
-    read_template,
-)
+from pjrlhf.judges.language_model import JudgeSettings, LanguageModelJudge
+from pjrlhf.judges.templates import FOLDER, read_pair, read_rating, read_template
 
 pytest.importorskip("openai")
 PROMPTS = [f"request {i}" for i in range(12)]

@@ -21,7 +21,7 @@ from pjrlhf.data.tokenization import load_tokenizer
 from pjrlhf.errors import UserError
 from pjrlhf.feedback import comparisons
 from pjrlhf.judges.judge import BothOrders, JudgeContext, ScoreJudge, agreement, judge_from
-from pjrlhf.judges.language_model import read_template
+from pjrlhf.judges.templates import read_template
 from pjrlhf.models.huggingface import load_params
 from pjrlhf.parallel.mesh import AXES
 from pjrlhf.pipeline import stages
