@@ -31,7 +31,7 @@ def save(run: Run, stage: str, names: Sequence[str], bank: Params) -> str:
       UserError: the disk is full or unwritable.
     """
     folder, workspace = run.workdir.stage(stage), run.workspace
-    bank = to_host(bank)
+    bank = to_host(workspace.complete(bank))
     with disk_errors(folder):
         save_tree(folder / BANK, bank, {"adapters": list(names), **workspace.provenance})
         _save_adapters(run, folder, names, bank)
@@ -116,4 +116,4 @@ def load(run: Run, stage: str = "policy", names: Sequence[str] | None = None) ->
         raise UserError(f"{path}: the bank holds {note.get('adapters')}, this run needs {names}; train it again")
     check_provenance(path, note, run.workspace.provenance)
     check_shapes(path, bank, run.workspace.bank_like(len(names)))
-    return run.devices.shard(bank)
+    return run.devices.shard(run.workspace.trained(bank))

@@ -70,7 +70,7 @@ def soup_bank(run: Run) -> Params:
         raise UserError(f"{path}: holds full parameters, of which every pair would need a copy; train adapters instead")
     check_provenance(path, note, run.workspace.provenance)
     check_shapes(path, bank, run.workspace.bank_like(bank_size(bank)))
-    return run.devices.shard(bank)
+    return run.devices.shard(run.workspace.trained(bank))
 
 
 def _file(run: Run, name: str) -> pathlib.Path:
@@ -97,7 +97,7 @@ def save(run: Run, entry: Entry, users: UserModel, registry: UserRegistry, param
         **_provenance(run, entry),
     }
     run.workdir.stage(f"preference/{entry.name}")
-    params = to_host(params)
+    params = to_host({**params, "bank": workspace.complete(params["bank"])})
     with disk_errors(path):
         save_tree(path, params, note)
         if entry.objective.head == "policy" and not (users.num_tokens or users.mixes or users.policies > 1):
@@ -132,4 +132,5 @@ def load(run: Run, entry: Entry) -> tuple[Params, UserRegistry]:
     if entry.objective.head == "reward":
         like["heads"] = jax.eval_shape(lambda: scoring.init_heads(1, users.width))
     check_shapes(path, params, like)
+    params["bank"] = run.workspace.trained(params["bank"])
     return run.devices.shard(params), registry

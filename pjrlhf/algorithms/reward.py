@@ -475,6 +475,8 @@ def run(run: Run) -> dict[str, Any]:
     path = run.workdir.stage("reward") / MODEL
     with disk_errors(path):
         note = {"rewards": list(audience.rewards), "models": models, **run.workspace.provenance}
+        if "bank" in tree:
+            tree["bank"] = run.workspace.complete(tree["bank"])
         save_tree(path, tree, note)
     return {"models": models}
 
@@ -514,6 +516,8 @@ def load(run: Run) -> Params:
         heads = jax.eval_shape(lambda: scoring.init_heads(K, workspace.model_config.hidden_size))
         like |= {"bank": workspace.bank_like(K), "heads": heads}
     check_shapes(path, tree, like)
+    if "bank" in tree:
+        tree["bank"] = workspace.trained(tree["bank"])
     if audience.sources:
         learned = {name: i for i, name in enumerate(audience.learned)}
         tree["models"] = np.array([learned.get(name, -1) for name in rewards], np.int32)

@@ -16,6 +16,7 @@ from pjrlhf.algorithms import banks
 from pjrlhf.data.batching import batches
 from pjrlhf.data.packing import PackedRows
 from pjrlhf.data.token_table import TokenRow, TokenTable
+from pjrlhf.errors import UserError
 from pjrlhf.merging.lora import merge_dense
 from pjrlhf.models.adapters import AdapterConfig, Backbone, Policies, init_bank
 from pjrlhf.parallel.processes import on_process_zero, to_host
@@ -55,6 +56,10 @@ class SftSettings(CorpusSettings):
         if not self.epochs:
             check_warmup(self.optimizer, self.steps)
         check_accumulation(self.accumulation_steps, self.batch_size)
+        if self.adapter.freeze_a:
+            raise UserError(
+                "adapter.freeze_a: this adapter is merged into the base, which leaves nothing to share; leave it out"
+            )
 
 
 def sft_loss(

@@ -32,11 +32,13 @@ from pjrlhf.data.token_table import TokenTable
 from pjrlhf.data.tokenization import AnswerIds
 from pjrlhf.errors import UserError
 from pjrlhf.feedback.pairs import Pairs, PairSettings, registry_of, tables_of
+from pjrlhf.models.adapters import frozen_factors
 from pjrlhf.models.config import ModelConfig
 from pjrlhf.models.families import leaf_shapes
 from pjrlhf.models.hub import config_folder
 from pjrlhf.models.huggingface import read_config
 from pjrlhf.models.quantization import quantize_params
+from pjrlhf.models.shared_a import with_a
 from pjrlhf.parallel.mesh import batch_sharding, make_mesh, shardings
 from pjrlhf.parallel.roofline import CHIPS, Cost, Estimate, collective_bytes, estimate, matmul_cost, memory_bytes
 from pjrlhf.paths import install
@@ -235,7 +237,10 @@ class DryWorkspace(Workspace):
         dtype = jnp.dtype(self.settings.param_dtype)
         leaves = {path: jax.ShapeDtypeStruct(shape, dtype) for path, shape in leaf_shapes(self.model_config).items()}
         tree = flax.traverse_util.unflatten_dict(leaves, sep="/")
-        return self.devices.shard(jax.eval_shape(quantize_params, tree) if self.settings.quantize else tree)
+        base = jax.eval_shape(quantize_params, tree) if self.settings.quantize else tree
+        if self.adapter.freeze_a:
+            base = with_a(base, jax.eval_shape(lambda: frozen_factors(tree, self.adapter)))
+        return self.devices.shard(base)
 
     def start_params(self, key: PRNGKey) -> Params:
         return self.base

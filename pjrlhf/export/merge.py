@@ -288,7 +288,7 @@ def _write_adapter(
     combined = combine_adapters(lora.concatenate, ingredients)
     with np.errstate(over="ignore"):  # what is too large for `dtype` is refused when it is written
         adapter = jax.tree.map(lambda x: np.asarray(x, jnp.dtype(dtype)), combined)
-    rank = sum(ingredient.rank for ingredient in ingredients)
+    rank = next(a for path, a in jax.tree.leaves_with_path(adapter) if path[-1].key == "a").shape[-1]
     if origin["folder"]:
         recorded, revision = origin["folder"], origin.get("commit")
     save_peft(work, adapter, rank, rank, recorded, model_type, head_dim, revision)

@@ -13,6 +13,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
 from jaxtyping import Float
 
 from pjrlhf.merging import trees
@@ -61,9 +63,10 @@ def merge_dense(kernels: Tree, adapters: Sequence[Tree], scales: Weights, weight
 
 
 def concatenate(adapters: Sequence[Tree], scales: Weights, weights: Weights) -> Tree:
-    """One adapter of rank sum_i R_i and scale 1 with the update sum_i weights[i] * scales[i] * a_i @ b_i, exactly.
+    """One adapter of scale 1 with the update sum_i weights[i] * scales[i] * a_i @ b_i, exactly.
 
-    Weights and scales are folded into `b`; dtypes are those of the first adapter.
+    Its rank is sum_i R_i, or that of one where all have the same `a`: then the update is a @ (sum_i weights[i] *
+    scales[i] * b_i). Weights and scales are folded into `b`; dtypes are those of the first adapter.
     Raises ValueError for a wrong number of weights or scales, weights that are not finite, and adapters of different
     kernels.
     """
@@ -73,12 +76,15 @@ def concatenate(adapters: Sequence[Tree], scales: Weights, weights: Weights) -> 
     def join(path: tuple[Any, ...], first: Mapping[str, Array]) -> dict[str, Array]:
         pairs = [each[_name(path)] for each in flat]
         folded = [_times(pair["b"], w * s) for pair, w, s in zip(pairs, weights, scales, strict=True)]
+        if shared:
+            return {"a": first["a"], "b": _sum(folded).astype(first["b"].dtype)}
         return {
             "a": jnp.concatenate([pair["a"] for pair in pairs], axis=-1).astype(first["a"].dtype),
             "b": jnp.concatenate(folded, axis=-2).astype(first["b"].dtype),
         }
 
     _check_alike(flat)
+    shared = all(_same([pairs[path]["a"] for pairs in flat]) for path in flat[0])
     return jax.tree.map_with_path(join, adapters[0], is_leaf=_is_pair)
 
 
@@ -107,6 +113,14 @@ def average_factors(adapters: Sequence[Tree], scales: Weights, weights: Weights)
 
 def _sum(terms: Iterable[Array]) -> Array:
     return functools.reduce(operator.add, terms)
+
+
+def _same(factors: Sequence[Array]) -> bool:
+    """Whether several arrays hold the same numbers; False inside `jax.jit`, where that is not known."""
+    first, *others = factors
+    if not others or any(isinstance(x, Tracer) or x.shape != first.shape for x in factors):
+        return False
+    return all(bool((np.asarray(x) == np.asarray(first)).all()) for x in others)
 
 
 def _is_pair(node: object) -> bool:

@@ -17,6 +17,7 @@ from flax import struct
 from jaxtyping import Bool, Float, Int
 
 from pjrlhf.errors import UserError
+from pjrlhf.models import shared_a
 from pjrlhf.models.decoder import Cache, Decoder, Layout
 from pjrlhf.models.quantization import refuse_quantized
 from pjrlhf.models.unrolled import SHARED_INPUTS, unroll
@@ -55,11 +56,14 @@ class AdapterConfig(Settings):
         low=0.0,
         below=1.0,
     )
+    freeze_a: bool = setting(
+        False, "all policies share one frozen first factor, and training moves the second alone: soups keep the rank"
+    )
 
     def check(self) -> None:
-        if (self.dropout or self.target_modules) and not self.rank:
+        if (self.dropout or self.target_modules or self.freeze_a) and not self.rank:
             raise UserError(
-                "rank: 0 trains full parameters, which have no dropout or target_modules; make it 1 or more"
+                "rank: 0 trains full parameters, which have no dropout, target_modules or freeze_a; make it 1 or more"
             )
 
     @property
@@ -76,7 +80,8 @@ def init_bank(base: Params, adapter: AdapterConfig, count: int, key: PRNGKey) ->
     """A bank of `count` policies, all equal to the base.
 
     LoRA: `a` [K, L, in, R] ~ N(0, 1/in) and `b` [K, L, R, out] = 0. All K share one draw of `a`, so that averaging the
-    factors across ingredients is meaningful (arXiv 2310.11564). Full parameters: K copies of `base`.
+    factors across ingredients is meaningful (arXiv 2310.11564); with `freeze_a`, `b` alone (see `shared_a`). Full
+    parameters: K copies of `base`.
 
     Raises:
       UserError: full parameters over a quantised base, or no layer to adapt.
@@ -92,15 +97,30 @@ def init_bank(base: Params, adapter: AdapterConfig, count: int, key: PRNGKey) ->
             if name not in base["layers"][block] or name not in adapter.targets:
                 continue
             depth, inputs, outputs = base["layers"][block][name]["kernel"].shape
+            bank[block][name] = {"b": jnp.zeros((count, depth, adapter.rank, outputs), dtype)}
+            if adapter.freeze_a:
+                continue
             draw = jax.random.normal(jax.random.fold_in(key, 100 * len(bank) + i), (depth, inputs, adapter.rank))
-            bank[block][name] = {
-                "a": jnp.broadcast_to(draw * inputs**-0.5, (count, *draw.shape)).astype(dtype),
-                "b": jnp.zeros((count, depth, adapter.rank, outputs), dtype),
-            }
+            bank[block][name]["a"] = jnp.broadcast_to(draw * inputs**-0.5, (count, *draw.shape)).astype(dtype)
     bank = {block: factors for block, factors in bank.items() if factors}
     if not bank:
         raise UserError(f"adapter.target_modules: the model has no layer {', '.join(adapter.target_modules)}; add some")
     return {"layers": bank}
+
+
+def frozen_factors(base: Params, adapter: AdapterConfig) -> Params:
+    """The A that all policies of `base` share with `adapter.freeze_a`: {block: {name: {"a": [L, in, R]}}} of numpy."""
+
+    def factor(block: str, name: str) -> Params:
+        depth, inputs, _ = base["layers"][block][name]["kernel"].shape
+        return {"a": shared_a.draw(f"{block}/{name}", (depth, inputs, adapter.rank), adapter.dtype)}
+
+    names = {block: [name for name in names if name in base["layers"][block]] for block, names in TARGETS.items()}
+    return {
+        block: {name: factor(block, name) for name in found if name in adapter.targets}
+        for block, found in names.items()
+        if adapter.targets & set(found)
+    }
 
 
 def is_low_rank(bank: Params) -> bool:

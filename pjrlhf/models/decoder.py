@@ -147,8 +147,9 @@ class Linear(nn.Module):
     """`x W`, plus the mixed low-rank update where a bank is present.
 
     The kernel is [in, out], or [out, in] where `transposed`; the optional bias is [out]. A quantised kernel comes with
-    `scale` [out] for its columns (see `quantization`). In the fused layout of `unrolled.unroll`, the LoRA factors A are
-    appended to the kernel as further columns, and the bank holds B only.
+    `scale` [out] for its columns (see `quantization`). An A that all policies share is a parameter "a" [in, R] beside
+    the kernel (see `shared_a`), and the bank holds B only. In the fused layout of `unrolled.unroll`, the LoRA factors A
+    are appended to the kernel as further columns, R where the policies share them and else K R; the bank holds B only.
 
     With a random stream "dropout", the fraction `dropout` of the inputs of A is dropped, as in PEFT.
     """
@@ -169,8 +170,10 @@ class Linear(nn.Module):
             b = self.get_variable("adapters", "b").astype(self.dtype)
             if self.has_variable("adapters", "a"):
                 a = self.get_variable("adapters", "a").astype(self.dtype)
+            elif self.has_variable("params", "a"):
+                a = self.get_variable("params", "a").astype(self.dtype)
             else:
-                features += b.shape[0] * b.shape[1]
+                features = self.get_variable("params", "kernel").shape[0 if self.transposed else -1]
         shape = (features, x.shape[-1]) if self.transposed else (x.shape[-1], features)
         kernel = self.param("kernel", nn.initializers.lecun_normal(), shape, self.param_dtype)
         scale = self.get_variable("params", "scale") if self.has_variable("params", "scale") else None
@@ -189,7 +192,7 @@ class Linear(nn.Module):
                 if self.dropout and self.has_rng("dropout"):
                     keep = jax.random.bernoulli(self.make_rng("dropout"), 1.0 - self.dropout, x.shape)
                     kept = jnp.where(keep, x / (1.0 - self.dropout), 0.0).astype(x.dtype)
-                low = jnp.einsum("btd,kdr->btkr", kept, a)
+                low = (kept @ a)[..., None, :] if a.ndim == 2 else jnp.einsum("btd,kdr->btkr", kept, a)
             y = matmul_transposed(x, kernel) if self.transposed else matmul(x, kernel)
             if scale is not None:
                 y = (y.astype(jnp.float32) * scale).astype(self.dtype)
@@ -197,6 +200,9 @@ class Linear(nn.Module):
                 mix = (mix[:, None] if mix.ndim == 2 else mix).astype(self.dtype)
                 if low is None:
                     y, low = jnp.split(y, [self.features], axis=-1)
+                    if low.shape[-1] == b.shape[1]:  # of one A for all policies
+                        low = low[..., None, :]
+                if low.ndim == 3:
                     y = y + (low * jnp.repeat(mix, b.shape[1], axis=-1)) @ b.reshape(-1, self.features)
                 else:
                     y = y + jnp.einsum("btkr,krf->btf", low * mix[..., None], b)

@@ -24,7 +24,8 @@ def unroll(
       leading: number of axes before the layer axis in the leaves of "params".
       transposed: store kernels as [out, in].
       fused: concatenate kernels that read the same input along their outputs: "gate" and "up" [in, out] become
-        "gate_up" [in, 2 out]. LoRA factors "a" [K, in, R] of these layers are appended as K R further kernel columns,
+        "gate_up" [in, 2 out]. LoRA factors "a" [K, in, R] of these layers are appended as K R further kernel columns
+        (R where all policies share one "a" [in, R]),
         and their factors "b" become one block-diagonal "b" [K, 2 R, 2 out], so that [y, low] = x [W, A] and the
         output is y + low B: four matmuls of a layer plus four small ones, instead of seven plus fourteen. Fused
         kernels are cast to `dtype`, the dtype of the matmul.
@@ -62,7 +63,8 @@ def _fuse(params: Params, bank: Params, dtype: DType) -> tuple[Params, Params]:
             names = [name for name in names if name in tree]
             pairs = {name: factors[name] for name in names if name in factors}
             first = tree[names[0]]["kernel"]
-            columns = sum(pair["a"].shape[0] * pair["a"].shape[2] for pair in pairs.values())
+            firsts = [pair["a"] if "a" in pair else tree[name]["a"][None] for name, pair in pairs.items()]
+            columns = sum(a.shape[0] * a.shape[2] for a in firsts)
             quantized = jnp.issubdtype(first.dtype, jnp.integer)
             if columns > first.shape[-2] // 8 or (pairs and quantized):
                 # Fusing does not pay where adapters are wide, because most of the block-diagonal "b" is zeros, and it
@@ -70,11 +72,12 @@ def _fuse(params: Params, bank: Params, dtype: DType) -> tuple[Params, Params]:
                 adapters[block].update(pairs)
                 continue
             parts, fused_name = [tree.pop(name) for name in names], "_".join(names)
-            whole = {key: jnp.concatenate([part[key] for part in parts], axis=-1) for key in parts[0]}
+            keys = [key for key in parts[0] if key != "a"]
+            whole = {key: jnp.concatenate([part[key] for part in parts], axis=-1) for key in keys}
             if not quantized:
                 whole["kernel"] = whole["kernel"].astype(dtype)
             if pairs:
-                a = jnp.concatenate([pair["a"] for pair in pairs.values()], axis=-1).swapaxes(0, 1)
+                a = jnp.concatenate(firsts, axis=-1).swapaxes(0, 1)
                 columns = a.reshape(len(a), -1).astype(dtype)
                 whole["kernel"] = jnp.concatenate([whole["kernel"], columns], axis=-1)
                 widths = {name: part["kernel"].shape[-1] for name, part in zip(names, parts, strict=True)}

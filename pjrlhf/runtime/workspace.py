@@ -15,7 +15,7 @@ from pjrlhf.data import bpe, synthetic
 from pjrlhf.data.messages import text_of
 from pjrlhf.data.tokenization import Tokenizer, load_tokenizer
 from pjrlhf.errors import UserError
-from pjrlhf.models.adapters import AdapterConfig, Backbone, init_bank
+from pjrlhf.models.adapters import AdapterConfig, Backbone, frozen_factors, init_bank
 from pjrlhf.models.attention import IMPLEMENTATIONS, choose
 from pjrlhf.models.config import ModelConfig, RopeScaling
 from pjrlhf.models.decoder import REMAT_POLICIES, Decoder, choose_decode, init_params
@@ -25,6 +25,7 @@ from pjrlhf.models.hub import config_folder, model_folder, portable
 from pjrlhf.models.huggingface import fingerprint, load_params, read_config
 from pjrlhf.models.provenance import adapted, text_provenance
 from pjrlhf.models.quantization import check_quantize
+from pjrlhf.models.shared_a import complete, second_factors, with_a
 from pjrlhf.parallel.mesh import batch_sharding, leaf_sharding
 from pjrlhf.parallel.processes import on_process_zero
 from pjrlhf.paths import user_cache
@@ -263,8 +264,13 @@ class Workspace:
 
     @functools.cached_property
     def base(self) -> Any:
-        """The parameters of the frozen base, on the mesh; kernels are int8 where `model.quantize` is set."""
-        return self._read(self.base_folder, quantized=bool(self.settings.quantize))
+        """The parameters of the frozen base, on the mesh; kernels are int8 where `model.quantize` is set. With
+        `adapter.freeze_a`, the first factors of all policies lie beside them.
+        """
+        base = self._read(self.base_folder, quantized=bool(self.settings.quantize))
+        if not self.adapter.freeze_a:
+            return base
+        return with_a(base, self.devices.shard({"layers": frozen_factors(base, self.adapter)})["layers"])
 
     @property
     def backbone(self) -> Backbone:
@@ -282,12 +288,21 @@ class Workspace:
         """The fingerprint of the base as this run uses it, with its quantization."""
         return "-".join(filter(None, [self.folder_hash, self.settings.quantize]))
 
+    def complete(self, bank: Params) -> Params:
+        """A bank as files have it, with both factors of each adapter."""
+        return complete(bank, self.base) if self.adapter.freeze_a else bank
+
+    def trained(self, bank: Params) -> Params:
+        """A bank of a file as this run trains it: without first factors that the base has."""
+        return second_factors(bank, self.base) if self.adapter.freeze_a else bank
+
     def bank_like(self, count: int) -> Params:
-        """Shapes and dtypes of a bank of `count` policies of this run."""
+        """Shapes and dtypes of a bank of `count` policies of this run, as files have it."""
         dtype = jnp.dtype(self.settings.param_dtype)
         shapes = {path: jax.ShapeDtypeStruct(shape, dtype) for path, shape in leaf_shapes(self.model_config).items()}
         base = flax.traverse_util.unflatten_dict(shapes, sep="/")
-        return jax.eval_shape(lambda base: init_bank(base, self.adapter, count, jax.random.key(0)), base)
+        adapter = self.adapter.replace(freeze_a=False)
+        return jax.eval_shape(lambda base: init_bank(base, adapter, count, jax.random.key(0)), base)
 
     @functools.cached_property
     def provenance(self) -> dict[str, Json]:

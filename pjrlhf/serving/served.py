@@ -12,6 +12,7 @@ from pjrlhf.data.tokenization import Tokenizer
 from pjrlhf.errors import UserError
 from pjrlhf.models.adapters import Backbone, bank_size, is_low_rank
 from pjrlhf.models.decoder import Decoder
+from pjrlhf.models.shared_a import share
 from pjrlhf.parallel.mesh import num_shards
 from pjrlhf.serving.penalties import BIASES, penalties_of
 from pjrlhf.serving.programs import Wanted
@@ -57,6 +58,9 @@ class ServedModel:
             raise UserError(f"context: {context} is more than the {longest} tokens of the model; lower it")
         if user_tokens >= context:
             raise UserError(f"context: {context} has no room after {user_tokens} user tokens; raise it")
+        if bank is not None:
+            base, bank = share(backbone.base, bank)
+            backbone = backbone.replace(base=base)
         return cls(*_unrolled(backbone, bank), tokenizer, user_tokens, context)
 
     @property

@@ -80,7 +80,9 @@ def test_equal_layers_start_equal_whatever_the_targets():
 def test_target_modules_that_cannot_be():
     with pytest.raises(UserError, match=r"target_modules: 'lm_head' is unknown; .*query, .*q_proj"):
         AdapterConfig(target_modules=("lm_head",))
-    with pytest.raises(UserError, match="rank: 0 trains full parameters, which have no dropout or target_modules"):
+    with pytest.raises(
+        UserError, match="rank: 0 trains full parameters, which have no dropout, target_modules or freeze_a"
+    ):
         AdapterConfig(rank=0, target_modules=("query",))
     without_gate = {"layers": {block: dict(layers) for block, layers in base()["layers"].items()}}
     del without_gate["layers"]["mlp"]["gate"]
