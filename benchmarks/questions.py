@@ -3,8 +3,8 @@
 Every new person has a pool of comparisons that they could be asked for, and held-out ones. Starting from the generic
 user, one comparison after the other is asked, the row is fitted as the server fits it, and the held-out accuracy is
 measured: in random order, and by the largest expected information (pjrlhf/serving/people/questions.py). Both orders
-have the same pool. Intervals are 95 % bootstraps over people of means over the seeds. Writes results/questions.json,
-under the name of the entry.
+have the same pool. Intervals are 95 % bootstraps that draw people, and seeds of every person. Writes
+results/questions.json, under the name of the entry.
 
 FILE is population/new_users.jsonl of a run, or records of your own with `user_id` and, for those to test on,
 `held_out`.
@@ -82,9 +82,10 @@ def curve(members: Members, pool: list[Example], held: list[Example], seed: int 
 
 
 def interval(values: np.ndarray) -> dict[str, float]:
-    """Mean over people [U] with its bootstrap interval."""
-    draws = np.random.default_rng(0).integers(len(values), size=(2000, len(values)))
-    low, high = np.quantile(values[draws].mean(1), [0.025, 0.975])
+    """Mean over people and seeds [U, S] with its bootstrap interval."""
+    rng, (U, S) = np.random.default_rng(0), values.shape
+    people, seeds = rng.integers(U, size=(2000, U, 1)), rng.integers(S, size=(2000, U, S))
+    low, high = np.quantile(values[people, seeds].mean((1, 2)), [0.025, 0.975])
     return {"mean": float(values.mean()), "low": float(low), "high": float(high)}
 
 
@@ -121,12 +122,12 @@ def main() -> None:
         for order in curves:
             curves[order].append(one[order])
         print(name, *(f"{order} {np.mean(one[order], 0).round(3).tolist()}" for order in curves), flush=True)
-    means = {order: np.mean(found, axis=1) for order, found in curves.items()}  # [U, counts]
-    rows = {order: [interval(x) for x in found.T] for order, found in means.items()}
-    rows["gain"] = [interval(x) for x in (means["information"] - means["random"]).T]
+    found = {order: np.moveaxis(np.array(each), -1, 0) for order, each in curves.items()}  # [counts, U, S]
+    found["gain"] = found["information"] - found["random"]
+    rows = {order: [interval(x) for x in each] for order, each in found.items()}
     output = pathlib.Path(given.output)
     results = json.loads(output.read_text()) if output.is_file() else {}
-    note = {"people": len(means["random"]), "seeds": given.seeds, "pool": given.pool}
+    note = {"people": len(curves["random"]), "seeds": given.seeds, "pool": given.pool}
     results[given.entry or "soups"] = {**note, "comparisons": COUNTS, **rows}
     output.write_text(json.dumps(results, indent=1) + "\n")
     print("| comparisons | random order | most informative first | difference |\n|---|---|---|---|")

@@ -4,7 +4,8 @@ For every size, number of adapters K and number of rows: rows that start togethe
 greedy, as many slots as rows.
 
 * a soup per row: every row has weights of its own for all K adapters;
-* one adapter: all rows ask for the same adapter of this bank;
+* one adapter: all rows ask for the same adapter of this bank, which is the same work;
+* a bank of one adapter: an engine that has no other;
 * base: an engine without a bank, which is also what one merged model costs;
 * K merged models in turn: row i asks for model i mod K, and each model answers its rows before the next begins;
 * PEFT: `generate(adapter_names=...)` of transformers, one of K adapters per row, which is as near to a soup per row as
@@ -208,12 +209,14 @@ def compare_rows(options: argparse.Namespace, model: Any, folder: pathlib.Path, 
     context = options.prompt + options.new
     soups = engine_of(model, bank_of(model, count), rows, context)
     plain = engine_of(model, None, rows, context)
+    lone = engine_of(model, bank_of(model, 1), rows, context)
     mix = rng.dirichlet(np.ones(count), rows).astype(np.float32)
     one = np.eye(count, dtype=np.float32)[np.zeros(rows, int)]
     turns = [range(k, rows, count) for k in range(min(count, rows))]
     sides: dict[str, Callable[[], Round]] = {
         OURS: lambda: engines.round(soups, prompts, limits, mix),
         "one adapter": lambda: engines.round(soups, prompts, limits, one),
+        "a bank of one adapter": lambda: engines.round(lone, prompts, limits, np.ones((rows, 1), np.float32)),
         "base": lambda: engines.round(plain, prompts, limits, none),
         f"{count} merged models in turn": lambda: engines.parts(plain, turns, prompts, limits, none),
     }

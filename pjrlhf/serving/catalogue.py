@@ -21,7 +21,7 @@ from pjrlhf.data.token_table import Lengths
 from pjrlhf.errors import UserError
 from pjrlhf.export.ingredients import check_adapter, check_bases, open_ingredient
 from pjrlhf.language_model import LanguageModel, load_bank, load_model, load_personal
-from pjrlhf.models.adapters import AdapterConfig, is_low_rank
+from pjrlhf.models.adapters import AdapterConfig, Backbone, is_low_rank
 from pjrlhf.models.folders import read_json
 from pjrlhf.models.hf_config import read_config
 from pjrlhf.models.hub import hub_name, model_folder
@@ -90,6 +90,11 @@ class People:
     trained: bool = True
     learning: Learning | None = None
     base: str = ""
+
+    @property
+    def learns(self) -> bool:
+        """Whether the rows of people can be fitted."""
+        return self.model.personal and self.learning is not None
 
     @functools.cached_property
     def _apply(self) -> Any:
@@ -251,6 +256,14 @@ class Catalogue:
         if self.people is None or user is None or alone:
             return Voice(name, row, tokens, weights)
         return Voice(name, row, tokens, weights, user, known, tokens is not None or (name == PERSONAL and mix is None))
+
+    def laid_out(self, backbone: Backbone) -> "Catalogue":
+        """The catalogue with the base as an engine has laid it out, so that its layers lie in memory once; unchanged
+        where people learn, because fits read the layers as they were loaded.
+        """
+        if isinstance(self.people, People) and self.people.learns:
+            return self
+        return dataclasses.replace(self, model=dataclasses.replace(self.model, backbone=backbone))
 
     def asked(self, text: str) -> Prompt:
         """A question of the command line as a prompt."""

@@ -32,6 +32,7 @@ def serve(catalogue: Catalogue, settings: ServerSettings, sizes: EngineSettings)
       UserError: the address is taken or not of this machine.
     """
     engine = Engine(catalogue.model.backbone, catalogue.model.tokenizer, catalogue.bank, catalogue.user_tokens, sizes)
+    catalogue = catalogue.laid_out(engine.served.backbone)
     key = os.environ.get(KEY_VARIABLE, "")
     server = Server(catalogue, engine, settings, key)
     members = server.service.catalogue.people

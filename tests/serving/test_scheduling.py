@@ -1,15 +1,20 @@
 """When the engine reads prompts and draws tokens: together where it can, at once where somebody waits."""
 
 import dataclasses
+import gc
 import heapq
+import weakref
 
 import jax
 import numpy as np
 import pytest
-from support import tiny_serving
+from support import tiny_serving, tiny_users
 
-from pjrlhf.language_model import LanguageModel
+from pjrlhf.language_model import LanguageModel, load_model
 from pjrlhf.serving import programs
+from pjrlhf.serving.catalogue import Catalogue
+from pjrlhf.serving.engine import Engine
+from pjrlhf.serving.settings import EngineSettings
 from pjrlhf.serving.tickets import Request
 
 E = 2
@@ -109,3 +114,14 @@ def test_the_engine_shares_what_its_layout_leaves_as_it_is(model):
 def test_the_likeliest_token_is_the_first_of_equals():
     scores = np.random.default_rng(0).integers(0, 9, (50, 30)).astype(np.float32)
     np.testing.assert_array_equal(programs.likeliest(scores), scores.argmax(-1))
+
+
+def test_the_layers_lie_in_memory_once_where_nobody_learns(tmp_path):
+    model = load_model(tiny_users.save_base(tmp_path))
+    given = [weakref.ref(leaf) for leaf in jax.tree.leaves(model.backbone.base["layers"])]
+    engine = Engine(model.backbone, model.tokenizer, settings=EngineSettings(slots=1))
+    catalogue = Catalogue(model).laid_out(engine.served.backbone)
+    del model
+    gc.collect()
+    assert given and all(leaf() is None for leaf in given)
+    assert catalogue.model.backbone is engine.served.backbone

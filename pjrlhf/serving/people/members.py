@@ -77,7 +77,8 @@ class Members:
         self._people, self.store, self._run = catalogue.people, store, catalogue.run
         self.model, self.trained, self.names = self._people.model, self._people.trained, catalogue.names
         self.fitter = None
-        if self.model.personal and self._people.learning is not None:
+        if self._people.learns:
+            assert self._people.learning is not None
             parts = catalogue.model.backbone, catalogue.model.tokenizer, catalogue.chat, self.model
             trainable = {"bank": catalogue.bank, "users": self._people.params}
             self.fitter = Fitter(*parts, trainable, self._people.learning)
