@@ -9,6 +9,11 @@ Users as soups of given policies, with weights learned from their comparisons:
 
     python -m pjrlhf.main --config=configs/pdpo.py:soup
 
+One policy for everybody that reads a person's comparisons, or what is written of them, before the prompt
+(docs/user_models.md#what-stands-before-the-prompt):
+
+    python -m pjrlhf.main --config=configs/pdpo.py:context
+
 Your own preference records with a column `user_id` (and `user_text`, for entries with user_text=True), on a Hugging
 Face model:
 
@@ -45,7 +50,7 @@ def get_config(variant: str = "synthetic") -> ml_collections.ConfigDict:
     c.population = to_config(PopulationSettings())
     config.users(c)
     variants = {"synthetic": None, "soup": soup, "records": records, "style_pairs": style_pairs, "llmfao": llmfao}
-    variants["prefeval"] = prefeval
+    variants |= {"prefeval": prefeval, "context": context}
     if variant not in variants:
         names = ", ".join(f":{name}" for name, change in variants.items() if change)
         raise UserError(f"configs/pdpo.py:{variant}: unknown variant; use configs/pdpo.py alone or with {names}")
@@ -69,6 +74,42 @@ def soup(c: ml_collections.ConfigDict) -> None:
         )
         c.preference.models["permuted"] = {"kind": "soup", "permuted": True}
     c.evaluate_users.cold_start_models = ("soup", "individualized")
+
+
+def context(c: ml_collections.ConfigDict) -> None:
+    """People of two personas, as many of each: without knowing the person nothing can be told."""
+    c.title = "What is written of a person's comparisons, before the prompt"
+    c.population.update({"users": 40, "new_users": 20, "fractions": (0.5, 0.5), "pool": 1500})
+    c.population.update({"pairs_per_user": 128, "heldout_pairs_per_user": 16, "new_pairs_per_user": 40})
+    # Words of the synthetic language; it has none for "preferred".
+    good, bad = "do", "not"
+    template = "{prompt} {first_verdict} {first} {second_verdict} {second}"
+    fewshot = {
+        "kind": "uniform",
+        "history": 4,
+        "varied": True,
+        "writer": {"kind": "fewshot", "template": template, "verdicts": (good, bad)},
+    }
+    hindsight = {**fewshot, "writer": {"kind": "hindsight", "good": good, "bad": bad}}
+    attributes = {"kind": "uniform", "history": 8, "writer": {"kind": "attributes", "most": 1}}
+    with c.ignore_type():
+        c.preference.models = ml_collections.ConfigDict(
+            {
+                "pooled": {"kind": "uniform"},
+                "fewshot": fewshot,
+                "hindsight": hindsight,
+                "attributes": attributes,
+                "fewshot_permuted": {**fewshot, "permuted": True},
+                "attributes_permuted": {**attributes, "permuted": True},
+                "individualized": {"kind": "individualized", "tokens": 4},
+            }
+        )
+    c.data.update({"max_prompt": 384, "long_prompt": "truncate_left", "packing": "pack"})
+    c.data.prompt_buckets = (12, 24, 96)
+    c.model.max_length = 512
+    read = ("fewshot", "hindsight", "attributes", "fewshot_permuted", "attributes_permuted")
+    c.evaluate_users.update({"generate_for": 0, "cold_start": (0, 1, 2, 4, 8)})
+    c.evaluate_users.cold_start_models = (*read, "individualized")
 
 
 def records(c: ml_collections.ConfigDict) -> None:

@@ -73,7 +73,8 @@ def same_parameters(c: ml_collections.ConfigDict) -> None:
 def history(c: ml_collections.ConfigDict) -> None:
     c.title = "Comparisons of the person before the prompt"
     # Nothing but places tells chosen and rejected answers apart: the language has no other words.
-    before = {"kind": "uniform", "history": 2, "history_template": "{prompt} {chosen} {rejected}"}
+    writer = {"kind": "fewshot", "template": "{prompt} {chosen} {rejected}"}
+    before = {"kind": "uniform", "history": 2, "writer": writer}
     _models(c, pooled={"kind": "uniform"}, history=before, permuted={**before, "permuted": True})
     c.data.update({"max_prompt": 100, "prompt_buckets": (12, 24, 48), "long_prompt": "truncate_left"})
     c.evaluate_users.update({"cold_start": (), "cold_start_models": ()})

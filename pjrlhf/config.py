@@ -92,12 +92,6 @@ class RunSettings(SharedSettings):
             self._check_cold_start(self.evaluate_users, self.preference)
         if self.evaluate_users and self.preference:
             check_names("preference.models", self.preference.models, USERS_OWN)
-            read = [name for name in self.preference.models if self.preference.entry(name).users.history]
-            if read and self.evaluate_users.generate_for:
-                raise UserError(
-                    f"evaluate_users.generate_for: preference.models.{read[0]} reads comparisons before its prompts, "
-                    "and is evaluated on comparisons alone; set --config.evaluate_users.generate_for=0"
-                )
         self._check_judges()
         if {"evaluate", "evaluate_front"} & {*self.stages}:
             self.audience.check_scores()
@@ -149,8 +143,9 @@ class RunSettings(SharedSettings):
                 f"population.new_pairs_per_user={self.population.new_pairs_per_user} to test on; raise the latter"
             )
         for name in evaluated.cold_start_models:
-            kind = KINDS.get(trained.entry(name).users.kind)
-            if not kind.personal or kind.trains_adapters:
+            entry = trained.entry(name).users
+            kind = KINDS.get(entry.kind)
+            if kind.trains_adapters or not (kind.personal or entry.read):
                 raise UserError(
                     f"evaluate_users.cold_start_models: {name!r} has nothing of a person's own to fit; leave it out"
                 )

@@ -24,6 +24,8 @@ from pjrlhf.config import RunSettings
 from pjrlhf.data.readers.reader import ReaderSettings
 from pjrlhf.errors import UserError
 from pjrlhf.feedback.samplers import ChatSamplerSettings, ModelSamplerSettings
+from pjrlhf.feedback.writers.base import Writer
+from pjrlhf.feedback.writers.kinds import kinds as writers
 from pjrlhf.judges.language_model import JudgeSettings
 from pjrlhf.models.user_models.base import UserRewards
 from pjrlhf.models.user_models.kinds import kinds
@@ -154,6 +156,7 @@ def test_every_class_of_settings_is_reached_by_a_flag():
     chosen |= {EngineSettings, ServerSettings}  # flags of `pjrlhf serve`
     chosen |= {ReaderSettings, *below(ReaderSettings)}  # of sources, by their kind
     chosen |= {UserRewards, *below(UserRewards)}  # entries of `user_models.models`
+    chosen |= {Writer, *below(Writer)}  # `writer` of entries of `preference.models`
     assert package - inherited - chosen == set()
     combine = everything().policy.combine
     for rule in below(CombinationRule) & package:
@@ -210,7 +213,10 @@ def one_line(error):
 
 @pytest.mark.parametrize(
     "cls",
-    sorted(classes() | {EngineSettings, ServerSettings} | set(kinds().values()), key=lambda cls: cls.__name__),
+    sorted(
+        classes() | {EngineSettings, ServerSettings} | set(kinds().values()) | set(writers().values()),
+        key=lambda cls: cls.__name__,
+    ),
 )
 def test_every_value_is_taken_or_refused_in_one_line(cls):
     """Given for one field of its class."""

@@ -10,8 +10,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from pjrlhf.errors import UserError
-from pjrlhf.feedback.history import TEMPLATE, History, check_template
+from pjrlhf.feedback.history import History
 from pjrlhf.feedback.pairs import PairSettings
+from pjrlhf.feedback.writers.kinds import writer
 from pjrlhf.models.users import KINDS, STARTS
 from pjrlhf.rollout.preference import PreferenceConfig
 from pjrlhf.settings import Settings, check_names, parse, setting
@@ -37,8 +38,13 @@ class EntrySettings(Settings):
         below=1.0,
     )
     user_text: bool = setting(False, "what people say about themselves stands before the prompt")
-    history: int = setting(0, "comparisons of the person that stand before the prompt", low=0, high=10**4)
-    history_template: str = setting(TEMPLATE, "how one of them is written")
+    history: int = setting(0, "comparisons of the person that the writer reads", low=0, high=10**4)
+    writer: str | Mapping[str, Any] = setting(
+        "",
+        'what of a person\'s comparisons stands before the prompt: a kind, or {"kind": ..., setting: value}, see '
+        "feedback/writers; fewshot where empty, the comparisons themselves",
+    )
+    varied: bool = setting(False, "a training prompt is after 0 to `history` comparisons, drawn evenly")
 
     @property
     def added(self) -> int:
@@ -46,20 +52,28 @@ class EntrySettings(Settings):
         return self.tokens if "tokens" in KINDS.get(self.kind).sizes else 0
 
     @property
+    def read(self) -> History | None:
+        """What is read of a person's comparisons outside training, and who writes it down; None for nothing."""
+        if not (self.history or self.writer):
+            return None
+        return History(count=self.history, writer=writer(self.writer or "fewshot"), varied=self.varied)
+
+    @property
     def texts(self) -> dict[str, Any]:
         """What of people stands before prompts outside training; see `feedback.pairs.tables_of`."""
-        history = History(count=self.history, template=self.history_template) if self.history else None
-        return {"user_text": self.user_text, "others_text": False, "history": history}
+        return {"user_text": self.user_text, "others_text": False, "history": self.read}
 
     @property
     def trained_texts(self) -> dict[str, Any]:
         """The same in training, where it is permuted in the control."""
-        history = self.texts["history"]
+        history = self.read
         history = history and dataclasses.replace(history, permuted=self.permuted)
         return {"user_text": self.user_text, "permuted_text": self.user_text and self.permuted, "history": history}
 
     def check(self) -> None:
-        check_template(self.history_template)
+        history = self.read
+        if history and history.writer.reads and not history.count:
+            raise UserError(f"history: writer {self.writer!r} has nothing to read; set it to 1 or more")
         try:
             KINDS.get(self.kind)
         except UserError as error:

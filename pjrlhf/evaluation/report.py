@@ -47,6 +47,9 @@ and of user models, where `accuracy` is the dict of `users.user_accuracy`:
     cold_start            {model: the dict of `users.cold_start_curve`}
     by_people             {model: {what people differ in: the dict of `users.accuracy_by`}}
     changed_minds         {model: {way to fit a row: the dict of `users.cold_start_curve`}}, by the new preference
+    context               {model: {own, others, nothing, flipped: each with mean, low and high; turned}}: after the
+                          person's text, somebody else's, none, and that of comparisons with labels reversed, which
+                          turns a fraction of the predictions around
     size                  {model: {rows, people, table_bytes, adapter_bytes}}
     embedding             {model: {users, groups: [U] names; x, y: [U]}}, a map of the people
     role_play             {model: a rate against the base over people; person_mean: {mean, low, high}; people: number;

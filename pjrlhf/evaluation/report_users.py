@@ -25,7 +25,11 @@ def page(summary: Mapping[str, Any]) -> dict[str, Any]:
         "cards": cards(summary),
         "counts": _counts(summary.get("cold_start") or {}),
         "role_play": _role_play(summary.get("role_play") or {}),
-        "tables": {"by-people": _by_people(summary), "changed-minds": _changed_minds(summary)},
+        "tables": {
+            "by-people": _by_people(summary),
+            "changed-minds": _changed_minds(summary),
+            "context": _context(summary),
+        },
     }
 
 
@@ -128,7 +132,7 @@ def print_users(console: rich.console.Console, summary: Mapping[str, Any]) -> No
     rows = [[model, *(cell(curve.get(k), "mean") for k in counts)] for model, curve in curves.items()]
     print_table(console, "Accuracy on new people by number of their comparisons, %", ["model", *counts], rows)
 
-    for title, table in (_by_people(summary) | _changed_minds(summary)).items():
+    for title, table in (_by_people(summary) | _changed_minds(summary) | _context(summary)).items():
         print_table(console, title, *table)
 
     tables = _by_persona(summary.get("generation") or {})
@@ -174,6 +178,25 @@ def _changed_minds(summary: Mapping[str, Any]) -> dict[str, Table]:
     rows = [[model, way, *(cell(curve.get(k), "mean") for k in counts)] for (model, way), curve in curves.items()]
     title = "Accuracy by the new preference, by number of comparisons after a change of mind, %"
     return {title: (["model", "fitted to", *counts], rows)} if rows else {}
+
+
+_TEXTS = {
+    "own": "the person's",
+    "others": "somebody else's",
+    "nothing": "none",
+    "flipped": "labels reversed",
+}
+
+
+def _context(summary: Mapping[str, Any]) -> dict[str, Table]:
+    """Title -> accuracy after different texts before the same prompts, of models that read them."""
+    models = summary.get("context") or {}
+    rows = [
+        [model, *(cell(one.get(way), "mean") for way in _TEXTS), percent(one.get("turned"))]
+        for model, one in models.items()
+    ]
+    title = "Accuracy by the text before the prompt, %"
+    return {title: (["model", *_TEXTS.values(), "predictions turned by it"], rows)} if rows else {}
 
 
 def _role_play(models: Mapping[str, Any]) -> Table:

@@ -1,76 +1,155 @@
-"""What a person chose before, as text before the prompt: the baseline without a user model."""
+"""What stands before the prompts of a person because of what they chose before: the comparisons that a writer reads,
+and where its text goes.
 
+A writer reads comparisons of the training part alone, or, of a new person, those on prompts that are not held out, and
+never one on the prompt that is asked. Ties tell nothing and are left out.
+"""
+
+import collections
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Hashable, Mapping, Sequence
 
-import numpy as np
+from pjrlhf.data.messages import Request, as_request, text_of
+from pjrlhf.data.schema import Example, is_tie
+from pjrlhf.feedback.writers.base import Known, Shot, Writer
+from pjrlhf.feedback.writers.fewshot import FewShot
+from pjrlhf.runtime.run import Run
 
-from pjrlhf.data.messages import request_of, text_of, with_text
-from pjrlhf.data.schema import Example
-from pjrlhf.errors import UserError
-
-TEMPLATE = "Question: {prompt}\nPreferred: {chosen}\nNot preferred: {rejected}"
+PARTS = ("train", "heldout", "new_users")
+STREAM = "preference/history"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class History:
-    """How many comparisons of a person stand before the prompt, and how one is written.
+    """What is read of a person, and who writes it down.
 
     Attributes:
-      count: k, at most; people with fewer have those they have.
-      template: with the fields prompt, chosen and rejected.
-      permuted: in the training part, everybody's pairs carry the comparisons of somebody else: the control.
+      count: comparisons, at most; people with fewer have those they have.
+      writer: see `feedback.writers`.
+      varied: in the training part, each prompt is after 0 to `count` comparisons, drawn evenly, so that the model can
+        be asked with any number of them; of a writer that writes once for a person, `count` as elsewhere.
+      permuted: in the training part, everybody's pairs have the text of somebody else: the control.
+      flipped: outside the training part, preferred and other answers are exchanged before they are read: the flip test
+        (P-TTT, 2026), after which a model that reads turns its predictions around.
+      others: outside the training part, everybody's prompts have the text of one other person of the part.
     """
 
     count: int
-    template: str = TEMPLATE
+    writer: Writer = dataclasses.field(default_factory=FewShot)
+    varied: bool = False
     permuted: bool = False
-
-
-def check_template(template: str) -> None:
-    """Raises UserError for a template that cannot write a comparison."""
-    try:
-        told = template.format(prompt="", chosen="\0", rejected="\1")
-    except (KeyError, IndexError, ValueError) as error:
-        raise UserError(
-            f"history_template: cannot be filled in ({error}); its fields are {{prompt}}, {{chosen}} and {{rejected}}"
-        ) from error
-    if not {"\0", "\1"} <= set(told):
-        raise UserError("history_template: must name {chosen} and {rejected}, or nothing tells them apart")
+    flipped: bool = False
+    others: bool = False
 
 
 def with_history(
-    parts: Mapping[str, Sequence[Example]], history: History, rng: np.random.Generator
+    parts: Mapping[str, Sequence[Example]], history: History, run: Run, only: Collection[str] = PARTS
 ) -> dict[str, list[Example]]:
-    """Every example after up to k random other comparisons of its person, all of the training part; those of a new
-    person are of the prompts that are not held out.
+    """Every example of the parts in `only` as the writer asks it.
 
     Args:
-      parts: "train", "heldout" and perhaps "new_users" -> examples, see `feedback.pairs.split`.
+      parts: "train", "heldout" and perhaps "new_users" -> examples, see `feedback.pairs.split`. Of "new_users",
+        comparisons that are not held out are known.
+      run: draws, and has the models that writers ask.
     """
-    past: dict[str, list[Example]] = {}
-    for name, examples in parts.items():
-        for example in examples:
-            if name == "train" or (name == "new_users" and not example.extra["held_out"]):
-                past.setdefault(str(example.user_id), []).append(example)
+    source, writer = _Source(parts, history, run), history.writer
     found = {}
     for name, examples in parts.items():
-        shuffled = history.permuted and name == "train"
-        order = rng.permutation(len(examples)) if shuffled else range(len(examples))
-        owners = [str(examples[i].user_id) for i in order]
+        if name not in only:
+            continue
+        source.rng = rng = run.streams.numpy(STREAM, PARTS.index(name))
+        owners = source.owners(name, examples)
+        # Prompts with the same key have the same text, which is written once.
+        keys = list(map(source.key, examples, owners)) if writer.once else list(range(len(examples)))
+        known: dict[Hashable, Known] = {}
+        for key, example, owner in zip(keys, examples, owners, strict=True):
+            if key not in known:
+                known[key] = source.known(name, example, owner)
+        texts = dict(zip(known, writer.write(list(known.values()), run), strict=True))
         found[name] = [
-            _after(example, past.get(owner, ()), history, rng) for example, owner in zip(examples, owners, strict=True)
+            writer.ask(example, texts[key], name == "train", rng) for example, key in zip(examples, keys, strict=True)
         ]
     return found
 
 
-def _after(example: Example, known: Sequence[Example], history: History, rng: np.random.Generator) -> Example:
-    drawn = [known[i] for i in rng.permutation(len(known))[: history.count + 1].tolist()]
-    drawn = [one for one in drawn if one is not example][: history.count]
-    told = [
-        history.template.format(
-            prompt=request_of(one.prompt or ""), chosen=text_of(one.chosen or ""), rejected=text_of(one.rejected or "")
+class _Source:
+    """What may be read about people, and the draws from it."""
+
+    def __init__(self, parts: Mapping[str, Sequence[Example]], history: History, run: Run):
+        self.history, self.rng = history, run.streams.numpy(STREAM, len(PARTS))
+        self.trained = {str(example.user_id) for example in parts.get("train", ())}
+        self.past = collections.defaultdict[str, list[Example]](list)
+        self.records: dict[str, Example] = {}
+        self.answers = collections.defaultdict[object, list[Example]](list)
+        for name, examples in parts.items():
+            for example in examples:
+                person = str(example.user_id)
+                self.records.setdefault(person, example)
+                known = name == "train" or (name == "new_users" and not example.extra["held_out"])
+                if known and not is_tie(example):
+                    self.past[person].append(example)
+                if name == "train" and not is_tie(example):
+                    self.answers[_answers(example)].append(example)
+        # Person -> request -> half.
+        self.halves = {person: self._halved(examples) for person, examples in sorted(self.past.items())}
+
+    def _halved(self, examples: Sequence[Example]) -> dict[Request, int]:
+        requests = list(dict.fromkeys(as_request(one.original) for one in examples))
+        return {requests[i]: place % 2 for place, i in enumerate(self.rng.permutation(len(requests)).tolist())}
+
+    def owners(self, name: str, examples: Sequence[Example]) -> list[str]:
+        """Whose text each example gets."""
+        owners = [str(example.user_id) for example in examples]
+        if self.history.permuted and name == "train":
+            return [owners[i] for i in self.rng.permutation(len(owners))]
+        if self.history.others and name != "train":
+            people = [list(dict.fromkeys(owners))[i] for i in self.rng.permutation(len(set(owners)))]
+            other = dict(zip(people, [*people[1:], people[0]], strict=True))
+            return [other[owner] for owner in owners]
+        return owners
+
+    def key(self, example: Example, owner: str) -> tuple[str, int]:
+        """What all prompts with the same text have in common: the owner of the text, and the half of their prompts
+        that it is not written from, or -1.
+        """
+        return owner, self.halves.get(owner, {}).get(as_request(example.original), -1)
+
+    def known(self, name: str, example: Example, owner: str) -> Known:
+        """What a writer reads of the owner for the prompt of an example of a part, or for all with the same key."""
+        history, past, asked = self.history, self.past.get(owner, []), as_request(example.original)
+        if history.writer.once:
+            _, half = self.key(example, owner)
+            pool = [one for one in past if half < 0 or self.halves[owner][as_request(one.original)] != half]
+        else:
+            pool = [one for one in past if as_request(one.original) != asked]
+        # Drawn whatever the count, so that fewer comparisons are the first of more.
+        order, sides = self.rng.permutation(len(pool)), self.rng.random(len(pool)) < 0.5
+        count = history.count if history.writer.reads else 0
+        share = self.rng.random()
+        if history.varied and name == "train" and not history.writer.once:
+            count = int(share * (count + 1))
+        drawn = range(max(0, len(pool) - count), len(pool)) if history.writer.latest else order[:count].tolist()
+        flipped = history.flipped and name != "train"
+        # Turned round, answers keep their places and change their verdicts.
+        shots = tuple(Shot(_turned(pool[i]) if flipped else pool[i], bool(sides[i]) != flipped) for i in drawn)
+        return Known(
+            person=owner if owner in self.trained else None,
+            shots=shots,
+            others=tuple(self._others(pool[i], owner) for i in drawn),
+            example=self.records.get(owner),
         )
-        for one in drawn
-    ]
-    return dataclasses.replace(example, prompt=with_text(example.prompt or "", "\n".join(told))) if told else example
+
+    def _others(self, example: Example, owner: str) -> tuple[Example, ...]:
+        """What other people were trained on who chose the other of the same answers."""
+        alike = self.answers.get(_answers(example), ())
+        return tuple(one for one in alike if one.chosen != example.chosen and str(one.user_id) != owner)
+
+
+def _answers(example: Example) -> object:
+    """What comparisons of the same answers have in common."""
+    sides = sorted(text_of(answer or "") for answer in (example.chosen, example.rejected))
+    return as_request(example.original), *sides
+
+
+def _turned(example: Example) -> Example:
+    return dataclasses.replace(example, chosen=example.rejected, rejected=example.chosen)

@@ -3,7 +3,7 @@
 import collections
 import dataclasses
 import unicodedata
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
@@ -15,14 +15,13 @@ from pjrlhf.data.messages import with_text
 from pjrlhf.data.schema import Example, is_tie
 from pjrlhf.data.token_table import TokenRow, TokenTable
 from pjrlhf.errors import UserError
-from pjrlhf.feedback.history import History, with_history
+from pjrlhf.feedback.history import PARTS, History, with_history
 from pjrlhf.models.registry import UserRegistry
 from pjrlhf.runtime.records import SourceSpec
 from pjrlhf.runtime.run import Run
 from pjrlhf.runtime.text import Text
 from pjrlhf.settings import Settings, setting, shown
 
-PARTS = ("train", "heldout", "new_users")
 # What is never on both sides of the split: a prompt, a pair of answers whoever compared them and however, or records
 # with one value of the column `group`, such as the turns of a dialogue; those without it are split by prompt.
 SPLITS: dict[str, Callable[[Example], str]] = {
@@ -157,6 +156,7 @@ def tables_of(
     permuted_text: bool = False,
     others_text: bool = False,
     history: History | None = None,
+    only: Collection[str] = PARTS,
 ) -> dict[str, TokenTable]:
     """The comparisons of a run in training and held-out parts, as token ids.
 
@@ -165,7 +165,8 @@ def tables_of(
         policy, the generic user and the reference read the same text (P-RLHF, arXiv 2402.05133, section 4.2).
       permuted_text: in the training part, the pairs carry each other's texts in random order: the control.
       others_text: in the held-out part, everybody's pairs carry the text of one other person.
-      history: put other comparisons of each person before the prompt, as `user_text`.
+      history: put what is written of other comparisons of each person before the prompt, as `user_text`.
+      only: the parts that are returned.
 
     Raises:
       UserError: records without `user_id` (or `user_text` where it is asked for), or that cannot be split.
@@ -183,8 +184,8 @@ def tables_of(
     for part, _ in parts.values():
         check_named(part)
     if history:
-        told = with_history({name: part for name, (part, _) in parts.items()}, history, _rng(run))
-        parts = {name: (told[name], source) for name, (_, source) in parts.items()}
+        told = with_history({name: part for name, (part, _) in parts.items()}, history, run, only)
+        parts = {name: (told[name], source) for name, (_, source) in parts.items() if name in only}
     if user_text:
         rng = _rng(run)
         for name, (examples, source) in parts.items():
@@ -194,7 +195,11 @@ def tables_of(
             elif others_text and name == "heldout":
                 texts = _of_others(examples, rng)
             parts[name] = ([_told(e, text) for e, text in zip(examples, texts, strict=True)], source)
-    return {name: run.text.tokenized(examples, lengths, source) for name, (examples, source) in parts.items()}
+    return {
+        name: run.text.tokenized(examples, lengths, source)
+        for name, (examples, source) in parts.items()
+        if name in only
+    }
 
 
 def _rng(run: Run) -> np.random.Generator:

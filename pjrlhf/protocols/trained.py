@@ -1,5 +1,6 @@
 """A trained entry of `preference.models`, ready to be asked."""
 
+import copy
 from collections.abc import Sequence
 
 import jax.numpy as jnp
@@ -8,9 +9,11 @@ from jaxtyping import Int
 
 from pjrlhf.algorithms import pdpo_entries
 from pjrlhf.algorithms.pdpo_objective import PairMargins
-from pjrlhf.algorithms.pdpo_settings import Entry
+from pjrlhf.algorithms.pdpo_settings import Entry, PreferenceSettings
 from pjrlhf.data.messages import Prompt, with_text
-from pjrlhf.feedback.pairs import Pairs
+from pjrlhf.data.schema import Example
+from pjrlhf.feedback.history import with_history
+from pjrlhf.feedback.pairs import Pairs, tables_of
 from pjrlhf.models.adapters import Backbone, Policies
 from pjrlhf.parallel.processes import to_host
 from pjrlhf.runtime.run import Run
@@ -40,6 +43,14 @@ class Trained:
         self._margins = PairMargins(entry, self.users, pairs, self.backbone, scorer)
         self._known: dict[tuple[str, int, int], float] = {}
 
+    def reading(self, pairs: Pairs) -> "Trained":
+        """The same parameters for other prompts."""
+        other = copy.copy(self)
+        other.pairs, other._known = pairs.for_head(self.entry.objective.head).seen_by(self.pairs.registry), {}
+        scorer = self.run.scorer(self.entry.batch_size)
+        other._margins = PairMargins(self.entry, self.users, other.pairs, self.backbone, scorer)
+        return other
+
     def margins(
         self, part: str, users: np.ndarray, rows: Sequence[int] | None = None, trainable: Params | None = None
     ) -> np.ndarray:
@@ -62,18 +73,23 @@ class Trained:
         return pdpo_entries.policies_of(self.users, backbone, trainable, users)
 
     def answers(self, prompts: Sequence[Prompt], users: Sequence[str]) -> list[list[str]]:
-        """For each user, an answer to each prompt; what users say about themselves is put before it where the entry's
-        user model reads that.
+        """For each user, an answer to each prompt, none of which anybody was trained on. What stands before prompts of
+        the user in evaluation, what they say about themselves or what is written of their comparisons, stands there.
         """
         pairs, told = self.pairs, {}
         if self.entry.users.user_text:
             told = {e.user_id: str(e.user_text) for part in ("heldout", "train") for e in pairs.tables[part].examples}
-        asked = [with_text(prompt, told[user]) if told else prompt for user in users for prompt in prompts]
+        asked = [Example(prompt=prompt, user_id=user) for user in users for prompt in prompts]
+        if self.entry.users.read:
+            plain = tables_of(self.run, self.run.section(PreferenceSettings), only=("train",))
+            parts = {"train": plain["train"].examples, "heldout": asked}
+            asked = with_history(parts, self.entry.users.read, self.run, only=("heldout",))["heldout"]
+        texts = [with_text(one.prompt, told[one.user_id]) if told else one.prompt for one in asked]
         who = np.repeat(pairs.registry.indices(users), len(prompts))
         longest = self.max_new_tokens or self.run.settings.data.max_completion
         sampler = self.run.sampler(self.policies, self.run.text.sampling(max_new_tokens=longest))
-        texts = sampler(f"evaluate_users: answers of {self.entry.name}", asked, self._keys, self.trainable, who)
-        return [texts[i * len(prompts) : (i + 1) * len(prompts)] for i in range(len(users))]
+        found = sampler(f"evaluate_users: answers of {self.entry.name}", texts, self._keys, self.trainable, who)
+        return [found[i * len(prompts) : (i + 1) * len(prompts)] for i in range(len(users))]
 
     def _keys(self, chunk: int) -> PRNGKey:
         # The first chunk has the key of the stream itself.

@@ -31,6 +31,7 @@ from pjrlhf.evaluation.users import (
 )
 from pjrlhf.feedback.pairs import Pairs, read_pairs
 from pjrlhf.feedback.population import PopulationSettings
+from pjrlhf.protocols import in_context
 from pjrlhf.protocols.cold_start import fit_changed_minds, fit_new_users
 from pjrlhf.protocols.reporting import finish
 from pjrlhf.protocols.role_play import PersonColumns, RolePlay, check_role_play, descriptions
@@ -72,7 +73,10 @@ class UsersSettings(Settings):
     cold_start: tuple[int, ...] = setting(
         (0, 1, 2, 4, 8, 16), "comparisons a new person gives; () skips it", low=0, high=10**6
     )
-    cold_start_models: tuple[str, ...] = setting(("individualized", "cluster"), "entries that meet new people")
+    cold_start_models: tuple[str, ...] = setting(
+        ("individualized", "cluster"),
+        "entries that meet new people: their row is fitted, or, without rows, a writer reads their comparisons",
+    )
     cold_start_steps: int = setting(20, "updates of a new person's row", low=1, high=10**6)
     cold_start_learning_rate: float = setting(0.1, "of these updates", above=0.0, high=1e6)
     changed_after: int = setting(
@@ -106,7 +110,7 @@ def run(run: Run) -> dict[str, Any]:
     settings = {"groups": groups, "resamples": config.resamples, "seed": run.streams.seed}
     summary: dict[str, Any] = {"controls": [name for name in models if preference.entry(name).users.permuted]}
     sections = ("accuracy", "gain", "choices", "length_matched", "grid", "embedding", "cold_start", "generation")
-    sections += ("by_people", "changed_minds", "size")
+    sections += ("by_people", "changed_minds", "context", "size")
     sections += ("role_play",) if config.judge else ()
     summary |= {section: {} for section in sections}
     samples: list[dict[str, Any]] = []
@@ -138,7 +142,12 @@ def run(run: Run) -> dict[str, Any]:
             users = list(trained.pairs.registry.rows)
             who = [(groups or {}).get(user) for user in users]
             summary["embedding"][name] = {"users": users, "groups": who, "x": axes[:, 0], "y": axes[:, 1]}
-        if name in config.cold_start_models and config.cold_start:
+        if entry.users.read:
+            options = {key: settings[key] for key in ("resamples", "seed")}
+            summary["context"][name] = in_context.controls(trained, "heldout", **options)
+        if name in config.cold_start_models and config.cold_start and not trained.users.personal:
+            summary["cold_start"][name] = cold_start_curve(in_context.new_people(trained, config.cold_start))
+        elif name in config.cold_start_models and config.cold_start:
             fit = config.cold_start, config.cold_start_steps, config.cold_start_learning_rate
             summary["cold_start"][name] = cold_start_curve(fit_new_users(trained, *fit))
             if config.changed_after:
@@ -240,7 +249,7 @@ def _pooled_models(run: Run, surface: bool) -> dict[str, str]:
     entries = {name: config.entry(name) for name in config.models}
     pooled: dict[str, str] = {}
     for name, entry in entries.items():
-        if entry.users.kind == "uniform" and not (entry.users.user_text or entry.users.history):
+        if entry.users.kind == "uniform" and not (entry.users.user_text or entry.users.read):
             pooled.setdefault(entry.objective.head, name)
     found = {name: pooled.get(entry.objective.head) for name, entry in entries.items()}
     found |= {"surface_personal": "surface"} if surface else {}

@@ -60,6 +60,7 @@ STREAMS = {
     "user_models/permutation": 180,
     "user_models/init": 181,
     "user_models/batches": 182,
+    "preference/history": 183,
 }
 UNNAMED = 2**31  # the first number of names outside the table
 

@@ -13,7 +13,7 @@ from pjrlhf.evaluation import plots, plots_users, report, report_users
 
 USER_SAMPLES = [{"model": MODELS[1], "prompt": "Why?", "answers": {"bob": "<script>x</script>", "unheard": "so"}}]
 USER_SECTIONS = {"accuracy", "choices", "length-matched", "grid", "cold-start", "embedding", "generation"}
-USER_SECTIONS |= {"by-people", "changed-minds"}
+USER_SECTIONS |= {"by-people", "changed-minds", "context"}
 USER_FIGURES = {"accuracy", "people", "grid", "cold_start", "embedding", "generation"}
 
 
@@ -29,7 +29,7 @@ def test_user_models_have_their_sections_and_figures(of_users):
     assert page.ids() == USER_SECTIONS | {"samples"}
     assert {path.stem for path in of_users.glob("*.png")} == USER_FIGURES
     text = " ".join("".join(page.text).split())
-    fractions = ("43.2", "67.9 %", "98.8", "54.3", "9.8", "0.50", "83.3", "7.8", "61.6", "31.3", "13.1")
+    fractions = ("43.2", "67.9 %", "98.8", "54.3", "9.8", "0.50", "83.3", "7.8", "61.6", "31.3", "13.1", "84.8", "72.7")
     for expected in (*fractions, "20.0 to 20.0", "10.0 to 30.0"):
         assert expected in text, expected
     assert "nan" not in text.lower() and "None" not in text
@@ -51,7 +51,7 @@ def test_names_of_people_models_and_tastes_are_text(of_users):
 @pytest.mark.parametrize("key", USER_MODELS)
 def test_a_section_of_user_models_may_stand_alone(tmp_path, key):
     figures = {"accuracy": {"accuracy", "people"}, "length_matched": {"accuracy"}}
-    figures |= {name: set() for name in ("ceiling", "gain", "choices", "by_people", "changed_minds")}
+    figures |= {name: set() for name in ("ceiling", "gain", "choices", "by_people", "changed_minds", "context")}
     summary = {key: USER_MODELS[key]}
     page = Page(report.write_report(tmp_path, summary).read_text())
     assert page.ids() == {key.replace("_", "-")} & USER_SECTIONS
@@ -70,6 +70,7 @@ def test_numbers_of_user_models_may_be_missing(tmp_path):
         "cold_start": {"a": {}, "b": {"0": {"mean": None}, "4": {"mean": 0.5}}},
         "by_people": {"a": {}, "b": {"comparisons": {"0": {"mean": math.nan}, "1": {}}}},
         "changed_minds": {"a": {}, "b": {"all": {}, "new": {"0": {"mean": math.nan}}}},
+        "context": {"a": {}, "b": {"own": {"mean": math.nan}, "turned": math.nan}},
         "embedding": {"a": {"x": [0.0, math.nan], "y": [1.0, 2.0]}, "b": {}},
         "generation": {"a": {}, "b": {"ann": {}, "bob": {"length": 3}, "cleo": {"score": {"P3A": None}}}},
     }

@@ -62,6 +62,14 @@ USER_MODELS = {
         for model in MODELS
     },
     "changed_minds": {model: {"all": cold_start_curve({0: [0.1313, 0.1313], 4: [0.5, 0.6]})} for model in MODELS},
+    "context": {
+        model: {
+            "own": {"mean": 0.8484, "low": 0.8, "high": 0.9},
+            "nothing": {"mean": 0.5},
+            "turned": 0.7272,
+        }
+        for model in MODELS
+    },
     "cold_start": {model: cold_start_curve({0: [0.5, 0.75], 2: [0.8, 0.6], 10: [1, 1]}) for model in MODELS},
     "embedding": {
         model: {"users": list(PEOPLE), "groups": list(PEOPLE.values()), "x": np.arange(3.0), "y": np.ones(3)}

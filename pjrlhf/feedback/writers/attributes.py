@@ -1,0 +1,99 @@
+"""Attributes of the person, chosen from a list by the likelihood of their comparisons under the base (EXACT, arXiv
+2602.17695: the offline stage).
+
+With d_ja how much the attribute a moves the base towards the preferred answer of comparison j,
+
+    d_ja = log pi(y_w | x, a) - log pi(y_w | x) - (log pi(y_l | x, a) - log pi(y_l | x)),
+
+the set A of a person is built greedily, as long as the likelihood of their choices grows:
+
+    L(A) = sum_j log s(beta sum_{a in A} d_ja)
+
+The paper scores prompts with whole sets and gives a prompt the attributes that are most similar to it; here the
+log-ratios of attributes add up, so that a list of M attributes costs M + 1 passes over the comparisons, and all
+prompts of a person have the same text.
+
+Trap: log pi(y_w | x, a) alone is largest for whatever attribute makes all answers likelier; here the rejected answer
+and the base without the attribute are subtracted.
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from jaxtyping import Float
+
+from pjrlhf.data.schema import Example
+from pjrlhf.errors import UserError
+from pjrlhf.feedback.writers.base import Known, Writer
+from pjrlhf.runtime.run import Run
+from pjrlhf.settings import setting
+
+
+def choose(shifts: Float[np.ndarray, "J M"], most: int, beta: float) -> list[int]:
+    """Indices of at most `most` attributes in the order in which the greedy search takes them.
+
+    Args:
+      shifts: d_ja, in nats.
+    """
+    shifts = np.asarray(shifts, np.float64)
+    found: list[int] = []
+    total, best = np.zeros(len(shifts)), -len(shifts) * np.log(2)
+    while len(found) < min(most, shifts.shape[1]):
+        likelihoods = -np.logaddexp(0, -beta * (total[:, None] + shifts)).sum(0)
+        likelihoods[found] = -np.inf
+        one = int(np.argmax(likelihoods))
+        if likelihoods[one] <= best:
+            break
+        found.append(one)
+        best, total = likelihoods[one], total + shifts[:, one]
+    return found
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Attributes(Writer):
+    """Attributes by likelihood."""
+
+    once = True
+
+    attributes: tuple[str, ...] = setting((), "the list; the sentences of `preferences` where empty")
+    most: int = setting(2, "attributes of a person at most", low=1, high=1000)
+    beta: float = setting(1.0, "scale of the log-ratios", above=0.0, high=1e6)
+
+    def check(self) -> None:
+        if len(set(self.attributes)) < len(self.attributes) or not all(map(str.strip, self.attributes)):
+            raise UserError("attributes: one is empty or comes twice; name each once")
+
+    def write(self, known: Sequence[Known], run: Run) -> list[str]:
+        attributes = self.attributes or tuple(dict.fromkeys(filter(None, run.audience.sentences.values())))
+        if not attributes:
+            raise UserError("attributes: there is none, and `preferences` has no sentence; list some")
+        comparisons = {id(shot.example): shot.example for one in known for shot in one.shots}
+        shifts = self._shifts(run, attributes, comparisons)
+        texts = []
+        for one in known:
+            rows = [shifts[id(shot.example)] for shot in one.shots]
+            chosen = choose(np.array(rows), self.most, self.beta) if rows else []
+            texts.append(" ".join(attributes[a] for a in chosen))
+        return texts
+
+    def _shifts(self, run: Run, attributes: Sequence[str], comparisons: Mapping[int, Example]) -> dict[int, np.ndarray]:
+        """d_ja of every comparison, [M]; 0 where a prompt with the attribute is too long to read."""
+        margins = []
+        for words in ("", *attributes):
+            asked = [
+                dataclasses.replace(one, prompt=run.records.ask(one.original, words), extra={"row": row})
+                for row, one in enumerate(comparisons.values())
+            ]
+            margin = np.full(len(asked), np.nan)
+            if asked:
+                name = f"comparisons with {words!r}" if words else "comparisons without an attribute"
+                table = run.text.tokenized(asked, run.text.sampled_lengths, name)
+                logps = run.reference(table, run.text.sample_rows)
+                margin[[example.extra["row"] for example in table.examples]] = np.subtract(*logps.T)
+            margins.append(margin)
+        shifts = np.nan_to_num(np.array(margins[1:]) - margins[0])
+        return dict(zip(comparisons, shifts.T, strict=True))
+
+
+WRITER = Attributes
