@@ -54,3 +54,4 @@ from .runtime.run import Trainer as Trainer
 from .settings import Settings as Settings
 from .settings import setting as setting
 from .training.loop import Method as Method
+from .training.state import State as State

@@ -10,13 +10,18 @@ import urllib.parse
 import pytest
 import yaml
 
+import pjrlhf
+
 ROOT = pathlib.Path(__file__).parents[1]
-NOT_OURS = re.compile(r"^(runs|build|dist|node_modules|\.(?!github)[^/]*|[^/]*\.egg-info)(/|$)")
+NOT_OURS = re.compile(r"^(runs|build|dist|site|node_modules|\.(?!github)[^/]*|[^/]*\.egg-info)(/|$)")
 PAGES = sorted(x for x in ROOT.rglob("*.md") if not NOT_OURS.match(x.relative_to(ROOT).as_posix()))
 LINK = re.compile(r"!?\[[^\]]*\]\(([^)\s]+)\)")
 CONFIG = re.compile(r"--config=(configs/[^\s`'\"),;]+)")
 # A path of this repository in backticks, perhaps with the name of a test.
 PATH = re.compile(r"`((?:benchmarks|configs|docs|launch|notebooks|pjrlhf|tests)/[\w./-]+?)(?:::(\w+))?(?::\w+)?`")
+
+# Pages that docs/hooks/reference.py makes for the site, which has no files of them here.
+GENERATED = re.compile(r"docs/reference/(settings/\w+|api|papers)\.md")
 
 pages = pytest.mark.parametrize("page", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
 
@@ -35,6 +40,8 @@ def test_relative_links_exist(page):
         if re.match(r"[a-z]+:", path):
             continue
         target = (page.parent / path).resolve() if path else page
+        if GENERATED.fullmatch(target.relative_to(ROOT).as_posix()):
+            continue
         assert target.exists(), f"{link}: no such file"
         assert target.is_relative_to(ROOT), f"{link}: outside the repository"
         if anchor:
@@ -94,6 +101,7 @@ def test_configs_point_to_pages_of_results():
 def test_the_forms_of_the_repository_are_well_formed():
     forms = [*(ROOT / ".github").rglob("*.yml"), ROOT / "CITATION.cff"]
     loaded = {path.name: yaml.safe_load(path.read_text(encoding="utf-8")) for path in forms}
+    assert loaded["CITATION.cff"]["version"] == pjrlhf.__version__
     assert loaded["CITATION.cff"].keys() >= {"cff-version", "title", "message", "authors", "references"}
     assert {x["url"].rpartition("/")[2] for x in loaded["CITATION.cff"]["references"]} == {
         "2310.11564",
@@ -104,4 +112,5 @@ def test_the_forms_of_the_repository_are_well_formed():
         assert loaded[name].keys() >= {"name", "description", "body"}
         fields = [part["id"] for part in loaded[name]["body"]]
         assert len(set(fields)) == len(fields)
-    assert {"run": "bash .ci/run"} in loaded["ci.yml"]["jobs"]["ci"]["steps"]
+    for job, script in (("ci", ".ci/run"), ("oldest", ".ci/oldest")):
+        assert {"run": f"bash {script}"} in loaded["ci.yml"]["jobs"][job]["steps"] and (ROOT / script).is_file()

@@ -192,7 +192,7 @@ class Linear(nn.Module):
                 if self.dropout and self.has_rng("dropout"):
                     keep = jax.random.bernoulli(self.make_rng("dropout"), 1.0 - self.dropout, x.shape)
                     kept = jnp.where(keep, x / (1.0 - self.dropout), 0.0).astype(x.dtype)
-                low = (kept @ a)[..., None, :] if a.ndim == 2 else jnp.einsum("btd,kdr->btkr", kept, a)
+                low = kept @ a if a.ndim == 2 else jnp.einsum("btd,kdr->btkr", kept, a)
             y = matmul_transposed(x, kernel) if self.transposed else matmul(x, kernel)
             if scale is not None:
                 y = (y.astype(jnp.float32) * scale).astype(self.dtype)
@@ -200,9 +200,9 @@ class Linear(nn.Module):
                 mix = (mix[:, None] if mix.ndim == 2 else mix).astype(self.dtype)
                 if low is None:
                     y, low = jnp.split(y, [self.features], axis=-1)
-                    if low.shape[-1] == b.shape[1]:  # of one A for all policies
-                        low = low[..., None, :]
                 if low.ndim == 3:
+                    if low.shape[-1] == b.shape[1]:  # of one A for all policies
+                        low = jnp.tile(low, b.shape[0])
                     y = y + (low * jnp.repeat(mix, b.shape[1], axis=-1)) @ b.reshape(-1, self.features)
                 else:
                     y = y + jnp.einsum("btkr,krf->btf", low * mix[..., None], b)

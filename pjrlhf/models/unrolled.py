@@ -64,7 +64,7 @@ def _fuse(params: Params, bank: Params, dtype: DType) -> tuple[Params, Params]:
             pairs = {name: factors[name] for name in names if name in factors}
             first = tree[names[0]]["kernel"]
             firsts = [pair["a"] if "a" in pair else tree[name]["a"][None] for name, pair in pairs.items()]
-            columns = sum(a.shape[0] * a.shape[2] for a in firsts)
+            columns = sum(pair["b"].shape[0] * pair["b"].shape[1] for pair in pairs.values())
             quantized = jnp.issubdtype(first.dtype, jnp.integer)
             if columns > first.shape[-2] // 8 or (pairs and quantized):
                 # Fusing does not pay where adapters are wide, because most of the block-diagonal "b" is zeros, and it

@@ -184,14 +184,19 @@ def read(config: ConfigDict | Mapping[str, Json]) -> Plan:
     return plan
 
 
-def run(config: ConfigDict | Mapping[str, Json], workdir: Workdir) -> None:
+def run(config: ConfigDict | Mapping[str, Json], workdir: Workdir | str | os.PathLike) -> None:
     """Runs `config.stages` in order; a stage that this run directory has finished is skipped.
+
+    Args:
+      config: the settings; those that it leaves out have their defaults.
+      workdir: the run directory, or its path.
 
     Raises:
       UserError: an unknown stage, a bad setting, bad input met by a stage, a run directory of another config or with
         other inputs, or one that another run uses.
     """
     plan = read(config)
+    workdir = workdir if isinstance(workdir, Workdir) else Workdir(os.fspath(workdir))
     configs.warn_of_rates(plan.settings)
     plan.check_inputs(workdir)
     with workdir.locked():

@@ -1,0 +1,38 @@
+"""How pages look: anchors as GitHub names them, equations as MathML, drawings that follow the theme."""
+
+import html
+import pathlib
+import re
+
+from latex2mathml.converter import convert
+
+DRAWING = re.compile(r'<img alt="([^"]*)" src="[^"]*?([\w-]+)\.drawing\.svg"\s*/?>')
+EQUATION = re.compile(r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>', re.DOTALL)
+ASSETS = pathlib.Path(__file__).parents[1] / "assets"
+
+
+def slug(title, separator):
+    """What GitHub calls a heading."""
+    return re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", separator)
+
+
+def on_config(config):
+    config.mdx_configs["toc"]["slugify"] = slug
+    return config
+
+
+def equation(match):
+    place, tex = match[1], html.unescape(match[2]).strip()
+    return convert(tex, display="inline" if place == "span" else "block")
+
+
+def drawing(match):
+    """The SVG itself, so that its colours are those of the theme."""
+    alt, name = match.groups()
+    svg = (ASSETS / f"{name}.drawing.svg").read_text(encoding="utf-8")
+    return svg.replace("<svg ", f'<svg role="img" aria-label="{alt}" ', 1)
+
+
+def on_page_content(content, page, config, files):
+    # A wide table scrolls by itself, not the page.
+    return DRAWING.sub(drawing, EQUATION.sub(equation, content))
