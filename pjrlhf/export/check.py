@@ -148,7 +148,11 @@ def check(
         lines.append(f"{prompt!r}: largest difference {gap:.2g} nats, {what}")
     good = worst <= tolerance
     verdict = "within" if good else "beyond"
-    lines.append(f"{body['model']}: largest difference {worst:.3g} nats, {verdict} the tolerance of {tolerance:g}")
+    who = [str(body["model"])]
+    if isinstance(asked := body.get("mix"), dict):
+        who.append("with the mix " + ",".join(f"{name}={weight:g}" for name, weight in asked.items()))
+    who += [f"for {user}"] if "user" in body else []
+    lines.append(f"{' '.join(who)}: largest difference {worst:.3g} nats, {verdict} the tolerance of {tolerance:g}")
     return lines, good
 
 

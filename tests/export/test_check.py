@@ -92,7 +92,8 @@ def test_the_command_ends_with_1_where_a_server_differs(tmp_path, capsys):
     common = ["export", "--model", str(folder), "--ingredients", *arguments]
     with served(catalogue) as url:
         cli.main([*common, "--mix=P1A=0.7,P3A=-0.4", "--check", url])
-        assert "within the tolerance of 0.05" in capsys.readouterr().out
+        said = capsys.readouterr().out
+        assert "with the mix P1A=0.7,P3A=-0.4: " in said and "within the tolerance of 0.05" in said
         with pytest.raises(SystemExit) as stopped:
             cli.main([*common, "--mix=P1A=0.7", "--check", url, "--tolerance=0"])
         assert stopped.value.code == 1 and "beyond" in capsys.readouterr().out
