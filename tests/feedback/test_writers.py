@@ -2,7 +2,9 @@
 
 import collections
 import itertools
+import pathlib
 import re
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -391,6 +393,17 @@ def test_a_writer_of_other_code(run, parts):
     assert isinstance(found, Nearest)
     told = with_history(parts, History(count=3, writer=found), run)
     assert {e.prompt.split("\n")[0] for e in told["heldout"]} == {"3 known"}
+
+
+def test_the_toy_of_the_page_is_a_writer(run, parts, tmp_path, monkeypatch):
+    page = pathlib.Path(__file__).parents[2] / "docs" / "user_models.md"
+    *_, code = re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+    (tmp_path / "my_writers.py").write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
+    history = History(count=3, writer=writer("my_writers:Count"))
+    monkeypatch.delitem(sys.modules, "my_writers")
+    told = with_history(parts, history, run, only=("heldout",))["heldout"]
+    assert {e.prompt.split("\n")[0] for e in told} == {"About 6 words."}
 
 
 @pytest.mark.parametrize(
