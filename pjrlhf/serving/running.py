@@ -10,7 +10,7 @@ import time
 import types
 
 import uvicorn
-from absl import logging
+from absl import flags, logging
 
 from pjrlhf.errors import UserError, ending_signals
 from pjrlhf.serving.catalogue import Catalogue
@@ -48,6 +48,7 @@ def serve(catalogue: Catalogue, settings: ServerSettings, sizes: EngineSettings)
         server_header=False,
         timeout_graceful_shutdown=settings.drain_seconds,
     )
+    flags.FLAGS.mark_as_parsed()  # absl warns at the first line of a log otherwise
     logging.use_absl_handler()
     logging.set_verbosity(logging.INFO)
     python_logging.getLogger("uvicorn").setLevel(python_logging.WARNING)
