@@ -85,7 +85,8 @@ def default_of(field: dataclasses.Field) -> str:
 
 def value(text: str) -> str:
     """Code that may be broken anywhere, without Markdown in it."""
-    return '<code class="value">' + re.sub(r"[*_|]", lambda c: f"&#{ord(c[0])};", html.escape(text, quote=False)) + "</code>"
+    plain = html.escape(text, quote=False)
+    return '<code class="value">' + re.sub(r"[*_|]", lambda c: f"&#{ord(c[0])};", plain) + "</code>"
 
 
 def breakable(name: str) -> str:
