@@ -7,16 +7,18 @@ variant where everybody weighs six preferences in their own way:
 
     python -m pjrlhf.main --config=configs/user_models.py:tastes
 
-Real answers. The files are in $PJRLHF_TEST_DATA (../shared by default), in data/alpaca_eval and data/llmfao:
+Real answers. The files are in $PJRLHF_TEST_DATA (../shared by default), in data/alpaca_eval, data/llmfao and data/papi:
 
     python -m pjrlhf.main --config=configs/user_models.py:style_pairs
     python -m pjrlhf.main --config=configs/user_models.py:rules
     python -m pjrlhf.main --config=configs/user_models.py:llmfao
+    python -m pjrlhf.main --config=configs/user_models.py:statements
 
 :style_pairs has people who want longer or shorter answers. :rules is an oracle in the shape of PersonalLLM (arXiv
 2409.20296): answers of real models, and people who weigh the scores of ten rules. :llmfao has the votes of a crowd.
-Their base is a small model trained from scratch; any other gives its features with --config.model.path=FOLDER
---config.stages="('population', 'user_models')".
+:statements has statements about oneself, and people who say how true each is of them. Their base is a small model
+trained from scratch; any other gives its features with --config.model.path=FOLDER
+--config.stages="('population', 'user_models')" ("('user_models',)" for the last two).
 
 Your own records with a column `user_id`:
 
@@ -48,6 +50,8 @@ MODELS = {
     "gpo": {"kind": "gpo"},
     "mrm": {"kind": "mrm"},
     "pttt": {"kind": "pttt"},
+    "pplug": {"kind": "pplug"},
+    "impchat": {"kind": "impchat"},
     "lore_permuted": {"kind": "lore", "permuted": True},
     "pttt_permuted": {"kind": "pttt", "permuted": True},
 }
@@ -64,7 +68,7 @@ def get_config(variant: str = "synthetic") -> ml_collections.ConfigDict:
     with c.ignore_type():
         c.user_models.models = ml_collections.ConfigDict(MODELS)
     variants = {"synthetic": None, "tastes": tastes, "style_pairs": style_pairs, "rules": rules, "llmfao": llmfao}
-    variants["records"] = records
+    variants |= {"statements": statements, "records": records}
     if variant not in variants:
         names = ", ".join(f":{name}" for name, change in variants.items() if change)
         raise UserError(
@@ -151,3 +155,12 @@ def llmfao(c: ml_collections.ConfigDict) -> None:
     real_data.source(c.user_models, **votes)
     c.data.max_bad_fraction = 0.12  # one in ten votes is on a pair with an empty answer
     c.user_models.split = "pair"
+
+
+def statements(c: ml_collections.ConfigDict) -> None:
+    """What people say of themselves: the statements of a test are never in training."""
+    _small_base(c)
+    c.title = "Reward models of people by statements about themselves"
+    c.stages = ("sft", "user_models")
+    real_data.source(c.user_models, **real_data.statements())
+    c.user_models.split = "group"

@@ -359,7 +359,7 @@ def _check_server(parser: argparse.ArgumentParser, given: argparse.Namespace) ->
 def _add_source(parser: argparse.ArgumentParser) -> None:
     """What to serve."""
     parser.add_argument("--run", metavar="RUN", help="the run directory, such as runs/soups")
-    parser.add_argument("--entry", metavar="NAME", help="of methods or preference.models, where the run has several")
+    parser.add_argument("--entry", metavar="NAME", help="of methods or of a section models, where the run has several")
     parser.add_argument("--model", metavar="FOLDER", help="a base, its folder or name on the hub, in place of --run")
     parser.add_argument(
         "--ingredients",

@@ -136,6 +136,25 @@ def load_personal(
     params, note = load_tree(file)
     if "user_model" not in note:
         raise UserError(f"{file}: is no user model; name preference/<name>/model.safetensors of a run")
+    model = load_base(file, note, base, mesh=mesh)
+    registry = UserRegistry.from_json(note["users"])
+    found = PersonalModel(model, UserModel(**note["user_model"]), registry, {"users": {}, **params}, note["chat"])
+    check_provenance(file, note, {"user_offset": model.backbone.model.user_offset})
+    return found
+
+
+def load_base(
+    file: pathlib.Path, note: dict[str, Json], base: str | os.PathLike | None = None, *, mesh: Mesh | None = None
+) -> "LanguageModel":
+    """The base that a file of a run was trained on, as its note records it.
+
+    Args:
+      base: its folder, where it is no longer where the run had it.
+      mesh: see `load_model`.
+
+    Raises:
+      UserError: it is not there, or is another one.
+    """
     recorded = str(note["base_folder"])  # see `Workspace.base_from`
     there = recorded if hub_name(recorded) else file.absolute().parent / recorded
     folder = model_folder(there if base is None else base)
@@ -143,11 +162,7 @@ def load_personal(
         raise UserError(f"{folder}: the base of {file} is not there; name its folder with base=")
     _check_base(file, note, folder)
     dtypes = {name: note[name] for name in ("dtype", "param_dtype", "quantize")}
-    model = load_model(folder, adapter=_adapter(note), eos_token=note["eos_tokens"][0], mesh=mesh, **dtypes)
-    registry = UserRegistry.from_json(note["users"])
-    found = PersonalModel(model, UserModel(**note["user_model"]), registry, {"users": {}, **params}, note["chat"])
-    check_provenance(file, note, {"user_offset": model.backbone.model.user_offset})
-    return found
+    return load_model(folder, adapter=_adapter(note), eos_token=note["eos_tokens"][0], mesh=mesh, **dtypes)
 
 
 @dataclasses.dataclass(frozen=True)

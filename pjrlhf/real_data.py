@@ -1,5 +1,5 @@
 """Building blocks of configs on real answers and real people, whose files are in $PJRLHF_TEST_DATA (../shared by
-default), in data/alpaca_eval, data/llmfao and data/prefeval.
+default), in data/alpaca_eval, data/llmfao, data/papi and data/prefeval.
 """
 
 # The attributes of a ConfigDict are dynamic.
@@ -44,6 +44,18 @@ def crowd_votes(least: int) -> dict[str, Any]:
         "left": "result_x",
         "right": "result_y",
         "min_votes": least,
+    }
+
+
+def statements() -> dict[str, Any]:
+    """Pairs of statements about oneself, of which 120 people find one truer of them than the other."""
+    place = folder("papi")
+    return {
+        "kind": "ratings",
+        "path": f"{place}/users.jsonl",
+        "statements": f"{place}/items.json",
+        "ratings": "agreement",
+        "prompt": "Which statement describes you?",
     }
 
 

@@ -1,5 +1,5 @@
-"""Preference records from three other formats: votes on pairs of answers, multiple-choice questions, and several
-answers to a prompt.
+"""Preference records from four other formats: votes on pairs of answers, multiple-choice questions, several answers to
+a prompt, and people's ratings of statements.
 """
 
 import csv
@@ -35,6 +35,8 @@ CHOICES = {
 
 ANSWERS = {"prompt": "prompt", "completion": "completion"}
 ANSWER_PAIRS = 4  # of a prompt
+RATINGS = {"user": "user_id", "ratings": "ratings", "text": "text"}
+PAGE, RATED_PAIRS = 30, 16  # statements of a page, and pairs of a person on it
 
 
 TIES = ("tie", "ties", "draw", "equal", "same", "both", "neither", "none")  # words for a tie, beside `ties`
@@ -185,9 +187,7 @@ def answer_pairs(source: Located, spec: Mapping[str, Any], key: str = "data") ->
       UserError: a record cannot be read or lacks a column, or no prompt has two answers.
     """
     names = {ours: spec.get(ours) or name for ours, name in ANSWERS.items()}
-    most = spec.get("pairs") or ANSWER_PAIRS
-    if not isinstance(most, int) or isinstance(most, bool) or most < 1:
-        raise UserError(f"{key}.pairs: {shown(most)} is not a whole number above 0; set --config.{key}.pairs=4")
+    most = _positive(spec, "pairs", ANSWER_PAIRS, key)
     answers: dict[str, dict[str, None]] = {}
     for i in range(len(source)):
         where = source.where(i)
@@ -212,6 +212,61 @@ def answer_pairs(source: Located, spec: Mapping[str, Any], key: str = "data") ->
     if not records:
         raise UserError(f"{source.name}: no prompt has two different answers; give a file with several answers to each")
     return records
+
+
+def rated_pairs(spec: Mapping[str, Any], key: str = "data") -> list[dict[str, Any] | RecordError]:
+    """Pairs of statements of which a person rates one higher than the other.
+
+    Statements are compared on pages of consecutive ones, which are the `group` of a record: where a split is by group,
+    no statement is on both sides of it. Which pairs a person compares depends on their name and the page alone.
+
+    Args:
+      spec: `path` of the people, with one list of ratings each, in the order of the statements in `statements`; 0 or
+        null is no rating. `prompt` is what the statements answer. `page` (30 by default) statements are compared with
+        each other, and at most `pairs` (16) of a page by one person. Also column names that differ from `RATINGS`.
+      key: dotted key of `spec` in the config, for messages.
+
+    Returns:
+      TRL preference records with `user_id` and `group`; a `RecordError` for a person whose ratings cannot be read.
+
+    Raises:
+      UserError: a file or column is missing.
+    """
+    names = {ours: spec.get(ours) or name for ours, name in RATINGS.items()}
+    page, most = (_positive(spec, name, other, key) for name, other in (("page", PAGE), ("pairs", RATED_PAIRS)))
+    prompt, people = _required(spec, "prompt", key), _file(spec, "path", key)
+    texts: list[str] = []
+    for number, row in _rows(_file(spec, "statements", key), names, ("text",), key):
+        if isinstance(row, RecordError) or not isinstance(row[names["text"]], str):
+            raise UserError(f"{spec['statements']} record {number}: has no text {names['text']!r}; correct it")
+        texts.append(row[names["text"]])
+    records: list[dict[str, Any] | RecordError] = []
+    for number, row in _rows(people, names, ("user", "ratings"), key):
+        if isinstance(row, RecordError):
+            records.append(row)
+            continue
+        user, ratings = row[names["user"]], row[names["ratings"]]
+        numbers = isinstance(ratings, list) and all(x is None or type(x) in (int, float) for x in ratings)
+        if not numbers or len(ratings) != len(texts):
+            what = f"{people} record {number}: {names['ratings']} is no list of {len(texts)} numbers"
+            records.append(RecordError("bad ratings", what))
+            continue
+        for start in range(0, len(texts), page):
+            rated = [i for i in range(start, min(start + page, len(texts))) if ratings[i]]
+            pairs = [(i, j) for i, j in itertools.permutations(rated, 2) if ratings[i] > ratings[j]]
+            shared = {"prompt": prompt, "user_id": user, "group": f"page {start // page + 1}"}
+            for i, j in random.Random(f"{user} {start}").sample(pairs, min(most, len(pairs))):
+                records.append({**shared, "chosen": texts[i], "rejected": texts[j]})
+    return records
+
+
+def _positive(spec: Mapping[str, Any], name: str, default: int, key: str) -> int:
+    value = spec.get(name) or default
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise UserError(
+            f"{key}.{name}: {shown(value)} is not a whole number above 0; set --config.{key}.{name}={default}"
+        )
+    return value
 
 
 def _file(spec: Mapping[str, Any], name: str, key: str) -> pathlib.Path:

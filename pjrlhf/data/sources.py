@@ -13,7 +13,7 @@ from etils import epath
 
 from pjrlhf import paths
 from pjrlhf.data import readers
-from pjrlhf.data.joined import answer_pairs, read_choices, read_votes
+from pjrlhf.data.joined import answer_pairs, rated_pairs, read_choices, read_votes
 from pjrlhf.data.readers.raw import check_path
 from pjrlhf.data.readers.reader import read, settings_of
 from pjrlhf.data.records import RecordError, from_json, plain
@@ -157,6 +157,7 @@ def open_source(spec: Mapping[str, Any], key: str = "data") -> Source:
     "votes":    votes on pairs of answers, see `joined.read_votes`.
     "choices":  multiple-choice questions, see `joined.read_choices`.
     "answers":  pairs of answers to the same prompt, see `joined.answer_pairs`.
+    "ratings":  pairs of statements that people rate, see `joined.rated_pairs`.
     "records":  `records`, a random-access sequence of mappings, and a `name` for messages.
     One of `readers.MODULES`: a published data set, see docs/data.md.
     "package.module:reader" or "path/to/file.py:reader": a `Reader`.
@@ -194,7 +195,7 @@ def check_source(spec: Mapping[str, Any], key: str) -> None:
         check_path(settings_of(readers.reader_of(str(kind)), spec, key).path, key)
     for name in _NEEDED.get(str(kind), ()):
         value = str(_required(spec, name))
-        is_file = name in ("path", "votes") and kind != "datasets" and not paths.is_remote(value)
+        is_file = name in ("path", "votes", "statements") and kind != "datasets" and not paths.is_remote(value)
         if is_file and not os.path.exists(paths.expand(value)):
             raise UserError(f"{value}: no such file or folder; set --config.{key}.{name} to one that exists")
     if kind in ("datasets", "tfds"):
@@ -213,6 +214,7 @@ _NEEDED = {
     "votes": ("path", "votes"),
     "choices": ("path",),
     "answers": ("path",),
+    "ratings": ("path", "statements", "prompt"),
 }
 
 
@@ -262,6 +264,11 @@ def _choices(spec: Mapping[str, Any]) -> Source:
 def _answers(spec: Mapping[str, Any]) -> Source:
     found = _jsonl(spec)
     return Source(found.name, answer_pairs(found, spec, _key(spec)))
+
+
+@READERS.register("ratings")
+def _ratings(spec: Mapping[str, Any]) -> Source:
+    return Source(pathlib.Path(str(spec.get("path"))).name, rated_pairs(spec, _key(spec)))
 
 
 @READERS.register("datasets")

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7E5BB0", "#7A7A7A")
 GREY = "#9aa5b1"
+_MARKERS = "os^Dv"
+LINE = 0.3  # inches of a line of a legend
 _CURVES = {"scores": "reward", "kl": "KL from the reference"}
 _THEMES = {
     "light": {"ink": "#1f2933", "ground": "#ffffff", "edge": "#c3cad2", "grid": "#e9edf1"},
@@ -29,6 +31,11 @@ _THEMES = {
 }
 _LETTERS = 24  # of a name in a figure
 SMALL_SCREEN, READABLE = 500, 10  # pixels: width of a figure there, and of text to be read
+
+
+def mark(i: int) -> tuple[str, str]:
+    """(colour, marker) of the i-th of many models."""
+    return COLOURS[i % len(COLOURS)], _MARKERS[i // len(COLOURS) % len(_MARKERS)]
 
 
 class Picture(NamedTuple):

@@ -11,11 +11,13 @@ from pjrlhf.evaluation.formats import Estimate, mean_of
 from pjrlhf.evaluation.plots import (
     COLOURS,
     GREY,
+    LINE,
     Picture,
     draw,
     ink,
     label,
     legend_columns,
+    mark,
     new_figure,
     number_or_nan,
     percent_axis,
@@ -234,16 +236,18 @@ def _cold_start(curves: Mapping[str, Any], ceiling: float | None) -> "tuple[Figu
     curves = {model: curve for model, curve in curves.items() if curve}
     if not curves:
         return None
-    figure, axes = new_figure(8.4, 3.6, 1, 1)
+    few = len(curves) <= len(COLOURS)  # more intervals hide each other; the table has them
+    figure, axes = new_figure(8.4, max(3.6, 0.5 + LINE * len(curves)), 1, 1)
     axis, counts, drawn = axes[0, 0], set(), False
     for i, (model, curve) in enumerate(curves.items()):
         curve = sorted((float(k), fraction) for k, fraction in curve.items())
         x, (mean, errors) = np.array([k for k, _ in curve]), _estimates([fraction for _, fraction in curve])
-        colour = COLOURS[i % len(COLOURS)]
-        axis.plot(x, mean, "o-", color=colour, markersize=5, label=label(model))
-        axis.fill_between(x, mean - errors[0], mean + errors[1], color=colour, alpha=0.15, linewidth=0)
+        colour, marker = mark(i)
+        axis.plot(x, mean, marker=marker, color=colour, markersize=5, label=label(model))
+        if few:
+            axis.fill_between(x, mean - errors[0], mean + errors[1], color=colour, alpha=0.15, linewidth=0)
         counts |= set(x)
-        drawn |= bool(errors.any())
+        drawn |= few and bool(errors.any())
     if ceiling is not None:
         axis.axhline(100 * ceiling, color=ink(), linestyle="--", linewidth=1.2, label=_CEILING)
     axis.set_xscale("function", functions=(np.log1p, np.expm1))

@@ -9,7 +9,7 @@ import numpy as np
 import rich.console
 
 from pjrlhf.evaluation.formats import Table, estimate, number, percent, print_table, without_empty
-from pjrlhf.evaluation.plots import COLOURS, Picture, draw, label, new_figure, number_or_nan, percent_axis
+from pjrlhf.evaluation.plots import LINE, Picture, draw, label, mark, new_figure, number_or_nan, percent_axis
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -82,14 +82,27 @@ def _cost(models: Mapping[str, Any], curves: Mapping[str, Any]) -> "tuple[Figure
             points[name] = (*costs, 100 * number_or_nan(last.get("mean")))
     if not points or np.isnan(np.array(list(points.values()))).all():
         return None
-    figure, axes = new_figure(8.4, 4.2, 1, 2)
+    figure, axes = new_figure(8.4, max(4.2, 0.5 + LINE * len(points)), 1, 2)
     names = ("milliseconds to know a new person", "bytes of a person")
     for column, (axis, what) in enumerate(zip(axes[0], names, strict=True)):
         for i, (name, point) in enumerate(points.items()):
-            style = {"color": COLOURS[i % len(COLOURS)], "marker": "os^Dv"[i // len(COLOURS) % 5], "s": 60}
-            axis.scatter([point[column]], [point[2]], label=label(name), zorder=3, **style)
+            colour, marker = mark(i)
+            axis.scatter([point[column]], [point[2]], label=label(name), zorder=3, color=colour, marker=marker, s=60)
         axis.set_xscale("log" if column == 0 else "symlog")
+        ticks = _ticks([point[column] for point in points.values()])
+        axis.set_xticks(ticks, [f"{tick / 1000:g}k" if tick >= 1000 else f"{tick:g}" for tick in ticks])
+        axis.minorticks_off()
         axis.set(xlabel=what, ylabel="accuracy, %" if column == 0 else "")
         percent_axis(axis.set_ylim, axis.get_ylim())
     axes[0, 1].legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
     return figure, "Accuracy on new people after most comparisons, against what a person costs."
+
+
+def _ticks(values: list[float]) -> list[float]:
+    """0 where it is there, and the powers of ten that hold all other numbers, below 10 only where 0 is not there."""
+    positive = [value for value in values if 0 < value < np.inf]
+    if not positive:
+        return [0.0]
+    low, high = (int(bound) for bound in (np.floor(np.log10(min(positive))), np.ceil(np.log10(max(positive)))))
+    zero = 0.0 in values
+    return [0.0] * zero + [10.0**power for power in range(max(low, 1) if zero else low, high + 1)]

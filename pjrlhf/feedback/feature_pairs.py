@@ -14,7 +14,7 @@ from pjrlhf.errors import UserError
 from pjrlhf.feedback.pairs import PARTS, PairSettings, at_most, check_named, split, tables_of
 from pjrlhf.models.registry import UserRegistry
 from pjrlhf.models.user_models.base import Comparisons, Person
-from pjrlhf.rollout.features import STATES, answer_key
+from pjrlhf.rollout.features import STATES, Reduction, answer_key
 from pjrlhf.runtime.features import features_of
 from pjrlhf.runtime.run import Run
 from pjrlhf.settings import setting
@@ -120,20 +120,13 @@ class FeaturePairs:
             personas=tuple(example.extra.get("persona") for example in kept),
         )
 
+    def reduction(self, part: Part) -> Reduction:
+        """How features are reduced, by the answers of a part alone."""
+        return Reduction.fitted(self.states[np.unique(part.answers)], self.settings.components)
+
     def reduced(self, part: Part) -> np.ndarray:
-        """The features, float32 [A, components], standardised and rotated by the answers of a part alone; their mean
-        square there is 1.
-        """
-        used = self.states[np.unique(part.answers)].astype(np.float64)
-        mean, spread = used.mean(0), used.std(0)
-        spread[spread < 1e-6] = 1.0
-        standard = (self.states - mean) / spread
-        if count := min(self.settings.components, used.shape[1]):
-            used = (used - mean) / spread
-            _, axes = np.linalg.eigh(used.T @ used)
-            standard = standard @ axes[:, ::-1][:, :count]
-        scale = np.sqrt(np.mean(standard[np.unique(part.answers)] ** 2))
-        return (standard / max(scale, 1e-6)).astype(np.float32)
+        """The features of all answers, float32 [A, components], by the `reduction` of a part."""
+        return self.reduction(part)(self.states)
 
 
 def _table(run: Run, settings: FeatureSettings) -> TokenTable:

@@ -10,30 +10,30 @@ values and batches, and trains all entries anew.
 """
 
 import dataclasses
-import functools
 import math
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from pjrlhf.algorithms.user_rewards import train
 from pjrlhf.errors import UserError
 from pjrlhf.evaluation.users import calibration_error, cold_start_curve, paired_gain, principal_axes, user_accuracy
-from pjrlhf.feedback.feature_pairs import FeaturePairs, FeatureSettings, Part, TrainingPeople, padded
+from pjrlhf.feedback.feature_pairs import FeaturePairs, FeatureSettings, TrainingPeople
 from pjrlhf.feedback.population import PopulationSettings
-from pjrlhf.models.user_models.base import Comparisons, State, UserRewards
+from pjrlhf.models.storage import save_tree
+from pjrlhf.models.user_models.base import State, Table, UserRewards
 from pjrlhf.models.user_models.kinds import user_model
+from pjrlhf.protocols.met_people import Fitted, People, known_people, new_people
 from pjrlhf.protocols.reporting import finish
+from pjrlhf.rollout.features import Reduction
 from pjrlhf.runtime.run import Run, Stage
+from pjrlhf.serving.people.rewards import FILE
 from pjrlhf.settings import SEEDS, check_names, setting
 from pjrlhf.training.progress import progress
-from pjrlhf.types import Array, Params
-
-TIMINGS = 20  # of which the median counts
+from pjrlhf.training.workdir import disk_errors
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -86,152 +86,11 @@ class UserModelsSettings(FeatureSettings):
         return {name: user_model(values, f"models.{name}") for name, values in self.models.items()}
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class People:
-    """Several people: what is known of them, and comparisons to test on.
-
-    Attributes:
-      names: of the people, in order.
-      rows: int32 [m], their rows of tables.
-      context: all that can be told of them; a new person tells a beginning of it.
-      tested: comparisons, none of them in the context.
-    """
-
-    names: tuple[str, ...]
-    rows: np.ndarray
-    context: Comparisons
-    tested: Comparisons
-
-    def labelled(self, margins: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(margins, names) of the comparisons that are no padding, from margins [m, n]."""
-        real = np.asarray(self.tested.weight) > 0
-        return margins[real], np.repeat(self.names, real.sum(1))
-
-
-def known_people(features: np.ndarray, part: Part, held: Part, people: TrainingPeople, size: int) -> People:
-    """The people of training, with a context of their training comparisons; what they are tested on is not in it, also
-    where they are tested on training comparisons.
-    """
-    told, tested = part.of_people(), held.of_people()
-    if held is part:
-        tested = {name: rows[size:] for name, rows in told.items() if len(rows) > size}
-    names = tuple(name for name in tested if name in told)
-    if not names:
-        raise UserError(
-            "user_models: nobody has comparisons in training and held out; give more records of each person"
-        )
-    context = padded(features, part, [told[name] for name in names], size)
-    return People(
-        names, people.registry.indices(names), context, padded(features, held, [tested[name] for name in names])
-    )
-
-
-def new_people(features: np.ndarray, part: Part, size: int, pool: int) -> People:
-    """The people who are met after training and have `size` comparisons or more to tell, on prompts that others trained
-    on, and comparisons to be tested on, on prompts that nobody trained on.
-
-    Args:
-      pool: the most comparisons of a context, among which an active user model chooses.
-    """
-    told, tested = {}, {}
-    for name, rows in part.of_people().items():
-        own, test = rows[~part.held_out[rows]], rows[part.held_out[rows]]
-        if len(own) >= size and len(test):
-            told[name], tested[name] = own[:pool], test
-    if not told:
-        raise UserError(
-            f"user_models: no new person has {size} comparisons on prompts of training and others to test on; lower "
-            "user_models.counts, or give more records of each person"
-        )
-    names = tuple(told)
-    context = padded(features, part, [told[name] for name in names], pool)
-    tests = padded(features, part, [tested[name] for name in names])
-    return People(names, np.zeros(len(names), np.int32), context, tests)
-
-
-class Fitted:
-    """A trained entry, ready to be asked about people."""
-
-    def __init__(self, model: UserRewards, params: Params):
-        self.model, self.params = model, params
-
-    def known(self, people: People) -> State:
-        """States of the people of training, as they stand in a table or by their contexts."""
-        return _known(self.model, self.params, people.rows, people.context)
-
-    def met(self, context: Comparisons, count: int) -> State:
-        """States of new people after the first `count` comparisons of their contexts."""
-        return _met(self.model, self.params, context.first(count))
-
-    def margins(self, state: State, people: People) -> np.ndarray:
-        """Float32 [m, n], of the tested comparisons."""
-        return np.asarray(_margins(self.model, self.params, state, people.tested))
-
-    def asked(self, context: Comparisons, count: int) -> Comparisons:
-        """The first `count` comparisons of each context, in the order in which the model asks for them."""
-        people, size = context.weight.shape
-        order = np.zeros((people, 0), np.int64)
-        for k in range(count):
-            rest = np.array([[i for i in range(size) if i not in own] for own in order])
-            so_far = _taken(context, np.concatenate([order, rest], axis=1)).first(k)
-            value = _informativeness(self.model, self.params, self.met(so_far, k), so_far, context)
-            if value is None:
-                return _taken(context, np.tile(np.arange(count), (people, 1)))
-            value = np.where(np.asarray(context.weight) > 0, value, -np.inf)
-            np.put_along_axis(value, order, -np.inf, axis=1)
-            order = np.concatenate([order, value.argmax(1)[:, None]], axis=1)
-        return _taken(context, order)
-
-    def cost(self, people: People, count: int) -> dict[str, float]:
-        """Bytes of a person's state, and the median milliseconds that it takes to make it from `count` comparisons."""
-        one = jax.tree.map(lambda x: jnp.asarray(x[:1, :count]), people.context)
-        state, seconds = jax.block_until_ready(_met(self.model, self.params, one)), []
-        for _ in range(TIMINGS):
-            started = time.perf_counter()
-            jax.block_until_ready(_met(self.model, self.params, one))
-            seconds.append(time.perf_counter() - started)
-        size = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
-        return {"bytes": float(size), "milliseconds": 1e3 * float(np.median(seconds))}
-
-
-# The model is static, so that all seeds share the programs of shapes they have in common.
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _known(model: UserRewards, params: Params, rows: Array, context: Comparisons) -> State:
-    return jax.vmap(functools.partial(model.person, params))(rows, context)
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _met(model: UserRewards, params: Params, context: Comparisons) -> State:
-    return jax.vmap(functools.partial(model.meet, params))(context)
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _margins(model: UserRewards, params: Params, state: State, pairs: Comparisons) -> Array:
-    return jax.vmap(functools.partial(model.margins, params))(state, pairs)
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _informativeness(
-    model: UserRewards, params: Params, state: State, asked: Comparisons, pool: Comparisons
-) -> Array | None:
-    return jax.vmap(functools.partial(model.informativeness, params))(state, asked, pool)
-
-
-def _taken(context: Comparisons, order: np.ndarray) -> Comparisons:
-    """The comparisons of every person in an order, int [m, n]."""
-
-    def one(x):
-        return np.take_along_axis(np.asarray(x), order.reshape(*order.shape, *[1] * (x.ndim - 2)), axis=1)
-
-    return jax.tree.map(one, context)
-
-
 def _one_seed(run: Run, data: FeaturePairs, settings: UserModelsSettings, seed: int) -> dict[str, dict[str, Any]]:
     """Entry -> what one seed found of it."""
     parts = data.split(seed)
-    features, size = data.reduced(parts["train"]), max(settings.counts)
+    reduction, size = data.reduction(parts["train"]), max(settings.counts)
+    features = reduction(data.states)
     people = TrainingPeople(parts["train"])
     known = known_people(features, parts["train"], parts["heldout"], people, size)
     on_training = known_people(features, parts["train"], parts["train"], people, size)
@@ -241,13 +100,15 @@ def _one_seed(run: Run, data: FeaturePairs, settings: UserModelsSettings, seed: 
         trained = people
         if model.permuted:
             trained = TrainingPeople(parts["train"], run.streams.numpy("user_models/permutation", seed))
+            model = model.replace(permuted=False)  # so that it shares the programs of its like
         fitted, metrics, seconds = _train(run, name, model, features, trained, settings, (seed, number))
+        if seed == settings.seeds[0] and trained is people:
+            _save(run, name, fitted, reduction, settings)
         with progress(f"user_models: people of {name}", 1):
             found[name] = {
-                **_measured(fitted, known, new, settings),
+                **_measured(fitted, on_training, known, new, settings),
                 "loss": metrics["loss"],
                 "seconds": seconds,
-                "grid": _grid(fitted, on_training, known, new, size),
             }
     personas = {
         str(name): persona
@@ -274,17 +135,49 @@ def _train(run, name, model, features, people, settings, indices) -> tuple[Fitte
     return Fitted(model, params), metrics, time.perf_counter() - started
 
 
-def _measured(fitted: Fitted, known: People, new: People, settings: UserModelsSettings) -> dict[str, Any]:
-    """What the report says of a trained entry, from one seed."""
+def _save(run: Run, name: str, fitted: Fitted, reduction: Reduction, settings: UserModelsSettings) -> None:
+    """Writes <workdir>/user_models/<name>/model.safetensors, which a server reads: the entry of the first seed, without
+    the people it was trained on.
+    """
+    path, workspace, params = run.workdir.path / "user_models" / name / FILE, run.workspace, fitted.params
+    if isinstance(fitted.model, Table):
+        params = {**params, "table": jax.tree.map(lambda x: x[:1], params["table"])}
+    note = {
+        **workspace.provenance,
+        "base_folder": workspace.base_from(path.parent),
+        "quantize": workspace.settings.quantize,
+        "chat": run.records.chat,
+        "user_rewards": {**fitted.model.to_dict(), "kind": settings.models[name]["kind"]},
+        "states": list(settings.states),
+        "context": max(settings.counts),
+    }
+    run.workdir.stage(f"user_models/{name}")
+    with disk_errors(path):
+        save_tree(path, {"params": params, "reduction": jax.tree.map(np.asarray, vars(reduction))}, note)
+
+
+def _measured(
+    fitted: Fitted, trained: People, known: People, new: People, settings: UserModelsSettings
+) -> dict[str, Any]:
+    """What the report says of a trained entry, from one seed.
+
+    Args:
+      trained: the people of training with training comparisons to test on.
+    """
     states, size = fitted.known(known), max(settings.counts)
     margins, names = known.labelled(fitted.margins(states, known))
-    nobody = fitted.met(known.context, 0)
+    nobody = fitted.nobody(known.context, len(known.names))
     context = fitted.asked(new.context, size)
     curve = {}
     for count in settings.counts:
         curve[count] = new.labelled(fitted.margins(fitted.met(context, count), new))
     opposite = new.labelled(fitted.margins(fitted.met(context.reversed(), size), new))
     flipped = np.sign(opposite[0]) != np.sign(curve[size][0])
+    cells = {
+        "seen_user_seen_prompt": trained.labelled(fitted.margins(fitted.known(trained), trained))[0],
+        "seen_user_unseen_prompt": margins,
+        "unseen_user_unseen_prompt": curve[size][0],
+    }
     return {
         "known": (margins, names),
         "generic": known.labelled(fitted.margins(nobody, known)),
@@ -292,6 +185,7 @@ def _measured(fitted: Fitted, known: People, new: People, settings: UserModelsSe
         "flip": {"flipped": float(flipped.mean()), "accuracy": float((opposite[0] > 0).mean())},
         "ece": calibration_error(margins),
         "cost": fitted.cost(new, size),
+        "grid": {cell: float((found > 0).mean()) for cell, found in cells.items()},
         "described": fitted.model.described(states),
         "vectors": _vectors(states, known.names),
     }
@@ -303,20 +197,6 @@ def _vectors(states: State, names: Sequence[str]) -> dict[str, np.ndarray]:
     if not flat:
         return {}
     return dict(zip(names, np.concatenate(flat, axis=1), strict=True))
-
-
-def _grid(fitted: Fitted, trained: People, known: People, new: People, size: int) -> dict[str, float]:
-    """Accuracy by what was known, fractions; new people have told `size` comparisons.
-
-    Args:
-      trained: the people of training with training comparisons to test on.
-    """
-    found = {}
-    for cell, people in (("seen_user_seen_prompt", trained), ("seen_user_unseen_prompt", known)):
-        found[cell] = people.labelled(fitted.margins(fitted.known(people), people))[0]
-    state = fitted.met(fitted.asked(new.context, size), size)
-    found["unseen_user_unseen_prompt"] = new.labelled(fitted.margins(state, new))[0]
-    return {cell: float((margins > 0).mean()) for cell, margins in found.items()}
 
 
 def summarized(

@@ -7,7 +7,7 @@ import math
 import pathlib
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any, NotRequired, Protocol
+from typing import Any, NotRequired, Protocol, cast
 
 import flax.traverse_util
 import jax
@@ -33,6 +33,7 @@ from pjrlhf.parallel.mesh import make_mesh, shard_params
 from pjrlhf.paths import local
 from pjrlhf.rollout.preference import PreferenceConfig
 from pjrlhf.serving.people.fit import Learning
+from pjrlhf.serving.people.rewards import LONG, Rewarded, Scorer, open_scorer
 from pjrlhf.serving.run_notes import RunNotes, read_notes
 from pjrlhf.settings import SERVED, check_names, parse
 from pjrlhf.types import Params
@@ -41,8 +42,6 @@ from pjrlhf.types import Params
 BASE, PERSONAL = SERVED
 SOUP = "soup:"
 WEIGHT_LIMIT = 100.0
-# Comparisons of people who are served are cut rather than refused.
-LONG = {"long_prompt": "truncate_left", "long_completion": "truncate"}
 
 
 class UnknownModel(UserError):
@@ -81,6 +80,7 @@ class People:
       params: of the user model.
       trained: whether a run has trained it; otherwise everybody starts as the same share of every adapter.
       learning: how the rows of new people are fitted; None where that is not known.
+      scorer: where people are those of a reward model.
       base: identifies the base.
     """
 
@@ -89,12 +89,13 @@ class People:
     params: Params
     trained: bool = True
     learning: Learning | None = None
+    scorer: Scorer | None = None
     base: str = ""
 
     @property
     def learns(self) -> bool:
         """Whether the rows of people can be fitted."""
-        return self.model.personal and self.learning is not None
+        return self.model.personal and (self.learning is not None or self.scorer is not None)
 
     @functools.cached_property
     def _apply(self) -> Any:
@@ -327,7 +328,7 @@ def open_run(run: str, entry: str | None = None, mesh: Mesh | None = None) -> Ca
     Args:
       run: the run directory.
       entry: the policies of the stage policy ("policy"), of an entry of `methods`, or a user model, an entry of
-        `preference.models`. Where None, the policies; without any, the only user model.
+        `preference.models` or of `user_models.models`. Where None, the policies; without any, the only user model.
       mesh: of the devices that hold the model; one device where None.
 
     Raises:
@@ -343,8 +344,12 @@ def open_run(run: str, entry: str | None = None, mesh: Mesh | None = None) -> Ca
         path.parent.name: path for path in (*folder.glob("policy/bank.safetensors"), *folder.glob("methods/*/bank.*"))
     }
     people = {path.parent.name: path for path in sorted(folder.glob("preference/*/model.safetensors"))}
+    scorers = {path.parent.name: path for path in sorted(folder.glob("user_models/*/model.safetensors"))}
+    people |= {name: path for name, path in scorers.items() if name not in (*banks, *people)}
     if not banks and not people:
-        raise UserError(f"{folder}: has no trained policies yet; run its stages policy, methods or preference first")
+        raise UserError(
+            f"{folder}: has nothing to serve yet; run its stages policy, methods, preference or user_models first"
+        )
     if entry is None:
         entry = "policy" if "policy" in banks else next(iter(banks)) if len(banks) == 1 else None
         if entry is None and not banks and len(people) == 1:
@@ -356,6 +361,8 @@ def open_run(run: str, entry: str | None = None, mesh: Mesh | None = None) -> Ca
     notes = read_notes(config)
     if entry in banks:
         return dataclasses.replace(_policies(folder, banks[entry], config, mesh), notes=notes)
+    if people[entry] == scorers.get(entry):
+        return dataclasses.replace(_rewarded(folder, people[entry], config, mesh), notes=notes)
     return dataclasses.replace(_person(folder, people[entry], config, mesh), notes=notes)
 
 
@@ -427,6 +434,18 @@ def _person(folder: pathlib.Path, path: pathlib.Path, config: Mapping[str, Any],
         source = config["preference"]["bank"]
         _, names, _ = load_bank(folder / "policy" if source == "policy" else source)
     return Catalogue(personal.model, names, bank, people, _chats(personal.model, personal.chat), folder)
+
+
+def _rewarded(folder: pathlib.Path, path: pathlib.Path, config: Mapping[str, Any], mesh: Mesh | None) -> Catalogue:
+    """The base, with people as a reward model knows them. Nobody is known before they tell something."""
+    scorer, model = open_scorer(path, config["data"], mesh)
+    kind = cast(UserModel, Rewarded(path.parent.name, scorer.model.slots.source != "nobody"))  # has what is read of it
+    shared = {"params": scorer.params, "reduction": vars(scorer.reduction)}
+    params = {"table": jax.tree.map(lambda x: x[None], scorer.generic), "shared": shared}
+    people = People(
+        kind, UserRegistry((None,)), params, trained=False, scorer=scorer, base=fingerprint(model.folder or "")
+    )
+    return Catalogue(model, people=people, chat=_chats(model, scorer.chat), run=folder)
 
 
 def _chats(model: LanguageModel, chat: bool | None) -> bool:

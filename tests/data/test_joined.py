@@ -1,4 +1,4 @@
-"""Preference records from votes on pairs, multiple-choice questions, and several answers to a prompt."""
+"""Preference records from votes on pairs, multiple-choice questions, several answers to a prompt, and ratings."""
 
 import json
 
@@ -199,3 +199,40 @@ def test_pairs_of_answers_are_of_one_prompt_and_differ(tmp_path):
 def test_answers_that_make_no_pairs(tmp_path, rows, spec, message):
     with pytest.raises(UserError, match=message):
         open_source(answers(tmp_path, *rows, **spec))
+
+
+def ratings(folder, *people, statements=("a", "b", "c", "d"), **spec):
+    (folder / "people.jsonl").write_text("".join(f"{json.dumps(one)}\n" for one in people))
+    (folder / "statements.json").write_text(json.dumps([{"text": text} for text in statements]))
+    files = {"path": f"{folder}/people.jsonl", "statements": f"{folder}/statements.json"}
+    return {"kind": "ratings", **files, "prompt": "which ?", "page": 2, **spec}
+
+
+def test_who_rates_a_statement_higher_prefers_it(tmp_path):
+    """On pages of two statements: none is on two pages, equal and missing ratings say nothing."""
+    spec = ratings(tmp_path, {"user_id": "ann", "ratings": [1, 5, 3, 3]}, {"user_id": "bob", "ratings": [2, 0, 4, 1]})
+    shared = {"prompt": "which ?"}
+    assert records(spec) == [
+        {**shared, "user_id": "ann", "group": "page 1", "chosen": "b", "rejected": "a"},
+        {**shared, "user_id": "bob", "group": "page 2", "chosen": "c", "rejected": "d"},
+    ]
+    assert len(validate(open_source(spec), "preference")[0]) == 2
+    few = ratings(tmp_path, {"user_id": "ann", "ratings": [1, 2, 3, 4]}, page=4, pairs=3)
+    assert len(records(few)) == 3 and records(few) == records(few)
+    assert {one["chosen"] > one["rejected"] for one in records(few)} == {True}
+
+
+@pytest.mark.parametrize(
+    ("person", "spec", "message"),
+    [
+        ({"user_id": "ann"}, {}, "people.jsonl record 1: no column 'ratings'"),
+        ({"user_id": "ann", "ratings": [1]}, {}, "is no list of 4 numbers"),
+        ({"user_id": "ann", "ratings": [1, 2, 3, "4"]}, {}, "is no list of 4 numbers"),
+        ({"user_id": "ann", "ratings": [1, 2, 3, 4]}, {"prompt": ""}, "'ratings': needs 'prompt'"),
+        ({"user_id": "ann", "ratings": [1, 2, 3, 4]}, {"text": "words"}, "no column 'words'"),
+        ({"user_id": "ann", "ratings": [1, 2, 3, 4]}, {"pairs": -1}, "data.pairs: -1 is not a whole number"),
+    ],
+)
+def test_bad_ratings(tmp_path, person, spec, message):
+    with pytest.raises(UserError, match=message):
+        validate(open_source(ratings(tmp_path, person, **spec)), "preference")

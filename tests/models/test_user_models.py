@@ -12,18 +12,21 @@ from scipy import optimize, special
 from pjrlhf.errors import UserError
 from pjrlhf.models.user_models import pref, vpl
 from pjrlhf.models.user_models.base import Comparisons, Person, Slots, UserRewards
+from pjrlhf.models.user_models.impchat import Impchat
 from pjrlhf.models.user_models.individual import Individual
 from pjrlhf.models.user_models.kinds import kinds, user_model
 from pjrlhf.models.user_models.lore import Lore
 from pjrlhf.models.user_models.mrm import Mrm
 from pjrlhf.models.user_models.pal import Pal
 from pjrlhf.models.user_models.pooled import Pooled
+from pjrlhf.models.user_models.pplug import Pplug, attended
 from pjrlhf.models.user_models.pref import Pref
 from pjrlhf.models.user_models.pttt import Pttt
 from pjrlhf.models.user_models.vpl import Vpl
 
 WIDTH, PEOPLE = 6, 4
 SMALL = {"vpl": {"hidden": 8, "latent": 4, "guidance": 0.1}, "gpo": {"hidden": 8}, "pttt": {"hidden": 8}}
+SMALL |= {"pplug": {"hidden": 8}, "impchat": {"hidden": 8}}
 FITS = {"fit_steps": 5}  # where a state is fitted
 QUICK = ("pooled", "lore", "pttt")  # of each source one; the others take seconds to compile
 all_kinds = pytest.mark.parametrize(
@@ -110,7 +113,7 @@ def test_only_the_row_of_the_person_learns(kind):
             moved = np.abs(np.asarray(leaf)).reshape(PEOPLE + 1, -1).sum(1) > 0
             assert moved.tolist() == [False, False, True, False, False]
         close(*[it.person(it.params, one.row, context) for context in (one.context, pairs(3, seed=5))])
-    elif it.model.slots.source == "pairs":
+    elif it.model.slots.source != "nobody":
         close(*[it.person(it.params, jnp.int32(row), one.context) for row in (1, 2)])
 
 
@@ -338,6 +341,57 @@ def test_fast_weights_prefer_what_the_person_chose():
         for one in (context.first(0), context, context.reversed())
     )
     assert opposite < nobody < person
+
+
+HISTORIES = pytest.mark.parametrize("kind", ["pplug", pytest.param("impchat", marks=pytest.mark.slow)])
+
+
+@HISTORIES
+def test_a_history_is_what_was_chosen(kind):
+    """The answers that were turned down do not matter: a model that reads them has labelled pairs."""
+    it, test = made(kind), pairs(4, seed=2)
+    context = pairs(3)
+    other = context.replace(rejected=pairs(3, seed=7).rejected)
+    close(it.as_met(context, test), it.as_met(other, test), tolerance=0)
+    assert it.model.slots.source == "history"
+
+
+def test_attention_is_over_what_is_there():
+    keys, weight = jnp.array([[9.0, 0.0], [0.0, 9.0], [9.0, 0.0]]), jnp.array([1.0, 1.0, 0.0])
+    sure = attended(jnp.array([[9.0, 0.0]]), keys, keys, weight)
+    close(sure, jnp.array([[9.0, 0.0]]))
+    close(attended(jnp.zeros((1, 2)), keys, keys, weight), jnp.array([[4.5, 4.5]]))
+    close(attended(jnp.zeros((1, 2)), keys, keys, jnp.zeros(3)), jnp.zeros((1, 2)))
+
+
+def test_pplug_gives_the_head_one_token():
+    """Without a query of its own an answer sees the mean of the history."""
+    model, params = Pplug(hidden=3), Pplug(hidden=3).init(KEY, WIDTH, 0)
+    params, context = {**params, "query": jnp.zeros((WIDTH, WIDTH))}, pairs(5)
+    x = pairs(2, seed=2).chosen
+    token = context.chosen.mean(0) @ params["projector"]
+    close(model.token(params, model.meet(params, context), x), jnp.stack([token, token]))
+    first, second = params["head"]["layer0"], params["head"]["layer1"]
+    h = jnp.concatenate([x, jnp.stack([token, token])], axis=1) @ first["kernel"] + first["bias"]
+    expected = jnp.where(h > 0, h, 0.2 * h) @ second["kernel"] + second["bias"]
+    close(model.rewards(params, model.meet(params, context), x), expected[:, 0])
+
+
+def test_the_retrieval_score_is_likeness_to_the_history():
+    model, zero, x = Impchat(hidden=WIDTH), jnp.zeros((WIDTH, WIDTH)), pairs(2, seed=2).chosen
+    params = {"head": jnp.zeros(WIDTH), "style": jnp.eye(WIDTH), "query": zero, "value": zero}
+    context = pairs(5)
+    like = x @ context.chosen.mean(0) / np.sqrt(WIDTH)
+    close(model.rewards(params, model.meet(params, context), x), like)
+    # Without a query all of the history counts alike, and preference is style.
+    alike = {**params, "style": zero, "value": jnp.eye(WIDTH)}
+    close(model.rewards(alike, model.meet(alike, context), x), like)
+    close(model.rewards({**params, "head": x[0]}, model.meet(params, context.first(0)), x), x @ x[0])
+    # The answer that is most like what is asked counts alone where the query is sharp.
+    sharp = {**alike, "query": 50 * jnp.eye(WIDTH)}
+    history = jnp.eye(WIDTH)[:2]
+    two = Comparisons(history, -history, jnp.ones(2))
+    close(model.rewards(sharp, model.meet(sharp, two), history), jnp.full(2, WIDTH**-0.5))
 
 
 def test_every_kind_is_a_file_with_a_formula():

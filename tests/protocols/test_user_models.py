@@ -17,13 +17,9 @@ from pjrlhf.models.user_models.pooled import Pooled
 from pjrlhf.models.user_models.pref import Pref
 from pjrlhf.models.user_models.pttt import Pttt
 from pjrlhf.pipeline import stages
-from pjrlhf.protocols.user_models import (
-    Fitted,
-    UserModelsSettings,
-    known_people,
-    new_people,
-    summarized,
-)
+from pjrlhf.protocols.met_people import Fitted, known_people, new_people
+from pjrlhf.protocols.user_models import UserModelsSettings, summarized
+from pjrlhf.serving.catalogue import open_run
 
 WIDTH, SIZE = 4, 6
 
@@ -246,6 +242,7 @@ def test_a_whole_run(tmp_path, monkeypatch):
         f"{who}_prompt" for who in ("seen_user_seen", "seen_user_unseen", "unseen_user_unseen")
     }
     assert "Parts, controls and costs" in (path / "report" / "index.html").read_text()
+    _check_served(path)
     # Features are computed once: a second start of the stage reads them, and a damaged file is made again.
     run = tiny.start(path, tiny_user_models.settings())
     settings = run.section(UserModelsSettings)
@@ -256,6 +253,24 @@ def test_a_whole_run(tmp_path, monkeypatch):
     (file,) = (path / "features").glob("*.safetensors")
     file.write_bytes(file.read_bytes()[:-4])
     np.testing.assert_allclose(FeaturePairs(run, settings).states, first, atol=1e-5)
+
+
+def _check_served(path):
+    """A server gives new people the states of the report, from the texts of their comparisons."""
+    run = tiny.start(path, tiny_user_models.settings())
+    settings = run.section(UserModelsSettings)
+    data = FeaturePairs(run, settings)
+    parts, table = data.split(0), data._tables["new_users"]
+    reduction = data.reduction(parts["train"])
+    people = new_people(reduction(data.states), parts["new_users"], 4, 4)
+    told = [rows[~parts["new_users"].held_out[rows]][:4] for rows in parts["new_users"].of_people().values()]
+    for name in ("pref", "vpl", "pooled"):
+        scorer = open_run(str(path), name).people.scorer
+        for i, rows in enumerate(told):
+            state = scorer.fit(scorer.generic, [table.examples[row] for row in rows])
+            context = jax.tree.map(lambda x, i=i: x[i], people.context)
+            want = scorer.model.meet(scorer.params, context)
+            jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=5e-3), state, want)
 
 
 @pytest.mark.slow

@@ -3,7 +3,8 @@
 A user model is a value that names its four parts (`Slots`): where knowledge of a person comes from, what it becomes,
 where that enters, and what is minimised. As functions:
 
-    state = person(params, row, context)      from the source: a row of a table, or k comparisons of the person
+    state = person(params, row, context)      from the source: a row of a table, or k comparisons of the person, or
+                                              what they chose in these
     rewards = rewards(params, state, x)       of answers with features x
     loss = loss(params, one, key, step)       of one person in a step
     state = meet(params, context)             of a new person, with everything else frozen
@@ -29,7 +30,7 @@ from pjrlhf.types import Array, Params, PRNGKey
 
 State: TypeAlias = Any  # a pytree of arrays
 
-SOURCES = ("nobody", "id", "pairs")
+SOURCES = ("nobody", "id", "pairs", "history")
 STATES = ("nothing", "head", "weights", "point", "latent", "memory", "fast weights")
 INJECTIONS = ("nowhere", "reward head", "head input", "attention")
 OBJECTIVES = ("Bradley-Terry", "variational", "inner step")
@@ -40,7 +41,8 @@ class Slots:
     """The four parts of a user model.
 
     Attributes:
-      source: what it reads of a person: nobody's identity, an id (a row of a table), or labelled pairs.
+      source: what it reads of a person: nobody's identity, an id (a row of a table), labelled pairs, or a history,
+        which is the chosen answers of these alone.
       state: what a person becomes.
       injection: where the state enters the reward.
       objective: what training minimises.

@@ -23,6 +23,7 @@ from pjrlhf.types import Array, Params, PRNGKey
 class Individual(Table):
     """A linear reward head per person."""
 
+    precision: float = setting(3.0, "of the prior of a person's numbers around the generic ones", low=0.0, high=1e9)
     alpha: float = setting(0.5, "weight of the person's own loss beside that of the generic person", low=0.0, high=1.0)
 
     slots: ClassVar[Slots] = Slots("id", "head", "reward head")

@@ -29,7 +29,6 @@ class Lore(Table):
 
     learning_rate: float = setting(5e-2, "of Adam, with a cosine down to 0", above=0.0, high=1e3)
     bases: int = setting(5, "rewards of the basis", low=1, high=4096)
-    precision: float = setting(0.1, "of the prior of a person's numbers around the generic ones", low=0.0, high=1e9)
 
     slots: ClassVar[Slots] = Slots("id", "weights", "reward head")
 

@@ -32,7 +32,7 @@ EPS_ROOT = 1e-16
 class Mrm(UserRewards):
     """Weights over a basis of rewards, by steps from a learned start."""
 
-    bases: int = setting(4, "rewards of the basis", low=1, high=4096)
+    bases: int = setting(8, "rewards of the basis", low=1, high=4096)
     inner_steps: int = setting(1, "of Adam on a person's comparisons", low=1, high=1000)
     inner_rate: float = setting(1.0, "of these steps", above=0.0, high=1e3)
     gamma: float = setting(0.5, "softness of the robust weights of people; 0 weighs all alike", low=0.0, high=1e6)

@@ -33,7 +33,7 @@ ROUNDS = 10  # of the completion
 class Pref(Table):
     """Real weights per person over shared linear features."""
 
-    learning_rate: float = setting(5e-2, "of Adam, with a cosine down to 0", above=0.0, high=1e3)
+    learning_rate: float = setting(1e-2, "of Adam, with a cosine down to 0", above=0.0, high=1e3)
     factors: int = setting(5, "features that people weigh", low=1, high=4096)
     svd: bool = setting(True, "start from the completed matrix of people and pairs; otherwise from random numbers")
     active: bool = setting(False, "ask a new person the most informative question next")

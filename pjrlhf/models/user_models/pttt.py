@@ -28,6 +28,7 @@ class Pttt(UserRewards):
     """Fast weights in closed form from labelled pairs."""
 
     learning_rate: float = setting(3e-3, "of Adam, with a cosine down to 0", above=0.0, high=1e3)
+    weight_decay: float = setting(0.1, "decoupled", low=0.0, high=1e3)
     hidden: int = setting(64, "width of the hidden layer", low=1, high=2**16)
     eta: float = setting(0.5, "size of the fast weights", low=0.0, high=1e6)
 

@@ -46,7 +46,7 @@ ACTIVE = 0.01  # variance over people from which a dimension is used
 class Vpl(UserRewards):
     """A latent of a person from labelled pairs."""
 
-    learning_rate: float = setting(3e-3, "of Adam, with a cosine down to 0", above=0.0, high=1e3)
+    learning_rate: float = setting(1e-3, "of Adam, with a cosine down to 0", above=0.0, high=1e3)
     latent: int = setting(16, "dimensions of the latent", low=1, high=2**16)
     hidden: int = setting(64, "width of encoder and decoder", low=1, high=2**16)
     kl: float = setting(1e-4, "weight of the KL from N(0, I)", low=0.0, high=1e6)

@@ -21,6 +21,7 @@ from pjrlhf.serving.protocol import DIGITS, Body, Refused
 from pjrlhf.serving.service import Endpoint, Service, unreachable
 from pjrlhf.types import Json
 
+ANSWERS = 128  # that one request may have scored
 THREADS = 4  # requests of people at once; their fits run one after the other
 PERSON = "/v1/users/{id:person}"
 
@@ -54,6 +55,7 @@ def endpoints(service: Service) -> list[Endpoint]:
         endpoint("POST", "/v1/users/import", people.take, "Adds an exported person", Exported),
         endpoint("POST", f"{PERSON}/feedback", people.learn, "Learns from comparisons of a person", Feedback),
         endpoint("POST", f"{PERSON}/next", people.ask, "Orders pairs by what they tell of a person", Questions),
+        endpoint("POST", f"{PERSON}/score", people.score, "Rewards answers as a person sees them", Candidates),
         endpoint("GET", f"{PERSON}/export", people.export, "Exports a person"),
         endpoint("GET", PERSON, people.show, "Describes a person"),
         endpoint("DELETE", PERSON, people.remove, "Deletes a person"),
@@ -85,6 +87,14 @@ class Questions(Body):
     """Pairs of answers to choose from: each a prompt (or messages), and two answers."""
 
     pairs: list[Any] | None = Field(None, description="If absent, some of those that the server asks about.")
+
+
+class Candidates(Body):
+    """Answers to one prompt (or to messages)."""
+
+    prompt: str | None = None
+    messages: list[Any] | None = None
+    answers: Annotated[list[str], Field(min_length=1, max_length=ANSWERS)]
 
 
 class Exported(Body):
@@ -177,6 +187,14 @@ class PeopleApi:
             raise Refused(message, "pairs")
         return await self._answer(_next, request.path_params["id"], body.pairs, pool)
 
+    async def score(self, request: Request) -> Response:
+        """What answers are worth to a person."""
+        body = Candidates.read(await self._service.body(request))
+        if (body.prompt is None) == (body.messages is None):
+            raise Refused("prompt: give either it or messages", "prompt")
+        prompt = body.messages if body.prompt is None else body.prompt
+        return await self._answer(_score, request.path_params["id"], prompt, body.answers)
+
     async def export(self, request: Request) -> Response:
         """All that is kept of a person."""
         raw = request.scope.get("raw_path", b"/export")
@@ -211,6 +229,12 @@ def _remove(members: Members, name: str) -> Json:
 def _next(members: Members, name: str, pairs: Json, pool: Sequence[Pair]) -> Json:
     found = ask_of(members, name, pool) if pairs is None else next_questions(members, name, pairs)
     return {"object": "list", "data": found}
+
+
+def _score(members: Members, name: str, prompt: Json, answers: list[str]) -> Json:
+    rewards = members.rewards(name, prompt, answers)
+    data = [{"index": i, "reward": reward} for i, reward in enumerate(rewards)]
+    return {"object": "list", "data": data, "best": rewards.index(max(rewards))}
 
 
 def _import(members: Members, fields: Json) -> Json:

@@ -24,6 +24,7 @@ import xxhash
 from absl import logging
 from safetensors.numpy import load, save
 
+from pjrlhf.data.messages import Prompt
 from pjrlhf.data.records import RecordError, plain
 from pjrlhf.data.schema import Example
 from pjrlhf.errors import UserError
@@ -31,6 +32,7 @@ from pjrlhf.models.provenance import text_provenance
 from pjrlhf.serving.catalogue import Catalogue, People
 from pjrlhf.serving.people.address import address
 from pjrlhf.serving.people.fit import Fitter, Row, as_example, as_json
+from pjrlhf.serving.people.rewards import Scorer
 from pjrlhf.serving.people.store import MEMORY, Person, Store, Taken, Unknown, Unreachable, key_of
 from pjrlhf.serving.people.trained import forget, trained_people
 from pjrlhf.settings import shown
@@ -68,6 +70,7 @@ class Members:
     Attributes:
       fingerprint: of all that a row depends on besides the comparisons; a row of another one is fitted again.
       fitter: fits their rows; None where the model is the same for everybody.
+      scorer: rewards answers as a person sees them; None where people are those of a policy.
       working: runs fits.
       warming: whether the warm-up goes on.
     """
@@ -76,8 +79,9 @@ class Members:
         assert isinstance(catalogue.people, People)
         self._people, self.store, self._run = catalogue.people, store, catalogue.run
         self.model, self.trained, self.names = self._people.model, self._people.trained, catalogue.names
-        self.fitter = None
-        if self._people.learns:
+        self.scorer = self._people.scorer
+        self.fitter: Fitter | Scorer | None = self.scorer if self.model.personal else None
+        if self.scorer is None and self._people.learns:
             assert self._people.learning is not None
             parts = catalogue.model.backbone, catalogue.model.tokenizer, catalogue.chat, self.model
             trainable = {"bank": catalogue.bank, "users": self._people.params}
@@ -369,7 +373,7 @@ class Members:
             registry, table = self._people.registry.remove_users(table, [name])
             params = {**self._people.params, **({"table": table} if table else {})}
             self._people = dataclasses.replace(self._people, registry=registry, params=params)
-            if self.fitter is not None:
+            if isinstance(self.fitter, Fitter):
                 self.fitter.trainable = {**self.fitter.trainable, "users": params}
 
     def trained_names(self) -> list[str]:
@@ -394,6 +398,23 @@ class Members:
         if row is not None and comparisons and person is not None:
             self.store.keep_row(name, person.version, self.fingerprint, _packed(row))
         self._known(name)
+
+    def rewards(self, name: str, prompt: Prompt, answers: Sequence[str]) -> list[float]:
+        """What answers to a prompt are worth to a person.
+
+        Raises:
+          Unknown: no such person.
+          UserError: people are not those of a reward model, or a text that cannot be read.
+        """
+        scorer = self.scorer
+        if scorer is None:
+            raise UserError(
+                "answers: no reward model of people is served; serve an entry of the stage user_models with --entry"
+            )
+        self._need(name)
+        known = self._known(name)
+        row = self.generic_row if known is None else known.row
+        return self.working.submit(scorer.rewards, row, prompt, answers).result()
 
     # ---- rows
 
@@ -452,6 +473,8 @@ class Members:
         """Of the numbers of a row around the generic one: that of the trained people, or 1 where there are fewer than
         two.
         """
+        if self.scorer is not None:
+            return self.scorer.variance
         rows = list(self._people.registry.rows.values())
         if len(rows) < 2 or not self.model.personal:
             return 1.0

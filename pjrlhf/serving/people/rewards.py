@@ -1,0 +1,260 @@
+"""People as reward models know them (stage `user_models`): the state of a person comes from the comparisons that the
+server keeps, and scores answers. The base alone writes answers.
+
+A person of the training of the run has no state here: a server knows what people tell it.
+"""
+
+import collections
+import contextlib
+import dataclasses
+import functools
+import pathlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from pjrlhf.data.batching import collate_completion
+from pjrlhf.data.comparisons import SIDES
+from pjrlhf.data.messages import Prompt
+from pjrlhf.data.records import RecordError
+from pjrlhf.data.schema import Example, in_conversation
+from pjrlhf.data.token_table import Lengths, TokenRow, encode_example, tokenize
+from pjrlhf.data.tokenization import Tokenizer
+from pjrlhf.errors import UserError
+from pjrlhf.language_model import LanguageModel, load_base
+from pjrlhf.models.adapters import Backbone
+from pjrlhf.models.storage import load_tree
+from pjrlhf.models.user_models.base import Comparisons, UserRewards
+from pjrlhf.models.user_models.kinds import user_model
+from pjrlhf.rollout.features import STATES, Reduction, answer_key, answer_states
+from pjrlhf.types import Array, Params
+
+FILE = "model.safetensors"
+ROWS = 8  # answers whose features are computed at once
+SHORTEST = 32  # tokens of a prompt or an answer; longer ones are padded to powers of two
+# Texts of people who are served are cut rather than refused.
+LONG = {"long_prompt": "truncate_left", "long_completion": "truncate"}
+KEPT = 4096  # answers whose features are kept in memory
+LEAST = 16  # comparisons of a context of a model that fits a row, which are padded to powers of two
+
+
+@dataclasses.dataclass(frozen=True)
+class Rewarded:
+    """Stands where a server has the user model of a policy: nobody's answers are their own here.
+
+    Attributes:
+      kind: of the reward model.
+      personal: whether it differs between people.
+    """
+
+    kind: str
+    personal: bool
+    mixes: bool = False
+    num_tokens: int = 0
+    policies: int = 1
+
+    def apply(self, params: Params, users: Array) -> tuple[None, None]:
+        return None, None
+
+
+class Scorer:
+    """Makes the state of a person from comparisons, and scores answers.
+
+    Args:
+      model, params: the reward model; of a table the generic row alone.
+      reduction: of the features.
+      states: which features of `rollout.features.STATES` it has.
+      context: comparisons that a model whose source is not an id was trained to read; the last ones count.
+      base: with its tokenizer.
+      chat: text prompts are the first message of a conversation.
+      lengths: how texts are cut.
+    """
+
+    def __init__(
+        self,
+        model: UserRewards,
+        params: Params,
+        reduction: Reduction,
+        states: Sequence[str],
+        context: int,
+        base: LanguageModel,
+        chat: bool,
+        lengths: Lengths,
+    ):
+        self.model, self.params, self.reduction, self.context = model, params, reduction, context
+        self.chat, self.lengths = chat, lengths
+        self._columns = [STATES.index(name) for name in states]
+        self._backbone: Backbone = base.backbone
+        self._tokenizer: Tokenizer = base.tokenizer
+        self._known: collections.OrderedDict[bytes, np.ndarray] = collections.OrderedDict()
+        self._states = jax.jit(answer_states)
+
+    @property
+    def variance(self) -> float:
+        """Of a person's numbers around the generic ones, by the prior of the model; 1 where it has none."""
+        return 1.0 / (getattr(self.model, "precision", 1.0) or 1.0)
+
+    @functools.cached_property
+    def generic(self) -> Params:
+        """The state of somebody who has told nothing."""
+        return self._met(*np.zeros((2, 0, self.reduction.axes.shape[1]), np.float32))
+
+    # ---- as `fit.Fitter`
+
+    def check(self, example: Example) -> None:
+        """Raises RecordError or UserError for a comparison that the model cannot read."""
+        encode_example(self._asked(example), "preference", self._tokenizer, self.lengths)
+
+    def fit(self, start: Params, examples: Sequence[Example]) -> Params:
+        """The state after comparisons, float32 leaves on the host; what the base cannot read is left out."""
+        rows = self._read(examples)
+        if self.model.slots.source != "id":
+            rows = rows[-self.context :]
+        features = [
+            self._features([{"prompt": row["prompt"], "completion": row[side]} for row in rows]) for side in SIDES
+        ]
+        return self._met(*features)
+
+    def margins(self, row: Params, examples: Sequence[Example]) -> tuple[np.ndarray, np.ndarray]:
+        """(margins float32 [N], their gradients with respect to the state [N, S]) of comparisons.
+
+        Raises:
+          UserError: the state is no row with a prior, so that what is not known about it cannot be told.
+        """
+        if self.model.slots.source != "id":
+            raise UserError(
+                f"pairs: this reward model reads a person from {self.model.slots.source} and cannot say which pair "
+                "tells most; ask pairs in any order, or serve an entry whose source is an id"
+            )
+        rows = self._read(examples)
+        chosen, rejected = (self._features([_answer(one, side) for one in rows]) for side in SIDES)
+        if not len(chosen):
+            return np.zeros(0, np.float32), np.zeros((0, sum(x.size for x in jax.tree.leaves(row))), np.float32)
+        pairs = Comparisons(*map(jnp.asarray, (chosen, rejected, np.ones(len(chosen)))))
+        margins, slopes = _margins(self.model, self.params, row, pairs)
+        flat = [np.asarray(x).reshape(len(chosen), -1) for x in jax.tree.leaves(slopes)]
+        return np.asarray(margins), np.concatenate(flat, axis=1)
+
+    def warm_up(self) -> Iterator[None]:
+        """Makes the state of somebody with one comparison."""
+        token = self._tokenizer.eos_ids[0]
+        features = self._features([{"prompt": [token], "completion": [token]}])
+        yield
+        self._met(features, features)
+        yield
+
+    # ---- scores
+
+    def rewards(self, state: Params, prompt: Prompt, answers: Sequence[str]) -> list[float]:
+        """Rewards of answers to a prompt.
+
+        Raises:
+          UserError: a text that the base cannot read.
+        """
+        rows: list[TokenRow] = []
+        for i, text in enumerate(answers, 1):
+            example = self._asked(Example(prompt=prompt, completion=text))
+            try:
+                ids = encode_example(example, "completion", self._tokenizer, self.lengths).ids
+            except RecordError as error:
+                raise UserError(f"answers: number {i}: {error}; correct it") from error
+            rows.append({name: np.asarray(ids[name], np.int32) for name in ("prompt", "completion")})
+        return _rewards(self.model, self.params, state, self._features(rows)).tolist()
+
+    # ---- features
+
+    def _asked(self, example: Example) -> Example:
+        return in_conversation(example) if self.chat else example
+
+    def _read(self, examples: Sequence[Example]) -> list[TokenRow]:
+        rows: list[TokenRow] = []
+        for example in examples:
+            with contextlib.suppress(UserError):
+                rows += tokenize([self._asked(example)], "preference", self._tokenizer, self.lengths)
+        return rows
+
+    def _features(self, rows: Sequence[TokenRow]) -> np.ndarray:
+        """Reduced features of answers, float32 [N, d]."""
+        keys = [answer_key(row) for row in rows]
+        missing = list({key: row for key, row in zip(keys, rows, strict=True) if key not in self._known}.items())
+        found = {key: self._known[key] for key in keys if key in self._known}
+        missing.sort(key=lambda one: len(one[1]["prompt"]) + len(one[1]["completion"]))
+        for start in range(0, len(missing), ROWS):
+            block = missing[start : start + ROWS]
+            padded = [row for _, row in block] + [block[0][1]] * (ROWS - len(block))
+            lengths = {f"{name}_length": _padded(padded, name) for name in ("prompt", "completion")}
+            batch = collate_completion(padded, **lengths, pad_id=self._tokenizer.pad_id)
+            states = np.asarray(self._states(self._backbone, batch))
+            for (key, _), state in zip(block, states, strict=False):
+                found[key] = self._known[key] = state
+        while len(self._known) > KEPT:
+            self._known.popitem(last=False)
+        width = self._backbone.model.config.hidden_size
+        states = np.array([found[key] for key in keys], np.float32).reshape(len(keys), len(STATES), width)
+        return self.reduction(np.concatenate([states[:, i] for i in self._columns], axis=1))
+
+    def _met(self, chosen: np.ndarray, rejected: np.ndarray) -> Params:
+        size = self.context
+        if self.model.slots.source == "id":
+            size = max(LEAST, 1 << max(len(chosen) - 1, 0).bit_length())
+        width = self.reduction.axes.shape[1]
+        answers, weight = np.zeros((2, size, width), np.float32), np.zeros(size, np.float32)
+        answers[:, : len(chosen)], weight[: len(chosen)] = (chosen, rejected), 1.0
+        context = Comparisons(*map(jnp.asarray, (*answers, weight)))
+        return jax.tree.map(lambda x: np.asarray(x, np.float32), _met(self.model, self.params, context))
+
+
+def _answer(row: TokenRow, side: str) -> TokenRow:
+    return {"prompt": row["prompt"], "completion": row[side]}
+
+
+def _padded(rows: Sequence[TokenRow], name: str) -> int:
+    return max(SHORTEST, 1 << (max(len(row[name]) for row in rows) - 1).bit_length())
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _met(model: UserRewards, params: Params, context: Comparisons) -> Params:
+    return model.meet(params, context)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _rewards(model: UserRewards, params: Params, state: Params, x: Array) -> Array:
+    return model.rewards(params, state, x)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _margins(model: UserRewards, params: Params, state: Params, pairs: Comparisons) -> tuple[Array, Params]:
+    def margins(state):
+        return model.margins(params, state, pairs)
+
+    return margins(state), jax.jacrev(margins)(state)
+
+
+def open_scorer(path: pathlib.Path, data: Mapping[str, Any], mesh: Mesh | None = None) -> tuple[Scorer, LanguageModel]:
+    """(what scores, its base) of a trained entry of the stage user_models.
+
+    Args:
+      data: the section of the config of the run.
+      mesh: of the base.
+
+    Raises:
+      UserError: a damaged file, or another base.
+    """
+    tree, note = load_tree(path)
+    if "user_rewards" not in note:
+        raise UserError(f"{path}: is no reward model of people; name user_models/<name>/{FILE} of a run")
+    base = load_base(path, note, mesh=mesh)
+    lengths = Lengths(
+        prompt=data["max_prompt"],
+        completion=data["max_completion"],
+        context=base.backbone.model.config.max_length,
+        **LONG,
+    )
+    fields = jax.tree.map(np.asarray, tree["reduction"])
+    reduction = Reduction(**{**fields, "scale": float(fields["scale"])})
+    parts = user_model(note["user_rewards"], str(path)), tree["params"], reduction, note["states"], note["context"]
+    return Scorer(*parts, base, bool(note["chat"]), lengths), base
