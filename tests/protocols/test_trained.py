@@ -39,6 +39,7 @@ def test_a_thousand_people_are_answered_in_chunks(people, name, monkeypatch):
     assert [texts[0] for texts in trained.answers([prompt], some)] == [answers[i] for i in (999, 3, 500)]
 
 
+@pytest.mark.slow
 def test_answers_go_back_to_their_people_and_prompts(people):
     run = tiny.start(people, tiny_users.settings(**GREEDY))
     pairs = tiny_users.pairs_of(run)

@@ -285,7 +285,8 @@ def test_top_1_is_greedy():
     )
 
 
-@pytest.mark.parametrize("top_k, top_p", [pytest.param(0, 1.0, marks=pytest.mark.slow), (6, 0.7)])
+@pytest.mark.slow
+@pytest.mark.parametrize("top_k, top_p", [(0, 1.0), (6, 0.7)])
 def test_frequencies_are_those_of_the_softmax(top_k, top_p):
     rows, temperature = 8192, 0.7
     prompt = jax.tree.map(lambda x: jnp.repeat(x[:1], rows, axis=0), prompts(1, 3))

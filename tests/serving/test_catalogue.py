@@ -228,7 +228,7 @@ def test_what_cannot_be_served_is_named(finished, folder, tmp_path):
     with pytest.raises(UserError, match=r"config.json"):
         open_run(str(tmp_path))
     shutil.copy(finished / "config.json", tmp_path)
-    with pytest.raises(UserError, match="no trained policies"):
+    with pytest.raises(UserError, match="has nothing to serve yet"):
         open_run(str(tmp_path))
     with pytest.raises(UserError, match="no 'xyz'; name one with --entry: policy"):
         open_run(str(finished), "xyz")

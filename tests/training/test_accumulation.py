@@ -39,7 +39,9 @@ def gradient(trainable, *parts):
     return gradient_of(functools.partial(sft_loss, BACKBONE), trainable, parts, jax.random.key(0))
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(
+    "mode", [pytest.param(mode, marks=() if mode == "join" else pytest.mark.slow) for mode in MODES]
+)
 def test_parts_have_the_gradient_of_the_whole(mode):
     one = bank("lora", 1)
     (whole,) = parts_of(in_parts(functools.partial(collate, mode), 1)(rows()))
