@@ -225,7 +225,8 @@ def _read_rope(
     raw: Mapping[str, Json], family: Family, head_dim: int, windows: bool, source: object
 ) -> dict[str, Json]:
     """The fields of `ModelConfig` about rotary embeddings."""
-    given = {name: raw[name] for name in ("rope_scaling", "rope_parameters") if raw.get(name)}
+    found = {name: _settings_of(raw, name, source) for name in ("rope_scaling", "rope_parameters")}
+    given = {name: block for name, block in found.items() if block}
     if not family.rope:
         if given:
             raise UserError(f"{source}: {next(iter(given))} is not supported; use a model of this type without it")
@@ -237,9 +238,9 @@ def _read_rope(
                 f"{source}: rope_parameters must have the keys {LOCAL} and {GLOBAL}; export the model again"
             )
         old = {"rope_theta": raw.get("rope_theta"), **given.get("rope_scaling", {})}
-        theta, scaling = _one_rope([old, both.get(GLOBAL) or {}], 1_000_000.0, source)
+        theta, scaling = _one_rope([old, _settings_of(both, GLOBAL, source)], 1_000_000.0, source)
         old = {"rope_theta": raw.get("rope_local_base_freq")}
-        local, local_scaling = _one_rope([old, both.get(LOCAL) or {}], 10_000.0, source)
+        local, local_scaling = _one_rope([old, _settings_of(both, LOCAL, source)], 10_000.0, source)
         if local_scaling:
             raise UserError(f"{source}: scaled rope of {LOCAL} layers is not supported; use a model that scales none")
         return {"rope_theta": theta, "rope_scaling": scaling, "local_rope_theta": local if windows else None}
@@ -254,6 +255,14 @@ def _read_rope(
         raise UserError(f"{source}: partial_rotary_factor is not supported; use a model that rotates whole heads")
     width = {"rotary_dim": int(head_dim * fraction)} if family.rope == "neox" else {}
     return {"rope_theta": theta, "rope_scaling": scaling, **width}
+
+
+def _settings_of(block: Mapping[str, Json], name: str, source: object) -> Mapping[str, Json]:
+    """The JSON object `name` of a block of settings; {} where it is absent, null or empty."""
+    found = block.get(name) or {}
+    if not isinstance(found, Mapping):
+        raise UserError(f"{source}: {name} is no JSON object; copy the config.json that came with the weights")
+    return found
 
 
 def _one_rope(blocks: list[Mapping[str, Json]], theta: float, source: object) -> tuple[float, RopeScaling | None]:

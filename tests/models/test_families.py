@@ -229,6 +229,8 @@ REFUSED = {
         "gemma3_text",
         {"rope_parameters": {"sliding_attention": {"rope_type": "linear", "factor": 2.0}}},
     ),
+    "rope_scaling is no JSON object": ("mistral", {"rope_scaling": "linear"}),
+    "sliding_attention is no JSON object": ("gemma3_text", {"rope_parameters": {"sliding_attention": 3}}),
     "rope_parameters must have the keys": ("gemma3_text", {"rope_parameters": {"rope_theta": 7.0}}),
     "'sliding_window' is missing": ("gemma2", {"sliding_window": 0}),
     "layer type 'chunked_attention'": ("qwen3", {"layer_types": ["chunked_attention", "full_attention"]}),

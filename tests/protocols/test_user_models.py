@@ -263,14 +263,15 @@ def _check_served(path):
     parts, table = data.split(0), data._tables["new_users"]
     reduction = data.reduction(parts["train"])
     people = new_people(reduction(data.states), parts["new_users"], 4, 4)
-    told = [rows[~parts["new_users"].held_out[rows]][:4] for rows in parts["new_users"].of_people().values()]
+    rows_of = parts["new_users"].of_people()
+    told = [rows[~parts["new_users"].held_out[rows]][:4] for rows in (rows_of[name] for name in people.names)]
     for name in ("pref", "vpl", "pooled"):
         scorer = open_run(str(path), name).people.scorer
         for i, rows in enumerate(told):
             state = scorer.fit(scorer.generic, [table.examples[row] for row in rows])
             context = jax.tree.map(lambda x, i=i: x[i], people.context)
             want = scorer.model.meet(scorer.params, context)
-            jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=5e-3), state, want)
+            jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), state, want)
 
 
 @pytest.mark.slow
