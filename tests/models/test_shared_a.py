@@ -80,10 +80,11 @@ def test_a_soup_is_an_adapter_of_the_same_rank():
     close(hidden(ADAPTER, one, bank, weights[None]), hidden(ADAPTER, one, soup, np.ones((1, 1), np.float32)), 1e-5)
     pairs = shared_a.complete(bank, one)["layers"]
     each = [jax.tree.map(lambda x, k=k: x[k], pairs) for k in range(K)]
-    joined = lora.concatenate(each, [2.0] * K, weights)
+    numbers = weights.tolist()
+    joined = lora.concatenate(each, [2.0] * K, numbers)
     assert joined["attention"]["query"]["a"].shape[-1] == 2
-    exact, shares = lora.merge_dense(base()["layers"], each, [2.0] * K, weights), weights / weights.sum()
-    for adapter, factor in ((joined, 1.0), (lora.average_factors(each, [2.0] * K, shares), weights.sum())):
+    exact, shares = lora.merge_dense(base()["layers"], each, [2.0] * K, numbers), (weights / weights.sum()).tolist()
+    for adapter, factor in ((joined, 1.0), (lora.average_factors(each, [2.0] * K, shares), sum(numbers))):
         merged = lora.merge_dense(base()["layers"], [adapter], [1.0], [factor])
         jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6), merged, exact)
 
