@@ -1,11 +1,13 @@
 """Registries of what a setting may name, in this package or in other code."""
 
 import difflib
+import functools
 import hashlib
 import importlib
 import importlib.util
 import os
 import pathlib
+import pkgutil
 import sys
 from collections.abc import Callable, ItemsView, Iterator
 from types import ModuleType
@@ -13,6 +15,7 @@ from typing import Any, Generic, TypeVar
 
 from pjrlhf.errors import UserError, described
 from pjrlhf.paths import expand
+from pjrlhf.settings import shown
 
 T = TypeVar("T")
 X = TypeVar("X")
@@ -92,6 +95,52 @@ class Registry(Generic[T]):
 
     def __len__(self) -> int:
         return len(self._entries)
+
+
+class ClassFolder(Generic[T]):
+    """The classes of a package that has one file for each, and of other code: a file `name` holds the class of that
+    name, as `constant`.
+
+    Args:
+      package: the package of the files.
+      base: what all classes are derived from.
+      noun: what a class is, for error messages.
+    """
+
+    def __init__(self, package: ModuleType, constant: str, base: type[T], noun: str):
+        self._package, self._constant, self._base, self._noun = package, constant, base, noun
+
+    @functools.cached_property
+    def classes(self) -> dict[str, type[T]]:
+        """The classes of the package by name; imports its files."""
+        names = [module.name for module in pkgutil.iter_modules(self._package.__path__)]
+        modules = {name: importlib.import_module(f"{self._package.__name__}.{name}") for name in names}
+        return {
+            name: vars(module)[self._constant] for name, module in modules.items() if self._constant in vars(module)
+        }
+
+    def get(self, kind: object, key: str, label: str = "") -> type[T]:
+        """The class that `kind` names: a file of the package, or "package.module:Name".
+
+        Args:
+          key: of the setting, for messages.
+          label: stands before an unknown kind in the message.
+
+        Raises:
+          UserError: an unknown name, code that cannot be loaded, or a class that is not derived from the base.
+        """
+        if isinstance(kind, str) and ":" in kind:
+            found = load(kind, key)
+            if not (isinstance(found, type) and issubclass(found, self._base)):
+                base = f"{self._base.__module__}.{self._base.__name__}"
+                raise UserError(f"{key}: {kind} is no {self._noun}; derive it from {base}")
+            return found
+        if isinstance(kind, str) and kind in self.classes:
+            return self.classes[kind]
+        near = difflib.get_close_matches(str(kind), self.classes, n=1)
+        hint = f"did you mean {near[0]!r}? Otherwise choose" if near else "choose"
+        listed = ", ".join(self.classes)
+        raise UserError(f"{key}: {label}{shown(kind)} is unknown; {hint} one of {listed}, or name your own")
 
 
 def callable_as(what: str) -> Callable[[Any], Any]:
