@@ -169,14 +169,9 @@ def read_pair(template: Template, reply: Json) -> float:
     With log-probabilities it is (p(first) - p(second)) / (p(first) + p(second) + p(tie)) over the labels among the
     returned tokens. A label that is not among them has probability 0.
     """
-    choice = _choice(reply)
-    if template.answer == "letter":
-        found = _probabilities(choice, template.labels)
-        if found is not None:
-            return verdict_of(template, found)
-        verdict: Any = _text(choice)
-    else:
-        verdict = _verdict(template, choice)
+    found, verdict = _told(template, reply)
+    if found is not None:
+        return verdict_of(template, found)
     signs = {template.first: 1.0, template.second: -1.0}
     if template.tie:
         signs[template.tie] = 0.0
@@ -187,19 +182,23 @@ def read_rating(template: Template, reply: Json) -> float:
     """The rating of a reply; NaN where it has none within the bounds. With log-probabilities it is the expected rating
     over the numbers among the returned tokens.
     """
-    choice = _choice(reply)
-    if template.answer == "letter":
-        found = _probabilities(choice, template.labels)
-        if found is not None:
-            return verdict_of(template, found)
-        verdict: Any = _text(choice)
-    else:
-        verdict = _verdict(template, choice)
+    found, verdict = _told(template, reply)
+    if found is not None:
+        return verdict_of(template, found)
     try:
         number = float(verdict) if not isinstance(verdict, bool) else math.nan
     except (TypeError, ValueError, OverflowError):
         return math.nan
     return number if template.low <= number <= template.high else math.nan
+
+
+def _told(template: Template, reply: Json) -> tuple[dict[str, float] | None, Any]:
+    """What a reply holds: (probabilities of the labels, None) where there are any, else (None, its verdict)."""
+    choice = _choice(reply)
+    if template.answer != "letter":
+        return None, _verdict(template, choice)
+    found = _probabilities(choice, template.labels)
+    return found, None if found is not None else _text(choice)
 
 
 def _choice(reply: Json) -> Mapping[str, Json]:
