@@ -111,16 +111,12 @@ def init_bank(base: Params, adapter: AdapterConfig, count: int, key: PRNGKey) ->
 def frozen_factors(base: Params, adapter: AdapterConfig) -> Params:
     """The A that all policies of `base` share with `adapter.freeze_a`: {block: {name: {"a": [L, in, R]}}} of numpy."""
 
-    def factor(block: str, name: str) -> Params:
+    def factor(block: str, name: str, _: Params) -> Params:
         depth, inputs, _ = base["layers"][block][name]["kernel"].shape
         return {"a": shared_a.draw(f"{block}/{name}", (depth, inputs, adapter.rank), adapter.dtype)}
 
-    names = {block: [name for name in names if name in base["layers"][block]] for block, names in TARGETS.items()}
-    return {
-        block: {name: factor(block, name) for name in found if name in adapter.targets}
-        for block, found in names.items()
-        if adapter.targets & set(found)
-    }
+    bank = jax.eval_shape(lambda base: init_bank(base, adapter, 1, jax.random.key(0)), base)
+    return shared_a.each_layer(factor, bank["layers"])
 
 
 def is_low_rank(bank: Params) -> bool:

@@ -9,6 +9,7 @@ stream that depends on the layer and its shape alone: policies of different runs
 """
 
 import zlib
+from collections.abc import Callable
 
 import jax.numpy as jnp
 import numpy as np
@@ -26,15 +27,18 @@ def draw(path: str, shape: tuple[int, int, int], dtype: str) -> Float[np.ndarray
     return (rng.standard_normal(shape) * shape[1] ** -0.5).astype(jnp.dtype(dtype))
 
 
+def each_layer(change: Callable[[str, str, Params], Params], layers: Params) -> Params:
+    """{block: {name: change(block, name, leaves)}} of the linear layers {block: {name: leaves}}."""
+    return {
+        block: {name: change(block, name, leaves) for name, leaves in tree.items()} for block, tree in layers.items()
+    }
+
+
 def with_a(base: Params, factors: Params) -> Params:
     """`base` with the leaves of `factors`, {block: {name: {"a": [L, in, R]}}}, beside its kernels."""
-    layers = {
-        block: {name: {**leaves, **factors.get(block, {}).get(name, {})} for name, leaves in tree.items()}
-        if block in factors
-        else tree
-        for block, tree in base["layers"].items()
-    }
-    return {**base, "layers": layers}
+    changed = {block: base["layers"][block] for block in factors}
+    both = each_layer(lambda block, name, leaves: {**leaves, **factors[block].get(name, {})}, changed)
+    return {**base, "layers": {**base["layers"], **both}}
 
 
 def complete(bank: Params, base: Params) -> Params:
@@ -46,12 +50,7 @@ def complete(bank: Params, base: Params) -> Params:
         a = base["layers"][block][name]["a"]
         return {"a": jnp.broadcast_to(a, (len(factors["b"]), *a.shape)), "b": factors["b"]}
 
-    return {
-        "layers": {
-            block: {name: pair(block, name, factors) for name, factors in tree.items()}
-            for block, tree in bank["layers"].items()
-        }
-    }
+    return {"layers": each_layer(pair, bank["layers"])}
 
 
 def second_factors(bank: Params, base: Params) -> Params:
@@ -65,12 +64,7 @@ def second_factors(bank: Params, base: Params) -> Params:
     ]
     if not all(a is not None and bool(jnp.all(own == a)) for own, a in pairs):
         return bank
-    return {
-        "layers": {
-            block: {name: {"b": factors["b"]} for name, factors in tree.items()}
-            for block, tree in bank["layers"].items()
-        }
-    }
+    return _without_a(bank)
 
 
 def share(base: Params, bank: Params) -> tuple[Params, Params]:
@@ -81,8 +75,9 @@ def share(base: Params, bank: Params) -> tuple[Params, Params]:
     pairs = [pair for tree in bank["layers"].values() for pair in tree.values()]
     if not all("a" in pair and bool(jnp.all(pair["a"] == pair["a"][:1])) for pair in pairs):
         return base, bank
-    first = {
-        block: {name: {"a": pair["a"][0]} for name, pair in tree.items()} for block, tree in bank["layers"].items()
-    }
-    together = with_a(base, first)
-    return together, second_factors(bank, together)
+    first = each_layer(lambda _block, _name, pair: {"a": pair["a"][0]}, bank["layers"])
+    return with_a(base, first), _without_a(bank)
+
+
+def _without_a(bank: Params) -> Params:
+    return {"layers": each_layer(lambda _block, _name, factors: {"b": factors["b"]}, bank["layers"])}
