@@ -114,10 +114,7 @@ class Scorer:
         rows = self._read(examples)
         if self.model.slots.source != "id":
             rows = rows[-self.context :]
-        features = [
-            self._features([{"prompt": row["prompt"], "completion": row[side]} for row in rows]) for side in SIDES
-        ]
-        return self._met(*features)
+        return self._met(*self._sides(rows))
 
     def margins(self, row: Params, examples: Sequence[Example]) -> tuple[np.ndarray, np.ndarray]:
         """(margins float32 [N], their gradients with respect to the state [N, S]) of comparisons.
@@ -130,8 +127,7 @@ class Scorer:
                 f"pairs: this reward model reads a person from {self.model.slots.source} and cannot say which pair "
                 "tells most; ask pairs in any order, or serve an entry whose source is an id"
             )
-        rows = self._read(examples)
-        chosen, rejected = (self._features([_answer(one, side) for one in rows]) for side in SIDES)
+        chosen, rejected = self._sides(self._read(examples))
         if not len(chosen):
             return np.zeros(0, np.float32), np.zeros((0, sum(x.size for x in jax.tree.leaves(row))), np.float32)
         pairs = Comparisons(*map(jnp.asarray, (chosen, rejected, np.ones(len(chosen)))))
@@ -177,6 +173,13 @@ class Scorer:
                 rows += tokenize([self._asked(example)], "preference", self._tokenizer, self.lengths)
         return rows
 
+    def _sides(self, rows: Sequence[TokenRow]) -> tuple[np.ndarray, np.ndarray]:
+        """Reduced features of the chosen and of the rejected answers of comparisons, float32 [N, d] each."""
+        chosen, rejected = (
+            self._features([{"prompt": row["prompt"], "completion": row[side]} for row in rows]) for side in SIDES
+        )
+        return chosen, rejected
+
     def _features(self, rows: Sequence[TokenRow]) -> np.ndarray:
         """Reduced features of answers, float32 [N, d]."""
         keys = [answer_key(row) for row in rows]
@@ -206,10 +209,6 @@ class Scorer:
         answers[:, : len(chosen)], weight[: len(chosen)] = (chosen, rejected), 1.0
         context = Comparisons(*map(jnp.asarray, (*answers, weight)))
         return jax.tree.map(lambda x: np.asarray(x, np.float32), _met(self.model, self.params, context))
-
-
-def _answer(row: TokenRow, side: str) -> TokenRow:
-    return {"prompt": row["prompt"], "completion": row[side]}
 
 
 def _padded(rows: Sequence[TokenRow], name: str) -> int:
