@@ -80,6 +80,14 @@ def test_the_first_screen_of_readme_says_how_to_run_and_to_test():
     assert blocks[1].strip() == "pip install -e '.[test]' && pytest"
 
 
+def test_readme_stays_short():
+    """What needs more words has a page in docs/."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= 80 and len(re.findall(r"!\[", text)) == 1
+    (code,) = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+    assert len([line for line in code.splitlines() if line.strip()]) <= 6
+
+
 @pytest.mark.slow
 def test_the_code_of_readme_runs(finished, tmp_path, monkeypatch, capsys):
     """On a run of the tests in place of the one that README makes."""
@@ -88,7 +96,7 @@ def test_the_code_of_readme_runs(finished, tmp_path, monkeypatch, capsys):
     (tmp_path / "runs" / "soups").symlink_to(finished)
     monkeypatch.chdir(tmp_path)
     exec(code.replace("max_new_tokens=28", "max_new_tokens=10"), {})
-    assert len(capsys.readouterr().out.splitlines()) == 4
+    assert len(capsys.readouterr().out.splitlines()) == 3
 
 
 def test_configs_point_to_pages_of_results():

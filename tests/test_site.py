@@ -80,7 +80,7 @@ def test_links_out_of_the_documentation_stay_in_the_site():
     pytest.importorskip("mkdocs")
     repository = hook("repository")
     for link, found in (
-        ("[a](../README.md#idea)", "[a](README_of_the_repository.md#idea)"),
+        ("[a](../README.md#methods)", "[a](README_of_the_repository.md#methods)"),
         ("[a](results/soups.md)", "[a](results/soups.md)"),
         ("`[a](../x.md)`", "`[a](../x.md)`"),
         ("[a](../benchmarks/results/load.json)", "[a](repository/benchmarks/results/load.json)"),
