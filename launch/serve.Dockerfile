@@ -5,8 +5,9 @@ ARG EXTRAS=serve,postgres
 WORKDIR /pjrlhf
 COPY setup.cfg pyproject.toml README.md LICENSE ./
 COPY pjrlhf pjrlhf
-RUN pip install --no-cache-dir ".[$EXTRAS]"
-RUN useradd --create-home --uid 1000 runner
+COPY configs configs
+# hadolint ignore=DL3013
+RUN pip install --no-cache-dir ".[$EXTRAS]" && useradd --create-home --uid 1000 runner
 USER 1000
 EXPOSE 8000
 ENTRYPOINT ["pjrlhf", "serve", "--host", "0.0.0.0", "--port", "8000"]

@@ -175,7 +175,31 @@ def test_the_server():
     assert mounts == {volume["name"] for volume in spec["volumes"]}
 
 
-@pytest.mark.parametrize("file", ["Dockerfile.tpu", "Dockerfile.gpu", "serve.Dockerfile"])
+DOCKERFILES = ("Dockerfile.tpu", "Dockerfile.gpu", "serve.Dockerfile")
+
+
+@pytest.mark.parametrize("file", DOCKERFILES)
+def test_hadolint(file):
+    tool = shutil.which("hadolint", path=f"{pathlib.Path(sys.executable).parent}:{os.environ['PATH']}")
+    if tool is None:
+        pytest.skip("no hadolint for this platform")
+    done = subprocess.run([tool, "--no-color", str(LAUNCH / file)], capture_output=True, text=True)
+    assert done.returncode == 0 and not done.stdout, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("file", DOCKERFILES)
+def test_an_image_gets_every_package(file):
+    setup = configparser.ConfigParser()
+    setup.read(ROOT / "setup.cfg")
+    folders = {name.split(".")[0] for name in setup["options"]["packages"].split()}
+    folders |= {
+        line.split("=")[1].strip().split("/")[0] for line in setup["options"]["package_dir"].split("\n") if line
+    }
+    copied = re.findall(r"^COPY (\w+) (\w+)$", (LAUNCH / file).read_text(), re.MULTILINE)
+    assert {"pjrlhf", "configs"} == folders == {source for source, target in copied if source == target}
+
+
+@pytest.mark.parametrize("file", DOCKERFILES)
 def test_dockerfiles(file):
     lines = (LAUNCH / file).read_text().splitlines()
     words = {"#", "FROM", "ARG", "WORKDIR", "COPY", "RUN", "USER", "EXPOSE", "ENTRYPOINT"}
