@@ -120,5 +120,5 @@ def test_the_forms_of_the_repository_are_well_formed():
         assert loaded[name].keys() >= {"name", "description", "body"}
         fields = [part["id"] for part in loaded[name]["body"]]
         assert len(set(fields)) == len(fields)
-    for job, script in (("ci", ".ci/run"), ("oldest", ".ci/oldest")):
+    for job, script in (("ci", ".ci/run"), ("oldest", ".ci/oldest"), ("release", ".ci/release")):
         assert {"run": f"bash {script}"} in loaded["ci.yml"]["jobs"][job]["steps"] and (ROOT / script).is_file()

@@ -22,6 +22,7 @@ from pjrlhf.settings import fields_of
 ROOT = pathlib.Path(__file__).parent.parent
 LAUNCH = ROOT / "launch"
 SCRIPTS = sorted([*LAUNCH.glob("*.sh"), *LAUNCH.glob("*.sbatch")])
+CI_SCRIPTS = [ROOT / ".ci" / name for name in ("run", "oldest", "release")]
 # jobset.x-k8s.io/v1alpha2, the fields that ours uses; the pods inside are checked as batch/v1.
 JOBSET = {
     "type": "object",
@@ -78,7 +79,7 @@ def output(script, *arguments, **environment):
     return done.stdout
 
 
-@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+@pytest.mark.parametrize("script", [*SCRIPTS, *CI_SCRIPTS], ids=lambda path: path.name)
 def test_shellcheck(script):
     tool = shutil.which("shellcheck", path=f"{pathlib.Path(sys.executable).parent}:{os.environ['PATH']}")
     done = subprocess.run([tool, str(script)], capture_output=True, text=True)
