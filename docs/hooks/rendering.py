@@ -1,4 +1,6 @@
-"""How pages look: anchors as GitHub names them, equations as MathML, drawings that follow the theme."""
+"""How pages look: anchors as GitHub names them, equations as MathML, drawings that follow the theme, and a name of the
+search for screen readers.
+"""
 
 import html
 import pathlib
@@ -8,6 +10,7 @@ from latex2mathml.converter import convert
 
 DRAWING = re.compile(r'<img alt="([^"]*)" src="[^"]*?([\w-]+)\.drawing\.svg"\s*/?>')
 EQUATION = re.compile(r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>', re.DOTALL)
+SEARCH = 'data-md-component="search" role="dialog"'
 ASSETS = pathlib.Path(__file__).parents[1] / "assets"
 
 
@@ -23,7 +26,9 @@ def on_config(config):
 
 def equation(match):
     place, tex = match[1], html.unescape(match[2]).strip()
-    return convert(tex, display="inline" if place == "span" else "block")
+    if place == "span":
+        return convert(tex, display="inline")
+    return convert(tex, display="block").replace("<math ", '<math tabindex="0" ', 1)  # a wide one scrolls
 
 
 def drawing(match):
@@ -36,3 +41,7 @@ def drawing(match):
 def on_page_content(content, page, config, files):
     # A wide table scrolls by itself, not the page.
     return DRAWING.sub(drawing, EQUATION.sub(equation, content))
+
+
+def on_post_page(output, page, config):
+    return output.replace(SEARCH, f'{SEARCH} aria-label="Search"')
