@@ -165,7 +165,9 @@ def _serve(arguments: Sequence[str]) -> None:
         signal.signal(signal.SIGTERM, lambda *_: (os.write(2, b"stopped by SIGTERM\n"), os._exit(0)))
         with _needs("serve"):
             from pjrlhf.serving.running import serve
-        serve(_source(parser, given, given.mesh), server, engine)
+        from pjrlhf.feedback.served import with_teller
+
+        serve(with_teller(_source(parser, given, given.mesh)), server, engine)
 
 
 def _generate(arguments: Sequence[str]) -> None:
@@ -190,11 +192,12 @@ def _generate(arguments: Sequence[str]) -> None:
     given = parser.parse_args(arguments)
     with _one_line("mix", "soups"):
         from pjrlhf.errors import UserError
+        from pjrlhf.feedback.served import with_teller
         from pjrlhf.serving.catalogue import parse_mix
         from pjrlhf.terminal import visible
 
         mix = None if given.mix is None or "=" not in given.mix else parse_mix(given.mix)
-        catalogue = _source(parser, given)
+        catalogue = with_teller(_source(parser, given))
         if given.user is not None and catalogue.people is None:
             raise UserError("--user: these models know no people; leave it out, or name a user model with --entry")
         if given.user is not None:
@@ -206,7 +209,7 @@ def _generate(arguments: Sequence[str]) -> None:
         tokens: Any = voice.user_tokens
         try:
             answers = catalogue.model.generate(
-                [catalogue.asked(question) for question in given.questions],
+                [catalogue.told(voice, catalogue.asked(question)) for question in given.questions],
                 catalogue.bank,
                 voice.mix,
                 max_new_tokens=given.max_tokens,

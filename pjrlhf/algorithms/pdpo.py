@@ -20,7 +20,7 @@ from pjrlhf.data.batching import batches
 from pjrlhf.data.comparisons import PairBatch
 from pjrlhf.data.messages import text_of
 from pjrlhf.data.token_table import TokenRow
-from pjrlhf.feedback.pairs import Pairs, read_pairs
+from pjrlhf.feedback.pairs import Pairs, given_parts, read_pairs
 from pjrlhf.models.adapters import Backbone, init_bank
 from pjrlhf.models.users import KINDS, UserModel, fit_clusters, gather_rows
 from pjrlhf.objectives import preference as losses
@@ -266,7 +266,7 @@ def run(run: Run) -> dict[str, Any]:
     users' names.
     """
     settings = run.section(PreferenceSettings)
-    made = functools.cache(functools.partial(read_pairs, run, settings))
+    made = functools.cache(functools.partial(read_pairs, run, settings, given_parts(run, settings)))
     parts, counts = (run.devices, run.workspace.backbone, run.streams), {}
     shown = run.settings.completion_prompts
     for name in settings.models:

@@ -45,6 +45,7 @@ class EntrySettings(Settings):
         "feedback/writers; fewshot where empty, the comparisons themselves",
     )
     varied: bool = setting(False, "a training prompt is after 0 to `history` comparisons, drawn evenly")
+    similar: bool = setting(False, "the writer reads the comparisons on the prompts most like the one that is asked")
 
     @property
     def added(self) -> int:
@@ -56,7 +57,9 @@ class EntrySettings(Settings):
         """What is read of a person's comparisons outside training, and who writes it down; None for nothing."""
         if not (self.history or self.writer):
             return None
-        return History(count=self.history, writer=writer(self.writer or "fewshot"), varied=self.varied)
+        return History(
+            count=self.history, writer=writer(self.writer or "fewshot"), varied=self.varied, similar=self.similar
+        )
 
     @property
     def texts(self) -> dict[str, Any]:
@@ -74,6 +77,8 @@ class EntrySettings(Settings):
         history = self.read
         if history and history.writer.reads and not history.count:
             raise UserError(f"history: writer {self.writer!r} has nothing to read; set it to 1 or more")
+        if self.similar and not (history and history.writer.reads):
+            raise UserError("similar: there is nothing to choose from; set history and a writer that reads comparisons")
         try:
             KINDS.get(self.kind)
         except UserError as error:

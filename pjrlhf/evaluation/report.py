@@ -56,7 +56,8 @@ and of user models, where `accuracy` is the dict of `users.user_accuracy`:
                           users: {user: fraction won}}, by a judge in the place of each person
     user_models           {model: {kind; source, state, injection, objective: its parts; seeds: [accuracy of each]; ece;
                           flip: {flipped, accuracy: of the labels reversed}; bytes, milliseconds: of a new person;
-                          seconds, loss: of training; new_gain: like gain, on new people; kl, active_units: of latents}}
+                          seconds, loss: of training; new_gain: like gain, on new people; kl, active_units: of latents;
+                          spread: of weights}}
     generation            {model: {user: {group, length, score: {name: x}}}}, means over the answers to each
 
 `rate` is a `winrate.Rate` or a mapping with its fields: rate, rate_half, low, high, wins, losses, ties.

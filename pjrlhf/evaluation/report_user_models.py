@@ -37,7 +37,7 @@ def _slots(models: Mapping[str, Any]) -> Table:
 def _controls(models: Mapping[str, Any]) -> Table:
     columns = ["model", "gain on new people, points", "predictions turned, %", "accuracy on reversed labels, %"]
     columns += ["calibration error, points", "seeds, %", "bytes", "milliseconds", "training, s", "KL, nats"]
-    columns += ["active units, %"]
+    columns += ["active units, %", "spread of weights"]
     rows = []
     for name, one in models.items():
         gain, flip = one.get("new_gain") or {}, one.get("flip") or {}
@@ -52,6 +52,7 @@ def _controls(models: Mapping[str, Any]) -> Table:
             number(one.get("seconds"), 1),
             number(one["kl"]) if one.get("kl") is not None else "",
             percent(one["active_units"]) if one.get("active_units") is not None else "",
+            number(one["spread"]) if one.get("spread") is not None else "",
         ]
         rows.append([name, *known])
     return columns, rows

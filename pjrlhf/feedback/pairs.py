@@ -4,7 +4,7 @@ import collections
 import dataclasses
 import unicodedata
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeAlias
 
 import numpy as np
 from absl import logging
@@ -148,10 +148,35 @@ def _of_others(examples: Sequence[Example], rng: np.random.Generator) -> list[st
     return [texts[other[example.user_id]] for example in examples]
 
 
+# The comparisons of a part as they were given, without a text before their prompts, and the name of their source.
+Part: TypeAlias = tuple[Sequence[Example], str]
+
+
+def given_parts(run: Run, settings: PairSettings) -> dict[str, Part]:
+    """The comparisons of a run in training and held-out parts.
+
+    Raises:
+      UserError: records without `user_id`, or that cannot be split.
+    """
+    if isinstance(settings.data, str):  # "population"
+        folder = run.workdir.path / "population"
+        parts = {name: run.records.made(folder / f"{name}.jsonl", f"{settings.section}.data") for name in PARTS}
+    else:
+        examples, source = run.records.comparisons(settings.data, f"{settings.section}.data")
+        examples = run.records.asked(examples)
+        parts = {name: (part, source) for name, part in split(examples, settings, run.streams.seed).items()}
+    for name, (examples, source) in parts.items():
+        parts[name] = (at_most(name, examples, settings, run.streams.seed, source), source)
+    for part, _ in parts.values():
+        check_named(part)
+    return dict(parts)
+
+
 def tables_of(
     run: Run,
     settings: PairSettings,
     *,
+    parts: Mapping[str, Part] | None = None,
     user_text: bool = False,
     permuted_text: bool = False,
     others_text: bool = False,
@@ -161,6 +186,7 @@ def tables_of(
     """The comparisons of a run in training and held-out parts, as token ids.
 
     Args:
+      parts: see `given_parts`; read where None.
       user_text: put what each person says about themselves before the prompt, for whoever answers it: the user's
         policy, the generic user and the reference read the same text (P-RLHF, arXiv 2402.05133, section 4.2).
       permuted_text: in the training part, the pairs carry each other's texts in random order: the control.
@@ -171,18 +197,8 @@ def tables_of(
     Raises:
       UserError: records without `user_id` (or `user_text` where it is asked for), or that cannot be split.
     """
-    if isinstance(settings.data, str):  # "population"
-        folder, lengths = run.workdir.path / "population", run.text.sampled_lengths
-        parts = {name: run.records.made(folder / f"{name}.jsonl", f"{settings.section}.data") for name in PARTS}
-    else:
-        lengths = run.text.lengths
-        examples, source = run.records.comparisons(settings.data, f"{settings.section}.data")
-        examples = run.records.asked(examples)
-        parts = {name: (part, source) for name, part in split(examples, settings, run.streams.seed).items()}
-    for name, (examples, source) in parts.items():
-        parts[name] = (at_most(name, examples, settings, run.streams.seed, source), source)
-    for part, _ in parts.values():
-        check_named(part)
+    lengths = run.text.sampled_lengths if isinstance(settings.data, str) else run.text.lengths
+    parts = dict(given_parts(run, settings) if parts is None else parts)
     if history:
         told = with_history({name: part for name, (part, _) in parts.items()}, history, run, only)
         parts = {name: (told[name], source) for name, (_, source) in parts.items() if name in only}
@@ -225,12 +241,15 @@ def _warn_of_twins(names: Iterable[str]) -> None:
             )
 
 
-def read_pairs(run: Run, settings: PairSettings, **texts: Any) -> "Pairs":
-    """The comparisons of a run with their reference log-probabilities; `texts` and errors are those of `tables_of`."""
-    tables = tables_of(run, settings, **texts)
+def read_pairs(run: Run, settings: PairSettings, parts: Mapping[str, Part] | None = None, **texts: Any) -> "Pairs":
+    """The comparisons of a run with their reference log-probabilities; further arguments and errors are those of
+    `tables_of`.
+    """
+    parts = given_parts(run, settings) if parts is None else parts
+    tables = tables_of(run, settings, parts=parts, **texts)
     rows = run.devices.even(2 * settings.batch_size)
     reference = References(lambda name: run.reference(tables[name], rows))
-    return Pairs(tables, registry_of(run, tables["train"], settings.rows), reference, run.text)
+    return Pairs(tables, registry_of(run, tables["train"], settings.rows), reference, run.text, parts)
 
 
 class References(dict[str, np.ndarray]):
@@ -253,6 +272,7 @@ class Pairs:
       registry: who has which row of the user table.
       reference: part -> float32 [N, 2], see `PairBatch.reference`.
       text: packs rows.
+      parts: what the tables were made from, see `given_parts`.
     """
 
     def __init__(
@@ -261,20 +281,22 @@ class Pairs:
         registry: UserRegistry,
         reference: Mapping[str, np.ndarray],
         text: Text,
+        parts: Mapping[str, Part] | None = None,
     ):
         self.tables, self.registry, self.reference, self.text = tables, registry, reference, text
+        self.parts = parts
         self.soft = any(table.has_soft_labels for table in tables.values())
 
     def seen_by(self, registry: UserRegistry) -> "Pairs":
         """The same comparisons for a user table with the rows of another registry."""
-        return Pairs(self.tables, registry, self.reference, self.text)
+        return Pairs(self.tables, registry, self.reference, self.text, self.parts)
 
     def for_head(self, head: str) -> "Pairs":
         """The same comparisons for a policy, or for a reward model, which has no reference."""
         if head == "policy":
             return self
         zeros = References(lambda part: np.zeros((len(self.tables[part]), len(SIDES)), np.float32))
-        return Pairs(self.tables, self.registry, zeros, self.text)
+        return Pairs(self.tables, self.registry, zeros, self.text, self.parts)
 
     @property
     def people(self) -> set[str]:

@@ -138,10 +138,18 @@ class Plan:
 
 
 def _models(section: Any) -> Iterator[tuple[str, str]]:
-    """(key, folder) of the judges and samplers of a section that are models."""
-    sampler = getattr(section, "sampler", None)
-    for key, spec in [*_judges(section), ("sampler", as_spec(sampler) if sampler else None)]:
-        yield from _folders(key, spec)
+    """(key, folder) of the judges and samplers of a section, or of its entries, that are models."""
+    if isinstance(section, Settings):
+        yield from _named(section.to_dict(), ())
+
+
+def _named(value: Any, keys: tuple[str, ...]) -> Iterator[tuple[str, str]]:
+    for name, inner in value.items() if isinstance(value, Mapping) else ():
+        own = *keys, str(name)
+        for spec in inner if isinstance(inner, list | tuple) else (inner,):
+            if name in ("judge", "judges", "sampler"):
+                yield from _folders(".".join(own), as_spec(spec) if name == "sampler" and spec else spec)
+            yield from _named(spec, own)
 
 
 def _folders(key: str, spec: Any) -> Iterator[tuple[str, str]]:

@@ -33,10 +33,11 @@ def told(trained: Trained, part: str, **changes: Any) -> Trained:
     run, settings = trained.run, trained.run.section(PreferenceSettings)
     history = dataclasses.replace(reads(trained), **changes)
     user_text = trained.entry.users.user_text
-    tables = tables_of(run, settings, user_text=user_text, history=history, only=(part,))
+    parts = trained.pairs.parts
+    tables = tables_of(run, settings, parts=parts, user_text=user_text, history=history, only=(part,))
     rows = run.devices.even(2 * settings.batch_size)
     reference = References(lambda name: run.reference(tables[name], rows))
-    return trained.reading(Pairs(tables, trained.pairs.registry, reference, run.text))
+    return trained.reading(Pairs(tables, trained.pairs.registry, reference, run.text, parts))
 
 
 def new_people(trained: Trained, counts: Sequence[int]) -> dict[int, list[float]]:
@@ -48,7 +49,8 @@ def new_people(trained: Trained, counts: Sequence[int]) -> dict[int, list[float]
         if found and not reads(trained).writer.reads:
             found[k] = next(iter(found.values()))
             continue
-        _, margins, names = _margins(told(trained, NEW, count=k), NEW)
+        # With the k of training the entry has these prompts, and perhaps their margins, already.
+        _, margins, names = _margins(trained if k == reads(trained).count else told(trained, NEW, count=k), NEW)
         found[k] = [float((margins[names == name] > 0).mean()) for name in np.unique(names)]
     return found
 

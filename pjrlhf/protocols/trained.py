@@ -13,7 +13,7 @@ from pjrlhf.algorithms.pdpo_settings import Entry, PreferenceSettings
 from pjrlhf.data.messages import Prompt, with_text
 from pjrlhf.data.schema import Example
 from pjrlhf.feedback.history import with_history
-from pjrlhf.feedback.pairs import Pairs, tables_of
+from pjrlhf.feedback.pairs import Pairs, given_parts
 from pjrlhf.models.adapters import Backbone, Policies
 from pjrlhf.parallel.processes import to_host
 from pjrlhf.runtime.run import Run
@@ -81,8 +81,8 @@ class Trained:
             told = {e.user_id: str(e.user_text) for part in ("heldout", "train") for e in pairs.tables[part].examples}
         asked = [Example(prompt=prompt, user_id=user) for user in users for prompt in prompts]
         if self.entry.users.read:
-            plain = tables_of(self.run, self.run.section(PreferenceSettings), only=("train",))
-            parts = {"train": plain["train"].examples, "heldout": asked}
+            past = given_parts(self.run, self.run.section(PreferenceSettings)) if pairs.parts is None else pairs.parts
+            parts = {"train": past["train"][0], "heldout": asked}
             asked = with_history(parts, self.entry.users.read, self.run, only=("heldout",))["heldout"]
         texts = [with_text(one.prompt, told[one.user_id]) if told else one.prompt for one in asked]
         who = np.repeat(pairs.registry.indices(users), len(prompts))

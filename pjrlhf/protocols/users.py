@@ -29,7 +29,7 @@ from pjrlhf.evaluation.users import (
     principal_axes,
     user_accuracy,
 )
-from pjrlhf.feedback.pairs import Pairs, read_pairs
+from pjrlhf.feedback.pairs import Pairs, given_parts, read_pairs
 from pjrlhf.feedback.population import PopulationSettings
 from pjrlhf.protocols import in_context
 from pjrlhf.protocols.cold_start import fit_changed_minds, fit_new_users
@@ -100,7 +100,8 @@ def run(run: Run) -> dict[str, Any]:
     started = time.perf_counter()
     config, preference = run.section(UsersSettings), run.section(PreferenceSettings)
     models = preference.models
-    made = functools.cache(functools.partial(read_pairs, run, preference))
+    parts = given_parts(run, preference)
+    made = functools.cache(functools.partial(read_pairs, run, preference, parts))
     pairs = made(**EntrySettings().texts)
     held = pairs.tables["heldout"].examples
     # Columns of your own data may have the same names and mean other things.

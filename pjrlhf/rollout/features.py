@@ -10,6 +10,7 @@ from jaxtyping import Float
 from pjrlhf.data.batching import Completions
 from pjrlhf.data.token_table import TokenRow
 from pjrlhf.models.adapters import Backbone
+from pjrlhf.rollout.batches import Prompts
 from pjrlhf.types import Array
 
 STATES = ("last", "mean")  # the order of the axis of `answer_states`
@@ -25,6 +26,13 @@ def answer_states(backbone: Backbone, batch: Completions) -> Float[Array, "B 2 D
     answered = jnp.asarray(batch.valid[:, batch.prompt_length :], jnp.float32)
     total = jnp.einsum("bnd,bn->bd", hidden[:, batch.prompt_length :], answered)
     return jnp.stack([at_last, total / jnp.maximum(answered.sum(1), 1.0)[:, None]], axis=1)
+
+
+def prompt_states(backbone: Backbone, batch: Prompts) -> Float[Array, "B D"]:
+    """The mean of the base's hidden states at the tokens of each prompt; float32."""
+    hidden, _ = backbone.policies()(batch.tokens, batch.valid)
+    weight = jnp.asarray(batch.valid, jnp.float32)
+    return jnp.einsum("bnd,bn->bd", hidden.astype(jnp.float32), weight) / weight.sum(1, keepdims=True)
 
 
 def answer_key(row: TokenRow) -> bytes:

@@ -9,11 +9,12 @@ import jax
 import numpy as np
 from absl import logging
 
-from pjrlhf.data.token_table import TokenRow
+from pjrlhf.data.messages import Prompt
+from pjrlhf.data.token_table import TokenRow, cut_left
 from pjrlhf.errors import UserError
 from pjrlhf.models.storage import load_tree, save_tree
 from pjrlhf.parallel.processes import broadcast_from_zero
-from pjrlhf.rollout.features import KEY_BYTES, STATES, answer_key, answer_states
+from pjrlhf.rollout.features import KEY_BYTES, STATES, answer_key, answer_states, prompt_states
 from pjrlhf.rollout.reference import computation
 from pjrlhf.runtime.run import Run
 from pjrlhf.training.workdir import disk_errors
@@ -57,6 +58,14 @@ def features_of(run: Run, answers: Sequence[TokenRow]) -> np.ndarray:
             save_tree(path, {"keys": bits, "features": found})
     place = {key: i for i, key in enumerate(known)}
     return found[[place[key] for key in keys]]
+
+
+def prompt_features(run: Run, prompts: Sequence[Prompt]) -> np.ndarray:
+    """The mean of the base's states over each of N prompts, float32 [N, D]; of a long prompt its end counts."""
+    backbone, limit, tokenizer = run.workspace.backbone, run.text.lengths.prompt, run.workspace.tokenizer
+    ids = [cut_left(run.text.prompt_ids(prompt), limit, tokenizer.bos_id) for prompt in prompts]
+    score = functools.partial(jax.jit(prompt_states), backbone)
+    return run.scorer()(f"features of {len(ids)} prompts", ids, run.text.pad_prompts, score, list(map(len, ids)))
 
 
 def _name(run: Run) -> str:

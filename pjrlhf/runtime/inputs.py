@@ -26,15 +26,14 @@ log = logging.getLogger(__name__)
 # Settings that name a model, or a file of weights.
 READ = (
     *("model.path", "reward.path", "preference.bank", "merge.base", "merge.ingredients"),
-    *("comparisons.sampler", "comparisons.sampler.path"),
     *("comparisons.judge.path", "evaluate.judge.path", "evaluate.judges.path"),
 )
-# What these settings name without a path, also where a folder of that name exists.
-WORDS = {"comparisons.sampler": "base", "preference.bank": "policy"}
+# What settings of these names mean without a path, also where a folder of that name exists.
+WORDS = {"sampler": "base", "bank": "policy"}
 # Settings of sources, of records or rewards: mappings that may name files. Judges are none; they write their caches.
 SOURCES = ("data", "prompts", "rewards")
-# Settings of rewards and judges that name a model.
-_MODEL = re.compile(r"(rewards|judge)\.[^.]+\.path|(.+\.)?judges?(\.source)?\.path")
+# Settings of rewards, judges and samplers that name a model.
+_MODEL = re.compile(r"(rewards|judge)\.[^.]+\.path|(.+\.)?judges?(\.source)?\.path|.+\.sampler(\.path)?")
 _SCORES = re.compile(r"(rewards|judge)\..+|.+\.source\.path")  # settings of classifiers, whose base and head are read
 
 
@@ -130,7 +129,7 @@ def _named(value: Any, name: str = "", source: bool = False) -> Iterator[tuple[s
                 yield from _named(inner, name, source)
     elif (
         isinstance(value, str)
-        and value not in ("", WORDS.get(name))
+        and value not in ("", WORDS.get(name.rpartition(".")[2]))
         and (_is_model(name) or (source and _looks_like_a_path(name, value)))
     ):
         yield name, value

@@ -12,7 +12,7 @@ from anyio import to_thread
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
-from pjrlhf.data.messages import Conversation, read_messages, read_options
+from pjrlhf.data.messages import Conversation, read_messages, read_options, text_of
 from pjrlhf.data.records import RecordError
 from pjrlhf.errors import UserError
 from pjrlhf.serving import engine as engines
@@ -95,7 +95,7 @@ class Answers:
             raise Refused(f"{message}; ask for fewer", name)
         requests, texts = [], []
         for prompt in prompts:
-            tokens, text_of_prompt = self._encode(prompt, wish)
+            tokens, text_of_prompt = self._encode(prompt, wish, voice)
             texts.append(text_of_prompt)
             requests.append(self._request(tokens, wish, voice, chat))
         call = Call(
@@ -109,9 +109,13 @@ class Answers:
         call.id = f"{'chatcmpl' if chat else 'cmpl'}-{uuid.uuid4().hex}"
         return call, requests
 
-    def _encode(self, prompt: str | list[int] | ChatBody, wish: Wish) -> tuple[list[int], str]:
+    def _encode(self, prompt: str | list[int] | ChatBody, wish: Wish, voice: Voice) -> tuple[list[int], str]:
         """(token ids, text for `echo`) of a prompt."""
         tokenizer = self._service.catalogue.model.tokenizer
+        if isinstance(prompt, list) and voice.reads:
+            raise Refused(
+                "prompt: is token ids, and this entry reads comparisons of the person before it; send text", "prompt"
+            )
         if isinstance(prompt, list):
             known = tokenizer.rows
             if not all(0 <= i < known for i in prompt):
@@ -120,10 +124,11 @@ class Answers:
         name = "prompt" if isinstance(prompt, str) else "messages"
         try:
             if isinstance(prompt, str):
-                return tokenizer.encode_prompt(prompt), prompt
+                told = text_of(self._service.told(voice, prompt))
+                return tokenizer.encode_prompt(told), told
             messages = read_messages(prompt.messages, "messages")
             options = read_options({"chat_template_kwargs": prompt.chat_template_kwargs})
-            return tokenizer.encode_prompt(Conversation(messages, options)), ""
+            return tokenizer.encode_prompt(self._service.told(voice, Conversation(messages, options))), ""
         except RecordError as problem:
             name = "chat_template_kwargs" if "chat_template_kwargs" in str(problem) else name
             raise Refused(f"{name}: {problem}; correct it", name) from problem

@@ -13,10 +13,12 @@ import flax.traverse_util
 import jax
 import jax.numpy as jnp
 import numpy as np
+from absl import logging
 from jax.sharding import Mesh
 from typing_extensions import TypedDict
 
 from pjrlhf.data.messages import Prompt
+from pjrlhf.data.schema import Example
 from pjrlhf.data.token_table import Lengths
 from pjrlhf.errors import UserError
 from pjrlhf.export.ingredients import check_adapter, check_bases, open_ingredient
@@ -69,6 +71,35 @@ class Persons(Protocol):
         """Whether a person has a row of their own."""
         ...
 
+    @property
+    def reads(self) -> "Reads | None": ...
+
+    def told(self, prompt: Prompt, name: str | None) -> Prompt:
+        """The prompt of a person, known or not, after what is written of their comparisons, where `reads` says so."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Reads:
+    """What an entry reads of a person before a prompt; see `EntrySettings`, whose fields these are."""
+
+    history: int
+    writer: str | Mapping[str, Any]
+    similar: bool = False
+
+
+class Teller(Protocol):
+    """Writes comparisons of a person before a prompt; `feedback.served` has it."""
+
+    def __call__(self, prompt: Prompt, person: str | None, comparisons: Sequence[Example]) -> Prompt:
+        """The prompt as the entry reads it.
+
+        Args:
+          person: None for one that nobody was trained on.
+          comparisons: of this person, the latest last.
+        """
+        ...
+
 
 @dataclasses.dataclass(frozen=True)
 class People:
@@ -82,6 +113,7 @@ class People:
       learning: how the rows of new people are fitted; None where that is not known.
       scorer: where people are those of a reward model.
       base: identifies the base.
+      reads, teller: what is read of a person before a prompt, and who writes it.
     """
 
     model: UserModel
@@ -91,6 +123,8 @@ class People:
     learning: Learning | None = None
     scorer: Scorer | None = None
     base: str = ""
+    reads: Reads | None = None
+    teller: Teller | None = None
 
     @property
     def learns(self) -> bool:
@@ -109,6 +143,24 @@ class People:
     def knows(self, name: str) -> bool:
         """Whether a person has a row of their own."""
         return name in self.registry.rows
+
+    def told(self, prompt: Prompt, name: str | None, comparisons: Sequence[Example] = ()) -> Prompt:
+        """See `Persons`.
+
+        Args:
+          comparisons: of this person.
+
+        Raises:
+          UserError: nobody writes them down.
+        """
+        if self.reads is None:
+            return prompt
+        if self.teller is None:
+            raise UserError(
+                "prompt: this entry reads comparisons of a person before it, which nobody writes here; serve the run "
+                "with pjrlhf serve"
+            )
+        return self.teller(prompt, name if name in self.registry.rows else None, comparisons)
 
 
 class Person(TypedDict):
@@ -138,6 +190,7 @@ class Voice:
       user: the person's name as given; None where nobody is named, people are not served, or the base alone answers.
       known: whether the user model knows this person.
       personal: whether the answer depends on the person.
+      reads: whether their comparisons stand before the prompt, see `Catalogue.told`.
     """
 
     model: str
@@ -147,6 +200,7 @@ class Voice:
     user: str | None = None
     known: bool = False
     personal: bool = False
+    reads: bool = False
 
     def describe(self) -> Described:
         """For the response."""
@@ -254,9 +308,15 @@ class Catalogue:
                 weights = dict(zip(self.names, own.tolist(), strict=True))
         row = np.array([weights.get(one, 0.0) for one in self.names], np.float32) if self.names else None
         weights = {one: weight for one, weight in weights.items() if weight}
+        reads = self.people is not None and self.people.reads is not None and not alone
         if self.people is None or user is None or alone:
-            return Voice(name, row, tokens, weights)
-        return Voice(name, row, tokens, weights, user, known, tokens is not None or (name == PERSONAL and mix is None))
+            return Voice(name, row, tokens, weights, reads=reads)
+        personal = tokens is not None or reads or (name == PERSONAL and mix is None)
+        return Voice(name, row, tokens, weights, user, known, personal, reads)
+
+    def told(self, voice: Voice, prompt: Prompt) -> Prompt:
+        """A prompt as who answers reads it."""
+        return self.people.told(prompt, voice.user) if voice.reads and self.people is not None else prompt
 
     def laid_out(self, backbone: Backbone) -> "Catalogue":
         """The catalogue with the base as an engine has laid it out, so that its layers lie in memory once; unchanged
@@ -427,9 +487,17 @@ def _person(folder: pathlib.Path, path: pathlib.Path, config: Mapping[str, Any],
     _, note = load_tree(path)
     objective = {name.removeprefix("objective."): x for name, x in note.items() if name.startswith("objective.")}
     learning = _learning(config, personal.model, parse(PreferenceConfig, objective, str(path)))
-    people = People(
-        personal.users, personal.registry, personal.params["users"], learning=learning, base=str(note["base"])
-    )
+    reads = None
+    if note.get("entry.history") or note.get("entry.writer"):
+        similar = bool(note.get("entry.similar"))
+        reads = Reads(history=note["entry.history"], writer=note["entry.writer"], similar=similar)
+    if note.get("entry.user_text"):
+        logging.warning(
+            "%s: was trained on what people say about themselves, before the prompt; a request must bring it there",
+            path.parent.name,
+        )
+    parts = personal.users, personal.registry, personal.params["users"]
+    people = People(*parts, learning=learning, base=str(note["base"]), reads=reads)
     if personal.users.mixes:
         source = config["preference"]["bank"]
         _, names, _ = load_bank(folder / "policy" if source == "policy" else source)

@@ -11,6 +11,7 @@ from absl import logging
 from starlette.requests import Request
 from starlette.responses import Response
 
+from pjrlhf.data.messages import Prompt
 from pjrlhf.errors import UserError
 from pjrlhf.serving.catalogue import Catalogue, UnknownIngredient, UnknownModel, Voice
 from pjrlhf.serving.engine import Engine
@@ -120,6 +121,19 @@ class Service:
         except UserError as problem:
             code = "unknown_ingredient" if isinstance(problem, UnknownIngredient) else None
             raise Refused(str(problem), "model" if mix is None else "mix", code=code) from problem
+
+    def told(self, voice: Voice, prompt: Prompt) -> Prompt:
+        """See `Catalogue.told`.
+
+        Raises:
+          Refused: the people cannot be read, or nobody writes what they compared.
+        """
+        try:
+            return self.catalogue.told(voice, prompt)
+        except Unreachable as problem:
+            raise unreachable(problem) from problem
+        except UserError as problem:
+            raise Refused(str(problem), "prompt") from problem
 
 
 def unreachable(problem: Unreachable) -> Refused:

@@ -21,6 +21,7 @@ ONE = {
     "loss": 0.5,
     "kl": 1.25,
     "active_units": 0.75,
+    "spread": 0.37,
     "new_gain": {"against": "pooled", "comparisons": 16, "mean": 0.083, "low": 0.021, "high": 0.142, "users": 9},
 }
 POOLED = {key: ONE[key] for key in ("kind", "source", "seeds", "flip", "ece")} | {"bytes": 0.0, "milliseconds": 0.01}
@@ -37,7 +38,18 @@ def test_the_section_and_its_figure(tmp_path):
     assert page.ids() == {"user-models", "cold-start"}
     assert {path.stem for path in tmp_path.glob("*.png")} == {"cost", "cold_start"}
     text = " ".join("".join(page.text).split())
-    for expected in ("variational", "8.3 (2.1-14.2)", "61.3", "20.4", "5.7", "70.1 72.2", "128", "75.0", "1.25"):
+    for expected in (
+        "variational",
+        "8.3 (2.1-14.2)",
+        "61.3",
+        "20.4",
+        "5.7",
+        "70.1 72.2",
+        "128",
+        "75.0",
+        "1.25",
+        "0.37",
+    ):
         assert expected in text, expected
     assert "<b>vpl</b>" in text and "<b>vpl</b>" not in source and "nan" not in text.lower()
     assert "variational" in printed(SUMMARY)

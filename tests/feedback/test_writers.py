@@ -1,6 +1,7 @@
 """Writers: what they may read of a person, what they make of it, and the mistakes of public code."""
 
 import collections
+import dataclasses
 import itertools
 import pathlib
 import re
@@ -16,7 +17,7 @@ from support.chat_server import ChatServer
 from pjrlhf.algorithms.pdpo_settings import EntrySettings
 from pjrlhf.data.schema import Example
 from pjrlhf.errors import UserError
-from pjrlhf.feedback.history import History, with_history
+from pjrlhf.feedback.history import History, likest, with_history
 from pjrlhf.feedback.writers.answers import Answers
 from pjrlhf.feedback.writers.attributes import Attributes, choose
 from pjrlhf.feedback.writers.base import Writer
@@ -26,7 +27,10 @@ from pjrlhf.feedback.writers.identity import Identity
 from pjrlhf.feedback.writers.kinds import kinds, writer
 from pjrlhf.feedback.writers.profile import Profile
 from pjrlhf.objectives.preference import pairwise_loss, sft_term
+from pjrlhf.pipeline import stages
+from pjrlhf.runtime.inputs import fingerprints
 from pjrlhf.settings import parse
+from pjrlhf.training.workdir import Workdir
 
 PEOPLE = ("ann", "bob", "cleo")
 PROMPTS = 12
@@ -196,6 +200,41 @@ def test_a_text_of_one_part_does_not_depend_on_the_others(run, parts):
 def test_bad_templates_of_comparisons(values, message):
     with pytest.raises(UserError, match=message):
         parse(FewShot, values)
+
+
+# ---- retrieval
+
+
+def test_the_likest_comes_first_and_ties_keep_their_order():
+    others = np.array([[0.0, 1.0], [2.0, 0.0], [-1.0, 0.0], [1.0, 0.0], [0.0, 0.0]])
+    assert likest(np.array([3.0, 0.0]), others).tolist() == [1, 3, 0, 4, 2]
+    assert likest(np.zeros(2), others).tolist() == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("kind", [FewShot, Answers, Attributes])
+def test_what_is_read_is_most_like_what_is_asked(run, kind, monkeypatch):
+    """The prompt that is asked is always the likest one, and its own comparisons would tell the label."""
+    words, asked = [f"prompt {i}" for i in range(8)], "now"
+    drawn = dict(zip([*words, asked], np.random.default_rng(0).normal(1.0, 1.0, (9, 5)), strict=True))
+    features = lambda run, prompts: np.array([drawn[prompt] for prompt in prompts])  # noqa: E731
+    monkeypatch.setattr("pjrlhf.feedback.history.prompt_features", features)
+    train = [dataclasses.replace(comparison("ann", i, "train"), prompt=words[i % 8]) for i in range(16)]
+    parts = {"train": train, "heldout": [dataclasses.replace(comparison("ann", 0, "held"), prompt=asked)]}
+    reader, mean = Reader(monkeypatch, kind), np.mean([drawn[word] for word in words], axis=0)
+    found = with_history(parts, History(count=3, writer=kind(), similar=True), run)
+    for before, told in zip(train + parts["heldout"], found["train"] + found["heldout"], strict=True):
+        one = drawn[before.prompt] - mean
+        likeness = {word: one @ (drawn[word] - mean) / np.linalg.norm(drawn[word] - mean) for word in words}
+        likeness.pop(before.prompt, None)
+        best = sorted(likeness, key=lambda word: -likeness[word])
+        read = [shot.example.prompt for shot in reader.of(told).shots]
+        assert read == [best[1], best[0], best[0]], "the likest last, with both of its comparisons"
+
+
+def test_similar_needs_comparisons():
+    with pytest.raises(UserError, match="similar: there is nothing to choose from"):
+        parse(EntrySettings, {"writer": "identity", "similar": True})
+    assert parse(EntrySettings, {"history": 2, "similar": True}).read.similar
 
 
 # ---- Chain of Hindsight
@@ -423,6 +462,19 @@ def test_the_toy_of_the_page_is_a_writer(run, parts, tmp_path, monkeypatch):
 def test_bad_writers_are_refused_when_the_config_is_read(spec, message):
     with pytest.raises(UserError, match=f"models.x.*{message}"):
         parse(EntrySettings, {"writer": spec, "history": 2}, "models.x")
+
+
+@pytest.mark.parametrize("form", [lambda path: path, lambda path: {"kind": "model", "path": path}])
+def test_the_model_of_a_profile_is_an_input_of_the_run(tmp_path, form):
+    def config(path):
+        told = {"kind": "uniform", "history": 2, "writer": {"kind": "profile", "sampler": form(path)}}
+        return stages.read(tiny_users.settings(preference__models={"told": told}))
+
+    with pytest.raises(UserError, match=r"preference\.models\.told\.writer\.sampler\.path: nowhere: no such file"):
+        config("nowhere").check_inputs(Workdir(tmp_path / "run"))
+    path = str(tiny_users.save_base(tmp_path))
+    found = fingerprints(config(path).values(), tmp_path / "run")
+    assert [one["path"] for key, one in found.items() if key.startswith("preference.models.told.writer")] == [path]
 
 
 def test_a_writer_without_anything_to_read():

@@ -12,11 +12,13 @@ from scipy import optimize, special
 from pjrlhf.errors import UserError
 from pjrlhf.models.user_models import pref, vpl
 from pjrlhf.models.user_models.base import Comparisons, Person, Slots, UserRewards
+from pjrlhf.models.user_models.carp import Carp
 from pjrlhf.models.user_models.impchat import Impchat
 from pjrlhf.models.user_models.individual import Individual
 from pjrlhf.models.user_models.kinds import kinds, user_model
 from pjrlhf.models.user_models.lore import Lore
 from pjrlhf.models.user_models.mrm import Mrm
+from pjrlhf.models.user_models.p2p import P2p
 from pjrlhf.models.user_models.pal import Pal
 from pjrlhf.models.user_models.pooled import Pooled
 from pjrlhf.models.user_models.pplug import Pplug, attended
@@ -26,7 +28,7 @@ from pjrlhf.models.user_models.vpl import Vpl
 
 WIDTH, PEOPLE = 6, 4
 SMALL = {"vpl": {"hidden": 8, "latent": 4, "guidance": 0.1}, "gpo": {"hidden": 8}, "pttt": {"hidden": 8}}
-SMALL |= {"pplug": {"hidden": 8}, "impchat": {"hidden": 8}}
+SMALL |= {"pplug": {"hidden": 8}, "impchat": {"hidden": 8}, "p2p": {"hidden": 8, "bases": 3}, "carp": {"hidden": 4}}
 FITS = {"fit_steps": 5}  # where a state is fitted
 QUICK = ("pooled", "lore", "pttt")  # of each source one; the others take seconds to compile
 all_kinds = pytest.mark.parametrize(
@@ -392,6 +394,73 @@ def test_the_retrieval_score_is_likeness_to_the_history():
     history = jnp.eye(WIDTH)[:2]
     two = Comparisons(history, -history, jnp.ones(2))
     close(model.rewards(sharp, model.meet(sharp, two), history), jnp.full(2, WIDTH**-0.5))
+
+
+def test_a_linear_hypernetwork_is_a_bilinear_reward():
+    """r(x) = x V (w_0 + W mean_j d_j): the toy of docs/user_models.md where V is the identity."""
+    model, context, x = P2p(hidden=0, bases=WIDTH), pairs(5), pairs(3, seed=2).chosen
+    kernel = jnp.concatenate([jnp.zeros((WIDTH, WIDTH)), 2.0 * jnp.eye(WIDTH)])
+    head = jnp.arange(float(WIDTH))
+    params = {"basis": jnp.eye(WIDTH), "hypernetwork": {"layer0": {"kernel": kernel, "bias": head}}}
+    mean = (context.chosen - context.rejected).mean(0)
+    close(model.rewards(params, model.meet(params, context), x), x @ (head + 2.0 * mean))
+    close(model.meet(params, context.first(0))["weights"], head)
+
+
+def test_a_profile_does_not_grow_with_the_history():
+    twice = jax.tree.map(lambda x: jnp.concatenate([x, x]), pairs(3))
+    close(P2p().profile(twice), P2p().profile(pairs(3)))
+
+
+def test_a_hypernetwork_that_ignores_its_profile_is_seen():
+    weights = jnp.array([[1.0, 3.0], [3.0, 1.0]])
+    assert P2p().described({"weights": weights})["spread"] == pytest.approx(1 / np.sqrt(5))
+    assert P2p().described({"weights": jnp.ones((2, 3))})["spread"] == 0.0
+
+
+def drawn_carp(nobody=0.0):
+    model = Carp(hidden=3)
+    params = model.init(KEY, WIDTH, 0)
+    return model, {**params, "nobody": nobody * params["nobody"]}
+
+
+def test_opposite_critiques_give_opposite_rewards():
+    """The absolute value of the cosine in the authors' code gives them the same."""
+    (model, params), context, x = drawn_carp(), pairs(4), pairs(3, seed=2).chosen
+    own, other = (model.rewards(params, model.meet(params, one), x) for one in (context, context.reversed()))
+    close(own, -other)
+    u = (context.chosen - context.rejected).mean(0) @ params["critiques"]
+    a = x @ params["answers"]
+    expected = model.scale * (a @ u) / (np.linalg.norm(a, axis=1) * np.linalg.norm(u))
+    close(own, expected, tolerance=1e-4)
+
+
+@pytest.mark.parametrize(("log_scale", "size"), [(9.0, 100.0), (-9.0, 0.01)])
+def test_the_temperature_of_carp_is_limited(log_scale, size):
+    """The authors' code throws the limited value away."""
+    model, params = drawn_carp()
+    params = {**params, "log_scale": jnp.float32(log_scale)}
+    answer = jnp.linalg.pinv(params["answers"].T)[:, 0][None]  # a(x) is the first axis
+    assert model.rewards(params, {"critique": jnp.eye(3)[0]}, answer)[0] == pytest.approx(size, rel=1e-4)
+
+
+def test_the_loss_of_carp_is_infonce_in_both_directions():
+    (model, params), context, query = drawn_carp(1.0), pairs(4), pairs(3, seed=2)
+    loss = model.loss(params, Person(jnp.int32(0), jnp.float32(7), context, query), KEY, jnp.int32(0))[0]
+    own, other = (model.meet(params, one) for one in (context, context.reversed()))
+    rejected = model.rewards(params, own, query.rejected)
+    parts = []
+    for one, against in zip(
+        model.rewards(params, own, query.chosen), model.rewards(params, other, query.chosen), strict=True
+    ):
+        to_answers = -special.log_softmax(np.array([one, *rejected]))[0]
+        to_critiques = -special.log_softmax(np.array([one, against]))[0]
+        parts.append((to_answers + to_critiques) / 2)
+    assert loss == pytest.approx(np.mean(parts), rel=1e-4)
+    # Of nobody, with one comparison in the query, Bradley-Terry is left.
+    one = Person(jnp.int32(0), jnp.float32(7), context.first(0), query.first(1))
+    expected = model.bradley_terry(params, model.meet(params, context.first(0)), query.first(1))
+    assert model.loss(params, one, KEY, jnp.int32(0))[0] == pytest.approx(float(expected), rel=1e-4)
 
 
 def test_every_kind_is_a_file_with_a_formula():

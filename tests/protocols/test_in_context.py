@@ -1,16 +1,25 @@
 """Entries that read a person's comparisons: new people, and whether they read at all."""
 
+import dataclasses
 import json
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
-from support import tiny, tiny_users
+from support import tiny, tiny_serving, tiny_users
+from support.serving import answering, send
 from support.tiny_users import pairs_of, trained_of
 
+import pjrlhf
 from pjrlhf.algorithms import pdpo
 from pjrlhf.errors import UserError
+from pjrlhf.feedback.served import with_teller
 from pjrlhf.pipeline import stages
 from pjrlhf.protocols import in_context
+from pjrlhf.runtime.features import prompt_features
+from pjrlhf.serving.catalogue import open_run
+from pjrlhf.serving.engine import Engine
 
 ANSWERS = ("it can shine .", "it can melt .")
 WRITER = {"kind": "fewshot", "template": "{first_verdict} {first} {second_verdict} {second}", "verdicts": ("do", "not")}
@@ -42,6 +51,7 @@ def run(tmp_path_factory):
         data__chat=False,
     )
     started = tiny.start(folder / "run", config)
+    (folder / "run" / "config.json").write_text(json.dumps(stages.read(config).to_dict()))
     pdpo.run(started)
     return started
 
@@ -90,6 +100,108 @@ def test_controls_change_the_text_alone(run):
     assert len(set(map(tuple, in_context.new_people(named, (0, 1)).values()))) == 1, "it reads no comparisons"
     with pytest.raises(ValueError, match="entry 'pooled' reads no comparisons"):
         in_context.reads(trained(run, "pooled"))
+
+
+def test_the_records_are_read_once(run, monkeypatch):
+    """Controls, new people and answers have other texts before the same comparisons."""
+    one = trained(run, "reads")
+    monkeypatch.setattr(run.records, "comparisons", None)
+    in_context.new_people(one, (0, 2))
+    in_context.controls(one, "heldout", resamples=2, seed=0)
+    monkeypatch.setattr(run, "sampler", lambda *_: lambda name, prompts, *rest: prompts)
+    assert one.answers(["what is honey ?"], ["user0"])
+
+
+def test_new_people_with_the_k_of_training_are_not_met_again(run, monkeypatch):
+    one, asked = trained(run, "reads"), []
+    told = in_context.told
+    monkeypatch.setattr(in_context, "told", lambda *given, **changes: asked.append(changes) or told(*given, **changes))
+    in_context.new_people(one, (0, 1, 2))
+    assert asked == [{"count": 0}, {"count": 1}]
+
+
+def test_prompts_are_compared_by_the_mean_of_their_states(run):
+    prompts = ["what is honey and rain ?", "what is rain ?"]
+    hidden = jax.jit(lambda backbone, ids: backbone.policies()(ids, jnp.ones(ids.shape, bool))[0])
+    for prompt, found in zip(prompts, prompt_features(run, prompts), strict=True):
+        states = hidden(run.workspace.backbone, jnp.array([run.text.prompt_ids(prompt)]))
+        np.testing.assert_allclose(found, np.asarray(states, np.float32)[0].mean(0), rtol=1e-4, atol=1e-5)
+
+
+def served(run, name, **reads):
+    """The catalogue of an entry, perhaps with other things that it reads."""
+    found = open_run(str(run.workdir.path), name)
+    changed = dataclasses.replace(found.people.reads, **reads)
+    return with_teller(dataclasses.replace(found, people=dataclasses.replace(found.people, reads=changed)))
+
+
+def place_of(catalogue):
+    model = catalogue.model
+    return answering(catalogue, Engine(model.backbone, model.tokenizer, catalogue.bank, 0, tiny_serving.SETTINGS))
+
+
+def test_a_server_reads_what_people_tell_it(run):
+    """The answer is that of the trained entry after the text that its writer makes of the stored comparisons."""
+    catalogue, prompt = served(run, "reads"), "what is honey ?"
+    topics = ("sun", "rain", "honey", "wind")
+    votes = [{"prompt": f"what is {one} ?", "chosen": ANSWERS[1], "rejected": ANSWERS[0]} for one in topics]
+    with place_of(catalogue) as place:
+
+        def ask(path, body, status=200):
+            found = send(place, body, path)
+            assert found[0] == status, found
+            return found[1]
+
+        body = {"prompt": prompt, "user": "ana", "max_tokens": 4, "temperature": 0, "echo": True}
+        assert ask("/v1/completions", body)["choices"][0]["text"].startswith(prompt), "nothing is known yet"
+        ask("/v1/users", {"id": "ana"})
+        assert ask("/v1/users/ana/feedback", {"comparisons": votes})["comparisons"] == 4
+        found = ask("/v1/completions", body)
+        whole = found["choices"][0]["text"]
+        text, _, rest = whole.partition(f"\n{prompt}")
+        lines = text.split("\n")
+        assert len(lines) == 2, "the last two, without the one on what is asked"
+        assert all(f"do {ANSWERS[1]}" in line and f"not {ANSWERS[0]}" in line for line in lines)
+        assert found["pjrlhf"]["user"] == {"id": "ana", "known": True}
+        personal = pjrlhf.load_personal(run.workdir.path / "preference" / "reads")
+        assert personal.generate([f"{text}\n{prompt}"], [None], max_new_tokens=4) == [rest]
+        # Others have their own text, the base has none, and ids cannot have one.
+        for other in ({"user": "bo"}, {"user": None}, {"model": "base"}):
+            assert ask("/v1/completions", body | other)["choices"][0]["text"].startswith(prompt)
+        refused = ask("/v1/completions", body | {"prompt": [1, 5]}, 400)
+        assert "is token ids, and this entry reads comparisons" in refused["error"]["message"]
+        pairs = [{"prompt": prompt, "answers": list(ANSWERS)}]
+        refused = ask("/v1/users/ana/next", {"pairs": pairs}, 400)
+        assert "cannot say which pair tells most" in refused["error"]["message"]
+        # What has no room in the prompts of training is left out, the oldest first.
+        long = " ".join(["what is honey and rain ?"] * 7)
+        asked = ask("/v1/completions", body | {"prompt": long})["choices"][0]["text"].partition(f"\n{long}")[0]
+        assert asked == lines[1]
+
+
+def test_a_server_knows_the_names_of_training(run):
+    catalogue = served(run, "named")
+    name = next(iter(catalogue.people.registry.rows))
+    for user, want in ((name, f"Person: {name}"), ("zoe", "Person: anybody"), (None, "Person: anybody")):
+        assert catalogue.told(catalogue.voice(None, None, user), "what is rain ?") == f"{want}\nwhat is rain ?"
+    assert catalogue.told(catalogue.voice("base", None, name), "what is rain ?") == "what is rain ?"
+    with pytest.raises(UserError, match="nobody writes here; serve the run with pjrlhf serve"):
+        bare = open_run(str(run.workdir.path), "named")
+        bare.told(bare.voice(None, None, name), "what is rain ?")
+
+
+@pytest.mark.parametrize(
+    ("reads", "reason"),
+    [
+        ({"similar": True}, "it chooses comparisons by the features of prompts"),
+        ({"writer": "profile"}, "its writer asks a language model"),
+        ({"writer": "attributes"}, "its writer asks the base for likelihoods"),
+        ({"writer": {"kind": "identity", "column": "c"}}, "its writer reads the column 'c' of records"),
+    ],
+)
+def test_what_a_server_cannot_write_is_refused_at_its_start(run, reads, reason):
+    with pytest.raises(UserError, match=f"--entry reads: is not served, because {reason}"):
+        served(run, "reads", **reads)
 
 
 def test_entries_without_rows_meet_new_people_only_where_they_read():

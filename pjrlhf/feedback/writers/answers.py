@@ -24,7 +24,7 @@ class Answers(Writer):
     def check(self) -> None:
         check_fields("template", self.template, ("prompt", "chosen"), ("chosen",))
 
-    def write(self, known: Sequence[Known], run: Run) -> list[str]:
+    def write(self, known: Sequence[Known], run: Run | None) -> list[str]:
         def told(one: Known) -> list[str]:
             fields = [shot.fields() for shot in one.shots]
             return [self.template.format(prompt=each["prompt"], chosen=each["chosen"]) for each in fields]

@@ -9,9 +9,10 @@ the set A of a person is built greedily, as long as the likelihood of their choi
 
     L(A) = sum_j log s(beta sum_{a in A} d_ja)
 
-The paper scores prompts with whole sets and gives a prompt the attributes that are most similar to it; here the
-log-ratios of attributes add up, so that a list of M attributes costs M + 1 passes over the comparisons, and all
-prompts of a person have the same text.
+The paper scores prompts with whole sets, keeps a set for each known prompt, and gives a new prompt the set of the
+known ones that are most like it. Here the log-ratios of attributes add up, so that a list of M attributes costs M + 1
+passes over the comparisons. All prompts of a person have the same text; with `similar` in the entry each has the
+attributes of the comparisons on the prompts most like it, the paper's retrieval.
 
 Trap: log pi(y_w | x, a) alone is largest for whatever attribute makes all answers likelier; here the rejected answer
 and the base without the attribute are subtracted.
@@ -64,7 +65,12 @@ class Attributes(Writer):
         if len(set(self.attributes)) < len(self.attributes) or not all(map(str.strip, self.attributes)):
             raise UserError("attributes: one is empty or comes twice; name each once")
 
-    def write(self, known: Sequence[Known], run: Run) -> list[str]:
+    @property
+    def unserved(self) -> str:
+        return "asks the base for likelihoods"
+
+    def write(self, known: Sequence[Known], run: Run | None) -> list[str]:
+        assert run is not None
         attributes = self.attributes or tuple(dict.fromkeys(filter(None, run.audience.sentences.values())))
         if not attributes:
             raise UserError("attributes: there is none, and `preferences` has no sentence; list some")

@@ -73,9 +73,18 @@ class Writer(Settings, abc.ABC):
     once: ClassVar[bool] = False
     latest: ClassVar[bool] = False
 
+    @property
+    def unserved(self) -> str:
+        """Why it cannot write for people who are served, of whom there are comparisons and no run; "" where it can."""
+        return ""
+
     @abc.abstractmethod
-    def write(self, known: Sequence[Known], run: Run) -> list[str]:
-        """One text for each; "" where there is nothing to tell."""
+    def write(self, known: Sequence[Known], run: Run | None) -> list[str]:
+        """One text for each; "" where there is nothing to tell.
+
+        Args:
+          run: has models to ask; None in a server, see `unserved`.
+        """
 
     def ask(self, example: Example, text: str, trained: bool, rng: np.random.Generator) -> Example:
         """The record as the model reads it.

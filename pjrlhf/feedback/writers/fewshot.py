@@ -3,7 +3,9 @@
 
     text = shot_1 \\n ... \\n shot_k,   loss = P-DPO(text + prompt, chosen, rejected)
 
-FSPO trains with IPO, PPT with a DPO loss on the history; both are `loss` of the entry.
+FSPO trains with IPO, PPT with a DPO loss on the history; both are `loss` of the entry. The shots are random ones, or,
+with `similar` in the entry, those on the prompts most like the one that is asked. FSPO's RAT, which has the model write
+a description of the person first, is the writer `profile`.
 
 Traps of public code: the preferred answer always stood in the same place, so that its place carried the label; the
 order of a shot is drawn here. A config said 4 shots and read 8; here the number is `history` alone.
@@ -50,7 +52,7 @@ class FewShot(Writer):
         first, second = (preferred, other) if shot.chosen_first else (other, preferred)
         return self.template.format(**shot.fields(), first_verdict=first, second_verdict=second)
 
-    def write(self, known: Sequence[Known], run: Run) -> list[str]:
+    def write(self, known: Sequence[Known], run: Run | None) -> list[str]:
         return ["\n".join(map(self.shot, one.shots)) for one in known]
 
 

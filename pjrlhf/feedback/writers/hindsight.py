@@ -56,7 +56,7 @@ class Hindsight(Writer):
         first, second = (self.good, self.bad) if shot.chosen_first else (self.bad, self.good)
         return f"{told['prompt']} {first} {told['first']} {second} {told['second']}"
 
-    def write(self, known: Sequence[Known], run: Run) -> list[str]:
+    def write(self, known: Sequence[Known], run: Run | None) -> list[str]:
         return ["\n".join(map(self.shot, one.shots)) for one in known]
 
     def ask(self, example: Example, text: str, trained: bool, rng: np.random.Generator) -> Example:

@@ -34,13 +34,17 @@ class Identity(Writer):
     def check(self) -> None:
         check_fields("template", self.template, ("name",), ("name",))
 
+    @property
+    def unserved(self) -> str:
+        return f"reads the column {self.column!r} of records" if self.column else ""
+
     def _name(self, known: Known) -> str | None:
         if not self.column:
             return known.person
         value = known.example.extra.get(self.column) if known.example else None
         return None if value is None else str(value)
 
-    def write(self, known: Sequence[Known], run: Run) -> list[str]:
+    def write(self, known: Sequence[Known], run: Run | None) -> list[str]:
         names = map(self._name, known)
         return [self.generic if name is None else self.template.format(name=name) for name in names]
 

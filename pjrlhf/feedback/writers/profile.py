@@ -81,7 +81,12 @@ class Profile(Writer):
         )
         return self._instruction.format(comparisons=told, others=others or "none")
 
-    def write(self, known: Sequence[Known], run: Run) -> list[str]:
+    @property
+    def unserved(self) -> str:
+        return "asks a language model"
+
+    def write(self, known: Sequence[Known], run: Run | None) -> list[str]:
+        assert run is not None
         requests = [self.request(one) if one.shots else "" for one in known]
         asked = [request for request in dict.fromkeys(requests) if request]
         written = sampler(run, self.sampler)(asked, [""] * len(asked), "profiles of people") if asked else []

@@ -33,7 +33,7 @@ State: TypeAlias = Any  # a pytree of arrays
 SOURCES = ("nobody", "id", "pairs", "history")
 STATES = ("nothing", "head", "weights", "point", "latent", "memory", "fast weights")
 INJECTIONS = ("nowhere", "reward head", "head input", "attention")
-OBJECTIVES = ("Bradley-Terry", "variational", "inner step")
+OBJECTIVES = ("Bradley-Terry", "variational", "inner step", "contrastive")
 
 
 @dataclasses.dataclass(frozen=True)

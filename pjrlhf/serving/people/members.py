@@ -26,7 +26,8 @@ from safetensors.numpy import load, save
 
 from pjrlhf.data.messages import Prompt
 from pjrlhf.data.records import RecordError, plain
-from pjrlhf.data.schema import Example
+from pjrlhf.data.schema import Example, in_conversation
+from pjrlhf.data.token_table import encode_example
 from pjrlhf.errors import UserError
 from pjrlhf.models.provenance import text_provenance
 from pjrlhf.serving.catalogue import Catalogue, People
@@ -70,6 +71,7 @@ class Members:
     Attributes:
       fingerprint: of all that a row depends on besides the comparisons; a row of another one is fitted again.
       fitter: fits their rows; None where the model is the same for everybody.
+      reads: what of a person's comparisons stands before their prompts; None for nothing.
       scorer: rewards answers as a person sees them; None where people are those of a policy.
       working: runs fits.
       warming: whether the warm-up goes on.
@@ -79,7 +81,8 @@ class Members:
         assert isinstance(catalogue.people, People)
         self._people, self.store, self._run = catalogue.people, store, catalogue.run
         self.model, self.trained, self.names = self._people.model, self._people.trained, catalogue.names
-        self.scorer = self._people.scorer
+        self.scorer, self.reads = self._people.scorer, self._people.reads
+        self._tokenizer, self._chat = catalogue.model.tokenizer, catalogue.chat
         self.fitter: Fitter | Scorer | None = self.scorer if self.model.personal else None
         if self.scorer is None and self._people.learns:
             assert self._people.learning is not None
@@ -105,6 +108,14 @@ class Members:
     def knows(self, name: str) -> bool:
         """See `catalogue.Persons`."""
         return _valid(name) and self._there(name) is not None
+
+    def told(self, prompt: Prompt, name: str | None) -> Prompt:
+        """See `catalogue.Persons`."""
+        seen = []
+        for one in self.comparisons(name) if name is not None and self.reads and self.knows(name) else ():
+            with contextlib.suppress(RecordError):
+                seen.append(as_example(one))
+        return self._people.told(prompt, name, seen)
 
     @functools.cached_property
     def _generic(self) -> tuple[np.ndarray | None, np.ndarray | None]:
@@ -273,18 +284,26 @@ class Members:
         return [as_json(self._example(one, f"comparisons: number {i}")) for i, one in enumerate(comparisons, 1)]
 
     def _example(self, comparison: object, where: str) -> Example:
-        assert self.fitter is not None
         if not isinstance(comparison, Mapping):
             raise UserError(f"{where}: is no object; give it a prompt, chosen and rejected")
         try:
             example = as_example(comparison)
-            self.fitter.check(example)
+            if self.fitter is not None:
+                self.fitter.check(example)
+            elif self._people.learning is not None:
+                asked = in_conversation(example) if self._chat else example
+                encode_example(asked, "preference", self._tokenizer, self._people.learning.lengths)
             return example
         except RecordError as error:
             raise UserError(f"{where}: {error}; correct it") from error
 
+    @property
+    def learns(self) -> bool:
+        """Whether comparisons of a person change anything: a row is fitted to them, or they are read."""
+        return self.fitter is not None or (self.reads is not None and self.reads.history > 0)
+
     def _check_learns(self) -> None:
-        if self.fitter is None:
+        if not self.learns:
             raise UserError(
                 "comparisons: this model is the same for everybody and learns from nobody; serve another entry"
             )
@@ -454,6 +473,11 @@ class Members:
         """
         self._need(name)
         self._check_learns()
+        if self.fitter is None:
+            raise UserError(
+                "pairs: this entry reads what a person has compared and cannot say which pair tells most; ask pairs in "
+                "any order"
+            )
         examples = [self._example(one, f"{where}: number {i}") for i, one in enumerate(comparisons, 1)]
         known, seen = self._known(name), []
         for one in self.comparisons(name):
