@@ -294,6 +294,8 @@ class LanguageModel:
 class PersonalModel:
     """A policy or reward model that knows people, as the stage preference trained it.
 
+    Prompts are read as they are: what an entry with `writer` or `user_text` reads of a person stands before them.
+
     Attributes:
       model: the frozen base with its tokenizer.
       users: its user model.

@@ -95,7 +95,7 @@ def test_all_processes_read_the_commit_of_process_zero(server, hub_model, tmp_pa
 def test_what_a_config_names_on_the_hub(server, tmp_path, monkeypatch):
     """Models of all sections; neither data sets nor folders that the run itself writes for a merge."""
     monkeypatch.chdir(tmp_path)
-    for name in ("judge", "second", "third", "first", "rewards", "adapter", "sampler"):
+    for name in ("judge", "second", "third", "first", "rewards", "adapter", "sampler", "writer"):
         server.add(f"ann/{name}", server.files("ann/small"))
     config = {
         "model": {"path": "ann/small@main"},
@@ -109,6 +109,7 @@ def test_what_a_config_names_on_the_hub(server, tmp_path, monkeypatch):
             ),
         },
         "comparisons": {"judge": "synthetic", "sampler": "ann/sampler"},
+        "preference": {"models": {"told": {"writer": {"kind": "profile", "sampler": "ann/writer"}}}},
         "data": {"prompts": {"kind": "datasets", "path": "ann/prompts"}},
         "merge": {"base": "run/model", "ingredients": ("ann/adapter",)},
     }
@@ -123,6 +124,7 @@ def test_what_a_config_names_on_the_hub(server, tmp_path, monkeypatch):
         "evaluate.judges.path": "ann/second",
         "evaluate.judges.source.path": "ann/third",
         "comparisons.sampler": "ann/sampler",
+        "preference.models.told.writer.sampler": "ann/writer",
         "merge.ingredients": "ann/adapter",
     }
     assert all("commit" in one for one in found.values())
