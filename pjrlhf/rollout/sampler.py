@@ -13,6 +13,7 @@ from pjrlhf.models.adapters import Policies, copy_indices
 from pjrlhf.models.decoder import init_cache
 from pjrlhf.rollout.batches import Prompts, Rollout
 from pjrlhf.rollout.decoding import PolicyEnsemble
+from pjrlhf.rollout.noise import likeliest, row_noise
 from pjrlhf.types import Array, PRNGKey
 
 # Smallest batch to compact to: with fewer rows, a matmul is bound by reading its kernel and gets no faster.
@@ -137,16 +138,16 @@ def generate(
     def draw(decoder, hidden, key, rows):
         logits = decoder.logits(hidden[:, -1:])[:, 0]
         if sampling.temperature == 0:
-            token = jnp.argmax(logits, axis=-1)
+            token = likeliest(logits)
         else:
             logits = logits / sampling.temperature
-            # Noise for all B rows, so that compacting the batch does not change a sample.
-            noise = jax.random.gumbel(key, (total or B, logits.shape[-1]), logits.dtype)
-            noise = noise if numbers is None else noise[numbers]
-            noise = noise if rows is None else noise[rows]
-            token = jnp.argmax(truncate(logits, sampling.top_k, sampling.top_p) + noise, axis=-1)
+            # The noise of a row of the whole batch, so that compacting it does not change a sample.
+            own = jnp.arange(B) if numbers is None else numbers
+            own = own if rows is None else own[rows]
+            noise = row_noise(key, own, total or B, logits.shape[-1])
+            token = likeliest(truncate(logits, sampling.top_k, sampling.top_p) + noise)
         logp = jnp.take_along_axis(jax.nn.log_softmax(logits), token[:, None], axis=-1)[:, 0]
-        return token.astype(jnp.int32), logp
+        return token, logp
 
     def record(decoder, i, hidden, state, rows=None):
         """Draws token i and adds it to the state."""

@@ -16,6 +16,7 @@ from jaxtyping import Bool, Float, Int, UInt32
 
 from pjrlhf.models.adapters import Backbone
 from pjrlhf.models.decoder import Cache, Decoder, init_cache
+from pjrlhf.rollout.noise import likeliest, noise_of_keys
 from pjrlhf.rollout.sampler import truncate_rows
 from pjrlhf.serving.penalties import Penalties, above_min_p, penalized
 from pjrlhf.types import Array, Params
@@ -261,15 +262,6 @@ def decode(
     return slots, drawn
 
 
-def likeliest(scores: Float[Array, "B V"]) -> Int[Array, " B"]:
-    """`argmax` over the last axis, as two reductions, which XLA vectorises on a CPU.
-
-    An argmax it does not: 2.0 instead of 0.6 ms for 16 rows of 32,000.
-    """
-    ids = jnp.arange(scores.shape[-1], dtype=jnp.int32)
-    return jnp.where(scores == scores.max(-1, keepdims=True), ids, ids[-1]).min(-1)
-
-
 def draw(logits: Float[Array, "B V"], slots: Slots) -> Drawn:
     """The next token of every slot. A row of the result depends on the same row of the arguments alone."""
     wanted, active = slots.wanted, slots.active
@@ -288,11 +280,11 @@ def draw(logits: Float[Array, "B V"], slots: Slots) -> Drawn:
             (active & warm & cut).any(), lambda x: truncate_rows(x, wanted.top_k, wanted.top_p), lambda x: x, scaled
         )
 
-        def noise(seed, sample, i):
-            key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), sample), i)
-            return jax.random.gumbel(key, logits.shape[1:], logits.dtype)
+        def key(seed, sample, i):
+            return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), sample), i)
 
-        return likeliest(scaled + jax.vmap(noise)(wanted.seed, wanted.sample, slots.drawn))
+        keys = jax.vmap(key)(wanted.seed, wanted.sample, slots.drawn)
+        return likeliest(scaled + noise_of_keys(keys, logits.shape[-1]))
 
     greedy = likeliest(bent)
     token = jax.lax.cond((active & warm).any(), lambda: jnp.where(warm, sampled(), greedy), lambda: greedy)

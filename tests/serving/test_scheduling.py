@@ -111,11 +111,6 @@ def test_the_engine_shares_what_its_layout_leaves_as_it_is(model):
     assert "layers" not in ours and len(jax.tree.leaves(ours["layers_0"])) > 0
 
 
-def test_the_likeliest_token_is_the_first_of_equals():
-    scores = np.random.default_rng(0).integers(0, 9, (50, 30)).astype(np.float32)
-    np.testing.assert_array_equal(programs.likeliest(scores), scores.argmax(-1))
-
-
 def test_the_layers_lie_in_memory_once_where_nobody_learns(tmp_path):
     model = load_model(tiny_users.save_base(tmp_path))
     given = [weakref.ref(leaf) for leaf in jax.tree.leaves(model.backbone.base["layers"])]
