@@ -4,6 +4,7 @@ A round is one step (loss, gradient, AdamW) on the same pairs on all sides, from
 the step of the stage `preference`. TRL is `DPOTrainer` as `trainer.train()` runs it, without gradient checkpointing,
 with the reference's log-probabilities precomputed or not. "torch" is a hand-written loop with the tricks that torch has
 too: precomputed reference, chosen and rejected in one pass, logits of answer tokens only, fused attention, fused AdamW.
+"Tunix" is `tunix_dpo.py`, where --tunix_python names an interpreter with google-tunix; its reference is always live.
 P-DPO sides are ours with a user model of ten tokens a person, and are compared with our own pooled step.
 """
 
@@ -11,6 +12,7 @@ import itertools
 
 import harness
 import pairs
+import tunix_dpo
 
 POOLED = "ours"
 
@@ -141,11 +143,12 @@ def compare(options, size):
             "TRL": c.theirs("trl", **job, precompute=True),
             "TRL, live reference": c.theirs("trl", **job, precompute=False),
             "torch": c.theirs("loop", **job),
+            "Tunix": harness.Side("tunix", options.tunix_python, {**job, "shape": tunix_dpo.shape_of(work.shape)}),
             "ours, P-DPO dropout": c.ours("ours", **job, entry={**people, "mixture": "dropout"}),
             "ours, P-DPO exact": c.ours("ours", **job, entry={**people, "mixture": "exact"}),
         }
         for name, side in sides.items():
-            if name != POOLED and options.sides and name not in options.sides:
+            if (name != POOLED and options.sides and name not in options.sides) or not side.python:
                 continue
             ready = c.start(name, side)
             if name == POOLED:
@@ -157,10 +160,11 @@ def compare(options, size):
 def main():
     parser = pairs.arguments(__doc__)
     parser.add_argument("--lora", type=int, default=0, help="rank of adapters; 0 trains all parameters")
+    parser.add_argument("--tunix_python", default="", help="interpreter with google-tunix")
     options = harness.parse(parser)
     pairs.report(options, "dpo_lora" if options.lora else "dpo", compare, POOLED)
 
 
 if __name__ == "__main__":
-    harness.serve({"ours": ours, "trl": trl, "loop": loop})
+    harness.serve({"ours": ours, "trl": trl, "loop": loop, "tunix": tunix_dpo.tunix})
     main()

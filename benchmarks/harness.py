@@ -24,6 +24,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
+from importlib import metadata
 from typing import Any
 
 import numpy as np
@@ -51,6 +52,7 @@ MODELS = {
     },
 }
 PAD, BOS, EOS, FIRST = 0, 1, 2, 3  # ids; those from FIRST on stand for words
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 LENGTHS = {"prompt": (60, 0.9), "answer": (220, 0.7)}  # median and sigma of log-normal token counts
 
 
@@ -61,9 +63,14 @@ class Turn:
     """How a side takes part: `turn.begin()` before it builds anything, `turn(report)` when it is built and after every
     round; that returns when the next round begins, and never where there is none. A report may have "seconds" of its
     own, where the round ended earlier.
+
+    Args:
+      threads: cores to run on.
+      clock: one of `CLOCKS`; "cpu" counts seconds of this process' threads, which other processes disturb less.
     """
 
-    def __init__(self, threads: int):
+    def __init__(self, threads: int, clock: str):
+        self._clock = CLOCKS[clock]
         self._out = os.fdopen(os.dup(1), "w")
         os.dup2(2, 1)  # what libraries print is no part of the conversation
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:threads])
@@ -73,11 +80,11 @@ class Turn:
     def begin(self) -> None:
         if "torch" in sys.modules:
             sys.modules["torch"].set_num_threads(len(os.sched_getaffinity(0)))
-        self._before, self._started = _memory("VmRSS"), time.perf_counter()
+        self._before, self._started = _memory("VmRSS"), self._clock()
 
     def seconds(self) -> float:
         """Since the turn began."""
-        return time.perf_counter() - self._started
+        return self._clock() - self._started
 
     def __call__(self, report: Mapping[str, Any]) -> None:
         seconds = self.seconds()
@@ -88,7 +95,7 @@ class Turn:
             os._exit(0)
         with contextlib.suppress(OSError):  # the high-water mark of every round is its own
             pathlib.Path("/proc/self/clear_refs").write_text("5")
-        self._started = time.perf_counter()
+        self._started = self._clock()
 
 
 def _memory(name: str) -> int:
@@ -101,7 +108,7 @@ def serve(sides: Mapping[str, Callable[[dict, Turn], None]]) -> None:
     """What a script does where it was started as a side; returns at once where it was not."""
     if len(sys.argv) > 2 and sys.argv[1] == "--side":
         job = json.loads(sys.argv[2])
-        sides[job["side"]](job, Turn(job["threads"]))
+        sides[job["side"]](job, Turn(job["threads"], job["clock"]))
         sys.exit(0)
 
 
@@ -157,7 +164,8 @@ class Comparison:
     def start(self, name: str, side: Side) -> dict[str, Any]:
         """Starts a side, waits until it is built, and returns what it says about itself."""
         threads, o = self.options.threads, self.options
-        job = {"side": side.kind, "threads": threads, "device": o.device, "folder": str(self.folder), **side.options}
+        common = {"threads": threads, "device": o.device, "clock": o.clock, "folder": str(self.folder)}
+        job = {"side": side.kind, **common, **side.options}
         quiet = {"TQDM_DISABLE": "1", "TRANSFORMERS_VERBOSITY": "error", "HF_HUB_OFFLINE": "1"}
         caches = {"XDG_CACHE_HOME": self.folder / name, "HF_HOME": self.folder / name}
         count = {variable: threads for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "NPROC")}
@@ -247,6 +255,7 @@ def arguments(description: str, *, rounds: int = 8, models: Sequence[str] = ("26
     parser.add_argument("--rounds", type=int, default=rounds)
     parser.add_argument("--threads", type=int, default=cores, help="of every side, on the first so many cores")
     parser.add_argument("--device", choices=("cpu", "gpu"), default="cpu")
+    parser.add_argument("--clock", choices=CLOCKS, default="wall", help="cpu: seconds of the processor")
     parser.add_argument("--sides", nargs="+", help="only these")
     parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="settings of our config")
     parser.add_argument("--folder", help="where temporary files go")
@@ -269,6 +278,7 @@ def machine(options: argparse.Namespace) -> dict[str, Any]:
         "cpu": names[0] if names else platform.processor(),
         "device": options.device,
         "threads": options.threads,
+        "clock": options.clock,
         "rounds": options.rounds,
         "set": options.set,
     }
@@ -403,9 +413,9 @@ def ids_of(record: Mapping[str, Any]) -> tuple[list[int], list[int], list[int]]:
     return prompt, *([*answer, EOS] for answer in answers)
 
 
-def save_model(folder: pathlib.Path, size: str, max_length: int, seed: int = 0) -> dict[str, Any]:
-    """Writes a random Llama of a size of `MODELS` with a tokenizer of one token per word; returns its dimensions and
-    parameters.
+def save_model(folder: pathlib.Path, size: str, max_length: int, seed: int = 0, **changes: Any) -> dict[str, Any]:
+    """Writes a random Llama of a size of `MODELS`, with `changes` of its shape, and a tokenizer of one token per word;
+    returns its dimensions and parameters.
     """
     import jax
     from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
@@ -416,7 +426,7 @@ def save_model(folder: pathlib.Path, size: str, max_length: int, seed: int = 0) 
     from pjrlhf.models.decoder import Decoder, init_params
     from pjrlhf.models.huggingface import save_params
 
-    shape = MODELS[size]
+    shape = MODELS[size] | changes
     heads = shape["num_heads"]
     config = ModelConfig(**shape, num_kv_heads=heads, head_dim=shape["hidden_size"] // heads, max_length=max_length)
     special = ["<pad>", "<s>", "</s>"]
@@ -476,6 +486,10 @@ def utilisation(found: dict[str, dict[str, Any]], flops: float, tokens: float, p
     for row in found.values():
         row["tokens_per_second"] = tokens / row["seconds"]["median"]
         row["mfu_percent"] = 100 * flops / row["seconds"]["median"] / peak
+
+
+def versions(*names: str) -> dict[str, str]:
+    return {name: metadata.version(name) for name in names}
 
 
 # ---- our side
@@ -544,10 +558,7 @@ def load_ours() -> None:
 
 
 def our_versions() -> dict[str, str]:
-    import jax
-    import jaxlib
-
-    return {"jax": jax.__version__, "jaxlib": jaxlib.__version__}
+    return versions("jax", "jaxlib")
 
 
 def watch_jax(turn: Turn, job: Mapping[str, Any]) -> None:
@@ -562,9 +573,7 @@ def watch_jax(turn: Turn, job: Mapping[str, Any]) -> None:
 
 
 def their_versions(*names: str) -> dict[str, str]:
-    from importlib import metadata
-
-    return {name: metadata.version(name) for name in ("torch", "transformers", *names)}
+    return versions("torch", "transformers", *names)
 
 
 def watch_torch(turn: Turn) -> None:

@@ -45,7 +45,8 @@ class Pairs:
         limits, batches = ((24, 40), 2) if quick else (LIMITS, options.batches)
         pairs = 4 if quick else options.pairs
         self.c, self.rounds = c, -(-options.rounds // batches) * batches
-        self.shape = harness.save_model(c.folder / "model", size, sum(limits) + 32)
+        # The Llama of Tunix 0.1.7 rotates with this base, whatever its config says.
+        self.shape = harness.save_model(c.folder / "model", size, sum(limits) + 32, rope_theta=1e6)
         self.records = harness.pair_records(pairs * batches + 2, self.shape["vocab_size"], limits)
         self.job = {
             "model": str(c.folder / "model"),

@@ -25,7 +25,6 @@ import harness
 import rl
 
 NAME = "P0"  # of the reward
-CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 
 
 def free(prompts, completions):
@@ -55,7 +54,7 @@ class Scoring:
 
         self.method, self.tokenizer = method, method.data.text.workspace.tokenizer
         self.prompt, self.answer, self.seconds = job["prompt"], job["new"], 0.0
-        self.clock = CLOCKS[job["clock"]]
+        self.clock = harness.CLOCKS[job["clock"]]
         numbers = np.zeros((1, 1), np.int32)
         self.score = jax.jit(lambda backbone, models, *arrays: raw_rewards(backbone, models, numbers, *arrays))
 
@@ -90,15 +89,10 @@ def ours(job, turn):
         found = function if source == "function" else slow(job)
         method.targets.audience.sources[NAME] = RewardSource(NAME, found)
     turn({"versions": harness.our_versions()})
-    before = [time.process_time()]
 
     def said(metrics):
         total, count = metrics["completions/mean_length"]
         found = {"length": float((total / count).mean())}
-        now = time.process_time()  # stands still between rounds
-        if job["clock"] == "cpu":
-            found["seconds"] = now - before[0]
-        before[0] = now
         if source != "adapter":
             found["scoring"] = float(metrics[f"rewards/{NAME}/seconds"][0])
         return found | ({"model": function.seconds} if source == "function" else {})
@@ -151,7 +145,6 @@ def compare(options, size):
             "estimator": "gae",
             "optimizer": {"learning_rate": 1e-6, "max_grad_norm": 1.0, "weight_decay": 0.0},
             "set": options.set,
-            "clock": options.clock,
             "classifier": {
                 "kind": "classifier",
                 "path": classifier(c.folder / "model", c.folder / "classifier", shape["hidden_size"]),
@@ -183,7 +176,6 @@ def main():
     parser.add_argument("--samples", type=int, default=4, help="per prompt")
     parser.add_argument("--prompt", type=int, default=64, help="tokens")
     parser.add_argument("--new", type=int, default=64, help="tokens")
-    parser.add_argument("--clock", choices=CLOCKS, default="wall")
     parser.add_argument("--wait", type=float, default=4.0, help="seconds that the slow function waits in a step")
     harness.report(
         harness.parse(parser),

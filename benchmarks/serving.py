@@ -27,7 +27,6 @@ import pathlib
 import statistics
 import subprocess
 import tempfile
-import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -35,7 +34,6 @@ import harness
 import numpy as np
 
 OURS = "a soup per row"
-CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 Round = Mapping[str, Any]  # "seconds", "tokens" drawn, "first": seconds to the first token, median over requests
 
 
@@ -43,7 +41,7 @@ class Engines:
     """Rounds of engines, timed by one clock."""
 
     def __init__(self, clock: str):
-        self.clock = CLOCKS[clock]
+        self.clock = harness.CLOCKS[clock]
 
     def round(self, engine: Any, prompts: Sequence, limits: Sequence[int], rows: Any, start: Any = None) -> Round:
         """All requests at once, until the last token is on the host; `start` is when the round began, now if None."""
@@ -86,7 +84,7 @@ def peft(job: dict, turn: harness.Turn) -> None:
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM, GenerationConfig
 
-    clock, prompts, new = CLOCKS[job["clock"]], job["prompts"], job["new"]
+    clock, prompts, new = harness.CLOCKS[job["clock"]], job["prompts"], job["new"]
     turn.begin()
     layers = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     config = LoraConfig(r=8, lora_alpha=16, target_modules=layers, init_lora_weights=False)
@@ -225,7 +223,7 @@ def compare_rows(options: argparse.Namespace, model: Any, folder: pathlib.Path, 
         has_peft = subprocess.run([options.torch_python, "-c", "import torch, peft"], capture_output=True)
         if wanted(options, "PEFT") and not has_peft.returncode:
             job = {"model": str(folder.resolve()), "prompts": prompts, "new": options.new, "adapters": count}
-            c.start("PEFT", c.theirs("peft", **job, clock=options.clock))
+            c.start("PEFT", c.theirs("peft", **job))
             sides["PEFT"] = functools.partial(c.round, "PEFT")
         return in_turns(sides, options.rounds)
 
@@ -285,7 +283,6 @@ def arguments(description: str, rounds: int) -> argparse.ArgumentParser:
     """The flags of the scripts about serving."""
     parser = harness.arguments(description, rounds=rounds, models=("tiny", "26m"))
     parser.add_argument("--path", type=pathlib.Path, help="a model in Hugging Face layout in place of --model")
-    parser.add_argument("--clock", choices=CLOCKS, default="wall")
     return parser
 
 
