@@ -21,7 +21,7 @@ from pjrlhf.data import synthetic
 from pjrlhf.data.messages import text_of
 from pjrlhf.data.schema import Example, validate
 from pjrlhf.data.sources import open_source
-from pjrlhf.serving.catalogue import open_folders, open_run
+from pjrlhf.serving.opening import open_folders, open_run
 from pjrlhf.serving.people.members import Members, open_members
 from pjrlhf.serving.people.questions import expected_information
 

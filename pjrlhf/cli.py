@@ -413,7 +413,7 @@ def _source(parser: argparse.ArgumentParser, given: argparse.Namespace, mesh: st
 
     check_names("--ingredients", ingredients)
     from pjrlhf.main import compilation_cache
-    from pjrlhf.serving.catalogue import open_folders, open_run, parse_mesh
+    from pjrlhf.serving.opening import open_folders, open_run, parse_mesh
 
     compilation_cache()
     devices = parse_mesh(mesh)

@@ -169,19 +169,21 @@ def _unrolled(backbone: Backbone, bank: Params | None) -> tuple[Backbone, Params
     model, base = backbone.model, backbone.base
     if model.decode == "scan":
         return backbone, bank
-    mix = None if bank is None else jnp.zeros((1, bank_size(bank)))
-
-    def changed(backbone: Backbone, bank: Params | None) -> Params:
-        variables = backbone.policies(bank, mix).unroll().variables
-        old = {id(leaf) for leaf in jax.tree.leaves(backbone.base)}
-        params = {
-            name: tree
-            for name, tree in variables["params"].items()
-            if any(id(leaf) not in old for leaf in jax.tree.leaves(tree))
-        }
-        return {**variables, "params": params}
-
-    variables = jax.jit(changed)(backbone, bank)
+    variables = _layout(backbone, bank)
     same = {name: tree for name, tree in base.items() if name != "layers" and name not in variables["params"]}
     unrolled = model.clone(scan_layers=False, transposed=model.decode == "transposed")
     return Backbone(unrolled, backbone.adapter, {**same, **variables["params"]}), variables.get("adapters")
+
+
+@jax.jit  # of the module, so that another base of the same shapes compiles nothing
+def _layout(backbone: Backbone, bank: Params | None) -> Params:
+    """The arrays of the unrolled layout that are not those of the base."""
+    mix = None if bank is None else jnp.zeros((1, bank_size(bank)))
+    variables = backbone.policies(bank, mix).unroll().variables
+    old = {id(leaf) for leaf in jax.tree.leaves(backbone.base)}
+    params = {
+        name: tree
+        for name, tree in variables["params"].items()
+        if any(id(leaf) not in old for leaf in jax.tree.leaves(tree))
+    }
+    return {**variables, "params": params}

@@ -38,7 +38,7 @@ from pjrlhf.models.users import UserKind
 from pjrlhf.objectives.preference import PAIRWISE
 from pjrlhf.pipeline import stages
 from pjrlhf.rollout.preference import PreferenceConfig, answer_scores, pair_losses, pair_rewards
-from pjrlhf.serving import catalogue
+from pjrlhf.serving import opening
 from pjrlhf.training import loop
 from pjrlhf.training.optimizer import OptimizerSettings, passes
 from pjrlhf.training.workdir import Workdir
@@ -547,7 +547,7 @@ def test_adapters_of_their_own_are_kept_and_not_served(records, tmp_path):
     margins = [trained.margins("heldout", np.full(len(trained.pairs.tables["heldout"]), row)) for row in range(3)]
     assert all((x != y).any() for x, y in itertools.combinations(margins, 2))
     with pytest.raises(UserError, match="has an adapter for each person, a baseline that is not served; name another"):
-        catalogue._person(run.workdir.path, run.workdir.path / "preference/own/model.safetensors", {}, None)
+        opening._person(run.workdir.path, run.workdir.path / "preference/own/model.safetensors", {}, None)
 
 
 # ---- what people say about themselves

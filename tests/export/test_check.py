@@ -20,8 +20,9 @@ from pjrlhf.export.check import Server, _Ours, check
 from pjrlhf.export.soup import Source
 from pjrlhf.models.peft import save_peft
 from pjrlhf.serving import http as serving
-from pjrlhf.serving.catalogue import Catalogue, open_folders
+from pjrlhf.serving.catalogue import Catalogue
 from pjrlhf.serving.engine import Engine
+from pjrlhf.serving.opening import open_folders
 from pjrlhf.serving.settings import ServerSettings
 
 NAMES = ("P1A", "P2B", "P3A")

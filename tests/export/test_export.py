@@ -19,7 +19,8 @@ from pjrlhf.models.adapters import AdapterConfig, init_bank
 from pjrlhf.models.peft import load_peft
 from pjrlhf.models.registry import UserRegistry
 from pjrlhf.models.users import UserModel
-from pjrlhf.serving.catalogue import Catalogue, People, open_folders
+from pjrlhf.serving.catalogue import Catalogue, People
+from pjrlhf.serving.opening import open_folders
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ from pjrlhf.export.soup import Source
 from pjrlhf.models.adapters import AdapterConfig, init_bank
 from pjrlhf.models.huggingface import load_params, read_config
 from pjrlhf.models.peft import save_peft
-from pjrlhf.serving.catalogue import open_folders
+from pjrlhf.serving.opening import open_folders
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")

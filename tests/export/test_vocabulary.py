@@ -24,7 +24,7 @@ from pjrlhf.export.unsampled import add_rows
 from pjrlhf.language_model import load_model
 from pjrlhf.models.decoder import Decoder
 from pjrlhf.models.huggingface import load_params, read_config
-from pjrlhf.serving.catalogue import open_folders, open_run
+from pjrlhf.serving.opening import open_folders, open_run
 from pjrlhf.serving.people.members import open_members
 
 QUESTION, ANSWER = "what is rain ?", "it is wet ."

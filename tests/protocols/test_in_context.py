@@ -18,8 +18,8 @@ from pjrlhf.feedback.served import with_teller
 from pjrlhf.pipeline import stages
 from pjrlhf.protocols import in_context
 from pjrlhf.runtime.features import prompt_features
-from pjrlhf.serving.catalogue import open_run
 from pjrlhf.serving.engine import Engine
+from pjrlhf.serving.opening import open_run
 
 ANSWERS = ("it can shine .", "it can melt .")
 WRITER = {"kind": "fewshot", "template": "{first_verdict} {first} {second_verdict} {second}", "verdicts": ("do", "not")}

@@ -10,7 +10,7 @@ from support.pages import Page, printed
 from pjrlhf.cli import main
 from pjrlhf.data import synthetic
 from pjrlhf.language_model import load_personal
-from pjrlhf.serving.catalogue import open_run
+from pjrlhf.serving.opening import open_run
 from pjrlhf.terminal import visible
 
 pytestmark = pytest.mark.slow

@@ -19,7 +19,7 @@ from pjrlhf.models.user_models.pttt import Pttt
 from pjrlhf.pipeline import stages
 from pjrlhf.protocols.met_people import Fitted, known_people, new_people
 from pjrlhf.protocols.user_models import UserModelsSettings, summarized
-from pjrlhf.serving.catalogue import open_run
+from pjrlhf.serving.opening import open_run
 
 WIDTH, SIZE = 4, 6
 

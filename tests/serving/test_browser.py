@@ -18,7 +18,8 @@ from pjrlhf.data.token_table import Lengths
 from pjrlhf.models.registry import UserRegistry
 from pjrlhf.models.users import UserModel
 from pjrlhf.rollout.preference import PreferenceConfig
-from pjrlhf.serving.catalogue import Catalogue, People, soup_people
+from pjrlhf.serving.catalogue import Catalogue, People
+from pjrlhf.serving.opening import soup_people
 from pjrlhf.serving.people.fit import Learning
 from pjrlhf.serving.responses import Call
 from pjrlhf.serving.run_notes import RunNotes

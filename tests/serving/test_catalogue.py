@@ -17,18 +17,9 @@ from pjrlhf.models.adapters import AdapterConfig, init_bank
 from pjrlhf.models.peft import save_peft
 from pjrlhf.models.registry import UserRegistry
 from pjrlhf.models.users import UserModel
-from pjrlhf.serving.catalogue import (
-    Catalogue,
-    People,
-    UnknownIngredient,
-    UnknownModel,
-    open_folders,
-    open_run,
-    parse_mesh,
-    parse_mix,
-    soup_people,
-)
+from pjrlhf.serving.catalogue import Catalogue, People, UnknownIngredient, UnknownModel, parse_mix
 from pjrlhf.serving.engine import Engine
+from pjrlhf.serving.opening import open_folders, open_run, parse_mesh, soup_people
 from pjrlhf.serving.soups import read_soups
 from pjrlhf.serving.tickets import Request
 

@@ -19,8 +19,8 @@ from support.serving import start
 
 from pjrlhf.language_model import load_model
 from pjrlhf.models.peft import save_peft
-from pjrlhf.serving.catalogue import open_folders
 from pjrlhf.serving.engine import Engine
+from pjrlhf.serving.opening import open_folders
 from pjrlhf.serving.tickets import Request
 
 pytestmark = pytest.mark.slow

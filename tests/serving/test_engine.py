@@ -81,6 +81,17 @@ def test_a_warm_engine_compiles_nothing(model):
     assert not compiled and engine.prefill.prefixes.hits
 
 
+def test_another_base_of_the_same_shapes_compiles_nothing(model, engine):
+    """An engine for merged weights starts at the price of a copy, and answers as they do."""
+    base = jax.tree.map(lambda x: 0.5 * jnp.asarray(x), model.backbone.base)
+    halved = dataclasses.replace(model, backbone=dataclasses.replace(model.backbone, base=base))
+    requests = tiny_serving.requests(model, 1)
+    before = engine.answer(requests)
+    with compilations() as compiled:
+        after = tiny_serving.engine(halved).answer(requests)
+    assert not compiled and after != before
+
+
 def test_a_cache_that_is_read_in_blocks_changes_no_answer(model, monkeypatch):
     """The longest row says how many blocks are read, and no other row notices."""
     requests = tiny_serving.requests(model, 8, seed=11, user_tokens=E)

@@ -24,7 +24,8 @@ from pjrlhf.models.registry import UserRegistry
 from pjrlhf.models.users import UserModel
 from pjrlhf.rollout.preference import PreferenceConfig
 from pjrlhf.serving import running
-from pjrlhf.serving.catalogue import Catalogue, People, soup_people
+from pjrlhf.serving.catalogue import Catalogue, People
+from pjrlhf.serving.opening import soup_people
 from pjrlhf.serving.people import fit
 from pjrlhf.serving.people.fit import Learning
 from pjrlhf.serving.people.members import open_members

@@ -15,8 +15,8 @@ import pjrlhf
 from pjrlhf import cli
 from pjrlhf.models.storage import load_tree
 from pjrlhf.protocols.cold_start import fit_new_users
-from pjrlhf.serving.catalogue import open_run, parse_mesh
 from pjrlhf.serving.engine import Engine
+from pjrlhf.serving.opening import open_run, parse_mesh
 from pjrlhf.serving.people.fit import as_json
 from pjrlhf.serving.people.members import open_members
 from pjrlhf.serving.people.questions import next_questions

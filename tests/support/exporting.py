@@ -7,7 +7,7 @@ from pjrlhf import cli
 from pjrlhf.models.adapters import AdapterConfig, init_bank
 from pjrlhf.models.huggingface import load_params, read_config, save_params
 from pjrlhf.models.peft import save_peft
-from pjrlhf.serving.catalogue import open_folders
+from pjrlhf.serving.opening import open_folders
 from support import tiny_users
 from support.small_policies import noise
 

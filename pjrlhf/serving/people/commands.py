@@ -109,7 +109,8 @@ def _remove(given: argparse.Namespace) -> None:
 
 
 def _with_model(given: argparse.Namespace) -> None:
-    from pjrlhf.serving.catalogue import open_run, parse_mix
+    from pjrlhf.serving.catalogue import parse_mix
+    from pjrlhf.serving.opening import open_run
     from pjrlhf.serving.people.exchange import describe, exported, imported
     from pjrlhf.serving.people.members import Members, open_members
     from pjrlhf.serving.people.store import Taken, Unknown

@@ -8,7 +8,8 @@ import flax.traverse_util
 import numpy as np
 
 from pjrlhf.errors import UserError
-from pjrlhf.serving.people.members import Members, checked_name, checked_row
+from pjrlhf.serving.people.members import Members
+from pjrlhf.serving.people.rows import checked_name, checked_row
 from pjrlhf.serving.people.store import Person, Taken, Unknown
 from pjrlhf.settings import shown
 from pjrlhf.types import Json

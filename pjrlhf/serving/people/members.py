@@ -16,16 +16,14 @@ import pathlib
 import threading
 from collections.abc import Mapping, Sequence
 
-import flax.traverse_util
 import jax
 import jax.numpy as jnp
 import numpy as np
 import xxhash
 from absl import logging
-from safetensors.numpy import load, save
 
 from pjrlhf.data.messages import Prompt
-from pjrlhf.data.records import RecordError, plain
+from pjrlhf.data.records import RecordError
 from pjrlhf.data.schema import Example, in_conversation
 from pjrlhf.data.token_table import encode_example
 from pjrlhf.errors import UserError
@@ -34,12 +32,12 @@ from pjrlhf.serving.catalogue import Catalogue, People
 from pjrlhf.serving.people.address import address
 from pjrlhf.serving.people.fit import Fitter, Row, as_example, as_json
 from pjrlhf.serving.people.rewards import Scorer
+from pjrlhf.serving.people.rows import checked_name, is_name, packed, unpacked
 from pjrlhf.serving.people.store import MEMORY, Person, Store, Taken, Unknown, Unreachable, key_of
 from pjrlhf.serving.people.trained import forget, trained_people
 from pjrlhf.settings import shown
 from pjrlhf.types import Json
 
-NAME_LENGTH = 512  # characters of a person's name
 ROWS_KEPT = 4096  # people whose rows are kept in memory
 SMALLEST = 1e-4  # of a stated weight that learning starts from; softmax gives no zero
 
@@ -102,12 +100,12 @@ class Members:
 
     def row(self, name: str | None) -> tuple[np.ndarray | None, np.ndarray | None]:
         """See `catalogue.Persons`."""
-        known = None if name is None or not _valid(name) else self._known(name)
+        known = None if name is None or not is_name(name) else self._known(name)
         return self._generic if known is None else known.output
 
     def knows(self, name: str) -> bool:
         """See `catalogue.Persons`."""
-        return _valid(name) and self._there(name) is not None
+        return is_name(name) and self._there(name) is not None
 
     def told(self, prompt: Prompt, name: str | None) -> Prompt:
         """See `catalogue.Persons`."""
@@ -162,7 +160,7 @@ class Members:
         if person.row is None or person.row_model != self.fingerprint:
             return None
         try:
-            return _unpacked(person.row, self._table_row(0))
+            return unpacked(person.row, self._table_row(0))
         except ValueError as error:
             logging.warning("%s: the row of a person is damaged (%s); it is fitted again", self.store.where, error)
             return None
@@ -204,7 +202,7 @@ class Members:
             return {leaf: np.log(np.maximum(stated, SMALLEST))}
         if person.start is not None and person.start_model == self.fingerprint:
             try:
-                return _unpacked(person.start, self._table_row(0))
+                return unpacked(person.start, self._table_row(0))
             except ValueError as error:  # nothing here could give it again
                 raise Unreachable(
                     f"{self.store.where}: the imported row of user {shown(person.name)} is damaged ({error}); restore "
@@ -267,7 +265,7 @@ class Members:
         if not all(np.isfinite(x).all() for x in jax.tree.leaves(row)):
             raise UserError("comparisons: the fit diverges; lower evaluate_users.cold_start_learning_rate")
         if comparisons:
-            self.store.keep_row(name, version, self.fingerprint, _packed(row))
+            self.store.keep_row(name, version, self.fingerprint, packed(row))
         return self._keep(name, self._as_known(dataclasses.replace(person, version=version), row))
 
     def read(self, comparisons: object) -> list[dict[str, Json]]:
@@ -412,10 +410,10 @@ class Members:
     ) -> None:
         """Adds a person with the row they had elsewhere under the same model; None fits it."""
         start = row if start is None and not comparisons else start
-        self.store.add(name, comparisons, stated, None if start is None else _packed(start), self.fingerprint)
+        self.store.add(name, comparisons, stated, None if start is None else packed(start), self.fingerprint)
         person = self.store.person(name)
         if row is not None and comparisons and person is not None:
-            self.store.keep_row(name, person.version, self.fingerprint, _packed(row))
+            self.store.keep_row(name, person.version, self.fingerprint, packed(row))
         self._known(name)
 
     def rewards(self, name: str, prompt: Prompt, answers: Sequence[str]) -> list[float]:
@@ -513,59 +511,6 @@ class Members:
     def _need(self, name: str) -> None:
         if not self.knows(name):
             raise Unknown(f"user {shown(name)}: is unknown; add this person first")
-
-
-def checked_name(name: object) -> str:
-    """A person's name.
-
-    Raises:
-      UserError: no text, an empty or a too long one, or half of a surrogate pair.
-    """
-    if not isinstance(name, str) or not name:
-        raise UserError("id: is no text of at least one character; name the person")
-    if len(name) > NAME_LENGTH:
-        raise UserError(f"id: has {len(name)} characters, more than {NAME_LENGTH}; shorten it")
-    try:
-        return plain(name)
-    except RecordError as error:
-        raise UserError(f"id: {error}; correct it") from error
-
-
-def _valid(name: str) -> bool:
-    try:
-        return bool(checked_name(name))
-    except UserError:
-        return False
-
-
-def _packed(row: Row) -> bytes:
-    return save({name: np.ascontiguousarray(x) for name, x in flax.traverse_util.flatten_dict(row, sep="/").items()})
-
-
-def _unpacked(data: bytes, like: Row) -> Row:
-    """The row of some bytes.
-
-    Raises:
-      ValueError: it has other arrays than `like`, or numbers that are not finite.
-    """
-    try:
-        row = flax.traverse_util.unflatten_dict(load(data), sep="/")
-    except Exception as error:  # the reader has no type of its own for what damaged bytes may be
-        raise ValueError(" ".join(str(error).split())[:100]) from error
-    return checked_row(row, like)
-
-
-def checked_row(row: Row, like: Row) -> Row:
-    """A row of host arrays.
-
-    Raises:
-      ValueError: it has other arrays than `like`, or numbers that are not finite.
-    """
-    if jax.tree.map(lambda x: (x.shape, x.dtype), row) != jax.tree.map(lambda x: (x.shape, x.dtype), like):
-        raise ValueError("it has other arrays")
-    if not all(np.isfinite(x).all() for x in jax.tree.leaves(row)):
-        raise ValueError("not all of its numbers are finite")
-    return row
 
 
 def _fingerprint(catalogue: Catalogue, people: People) -> str:
