@@ -141,7 +141,7 @@ def test_parts_outside_the_lists_are_refused():
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"bases": 3}, "models.x: .* has no kind; choose one of gpo, "),
+        ({"bases": 3}, "models.x: .* has no kind; choose one of carp, "),
         ({"kind": "lor"}, "models.x.kind: 'lor' is unknown; did you mean 'lore'"),
         ({"kind": "lore", "bases": 0}, "models.x.bases: 0 is out of range"),
         ({"kind": "lore", "base": 2}, "models.x.base: no such setting; did you mean bases"),
