@@ -10,6 +10,7 @@ import jax
 import numpy as np
 import pytest
 from support import tiny_serving, tiny_users
+from support.accessibility import faults
 from support.browser import chromium
 from support.serving import send, served
 
@@ -527,3 +528,18 @@ def test_people_with_user_tokens(browser, model):
         ask(page)
         assert answers(page) == [answer(model="individualized", user=name) for name in ("ana", "bo")]
     engine.close(30)
+
+
+@pytest.mark.parametrize("width", [390, 1280])
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_axe_finds_no_serious_fault(browser, place, width, scheme):
+    """With two answers, a question to the person, and a notice on the page."""
+    with opened(browser, place, color_scheme=scheme, reduced_motion="reduce") as page:
+        page.set_viewport_size({"width": width, "height": 844})
+        page.wait_for_selector("#main:not([hidden])")
+        assert not faults(page)
+        add(page, f"somebody at {width} in the {scheme}")
+        page.click("#ask-me")
+        page.wait_for_selector("#quiz:not([hidden])")
+        ask(page)
+        assert not faults(page)
