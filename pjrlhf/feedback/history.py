@@ -33,9 +33,9 @@ class History:
       writer: see `feedback.writers`.
       varied: in the training part, each prompt is after 0 to `count` comparisons, drawn evenly, so that the model can
         be asked with any number of them; of a writer that writes once for a person, `count` as elsewhere.
-      similar: the comparisons that are read are those on the prompts most like the one that is asked, the likest last
-        (the retrieval of LaMP, arXiv 2304.11406, section 3, and of EXACT, arXiv 2602.17695); otherwise they are random,
-        or the latest. Every prompt then has a text of its own.
+      similar: the comparisons that are read are those on the prompts most like the one that is asked, the most similar
+        last (the retrieval of LaMP, arXiv 2304.11406, section 3, and of EXACT, arXiv 2602.17695); otherwise they are
+        random, or the latest. Every prompt then has a text of its own.
       permuted: in the training part, everybody's pairs have the text of somebody else: the control.
       flipped: outside the training part, preferred and other answers are exchanged before they are read: the flip test
         (P-TTT, 2026), after which a model that reads turns its predictions around.
@@ -145,7 +145,7 @@ class _Source:
             count = int(share * (count + 1))
         if history.similar and pool:
             there = np.stack([self._features[as_request(pool[i].original)] for i in order])
-            drawn = order[likest(self._features[asked], there)][:count][::-1].tolist()
+            drawn = order[by_similarity(self._features[asked], there)][:count][::-1].tolist()
         elif history.writer.latest:
             drawn = range(max(0, len(pool) - count), len(pool))
         else:
@@ -182,7 +182,7 @@ class _Source:
         return tuple(one for one in alike if one.chosen != example.chosen and str(one.user_id) != owner)
 
 
-def likest(one: Float[np.ndarray, " D"], others: Float[np.ndarray, "n D"]) -> np.ndarray:
+def by_similarity(one: Float[np.ndarray, " D"], others: Float[np.ndarray, "n D"]) -> np.ndarray:
     """The rows of `others` by their cosine with `one`, the largest first; rows that are alike keep their order."""
     lengths = np.linalg.norm(others, axis=1) * np.linalg.norm(one)
     return np.argsort(-(others @ one) / np.maximum(lengths, 1e-12), kind="stable")

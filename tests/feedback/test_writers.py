@@ -17,7 +17,7 @@ from support.chat_server import ChatServer
 from pjrlhf.algorithms.pdpo_settings import EntrySettings
 from pjrlhf.data.schema import Example
 from pjrlhf.errors import UserError
-from pjrlhf.feedback.history import History, likest, with_history
+from pjrlhf.feedback.history import History, by_similarity, with_history
 from pjrlhf.feedback.writers.answers import Answers
 from pjrlhf.feedback.writers.attributes import Attributes, choose
 from pjrlhf.feedback.writers.base import Writer
@@ -205,15 +205,15 @@ def test_bad_templates_of_comparisons(values, message):
 # ---- retrieval
 
 
-def test_the_likest_comes_first_and_ties_keep_their_order():
+def test_the_most_similar_comes_first_and_ties_keep_their_order():
     others = np.array([[0.0, 1.0], [2.0, 0.0], [-1.0, 0.0], [1.0, 0.0], [0.0, 0.0]])
-    assert likest(np.array([3.0, 0.0]), others).tolist() == [1, 3, 0, 4, 2]
-    assert likest(np.zeros(2), others).tolist() == [0, 1, 2, 3, 4]
+    assert by_similarity(np.array([3.0, 0.0]), others).tolist() == [1, 3, 0, 4, 2]
+    assert by_similarity(np.zeros(2), others).tolist() == [0, 1, 2, 3, 4]
 
 
 @pytest.mark.parametrize("kind", [FewShot, Answers, Attributes])
 def test_what_is_read_is_most_like_what_is_asked(run, kind, monkeypatch):
-    """The prompt that is asked is always the likest one, and its own comparisons would tell the label."""
+    """The prompt that is asked is always the most similar one, and its own comparisons would tell the label."""
     words, asked = [f"prompt {i}" for i in range(8)], "now"
     drawn = dict(zip([*words, asked], np.random.default_rng(0).normal(1.0, 1.0, (9, 5)), strict=True))
     features = lambda run, prompts: np.array([drawn[prompt] for prompt in prompts])  # noqa: E731
@@ -228,7 +228,7 @@ def test_what_is_read_is_most_like_what_is_asked(run, kind, monkeypatch):
         likeness.pop(before.prompt, None)
         best = sorted(likeness, key=lambda word: -likeness[word])
         read = [shot.example.prompt for shot in reader.of(told).shots]
-        assert read == [best[1], best[0], best[0]], "the likest last, with both of its comparisons"
+        assert read == [best[1], best[0], best[0]], "the most similar last, with both of its comparisons"
 
 
 def test_similar_needs_comparisons():
