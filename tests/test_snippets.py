@@ -141,7 +141,8 @@ def test_files_of_other_commands_exist(words):
 # ---- code
 
 ELSEWHERE = {"docs/papers.md": "weights on the hub", "docs/export.md": "a server of another program"}  # compiled alone
-SLOW = {"docs/serving.md"}
+SERVED = {"docs/serving.md"}  # asks a server
+SLOW = SERVED | {"docs/concepts/mix_and_bank.md", "docs/methods/pdpo.md"}  # compile the sampler
 FUNCTIONS = "def readability(prompts, completions):\n    return [0.0] * len(prompts)\n\n\nbrevity = readability\n"
 
 
@@ -177,7 +178,7 @@ def test_code(page, code, request, tmp_path, monkeypatch):
             table.parent.mkdir(parents=True)
             pandas.DataFrame({"completion": ["a", "b"], "advantage": [0.5, -0.5]}).to_parquet(table)
     names = {"pjrlhf": pjrlhf}
-    if page in SLOW:
+    if page in SERVED:
         server, (host, port) = start("--run", request.getfixturevalue("finished"))
         request.addfinalizer(server.kill)
         code = code.replace("127.0.0.1:8000", f"{host}:{port}").replace("P3A", "P2B")
