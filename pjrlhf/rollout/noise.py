@@ -8,7 +8,7 @@ fuses and vectorises: on a CPU, JAX's generator is a loop over whole arrays in m
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float, Int, UInt32
+from jaxtyping import Float, Int, Key, UInt32
 
 from pjrlhf.types import Array, PRNGKey
 
@@ -25,7 +25,7 @@ def row_noise(key: PRNGKey, rows: Int[Array, " R"], total: int, size: int) -> Fl
     return _gumbel(words, rows.astype(jnp.uint32) * np.uint32(size), size)
 
 
-def noise_of_keys(keys: PRNGKey, size: int) -> Float[Array, "B V"]:
+def noise_of_keys(keys: Key[Array, " B"], size: int) -> Float[Array, "B V"]:
     """`jax.random.gumbel(key, (size,))` for every key of `keys` [B], float32."""
     if not _is_threefry(keys):
         return jax.vmap(lambda key: jax.random.gumbel(key, (size,), jnp.float32))(keys)
@@ -43,7 +43,7 @@ def likeliest(scores: Float[Array, "B V"]) -> Int[Array, " B"]:
     return jnp.where(scores == scores.max(-1, keepdims=True), ids, ids[-1]).min(-1)
 
 
-def _is_threefry(key: PRNGKey) -> bool:
+def _is_threefry(key: Key[Array, "*shape"]) -> bool:
     """Whether JAX numbers the elements of an array one by one, with Threefry, and takes one draw for each."""
     as_assumed = all(getattr(jax.config, name, False) == value for name, value in ASSUMED.items())
     return as_assumed and str(jax.random.key_impl(key)) == "threefry2x32"
