@@ -54,8 +54,8 @@ class P2p(UserRewards):
             "hypernetwork": perceptron(hyper, *sizes),
         }
 
-    def profile(self, context: Comparisons) -> Float[Array, " 2D"]:
-        """e, the embedding of what a person has compared."""
+    def profile(self, context: Comparisons) -> Float[Array, " P"]:
+        """e, the embedding of what a person has compared: P = 2 D numbers."""
         parts = context.chosen, context.chosen - context.rejected
         return jnp.concatenate([masked_mean(x, context.weight) for x in parts])
 
