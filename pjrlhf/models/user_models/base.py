@@ -252,6 +252,6 @@ def apply_perceptron(layers: Params, x: Float[Array, "*batch a"]) -> Float[Array
     return x
 
 
-def masked_mean(x: Float[Array, "n H"], weight: Float[Array, " n"]) -> Float[Array, " H"]:
+def masked_mean(x: Float[Array, "n ..."], weight: Float[Array, " n"]) -> Float[Array, "..."]:
     """The mean of rows with weight; 0 where none has."""
-    return jnp.einsum("nh,n->h", x, weight) / jnp.maximum(weight.sum(), 1.0)
+    return jnp.einsum("n...,n->...", x, weight) / jnp.maximum(weight.sum(), 1.0)

@@ -66,18 +66,14 @@ class Carp(UserRewards):
         query, weight = one.query, one.query.weight
         chosen, rejected = (self.rewards(params, own, x) for x in (query.chosen, query.rejected))
         wrong = jax.nn.logsumexp(jnp.where(weight > 0, rejected, -1e9))
-        to_answers = _mean(jax.nn.softplus(wrong - chosen), weight)
-        to_critiques = _mean(jax.nn.softplus(self.rewards(params, opposite, query.chosen) - chosen), weight)
+        to_answers = masked_mean(jax.nn.softplus(wrong - chosen), weight)
+        to_critiques = masked_mean(jax.nn.softplus(self.rewards(params, opposite, query.chosen) - chosen), weight)
         known = one.context.weight.sum() > 0  # nothing is the opposite of nothing
         return jnp.where(known, (to_answers + to_critiques) / 2, to_answers), {"critiques": to_critiques}
 
 
 def _unit(x: Float[Array, "*n H"]) -> Float[Array, "*n H"]:
     return x * jax.lax.rsqrt(jnp.square(x).sum(-1, keepdims=True) + 1e-12)
-
-
-def _mean(x: Float[Array, " n"], weight: Float[Array, " n"]) -> Float[Array, ""]:
-    return (x * weight).sum() / jnp.maximum(weight.sum(), 1.0)
 
 
 MODEL = Carp
