@@ -182,7 +182,7 @@ def _rewarded(folder: pathlib.Path, path: pathlib.Path, config: Mapping[str, Any
     people = People(
         kind, UserRegistry((None,)), params, trained=False, scorer=scorer, base=fingerprint(model.folder or "")
     )
-    return Catalogue(model, people=people, chat=_chats(model, scorer.chat), run=folder)
+    return Catalogue(model, people=people, chat=_chats(model, scorer.reader.chat), run=folder)
 
 
 def _chats(model: LanguageModel, chat: bool | None) -> bool:

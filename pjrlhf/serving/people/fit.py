@@ -4,7 +4,6 @@ The evaluation of new people (`protocols.cold_start`) and the server use the sam
 2402.05133) averaged over the person's own pairs, and some updates of Adam from where the row starts.
 """
 
-import contextlib
 import dataclasses
 import functools
 import json
@@ -21,16 +20,16 @@ from pjrlhf.data.comparisons import SIDES, PairBatch, pair_batch
 from pjrlhf.data.messages import columns_of
 from pjrlhf.data.packing import NOWHERE, PackedRows, PackLayout, align, choose_mode, pack, row_length
 from pjrlhf.data.records import RecordError
-from pjrlhf.data.schema import Example, in_conversation, parse
-from pjrlhf.data.token_table import Lengths, TokenRow, encode_example, tokenize
+from pjrlhf.data.schema import Example, parse
+from pjrlhf.data.token_table import Lengths, TokenRow
 from pjrlhf.data.tokenization import Tokenizer
-from pjrlhf.errors import UserError
 from pjrlhf.models.adapters import Backbone
 from pjrlhf.models.users import UserModel
 from pjrlhf.objectives.preference import PAIRWISE
 from pjrlhf.parallel.mesh import num_shards
 from pjrlhf.rollout import scoring
 from pjrlhf.rollout.preference import PreferenceConfig, answer_scores, pair_losses
+from pjrlhf.serving.people.reading import Reader
 from pjrlhf.settings import shown
 from pjrlhf.types import Json, Params
 
@@ -175,7 +174,8 @@ class Fitter:
         trainable: Params,
         learning: Learning,
     ):
-        self.backbone, self.tokenizer, self.chat, self.users = backbone, tokenizer, chat, users
+        self.backbone, self.users = backbone, users
+        self.reader = Reader(tokenizer, chat, learning.lengths)
         self.trainable, self.learning = trainable, learning
         lengths, mode = learning.lengths, choose_mode("auto", backbone.model.attention)
         self._layout = PackLayout(
@@ -188,11 +188,7 @@ class Fitter:
 
     def check(self, example: Example) -> None:
         """Raises RecordError or UserError for a comparison that the model cannot read."""
-        encode_example(self._asked(example), "preference", self.tokenizer, self.learning.lengths)
-
-    def _asked(self, example: Example) -> Example:
-        """As `runtime.records` asks it in training."""
-        return in_conversation(example) if self.chat else example
+        self.reader.encoded(example)
 
     def fit(self, start: Row, examples: Sequence[Example]) -> Row:
         """The row after the fit to some comparisons, from a row to start from: float32 leaves on the host.
@@ -243,10 +239,7 @@ class Fitter:
         """
         if not ordered:
             examples = sorted(examples, key=lambda example: json.dumps(as_json(example), sort_keys=True))
-        rows: list[TokenRow] = []
-        for example in examples:
-            with contextlib.suppress(UserError):
-                rows += tokenize([self._asked(example)], "preference", self.tokenizer, self.learning.lengths)
+        rows = self.reader.rows(examples)
         found = []
         for start in range(0, len(rows), CHUNK):
             part = rows[start : start + CHUNK]

@@ -24,13 +24,13 @@ from absl import logging
 
 from pjrlhf.data.messages import Prompt
 from pjrlhf.data.records import RecordError
-from pjrlhf.data.schema import Example, in_conversation
-from pjrlhf.data.token_table import encode_example
+from pjrlhf.data.schema import Example
 from pjrlhf.errors import UserError
 from pjrlhf.models.provenance import text_provenance
 from pjrlhf.serving.catalogue import Catalogue, People
 from pjrlhf.serving.people.address import address
 from pjrlhf.serving.people.fit import Fitter, Row, as_example, as_json
+from pjrlhf.serving.people.reading import Reader
 from pjrlhf.serving.people.rewards import Scorer
 from pjrlhf.serving.people.rows import checked_name, is_name, packed, unpacked
 from pjrlhf.serving.people.store import MEMORY, Person, Store, Taken, Unknown, Unreachable, key_of
@@ -80,13 +80,15 @@ class Members:
         self._people, self.store, self._run = catalogue.people, store, catalogue.run
         self.model, self.trained, self.names = self._people.model, self._people.trained, catalogue.names
         self.scorer, self.reads = self._people.scorer, self._people.reads
-        self._tokenizer, self._chat = catalogue.model.tokenizer, catalogue.chat
         self.fitter: Fitter | Scorer | None = self.scorer if self.model.personal else None
         if self.scorer is None and self._people.learns:
             assert self._people.learning is not None
             parts = catalogue.model.backbone, catalogue.model.tokenizer, catalogue.chat, self.model
             trainable = {"bank": catalogue.bank, "users": self._people.params}
             self.fitter = Fitter(*parts, trainable, self._people.learning)
+        self._reader = None  # of comparisons that are read and fitted to nothing
+        if self.fitter is None and self._people.learning is not None:
+            self._reader = Reader(catalogue.model.tokenizer, catalogue.chat, self._people.learning.lengths)
         self.fingerprint = _fingerprint(catalogue, self._people)
         self.working = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="people")
         self.warming = False
@@ -109,10 +111,7 @@ class Members:
 
     def told(self, prompt: Prompt, name: str | None) -> Prompt:
         """See `catalogue.Persons`."""
-        seen = []
-        for one in self.comparisons(name) if name is not None and self.reads and self.knows(name) else ():
-            with contextlib.suppress(RecordError):
-                seen.append(as_example(one))
+        seen = self._given(name) if name is not None and self.reads and self.knows(name) else ()
         return self._people.told(prompt, name, seen)
 
     @functools.cached_property
@@ -288,9 +287,8 @@ class Members:
             example = as_example(comparison)
             if self.fitter is not None:
                 self.fitter.check(example)
-            elif self._people.learning is not None:
-                asked = in_conversation(example) if self._chat else example
-                encode_example(asked, "preference", self._tokenizer, self._people.learning.lengths)
+            elif self._reader is not None:
+                self._reader.encoded(example)
             return example
         except RecordError as error:
             raise UserError(f"{where}: {error}; correct it") from error
@@ -459,6 +457,14 @@ class Members:
         self._need(name)
         return [] if self.store.version(name) is None else self.store.comparisons(name)[1]
 
+    def _given(self, name: str) -> list[Example]:
+        """What a known person has given, without what cannot be read."""
+        found = []
+        for one in self.comparisons(name):
+            with contextlib.suppress(RecordError):
+                found.append(as_example(one))
+        return found
+
     def linearized(
         self, name: str, comparisons: Sequence[Mapping[str, Json]], where: str
     ) -> tuple[tuple[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]:
@@ -477,10 +483,7 @@ class Members:
                 "any order"
             )
         examples = [self._example(one, f"{where}: number {i}") for i, one in enumerate(comparisons, 1)]
-        known, seen = self._known(name), []
-        for one in self.comparisons(name):
-            with contextlib.suppress(RecordError):
-                seen.append(as_example(one))
+        known, seen = self._known(name), self._given(name)
         row = self.generic_row if known is None else known.row
 
         def work() -> tuple[tuple[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]:

@@ -5,7 +5,6 @@ A person of the training of the run has no state here: a server knows what peopl
 """
 
 import collections
-import contextlib
 import dataclasses
 import functools
 import pathlib
@@ -21,9 +20,8 @@ from pjrlhf.data.batching import collate_completion
 from pjrlhf.data.comparisons import SIDES
 from pjrlhf.data.messages import Prompt
 from pjrlhf.data.records import RecordError
-from pjrlhf.data.schema import Example, in_conversation
-from pjrlhf.data.token_table import Lengths, TokenRow, encode_example, tokenize
-from pjrlhf.data.tokenization import Tokenizer
+from pjrlhf.data.schema import Example
+from pjrlhf.data.token_table import Lengths, TokenRow
 from pjrlhf.errors import UserError
 from pjrlhf.language_model import LanguageModel, load_base
 from pjrlhf.models.adapters import Backbone
@@ -31,6 +29,7 @@ from pjrlhf.models.storage import load_tree
 from pjrlhf.models.user_models.base import Comparisons, UserRewards
 from pjrlhf.models.user_models.kinds import user_model
 from pjrlhf.rollout.features import STATES, Reduction, answer_key, answer_states
+from pjrlhf.serving.people.reading import Reader
 from pjrlhf.types import Array, Params
 
 FILE = "model.safetensors"
@@ -86,10 +85,9 @@ class Scorer:
         lengths: Lengths,
     ):
         self.model, self.params, self.reduction, self.context = model, params, reduction, context
-        self.chat, self.lengths = chat, lengths
+        self.reader = Reader(base.tokenizer, chat, lengths)
         self._columns = [STATES.index(name) for name in states]
         self._backbone: Backbone = base.backbone
-        self._tokenizer: Tokenizer = base.tokenizer
         self._known: collections.OrderedDict[bytes, np.ndarray] = collections.OrderedDict()
         self._states = jax.jit(answer_states)
 
@@ -107,11 +105,11 @@ class Scorer:
 
     def check(self, example: Example) -> None:
         """Raises RecordError or UserError for a comparison that the model cannot read."""
-        encode_example(self._asked(example), "preference", self._tokenizer, self.lengths)
+        self.reader.encoded(example)
 
     def fit(self, start: Params, examples: Sequence[Example]) -> Params:
         """The state after comparisons, float32 leaves on the host; what the base cannot read is left out."""
-        rows = self._read(examples)
+        rows = self.reader.rows(examples)
         if self.model.slots.source != "id":
             rows = rows[-self.context :]
         return self._met(*self._sides(rows))
@@ -127,7 +125,7 @@ class Scorer:
                 f"pairs: this reward model reads a person from {self.model.slots.source} and cannot say which pair "
                 "tells most; ask pairs in any order, or serve an entry whose source is an id"
             )
-        chosen, rejected = self._sides(self._read(examples))
+        chosen, rejected = self._sides(self.reader.rows(examples))
         if not len(chosen):
             return np.zeros(0, np.float32), np.zeros((0, sum(x.size for x in jax.tree.leaves(row))), np.float32)
         pairs = Comparisons(*map(jnp.asarray, (chosen, rejected, np.ones(len(chosen)))))
@@ -137,7 +135,7 @@ class Scorer:
 
     def warm_up(self) -> Iterator[None]:
         """Makes the state of somebody with one comparison."""
-        token = self._tokenizer.eos_ids[0]
+        token = self.reader.tokenizer.eos_ids[0]
         features = self._features([{"prompt": [token], "completion": [token]}])
         yield
         self._met(features, features)
@@ -153,25 +151,14 @@ class Scorer:
         """
         rows: list[TokenRow] = []
         for i, text in enumerate(answers, 1):
-            example = self._asked(Example(prompt=prompt, completion=text))
             try:
-                ids = encode_example(example, "completion", self._tokenizer, self.lengths).ids
+                ids = self.reader.encoded(Example(prompt=prompt, completion=text), "completion").ids
             except RecordError as error:
                 raise UserError(f"answers: number {i}: {error}; correct it") from error
             rows.append({name: np.asarray(ids[name], np.int32) for name in ("prompt", "completion")})
         return _rewards(self.model, self.params, state, self._features(rows)).tolist()
 
     # ---- features
-
-    def _asked(self, example: Example) -> Example:
-        return in_conversation(example) if self.chat else example
-
-    def _read(self, examples: Sequence[Example]) -> list[TokenRow]:
-        rows: list[TokenRow] = []
-        for example in examples:
-            with contextlib.suppress(UserError):
-                rows += tokenize([self._asked(example)], "preference", self._tokenizer, self.lengths)
-        return rows
 
     def _sides(self, rows: Sequence[TokenRow]) -> tuple[np.ndarray, np.ndarray]:
         """Reduced features of the chosen and of the rejected answers of comparisons, float32 [N, d] each."""
@@ -190,7 +177,7 @@ class Scorer:
             block = missing[start : start + ROWS]
             padded = [row for _, row in block] + [block[0][1]] * (ROWS - len(block))
             lengths = {f"{name}_length": _padded(padded, name) for name in ("prompt", "completion")}
-            batch = collate_completion(padded, **lengths, pad_id=self._tokenizer.pad_id)
+            batch = collate_completion(padded, **lengths, pad_id=self.reader.tokenizer.pad_id)
             states = np.asarray(self._states(self._backbone, batch))
             for (key, _), state in zip(block, states, strict=False):
                 found[key] = self._known[key] = state
