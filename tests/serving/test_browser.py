@@ -78,9 +78,9 @@ def ana(request):
 
 
 @contextlib.contextmanager
-def opened(browser, place, **options):
+def opened(browser, place, viewport=(1280, 900), **options):
     """The page; nothing may go wrong on it, and nothing may come from elsewhere."""
-    context = browser.new_context(viewport={"width": 1280, "height": 900}, **options)
+    context = browser.new_context(viewport=dict(zip(("width", "height"), viewport, strict=True)), **options)
     page = context.new_page()
     page.set_default_timeout(20_000)
     problems, origin = [], f"http://{place[0]}:{place[1]}/"
@@ -459,12 +459,20 @@ def test_the_key_is_asked_for_once(browser, model, engine, tmp_path):
         until(page, lambda: page.title() == "the report")
 
 
-@pytest.mark.parametrize("width", [390, 1280])
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_any_screen(browser, place, width, scheme):
-    with opened(browser, place, color_scheme=scheme, reduced_motion="reduce") as page:
-        page.set_viewport_size({"width": width, "height": 844})
+@contextlib.contextmanager
+def on_screen(browser, place, scheme, width):
+    """The page when it is ready, without animations."""
+    with opened(browser, place, (width, 844), color_scheme=scheme, reduced_motion="reduce") as page:
         page.wait_for_selector("#main:not([hidden])")
+        yield page
+
+
+screens = pytest.mark.parametrize(("scheme", "width"), [(s, w) for s in ("light", "dark") for w in (390, 1280)])
+
+
+@screens
+def test_any_screen(browser, place, width, scheme):
+    with on_screen(browser, place, scheme, width) as page:
         add(page, f"{'a-person-with-a-long-name-' * 4}{width}{scheme}")
         page.click("#add-soup")
         page.click("#ask-me")
@@ -530,13 +538,10 @@ def test_people_with_user_tokens(browser, model):
     engine.close(30)
 
 
-@pytest.mark.parametrize("width", [390, 1280])
-@pytest.mark.parametrize("scheme", ["light", "dark"])
+@screens
 def test_axe_finds_no_serious_fault(browser, place, width, scheme):
     """With two answers, a question to the person, and a notice on the page."""
-    with opened(browser, place, color_scheme=scheme, reduced_motion="reduce") as page:
-        page.set_viewport_size({"width": width, "height": 844})
-        page.wait_for_selector("#main:not([hidden])")
+    with on_screen(browser, place, scheme, width) as page:
         assert not faults(page)
         add(page, f"somebody at {width} in the {scheme}")
         page.click("#ask-me")
