@@ -34,7 +34,9 @@ def get_config(variant: str = "arena") -> ml_collections.ConfigDict:
     config.users(c)
     papers.base_model(c, "meta-llama/Llama-3.1-8B-Instruct")  # P-GenRM: Llama 3.1 8B
     with c.ignore_type():
-        c.preference.data = ml_collections.ConfigDict({"kind": "personal_rewardbench", "path": path})
+        pairs = {"kind": "personal_rewardbench", "path": path}
+        c.preference.data = ml_collections.ConfigDict({**pairs, "part": "train"})
+        c.preference.heldout_data = ml_collections.ConfigDict({**pairs, "part": "test"})
         personal = {"kind": "individualized", "tokens": 10}
         c.preference.models = ml_collections.ConfigDict(
             {"pooled": {"kind": "uniform"}, "individualized": personal, "permuted": {**personal, "permuted": True}}

@@ -1,13 +1,14 @@
 """P-RLHF (arXiv 2402.05133, version 3): P-DPO in the three experiments of the paper, against pooled DPO and permuted
 user ids.
 
-    python -m pjrlhf.main --config=configs/papers/prlhf.py:tldr_top10 --config.preference.data.path=FOLDER
+    python -m pjrlhf.main --config=configs/papers/prlhf.py:tldr_top10 --config.preference.data.path=FOLDER \\
+        --config.preference.heldout_data.path=FOLDER
     python -m pjrlhf.main --config=configs/papers/prlhf.py:psoups
     python -m pjrlhf.main --config=configs/papers/prlhf.py:prism
 
 Variants:
   tldr_top10, tldr_top40: GPT-J 6B, the 10 or 40 busiest annotators of TL;DR, each of whom wants longer or shorter
-    summaries. FOLDER holds the raw comparisons of summarize_from_feedback.
+    summaries. FOLDER holds the raw comparisons of summarize_from_feedback, whose validation part is held out.
   psoups: Tulu 7B, six people with one preference of Personalized Soups each.
   prism: Llama 3 8B Instruct, the people of PRISM and what they say about themselves, individualized; prism_cluster10
     and prism_cluster100 with clusters of people.
@@ -60,9 +61,12 @@ def _entries(c: ml_collections.ConfigDict, entry: dict[str, Any], **shared: Any)
         c.preference.models = ml_collections.ConfigDict({name: {**x, **shared} for name, x in models.items()})
 
 
-def _data(c: ml_collections.ConfigDict, **spec: Any) -> None:
+def _data(c: ml_collections.ConfigDict, heldout: dict[str, Any] | None = None, **spec: Any) -> None:
+    """The comparisons, and what is said otherwise where the held-out ones are published."""
     with c.ignore_type():
         c.preference.data = ml_collections.ConfigDict(spec)
+        if heldout:
+            c.preference.heldout_data = ml_collections.ConfigDict({**spec, **heldout})
 
 
 def tldr(c: ml_collections.ConfigDict, size: str) -> None:
@@ -70,7 +74,8 @@ def tldr(c: ml_collections.ConfigDict, size: str) -> None:
     c.title = f"P-DPO on TL;DR: {top} annotators who want longer or shorter summaries"
     papers.base_model(c, "CarperAI/openai_summarize_tldr_sft")  # a public GPT-J after SFT; the authors name none
     # Code: pairs of supervised policies; every worker draws longer (0.7) or shorter summaries.
-    _data(c, kind="tldr", path="", workers=top, policies="supervised", labels="length")
+    pairs = {"kind": "tldr", "path": "", "workers": top, "policies": "supervised", "labels": "length"}
+    _data(c, heldout={"split": "validation"}, **pairs)
     _entries(c, {"kind": "individualized"})
     c.data.update({"max_prompt": 550, "max_completion": 128})  # code: 550 of the prompt, 600 in all
     c.data.long_completion = "drop"  # the lengths of two cut summaries cannot be compared

@@ -371,7 +371,9 @@ def labelled(run: Run, settings: ModpoSettings) -> tuple[Targets, tuple[tuple[st
     """
     targets = check(run, settings)
     weighed = _weighed(targets)
-    table = reward.comparisons(run)
+    table, pairs = reward.comparisons(run), run.section(reward.RewardSettings)
+    if pairs.heldout_data:
+        table = table.select(reward.sides(table, pairs, run.streams.seed)[0].tolist())
     found = {example.objective for example in table.examples}
     for policy, (names, _) in zip(targets.policies, weighed, strict=True):
         if names[0] not in found:

@@ -35,7 +35,7 @@ from pjrlhf.rollout.reference import SIDES
 from pjrlhf.runtime.answers import sample_base
 from pjrlhf.runtime.devices import Devices
 from pjrlhf.runtime.inputs import fingerprints
-from pjrlhf.runtime.records import SourceSpec
+from pjrlhf.runtime.records import SourceSpec, check_heldout
 from pjrlhf.runtime.run import Run, Stage
 from pjrlhf.runtime.scorer import Scorer
 from pjrlhf.runtime.streams import Streams
@@ -75,6 +75,9 @@ class RewardSettings(Settings):
     batch_size: int = setting(8, "pairs per objective and step", low=1, high=2**20)
     accumulation_steps: int = setting(1, "parts of a batch that are computed one after the other", low=1, high=2**20)
     heldout_fraction: float = setting(0.2, "fraction of the prompts", above=0.0, below=1.0)
+    heldout_data: SourceSpec = setting(
+        {}, "a source of held-out records in place of a fraction; training leaves out prompts in it"
+    )
     calibration_samples: int = setting(256, "answers of the base that the scale is measured on", low=1, high=10**7)
     quantiles: tuple[float, ...] = setting(
         (0.02, 0.98), "rewards of the base that the scale quantiles puts at 0 and 1", low=0.0, high=1.0
@@ -82,6 +85,7 @@ class RewardSettings(Settings):
     optimizer: OptimizerSettings = setting(OptimizerSettings(learning_rate=5e-3, schedule="cosine"))
 
     def check(self) -> None:
+        check_heldout(self.data, self.heldout_data, "data", "heldout_data")
         check_quantiles(self.quantiles)
         if not self.epochs:
             check_warmup(self.optimizer, self.steps)
@@ -216,10 +220,17 @@ Scale = Mapping[str, Float[Array, " K"]]  # "mean", "std", "low", "high" of K re
 Tables = Mapping[str, TokenTable]  # objective -> its pairs
 
 
+def sides(table: TokenTable, settings: RewardSettings, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """The numbers of the training and of the held-out pairs, split by prompt, or as the sources say."""
+    prompts = [json.dumps(example.prompt) for example in table.examples]
+    tested = [example.extra["held_out"] for example in table.examples] if settings.heldout_data else None
+    return split_by(prompts, settings.heldout_fraction, seed, "the comparisons need several prompts", tested)
+
+
 def split_tables(
-    table: TokenTable, objectives: Sequence[str], heldout_fraction: float, seed: int
+    table: TokenTable, objectives: Sequence[str], settings: RewardSettings, seed: int
 ) -> tuple[Tables, Tables]:
-    """(training, held-out) pairs of every objective, split by prompt; held-out ties, which tell nothing about
+    """(training, held-out) pairs of every objective, by their `sides`; held-out ties, which tell nothing about
     accuracy, are left out.
 
     Raises:
@@ -231,11 +242,9 @@ def split_tables(
                 f"{example.where}: objective {example.objective!r} is not one of {', '.join(objectives)}; "
                 "mend the record or add it to --config.objectives"
             )
-    prompts = [json.dumps(example.prompt) for example in table.examples]
-    train, held = split_by(prompts, heldout_fraction, seed, "the comparisons need several prompts")
-    sides = train, [i for i in held if not is_tie(table.examples[i])]
+    train, held = sides(table, settings, seed)
     tables = []
-    for side, name in zip(sides, ("training", "held-out"), strict=True):
+    for side, name in ((train, "training"), ([i for i in held if not is_tie(table.examples[i])], "held-out")):
         rows = {objective: [i for i in side if table.examples[i].objective == objective] for objective in objectives}
         empty = [objective for objective in objectives if not rows[objective]]
         if empty:
@@ -399,13 +408,13 @@ def scale_of(raw: Float[np.ndarray, "B K"], quantiles: Sequence[float], least: f
 
 
 def comparisons(run: Run) -> TokenTable:
-    """The pairs that reward models learn from: those of the stage comparisons, or of `reward.data`."""
-    spec, lengths = run.section(RewardSettings).data, run.text.lengths
-    if isinstance(spec, str):  # "comparisons"
+    """The pairs of reward models: those of the stage comparisons, or of `reward.data` and `reward.heldout_data`."""
+    settings, lengths = run.section(RewardSettings), run.text.lengths
+    if isinstance(settings.data, str):  # "comparisons"
         lengths = run.text.sampled_lengths
         examples, name = run.records.made(run.workdir.path / "comparisons" / FILE, "reward.data")
     else:
-        examples, name = run.records.comparisons(spec, "reward.data")
+        examples, name = run.records.with_heldout(settings.data, settings.heldout_data, "reward")
     return run.text.tokenized(run.records.asked(examples), lengths, name)
 
 
@@ -414,7 +423,7 @@ def method_of(run: Run) -> Reward:
     settings, table = run.section(RewardSettings), comparisons(run)
     # Labels of objectives whose rewards have a source are for MODPO.
     table = table.select([i for i, e in enumerate(table.examples) if e.objective not in run.audience.sources])
-    tables = split_tables(table, run.audience.learned, settings.heldout_fraction, run.streams.seed)
+    tables = split_tables(table, run.audience.learned, settings, run.streams.seed)
     shown = run.settings.completion_prompts
     return Reward(settings, run.devices, run.workspace.backbone, run.text, run.streams, tables, shown)
 

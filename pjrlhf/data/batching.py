@@ -5,6 +5,7 @@ from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import Any, Protocol, TypeVar, cast
 
 import numpy as np
+from absl import logging
 from flax import struct
 from jaxtyping import Bool, Int
 
@@ -177,7 +178,11 @@ def by_hash(names: Iterable[str], seed: int) -> list[str]:
 
 
 def split_by(
-    keys: Sequence[Hashable], fraction: float, seed: int, alike: str = "split by another one"
+    keys: Sequence[Hashable],
+    fraction: float,
+    seed: int,
+    alike: str = "split by another one",
+    held: Sequence[bool] | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Splits rows by key, such as a user or a prompt: all rows of one key are on the same side.
 
@@ -188,6 +193,8 @@ def split_by(
       keys: one per row.
       fraction: of the keys, between 0 and 1, exclusive.
       alike: the way out where all keys are equal.
+      held: which rows are held out, in place of a fraction. Other rows with the key of one of these are on neither
+        side, and a warning says how many.
 
     Returns:
       (numbers of the training rows, numbers of the held-out rows), int64 each.
@@ -203,11 +210,17 @@ def split_by(
             f"row {keys.index(None)}: has no key to split by; give every row a key, or split by another one"
         )
     names = [str(key) for key in keys]
+    if held is not None:
+        tested = {name for name, out in zip(names, held, strict=True) if out}
+        train = np.array([name not in tested for name in names], bool)
+        if left := len(names) - int(train.sum()) - sum(held):
+            logging.warning("%d training records are left out: they share what is split by with held-out ones", left)
+        return np.flatnonzero(train), np.flatnonzero(held)
     groups = by_hash(names, seed)
     if len(groups) < 2:
         raise UserError(
             f"held-out fraction {fraction}: the {len(names)} rows have one key, so nothing can be held out; {alike}"
         )
-    held = set(groups[: min(max(round(fraction * len(groups)), 1), len(groups) - 1)])
-    is_held = np.array([name in held for name in names])
+    first = set(groups[: min(max(round(fraction * len(groups)), 1), len(groups) - 1)])
+    is_held = np.array([name in first for name in names])
     return np.flatnonzero(~is_held), np.flatnonzero(is_held)

@@ -130,7 +130,8 @@ class FeaturePairs:
 
 
 def _table(run: Run, settings: FeatureSettings) -> TokenTable:
-    examples, source = run.records.comparisons(settings.data, "user_models.data")  # pyright: ignore[reportArgumentType]
+    assert not isinstance(settings.data, str)
+    examples, source = run.records.with_heldout(settings.data, settings.heldout_data, settings.section)
     check_named(examples)
     return run.text.tokenized(run.records.asked(examples), run.text.lengths, source)
 

@@ -17,7 +17,7 @@ from pjrlhf.data.token_table import TokenRow, TokenTable
 from pjrlhf.errors import UserError
 from pjrlhf.feedback.history import PARTS, History, with_history
 from pjrlhf.models.registry import UserRegistry
-from pjrlhf.runtime.records import SourceSpec
+from pjrlhf.runtime.records import SourceSpec, check_heldout
 from pjrlhf.runtime.run import Run
 from pjrlhf.runtime.text import Text
 from pjrlhf.settings import Settings, setting, shown
@@ -44,6 +44,9 @@ class PairSettings(Settings):
     )
     split: str = setting("prompt", "of your own data: what is never on both sides of the split", choices=tuple(SPLITS))
     heldout_fraction: float = setting(0.2, "fraction of the prompts or pairs of your own data", above=0.0, below=1.0)
+    heldout_data: SourceSpec = setting(
+        {}, "a source of held-out records in place of a fraction; training leaves out what `split` says is in it"
+    )
     new_user_fraction: float = setting(
         0.0, "fraction of the people of your own data, kept out to be met as new people", low=0.0, below=1.0
     )
@@ -55,6 +58,10 @@ class PairSettings(Settings):
         0, "of the user table, with room for people who come later; 0: one per person", low=0, high=10**8
     )
     batch_size: int = setting(32, "pairs a step", low=1, high=2**20)
+
+    def check(self) -> None:
+        super().check()
+        check_heldout(self.data, self.heldout_data, "data", "heldout_data")
 
 
 def _told(example: Example, text: str | None) -> Example:
@@ -70,14 +77,16 @@ def split(examples: Sequence[Example], config: PairSettings, seed: int) -> dict[
     tested, because neither answer is the right one.
 
     Args:
-      config: its `split`, `heldout_fraction` and `new_user_fraction` count.
+      examples: where `heldout_data` is given, as `Records.with_heldout` returns them.
+      config: its `split`, `heldout_fraction`, `heldout_data` and `new_user_fraction` count.
 
     Raises:
       UserError: a part that is left empty.
     """
     keys = [SPLITS[config.split](example) for example in examples]
     alike = f"the comparisons need several prompts, or --config.{config.section}.split=pair"
-    held = set(split_by(keys, config.heldout_fraction, seed, alike)[1].tolist())
+    given = [example.extra["held_out"] for example in examples] if config.heldout_data else None
+    train, held = (set(rows.tolist()) for rows in split_by(keys, config.heldout_fraction, seed, alike, given))
     new: set[int] = set()
     if config.new_user_fraction:
         people = [example.user_id for example in examples]
@@ -85,6 +94,8 @@ def split(examples: Sequence[Example], config: PairSettings, seed: int) -> dict[
         new = set(split_by(people, config.new_user_fraction, seed, alike)[1].tolist())
     parts: dict[str, list[Example]] = {name: [] for name in PARTS if new or name != "new_users"}
     for i, example in enumerate(examples):
+        if i not in train and i not in held:
+            continue
         if i in new:
             if is_tie(example):
                 continue
@@ -162,7 +173,7 @@ def given_parts(run: Run, settings: PairSettings) -> dict[str, Part]:
         folder = run.workdir.path / "population"
         parts = {name: run.records.made(folder / f"{name}.jsonl", f"{settings.section}.data") for name in PARTS}
     else:
-        examples, source = run.records.comparisons(settings.data, f"{settings.section}.data")
+        examples, source = run.records.with_heldout(settings.data, settings.heldout_data, settings.section)
         examples = run.records.asked(examples)
         parts = {name: (part, source) for name, part in split(examples, settings, run.streams.seed).items()}
     for name, (examples, source) in parts.items():

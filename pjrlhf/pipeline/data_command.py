@@ -89,7 +89,8 @@ class Wish:
     settings: RunSettings | None = None
 
 
-KINDS = {"data.prompts": "prompt", "sft.data": "completion"}  # section -> kind of its records
+# Section -> kind of its records.
+KINDS = {"data.prompts": "prompt", "data.heldout_prompts": "prompt", "sft.data": "completion"}
 
 
 def names_config(spec: str, settings: Sequence[str]) -> bool:
@@ -120,7 +121,7 @@ def wish_of(given: argparse.Namespace, config: ConfigDict | None) -> Wish:
 def _sources(config: ConfigDict) -> Iterator[tuple[str, dict[str, Any]]]:
     """(dotted key, specification) of the sources of records in a config."""
     for name, section in config.to_dict().items():
-        for key in ("data", "prompts") if isinstance(section, dict) else ():
+        for key in ("data", "heldout_data", "prompts", "heldout_prompts") if isinstance(section, dict) else ():
             if isinstance(section.get(key), dict) and "kind" in section[key]:
                 yield f"{name}.{key}", section[key]
 
@@ -209,6 +210,8 @@ def _tokenizer(path: str | None, settings: RunSettings | None) -> Iterator[Token
 def _own_split(wish: Wish, examples: Sequence[Example]) -> Iterator[tuple[str, str, Shared]]:
     """(part, other part, what stands in both) of the split that a run of user models makes of its source."""
     if wish.settings is None or wish.key != "preference.data" or not isinstance(wish.settings.preference, PairSettings):
+        return
+    if wish.settings.preference.heldout_data:  # then nothing of this source is held out
         return
     parts = split(examples, wish.settings.preference, wish.settings.seed)
     for (first, ours), (second, theirs) in itertools.combinations(parts.items(), 2):

@@ -116,10 +116,14 @@ class Plan:
           UserError: a source or an artefact of another run that does not exist, or a wrong specification of a source.
         """
         waiting = [stage.name for stage in self.stages if not workdir.finished(stage.name)]
-        sections: dict[str, Any] = {"data.prompts": self.settings.data.prompts} if waiting else {}
+        data = self.settings.data
+        sections: dict[str, Any] = {}
+        if waiting:
+            sections |= {"data.prompts": data.prompts, "data.heldout_prompts": data.heldout_prompts or None}
         for name in waiting:
             section = getattr(self.settings, name, None) or self.foreign.get(name)
             sections[f"{name}.data"] = getattr(section, "data", None)
+            sections[f"{name}.heldout_data"] = getattr(section, "heldout_data", None) or None
             for key, path in _models(section):
                 inside = pathlib.Path(os.path.abspath(path)).is_relative_to(workdir.path)  # this run may make it
                 self._check_path(f"{name}.{key}", "" if inside else path)

@@ -31,7 +31,7 @@ READ = (
 # What settings of these names mean without a path, also where a folder of that name exists.
 WORDS = {"sampler": "base", "bank": "policy"}
 # Settings of sources, of records or rewards: mappings that may name files. Judges are none; they write their caches.
-SOURCES = ("data", "prompts", "rewards")
+SOURCES = ("data", "heldout_data", "prompts", "heldout_prompts", "rewards")
 # Settings of rewards, judges and samplers that name a model.
 _MODEL = re.compile(r"(rewards|judge)\.[^.]+\.path|(.+\.)?judges?(\.source)?\.path|.+\.sampler(\.path)?")
 _SCORES = re.compile(r"(rewards|judge)\..+|.+\.source\.path")  # settings of classifiers, whose base and head are read

@@ -37,6 +37,15 @@ from pjrlhf.training.progress import watched
 SourceSpec = Mapping[str, Any]
 
 
+def check_heldout(source: str | SourceSpec, heldout: SourceSpec, name: str, heldout_name: str) -> None:
+    """Raises UserError where held-out records are given beside what the run makes itself."""
+    if heldout and isinstance(source, str):
+        raise UserError(
+            f"{heldout_name}: {name}={source!r} has its own held-out part; give {name} a source too, or leave out "
+            f"{heldout_name}"
+        )
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DataSettings(Settings):
     """The source of prompts, and the lengths of prompts and completions."""
@@ -71,7 +80,13 @@ class DataSettings(Settings):
         choices=("auto", "none", "share", "pack", "join"),
     )
     heldout_fraction: float = setting(0.25, "fraction of the prompts held out for evaluation", above=0.0, below=1.0)
+    heldout_prompts: SourceSpec = setting(
+        {}, "a source of held-out prompts in place of a fraction; training leaves out those in it"
+    )
     max_bad_fraction: float = setting(0.01, "a larger fraction of bad records stops the run", low=0.0, high=1.0)
+
+    def check(self) -> None:
+        check_heldout(self.prompts, self.heldout_prompts, "prompts", "heldout_prompts")
 
     def within(self, context: int, user_tokens: int = 0, learned_positions: bool = False) -> "DataSettings":
         """The settings for a context of so many tokens: shorter lengths, in the same proportion, where texts are cut.
@@ -190,12 +205,13 @@ class Records:
 
     @functools.cached_property
     def _by_request(self) -> dict[Request, Example]:
-        """The records of `data.prompts` by their request; of those with the same one the first."""
+        """The records of `data.prompts` and `data.heldout_prompts` by their request; of equal ones the first."""
         d, others = self.settings, 0
         found: dict[Request, Example] = {}
         if isinstance(d.prompts, str):
             return found
-        for example in self._read(d.prompts, "prompt", d.columns, "data.prompts")[0]:
+        examples = self._read(d.prompts, "prompt", d.columns, "data.prompts")[0]
+        for example in [*self._heldout_prompts, *examples]:
             if not isinstance(example.prompt, str) and not self.chat:
                 raise UserError(
                     f"{example.where}: the prompt {what_needs_template(example.prompt)}, and requests are plain text "
@@ -210,6 +226,12 @@ class Records:
                 others,
             )
         return found
+
+    @functools.cached_property
+    def _heldout_prompts(self) -> list[Example]:
+        d = self.settings
+        spec = d.heldout_prompts
+        return self._read(spec, "prompt", d.columns, "data.heldout_prompts")[0] if spec else []
 
     @functools.cached_property
     def columns(self) -> tuple[str, ...]:
@@ -250,7 +272,9 @@ class Records:
         d = self.settings
         requests = synthetic.prompts() if isinstance(d.prompts, str) else list(self._by_request)
         alike = "give --config.data.prompts several prompts"
-        train, held = split_by(requests, d.heldout_fraction, self.streams.seed, alike)
+        tested = {as_request(example.prompt) for example in self._heldout_prompts}
+        given = [request in tested for request in requests] if tested else None
+        train, held = split_by(requests, d.heldout_fraction, self.streams.seed, alike, given)
         # Shuffled, so that the first n requests are a random sample.
         held = self.streams.python("requests/heldout_order").sample(list(held), len(held))
         return [requests[i] for i in train], [requests[i] for i in held]
@@ -293,6 +317,22 @@ class Records:
         """
         columns = {**self.settings.columns, **(spec.get("columns") or {})}
         return self._read(spec, "preference", columns, key)
+
+    def with_heldout(self, spec: SourceSpec, heldout: SourceSpec, section: str) -> tuple[list[Example], str]:
+        """`comparisons` of `<section>.data` and `<section>.heldout_data`: `extra["held_out"]` says which of the two.
+        Without `heldout`, those of the first alone, as they are.
+        """
+        examples, name = self.comparisons(spec, f"{section}.data")
+        if not heldout:
+            return examples, name
+        tested, other = self.comparisons(heldout, f"{section}.heldout_data")
+        parts = ((examples, False, ""), (tested, True, "held-out "))
+        marked = [
+            dataclasses.replace(e, extra={**e.extra, "held_out": held}, where=f"{prefix}{e.where}")
+            for part, held, prefix in parts
+            for e in part
+        ]
+        return marked, name if other == name else f"{name} and {other}"
 
     def made(self, path: pathlib.Path, key: str) -> tuple[list[Example], str]:
         """The same of a file that a stage of this run wrote: its column `request` is the prompt as it was given."""

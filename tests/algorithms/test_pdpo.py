@@ -5,7 +5,9 @@ import dataclasses
 import functools
 import itertools
 import json
+import logging
 import os
+import pathlib
 import shutil
 import signal
 import sys
@@ -398,6 +400,50 @@ def test_a_group_is_on_one_side_of_the_split():
     parts = split(turns, PairSettings(data={"kind": "records"}, split="group", heldout_fraction=0.3), 0)
     sides = {name: {example.extra["group"] for example in part} for name, part in parts.items()}
     assert len(sides["train"]) == 7 and len(sides["heldout"]) == 3 and not sides["train"] & sides["heldout"]
+
+
+def test_a_held_out_source_is_tested_whole_and_its_prompts_are_trained_on_by_nobody(records, tmp_path, caplog):
+    lines = [json.loads(line) for line in pathlib.Path(records().preference.data.path).read_text().splitlines()]
+    tested = [{**line, "user_id": user} for line in lines[:8] for user in (line["user_id"], "eve")]
+    folder = tmp_path / "test"
+    folder.mkdir()
+    path = tiny_users.write_records(folder / "records.jsonl", tested)  # of the same name as those of training
+    config = records(preference__heldout_data={"kind": "jsonl", "path": path})
+    stages.read(config).check_inputs(Workdir(tmp_path / "run"))
+    with caplog.at_level(logging.WARNING, "absl"):
+        tables = pairs_of(tiny.start(tmp_path / "run", config)).tables
+    assert "8 training records are left out: they share what is split by with held-out ones" in caplog.text
+    assert [example.user_id for example in tables["heldout"].examples] == [line["user_id"] for line in tested]
+    assert all(example.where.startswith("held-out records.jsonl") for example in tables["heldout"].examples)
+    prompts = {name: {example.prompt for example in table.examples} for name, table in tables.items()}
+    assert len(tables["train"]) == 40 and not prompts["train"] & prompts["heldout"]
+
+
+def test_a_new_person_has_records_of_both_sources(records, tmp_path):
+    lines = [json.loads(line) for line in pathlib.Path(records().preference.data.path).read_text().splitlines()]
+    paths = [tiny_users.write_records(tmp_path / f"{i}.jsonl", part) for i, part in enumerate((lines[:36], lines[36:]))]
+    heldout = {"kind": "jsonl", "path": paths[1]}
+    config = records(
+        preference__data__path=paths[0], preference__heldout_data=heldout, preference__new_user_fraction=0.5
+    )
+    tables = pairs_of(tiny.start(tmp_path / "run", config)).tables
+    counts = collections.Counter(example.extra["held_out"] for example in tables["new_users"].examples)
+    assert counts == {False: 18, True: 6} and len(tables["train"]) == 18 and len(tables["heldout"]) == 6
+
+
+@pytest.mark.parametrize("section", ["preference", "reward"])
+def test_pairs_of_the_run_itself_have_their_own_held_out_part(section):
+    config = tiny_users.settings() if section == "preference" else tiny.settings()
+    with config.ignore_type():
+        config[section].heldout_data = {"kind": "jsonl", "path": "test.jsonl"}
+    with pytest.raises(UserError, match=rf"{section}.heldout_data: data='\w+' has its own held-out part; give data a"):
+        stages.read(config)
+
+
+def test_a_held_out_source_that_is_not_there_is_named(records, tmp_path):
+    config = records(preference__heldout_data={"kind": "jsonl", "path": str(tmp_path / "none.jsonl")})
+    with pytest.raises(UserError, match=r"none\.jsonl: no such file.*preference\.heldout_data\.path"):
+        stages.read(config).check_inputs(Workdir(tmp_path / "run"))
 
 
 def test_own_records_are_split_by_prompt(records, tmp_path):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from support import tiny
 
-from pjrlhf.algorithms import reward
+from pjrlhf.algorithms import modpo, reward
 from pjrlhf.algorithms.reward import Grouped, pair_rewards, reward_loss
 from pjrlhf.data import synthetic
 from pjrlhf.data.packing import NOWHERE
@@ -148,6 +148,28 @@ def test_soft_labels_reach_the_loss_and_ties_no_accuracy(finished, tmp_path):
     np.testing.assert_allclose(metrics["loss"][0], losses.sum(1), rtol=1e-4)
     np.testing.assert_array_equal(metrics["rewards/accuracies"][1], (batch.preference > 0.5).sum(1))
     np.testing.assert_array_equal(metrics["rewards/accuracies"][0], ((gap > 0) & (batch.preference > 0.5)).sum(1))
+
+
+def test_held_out_comparisons_of_your_own_are_trained_on_by_nobody(finished, tmp_path):
+    """Neither by reward models nor by MODPO's policies."""
+    lines = (finished / "comparisons" / "comparisons.jsonl").read_text().splitlines()
+    prompts = [json.dumps(json.loads(line)["prompt"]) for line in lines]
+    held = [line for line, prompt in zip(lines, prompts, strict=True) if prompt in sorted(set(prompts))[::3]]
+    config = tiny.settings()
+    with config.ignore_type():
+        for key, part in (("data", lines), ("heldout_data", held)):
+            path = tmp_path / f"{key}.jsonl"
+            path.write_text("".join(f"{line}\n" for line in part))
+            config.reward[key] = {"kind": "jsonl", "path": str(path)}
+    run = tiny.start(finished, config)
+    method = reward.method_of(run)
+    places = {example.where for table in method.heldout.values() for example in table.examples}
+    assert 0 < len(places) == len(held) < len(lines) and all(
+        place.startswith("held-out heldout_data.jsonl") for place in places
+    )
+    tested = {example.prompt for table in method.heldout.values() for example in table.examples}
+    for table in (*method.train.values(), modpo.labelled(run, run.section(modpo.ModpoSettings))[-1]):
+        assert table.examples and not tested & {example.prompt for example in table.examples}
 
 
 def test_heads_and_adapters_move_in_the_first_step(method):

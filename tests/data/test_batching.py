@@ -37,6 +37,12 @@ def indices(iterator, count=None):
     return [batch["index"].tolist() for batch in itertools.islice(iterator, count)]
 
 
+def test_rows_that_are_held_out_take_their_keys_from_training():
+    keys, held = ["a", "b", "a", "c", "c"], [False, False, True, False, False]
+    train, tested = split_by(keys, 0.5, 0, held=held)
+    assert train.tolist() == [1, 3, 4] and tested.tolist() == [2]
+
+
 def test_padding():
     rows = [[1, 2, 3], [4], []]
     tokens, valid = pad_left(rows, 4, 9)

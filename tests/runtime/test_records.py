@@ -79,6 +79,24 @@ def test_arguments_of_the_template_tell_requests_apart_and_come_back_from_files(
     assert (example.prompt, example.original) == ([{"role": "user", "content": "x"}], "x")
 
 
+def test_a_source_of_held_out_prompts_is_held_out_whole(tmp_path):
+    path = tiny_users.write_records(
+        tmp_path / "held.jsonl", [{"prompt": "what is wind ?", "answer": 2}, {"prompt": "what is snow ?"}]
+    )
+    records = [{"prompt": "what is wind ?", "answer": 1}, {"prompt": "what is fire ?"}, {"prompt": "what is rain ?"}]
+    found = started(tmp_path, records, data__heldout_prompts={"kind": "jsonl", "path": path}).records
+    train, held = found.requests
+    assert sorted(train) == ["what is fire ?", "what is rain ?"]
+    assert sorted(held) == ["what is snow ?", "what is wind ?"]
+    assert found.columns_of(["what is wind ?"]).columns["answer"] == [2]  # that of the held-out record
+    assert not {"what is snow ?", "what is wind ?"} & {example.prompt for example in found.completions}
+
+
+def test_prompts_of_the_synthetic_environment_have_their_own_held_out_part():
+    with pytest.raises(UserError, match=r"heldout_prompts: prompts='synthetic' has its own held-out part"):
+        tiny.start(None, tiny.settings(data__heldout_prompts={"kind": "jsonl", "path": "test.jsonl"}))
+
+
 def test_prompts_that_the_model_cannot_read_are_left_out_and_named(tmp_path, caplog):
     long = [ASKED, ANSWER, *[{**AGAIN, "content": "what is wind ? " * 10}]]
     records = [{"prompt": f"what is {topic} ?"} for topic in ("rain", "wind", "snow")] + [{"prompt": long}]

@@ -129,7 +129,7 @@ def comparisons(folder):
             "choice": i % 2,
             "worker": PEOPLE[i % 4],
             "batch": "batch3",
-            "split": "train",
+            "split": "valid1" if i >= 48 else "train",
             "extra": {"confidence": 5},
         }
         for i in range(64)
@@ -354,7 +354,8 @@ def _stand_ins(config, folder, judge, count, name=""):
             value.base_url = judge
         elif kind in DATA:
             value.path = DATA[kind](folder / kind.rpartition(":")[2])
-            value.split = "train" if kind != "pjrlhf.papers:news" else "test"
+            if value.get("split") != "validation":
+                value.split = "train" if kind != "pjrlhf.papers:news" else "test"
         _stand_ins(value, folder, judge, count, f"{name}.{key}")
 
 
