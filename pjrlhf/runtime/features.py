@@ -1,9 +1,10 @@
-"""Features of answers by the frozen base, computed once and kept in the run directory by the content of the answers."""
+"""Features of answers and prompts by the frozen base, computed once and kept in the run directory by their content."""
 
 import functools
 import hashlib
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -21,7 +22,7 @@ from pjrlhf.training.workdir import disk_errors
 
 FOLDER = "features"  # in the run directory
 _VERSION = 1  # of the computation; raise it where the same answer would have other features
-BLOCK = 4096  # answers between two saves
+BLOCK = 4096  # rows between two saves
 
 
 def features_of(run: Run, answers: Sequence[TokenRow]) -> np.ndarray:
@@ -33,22 +34,56 @@ def features_of(run: Run, answers: Sequence[TokenRow]) -> np.ndarray:
     Raises:
       UserError: the base gives numbers that are not finite, or the file cannot be written.
     """
-    backbone = run.workspace.backbone
-    path = run.workdir.path / FOLDER / f"{_name(run)}.safetensors"
+    lengths = [len(row["prompt"]) + len(row["completion"]) for row in answers]
+    shape = (len(STATES), run.workspace.backbone.model.config.hidden_size)
     keys = [answer_key(row) for row in answers]
-    known, found = _kept(path, backbone.model.config.hidden_size)
+    return _features(run, "answers", keys, answers, lengths, run.text.pad_completions, answer_states, shape)
+
+
+def prompt_features(run: Run, prompts: Sequence[Prompt]) -> np.ndarray:
+    """The mean of the base's states over each of N prompts, float32 [N, D]; of a long prompt its end counts.
+
+    Kept as those of answers are, in <workdir>/features/prompts-<base and computation>.safetensors.
+
+    Raises:
+      UserError: as `features_of`.
+    """
+    limit, tokenizer = run.text.lengths.prompt, run.workspace.tokenizer
+    ids = [cut_left(run.text.prompt_ids(prompt), limit, tokenizer.bos_id) for prompt in prompts]
+    keys = [answer_key({"prompt": one, "completion": ()}) for one in ids]
+    shape = (run.workspace.backbone.model.config.hidden_size,)
+    return _features(run, "prompts", keys, ids, list(map(len, ids)), run.text.pad_prompts, prompt_states, shape)
+
+
+def _features(
+    run: Run,
+    what: str,
+    keys: Sequence[bytes],
+    rows: Sequence[Any],
+    lengths: Sequence[int],
+    collate: Callable[[list[Any]], Any],
+    states: Callable[..., jax.Array],
+    shape: tuple[int, ...],
+) -> np.ndarray:
+    """Features [N, *shape] of N rows by their keys, from the file of `what` where it has them.
+
+    Args:
+      lengths, collate: of the rows, see `runtime.scorer.Scorer`.
+      states: (base, batch) -> features of its rows.
+    """
+    path = run.workdir.path / FOLDER / f"{'' if what == 'answers' else f'{what}-'}{_name(run)}.safetensors"
+    known, found = _kept(path, shape)
     place = {key: i for i, key in enumerate(known)}
-    missing = list({key: row for key, row in zip(keys, answers, strict=True) if key not in place}.items())
-    score = functools.partial(jax.jit(answer_states), backbone)
+    missing = list({key: i for i, key in enumerate(keys) if key not in place}.items())
+    score = functools.partial(jax.jit(states), run.workspace.backbone)
     for start in range(0, len(missing), BLOCK):
         block = missing[start : start + BLOCK]
-        rows = [row for _, row in block]
-        lengths = [len(row["prompt"]) + len(row["completion"]) for row in rows]
-        name = f"features of answers {start + 1} to {start + len(block)} of {len(missing)}"
-        new = run.scorer()(name, rows, run.text.pad_completions, score, lengths)
-        if bad := int((~np.isfinite(new)).any((1, 2)).sum()):
+        own = [i for _, i in block]
+        name = f"features of {what} {start + 1} to {start + len(block)} of {len(missing)}"
+        new = run.scorer()(name, [rows[i] for i in own], collate, score, [lengths[i] for i in own])
+        if bad := int((~np.isfinite(new.reshape(len(new), -1))).any(1).sum()):
             raise UserError(
-                f"features: the base gives states that are not finite for {bad} of {len(new)} answers; check its "
+                f"features: the base gives states that are not finite for {bad} of {len(new)} {what}; check its "
                 "weights and --config.model.dtype"
             )
         known, found = [*known, *(key for key, _ in block)], np.concatenate([found, new])
@@ -60,25 +95,17 @@ def features_of(run: Run, answers: Sequence[TokenRow]) -> np.ndarray:
     return found[[place[key] for key in keys]]
 
 
-def prompt_features(run: Run, prompts: Sequence[Prompt]) -> np.ndarray:
-    """The mean of the base's states over each of N prompts, float32 [N, D]; of a long prompt its end counts."""
-    backbone, limit, tokenizer = run.workspace.backbone, run.text.lengths.prompt, run.workspace.tokenizer
-    ids = [cut_left(run.text.prompt_ids(prompt), limit, tokenizer.bos_id) for prompt in prompts]
-    score = functools.partial(jax.jit(prompt_states), backbone)
-    return run.scorer()(f"features of {len(ids)} prompts", ids, run.text.pad_prompts, score, list(map(len, ids)))
-
-
 def _name(run: Run) -> str:
-    """Hex digest of all that the features of an answer depend on beside its token ids."""
+    """Hex digest of all that features depend on beside token ids."""
     workspace = run.workspace
     dtype = jax.tree.leaves(workspace.backbone.base)[0].dtype
     text = computation(_VERSION, workspace.base_hash, dtype, workspace.backbone.model)
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
-def _kept(path: pathlib.Path, width: int) -> tuple[list[bytes], np.ndarray]:
+def _kept(path: pathlib.Path, shape: tuple[int, ...]) -> tuple[list[bytes], np.ndarray]:
     """The keys and features of a file; none where there is no such file, or a damaged one."""
-    bits, found = np.zeros((0, KEY_BYTES), np.uint8), np.zeros((0, len(STATES), width), np.float32)
+    bits, found = np.zeros((0, KEY_BYTES), np.uint8), np.zeros((0, *shape), np.float32)
     if path.is_file():
         try:
             tree, _ = load_tree(path)
@@ -88,6 +115,6 @@ def _kept(path: pathlib.Path, width: int) -> tuple[list[bytes], np.ndarray]:
     # Every process computes the same rows, whatever its own disk holds.
     count = int(broadcast_from_zero(np.array(len(bits))))
     if count != len(bits):
-        bits, found = np.zeros((count, KEY_BYTES), np.uint8), np.zeros((count, len(STATES), width), np.float32)
+        bits, found = np.zeros((count, KEY_BYTES), np.uint8), np.zeros((count, *shape), np.float32)
     bits, found = broadcast_from_zero(bits), broadcast_from_zero(found)
     return [row.tobytes() for row in bits], found

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -126,6 +127,31 @@ def test_prompts_are_compared_by_the_mean_of_their_states(run):
     for prompt, found in zip(prompts, prompt_features(run, prompts), strict=True):
         states = hidden(run.workspace.backbone, jnp.array([run.text.prompt_ids(prompt)]))
         np.testing.assert_allclose(found, np.asarray(states, np.float32)[0].mean(0), rtol=1e-4, atol=1e-5)
+
+
+def test_each_prompt_is_embedded_once_whatever_reads_it(run, monkeypatch):
+    """For all controls, numbers of comparisons and entries, and in a process that comes later."""
+    one, scorer, embedded = trained(run, "reads"), run.scorer, []
+
+    def counted(size=0):
+        found = scorer(size)
+        return lambda name, rows, *rest: embedded.extend(rows if "prompts" in name else ()) or found(name, rows, *rest)
+
+    monkeypatch.setattr(run, "scorer", counted)
+    shutil.rmtree(run.workdir.path / "features", ignore_errors=True)
+    told = in_context.told(one, "heldout", similar=True)
+    asked = {e.original for part in one.pairs.parts.values() for e in part[0]}
+    assert len(embedded) == len({tuple(ids) for ids in embedded}) == len(asked) > 2
+    for changes in ({"count": 1}, {"count": 3}, {"flipped": True}, {"others": True}):
+        in_context.told(one, "new_users", similar=True, **changes)
+    assert len(embedded) == len(asked)
+    later = in_context.told(trained(run, "reads"), "heldout", similar=True)
+    assert later.pairs.tables["heldout"].examples == told.pairs.tables["heldout"].examples
+    more = prompt_features(run, ["what is honey and salt ?", "what is sun ?", "what is honey and salt ?"])
+    assert len(embedded) == len(asked) + 1 and (more[0] == more[2]).all()
+    for file in (run.workdir.path / "features").glob("prompts-*"):
+        file.write_bytes(file.read_bytes()[:-7])
+    np.testing.assert_allclose(prompt_features(run, ["what is sun ?"])[0], more[1], rtol=1e-5, atol=1e-6)
 
 
 def served(run, name, **reads):
