@@ -58,6 +58,8 @@ and of user models, where `accuracy` is the dict of `users.user_accuracy`:
                           flip: {flipped, accuracy: of the labels reversed}; bytes, milliseconds: of a new person;
                           seconds, loss: of training; new_gain: like gain, on new people; kl, active_units: of latents;
                           spread: of weights}}
+    people_win_rate       {model: {against: a model, the dict of `users.rate_of_people`, and groups: the same of each
+                          persona}}, of answers, by the rule that labelled the comparisons of each person
     generation            {model: {user: {group, length, score: {name: x}}}}, means over the answers to each
 
 `rate` is a `winrate.Rate` or a mapping with its fields: rate, rate_half, low, high, wins, losses, ties.

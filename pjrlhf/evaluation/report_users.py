@@ -29,6 +29,7 @@ def page(summary: Mapping[str, Any]) -> dict[str, Any]:
             "by-people": _by_people(summary),
             "changed-minds": _changed_minds(summary),
             "context": _context(summary),
+            "people-win-rate": _people_win_rate(summary),
         },
     }
 
@@ -132,11 +133,12 @@ def print_users(console: rich.console.Console, summary: Mapping[str, Any]) -> No
     rows = [[model, *(cell(curve.get(k), "mean") for k in counts)] for model, curve in curves.items()]
     print_table(console, "Accuracy on new people by number of their comparisons, %", ["model", *counts], rows)
 
-    for title, table in (_by_people(summary) | _changed_minds(summary) | _context(summary)).items():
+    tables = _by_people(summary) | _changed_minds(summary) | _context(summary) | _people_win_rate(summary)
+    for title, table in tables.items():
         print_table(console, title, *table)
 
-    tables = _by_persona(summary.get("generation") or {})
-    scores, known = _score_names(tables), plots_users.personas(summary)
+    answers = _by_persona(summary.get("generation") or {})
+    scores, known = _score_names(answers), plots_users.personas(summary)
     rows = [
         [
             model,
@@ -145,7 +147,7 @@ def print_users(console: rich.console.Console, summary: Mapping[str, Any]) -> No
             number(one["length"], 1),
             *(number(one["score"].get(s)) for s in scores),
         ]
-        for model, table in tables.items()
+        for model, table in answers.items()
         for persona, one in table.items()
     ]
     print_table(console, ROLE_PLAY, *_role_play(summary.get("role_play") or {}))
@@ -197,6 +199,26 @@ def _context(summary: Mapping[str, Any]) -> dict[str, Table]:
     ]
     title = "Accuracy by the text before the prompt, %"
     return {title: (["model", *_TEXTS.values(), "predictions turned by it"], rows)} if rows else {}
+
+
+def _people_win_rate(summary: Mapping[str, Any]) -> dict[str, Table]:
+    """Title -> how often people prefer their own answers to those of the pooled policy, beside the gain in accuracy."""
+    models, gains = summary.get("people_win_rate") or {}, summary.get("gain") or {}
+    personas = list(dict.fromkeys(name for one in models.values() for name in one.get("groups") or {}))
+    columns = ["model", "against", "answers preferred, ties half", *personas, "ties", "gain in accuracy, points"]
+    rows = [
+        [
+            model,
+            one.get("against") or "",
+            cell(one, "mean"),
+            *(cell((one.get("groups") or {}).get(name), "mean") for name in personas),
+            percent(one.get("ties")),
+            cell(gains.get(model), "mean"),
+        ]
+        for model, one in models.items()
+    ]
+    title = "Win rate of the answers to each person, by the person's own rule, %"
+    return {title: (columns, rows)} if rows else {}
 
 
 def _role_play(models: Mapping[str, Any]) -> Table:

@@ -171,6 +171,33 @@ def paired_gain(
     return {"mean": float(gains.mean()), "low": low, "high": high, "users": len(shared)}
 
 
+def rate_of_people(verdicts: ArrayLike, users: ArrayLike, *, resamples: int = 2000, seed: int = 0) -> dict[str, Any]:
+    """How often people prefer their answers to others, each person's comparisons counted first.
+
+    Args:
+      verdicts: float [N] in [-1, 1], +1 where the person prefers their own answer, 0 for a tie; NaN for no verdict.
+      users: str [N], who judges.
+
+    Returns:
+      {"mean", "low", "high", "ties", "n", "users"}: the mean over people (each weighs the same) of the fraction they
+      win, ties as half, with its 95 % bootstrap interval over people; the fraction of ties among the n verdicts; and
+      {user: fraction} in order of appearance. NaN where nobody has a verdict.
+
+    Raises:
+      UserError: users that do not fit.
+    """
+    verdicts, users = np.asarray(verdicts, np.float64).ravel(), np.asarray(users, str).ravel()
+    if len(users) != len(verdicts):
+        raise UserError(f"users: {len(users)} for {len(verdicts)} verdicts; name one per verdict")
+    judged = ~np.isnan(verdicts)
+    names = list(dict.fromkeys(users[judged].tolist()))
+    won = {name: float((1 + verdicts[judged & (users == name)]).mean() / 2) for name in names}
+    low, high = bootstrap_interval(list(won.values()), resamples=resamples, seed=seed) if won else (math.nan, math.nan)
+    mean = float(np.mean(list(won.values()))) if won else math.nan
+    ties = float((verdicts[judged] == 0).mean()) if won else math.nan
+    return {"mean": mean, "low": low, "high": high, "ties": ties, "n": int(judged.sum()), "users": won}
+
+
 def choice_accuracy(
     margins: ArrayLike, questions: ArrayLike, *, resamples: int = 2000, seed: int = 0
 ) -> dict[str, Any]:

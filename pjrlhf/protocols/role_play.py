@@ -3,7 +3,6 @@
 """
 
 import dataclasses
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,7 +11,7 @@ import numpy as np
 from pjrlhf.data.messages import Prompt
 from pjrlhf.data.schema import Example, other_columns
 from pjrlhf.errors import UserError
-from pjrlhf.evaluation.statistics import bootstrap_interval
+from pjrlhf.evaluation.users import rate_of_people
 from pjrlhf.evaluation.winrate import win_rate
 from pjrlhf.judges.judge import BothOrders, JudgeContext, ScoreJudge, judge_from, judge_name
 from pjrlhf.judges.language_model import LanguageModelJudge, describe, is_number
@@ -127,17 +126,11 @@ class RolePlay:
         self.role.people = [self.people[user] for user in who]
         asked, first, second = [prompts[i] for i in rows], [own[i] for i in rows], [base[i] for i in rows]
         verdicts = self.judge(asked, first, second, "")
-        won = {user: (1 + float(np.nanmean(verdicts[who == user]))) / 2 for user in _judged(who, verdicts)}
-        low, high = bootstrap_interval(list(won.values()), **self.options) if won else (math.nan, math.nan)
-        mean = {"mean": float(np.mean(list(won.values()))) if won else math.nan, "low": low, "high": high}
+        each = rate_of_people(verdicts, who, **self.options)
         rate = dataclasses.asdict(win_rate(verdicts, who, **self.options))
-        return {**rate, "people": len(won), "person_mean": mean, "users": won}
+        mean = {key: each[key] for key in ("mean", "low", "high")}
+        return {**rate, "people": len(each["users"]), "person_mean": mean, "users": each["users"]}
 
     def report(self) -> dict[str, Any]:
         """What the judge did, as `report` shows judges."""
         return {"name": self.name, **self.judge.report()}
-
-
-def _judged(who: np.ndarray, verdicts: np.ndarray) -> list[str]:
-    """The people with a verdict, in order."""
-    return list(dict.fromkeys(who[~np.isnan(verdicts)].tolist()))

@@ -27,16 +27,17 @@ from pjrlhf.evaluation.users import (
     length_matched,
     paired_gain,
     principal_axes,
+    rate_of_people,
     user_accuracy,
 )
 from pjrlhf.feedback.pairs import Pairs, given_parts, read_pairs
-from pjrlhf.feedback.population import PopulationSettings
+from pjrlhf.feedback.population import Labels, PopulationSettings, Triple
 from pjrlhf.protocols import in_context
 from pjrlhf.protocols.cold_start import fit_changed_minds, fit_new_users
 from pjrlhf.protocols.reporting import finish
 from pjrlhf.protocols.role_play import PersonColumns, RolePlay, check_role_play, descriptions
 from pjrlhf.protocols.trained import Trained
-from pjrlhf.runtime.run import Run, Stage
+from pjrlhf.runtime.run import TIE, Run, Stage
 from pjrlhf.settings import Settings, setting
 from pjrlhf.training.progress import progress
 
@@ -111,11 +112,12 @@ def run(run: Run) -> dict[str, Any]:
     settings = {"groups": groups, "resamples": config.resamples, "seed": run.streams.seed}
     summary: dict[str, Any] = {"controls": [name for name in models if preference.entry(name).users.permuted]}
     sections = ("accuracy", "gain", "choices", "length_matched", "grid", "embedding", "cold_start", "generation")
-    sections += ("by_people", "changed_minds", "context", "size")
+    sections += ("by_people", "changed_minds", "context", "size", "people_win_rate")
     sections += ("role_play",) if config.judge else ()
     summary |= {section: {} for section in sections}
     samples: list[dict[str, Any]] = []
     answers: list[dict[str, Any]] = []
+    by_model: dict[str, dict[str, list[str]]] = {}  # model -> person -> answers to `prompts`
     prompts = list({as_request(example.prompt): example for example in held}.values())[: config.generate_for]
     role = _role(run, pairs, groups or {}) if config.judge else None
     base = _base_answers(run, prompts) if role else []
@@ -158,8 +160,11 @@ def run(run: Run) -> dict[str, Any]:
             section, sampled = _generation(trained, prompts, groups or {})
             summary["generation"][name] = section
             answers += sampled
+            texts = [one["answer"] for one in sampled]
+            by_model[name] = {
+                one["user"]: texts[i : i + len(prompts)] for i, one in enumerate(sampled) if not i % len(prompts)
+            }
             if role and sampled:
-                texts = [one["answer"] for one in sampled]
                 users = [one["user"] for one in sampled[:: len(prompts)]]
                 who = [user for user in users for _ in prompts]
                 asked = [example.original for _ in users for example in prompts]
@@ -170,6 +175,9 @@ def run(run: Run) -> dict[str, Any]:
         one, other = (summary["accuracy"][model]["users"] for model in (name, against))
         options = {key: settings[key] for key in ("resamples", "seed")}
         summary["gain"][name] = {"against": against, **paired_gain(one, other, **options)}
+        if groups and by_model.get(name) and by_model.get(against):
+            rates = _win_rates(run, pairs, prompts, by_model[name], by_model[against], options)
+            summary["people_win_rate"][name] = {"against": against, **rates}
     if groups and not run.section(PopulationSettings).mixture:  # mixtures also differ within a persona
         counts = list(groups.values())
         summary["ceiling"] = {"majority_fraction": max(counts.count(persona) for persona in set(counts)) / len(counts)}
@@ -332,6 +340,45 @@ def _generation(
         for e, text in zip(examples, texts, strict=True)
     ]
     return section, kept
+
+
+def _win_rates(
+    run: Run,
+    pairs: Pairs,
+    examples: Sequence[Example],
+    own: Mapping[str, Sequence[str]],
+    others: Mapping[str, Sequence[str]],
+    options: Mapping[str, int],
+) -> dict[str, Any]:
+    """How often simulated people prefer answers to those of another model, by the rule that labelled their comparisons:
+    a policy may follow a person less well than its margins rank given answers (arXiv 2512.23067).
+
+    Args:
+      examples: whose prompts were answered.
+      own, others: person -> an answer to each prompt.
+
+    Returns:
+      the dict of `users.rate_of_people`, and "groups", the same of the people of each persona.
+    """
+    known = {str(e.user_id): e.extra for table in pairs.tables.values() for e in table.examples}
+    labels = Labels(run)
+    if any("taste" in known[user] for user in own):
+        labels.calibrate(run.section(PopulationSettings).personas, list(map(_triple, pairs.tables["train"].examples)))
+    gaps = [
+        labels.gap(known[user].get("taste") or {known[user]["persona"]: 1.0}, as_request(example.original), *texts)
+        for user in own
+        for example, *texts in zip(examples, own[user], others[user], strict=True)
+    ]
+    users = np.repeat(list(own), len(examples))
+    verdicts, personas = np.where(np.abs(gaps) <= TIE, 0.0, np.sign(gaps)), [known[user]["persona"] for user in users]
+    groups = {one: np.array([persona == one for persona in personas]) for one in sorted(set(personas))}
+    of_groups = {one: rate_of_people(verdicts[rows], users[rows], **options) for one, rows in groups.items()}
+    return {**rate_of_people(verdicts, users, **options), "groups": of_groups}
+
+
+def _triple(example: Example) -> Triple:
+    """The request of a comparison and its two answers."""
+    return as_request(example.original), text_of(example.chosen or ""), text_of(example.rejected or "")
 
 
 STAGE = Stage("evaluate_users", run, UsersSettings, writes="report/summary.json")

@@ -13,7 +13,7 @@ from pjrlhf.evaluation import plots, plots_users, report, report_users
 
 USER_SAMPLES = [{"model": MODELS[1], "prompt": "Why?", "answers": {"bob": "<script>x</script>", "unheard": "so"}}]
 USER_SECTIONS = {"accuracy", "choices", "length-matched", "grid", "cold-start", "embedding", "generation"}
-USER_SECTIONS |= {"by-people", "changed-minds", "context"}
+USER_SECTIONS |= {"by-people", "changed-minds", "context", "people-win-rate"}
 USER_FIGURES = {"accuracy", "people", "grid", "cold_start", "embedding", "generation"}
 
 
@@ -51,7 +51,10 @@ def test_names_of_people_models_and_tastes_are_text(of_users):
 @pytest.mark.parametrize("key", USER_MODELS)
 def test_a_section_of_user_models_may_stand_alone(tmp_path, key):
     figures = {"accuracy": {"accuracy", "people"}, "length_matched": {"accuracy"}}
-    figures |= {name: set() for name in ("ceiling", "gain", "choices", "by_people", "changed_minds", "context")}
+    figures |= {
+        name: set()
+        for name in ("ceiling", "gain", "choices", "by_people", "changed_minds", "context", "people_win_rate")
+    }
     summary = {key: USER_MODELS[key]}
     page = Page(report.write_report(tmp_path, summary).read_text())
     assert page.ids() == {key.replace("_", "-")} & USER_SECTIONS
@@ -71,6 +74,7 @@ def test_numbers_of_user_models_may_be_missing(tmp_path):
         "by_people": {"a": {}, "b": {"comparisons": {"0": {"mean": math.nan}, "1": {}}}},
         "changed_minds": {"a": {}, "b": {"all": {}, "new": {"0": {"mean": math.nan}}}},
         "context": {"a": {}, "b": {"own": {"mean": math.nan}, "turned": math.nan}},
+        "people_win_rate": {"a": {}, "b": {"mean": math.nan, "groups": {"x": {}, "y": {"mean": math.nan}}}},
         "embedding": {"a": {"x": [0.0, math.nan], "y": [1.0, 2.0]}, "b": {}},
         "generation": {"a": {}, "b": {"ann": {}, "bob": {"length": 3}, "cleo": {"score": {"P3A": None}}}},
     }

@@ -16,6 +16,7 @@ from pjrlhf.evaluation.users import (
     length_matched,
     paired_gain,
     principal_axes,
+    rate_of_people,
     user_accuracy,
 )
 
@@ -39,6 +40,18 @@ def test_people_weigh_the_same_in_the_mean_and_pairs_in_the_micro_average():
         "bert": {"accuracy": 0.5, "pairs": 2, "group": "short"},
         "cleo": {"accuracy": 0.0, "pairs": 1, "group": "long"},
     }
+
+
+def test_people_weigh_the_same_however_many_answers_they_judge():
+    verdicts = [1.0, 0.0, 1.0, -1.0, math.nan, -0.5, math.nan]
+    found = rate_of_people(verdicts, ["anna", "anna", "anna", "bert", "bert", "cleo", "dora"], resamples=100)
+    assert found["users"] == pytest.approx({"anna": 5 / 6, "bert": 0.0, "cleo": 0.25})
+    assert found["mean"] == pytest.approx((5 / 6 + 0 + 0.25) / 3) and found["ties"] == 1 / 5 and found["n"] == 5
+    assert found["low"] <= found["mean"] <= found["high"]
+    nobody = rate_of_people([math.nan], ["anna"])
+    assert nobody["users"] == {} and nobody["n"] == 0 and math.isnan(nobody["mean"]) and math.isnan(nobody["ties"])
+    with pytest.raises(UserError, match="users: 1 for 2 verdicts"):
+        rate_of_people([1.0, 1.0], ["anna"])
 
 
 def test_only_the_sign_counts_and_a_tie_is_no_hit():

@@ -276,5 +276,5 @@ def test_the_variant_runs_whole(tmp_path):
     assert set(summary["context"]) == {*config.preference.models} - {"pooled", "individualized"}
     assert set(summary["cold_start"]) == {"fewshot", "attributes", "individualized"}
     assert set(summary["generation"]) == set(config.preference.models)
-    assert set(summary["gain"]) == {*config.preference.models} - {"pooled"}
+    assert set(summary["gain"]) == set(summary["people_win_rate"]) == {*config.preference.models} - {"pooled"}
     assert "Accuracy by the text before the prompt" in (tmp_path / "report" / "index.html").read_text()

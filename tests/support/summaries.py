@@ -5,7 +5,7 @@ import math
 import numpy as np
 
 from pjrlhf.evaluation import plots_users
-from pjrlhf.evaluation.users import cold_start_curve, user_accuracy
+from pjrlhf.evaluation.users import cold_start_curve, rate_of_people, user_accuracy
 from pjrlhf.evaluation.winrate import win_rate
 
 METHODS = ("Soups", "Prompted", "Base")
@@ -74,6 +74,13 @@ USER_MODELS = {
     "embedding": {
         model: {"users": list(PEOPLE), "groups": list(PEOPLE.values()), "x": np.arange(3.0), "y": np.ones(3)}
         for model in MODELS
+    },
+    "people_win_rate": {
+        MODELS[1]: {
+            "against": "pooled",
+            **rate_of_people([1, 1, -1, 0], ["ann", "bob", "cleo", "cleo"]),
+            "groups": {"short": rate_of_people([1, 1, 0], ["ann", "bob", "bob"]), "bob long & <i>wordy</i>": {}},
+        }
     },
     "generation": {
         model: {
