@@ -79,11 +79,35 @@ def with_history(
         for key, example, owner in zip(keys, examples, owners, strict=True):
             if key not in known:
                 known[key] = source.known(name, example, owner)
-        texts = dict(zip(known, writer.write(list(known.values()), run), strict=True))
+        texts = dict(zip(known, writer.write(list(known.values()), RunBase(run)), strict=True))
         found[name] = [
             writer.ask(example, texts[key], name == "train", rng) for example, key in zip(examples, keys, strict=True)
         ]
     return found
+
+
+@dataclasses.dataclass(frozen=True)
+class RunBase:
+    """The base of a run, see `feedback.writers.base.Base`."""
+
+    run: Run
+
+    @property
+    def sentences(self) -> dict[str, str]:
+        return self.run.audience.sentences
+
+    def margins(self, comparisons: Sequence[Example], words: str) -> Float[np.ndarray, " N"]:
+        run, found = self.run, np.full(len(comparisons), np.nan)
+        asked = [
+            dataclasses.replace(one, prompt=run.records.ask(one.original or "", words), extra={"row": row})
+            for row, one in enumerate(comparisons)
+        ]
+        if asked:
+            name = f"comparisons with {words!r}" if words else "comparisons without an attribute"
+            table = run.text.tokenized(asked, run.text.sampled_lengths, name)
+            logps = run.reference(table, run.text.sample_rows)
+            found[[example.extra["row"] for example in table.examples]] = np.subtract(*logps.T)
+        return found
 
 
 class _Source:

@@ -77,6 +77,11 @@ class Reads:
 class Teller(Protocol):
     """Writes comparisons of a person before a prompt; `feedback.served` has it."""
 
+    @property
+    def asks(self) -> bool:
+        """Whether it asks the base."""
+        ...
+
     def __call__(self, prompt: Prompt, person: str | None, comparisons: Sequence[Example]) -> Prompt:
         """The prompt as the entry reads it.
 
@@ -306,9 +311,10 @@ class Catalogue:
 
     def laid_out(self, backbone: Backbone) -> "Catalogue":
         """The catalogue with the base as an engine has laid it out, so that its layers lie in memory once; unchanged
-        where people learn, because fits read the layers as they were loaded.
+        where people learn, or what is written of them asks the base, because both read the layers as they were loaded.
         """
-        if isinstance(self.people, People) and self.people.learns:
+        people = self.people
+        if isinstance(people, People) and (people.learns or (people.teller is not None and people.teller.asks)):
             return self
         return dataclasses.replace(self, model=dataclasses.replace(self.model, backbone=backbone))
 

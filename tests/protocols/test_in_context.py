@@ -14,11 +14,17 @@ from support.tiny_users import pairs_of, trained_of
 
 import pjrlhf
 from pjrlhf.algorithms import pdpo
+from pjrlhf.data.schema import Example, in_conversation
 from pjrlhf.errors import UserError
-from pjrlhf.feedback.served import with_teller
+from pjrlhf.feedback.history import RunBase
+from pjrlhf.feedback.served import _chosen_first, with_teller
+from pjrlhf.feedback.writers.attributes import choose
+from pjrlhf.feedback.writers.base import Shot
+from pjrlhf.feedback.writers.fewshot import FewShot
 from pjrlhf.pipeline import stages
 from pjrlhf.protocols import in_context
 from pjrlhf.runtime.features import prompt_features
+from pjrlhf.runtime.run import Run
 from pjrlhf.serving.engine import Engine
 from pjrlhf.serving.opening import open_run
 
@@ -216,12 +222,92 @@ def test_a_server_knows_the_names_of_training(run):
         bare.told(bare.voice(None, None, name), "what is rain ?")
 
 
+def votes_on(*topics, good=1):
+    return [
+        Example(prompt=f"what is {one} ?", chosen=ANSWERS[good], rejected=ANSWERS[1 - good], where=one)
+        for one in topics
+    ]
+
+
+@pytest.mark.parametrize(("chat", "long_prompt"), [(False, "drop"), (True, "truncate_left")])
+def test_a_server_asks_the_base_as_a_run_does(run, chat, long_prompt):
+    """Log-ratios under an attribute, and features of prompts, of which only their texts are new."""
+    asked = dataclasses.replace(
+        run.settings, data=run.settings.data.replace(chat=chat, long_prompt=long_prompt, max_bad_fraction=0.5)
+    )
+    with_chat = Run(asked, run.sections, run.workdir)
+    catalogue = open_run(str(run.workdir.path), "reads")
+    base = with_teller(dataclasses.replace(catalogue, chat=chat)).people.teller.base
+    lengths = dataclasses.replace(base._reader.lengths, long_prompt=long_prompt)
+    base._reader = dataclasses.replace(base._reader, lengths=lengths)
+    votes = [*votes_on("sun", "rain"), *votes_on("honey and rain", good=0)]
+    long = votes_on(" ".join(["honey"] * 60))
+    read = [in_conversation(one) if chat else one for one in votes + long]
+    for words in ("", "be brief ."):
+        want = RunBase(with_chat).margins(read, words)
+        assert np.isnan(want).tolist() == [*[False] * 3, long_prompt == "drop"] and abs(want[0] - want[2]) > 1e-3
+        np.testing.assert_allclose(base.margins(votes + long, words), want, rtol=1e-4, atol=1e-5)
+    prompts = [one.prompt for one in read[:3]]
+    np.testing.assert_allclose(
+        base.features([one.prompt for one in votes]), prompt_features(with_chat, prompts), rtol=1e-4, atol=1e-5
+    )
+
+
+def test_a_server_reads_the_comparisons_most_like_what_is_asked(run):
+    topics = ("sun", "rain", "honey and rain", "wind", "honey")
+    votes = [*votes_on(*topics), *votes_on("sun", good=0)]
+    catalogue, prompt = served(run, "reads", similar=True, history=3), "what is honey ?"
+    assert not catalogue.people.learns and catalogue.laid_out(None) is catalogue, "the base is asked as it was loaded"
+    features = dict(zip(topics, prompt_features(run, [f"what is {one} ?" for one in topics]), strict=True))
+    others = [one for one in topics if one != "honey"]
+    mean = np.mean([features[one] for one in others], axis=0)
+    likeness = {
+        one: (features[one] - mean) @ (features["honey"] - mean) / np.linalg.norm(features[one] - mean)
+        for one in others
+    }
+    best = sorted(others, key=lambda one: -likeness[one])
+    rows = sorted(
+        (i for i, one in enumerate(votes) if one.where != "honey"), key=lambda i: (best.index(votes[i].where), -i)
+    )
+    want = FewShot(**{name: x for name, x in WRITER.items() if name != "kind"})
+    shots = [Shot(votes[i], _chosen_first(votes[i])) for i in rows[:3][::-1]]
+    assert catalogue.people.told(prompt, "ana", votes) == "\n".join([*map(want.shot, shots), prompt])
+    # One comparison is the most similar one, none is none.
+    assert catalogue.people.told(prompt, "ana", votes[:1]).count("\n") == 1
+    assert catalogue.people.told(prompt, "ana", votes_on("honey")) == prompt
+
+
+def test_a_server_chooses_attributes_by_what_people_chose(run, monkeypatch):
+    """By the log-ratios of the run, and without reading a comparison twice."""
+    attributes = ("be brief .", "be long .", "it can melt .")
+    spec = {"kind": "attributes", "attributes": attributes, "most": 2, "beta": 1.0}
+    catalogue = served(run, "reads", history=4, writer=spec)
+    found = set()
+    for good in (0, 1):
+        votes = votes_on("sun", "rain", "wind", "snow", good=good)
+        margins = np.array([RunBase(run).margins(votes, words) for words in ("", *attributes)])
+        want = " ".join(attributes[a] for a in choose((margins[1:] - margins[0]).T, 2, 1.0))
+        prompt = "what is honey ?"
+        assert catalogue.people.told(prompt, "ana", votes) == (f"{want}\n{prompt}" if want else prompt)
+        found.add(want)
+        kept = catalogue.people.teller.base._logps
+        with monkeypatch.context() as patch:
+            patch.setattr(kept, "_score", None)  # it would be called for what is not kept
+            catalogue.people.told("what is salt ?", "ana", votes[1:])
+    assert len(found) == 2, "opposite people have the same text: this test could not fail"
+    assert catalogue.people.told("what is honey ?", "ana", ()) == "what is honey ?"
+    # Without a list they are the sentences of the run's preferences.
+    plain = served(run, "reads", history=4, writer="attributes").people.teller.base
+    assert plain.sentences == run.audience.sentences and any(plain.sentences.values())
+
+
 @pytest.mark.parametrize(
     ("reads", "reason"),
     [
-        ({"similar": True}, "it chooses comparisons by the features of prompts"),
-        ({"writer": "profile"}, "its writer asks a language model"),
-        ({"writer": "attributes"}, "its writer asks the base for likelihoods"),
+        (
+            {"writer": "profile"},
+            "its writer asks a language model, whose log of requests would keep what people delete",
+        ),
         ({"writer": {"kind": "identity", "column": "c"}}, "its writer reads the column 'c' of records"),
     ],
 )

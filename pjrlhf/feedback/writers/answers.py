@@ -8,8 +8,7 @@ here is of the training part alone.
 import dataclasses
 from collections.abc import Sequence
 
-from pjrlhf.feedback.writers.base import Known, Writer, check_fields
-from pjrlhf.runtime.run import Run
+from pjrlhf.feedback.writers.base import Base, Known, Writer, check_fields
 from pjrlhf.settings import setting
 
 
@@ -24,7 +23,7 @@ class Answers(Writer):
     def check(self) -> None:
         check_fields("template", self.template, ("prompt", "chosen"), ("chosen",))
 
-    def write(self, known: Sequence[Known], run: Run | None) -> list[str]:
+    def write(self, known: Sequence[Known], base: Base) -> list[str]:
         def told(one: Known) -> list[str]:
             fields = [shot.fields() for shot in one.shots]
             return [self.template.format(prompt=each["prompt"], chosen=each["chosen"]) for each in fields]

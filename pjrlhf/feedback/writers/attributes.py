@@ -26,8 +26,7 @@ from jaxtyping import Float
 
 from pjrlhf.data.schema import Example
 from pjrlhf.errors import UserError
-from pjrlhf.feedback.writers.base import Known, Writer
-from pjrlhf.runtime.run import Run
+from pjrlhf.feedback.writers.base import Base, Known, Writer
 from pjrlhf.settings import setting
 
 
@@ -56,6 +55,7 @@ class Attributes(Writer):
     """Attributes by likelihood."""
 
     once = True
+    asks = True
 
     attributes: tuple[str, ...] = setting((), "the list; the sentences of `preferences` where empty")
     most: int = setting(2, "attributes of a person at most", low=1, high=1000)
@@ -65,17 +65,12 @@ class Attributes(Writer):
         if len(set(self.attributes)) < len(self.attributes) or not all(map(str.strip, self.attributes)):
             raise UserError("attributes: one is empty or comes twice; name each once")
 
-    @property
-    def unserved(self) -> str:
-        return "asks the base for likelihoods"
-
-    def write(self, known: Sequence[Known], run: Run | None) -> list[str]:
-        assert run is not None
-        attributes = self.attributes or tuple(dict.fromkeys(filter(None, run.audience.sentences.values())))
+    def write(self, known: Sequence[Known], base: Base) -> list[str]:
+        attributes = self.attributes or tuple(dict.fromkeys(filter(None, base.sentences.values())))
         if not attributes:
             raise UserError("attributes: there is none, and `preferences` has no sentence; list some")
         comparisons = {id(shot.example): shot.example for one in known for shot in one.shots}
-        shifts = self._shifts(run, attributes, comparisons)
+        shifts = self._shifts(base, attributes, comparisons)
         texts = []
         for one in known:
             rows = [shifts[id(shot.example)] for shot in one.shots]
@@ -83,23 +78,13 @@ class Attributes(Writer):
             texts.append(" ".join(attributes[a] for a in chosen))
         return texts
 
-    def _shifts(self, run: Run, attributes: Sequence[str], comparisons: Mapping[int, Example]) -> dict[int, np.ndarray]:
+    def _shifts(
+        self, base: Base, attributes: Sequence[str], comparisons: Mapping[int, Example]
+    ) -> dict[int, np.ndarray]:
         """d_ja of every comparison, [M]; 0 where a prompt with the attribute is too long to read."""
-        margins = []
-        for words in ("", *attributes):
-            asked = [
-                dataclasses.replace(one, prompt=run.records.ask(one.original, words), extra={"row": row})
-                for row, one in enumerate(comparisons.values())
-            ]
-            margin = np.full(len(asked), np.nan)
-            if asked:
-                name = f"comparisons with {words!r}" if words else "comparisons without an attribute"
-                table = run.text.tokenized(asked, run.text.sampled_lengths, name)
-                logps = run.reference(table, run.text.sample_rows)
-                margin[[example.extra["row"] for example in table.examples]] = np.subtract(*logps.T)
-            margins.append(margin)
-        shifts = np.nan_to_num(np.array(margins[1:]) - margins[0])
-        return dict(zip(comparisons, shifts.T, strict=True))
+        asked = list(comparisons.values())
+        plain, *told = (base.margins(asked, words) for words in ("", *attributes))
+        return dict(zip(comparisons, np.nan_to_num(np.array(told) - plain).T, strict=True))
 
 
 WRITER = Attributes

@@ -8,10 +8,11 @@ may read, so that no writer can read a held-out comparison or the prompt that is
 
 import abc
 import dataclasses
-from collections.abc import Sequence
-from typing import ClassVar
+from collections.abc import Mapping, Sequence
+from typing import ClassVar, Protocol
 
 import numpy as np
+from jaxtyping import Float
 
 from pjrlhf.data.messages import request_of, text_of, with_text
 from pjrlhf.data.schema import Example
@@ -58,6 +59,26 @@ class Known:
     example: Example | None = None
 
 
+class Base(Protocol):
+    """The frozen base as writers ask it: that of a run, or of a server."""
+
+    @property
+    def run(self) -> Run | None:
+        """Has other models to ask; None in a server, see `Writer.unserved`."""
+        ...
+
+    @property
+    def sentences(self) -> Mapping[str, str]:
+        """Preference id -> its sentence, which may be empty."""
+        ...
+
+    def margins(self, comparisons: Sequence[Example], words: str) -> Float[np.ndarray, " N"]:
+        """log pi(chosen | prompt and words) - log pi(rejected | prompt and words) of N comparisons, in nats; NaN where
+        the prompt is too long with these words.
+        """
+        ...
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Writer(Settings, abc.ABC):
     """A writer; its fields are the settings of `writer` of an entry of `preference.models`.
@@ -67,24 +88,22 @@ class Writer(Settings, abc.ABC):
       once: whether a person has one text for many prompts, because a text is expensive. A person then has a text for
         each half of their training prompts, written from the other half, and one for all other prompts.
       latest: whether it reads the latest comparisons, in place of random ones.
+      asks: whether it asks the base for likelihoods.
     """
 
     reads: ClassVar[bool] = True
     once: ClassVar[bool] = False
     latest: ClassVar[bool] = False
+    asks: ClassVar[bool] = False
 
     @property
     def unserved(self) -> str:
-        """Why it cannot write for people who are served, of whom there are comparisons and no run; "" where it can."""
+        """Why it cannot write for people who are served, of whom no records are known; "" where it can."""
         return ""
 
     @abc.abstractmethod
-    def write(self, known: Sequence[Known], run: Run | None) -> list[str]:
-        """One text for each; "" where there is nothing to tell.
-
-        Args:
-          run: has models to ask; None in a server, see `unserved`.
-        """
+    def write(self, known: Sequence[Known], base: Base) -> list[str]:
+        """One text for each; "" where there is nothing to tell."""
 
     def ask(self, example: Example, text: str, trained: bool, rng: np.random.Generator) -> Example:
         """The record as the model reads it.

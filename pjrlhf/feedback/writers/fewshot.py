@@ -15,8 +15,7 @@ import dataclasses
 from collections.abc import Sequence
 
 from pjrlhf.errors import UserError
-from pjrlhf.feedback.writers.base import Known, Shot, Writer, check_fields
-from pjrlhf.runtime.run import Run
+from pjrlhf.feedback.writers.base import Base, Known, Shot, Writer, check_fields
 from pjrlhf.settings import setting
 
 FIELDS = ("prompt", "chosen", "rejected", "first", "second", "first_verdict", "second_verdict")
@@ -52,7 +51,7 @@ class FewShot(Writer):
         first, second = (preferred, other) if shot.chosen_first else (other, preferred)
         return self.template.format(**shot.fields(), first_verdict=first, second_verdict=second)
 
-    def write(self, known: Sequence[Known], run: Run | None) -> list[str]:
+    def write(self, known: Sequence[Known], base: Base) -> list[str]:
         return ["\n".join(map(self.shot, one.shots)) for one in known]
 
 

@@ -23,9 +23,8 @@ import numpy as np
 from pjrlhf.data.messages import text_of, with_text, with_words
 from pjrlhf.data.schema import Example
 from pjrlhf.errors import UserError
-from pjrlhf.feedback.writers.base import Known, Shot, Writer
+from pjrlhf.feedback.writers.base import Base, Known, Shot, Writer
 from pjrlhf.objectives.preference import takes
-from pjrlhf.runtime.run import Run
 from pjrlhf.settings import setting
 from pjrlhf.types import Array
 
@@ -56,7 +55,7 @@ class Hindsight(Writer):
         first, second = (self.good, self.bad) if shot.chosen_first else (self.bad, self.good)
         return f"{told['prompt']} {first} {told['first']} {second} {told['second']}"
 
-    def write(self, known: Sequence[Known], run: Run | None) -> list[str]:
+    def write(self, known: Sequence[Known], base: Base) -> list[str]:
         return ["\n".join(map(self.shot, one.shots)) for one in known]
 
     def ask(self, example: Example, text: str, trained: bool, rng: np.random.Generator) -> Example:

@@ -14,8 +14,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from pjrlhf.data.schema import Example
-from pjrlhf.feedback.writers.base import Known, Writer, check_fields
-from pjrlhf.runtime.run import Run
+from pjrlhf.feedback.writers.base import Base, Known, Writer, check_fields
 from pjrlhf.settings import setting
 
 
@@ -44,7 +43,7 @@ class Identity(Writer):
         value = known.example.extra.get(self.column) if known.example else None
         return None if value is None else str(value)
 
-    def write(self, known: Sequence[Known], run: Run | None) -> list[str]:
+    def write(self, known: Sequence[Known], base: Base) -> list[str]:
         names = map(self._name, known)
         return [self.generic if name is None else self.template.format(name=name) for name in names]
 

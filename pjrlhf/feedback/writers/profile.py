@@ -25,9 +25,8 @@ from absl import logging
 from pjrlhf.data.messages import text_of
 from pjrlhf.errors import UserError
 from pjrlhf.feedback.samplers import sampler
-from pjrlhf.feedback.writers.base import Known, Writer, check_fields
+from pjrlhf.feedback.writers.base import Base, Known, Writer, check_fields
 from pjrlhf.feedback.writers.fewshot import FewShot
-from pjrlhf.runtime.run import Run
 from pjrlhf.settings import setting
 
 INSTRUCTIONS = {
@@ -83,13 +82,13 @@ class Profile(Writer):
 
     @property
     def unserved(self) -> str:
-        return "asks a language model"
+        return "asks a language model, whose log of requests would keep what people delete"
 
-    def write(self, known: Sequence[Known], run: Run | None) -> list[str]:
-        assert run is not None
+    def write(self, known: Sequence[Known], base: Base) -> list[str]:
+        assert base.run is not None  # servers refuse it, see `unserved`
         requests = [self.request(one) if one.shots else "" for one in known]
         asked = [request for request in dict.fromkeys(requests) if request]
-        written = sampler(run, self.sampler)(asked, [""] * len(asked), "profiles of people") if asked else []
+        written = sampler(base.run, self.sampler)(asked, [""] * len(asked), "profiles of people") if asked else []
         profiles = {request: " ".join(text.split()) for request, text in zip(asked, written, strict=True)}
         if empty := sum(not text for text in profiles.values()):
             logging.warning("writer: %d of %d profiles are empty; these people have no text", empty, len(profiles))

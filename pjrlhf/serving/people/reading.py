@@ -30,16 +30,16 @@ class Reader:
         Raises:
           RecordError, UserError: the model cannot read it.
         """
-        return encode_example(self._asked(example), kind, self.tokenizer, self.lengths)
+        return encode_example(self.asked(example), kind, self.tokenizer, self.lengths)
 
     def rows(self, comparisons: Sequence[Example]) -> list[TokenRow]:
         """The token ids of comparisons; what the model cannot read is left out."""
         rows: list[TokenRow] = []
         for example in comparisons:
             with contextlib.suppress(UserError):
-                rows += tokenize([self._asked(example)], "preference", self.tokenizer, self.lengths)
+                rows += tokenize([self.asked(example)], "preference", self.tokenizer, self.lengths)
         return rows
 
-    def _asked(self, example: Example) -> Example:
+    def asked(self, example: Example) -> Example:
         """As `runtime.records` asks it in training."""
         return in_conversation(example) if self.chat else example

@@ -4,7 +4,6 @@ server keeps, and scores answers. The base alone writes answers.
 A person of the training of the run has no state here: a server knows what people tell it.
 """
 
-import collections
 import dataclasses
 import functools
 import pathlib
@@ -16,7 +15,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from pjrlhf.data.batching import collate_completion
 from pjrlhf.data.comparisons import SIDES
 from pjrlhf.data.messages import Prompt
 from pjrlhf.data.records import RecordError
@@ -24,20 +22,17 @@ from pjrlhf.data.schema import Example
 from pjrlhf.data.token_table import Lengths, TokenRow
 from pjrlhf.errors import UserError
 from pjrlhf.language_model import LanguageModel, load_base
-from pjrlhf.models.adapters import Backbone
 from pjrlhf.models.storage import load_tree
 from pjrlhf.models.user_models.base import Comparisons, UserRewards
 from pjrlhf.models.user_models.kinds import user_model
-from pjrlhf.rollout.features import STATES, Reduction, answer_key, answer_states
+from pjrlhf.rollout.features import STATES, Reduction, answer_states
+from pjrlhf.serving.people.kept import Kept
 from pjrlhf.serving.people.reading import Reader
 from pjrlhf.types import Array, Params
 
 FILE = "model.safetensors"
-ROWS = 8  # answers whose features are computed at once
-SHORTEST = 32  # tokens of a prompt or an answer; longer ones are padded to powers of two
 # Texts of people who are served are cut rather than refused.
 LONG = {"long_prompt": "truncate_left", "long_completion": "truncate"}
-KEPT = 4096  # answers whose features are kept in memory
 LEAST = 16  # comparisons of a context of a model that fits a row, which are padded to powers of two
 
 
@@ -87,9 +82,8 @@ class Scorer:
         self.model, self.params, self.reduction, self.context = model, params, reduction, context
         self.reader = Reader(base.tokenizer, chat, lengths)
         self._columns = [STATES.index(name) for name in states]
-        self._backbone: Backbone = base.backbone
-        self._known: collections.OrderedDict[bytes, np.ndarray] = collections.OrderedDict()
-        self._states = jax.jit(answer_states)
+        self._width = base.backbone.model.config.hidden_size
+        self._states = Kept(base.backbone, base.tokenizer.pad_id, answer_states)
 
     @property
     def variance(self) -> float:
@@ -169,22 +163,7 @@ class Scorer:
 
     def _features(self, rows: Sequence[TokenRow]) -> np.ndarray:
         """Reduced features of answers, float32 [N, d]."""
-        keys = [answer_key(row) for row in rows]
-        missing = list({key: row for key, row in zip(keys, rows, strict=True) if key not in self._known}.items())
-        found = {key: self._known[key] for key in keys if key in self._known}
-        missing.sort(key=lambda one: len(one[1]["prompt"]) + len(one[1]["completion"]))
-        for start in range(0, len(missing), ROWS):
-            block = missing[start : start + ROWS]
-            padded = [row for _, row in block] + [block[0][1]] * (ROWS - len(block))
-            lengths = {f"{name}_length": _padded(padded, name) for name in ("prompt", "completion")}
-            batch = collate_completion(padded, **lengths, pad_id=self.reader.tokenizer.pad_id)
-            states = np.asarray(self._states(self._backbone, batch))
-            for (key, _), state in zip(block, states, strict=False):
-                found[key] = self._known[key] = state
-        while len(self._known) > KEPT:
-            self._known.popitem(last=False)
-        width = self._backbone.model.config.hidden_size
-        states = np.array([found[key] for key in keys], np.float32).reshape(len(keys), len(STATES), width)
+        states = np.array(self._states(rows), np.float32).reshape(len(rows), len(STATES), self._width)
         return self.reduction(np.concatenate([states[:, i] for i in self._columns], axis=1))
 
     def _met(self, chosen: np.ndarray, rejected: np.ndarray) -> Params:
@@ -196,10 +175,6 @@ class Scorer:
         answers[:, : len(chosen)], weight[: len(chosen)] = (chosen, rejected), 1.0
         context = Comparisons(*map(jnp.asarray, (*answers, weight)))
         return jax.tree.map(lambda x: np.asarray(x, np.float32), _met(self.model, self.params, context))
-
-
-def _padded(rows: Sequence[TokenRow], name: str) -> int:
-    return max(SHORTEST, 1 << (max(len(row[name]) for row in rows) - 1).bit_length())
 
 
 @functools.partial(jax.jit, static_argnums=0)
