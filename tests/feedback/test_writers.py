@@ -423,7 +423,7 @@ def test_an_attribute_that_makes_all_answers_likelier_is_not_chosen(run, monkeyp
 class Nearest(Writer):
     """A writer of other code."""
 
-    def write(self, known, run):
+    def write(self, known, base):
         return [f"{len(one.shots)} known" for one in known]
 
 
