@@ -3,11 +3,10 @@
 FROM python:3.11-slim
 ARG EXTRAS=serve,postgres
 WORKDIR /pjrlhf
-COPY setup.cfg pyproject.toml README.md LICENSE ./
+COPY setup.cfg pyproject.toml README.md LICENSE launch/requirements.lock ./
 COPY pjrlhf pjrlhf
 COPY configs configs
-# hadolint ignore=DL3013
-RUN pip install --no-cache-dir ".[$EXTRAS]" && useradd --create-home --uid 1000 runner
+RUN pip install --no-cache-dir --constraint requirements.lock ".[$EXTRAS]" && useradd --create-home --uid 1000 runner
 USER 1000
 EXPOSE 8000
 ENTRYPOINT ["pjrlhf", "serve", "--host", "0.0.0.0", "--port", "8000"]

@@ -13,6 +13,8 @@ import jsonschema
 import kubernetes_validate
 import pytest
 import yaml
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 from pjrlhf.serving.people.address import PEOPLE_VARIABLE
 from pjrlhf.serving.running import KEY_VARIABLE
@@ -198,6 +200,26 @@ def test_an_image_gets_every_package(file):
     }
     copied = re.findall(r"^COPY (\w+) (\w+)$", (LAUNCH / file).read_text(), re.MULTILINE)
     assert {"pjrlhf", "configs"} == folders == {source for source, target in copied if source == target}
+
+
+def test_images_install_locked_versions_that_setup_cfg_allows():
+    lines = (LAUNCH / "requirements.lock").read_text().splitlines()
+    locked = dict(line.split("==") for line in lines if not line.lstrip().startswith("#"))
+    setup = configparser.ConfigParser()
+    setup.read(ROOT / "setup.cfg")
+    extras = set(re.findall(r"--extra (\w+)", "\n".join(lines)))
+    asked = setup["options"]["install_requires"].split("\n")
+    for extra in extras:
+        asked += setup["options.extras_require"][extra].split("\n")
+    for requirement in map(Requirement, filter(None, asked)):
+        version = locked[canonicalize_name(requirement.name)]
+        assert requirement.specifier.contains(version), f"{requirement}: {version} is locked; make the lock anew"
+    for file in DOCKERFILES:
+        text = (LAUNCH / file).read_text()
+        for line in re.findall(r"pip install.*", text):
+            assert "--constraint requirements.lock" in line
+        said = re.findall(r"(?:'\.\[|EXTRAS=)([\w,]+)", text)
+        assert set(",".join(said).split(",")) <= extras, file
 
 
 @pytest.mark.parametrize("file", DOCKERFILES)
