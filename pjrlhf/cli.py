@@ -239,12 +239,13 @@ def _users(arguments: Sequence[str]) -> None:
 
 def _data(arguments: Sequence[str]) -> None:
     from pjrlhf.config import complete
-    from pjrlhf.main import read_file
+    from pjrlhf.main import read_file, shipped_configs
     from pjrlhf.pipeline.data_command import names_config, parser_of, show
 
     given = parser_of().parse_args(arguments)
     with _one_line():
-        config = read_file(given.spec) if names_config(given.spec, given.settings) else None
+        is_config = names_config(given.spec, given.settings, shipped_configs())
+        config = read_file(given.spec) if is_config else None
         if config is not None:
             complete(config)
         show(given, config)

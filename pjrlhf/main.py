@@ -2,6 +2,7 @@
 
 import ast
 import contextlib
+import difflib
 import functools
 import importlib.machinery
 import importlib.util
@@ -92,11 +93,7 @@ def read_file(spec: str) -> ConfigDict:
     if os.path.isdir(path):
         raise UserError(f"--config: {path!r} is a folder; name a file in it, for example --config=configs/soups.py")
     if not os.path.isfile(path):
-        shipped = ", ".join(shipped_configs())
-        raise UserError(
-            f"--config: no file {path!r}; name one that exists, for example --config=configs/soups.py, or one that "
-            f"comes with the package: {shipped}"
-        )
+        raise UserError(f"--config: no file {path!r}; {_other_config(path, variant)}")
     loader = importlib.machinery.SourceFileLoader("config_file", path)
     module_spec = importlib.util.spec_from_file_location("config_file", path, loader=loader)
     assert module_spec, path  # always present with a loader
@@ -122,6 +119,21 @@ def read_file(spec: str) -> ConfigDict:
         what = "nothing" if config is None else f"a {type(config).__name__}"
         raise UserError(f"{path}: get_config returns {what}; return an ml_collections.ConfigDict")
     return ConfigDict(cast(Any, config)) if isinstance(config, FrozenConfigDict) else config
+
+
+def _other_config(path: str, variant: str) -> str:
+    """What to name in place of a config that is not there."""
+    shipped = shipped_configs()
+    # configs/soups.py is the path in a clone of what is "soups" elsewhere.
+    name = re.sub(r"^(.*/)?configs/|\.py$", "", path)
+    near = difflib.get_close_matches(name, shipped, 1)
+    if near:
+        found = f"{near[0]}:{variant}" if variant else near[0]
+        return f"did you mean {found}, which comes with the package?"
+    return (
+        "name one that exists, for example --config=configs/soups.py, or one that comes with the package: "
+        f"{', '.join(shipped)}"
+    )
 
 
 def _place(error: BaseException, path: str) -> str:

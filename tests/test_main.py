@@ -35,6 +35,7 @@ SOUPS = "--config=configs/soups.py"
         (["--config.seed=1"], "--config: not given; for example --config=configs/soups.py"),
         (["--config="], "--config: no file ''; name one that exists, for example --config=configs/soups.py"),
         (["--config=configs/none.py"], "--config: no file 'configs/none.py'; name one that exists, for example"),
+        (["--config=elsewhere/configs/soups.py:hf"], "did you mean soups:hf, which comes with the package?"),
         (["--config=configs"], "--config: 'configs' is a folder; name a file in it"),
         ([SOUPS, "--config.data.path=x"], "--config.data.path: no such setting; did you mean --config.model.path"),
         (["--config.seed=1", SOUPS], "before a value for --config"),

@@ -208,4 +208,4 @@ def test_a_wheel_runs_outside_the_source_tree(tmp_path):
         f"{target}/pjrlhf/configs/instructions.jsonl" in ran(main, "train", "--config=soups:instruct", "--help").stdout
     )
     missing = ran(main, "train", "--config=soup")
-    assert missing.returncode == 2 and "comes with the package: " in missing.stderr and "soups" in missing.stderr
+    assert missing.returncode == 2 and "did you mean soups, which comes with the package?" in missing.stderr

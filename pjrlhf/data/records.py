@@ -19,7 +19,7 @@ from pjrlhf.errors import UserError
 from pjrlhf.settings import shown
 from pjrlhf.types import Json
 
-_LOGGED = 5  # bad records that are logged one by one
+_LOGGED = 5  # bad records that are logged one by one, each with another message
 _DEPTH = 100  # levels of nesting; Python's own limit depends on who calls
 _BITS = 1000  # of a whole number; every such number is a finite float
 
@@ -59,11 +59,14 @@ class BadRecords:
         self.source_name = source_name
         self.total = total
         self.items: list[tuple[str, str, str]] = []
+        self._logged: set[str] = set()
 
     def add(self, where: str, error: RecordError) -> None:
-        self.items.append((where, error.reason, str(error)))
-        if len(self.items) <= _LOGGED:
-            logging.warning("left out %s: %s", where, error)
+        message = str(error)
+        self.items.append((where, error.reason, message))
+        if len(self._logged) < _LOGGED and message not in self._logged:
+            self._logged.add(message)
+            logging.warning("left out %s: %s", where, message)
 
     @property
     def counts(self) -> dict[str, int]:

@@ -13,12 +13,13 @@ from etils import epath
 
 from pjrlhf import paths
 from pjrlhf.data import readers
-from pjrlhf.data.joined import answer_pairs, rated_pairs, read_choices, read_votes
+from pjrlhf.data.joined import ANSWERS, CHOICES, RATINGS, VOTES, answer_pairs, rated_pairs, read_choices, read_votes
 from pjrlhf.data.readers.raw import check_path
 from pjrlhf.data.readers.reader import read, settings_of
 from pjrlhf.data.records import RecordError, from_json, plain
 from pjrlhf.errors import UserError
 from pjrlhf.registry import Registry, callable_as
+from pjrlhf.settings import unknown_key
 
 _FORMATS = {"jsonl": "json", "json": "json", "csv": "csv", "parquet": "parquet", "arrow": "arrow"}
 
@@ -110,6 +111,8 @@ class JsonLines(Source):
         start = self._lines[0][1].removeprefix(codecs.BOM_UTF8).strip() if self._lines else b""
         if start.startswith(b"PAR1"):
             what = "a parquet file"
+        elif file.suffix == ".csv" and not start.startswith(b"{"):
+            what = "a CSV file"
         else:
             what = "one JSON text over the whole file" if _is_one_text(start, len(self._lines)) else ""
         if what:
@@ -185,11 +188,16 @@ def check_source(spec: Mapping[str, Any], key: str) -> None:
       key: dotted key of `spec` in the config.
 
     Raises:
-      UserError: an unknown kind, a missing setting, a split that cannot be read, or a local file that does not exist.
+      UserError: an unknown kind, a missing setting or one that no kind has, a split that cannot be read, or a local
+        file that does not exist.
     """
     kind = spec.get("kind")
     _reader_of(kind, key)
     spec = Spec(spec, key)
+    # What belongs to another kind may stay: a flag changes the kind, and takes nothing away.
+    unknown = [name for name in spec if name not in _SETTINGS] if kind in _BUILT_IN else []
+    if unknown:
+        raise UserError(unknown_key(f"{key}.{unknown[0]}", _SETTINGS))
     if kind in readers.MODULES:
         _split(spec)
         check_path(settings_of(readers.reader_of(str(kind)), spec, key).path, key)
@@ -215,6 +223,12 @@ _NEEDED = {
     "choices": ("path",),
     "answers": ("path",),
     "ratings": ("path", "statements", "prompt"),
+}
+_BUILT_IN = {"records", *_NEEDED}
+# Of all kinds of `_BUILT_IN`.
+_SETTINGS = {
+    *("kind", "path", "columns", "records", "name", "split", "data_dir", "votes", "min_votes", "ties", "pairs", "page"),
+    *("statements", *VOTES, *CHOICES, *ANSWERS, *RATINGS),
 }
 
 

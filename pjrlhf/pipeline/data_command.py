@@ -9,7 +9,7 @@ import itertools
 import pathlib
 import re
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -52,7 +52,8 @@ def parser_of() -> argparse.ArgumentParser:
         "settings",
         nargs="*",
         metavar="KEY=VALUE",
-        help="of the source, such as path=FOLDER split=test; after a config first its section, such as preference.data",
+        help="of the source, such as path=FOLDER split=test columns.chosen=better; after a config first its section, "
+        "such as preference.data",
     )
     show.add_argument(
         "--against",
@@ -93,9 +94,12 @@ class Wish:
 KINDS = {"data.prompts": "prompt", "data.heldout_prompts": "prompt", "sft.data": "completion"}
 
 
-def names_config(spec: str, settings: Sequence[str]) -> bool:
-    """Whether a spec is a config file, and no reader in a file of one's own, whose settings would follow."""
-    return re.search(r"\.py(:\w*)?$", spec) is not None and not (settings and "=" in settings[0])
+def names_config(spec: str, settings: Sequence[str], shipped: Collection[str]) -> bool:
+    """Whether a spec is a config: one of `shipped`, or a file, and no reader in a file of one's own, whose settings
+    would follow.
+    """
+    is_file = re.search(r"\.py(:\w*)?$", spec) is not None and not (settings and "=" in settings[0])
+    return is_file or spec.partition(":")[0] in shipped
 
 
 def wish_of(given: argparse.Namespace, config: ConfigDict | None) -> Wish:
@@ -127,16 +131,20 @@ def _sources(config: ConfigDict) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def _values(pairs: Sequence[str]) -> dict[str, Any]:
-    """Settings from KEY=VALUE; a value that is a Python literal is one, all else is text."""
-    found = {}
+    """Settings from KEY=VALUE; a value that is a Python literal is one, all else is text. A.B=C is {A: {B: C}}."""
+    found: dict[str, Any] = {}
     for pair in pairs:
         name, equals, value = pair.partition("=")
         if not equals or not name:
             raise UserError(f"{pair}: is not KEY=VALUE; write such as split=test")
+        *sections, name = name.split(".")
+        place = found
+        for section in sections:
+            place = place.setdefault(section, {})
         try:
-            found[name] = ast.literal_eval(value)
+            place[name] = ast.literal_eval(value)
         except (ValueError, SyntaxError):
-            found[name] = value
+            place[name] = value
     return found
 
 

@@ -321,6 +321,20 @@ def test_another_format_is_named_with_the_kind_that_reads_it(tmp_path, content, 
         assert open_source({"kind": "datasets", "path": str(tmp_path / "a.json")})[0]["prompt"] == "a"
 
 
+def test_a_csv_file_is_named_with_the_kind_that_reads_it(tmp_path):
+    (tmp_path / "a.csv").write_text("prompt,chosen\na,b\n")
+    with pytest.raises(UserError, match=r"a.csv: a CSV file, .*; read it with --config.sft.data.kind=datasets"):
+        open_source({"kind": "jsonl", "path": str(tmp_path / "a.csv")}, "sft.data")
+    pytest.importorskip("datasets").disable_progress_bars()
+    assert open_source({"kind": "datasets", "path": str(tmp_path / "a.csv")})[0] == {"prompt": "a", "chosen": "b"}
+
+
+def test_what_is_wrong_with_many_records_is_logged_once(caplog):
+    with caplog.at_level("WARNING"), pytest.raises(UserError, match="4 of 4 records are bad"):
+        validate(Source("mine", [{"text": "a"}, {"text": "a"}, {"text": "a"}, {"prompt": None}]), "prompt")
+    assert [record.getMessage()[:20] for record in caplog.records] == ["left out mine row 0:", "left out mine row 3:"]
+
+
 def test_a_reader_that_fails_names_the_row():
     source = Source("mine", {}, range(3))
     with pytest.raises(UserError, match=r"mine row 2: cannot be read .*; correct the data"):
@@ -334,6 +348,7 @@ def test_what_can_be_told_before_a_source_is_read(tmp_path):
         ({"kind": "jsnl"}, "sft.data.kind: data kind 'jsnl': unknown; did you mean jsonl"),
         ({"kind": "jsonl", "path": ""}, "needs 'path'; set --config.sft.data.path"),
         ({"kind": "jsonl", "path": "no"}, "no: no such file or folder; set --config.sft.data.path to one that exists"),
+        ({"kind": "jsonl", "path": "no", "column": {}}, "sft.data.column: no such setting; did you mean columns"),
         (
             {"kind": "datasets", "path": "x", "split": "a[b:]"},
             "split 'a.b:.': not understood; write --config.sft.data.spl",

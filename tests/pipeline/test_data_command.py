@@ -86,6 +86,12 @@ def test_a_section_of_a_config(path, capsys):
     assert "prompts 0 of" in " ".join(text.replace("│", " ").split())
 
 
+def test_columns_of_other_names(path, capsys):
+    path.write_text(path.read_text().replace("chosen", "better"))
+    text = told(capsys, "jsonl", f"path={path}", "columns.chosen=better", "--examples", 0)
+    assert row_of(text, "records ") == "records 8"
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -95,6 +101,8 @@ def test_a_section_of_a_config(path, capsys):
         (["prism", "path=."], "holds no files"),
         (["configs/pdpo.py", "preference.data"], "preference.data: is no source of records in configs/pdpo.py"),
         (["configs/pdpo.py:records"], "choose one of preference.data"),
+        (["pdpo:records"], "is no source of records in pdpo:records; choose one of preference.data"),
+        (["pdpo:records", "preference.data", "path=x", "colums.chosen=a"], "data.colums: no such setting; did you"),
         (["jsonl", "path=configs/instructions.jsonl", "--tokenizer", "nowhere/x/y"], "nowhere/x/y"),
     ],
 )
