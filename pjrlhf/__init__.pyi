@@ -46,6 +46,7 @@ from .merging.trees import soup as soup
 from .merging.trees import weighted_sum as weighted_sum
 
 # Runs and extensions
+from .config_files import load_config as load_config
 from .errors import UserError as UserError
 from .pipeline.stages import run as run
 from .registry import Registry as Registry

@@ -12,11 +12,13 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
+from pjrlhf.terminal import Arguments
+
 if TYPE_CHECKING:
     from pjrlhf.serving.catalogue import Catalogue
 
 VERBS = {
-    "train": "run a config: pjrlhf train --config=configs/soups.py --workdir=runs/mine --config.seed=1",
+    "train": "run a config: pjrlhf train --config=soups --workdir=runs/mine --config.seed=1",
     "merge": "merge models or adapters into one folder: pjrlhf merge A B --weights 0.7 0.3 --base BASE --output OUT",
     "serve": "answer over HTTP, each request with its own soup or person: pjrlhf serve --run runs/soups",
     "generate": 'answer on the terminal: pjrlhf generate --run runs/soups --mix P1A=0.7,P3A=0.3 "what is rain ?"',
@@ -46,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     quiet_libraries()
     arguments = list(sys.argv[1:] if argv is None else argv)
-    parser = argparse.ArgumentParser(
+    parser = Arguments(
         prog="pjrlhf",
         description="Personalized RLHF in JAX.",
         epilog="pjrlhf VERB --help describes a verb.",
@@ -91,9 +93,7 @@ def _merge(arguments: Sequence[str]) -> None:
     from pjrlhf.training.progress import progress
 
     helps = {key: rule_of(field).help for key, (_, field) in fields_of(MergeSettings).items()}
-    parser = argparse.ArgumentParser(
-        prog="pjrlhf merge", description="Merges models or LoRA adapters into one folder.", allow_abbrev=False
-    )
+    parser = Arguments(prog="pjrlhf merge", description="Merges models or LoRA adapters into one folder.")
     parser.add_argument("ingredients", nargs="+", metavar="FOLDER", help=helps["ingredients"])
     parser.add_argument("--weights", nargs="+", type=float, required=True, metavar="W", help=helps["weights"])
     parser.add_argument("--output", required=True, metavar="FOLDER", help="a new or empty folder")
@@ -114,7 +114,7 @@ def _merge(arguments: Sequence[str]) -> None:
 
 
 def _push(arguments: Sequence[str]) -> None:
-    parser = argparse.ArgumentParser(
+    parser = Arguments(
         prog="pjrlhf push", description="Uploads a merged model, an adapter or a base of a run to the Hugging Face hub."
     )
     parser.add_argument("folder", metavar="FOLDER", help="such as runs/soups/policy/ingredients/P1A")
@@ -136,11 +136,10 @@ def _serve(arguments: Sequence[str]) -> None:
     from pjrlhf.serving.settings import EngineSettings, ServerSettings
     from pjrlhf.settings import fields_of, parse, rule_of
 
-    parser = argparse.ArgumentParser(
+    parser = Arguments(
         prog="pjrlhf serve",
         description="Serves a run, or a model with adapters, with the API of OpenAI. Where the environment variable "
         "PJRLHF_API_KEY is set, requests must bring it.",
-        allow_abbrev=False,
     )
     _add_source(parser)
     parser.add_argument(
@@ -171,9 +170,7 @@ def _serve(arguments: Sequence[str]) -> None:
 
 
 def _generate(arguments: Sequence[str]) -> None:
-    parser = argparse.ArgumentParser(
-        prog="pjrlhf generate", description="Prints the answers of one soup or person.", allow_abbrev=False
-    )
+    parser = Arguments(prog="pjrlhf generate", description="Prints the answers of one soup or person.")
     parser.add_argument("questions", nargs="+", metavar="QUESTION")
     _add_source(parser)
     _add_soups(parser, "for --mix")
@@ -239,23 +236,22 @@ def _users(arguments: Sequence[str]) -> None:
 
 def _data(arguments: Sequence[str]) -> None:
     from pjrlhf.config import complete
-    from pjrlhf.main import read_file, shipped_configs
+    from pjrlhf.config_files import load_config, shipped_configs
     from pjrlhf.pipeline.data_command import names_config, parser_of, show
 
     given = parser_of().parse_args(arguments)
     with _one_line():
         is_config = names_config(given.spec, given.settings, shipped_configs())
-        config = read_file(given.spec) if is_config else None
+        config = load_config(given.spec) if is_config else None
         if config is not None:
             complete(config)
         show(given, config)
 
 
 def _export(arguments: Sequence[str]) -> None:
-    parser = argparse.ArgumentParser(
+    parser = Arguments(
         prog="pjrlhf export",
         description="Writes a soup, a person or every ingredient for other programs.",
-        allow_abbrev=False,
     )
     _add_source(parser)
     parser.add_argument("--for", dest="kind", choices=EXPORTS, help=EXPORTS_HELP)
@@ -467,7 +463,7 @@ def _needs(extra: str) -> Iterator[None]:
 
 
 def _report(arguments: Sequence[str]) -> None:
-    parser = argparse.ArgumentParser(prog="pjrlhf report", description="Prints the tables of a finished run.")
+    parser = Arguments(prog="pjrlhf report", description="Prints the tables of a finished run.")
     parser.add_argument("run", metavar="RUN", help="the run directory, such as runs/soups")
     folder = pathlib.Path(os.path.expanduser(parser.parse_args(arguments).run)) / "report"
     with _one_line():

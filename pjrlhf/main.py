@@ -2,10 +2,7 @@
 
 import ast
 import contextlib
-import difflib
 import functools
-import importlib.machinery
-import importlib.util
 import inspect
 import os
 import pathlib
@@ -16,14 +13,15 @@ import threading
 import traceback
 import types
 from collections.abc import Iterator
-from typing import Any, NoReturn, cast, get_type_hints
+from typing import Any, NoReturn, get_type_hints
 
 from absl import app, flags, logging
 from absl.logging import converter
-from ml_collections import ConfigDict, FrozenConfigDict, config_flags
+from ml_collections import ConfigDict, config_flags
 from ml_collections.config_dict import placeholder
 
-from pjrlhf.errors import UserError, described, ending_signals, reason_of, stopped_by
+from pjrlhf.config_files import load_config
+from pjrlhf.errors import UserError, ending_signals, reason_of, stopped_by
 from pjrlhf.paths import expand, user_cache
 from pjrlhf.terminal import SafeRecords, line, print_error, quiet_libraries, visible
 
@@ -37,7 +35,7 @@ class _ConfigFile(flags.ArgumentParser):
     def parse(self, argument: str) -> ConfigDict:
         from pjrlhf.config import complete
 
-        config = read_file(argument)
+        config = load_config(argument)
         complete(config)
         for arg in sys.argv[1:]:
             if found := re.match(r"--?(?:no)?config\.([^=]+)", arg):
@@ -66,82 +64,6 @@ def define(values: flags.FlagValues) -> None:
 
 
 define(FLAGS)
-
-
-def shipped_configs() -> dict[str, str]:
-    """Name -> path of the configs that come with the package, such as "soups" and "papers/prlhf"."""
-    package = pathlib.Path(__file__).parent
-    # Installed, they are a part of the package; in the source tree they stand beside it.
-    folder = next((path for path in (package / "configs", package.parent / "configs") if path.is_dir()), package)
-    files = sorted(folder.rglob("*.py")) if folder != package else []
-    return {file.relative_to(folder).with_suffix("").as_posix(): str(file) for file in files}
-
-
-def read_file(spec: str) -> ConfigDict:
-    """The config that `get_config` of a config file returns.
-
-    Args:
-      spec: path of the file, or one of `shipped_configs`, optionally with :variant, the argument of `get_config`.
-
-    Raises:
-      UserError: no such file, an error in the file, or a result that is not a ConfigDict.
-    """
-    path, _, variant = spec.partition(":")
-    path = expand(path)
-    if not os.path.exists(path):
-        path = shipped_configs().get(path, path)
-    if os.path.isdir(path):
-        raise UserError(f"--config: {path!r} is a folder; name a file in it, for example --config=configs/soups.py")
-    if not os.path.isfile(path):
-        raise UserError(f"--config: no file {path!r}; {_other_config(path, variant)}")
-    loader = importlib.machinery.SourceFileLoader("config_file", path)
-    module_spec = importlib.util.spec_from_file_location("config_file", path, loader=loader)
-    assert module_spec, path  # always present with a loader
-    module = importlib.util.module_from_spec(module_spec)
-    try:
-        loader.exec_module(module)
-        get_config = getattr(module, "get_config", None)
-        if not callable(get_config):
-            raise UserError(f"{path}: has no function get_config; define one that returns a ConfigDict")
-        arguments = [variant] if variant else []
-        try:
-            inspect.signature(get_config).bind(*arguments)
-        except TypeError:
-            remedy = f"leave out :{variant}" if variant else f"name one as {path}:VARIANT"
-            raise UserError(f"{path}: get_config {'has no' if variant else 'needs a'} variant; {remedy}") from None
-        config = get_config(*arguments)
-    except UserError:
-        raise
-    except (Exception, SystemExit) as error:
-        reason = described(error).removesuffix(":")
-        raise UserError(f"{_place(error, path)}: {reason}; correct the config file") from error
-    if not isinstance(config, ConfigDict):
-        what = "nothing" if config is None else f"a {type(config).__name__}"
-        raise UserError(f"{path}: get_config returns {what}; return an ml_collections.ConfigDict")
-    return ConfigDict(cast(Any, config)) if isinstance(config, FrozenConfigDict) else config
-
-
-def _other_config(path: str, variant: str) -> str:
-    """What to name in place of a config that is not there."""
-    shipped = shipped_configs()
-    # configs/soups.py is the path in a clone of what is "soups" elsewhere.
-    name = re.sub(r"^(.*/)?configs/|\.py$", "", path)
-    near = difflib.get_close_matches(name, shipped, 1)
-    if near:
-        found = f"{near[0]}:{variant}" if variant else near[0]
-        return f"did you mean {found}, which comes with the package?"
-    return (
-        "name one that exists, for example --config=configs/soups.py, or one that comes with the package: "
-        f"{', '.join(shipped)}"
-    )
-
-
-def _place(error: BaseException, path: str) -> str:
-    """The config file, with the line of the error where it is known."""
-    if isinstance(error, SyntaxError):
-        return path  # the message names the line
-    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
-    return f"{path} line {lines[-1]}" if lines else path
 
 
 def reach(config: ConfigDict, key: str) -> None:
@@ -199,7 +121,7 @@ def settings_help(spec: str) -> Iterator[str]:
     from pjrlhf.config import RunSettings, complete
     from pjrlhf.settings import fields_of, nested_class, rule_of
 
-    config, hints = read_file(spec), get_type_hints(RunSettings)
+    config, hints = load_config(spec), get_type_hints(RunSettings)
     complete(config)
     yield f"Settings of {visible(spec)}, with their values there. Set one with its flag."
     found = {key: field for key, (_, field) in fields_of(RunSettings).items() if key.partition(".")[0] in config}
@@ -260,7 +182,7 @@ def parse(argv: list[str]) -> list[str]:
         raise
     except flags.UnrecognizedFlagError as error:
         if error.flagname.startswith("config."):
-            raise UserError("--config: not given; for example --config=configs/soups.py") from None
+            raise UserError("--config: not given; for example --config=soups") from None
         raise UserError(f"{error}; --help lists them, and settings of the config start with --config.") from None
     except (flags.Error, TypeError, ValueError, LookupError, AttributeError, SyntaxError, RecursionError) as error:
         if isinstance(error.__context__, UserError):  # an error of the config file that absl wraps
@@ -270,7 +192,7 @@ def parse(argv: list[str]) -> list[str]:
         reason = reason_of(error)
         raise UserError(f"{reason}; check the flags") from None
     if FLAGS.config is None:
-        raise UserError("--config: not given; for example --config=configs/soups.py")
+        raise UserError("--config: not given; for example --config=soups")
     if len(rest) > 1:
         raise UserError(f"{rest[1]}: not a flag; settings of the config start with --config.")
     return rest

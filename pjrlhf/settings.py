@@ -4,6 +4,7 @@ A config file builds its `ml_collections.ConfigDict` from these classes with `to
 `parse`. A bad value raises a UserError that names the key, the value and the allowed values.
 """
 
+import ast
 import dataclasses
 import difflib
 import functools
@@ -235,7 +236,10 @@ def _name(hint: object) -> str:
 def checked(name: str, value: object, hint: object, rule: Rule) -> Any:
     """`value` converted to the type of its field; UserError where type or rule do not hold."""
     options = _options(hint)
-    section = ", or give a section" if any(typing.get_origin(option) in (dict, Mapping) for option in options) else ""
+    is_open = any(typing.get_origin(option) in (dict, Mapping) for option in options)
+    section = ", or give a section" if is_open else ""
+    if is_open and isinstance(value, str) and value.lstrip().startswith("{"):
+        value = _section_of(name, value)
     for option in options:
         matched, converted = _converted(value, option)
         if matched:
@@ -249,6 +253,16 @@ def checked(name: str, value: object, hint: object, rule: Rule) -> Any:
         _check_rule(name, value, rule, section)  # a message with the choices helps more than one with the type
     wanted = " or ".join(dict.fromkeys(_name(option) for option in options if option is not type(None)))
     raise UserError(f"{name}: {shown(value)} is not {wanted}{_hint_of(rule)}")
+
+
+def _section_of(name: str, text: str) -> Any:
+    """The section that a flag gives as text where the default is a name."""
+    try:
+        return ast.literal_eval(text.strip())
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
+        raise UserError(
+            f"{name}: {shown(text)} is no section; write such as {{'kind': NAME, 'path': 'FILE'}}"
+        ) from None
 
 
 def _expanded(value: Any) -> Any:

@@ -1,11 +1,14 @@
 """What may reach a terminal or a log: no control characters, no secrets of addresses, no notices of libraries."""
 
+import argparse
+import difflib
 import logging as python_logging
 import os
 import re
 import sys
 import unicodedata
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, NoReturn
 
 # Categories of characters that a terminal acts on, or that change the direction of the text around them.
 _ACTS = ("Cc", "Cf", "Cs")
@@ -54,6 +57,37 @@ class SafeRecords(python_logging.Filter):
 def print_error(error: object) -> None:
     """Prints a message on stderr, as one line."""
     print(f"error: {line(error)}", file=sys.stderr)
+
+
+class Arguments(argparse.ArgumentParser):
+    """A parser whose errors are one line with the way out; flags are not abbreviated."""
+
+    def __init__(self, *arguments: Any, **options: Any):
+        super().__init__(*arguments, **{"allow_abbrev": False, **options})
+
+    def error(self, message: str) -> NoReturn:
+        print_error(f"{message}; {self._way_out(message)}")
+        sys.exit(2)
+
+    def _way_out(self, message: str) -> str:
+        parsers = list(self._parsers())
+        near: list[str] = []
+        if found := re.match(r"unrecognized arguments: ([^\s=]+)", message):
+            flags = [flag for parser in parsers for flag in parser._option_string_actions]
+            if found[1].startswith("-"):
+                near = difflib.get_close_matches(found[1], flags, 1)
+            elif "--run" in flags:
+                near = [f"--run {found[1]}"]
+        elif found := re.search(r"invalid choice: '(.*?)' ", message):
+            near = difflib.get_close_matches(found[1], re.findall(r"\w+", message.partition("choose from")[2]), 1)
+        return f"did you mean {near[0]}?" if near else f"{self.prog} --help says what there is"
+
+    def _parsers(self) -> Iterator[argparse.ArgumentParser]:
+        """The parser and those of its verbs."""
+        yield self
+        for action in self._actions:
+            if isinstance(action, argparse._SubParsersAction):
+                yield from action.choices.values()
 
 
 def quiet_libraries() -> None:

@@ -31,9 +31,9 @@ SOUPS = "--config=configs/soups.py"
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "--config: not given; for example --config=configs/soups.py"),
-        (["--config.seed=1"], "--config: not given; for example --config=configs/soups.py"),
-        (["--config="], "--config: no file ''; name one that exists, for example --config=configs/soups.py"),
+        ([], "--config: not given; for example --config=soups"),
+        (["--config.seed=1"], "--config: not given; for example --config=soups"),
+        (["--config="], "--config: no file ''; name one that exists, for example --config=soups"),
         (["--config=configs/none.py"], "--config: no file 'configs/none.py'; name one that exists, for example"),
         (["--config=elsewhere/configs/soups.py:hf"], "did you mean soups:hf, which comes with the package?"),
         (["--config=configs"], "--config: 'configs' is a folder; name a file in it"),

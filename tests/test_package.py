@@ -25,7 +25,7 @@ ROOMS = (
     ("aot",),
     ("pipeline",),
     ("papers", "real_data"),
-    ("config",),
+    ("config", "config_files"),
     ("protocols",),
     ("algorithms",),
     ("feedback",),
@@ -197,7 +197,7 @@ def test_a_wheel_runs_outside_the_source_tree(tmp_path):
 
     where = ran("import pjrlhf; print(pjrlhf.__file__)")
     assert where.stdout.strip() == str(target / "pjrlhf" / "__init__.py"), where.stderr
-    found = ran("from pjrlhf.main import shipped_configs; print(*shipped_configs())").stdout.split()
+    found = ran("from pjrlhf.config_files import shipped_configs; print(*shipped_configs())").stdout.split()
     files = (ROOT / "configs").rglob("*.py")
     assert found == sorted(file.relative_to(ROOT / "configs").with_suffix("").as_posix() for file in files)
     main = "import sys; from pjrlhf.cli import main; main()"

@@ -218,11 +218,28 @@ def test_the_command_says_what_it_can_do_without_loading_jax():
             ("merge", "nowhere", "--weights", "1", "2", "--output", "out"),
             "error: --weights: 2 weights for 1 ingredient; give one finite number per ingredient",
         ),
-        (("train",), "error: --config: not given; for example --config=configs/soups.py"),
-        (("trian",), "invalid choice: 'trian'"),
+        (("train",), "error: --config: not given; for example --config=soups"),
+        (("trian",), "; did you mean train?"),
+        (("serve", "runs/soups"), "error: unrecognized arguments: runs/soups; did you mean --run runs/soups?"),
+        (("users", "list", "--rnu", "runs/soups"), "required: --run; pjrlhf users list --help says what there is"),
+        (
+            ("generate", "--run", "x", "--mixture", "P1A", "hi"),
+            "unrecognized arguments: --mixture; did you mean --mix?",
+        ),
     ],
 )
 def test_mistakes_of_the_command_are_one_line(arguments, message):
     done = command(*arguments)
     assert done.returncode == 2 and "Traceback" not in done.stderr
-    assert message.removesuffix(".*") in done.stderr.splitlines()[-1]
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("error: ") and message.removesuffix(".*") in line
+
+
+def test_a_config_of_ones_own_begins_with_one_that_comes_with_the_package(tmp_path):
+    lines = ("import pjrlhf", "def get_config():", "  config = pjrlhf.load_config('soups')")
+    lines += ("  config.seed = 7", "  return config")
+    (tmp_path / "mine.py").write_text("\n".join(lines))
+    config = pjrlhf.load_config(str(tmp_path / "mine.py"))
+    assert config.seed == 7 and config.stages == pjrlhf.load_config("soups").stages
+    with pytest.raises(UserError, match="did you mean soups:hf, which comes with the package"):
+        pjrlhf.load_config("configs/soup.py:hf")

@@ -87,6 +87,7 @@ def test_values_are_converted_to_their_types():
         ({"inner": {"rat": 0.1}}, "x.inner.rat: no such setting; did you mean rate?"),
         ({"size": 1}, "x.size: no such setting; did you mean sizes?"),
         ({"source": "file"}, "x.source: 'file' is unknown; choose one of built-in"),
+        ({"source": "{'kind': csv}"}, "x.source: .* is no section; write such as {'kind': NAME"),
         ({"count": 6, "name": "b"}, "x.count: 6 is too many for name 'b'; choose 5 at most"),
     ],
 )
@@ -94,6 +95,10 @@ def test_a_bad_value_names_the_key_the_value_and_what_is_allowed(values, message
     with pytest.raises(UserError, match=message) as caught:
         parse(Outer, values, "x")
     assert "\n" not in str(caught.value)
+
+
+def test_a_section_in_place_of_a_name_may_be_text_as_a_flag_gives_it():
+    assert parse(Outer, {"source": "{'kind': 'jsonl', 'limit': 3}"}).source == {"kind": "jsonl", "limit": 3}
 
 
 def test_an_overlay_changes_what_it_names():

@@ -133,7 +133,7 @@ def test_files_of_other_commands_exist(words):
         if FILES.match(path):
             assert (ROOT / path).exists(), f"{path}: no such file"
         if variant and path.startswith("configs/"):
-            main.read_file(str(ROOT / word))
+            pjrlhf.load_config(str(ROOT / word))
         if words[0] == "curl" and word.startswith("{"):
             json.loads(word)
 

@@ -32,7 +32,7 @@ from pjrlhf.evaluation.formats import print_table, terminal_console
 from pjrlhf.feedback.pairs import PairSettings, split
 from pjrlhf.models.hub import tokenizer_folder
 from pjrlhf.settings import shown
-from pjrlhf.terminal import line, visible
+from pjrlhf.terminal import Arguments, line, visible
 from pjrlhf.training.progress import watched
 
 _MANY = 10**9  # tokens: nothing is cut
@@ -42,9 +42,9 @@ HELP = "what a source of records holds, and three records as the model reads the
 
 def parser_of() -> argparse.ArgumentParser:
     """The flags."""
-    parser = argparse.ArgumentParser(prog="pjrlhf data", description="Sources of records.", allow_abbrev=False)
+    parser = Arguments(prog="pjrlhf data", description="Sources of records.")
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
-    show = verbs.add_parser("show", help=HELP, description=HELP, allow_abbrev=False)
+    show = verbs.add_parser("show", help=HELP, description=HELP)
     show.add_argument(
         "spec", metavar="SPEC", help=f"a kind of source, such as {', '.join(list(READERS)[:6])}; or a config"
     )

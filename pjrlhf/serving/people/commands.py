@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from pjrlhf.errors import UserError
 from pjrlhf.settings import shown
+from pjrlhf.terminal import Arguments
 
 if TYPE_CHECKING:
     from pjrlhf.serving.people.members import Members
@@ -26,15 +27,14 @@ VERBS = {
 
 def parser_of() -> argparse.ArgumentParser:
     """The flags."""
-    parser = argparse.ArgumentParser(
+    parser = Arguments(
         prog="pjrlhf users",
         description="The people of a run: those of its user models, and those who came later. A server may run on the "
         "same store at the same time.",
-        allow_abbrev=False,
     )
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
     for verb, text in VERBS.items():
-        one = verbs.add_parser(verb, help=text, description=text, allow_abbrev=False)
+        one = verbs.add_parser(verb, help=text, description=text)
         if verb not in ("list", "import"):
             one.add_argument("name", metavar="NAME", help="of the person")
         if verb == "import":
@@ -89,6 +89,8 @@ def _list(given: argparse.Namespace) -> None:
         count = stored[name].comparisons if name in stored else 0
         words = [f"{count} comparison{'s' * (count != 1)}", *["trained"] * (name in trained)]
         print(f"{visible(name)}: {', '.join(words)}")
+    if not (trained or stored):
+        print("nobody; pjrlhf users add, or the page of a server, adds people", file=sys.stderr)
 
 
 def _remove(given: argparse.Namespace) -> None:
