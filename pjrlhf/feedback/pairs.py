@@ -126,7 +126,10 @@ def check_named(examples: Iterable[Example]) -> None:
     """Raises UserError for a record that does not say who compared."""
     for example in examples:
         if example.user_id is None:
-            raise UserError(f"{example.where}: no user_id; give every record one")
+            raise UserError(
+                f"{example.where}: no user_id; give every record one, or "
+                "name its column with --config.data.columns.user_id=YOURS"
+            )
 
 
 def at_most(part: str, examples: list[Example], settings: PairSettings, seed: int, source: str) -> list[Example]:

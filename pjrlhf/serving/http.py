@@ -66,7 +66,7 @@ class Server:
 
 async def _no_route(request: Request, problem: Exception) -> Response:
     assert isinstance(problem, HTTPException)
-    message = f"{request.method} {request.url.path[:200]}: {problem.detail}"
+    message = f"{request.method} {request.url.path[:200]}: {problem.detail}; GET /openapi.json lists what there is"
     return JSONResponse(error(message, problem.status_code), problem.status_code, problem.headers)
 
 

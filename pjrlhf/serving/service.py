@@ -93,7 +93,7 @@ class Service:
         limit = self.settings.max_body
         kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
         if kind != "application/json":
-            raise Refused("content-type: is not application/json; send JSON", status=415)
+            raise Refused("content-type: is not application/json; send JSON, and say so in this header", status=415)
         too_large = Refused(f"body: is larger than {limit} bytes; send less", status=413)
         length = request.headers.get("content-length", "0")
         if length.isdecimal() and int(length[:20]) > limit:
