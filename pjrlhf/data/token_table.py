@@ -22,6 +22,12 @@ ANSWERS = {
 }
 
 
+def in_room(prompt: int, completion: int, room: int) -> tuple[int, int]:
+    """The limits of prompts and completions, in the same proportion, that together take `room` tokens."""
+    shorter = max(1, room * completion // (prompt + completion))
+    return room - shorter, shorter
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Lengths:
     """Limits on lengths, in tokens, and what happens to longer texts.

@@ -161,7 +161,7 @@ class Chat:
 
     def __init__(self, settings: ChatSettings, cache: pathlib.Path, send: Callable[[Body], Json] | None = None):
         if not settings.model:
-            raise UserError("chat: names no model; set model to its name on the server")
+            raise UserError("judge: names no model; set model to its name on the server")
         self.settings = settings
         self.cache = open_cache(pathlib.Path(expand(settings.cache)) if settings.cache else cache)
         self.usage = self.cache.usage(settings.base_url, settings.model)

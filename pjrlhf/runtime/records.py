@@ -25,6 +25,7 @@ from pjrlhf.data.messages import (
 )
 from pjrlhf.data.schema import Example, in_conversation, last_turn, other_columns, validate
 from pjrlhf.data.sources import open_source
+from pjrlhf.data.token_table import in_room
 from pjrlhf.errors import UserError
 from pjrlhf.rewards.sources import RecordColumns
 from pjrlhf.runtime.audience import Audience
@@ -108,8 +109,8 @@ class DataSettings(Settings):
                 f"model.path: {user_tokens} user tokens leave no room for text in the context of {context} tokens of "
                 "the model; lower `tokens` of the entries of preference.models"
             )
-        completion = max(1, room * self.max_completion // whole)
-        found = self.replace(max_prompt=room - completion, max_completion=completion)
+        prompt, completion = in_room(self.max_prompt, self.max_completion, room)
+        found = self.replace(max_prompt=prompt, max_completion=completion)
         names = "max_prompt", "max_completion"
         if self.long_prompt != "truncate_left" or self.long_completion != "truncate":
             raise UserError(

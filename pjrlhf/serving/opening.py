@@ -30,7 +30,7 @@ from pjrlhf.paths import local
 from pjrlhf.rollout.preference import PreferenceConfig
 from pjrlhf.serving.catalogue import Catalogue, People, Reads
 from pjrlhf.serving.people.fit import Learning
-from pjrlhf.serving.people.rewards import LONG, Rewarded, open_scorer
+from pjrlhf.serving.people.rewards import LONG, Rewarded, lengths_of, open_scorer
 from pjrlhf.serving.run_notes import read_notes
 from pjrlhf.settings import parse
 from pjrlhf.types import Params
@@ -122,15 +122,12 @@ def soup_people(bank: Params, names: Sequence[str], learning: Learning | None, b
     return People(model, UserRegistry((None, None)), params, trained=False, learning=learning, base=base)
 
 
-def _learning(config: Mapping[str, Any], model: LanguageModel, objective: PreferenceConfig) -> Learning:
+def _learning(
+    config: Mapping[str, Any], model: LanguageModel, objective: PreferenceConfig, user_tokens: int = 0
+) -> Learning:
     """How a run fits new people, see `protocols.users.UsersSettings`."""
     data, evaluated = config["data"], config.get("evaluate_users") or {}
-    lengths = Lengths(
-        prompt=data["max_prompt"],
-        completion=data["max_completion"],
-        context=model.backbone.model.config.max_length,
-        **LONG,
-    )
+    lengths = lengths_of(data, model.backbone.model.config, user_tokens)
     names = {"steps": "cold_start_steps", "learning_rate": "cold_start_learning_rate"}
     given = {ours: evaluated[name] for ours, name in names.items() if name in evaluated}
     return Learning(objective=objective, lengths=lengths, **given)
@@ -155,7 +152,8 @@ def _person(folder: pathlib.Path, path: pathlib.Path, config: Mapping[str, Any],
     bank, names = _placed(personal.params["bank"], mesh), (path.parent.name,)
     _, note = load_tree(path)
     objective = {name.removeprefix("objective."): x for name, x in note.items() if name.startswith("objective.")}
-    learning = _learning(config, personal.model, parse(PreferenceConfig, objective, str(path)))
+    parsed = parse(PreferenceConfig, objective, str(path))
+    learning = _learning(config, personal.model, parsed, personal.users.num_tokens)
     reads = None
     if note.get("entry.history") or note.get("entry.writer"):
         similar = bool(note.get("entry.similar"))

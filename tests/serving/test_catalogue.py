@@ -6,7 +6,7 @@ import shutil
 import jax
 import numpy as np
 import pytest
-from support import tiny, tiny_serving, tiny_users
+from support import tiny, tiny_decoder, tiny_serving, tiny_users
 from support.small_policies import noise
 
 import pjrlhf
@@ -17,9 +17,11 @@ from pjrlhf.models.adapters import AdapterConfig, init_bank
 from pjrlhf.models.peft import save_peft
 from pjrlhf.models.registry import UserRegistry
 from pjrlhf.models.users import UserModel
+from pjrlhf.runtime.records import DataSettings
 from pjrlhf.serving.catalogue import Catalogue, People, UnknownIngredient, UnknownModel, parse_mix
 from pjrlhf.serving.engine import Engine
 from pjrlhf.serving.opening import open_folders, open_run, parse_mesh, soup_people
+from pjrlhf.serving.people.rewards import lengths_of
 from pjrlhf.serving.soups import read_soups
 from pjrlhf.serving.tickets import Request
 
@@ -260,3 +262,13 @@ def test_bad_soups_are_refused_at_the_start(soups, tmp_path, items, message):
     with pytest.raises(UserError) as caught:
         dataclasses.replace(soups, soups=read_soups(items))
     assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("positions", ["rotary", "learned"])
+@pytest.mark.parametrize(("context", "user_tokens"), [(1024, 0), (768, 0), (768, 4), (128, 0), (128, 4), (8, 5)])
+def test_texts_of_people_are_cut_to_the_context_as_in_training(positions, context, user_tokens):
+    """A run may have longer texts than its base reads, and is served all the same."""
+    texts = {"max_prompt": 512, "max_completion": 256, "long_prompt": "truncate_left", "long_completion": "truncate"}
+    trained = DataSettings(**texts).within(context, user_tokens, positions == "learned")
+    found = lengths_of(texts, tiny_decoder.CONFIG.replace(max_length=context, positions=positions), user_tokens)
+    assert (found.prompt, found.completion) == (trained.max_prompt, trained.max_completion)

@@ -19,9 +19,10 @@ from pjrlhf.data.comparisons import SIDES
 from pjrlhf.data.messages import Prompt
 from pjrlhf.data.records import RecordError
 from pjrlhf.data.schema import Example
-from pjrlhf.data.token_table import Lengths, TokenRow
+from pjrlhf.data.token_table import Lengths, TokenRow, in_room
 from pjrlhf.errors import UserError
 from pjrlhf.language_model import LanguageModel, load_base
+from pjrlhf.models.config import ModelConfig
 from pjrlhf.models.storage import load_tree
 from pjrlhf.models.user_models.base import Comparisons, UserRewards
 from pjrlhf.models.user_models.kinds import user_model
@@ -195,6 +196,19 @@ def _margins(model: UserRewards, params: Params, state: Params, pairs: Compariso
     return margins(state), jax.jacrev(margins)(state)
 
 
+def lengths_of(data: Mapping[str, Any], base: ModelConfig, user_tokens: int = 0) -> Lengths:
+    """The lengths of a run's texts, cut to the context of its base as its training cut them.
+
+    Args:
+      data: the section of the config of the run.
+      user_tokens: that stand before a prompt.
+    """
+    prompt, completion, context = data["max_prompt"], data["max_completion"], base.max_length
+    if prompt + completion + user_tokens * (base.positions == "learned") > context:
+        prompt, completion = in_room(prompt, completion, context - user_tokens)
+    return Lengths(prompt=prompt, completion=completion, context=context, **LONG)
+
+
 def open_scorer(path: pathlib.Path, data: Mapping[str, Any], mesh: Mesh | None = None) -> tuple[Scorer, LanguageModel]:
     """(what scores, its base) of a trained entry of the stage user_models.
 
@@ -209,12 +223,7 @@ def open_scorer(path: pathlib.Path, data: Mapping[str, Any], mesh: Mesh | None =
     if "user_rewards" not in note:
         raise UserError(f"{path}: is no reward model of people; name user_models/<name>/{FILE} of a run")
     base = load_base(path, note, mesh=mesh)
-    lengths = Lengths(
-        prompt=data["max_prompt"],
-        completion=data["max_completion"],
-        context=base.backbone.model.config.max_length,
-        **LONG,
-    )
+    lengths = lengths_of(data, base.backbone.model.config)
     fields = jax.tree.map(np.asarray, tree["reduction"])
     reduction = Reduction(**{**fields, "scale": float(fields["scale"])})
     parts = user_model(note["user_rewards"], str(path)), tree["params"], reduction, note["states"], note["context"]
