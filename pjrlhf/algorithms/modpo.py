@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 
 from pjrlhf.algorithms import answering, banks, reward
 from pjrlhf.algorithms.targets import Targets, TargetSettings, targets_of
@@ -30,7 +30,7 @@ from pjrlhf.models.adapters import Backbone, init_bank
 from pjrlhf.objectives.multi_objective import modpo_loss, weighted_sum
 from pjrlhf.objectives.preference import accuracy, implicit_rewards
 from pjrlhf.objectives.scalarization import Points, factors, schedules
-from pjrlhf.rollout import experience, scoring
+from pjrlhf.rollout import scoring
 from pjrlhf.rollout.reference import SIDES, unique_answers
 from pjrlhf.runtime.devices import Devices
 from pjrlhf.runtime.heldout_answers import HeldoutAnswers, heldout_requests, once, rows_of
@@ -92,12 +92,13 @@ class ModpoSettings(Settings):
             )
 
 
-def scores(
-    backbone: Backbone, rewarder: Params, tokens: Int[Array, "B T"], valid: Bool[Array, "B T"]
-) -> Float[Array, "B S"]:
-    """The rewards of rows by all S reward models, as `raw_rewards` gives them."""
-    everything = jnp.arange(rewarder["heads"]["bias"].shape[0])[None]
-    return experience.raw_rewards(backbone, rewarder, everything, tokens, valid)
+def scores(backbone: Backbone, rewarder: Params, rows: PackedRows) -> Float[Array, "E A S"]:
+    """The raw rewards of A answers to each of E prompts by all S reward models, float32."""
+    S = rewarder["heads"]["bias"].shape[0]
+    everything, copies = jnp.eye(S), rows.repeat(S).by_group(S)
+    policies = backbone.policies(rewarder["bank"], everything)
+    found = scoring.packed_rewards(policies, rewarder["heads"], everything, copies)
+    return jnp.moveaxis(found.reshape(S, rows.owners, -1), 0, -1)
 
 
 def raw_rewards(
@@ -146,15 +147,8 @@ def answer_rewards(
 
 def _learned(run: Run, rewarder: Params, rows: Sequence[TokenRow]) -> np.ndarray:
     """Raw rewards float32 [M, S] by the reward models."""
-    score, backbone = jax.jit(scores), run.workspace.backbone
-    lengths = [len(row["prompt"]) + len(row["completion"]) for row in rows]
-    return run.scorer()(
-        "rewards of answers",
-        rows,
-        run.text.pad_completions,
-        lambda batch: score(backbone, rewarder, batch.tokens, batch.valid),
-        lengths,
-    )
+    score = functools.partial(jax.jit(scores), run.workspace.backbone, rewarder)
+    return run.answer_scores("rewards of answers", rows, score)
 
 
 def table_rewards(run: Run, rewarder: Params, table: TokenTable) -> np.ndarray:

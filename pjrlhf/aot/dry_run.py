@@ -24,9 +24,9 @@ from absl import logging
 from pjrlhf.algorithms import modpo, reward
 from pjrlhf.algorithms.modpo import Modpo
 from pjrlhf.data import synthetic
-from pjrlhf.data.batching import Completions
 from pjrlhf.data.comparisons import SIDES
 from pjrlhf.data.messages import Answer, Prompt, Request
+from pjrlhf.data.packing import PackedRows
 from pjrlhf.data.schema import Example
 from pjrlhf.data.token_table import TokenTable
 from pjrlhf.data.tokenization import AnswerIds
@@ -47,6 +47,7 @@ from pjrlhf.rollout import reference
 from pjrlhf.rollout.batches import Prompts
 from pjrlhf.runtime.audience import Audience
 from pjrlhf.runtime.devices import Devices, MeshSettings
+from pjrlhf.runtime.packed_answers import PackedAnswers
 from pjrlhf.runtime.records import CorpusSettings, DataSettings, Records, SourceSpec
 from pjrlhf.runtime.run import Run, SharedSettings
 from pjrlhf.runtime.streams import Streams
@@ -288,12 +289,6 @@ class DryRun(Run):
         other.settings = settings
         return other
 
-    def rows(self, count: int) -> Completions:
-        """`count` prompts and completions of the greatest length, on the mesh."""
-        P = self.settings.data.max_prompt
-        whole: Any = np.zeros((count, P + self.settings.data.max_completion), np.int32)
-        return self.devices.place(Completions(whole, whole.astype(bool), P))
-
 
 def dry_pairs(run: DryRun, settings: PairSettings) -> Pairs:
     """Comparisons of `aot.users` people."""
@@ -317,23 +312,28 @@ def dry_modpo(run: DryRun, settings: modpo.ModpoSettings) -> Modpo:
     return Modpo(settings, data, run.devices, run.workspace.backbone, run.text, run.streams)
 
 
+def _answers(run: DryRun, count: int) -> PackedRows:
+    """A chunk of `count` answers of the greatest length, two to each prompt, on the mesh."""
+    d = run.settings.data
+    answer = np.zeros(d.max_completion, np.int32)
+    rows = [{"prompt": np.full(d.max_prompt, i // 2, np.int32), "completion": answer} for i in range(count)]
+    answers = PackedAnswers(run.text, rows, count)
+    return run.devices.place(answers.pack(answers.examples[: answers.size]))
+
+
 def compile_reference(run: DryRun, count: int) -> None:
     """The log-probs of `count` answers under the reference."""
-    d = run.settings.data
-    prompt, answer = (np.zeros(length, np.int32) for length in (d.max_prompt, d.max_completion))
-    rows = [{"prompt": prompt, "answer": answer, "answer_mask": None}] * count
-    packed = run.devices.place(run.text.pack(rows, ["answer"]))
     with run.devices.part("reference"):
-        run.devices.program(reference.summed_logps)(run.workspace.backbone, packed)
+        run.devices.program(reference.summed_logps)(run.workspace.backbone, _answers(run, count))
 
 
 def compile_rewards(run: DryRun) -> None:
     """The rewards of `run.text.sample_rows` answers by all reward models, if any."""
     if not run.audience.learned:
         return
-    rows = run.rows(run.text.sample_rows)
     with run.devices.part("rewards"):
-        run.devices.program(modpo.scores)(run.workspace.backbone, run.rewarder, rows.tokens, rows.valid)
+        answers = _answers(run, run.text.sample_rows)
+        run.devices.program(modpo.scores)(run.workspace.backbone, run.rewarder, answers)
 
 
 def compile_draw(run: DryRun, bank: Params | None = None, mix: Array | None = None) -> None:

@@ -5,6 +5,7 @@ prompt and itself (its branch), and tokens keep the positions that they have in 
 therefore gives the same results as a padded one, with less computation.
 """
 
+import bisect
 import dataclasses
 import itertools
 import math
@@ -90,6 +91,7 @@ class PackLayout:
       multiple: B and Z are multiples of it: the number of devices.
       groups: number of equal, consecutive groups of examples; a row or part has examples of one group only.
       num_user_tokens, user_offset: positions for user tokens in every prompt; see `models.users.reserve`.
+      rows: B of the mode "pack", where it is fixed; 0 takes as many as are needed, rounded up.
     """
 
     mode: str
@@ -97,6 +99,7 @@ class PackLayout:
     pad_id: int
     multiple: int = 1
     groups: int = 1
+    rows: int = 0
     num_user_tokens: int = 0
     user_offset: int = 1
 
@@ -119,6 +122,11 @@ def row_length(mode: str, prompt: int, answer: int, answers: int) -> int:
     return prompt + answer * (1 if mode == "none" else answers)
 
 
+def whole_length(length: int) -> int:
+    """The length of rows of the mode "pack" that are to hold at least `length` positions."""
+    return _rounded(length, length, _SHAPES)
+
+
 def pack(
     prompts: Sequence[Ids],
     answers: Sequence[Sequence[Ids]],
@@ -129,14 +137,15 @@ def pack(
 
     Args:
       prompts: ids of E prompts.
-      answers: ids of A answers to every prompt, none empty.
+      answers: ids of A answers to every prompt. An empty one stands for no answer: it has a number, and no token.
       masks: which tokens of every answer are scored, bool [length]; None for all of an answer, or of all answers.
 
     Returns:
       NumPy arrays, int32.
 
     Raises:
-      ValueError: an example is longer than `layout.length`, or the groups are not equal.
+      ValueError: an example is longer than `layout.length`, the groups are not equal, or the examples do not fit into
+        `layout.rows` rows.
     """
     mode, length, groups, multiple = layout.mode, layout.length, layout.groups, layout.multiple
     E, A = len(prompts), len(answers[0])
@@ -154,13 +163,17 @@ def pack(
         fullest = max(sum(sizes[i] for i in row) for some in bins for row in some)
         T = _rounded(fullest, math.ceil(len(parts) / Z) * length, 3 * _SHAPES // 2)
     elif mode == "pack":
-        T = _rounded(length, length, _SHAPES)
-        bins = [_bins(group, sizes, T) for group in members]
+        T = whole_length(length)
+        bins = [bins_of(group, sizes, T) for group in members]
     else:
         T = _rounded(max(sizes), length, _SHAPES)
         bins = [[[i] for i in group] for group in members]
     per_group = max(len(some) for some in bins)
-    if mode == "pack":
+    if layout.rows:
+        if per_group * groups > layout.rows:
+            raise ValueError(f"{E} examples do not fit into {layout.rows} rows of {T}")
+        per_group = layout.rows // groups
+    elif mode == "pack":
         per_group = min(_up(per_group, math.ceil(each / _SHAPES)), each)
     while per_group * groups % multiple:
         per_group += 1
@@ -185,6 +198,8 @@ def pack(
             at += P
             for a in some:
                 n, end = len(answers[e][a]), start + P - 1
+                if not n:
+                    continue
                 tokens += list(answers[e][a])
                 made["position"][r, at : at + n] = np.arange(P, P + n)
                 made["branch"][r, at : at + n] = a + 1
@@ -259,15 +274,22 @@ def _spread(parts: Sequence[int], sizes: Sequence[int], count: int) -> list[list
     return rows
 
 
-def _bins(parts: Sequence[int], sizes: Sequence[int], length: int) -> list[list[int]]:
-    """First-fit decreasing: at most about 11/9 of the minimal number of rows (Johnson 1973)."""
+def bins_of(parts: Sequence[int], sizes: Sequence[int], length: int) -> list[list[int]]:
+    """Rows of at most `length` that hold `parts`, by best-fit decreasing: at most about 11/9 of the least number
+    (Johnson et al. 1974). The parts of any of these rows alone give the same rows.
+
+    Args:
+      parts: indices of `sizes`, none above `length`.
+    """
     rows: list[list[int]] = []
-    room: list[int] = []
+    room: list[tuple[int, int]] = []  # (what is left, row), in order
     for i in sorted(parts, key=lambda i: -sizes[i]):
-        r = next((r for r, left in enumerate(room) if left >= sizes[i]), len(rows))
-        if r == len(rows):
+        fits = bisect.bisect_left(room, (sizes[i], 0))
+        if fits == len(room):
             rows.append([])
-            room.append(length)
+            left, r = length, len(rows) - 1
+        else:
+            left, r = room.pop(fits)
         rows[r].append(i)
-        room[r] -= sizes[i]
+        bisect.insort(room, (left - sizes[i], r))
     return rows

@@ -6,6 +6,7 @@ text alone.
 
 import contextlib
 import hashlib
+import itertools
 import pathlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -25,6 +26,7 @@ from pjrlhf.parallel.processes import broadcast_from_zero, on_process_zero
 from pjrlhf.paths import atomic_write
 from pjrlhf.rollout import scoring
 
+NOTHING = np.zeros(0, np.int32)  # the ids of no text
 _VERSION = 2  # of the computation; raise it where the same key would give other numbers
 
 
@@ -144,28 +146,29 @@ def unique_answers(table: TokenTable) -> tuple[list[TokenRow], np.ndarray]:
     return answers, found
 
 
-def shared_prompts(answers: Sequence[TokenRow], most: int = 8) -> np.ndarray:
-    """Groups of answers to one prompt, so that it is read once for all of them: int [G, A], numbers of `answers`.
+def shared_prompts(answers: Sequence[TokenRow], most: int, worth: float = 0.05) -> list[list[int]]:
+    """Groups of answers to one prompt, so that it is read once for all of them: numbers of `answers`.
 
-    A, at most `most`, is the size with the fewest tokens in all. A group with fewer answers repeats its last one.
+    No group is larger than A, the least size up to `most` that reads at most `worth` more tokens than `most` would: in
+    a long row attention costs more.
     """
     by_prompt: dict[bytes, list[int]] = {}
     for i, answer in enumerate(answers):
         by_prompt.setdefault(answer["prompt"].tobytes(), []).append(i)
     sizes = np.array([len(numbers) for numbers in by_prompt.values()])
     prompts = np.array([len(answers[numbers[0]]["prompt"]) for numbers in by_prompt.values()])
-    mean = np.mean([len(answer["completion"]) for answer in answers])
-    tokens = [(np.ceil(sizes / A) * (prompts + A * mean)).sum() for A in range(1, most + 1)]
-    A = 1 + int(np.argmin(tokens))
-    groups = [numbers[i : i + A] for numbers in by_prompt.values() for i in range(0, len(numbers), A)]
-    return np.array([[*group, *[group[-1]] * (A - len(group))] for group in groups])
+    answered = sum(len(answer["completion"]) for answer in answers)
+    tokens = np.array([(np.ceil(sizes / A) * prompts).sum() + answered for A in range(1, most + 1)])
+    A = 1 + int(np.argmax(tokens <= (1 + worth) * tokens[-1]))
+    return [numbers[i : i + A] for numbers in by_prompt.values() for i in range(0, len(numbers), A)]
 
 
 def with_answers(answers: Sequence[TokenRow], names: Sequence[str]) -> TokenRow:
-    """One row with a prompt and its answers by name, as `Text.pack` takes it."""
-    row: dict[str, Any] = {"prompt": answers[0]["prompt"]}
-    for name, answer in zip(names, answers, strict=True):
-        row |= {name: answer["completion"], f"{name}_mask": answer["completion_mask"]}
+    """One row with a prompt and its answers by name, as `Text.pack` takes it; names beyond the answers have none."""
+    row: dict[str, Any] = {"prompt": answers[0]["prompt"] if answers else NOTHING}
+    for name, answer in itertools.zip_longest(names, answers):
+        found = answer or {"completion": NOTHING, "completion_mask": None}
+        row |= {name: found["completion"], f"{name}_mask": found.get("completion_mask")}
     return row
 
 

@@ -15,6 +15,7 @@ from absl import logging
 
 from pjrlhf.data.messages import Prompt
 from pjrlhf.data.named_preferences import NAMED
+from pjrlhf.data.packing import PackedRows
 from pjrlhf.data.token_table import TokenRow, TokenTable
 from pjrlhf.errors import UserError
 from pjrlhf.judges.judge import BothOrders, JudgeContext, RewardJudge, ScoreJudge, judge_from
@@ -23,11 +24,12 @@ from pjrlhf.models.adapters import AdapterConfig, is_low_rank
 from pjrlhf.models.quantization import check_quantize
 from pjrlhf.parallel.mesh import bytes_per_device
 from pjrlhf.rewards.sources import SourceContext
-from pjrlhf.rollout.reference import cache_key, reference_logps, shared_prompts, summed_logps, with_answers
+from pjrlhf.rollout.reference import cache_key, reference_logps, summed_logps
 from pjrlhf.rollout.sampler import Sampling
 from pjrlhf.runtime.audience import Audience
 from pjrlhf.runtime.baselines import BaseAnswers
 from pjrlhf.runtime.devices import Devices, MeshSettings
+from pjrlhf.runtime.packed_answers import PackedAnswers
 from pjrlhf.runtime.records import CorpusSettings, DataSettings, Records
 from pjrlhf.runtime.sampler import PoliciesOf, Sampler, mixed
 from pjrlhf.runtime.scorer import Scorer
@@ -297,27 +299,27 @@ class Run(Sections):
         """A scorer of rows in chunks of `size`; of `sample_rows` where 0."""
         return Scorer(self.devices, size or self.text.sample_rows)
 
+    def answer_scores(
+        self, name: str, answers: Sequence[TokenRow], score: Callable[[PackedRows], jax.Array], rows: int = 0
+    ) -> np.ndarray:
+        """Scores [M, ...] of M answers in packed rows; see `runtime.packed_answers.PackedAnswers`.
+
+        Args:
+          rows: answers at once; `sample_rows` where 0.
+        """
+        return PackedAnswers(self.text, answers, rows or self.text.sample_rows).scores(name, score)
+
     def reference(self, table: TokenTable, rows: int) -> np.ndarray:
         """Log-probabilities of both answers of N pairs under the base: float32 [N, 2], in nats, cached on disk.
 
         Args:
-          rows: answers per chunk.
+          rows: answers at once.
         """
         workspace, backbone = self.workspace, self.workspace.backbone
         logps = functools.partial(jax.jit(summed_logps), backbone)
         key = cache_key(table, workspace.base_hash, jax.tree.leaves(backbone.base)[0].dtype, backbone.model)
-
-        def score(answers: list[TokenRow]) -> np.ndarray:
-            groups = shared_prompts(answers)
-            names = [f"answer {a}" for a in range(groups.shape[1])]
-            shared = [with_answers([answers[i] for i in group], names) for group in groups]
-            lengths = [len(row["prompt"]) + sum(len(row[name]) for name in names) for row in shared]
-            scorer = self.scorer(max(1, rows // len(names)))
-            progress = f"reference log-probs of {table.bad.source_name}"
-            found = scorer(progress, shared, functools.partial(self.text.pack, names=names), logps, lengths)
-            _, first = np.unique(groups, return_index=True)  # without the answers that a group repeats
-            return found.reshape(-1)[first]
-
+        name = f"reference log-probs of {table.bad.source_name}"
+        score = functools.partial(self.answer_scores, name, score=logps, rows=rows)
         return reference_logps(table, key, workspace.cache_folder / "reference", score)
 
     def train(self, method: loop.Method, stage: str, steps: int) -> State:

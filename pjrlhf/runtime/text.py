@@ -126,10 +126,23 @@ class Text:
             pieces = [*pieces[:_SHOWN], f"... {len(pieces) - 2 * _SHOWN} more ...", *pieces[-_SHOWN:]]
         return " ".join(pieces)
 
+    @property
+    def packing(self) -> str:
+        """The mode of `data.packing.MODES` that `data.packing` stands for."""
+        return choose_mode(self.settings.packing, self.workspace.model.attention)
+
     def pack(
-        self, rows: Sequence[TokenRow], names: Sequence[str], *, groups: int = 1, num_user_tokens: int = 0
+        self,
+        rows: Sequence[TokenRow],
+        names: Sequence[str],
+        *,
+        groups: int = 1,
+        num_user_tokens: int = 0,
+        shape: tuple[int, int] | None = None,
     ) -> PackedRows:
-        """Packs the prompts of rows and their answers `names` as `data.packing` sets; see `data.packing.pack`."""
+        """Packs the prompts of rows and their answers `names` as `data.packing` sets, or into packed rows of `shape`
+        (B, T); see `data.packing.pack`.
+        """
         d, model = self.settings, self.workspace.model
         longest = d.max_prompt + num_user_tokens + d.max_completion
         if model.config.positions == "learned" and longest > model.config.max_length:
@@ -138,10 +151,12 @@ class Text:
                 f"tokens are more than the {model.config.max_length} positions of the model; lower data.max_prompt or "
                 "data.max_completion"
             )
-        mode = choose_mode(d.packing, model.attention)
+        mode, count = ("pack", shape[0]) if shape else (self.packing, 0)
+        length = row_length(mode, d.max_prompt + num_user_tokens, d.max_completion, len(names))
         layout = PackLayout(
             mode=mode,
-            length=row_length(mode, d.max_prompt + num_user_tokens, d.max_completion, len(names)),
+            length=shape[1] if shape else length,
+            rows=count,
             pad_id=self.workspace.tokenizer.pad_id,
             multiple=self.devices.even(1),
             groups=groups,

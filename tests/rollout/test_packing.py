@@ -222,6 +222,46 @@ def test_repeated_rows_number_their_answers_and_owners_on(policy, examples, mode
     assert rows.repeat(2).answers == 2 * rows.answers == 4 * E
 
 
+@pytest.mark.parametrize("mode", MODES)
+def test_an_empty_answer_is_none_and_an_empty_example_takes_no_place(policy, examples, plain, mode):
+    prompts, answers = examples
+    thinner = [[[], pair[1]] if e == 2 else pair for e, pair in enumerate(answers)]
+    rows = packed(([*prompts, []], [*thinner, [[], []]]), mode=mode, num_user_tokens=0)
+
+    @jax.jit
+    def score(rows):
+        policies = Policies(MODEL, ADAPTER, policy["base"], None, None)
+        heads, one = policy["heads"], jnp.eye(K)[:1]
+        return scoring.packed_logps(policies, rows), scoring.packed_rewards(policies, heads, one, rows)
+
+    whole = score(packed(examples, mode="none"))
+    for found, expected in zip(score(rows), whole, strict=True):
+        found, expected = (np.array(x).reshape(-1, 2) for x in (found, expected))
+        assert len(found) == E + 1 and not found[E].any() and found[2, 0] == 0
+        expected[2, 0] = 0
+        np.testing.assert_allclose(found[:E], expected, rtol=2e-4, atol=1e-5)
+    least = sum(map(len, prompts)) + sum(len(answer) for pair in thinner for answer in pair)
+    assert (rows.segment > 0).sum() >= least and not (rows.segment == E + 1).any()
+
+
+def test_a_fixed_number_of_rows(examples):
+    rows = packed(examples, mode="pack", length=16, rows=8)
+    assert rows.tokens.shape == (8, 16)
+    with pytest.raises(ValueError, match="6 examples do not fit into 2 rows of 16"):
+        packed(examples, mode="pack", length=16, rows=2)
+
+
+def test_rows_are_filled_well_and_those_of_some_rows_alone_are_the_same():
+    rng = np.random.default_rng(3)
+    sizes = rng.integers(1, 60, 500).tolist()
+    bins = packing.bins_of(range(500), sizes, 100)
+    assert sorted(i for row in bins for i in row) == list(range(500))
+    filled = [sum(sizes[i] for i in row) for row in bins]
+    assert max(filled) <= 100 and len(bins) <= np.ceil(sum(sizes) / 100 * 11 / 9)
+    some = sorted(i for row in bins[3:40:4] for i in row)
+    assert packing.bins_of(some, sizes, 100) == bins[3:40:4]
+
+
 def test_what_does_not_fit_is_refused(examples):
     with pytest.raises(ValueError, match="an example of 15 tokens does not fit into rows of 14"):
         packed(examples, mode="pack", length=14)

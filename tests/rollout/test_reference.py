@@ -265,12 +265,13 @@ def test_the_answers_to_a_prompt_share_it():
         ]
 
     for rows in (answers((50, (3, 4, 5, 6)), (50, (2, 2, 2, 2))), answers((50, (3, 3, 3)), (2, (9,)), (40, (1,) * 20))):
-        groups = shared_prompts(rows)
-        assert sorted(set(groups.ravel())) == [*range(len(rows))]
+        groups = shared_prompts(rows, 8)
+        assert sorted(i for group in groups for i in group) == [*range(len(rows))]
         for group in groups:
             assert len({rows[i]["prompt"].tobytes() for i in group}) == 1
-    assert shared_prompts(answers((50, (3, 4, 5, 6)), (50, (2, 2, 2, 2)))).shape == (2, 4)
-    # Where every prompt has one answer, no row has a repeated one.
-    assert shared_prompts(answers(*((9, (4,)) for _ in range(5)))).tolist() == [[0], [1], [2], [3], [4]]
-    # A long answer costs more than reading a short prompt again.
-    assert shared_prompts(answers((1, (30, 30, 30)))).shape[1] in (1, 3)
+    assert shared_prompts(answers((50, (3, 4, 5, 6)), (50, (2, 2, 2, 2))), 8) == [[0, 1, 2, 3], [4, 5, 6, 7]]
+    # Eight would read the prompt no less often than seven.
+    assert list(map(len, shared_prompts(answers((40, (1,) * 20)), 8))) == [7, 7, 6]
+    assert shared_prompts(answers(*((9, (4,)) for _ in range(5))), 8) == [[0], [1], [2], [3], [4]]
+    # A long row costs more than reading a short prompt again.
+    assert shared_prompts(answers((1, (30, 30, 30))), 8) == [[0], [1], [2]]
