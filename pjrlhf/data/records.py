@@ -39,7 +39,11 @@ class RecordError(ValueError):
 
     def __init__(self, reason: str, detail: str = ""):
         super().__init__(f"{reason} ({detail})" if detail else reason)
-        self.reason = reason
+        self.reason, self.detail = reason, detail
+
+    def __reduce__(self) -> Any:
+        """Another process gets a plain RecordError, whatever the arguments of a subclass are."""
+        return RecordError, (self.reason, self.detail), {"where": self.where}
 
     def at(self, where: str) -> "RecordError":
         """The error itself, with the place of its raw row."""

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
@@ -130,6 +130,25 @@ def cut_left(ids: list[int], limit: int, bos_id: int | None) -> list[int]:
     return start + ids[len(ids) - limit + len(start) :]
 
 
+class EncodedRow(NamedTuple):
+    """An example as tokens: ids by name, masks by name of an answer, and names of what was cut."""
+
+    ids: dict[str, list[int]]
+    masks: dict[str, np.ndarray | None]
+    cut: list[str]
+
+
+# What becomes of an example: its rows, or why it does not fit.
+Encoded: TypeAlias = list[tuple[Example | None, EncodedRow]] | RecordError
+Encode: TypeAlias = Callable[[Sequence[Example]], list[Encoded]]
+Shared: TypeAlias = Callable[[Sequence[Example], Encode], list[Encoded]]
+
+
+def alone(examples: Sequence[Example], encode: Encode) -> list[Encoded]:
+    """`Shared` of a process that encodes all examples itself."""
+    return encode(examples)
+
+
 def tokenize(
     examples: Sequence[Example],
     kind: str,
@@ -138,6 +157,7 @@ def tokenize(
     *,
     source_name: str = "examples",
     max_bad_fraction: float = 0.01,
+    shared: Shared = alone,
 ) -> TokenTable:
     """Tokenizes examples of one kind. Those that do not fit the lengths are left out, logged and kept in `bad`; those
     that are cut to them are counted.
@@ -149,6 +169,7 @@ def tokenize(
       kind: "prompt", "completion" or "preference".
       source_name: the name of the examples in messages.
       max_bad_fraction: a larger fraction of examples that do not fit is an error, in [0, 1].
+      shared: who encodes which of the examples, such as `parallel.processes.in_shares`.
 
     Raises:
       UserError: more than `max_bad_fraction` of the examples do not fit, or all; or a prompt is too long and
@@ -158,14 +179,13 @@ def tokenize(
     kept: list[Example] = []
     rows: list[EncodedRow] = []
     bad = BadRecords(source_name, len(examples))
-    for example in examples:
-        try:
-            pairs = list(_rows(example, kind, tokenizer, lengths))
-        except RecordError as error:
-            bad.add(example.where, error)
+    encode = functools.partial(_encoded, kind=kind, tokenizer=tokenizer, lengths=lengths)
+    for example, found in zip(examples, shared(examples, encode), strict=True):
+        if isinstance(found, RecordError):
+            bad.add(example.where, found)
             continue
-        kept += [one for one, _ in pairs]
-        rows += [row for _, row in pairs]
+        kept += [turn or example for turn, _ in found]
+        rows += [row for _, row in found]
     bad.check(max_bad_fraction)
     table = TokenTable(
         kind,
@@ -184,18 +204,25 @@ def tokenize(
     return table
 
 
-class EncodedRow(NamedTuple):
-    """An example as tokens: ids by name, masks by name of an answer, and names of what was cut."""
+def _encoded(examples: Sequence[Example], kind: str, tokenizer: Tokenizer, lengths: Lengths) -> list[Encoded]:
+    """What becomes of each example; raises UserError as `encode_example` does."""
+    found: list[Encoded] = []
+    for example in examples:
+        try:
+            found.append(list(_rows(example, kind, tokenizer, lengths)))
+        except RecordError as error:
+            found.append(error)
+    return found
 
-    ids: dict[str, list[int]]
-    masks: dict[str, np.ndarray | None]
-    cut: list[str]
 
-
-def _rows(example: Example, kind: str, tokenizer: Tokenizer, lengths: Lengths) -> Iterator[tuple[Example, EncodedRow]]:
-    """The rows of an example, each with the example that it is; errors are those of `encode_example`."""
+def _rows(
+    example: Example, kind: str, tokenizer: Tokenizer, lengths: Lengths
+) -> Iterator[tuple[Example | None, EncodedRow]]:
+    """The rows of an example, each with the turn that it is, None where it is the whole; errors are those of
+    `encode_example`.
+    """
     try:
-        yield example, encode_example(example, kind, tokenizer, lengths)
+        yield None, encode_example(example, kind, tokenizer, lengths)
     except RewrittenTurns:
         prompt, answer = example.prompt, example.completion
         if not isinstance(prompt, list) or not isinstance(answer, list):  # a preference record

@@ -235,7 +235,9 @@ class Tokenizer:
             if isinstance(prompt, list) and isinstance(answer, list) and len(answer) > 1:
                 spans = self._spans(prompt, answer, ids)
             self._check_spans(ids, spans)
-            scored = [any(i in span for span in spans) for i in range(boundary, len(ids))]
+            scored = [False] * (len(ids) - boundary)
+            for span in spans:
+                scored[span.start - boundary : span.stop - boundary] = [True] * len(span)
             encoded.append(AnswerIds(ids[boundary:], scored))
         return alone[:boundary] or [self.start_id], encoded
 

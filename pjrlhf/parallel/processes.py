@@ -7,7 +7,8 @@ files, and the others wait until they are written.
 import functools
 import json
 import os
-from collections.abc import Callable, Mapping
+import pickle
+from collections.abc import Callable, Mapping, Sequence
 from typing import ParamSpec, TypeVar
 
 import jax
@@ -20,9 +21,11 @@ from pjrlhf.errors import UserError
 from pjrlhf.types import Array, Tree
 
 T = TypeVar("T")
+R = TypeVar("R")
 P = ParamSpec("P")
 
 MODES = ("auto", "on", "off")
+PIECE = 2**26  # bytes that processes exchange at once: they pass through the memory of every device
 HEARTBEAT_SECONDS = 30  # a process silent for this long counts as dead, which ends the job
 
 
@@ -116,6 +119,41 @@ def json_from_zero(make: Callable[[], T]) -> T:
     if is_process_zero():
         buffer[:] = np.frombuffer(text, np.uint8)
     return json.loads(broadcast_from_zero(buffer).tobytes())
+
+
+def in_shares(items: Sequence[T], work: Callable[[Sequence[T]], list[R]]) -> list[R]:
+    """`work(items)`, a result for every item that depends on this item alone: each process works on a share of the
+    items and gets the results of the others. All must call it, with the same items; results are pickled.
+
+    Raises:
+      UserError: `work` raised it on some process; all raise that of the first item.
+    """
+    count, index = jax.process_count(), jax.process_index()
+    if count == 1:
+        return work(items)
+    own = items[len(items) * index // count : len(items) * (index + 1) // count]
+    try:
+        found = work(own) if len(own) else []
+    except UserError as error:  # the others wait for this share
+        found = error
+    found = [pickle.loads(share) for share in _from_all(pickle.dumps(found))]
+    for share in found:
+        if isinstance(share, UserError):
+            raise share
+    return [result for share in found for result in share]
+
+
+def _from_all(data: bytes) -> list[bytes]:
+    """The bytes of every process, in the order of the processes."""
+    sizes = multihost_utils.process_allgather(np.array(len(data)))
+    pieces = []
+    for start in range(0, int(sizes.max()), PIECE):
+        buffer = np.zeros(min(PIECE, int(sizes.max()) - start), np.uint8)
+        part = np.frombuffer(data[start : start + PIECE], np.uint8)
+        buffer[: len(part)] = part
+        pieces.append(np.asarray(multihost_utils.process_allgather(buffer)))
+    whole = np.concatenate(pieces, axis=1)
+    return [row[:size].tobytes() for row, size in zip(whole, sizes, strict=True)]
 
 
 def on_all_processes(flag: bool) -> bool:

@@ -13,9 +13,9 @@ from pjrlhf.data.messages import dialogue
 from pjrlhf.data.packing import Ids, PackedRows, PackLayout, choose_mode, pack, row_length
 from pjrlhf.data.records import RecordError
 from pjrlhf.data.schema import Example, Prompt
-from pjrlhf.data.token_table import Lengths, TokenRow, TokenTable, cut_left, tokenize
+from pjrlhf.data.token_table import Encode, Encoded, Lengths, TokenRow, TokenTable, cut_left, tokenize
 from pjrlhf.errors import UserError
-from pjrlhf.parallel.processes import to_host
+from pjrlhf.parallel.processes import in_shares, to_host
 from pjrlhf.rollout.batches import Prompts, Rollout
 from pjrlhf.rollout.sampler import Sampling
 from pjrlhf.runtime.devices import Devices
@@ -86,7 +86,7 @@ class Text:
     def tokenized(
         self, examples: Sequence[Example], lengths: Lengths, name: str, kind: str = "preference"
     ) -> TokenTable:
-        """Tokenizes records of one kind; see `data.token_table.tokenize`.
+        """Tokenizes records of one kind, each process its share; see `data.token_table.tokenize`. All must call it.
 
         Args:
           name: of the records in messages.
@@ -96,8 +96,15 @@ class Text:
         """
         fraction = self.settings.max_bad_fraction
         tokenizer = self.workspace.tokenizer
-        with watched(f"tokenizing {name}", examples) as rows:
-            table = tokenize(rows, kind, tokenizer, lengths, source_name=name, max_bad_fraction=fraction)
+
+        def shared(examples: Sequence[Example], encode: Encode) -> list[Encoded]:
+            def own(share: Sequence[Example]) -> list[Encoded]:
+                with watched(f"tokenizing {name}", share) as rows:
+                    return encode(rows)
+
+            return in_shares(examples, own)
+
+        table = tokenize(examples, kind, tokenizer, lengths, source_name=name, max_bad_fraction=fraction, shared=shared)
         self.show(name, {part: (ids[0], table.mask(part, 0)) for part, ids in table.tokens.items()})
         return table
 

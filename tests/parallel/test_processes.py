@@ -1,22 +1,26 @@
 """Runs of several real processes (gloo on this machine): the numbers of one process, and the loss of a process."""
 
+import contextlib
 import json
 import os
 import pathlib
+import pickle
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
 
 import numpy as np
 import pytest
-from support import tiny, tiny_judge
+from support import tiny, tiny_judge, tiny_users
 from support.chat_server import ChatServer
 from support.small_policies import close
 from support.tiny_classifiers import gpt2_folder
 
 from pjrlhf.algorithms.reward import SCALE
+from pjrlhf.data.tokenization import RewrittenTurns
 from pjrlhf.errors import UserError
 from pjrlhf.models.storage import load_tree
 from pjrlhf.parallel import processes
@@ -159,6 +163,119 @@ def test_two_processes_ask_a_classifier_on_the_mesh_together(tmp_path):
         assert found[0][name]["std"] > 1e-3
         close({key: found[0][name][key] for key in SCALE}, {key: found[1][name][key] for key in SCALE}, 1e-4)
     close(*(load_tree(folder / "policy" / "bank.safetensors")[0] for folder in (one, two)), 1e-4)
+
+
+TOKENIZE = """
+import dataclasses, hashlib, json, sys
+sys.path.insert(0, {tests!r})
+from support import tiny_users
+from pjrlhf.data.schema import Example
+from pjrlhf.data.token_table import Lengths, tokenize
+from pjrlhf.data.tokenization import load_tokenizer
+from pjrlhf.errors import UserError
+from pjrlhf.parallel import processes
+
+folder, coordinator, count, index = sys.argv[1:]
+if int(count) > 1:
+    processes.initialize("on", coordinator, int(count), int(index))
+tokenizer = load_tokenizer(folder)
+texts = ["it holds air .", "it can burn . " * 9, "it can burn ."]
+examples = [
+    Example(prompt="what is rain ? " * (i % 4 + 1), chosen=texts[i % 3], rejected="it .", where=f"line {{i}}")
+    for i in range(13)
+]
+encoded = []
+def shared(examples, encode):
+    return processes.in_shares(examples, lambda own: encoded.append(len(own)) or encode(own))
+limits = Lengths(prompt=20, completion=20)
+table = tokenize(examples, "preference", tokenizer, limits, max_bad_fraction=0.9, shared=shared)
+ids = {{name: [x.tolist() for x in rows] for name, rows in table.tokens.items()}}
+found = {{"ids": ids, "rows": [e.where for e in table.examples], "bad": table.bad.items, "encoded": encoded}}
+try:
+    strict = dataclasses.replace(limits, prompt=15, long_prompt="error")
+    tokenize(examples, "preference", tokenizer, strict, shared=shared)
+except UserError as error:
+    found["error"] = str(error)
+print(json.dumps(found))
+"""
+
+
+@pytest.mark.slow
+def test_each_process_tokenizes_its_share_and_has_the_table_of_one(tmp_path):
+    base, script = tiny_users.save_base(tmp_path), tmp_path / "shares.py"
+    script.write_text(TOKENIZE.format(tests=str(ROOT / "tests")))
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+
+    def run_on(count):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            coordinator = f"127.0.0.1:{free.getsockname()[1]}"
+        started = [
+            subprocess.Popen(
+                [sys.executable, str(script), str(base), coordinator, str(count), str(i)],
+                stdout=subprocess.PIPE,
+                env=environment,
+                text=True,
+            )
+            for i in range(count)
+        ]
+        return [json.loads(process.communicate(timeout=300)[0].splitlines()[-1]) for process in started]
+
+    (one,), two = run_on(1), run_on(2)
+    assert one["bad"] and one["rows"] and "line 3" in one["error"]
+    assert one.pop("encoded") == [13, 13]
+    assert [found.pop("encoded") for found in two] == [[6, 6], [7, 7]]
+    assert two == [one, one]
+
+
+def test_a_mistake_in_one_share_is_everybodys(monkeypatch):
+    """Three processes, one after the other: first what each would send, then what each makes of all."""
+    sent = {}
+
+    def as_process(index, items, work, others=None):
+        def exchanged(data):
+            sent[index] = data
+            return others or [data]
+
+        monkeypatch.setattr(processes.jax, "process_count", lambda: 3)
+        monkeypatch.setattr(processes.jax, "process_index", lambda: index)
+        monkeypatch.setattr(processes, "_from_all", exchanged)
+        return processes.in_shares(items, work)
+
+    def work(items):
+        if 9 in items:
+            raise UserError("nine is too much")
+        return [RewrittenTurns() if x == 1 else 10 * x for x in items]
+
+    for items in ([0, 1, 2, 3], [0, 1], []):
+        for index in range(3):
+            as_process(index, items, work)
+        whole = [as_process(index, items, work, [sent[i] for i in range(3)]) for index in range(3)]
+        for found in whole:
+            assert [str(x) for x in found] == [str(x) for x in work(items)]
+    for index in range(2):
+        with contextlib.suppress(UserError):
+            as_process(index, range(5, 13), work)
+    for index in range(3):
+        with pytest.raises(UserError, match="nine is too much"):
+            as_process(index, range(5, 13), work, [sent[0], sent[1], pickle.dumps(UserError("later"))])
+
+
+def test_pieces_of_what_processes_exchange_are_put_together(monkeypatch):
+    monkeypatch.setattr(processes, "PIECE", 4)
+    data = [b"", b"0123456789", b"abc"]
+
+    def gathered(own):
+        """As every process would have it, for the process with ten bytes."""
+        if own.ndim == 0:
+            return np.array([len(x) for x in data])
+        start = next(i for i in range(0, 10, 4) if data[1][i : i + 4] == own.tobytes()[: len(data[1][i : i + 4])])
+        rows = [np.frombuffer(x[start : start + 4].ljust(len(own), b"\0"), np.uint8) for x in data]
+        assert rows[1].tobytes() == own.tobytes()
+        return np.stack(rows)
+
+    monkeypatch.setattr(processes.multihost_utils, "process_allgather", gathered)
+    assert processes._from_all(data[1]) == data
 
 
 def children(process):
