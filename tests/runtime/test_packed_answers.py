@@ -51,7 +51,10 @@ def drawn_rewarder(backbone):
     return {"bank": bank, "heads": scoring.init_heads(S, backbone.model.config.hidden_size, jax.random.key(3))}
 
 
-@pytest.mark.parametrize("mode", MODES)
+SLOW = [pytest.param(mode, marks=pytest.mark.slow) for mode in MODES if mode not in ("share", "join")]
+
+
+@pytest.mark.parametrize("mode", ["share", "join", *SLOW])
 def test_answers_in_packed_rows_score_as_padded_ones(tmp_path, base, answers, mode):
     run = started(tmp_path, base, mode)
     backbone = run.workspace.backbone
