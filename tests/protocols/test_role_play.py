@@ -161,6 +161,13 @@ def test_the_report_of_a_run_tells_what_people_prefer(people, tmp_path):
     assert one["n"] == 2 * len(one["users"]) == 2 * one["people"] == 2 * 4
     assert one["low"] is None or one["low"] <= one["rate"] <= one["high"]
     assert summary["judges"][0]["name"] == "chat m" and summary["judges"][0]["requests"] > 0
+    rates = summary["people_win_rate"]
+    assert set(rates) == set(summary["gain"]) == set(summary["role_play"]) - {"pooled"}
+    for found in rates.values():
+        assert found["against"] == "pooled" and list(found["users"]) == list(one["users"]) and found["n"] == 2 * 4
+        assert {persona: len(own["users"]) for persona, own in found["groups"].items()} == {"P2A": 3, "P2B": 1}
+        assert found["low"] <= found["mean"] <= found["high"] and 0 <= found["ties"] <= 1
+    assert "Win rate of the answers to each person" in "".join(page.text)
     assert "As each person would judge" in "".join(page.text)
     assert "by a judge in the place of each person" in printed({"role_play": summary["role_play"]}, width=250)
 
