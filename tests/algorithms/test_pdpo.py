@@ -56,10 +56,19 @@ def pairs(run):
     return pairs_of(run)
 
 
+@pytest.fixture(scope="module")
+def method(run, pairs):
+    """The training of an entry by its name, compiled once for all tests; its `batches` go on from test to test."""
+    return functools.cache(lambda name: method_of(run, name, pairs))
+
+
 def one_each(pairs, count):
     """The first pair of each of the first `count` users."""
     users = pairs.users("train").tolist()
     return [pairs.tables["train"][users.index(user)] for user in range(1, count + 1)]
+
+
+scores_of = jax.jit(answer_scores, static_argnums=1)
 
 
 def batch_of(pairs, rows, part="train", users=None, num_user_tokens=0):
@@ -82,11 +91,11 @@ def test_training_starts_from_the_reference(people):
     assert abs(tiny.lines(people, "preference/individualized")[0]["loss"] - np.log(2)) > 1e-4
 
 
-def test_the_reference_is_the_policy_without_users(run, pairs):
-    method = method_of(run, "pooled", pairs)
+def test_the_reference_is_the_policy_without_users(method, pairs):
+    method = method("pooled")
     rows = [pairs.tables["train"][i] for i in range(8)]
     batch = batch_of(pairs, rows)
-    logps = answer_scores(method.backbone, method.users, method.init().trainable, batch)
+    logps = scores_of(method.backbone, method.users, method.init().trainable, batch)
     np.testing.assert_allclose(logps.T, pairs.reference["train"][:8], rtol=1e-5)
     np.testing.assert_array_equal(batch.counts, [[len(row["chosen"]), len(row["rejected"])] for row in rows])
 
@@ -191,8 +200,8 @@ def test_rows_of_a_step(run, pairs, mixture, alpha, times):
 
 
 @pytest.mark.parametrize("name", ["individualized", "cluster"])
-def test_absent_users_keep_every_bit(run, pairs, name, caplog):
-    method = method_of(run, name, pairs)
+def test_absent_users_keep_every_bit(method, pairs, name, caplog):
+    method = method(name)
     rows = one_each(pairs, 4) * 2
     two = np.where(pairs.users("train") > 2, pairs.users("train") - 2, pairs.users("train"))
     # A first step for everybody: moments that a dense optimizer would go on to apply.
@@ -207,11 +216,9 @@ def test_absent_users_keep_every_bit(run, pairs, name, caplog):
         assert (x[1:3] != y[1:3]).reshape(2, -1).any(1).all()
 
 
-def test_pooled_training_does_not_know_who_is_asking(run, pairs):
-    found = []
+def test_pooled_training_does_not_know_who_is_asking(method, pairs):
+    method, rows, found = method("pooled"), [pairs.tables["train"][i] for i in range(8)], []
     for users in (pairs.users("train"), np.zeros(len(pairs.tables["train"]), np.int32)):
-        method = method_of(run, "pooled", pairs)
-        rows = [pairs.tables["train"][i] for i in range(8)]
         found.append(tiny.bits(method.step(method.init(), batch_of(pairs, rows, users=users))))
     assert found[0] == found[1]
 
@@ -268,22 +275,24 @@ def test_a_user_model_of_other_code(records, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["pooled", "individualized"])
-def test_a_batch_in_parts_is_one_update(run, pairs, name):
+def test_a_batch_in_parts_is_one_update(run, method, pairs, name):
     entry = entry_of(run, name)
-    states = []
-    for count in (1, 2):
-        method = method_of(run, dataclasses.replace(entry, accumulation_steps=count), pairs)
-        state, metrics = method.step(method.init(), next(method.batches))
+    parts = method_of(run, dataclasses.replace(entry, accumulation_steps=2), pairs)
+    states, batch = [], next(parts.batches)
+    assert entry.accumulation_steps == 1 and len(batch) == 2
+    rows = [pairs.tables["train"][i] for part in batch for i in part.index.tolist()]
+    for one, given in ((method(name), method(name).collate("train", pairs.users("train"), rows)), (parts, batch)):
+        state, metrics = one.step(one.init(), given)
         states.append((state, {key: np.divide(*metrics[key]) for key in ("loss", "rewards/margins", "logps/chosen")}))
-    (whole, before), (parts, after) = states
+    (whole, before), (split, after) = states
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5), before, after)
     # Adam's first step is the sign of the gradient times the rate, so compare the moments.
-    for x, y in zip(jax.tree.leaves(whole.opt_state), jax.tree.leaves(parts.opt_state), strict=True):
+    for x, y in zip(jax.tree.leaves(whole.opt_state), jax.tree.leaves(split.opt_state), strict=True):
         np.testing.assert_allclose(x, y, rtol=1e-3, atol=1e-6)
 
 
-def test_dropout_is_drawn_from_the_stream_of_the_step(run, pairs):
-    method = method_of(run, "individualized", pairs)
+def test_dropout_is_drawn_from_the_stream_of_the_step(run, method, pairs):
+    plain, method = method("individualized"), method_of(run, "individualized", pairs)
     method.backbone = method.backbone.replace(adapter=method.backbone.adapter.replace(dropout=0.2))
     batch, states = next(method.batches), []
     for times in (2, 2, 1):
@@ -295,20 +304,19 @@ def test_dropout_is_drawn_from_the_stream_of_the_step(run, pairs):
     # A resumed run draws what the undisturbed one draws.
     resumed, _ = method.step(states[2], batch)
     assert tiny.bits(resumed) == tiny.bits(states[0])
-    plain = method_of(run, "individualized", pairs)
     without, _ = plain.step(plain.step(plain.init(), batch)[0], batch)
     assert tiny.bits(without.trainable) != tiny.bits(states[0].trainable)
 
 
-def test_held_out_accuracy_is_that_of_the_margins(run, pairs):
-    method = method_of(run, "individualized", pairs)
+def test_held_out_accuracy_is_that_of_the_margins(method, pairs):
+    method = method("individualized")
     state, _ = method.step(method.init(), next(method.batches))
     table, users = pairs.tables["heldout"], pairs.users("heldout")
     hits = []
     for start in range(0, len(table), 8):  # batches of their own
         rows = [table[i % len(table)] for i in range(start, start + 8)]
         batch = method.collate("heldout", users, rows)
-        scores = answer_scores(method.backbone, method.users, state.trainable, batch)
+        scores = scores_of(method.backbone, method.users, state.trainable, batch)
         chosen, rejected = pair_rewards(method.objective, scores, batch)
         hits += np.asarray(chosen > rejected)[: len(table) - start].tolist()
     assert method.evaluate(state) == {"accuracy": pytest.approx(np.mean(hits))}

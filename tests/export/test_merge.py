@@ -84,6 +84,7 @@ def assert_close(actual, expected, atol=0.0):
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=atol, rtol=0), actual, expected)
 
 
+@functools.partial(jax.jit, static_argnums=0)
 def hidden(config, params, adapters=None, mix=None):
     tokens = jnp.arange(12).reshape(2, 6) % config.vocab_size
     valid = jnp.ones(tokens.shape, bool)

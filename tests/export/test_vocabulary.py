@@ -1,6 +1,7 @@
 """People as added vocabulary, read back by this package."""
 
 import dataclasses
+import functools
 import json
 import pathlib
 import shutil
@@ -53,12 +54,13 @@ def exported(base, tmp_path_factory):
     return catalogue, folder
 
 
+@functools.partial(jax.jit, static_argnums=0)
 def logps(config, params, tokens):
     """Log-probs [T, V] of the next token."""
-    model, tokens = Decoder(config), jnp.asarray(tokens)[None]
+    model, tokens = Decoder(config), tokens[None]
     hidden, _ = model.apply({"params": params}, tokens, jnp.ones(tokens.shape, bool))
     logits = model.apply({"params": params}, hidden, method="logits")[0]
-    return np.asarray(jax.nn.log_softmax(logits, -1))
+    return jax.nn.log_softmax(logits, -1)
 
 
 @pytest.mark.parametrize("model_type", some("llama", "qwen3", "gemma2", "gpt2", "gptj"))
@@ -73,7 +75,7 @@ def test_new_rows_are_never_sampled_and_leave_the_others_as_they_are(model_type,
     wide, added = add_rows(config, params, rows, model_type)
     tokens = np.arange(3, 40)
     with jax.default_matmul_precision("highest"):
-        before, after = logps(config, params, tokens), logps(wide, added, tokens)
+        before, after = (np.asarray(logps(*model, tokens)) for model in ((config, params), (wide, added)))
     np.testing.assert_allclose(after[:, : config.vocab_size], before, atol=1e-4)
     # A soft cap of 30 bounds how far below the others they can be.
     assert (after[:, config.vocab_size :] < (-20 if config.logit_softcap else -1000)).all()

@@ -304,7 +304,7 @@ def test_padding_and_unrolling_do_not_matter(model_type):
     np.testing.assert_allclose(got[left_valid], want[valid], rtol=0, atol=1e-5)
     model, variables = Decoder(config, scan_layers=False), unroll({"params": params}, fused=True)
     hidden, _ = jax.jit(model.apply)(variables, left, left_valid)
-    logits = model.apply(variables, hidden, method="logits")
+    logits = jax.jit(functools.partial(model.apply, method="logits"))(variables, hidden)
     np.testing.assert_allclose(logits[left_valid], got[left_valid], rtol=0, atol=1e-5)
 
 
@@ -354,8 +354,8 @@ def test_user_tokens_that_are_words_are_those_words(model_type):
 def test_one_hot_adapters_are_the_merged_weights(model_type):
     config, params, tokens, valid = short(model_type)
     rng = np.random.default_rng(4)
-    bank = init_bank(params, ADAPTER, 2, jax.random.key(0))
-    bank = jax.tree.map(lambda x: jnp.asarray(0.3 * rng.standard_normal(x.shape), jnp.float32), bank)
+    shapes = jax.eval_shape(lambda: init_bank(params, ADAPTER, 2, jax.random.key(0)))
+    bank = jax.tree.map(lambda x: jnp.asarray(0.3 * rng.standard_normal(x.shape), jnp.float32), shapes)
     assert ("gate" in bank["layers"]["mlp"]) == config.gated
     rows = np.array([0, 1, 0, 1])
 

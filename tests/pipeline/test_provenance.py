@@ -89,35 +89,41 @@ CHANGES = {
 }
 
 
-@pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("change", CHANGES)
-def test_people_keep_their_rows_whatever_the_order_of_lines(own, tmp_path, base_folder, change, name):
+@pytest.fixture(scope="module")
+def apart(own, tmp_path_factory):
+    """(folder, name -> `margins_by_line`) of a copy of the run whose people differ more than a few steps make them."""
     config, folder = own
-    run = tiny.start(folder, config)
-    before = trained_of(run, name, pairs_of(run))
-    # Rows that differ more than a few steps make them.
-    moved = np.random.default_rng(0)
-    table = jax.tree.map(lambda x: 3 * moved.standard_normal(x.shape, np.float32), before.trainable["users"]["table"])
-    users = {**before.trainable["users"], "table": table}
-    entry = entry_of(run, name)
-    copy = shutil.copytree(folder, tmp_path / "copy")
-    there = tiny.start(copy, config)
-    pdpo_entries.save(there, entry, before.users, before.pairs.registry, {**before.trainable, "users": users})
-    expected = margins_by_line(trained_of(there, name, pairs_of(there)))
+    folder = shutil.copytree(folder, tmp_path_factory.mktemp("apart") / "run")
+    run, expected = tiny.start(folder, config), {}
+    pairs, moved = pairs_of(run), np.random.default_rng(0)
+    for name in MODELS:
+        before = trained_of(run, name, pairs)
+        users = before.trainable["users"]
+        table = jax.tree.map(lambda x: 3 * moved.standard_normal(x.shape, np.float32), users["table"])
+        changed = {**before.trainable, "users": {**users, "table": table}}
+        pdpo_entries.save(run, entry_of(run, name), before.users, before.pairs.registry, changed)
+        expected[name] = margins_by_line(trained_of(run, name, pairs))
+    return folder, expected
 
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_people_keep_their_rows_whatever_the_order_of_lines(apart, tmp_path, base_folder, change):
+    folder, margins = apart
     lines = CHANGES[change](lines_of(PEOPLE))
     other = config_of(tiny_users.write_records(tmp_path / "records.jsonl", lines), base_folder)
-    again = tiny.start(copy, other)
-    trained = trained_of(again, name, pairs_of(again))
-    assert list(trained.pairs.registry.rows) == list(PEOPLE), "those who left keep their rows"
-    found = margins_by_line(trained)
-    both = found.keys() & expected.keys()
-    assert len(both) >= 10
-    np.testing.assert_allclose([found[key] for key in both], [expected[key] for key in both], rtol=1e-4, atol=1e-5)
-    assert len({round(float(expected[key]), 4) for key in both}) > 3, "people differ: this test can fail"
-    names = [e.user_id for e in trained.pairs.tables["heldout"].examples]
-    rows = dict(zip(names, trained.pairs.users("heldout").tolist(), strict=True))
-    assert rows == {user: PEOPLE.index(user) + 1 if user in PEOPLE else 0 for user in rows}, "new people are generic"
+    again = tiny.start(shutil.copytree(folder, tmp_path / "copy"), other)
+    pairs = pairs_of(again)
+    for name, expected in margins.items():
+        trained = trained_of(again, name, pairs)
+        assert list(trained.pairs.registry.rows) == list(PEOPLE), "those who left keep their rows"
+        found = margins_by_line(trained)
+        both = found.keys() & expected.keys()
+        assert len(both) >= 10
+        np.testing.assert_allclose([found[key] for key in both], [expected[key] for key in both], rtol=1e-4, atol=1e-5)
+        assert len({round(float(expected[key]), 4) for key in both}) > 3, "people differ: this test can fail"
+        names = [e.user_id for e in trained.pairs.tables["heldout"].examples]
+        rows = dict(zip(names, trained.pairs.users("heldout").tolist(), strict=True))
+        assert rows == {user: PEOPLE.index(user) + 1 if user in PEOPLE else 0 for user in rows}, "others are generic"
 
 
 def test_names_that_look_like_one_are_named(caplog):
