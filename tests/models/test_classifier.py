@@ -61,7 +61,7 @@ def test_logits_equal_transformers(model_type, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "model_type", [pytest.param(x, marks=() if x in ("gpt2", "gemma2") else pytest.mark.slow) for x in FAMILIES]
+    "model_type", [pytest.param(x, marks=() if x == "gpt2" else pytest.mark.slow) for x in FAMILIES]
 )
 def test_logits_are_the_same_on_eight_devices_and_in_any_batch(model_type, tmp_path):
     folder, rows = family_folder(tmp_path / "in", model_type), texts()
