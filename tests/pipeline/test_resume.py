@@ -167,8 +167,11 @@ def test_ctrl_c_ends_in_one_line(tmp_path, seconds):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
-@pytest.mark.parametrize("seconds", [0.3, 1.2, 3.0, 6.0, 11.0])
+@pytest.mark.parametrize(
+    ("seconds", "name"),
+    # They have one handler; `test_main.py` sends each.
+    [(0.3, "SIGTERM"), (1.2, "SIGHUP"), (3.0, "SIGTERM"), (3.0, "SIGHUP"), (6.0, "SIGTERM"), (11.0, "SIGHUP")],
+)
 def test_another_signal_ends_in_one_line_and_the_run_goes_on(tmp_path, seconds, name):
     """While importing, compiling, sampling or training; the rerun ends as if nothing had happened."""
     number = signal.Signals[name]
