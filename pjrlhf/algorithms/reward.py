@@ -85,7 +85,7 @@ class RewardSettings(Settings):
     optimizer: OptimizerSettings = setting(OptimizerSettings(learning_rate=5e-3, schedule="cosine"))
 
     def check(self) -> None:
-        check_heldout(self.data, self.heldout_data, "data", "heldout_data")
+        check_heldout(self.data, self.heldout_data, "data")
         check_quantiles(self.quantiles)
         if not self.epochs:
             check_warmup(self.optimizer, self.steps)

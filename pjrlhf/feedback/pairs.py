@@ -61,7 +61,7 @@ class PairSettings(Settings):
 
     def check(self) -> None:
         super().check()
-        check_heldout(self.data, self.heldout_data, "data", "heldout_data")
+        check_heldout(self.data, self.heldout_data, "data")
 
 
 def _told(example: Example, text: str | None) -> Example:

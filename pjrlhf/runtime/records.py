@@ -38,12 +38,12 @@ from pjrlhf.training.progress import watched
 SourceSpec = Mapping[str, Any]
 
 
-def check_heldout(source: str | SourceSpec, heldout: SourceSpec, name: str, heldout_name: str) -> None:
+def check_heldout(source: str | SourceSpec, heldout: SourceSpec, name: str) -> None:
     """Raises UserError where held-out records are given beside what the run makes itself."""
     if heldout and isinstance(source, str):
         raise UserError(
-            f"{heldout_name}: {name}={source!r} has its own held-out part; give {name} a source too, or leave out "
-            f"{heldout_name}"
+            f"heldout_{name}: {name}={source!r} has its own held-out part; give {name} a source too, or leave out "
+            f"heldout_{name}"
         )
 
 
@@ -87,7 +87,7 @@ class DataSettings(Settings):
     max_bad_fraction: float = setting(0.01, "a larger fraction of bad records stops the run", low=0.0, high=1.0)
 
     def check(self) -> None:
-        check_heldout(self.prompts, self.heldout_prompts, "prompts", "heldout_prompts")
+        check_heldout(self.prompts, self.heldout_prompts, "prompts")
 
     def within(self, context: int, user_tokens: int = 0, learned_positions: bool = False) -> "DataSettings":
         """The settings for a context of so many tokens: shorter lengths, in the same proportion, where texts are cut.
