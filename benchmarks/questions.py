@@ -60,7 +60,7 @@ def simulated(path: str, personas: list[str], each: int = 2) -> dict[str, dict[b
 
 def curve(members: Members, pool: list[Example], held: list[Example], seed: int | None) -> list[float]:
     """Accuracy after each of `COUNTS`; in random order with a `seed`, by information without."""
-    fitter, start, asked = members.fitter, members.generic_row, []
+    fitter, start, asked = members.fitter, members.table.generic_row, []
     assert fitter is not None
     rest = list(range(len(pool)))
     order = None if seed is None else np.random.default_rng(seed).permutation(len(pool)).tolist()
@@ -75,7 +75,7 @@ def curve(members: Members, pool: list[Example], held: list[Example], seed: int 
             chosen = order[k]
         else:
             new, seen = (fitter.margins(row, [pool[i] for i in some]) for some in (rest, asked))
-            chosen = rest[int(np.argmax(expected_information(*new, *seen, members.variance)[0]))]
+            chosen = rest[int(np.argmax(expected_information(*new, *seen, members.table.variance)[0]))]
         asked.append(chosen)
         rest.remove(chosen)
     return found

@@ -40,7 +40,7 @@ def serve(catalogue: Catalogue, settings: ServerSettings, sizes: EngineSettings)
     engine.warm_up()
     engine.start()
     if isinstance(members, Members):
-        members.warm_up()
+        members.table.warm_up()
     config = uvicorn.Config(
         server.app,
         log_config=None,
@@ -65,7 +65,7 @@ def serve(catalogue: Catalogue, settings: ServerSettings, sizes: EngineSettings)
     _Process(config, engine).run(sockets=[listener])
     engine.close(settings.drain_seconds)
     if isinstance(members, Members):
-        members.close()
+        members.table.close()
 
 
 class _Process(uvicorn.Server):

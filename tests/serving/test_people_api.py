@@ -404,8 +404,8 @@ def test_a_vote_after_the_warm_up_compiles_nothing(model, monkeypatch, kind):
     catalogue = catalogue_of(model, kind)
     people = dataclasses.replace(catalogue.people, learning=dataclasses.replace(LEARNING, steps=3))
     members = open_members(dataclasses.replace(catalogue, people=people)).people
-    members.warm_up()
-    while members.warming:
+    members.table.warm_up()
+    while members.table.warming:
         time.sleep(0.01)
     with compilations() as compiled:
         members.add("new")
@@ -563,9 +563,9 @@ def test_a_server_that_ends_gives_up_its_warm_up(model, monkeypatch):
 
     monkeypatch.setattr(members.fitter, "warm_up", programs)
     monkeypatch.setattr("absl.logging.warning", lambda *text: said.append(text))
-    members.warm_up()
-    assert compiling.wait(60) and members.warming
-    members.close()
+    members.table.warm_up()
+    assert compiling.wait(60) and members.table.warming
+    members.table.close()
     go_on.set()
-    members.working.shutdown(wait=True)
-    assert compiled == [0] and not members.warming and not said
+    members.table.working.shutdown(wait=True)
+    assert compiled == [0] and not members.table.warming and not said

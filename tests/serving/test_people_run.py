@@ -89,8 +89,8 @@ def test_people_learn_on_several_devices(people, warm):
     for mesh in ("", "data=2,fsdp=2,tensor=2"):
         members = open_members(open_run(str(people), "individualized", parse_mesh(mesh)), "sqlite://").people
         if warm:
-            members.warm_up()
-            while members.warming:
+            members.table.warm_up()
+            while members.table.warming:
                 time.sleep(0.01)
         with compilations() as compiled:
             members.add("new", votes[:1])
@@ -134,7 +134,7 @@ def test_a_copy_of_the_run_that_still_has_a_deleted_person_does_not_serve_them(r
     """Replicas of one store, each with its own copy of the run."""
     copy, url = shutil.copytree(run, tmp_path / "copy"), str(tmp_path / "people.sqlite")
     first, second = (open_members(open_run(str(one), "individualized"), url).people for one in (run, copy))
-    name = first.trained_names()[0]
+    name = first.table.trained_names()[0]
     tokens = second.row(name)[0]
     first.learn(name, [{"prompt": "what is rain ?", "chosen": "it is wet .", "rejected": "the sky is blue ."}])
     assert not np.array_equal(second.row(name)[0], tokens), "a vote given to one is known to the other"
@@ -143,7 +143,7 @@ def test_a_copy_of_the_run_that_still_has_a_deleted_person_does_not_serve_them(r
     assert not second.knows(name)
     np.testing.assert_array_equal(second.row(name)[0], second.row(None)[0])
     later = open_members(open_run(str(copy), "individualized"), url).people
-    assert not later.knows(name) and name not in later.trained_names()
+    assert not later.knows(name) and name not in later.table.trained_names()
 
 
 def users(capsys, *arguments, code=0):

@@ -35,13 +35,13 @@ def _person(members: Members, name: str) -> Person:
 
 def _described(members: Members, person: Person, fits: bool) -> dict[str, Json]:
     name = str(person.name)
-    output = members.output(person, fits)
-    mix = None if output is None else output[1]
+    known = members.table.read(person, fits)
+    mix = None if known is None else known.output[1]
     found: dict[str, Json] = {
         "object": "user",
         "id": name,
         "known": True,
-        "trained": members.is_trained(person),
+        "trained": _is_trained(members, person),
         "comparisons": person.comparisons,
         "mix": None if mix is None else dict(zip(members.names, mix.tolist(), strict=True)),
         "stated": person.stated,
@@ -63,7 +63,7 @@ def listed(members: Members, limit: int = LIMIT, after: str | None = None) -> di
       Unknown: nobody is called `after`.
     """
     stored = {str(person.name): person for person in members.store.people()}
-    names = list(dict.fromkeys([*members.trained_names(), *stored]))
+    names = list(dict.fromkeys([*members.table.trained_names(), *stored]))
     if after is not None and after not in names:
         raise Unknown(f"after: nobody is called {shown(after)}; give the last id of the page before")
     start = 0 if after is None else names.index(after) + 1
@@ -81,15 +81,16 @@ def exported(members: Members, name: str) -> dict[str, Json]:
     """
     person = _person(members, name)
     comparisons = members.store.comparisons(name)[1] if person.version else []
+    has_start = _is_trained(members, person) or person.start is not None
     return {
         "object": "user.export",
         "format": FORMAT,
         "id": name,
         "comparisons": comparisons,
         "mix": person.stated,
-        "row": _listed(members.row_of(person)),
-        "start": _listed(members.start_of(person)) if members.is_trained(person) or person.start is not None else None,
-        "model": members.fingerprint,
+        "row": _listed(members.table.row(name)),
+        "start": _listed(members.table.start_of(person)) if has_start else None,
+        "model": members.table.fingerprint,
         "kind": members.model.kind,
     }
 
@@ -113,19 +114,24 @@ def imported(members: Members, body: Mapping[str, Json], name: object = None) ->
     if members.knows(name):
         raise Taken(f"id: {shown(name)} is taken; choose another, or delete that person first")
     comparisons, mix = body.get("comparisons") or [], body.get("mix")
-    own = body.get("model") == members.fingerprint
+    own = body.get("model") == members.table.fingerprint
     read = members.read(comparisons) if comparisons else []
     stated = None
     if mix is not None and members.model.mixes:
         stated = members.check_mix(mix)
     if not own and not read and stated is None:
         raise UserError(
-            f"model: {shown(name)} has a row of another model ({shown(body.get('model'))}, here {members.fingerprint}) "
-            "and no comparisons to fit it again; export comparisons too, or add the person with new ones"
+            f"model: {shown(name)} has a row of another model ({shown(body.get('model'))}, here "
+            f"{members.table.fingerprint}) and no comparisons to fit it again; export comparisons too, or add the "
+            "person with new ones"
         )
     rows = {field: _row(members, body.get(field), field) if own else None for field in ("row", "start")}
     members.take(name, read, stated, rows["row"], rows["start"])
     return name
+
+
+def _is_trained(members: Members, person: Person) -> bool:
+    return not person.forgotten and members.table.is_trained(str(person.name))
 
 
 def _listed(row: Mapping[str, Any]) -> dict[str, Json]:
@@ -135,7 +141,7 @@ def _listed(row: Mapping[str, Any]) -> dict[str, Json]:
 def _row(members: Members, value: Json, field: str) -> dict[str, Any] | None:
     if value is None:
         return None
-    like: dict[str, Any] = dict(flax.traverse_util.flatten_dict(members.generic_row, sep="/"))
+    like: dict[str, Any] = dict(flax.traverse_util.flatten_dict(members.table.generic_row, sep="/"))
     try:
         if not isinstance(value, Mapping):
             raise TypeError("no object of arrays")

@@ -101,7 +101,7 @@ def next_questions(members: Members, name: str, pairs: object) -> list[dict[str,
         rest = {key: value for key, value in pair.items() if key != "answers"}
         asked.append({**rest, "chosen": answers[0], "rejected": answers[1]})
     new, seen = members.linearized(name, asked, "pairs")
-    information, chance = expected_information(*new, *seen, members.variance)
+    information, chance = expected_information(*new, *seen, members.table.variance)
     order = np.argsort(-information, kind="stable")
     return [
         {
