@@ -70,10 +70,13 @@ class Service:
         self.catalogue = open_members(catalogue, settings.people, settings.comparisons)
         self.engine, self.settings = engine, settings
         people, notes = self.catalogue.people, catalogue.notes
-        learns = isinstance(people, Members) and people.fitter is not None
-        if settings.questions and not learns:
-            raise UserError("questions: nobody learns from the answers here; leave it out, or serve another entry")
-        self.questions = pool_of(catalogue.run, settings.questions, bool(notes.examples)) if learns else ()
+        fits = isinstance(people, Members) and people.fitter is not None
+        if settings.questions and not fits:
+            raise UserError(
+                "questions: no row of a person is fitted here, so that no question tells more than another; leave it "
+                "out, or serve another entry"
+            )
+        self.questions = pool_of(catalogue.run, settings.questions, bool(notes.examples)) if fits else ()
         self.api_key = api_key.encode("utf-8", "surrogateescape")
         self.metrics = Metrics(engine)
         self.started = int(time.time())

@@ -98,7 +98,7 @@ def _about(service: Service) -> dict[str, Json]:
         "mixing": mixing,  # whether a request may have weights
         "ingredients": [{"name": name, **notes.describe(name)} for name in catalogue.names],
         "people": isinstance(people, Members),
-        "learns": isinstance(people, Members) and people.fitter is not None,
+        "learns": isinstance(people, Members) and people.learns,
         "asks": bool(service.questions),  # whether there are pairs to ask a person about
         "generic": generic,  # weights of a person who is not known
         "chat": catalogue.chat,

@@ -185,6 +185,7 @@ def test_a_server_reads_what_people_tell_it(run):
             return found[1]
 
         body = {"prompt": prompt, "user": "ana", "max_tokens": 4, "temperature": 0, "echo": True}
+        assert send(place, None, "/page/about", "GET")[1]["learns"], "the page lets people vote"
         assert ask("/v1/completions", body)["choices"][0]["text"].startswith(prompt), "nothing is known yet"
         ask("/v1/users", {"id": "ana"})
         assert ask("/v1/users/ana/feedback", {"comparisons": votes})["comparisons"] == 4

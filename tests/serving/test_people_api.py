@@ -534,7 +534,7 @@ def test_what_is_wrong_with_questions_is_told_at_the_start(model, tmp_path, line
         path.write_text(line)
     with pytest.raises(UserError, match=f"questions: {path}.*{message}"):
         Service(catalogue_of(model), None, ServerSettings(questions=str(path)))
-    with pytest.raises(UserError, match="questions: nobody learns"):
+    with pytest.raises(UserError, match="questions: no row of a person is fitted"):
         Service(Catalogue(model), None, ServerSettings(questions=str(path)))
 
 
