@@ -242,12 +242,12 @@ def main(_: list[str]) -> None:
 
     config = FLAGS.config
     plan = stages.read(config)  # reports errors in the config before anything else happens
-    compilation_cache()
-    if FLAGS.aot:
+    if FLAGS.aot:  # programs for devices that are not here cannot be read from a cache
         from pjrlhf.aot import plan as aot
 
         aot.report(config, FLAGS.aot)
         return
+    compilation_cache()
     from pjrlhf.parallel import processes
 
     processes.initialize(FLAGS.distributed, FLAGS.coordinator, FLAGS.num_processes, FLAGS.process_id)

@@ -165,11 +165,18 @@ def test_every_step_of_the_catalogue_can_be_planned(monkeypatch):
         *(f"{where}: {part}" for where in ("policy", "methods/pmorl") for part in ("rollout", "rewards", "whole step")),
     ]
     config = tiny_users.settings(aot__users=100)
+    compiled, compile_one = [], planned._compile
+    monkeypatch.setattr(planned, "_compile", lambda *args: compiled.append(None) or compile_one(*args))
     steps = {step.name: step for step in aot.plan(config, "v5e:2x4", ["preference"])}
     assert list(steps) == [
         "preference: reference",
         *(f"preference: {name}" for name in config.preference.models),
     ]
+    alike = {
+        (steps[f"preference: {name}"].memory, steps[f"preference: {name}"].cost)
+        for name in ("individualized", "permuted")
+    }
+    assert len(alike) == 1 and len(compiled) == len(steps) - 1, "the same program is compiled once"
     assert all(step.fits and step.cost.flops > 0 and step.estimate.seconds > 0 for step in steps.values())
     # Every pair twice, with user tokens, for a person's model; once for the pooled one.
     ratio = steps["preference: individualized"].cost.flops / steps["preference: pooled"].cost.flops
