@@ -4,7 +4,7 @@ A round is one step (loss, gradient, AdamW) on the same pairs on all sides, from
 the step of the stage `preference`. TRL is `DPOTrainer` as `trainer.train()` runs it, without gradient checkpointing,
 with the reference's log-probabilities precomputed or not. "torch" is a hand-written loop with the tricks that torch has
 too: precomputed reference, chosen and rejected in one pass, logits of answer tokens only, fused attention, fused AdamW.
-"Tunix" is `tunix_dpo.py`, where --tunix_python names an interpreter with google-tunix; its reference is always live.
+"Tunix" is `tunix_sides.py`, where --tunix_python names an interpreter with google-tunix; its reference is always live.
 P-DPO sides are ours with a user model of ten tokens a person, and are compared with our own pooled step.
 """
 
@@ -12,7 +12,7 @@ import itertools
 
 import harness
 import pairs
-import tunix_dpo
+import tunix_sides
 
 POOLED = "ours"
 
@@ -143,7 +143,7 @@ def compare(options, size):
             "TRL": c.theirs("trl", **job, precompute=True),
             "TRL, live reference": c.theirs("trl", **job, precompute=False),
             "torch": c.theirs("loop", **job),
-            "Tunix": harness.Side("tunix", options.tunix_python, {**job, "shape": tunix_dpo.shape_of(work.shape)}),
+            "Tunix": harness.Side("tunix", options.tunix_python, {**job, "shape": tunix_sides.shape_of(work.shape)}),
             "ours, P-DPO dropout": c.ours("ours", **job, entry={**people, "mixture": "dropout"}),
             "ours, P-DPO exact": c.ours("ours", **job, entry={**people, "mixture": "exact"}),
         }
@@ -166,5 +166,5 @@ def main():
 
 
 if __name__ == "__main__":
-    harness.serve({"ours": ours, "trl": trl, "loop": loop, "tunix": tunix_dpo.tunix})
+    harness.serve({"ours": ours, "trl": trl, "loop": loop, "tunix": tunix_sides.dpo})
     main()

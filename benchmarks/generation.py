@@ -3,10 +3,12 @@
 A round is one greedy answer of as many tokens to every prompt of a batch, with a key/value cache, from the same weights
 in float32. Ours is `rollout.sampler.generate`, jitted; theirs `model.generate` with its default (growing) cache and
 with a static one. The soup side mixes three LoRA adapters of rank 8 with weights of every row's own. `same` is the
-share of tokens that are those of ours.
+share of tokens that are those of ours. "Tunix" is `tunix_sides.py`, where --tunix_python names an interpreter with
+google-tunix.
 """
 
 import harness
+import tunix_sides
 
 
 def ours(job, turn):
@@ -80,9 +82,10 @@ def compare(options, size, batch):
             "transformers": c.theirs("transformers", **job, cache=None),
             "transformers, static cache": c.theirs("transformers", **job, cache="static"),
             "ours, soup per row": c.ours("ours", **job, soup=True),
+            "Tunix": harness.Side("tunix", options.tunix_python, {**job, "shape": tunix_sides.shape_of(shape)}),
         }
         for name, side in sides.items():
-            if name == "ours" or not options.sides or name in options.sides:
+            if side.python and (name == "ours" or not options.sides or name in options.sides):
                 c.start(name, side)
         c.run(options.rounds, 2)
         found = c.found("ours")
@@ -102,6 +105,7 @@ def main():
     parser.add_argument("--batch", type=int, nargs="+", default=[8, 32])
     parser.add_argument("--prompt", type=int, default=128, help="tokens")
     parser.add_argument("--new", type=int, default=128, help="tokens")
+    parser.add_argument("--tunix_python", default="", help="interpreter with google-tunix")
     options = harness.parse(parser)
     tables, about = {}, {}
     for size in options.model:
@@ -110,9 +114,10 @@ def main():
             tables[name], about[name] = compare(options, size, batch)
             columns = {"tokens_per_second": "new tokens/s", "mfu_percent": "MFU %", "same": "same"}
             harness.table(f"{about[name]['parameters'] / 1e6:.1f}M parameters, {batch} rows", tables[name], columns)
-    harness.bars(harness.write(options, "generation", {"models": about}, tables), tables, "ours")
+    name = "generation_tunix" if options.sides == ["Tunix"] else "generation"
+    harness.bars(harness.write(options, name, {"models": about}, tables), tables, "ours")
 
 
 if __name__ == "__main__":
-    harness.serve({"ours": ours, "transformers": transformers})
+    harness.serve({"ours": ours, "transformers": transformers, "tunix": tunix_sides.sampler})
     main()

@@ -1,24 +1,37 @@
-"""The side of google-tunix in `dpo.py`: `DPOTrainer.train()` on the pairs and weights of the others.
+"""The sides of google-tunix, on the others' weights: `DPOTrainer.train()` in `dpo.py`, `Sampler` in `generation.py`.
 
-Tunix pads prompts on the left and answers on the right, and scores the whole row with the vocabulary. Its best setting:
-no remat, the graph of the model cached (its default), and each batch padded to its own longest prompt and answer, for
-one more compilation each, before the rounds that count. Its trainer has no precomputed reference: the base without
-adapters scores each batch once more.
+Tunix pads prompts on the left and answers on the right, and scores the whole row with the vocabulary. The best setting
+of its trainer: no remat, the graph of the model cached (its default), and each batch padded to its own longest prompt
+and answer, for one more compilation each, before the rounds that count. It has no precomputed reference: the base
+without adapters scores each batch once more. The best setting of its sampler, which GRPO samples with: a cache and
+prompts without padding.
 """
 
+import functools
 import itertools
 
 import harness
 
+PACKAGES = "google-tunix", "qwix", "flax", "jax", "jaxlib"
 
-def tunix(job, turn):
+
+def _model(job):
+    import jax
+    from tunix.models.llama3 import model as llama
+    from tunix.models.llama3 import params
+
+    config = llama.ModelConfig(**job["shape"])
+    # Its Llama has `rope_theta` in its configuration and rotates by 10^6, whatever stands there.
+    llama.apply_rope = functools.partial(llama.apply_rope, rope_theta=config.rope_theta)
+    return params.create_model_from_safe_tensors(job["model"], config, dtype=jax.numpy.float32)
+
+
+def dpo(job, turn):
     import jax
     import numpy as np
     import optax
     import qwix
     from flax import nnx
-    from tunix.models.llama3 import model as llama
-    from tunix.models.llama3 import params
     from tunix.sft.dpo import dpo_trainer
 
     jax.devices()
@@ -32,10 +45,7 @@ def tunix(job, turn):
             self.last_loss = loss
             return super()._buffer_metrics(metrics_buffer, loss, step, additional_metrics)
 
-    base = params.create_model_from_safe_tensors(
-        job["model"], llama.ModelConfig(**job["shape"]), dtype=jax.numpy.float32
-    )
-    model = reference = base
+    model = reference = base = _model(job)
     if job["lora"]:
         names = ".*(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
         provider = qwix.LoraProvider(module_path=names, rank=job["lora"], alpha=2.0 * job["lora"])
@@ -55,8 +65,7 @@ def tunix(job, turn):
 
     def taken():
         """Every batch again and again; asked for the next one, Tunix may still compute: that is waited for."""
-        versions = harness.versions("google-tunix", "qwix", "flax", "jax", "jaxlib")
-        turn({"peak": harness.gemm_peak("jax"), "versions": versions})
+        turn({"peak": harness.gemm_peak("jax"), "versions": harness.versions(*PACKAGES)})
         for i in itertools.count():
             yield dpo_trainer.TrainingInput(**{name: np.array(x) for name, x in batches[i % len(batches)].items()})
             jax.block_until_ready((nnx.state(trainer.model), nnx.state(trainer.optimizer)))
@@ -91,3 +100,41 @@ def padded(batch):
             ids[row, place], mask[row, place] = one[i], 1
         found |= {f"{name}_ids": ids, f"{name}_mask": mask}
     return found
+
+
+class _Ids:
+    """A tokenizer whose texts are token ids."""
+
+    def encode(self, text):
+        return [int(one) for one in text.split()]
+
+    def decode(self, ids):
+        return ""
+
+    def bos_id(self):
+        return 0  # adds none
+
+    def eos_id(self):
+        return -1
+
+    def pad_id(self):
+        return harness.PAD
+
+
+def sampler(job, turn):
+    import jax
+    from tunix.generate import sampler as tunix_sampler
+
+    jax.devices()
+    turn.begin()
+    harness.watch_jax(turn, job)
+    length, shape = len(job["prompt"][0]), job["shape"]
+    sizes = {name: shape[name] for name in ("num_layers", "num_kv_heads", "head_dim")}
+    cache = tunix_sampler.CacheConfig(cache_size=length + job["new"], **sizes)
+    generate = tunix_sampler.Sampler(_model(job), _Ids(), cache)
+    texts = [" ".join(map(str, row)) for row in job["prompt"]]
+    turn({"peak": harness.gemm_peak("jax"), "versions": harness.versions(*PACKAGES)})
+    while True:
+        # Greedy, and no token ends an answer.
+        found = generate(texts, job["new"], max_prompt_length=length, eos_tokens=[-1])
+        turn({"tokens": [row.tolist() for row in found.tokens]})
