@@ -18,6 +18,7 @@ from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from pjrlhf.errors import UserError
 from pjrlhf.judges.client import Body, ChatSettings, client
 from pjrlhf.paths import expand
+from pjrlhf.rewards.sources import NoReply
 from pjrlhf.training.progress import progress
 from pjrlhf.training.workdir import end_line, read_lines
 from pjrlhf.types import Json
@@ -197,6 +198,16 @@ class Chat:
         return [self.cache.replies[key] for key in keys]
 
     def _fetch(self, name: str, missing: Mapping[str, Body]) -> None:
+        try:
+            self._send_all(name, missing)
+        except NoReply as error:
+            if not self.usage.requests:
+                raise
+            raise NoReply(
+                f"{error}; {self.usage.requests} replies are kept, and the same command goes on from {self.cache.path}"
+            ) from error
+
+    def _send_all(self, name: str, missing: Mapping[str, Body]) -> None:
         total, ended, waiting = len(missing), threading.Event(), list(missing.items())
         with (
             progress(name, total, ("requests", "cost", "failures")) as bar,

@@ -1,9 +1,10 @@
 """A model behind an OpenAI-compatible URL: its settings, and the client that sends it requests."""
 
 import dataclasses
+import json
 import re
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from absl import logging
 
@@ -13,6 +14,9 @@ from pjrlhf.rewards.sources import NoReply
 from pjrlhf.settings import Settings, setting
 from pjrlhf.terminal import masked
 from pjrlhf.types import Json
+
+if TYPE_CHECKING:
+    import openai
 
 Body = Mapping[str, Json]  # of a request to /v1/chat/completions
 
@@ -90,7 +94,7 @@ def client(settings: ChatSettings) -> Callable[[Body], Json]:
             except openai.APIConnectionError as error:
                 raise NoReply(f"{where}: cannot be reached ({error.__cause__ or error}); check base_url") from error
             except openai.APIStatusError as error:
-                reason = " ".join(str(error).split())[:200]
+                reason = " ".join(_said(error).split())[:200]
                 kind = NoReply if is_busy(error.status_code) else UserError
                 raise kind(f"{where}: answers {error.status_code} ({reason}); correct that, or try later") from error
         raise NoReply(f"{where}: its replies cannot be read ({problem}); check base_url") from problem
@@ -145,7 +149,7 @@ class Accepted:
             try:
                 found = create(**known, extra_body=further)
             except (openai.BadRequestError, openai.UnprocessableEntityError) as error:
-                name = _refused(str(error), known)
+                name = _refused(_said(error), known)
                 if name is None:
                     raise
                 refused[name] = error
@@ -164,6 +168,16 @@ class Accepted:
             if self.names.get(name, name) != other:
                 what = f"takes {other} in place of {name}" if other else f"does not take {name}, which is left out"
                 logging.info("%s: %s", self.where, what)
+
+
+def _said(error: "openai.APIStatusError") -> str:
+    """What a server says with an error: its message, or all that it sent. Of the text of the exception some versions of
+    the client make the whole body, and others leave out one without a message.
+    """
+    body = error.body
+    if isinstance(body, Mapping) and isinstance(body.get("message"), str):
+        body = body["message"]
+    return (body if isinstance(body, str) else json.dumps(body) if body else "") or str(error)
 
 
 def _refused(message: str, sent: Body) -> str | None:

@@ -2,6 +2,7 @@
 
 import datetime
 import email.utils
+import re
 import time
 
 import pytest
@@ -102,8 +103,45 @@ def test_a_wrong_value_is_an_error(tmp_path, refused, seen):
     with server.running() as url, pytest.raises(UserError) as error:
         ask(chat(url, tmp_path), 1)
     first = next(iter(refused.values()))
-    assert f"answers 400 (Error code: 400 - {first}); correct that" in str(error.value)
+    assert f"answers 400 ({first}); correct that" in str(error.value)
     assert server.seen == seen and not isinstance(error.value, NoReply)
+
+
+@pytest.mark.parametrize(
+    ("sent", "shown"),
+    [
+        (
+            {"detail": [{"loc": "max_tokens", "msg": "Extra inputs"}]},
+            '{"detail": [{"loc": "max_tokens", "msg": "Extra inputs"}]}',
+        ),
+        ({"error": "max_tokens: unknown field"}, "max_tokens: unknown field"),
+        (b"unexpected field max_tokens", "unexpected field max_tokens"),
+        (b"", "Error code: 400"),
+    ],
+)
+def test_what_a_server_refuses_is_read_in_any_form(tmp_path, sent, shown):
+    server = ChatServer(lambda body: "Hello", refused={"max_tokens": sent})
+    with server.running() as url:
+        if "max_tokens" in shown:
+            ask(chat(url, tmp_path), 1)
+            assert "max_completion_tokens" in server.bodies[0]
+        server.refused = {"temperature": sent}
+        with pytest.raises(UserError, match=rf"answers 400 \({re.escape(shown)}\); correct that"):
+            ask(chat(url, tmp_path / "other"), 1)
+
+
+def test_a_server_that_goes_down_in_the_middle(tmp_path):
+    """What came is kept, and the message says where, and how to go on."""
+    server = ChatServer(lambda body: "Hello", ["", "", "reset", "reset"])
+    with server.running() as url:
+        with pytest.raises(NoReply) as error:
+            ask(chat(url, tmp_path, concurrency=1, retries=1), 1, 2, 3)
+        end = f"check base_url; 2 replies are kept, and the same command goes on from {tmp_path / 'chat.jsonl'}"
+        assert str(error.value).startswith(f"model 'm' at {url}/: cannot be reached (") and str(error.value).endswith(
+            end
+        )
+        ask(chat(url, tmp_path), 1, 2, 3)
+    assert len(server.bodies) == 3
 
 
 def test_a_server_that_ignores_what_it_is_asked(tmp_path):

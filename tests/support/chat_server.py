@@ -18,7 +18,8 @@ class ChatServer:
       faults: what happens to the first requests, one each: "busy" (429), "broken" (500), an HTTP status, "cut" (the
         connection), "reset" (the same, by an error of the connection), "early" (in the middle of the reply), "half"
         (truncated JSON), "other" (JSON of another kind), "slow", or "" for an answer.
-      refused: {parameter: what the server says of it}, with status 400, to requests that have it.
+      refused: {parameter: what the server says of it}, with status 400, to requests that have it: a message, a whole
+        body, or text that is no JSON, in bytes.
 
     Attributes:
       bodies: of the requests that were answered.
@@ -68,9 +69,10 @@ class ChatServer:
             return self._send(handler, 500, {"error": {"message": "broken"}}, {"Retry-After": "0.01"})
         if isinstance(fault, int):
             return self._send(handler, fault, {"error": {"message": "fault"}}, {"Retry-After": self.retry_after})
-        for name, message in self.refused.items():
+        for name, said in self.refused.items():
             if name in body:
-                return self._send(handler, 400, {"error": {"message": message}})
+                said = {"error": {"message": said}} if isinstance(said, str) else said
+                return self._send(handler, 400, said.decode() if isinstance(said, bytes) else said)
         if fault == "reset":
             # Closing a socket that lingers for no time sends a reset.
             handler.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
