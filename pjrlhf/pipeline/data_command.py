@@ -141,6 +141,10 @@ def _values(pairs: Sequence[str]) -> dict[str, Any]:
         place = found
         for section in sections:
             place = place.setdefault(section, {})
+            if not isinstance(place, dict):
+                raise UserError(f"{pair}: {section} has the value {shown(place)}; give either it or {section}.NAME")
+        if name in place:
+            raise UserError(f"{pair}: {name} has the value {shown(place[name])} already; give one value")
         try:
             place[name] = ast.literal_eval(value)
         except (ValueError, SyntaxError):

@@ -96,6 +96,14 @@ def test_columns_of_other_names(path, capsys):
     ("arguments", "message"),
     [
         (["jsonl", "path"], "path: is not KEY=VALUE"),
+        (
+            ["jsonl", "columns=1", "columns.chosen=a"],
+            "columns.chosen=a: columns has the value 1; give either it or columns.NAME",
+        ),
+        (
+            ["jsonl", "columns.chosen=a", "columns=1"],
+            "columns=1: columns has the value {'chosen': 'a'} already; give one",
+        ),
         (["jsonl", "path=gone.jsonl"], "gone.jsonl: no such file"),
         (["prisn", "path=x"], "did you mean prism?"),
         (["prism", "path=."], "holds no files"),
