@@ -61,7 +61,7 @@ def schema_of(endpoints: Sequence[Endpoint], key: bool) -> dict[str, Any]:
         if one.query is not None:
             operation["parameters"] = [*operation.get("parameters", []), *_query(one.query)]
         if one.body is not None:
-            operation["requestBody"] = {"required": True, "content": json_of(one.body)}
+            operation["requestBody"] = {"required": not one.body.optional, "content": json_of(one.body)}
         if key and not one.open:
             operation["security"] = [{"key": []}]
         paths.setdefault(re.sub(r"{(\w+):\w+}", r"{\1}", one.path), {})[one.method.lower()] = operation

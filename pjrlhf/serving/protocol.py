@@ -5,7 +5,7 @@ A field that would change the answer and is not supported is refused rather than
 
 import difflib
 from collections.abc import Mapping
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, ClassVar, Self
 
 import pydantic
 from pydantic import BeforeValidator, ConfigDict, Field
@@ -82,8 +82,13 @@ Ignored = Annotated[Any, Field(description="Changes nothing here."), IGNORED]
 
 
 class Body(pydantic.BaseModel):
-    """The JSON object of a request. Null is the same as no field."""
+    """The JSON object of a request. Null is the same as no field.
 
+    Attributes:
+      optional: a request without a body is one without fields.
+    """
+
+    optional: ClassVar[bool] = False
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False)
 
     @classmethod
@@ -93,6 +98,8 @@ class Body(pydantic.BaseModel):
           Refused: no JSON object; or a field that is missing, unknown, not supported, malformed or out of range. The
             message and `param` name it.
         """
+        if cls.optional and not text:
+            return cls.of({})
         try:
             value = plain(from_json(text, strict=True))
         except RecordError as problem:

@@ -87,16 +87,20 @@ class Service:
         given = request.headers.get("authorization", "").encode("latin-1")  # headers are bytes
         return not self.api_key or hmac.compare_digest(given, b"Bearer " + self.api_key)
 
-    async def body(self, request: Request) -> bytes:
+    async def body(self, request: Request, *, optional: bool = False) -> bytes:
         """The JSON text of a request.
+
+        Args:
+          optional: there may be none, which no header then speaks of.
 
         Raises:
           Refused: it is too large, or said to be something else.
         """
         limit = self.settings.max_body
         kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-        if kind != "application/json":
-            raise Refused("content-type: is not application/json; send JSON, and say so in this header", status=415)
+        wrong = Refused("content-type: is not application/json; send JSON, and say so in this header", status=415)
+        if kind != "application/json" and not optional:
+            raise wrong
         too_large = Refused(f"body: is larger than {limit} bytes; send less", status=413)
         length = request.headers.get("content-length", "0")
         if length.isdecimal() and int(length[:20]) > limit:
@@ -107,6 +111,8 @@ class Service:
             if size > limit:
                 raise too_large
             parts.append(part)
+        if kind != "application/json" and size:
+            raise wrong
         return b"".join(parts)
 
     def voice(self, model: str | None, mix: Any = None, user: str | None = None) -> Voice:

@@ -48,6 +48,10 @@ def test_paths_and_queries_have_parameters(schema):
     assert (found["limit"]["schema"]["minimum"], found["limit"]["schema"]["maximum"]) == (1, 1000)
     (one,) = schema["paths"]["/v1/users/{id}/next"]["post"]["parameters"]
     assert (one["name"], one["in"], one["required"]) == ("id", "path", True)
+    bodies = {
+        path: found["post"]["requestBody"]["required"] for path, found in schema["paths"].items() if "post" in found
+    }
+    assert {path for path, required in bodies.items() if not required} == {"/v1/users/{id}/next"}
 
 
 @pytest.mark.parametrize(

@@ -503,6 +503,10 @@ def test_a_server_asks_what_it_has_not_asked_yet(asking):
             assert users(asking, "/ana/feedback", {"comparisons": [{**rest, **sides}]})[0] == 200
     assert len(set(asked)) == 3, "both orders of two answers are one question"
     assert users(asking, "/nobody/next", {})[0] == 404
+    # No body is one without fields, whatever the headers say of it; a body is JSON.
+    for kind in ("application/json", "text/plain", ""):
+        assert send(asking, None, "/v1/users/ana/next", Content_Type=kind)[0] == 200
+    assert send(asking, b"{}", "/v1/users/ana/next", Content_Type="text/plain")[0] == 415
     assert send(asking, None, "/page/about", "GET")[1]["asks"]
 
 

@@ -86,6 +86,7 @@ class Feedback(Body):
 class Questions(Body):
     """Pairs of answers to choose from: each a prompt (or messages), and two answers."""
 
+    optional = True
     pairs: list[Any] | None = Field(None, description="If absent, some of those that the server asks about.")
 
 
@@ -180,7 +181,7 @@ class PeopleApi:
 
     async def ask(self, request: Request) -> Response:
         """What to ask a person next."""
-        body = Questions.read(await self._service.body(request))
+        body = Questions.read(await self._service.body(request, optional=Questions.optional))
         pool = self._service.questions
         if body.pairs is None and not pool:
             message = "pairs: is missing, and this server has no questions; give pairs, or start it with --questions"
