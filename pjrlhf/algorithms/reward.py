@@ -223,7 +223,7 @@ Tables = Mapping[str, TokenTable]  # objective -> its pairs
 def sides(table: TokenTable, settings: RewardSettings, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """The numbers of the training and of the held-out pairs, split by prompt, or as the sources say."""
     prompts = [json.dumps(example.prompt) for example in table.examples]
-    tested = [example.extra["held_out"] for example in table.examples] if settings.heldout_data else None
+    tested = [bool(example.held_out) for example in table.examples] if settings.heldout_data else None
     return split_by(prompts, settings.heldout_fraction, seed, "the comparisons need several prompts", tested)
 
 

@@ -58,6 +58,7 @@ class Example:
       margin: how much better `chosen` is, for losses that take a margin.
       preference: the probability that `chosen` is the better answer, from 1/2, a tie, to 1; None for 1.
       extra: all other columns, for reward functions.
+      held_out: whether nobody trains on its prompt (or pair); None before the records are split.
       request: the prompt as the record has it, where the run asks it as `prompt`; None where they are the same.
       where: place of the record, such as "train.jsonl line 17".
     """
@@ -74,6 +75,7 @@ class Example:
     margin: float | None = None
     preference: float | None = None
     extra: dict[str, Any] = dataclasses.field(default_factory=dict)
+    held_out: bool | None = None
     request: Prompt | None = None
     where: str = ""
 

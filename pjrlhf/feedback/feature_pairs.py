@@ -116,7 +116,7 @@ class FeaturePairs:
         return Part(
             answers=self._numbers[table][rows].reshape(-1, 2),
             people=np.array([str(example.user_id) for example in kept], str),
-            held_out=np.array([part == "heldout" or bool(e.extra.get("held_out")) for e in kept], bool),
+            held_out=np.array([part == "heldout" or bool(e.held_out) for e in kept], bool),
             personas=tuple(example.extra.get("persona") for example in kept),
         )
 

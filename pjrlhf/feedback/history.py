@@ -123,7 +123,7 @@ class _Source:
             for example in examples:
                 person = str(example.user_id)
                 self.records.setdefault(person, example)
-                known = name == "train" or (name == "new_users" and not example.extra["held_out"])
+                known = name == "train" or (name == "new_users" and not example.held_out)
                 if known and not is_tie(example):
                     self.past[person].append(example)
                 if name == "train" and not is_tie(example):

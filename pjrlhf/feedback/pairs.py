@@ -72,8 +72,8 @@ def _told(example: Example, text: str | None) -> Example:
 
 def split(examples: Sequence[Example], config: PairSettings, seed: int) -> dict[str, list[Example]]:
     """Records in parts "train" and "heldout", of the same people, and, where a share of the people is new, "new_users",
-    theirs: `extra["held_out"]` says on which side their prompt or pair is. No prompt (or pair) is in two parts but for
-    those new users have in common with others, and no new person is anywhere else. Ties are trained on and never
+    theirs: `held_out` says on which side their prompt or pair is. No prompt (or pair) is in two parts but for those
+    new users have in common with others, and no new person is anywhere else. Ties are trained on and never
     tested, because neither answer is the right one.
 
     Args:
@@ -85,7 +85,7 @@ def split(examples: Sequence[Example], config: PairSettings, seed: int) -> dict[
     """
     keys = [SPLITS[config.split](example) for example in examples]
     alike = f"the comparisons need several prompts, or --config.{config.section}.split=pair"
-    given = [example.extra["held_out"] for example in examples] if config.heldout_data else None
+    given = [bool(example.held_out) for example in examples] if config.heldout_data else None
     train, held = (set(rows.tolist()) for rows in split_by(keys, config.heldout_fraction, seed, alike, given))
     new: set[int] = set()
     if config.new_user_fraction:
@@ -99,8 +99,7 @@ def split(examples: Sequence[Example], config: PairSettings, seed: int) -> dict[
         if i in new:
             if is_tie(example):
                 continue
-            extra = {**example.extra, "held_out": i in held}
-            parts["new_users"].append(dataclasses.replace(example, extra=extra))
+            parts["new_users"].append(dataclasses.replace(example, held_out=i in held))
         elif i not in held:
             parts["train"].append(example)
         elif not is_tie(example):

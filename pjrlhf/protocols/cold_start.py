@@ -85,7 +85,7 @@ def _people(trained: Trained, most: int) -> dict[str, dict[bool, list[int]]]:
     """New person -> whether held out -> rows of their pairs, of those with at least `most` comparisons to fit."""
     people: dict[str, dict[bool, list[int]]] = {}
     for i, example in enumerate(trained.pairs.tables[PART].examples):
-        people.setdefault(str(example.user_id), {False: [], True: []})[bool(example.extra["held_out"])].append(i)
+        people.setdefault(str(example.user_id), {False: [], True: []})[bool(example.held_out)].append(i)
     people = {user: rows for user, rows in people.items() if len(rows[False]) >= most and rows[True]}
     if not people:
         raise UserError(f"cold start: no new user has {most} comparisons and others to test on; ask for fewer")

@@ -83,6 +83,6 @@ def controls(trained: Trained, part: str, *, resamples: int, seed: int) -> dict[
 def _margins(trained: Trained, part: str) -> tuple[list[str], np.ndarray, np.ndarray]:
     """(places of records, their margins, names of their people) of held-out pairs of a part."""
     examples = trained.pairs.tables[part].examples
-    rows = [i for i, example in enumerate(examples) if part != NEW or example.extra["held_out"]]
+    rows = [i for i, example in enumerate(examples) if part != NEW or example.held_out]
     margins = trained.margins(part, trained.pairs.users(part), rows)
     return [examples[i].where for i in rows], margins, np.array([str(examples[i].user_id) for i in rows])

@@ -300,7 +300,7 @@ def _grid(trained: Trained) -> dict[str, float]:
         users = pairs.users(part)
         cells: dict[str, list[int]] = {}
         for i, example in enumerate(table.examples):
-            new = part == "heldout" or (part == "new_users" and bool(example.extra["held_out"]))
+            new = part == "heldout" or (part == "new_users" and bool(example.held_out))
             name = f"{'seen' if users[i] else 'unseen'}_user_{'unseen' if new else 'seen'}_prompt"
             cells.setdefault(name, []).append(i)
         for name, rows in cells.items():

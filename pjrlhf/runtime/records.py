@@ -320,7 +320,7 @@ class Records:
         return self._read(spec, "preference", columns, key)
 
     def with_heldout(self, spec: SourceSpec, heldout: SourceSpec, section: str) -> tuple[list[Example], str]:
-        """`comparisons` of `<section>.data` and `<section>.heldout_data`: `extra["held_out"]` says which of the two.
+        """`comparisons` of `<section>.data` and `<section>.heldout_data`: `held_out` says which of the two.
         Without `heldout`, those of the first alone, as they are.
         """
         examples, name = self.comparisons(spec, f"{section}.data")
@@ -329,14 +329,16 @@ class Records:
         tested, other = self.comparisons(heldout, f"{section}.heldout_data")
         parts = ((examples, False, ""), (tested, True, "held-out "))
         marked = [
-            dataclasses.replace(e, extra={**e.extra, "held_out": held}, where=f"{prefix}{e.where}")
+            dataclasses.replace(e, held_out=held, where=f"{prefix}{e.where}")
             for part, held, prefix in parts
             for e in part
         ]
         return marked, name if other == name else f"{name} and {other}"
 
     def made(self, path: pathlib.Path, key: str) -> tuple[list[Example], str]:
-        """The same of a file that a stage of this run wrote: its column `request` is the prompt as it was given."""
+        """The same of a file that a stage of this run wrote: its column `request` is the prompt as it was given, and
+        `held_out` says what it says of an `Example`.
+        """
         examples, name = self.comparisons({"kind": "jsonl", "path": str(path)}, key)
         return [_restored(example) for example in examples], name
 
@@ -346,7 +348,7 @@ def _restored(example: Example) -> Example:
     request = extra.pop("request", None)
     if isinstance(request, list):
         request = Conversation(request, options_of(example.prompt))
-    return dataclasses.replace(example, request=request, extra=extra)
+    return dataclasses.replace(example, request=request, held_out=extra.pop("held_out", None), extra=extra)
 
 
 def _answered(example: Example) -> Iterator[Request]:

@@ -429,14 +429,16 @@ def test_a_held_out_source_is_tested_whole_and_its_prompts_are_trained_on_by_nob
 
 def test_a_new_person_has_records_of_both_sources(records, tmp_path):
     lines = [json.loads(line) for line in pathlib.Path(records().preference.data.path).read_text().splitlines()]
+    lines = [{**line, "held_out": "a column of one's own"} for line in lines]
     paths = [tiny_users.write_records(tmp_path / f"{i}.jsonl", part) for i, part in enumerate((lines[:36], lines[36:]))]
     heldout = {"kind": "jsonl", "path": paths[1]}
     config = records(
         preference__data__path=paths[0], preference__heldout_data=heldout, preference__new_user_fraction=0.5
     )
     tables = pairs_of(tiny.start(tmp_path / "run", config)).tables
-    counts = collections.Counter(example.extra["held_out"] for example in tables["new_users"].examples)
+    counts = collections.Counter(example.held_out for example in tables["new_users"].examples)
     assert counts == {False: 18, True: 6} and len(tables["train"]) == 18 and len(tables["heldout"]) == 6
+    assert {e.extra["held_out"] for table in tables.values() for e in table.examples} == {"a column of one's own"}
 
 
 @pytest.mark.parametrize("section", ["preference", "reward"])
@@ -517,7 +519,7 @@ def test_people_who_are_kept_out_are_met_as_new(records, tmp_path):
     # Their comparisons of prompts that were trained on may be used to get to know them, the others to test it.
     prompts = {name: {example.prompt for example in table.examples} for name, table in pairs.tables.items()}
     for example in pairs.tables["new_users"].examples:
-        assert example.prompt in prompts["heldout" if example.extra["held_out"] else "train"]
+        assert example.prompt in prompts["heldout" if example.held_out else "train"]
     assert not pairs.users("new_users").any()
 
 

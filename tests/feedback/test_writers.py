@@ -42,10 +42,11 @@ def run(tmp_path_factory):
     return tiny.start(tmp_path_factory.mktemp("run"), tiny_users.settings())
 
 
-def comparison(user, prompt, part, **extra):
+def comparison(user, prompt, part, held_out=None, **extra):
     """One with answers that say whose they are, and on which prompt of which part."""
     sides = {side: f"{side} of {user} on {part} {prompt}" for side in ("chosen", "rejected")}
-    return Example(prompt=f"{part} {prompt}", user_id=user, extra=extra, where=f"{part} {user} {prompt}", **sides)
+    where = f"{part} {user} {prompt}"
+    return Example(prompt=f"{part} {prompt}", user_id=user, held_out=held_out, extra=extra, where=where, **sides)
 
 
 @pytest.fixture
@@ -89,7 +90,7 @@ def test_writers_read_known_comparisons_of_the_person_alone(run, parts, kind, mo
                 assert shot.example.user_id == before.user_id
                 assert shot.example.prompt != before.prompt
                 assert shot.example.prompt.startswith("new" if name == "new_users" else "train")
-                assert not shot.example.extra.get("held_out")
+                assert not shot.example.held_out
             assert told.prompt.endswith(f"\n{before.prompt}") and told.chosen == before.chosen
     texts = [len({e.prompt.split("\n")[0] for e in found["heldout"] if e.user_id == user}) for user in PEOPLE]
     assert texts == [1 if kind.once else 6] * 3, "what is expensive is written once for a person"

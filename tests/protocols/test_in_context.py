@@ -72,10 +72,10 @@ def test_new_people_are_met_with_k_comparisons_and_no_step(run):
     one = trained(run, "reads")
     found = in_context.new_people(one, (0, 1, 2))
     table = one.pairs.tables["new_users"]
-    people = {e.user_id for e in table.examples if e.extra["held_out"]}
+    people = {e.user_id for e in table.examples if e.held_out}
     assert set(found) == {0, 1, 2} and {len(accuracies) for accuracies in found.values()} == {len(people)}
     # With the k of training they are those of the prompts of training, and with none the prompts alone are left.
-    rows = [i for i, e in enumerate(table.examples) if e.extra["held_out"]]
+    rows = [i for i, e in enumerate(table.examples) if e.held_out]
     margins = one.margins("new_users", one.pairs.users("new_users"), rows)
     names = np.array([table.examples[i].user_id for i in rows])
     assert found[2] == [float((margins[names == name] > 0).mean()) for name in np.unique(names)]

@@ -276,9 +276,15 @@ def _check_served(path):
 
 @pytest.mark.slow
 def test_own_records(tmp_path):
-    """The split is by prompt and by person; ties are left out."""
+    """The split is by prompt and by person, whatever a column `held_out` says; ties are left out."""
     records = [
-        {"prompt": f"what is {word} ?", "chosen": f"{a} {word} .", "rejected": f"{b} .", "user_id": f"u{user}"}
+        {
+            "held_out": True,
+            "prompt": f"what is {word} ?",
+            "chosen": f"{a} {word} .",
+            "rejected": f"{b} .",
+            "user_id": f"u{user}",
+        }
         for user in range(8)
         for word, a, b in (("sun", "yes", "no"), ("rain", "no", "yes"), ("wind", "yes", "no"), ("snow", "no", "yes"))
     ]
@@ -297,4 +303,5 @@ def test_own_records(tmp_path):
         assert not answers["train"] & answers["heldout"]
         assert not set(parts["new_users"].people) & set(parts["train"].people)
         assert sum(len(part.people) for part in parts.values()) == len(records) - 1
+        assert not parts["train"].held_out.any() and parts["heldout"].held_out.all()
     assert jnp.isfinite(data.reduced(parts["train"])).all()

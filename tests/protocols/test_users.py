@@ -87,7 +87,7 @@ def new_rows(trained):
     examples = trained.pairs.tables["new_users"].examples
     found = {}
     for i, example in enumerate(examples):
-        if example.extra["held_out"]:
+        if example.held_out:
             found.setdefault(example.user_id, []).append(i)
     return found
 

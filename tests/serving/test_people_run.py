@@ -53,7 +53,7 @@ def test_votes_over_http_give_the_accuracy_of_the_evaluation(people):
     table = trained.pairs.tables["new_users"]
     sides = {}
     for i, example in enumerate(table.examples):
-        sides.setdefault(example.user_id, {False: [], True: []})[bool(example.extra["held_out"])].append(i)
+        sides.setdefault(example.user_id, {False: [], True: []})[bool(example.held_out)].append(i)
     sides = {user: rows for user, rows in sides.items() if len(rows[False]) >= max(COUNTS) and rows[True]}
     want = fit_new_users(trained, COUNTS, 3, 0.1)
     assert len({tuple(want[k]) for k in COUNTS}) > 1, "votes change nothing: this test could not fail"
