@@ -36,6 +36,8 @@ def duration(seconds: float | None) -> str:
     if not isinstance(seconds, int | float):
         return MISSING
     minutes, rest = divmod(seconds, 60)
+    if minutes >= 60:
+        return f"{int(minutes // 60)} h {int(minutes % 60)} min"
     return f"{int(minutes)} min {rest:.0f} s" if minutes else f"{rest:.1f} s"
 
 

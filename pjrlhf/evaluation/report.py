@@ -5,6 +5,7 @@ Layout of `summary` (every section may be absent, every number may be nan or Non
     title                 str
     config                {name: value}, may nest
     run                   {name: text}, how the run was made
+    preferences           {preference: the sentence that states it}
     controls              [model], of user models, that are trained to fail
     stage_seconds         {stage: seconds};  total_seconds: float
     reward_models         {preference: {accuracy, pairs, mean, std}}

@@ -17,7 +17,8 @@ TITLES = {
 
 def page(summary: Mapping[str, Any]) -> dict[str, Any]:
     """What report_judges.html reads beside the summary."""
-    return {"judge_tables": {TITLES[name]: table for name, table in tables(summary).items() if table[1]}}
+    found = {TITLES[name]: table for name, table in tables(summary).items() if table[1]}
+    return {"judge_tables": found, "judge_columns": {name for columns, _ in found.values() for name in columns}}
 
 
 def tables(summary: Mapping[str, Any]) -> dict[str, Table]:

@@ -60,7 +60,9 @@ def average(summaries: list[dict[str, Any]]) -> dict[str, Any]:
     stage_seconds = {stage: sum(s["stage_seconds"][stage] for s in summaries) for stage in first["stage_seconds"]}
     front = {name: np.mean([s["front"][name] for s in summaries], axis=0).tolist() for name in ("low", "high")}
     return {
-        **{name: first[name] for name in ("title", "config", "run", "held_out_prompts") if name in first},
+        **{
+            name: first[name] for name in ("title", "config", "run", "preferences", "held_out_prompts") if name in first
+        },
         "stage_seconds": stage_seconds,
         "total_seconds": sum(stage_seconds.values()),
         "front": {**first["front"], **front, "seeds": len(summaries)},

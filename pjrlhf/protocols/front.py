@@ -21,7 +21,7 @@ from pjrlhf.data.messages import Prompt, columns_of
 from pjrlhf.errors import UserError
 from pjrlhf.evaluation import pareto
 from pjrlhf.objectives.multi_objective import target_map
-from pjrlhf.protocols.reporting import finish
+from pjrlhf.protocols.reporting import finish, stated
 from pjrlhf.protocols.selection import Rewarded
 from pjrlhf.runtime.answers import EvaluatedPolicy, Point, Row, sample_base, sample_rows
 from pjrlhf.runtime.run import Run, Stage
@@ -182,6 +182,7 @@ def run(run: Run) -> dict[str, Any]:
     found = {name: front.method(name) for name in run.settings.methods}
     summary = {
         "held_out_prompts": len(front.requests),
+        "preferences": stated(run),
         "reward_models": (run.workdir.finished("reward") or {}).get("models", {}),
         "front": {
             "objectives": list(front.names),

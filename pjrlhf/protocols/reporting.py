@@ -53,6 +53,11 @@ def finish(
             on_process_zero(write_lines)(folder / ANSWERS, lines)
 
 
+def stated(run: Run) -> dict[str, str]:
+    """Objective -> the sentence that states it, of those that have one."""
+    return {name: sentence for name in run.audience.objectives if (sentence := run.audience.sentences[name])}
+
+
 def made(run: Run) -> dict[str, Any]:
     """How the run was made: name -> text, with the contents of what it read from outside its folder."""
     read = read_object(run.workdir.path / "inputs.json")

@@ -27,7 +27,7 @@ from pjrlhf.evaluation.statistics import chord_gap, spearman
 from pjrlhf.evaluation.winrate import aggregate, win_rate
 from pjrlhf.judges.judge import JUDGES, check_judge
 from pjrlhf.protocols.judging import Panel, at_equal_lengths
-from pjrlhf.protocols.reporting import finish
+from pjrlhf.protocols.reporting import finish, stated
 from pjrlhf.protocols.selection import Rewarded
 from pjrlhf.runtime.answers import Keys, Row, sample_rows
 from pjrlhf.runtime.run import Run, Stage
@@ -391,6 +391,7 @@ def run(run: Run) -> dict[str, Any]:
     reward = (run.workdir.finished("reward") if "reward" in run.settings.stages else None) or {}
     summary = {
         "held_out_prompts": len(evaluation.requests),
+        "preferences": stated(run),
         "reward_models": reward.get("models", {}),
         "ingredients": ingredients,
         **people["sections"],

@@ -15,6 +15,7 @@ from pjrlhf.data.messages import Conversation, dialogue
 from pjrlhf.data.records import as_json
 from pjrlhf.errors import UserError
 from pjrlhf.evaluation import plots, report
+from pjrlhf.evaluation.formats import MISSING, duration
 from pjrlhf.evaluation.winrate import win_rate
 
 SAMPLES = [
@@ -66,7 +67,7 @@ def test_text_is_shown_and_never_run(written):
     assert "<script" not in source and "<i>so</i>" not in source and "<b>spoons" not in source
     text = "".join(page.text)
     assert "<script>alert('x')</script> & more" in text
-    assert "Soups & <b>spoons</b>" in text and "P1A+P2A" in text
+    assert "Soups & <b>spoons</b>" in text and "P1A+P2A" in text and "Use <i>easy</i> words." in text
 
 
 def test_conversations_are_shown_as_dialogues(tmp_path):
@@ -167,6 +168,14 @@ def test_writing_again_replaces_the_report(tmp_path):
     path = report.write_report(str(tmp_path), {"title": "second"})
     assert path == tmp_path / "index.html"
     assert "second" in path.read_text() and "first" not in (tmp_path / "summary.json").read_text()
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(None, MISSING), (0.04, "0.0 s"), (59.9, "59.9 s"), (76.5, "1 min 16 s"), (8247, "2 h 17 min")],
+)
+def test_durations_have_two_units_at_most(seconds, text):
+    assert duration(seconds) == text
 
 
 def test_pooled_combinations_count_comparisons(tmp_path):

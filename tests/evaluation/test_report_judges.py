@@ -71,6 +71,17 @@ def test_columns_that_say_nothing_are_left_out():
 
 
 @pytest.mark.parametrize(
+    ("key", "told"),
+    [("agreement", "Cohen's kappa"), ("length_controlled", "rate at equal lengths"), ("judges", "Position bias")],
+)
+def test_the_page_explains_what_it_shows(tmp_path, key, told):
+    alone = {"judges": [{"name": "score", "asked": 3, "judged": 3}]}
+    assert told not in report.write_report(tmp_path / "alone", alone).read_text().replace("&#39;", "'")
+    shown = report.write_report(tmp_path / "shown", alone | {key: SUMMARY[key]}).read_text()
+    assert told in " ".join(shown.replace("&#39;", "'").split())
+
+
+@pytest.mark.parametrize(
     ("text", "answer"),
     [
         ("Generate a response that is concise and to the point, without being verbose.", True),

@@ -16,6 +16,7 @@ WEIGHTS = np.linspace(0, 1, 3)
 SUMMARY = {
     "title": "Soups & <b>spoons</b>",
     "config": {"model": {"layers": 2}, "seed": 0, "lr": 1e-3, "empty": {}},
+    "preferences": {"P1A": "Use <i>easy</i> words."},
     "stage_seconds": {"sft": 1.5, "policy": 75.0},
     "total_seconds": 76.5,
     "reward_models": {p: {"accuracy": 0.9, "pairs": 64, "mean": math.nan, "std": 1.0} for p in ("P1A", "P1B")},
