@@ -196,6 +196,7 @@ def test_four_soups_side_by_side(page, place, ana):
     assert len(found) == 4
     assert found[2] == found[3] == expected(place, dict.fromkeys(NAMES, 1 / 3))
     add(page, ana)
+    assert page.locator("#vote legend").inner_text() == "Which do you like best?"
     page.get_by_role("button", name="A is best").click()
     says(page, "#status", "Learned")
     assert set(votes(place, ana)) == {(found[0], other) for other in found[1:] if other != found[0]}
@@ -237,6 +238,7 @@ def test_answers_stream_and_can_be_stopped(page, slowly, engine):
 def test_a_vote_teaches_the_person_and_moves_the_sliders(page, place, ana):
     ask(page)
     assert page.get_by_role("button", name="A is better").is_disabled()
+    assert page.locator("#vote legend").inner_text() == "Which do you like better?"
     add(page, ana)
     assert sliders(page) == [0.33, 0.33, 0.33]
     first, second = answers(page)

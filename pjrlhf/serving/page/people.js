@@ -5,6 +5,7 @@ import { called, changed, known, listen, state } from "./state.js";
 import { lasted, plural } from "./weights.js";
 
 const $ = (id) => document.getElementById(id);
+export const LEARNING = "Learning from your vote…";
 export const place = (id) => `v1/users/${encodeURIComponent(id)}`;
 
 export async function loadPeople() {

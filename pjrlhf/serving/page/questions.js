@@ -1,7 +1,7 @@
 // Questions that the server asks a person: two answers to choose from, of which the choice tells most about them.
 
 import { call } from "./api.js";
-import { place, teach } from "./people.js";
+import { LEARNING, place, teach } from "./people.js";
 import { listen, state } from "./state.js";
 
 const $ = (id) => document.getElementById(id);
@@ -57,13 +57,15 @@ export function startQuestions(attempt) {
   const alone = (action) => async () => {
     if (busy) return; // a button that is disabled would lose the focus
     busy = true;
-    $("quiz").setAttribute("aria-busy", "true");
+    for (const id of ["quiz", "ask-me"]) $(id).setAttribute("aria-busy", "true");
     await attempt(action);
     busy = false;
-    $("quiz").setAttribute("aria-busy", "false");
+    for (const id of ["quiz", "ask-me"]) $(id).setAttribute("aria-busy", "false");
+    if ($("quiz-note").textContent === LEARNING) $("quiz-note").textContent = ""; // it failed
   };
   const choose = (best) =>
     alone(async () => {
+      $("quiz-note").textContent = LEARNING;
       $("quiz-note").textContent = await teach(comparisons(best));
       await next();
     });

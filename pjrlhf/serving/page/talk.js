@@ -1,7 +1,7 @@
 // Questions, answers side by side, and votes.
 
 import { stream } from "./api.js";
-import { teach } from "./people.js";
+import { LEARNING, teach } from "./people.js";
 import { LETTERS, called, labelOf, listen, state } from "./state.js";
 import { lasted, plural, sent, shown } from "./weights.js";
 
@@ -165,11 +165,13 @@ let attemptVote = () => {};
 async function vote(best) {
   voted = true;
   showVote();
+  $("status").textContent = LEARNING;
   try {
     $("status").textContent = await teach(comparisons(best));
     $("question").focus();
   } catch (problem) {
     voted = false;
+    $("status").textContent = "";
     showVote();
     throw problem;
   }
@@ -183,6 +185,7 @@ function showVote() {
   const same = cards.every((card) => card.text === first.text);
   if ($("choices").children.length !== cards.length + 1) {
     const better = cards.length === 2 ? "better" : "best";
+    $("vote-title").textContent = `Which do you like ${better}?`;
     const choices = cards.map((card) => voteButton(card.letter, `${card.letter} is ${better}`, card));
     choices.splice(cards.length === 2 && second ? 1 : cards.length, 0, voteButton("No difference", "No difference", null));
     $("choices").replaceChildren(...choices);
