@@ -41,6 +41,12 @@ def test_every_setting_of_a_run_has_a_row_with_its_help(reference, pages):
         assert row.replace("\\|", "").count("|") == 5, row  # four cells
 
 
+def test_long_words_of_a_cell_may_be_broken(reference):
+    number = "18,<wbr>446,<wbr>744,<wbr>073,<wbr>709,<wbr>551,<wbr>615"
+    assert reference.cell("at most 18,446,744,073,709,551,615 a|b") == f"at most {number} a\\|b"
+    assert reference.cell("mine.my_module:my_function, 0.5.") == "mine.<wbr>my_module:<wbr>my_function, 0.5."
+
+
 def test_every_setting_of_the_server_has_a_row(reference, pages):
     for cls in (ServerSettings, EngineSettings):
         for key in fields_of(cls):

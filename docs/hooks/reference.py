@@ -65,8 +65,9 @@ def first_line(thing: object) -> str:
 
 
 def cell(text: str) -> str:
-    """Text that stands in a cell of a table."""
-    return re.sub(r"(?<!\\)\|", r"\\|", " ".join(text.split()))
+    """Text that stands in a cell of a table, in which long words, such as large numbers, may be broken."""
+    words = [re.sub(r"(?<=\w[.,:])(?=\w)", "<wbr>", word) if len(word) > 20 else word for word in text.split()]
+    return re.sub(r"(?<!\\)\|", r"\\|", " ".join(words))
 
 
 def kind_of(hint: object) -> str:
