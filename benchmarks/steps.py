@@ -59,8 +59,8 @@ class LocalDevices(DryDevices):
             return structure.unflatten([one(k, x) for k, x in zip(keys, leaves, strict=True)])
 
         def one(key, x):
-            if x.dtype == jnp.int8:
-                return jax.random.randint(key, x.shape, -127, 128, x.dtype)
+            if jnp.issubdtype(x.dtype, jnp.integer):
+                return jax.random.randint(key, x.shape, jnp.iinfo(x.dtype).min, jnp.iinfo(x.dtype).max, x.dtype)
             return 0.02 * jax.random.normal(key, x.shape, x.dtype)
 
         tree = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)

@@ -29,6 +29,7 @@ VERBS = {
     "push": "upload an exported folder to the Hugging Face hub, with a model card: pjrlhf push FOLDER USER/NAME",
     "report": "print the tables of a finished run: pjrlhf report runs/soups",
 }
+QUANTIZE = ("", "int8", "nf4")
 EXPORTS = ("peft", "merged", "vocabulary", "gguf", "mergekit")
 EXPORTS_HELP = (
     "peft: one LoRA adapter that vLLM, SGLang and PEFT read, of every ingredient without --mix; merged: a full model; "
@@ -371,7 +372,7 @@ def _add_source(parser: argparse.ArgumentParser) -> None:
     )
     dtypes = "float32", "bfloat16"
     parser.add_argument("--dtype", choices=dtypes, help="of --model; default float32. A run has its own")
-    parser.add_argument("--quantize", choices=("", "int8"), help="of --model. A run has its own")
+    parser.add_argument("--quantize", choices=QUANTIZE, help="of --model. A run has its own")
 
 
 def _add_soups(parser: argparse.ArgumentParser, use: str) -> None:

@@ -27,6 +27,7 @@ from pjrlhf.models.decoder import Decoder, choose_decode
 from pjrlhf.models.hub import hub_name, model_file, model_folder
 from pjrlhf.models.huggingface import fingerprint, load_params, read_config
 from pjrlhf.models.provenance import check_provenance, text_provenance
+from pjrlhf.models.quantization import get_quantization
 from pjrlhf.models.registry import UserRegistry
 from pjrlhf.models.storage import load_tree
 from pjrlhf.models.users import UserModel
@@ -59,7 +60,7 @@ def load_model(
       adapter: rank and alpha of the adapter banks that `LanguageModel.generate` and `score` take.
       dtype: of activations, a dtype name.
       param_dtype: of the parameters, a dtype name.
-      quantize: "int8" keeps the kernels of the linear layers in 8 bits.
+      quantize: "int8" or "nf4" keeps the kernels of the linear layers in 8 or 4 bits.
       eos_token: the token that ends an answer; the EOS of the tokenizer where None.
       mesh: of the devices over which parameters and rows are split, see `parallel.mesh`; one device where None.
 
@@ -79,7 +80,7 @@ def load_model(
         decode=choose_decode(platform),
     )
     place = None if mesh is None else functools.partial(leaf_sharding, mesh)
-    base = load_params(path, dtype=jnp.dtype(param_dtype), place=place, quantized=bool(quantize))
+    base = load_params(path, dtype=jnp.dtype(param_dtype), place=place, quantization=get_quantization(quantize))
     return LanguageModel(Backbone(model, adapter, base), tokenizer, path)
 
 

@@ -1,6 +1,7 @@
 """The models of a dry run that judge: what they hold of every chip, and what reading their prompts takes."""
 
 import dataclasses
+import functools
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -16,7 +17,7 @@ from pjrlhf.models.adapters import AdapterConfig, Backbone
 from pjrlhf.models.config import ModelConfig
 from pjrlhf.models.hub import config_folder
 from pjrlhf.models.huggingface import read_config
-from pjrlhf.models.quantization import quantize_params
+from pjrlhf.models.quantization import get_quantization, quantize_params
 from pjrlhf.rollout.batches import Prompts
 from pjrlhf.runtime.judges import MULTIPLE, ModelJudgeSettings, model_key, next_logps
 from pjrlhf.settings import parse
@@ -83,7 +84,9 @@ def _longest(run: DryRun, settings: PromptSettings, default: str) -> int:
 
 def _params(run: DryRun, config: ModelConfig, settings: ModelJudgeSettings) -> Params:
     tree = decoder_shapes(config, settings.param_dtype)
-    return run.devices.shard(jax.eval_shape(quantize_params, tree) if settings.quantize else tree)
+    if quantization := get_quantization(settings.quantize):
+        tree = jax.eval_shape(functools.partial(quantize_params, quantization), tree)
+    return run.devices.shard(tree)
 
 
 def compile_judges(run: DryRun, judges: Iterable[DryJudge], beside: Tree) -> None:

@@ -38,7 +38,7 @@ from pjrlhf.models.config import ModelConfig
 from pjrlhf.models.families import leaf_shapes
 from pjrlhf.models.hub import config_folder
 from pjrlhf.models.huggingface import read_config
-from pjrlhf.models.quantization import quantize_params
+from pjrlhf.models.quantization import get_quantization, quantize_params
 from pjrlhf.models.shared_a import with_a
 from pjrlhf.parallel.mesh import batch_sharding, make_mesh, shardings
 from pjrlhf.parallel.roofline import CHIPS, Cost, Estimate, collective_bytes, estimate, matmul_cost, memory_bytes
@@ -258,7 +258,9 @@ class DryWorkspace(Workspace):
         dtype = jnp.dtype(self.settings.param_dtype)
         leaves = {path: jax.ShapeDtypeStruct(shape, dtype) for path, shape in leaf_shapes(self.model_config).items()}
         tree = flax.traverse_util.unflatten_dict(leaves, sep="/")
-        base = jax.eval_shape(quantize_params, tree) if self.settings.quantize else tree
+        base, quantization = tree, get_quantization(self.settings.quantize)
+        if quantization:
+            base = jax.eval_shape(functools.partial(quantize_params, quantization), tree)
         if self.adapter.freeze_a:
             base = with_a(base, jax.eval_shape(lambda: frozen_factors(tree, self.adapter)))
         return self.devices.shard(base)
@@ -387,7 +389,9 @@ def devices_of(topology: str) -> tuple[str, Sequence[Any]]:
     os.environ |= {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
     try:
         # Of the chips with two cores, both work as one device.
-        whole = {"chip_config_name": "megacore"} if kind in ("v4", "v5p") else {}
+        whole: dict[str, Any] = {"chip_config_name": "megacore"} if kind in ("v4", "v5p") else {}
+        if set(topology.partition(":")[2].split("x")) == {"1"}:  # hosts have four chips by default
+            whole["chips_per_host_bounds"] = (1, 1, 1)
         return kind, topologies.get_topology_desc(topology, "tpu", **whole).devices
     except (RuntimeError, ValueError, NotImplementedError) as error:
         reason = " ".join(str(error).split())[:200]

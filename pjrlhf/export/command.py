@@ -14,6 +14,7 @@ from pjrlhf.export.soup import Source
 from pjrlhf.models.folders import new_folder
 from pjrlhf.models.huggingface import fingerprint
 from pjrlhf.models.peft import MANIFEST, WEIGHTS
+from pjrlhf.models.quantization import get_quantization
 from pjrlhf.paths import content_hash, disk_errors, expand, refuse_remote
 from pjrlhf.types import Json
 
@@ -68,8 +69,9 @@ def export(source: Source, wish: Wish, repo: str = "", private: bool = False) ->
     make = FORMATS[wish.kind]
     with new_folder(wish.output, marker=MANIFEST) as work:
         lines = make(work, source, wish)
-    if source.quantized:
-        lines.append("the base was held in 8 bits; this export is made from its floats, which differ a little")
+    if quantization := get_quantization(source.quantize):
+        bits = quantization.bits
+        lines.append(f"the base was held in {bits} bits; this export is made from its floats, which differ a little")
     if repo:
         lines.append(f"pushed to {push(wish.output, repo, private)}")
     return lines

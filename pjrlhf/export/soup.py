@@ -18,6 +18,7 @@ from pjrlhf.models.config import ModelConfig
 from pjrlhf.models.families import FAMILIES, Family
 from pjrlhf.models.folders import read_json
 from pjrlhf.models.huggingface import fingerprint
+from pjrlhf.models.quantization import kind_of
 from pjrlhf.types import Json, Params
 
 BASE = "base"  # its name in a catalogue
@@ -75,9 +76,9 @@ class Source:
         return FAMILIES[self.model_type]
 
     @property
-    def quantized(self) -> bool:
-        """Whether the base is held in 8 bits; exports are made from the floats in its folder."""
-        return self.catalogue.model.backbone.base["layers"]["attention"]["query"]["kernel"].dtype == np.int8
+    def quantize(self) -> str:
+        """The `model.quantize` of the base; exports are made from the floats in its folder."""
+        return kind_of(self.catalogue.model.backbone.base)
 
     @property
     def origin(self) -> tuple[str, str | None]:
@@ -207,7 +208,7 @@ class Source:
             "method": "linear",
             "base": {"folder": name, **({"commit": commit} if commit else {}), "hash": fingerprint(self.folder)},
             "ingredients": entries,
-            **({"quantize": "int8"} if self.quantized else {}),
+            **({"quantize": self.quantize} if self.quantize else {}),
         }
 
 

@@ -19,7 +19,7 @@ from jaxtyping import Bool, Float, Int
 from pjrlhf.errors import UserError
 from pjrlhf.models import shared_a
 from pjrlhf.models.decoder import Cache, Decoder, Layout
-from pjrlhf.models.quantization import refuse_quantized
+from pjrlhf.models.quantization import kernel_shape, refuse_quantized
 from pjrlhf.models.unrolled import SHARED_INPUTS, unroll
 from pjrlhf.models.users import reserve
 from pjrlhf.settings import Settings, setting
@@ -96,7 +96,7 @@ def init_bank(base: Params, adapter: AdapterConfig, count: int, key: PRNGKey) ->
         for i, name in enumerate(names):
             if name not in base["layers"][block] or name not in adapter.targets:
                 continue
-            depth, inputs, outputs = base["layers"][block][name]["kernel"].shape
+            depth, inputs, outputs = kernel_shape(base["layers"][block][name])
             bank[block][name] = {"b": jnp.zeros((count, depth, adapter.rank, outputs), dtype)}
             if adapter.freeze_a:
                 continue
@@ -112,7 +112,7 @@ def frozen_factors(base: Params, adapter: AdapterConfig) -> Params:
     """The A that all policies of `base` share with `adapter.freeze_a`: {block: {name: {"a": [L, in, R]}}} of numpy."""
 
     def factor(block: str, name: str, _: Params) -> Params:
-        depth, inputs, _ = base["layers"][block][name]["kernel"].shape
+        depth, inputs = kernel_shape(base["layers"][block][name])[:2]
         return {"a": shared_a.draw(f"{block}/{name}", (depth, inputs, adapter.rank), adapter.dtype)}
 
     bank = jax.eval_shape(lambda base: init_bank(base, adapter, 1, jax.random.key(0)), base)

@@ -23,6 +23,7 @@ from pjrlhf.errors import UserError
 from pjrlhf.models.attention import CUDNN_FORWARD, attend, attend_cached, attend_used, soft_cap
 from pjrlhf.models.config import ModelConfig, RopeScaling
 from pjrlhf.models.matmul import matmul, matmul_transposed
+from pjrlhf.models.quantization import quantization_of
 from pjrlhf.parallel.activations import constrain_batch, constrain_reshard, layer_sharding
 from pjrlhf.types import Array, DType, Params, PRNGKey
 
@@ -146,10 +147,10 @@ def row_by_row(apply: Callable[..., Array], *arguments: Array | None) -> Array:
 class Linear(nn.Module):
     """`x W`, plus the mixed low-rank update where a bank is present.
 
-    The kernel is [in, out], or [out, in] where `transposed`; the optional bias is [out]. A quantised kernel comes with
-    `scale` [out] for its columns (see `quantization`). An A that all policies share is a parameter "a" [in, R] beside
-    the kernel (see `shared_a`), and the bank holds B only. In the fused layout of `unrolled.unroll`, the LoRA factors A
-    are appended to the kernel as further columns, R where the policies share them and else K R; the bank holds B only.
+    The kernel is [in, out], or [out, in] where `transposed`; the optional bias is [out]. Other arrays store a quantised
+    kernel (see `quantization`). An A that all policies share is a parameter "a" [in, R] beside the kernel (see
+    `shared_a`), and the bank holds B only. In the fused layout of `unrolled.unroll`, the LoRA factors A are appended to
+    the kernel as further columns, R where the policies share them and else K R; the bank holds B only.
 
     With a random stream "dropout", the fraction `dropout` of the inputs of A is dropped, as in PEFT.
     """
@@ -174,16 +175,19 @@ class Linear(nn.Module):
                 a = self.get_variable("params", "a").astype(self.dtype)
             else:
                 features = self.get_variable("params", "kernel").shape[0 if self.transposed else -1]
-        shape = (features, x.shape[-1]) if self.transposed else (x.shape[-1], features)
-        kernel = self.param("kernel", nn.initializers.lecun_normal(), shape, self.param_dtype)
-        scale = self.get_variable("params", "scale") if self.has_variable("params", "scale") else None
-        if scale is None:
-            kernel = kernel.astype(self.dtype)
-        elif x.shape[1] == 1 and self.path[0] != "layers" and not self.transposed:
-            # Stop XLA from hoisting the int8 -> float conversion of unrolled layers out of the decode loop, which would
-            # hold all kernels as floats. On a CPU (transposed kernels) hoisting is right: there the conversion takes
-            # longer than the matmul.
-            x, kernel = jax.lax.optimization_barrier((x, kernel))
+        quantization = quantization_of(self.variables.get("params", {}))
+        if quantization is None:
+            shape = (features, x.shape[-1]) if self.transposed else (x.shape[-1], features)
+            kernel = self.param("kernel", nn.initializers.lecun_normal(), shape, self.param_dtype).astype(self.dtype)
+            multiply = functools.partial(matmul_transposed if self.transposed else matmul, kernel=kernel)
+        else:
+            stored = {name: self.get_variable("params", name) for name in quantization.leaves}
+            if x.shape[1] == 1 and self.path[0] != "layers" and not self.transposed:
+                # Stop XLA from hoisting the conversion of unrolled layers to floats out of the decode loop, which would
+                # hold all kernels as floats. On a CPU (transposed kernels) hoisting is right: there the conversion
+                # takes longer than the matmul.
+                x, stored = jax.lax.optimization_barrier((x, stored))
+            multiply = quantization.product(stored, self.dtype, self.transposed)
 
         def apply(x: Float[Array, "B T D"], mix: Array | None) -> Float[Array, "B T _"]:
             low = None
@@ -193,9 +197,7 @@ class Linear(nn.Module):
                     keep = jax.random.bernoulli(self.make_rng("dropout"), 1.0 - self.dropout, x.shape)
                     kept = jnp.where(keep, x / (1.0 - self.dropout), 0.0).astype(x.dtype)
                 low = kept @ a if a.ndim == 2 else jnp.einsum("btd,kdr->btkr", kept, a)
-            y = matmul_transposed(x, kernel) if self.transposed else matmul(x, kernel)
-            if scale is not None:
-                y = (y.astype(jnp.float32) * scale).astype(self.dtype)
+            y = multiply(x)
             if b is not None and mix is not None:
                 mix = (mix[:, None] if mix.ndim == 2 else mix).astype(self.dtype)
                 if low is None:

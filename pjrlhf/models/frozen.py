@@ -2,6 +2,7 @@
 
 import dataclasses
 
+from pjrlhf.models.quantization import QUANTIZATIONS
 from pjrlhf.settings import Settings, setting
 
 
@@ -12,4 +13,4 @@ class OtherModelSettings(Settings):
     path: str = setting("", "its Hugging Face folder, or its name on the hub", path=True)
     dtype: str = setting("float32", "dtype of activations", choices=("float32", "bfloat16"))
     param_dtype: str = setting("float32", "dtype of its parameters", choices=("float32", "bfloat16"))
-    quantize: str = setting("", "int8 stores its linear layers in 8 bits", choices=("", "int8"))
+    quantize: str = setting("", "int8 or nf4 stores its linear layers in 8 or 4 bits", choices=("", *QUANTIZATIONS))

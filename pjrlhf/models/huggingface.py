@@ -34,7 +34,7 @@ from pjrlhf.models.folders import (
 )
 from pjrlhf.models.hf_config import GENERATION, config_to_hf, generation_config, read_config
 from pjrlhf.models.peft import MANIFEST
-from pjrlhf.models.quantization import quantize_leaf
+from pjrlhf.models.quantization import Quantization, check_kernels, quantize_leaf
 from pjrlhf.parallel.processes import to_host
 from pjrlhf.paths import Report
 from pjrlhf.types import DType, Json, Params
@@ -58,7 +58,7 @@ def load_params(
     config: ModelConfig | None = None,
     dtype: DType = jnp.float32,
     place: Callable[[str, tuple[int, ...]], jax.sharding.Sharding] | None = None,
-    quantized: bool = False,
+    quantization: Quantization | None = None,
     family: Family | None = None,
     report: Report | None = None,
 ) -> Params:
@@ -71,17 +71,20 @@ def load_params(
       config: from `read_config` where None; its dimensions are checked against every tensor.
       dtype: of all leaves, for any stored dtype (float64, float32, bfloat16, float16).
       place: `(path, shape) -> sharding` of a leaf; the default device where None.
-      quantized: quantise to int8, see `models.quantization`.
+      quantization: how kernels are stored; as floats where None.
       family: the table of the folder's `model_type` where None.
       report: told how much is read.
 
     Raises:
-      UserError: a missing, unused or wrongly shaped tensor, by name, or a leaf that holds NaN or infinity.
+      UserError: a missing, unused or wrongly shaped tensor, by name, a leaf that holds NaN or infinity, or a kernel
+        that cannot be quantised.
     """
     folder = pathlib.Path(folder)
     config = read_config(folder) if config is None else config
     family = family or get_family(read_json(folder / "config.json").get("model_type"), folder)
     shapes = leaf_shapes(config)
+    if quantization:
+        check_kernels(quantization, shapes.items())
     sizes = {path: math.prod(shape) * jnp.dtype(dtype).itemsize for path, shape in shapes.items()}
     leaves: Params = {}
     sizes_read = 0
@@ -100,7 +103,7 @@ def load_params(
                     f"{folder}: {path} holds numbers that are not finite as {jnp.dtype(dtype).name}; restore the "
                     "weights, or set --config.model.param_dtype to a dtype of their range"
                 )
-            leaves |= quantize_leaf(path, leaf, place) if quantized else {path: leaf}
+            leaves |= quantize_leaf(quantization, path, leaf, place) if quantization else {path: leaf}
             sizes_read += sizes[path]
             if report:
                 report(sizes_read, sum(sizes.values()))

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Float
 
+from pjrlhf.models.quantization import kernel_shape, quantization_of
 from pjrlhf.types import Array, DType, Params
 
 # Per block of a layer: groups of linear layers that read the same input.
@@ -47,10 +48,22 @@ def unroll(
             if bank:
                 bank[name] = adapters
     if transposed:
-        unrolled["params"] = jax.tree_util.tree_map_with_path(
-            lambda path, x: x.swapaxes(-1, -2) if path[-1].key == "kernel" else x, unrolled["params"]
-        )
+        unrolled["params"] = _transpose(unrolled["params"])
     return unrolled
+
+
+def _transpose(params: Params) -> Params:
+    """The same parameters with kernels [out, in]."""
+    quantization = quantization_of(params)
+
+    def one(name, x):
+        if isinstance(x, Mapping):
+            return _transpose(dict(x))
+        if quantization is not None and name in quantization.leaves:
+            return quantization.transpose(name, x)
+        return x.swapaxes(-1, -2) if name == "kernel" else x
+
+    return {name: one(name, x) for name, x in params.items()}
 
 
 def _fuse(params: Params, bank: Params, dtype: DType) -> tuple[Params, Params]:
@@ -62,13 +75,13 @@ def _fuse(params: Params, bank: Params, dtype: DType) -> tuple[Params, Params]:
         for names in groups:
             names = [name for name in names if name in tree]
             pairs = {name: factors[name] for name in names if name in factors}
-            first = tree[names[0]]["kernel"]
+            first = tree[names[0]]
             firsts = [pair["a"] if "a" in pair else tree[name]["a"][None] for name, pair in pairs.items()]
             columns = sum(pair["b"].shape[0] * pair["b"].shape[1] for pair in pairs.values())
-            quantized = jnp.issubdtype(first.dtype, jnp.integer)
-            if columns > first.shape[-2] // 8 or (pairs and quantized):
+            quantized = quantization_of(first) is not None
+            if columns > kernel_shape(first)[-2] // 8 or (pairs and quantized):
                 # Fusing does not pay where adapters are wide, because most of the block-diagonal "b" is zeros, and it
-                # cannot append float columns to an integer kernel.
+                # cannot append float columns to a quantised kernel.
                 adapters[block].update(pairs)
                 continue
             parts, fused_name = [tree.pop(name) for name in names], "_".join(names)

@@ -32,6 +32,11 @@ RULES: tuple[tuple[str, tuple[Axis, ...]], ...] = (
     (r"(query|key|value|gate|up|head)/kernel$", ("fsdp", "tensor")),
     (r"(output|down)/kernel$", ("tensor", "fsdp")),
     (r"(query|key|value|gate|up|head)/(bias|scale)$", ("tensor",)),
+    # In 4 bits: whole blocks of inputs, and their scales.
+    (r"(query|key|value|gate|up)/codes$", ("fsdp", None, "tensor")),
+    (r"(output|down)/codes$", ("tensor", None, "fsdp")),
+    (r"(query|key|value|gate|up)/absmax$", ("fsdp", "tensor")),
+    (r"(output|down)/absmax$", ("tensor", "fsdp")),
     (r"(query|key|value|gate|up)/a$", ("fsdp", None)),
     (r"(query|key|value|gate|up)/b$", (None, "tensor")),
     (r"(output|down)/a$", ("tensor", None)),

@@ -64,8 +64,9 @@ def matmul_cost(jaxpr: Jaxpr, trip_count: int = 1) -> Cost:
     """Cost of the matmuls of a jaxpr; loops without a static length run `trip_count` times.
 
     A matmul of [..., m, k] and [..., k, n] takes 2 m k n FLOPs per batch element. An operand converted from integers is
-    read as integers. cuDNN attention counts as two matmuls forward and four backward, halved if causal; its backward
-    pass also recomputes the first one, which is not counted.
+    read as integers; one made of 4-bit codes is not a conversion, and counts as floats. cuDNN attention counts as two
+    matmuls forward and four backward, halved if causal; its backward pass also recomputes the first one, which is not
+    counted.
     """
     total, integers = Cost(), {}
     for equation in jaxpr.eqns:

@@ -42,6 +42,7 @@ from pjrlhf.models.decoder import Decoder
 from pjrlhf.models.frozen import OtherModelSettings
 from pjrlhf.models.hub import model_folder
 from pjrlhf.models.huggingface import load_params, read_config
+from pjrlhf.models.quantization import get_quantization
 from pjrlhf.parallel.mesh import batch_sharding, leaf_sharding
 from pjrlhf.rewards.sources import SOURCES, RewardFunction, SourceContext
 from pjrlhf.rollout.batches import Prompts
@@ -103,7 +104,8 @@ class NextToken:
             batch_sharding=batch_sharding(mesh) if mesh.size > 1 else None,
         )
         place = functools.partial(leaf_sharding, mesh)
-        base = load_params(folder, dtype=jnp.dtype(s.param_dtype), place=place, quantized=bool(s.quantize))
+        quantization = get_quantization(s.quantize)
+        base = load_params(folder, dtype=jnp.dtype(s.param_dtype), place=place, quantization=quantization)
         self.backbone = Backbone(model, AdapterConfig(), base)
         self.longest = config.max_length
         self._scorer = Scorer(devices, s.batch_size)

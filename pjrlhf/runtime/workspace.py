@@ -24,7 +24,7 @@ from pjrlhf.models.folders import new_folder, read_json
 from pjrlhf.models.hub import config_folder, model_folder, portable
 from pjrlhf.models.huggingface import fingerprint, load_params, read_config
 from pjrlhf.models.provenance import adapted, text_provenance
-from pjrlhf.models.quantization import check_quantize
+from pjrlhf.models.quantization import QUANTIZATIONS, check_quantize, get_quantization
 from pjrlhf.models.shared_a import complete, second_factors, with_a
 from pjrlhf.parallel.mesh import batch_sharding, leaf_sharding
 from pjrlhf.parallel.processes import on_process_zero
@@ -69,7 +69,9 @@ class ModelSettings(Settings):
     dtype: str = setting("float32", "dtype of activations", choices=FLOATS)
     param_dtype: str = setting("float32", "dtype of the frozen base", choices=FLOATS)
     quantize: str = setting(
-        "", "int8 stores the linear layers of the frozen base in 8 bits; needs adapters", choices=("", "int8")
+        "",
+        "int8 or nf4 stores the linear layers of the frozen base in 8 or 4 bits; needs adapters",
+        choices=("", *QUANTIZATIONS),
     )
     remat: str = setting("none", "rematerialization: what the backward pass recomputes", choices=tuple(REMAT_POLICIES))
     attention: str = setting("auto", "attention implementation", choices=IMPLEMENTATIONS)
@@ -264,10 +266,10 @@ class Workspace:
 
     @functools.cached_property
     def base(self) -> Any:
-        """The parameters of the frozen base, on the mesh; kernels are int8 where `model.quantize` is set. With
+        """The parameters of the frozen base, on the mesh; kernels are stored as `model.quantize` says. With
         `adapter.freeze_a`, the first factors of all policies lie beside them.
         """
-        base = self._read(self.base_folder, quantized=bool(self.settings.quantize))
+        base = self._read(self.base_folder, self.settings.quantize)
         if not self.adapter.freeze_a:
             return base
         return with_a(base, self.devices.shard({"layers": frozen_factors(base, self.adapter)})["layers"])
@@ -332,8 +334,8 @@ class Workspace:
         inside = pathlib.Path(name).is_relative_to(self.workdir.path) and folder.is_relative_to(self.workdir.path)
         return os.path.relpath(name, folder) if inside else name
 
-    def _read(self, folder: pathlib.Path, quantized: bool = False) -> Any:
+    def _read(self, folder: pathlib.Path, quantize: str = "") -> Any:
         place = functools.partial(leaf_sharding, self.devices.mesh)
-        dtype = jnp.dtype(self.settings.param_dtype)
+        dtype, quantization = jnp.dtype(self.settings.param_dtype), get_quantization(quantize)
         with megabytes(f"reading {folder}") as report:
-            return load_params(folder, dtype=dtype, place=place, quantized=quantized, report=report)
+            return load_params(folder, dtype=dtype, place=place, quantization=quantization, report=report)

@@ -1,4 +1,4 @@
-"""Stages on a base in 8 bits: each of them sees that base, and says so where its numbers are kept."""
+"""Stages on a base in 8 or 4 bits: each of them sees that base, and says so where its numbers are kept."""
 
 import json
 
@@ -12,22 +12,30 @@ from pjrlhf.algorithms import banks, policy, sft
 from pjrlhf.errors import UserError
 from pjrlhf.export import merge
 from pjrlhf.export.merge import MergeSettings
+from pjrlhf.language_model import load_personal
 from pjrlhf.models.huggingface import load_params
-from pjrlhf.models.quantization import quantize_params
+from pjrlhf.models.quantization import QUANTIZATIONS, NormalFloat4, kind_of, quantize_params
 from pjrlhf.models.storage import load_tree, save_tree
 from pjrlhf.pipeline import stages
 from pjrlhf.settings import parse
 from pjrlhf.training.workdir import Workdir
 
 
+@pytest.fixture(autouse=True)
+def short_blocks(monkeypatch):
+    """Of 4 bits: the tiny model has 16 inputs."""
+    monkeypatch.setitem(QUANTIZATIONS, "nf4", NormalFloat4(block=8))
+
+
 def close(got, want):
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-6), got, want)
 
 
-def test_the_base_is_that_of_the_folder_quantised_and_has_a_name_of_its_own(finished):
-    run = tiny.start(finished, tiny.settings(model__quantize="int8"))
+@pytest.mark.parametrize("kind", QUANTIZATIONS)
+def test_the_base_is_that_of_the_folder_quantised_and_has_a_name_of_its_own(finished, kind):
+    run = tiny.start(finished, tiny.settings(model__quantize=kind))
     floats = tiny.start(finished, tiny.settings())
-    close(run.workspace.base, quantize_params(load_params(finished / "sft" / "model")))
+    close(run.workspace.base, quantize_params(QUANTIZATIONS[kind], load_params(finished / "sft" / "model")))
     assert (
         run.workspace.base_hash
         != floats.workspace.base_hash
@@ -37,11 +45,12 @@ def test_the_base_is_that_of_the_folder_quantised_and_has_a_name_of_its_own(fini
 
 
 @pytest.mark.slow
-def test_policies_train_on_it_and_their_adapters_merge_into_the_folder(copied, tmp_path):
+@pytest.mark.parametrize("kind", QUANTIZATIONS)
+def test_policies_train_on_it_and_their_adapters_merge_into_the_folder(copied, tmp_path, kind):
     """One step by hand; what is written for `merge` names the folder, whose floats it adds to."""
-    run = tiny.start(copied, tiny.settings(model__quantize="int8", policy__steps=1))
+    run = tiny.start(copied, tiny.settings(model__quantize=kind, policy__steps=1))
     path = copied / "reward" / "model.safetensors"  # trained on the floats
-    with pytest.raises(UserError, match=r"was trained with base: '(\w+)', here '\1-int8'"):
+    with pytest.raises(UserError, match=rf"was trained with base: '(\w+)', here '\1-{kind}'"):
         policy.method_of(run)
     tree, note = load_tree(path)
     save_tree(path, tree, note | run.workspace.provenance)
@@ -68,7 +77,7 @@ def test_policies_train_on_it_and_their_adapters_merge_into_the_folder(copied, t
     np.testing.assert_allclose(
         found, floats + run.workspace.adapter.scale * pair["a"] @ pair["b"], rtol=1e-5, atol=1e-6
     )
-    assert json.loads((folder / merge.MANIFEST).read_text())["quantize"] == "int8"
+    assert json.loads((folder / merge.MANIFEST).read_text())["quantize"] == kind
 
 
 def test_the_base_is_trained_as_floats(tmp_path):
@@ -78,13 +87,16 @@ def test_the_base_is_trained_as_floats(tmp_path):
 
 
 @pytest.mark.slow
-def test_personal_policies_learn_on_it(people, tmp_path):
-    """All stages; training moves as it does on floats."""
-    config = tiny_users.settings(model__quantize="int8")
+@pytest.mark.parametrize("kind", QUANTIZATIONS)
+def test_personal_policies_learn_on_it(people, tmp_path, kind):
+    """All stages; training moves as it does on floats, and what is read back has the base it was trained on."""
+    config = tiny_users.settings(model__quantize=kind)
     path = tiny.run(tmp_path / "run", config)
     for entry in config.preference.models:
         note = [line for line in tiny.lines(path) if line["stage"] == f"preference/{entry}"]
         assert note and all(np.isfinite(line["loss"]) for line in note)
+        personal = load_personal(path / "preference" / entry)
+        assert kind_of(personal.model.backbone.base) == kind
     summaries = [json.loads((x / "report" / "summary.json").read_text()) for x in (path, people)]
     assert summaries[0].keys() == summaries[1].keys()
 
@@ -93,6 +105,7 @@ def test_personal_policies_learn_on_it(people, tmp_path):
     ("changes", "message"),
     [
         ({"model__quantize": "int4"}, "'int4' is unknown; did you mean 'int8'"),
+        ({"model__quantize": "nf4", "adapter__rank": 0}, "adapter.rank"),
         ({"model__quantize": "int8", "adapter__rank": 0}, "adapter.rank"),
     ],
 )

@@ -3,10 +3,12 @@
 import importlib.util
 import json
 import pathlib
+import types
 
 import jax
 import jax.numpy as jnp
 import pytest
+from jax.experimental import topologies
 from jax.sharding import NamedSharding, PartitionSpec
 from support import tiny, tiny_classifiers, tiny_family, tiny_judge, tiny_users
 
@@ -25,6 +27,22 @@ from pjrlhf.runtime.judges import ModelJudgeSettings, NextToken
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden" / "shardings.json"
 LLAMAS = ("pdpo_8b", "soups_8b", "pdpo_70b", "soups_70b")
+
+
+def test_one_chip_is_a_host_of_one(monkeypatch):
+    """The compiler takes hosts for four chips, of which there are none in a topology of one."""
+    asked = []
+
+    def describe(*_, **options):
+        asked.append(options)
+        return types.SimpleNamespace(devices=["chip"])
+
+    monkeypatch.setattr(topologies, "get_topology_desc", describe)
+    for name in ("TPU_SKIP_MDS_QUERY", "ALLOW_MULTIPLE_LIBTPU_LOAD"):
+        monkeypatch.setenv(name, "1")
+    for topology in ("v6e:1x1", "v6e:2x2", "v6e:1x4"):
+        assert planned.devices_of(topology) == ("v6e", ["chip"])
+    assert asked == [{"chips_per_host_bounds": (1, 1, 1)}, {}, {}]
 
 
 def test_matmuls_are_counted():

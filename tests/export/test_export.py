@@ -17,6 +17,7 @@ from pjrlhf.export.soup import Source
 from pjrlhf.language_model import load_model
 from pjrlhf.models.adapters import AdapterConfig, init_bank
 from pjrlhf.models.peft import load_peft
+from pjrlhf.models.quantization import QUANTIZATIONS, NormalFloat4
 from pjrlhf.models.registry import UserRegistry
 from pjrlhf.models.users import UserModel
 from pjrlhf.serving.catalogue import Catalogue, People
@@ -174,11 +175,13 @@ def test_a_person_who_is_a_mix_is_an_adapter(models, tmp_path):
             write(source, Wish(kind="peft", output=tmp_path / "out", user=user, mix=mix))
 
 
-def test_an_export_of_a_quantised_base_is_that_of_its_floats(models, tmp_path, capsys):
-    folder = export(models, tmp_path / "merged", "merged", mix_flag(MIX), "--quantize=int8")
-    assert "held in 8 bits; this export is made from its floats" in capsys.readouterr().out
+@pytest.mark.parametrize("kind", QUANTIZATIONS)
+def test_an_export_of_a_quantised_base_is_that_of_its_floats(models, tmp_path, capsys, monkeypatch, kind):
+    monkeypatch.setitem(QUANTIZATIONS, "nf4", NormalFloat4(block=2))  # the tiny model has few inputs
+    folder = export(models, tmp_path / "merged", "merged", mix_flag(MIX), f"--quantize={kind}")
+    assert f"held in {QUANTIZATIONS[kind].bits} bits; this export is made from its floats" in capsys.readouterr().out
     np.testing.assert_allclose(load_model(folder).score([QUESTION], [ANSWER]), ours(models, MIX), atol=1e-4)
-    assert json.loads((folder / "manifest.json").read_text())["quantize"] == "int8"
+    assert json.loads((folder / "manifest.json").read_text())["quantize"] == kind
 
 
 def test_several_folders_are_not_pushed_as_one(models, tmp_path):

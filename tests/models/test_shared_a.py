@@ -9,7 +9,7 @@ from support.small_policies import MODEL, base, close, noise, prompts
 from pjrlhf.merging import lora
 from pjrlhf.models import shared_a
 from pjrlhf.models.adapters import AdapterConfig, Backbone, frozen_factors, init_bank
-from pjrlhf.models.quantization import quantize_params
+from pjrlhf.models.quantization import Int8, quantize_params
 from pjrlhf.rollout.sampler import Sampling, generate
 
 B, T, K = 4, 6, 3
@@ -19,7 +19,7 @@ EACH = AdapterConfig(rank=2, alpha=4.0)
 
 
 def whole_base(adapter=ADAPTER, quantized=False):
-    plain = quantize_params(base()) if quantized else base()
+    plain = quantize_params(Int8(), base()) if quantized else base()
     return shared_a.with_a(plain, frozen_factors(base(), adapter))
 
 

@@ -15,6 +15,7 @@ from pjrlhf.errors import UserError
 from pjrlhf.language_model import load_bank, load_model
 from pjrlhf.models.adapters import AdapterConfig, init_bank
 from pjrlhf.models.peft import save_peft
+from pjrlhf.models.quantization import QUANTIZATIONS, NormalFloat4, kind_of
 from pjrlhf.models.registry import UserRegistry
 from pjrlhf.models.users import UserModel
 from pjrlhf.runtime.records import DataSettings
@@ -174,6 +175,16 @@ def test_a_run_is_served_with_its_soups(finished, capsys):
     with pytest.raises(SystemExit) as stopped:
         cli.main(["generate", "--run", str(finished), "--mix", "P9=1", QUESTION])
     assert stopped.value.code == 2 and "P9" in capsys.readouterr().err
+
+
+def test_a_base_of_4_bits_answers_on_the_terminal(folder, monkeypatch, capsys):
+    monkeypatch.setitem(QUANTIZATIONS, "nf4", NormalFloat4(block=8))  # the tiny model has 16 inputs
+    model = load_model(folder, quantize="nf4")
+    assert kind_of(model.backbone.base) == "nf4"
+    (want,) = model.generate([[{"role": "user", "content": QUESTION}]], max_new_tokens=6)
+    cli.main(["generate", "--model", str(folder), "--quantize", "nf4", "--max-tokens", "6", QUESTION])
+    assert capsys.readouterr().out.splitlines()[-1] == want
+    assert [*cli.QUANTIZE] == ["", *QUANTIZATIONS]
 
 
 def test_a_run_is_served_with_its_people(people, capsys):
