@@ -6,7 +6,7 @@ import importlib
 import os
 import pathlib
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from absl import logging
@@ -116,6 +116,7 @@ class Plan:
           UserError: a source or an artefact of another run that does not exist, or a wrong specification of a source.
         """
         waiting = [stage.name for stage in self.stages if not workdir.finished(stage.name)]
+        self._check_rewards(waiting, workdir)
         data = self.settings.data
         sections: dict[str, Any] = {}
         if waiting:
@@ -135,6 +136,16 @@ class Plan:
         for key, spec in sections.items():
             if isinstance(spec, Mapping):
                 check_source(spec, key)
+
+    def _check_rewards(self, waiting: Sequence[str], workdir: Workdir) -> None:
+        """Checks that policies will find rewards: those of reward functions, too, have a scale to be measured."""
+        made = workdir.finished("reward") or getattr(self.settings.reward, "path", "")
+        if "policy" in waiting and not made and "reward" not in waiting[: waiting.index("policy")]:
+            raise UserError(
+                "stages: policy comes without reward before it, the stage that trains reward models and measures the "
+                "scale of all rewards, also of reward functions; add it, or name the file of another run with "
+                "--config.reward.path"
+            )
 
     def _check_path(self, key: str, path: str) -> None:
         if path and path not in STAGES and not is_remote(path) and hub_name(path) is None and not os.path.exists(path):

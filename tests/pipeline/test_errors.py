@@ -320,6 +320,14 @@ def test_a_stage_whose_predecessor_is_missing(copied):
         reward.method_of(tiny.start(copied, tiny.settings()))
 
 
+def test_policies_without_the_stage_that_makes_their_rewards(tmp_path):
+    """Also where all rewards are functions: their scale is measured there."""
+    for stages_ in (("sft", "policy"), ("policy", "reward")):
+        with pytest.raises(UserError, match="stages: policy comes without reward before it"):
+            stages.run(tiny.settings(stages=stages_), tmp_path / "run")
+    assert not (tmp_path / "run" / "sft").exists()
+
+
 def test_a_config_that_differs_from_that_of_the_folder(finished):
     with pytest.raises(UserError, match=r"another config \(policy.steps: 4 -> 5; seed: 0 -> 3\); undo the change, ch"):
         tiny.run(finished, tiny.settings(seed=3, policy__steps=5))

@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import re
 import shutil
 import time
 
@@ -188,7 +189,13 @@ def test_the_commands(run, tmp_path, capsys):
         assert "new is unknown: the generic user answers" in capsys.readouterr().err
         assert "new" not in [one["id"] for one in ask(place, "")["data"]]
         trained = ask(place, "")["data"][0]["id"]
-        assert users(capsys, "remove", trained, *where).count("rewritten") == 4
+        cli.main(["users", "remove", trained, *where])
+        said = capsys.readouterr()
+        assert said.out.count("rewritten") == 4
+        left = re.search("still have the name: (.*); delete the run", said.err)[1].split(", ")
+        texts = [path for path in run.rglob("*") if path.suffix in (".json", ".jsonl", ".html")]
+        assert {*left} == {str(path.relative_to(run)) for path in texts if trained in path.read_text()}
+        assert {"population/train.jsonl", "report/summary.json"} <= {*left}
         assert trained not in [one["id"] for one in ask(place, "")["data"]]
         assert trained not in users(capsys, "list", *where)
 

@@ -95,7 +95,7 @@ def _list(given: argparse.Namespace) -> None:
 
 def _remove(given: argparse.Namespace) -> None:
     from pjrlhf.serving.people.store import Unknown
-    from pjrlhf.serving.people.trained import forget, trained_people
+    from pjrlhf.serving.people.trained import files_with, forget, trained_people
     from pjrlhf.terminal import visible
 
     run, store = _store(given)
@@ -108,6 +108,12 @@ def _remove(given: argparse.Namespace) -> None:
     for file in forget(run, given.name):
         print(f"rewritten: {visible(file)}")
     print(f"removed {visible(given.name)}")
+    if found := [str(file.relative_to(run)) for file in files_with(run, given.name)]:
+        print(
+            f"records and reports of the run still have the name: {visible(', '.join(found))}; delete the run to be "
+            "rid of them",
+            file=sys.stderr,
+        )
 
 
 def _with_model(given: argparse.Namespace) -> None:

@@ -2,6 +2,7 @@
 
 import contextlib
 import fcntl
+import html
 import json
 import os
 import pathlib
@@ -19,6 +20,20 @@ FILES = "preference/*/model.safetensors"
 def trained_people(run: pathlib.Path) -> set[str]:
     """Everybody whom a user model of the run knows."""
     return {name for file in sorted(run.glob(FILES)) for name in _names(file)}
+
+
+def files_with(run: pathlib.Path, name: str) -> list[pathlib.Path]:
+    """The records and reports of a run that have a person's name."""
+    quoted = {json.dumps(name), json.dumps(name, ensure_ascii=False)}
+    cells = {f">{html.escape(name)}<", f">{html.escape(name, quote=False)}<"}
+    found = []
+    for file in sorted(run.rglob("*")):
+        wanted = cells if file.suffix == ".html" else quoted if file.suffix in (".json", ".jsonl") else None
+        if wanted and file.is_file():
+            with reading(file), open(file, encoding="utf-8", errors="replace") as lines:
+                if any(one in line for line in lines for one in wanted):
+                    found.append(file)
+    return found
 
 
 def _names(file: pathlib.Path) -> list[str]:
