@@ -67,7 +67,7 @@ def _alpaca_prompts(c: ml_collections.ConfigDict) -> None:
 
 
 def soups() -> ml_collections.ConfigDict:
-    """Six policies of 40 steps of 4 answers, and Prompted-MORL on as many answers as all of them."""
+    """Six policies of 240 answers each, and Prompted-MORL on as many as all of them."""
     c = _of("soups.py", "instruct")
     c.title = "Personalized Soups on a real model, rewarded by rules"
     _alpaca_prompts(c)
@@ -75,17 +75,18 @@ def soups() -> ml_collections.ConfigDict:
     c.prompt_preference = "never"
     with c.ignore_type():
         c.methods = ml_collections.ConfigDict(
-            {"pmorl": {"preferences": {"kind": "combinations"}, "prompt_preference": "always", "rollouts": 24}}
+            {"pmorl": {"preferences": {"kind": "combinations"}, "prompt_preference": "always", "rollouts": 48}}
         )
     _critic_free(c)
-    c.policy.rollouts = 4
-    c.reward.calibration_samples = 64
+    c.policy.update({"rollouts": 8, "steps": 30})
+    c.data.heldout_fraction = 0.02  # 16 prompts
+    c.reward.calibration_samples = 96
     c.evaluate.update({"prompted": (), "sweep_points": 5, "sweep_samples": 1})
     return c
 
 
 def front(*objectives: str) -> ml_collections.ConfigDict:
-    """Every method trains on 640 answers, or 960 with three objectives; fewer, in smaller steps, steer nothing."""
+    """Every method trains on 640 answers, or 960 with three objectives; fewer steer nothing."""
     c = config.base()
     c.title = f"Methods on one front, {' against '.join(objectives)}, on a real model"
     config.front(c, objectives)
@@ -100,8 +101,6 @@ def front(*objectives: str) -> ml_collections.ConfigDict:
     _alpaca_prompts(c)
     _critic_free(c)
     c.policy.update({"rollouts": 8 * len(objectives), "steps": 40})
-    c.policy.optimizer.learning_rate = 1e-3
-    c.policy.kl.coefficient = 0.02
     c.data.heldout_fraction = 0.02  # 16 prompts
     c.reward.calibration_samples = 96
     c.ric.update({"samples": 240, "steps": 40, "online_steps": 20, "batch_size": 8})
@@ -111,12 +110,12 @@ def front(*objectives: str) -> ml_collections.ConfigDict:
 
 
 def _critic_free(c: ml_collections.ConfigDict) -> None:
-    """Four answers to each prompt are each other's baseline, in one update per rollout."""
+    """Four answers to each prompt are each other's baseline, in one update per rollout. Smaller steps steer nothing."""
     c.policy.experience.update({"estimator": "rloo", "samples_per_prompt": 4})
     c.policy.experience.missing_eos_penalty = 0.0  # most answers are longer than the limit
     c.policy.ppo.update({"epochs": 1, "minibatches": 1})
-    c.policy.optimizer.learning_rate = 3e-4
-    c.policy.kl.coefficient = 0.05
+    c.policy.optimizer.learning_rate = 1e-3
+    c.policy.kl.coefficient = 0.02
 
 
 def _pairs(variant: str, title: str, steps: int) -> ml_collections.ConfigDict:
