@@ -67,18 +67,18 @@ def _alpaca_prompts(c: ml_collections.ConfigDict) -> None:
 
 
 def soups() -> ml_collections.ConfigDict:
-    """Six policies of 240 answers each, and Prompted-MORL on as many as all of them."""
+    """Six policies of 160 answers each, and Prompted-MORL on as many as all of them."""
     c = _of("soups.py", "instruct")
     c.title = "Personalized Soups on a real model, rewarded by rules"
     _alpaca_prompts(c)
     c.stages = ("reward", "policy", "methods", "evaluate")
     c.prompt_preference = "never"
-    with c.ignore_type():
-        c.methods = ml_collections.ConfigDict(
-            {"pmorl": {"preferences": {"kind": "combinations"}, "prompt_preference": "always", "rollouts": 48}}
-        )
     _critic_free(c)
-    c.policy.update({"rollouts": 8, "steps": 30})
+    c.policy.update({"rollouts": 8, "steps": 20})
+    c.policy.ppo.policies_at_once = 1  # six at once take 16 GB
+    pmorl = {"preferences": {"kind": "combinations"}, "prompt_preference": "always"}
+    with c.ignore_type():
+        c.methods = ml_collections.ConfigDict({"pmorl": {**pmorl, "rollouts": 48, "ppo": {"accumulation_steps": 6}}})
     c.data.heldout_fraction = 0.02  # 16 prompts
     c.reward.calibration_samples = 96
     c.evaluate.update({"prompted": (), "sweep_points": 5, "sweep_samples": 1})
