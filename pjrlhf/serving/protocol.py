@@ -86,9 +86,11 @@ class Body(pydantic.BaseModel):
 
     Attributes:
       optional: a request without a body is one without fields.
+      inside: names that belong into the items of a list -> that list.
     """
 
     optional: ClassVar[bool] = False
+    inside: ClassVar[Mapping[str, str]] = {}
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False)
 
     @classmethod
@@ -120,6 +122,8 @@ class Body(pydantic.BaseModel):
             if name not in cls.model_fields:
                 close = difflib.get_close_matches(name, cls.model_fields, 1)
                 hint = f"did you mean {close[0]}?" if close else "leave it out"
+                if name in cls.inside:
+                    hint = f"put it into an item of the list {cls.inside[name]}"
                 raise Refused(f"{name[:100]}: unknown field; {hint}", name[:100], code="unknown_parameter")
         try:
             return cls.model_validate(given)

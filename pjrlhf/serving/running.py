@@ -20,6 +20,7 @@ from pjrlhf.serving.people.members import Members
 from pjrlhf.serving.people.store import MEMORY
 from pjrlhf.serving.settings import EngineSettings, ServerSettings
 from pjrlhf.settings import shown
+from pjrlhf.training.progress import progress
 
 KEY_VARIABLE = "PJRLHF_API_KEY"
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
@@ -37,7 +38,8 @@ def serve(catalogue: Catalogue, settings: ServerSettings, sizes: EngineSettings)
     server = Server(catalogue, engine, settings, key)
     members = server.service.catalogue.people
     listener = _listen(settings)
-    engine.warm_up()
+    with progress("compiling what the server runs", 1):
+        engine.warm_up()
     engine.start()
     if isinstance(members, Members):
         members.table.warm_up()

@@ -223,7 +223,8 @@ def run(
             on_start(state)
 
         writer = MetricWriter(workdir, stage, loggers=settings.loggers, after=done)
-        with contextlib.closing(writer), progress(stage, steps, show, start=done, patience=0.0) as bar, _Stop() as stop:
+        bar = progress(stage, steps, show, start=done, patience=0.0, note="compiling")
+        with contextlib.closing(writer), bar, _Stop() as stop:
             pending, first = None, done + 1
             performance.begin(done)
             while done < steps:

@@ -41,6 +41,7 @@ class progress:
       start: steps done before this run.
       every: seconds between plain lines.
       patience: seconds before anything is shown.
+      note: shown until the first step has ended.
     """
 
     def __init__(
@@ -52,9 +53,10 @@ class progress:
         start: int = 0,
         every: float = 10.0,
         patience: float = PATIENCE,
+        note: str = "",
     ):
         self.stage, self.total, self.keys, self.every, self.patience = line(stage), total, keys, every, patience
-        self._step, self._note = start, ""
+        self._step, self._note = start, note
         self._told: int | None = None  # the step of the last line
         self._visible = is_process_zero()
         self._bar: Progress | None = None
@@ -124,7 +126,7 @@ class progress:
                 console=Console(stderr=True),
             )
             self._bar.start()
-            self._task = self._bar.add_task(self.stage, total=self.total, completed=self._step, note="")
+            self._task = self._bar.add_task(self.stage, total=self.total, completed=self._step, note=self._note)
         self._bar.update(self._task, completed=self._step, total=self.total, note=self._note)
 
     def _line(self, now: float) -> str:

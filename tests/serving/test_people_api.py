@@ -201,6 +201,7 @@ BAD = [
     ("/nobody/feedback", {"comparisons": [VOTE]}, 404, "id"),
     ("/nobody/next", {"pairs": [{"prompt": "a", "answers": ["b", "c"]}]}, 404, "id"),
     ("/there/feedback", {}, 400, "comparisons"),
+    ("/there/feedback", VOTE, 400, "prompt"),
     ("/there/feedback", {"comparisons": []}, 400, "comparisons"),
     ("/there/feedback", {"comparisons": [3]}, 400, "comparisons"),
     ("/there/feedback", {"comparisons": [VOTE] * 300}, 413, None),

@@ -45,10 +45,13 @@ def test_a_short_pass_is_silent_and_a_long_one_is_not(capsys, clock):
 
 def test_a_pass_whose_first_step_takes_long_says_what_it_is(capsys):
     """Compilation, or one large batch: nothing calls `update` meanwhile."""
-    with progress("reference log-probs", 2, every=0.1, patience=0.1):
-        time.sleep(0.5)
-    lines = capsys.readouterr().err.splitlines()
-    assert lines and lines[0] == "reference log-probs  0/2  0:00 so far"
+    for note, middle in (("", "  "), ("compiling", "  compiling  ")):
+        with progress("reference log-probs", 2, every=0.1, patience=0.1, note=note) as bar:
+            time.sleep(0.5)
+            bar.update(2, {})
+        lines = capsys.readouterr().err.splitlines()
+        assert lines and lines[0] == f"reference log-probs  0/2{middle}0:00 so far"
+        assert "compiling" not in lines[-1]
 
 
 def test_of_passes_within_passes_the_innermost_is_shown(capsys, clock):

@@ -61,6 +61,7 @@ export function startQuestions(attempt) {
     await attempt(action);
     busy = false;
     for (const id of ["quiz", "ask-me"]) $(id).setAttribute("aria-busy", "false");
+    $("ask-note").textContent = "";
     if ($("quiz-note").textContent === LEARNING) $("quiz-note").textContent = ""; // it failed
   };
   const choose = (best) =>
@@ -76,6 +77,7 @@ export function startQuestions(attempt) {
       asking = state.person;
       skipped.clear();
       $("quiz-note").textContent = "";
+      $("ask-note").textContent = "Looking for the question that tells most…";
       await next();
       if (asking === null) return;
       $("quiz").hidden = false;

@@ -12,6 +12,7 @@ from starlette.convertors import StringConvertor, register_url_convertor
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
+from pjrlhf.data.comparisons import SIDES
 from pjrlhf.errors import UserError
 from pjrlhf.serving.people.exchange import LIMIT, describe, exported, imported, listed
 from pjrlhf.serving.people.members import Members
@@ -80,6 +81,7 @@ class NewPerson(Body):
 class Feedback(Body):
     """Comparisons: each a prompt (or messages), and the chosen and the rejected answer."""
 
+    inside = dict.fromkeys(("prompt", "messages", *SIDES), "comparisons")
     comparisons: list[Any]
 
 
