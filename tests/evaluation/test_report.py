@@ -138,6 +138,7 @@ def test_sections_may_be_missing(tmp_path, kept):
         "sweep": "sweep",
         "ingredients": "ingredients",
         "reward_models": "reward-models",
+        "preferences": "preferences",
         "stage_seconds": "run",
         "config": "run",
         "notes": "run",

@@ -199,6 +199,8 @@ def test_the_page_has_two_themes_shrinks_and_says_how_the_run_was_made(tmp_path)
     assert (
         sum(tag == "source" for tag, _ in page.tags) == sum(tag == "img" for tag, _ in page.tags) == len(USER_FIGURES)
     )
-    assert "prefers-color-scheme: dark" in source and "max-width: none" not in source and "min-width: 720" not in source
+    assert "prefers-color-scheme: dark" in source and "min-width: 720" not in source
+    # A figure that is wider than the screen scrolls in a frame of its own.
+    assert source.count('<figure><div class="scroll" tabindex="0"><picture>') == len(USER_FIGURES)
     text = "".join(page.text)
     assert all(value in text for value in made.values())
