@@ -6,18 +6,17 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeAlias
 
-import flax.traverse_util
 import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import logging
 
-from pjrlhf.aot.dry_run import DryRun
+from pjrlhf.aot.dry_run import DryRun, decoder_shapes
 from pjrlhf.models.attention import choose
 from pjrlhf.models.classifier import class_logits
 from pjrlhf.models.config import ModelConfig
 from pjrlhf.models.decoder import Decoder
-from pjrlhf.models.families import FAMILIES, leaf_shapes
+from pjrlhf.models.families import FAMILIES
 from pjrlhf.models.folders import read_json
 from pjrlhf.models.hub import config_folder
 from pjrlhf.models.huggingface import read_config
@@ -66,12 +65,6 @@ def decoder_of(run: DryRun, config: ModelConfig, dtype: str, **options: Any) -> 
         batch_sharding=batch_sharding(mesh) if mesh.size > 1 else None,
         **options,
     )
-
-
-def decoder_shapes(config: ModelConfig, dtype: str) -> Params:
-    """Shapes of the parameters of a decoder."""
-    leaves = {path: jax.ShapeDtypeStruct(shape, jnp.dtype(dtype)) for path, shape in leaf_shapes(config).items()}
-    return flax.traverse_util.unflatten_dict(leaves, sep="/")
 
 
 def rewards_of(run: DryRun) -> Specs:

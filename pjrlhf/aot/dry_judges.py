@@ -1,7 +1,6 @@
 """The models of a dry run that judge: what they hold of every chip, and what reading their prompts takes."""
 
 import dataclasses
-import functools
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -9,15 +8,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pjrlhf.aot.dry_classifiers import REWARDS, Specs, bytes_per_chip, decoder_of, decoder_shapes
-from pjrlhf.aot.dry_run import DryRun
+from pjrlhf.aot.dry_classifiers import REWARDS, Specs, bytes_per_chip, decoder_of
+from pjrlhf.aot.dry_run import DryRun, decoder_shapes
 from pjrlhf.judges.language_model import PromptSettings
 from pjrlhf.judges.templates import read_template
 from pjrlhf.models.adapters import AdapterConfig, Backbone
 from pjrlhf.models.config import ModelConfig
 from pjrlhf.models.hub import config_folder
 from pjrlhf.models.huggingface import read_config
-from pjrlhf.models.quantization import get_quantization, quantize_params
 from pjrlhf.rollout.batches import Prompts
 from pjrlhf.runtime.judges import MULTIPLE, ModelJudgeSettings, model_key, next_logps
 from pjrlhf.settings import parse
@@ -83,10 +81,7 @@ def _longest(run: DryRun, settings: PromptSettings, default: str) -> int:
 
 
 def _params(run: DryRun, config: ModelConfig, settings: ModelJudgeSettings) -> Params:
-    tree = decoder_shapes(config, settings.param_dtype)
-    if quantization := get_quantization(settings.quantize):
-        tree = jax.eval_shape(functools.partial(quantize_params, quantization), tree)
-    return run.devices.shard(tree)
+    return run.devices.shard(decoder_shapes(config, settings.param_dtype, settings.quantize))
 
 
 def compile_judges(run: DryRun, judges: Iterable[DryJudge], beside: Tree) -> None:

@@ -230,6 +230,13 @@ class DryRecords(Records):
         return examples, "stand-ins"
 
 
+def decoder_shapes(config: ModelConfig, dtype: str, quantize: str = "") -> Params:
+    """Shapes of the parameters of a decoder, with kernels as `model.quantize` = `quantize` stores them."""
+    leaves = {path: jax.ShapeDtypeStruct(shape, jnp.dtype(dtype)) for path, shape in leaf_shapes(config).items()}
+    tree, quantization = flax.traverse_util.unflatten_dict(leaves, sep="/"), get_quantization(quantize)
+    return jax.eval_shape(functools.partial(quantize_params, quantization), tree) if quantization else tree
+
+
 class DryWorkspace(Workspace):
     """Models whose weights and tokenizers are not read."""
 
@@ -255,14 +262,9 @@ class DryWorkspace(Workspace):
 
     @functools.cached_property
     def base(self) -> Params:
-        dtype = jnp.dtype(self.settings.param_dtype)
-        leaves = {path: jax.ShapeDtypeStruct(shape, dtype) for path, shape in leaf_shapes(self.model_config).items()}
-        tree = flax.traverse_util.unflatten_dict(leaves, sep="/")
-        base, quantization = tree, get_quantization(self.settings.quantize)
-        if quantization:
-            base = jax.eval_shape(functools.partial(quantize_params, quantization), tree)
+        base = decoder_shapes(self.model_config, self.settings.param_dtype, self.settings.quantize)
         if self.adapter.freeze_a:
-            base = with_a(base, jax.eval_shape(lambda: frozen_factors(tree, self.adapter)))
+            base = with_a(base, jax.eval_shape(lambda: frozen_factors(base, self.adapter)))
         return self.devices.shard(base)
 
     def start_params(self, key: PRNGKey) -> Params:
