@@ -5,6 +5,8 @@ import pathlib
 from importlib import metadata
 from typing import Any
 
+from absl import logging
+
 from pjrlhf.errors import UserError, described
 from pjrlhf.models.folders import read_json
 from pjrlhf.terminal import quiet_libraries
@@ -23,16 +25,30 @@ def setting_of(folder: pathlib.Path, name: str) -> Json:
 def load_backend(folder: pathlib.Path) -> Any:
     """The `transformers` tokenizer of a folder, whose code does not run.
 
+    Its tokenizer.json decides how text is split. transformers 5.0 to 5.20 read that of some models (DeepSeek-R1) as a
+    Llama tokenizer, because tokenizer_config.json names that class, and lose the spaces between words.
+
     Raises:
       UserError: `transformers` cannot load a tokenizer from the folder.
     """
     quiet_libraries()
-    from transformers import AutoTokenizer
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     if not folder.is_dir():
         raise UserError(f"tokenizer {folder}: no such folder; give one with a tokenizer.json")
     try:
         backend = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
+        if (folder / "tokenizer.json").is_file() and type(backend) is not PreTrainedTokenizerFast:
+            written = PreTrainedTokenizerFast.from_pretrained(str(folder), local_files_only=True)
+            if _probe(backend) != _probe(written):
+                logging.warning(
+                    "tokenizer %s: transformers %s reads it as %s, which splits text otherwise than its "
+                    "tokenizer.json; tokenizer.json is used",
+                    folder,
+                    metadata.version("transformers"),
+                    type(backend).__name__,
+                )
+                backend = written
     except Exception as error:  # the library `tokenizers` raises nothing narrower
         reason = described(error)[:200]
         raise UserError(
@@ -43,6 +59,11 @@ def load_backend(folder: pathlib.Path) -> Any:
         # Without files transformers makes one up from config.json.
         raise UserError(f"tokenizer {folder}: has no vocabulary; copy the tokenizer.json that came with the model")
     return backend
+
+
+def _probe(backend: Any) -> list[int]:
+    """Ids of a text with spaces, digits and bytes beyond ASCII."""
+    return backend("Hello world,\n  it's 12345 naïve\tpeople. 你好", add_special_tokens=False)["input_ids"]
 
 
 def write_folder(folder: pathlib.Path, tokenizer: Any, **settings: Json) -> None:

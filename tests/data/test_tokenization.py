@@ -127,6 +127,39 @@ def test_golden_rows_of_deepseek(deepseek):
     assert encode_pair(deepseek, "Hello", " world") == ([0, 19923], [2058, 1])  # its settings ask for a BOS
 
 
+class OfAnotherModel(transformers.PreTrainedTokenizerFast):
+    """A class of transformers for one kind of model."""
+
+
+@pytest.mark.parametrize("split", ["WhitespaceSplit", "ByteLevel"])
+def test_tokenizer_json_decides_how_text_is_split(monkeypatch, tmp_path, caplog, split):
+    """transformers 5.0 to 5.20 make a Llama tokenizer of DeepSeek's file, which loses the spaces between words."""
+    backend().save_pretrained(tmp_path)
+
+    def from_pretrained(folder, **_):
+        read = OfAnotherModel(tokenizer_file=f"{folder}/tokenizer.json", eos_token="<|im_end|>")
+        read.backend_tokenizer.pre_tokenizer = {
+            "WhitespaceSplit": tokenizers.pre_tokenizers.WhitespaceSplit(),
+            "ByteLevel": tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        }[split]
+        return read
+
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", from_pretrained)
+    tokenizer = load_tokenizer(tmp_path)
+    assert tokenizer.encode_prompt("the cat\n sat") == backend()("the cat\n sat")["input_ids"]
+    differs = split == "WhitespaceSplit"
+    assert ("reads it as OfAnotherModel, which splits text otherwise" in caplog.text) is differs
+    assert isinstance(tokenizer.backend, OfAnotherModel) is not differs
+
+
+def test_a_byte_level_tokenizer_that_calls_itself_llama_is_read_as_its_file_says(tmp_path):
+    backend().save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config | {"tokenizer_class": "LlamaTokenizerFast"}))
+    text = "the cat  sat\n on 12 mats"
+    assert load_tokenizer(tmp_path).encode_prompt(text) == backend()(text)["input_ids"]
+
+
 @pytest.mark.real_data
 def test_golden_rows_of_gpt2(gpt2):
     assert (gpt2.bos_id, gpt2.eos_id, gpt2.pad_id, gpt2.vocab_size) == (50256, 50256, 50256, 50257)

@@ -45,7 +45,13 @@ PEOPLE = {
     "population.new_pairs_per_user": 2,
 }
 VARIANTS = {
-    "soups": POLICY | {"methods.pmorl.rollouts": 8, "methods.pmorl.ppo.accumulation_steps": 2, "evaluate.resamples": 20, "evaluate.sweep_points": 2},
+    "soups": POLICY
+    | {
+        "methods.pmorl.rollouts": 8,
+        "methods.pmorl.ppo.accumulation_steps": 2,
+        "evaluate.resamples": 20,
+        "evaluate.sweep_points": 2,
+    },
     "front": FRONT,
     "front3": FRONT,
     "pdpo_length": PREFERENCE | PEOPLE | {"data.max_completion": 40},  # one answer of a pair has to fit
