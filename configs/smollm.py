@@ -14,7 +14,7 @@ FOLDER is any Hugging Face folder or name on the hub, such as HuggingFaceTB/Smol
                  (arXiv 2402.05133)
     pdpo_votes   the votes of a crowd
     pdpo_text    what people say about themselves
-    hh           helpful and harmless of HH-RLHF as two users who disagree (needs the hub, or a folder with its files:
+    hh           helpful and harmless of HH-RLHF as two users (needs the hub, or a folder with its files:
                  `--config.preference.data.path=FOLDER`)
 
 The rules measure surface: a long word makes a text "expert", a friendly word makes it "friendly". They stand for the AI
@@ -162,10 +162,12 @@ def pdpo_text() -> ml_collections.ConfigDict:
 
 
 def hh() -> ml_collections.ConfigDict:
-    """Two users: one whose comparisons are those of helpful-base, one with those of harmless-base."""
-    c = _of("pdpo.py", "records")
-    c.title = "P-DPO with the two conflicting objectives of HH-RLHF as users"
-    real_data.source(c.preference, kind="hh_rlhf", path="Anthropic/hh-rlhf")
-    c.preference.optimizer.learning_rate = 3e-4
-    c.preference.update({"batch_size": 8, "steps": 100})
+    """Two people: one who chose the helpful answers of the set, and one who chose the harmless ones."""
+    c = _pairs("records", "P-DPO with the two conflicting objectives of HH-RLHF as users, on a real model", 60)
+    real_data.source(c.preference, kind="hh_rlhf", path="Anthropic/hh-rlhf", objective_as_user=True)
+    with c.ignore_type():
+        c.data.prompt_buckets = (64, 128)
+    c.data.update({"max_prompt": 192, "long_prompt": "truncate_left", "long_completion": "truncate"})
+    c.preference.update({"max_pairs": 800, "max_heldout_pairs": 400})
+    del c.preference.models["cluster"]
     return c

@@ -57,6 +57,7 @@ VARIANTS = {
     "pdpo_length": PREFERENCE | PEOPLE | {"data.max_completion": 40},  # one answer of a pair has to fit
     "pdpo_votes": PREFERENCE,
     "pdpo_text": PREFERENCE,
+    "hh": PREFERENCE,
 }
 
 
@@ -85,6 +86,13 @@ def data(tmp_path_factory):
         for prompt in prompts
     ]
     (folder / "data/prefeval/topic.json").write_text(json.dumps(questions))
+    for part, texts in (("helpful-base", (LONG, SHORT)), ("harmless-base", (SHORT, LONG))):
+        (folder / "hh" / part).mkdir(parents=True)
+        rows = [
+            {side: f"\n\nHuman: {p}\n\nAssistant: {t}" for side, t in zip(("chosen", "rejected"), texts, strict=True)}
+            for p in prompts
+        ]
+        tiny_users.write_records(folder / "hh" / part / "train.jsonl", rows)
     return folder, tiny_papers.base(folder)
 
 
@@ -104,6 +112,8 @@ def test_every_variant_runs(data, tmp_path, monkeypatch, variant):
             config.rewards.friendly.scorer = "longer"  # a random model knows no friendly word
         if variant == "pdpo_votes":
             config.preference.data.min_votes = 1
+        if variant == "hh":
+            config.preference.data.path = str(folder / "hh")
     run = tiny.run(tmp_path / "run", config)
     summary = json.loads((run / "report" / "summary.json").read_text())
     if variant == "pdpo_text":
@@ -114,3 +124,5 @@ def test_every_variant_runs(data, tmp_path, monkeypatch, variant):
         assert {"prompting", "rsoups", "clp", "moc", "ric", "mod"} == set(summary["methods"])
     else:
         assert {"base", "pooled", "individualized", "permuted"} <= set(summary["accuracy"])
+    if variant == "hh":
+        assert {*summary["accuracy"]["individualized"]["users"]} == {"helpful", "harmless"}
