@@ -9,6 +9,7 @@ import pathlib
 import re
 import shlex
 import sys
+import types
 
 import pandas
 import pytest
@@ -98,7 +99,7 @@ def test_flags_of_runs(words, monkeypatch):
     try:
         stages.read(values.config)
     except UserError as error:  # a folder or a file that stands for one of the reader's own
-        assert re.search(r"\b[A-Z]+: no such folder|no file my_rewards\.py", str(error)), error
+        assert re.search(r"\b[A-Z]+: no such folder|no file (my_rewards|encoders)\.py", str(error)), error
 
 
 @pytest.mark.parametrize("words", of("pjrlhf"))
@@ -143,6 +144,8 @@ def test_files_of_other_commands_exist(words):
 ELSEWHERE = {"docs/papers.md": "weights on the hub", "docs/export.md": "a server of another program"}  # compiled alone
 SERVED = {"docs/serving.md"}  # asks a server
 SLOW = SERVED | {"docs/concepts/mix_and_bank.md", "docs/methods/pdpo.md"}  # compile the sampler
+# A library that no extra installs.
+ENCODERS = types.SimpleNamespace(SentenceTransformer=lambda name: types.SimpleNamespace(encode=lambda texts: [texts]))
 FUNCTIONS = "def readability(prompts, completions):\n    return [0.0] * len(prompts)\n\n\nbrevity = readability\n"
 
 
@@ -167,6 +170,7 @@ def test_json_lines_are_json():
 def test_code(page, code, request, tmp_path, monkeypatch):
     """Code about a run meets a finished one; code about a config changes one, which is then read."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "sentence_transformers", ENCODERS)
     code = re.sub(r"max_new_tokens=\d+", "max_new_tokens=4", code)
     for run, fixture in (("soups", "finished"), ("pdpo", "people")):
         if f"runs/{run}" in code:
@@ -188,6 +192,8 @@ def test_code(page, code, request, tmp_path, monkeypatch):
     compiled = compile(code, page, "exec")
     if page not in ELSEWHERE:
         exec(compiled, names)
+    if "minilm" in names:
+        assert names["minilm"](["a"], ["b"]) == [["a\n\nb"]]
     if "config" in names:
         stages.read(names["config"])
 

@@ -8,6 +8,7 @@ import numpy as np
 from absl import logging
 
 from pjrlhf.data.comparisons import SIDES
+from pjrlhf.data.messages import Prompt, text_of
 from pjrlhf.data.schema import Example, is_tie
 from pjrlhf.data.token_table import TokenRow, TokenTable
 from pjrlhf.errors import UserError
@@ -15,14 +16,14 @@ from pjrlhf.feedback.pairs import PARTS, PairSettings, at_most, check_named, spl
 from pjrlhf.models.registry import UserRegistry
 from pjrlhf.models.user_models.base import Comparisons, Person
 from pjrlhf.rollout.features import STATES, Reduction, answer_key
-from pjrlhf.runtime.features import features_of
+from pjrlhf.runtime.features import encoded, encoder, features_of
 from pjrlhf.runtime.run import Run
 from pjrlhf.settings import setting
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FeatureSettings(PairSettings):
-    """Comparisons of people on features of the frozen base."""
+    """Comparisons of people on features of the frozen base, or of another encoder."""
 
     section: ClassVar[str] = "user_models"
 
@@ -30,6 +31,11 @@ class FeatureSettings(PairSettings):
         STATES,
         "features of an answer: the base's state at its last token, and the mean over its tokens",
         choices=STATES,
+    )
+    encoder: str = setting(
+        "",
+        "package.module:function or file.py:function (prompts, completions) -> a vector for each answer, in place of "
+        "the states of the base; the base if empty",
     )
     components: int = setting(
         64, "principal components that the features are reduced to; 0 keeps all", low=0, high=2**20
@@ -44,6 +50,10 @@ class FeatureSettings(PairSettings):
             raise UserError("rows: everybody of the training part has one row; set it to 0")
         if not self.states:
             raise UserError(f"states: is empty; give some of {', '.join(STATES)}")
+        if self.encoder:
+            if self.states != STATES:
+                raise UserError("states: are those of the base, and an encoder is given; leave out one of the two")
+            encoder(self.encoder)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -81,9 +91,12 @@ class FeaturePairs:
         self.settings = settings
         given = isinstance(settings.data, str)
         self._tables = tables_of(run, settings) if given else {"all": _table(run, settings)}
-        answers, self._numbers = _unique(self._tables)
-        found = features_of(run, answers)
-        self.states = np.concatenate([found[:, STATES.index(name)] for name in settings.states], axis=1)
+        answers, texts, self._numbers = _unique(self._tables, by_text=bool(settings.encoder))
+        if settings.encoder:
+            self.states = encoded(settings.encoder, *zip(*texts, strict=True))
+        else:
+            found = features_of(run, answers)
+            self.states = np.concatenate([found[:, STATES.index(name)] for name in settings.states], axis=1)
         self._places = {(name, e.where): i for name, t in self._tables.items() for i, e in enumerate(t.examples)}
 
     def split(self, seed: int) -> dict[str, Part]:
@@ -136,20 +149,30 @@ def _table(run: Run, settings: FeatureSettings) -> TokenTable:
     return run.text.tokenized(run.records.asked(examples), run.text.lengths, source)
 
 
-def _unique(tables: Mapping[str, TokenTable]) -> tuple[list[TokenRow], dict[str, np.ndarray]]:
-    """(the different answers of all tables, table -> int [n, 2] the number of chosen and rejected among them)."""
-    places: dict[bytes, int] = {}
+def _unique(
+    tables: Mapping[str, TokenTable], by_text: bool
+) -> tuple[list[TokenRow], list[tuple[Prompt, str]], dict[str, np.ndarray]]:
+    """(the different answers of all tables, their prompts and texts, table -> int [n, 2] the number of chosen and
+    rejected among them).
+
+    Args:
+      by_text: answers with the same tokens are different where their texts, which may be cut, are.
+    """
+    places: dict[bytes | str, int] = {}
     rows: list[TokenRow] = []
+    texts: list[tuple[Prompt, str]] = []
     numbers = {name: np.zeros((len(table), len(SIDES)), np.int64) for name, table in tables.items()}
     for name, table in tables.items():
         for i, prompt in enumerate(table.tokens["prompt"]):
             for column, side in enumerate(SIDES):
                 row = {"prompt": prompt, "completion": table.tokens[side][i]}
-                place = places.setdefault(answer_key(row), len(rows))
+                text = table.examples[i].prompt, text_of(getattr(table.examples[i], side))
+                place = places.setdefault(repr(text) if by_text else answer_key(row), len(rows))
                 if place == len(rows):
                     rows.append(row)
+                    texts.append(text)
                 numbers[name][i, column] = place
-    return rows, numbers
+    return rows, texts, numbers
 
 
 class TrainingPeople:

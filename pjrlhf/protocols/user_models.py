@@ -149,6 +149,7 @@ def _save(run: Run, name: str, fitted: Fitted, reduction: Reduction, settings: U
         "chat": run.records.chat,
         "user_rewards": {**fitted.model.to_dict(), "kind": settings.models[name]["kind"]},
         "states": list(settings.states),
+        "encoder": settings.encoder,
         "context": max(settings.counts),
     }
     run.workdir.stage(f"user_models/{name}")
@@ -271,9 +272,10 @@ def run(run: Run) -> dict[str, Any]:
         largest = max(personas.count(persona) for persona in set(personas))
         summary["ceiling"] = {"majority_fraction": largest / len(personas)}
     counts = [len(one["users"]) for one in summary["accuracy"].values()][:1]
+    source = f"by the encoder {settings.encoder}" if settings.encoder else "states of the base"
     summary["notes"] = [
-        f"{len(settings.seeds)} seeds; {len(data.states)} answers with {data.states.shape[1]} features each. Known "
-        f"people: {counts[0]}."
+        f"{len(settings.seeds)} seeds; {len(data.states)} answers with {data.states.shape[1]} features each, "
+        f"{source}. Known people: {counts[0]}."
     ]
     finish(run, "user_models", started, summary)
     return {"answers": len(data.states), "seeds": list(settings.seeds)}

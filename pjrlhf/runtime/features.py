@@ -12,9 +12,11 @@ from absl import logging
 
 from pjrlhf.data.messages import Prompt
 from pjrlhf.data.token_table import TokenRow, cut_left
-from pjrlhf.errors import UserError
+from pjrlhf.errors import UserError, described
 from pjrlhf.models.storage import load_tree, save_tree
 from pjrlhf.parallel.processes import broadcast_from_zero
+from pjrlhf.registry import load
+from pjrlhf.rewards.calls import GIVEN, call, missing_parameter
 from pjrlhf.rollout.features import KEY_BYTES, STATES, answer_key, answer_states, prompt_states
 from pjrlhf.rollout.reference import computation
 from pjrlhf.runtime.run import Run
@@ -53,6 +55,42 @@ def prompt_features(run: Run, prompts: Sequence[Prompt]) -> np.ndarray:
     keys = [answer_key({"prompt": one, "completion": ()}) for one in ids]
     shape = (run.workspace.backbone.model.config.hidden_size,)
     return _features(run, "prompts", keys, ids, list(map(len, ids)), run.text.pad_prompts, prompt_states, shape)
+
+
+def encoder(spec: str) -> Callable[..., Any]:
+    """The function "package.module:name" or "path/to/file.py:name" of prompts and completions.
+
+    Raises:
+      UserError: it cannot be loaded, is no function, or wants other arguments.
+    """
+    found = load(spec, "encoder")
+    if not callable(found):
+        raise UserError(f"encoder {spec!r}: is not a function of prompts and completions; name one")
+    if name := missing_parameter(found, GIVEN):
+        raise UserError(f"encoder {spec!r}: wants {name!r}; an encoder gets prompts and completions alone")
+    return found
+
+
+def encoded(spec: str, prompts: Sequence[Prompt], completions: Sequence[str]) -> np.ndarray:
+    """The vectors that an encoder gives N answers, float32 [N, D]. All texts are given at once, and nothing is kept.
+
+    Raises:
+      UserError: see `encoder`; the function fails, or gives no finite array [N, D].
+    """
+    function = encoder(spec)
+    try:
+        found = np.asarray(
+            call(function, dict(zip(GIVEN, (list(prompts), list(completions)), strict=True))), np.float32
+        )
+    except Exception as error:  # other people's code raises anything
+        raise UserError(f"encoder {spec!r}: failed ({described(error)}); correct it") from error
+    if found.ndim != 2 or len(found) != len(prompts) or not found.shape[1]:
+        raise UserError(
+            f"encoder {spec!r}: gives an array of shape {found.shape} for {len(prompts)} answers; return one vector each"
+        )
+    if bad := int((~np.isfinite(found)).any(1).sum()):
+        raise UserError(f"encoder {spec!r}: gives vectors that are not finite for {bad} of {len(found)} answers")
+    return broadcast_from_zero(found)
 
 
 def _features(

@@ -11,6 +11,7 @@ from support import tiny, tiny_user_models, tiny_users
 from pjrlhf.algorithms.user_rewards import train
 from pjrlhf.errors import UserError
 from pjrlhf.feedback.feature_pairs import FeaturePairs, Part, TrainingPeople, padded
+from pjrlhf.models.storage import save_tree
 from pjrlhf.models.user_models.individual import Individual
 from pjrlhf.models.user_models.lore import Lore
 from pjrlhf.models.user_models.pooled import Pooled
@@ -19,7 +20,9 @@ from pjrlhf.models.user_models.pttt import Pttt
 from pjrlhf.pipeline import stages
 from pjrlhf.protocols.met_people import Fitted, known_people, new_people
 from pjrlhf.protocols.user_models import UserModelsSettings, summarized
+from pjrlhf.runtime.features import encoded
 from pjrlhf.serving.opening import open_run
+from pjrlhf.serving.people.rewards import FILE, open_scorer
 
 WIDTH, SIZE = 4, 6
 
@@ -183,11 +186,75 @@ def test_padding_holds_nobody_elses_comparisons():
         ({"models": {"x": {"kind": "nope"}}}, "models.x.kind: 'nope' is unknown"),
         ({"models": {"a/b": {"kind": "lore"}}}, "models: 'a/b' holds '/'"),
         ({"states": ()}, "states: is empty"),
+        ({"encoder": "encoders.py:nope"}, "encoder 'encoders.py:nope'"),
+        ({"encoder": "math:pi"}, "encoder 'math:pi': is not a function of prompts and completions"),
+        ({"encoder": "json:dumps"}, "encoder 'json:dumps': wants 'obj'; an encoder gets prompts and completions alone"),
+        ({"encoder": "builtins:zip", "states": ("last",)}, "states: are those of the base, and an encoder is given"),
     ],
 )
 def test_settings_that_do_not_go_together(changes, message):
     with pytest.raises(UserError, match=message):
         UserModelsSettings(**changes)
+
+
+ENCODERS = """
+import numpy as np
+
+def lengths(prompts, completions):
+    assert len(prompts) == len(completions) == len(set(zip(map(str, prompts), completions)))
+    return [[str(p).count("sun"), len(c), c.count("yes")] for p, c in zip(prompts, completions)]
+
+def flat(completions): return [len(c) for c in completions]
+def few(completions): return np.zeros((len(completions) - 1, 2))
+def nan(completions): return np.full((len(completions), 2), np.nan)
+def fails(completions): raise RuntimeError("no connection")
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("flat", r"gives an array of shape \(2,\) for 2 answers; return one vector each"),
+        ("few", r"gives an array of shape \(1, 2\) for 2 answers"),
+        ("nan", "gives vectors that are not finite for 2 of 2 answers"),
+        ("fails", r"failed \(.*no connection\); correct it"),
+    ],
+)
+def test_what_an_encoder_may_not_give(tmp_path, name, message):
+    (tmp_path / "encoders.py").write_text(ENCODERS)
+    with pytest.raises(UserError, match=rf"encoder '.*encoders.py:{name}': {message}"):
+        encoded(f"{tmp_path}/encoders.py:{name}", ["a", "b"], ["c", "d"])
+
+
+def test_vectors_of_an_encoder_are_those_of_whole_texts(tmp_path):
+    """Answers that only differ beyond the limit of tokens have vectors of their own."""
+    (tmp_path / "encoders.py").write_text(ENCODERS)
+    word = "yes " * 40
+    records = [
+        {"prompt": "what is sun ?", "chosen": f"{word}{i} .", "rejected": "no .", "user_id": f"u{user}"}
+        for user in range(8)
+        for i in ("a", "longer")
+    ]
+    config = tiny_user_models.settings(
+        {"pooled": {"kind": "pooled", "steps": 5}},
+        user_models__encoder=f"{tmp_path}/encoders.py:lengths",
+        data__long_completion="truncate",
+    )
+    with config.ignore_type():
+        config.user_models.data = {"kind": "jsonl", "path": tiny_users.write_records(tmp_path / "own.jsonl", records)}
+    config.stages = ("sft", "user_models")
+    run = tiny.start(tmp_path / "run", config)
+    run.scorer = lambda: pytest.fail("the base is not asked")
+    data = FeaturePairs(run, run.section(UserModelsSettings))
+    assert sorted(map(tuple, data.states.tolist())) == [(1, 4, 0), (1, 163, 40), (1, 168, 40)]
+
+
+def test_a_server_says_that_it_calls_no_encoder(tmp_path):
+    save_tree(tmp_path / FILE, {"params": {}}, {"user_rewards": {"kind": "pooled"}, "encoder": "encoders:mini"})
+    with pytest.raises(
+        UserError, match="was trained on vectors of 'encoders:mini', which a server does not call; train"
+    ):
+        open_scorer(tmp_path / FILE, {})
 
 
 def result(margins, people, new=0.5):
