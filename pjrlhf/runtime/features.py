@@ -86,7 +86,8 @@ def encoded(spec: str, prompts: Sequence[Prompt], completions: Sequence[str]) ->
         raise UserError(f"encoder {spec!r}: failed ({described(error)}); correct it") from error
     if found.ndim != 2 or len(found) != len(prompts) or not found.shape[1]:
         raise UserError(
-            f"encoder {spec!r}: gives an array of shape {found.shape} for {len(prompts)} answers; return one vector each"
+            f"encoder {spec!r}: gives an array of shape {found.shape} for {len(prompts)} answers; return one vector "
+            "each"
         )
     if bad := int((~np.isfinite(found)).any(1).sum()):
         raise UserError(f"encoder {spec!r}: gives vectors that are not finite for {bad} of {len(found)} answers")

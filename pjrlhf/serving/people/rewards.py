@@ -224,8 +224,8 @@ def open_scorer(path: pathlib.Path, data: Mapping[str, Any], mesh: Mesh | None =
         raise UserError(f"{path}: is no reward model of people; name user_models/<name>/{FILE} of a run")
     if note.get("encoder"):
         raise UserError(
-            f"{path}: was trained on vectors of {note['encoder']!r}, which a server does not call; train it on states of "
-            'the base with --config.user_models.encoder=""'
+            f"{path}: was trained on vectors of {note['encoder']!r}, which a server does not call; train it on states "
+            'of the base with --config.user_models.encoder=""'
         )
     base = load_base(path, note, mesh=mesh)
     lengths = lengths_of(data, base.backbone.model.config)
