@@ -81,7 +81,7 @@ class RunSettings(SharedSettings):
                 try:
                     check_criteria(spec, audience.sentences, known, criteria)
                 except UserError as error:
-                    raise UserError(f"{stage}.{error}") from error
+                    raise error.within(stage) from error
 
     def check(self) -> None:
         super().check()

@@ -10,6 +10,10 @@ class UserError(ValueError):
     The message names the thing, the reason and the way out. The command line prints it without a traceback.
     """
 
+    def within(self, path: str) -> "UserError":
+        """The same error of a section at the dotted `path`, whose message starts with a key of that section."""
+        return UserError(f"{path}.{self}")
+
 
 def described(error: BaseException) -> str:
     """The kind of an error and what it says, on one line, for a message about other people's code."""

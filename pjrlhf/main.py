@@ -76,7 +76,7 @@ def reach(config: ConfigDict, key: str) -> None:
       UserError: the config has no such setting or section.
     """
     from pjrlhf.config import RunSettings
-    from pjrlhf.settings import RENAMED, is_open, unknown_key
+    from pjrlhf.settings import RENAMED, UnknownKey, is_open
 
     if "[" in key:
         return  # an index; the flag itself reports its errors
@@ -92,9 +92,9 @@ def reach(config: ConfigDict, key: str) -> None:
                     f"--config.{part}: this config has no section {part}; add it to the file, or use another config"
                 )
             if not choosable or not above:
-                raise UserError(unknown_key(f"--config.{place}", list(section), _same_name(config, part, above)))
+                raise UnknownKey(f"--config.{place}", section, _same_name(config, part, above))
             if i > 1 and parts[0] in ("methods", "preference") and (new := RENAMED.get(part)):
-                raise UserError(unknown_key(f"--config.{place}", [new]))
+                raise UnknownKey(f"--config.{place}", [new])
             with section.ignore_type():
                 section[part] = placeholder(object) if last else ConfigDict()
         elif choosable and not last and not isinstance(section[part], ConfigDict):

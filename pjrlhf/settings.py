@@ -468,7 +468,7 @@ def overlay(settings: T, values: Any, path: str = "") -> T:
     for key, value in values.items():
         dotted = f"{path}.{key}" if path else str(key)
         if key not in known:
-            raise UserError(unknown_key(dotted, known))
+            raise UnknownKey(dotted, known)
         current = getattr(settings, key)
         nested = nested_class(_hints(type(settings))[key])
         if nested and isinstance(value, Mapping | ml_collections.ConfigDict):
@@ -479,7 +479,7 @@ def overlay(settings: T, values: Any, path: str = "") -> T:
     try:
         return dataclasses.replace(settings, **changes)
     except UserError as error:
-        raise UserError(f"{path}.{error}" if path else str(error)) from error.__cause__
+        raise (error.within(path) if path else error) from error.__cause__
 
 
 def arguments(make: Callable[..., Any], given: Mapping[str, Any], path: str) -> dict[str, Any]:
@@ -550,14 +550,28 @@ def is_open(cls: type, key: str) -> bool:
     return False
 
 
-def unknown_key(dotted: str, known: Any, elsewhere: typing.Iterable[str] = ()) -> str:
-    """The error message for a key that is not in `known`: its new name, a key `elsewhere`, or the nearest known one."""
-    section, _, key = dotted.rpartition(".")
-    new = RENAMED.get(f"{section.rpartition('.')[2]}.{key}", RENAMED.get(key))
-    if new in known:
-        return f"{dotted}: is called {f'{section}.' if section else ''}{new} now; rename it"
-    if same := sorted(elsewhere):
-        return f"{dotted}: no such setting; did you mean {' or '.join(same)}?"
-    near = difflib.get_close_matches(key, sorted(known), 1)
-    hint = f"did you mean {near[0]}?" if near else f"known keys: {', '.join(sorted(known))}"
-    return f"{dotted}: no such setting; {hint}"
+class UnknownKey(UserError):
+    """A key that is not known: its message says its new name, a key `elsewhere`, or the nearest of the `known` ones,
+    each with its section.
+
+    Args:
+      dotted: the key.
+      elsewhere: dotted keys of the same name in other sections.
+    """
+
+    def __init__(self, dotted: str, known: typing.Iterable[str], elsewhere: typing.Iterable[str] = ()):
+        self.dotted, self.known, self.elsewhere = dotted, sorted(known), sorted(elsewhere)
+        super().__init__(self._message())
+
+    def within(self, path: str) -> "UserError":
+        return UnknownKey(f"{path}.{self.dotted}", self.known, self.elsewhere)
+
+    def _message(self) -> str:
+        section, dot, key = self.dotted.rpartition(".")
+        new = RENAMED.get(f"{section.rpartition('.')[2]}.{key}", RENAMED.get(key))
+        if new in self.known:
+            return f"{self.dotted}: is called {section}{dot}{new} now; rename it"
+        near = [f"{section}{dot}{name}" for name in difflib.get_close_matches(key, self.known, 1)]
+        found = " or ".join(self.elsewhere or near)
+        hint = f"did you mean {found}?" if found else f"known keys: {', '.join(self.known)}"
+        return f"{self.dotted}: no such setting; {hint}"

@@ -39,10 +39,13 @@ SOUPS = "--config=configs/soups.py"
         (["--config=configs"], "--config: 'configs' is a folder; name a file in it"),
         ([SOUPS, "--config.data.path=x"], "--config.data.path: no such setting; did you mean --config.model.path"),
         (["--config.seed=1", SOUPS], "before a value for --config"),
-        ([SOUPS, "--config.policy.stpes=3"], "--config.policy.stpes: no such setting; did you mean steps?"),
-        ([SOUPS, "--config.polcy.steps=3"], "--config.polcy: no such setting; did you mean policy?"),
+        (
+            [SOUPS, "--config.policy.stpes=3"],
+            "--config.policy.stpes: no such setting; did you mean --config.policy.steps?",
+        ),
+        ([SOUPS, "--config.polcy.steps=3"], "--config.polcy: no such setting; did you mean --config.policy?"),
         ([SOUPS, "--config.xyz=3"], "--config.xyz: no such setting; known keys: "),
-        ([SOUPS, "--noconfig.profil"], "--config.profil: no such setting; did you mean profile?"),
+        ([SOUPS, "--noconfig.profil"], "--config.profil: no such setting; did you mean --config.profile?"),
         ([SOUPS, "--config.seed.x=3"], "--config.seed.x: --config.seed is a value, not a section; set --config.seed"),
         ([SOUPS, "--config.merge.seed=3"], "--config.merge: this config has no section merge; add it to the file, or"),
         ([SOUPS, "--config.mesh.model=8"], "--config.mesh.model: no such setting; known keys: data, fsdp, tensor"),
@@ -114,7 +117,7 @@ FILES = {
             "{'seed': lambda: 1}": "seed: <function get_config.<locals>.<lambda> at ",
             "{'methods': {'a': {'rollouts': max}}}": "methods.a.rollouts: <built-in function max> is not text, a",
             "{'methods': {'a': {'rollouts': [object()]}}}": "methods.a.rollouts: <object object at ",
-            "{'sft': {'stpes': 1}}": "sft.stpes: no such setting; did you mean steps?",
+            "{'sft': {'stpes': 1}}": "sft.stpes: no such setting; did you mean sft.steps?",
             "{'keep': 1}": "keep: is called max_to_keep now; rename it",
             "{'mesh': {'model': 1}}": "mesh.model: no such setting; known keys: data, fsdp, tensor",
             "{'stages': 3}": "stages: 3 is not a list of names",
@@ -424,9 +427,9 @@ def test_flags_reach_sections_whose_keys_a_config_chooses(settings):
     [
         (
             "--config.methods.pmorl.optimizer.learning_rat=0.5",
-            "learning_rat: no such setting; did you mean learning_rate",
+            "learning_rat: no such setting; did you mean methods.pmorl.optimizer.learning_rate?",
         ),
-        ("--config.methods.pmorl.stpes=3", "methods.pmorl.stpes: no such setting; did you mean steps?"),
+        ("--config.methods.pmorl.stpes=3", "methods.pmorl.stpes: no such setting; did you mean methods.pmorl.steps?"),
         ("--config.data.columns=x", "data.columns: 'x' is not a section of settings"),
     ],
 )

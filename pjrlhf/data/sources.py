@@ -19,7 +19,7 @@ from pjrlhf.data.readers.reader import read, settings_of
 from pjrlhf.data.records import RecordError, from_json, plain
 from pjrlhf.errors import UserError
 from pjrlhf.registry import Registry, callable_as
-from pjrlhf.settings import unknown_key
+from pjrlhf.settings import UnknownKey
 
 _FORMATS = {"jsonl": "json", "json": "json", "csv": "csv", "parquet": "parquet", "arrow": "arrow"}
 
@@ -197,7 +197,7 @@ def check_source(spec: Mapping[str, Any], key: str) -> None:
     # What belongs to another kind may stay: a flag changes the kind, and takes nothing away.
     unknown = [name for name in spec if name not in _SETTINGS] if kind in _BUILT_IN else []
     if unknown:
-        raise UserError(unknown_key(f"{key}.{unknown[0]}", _SETTINGS))
+        raise UnknownKey(f"{key}.{unknown[0]}", _SETTINGS)
     if kind in readers.MODULES:
         _split(spec)
         check_path(settings_of(readers.reader_of(str(kind)), spec, key).path, key)

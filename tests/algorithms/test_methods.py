@@ -118,7 +118,7 @@ def test_an_entry_whose_settings_changed(family, tmp_path):
             {"train": "magic"},
             r"methods: train 'magic' is no trainer; choose one of modpo, policy, ric, or pack",
         ),
-        ({"rolouts": 3}, r"methods.moc.rolouts: no such setting; did you mean rollouts\?"),
+        ({"rolouts": 3}, r"methods.moc.rolouts: no such setting; did you mean methods.moc.rollouts\?"),
         ({"answer": "guess"}, r"methods.moc.answer: 'guess' is unknown; choose one of soup, bone, mod"),
         ({"of": "nobody"}, r"methods.moc.of: there is no entry 'nobody'; name one of the others"),
         (

@@ -757,7 +757,7 @@ MISTAKES = [
     ({"alpha": 1.5}, "preference.alpha: 1.5 is out of range; choose a number at least 0 and at most 1"),
     ({"loss": "ipo", "label_smoothing": 0.1}, "preference.label_smoothing: loss 'ipo' has none; set it to 0"),
     ({"models": {"mine": {"kind": "own"}}}, "preference.models.mine.kind: 'own' is unknown; choose one of uniform,"),
-    ({"models": {"mine": {"kind": "cluster", "cluster": 2}}}, "models.mine.cluster: no such setting; did you mean clu"),
+    ({"models": {"mine": {"kind": "cluster", "cluster": 2}}}, "did you mean preference.models.mine.clusters?"),
     ({"new_user_fraction": 1.5}, "preference.new_user_fraction: 1.5 is out of range"),
     ({"split": "user"}, "preference.split: 'user' is unknown; choose one of prompt, pair"),
     ({"head": "scalar"}, "preference.head: 'scalar' is unknown; choose one of policy, reward"),

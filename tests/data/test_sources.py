@@ -348,7 +348,10 @@ def test_what_can_be_told_before_a_source_is_read(tmp_path):
         ({"kind": "jsnl"}, "sft.data.kind: data kind 'jsnl': unknown; did you mean jsonl"),
         ({"kind": "jsonl", "path": ""}, "needs 'path'; set --config.sft.data.path"),
         ({"kind": "jsonl", "path": "no"}, "no: no such file or folder; set --config.sft.data.path to one that exists"),
-        ({"kind": "jsonl", "path": "no", "column": {}}, "sft.data.column: no such setting; did you mean columns"),
+        (
+            {"kind": "jsonl", "path": "no", "column": {}},
+            "sft.data.column: no such setting; did you mean sft.data.columns",
+        ),
         (
             {"kind": "datasets", "path": "x", "split": "a[b:]"},
             "split 'a.b:.': not understood; write --config.sft.data.spl",

@@ -186,7 +186,7 @@ def test_a_reward_source_judges_where_it_says_something():
         ({"model": "m"}, "judge: has no kind; choose one of score, chat, reward"),
         ({"kind": "score", "model": "m"}, "judge 'score': does not take these settings"),
         ({"kind": "chat"}, "judge: names no model; set model to its name on the server"),
-        ({"kind": "chat", "model": "m", "modle": "n"}, "judge.modle: no such setting; did you mean model?"),
+        ({"kind": "chat", "model": "m", "modle": "n"}, "judge.modle: no such setting; did you mean judge.model?"),
         ({"kind": "chat", "model": "m", "retries": -1}, "judge.retries: -1 is out of range"),
         ({"kind": "chat", "model": "m", "prompt": "poem"}, "judge prompt 'poem': there is no such file; choose one of"),
         ({"kind": "chat", "model": "m", "prompt": "rating"}, "judge prompt 'rating': is one of kind rating, not pair"),

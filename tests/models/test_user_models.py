@@ -144,7 +144,7 @@ def test_parts_outside_the_lists_are_refused():
         ({"bases": 3}, "models.x: .* has no kind; choose one of carp, "),
         ({"kind": "lor"}, "models.x.kind: 'lor' is unknown; did you mean 'lore'"),
         ({"kind": "lore", "bases": 0}, "models.x.bases: 0 is out of range"),
-        ({"kind": "lore", "base": 2}, "models.x.base: no such setting; did you mean bases"),
+        ({"kind": "lore", "base": 2}, "models.x.base: no such setting; did you mean models.x.bases"),
         ({"kind": "pathlib:Path"}, "models.x.kind: pathlib:Path is no user model; derive it from"),
         (3, "models.x: 3 has no kind"),
     ],

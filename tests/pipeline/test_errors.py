@@ -47,7 +47,7 @@ MISTAKES = [
     ("policy.steps", 10**400, "policy.steps: 10{56}\\.\\.\\. is out of range"),
     ("data.prompt_buckets", (12, 10**400), "data.prompt_buckets: 10{56}\\.\\.\\. is out of range"),
     ("mesh", 8, "mesh: 8 is not a section of settings"),
-    ("mesh.tensr", 8, "mesh.tensr: no such setting; did you mean tensor\\?"),
+    ("mesh.tensr", 8, "mesh.tensr: no such setting; did you mean mesh.tensor\\?"),
     ("model.attention", "flash", "model.attention: 'flash' is unknown; .* auto, blocks"),
     ("model.remat", "some", "model.remat: 'some' is unknown; choose one of none, full, dots"),
     ("model.param_dtype", "int8", "model.param_dtype: 'int8' is unknown; .*float32, bfloat16, float16"),

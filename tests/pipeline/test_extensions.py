@@ -47,7 +47,7 @@ def test_a_method_and_a_stage_of_other_code_run_beside_those_of_the_package(copi
 @pytest.mark.parametrize(
     ("entry", "message"),
     [
-        ({"step": 3}, "methods.best_of.step: no such setting; did you mean steps?"),
+        ({"step": 3}, "methods.best_of.step: no such setting; did you mean methods.best_of.steps?"),
         ({"steps": 0}, "methods.best_of.steps: 0 is out of range; choose a number at least 1"),
         ({"train": f"{MODULE}:STAGE"}, f"methods: train '{MODULE}:STAGE' is no trainer; choose one of modpo, policy"),
         ({"train": f"{MODULE}:NOBODY"}, f"{MODULE} has no NOBODY"),

@@ -134,7 +134,7 @@ LABELS = "'bad' (0), 'so-so' (1), 'good' (2)"
         ),
         ({"label": 1, "max_length": 4096}, "rewards.P2A.max_length: 4096 is more than the 512 positions"),
         ({"label": 1, "dtype": "int8"}, "rewards.P2A.dtype: 'int8' is unknown"),
-        ({"lable": 1}, "rewards.P2A.lable: no such setting; did you mean label?"),
+        ({"lable": 1}, "rewards.P2A.lable: no such setting; did you mean rewards.P2A.label?"),
     ],
 )
 def test_wrong_settings_are_refused_by_name_before_a_run(settings, message, tmp_path):

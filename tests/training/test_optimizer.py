@@ -125,7 +125,7 @@ def test_schedules(schedule, last):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"warmup": 3}, r"optimizer.warmup: no such setting; did you mean warmup_steps\?"),
+        ({"warmup": 3}, r"optimizer.warmup: no such setting; did you mean optimizer.warmup_steps\?"),
         ({"learning_rate": None}, "optimizer.learning_rate: None is not a number; choose a number at least 0"),
         ({"learning_rate": float("nan")}, "optimizer.learning_rate: nan is not finite; choose a number at least 0"),
         ({"b1": -0.1}, "optimizer.b1: -0.1 is out of range; choose a number at least 0 and below 1"),
