@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import re
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -12,7 +13,7 @@ from anyio import to_thread
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
-from pjrlhf.data.messages import Conversation, read_messages, read_options, text_of
+from pjrlhf.data.messages import Conversation, Message, read_messages, read_options, text_of
 from pjrlhf.data.records import RecordError
 from pjrlhf.errors import UserError
 from pjrlhf.serving import engine as engines
@@ -127,11 +128,12 @@ class Answers:
                 told = text_of(self._service.told(voice, prompt))
                 return tokenizer.encode_prompt(told), told
             messages = read_messages(prompt.messages, "messages")
+            _check_tools(messages)
             options = read_options({"chat_template_kwargs": prompt.chat_template_kwargs})
             return tokenizer.encode_prompt(self._service.told(voice, Conversation(messages, options))), ""
         except RecordError as problem:
             name = "chat_template_kwargs" if "chat_template_kwargs" in str(problem) else name
-            raise Refused(f"{name}: {problem}; correct it", name) from problem
+            raise Refused(f"{name}: {_fault(name, problem)}; correct it", name) from problem
         except UserError as problem:
             raise Refused(str(problem), name) from problem
 
@@ -203,6 +205,26 @@ class Answers:
                 yield event
         finally:
             self._leave(call)
+
+
+def _check_tools(messages: Sequence[Message]) -> None:
+    """Raises Refused for a result of a tool that follows no call of tools."""
+    called = False
+    for i, message in enumerate(messages):
+        if message["role"] == "tool" and not called:
+            raise Refused(
+                f"messages[{i}]: has the role tool, and no message of the assistant with tool_calls stands before it; "
+                "add that message, or leave this one out",
+                "messages",
+            )
+        called = bool(message.get("tool_calls")) or (called and message["role"] == "tool")
+
+
+def _fault(name: str, problem: RecordError) -> str:
+    """What is wrong with the field `name`, for a message that begins with the name."""
+    if problem.reason == f"bad {name}":
+        return problem.detail
+    return re.sub(rf"^{name} | (in )?{name}(?= \(|$)", "", str(problem))
 
 
 async def _unless_gone(request: Request, work: Any) -> Any:

@@ -29,6 +29,7 @@ ROOT = pathlib.Path(__file__).parents[2]
 NAMES = ("P1A", "P2B", "P3A")
 SOUP = {"P1A": 0.7, "P3A": -0.4}
 QUESTION = [{"role": "user", "content": "what is rain ?"}]
+IMAGE = [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "https://a/b.png"}}]}]
 E = 2
 
 
@@ -419,6 +420,11 @@ def test_what_is_not_supported_is_refused_by_name(soups, name, value):
         ({"stop": ["a", ""]}, "stop[1]: string should have at least 1 character; correct it"),
         ({"mix": {"P1A": "1"}}, "mix.P1A: should be a valid number; correct it"),
         ({"messages": None}, "messages: is missing; correct it"),
+        ({"messages": []}, "messages: empty; correct it"),
+        ({"messages": [{"content": "a"}]}, "messages: is not a conversation (every message needs a role, as text); c"),
+        ({"messages": [{"role": "user", "content": " "}]}, "messages: empty user message; correct it"),
+        ({"messages": IMAGE}, "messages: has a content part of type 'image_url' (only text can be read); correct it"),
+        ({"chat_template_kwargs": {"tools": 1}}, "chat_template_kwargs: tools cannot be set there; leave it out; c"),
         ({"stream_options": {"include_usages": True}, "stream": True}, "stream_options.include_usages: extra inputs"),
         ({"temprature": 1}, "temprature: unknown field; did you mean temperature?"),
     ],
@@ -427,6 +433,21 @@ def test_messages_name_the_thing_the_reason_and_the_way_out(soups, change, messa
     status, answer, _ = send(soups, {"model": "base", "messages": QUESTION} | change)
     assert status == 400 and answer["error"]["message"].startswith(message)
     assert answer["error"]["param"] == next(iter(change))
+
+
+def test_a_result_of_a_tool_needs_a_call_before_it(soups):
+    """As OpenAI has it: results follow the call, without another message between."""
+    call = {"role": "assistant", "tool_calls": [{"id": "1", "type": "function", "function": {"name": "add"}}]}
+    result = {"role": "tool", "tool_call_id": "1", "content": "2"}
+    lone = ([result], [*QUESTION, result], [*QUESTION, call, result, *QUESTION, result])
+    for messages in lone:
+        status, answer, _ = send(soups, {"model": "base", "messages": messages})
+        message = answer["error"]["message"]
+        assert status == 400 and answer["error"]["param"] == "messages"
+        assert message.startswith(f"messages[{len(messages) - 1}]: has the role tool, and no message of the assistant")
+    for messages in ([*QUESTION, call, result], [*QUESTION, call, result, result]):
+        _, answer, _ = send(soups, {"model": "base", "messages": messages, "max_tokens": 1})
+        assert "has the role tool" not in json.dumps(answer)
 
 
 def test_a_full_queue_is_429_and_clients_that_leave_free_their_slots(model):
