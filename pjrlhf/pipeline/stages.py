@@ -221,8 +221,8 @@ def run(config: ConfigDict | Mapping[str, Json], workdir: Workdir | str | os.Pat
     plan = read(config)
     workdir = workdir if isinstance(workdir, Workdir) else Workdir(os.fspath(workdir))
     configs.warn_of_rates(plan.settings)
-    plan.check_inputs(workdir)
     with workdir.locked():
+        plan.check_inputs(workdir)
         workdir.check_config(plan.to_dict(), ignore=FREE)
         fetch_models(plan.values(), workdir)
         workdir.check_contents(fingerprints(plan.values(), workdir.path) if is_process_zero() else {})

@@ -159,6 +159,7 @@ class Workdir:
         self._config: dict[str, Json] = {}  # by dotted key
         self._ignored: tuple[str, ...] = ()
         self._kept = False
+        self._made = not self.path.exists()
         with disk_errors(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
         if not os.access(self.path, os.R_OK | os.W_OK | os.X_OK):
@@ -343,7 +344,8 @@ class Workdir:
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
-        """Keeps other runs out of the folder. A lock whose process has ended is taken over.
+        """Keeps other runs out of the folder. A lock whose process has ended is taken over. A run that is refused
+        before it has written anything leaves neither a lock nor a folder.
 
         Raises:
           UserError: another run uses the folder; the message names its process and host.
@@ -358,7 +360,15 @@ class Workdir:
                     f"{self.path}: process {jax.process_index()} does not see what process 0 writes there; choose a "
                     "--workdir that all processes share"
                 )
-            yield
+            try:
+                yield
+            except UserError:
+                with contextlib.suppress(OSError):  # such as a folder that was deleted
+                    if is_process_zero() and os.listdir(self.path) == [path.name]:
+                        path.unlink()
+                        if self._made:
+                            self.path.rmdir()
+                raise
 
 
 def _of(stage: str, outputs: Mapping[str, Any]) -> list[tuple[str, dict[str, str]]]:

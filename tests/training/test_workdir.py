@@ -303,6 +303,28 @@ def test_a_folder_or_a_broken_link_in_place_of_a_file(tmp_path):
         path.unlink()
 
 
+def test_a_refused_run_leaves_nothing_behind(tmp_path):
+    """What stood there before stays, and so does what a run wrote before it failed."""
+    for name, before, written, left in (
+        ("new", None, (), None),
+        ("empty", (), (), []),
+        ("in use", ("notes",), (), ["lock", "notes"]),
+        ("begun", None, ("sft",), ["lock", "sft"]),
+    ):
+        folder = tmp_path / name
+        for path in (folder, *(folder / one for one in before)) if before is not None else ():
+            path.mkdir()
+        workdir = Workdir(folder)
+        with pytest.raises(UserError, match="no such model"), workdir.locked():
+            for one in written:
+                workdir.stage(one)
+            raise UserError("no such model")
+        assert (sorted(os.listdir(folder)) if folder.exists() else None) == left
+    with pytest.raises(UserError, match="was deleted"), Workdir(tmp_path / "gone").locked():
+        shutil.rmtree(tmp_path / "gone")
+        raise UserError("was deleted")
+
+
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"pid": 1}', "\x00"])
 def test_a_lock_that_says_nothing(tmp_path, content):
     (tmp_path / "lock").write_text(content)
