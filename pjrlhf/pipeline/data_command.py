@@ -36,6 +36,7 @@ from pjrlhf.terminal import Arguments, line, visible
 from pjrlhf.training.progress import watched
 
 _MANY = 10**9  # tokens: nothing is cut
+_UNKNOWN = 0.01  # of all tokens: from here on a tokenizer does not fit the records
 _SHADES = (("grey23", "grey30"), ("dark_green", "green4"))  # backgrounds of tokens in turn: read, trained on
 HELP = "what a source of records holds, and three records as the model reads them"
 
@@ -253,8 +254,8 @@ def print_overview(console: rich.console.Console, name: str, found: Overview) ->
     rows += [["repeated records", f"{found.repeated:,}", _percent(found.repeated, found.records)]]
     if found.longer is not None:
         rows += [
-            ["compared both ways", f"{found.contradicted:,}", "pairs, by one person for one objective"],
-            ["compared both ways", f"{found.disputed:,}", "pairs, by several people or for several objectives"],
+            ["contradicted", f"{found.contradicted:,}", "pairs that one person compared both ways for one objective"],
+            ["disputed", f"{found.disputed:,}", "pairs compared both ways by several people or for several objectives"],
             ["ties", f"{found.ties:,}", _percent(found.ties, found.records)],
             ["the longer one chosen", f"{100 * found.longer:.1f} %", "of the pairs, by characters"],
         ]
@@ -282,17 +283,21 @@ def print_lengths(
     tokenizer: Tokenizer | None,
     settings: RunSettings | None,
 ) -> None:
-    """Prints quantiles of lengths of drawn records, in tokens, or in words without a tokenizer."""
+    """Prints quantiles of lengths of drawn records, in tokens, or in words without a tokenizer; and how many tokens
+    the tokenizer does not know, with a warning where they are many.
+    """
     lengths: dict[str, list[int]] = {}
+    unknown: collections.Counter[str] = collections.Counter()
     refused: collections.Counter[str] = collections.Counter()
     for example in examples:
         try:
-            parts = _lengths(example, tokenizer)
+            parts = _parts(example, tokenizer)
         except RecordError as error:
             refused[error.reason] += 1
             continue
-        for name, length in parts.items():
-            lengths.setdefault(name, []).append(length)
+        for name, part in parts.items():
+            lengths.setdefault(name, []).append(len(part))
+            unknown[name] += _unknown(part, tokenizer)
     drawn = "" if len(examples) == total else f" of {len(examples):,} drawn records"
     unit = "tokens" if tokenizer else "words (--tokenizer counts tokens)"
     limits = {}
@@ -303,24 +308,40 @@ def print_lengths(
     for name, values in lengths.items():
         key, limit = limits.get(name, ("", _MANY))
         over = sum(length > limit for length in values)
-        rows.append(
-            [name, *_of(quantiles(values)), f"{_percent(over, len(values))} above data.{key}={limit}" if over else ""]
+        long = f"{_percent(over, len(values))} above data.{key}={limit}" if over else ""
+        strange = f"{unknown[name]:,} ({_percent(unknown[name], sum(values))})" if unknown[name] else ""
+        rows.append([name, *_of(quantiles(values)), long, strange])
+    print_table(console, f"lengths in {unit}{drawn}", ["", *_QUANTILES, "too long", "unknown tokens"], rows)
+    every = sum(map(sum, lengths.values()))
+    if tokenizer and tokenizer.unk_id is not None and unknown.total() > _UNKNOWN * every:
+        text = (
+            f"warning: the tokenizer does not know {_percent(unknown.total(), every)} of the tokens: a model reads "
+            f"each of them as {tokenizer.decode([tokenizer.unk_id], False)}; choose a model whose tokenizer knows the "
+            "language of these records"
         )
-    print_table(console, f"lengths in {unit}{drawn}", ["", *_QUANTILES, "too long"], rows)
+        console.print(rich.text.Text(visible(text)), soft_wrap=True)
     print_table(
         console, "cannot be tokenized", ["reason", "records"], [[name, f"{n:,}"] for name, n in refused.items()]
     )
 
 
-def _lengths(example: Example, tokenizer: Tokenizer | None) -> dict[str, int]:
+def _parts(example: Example, tokenizer: Tokenizer | None) -> dict[str, Sequence[int] | Sequence[str]]:
+    """The token ids of the parts of a record, or the words without a tokenizer."""
     told = {"user_text": example.user_text} if example.user_text else {}
     if tokenizer is None:
         names = ("prompt", *ANSWERS["preference"], *ANSWERS["completion"])
         parts = {name: value for name in names if (value := getattr(example, name)) is not None}
-        return {name: len(written(value).split()) for name, value in {**parts, **told}.items()}
-    row = _encoded(example, tokenizer)
-    found = {name: len(ids) for name, ids in row.ids.items()}
-    return found | {name: len(tokenizer.encode_prompt(value)) for name, value in told.items()}
+        return {name: written(value).split() for name, value in {**parts, **told}.items()}
+    return {**_encoded(example, tokenizer).ids, **{k: tokenizer.encode_prompt(value) for k, value in told.items()}}
+
+
+def _unknown(part: Sequence[int] | Sequence[str], tokenizer: Tokenizer | None) -> int:
+    """The tokens that stand for a text that the tokenizer does not know. Where that token also begins or ends a text,
+    as in GPT-2, whose tokenizer knows all texts, there are none.
+    """
+    if tokenizer is None or tokenizer.unk_id in (None, tokenizer.bos_id, *tokenizer.eos_ids):
+        return 0
+    return sum(token == tokenizer.unk_id for token in part)
 
 
 def _encoded(example: Example, tokenizer: Tokenizer) -> EncodedRow:

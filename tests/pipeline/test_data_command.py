@@ -12,7 +12,7 @@ from pjrlhf.data.schema import parse
 from pjrlhf.data.tokenization import load_tokenizer
 from pjrlhf.pipeline.data_command import print_example
 
-SAID = ["what is rain ?", "what is snow ?", "what is wind ?", "what is ice ?"]
+SAID = ["what is rain ?", "what is snow ?", "what is wind ?", "what is sand ?"]
 
 
 @pytest.fixture
@@ -65,6 +65,36 @@ def test_records_as_the_model_reads_them(path, tokenizer, capsys):
     assert "lengths in tokens" in text and row_of(text, "prompt ") == "prompt 7 7 7 7 7 7"
     assert text.count("  prompt, 7 tokens, mask 0: <s>|<user>|what|is|") == 3
     assert text.count("  chosen, 5 tokens, mask 1: it|is|water|.|</s>\n") == 3
+
+
+def test_tokens_that_the_tokenizer_does_not_know(path, tokenizer, capsys):
+    """They are counted by part, with a warning from one in a hundred on."""
+    warning = "warning: the tokenizer does not know "
+    known = told(capsys, "jsonl", f"path={path}", "--tokenizer", tokenizer, "--examples", 0)
+    assert "unknown tokens" not in known and warning not in known
+    path.write_text(path.read_text().replace("it is water .", "it is zyzzyva ."))
+    text = told(capsys, "jsonl", f"path={path}", "--tokenizer", tokenizer, "--examples", 0)
+    assert "unknown tokens" in text and row_of(text, "chosen ") == "chosen 5 5 5 5 5 5 8 (20.0 %)"
+    assert row_of(text, "prompt ") == "prompt 7 7 7 7 7 7"
+    assert f"{warning}5.9 % of the tokens: a model reads each of them as <unk>; choose a model whose" in text
+    words = told(capsys, "jsonl", f"path={path}", "--examples", 0)
+    assert "unknown tokens" not in words and warning not in words
+
+
+def test_an_end_that_also_stands_for_the_unknown_is_no_unknown_token(path, tokenizer, capsys):
+    settings = json.loads((tokenizer / "tokenizer_config.json").read_text())
+    (tokenizer / "tokenizer_config.json").write_text(json.dumps({**settings, "unk_token": settings["eos_token"]}))
+    text = told(capsys, "jsonl", f"path={path}", "--tokenizer", tokenizer, "--examples", 0)
+    assert "unknown tokens" not in text
+
+
+def test_pairs_that_were_compared_both_ways(path, capsys):
+    rows = [json.loads(line) for line in path.read_text().splitlines()[:-1]]
+    turned = {**rows[0], "chosen": rows[0]["rejected"], "rejected": rows[0]["chosen"]}
+    path.write_text("".join(json.dumps(row) + "\n" for row in [*rows, turned]))
+    text = told(capsys, "jsonl", f"path={path}", "--examples", 0)
+    assert row_of(text, "contradicted").startswith("contradicted 1 pairs that one person compared both ways")
+    assert row_of(text, "disputed").startswith("disputed 1 pairs compared both ways by several people")
 
 
 def test_colours_only_on_a_terminal(tokenizer):
