@@ -14,10 +14,11 @@ from pjrlhf.evaluation.plots_users import CELLS
 
 def page(summary: Mapping[str, Any]) -> dict[str, Any]:
     """What report_users.html reads beside the summary."""
-    answers = _by_persona(summary.get("generation") or {})
+    group, answers = _answers(summary)
     return {
         "personas": plots_users.personas(summary),
-        "by_persona": answers,
+        "answers_by": group,
+        "answers_of": answers,
         "score_names": _score_names(answers),
         "cells": plots_users.cells_of(summary.get("grid") or {}),
         "accuracy_parts": {key: name for key, name in _PARTS.items() if _some(summary.get("accuracy") or {}, key)},
@@ -34,6 +35,7 @@ def page(summary: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+_PEOPLE = 12  # at most, each with a row for every model
 ROLE_PLAY = "Own answers against those of the base, by a judge in the place of each person"
 _PARTS = {
     "micro": "over pairs, %",
@@ -137,21 +139,22 @@ def print_users(console: rich.console.Console, summary: Mapping[str, Any]) -> No
     for title, table in tables.items():
         print_table(console, title, *table)
 
-    answers = _by_persona(summary.get("generation") or {})
-    scores, known = _score_names(answers), plots_users.personas(summary)
+    group, answers = _answers(summary)
+    scores = _score_names(answers)
     rows = [
         [
             model,
-            persona if known else "",
-            number(one["people"]),
+            name if group else "",
+            number(one["people"]) if group != "person" else "",
             number(one["length"], 1),
             *(number(one["score"].get(s)) for s in scores),
         ]
         for model, table in answers.items()
-        for persona, one in table.items()
+        for name, one in table.items()
     ]
     print_table(console, ROLE_PLAY, *_role_play(summary.get("role_play") or {}))
-    print_table(console, "Answers by persona", ["model", "persona", "people", "mean length", *scores], rows)
+    title = f"Answers by {group}" if group else "Answers to all people"
+    print_table(console, title, ["model", group, "people", "mean length", *scores], rows)
 
 
 _DIFFERENCES = {
@@ -234,32 +237,39 @@ def _role_play(models: Mapping[str, Any]) -> Table:
     return columns, rows
 
 
-def _by_persona(generation: Mapping[str, Any]) -> dict[str, dict[str, dict[str, Any]]]:
-    """{model: {persona: {"people", "length", "shortest", "longest", "score": {name: x}}}}, means over people."""
+def _answers(summary: Mapping[str, Any]) -> tuple[str, dict[str, dict[str, dict[str, Any]]]]:
+    """(what people are grouped by, {model: {group: {"people", "length", "shortest", "longest", "score": {name: x}}}}),
+    means over the people of a group: a persona; a person where nobody has a persona; all people, as "", where these are
+    more than a table shows.
+    """
+    generation = summary.get("generation") or {}
+    by = "persona" if plots_users.personas(summary) else "person"
+    if by == "person" and max(map(len, generation.values()), default=0) > _PEOPLE:
+        by = ""
     found = collections.defaultdict(dict)
     for model, people in generation.items():
-        personas = collections.defaultdict(list)
-        for one in people.values():
-            personas[one.get("group") or "all"].append(one)
-        for persona, ones in personas.items():
+        groups = collections.defaultdict(list)
+        for user, one in people.items():
+            groups[user if by == "person" else one.get("group") or "all"].append(one)
+        for group, ones in groups.items():
             lengths = [one["length"] for one in ones if one.get("length") is not None]
             scores = collections.defaultdict(list)
             for one in ones:
                 for name, score in (one.get("score") or {}).items():
                     if score is not None:
                         scores[name].append(score)
-            found[model][persona] = {
+            found[model][group] = {
                 "people": len(ones),
                 "length": statistics.fmean(lengths) if lengths else None,
                 "shortest": min(lengths, default=None),
                 "longest": max(lengths, default=None),
                 "score": {name: statistics.fmean(values) for name, values in scores.items()},
             }
-    return found
+    return by, found
 
 
-def _score_names(by_persona: Mapping[str, Any]) -> list[str]:
-    return list(dict.fromkeys(name for table in by_persona.values() for one in table.values() for name in one["score"]))
+def _score_names(answers: Mapping[str, Any]) -> list[str]:
+    return list(dict.fromkeys(name for table in answers.values() for one in table.values() for name in one["score"]))
 
 
 def _counts(curves: Mapping[Any, Mapping[str, Any]]) -> list[str]:

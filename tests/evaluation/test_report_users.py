@@ -158,6 +158,19 @@ def test_captions_and_columns_promise_nothing_that_is_not_there(tmp_path):
         assert present in whole, present
 
 
+def test_answers_to_people_without_personas_are_told_by_person(tmp_path):
+    """As long as there are few; a persona that nobody has lumps no one together."""
+    summary = {"generation": own_records()["generation"]}
+    page = "".join("".join(Page(report.write_report(tmp_path, summary).read_text()).text).split())
+    assert "aseveryperson;meansovertheanswers.modelpersonmeanlengthscoreofP3A" in page and "ann10.00.25" in page
+    terminal = " ".join(re.sub("[│┃]", " ", printed(summary)).split())
+    assert "Answers by person" in terminal and "model person mean length P3A" in terminal
+    assert "pooled ann 10.0 0.25" in terminal
+    many = {f"person {i}": {"group": None, "length": float(i), "score": {}} for i in range(20)}
+    terminal = " ".join(re.sub("[│┃]", " ", printed({"generation": {"pooled": many}})).split())
+    assert "Answers to all people" in terminal and "pooled 20 9.5" in terminal and "person 1" not in terminal
+
+
 def cards_of(**changes):
     return [(card["number"], card["text"]) for card in report_users.cards(as_json(USER_MODELS | changes))]
 
