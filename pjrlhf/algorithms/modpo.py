@@ -161,6 +161,7 @@ def table_rewards(run: Run, rewarder: Params, table: TokenTable) -> np.ndarray:
     for example, places in zip(table.examples, numbers, strict=True):
         for side, place in zip(SIDES, places, strict=True):
             texts[place] = (example.original, text_of(getattr(example, side)))
+    run.audience.announce("rewards of answers", len(answers))
     rewards = raw_rewards(run, rewarder, answers, texts)[numbers]
     return np.where(np.isnan(rewards).any(1, keepdims=True), 0, rewards)
 

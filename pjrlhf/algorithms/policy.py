@@ -171,6 +171,16 @@ class Policy(PolicyStep, Method):
                 values |= {f"rewards/{name}/{policy}": float(x.mean()) for policy, x in known.items()}
         return values
 
+    def asked(self, eval_every: int) -> dict[str, int]:
+        """Criterion -> the answers, at most, that its reward source is asked about, those of evaluations included."""
+        s, size = self.settings, self.settings.rollouts // self.settings.experience.samples_per_prompt
+        rows = min(s.eval_prompts * len(self.targets.stated), len(self.heldout)) if self.heldout else 0
+        answers = s.rollouts * (s.steps + (s.steps // eval_every if eval_every else 0) * -(-rows // size))
+        # A policy of its own asks about its criterion alone.
+        policies = dict.fromkeys(self.targets.policies, 1) if self.targets.kind == "own" else {}
+        each = self.K if self.targets.kind != "own" else 0
+        return {name: answers * policies.get(name, each) for name in self.targets.audience.rewards}
+
     def last_kl(self, state: State) -> dict[str, float]:
         """Policy -> mean KL to the base over its last `KL_STEPS` steps, in nats per answer."""
         means = to_host(state.extra["kl"]).mean(0)
@@ -201,6 +211,7 @@ def run(run: Run) -> dict[str, Any]:
 def train(run: Run, settings: PolicySettings, stage: str) -> dict[str, Any]:
     """The same by the section `settings`, into <workdir>/<stage>."""
     method = method_of(run, settings)
+    run.audience.announce(stage, method.asked(run.settings.eval_every))
     state, names = run.train(method, stage, settings.steps), list(method.targets.adapters)
     base_hash = banks.save(run, stage, names, state.trainable["bank"])
     return {

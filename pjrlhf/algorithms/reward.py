@@ -436,6 +436,7 @@ def source_scale(run: Run) -> dict[str, Scale]:
     """
     settings, requests, found = run.section(RewardSettings), run.records.requests[0], {}
     asked = [requests[i % len(requests)] for i in range(settings.calibration_samples)]
+    run.audience.announce("reward", len(asked))
     keys = functools.partial(run.streams.key, "reward/calibration")
     texts = sample_base(run, [run.records.ask(request) for request in asked], keys, "calibration")
     raw = run.audience.host_rewards(asked, texts, records=run.records.columns_of(asked))

@@ -289,6 +289,7 @@ def train(run: Run, settings: RicSettings, stage: str) -> dict[str, Any]:
     round.
     """
     _check(run, settings)
+    run.audience.announce(stage, settings.samples + settings.rounds * settings.online_samples)
     folder, rewarder = run.workdir.stage(stage), reward.load(run)
 
     def offline_answers() -> list[Answer]:

@@ -15,6 +15,7 @@ from pjrlhf.data.messages import Prompt, columns_of
 from pjrlhf.errors import UserError
 from pjrlhf.feedback.samplers import BASE, sampler, sampler_name
 from pjrlhf.judges.judge import JUDGES, check_judge, combo_outcomes, judge_name
+from pjrlhf.judges.language_model import announce
 from pjrlhf.parallel.processes import on_process_zero
 from pjrlhf.runtime.audience import Audience
 from pjrlhf.runtime.run import Run, Stage
@@ -106,6 +107,8 @@ def run(run: Run) -> dict[str, Any]:
     that of one preference and needs no sentence to know it.
     """
     config = run.section(ComparisonsSettings)
+    judge, names = run.judge(config.judge), config.labels(run.audience)
+    announce("comparisons", judge.planned_requests(config.pairs * len(names)))
     rng = run.streams.python("comparisons/prompts")
     requests = [run.records.requests[0][i % len(run.records.requests[0])] for i in range(config.pairs)]
     stated = stated_sets(run, 2 * config.pairs, rng)
@@ -114,7 +117,6 @@ def run(run: Run) -> dict[str, Any]:
     texts = sampler(run, config.sampler)(requests * 2, words, f"comparisons: answers of {source}")
     first, second = texts[: config.pairs], texts[config.pairs :]
 
-    judge, names = run.judge(config.judge), config.labels(run.audience)
     usable = [i for i in range(config.pairs) if first[i].strip() and second[i].strip()]
     equal = [i for i in usable if first[i] == second[i]]
     pairs = {(requests[i], *sorted((first[i], second[i]))): i for i in reversed(usable) if first[i] != second[i]}

@@ -197,6 +197,29 @@ class Chat:
             self._fetch(name, missing)
         return [self.cache.replies[key] for key in keys]
 
+    def allows(self, most: int) -> tuple[bool, str]:
+        """(whether the budget allows `most` further requests, what it says to them). They cost as much as those in the
+        cache did on average.
+        """
+        limits, usage, enough, told = self.settings, self.usage, True, []
+        if limits.max_requests:
+            left = max(limits.max_requests - usage.requests, 0)
+            enough = left >= most
+            told.append(f"max_requests={limits.max_requests} allows {left:,}")
+        known = usage.requests - usage.unknown
+        cost = self.cost / known * most if known and limits.prices else None
+        if cost is not None:
+            told.append(f"they cost about {cost:,.2f}")
+        if limits.max_cost and cost is None:
+            told.append(f"max_cost={limits.max_cost:g} is compared with their cost after the first reply")
+        elif limits.max_cost and cost is not None:
+            left_cost = max(limits.max_cost - self.cost, 0.0)
+            enough = enough and left_cost >= cost
+            told.append(f"max_cost={limits.max_cost:g} allows {left_cost:,.2f}")
+        if not (limits.max_requests or limits.max_cost):
+            told.append("neither max_requests nor max_cost limits them")
+        return enough, ", ".join(told)
+
     def _fetch(self, name: str, missing: Mapping[str, Body]) -> None:
         try:
             self._send_all(name, missing)

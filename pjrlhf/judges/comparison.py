@@ -9,7 +9,7 @@ import numpy as np
 from pjrlhf.data.messages import Prompt, text_of
 from pjrlhf.errors import UserError
 from pjrlhf.judges.judge import both_orders, in_orders, of_both
-from pjrlhf.judges.language_model import LanguageModelJudge
+from pjrlhf.judges.language_model import LanguageModelJudge, Planned
 from pjrlhf.rewards.sources import RecordColumns, check_column, column_text, is_turns
 from pjrlhf.settings import shown
 
@@ -100,6 +100,10 @@ class ComparisonReward:
         """Raises UserError where baseline or judge need another column than these of the records."""
         self.baseline.check_columns(columns)
         self.judge.check_columns(columns)
+
+    def planned_requests(self, answers: int) -> Planned:
+        """What is sent at most about so many answers."""
+        return self.judge.planned_requests(answers)
 
     def __call__(self, prompts: list[Prompt], completions: list[str], **columns: Sequence[Any]) -> list[float | None]:
         others = self.baseline(prompts, columns)

@@ -16,7 +16,7 @@ from numpy.typing import ArrayLike
 from pjrlhf.data.messages import Prompt, Request, as_request
 from pjrlhf.errors import UserError
 from pjrlhf.judges.chat import Chat
-from pjrlhf.judges.language_model import ChatBackend, JudgeSettings, LanguageModelJudge
+from pjrlhf.judges.language_model import ChatBackend, JudgeSettings, LanguageModelJudge, Planned
 from pjrlhf.judges.own import OwnJudge
 from pjrlhf.models.hub import public_name
 from pjrlhf.parallel.processes import broadcast_from_zero, is_process_zero
@@ -215,6 +215,10 @@ class RewardJudge:
     def on_all_processes(self) -> bool:
         return self._of("judge").on_all_processes
 
+    def planned_requests(self, comparisons: int) -> Planned:
+        """What is sent at most about the answers of so many comparisons."""
+        return self._of("judge").planned_requests(2 * comparisons)
+
     def check(self, columns: Collection[str] | None = None) -> None:
         """Raises UserError where the source cannot be made, or needs another column than these of the records."""
         source = self._of("judge")
@@ -352,6 +356,11 @@ class BothOrders:
         again = getattr(self.judge, "again", None)
         other = again() if again else None
         return None if other is None else BothOrders(other)
+
+    def planned_requests(self, comparisons: int) -> Planned:
+        """What is sent at most about so many comparisons, where the judge is asked by requests."""
+        judge = self.judge
+        return judge.planned_requests(comparisons) if isinstance(judge, LanguageModelJudge | RewardJudge) else []
 
     def report(self) -> dict[str, Any]:
         """Counts, and what a judge with a method `report` says of itself, as JSON values."""

@@ -8,12 +8,14 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
+from absl import logging
 from jaxtyping import Float
 
 from pjrlhf.data.messages import Prompt, dialogue
 from pjrlhf.errors import UserError
 from pjrlhf.judges.chat import Body, Chat, ChatSettings
 from pjrlhf.judges.templates import INCONSISTENT, Template, read_pair, read_rating, read_template
+from pjrlhf.parallel.processes import is_process_zero
 from pjrlhf.rewards.sources import NO_COLUMNS, RecordColumns, column_text
 from pjrlhf.settings import Settings, setting, shown
 from pjrlhf.types import Json
@@ -179,6 +181,36 @@ class ChatBackend:
         return {"model": self.settings.model, **counts, "without_token_counts": usage.unknown}
 
 
+# Models, and how many requests each gets at most, further ones about unreadable replies left out.
+Planned = list[tuple[Chat, int]]
+
+
+def announce(name: str, planned: Planned) -> None:
+    """Logs how many requests a stage sends at most and what the budget says to it, before the first is sent; a warning
+    where the budget may end the stage.
+
+    Args:
+      name: of the stage.
+      planned: of all judges of the stage. What asks one model within one budget is told as one.
+    """
+    together: dict[tuple[Any, ...], tuple[Chat, int]] = {}
+    for chat, most in planned if is_process_zero() else ():
+        s = chat.settings
+        if most and not s.replay:
+            key = id(chat.usage), s.max_requests, s.max_cost, s.prices
+            together[key] = chat, most + together.get(key, (chat, 0))[1]
+    for chat, most in together.values():
+        enough, budget = chat.allows(most)
+        text = (
+            f"{name}: at most {most:,} requests to model {chat.settings.model!r}, of which those in its cache are not "
+            f"sent, and {PARSE_RETRIES} more for each reply that cannot be read; {budget}"
+        )
+        if enough:
+            logging.info("%s", text)
+        else:
+            logging.warning("%s: it may end there, and the same command goes on once the limit is raised", text)
+
+
 class _Asking:
     """Asks a language model about items.
 
@@ -230,6 +262,10 @@ class _Asking:
         if not text:
             raise UserError(f"judge: criterion {criterion!r} has no text; add it to criteria")
         return text
+
+    def _planned(self, items: int) -> Planned:
+        """What is sent at most about so many items: to a model on the mesh, nothing."""
+        return [(self.backend.chat, items)] if isinstance(self.backend, ChatBackend) else []
 
     def check_columns(self, columns: Collection[str]) -> None:
         """Raises UserError where the prompt shows another column than these of the records."""
@@ -300,6 +336,10 @@ class LanguageModelJudge(_Asking):
         verdicts[rows] = np.where(turned, -found, found)
         return verdicts
 
+    def planned_requests(self, comparisons: int) -> Planned:
+        """What is sent at most about so many comparisons, each in all its orders."""
+        return self._planned(comparisons if self.order_invariant else 2 * comparisons)
+
     def within(self, records: RecordColumns) -> "LanguageModelJudge":
         """The judge for prompts that have these records; it shares the model with this one."""
         other = copy.copy(self)
@@ -364,6 +404,10 @@ class LanguageModelRating(_Asking):
         items = [{"prompt": dialogue(p), "first": c, **self.shared} for p, c in zip(prompts, completions, strict=True)]
         found = self.ask(f"rating: {self.objective}", items, columns)
         return [None if math.isnan(value) else value for value in found]
+
+    def planned_requests(self, answers: int) -> Planned:
+        """What is sent at most about so many answers."""
+        return self._planned(answers)
 
 
 def objective_judge(settings: PromptSettings, objective: str, criterion: str, backend: Backend) -> LanguageModelJudge:

@@ -10,6 +10,7 @@ import numpy as np
 from pjrlhf.errors import UserError
 from pjrlhf.evaluation.length_control import Comparisons, about_length, length_controlled
 from pjrlhf.judges.judge import BothOrders, agreement, combo_outcomes, judge_name
+from pjrlhf.judges.language_model import announce
 from pjrlhf.runtime.audience import Audience
 from pjrlhf.runtime.run import Run
 from pjrlhf.settings import shown
@@ -64,6 +65,12 @@ class Panel:
         for name, anew in self._anew.items() if self.asked_twice else ():
             second = combo_outcomes(anew, requests[few], a[few], b[few], (criterion,))[:, 0]
             self._twice[name].append((verdicts[name][few, 0], second))
+
+    def announce(self, name: str, comparisons: int, anew: int = 0) -> None:
+        """Logs how many requests the judges send at most about so many comparisons, of which some are asked anew."""
+        anew *= bool(self.asked_twice)
+        counts = {one: comparisons + (anew if one in self._anew else 0) for one in self.judges}
+        announce(name, [pair for one, judge in self.judges.items() for pair in judge.planned_requests(counts[one])])
 
     def sections(self) -> dict[str, Any]:
         """The sections judge, judges and agreement, after everything is judged."""

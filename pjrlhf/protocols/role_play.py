@@ -14,7 +14,7 @@ from pjrlhf.errors import UserError
 from pjrlhf.evaluation.users import rate_of_people
 from pjrlhf.evaluation.winrate import win_rate
 from pjrlhf.judges.judge import BothOrders, JudgeContext, ScoreJudge, judge_from, judge_name
-from pjrlhf.judges.language_model import LanguageModelJudge, describe, is_number
+from pjrlhf.judges.language_model import LanguageModelJudge, announce, describe, is_number
 from pjrlhf.rewards.sources import column_text
 from pjrlhf.runtime.run import Run
 from pjrlhf.settings import Settings, setting, shown
@@ -111,6 +111,10 @@ class RolePlay:
         self.options: dict[str, Any] = {"resamples": resamples, "seed": run.streams.seed}
         self.role = _judge(spec, lambda full: run.judge(full).judge)
         self.judge = BothOrders(self.role)
+
+    def announce(self, name: str, comparisons: int) -> None:
+        """Logs how many requests the judge sends at most about so many comparisons."""
+        announce(name, self.judge.planned_requests(comparisons))
 
     def __call__(
         self, users: Sequence[str], prompts: Sequence[Prompt], own: Sequence[str], base: Sequence[str]

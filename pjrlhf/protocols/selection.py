@@ -37,6 +37,7 @@ class Rewarded:
 
     def __init__(self, run: Run, requests: Sequence[Prompt], texts: Sequence[str], name: str):
         rewarder = reward.load(run)
+        run.audience.announce(name, len(texts))
         raw, self.usable = answer_rewards(run, rewarder, requests, texts, name)
         self.rewards = np.nan_to_num((raw - np.asarray(rewarder["mean"])) / np.asarray(rewarder["std"]), nan=0.0)
 

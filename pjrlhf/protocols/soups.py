@@ -173,6 +173,15 @@ class Evaluation:
         with watched(f"evaluate: judging {what}", items) as seen:
             yield from seen
 
+    def announce(self) -> None:
+        """Logs how often judges are asked at most, before the first time."""
+        prompts, twice = len(self.requests), 2 * len(self.requests)
+        methods = len(self.methods(self.combos[0])) + bool(self.config.best_of)
+        pairs = methods * (methods - 1) // 2 * prompts * self.config.samples_per_prompt
+        alone = len(self.ingredient_names)
+        anew = alone * min(self.config.asked_twice, twice)
+        self.panel.announce("evaluate", pairs * sum(map(len, self.combos)) + alone * twice, anew)
+
     # ---- eight kinds of people
 
     def methods(self, combo: tuple[str, ...]) -> dict[str, tuple[str, tuple[float, ...]]]:
@@ -297,11 +306,16 @@ class Evaluation:
 
     # ---- ingredients
 
+    @property
+    def ingredient_names(self) -> list[str]:
+        """The policies with a criterion of their own."""
+        return [name for name in self.names if name not in self.prompted]
+
     def ingredients(self) -> dict[str, Any]:
         """Each policy alone against the base by its own criterion, two plain answers per held-out request."""
         requests = self.requests * 2
         rows = [Row(request, "", self.weights()) for request in requests]
-        names = [name for name in self.names if name not in self.prompted]
+        names = self.ingredient_names
         for name in names:
             rows += [Row(request, "", self.weights(**{name: 1.0})) for request in requests]
         texts = self.sample(rows, self.keys("evaluate/ingredients"), name="evaluate: answers of the ingredients")
@@ -385,6 +399,7 @@ def run(run: Run) -> dict[str, Any]:
     """Evaluates the run on its held-out prompts; writes <workdir>/report."""
     started = time.perf_counter()
     evaluation = Evaluation(run)
+    evaluation.announce()
     people = evaluation.people()
     ingredients = evaluation.ingredients()
     sweep = evaluation.sweep()

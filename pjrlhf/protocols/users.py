@@ -120,6 +120,10 @@ def run(run: Run) -> dict[str, Any]:
     by_model: dict[str, dict[str, list[str]]] = {}  # model -> person -> answers to `prompts`
     prompts = list({as_request(example.prompt): example for example in held}.values())[: config.generate_for]
     role = _role(run, pairs, groups or {}) if config.judge else None
+    if role:
+        answering = sum(preference.entry(name).objective.head == "policy" for name in models)
+        people = sum(user in role.people for user in pairs.registry.rows)
+        role.announce("evaluate_users", answering * people * len(prompts))
     base = _base_answers(run, prompts) if role else []
     # The base itself, by its own log-probs, and what surface features alone can tell.
     score = functools.partial(_score, summary, questions=questions, settings=settings)

@@ -265,6 +265,13 @@ class RewardSource:
         if check is not None:
             check(columns)
 
+    def planned_requests(self, answers: int) -> list[tuple[Any, int]]:
+        """What its function, where that has a method of this name, sends at most about so many answers; see
+        `judges.language_model.announce`.
+        """
+        planned = getattr(self.function, "planned_requests", None)
+        return planned(answers) if planned is not None else []
+
     def __call__(
         self, prompts: Sequence[Prompt], completions: Sequence[str], records: RecordColumns = NO_COLUMNS
     ) -> Float[np.ndarray, " N"]:

@@ -15,6 +15,7 @@ from pjrlhf.data.messages import Prompt
 from pjrlhf.data.named_preferences import NAMED
 from pjrlhf.data.preferences import Preference, Preferences
 from pjrlhf.errors import UserError
+from pjrlhf.judges.language_model import announce
 from pjrlhf.parallel.processes import broadcast_from_zero, is_process_zero
 from pjrlhf.rewards import server
 from pjrlhf.rewards.scorers import checked, scorer
@@ -138,6 +139,16 @@ class Audience:
     def learned(self) -> tuple[str, ...]:
         """The criteria with a reward model that is trained here."""
         return tuple(name for name in self.rewards if name not in self.sources)
+
+    def announce(self, name: str, answers: int | Mapping[str, int]) -> None:
+        """Logs how many requests the sources of rewards send at most, before the first is sent.
+
+        Args:
+          name: of the stage.
+          answers: how many each source is asked about; by criterion, or the same for all.
+        """
+        counts = {one: answers if isinstance(answers, int) else answers.get(one, 0) for one in self.sources}
+        announce(name, [pair for one, source in self.sources.items() for pair in source.planned_requests(counts[one])])
 
     def host_rewards(
         self,

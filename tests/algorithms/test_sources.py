@@ -116,6 +116,23 @@ def test_rewards_of_sources_alone_need_no_comparisons(copied):
         assert scores and max(scores) < 0 and min(scores) > -60  # characters of ten tokens
 
 
+def test_a_source_is_asked_about_as_many_answers_as_are_told_before(finished):
+    """Each policy asks about its own criterion; evaluations on held-out prompts count, too."""
+    config = tiny.settings(rewards={"P2A": BREVITY}, stages=tiny.TRAINING, eval_every=1, policy__eval_prompts=3)
+    made = policy.method_of(tiny.start(finished, config), rewarder=method_of(finished, {"P2A": BREVITY}).rewarder)
+    counts = []
+
+    def counted(prompts, completions):
+        counts.append(len(completions))
+        return toy_extensions.brevity(prompts, completions)
+
+    made.targets.audience.sources["P2A"] = RewardSource("P2A", counted)
+    state, _ = made.step(made.init(), next(made.batches))
+    made.evaluate(state)
+    told = made.asked(1)["P2A"]
+    assert sum(counts) * made.settings.steps == told
+
+
 # ---- a function that calls a reward model
 
 

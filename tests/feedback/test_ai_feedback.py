@@ -44,14 +44,17 @@ def label(folder, judge="score", sampler="base", **changes):
     return [json.loads(line) for line in (folder / "comparisons" / comparisons.FILE).read_text().splitlines()], found
 
 
-def test_a_language_model_labels_as_its_rule_says_and_is_never_asked_twice(copied):
+def test_a_language_model_labels_as_its_rule_says_and_is_never_asked_twice(copied, caplog):
     by_rule, counts = label(copied)
     server = ChatServer(longer, ["busy", "half", "cut"])
     with server.running() as url:
         judge = {"kind": "chat", "model": "m", "base_url": url}
         with pytest.raises(UserError, match="max_requests=20 is reached"):
             label(copied, {**judge, "max_requests": 20})
-        found, report = label(copied, judge)
+        with caplog.at_level("INFO", logger="absl"):
+            found, report = label(copied, judge)
+    most = re.search(r"comparisons: at most (\d+) requests to model 'm'", caplog.text)
+    assert len(server.bodies) <= int(most[1]) == 2 * 16 * len(tiny.REWARDS)
     assert [{**record, "judge": "chat m"} for record in by_rule] == found
     assert report["ties"] == counts["ties"] and not any(report["unjudged"].values())
     assert report["judge"]["consistency"] == 1 and report["judge"]["failures"] == 0

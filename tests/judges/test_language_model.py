@@ -395,6 +395,44 @@ def test_a_cost_needs_token_counts(tmp_path, usage):
     assert asked.usage.requests == asked.usage.unknown == 1
 
 
+def told_before(caplog, planned):
+    """What the log says of requests before they are sent, each as (level, text)."""
+    caplog.clear()
+    with caplog.at_level("INFO", logger="absl"):
+        language_model.announce("evaluate", planned)
+    return [(record.levelname, record.getMessage()) for record in caplog.records]
+
+
+def test_the_most_requests_are_told_before_the_first_with_what_the_budget_says(tmp_path, caplog):
+    server = ChatServer(longer)
+    with server.running() as url:
+        free, few = judge(url, tmp_path), judge(url, tmp_path, max_requests=30)
+        ((level, text),) = told_before(caplog, free.planned_requests(12))
+        assert level == "INFO" and text.startswith("evaluate: at most 24 requests to model 'm', of which those in its ")
+        assert text.endswith("2 more for each reply that cannot be read; neither max_requests nor max_cost limits them")
+        ((level, text),) = told_before(caplog, few.planned_requests(12))
+        assert level == "INFO" and text.endswith("; max_requests=30 allows 30")
+        assert len(server.bodies) == 0, "telling asks nobody"
+        BothOrders(few)(PROMPTS, A, B, "long")
+        assert len(server.bodies) == 24, "what was told"
+        ((level, text),) = told_before(caplog, few.planned_requests(12))
+        assert level == "WARNING" and "max_requests=30 allows 6: it may end there, and the same command goes on" in text
+        priced = judge(url, tmp_path, max_cost=1.0, prices=(10.0, 100.0))  # 0.002 for a request
+        ((level, text),) = told_before(caplog, BothOrders(priced).planned_requests(100))
+        assert level == "INFO" and text.endswith("they cost about 0.40, max_cost=1 allows 0.95")
+        ((level, text),) = told_before(caplog, priced.planned_requests(1000))
+        assert level == "WARNING" and "they cost about 4.00, max_cost=1 allows 0.95: it may end there" in text
+        new = judge(url, tmp_path / "new", max_cost=1.0, prices=(10.0, 100.0))
+        ((_, text),) = told_before(caplog, new.planned_requests(1))
+        assert text.endswith("max_cost=1 is compared with their cost after the first reply")
+        assert not told_before(caplog, judge(url, tmp_path, replay=True).planned_requests(12))
+        assert not told_before(caplog, free.planned_requests(0))
+        # Judges of one model share its budget.
+        once = judge(url, tmp_path, max_requests=30, orders=1)
+        ((level, text),) = told_before(caplog, [*few.planned_requests(2), *once.planned_requests(3)])
+        assert level == "WARNING" and "at most 7 requests" in text
+
+
 def test_judges_that_share_a_file_share_its_budget_and_replies(tmp_path):
     server = ChatServer(longer)
     with server.running() as url:

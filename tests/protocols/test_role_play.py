@@ -137,7 +137,7 @@ def test_a_judge_needs_answers():
 
 
 @pytest.mark.slow
-def test_the_report_of_a_run_tells_what_people_prefer(people, tmp_path):
+def test_the_report_of_a_run_tells_what_people_prefer(people, tmp_path, caplog):
     """On trained models: the judge prefers what the persona asks for, by the length of the answers."""
 
     def rule(body):
@@ -153,7 +153,7 @@ def test_the_report_of_a_run_tells_what_people_prefer(people, tmp_path):
         with config.ignore_type():
             config.evaluate_users.judge = judge
         folder = shutil.copytree(people, tmp_path / "run")
-        with tiny.one_device():
+        with tiny.one_device(), caplog.at_level("INFO", logger="absl"):
             stages.stage_of("evaluate_users").run(tiny.start(folder, config))
     summary = json.loads((folder / "report" / "summary.json").read_text())
     page = Page((folder / "report" / "index.html").read_text())
@@ -161,6 +161,8 @@ def test_the_report_of_a_run_tells_what_people_prefer(people, tmp_path):
     assert one["n"] == 2 * len(one["users"]) == 2 * one["people"] == 2 * 4
     assert one["low"] is None or one["low"] <= one["rate"] <= one["high"]
     assert summary["judges"][0]["name"] == "chat m" and summary["judges"][0]["requests"] > 0
+    most = re.search(r"evaluate_users: at most (\d+) requests to model 'm'", caplog.text)
+    assert summary["judges"][0]["requests"] <= int(most[1]) == 2 * sum(x["n"] for x in summary["role_play"].values())
     rates = summary["people_win_rate"]
     assert set(rates) == set(summary["gain"]) == set(summary["role_play"]) - {"pooled"}
     for found in rates.values():

@@ -355,6 +355,21 @@ def test_further_judges_judge_all_methods(finished):
     assert asked[0] == asked[1] > len(found.combos) * len(found.requests) * 10
 
 
+def test_judges_are_asked_as_often_as_is_told_before(finished, monkeypatch):
+    """All comparisons, those of the best of several answers and those that are asked anew, too."""
+    told = []
+    found = with_judges(finished, "score", evaluate__asked_twice=3, evaluate__best_of=2)
+    monkeypatch.setattr(found.run, "judge", lambda spec: BothOrders(Moody()))
+    found = Evaluation(found.run)
+    found.sample = Stub(wordy)
+    anew = found.panel._anew["score"]
+    monkeypatch.setattr(BothOrders, "planned_requests", lambda judge, n: told.append(n) or [])
+    found.announce()
+    found.people(), found.ingredients(), found.sweep()
+    asked = [judge.asked for judge in found.panel.judges.values()]
+    assert told == [asked[0] + anew.asked, asked[1] + found.panel._anew["score (2)"].asked] and anew.asked
+
+
 @pytest.mark.slow
 def test_a_model_folder_judges_beside_the_scores(finished, tmp_path):
     folder = tiny_judge.make(tmp_path)
