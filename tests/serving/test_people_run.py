@@ -170,8 +170,8 @@ def test_the_commands(run, tmp_path, capsys):
         assert shown == ask(place, "/new") and shown["comparisons"] == 1
         assert json.loads(users(capsys, "update", "new", *where, "--comparisons", str(votes)))["comparisons"] == 2
         assert ask(place, "/new")["comparisons"] == 2
-        assert "new: 2 comparisons\n" in users(capsys, "list", *where)
-        assert ": 0 comparisons, trained\n" in users(capsys, "list", *where)
+        assert "new: added later, 2 comparisons\n" in users(capsys, "list", *where)
+        assert ": trained in the run, no comparisons since\n" in users(capsys, "list", *where)
         export = tmp_path / "new.json"
         users(capsys, "export", "new", *where, "--output", str(export))
         assert (

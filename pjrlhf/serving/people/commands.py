@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 MOST = 100_000  # comparisons of a person; how many are kept is for the server to say
 VERBS = {
-    "list": "everybody",
+    "list": "everybody, and how many comparisons each has given since the run",
     "show": "one person",
     "add": "a new person, from comparisons or stated weights",
     "update": "more comparisons, or other stated weights",
@@ -87,8 +87,11 @@ def _list(given: argparse.Namespace) -> None:
     trained = {name for name in trained_people(run) if key_of(name) not in gone}
     for name in dict.fromkeys([*sorted(trained), *stored]):
         count = stored[name].comparisons if name in stored else 0
-        words = [f"{count} comparison{'s' * (count != 1)}", *["trained"] * (name in trained)]
-        print(f"{visible(name)}: {', '.join(words)}")
+        gave = f"{count or 'no'} comparison{'s' * (count != 1)}"
+        words = f"trained in the run, {gave} since" if name in trained else f"added later, {gave}"
+        weights = stored[name].stated if name in stored else None
+        stated = ", ".join(f"{one}={weight:g}" for one, weight in (weights or {}).items())
+        print(visible(f"{name}: {words}{f', states {stated}' if stated else ''}"))
     if not (trained or stored):
         print("nobody; pjrlhf users add, or the page of a server, adds people", file=sys.stderr)
 
