@@ -11,6 +11,7 @@ import pytest
 import yaml
 
 import pjrlhf
+from pjrlhf.data import synthetic
 
 ROOT = pathlib.Path(__file__).parents[1]
 NOT_OURS = re.compile(r"^(runs|build|dist|site|node_modules|\.(?!github)[^/]*|[^/]*\.egg-info)(/|$)")
@@ -122,3 +123,9 @@ def test_the_forms_of_the_repository_are_well_formed():
         assert len(set(fields)) == len(fields)
     for job, script in (("ci", ".ci/run"), ("oldest", ".ci/oldest"), ("release", ".ci/release")):
         assert {"run": f"bash {script}"} in loaded["ci.yml"]["jobs"][job]["steps"] and (ROOT / script).is_file()
+
+
+def test_the_quickstart_names_preferences_as_the_page_of_the_server_does():
+    text = (ROOT / "docs" / "start" / "quickstart.md").read_text(encoding="utf-8")
+    named = dict(re.findall(r"\| `(P\w+)` ([^|`]+?) (?=\|)", text))
+    assert named == {name: one.label for name, one in synthetic.PREFERENCES.items()}
