@@ -37,7 +37,7 @@ def texts_in(node):
         yield from texts_in(child)
 
 
-def messages():
+def found_messages():
     """(file, text) of everything that the package raises or logs for users."""
     for path in sorted((ROOT / "pjrlhf").rglob("*.py")):
         file = str(path.relative_to(ROOT))
@@ -53,12 +53,15 @@ def messages():
                 yield from ((file, text) for text in found)
 
 
-MESSAGES = sorted(set(messages()))
+@functools.cache
+def messages():
+    """`found_messages`, once each; not while tests are collected, which every process of a test session does."""
+    return sorted(set(found_messages()))
 
 
 def named(pattern):
     """(file, what the pattern finds) in all messages, once each."""
-    return sorted({(file, found) for file, text in MESSAGES for found in re.findall(pattern, text)})
+    return sorted({(file, found) for file, text in messages() for found in re.findall(pattern, text)})
 
 
 def is_setting(key):
@@ -89,27 +92,27 @@ def flags():
     return found | merged | {f"--{name}" for name in values} | OTHERS
 
 
-@pytest.mark.parametrize(("file", "key"), named(rf"--config\.((?:\w+\.)*\w+)(?![\w.]*{HOLE})"))
-def test_every_setting_of_a_flag_exists(file, key):
-    assert is_setting(key), f"{file}: --config.{key}"
+def test_every_setting_of_a_flag_exists():
+    found = named(rf"--config\.((?:\w+\.)*\w+)(?![\w.]*{HOLE})")
+    assert found and not [(file, key) for file, key in found if not is_setting(key)]
 
 
-@pytest.mark.parametrize(("file", "flag"), named(rf"(?<![\w{HOLE}-])--(?!config\b)\w[\w-]*(?![\w-]*{HOLE})"))
-def test_every_flag_exists(file, flag):
-    assert flag in flags(), f"{file}: {flag}"
+def test_every_flag_exists():
+    found = named(rf"(?<![\w{HOLE}-])--(?!config\b)\w[\w-]*(?![\w-]*{HOLE})")
+    assert found and not [(file, flag) for file, flag in found if flag not in flags()]
 
 
 KEY = rf"(?<![\w./{HOLE}-])((?:{'|'.join(RunSettings.__dataclass_fields__)})(?:\.[a-z_]+)+)(?![\w.]*{HOLE})"
 
 
-@pytest.mark.parametrize(("file", "key"), named(KEY))
-def test_every_dotted_key_is_a_setting(file, key):
-    assert is_setting(key), f"{file}: {key}"
+def test_every_dotted_key_is_a_setting():
+    found = named(KEY)
+    assert found and not [(file, key) for file, key in found if not is_setting(key)]
 
 
-@pytest.mark.parametrize(("file", "verb"), named(r"pjrlhf ([a-z]+) --?\w") + named(r"`pjrlhf ([a-z]+)"))
-def test_every_verb_exists(file, verb):
-    assert verb in VERBS, f"{file}: pjrlhf {verb}"
+def test_every_verb_exists():
+    found = named(r"pjrlhf ([a-z]+) --?\w") + named(r"`pjrlhf ([a-z]+)")
+    assert found and not [(file, verb) for file, verb in found if verb not in VERBS]
 
 
 def test_every_extra_exists():

@@ -8,6 +8,7 @@ A row of `mix` selects the policy of an example: zeros select the base, one-hot 
 
 import copy
 import dataclasses
+import functools
 import itertools
 from typing import Any
 
@@ -86,26 +87,37 @@ def init_bank(base: Params, adapter: AdapterConfig, count: int, key: PRNGKey) ->
     Raises:
       UserError: full parameters over a quantised base, or no layer to adapt.
     """
-    dtype = jnp.dtype(adapter.dtype)
     if not adapter.rank:
         refuse_quantized(base)
+        dtype = jnp.dtype(adapter.dtype)
         return jax.tree.map(lambda x: jnp.broadcast_to(x, (count, *x.shape)).astype(dtype), base)
-    bank: Params = {}
-    for block, names in TARGETS.items():
-        bank[block] = {}
-        for i, name in enumerate(names):
-            if name not in base["layers"][block] or name not in adapter.targets:
-                continue
-            depth, inputs, outputs = kernel_shape(base["layers"][block][name])
-            bank[block][name] = {"b": jnp.zeros((count, depth, adapter.rank, outputs), dtype)}
-            if adapter.freeze_a:
-                continue
-            draw = jax.random.normal(jax.random.fold_in(key, 100 * len(bank) + i), (depth, inputs, adapter.rank))
-            bank[block][name]["a"] = jnp.broadcast_to(draw * inputs**-0.5, (count, *draw.shape)).astype(dtype)
-    bank = {block: factors for block, factors in bank.items() if factors}
-    if not bank:
+    layers = base["layers"]
+    shapes = tuple(
+        (block, name, 100 * i + j, kernel_shape(layers[block][name]))
+        for i, (block, names) in enumerate(TARGETS.items(), 1)
+        for j, name in enumerate(names)
+        if name in layers[block] and name in adapter.targets
+    )
+    if not shapes:
         raise UserError(f"adapter.target_modules: the model has no layer {', '.join(adapter.target_modules)}; add some")
-    return {"layers": bank}
+    return {"layers": _factors(shapes, adapter, count, key)}
+
+
+# One program, where each operation on each shape would be one.
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _factors(
+    shapes: tuple[tuple[str, str, int, tuple[int, ...]], ...], adapter: AdapterConfig, count: int, key: PRNGKey
+) -> Params:
+    """The factors of `init_bank`, of layers (block, name, number of the draw, shape of the kernel)."""
+    dtype = jnp.dtype(adapter.dtype)
+    bank: Params = {}
+    for block, name, number, (depth, inputs, outputs) in shapes:
+        factors = {"b": jnp.zeros((count, depth, adapter.rank, outputs), dtype)}
+        if not adapter.freeze_a:
+            draw = jax.random.normal(jax.random.fold_in(key, number), (depth, inputs, adapter.rank))
+            factors["a"] = jnp.broadcast_to(draw * inputs**-0.5, (count, *draw.shape)).astype(dtype)
+        bank.setdefault(block, {})[name] = factors
+    return bank
 
 
 def frozen_factors(base: Params, adapter: AdapterConfig) -> Params:

@@ -190,7 +190,7 @@ def test_reward_models_show_held_out_pairs_with_their_rewards(finished):
         assert method.heldout_accuracy(state.trainable)[name]["accuracy"] == pytest.approx(hits)
 
 
-@pytest.mark.parametrize("rank", [0, 2])
+@pytest.mark.parametrize("rank", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_the_base_in_training_answers_held_out_requests(finished, rank):
     """With the parameters in training, whether all are or an adapter is."""
     config = tiny.settings(completion_prompts=4, temperature=1e-4, sft__adapter__rank=rank)

@@ -274,7 +274,7 @@ def test_a_user_model_of_other_code(records, tmp_path, monkeypatch):
 # ---- evaluation
 
 
-@pytest.mark.parametrize("name", ["pooled", "individualized"])
+@pytest.mark.parametrize("name", [pytest.param("pooled", marks=pytest.mark.slow), "individualized"])
 def test_a_batch_in_parts_is_one_update(run, method, pairs, name):
     entry = entry_of(run, name)
     parts = method_of(run, dataclasses.replace(entry, accumulation_steps=2), pairs)

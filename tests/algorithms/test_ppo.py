@@ -134,7 +134,7 @@ def test_how_many_gradients_are_taken_at_once_does_not_matter(kind):
         ppo_gradient(PPOConfig(policies_at_once=1), backbone(kind), None, mixed)
 
 
-@pytest.mark.parametrize("together", [0, 1])
+@pytest.mark.parametrize("together", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_parts_of_a_minibatch_add_up_to_its_gradient(together):
     """Parts with other numbers of tokens, one policy with hardly any."""
     rows, kind = fabricated(np.ones(K)), "lora"

@@ -55,7 +55,13 @@ def test_the_section_and_its_figure(tmp_path):
     assert "variational" in printed(SUMMARY)
 
 
-@pytest.mark.parametrize("missing", [*ONE, "cold_start"])
+# What the figure of costs is drawn from, what a table alone shows and a section: each of the others is of one of these.
+QUICK = ("bytes", "flip", "cold_start")
+
+
+@pytest.mark.parametrize(
+    "missing", [pytest.param(x, marks=() if x in QUICK else pytest.mark.slow) for x in (*ONE, "cold_start")]
+)
 def test_what_is_missing_is_left_out(tmp_path, missing):
     models = {"vpl": {key: value for key, value in ONE.items() if key != missing}}
     summary = {"user_models": models, **({} if missing == "cold_start" else {"cold_start": {"vpl": CURVE}})}

@@ -1,5 +1,6 @@
 """Which layers carry adapters, and what training drops of their inputs."""
 
+import functools
 import json
 
 import jax
@@ -22,15 +23,14 @@ def bank_of(adapter, count=K):
     return noise(init_bank(base(), adapter, count, jax.random.key(0)), 3, 0.2)
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def _hidden(adapter, bank, key, tokens):
+    policies = Backbone(MODEL, adapter, base()).policies(bank, MIX, dropout_key=key)
+    return policies(tokens, jnp.ones((B, T), bool))[0]
+
+
 def hidden(adapter, bank, key=None, seed=0):
-    tokens = jnp.asarray(np.random.default_rng(seed).integers(2, 24, (B, T)))
-
-    @jax.jit
-    def run(bank, key):
-        policies = Backbone(MODEL, adapter, base()).policies(bank, MIX, dropout_key=key)
-        return policies(tokens, jnp.ones((B, T), bool))[0]
-
-    return np.asarray(run(bank, key))
+    return np.asarray(_hidden(adapter, bank, key, np.random.default_rng(seed).integers(2, 24, (B, T))))
 
 
 # ---- target_modules
@@ -39,8 +39,8 @@ def hidden(adapter, bank, key=None, seed=0):
 @pytest.mark.parametrize(
     ("names", "layers"),
     [
-        (("q_proj", "v_proj"), {"attention": {"query", "value"}}),
-        (("down",), {"mlp": {"down"}}),
+        pytest.param(("q_proj", "v_proj"), {"attention": {"query", "value"}}, marks=pytest.mark.slow),
+        pytest.param(("down",), {"mlp": {"down"}}, marks=pytest.mark.slow),
         (("query", "gate_proj"), {"attention": {"query"}, "mlp": {"gate"}}),
         ((), {"attention": {"query", "key", "value", "output"}, "mlp": {"gate", "up", "down"}}),
     ],

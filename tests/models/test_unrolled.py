@@ -46,7 +46,7 @@ def setting(switches, rank):
     "switches, decode, rank",
     [
         (LLAMA, "unrolled", 1),
-        (LLAMA, "transposed", 2),
+        pytest.param(LLAMA, "transposed", 2, marks=pytest.mark.slow),
         pytest.param(OTHER, "transposed", 1, marks=pytest.mark.slow),
         pytest.param(OTHER, "unrolled", 2, marks=pytest.mark.slow),
         (OTHER, "transposed", 0),

@@ -123,7 +123,7 @@ def test_compilation_choices_change_neither_loss_nor_gradient(name):
     assert_close(loss_and_gradient(VARIANTS[name]), (value, gradient), 1e-6)
 
 
-@pytest.mark.parametrize("kind, prefill", [("lora", 2), ("full", 6)])
+@pytest.mark.parametrize("kind, prefill", [("lora", 2), pytest.param("full", 6, marks=pytest.mark.slow)])
 def test_cached_decoding_equals_the_full_forward(kind, prefill):
     """Left-padded rows; the prefill ends among the user tokens of some rows and after those of others."""
     bank = {"lora": lora_bank(), "full": full_bank()}[kind]

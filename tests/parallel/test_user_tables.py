@@ -237,7 +237,9 @@ def test_absent_people_and_free_rows_keep_every_bit(trained, kind, mesh):
     assert not any(x[[U, *free]].any() for x in jax.tree.leaves({k: history[-1][k] for k in ("count", "mu", "nu")}))
 
 
-@pytest.mark.parametrize(("kind", "mesh"), [("individualized", "8x1x1"), ("cluster", "4x2x1")])
+@pytest.mark.parametrize(
+    ("kind", "mesh"), [("individualized", "8x1x1"), pytest.param("cluster", "4x2x1", marks=pytest.mark.slow)]
+)
 def test_vectors_are_those_of_the_people_in_the_order_of_their_names(start, trained, kind, mesh):
     run, pairs = start(mesh)
     _, state, _, _ = trained(kind, mesh)

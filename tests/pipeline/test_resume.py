@@ -197,8 +197,18 @@ def test_another_signal_ends_in_one_line_and_the_run_goes_on(tmp_path, seconds, 
     assert process.returncode == 0 or (process.returncode == 2 and "comparisons" in errors.splitlines()[-1]), errors
 
 
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
-@pytest.mark.parametrize("verb", ["merge", "generate", "serve", "report"])
+# Each signal to one verb at once: a server handles signals of its own.
+SIGNALLED = (("merge", "SIGTERM"), ("serve", "SIGHUP"))
+
+
+@pytest.mark.parametrize(
+    ("verb", "name"),
+    [
+        pytest.param(verb, name, marks=() if (verb, name) in SIGNALLED else pytest.mark.slow)
+        for verb in ("merge", "generate", "serve", "report")
+        for name in ("SIGTERM", "SIGHUP")
+    ],
+)
 def test_a_signal_to_a_verb_ends_in_one_line(tmp_path, verb, name):
     """While the verb is at work, which the test makes it be when it reads its first JSON file."""
     arguments = {

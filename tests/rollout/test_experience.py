@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from support.small_policies import ADAPTERS, EOS, KINDS, PAD, backbone, bank, close, fresh_bank, prompts, value_heads
+from support.small_policies import EOS, KINDS, PAD, backbone, bank, close, fresh_bank, prompts, value_heads
 
 from pjrlhf.errors import UserError
 from pjrlhf.objectives import policy_gradient as pg
@@ -76,7 +76,7 @@ def test_a_fresh_policy_has_no_kl(kind):
     assert rows.logps.min() < -1
 
 
-@pytest.mark.parametrize("kind", ADAPTERS)
+@pytest.mark.parametrize("kind", KINDS)
 def test_policies_in_one_batch_do_not_mix(kind):
     """Rows and statistics, with whitening, equal those of K separate batches."""
     rows, statistics = run(kind, bank(kind, K), WHITE)

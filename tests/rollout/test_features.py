@@ -8,7 +8,10 @@ from pjrlhf.data.batching import collate_completion
 from pjrlhf.models.adapters import AdapterConfig, Backbone
 from pjrlhf.models.config import ModelConfig
 from pjrlhf.models.decoder import Decoder, init_params
-from pjrlhf.rollout.features import answer_key, answer_states
+from pjrlhf.rollout import features
+from pjrlhf.rollout.features import answer_key
+
+answer_states = jax.jit(features.answer_states)
 
 
 @pytest.fixture(scope="module")
@@ -38,10 +41,11 @@ def batch(rows, prompt, completion):
 
 
 def test_states_at_the_last_token_and_their_mean(backbone):
+    forward = jax.jit(backbone.policies())
     found = np.asarray(answer_states(backbone, batch(ROWS, 3, 4)))
     for row, states in zip(ROWS, found, strict=True):
         tokens = np.concatenate([row["prompt"], row["completion"]])[None]
-        hidden, _ = backbone.policies()(tokens, tokens > -1)
+        hidden, _ = forward(tokens, tokens > -1)
         answered = np.asarray(hidden)[0, len(row["prompt"]) :]
         np.testing.assert_allclose(states, [answered[-1], answered.mean(0)], atol=1e-5)
 

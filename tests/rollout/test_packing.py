@@ -203,7 +203,9 @@ def test_rows_and_parts_are_a_multiple_of_the_devices(examples, mode):
             assert set(owners) == set(range(g * E // groups, (g + 1) * E // groups))
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(
+    "mode", [pytest.param(mode, marks=() if mode in ("share", "join") else pytest.mark.slow) for mode in MODES]
+)
 def test_repeated_rows_number_their_answers_and_owners_on(policy, examples, mode):
     """Two copies score as two batches would, each copy with its own users and weights of adapters."""
     rows = packed(examples, mode=mode, num_user_tokens=U)

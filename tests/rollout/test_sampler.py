@@ -68,7 +68,9 @@ def greedy_loop(kind, mix, prompt, count):
     return np.stack(found, 1)
 
 
-@pytest.mark.parametrize("name", MIXES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow if name == "a soup per row" else ()) for name in MIXES]
+)
 def test_greedy_decoding_is_the_argmax_of_the_full_forward(name):
     prompt = prompts(B, P)
     out = sample(MIXES[name][0], GREEDY, MIXES[name][1], prompt)

@@ -123,7 +123,7 @@ def by_hand(whole, tokenizer, text, labels):
     return {label: sum(written(one[shared:], before) for one in forms) for label, forms in ids.items()}
 
 
-@pytest.mark.parametrize("prompt", ["criterion", "self_reference"])
+@pytest.mark.parametrize("prompt", ["criterion", pytest.param("self_reference", marks=pytest.mark.slow)])
 def test_a_verdict_is_the_soft_preference_of_the_letters(folder, context, whole, prompt):
     found = judge(folder, context, prompt=prompt)(PROMPTS, A, B, "long")
     template, tokenizer = read_template(prompt), load_tokenizer(folder)

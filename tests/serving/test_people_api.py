@@ -259,7 +259,7 @@ def test_people_come_in_pages(place):
     assert found == everybody
 
 
-@pytest.mark.parametrize("kind", ["individualized", "cluster"])
+@pytest.mark.parametrize("kind", ["individualized", pytest.param("cluster", marks=pytest.mark.slow)])
 def test_people_of_a_trained_user_model(model, kind):
     """Each learns alone: nobody else's row moves, not by a bit."""
     catalogue = catalogue_of(model, kind)

@@ -34,10 +34,11 @@ def constant(make):
 
 
 def noise(tree, seed, scale):
-    """`tree` plus noise on every leaf."""
+    """`tree` plus noise on every leaf; added by NumPy, as JAX would compile a program for every shape."""
     leaves, treedef = jax.tree.flatten(tree)
     rng = np.random.default_rng(seed)
-    return treedef.unflatten([x + scale * rng.standard_normal(x.shape).astype(x.dtype) for x in leaves])
+    moved = [np.asarray(x) + scale * rng.standard_normal(x.shape).astype(x.dtype) for x in leaves]
+    return treedef.unflatten([jnp.asarray(x) for x in moved])
 
 
 @constant
