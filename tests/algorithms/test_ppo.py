@@ -63,7 +63,7 @@ def fabricated(scale, spread=1.0, seed=0):
 
 
 def only(tree, k):
-    return jax.tree.map(lambda x: x[k : k + 1], tree)
+    return jax.tree.map(lambda x: np.asarray(x)[k : k + 1], tree)
 
 
 def trainable(kind, spread=1.0):
@@ -118,7 +118,8 @@ def test_rows_of_one_policy_do_not_reach_the_parameters_of_another(kind):
     one, two = (gradient(PPOConfig(), backbone(kind), trainable(kind), x)[0] for x in (rows, changed))
     for k in (0, 2):
         close(only(one, k), only(two, k), 1e-6)
-    assert optax.global_norm(jax.tree.map(jnp.subtract, only(one, 1), only(two, 1))) > 0.1
+    gaps = jax.tree.map(lambda x, y: np.abs(x - y).max(), only(one, 1), only(two, 1))
+    assert max(jax.tree.leaves(gaps)) > 0.1
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -256,10 +257,15 @@ def train_on_bandit(adapter, params, learning_rate, seed=4):
     return state.trainable["bank"], np.asarray(kl)
 
 
+@jax.jit
+def log_probabilities(params):
+    hidden, _ = BANDIT.apply({"params": params}, jnp.full((1, 1), 2), jnp.ones((1, 1), bool))
+    return jax.nn.log_softmax(BANDIT.apply({"params": params}, hidden, method="logits")[0, 0])
+
+
 def probabilities(params):
     """Of the arms, [ARMS]."""
-    hidden, _ = BANDIT.apply({"params": params}, jnp.full((1, 1), 2), jnp.ones((1, 1), bool))
-    return np.asarray(jax.nn.softmax(BANDIT.apply({"params": params}, hidden, method="logits")[0, 0]), np.float64)
+    return np.exp(np.asarray(log_probabilities(params), np.float64))
 
 
 def distance(p, q):

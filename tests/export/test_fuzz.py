@@ -127,6 +127,7 @@ def test_altered_folders_end_in_success_or_one_line(folders, tmp_path, cases):
         except Exception as error:
             raise AssertionError(f"case {case}: {file.name}, {kind}: {after}") from error
         shutil.rmtree(output, ignore_errors=True)
-    jax.clear_caches()
+    if cases > 100:
+        jax.clear_caches()  # of as many shapes
     print(counts)
     assert counts["refused"] > cases / 4

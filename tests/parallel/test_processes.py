@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 
+import jax
 import numpy as np
 import pytest
 from support import tiny, tiny_judge, tiny_users
@@ -61,6 +62,7 @@ def launch(tmp_path, workdir, count, *, devices=None, module="tiny", **changes):
         "JAX_PLATFORMS": "cpu",
         "XLA_FLAGS": flags,
         "XDG_CACHE_HOME": str(tmp_path / "cache"),
+        "JAX_COMPILATION_CACHE_DIR": str(jax.config.jax_compilation_cache_dir),
     }
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "start_new_session": True}
     return subprocess.Popen([*command, f"--workdir={workdir}"], env=environment, **pipes)

@@ -19,6 +19,10 @@ CONFIG = ModelConfig(
 )
 MODEL, ADAPTER = Decoder(CONFIG), AdapterConfig(rank=2, alpha=4.0)
 E, K, U = 6, 2, 3
+# Rows of an example each, and rows of several; the other two where there is time.
+some_modes = pytest.mark.parametrize(
+    "mode", [pytest.param(mode, marks=() if mode in ("share", "join") else pytest.mark.slow) for mode in MODES]
+)
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +88,7 @@ def test_packed_rows_score_as_plain_ones(policy, examples, plain, mode):
     np.testing.assert_allclose(rewards, plain[1], rtol=2e-4, atol=2e-5)
 
 
-@pytest.mark.parametrize("mode", MODES)
+@some_modes
 def test_tokens_that_are_not_scored_are_context(policy, examples, mode):
     rng = np.random.default_rng(2)
     prompts, answers = examples
@@ -203,9 +207,7 @@ def test_rows_and_parts_are_a_multiple_of_the_devices(examples, mode):
             assert set(owners) == set(range(g * E // groups, (g + 1) * E // groups))
 
 
-@pytest.mark.parametrize(
-    "mode", [pytest.param(mode, marks=() if mode in ("share", "join") else pytest.mark.slow) for mode in MODES]
-)
+@some_modes
 def test_repeated_rows_number_their_answers_and_owners_on(policy, examples, mode):
     """Two copies score as two batches would, each copy with its own users and weights of adapters."""
     rows = packed(examples, mode=mode, num_user_tokens=U)
@@ -224,7 +226,7 @@ def test_repeated_rows_number_their_answers_and_owners_on(policy, examples, mode
     assert rows.repeat(2).answers == 2 * rows.answers == 4 * E
 
 
-@pytest.mark.parametrize("mode", MODES)
+@some_modes
 def test_an_empty_answer_is_none_and_an_empty_example_takes_no_place(policy, examples, plain, mode):
     prompts, answers = examples
     thinner = [[[], pair[1]] if e == 2 else pair for e, pair in enumerate(answers)]

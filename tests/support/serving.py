@@ -82,6 +82,7 @@ def start(*arguments, devices=1):
     """The process of `pjrlhf serve`, and the address it tells."""
     env = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "PYTHONUNBUFFERED": "1"}
     env["JAX_NUM_CPU_DEVICES"] = str(devices)
+    env["JAX_COMPILATION_CACHE_DIR"] = str(jax.config.jax_compilation_cache_dir)  # and not the user's
     command = [
         sys.executable,
         "-c",

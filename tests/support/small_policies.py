@@ -34,11 +34,11 @@ def constant(make):
 
 
 def noise(tree, seed, scale):
-    """`tree` plus noise on every leaf; added by NumPy, as JAX would compile a program for every shape."""
+    """`tree` plus noise on every leaf; by NumPy, as `jnp` would compile programs for every shape."""
     leaves, treedef = jax.tree.flatten(tree)
     rng = np.random.default_rng(seed)
     moved = [np.asarray(x) + scale * rng.standard_normal(x.shape).astype(x.dtype) for x in leaves]
-    return treedef.unflatten([jnp.asarray(x) for x in moved])
+    return jax.device_put(treedef.unflatten(moved))
 
 
 @constant
