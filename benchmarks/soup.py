@@ -3,8 +3,8 @@
 A round is one linear merge of k float32 models with equal weights. From folder to folder: ours is `export.merge.merge`,
 mergekit its library in the same process (`run_merge`), and both once more as commands, which start anew every time. In
 memory: ours is `merging.trees.weighted_sum`, into the soup before it or into new memory, torch a loop of `add_`. The
-floor of both is a plain copy that moves as many bytes, k reads and one write: a copy of (k + 1) / 2 models, by one
-thread. Files are read from the page cache.
+floor in memory is a plain copy that moves as many bytes, k reads and one write: a copy of (k + 1) / 2 models, by one
+thread. The floor of folders reads the k files, writes one, and computes nothing. Files are read from the page cache.
 """
 
 import json
@@ -159,6 +159,23 @@ def copy(job, turn):
         turn({})
 
 
+def files(job, turn):
+    turn.begin()
+    paths, target = [f"{folder}/model.safetensors" for folder in job["models"]], f"{job['folder']}/files"
+    piece, size = bytearray(2**20), job["bytes"]
+    turn({})
+    while True:
+        pathlib.Path(target).unlink(missing_ok=True)
+        for path in paths:
+            with open(path, "rb", buffering=0) as file:
+                while file.readinto(piece):
+                    pass
+        with open(target, "wb", buffering=0) as file:
+            for start in range(0, size, len(piece)):
+                file.write(memoryview(piece)[: size - start])
+        turn({})
+
+
 def compare(options):
     size = "tiny" if options.quick else options.model[0]
     tables, about = {}, {}
@@ -176,6 +193,7 @@ def compare(options):
                 "mergekit": c.theirs("mergekit", **job),
                 "ours, command": c.ours("command", **job, who="ours"),
                 "mergekit, command": c.theirs("command", **job, who="mergekit"),
+                "files alone": c.ours("files", **job),
                 "copy": c.ours("copy", **job),
             }
             arrays = {
@@ -212,5 +230,5 @@ def main():
 
 if __name__ == "__main__":
     sides = {"ours": ours, "mergekit": mergekit, "command": command}
-    harness.serve(sides | {"our_arrays": our_arrays, "torch_arrays": torch_arrays, "copy": copy})
+    harness.serve(sides | {"our_arrays": our_arrays, "torch_arrays": torch_arrays, "copy": copy, "files": files})
     main()

@@ -150,11 +150,13 @@ def _serve(arguments: Sequence[str]) -> None:
     classes = ServerSettings, EngineSettings
     for cls in classes:
         for name, (_, field) in fields_of(cls).items():
-            flag, help = f"--{name.replace('_', '-')}", f"{rule_of(field).help}; default {field.default}"
+            flag, default = f"--{name.replace('_', '-')}", f"; default {field.default}" if field.default != "" else ""
+            help, metavar = f"{rule_of(field).help}{default}", "TEXT" if isinstance(field.default, str) else "N"
             if isinstance(field.default, bool):
                 parser.add_argument(flag, action="store_true", help=rule_of(field).help)
             else:
-                parser.add_argument(flag, type=type(field.default), default=field.default, metavar="X", help=help)
+                kind = type(field.default)
+                parser.add_argument(flag, type=kind, default=field.default, metavar=metavar, help=help)
     given = parser.parse_args(arguments)
     with _one_line("context", "mesh", "soups", "questions"):
         values = {cls: {name: getattr(given, name) for name in fields_of(cls)} for cls in classes}
@@ -476,7 +478,9 @@ def _report(arguments: Sequence[str]) -> None:
         try:
             summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
         except FileNotFoundError:
-            raise UserError(f"{folder}: no summary.json; name the run directory of a finished run") from None
+            raise UserError(
+                f"{folder}: no summary.json; name the directory of a run whose stage of evaluation has ended"
+            ) from None
         except NotADirectoryError:
             raise UserError(f"{folder.parent}: is a file; name the run directory of a finished run") from None
         except (OSError, ValueError, RecursionError) as error:

@@ -167,7 +167,7 @@ def load(spec: str, noun: str) -> object:
     """
     place, _, name = spec.rpartition(":")
     if not place or not name.isidentifier():
-        raise UserError(f"{noun} {spec!r}: cannot be read; write package.module:name or path/to/file.py:name")
+        raise UserError(f"{noun} {shown(spec)}: cannot be read; write package.module:name or path/to/file.py:name")
     try:
         module = _from_file(pathlib.Path(expand(place))) if place.endswith(".py") else _from_path(place)
     except UserError as error:

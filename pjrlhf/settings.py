@@ -173,8 +173,10 @@ def check_names(key: str, names: typing.Iterable[str], taken: Mapping[str, str] 
         odd = [c for c in name if c in "/\\=,:" or c.isspace() or not c.isprintable()]
         if odd or name.strip(".") == "" or len(name.encode("utf-8", "replace")) > 100:
             reason = f"holds {odd[0]!r}" if odd else "is empty, too long or dots alone"
+            several = " (several are a tuple, as in \"('a', 'b')\")" if odd[:1] == [","] else ""
             raise UserError(
                 f"{key}: {shown(name)} {reason}, so it cannot name a folder and a served model; choose another one"
+                f"{several}"
             )
         # On some file systems these would be one folder.
         folded = unicodedata.normalize("NFKC", name).casefold()

@@ -212,7 +212,7 @@ def test_the_command_says_what_it_can_do_without_loading_jax():
     [
         (
             ("report", "nowhere"),
-            "error: nowhere/report: no summary.json; name the run directory of a finished run",
+            "error: nowhere/report: no summary.json; name the directory of a run whose stage of evaluation has ended",
         ),
         (("merge", "nowhere", "--weights", "1", "--output", "out"), "error: nowhere: .*"),
         (

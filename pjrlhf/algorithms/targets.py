@@ -224,6 +224,7 @@ class PromptRows(Sequence[PromptRow]):
         self.size = size * max(1, -(-count // size)) if targets.sampled else size
         self._ids = functools.cache(lambda request, words: encode(records, text, request, words))
         if not part:
+            text.check_known("data.prompts", (self[i].prompts[0] for i in range(min(self.size, 64))))
             text.show("data.prompts", {"prompt": (self[0].prompts[0], None)})
 
     def __len__(self) -> int:

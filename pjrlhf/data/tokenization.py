@@ -9,6 +9,7 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 from absl import logging
 
 from pjrlhf.data.chat_template import ChatTemplate, check_template
@@ -287,6 +288,24 @@ class Tokenizer:
                 raise RecordError(
                     "end-of-sequence inside an answer", f"the token {self.decode(early[:1], False)!r} before its end"
                 )
+
+    def unknown(self, ids: Sequence[int] | np.ndarray) -> int:
+        """How many tokens stand for a text that the tokenizer does not know. Where that token also begins or ends a
+        text, as in GPT-2, whose tokenizer knows all texts, there are none.
+        """
+        if self.unk_id in (None, self.bos_id, *self.eos_ids):
+            return 0
+        return int(np.count_nonzero(np.asarray(ids) == self.unk_id))
+
+    def misfit(self, unknown: int, total: int) -> str:
+        """A warning for texts of `total` tokens, of which so many are unknown; empty where these are at most 1 %."""
+        if unknown <= total / 100:
+            return ""
+        return (
+            f"the tokenizer does not know {100 * unknown / total:.1f} % of the tokens: a model reads each of them as "
+            f"{self.decode([self.unk_id or 0], False)}; choose a model whose tokenizer knows the language of these "
+            "records"
+        )
 
     def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
         """The text of `ids`; `skip_special` leaves out special tokens."""

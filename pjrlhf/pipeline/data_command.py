@@ -10,7 +10,7 @@ import pathlib
 import re
 import tempfile
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import rich.console
@@ -36,7 +36,6 @@ from pjrlhf.terminal import Arguments, line, visible
 from pjrlhf.training.progress import watched
 
 _MANY = 10**9  # tokens: nothing is cut
-_UNKNOWN = 0.01  # of all tokens: from here on a tokenizer does not fit the records
 _SHADES = (("grey23", "grey30"), ("dark_green", "green4"))  # backgrounds of tokens in turn: read, trained on
 HELP = "what a source of records holds, and three records as the model reads them"
 
@@ -297,7 +296,7 @@ def print_lengths(
             continue
         for name, part in parts.items():
             lengths.setdefault(name, []).append(len(part))
-            unknown[name] += _unknown(part, tokenizer)
+            unknown[name] += tokenizer.unknown(cast(Sequence[int], part)) if tokenizer else 0
     drawn = "" if len(examples) == total else f" of {len(examples):,} drawn records"
     unit = "tokens" if tokenizer else "words (--tokenizer counts tokens)"
     limits = {}
@@ -312,14 +311,8 @@ def print_lengths(
         strange = f"{unknown[name]:,} ({_percent(unknown[name], sum(values))})" if unknown[name] else ""
         rows.append([name, *_of(quantiles(values)), long, strange])
     print_table(console, f"lengths in {unit}{drawn}", ["", *_QUANTILES, "too long", "unknown tokens"], rows)
-    every = sum(map(sum, lengths.values()))
-    if tokenizer and tokenizer.unk_id is not None and unknown.total() > _UNKNOWN * every:
-        text = (
-            f"warning: the tokenizer does not know {_percent(unknown.total(), every)} of the tokens: a model reads "
-            f"each of them as {tokenizer.decode([tokenizer.unk_id], False)}; choose a model whose tokenizer knows the "
-            "language of these records"
-        )
-        console.print(rich.text.Text(visible(text)), soft_wrap=True)
+    if tokenizer and (text := tokenizer.misfit(unknown.total(), sum(map(sum, lengths.values())))):
+        console.print(rich.text.Text(visible(f"warning: {text}")), soft_wrap=True)
     print_table(
         console, "cannot be tokenized", ["reason", "records"], [[name, f"{n:,}"] for name, n in refused.items()]
     )
@@ -333,15 +326,6 @@ def _parts(example: Example, tokenizer: Tokenizer | None) -> dict[str, Sequence[
         parts = {name: value for name in names if (value := getattr(example, name)) is not None}
         return {name: written(value).split() for name, value in {**parts, **told}.items()}
     return {**_encoded(example, tokenizer).ids, **{k: tokenizer.encode_prompt(value) for k, value in told.items()}}
-
-
-def _unknown(part: Sequence[int] | Sequence[str], tokenizer: Tokenizer | None) -> int:
-    """The tokens that stand for a text that the tokenizer does not know. Where that token also begins or ends a text,
-    as in GPT-2, whose tokenizer knows all texts, there are none.
-    """
-    if tokenizer is None or tokenizer.unk_id in (None, tokenizer.bos_id, *tokenizer.eos_ids):
-        return 0
-    return sum(token == tokenizer.unk_id for token in part)
 
 
 def _encoded(example: Example, tokenizer: Tokenizer) -> EncodedRow:

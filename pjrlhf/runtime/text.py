@@ -2,7 +2,7 @@
 
 import dataclasses
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -105,8 +105,19 @@ class Text:
             return in_shares(examples, own)
 
         table = tokenize(examples, kind, tokenizer, lengths, source_name=name, max_bad_fraction=fraction, shared=shared)
+        self.check_known(name, itertools.chain.from_iterable(table.tokens.values()))
         self.show(name, {part: (ids[0], table.mask(part, 0)) for part, ids in table.tokens.items()})
         return table
+
+    def check_known(self, name: str, rows: Iterable[Ids]) -> None:
+        """Warns where the tokenizer does not know more than 1 % of the tokens, once for every `name` of records."""
+        if name in self._shown or self.workspace.tokenizer.unk_id is None:
+            return
+        tokenizer, unknown, total = self.workspace.tokenizer, 0, 0
+        for ids in rows:
+            unknown, total = unknown + tokenizer.unknown(ids), total + len(ids)
+        if text := tokenizer.misfit(unknown, total):
+            logging.warning("%s: %s", name, text)
 
     def show(self, name: str, parts: Mapping[str, tuple[Ids, np.ndarray | None]]) -> None:
         """Logs a row as the model reads it, once for every `name` of records: its tokens, and which are scored.

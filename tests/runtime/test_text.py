@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 
 import pytest
 from support import tiny, tiny_users
@@ -111,6 +112,18 @@ def test_which_turns_are_trained(tmp_path, base, turns):
 def test_buckets_beyond_the_limit_are_not_used(tmp_path, base):
     run = started(tmp_path, base, data__prompt_buckets=(8, 20, 64), data__completion_buckets=(64,))
     assert (run.text.prompt_lengths, run.text.completion_lengths) == ((8, 20), (20,))
+
+
+def test_records_that_the_tokenizer_does_not_know_are_warned_of_once(tmp_path, base, caplog):
+    run = started(tmp_path, base)
+    for name, text in (("known", "it can burn ."), ("strange", "it is zyzzyva .")):
+        examples, _ = validate([{"prompt": TURN, "completion": text}] * 4, "completion")
+        for _ in range(2):
+            run.text.tokenized(examples, run.text.lengths, name, "completion")
+    assert caplog.text.count("the tokenizer does not know") == 1
+    assert re.search(
+        r"strange: the tokenizer does not know [\d.]+ % of the tokens: a model reads .* <unk>", caplog.text
+    )
 
 
 def test_the_first_row_of_every_source_is_shown_once(tmp_path, base, caplog):

@@ -113,6 +113,11 @@ def test_a_trained_person_is_deleted_from_every_file_of_the_run(run):
     assert row in path.read_bytes()
     with place_of(run) as place:
         answer = ask(place, f"/{gone}", method="DELETE")
+        files = [
+            file for file in run.glob("report/*") if file.suffix == ".json" and json.dumps(gone) in file.read_text()
+        ]
+        said = answer.get("warning", "")
+        assert all(str(file.relative_to(run)) in said for file in files) and ("delete the run" in said) == bool(said)
         assert len(answer["rewritten"]) == len(before) and [one["id"] for one in ask(place, "")["data"]] == kept
     for file in filter(pathlib.Path.is_file, run.glob("**/*")):
         assert "checkpoints" in file.parts or row not in file.read_bytes(), file

@@ -224,9 +224,11 @@ def _remove(members: Members, name: str) -> Json:
     members.remove(name)
     found: dict[str, Json] = {"object": "user.deleted", "id": name, "deleted": True}
     try:
-        return {**found, "rewritten": [str(path) for path in members.forget(name)]}
+        found["rewritten"] = [str(path) for path in members.forget(name)]
     except UserError as problem:  # they are deleted all the same: nobody uses this row again
         return {**found, "rewritten": [], "warning": f"{problem}; then run pjrlhf users remove"}
+    left = members.left_in(name)
+    return {**found, "warning": left} if left else found
 
 
 def _next(members: Members, name: str, pairs: Json, pool: Sequence[Pair]) -> Json:

@@ -98,7 +98,7 @@ def _list(given: argparse.Namespace) -> None:
 
 def _remove(given: argparse.Namespace) -> None:
     from pjrlhf.serving.people.store import Unknown
-    from pjrlhf.serving.people.trained import files_with, forget, trained_people
+    from pjrlhf.serving.people.trained import forget, left_in, trained_people
     from pjrlhf.terminal import visible
 
     run, store = _store(given)
@@ -111,12 +111,8 @@ def _remove(given: argparse.Namespace) -> None:
     for file in forget(run, given.name):
         print(f"rewritten: {visible(file)}")
     print(f"removed {visible(given.name)}")
-    if found := [str(file.relative_to(run)) for file in files_with(run, given.name)]:
-        print(
-            f"records and reports of the run still have the name: {visible(', '.join(found))}; delete the run to be "
-            "rid of them",
-            file=sys.stderr,
-        )
+    if text := left_in(run, given.name):
+        print(visible(text), file=sys.stderr)
 
 
 def _with_model(given: argparse.Namespace) -> None:

@@ -29,7 +29,7 @@ def describe(members: Members, name: str) -> dict[str, Json]:
 
 def _person(members: Members, name: str) -> Person:
     if not members.knows(name):
-        raise Unknown(f"user {shown(name)}: is unknown; add this person first")
+        raise Unknown(f"user {shown(name)}: is unknown; GET /v1/users lists all people, and POST adds one")
     return members.store.person(name) or Person(name=name)
 
 

@@ -24,7 +24,7 @@ from pjrlhf.serving.people.rewards import Scorer
 from pjrlhf.serving.people.rows import checked_name, is_name, packed
 from pjrlhf.serving.people.store import MEMORY, Store, Taken, Unknown
 from pjrlhf.serving.people.table import Output, Table
-from pjrlhf.serving.people.trained import forget, trained_people
+from pjrlhf.serving.people.trained import forget, left_in, trained_people
 from pjrlhf.settings import shown
 from pjrlhf.types import Json
 
@@ -190,6 +190,10 @@ class Members:
         """Deletes a person from the user models of the run, see `trained.forget`."""
         return [] if self._run is None else forget(self._run, name)
 
+    def left_in(self, name: str) -> str:
+        """What of the run still has a person's name, see `trained.left_in`."""
+        return "" if self._run is None else left_in(self._run, name)
+
     def take(
         self,
         name: str,
@@ -267,7 +271,7 @@ class Members:
 
     def _need(self, name: str) -> None:
         if not self.knows(name):
-            raise Unknown(f"user {shown(name)}: is unknown; add this person first")
+            raise Unknown(f"user {shown(name)}: is unknown; GET /v1/users lists all people, and POST adds one")
 
 
 def open_members(catalogue: Catalogue, url: str = "", limit: int = 256) -> Catalogue:

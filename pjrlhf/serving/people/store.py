@@ -470,7 +470,7 @@ def _object(text: str, what: str) -> dict[str, Any]:
 
 
 def _unknown(name: str) -> Unknown:
-    return Unknown(f"user {name!r}: is unknown; add this person first")
+    return Unknown(f"user {name!r}: is unknown; GET /v1/users lists all people, and POST adds one")
 
 
 def _version() -> str:

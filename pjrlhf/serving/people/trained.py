@@ -36,6 +36,13 @@ def files_with(run: pathlib.Path, name: str) -> list[pathlib.Path]:
     return found
 
 
+def left_in(run: pathlib.Path, name: str) -> str:
+    """Which records and reports of a run still have a person's name, and the way out; empty where none has."""
+    files = [str(file.relative_to(run)) for file in files_with(run, name)]
+    text = f"records and reports of the run still have the name: {', '.join(files)}; delete the run to be rid of them"
+    return text if files else ""
+
+
 def _names(file: pathlib.Path) -> list[str]:
     from safetensors import safe_open
 
