@@ -145,7 +145,7 @@ def pdpo_length() -> ml_collections.ConfigDict:
 
 
 def pdpo_votes() -> ml_collections.ConfigDict:
-    c = _pairs("llmfao", "P-DPO on the votes of real people, on a real model", 100)
+    c = _pairs("llmfao", "P-DPO on the votes of real people, on a real model", 60)
     for name in ("cluster", "reward", "reward_pooled"):
         del c.preference.models[name]
     c.preference.update({"max_pairs": 800, "max_heldout_pairs": 400})
