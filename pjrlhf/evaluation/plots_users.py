@@ -64,7 +64,7 @@ def figures(summary: Mapping[str, Any]) -> dict[str, Picture]:
     }
     return draw(
         {
-            "accuracy": lambda: _accuracy(accuracy, summary.get("length_matched") or {}, ceiling),
+            "accuracy": lambda: _accuracy(accuracy, of_like_length(summary), ceiling),
             "people": lambda: _strips(each, people, ceiling),
             "grid": lambda: _grid(summary.get("grid") or {}),
             "cold_start": lambda: _cold_start(summary.get("cold_start") or {}, ceiling),
@@ -72,6 +72,18 @@ def figures(summary: Mapping[str, Any]) -> dict[str, Picture]:
             "generation": lambda: _strips(lengths, people, bars=True),
         }
     )
+
+
+LIKE_LENGTH = 0.3  # the quarter of pairs that is kept may differ by so much, of the longer answer
+
+
+def of_like_length(summary: Mapping[str, Any]) -> dict[str, Any]:
+    """`length_matched` of the models whose pairs are of like length and of more than one person."""
+    return {
+        model: one
+        for model, one in (summary.get("length_matched") or {}).items()
+        if len(one.get("users") or {}) > 1 and number_or_nan(one.get("max_difference")) <= LIKE_LENGTH
+    }
 
 
 def personas(summary: Mapping[str, Any]) -> dict[str, str]:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import rich.console
+import rich.text
 
 from pjrlhf.evaluation import plots_users
 from pjrlhf.evaluation.formats import Table, cell, interval, mean_of, number, percent, print_table
@@ -24,6 +25,8 @@ def page(summary: Mapping[str, Any]) -> dict[str, Any]:
         "accuracy_parts": {key: name for key, name in _PARTS.items() if _some(summary.get("accuracy") or {}, key)},
         "gained": _some(summary.get("gain") or {}, "mean"),
         "cards": cards(summary),
+        "like_length": plots_users.of_like_length(summary),
+        "like_length_note": _like_length(summary),
         "counts": _counts(summary.get("cold_start") or {}),
         "role_play": _role_play(summary.get("role_play") or {}),
         "tables": {
@@ -98,7 +101,7 @@ def _with_interval(text: str, one: Mapping[str, Any]) -> str:
 
 def print_users(console: rich.console.Console, summary: Mapping[str, Any]) -> None:
     """The tables of user models in the terminal, where the summary has them."""
-    accuracy, matched = summary.get("accuracy") or {}, summary.get("length_matched") or {}
+    accuracy, matched = summary.get("accuracy") or {}, plots_users.of_like_length(summary)
     parts = ("micro", "generic", "worst_decile", "majority", "minority")
     rows = []
     for model in dict.fromkeys([*accuracy, *matched]):
@@ -111,6 +114,8 @@ def print_users(console: rich.console.Console, summary: Mapping[str, Any]) -> No
         title += f"; without knowing the person at most {percent(ceiling)}"
     columns = ["model", "mean", "per pair", "generic", "worst 10%", "majority", "minority", "like length"]
     print_table(console, title, columns, rows)
+    if note := _like_length(summary):
+        console.print(rich.text.Text(f"like length: {note}"))
 
     rows = [
         [model, one.get("against") or "", cell(one, "mean"), number(one.get("users"))]
@@ -155,6 +160,22 @@ def print_users(console: rich.console.Console, summary: Mapping[str, Any]) -> No
     print_table(console, ROLE_PLAY, *_role_play(summary.get("role_play") or {}))
     title = f"Answers by {group}" if group else "Answers to all people"
     print_table(console, title, ["model", group, "people", "mean length", *scores], rows)
+
+
+def _like_length(summary: Mapping[str, Any]) -> str:
+    """What the accuracy on pairs of like length rests on, and whether that is too little; empty without such pairs."""
+    bases = dict.fromkeys(
+        (len(one.get("users") or {}), one.get("pairs"), one.get("max_difference"))
+        for one in (summary.get("length_matched") or {}).values()
+    )
+    notes = [
+        f"people {people}, pairs {number(pairs)}, lengths differ by at most {percent(difference)} %"
+        for people, pairs, difference in bases
+    ]
+    if len(plots_users.of_like_length(summary)) < len(summary.get("length_matched") or {}):
+        most = f"{100 * plots_users.LIKE_LENGTH:.0f} %"
+        notes.append(f"too few pairs of like length where there is one person, or lengths differ by more than {most}")
+    return "; ".join(notes)
 
 
 _DIFFERENCES = {

@@ -98,6 +98,21 @@ def test_tables_of_user_models_fit_a_terminal():
     assert re.search(r"model\W+0\W+2\W+10\W", text)
 
 
+@pytest.mark.parametrize(
+    ("users", "difference", "shown"),
+    [(("ann",), 0.1, False), (("ann", "bob"), 0.736, False), (("ann", "bob"), 0.2987, True)],
+)
+def test_pairs_of_like_length_count_where_they_are_alike_and_of_several_people(tmp_path, users, difference, shown):
+    people = {user: {"accuracy": 1.0, "pairs": 4} for user in users}
+    found = {"mean": 0.9191, "low": 0.9, "high": 1.0, "pairs": 4, "users": people, "max_difference": difference}
+    summary = {"accuracy": {"pooled": ACCURACY}, "length_matched": {"pooled": found}}
+    page = " ".join("".join(Page(report.write_report(tmp_path, summary).read_text()).text).split())
+    note = f"people {len(users)}, pairs 4, lengths differ by at most {100 * difference:.1f} %"
+    for text in (page, " ".join(printed(summary).split())):
+        assert note in text and ("91.9" in text) == shown and ("too few pairs" in text) != shown
+    assert bool(plots_users.of_like_length(as_json(summary))) == shown
+
+
 # ---- names, captions, columns and axes
 
 # A report of all figures takes seconds: what goes together stands in one name.
