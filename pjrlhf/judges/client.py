@@ -3,6 +3,9 @@
 import dataclasses
 import json
 import re
+import sys
+import threading
+import time
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -68,13 +71,24 @@ def client(settings: ChatSettings) -> Callable[[Body], Json]:
         raise UserError(
             f"model {settings.model!r}: ${settings.key_variable} is not set; set it to the key of the server"
         )
-    connection = openai.OpenAI(
+
+    class Telling(openai.OpenAI):
+        """A client that says when it waits for a server."""
+
+        def _calculate_retry_timeout(self, remaining_retries: int, *args: Any, **kwargs: Any) -> float:
+            # No public method: a version of the client that has another one waits in silence.
+            seconds = super()._calculate_retry_timeout(remaining_retries, *args, **kwargs)
+            waits.tell(sys.exc_info()[1], seconds, settings.retries - remaining_retries + 1)
+            return seconds
+
+    connection = Telling(
         api_key=key or "none",  # local servers need none
         base_url=settings.base_url or None,
         timeout=settings.timeout,
         max_retries=settings.retries,
     )
     where = f"model {settings.model!r} at {connection.base_url}"
+    waits = Waits(where, settings.retries)
 
     accepted = Accepted(where)
 
@@ -100,6 +114,38 @@ def client(settings: ChatSettings) -> Callable[[Body], Json]:
         raise NoReply(f"{where}: its replies cannot be read ({problem}); check base_url") from problem
 
     return send
+
+
+class Waits:
+    """Says that a server does not answer, in one line for each wait, however many threads wait at the same time.
+
+    Args:
+      where: the model and its server, for messages.
+      retries: further tries of a request.
+    """
+
+    def __init__(self, where: str, retries: int):
+        self.where, self.retries = where, retries
+        self._lock, self._until = threading.Lock(), 0.0
+
+    def tell(self, error: BaseException | None, seconds: float, attempt: int) -> None:
+        """To be called by who waits before a further try.
+
+        Args:
+          error: why; that of a server that did answer, with a status, is not told.
+          seconds: of the wait.
+          attempt: number of the further try, from 1.
+        """
+        if error is None or hasattr(error, "response"):
+            return
+        with self._lock:
+            now = time.monotonic()
+            if now < self._until:
+                return
+            self._until = now + seconds
+        reason = str(error) or type(error).__name__
+        what = "%s: does not answer (%s); trying again in %.2g s (%d of %d)"
+        logging.warning(what, self.where, reason, seconds, attempt, self.retries)
 
 
 # Parameters that some servers refuse, and the name under which these take them; None: what they can do without.

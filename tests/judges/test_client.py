@@ -10,6 +10,7 @@ from support.chat_server import ChatServer
 
 from pjrlhf.errors import UserError
 from pjrlhf.judges.chat import Chat, ChatSettings
+from pjrlhf.judges.client import Waits
 from pjrlhf.judges.judge import JudgeContext, ScoreJudge, judge_from
 from pjrlhf.rewards.sources import NoReply
 
@@ -48,6 +49,33 @@ def test_after_all_tries_there_is_no_reply(tmp_path, fault):
     server = ChatServer(lambda body: "Hello", [fault] * 9)
     with server.running() as url, pytest.raises(NoReply, match=message):
         ask(chat(url, tmp_path, retries=1), 1)
+
+
+def test_a_server_that_does_not_answer_is_told_once_for_all_who_wait(tmp_path, caplog):
+    with ChatServer(lambda body: "Hello").running() as url:
+        pass  # and nobody listens any more
+    with pytest.raises(NoReply):
+        ask(chat(url, tmp_path, retries=2, concurrency=4), 1, 2, 3, 4)
+    told = [line for line in caplog.messages if "trying again" in line]
+    pattern = (
+        re.escape(f"model 'm' at {url}/: does not answer (") + r".*refused.*\); trying again in [\d.]+ s \(\d of 2\)"
+    )
+    assert all(re.fullmatch(pattern, line) for line in told)
+    # Not one for each of the eight waits.
+    assert told[0].endswith("(1 of 2)") and told[-1].endswith("(2 of 2)") and len(told) < 8
+
+
+def test_waits_at_the_same_time_are_one_line(caplog):
+    waits = Waits("model 'm' at URL", 5)
+    for attempt in (1, 1, 2):
+        waits.tell(ConnectionError("refused"), 30.0, attempt)
+    assert caplog.messages == ["model 'm' at URL: does not answer (refused); trying again in 30 s (1 of 5)"]
+
+
+def test_a_busy_server_answers(tmp_path, caplog):
+    with ChatServer(lambda body: "Hello", ["busy", 503]).running() as url:
+        ask(chat(url, tmp_path), 1)
+    assert "does not answer" not in caplog.text
 
 
 def test_a_date_says_when_to_come_back(tmp_path):
