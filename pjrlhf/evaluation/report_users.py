@@ -11,6 +11,7 @@ import rich.text
 from pjrlhf.evaluation import plots_users
 from pjrlhf.evaluation.formats import Table, cell, interval, mean_of, number, percent, print_table
 from pjrlhf.evaluation.plots_users import CELLS
+from pjrlhf.evaluation.users import paired_gain
 
 
 def page(summary: Mapping[str, Any]) -> dict[str, Any]:
@@ -25,6 +26,7 @@ def page(summary: Mapping[str, Any]) -> dict[str, Any]:
         "accuracy_parts": {key: name for key, name in _PARTS.items() if _some(summary.get("accuracy") or {}, key)},
         "gained": _some(summary.get("gain") or {}, "mean"),
         "cards": cards(summary),
+        "nothing_personal": nothing_personal(summary),
         "like_length": plots_users.of_like_length(summary),
         "like_length_note": _like_length(summary),
         "counts": _counts(summary.get("cold_start") or {}),
@@ -91,6 +93,55 @@ def cards(summary: Mapping[str, Any]) -> list[dict[str, str]]:
     return found
 
 
+NOTHING_PERSONAL = (
+    "No sign that anything personal was learned: no user model is more accurate than the model that does not know "
+    "people, nor, by more than chance, than permuted ids where there are some. Train for"
+)
+UNDECIDED = (
+    "These people are too few to tell whether anything personal was learned: every interval of a gain over the model "
+    "that does not know people, and over permuted ids where there are some, holds 0. Evaluate more people, or train for"
+)
+_MORE = (
+    " more steps and, where the base is a small one from scratch, with larger learning rates; docs/start/your_own.md "
+    "has values."
+)
+
+
+def nothing_personal(summary: Mapping[str, Any]) -> str:
+    """What to say and do where no user model differs from the model that does not know people, nor from a control with
+    permuted ids: each interval holds 0. Empty where one does.
+    """
+    controls, accuracy = summary.get("controls") or (), summary.get("accuracy") or {}
+    gains = {
+        name: gain
+        for name, gain in (summary.get("gain") or {}).items()
+        if name not in (*controls, "surface_personal") and _mean(gain) is not None
+    }
+    compared = list(gains.values())
+    for name in gains:
+        for control in controls:
+            people = [_accuracies(accuracy.get(model)) for model in (name, control)]
+            if people[0].keys() & people[1].keys():
+                compared.append(paired_gain(*people))
+    if not gains or any(_differs(gain) for gain in compared):
+        return ""
+    # An interval over a few people holds 0 also where the model tells all of them apart.
+    undecided = any(gain["mean"] > 0 for gain in gains.values())
+    return (UNDECIDED if undecided else NOTHING_PERSONAL) + _MORE
+
+
+def _accuracies(one: Mapping[str, Any] | None) -> dict[str, Any]:
+    """The people of a model whose accuracy is known."""
+    people = (one or {}).get("users") or {}
+    return {user: seen for user, seen in people.items() if seen.get("accuracy") is not None}
+
+
+def _differs(gain: Mapping[str, Any]) -> bool:
+    """Whether the interval of a gain excludes 0; without an interval, whether the gain is not 0."""
+    low, high = (gain["mean"] if gain.get(end) is None else gain[end] for end in ("low", "high"))
+    return low > 0 or high < 0
+
+
 def _mean(one: Mapping[str, Any] | None) -> float | None:
     return (one or {}).get("mean")
 
@@ -122,6 +173,9 @@ def print_users(console: rich.console.Console, summary: Mapping[str, Any]) -> No
         for model, one in (summary.get("gain") or {}).items()
     ]
     print_table(console, "Gain, person by person, points", ["model", "over", "mean", "people"], rows)
+
+    if note := nothing_personal(summary):
+        console.print(rich.text.Text(note))
 
     rows = [
         [model, cell(one, "mean"), percent(one.get("chance")), number(one.get("questions"))]

@@ -203,6 +203,42 @@ def test_neither_the_base_nor_a_control_is_the_headline():
     assert "accuracy of pooled" in first[1]
 
 
+def gain_of(mean, low, high):
+    return {"against": "pooled", "mean": mean, "low": low, "high": high, "users": 12}
+
+
+def people_of(right):
+    """12 people, all with one accuracy."""
+    return {"mean": right, "users": {f"p{i}": {"accuracy": right} for i in range(12)}}
+
+
+@pytest.mark.parametrize(
+    ("gain", "permuted", "said"),
+    [
+        (gain_of(0.0, 0.0, 0.0), 0.5, report_users.NOTHING_PERSONAL),
+        (gain_of(-0.01, -0.04, 0.02), 0.5, report_users.NOTHING_PERSONAL),
+        (gain_of(0.33, 0.0, 1.0), 0.5, report_users.UNDECIDED),
+        (gain_of(0.03, 0.01, 0.05), 0.5, ""),
+        (gain_of(-0.03, -0.05, -0.01), 0.5, ""),
+        (gain_of(0.01, -0.02, 0.04), 0.4, ""),  # what permuted ids do not have is personal
+        (None, 0.5, ""),
+    ],
+)
+def test_a_report_says_that_nothing_personal_shows_where_no_interval_excludes_zero(tmp_path, gain, permuted, said):
+    gains = {"permuted": gain_of(0.2, 0.1, 0.3), "surface_personal": gain_of(0.2, 0.1, 0.3)}
+    summary = {
+        "controls": ["permuted"],
+        "accuracy": {"pooled": people_of(0.5), "individualized": people_of(0.5), "permuted": people_of(permuted)},
+        "gain": gains | ({"individualized": gain} if gain else {}),
+    }
+    assert report_users.nothing_personal(summary).startswith(said)
+    assert bool(said) == bool(report_users.nothing_personal(summary))
+    if said:
+        page = "".join(Page(report.write_report(tmp_path, summary).read_text()).text)
+        assert said in page and said in printed(summary, width=1000)
+    assert bool(said) == ("personal was learned" in printed(summary, width=1000))
+
+
 @pytest.mark.parametrize(
     ("low", "high", "least", "bounds", "expected"),
     [
