@@ -61,7 +61,7 @@ and of user models, where `accuracy` is the dict of `users.user_accuracy`:
                           spread: of weights}}
     people_win_rate       {model: {against: a model, the dict of `users.rate_of_people`, and groups: the same of each
                           persona}}, of answers, by the rule that labelled the comparisons of each person
-    generation            {model: {user: {group, length, score: {name: x}}}}, means over the answers to each
+    generation            {model: {user: {group, answers: number; length, score: {name: x}}}}, means over the answers
 
 `rate` is a `winrate.Rate` or a mapping with its fields: rate, rate_half, low, high, wins, losses, ties.
 A sample is {combo, prompt, answers: {method: text}} or {model, prompt, answers: {user: text}}; a prompt is a text or a

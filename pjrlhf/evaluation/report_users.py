@@ -21,6 +21,7 @@ def page(summary: Mapping[str, Any]) -> dict[str, Any]:
         "personas": plots_users.personas(summary),
         "answers_by": group,
         "answers_of": answers,
+        "answers_note": _of_answers(summary),
         "score_names": _score_names(answers),
         "cells": plots_users.cells_of(summary.get("grid") or {}),
         "accuracy_parts": {key: name for key, name in _PARTS.items() if _some(summary.get("accuracy") or {}, key)},
@@ -213,6 +214,8 @@ def print_users(console: rich.console.Console, summary: Mapping[str, Any]) -> No
     ]
     print_table(console, ROLE_PLAY, *_role_play(summary.get("role_play") or {}))
     title = f"Answers by {group}" if group else "Answers to all people"
+    if note := _of_answers(summary):
+        title += f". {note}"
     print_table(console, title, ["model", group, "people", "mean length", *scores], rows)
 
 
@@ -310,6 +313,19 @@ def _role_play(models: Mapping[str, Any]) -> Table:
         counts = (number(one.get(key)) for key in ("n", "ties", "unjudged", "people"))
         rows.append([model, *rates, *counts])
     return columns, rows
+
+
+def _of_answers(summary: Mapping[str, Any]) -> str:
+    """How many answers a person's figures are means of, and why they differ by chance; empty where nobody counted."""
+    people = (one for table in (summary.get("generation") or {}).values() for one in table.values())
+    counts = sorted({one["answers"] for one in people if one.get("answers") is not None})
+    if not counts:
+        return ""
+    many = str(counts[0]) if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
+    return (
+        f"Answers per person: {many}. Each is sampled by itself, so answers to people differ by chance also where a "
+        "model does not know them"
+    )
 
 
 def _answers(summary: Mapping[str, Any]) -> tuple[str, dict[str, dict[str, dict[str, Any]]]]:

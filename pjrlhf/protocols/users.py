@@ -337,7 +337,7 @@ def _generation(
             for persona in personas
         }
         length = float(np.mean([len(text.split()) for text in texts]))
-        section[user] = {"group": groups.get(user), "length": length, "score": scores}
+        section[user] = {"group": groups.get(user), "answers": len(texts), "length": length, "score": scores}
     kept = [
         {"model": trained.entry.name, "user": user, "prompt": e.prompt, **columns_of(e.prompt), "answer": text}
         for user, texts in zip(users, answers, strict=True)

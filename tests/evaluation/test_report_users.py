@@ -183,6 +183,17 @@ def test_answers_to_people_without_personas_are_told_by_person(tmp_path):
     assert "Answers to all people" in terminal and "pooled 20 9.5" in terminal and "person 1" not in terminal
 
 
+def test_how_many_answers_the_means_are_of_is_told(tmp_path):
+    """Where they are few, a model that does not know people seems to answer each in another way."""
+    people = {user: {"answers": 4, "length": length, "score": {}} for user, length in (("ann", 7.8), ("bob", 13.0))}
+    summary = {"generation": {"pooled": people}}
+    for text in ("".join(Page(report.write_report(tmp_path, summary).read_text()).text), printed(summary)):
+        assert "Answers per person: 4. Each is sampled by itself" in " ".join(text.split())
+    summary["generation"]["cluster"] = {"ann": {"answers": 9, "length": 7.0}}
+    assert "Answers per person: 4 to 9." in printed(summary)
+    assert "per person" not in printed({"generation": {"pooled": {"ann": {"length": 7.0, "score": {}}}}})
+
+
 def cards_of(**changes):
     return [(card["number"], card["text"]) for card in report_users.cards(as_json(USER_MODELS | changes))]
 

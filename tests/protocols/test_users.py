@@ -144,6 +144,7 @@ def test_answers_for_everybody(trained):
     assert [(one["user"], one["prompt"]) for one in kept] == [(user, prompt) for user in groups for prompt in prompts]
     for user, found in section.items():
         assert found["group"] == groups[user] and set(found["score"]) == {"P2A", "P2B"}
+        assert found["answers"] == len(examples)
         assert 0 <= found["length"] <= 10
         own = [len(one["answer"].split()) for one in kept if one["user"] == user]
         assert found["length"] == np.mean(own)
