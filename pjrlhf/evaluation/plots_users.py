@@ -133,7 +133,8 @@ def _accuracy(
     axis.set(ylim=(len(models) - 0.45, -0.55), xlabel="accuracy, %")
     percent_axis(axis.set_xlim, axis.get_xlim())
     axis.grid(False, axis="y")
-    axis.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
+    if axis.get_legend_handles_labels()[0]:
+        axis.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
     parts = (
         ", and parts of them" if any((accuracy.get(model) or {}).get(key) for model in models for key in _PARTS) else ""
     )

@@ -15,7 +15,8 @@ PAGE = pathlib.Path(__file__).parents[2] / "docs" / "user_models.md"
 
 
 def test_the_toy_of_the_page_is_a_user_model(tmp_path, monkeypatch):
-    code, _ = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), flags=re.DOTALL)
+    blocks = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), flags=re.DOTALL)
+    (code,) = (block for block in blocks if "class Nearest" in block)
     (tmp_path / "my_models.py").write_text(code)
     monkeypatch.syspath_prepend(tmp_path)
     model = user_model({"kind": "my_models:Nearest", "start": 2.0}, "models.x")
