@@ -111,12 +111,10 @@ class Text:
 
     def check_known(self, name: str, rows: Iterable[Ids]) -> None:
         """Warns where the tokenizer does not know more than 1 % of the tokens, once for every `name` of records."""
-        if name in self._shown or self.workspace.tokenizer.unk_id is None:
+        if name in self._shown:
             return
-        tokenizer, unknown, total = self.workspace.tokenizer, 0, 0
-        for ids in rows:
-            unknown, total = unknown + tokenizer.unknown(ids), total + len(ids)
-        if text := tokenizer.misfit(unknown, total):
+        tokenizer, ids = self.workspace.tokenizer, np.concatenate([*rows])
+        if text := tokenizer.misfit(tokenizer.unknown(ids), len(ids)):
             logging.warning("%s: %s", name, text)
 
     def show(self, name: str, parts: Mapping[str, tuple[Ids, np.ndarray | None]]) -> None:

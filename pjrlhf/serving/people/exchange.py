@@ -10,7 +10,7 @@ import numpy as np
 from pjrlhf.errors import UserError
 from pjrlhf.serving.people.members import Members
 from pjrlhf.serving.people.rows import checked_name, checked_row
-from pjrlhf.serving.people.store import Person, Taken, Unknown
+from pjrlhf.serving.people.store import Person, Taken, Unknown, unknown
 from pjrlhf.settings import shown
 from pjrlhf.types import Json
 
@@ -29,7 +29,7 @@ def describe(members: Members, name: str) -> dict[str, Json]:
 
 def _person(members: Members, name: str) -> Person:
     if not members.knows(name):
-        raise Unknown(f"user {shown(name)}: is unknown; GET /v1/users lists all people, and POST adds one")
+        raise unknown(name)
     return members.store.person(name) or Person(name=name)
 
 

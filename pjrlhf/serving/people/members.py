@@ -22,7 +22,7 @@ from pjrlhf.serving.people.fit import Fitter, Row, as_example, as_json
 from pjrlhf.serving.people.reading import Reader
 from pjrlhf.serving.people.rewards import Scorer
 from pjrlhf.serving.people.rows import checked_name, is_name, packed
-from pjrlhf.serving.people.store import MEMORY, Store, Taken, Unknown
+from pjrlhf.serving.people.store import MEMORY, Store, Taken, unknown
 from pjrlhf.serving.people.table import Output, Table
 from pjrlhf.serving.people.trained import forget, left_in, trained_people
 from pjrlhf.settings import shown
@@ -271,7 +271,7 @@ class Members:
 
     def _need(self, name: str) -> None:
         if not self.knows(name):
-            raise Unknown(f"user {shown(name)}: is unknown; GET /v1/users lists all people, and POST adds one")
+            raise unknown(name)
 
 
 def open_members(catalogue: Catalogue, url: str = "", limit: int = 256) -> Catalogue:

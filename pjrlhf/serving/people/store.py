@@ -27,6 +27,7 @@ from sqlalchemy.pool import StaticPool
 
 from pjrlhf.errors import UserError
 from pjrlhf.paths import expand, install
+from pjrlhf.settings import shown
 from pjrlhf.terminal import masked
 from pjrlhf.types import Json
 
@@ -265,7 +266,7 @@ class Store:
         while True:
             before = self.version(name)
             if before is None or not before[1]:
-                raise _unknown(name)
+                raise unknown(name)
             with self._transaction() as connection:
                 found = connection.scalars(
                     sa.select(_comparisons.c.comparison)
@@ -328,7 +329,7 @@ class Store:
             # The update also locks the person against other writers until the end of the transaction.
             changed = _people.update().where(there).values(version=_version(), updated=_now())
             if not connection.execute(changed).rowcount:
-                raise _unknown(name)
+                raise unknown(name)
             self._insert(connection, key, comparisons)
 
     def _insert(self, connection: sa.Connection, key: str, comparisons: Sequence[dict[str, Json]]) -> None:
@@ -357,7 +358,7 @@ class Store:
         with self._transaction(write=True) as connection:
             there = (_people.c.key == key_of(name)) & _people.c.name.is_not(None)
             if not connection.execute(_people.update().where(there).values(values)).rowcount:
-                raise _unknown(name)
+                raise unknown(name)
 
     def keep_row(self, name: str, version: str, model: str, row: bytes) -> None:
         """Keeps a fitted row, unless the person has changed since `version`."""
@@ -385,7 +386,7 @@ class Store:
             ).first()
             gone = known is not None and known.name is None
             if gone or (known is None and not trained):
-                raise _unknown(name)
+                raise unknown(name)
             connection.execute(_comparisons.delete().where(_comparisons.c.key == key))
             if known is None:
                 connection.execute(_people.insert().values(key=key, **values))
@@ -469,8 +470,9 @@ def _object(text: str, what: str) -> dict[str, Any]:
     return value
 
 
-def _unknown(name: str) -> Unknown:
-    return Unknown(f"user {name!r}: is unknown; GET /v1/users lists all people, and POST adds one")
+def unknown(name: str) -> Unknown:
+    """The error of a request about somebody who is not there."""
+    return Unknown(f"user {shown(name)}: is unknown; GET /v1/users lists all people, and POST adds one")
 
 
 def _version() -> str:
