@@ -30,7 +30,7 @@ from pjrlhf.data.messages import Answer, Prompt, Request
 from pjrlhf.data.packing import PackedRows
 from pjrlhf.data.schema import Example
 from pjrlhf.data.token_table import TokenTable
-from pjrlhf.data.tokenization import AnswerIds
+from pjrlhf.data.tokenization import AnswerIds, Tokenizer
 from pjrlhf.errors import UserError
 from pjrlhf.feedback.pairs import Pairs, PairSettings, registry_of, tables_of
 from pjrlhf.models.adapters import frozen_factors
@@ -85,16 +85,17 @@ class Step:
         return not self.problem and self.memory <= self.limit
 
 
-class _Tokenizer:
+class _Tokenizer(Tokenizer):
     """A tokenizer for a run without text: every prompt and answer is as long as it may be."""
 
-    bos_id, eos_id, pad_id, unk_id, add_bos = 1, 2, 0, None, True
-    eos_ids = (2,)
-
     def __init__(self, prompt: int, completion: int, vocab_size: int):
-        self.prompt, self.completion, self.vocab_size = prompt, completion, vocab_size
+        self.prompt, self.completion = prompt, completion
+        self.vocab_size = self.rows = vocab_size
+        self.bos_id, self.eos_id, self.pad_id, self.unk_id, self.add_bos = 1, 2, 0, None, True
+        self.eos_ids = (2,)
+        self.has_chat_template = False
 
-    def encode_prompt(self, prompt: Prompt) -> list[int]:
+    def encode_prompt(self, prompt: Prompt, start: str = "") -> list[int]:
         return [FIRST_ID] * self.prompt
 
     def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
@@ -252,7 +253,7 @@ class DryWorkspace(Workspace):
         return read_config(config_folder(path)) if path else self.new_config()
 
     @functools.cached_property
-    def tokenizer(self) -> Any:
+    def tokenizer(self) -> Tokenizer:
         d, spec = self.records.settings, self.settings.tokenizer
         if isinstance(spec, str):
             trained = len(synthetic.vocabulary(synthetic.ENVIRONMENTS[spec]))
