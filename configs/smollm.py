@@ -86,7 +86,7 @@ def soups() -> ml_collections.ConfigDict:
 
 
 def front(*objectives: str) -> ml_collections.ConfigDict:
-    """Every method trains on 640 answers, or 960 with three objectives; fewer steer nothing."""
+    """Every method trains on 640 answers, or 624 with three objectives; half of them steer nothing."""
     c = config.base()
     c.title = f"Methods on one front, {' against '.join(objectives)}, on a real model"
     config.front(c, objectives)
@@ -100,7 +100,7 @@ def front(*objectives: str) -> ml_collections.ConfigDict:
     config.pretrained(c)
     _alpaca_prompts(c)
     _critic_free(c)
-    c.policy.update({"rollouts": 8 * len(objectives), "steps": 40})
+    c.policy.update({"rollouts": 8 * len(objectives), "steps": 80 // len(objectives)})
     c.data.heldout_fraction = 0.02  # 16 prompts
     c.reward.calibration_samples = 96
     c.ric.update({"samples": 240, "steps": 40, "online_steps": 20, "batch_size": 8})
