@@ -195,9 +195,11 @@ def _generate(arguments: Sequence[str]) -> None:
         from pjrlhf.feedback.served import with_teller
         from pjrlhf.serving.catalogue import parse_mix
         from pjrlhf.terminal import visible
+        from pjrlhf.training.progress import progress
 
         mix = None if given.mix is None or "=" not in given.mix else parse_mix(given.mix)
-        catalogue = with_teller(_source(parser, given))
+        with progress("reading the model", 1):
+            catalogue = with_teller(_source(parser, given))
         if given.user is not None and catalogue.people is None:
             raise UserError("--user: these models know no people; leave it out, or name a user model with --entry")
         if given.user is not None:
@@ -208,16 +210,17 @@ def _generate(arguments: Sequence[str]) -> None:
             print(f"{visible(given.user)} is unknown: {who} answers", file=sys.stderr)
         tokens: Any = voice.user_tokens
         try:
-            answers = catalogue.model.generate(
-                [catalogue.told(voice, catalogue.asked(question)) for question in given.questions],
-                catalogue.bank,
-                voice.mix,
-                max_new_tokens=given.max_tokens,
-                temperature=given.temperature,
-                top_p=given.top_p,
-                seed=given.seed,
-                user_tokens=None if tokens is None else tokens[None].repeat(len(given.questions), axis=0),
-            )
+            with progress("compiling and answering", 1):
+                answers = catalogue.model.generate(
+                    [catalogue.told(voice, catalogue.asked(question)) for question in given.questions],
+                    catalogue.bank,
+                    voice.mix,
+                    max_new_tokens=given.max_tokens,
+                    temperature=given.temperature,
+                    top_p=given.top_p,
+                    seed=given.seed,
+                    user_tokens=None if tokens is None else tokens[None].repeat(len(given.questions), axis=0),
+                )
         except UserError as error:  # arguments are flags here
             flags = {"max_new_tokens": "--max-tokens", "temperature": "--temperature", "top_p": "--top-p"}
             name, *rest = str(error).split(" ", 1)
@@ -227,7 +230,7 @@ def _generate(arguments: Sequence[str]) -> None:
 
 
 def _users(arguments: Sequence[str]) -> None:
-    from pjrlhf.main import compilation_cache
+    from pjrlhf.runtime.devices import compilation_cache
     from pjrlhf.serving.people.commands import parser_of, users
 
     given = parser_of().parse_args(arguments)
@@ -412,7 +415,7 @@ def _source(parser: argparse.ArgumentParser, given: argparse.Namespace, mesh: st
     from pjrlhf.settings import check_names
 
     check_names("--ingredients", ingredients)
-    from pjrlhf.main import compilation_cache
+    from pjrlhf.runtime.devices import compilation_cache
     from pjrlhf.serving.opening import open_folders, open_run, parse_mesh
 
     compilation_cache()

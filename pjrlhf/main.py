@@ -22,7 +22,7 @@ from ml_collections.config_dict import placeholder
 
 from pjrlhf.config_files import load_config
 from pjrlhf.errors import UserError, ending_signals, reason_of, stopped_by
-from pjrlhf.paths import expand, user_cache
+from pjrlhf.paths import expand
 from pjrlhf.terminal import SafeRecords, line, print_error, quiet_libraries, visible
 
 FLAGS = flags.FLAGS
@@ -146,16 +146,6 @@ def _get(section: Any, key: str) -> Any:
     return section.get(key) if isinstance(section, ConfigDict) else None
 
 
-def compilation_cache() -> None:
-    """Keeps compiled programs in the user's cache folder, so that later runs start fast."""
-    import jax
-
-    if jax.config.jax_compilation_cache_dir is None:  # pyright: ignore[reportAttributeAccessIssue]
-        jax.config.update("jax_compilation_cache_dir", str(user_cache() / "jax"))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
-    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
-
-
 def default_workdir(config_path: str) -> str:
     """The run directory of a config: configs/soups.py:hf -> runs/soups-hf."""
     path, _, variant = config_path.partition(":")
@@ -247,7 +237,6 @@ def main(_: list[str]) -> None:
 
         aot.report(config, FLAGS.aot)
         return
-    compilation_cache()
     from pjrlhf.parallel import processes
 
     processes.initialize(FLAGS.distributed, FLAGS.coordinator, FLAGS.num_processes, FLAGS.process_id)

@@ -21,9 +21,6 @@ CONFIG = re.compile(r"--config=(configs/[^\s`'\"),;]+)")
 # A path of this repository in backticks, perhaps with the name of a test.
 PATH = re.compile(r"`((?:benchmarks|configs|docs|launch|notebooks|pjrlhf|tests)/[\w./-]+?)(?:::(\w+))?(?::\w+)?`")
 
-# Pages that docs/hooks/reference.py makes for the site, which has no files of them here.
-GENERATED = re.compile(r"docs/reference/(settings/\w+|api|papers)\.md")
-
 pages = pytest.mark.parametrize("page", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
 
 
@@ -41,8 +38,6 @@ def test_relative_links_exist(page):
         if re.match(r"[a-z]+:", path):
             continue
         target = (page.parent / path).resolve() if path else page
-        if GENERATED.fullmatch(target.relative_to(ROOT).as_posix()):
-            continue
         assert target.exists(), f"{link}: no such file"
         assert target.is_relative_to(ROOT), f"{link}: outside the repository"
         if anchor:

@@ -225,7 +225,7 @@ class DryRecords(Records):
     def comparisons(self, spec: SourceSpec, key: str) -> tuple[list[Example], str]:
         examples = [
             Example(prompt=request, chosen="one", rejected="other", user_id=f"user {i}", objective=name)
-            for i, request in enumerate(self.requests[0])
+            for i, request in enumerate(self.requests[key.endswith(".heldout_data")])
             for name in self.audience.rewards
         ]
         return examples, "stand-ins"

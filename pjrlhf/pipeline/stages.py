@@ -25,6 +25,7 @@ from pjrlhf.paths import expand, is_remote
 from pjrlhf.protocols.users import UsersSettings, check_people
 from pjrlhf.registry import load
 from pjrlhf.rewards.sources import SourceFailed
+from pjrlhf.runtime.devices import compilation_cache
 from pjrlhf.runtime.inputs import fetch_models, fingerprints
 from pjrlhf.runtime.run import Run, Sections, Stage
 from pjrlhf.settings import Settings, parse, shown
@@ -210,6 +211,8 @@ def read(config: ConfigDict | Mapping[str, Json]) -> Plan:
 def run(config: ConfigDict | Mapping[str, Json], workdir: Workdir | str | os.PathLike) -> None:
     """Runs `config.stages` in order; a stage that this run directory has finished is skipped.
 
+    Compiled programs are kept for later runs (`runtime.devices.compilation_cache`).
+
     Args:
       config: the settings; those that it leaves out have their defaults.
       workdir: the run directory, or its path.
@@ -219,6 +222,7 @@ def run(config: ConfigDict | Mapping[str, Json], workdir: Workdir | str | os.Pat
         other inputs, or one that another run uses.
     """
     plan = read(config)
+    compilation_cache()
     workdir = workdir if isinstance(workdir, Workdir) else Workdir(os.fspath(workdir))
     configs.warn_of_rates(plan.settings)
     with workdir.locked():

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 
 from pjrlhf.parallel.mesh import constrain_state, make_mesh, round_up_rows, shard_batch, shard_params, sharded
+from pjrlhf.paths import user_cache
 from pjrlhf.settings import Settings, setting
 from pjrlhf.training.performance import Program
 from pjrlhf.training.state import State
@@ -21,6 +22,16 @@ class MeshSettings(Settings):
     data: int = setting(-1, "replicas of the model", low=-1)
     fsdp: int = setting(1, "shards of the parameters, which also split the rows of a batch", low=-1)
     tensor: int = setting(1, "shards of every layer", low=-1)
+
+
+def compilation_cache() -> None:
+    """Keeps compiled programs in the user's cache folder, so that later runs start fast. A folder that
+    `jax_compilation_cache_dir` names stays.
+    """
+    if jax.config.jax_compilation_cache_dir is None:  # pyright: ignore[reportAttributeAccessIssue]
+        jax.config.update("jax_compilation_cache_dir", str(user_cache() / "jax"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
 class Devices:

@@ -330,13 +330,22 @@ def tiny_config(paper, variant, folder, judge=""):
     return config
 
 
+def planned_config(paper, variant, folder):
+    """The config of a paper as it stands, but for reward models and judges, whose config.json a plan reads."""
+    config = config_of_paper(paper, variant)
+    path = config.model.path
+    _stand_ins(config, folder, "", itertools.count())
+    config.model.path = path
+    return config
+
+
 def _keys(values, name=""):
     for key, value in values.items():
         path = f"{name}.{key}" if name else key
         yield from _keys(value, path) if isinstance(value, dict) and value else [path]
 
 
-def _stand_ins(config, folder, judge, count, name=""):
+def _stand_ins(config, folder, judge, count):
     """Puts tiny models and data in place of all that a config names."""
     for key, value in config.items():
         if not hasattr(value, "items"):
@@ -356,7 +365,7 @@ def _stand_ins(config, folder, judge, count, name=""):
             value.path = DATA[kind](folder / kind.rpartition(":")[2])
             if value.get("split") != "validation":
                 value.split = "train" if kind != "pjrlhf.papers:news" else "test"
-        _stand_ins(value, folder, judge, count, f"{name}.{key}")
+        _stand_ins(value, folder, judge, count)
 
 
 def longer(body):

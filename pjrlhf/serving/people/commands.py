@@ -41,7 +41,10 @@ def parser_of() -> argparse.ArgumentParser:
             one.add_argument("file", metavar="FILE", help="what export wrote; - reads it from the terminal")
             one.add_argument("--name", metavar="NAME", help="another name")
         one.add_argument("--run", required=True, metavar="RUN", help="the run directory, such as runs/pdpo")
-        one.add_argument("--entry", metavar="NAME", help="of methods or preference.models, where the run has several")
+        if verb not in ("list", "remove"):  # these are about all entries
+            one.add_argument(
+                "--entry", metavar="NAME", help="of methods or preference.models, where the run has several"
+            )
         one.add_argument("--people", default="", metavar="URL", help="the store; people.sqlite in RUN by default")
         if verb in ("add", "update"):
             one.add_argument(
