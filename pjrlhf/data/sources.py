@@ -21,7 +21,7 @@ from pjrlhf.errors import UserError
 from pjrlhf.registry import Registry, callable_as
 from pjrlhf.settings import UnknownKey
 
-_FORMATS = {"jsonl": "json", "json": "json", "csv": "csv", "parquet": "parquet", "arrow": "arrow"}
+FORMATS = {"jsonl": "json", "json": "json", "csv": "csv", "parquet": "parquet", "arrow": "arrow"}
 
 
 class Spec(dict):
@@ -293,7 +293,7 @@ def _datasets(spec: Mapping[str, Any]) -> Source:
     path, name, key = str(_required(spec, "path")), spec.get("name"), _key(spec)
     split, cut = _split(spec)
     local = paths.local(path)
-    suffixes = [part for part in local.name.split(".")[1:] if part in _FORMATS]
+    suffixes = [part for part in local.name.split(".")[1:] if part in FORMATS]
     try:
         if (local / "state.json").is_file():
             data = datasets.load_from_disk(str(local))
@@ -304,9 +304,9 @@ def _datasets(spec: Mapping[str, Any]) -> Source:
             data = splits[split]
         elif local.is_file():
             if not suffixes:
-                known = ", ".join(f".{suffix}" for suffix in _FORMATS)
+                known = ", ".join(f".{suffix}" for suffix in FORMATS)
                 raise UserError(f"{path}: the name does not tell the format; let it end in one of {known}")
-            data = datasets.load_dataset(_FORMATS[suffixes[-1]], data_files={split: str(local)}, split=split)
+            data = datasets.load_dataset(FORMATS[suffixes[-1]], data_files={split: str(local)}, split=split)
         elif not local.exists() and (
             suffixes or path.startswith(("/", "~", ".")) or path.partition("@")[0].count("/") > 1
         ):

@@ -24,7 +24,7 @@ from pjrlhf.data.overview import QUANTILES, Overview, Shared, overview, quantile
 from pjrlhf.data.packing import Ids
 from pjrlhf.data.records import BadRecords, RecordError
 from pjrlhf.data.schema import Example, in_conversation, validate
-from pjrlhf.data.sources import READERS, check_source, open_source
+from pjrlhf.data.sources import FORMATS, READERS, check_source, open_source
 from pjrlhf.data.token_table import ANSWERS, EncodedRow, Lengths, encode_example
 from pjrlhf.data.tokenization import Tokenizer, load_tokenizer
 from pjrlhf.errors import UserError
@@ -46,7 +46,9 @@ def parser_of() -> argparse.ArgumentParser:
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
     show = verbs.add_parser("show", help=HELP, description=HELP)
     show.add_argument(
-        "spec", metavar="SPEC", help=f"a kind of source, such as {', '.join(list(READERS)[:6])}; or a config"
+        "spec",
+        metavar="SPEC",
+        help=f"a data file, a config, or a kind of source, such as {', '.join(list(READERS)[:6])}",
     )
     show.add_argument(
         "settings",
@@ -112,7 +114,7 @@ def wish_of(given: argparse.Namespace, config: ConfigDict | None) -> Wish:
       UserError: a setting without a value, or a section that is no source.
     """
     if config is None:
-        return Wish({"kind": given.spec, **_values(given.settings)})
+        return Wish({**_source_of(given.spec), **_values(given.settings)})
     section, *others = given.settings or [""]
     known = dict(_sources(config))
     if section not in known:
@@ -120,6 +122,14 @@ def wish_of(given: argparse.Namespace, config: ConfigDict | None) -> Wish:
         raise UserError(f"{section or 'SECTION'}: is no source of records in {given.spec}; {ways}")
     spec = {**known[section], **_values(others)}
     return Wish(spec, section, KINDS.get(section, "preference"), configs.read({**config}))
+
+
+def _source_of(spec: str) -> dict[str, str]:
+    """A kind of source, or the kind that reads a file."""
+    *_, suffix = spec.removesuffix(".gz").rpartition(".")
+    if suffix not in FORMATS:
+        return {"kind": spec}
+    return {"kind": "jsonl" if suffix == "jsonl" else "datasets", "path": spec}
 
 
 def _sources(config: ConfigDict) -> Iterator[tuple[str, dict[str, Any]]]:

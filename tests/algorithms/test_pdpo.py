@@ -134,6 +134,7 @@ def test_the_exact_mixture_is_that_of_the_paper(doubled):
     assert loss == pytest.approx(0.3 * losses[:4].mean() + 0.7 * losses[4:].mean(), rel=1e-5)
 
 
+@pytest.mark.slow
 def test_the_mixture_does_not_depend_on_micro_batches(doubled):
     trainable, part, loss_and_gradient = doubled
     _, whole, _ = loss_and_gradient(trainable, part(range(8)))
@@ -561,6 +562,7 @@ def test_the_reward_loss_is_that_of_the_paper(records, tmp_path):
         assert tiny.bits(state.trainable[name]) != tiny.bits(trainable[name]), name
 
 
+@pytest.mark.slow
 def test_a_reward_model_knows_people_apart(records, tmp_path):
     run = tiny.start(tmp_path / "run", records(preference__models=REWARD, preference__steps=40, preference__alpha=0.5))
     rate = {"learning_rate": 3e-2}
@@ -576,6 +578,7 @@ def test_a_reward_model_knows_people_apart(records, tmp_path):
 # ---- an adapter for each person, the baseline
 
 
+@pytest.mark.slow
 def test_an_adapter_of_their_own_learns_from_nobody_else(records, tmp_path):
     models = {"pooled": {"kind": "uniform"}, "own": {"kind": "adapters"}}
     run = tiny.start(tmp_path / "run", records(preference__models=models, preference__alpha=1.0))
@@ -594,6 +597,7 @@ def test_an_adapter_of_their_own_learns_from_nobody_else(records, tmp_path):
     np.testing.assert_array_equal(table, np.eye(3))
 
 
+@pytest.mark.slow
 def test_adapters_of_their_own_are_kept_and_not_served(records, tmp_path):
     models = {"own": {"kind": "adapters"}}
     run = tiny.start(tmp_path / "run", records(preference__models=models, preference__steps=2))
@@ -804,6 +808,7 @@ def opposites(records, tmp_path):
     return functools.partial(records, preference__steps=30, **changes), path
 
 
+@pytest.mark.slow
 def test_soup_weights_find_the_right_policy(opposites, tmp_path):
     settings, path = opposites
     config = settings(preference__user_optimizer__learning_rate=0.2)

@@ -273,10 +273,8 @@ def distance(p, q):
     return 0.5 * np.abs(p - q).sum()
 
 
-@pytest.mark.parametrize(
-    "rank, learning_rate",
-    [pytest.param(4, 0.02, id="lora"), pytest.param(0, 0.005, id="full", marks=pytest.mark.slow)],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("rank, learning_rate", [pytest.param(4, 0.02, id="lora"), pytest.param(0, 0.005, id="full")])
 def test_ppo_finds_the_optimum_of_a_bandit(rank, learning_rate):
     """With KL to the reference the best policy is pi_ref(a) exp(r(a) / beta) / Z, without it the best arm."""
     adapter = AdapterConfig(rank=rank, alpha=8.0)

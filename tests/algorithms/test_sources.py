@@ -100,6 +100,7 @@ def test_a_run_mixes_sources_and_reward_models(copied):
     assert np.isfinite([value for value in last.values() if isinstance(value, float)]).all()
 
 
+@pytest.mark.slow
 def test_rewards_of_sources_alone_need_no_comparisons(copied):
     config = tiny.settings(
         rewards=dict.fromkeys(tiny.REWARDS, f"{MODULE}:brevity"),

@@ -255,6 +255,7 @@ def test_estimates_read_as_a_number_and_its_interval(value, shown):
     assert estimate(value) == shown
 
 
+@pytest.mark.slow
 def test_text_of_figures_is_readable_on_small_screens(tmp_path, monkeypatch):
     """In pixels, where the page shows a figure 500 pixels wide."""
     sizes = {}

@@ -16,6 +16,7 @@ def models(tmp_path_factory):
     return write_models(tmp_path_factory.mktemp("recipes"))
 
 
+@pytest.mark.slow
 def test_recipes_name_the_full_models_of_the_ingredients(models, tmp_path):
     folder = export(models, tmp_path / "a@b+c", "mergekit", mix_flag(MIX))
     for name in NAMES:

@@ -130,6 +130,7 @@ def test_pairs_of_other_prompts(tmp_path):
         population.run(tiny.start(tmp_path / "run", config))
 
 
+@pytest.mark.slow
 @pytest.mark.real_data
 def test_real_answers_of_conflicting_length(tmp_path, shared):
     config = settings("style_pairs", **PEOPLE, **{"data.max_completion": 160, "model.max_length": 224})

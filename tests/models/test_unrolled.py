@@ -69,6 +69,7 @@ def test_unrolled_and_fused_layers_equal_the_scan(switches, decode, rank):
     assert np.abs(hidden(bank, True) - hidden(None, True)).max() > 0.1
 
 
+@pytest.mark.slow
 def test_which_kernels_are_fused():
     _, _, params, bank = setting(LLAMA, 1)
     found = unroll({"params": params, "adapters": bank}, fused=True, dtype=jnp.bfloat16)

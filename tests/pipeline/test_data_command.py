@@ -54,6 +54,15 @@ def test_a_kind_with_settings(path, capsys):
     assert text.count("  chosen: it is water .") == 1 and "\x1b" not in text
 
 
+def test_a_file_names_its_kind(path, capsys):
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    other = path.with_suffix(".json")
+    other.write_text(json.dumps(rows[:-1]))
+    whole = told(capsys, "jsonl", f"path={path}", "--examples", 0)
+    assert told(capsys, path, "--examples", 0) == whole
+    assert row_of(told(capsys, other, "--examples", 0), "records ") == "records 8"
+
+
 def test_what_another_source_shares(path, capsys):
     text = told(capsys, "jsonl", f"path={path}", "--against", f"path={path.with_name('test.jsonl')}", "--examples", 0)
     assert f"also in path={path.with_name('test.jsonl')} (2 records)" in text

@@ -204,6 +204,7 @@ def choosing(finished, N):
     return Evaluation(tiny.start(finished, tiny.settings(evaluate__best_of=N)))
 
 
+@pytest.mark.slow
 def test_the_best_answer_is_that_with_the_highest_rewards_of_the_person(finished):
     found = choosing(finished, 3)
     best, run, sampled = found.best_of(2), found.run, []

@@ -13,7 +13,8 @@ USERS = [f"person {i}" for i in range(1000)]
 GREEDY = {"temperature": 0.0, "sample_rows": 64, "data.max_completion": 6}
 
 
-@pytest.mark.parametrize("name", [pytest.param("individualized", marks=pytest.mark.slow), "cluster"])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["individualized", "cluster"])
 def test_a_thousand_people_are_answered_in_chunks(people, name, monkeypatch):
     """Each as their own row of the table says, however many share a chunk."""
     run = tiny.start(people, tiny_users.settings(**GREEDY))

@@ -78,6 +78,7 @@ def rendered(template, **values):
 # ---- log-probabilities
 
 
+@pytest.mark.slow
 def test_log_probs_do_not_depend_on_padding_chunks_or_devices(folder, mesh, whole):
     rng = np.random.default_rng(0)
     rows = [tuple(rng.integers(5, 300, size).tolist()) for size in (3, 70, 12, 200, 1, 64, 65)]

@@ -92,6 +92,7 @@ def test_another_base_of_the_same_shapes_compiles_nothing(model, engine):
     assert not compiled and after != before
 
 
+@pytest.mark.slow
 def test_a_cache_that_is_read_in_blocks_changes_no_answer(model, monkeypatch):
     """The longest row says how many blocks are read, and no other row notices."""
     requests = tiny_serving.requests(model, 8, seed=11, user_tokens=E)

@@ -396,7 +396,8 @@ def test_a_server_says_where_people_are_kept(model, tmp_path, capsys, monkeypatc
         assert path.exists() != bool(kept)
 
 
-@pytest.mark.parametrize("kind", ["soup", pytest.param("individualized", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["soup", "individualized"])
 def test_a_vote_after_the_warm_up_compiles_nothing(model, monkeypatch, kind):
     """Of any length, alone or beside others; neither does the question what to ask next."""
     if kind == "soup":  # half as many programs

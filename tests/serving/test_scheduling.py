@@ -48,6 +48,7 @@ def mix_of(i: int) -> np.ndarray:
     return np.random.default_rng(i).normal(size=tiny_serving.K).astype(np.float32)
 
 
+@pytest.mark.slow
 def test_prompts_read_together_have_the_bits_of_prompts_read_alone(model, calls):
     """In groups of 4 x 16 and 2 x 32 tokens, with user tokens and scores among them."""
     engine = tiny_serving.engine(model, E, chunk=64, prefix_mb=0.0)
@@ -111,6 +112,7 @@ def test_the_engine_shares_what_its_layout_leaves_as_it_is(model):
     assert "layers" not in ours and len(jax.tree.leaves(ours["layers_0"])) > 0
 
 
+@pytest.mark.slow
 def test_the_layers_lie_in_memory_once_where_nobody_learns(tmp_path):
     model = load_model(tiny_users.save_base(tmp_path))
     given = [weakref.ref(leaf) for leaf in jax.tree.leaves(model.backbone.base["layers"])]
