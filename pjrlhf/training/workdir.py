@@ -159,7 +159,7 @@ class Workdir:
         self._config: dict[str, Json] = {}  # by dotted key
         self._ignored: tuple[str, ...] = ()
         self._kept = False
-        self._made = not self.path.exists()
+        self._made = [folder for folder in (self.path, *self.path.parents) if not folder.exists()]
         with disk_errors(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
         if not os.access(self.path, os.R_OK | os.W_OK | os.X_OK):
@@ -366,8 +366,8 @@ class Workdir:
                 with contextlib.suppress(OSError):  # such as a folder that was deleted
                     if is_process_zero() and os.listdir(self.path) == [path.name]:
                         path.unlink()
-                        if self._made:
-                            self.path.rmdir()
+                        for folder in self._made:
+                            folder.rmdir()
                 raise
 
 

@@ -320,6 +320,10 @@ def test_a_refused_run_leaves_nothing_behind(tmp_path):
                 workdir.stage(one)
             raise UserError("no such model")
         assert (sorted(os.listdir(folder)) if folder.exists() else None) == left
+    (tmp_path / "runs").mkdir()
+    with pytest.raises(UserError, match="no such model"), Workdir(tmp_path / "runs" / "today" / "soups").locked():
+        raise UserError("no such model")
+    assert (tmp_path / "runs").is_dir() and not os.listdir(tmp_path / "runs")
     with pytest.raises(UserError, match="was deleted"), Workdir(tmp_path / "gone").locked():
         shutil.rmtree(tmp_path / "gone")
         raise UserError("was deleted")
