@@ -31,6 +31,7 @@ from pjrlhf.rollout.preference import PreferenceConfig
 from pjrlhf.serving.catalogue import Catalogue, People, Reads
 from pjrlhf.serving.people.fit import Learning
 from pjrlhf.serving.people.rewards import LONG, Rewarded, lengths_of, open_scorer
+from pjrlhf.serving.people.trained import entries_of
 from pjrlhf.serving.run_notes import read_notes
 from pjrlhf.settings import parse
 from pjrlhf.types import Params
@@ -69,12 +70,7 @@ def open_run(run: str, entry: str | None = None, mesh: Mesh | None = None) -> Ca
     config = read_json(folder / "config.json")
     if "stages" not in config:
         raise UserError(f"{folder}: is no run directory; serve a model in Hugging Face layout with --model")
-    banks = {
-        path.parent.name: path for path in (*folder.glob("policy/bank.safetensors"), *folder.glob("methods/*/bank.*"))
-    }
-    people = {path.parent.name: path for path in sorted(folder.glob("preference/*/model.safetensors"))}
-    scorers = {path.parent.name: path for path in sorted(folder.glob("user_models/*/model.safetensors"))}
-    people |= {name: path for name, path in scorers.items() if name not in (*banks, *people)}
+    banks, people = entries_of(folder)
     if not banks and not people:
         raise UserError(
             f"{folder}: has nothing to serve yet; run its stages policy, methods, preference or user_models first"
@@ -90,7 +86,7 @@ def open_run(run: str, entry: str | None = None, mesh: Mesh | None = None) -> Ca
     notes = read_notes(config)
     if entry in banks:
         return dataclasses.replace(_policies(folder, banks[entry], config, mesh), notes=notes)
-    if people[entry] == scorers.get(entry):
+    if people[entry].parts[-3] == "user_models":
         return dataclasses.replace(_rewarded(folder, people[entry], config, mesh), notes=notes)
     return dataclasses.replace(_person(folder, people[entry], config, mesh), notes=notes)
 

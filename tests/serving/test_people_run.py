@@ -229,6 +229,9 @@ def test_mistakes_of_the_commands_get_one_line(people, tmp_path, capsys, argumen
     found = users(capsys, *arguments, "--run", str(people), "--entry", "individualized", *store, code=2)
     assert message in found and found.count("\n") == 1
     assert "no config.json" in users(capsys, "list", "--run", str(tmp_path), code=2)
+    for verb in (["list"], ["remove", "user00"]):
+        found = users(capsys, *verb, "--run", str(people), "--entry", "individualised", *store, code=2)
+        assert found.startswith("error: --entry 'individualised': ") and "individualized" in found
 
 
 PAIR = {"prompt": "what is rain ?", "chosen": "it is wet .", "rejected": "yes ."}

@@ -41,10 +41,7 @@ def parser_of() -> argparse.ArgumentParser:
             one.add_argument("file", metavar="FILE", help="what export wrote; - reads it from the terminal")
             one.add_argument("--name", metavar="NAME", help="another name")
         one.add_argument("--run", required=True, metavar="RUN", help="the run directory, such as runs/pdpo")
-        if verb not in ("list", "remove"):  # these are about all entries
-            one.add_argument(
-                "--entry", metavar="NAME", help="of methods or preference.models, where the run has several"
-            )
+        one.add_argument("--entry", metavar="NAME", help="of methods or preference.models, where the run has several")
         one.add_argument("--people", default="", metavar="URL", help="the store; people.sqlite in RUN by default")
         if verb in ("add", "update"):
             one.add_argument(
@@ -73,10 +70,14 @@ def users(given: argparse.Namespace) -> None:
 def _store(given: argparse.Namespace) -> Any:
     from pjrlhf.paths import local
     from pjrlhf.serving.people.members import store_of
+    from pjrlhf.serving.people.trained import entries_of
 
     run = local(given.run)
     if not (run / "config.json").is_file():
         raise UserError(f"{run}: no config.json; name the run directory of a run")
+    known = [name for some in entries_of(run) for name in some]
+    if given.entry not in (None, *known):  # list and remove are about all entries
+        raise UserError(f"--entry {shown(given.entry)}: {run} has {', '.join(known) or 'no entry'}; leave it out")
     return run, store_of(run, given.people, MOST)
 
 
