@@ -6,6 +6,7 @@ import collections
 import contextlib
 import dataclasses
 import itertools
+import os
 import pathlib
 import re
 import tempfile
@@ -114,7 +115,10 @@ def wish_of(given: argparse.Namespace, config: ConfigDict | None) -> Wish:
       UserError: a setting without a value, or a section that is no source.
     """
     if config is None:
-        return Wish({**_source_of(given.spec), **_values(given.settings)})
+        source, values = _source_of(given.spec), _values(given.settings)
+        if "path" in source and "path" in values:
+            raise UserError(f"path={values['path']}: {given.spec} is the file already; name one of them")
+        return Wish({**source, **values})
     section, *others = given.settings or [""]
     known = dict(_sources(config))
     if section not in known:
@@ -125,9 +129,18 @@ def wish_of(given: argparse.Namespace, config: ConfigDict | None) -> Wish:
 
 
 def _source_of(spec: str) -> dict[str, str]:
-    """A kind of source, or the kind that reads a file."""
-    *_, suffix = spec.removesuffix(".gz").rpartition(".")
+    """A kind of source, or the kind that reads a file.
+
+    Raises:
+      UserError: a file or folder whose name does not tell the format.
+    """
+    suffix = pathlib.PurePath(spec.removesuffix(".gz")).suffix.removeprefix(".")
     if suffix not in FORMATS:
+        if spec not in READERS and os.path.exists(spec):
+            known = ", ".join(f".{suffix}" for suffix in FORMATS)
+            raise UserError(
+                f"{spec}: the name tells no format; end a file in one of {known}, or name a kind and path={spec}"
+            )
         return {"kind": spec}
     return {"kind": "jsonl" if suffix == "jsonl" else "datasets", "path": spec}
 

@@ -61,6 +61,15 @@ def test_a_file_names_its_kind(path, capsys):
     whole = told(capsys, "jsonl", f"path={path}", "--examples", 0)
     assert told(capsys, path, "--examples", 0) == whole
     assert row_of(told(capsys, other, "--examples", 0), "records ") == "records 8"
+    odd = other.rename(other.with_suffix(".rows"))
+    for arguments, message in (
+        ([odd], f"{odd}: the name tells no format; end a file in one of .jsonl"),
+        ([path.parent], f"{path.parent}: the name tells no format"),
+        ([path, "path=other.jsonl"], f"path=other.jsonl: {path} is the file already; name one of them"),
+    ):
+        with pytest.raises(SystemExit):
+            told(capsys, *arguments)
+        assert message in capsys.readouterr().err
 
 
 def test_what_another_source_shares(path, capsys):
