@@ -20,7 +20,7 @@ FILES = "preference/*/model.safetensors"
 def entries_of(run: pathlib.Path) -> tuple[dict[str, pathlib.Path], dict[str, pathlib.Path]]:
     """The banks of policies and the user models that a run has trained: entry -> file."""
     banks = {path.parent.name: path for path in (*run.glob("policy/bank.safetensors"), *run.glob("methods/*/bank.*"))}
-    people = {path.parent.name: path for path in sorted(run.glob("preference/*/model.safetensors"))}
+    people = {path.parent.name: path for path in sorted(run.glob(FILES))}
     for path in sorted(run.glob("user_models/*/model.safetensors")):
         if path.parent.name not in (*banks, *people):
             people[path.parent.name] = path
