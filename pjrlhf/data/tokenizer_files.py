@@ -25,40 +25,61 @@ def setting_of(folder: pathlib.Path, name: str) -> Json:
 def load_backend(folder: pathlib.Path) -> Any:
     """The `transformers` tokenizer of a folder, whose code does not run.
 
-    Its tokenizer.json decides how text is split. transformers 5.0 to 5.20 read that of some models (DeepSeek-R1) as a
-    Llama tokenizer, because tokenizer_config.json names that class, and lose the spaces between words.
+    Its tokenizer.json decides how text is split. `transformers` reads that of some models as the tokenizer of another:
+    5.0 to 5.20 make a Llama tokenizer of DeepSeek-R1's, because tokenizer_config.json names that class, and lose the
+    spaces between words; 5.24 makes Qwen2's of every model whose config.json says `qwen2`.
 
     Raises:
       UserError: `transformers` cannot load a tokenizer from the folder.
     """
+    backend, guessed = _read(folder)
+    if guessed is not backend:
+        logging.warning(
+            "tokenizer %s: transformers %s reads it as %s, which splits text otherwise than its tokenizer.json; "
+            "tokenizer.json is used",
+            folder,
+            metadata.version("transformers"),
+            type(guessed).__name__,
+        )
+    if not set(backend.get_vocab()) - set(backend.all_special_tokens):
+        # Without files transformers makes one up from config.json.
+        raise UserError(f"tokenizer {folder}: has no vocabulary; copy the tokenizer.json that came with the model")
+    return backend
+
+
+def loading_class(folder: pathlib.Path) -> str:
+    """The class of `transformers` whose `from_pretrained` splits text as the tokenizer.json of a folder says.
+
+    `AutoTokenizer`, or `PreTrainedTokenizerFast` where the former splits text otherwise (see `load_backend`). A folder
+    without a tokenizer that can be read here has the usual class.
+    """
+    try:
+        backend, guessed = _read(folder)
+    except UserError:
+        return "AutoTokenizer"
+    return "AutoTokenizer" if guessed is backend else "PreTrainedTokenizerFast"
+
+
+def _read(folder: pathlib.Path) -> tuple[Any, Any]:
+    """The tokenizer of a folder, and the one that AutoTokenizer reads; one object where both split text alike."""
     quiet_libraries()
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     if not folder.is_dir():
         raise UserError(f"tokenizer {folder}: no such folder; give one with a tokenizer.json")
     try:
-        backend = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
-        if (folder / "tokenizer.json").is_file() and type(backend) is not PreTrainedTokenizerFast:
+        guessed = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
+        if (folder / "tokenizer.json").is_file() and type(guessed) is not PreTrainedTokenizerFast:
             written = PreTrainedTokenizerFast.from_pretrained(str(folder), local_files_only=True)
-            if _probe(backend) != _probe(written):
-                logging.warning(
-                    "tokenizer %s: transformers %s reads it as %s, which splits text otherwise than its "
-                    "tokenizer.json; tokenizer.json is used",
-                    folder,
-                    metadata.version("transformers"),
-                    type(backend).__name__,
-                )
-                backend = written
+            if _probe(guessed) != _probe(written):
+                return written, guessed
     except Exception as error:  # the library `tokenizers` raises nothing narrower
         reason = described(error)[:200]
         raise UserError(
             f"tokenizer {folder}: {reason}; give a folder with a tokenizer.json, and a config.json, that transformers "
             f"{metadata.version('transformers')} and tokenizers {metadata.version('tokenizers')} can read"
         ) from error
-    if not set(backend.get_vocab()) - set(backend.all_special_tokens):
-        # Without files transformers makes one up from config.json.
-        raise UserError(f"tokenizer {folder}: has no vocabulary; copy the tokenizer.json that came with the model")
-    return backend
+    return guessed, guessed
 
 
 def _probe(backend: Any) -> list[int]:

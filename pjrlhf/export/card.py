@@ -13,6 +13,7 @@ import huggingface_hub
 import rich.console
 
 from pjrlhf import __version__
+from pjrlhf.data.tokenizer_files import loading_class
 from pjrlhf.errors import UserError
 from pjrlhf.evaluation.report import print_tables
 from pjrlhf.models.folders import read_json
@@ -73,7 +74,7 @@ def card_of(folder: pathlib.Path, name: str) -> str:
         *_training(run),
         *_figures(run),
         "## How to load it",
-        _loading(name, bool(adapter), manifest),
+        _loading(folder, name, bool(adapter), manifest),
     ]
     return "\n\n".join(filter(None, sections)) + "\n"
 
@@ -238,7 +239,7 @@ def _figures(run: pathlib.Path | None) -> list[str]:
     return ["## Figures", "Of all models of the run, on held-out data.", f"```text\n{lines}\n```"] if lines else []
 
 
-def _loading(name: str, adapter: bool, manifest: Mapping[str, Any]) -> str:
+def _loading(folder: pathlib.Path, name: str, adapter: bool, manifest: Mapping[str, Any]) -> str:
     quoted = json.dumps(name)
     if manifest.get("format") == "gguf":
         parts = manifest.get("ingredients") or ()
@@ -255,8 +256,9 @@ def _loading(name: str, adapter: bool, manifest: Mapping[str, Any]) -> str:
             "\n# a person by name; nobody, or an unknown one, is the generic user\n"
             'text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, user="NAME")\n'
         )
+    tokenizer = loading_class(folder)
     return (
-        f"```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+        f"```python\nfrom transformers import AutoModelForCausalLM, {tokenizer}\n\n"
         f"model = AutoModelForCausalLM.from_pretrained({quoted})\n"
-        f"tokenizer = AutoTokenizer.from_pretrained({quoted})\n{person}```"
+        f"tokenizer = {tokenizer}.from_pretrained({quoted})\n{person}```"
     )

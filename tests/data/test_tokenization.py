@@ -19,6 +19,7 @@ from pjrlhf.data.records import RecordError
 from pjrlhf.data.schema import Example
 from pjrlhf.data.token_table import Lengths, tokenize
 from pjrlhf.data.tokenization import Tokenizer, load_tokenizer
+from pjrlhf.data.tokenizer_files import loading_class
 from pjrlhf.errors import UserError
 from pjrlhf.models.hf_config import read_eos_ids
 
@@ -150,6 +151,7 @@ def test_tokenizer_json_decides_how_text_is_split(monkeypatch, tmp_path, caplog,
     differs = split == "WhitespaceSplit"
     assert ("reads it as OfAnotherModel, which splits text otherwise" in caplog.text) is differs
     assert isinstance(tokenizer.backend, OfAnotherModel) is not differs
+    assert loading_class(tmp_path) == ("PreTrainedTokenizerFast" if differs else "AutoTokenizer")
 
 
 def test_a_byte_level_tokenizer_that_calls_itself_llama_is_read_as_its_file_says(tmp_path):

@@ -1,5 +1,7 @@
 """Exports loaded by the libraries they are made for; skipped where those are not installed."""
 
+import re
+
 import jax
 import numpy as np
 import pytest
@@ -8,6 +10,7 @@ from support.drawn_models import golden_families, save_family
 from support.exporting import MIX, NAMES, export, mix_flag
 from support.small_policies import noise
 
+from pjrlhf.export.card import CARD
 from pjrlhf.export.command import Wish
 from pjrlhf.export.command import export as write
 from pjrlhf.export.soup import Source
@@ -55,6 +58,12 @@ def theirs(model, prompt, answer):
     return sum(float(logps[len(prompt) + i - 1, token]) for i, token in enumerate(answer))
 
 
+def tokenizer_of_card(folder):
+    """The tokenizer of an exported folder, loaded as its card says."""
+    (name,) = re.findall(r"tokenizer = (\w+)\.from_pretrained", (folder / CARD).read_text())
+    return getattr(transformers, name).from_pretrained(folder)
+
+
 @pytest.mark.parametrize("model_type", some("llama", *FUSED))
 def test_peft_loads_a_soup(model_type, tmp_path):
     peft = pytest.importorskip("peft")
@@ -82,7 +91,7 @@ def test_transformers_loads_a_merged_soup(model_type, tmp_path):
     folder = export(models, tmp_path / "merged", "merged", mix_flag(MIX))
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     np.testing.assert_allclose(theirs(model, prompt, answer), want, atol=1e-4)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    tokenizer = tokenizer_of_card(folder)
     assert tokenizer(QUESTION)["input_ids"] == prompt
 
 
@@ -94,7 +103,7 @@ def test_transformers_answers_every_person(model_type, tmp_path):
     source = Source(catalogue, {name: f"run/{name}" for name in catalogue.names}, persons.NAMES)
     write(source, Wish(kind="vocabulary", output=tmp_path / "people"))
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "people", dtype=torch.float32)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "people")
+    tokenizer = tokenizer_of_card(tmp_path / "people")
     message = [{"role": "user", "content": QUESTION}]
     answer = [*tokenizer(ANSWER, add_special_tokens=False)["input_ids"], 2]
     for name in (None, "unknown", *persons.NAMES):
