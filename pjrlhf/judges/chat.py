@@ -7,6 +7,7 @@ that was stopped goes on where it was, and a finished one can be replayed withou
 import dataclasses
 import hashlib
 import json
+import math
 import os
 import pathlib
 import threading
@@ -15,13 +16,17 @@ import weakref
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 
+from absl import logging
+
 from pjrlhf.errors import UserError
-from pjrlhf.judges.client import Body, ChatSettings, client
+from pjrlhf.judges.client import Away, Body, ChatSettings, client
 from pjrlhf.paths import expand
 from pjrlhf.rewards.sources import NoReply
 from pjrlhf.training.progress import progress
 from pjrlhf.training.workdir import end_line, read_lines
 from pjrlhf.types import Json
+
+PAUSE = 15.0  # seconds between tries to reach a server that went away
 
 
 @dataclasses.dataclass
@@ -167,6 +172,7 @@ class Chat:
         self.cache = open_cache(pathlib.Path(expand(settings.cache)) if settings.cache else cache)
         self.usage = self.cache.usage(settings.base_url, settings.model)
         self.sent, self.failures = 0, 0
+        self._told = -math.inf  # until when a wait for the server was announced
         self._send = send
         if send is None and not settings.replay:
             self._send = client(settings)
@@ -233,7 +239,7 @@ class Chat:
     def _send_all(self, name: str, missing: Mapping[str, Body]) -> None:
         total, ended, waiting = len(missing), threading.Event(), list(missing.items())
         with (
-            progress(name, total, ("requests", "cost", "failures")) as bar,
+            progress(name, total, ("requests", *(["cost"] if self.settings.prices else []), "unreadable")) as bar,
             ThreadPoolExecutor(self.settings.concurrency) as pool,
         ):
             if self.settings.max_cost and not self.usage.requests:
@@ -246,7 +252,7 @@ class Chat:
                     done, pending = wait(pending, timeout=0.5, return_when=FIRST_EXCEPTION)
                     for job in done:
                         job.result()
-                    counts = {"requests": float(self.usage.requests), "failures": float(self.failures)}
+                    counts = {"requests": float(self.usage.requests), "unreadable": float(self.failures)}
                     bar.update(total - len(pending), {**counts, "cost": self.cost})
             except BaseException:
                 ended.set()  # what was sent is still received and kept
@@ -260,8 +266,7 @@ class Chat:
             self._check_budget()
             self.usage.under_way += 1
         try:
-            assert self._send is not None  # only a replay has none
-            reply = self._send(body)
+            reply = self._reply(body, ended)
             self.cache.add(key, body, reply)
         except BaseException:
             with self.usage.lock:
@@ -276,6 +281,30 @@ class Chat:
                 f"model {self.settings.model!r}: its server reports no token counts, which max_cost needs; set "
                 "max_requests instead"
             )
+
+    def _reply(self, body: Body, ended: threading.Event) -> Json:
+        """The reply of the server. One that has answered before is waited for: it may be starting again."""
+        assert self._send is not None  # only a replay has none
+        end = math.inf
+        while True:
+            try:
+                return self._send(body)
+            except Away as error:
+                now = time.monotonic()
+                end = min(end, now + self.settings.patience)
+                if not self.sent or now >= end:
+                    raise
+                self._tell(error, now, end)
+                if ended.wait(min(PAUSE, end - now)):
+                    raise
+
+    def _tell(self, error: Away, now: float, end: float) -> None:
+        """Says that the server is waited for, in one line for all that wait."""
+        with self.usage.lock:
+            if now < self._told:
+                return
+            self._told = end
+        logging.warning("%s; it has answered before, so it is waited for, %.0f s at most", error, end - now)
 
     def _wait(self, ended: threading.Event) -> None:
         """Waits until `requests_per_minute` allows another request, or until the end."""

@@ -22,6 +22,11 @@ if TYPE_CHECKING:
     import openai
 
 Body = Mapping[str, Json]  # of a request to /v1/chat/completions
+GATEWAY = (502, 503, 504)  # statuses of those in front of a server that is away
+
+
+class Away(NoReply):
+    """A server that takes no requests at all after all tries; it may be starting again."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -33,6 +38,9 @@ class ChatSettings(Settings):
     key_variable: str = setting("OPENAI_API_KEY", "environment variable that holds the key")
     timeout: float = setting(120.0, "seconds to wait for a reply", above=0.0, high=86400.0)
     retries: int = setting(6, "further tries after a lost connection, and where the server is busy or fails", low=0)
+    patience: float = setting(
+        600.0, "seconds, after the last of these, to wait for a server that has answered before", low=0.0, high=86400.0
+    )
     concurrency: int = setting(8, "requests at once", low=1, high=1024)
     requests_per_minute: int = setting(0, "requests sent in a minute at most; 0 for no limit", low=0, high=10**6)
     cache: str = setting("", "JSON lines file of requests and replies; judge.jsonl in the run directory where empty")
@@ -106,10 +114,12 @@ def client(settings: ChatSettings) -> Callable[[Body], Json]:
             except openai.NotFoundError as error:
                 raise UserError(f"{where}: has no such model or address; check model and base_url") from error
             except openai.APIConnectionError as error:
-                raise NoReply(f"{where}: cannot be reached ({error.__cause__ or error}); check base_url") from error
+                kind = NoReply if isinstance(error, openai.APITimeoutError) else Away
+                raise kind(f"{where}: cannot be reached ({error.__cause__ or error}); check base_url") from error
             except openai.APIStatusError as error:
                 reason = " ".join(_said(error).split())[:200]
-                kind = NoReply if is_busy(error.status_code) else UserError
+                busy = Away if error.status_code in GATEWAY else NoReply
+                kind = busy if is_busy(error.status_code) else UserError
                 raise kind(f"{where}: answers {error.status_code} ({reason}); correct that, or try later") from error
         raise NoReply(f"{where}: its replies cannot be read ({problem}); check base_url") from problem
 

@@ -65,11 +65,7 @@ def ask(
     Raises:
       UserError: the lists differ in length, or the judge returned other than N values in [-1, 1], NaN or None.
     """
-    if not len(prompts) == len(first) == len(second):
-        raise UserError(
-            f"criterion {criterion!r}: {len(prompts)} prompts, {len(first)} first and {len(second)} second answers; "
-            "give one answer of each side per prompt"
-        )
+    _check_lengths(prompts, first, second, criterion)
     found = judge(prompts, first, second, criterion)
     values = listed(found, len(prompts))
     verdicts = np.array([_verdict(value) for value in values or ()], np.float64)
@@ -80,6 +76,14 @@ def ask(
             "to +1, or None for none"
         )
     return verdicts
+
+
+def _check_lengths(prompts: Sequence[Prompt], first: Sequence[str], second: Sequence[str], criterion: str) -> None:
+    if not len(prompts) == len(first) == len(second):
+        raise UserError(
+            f"criterion {criterion!r}: {len(prompts)} prompts, {len(first)} first and {len(second)} second answers; "
+            "give one answer of each side per prompt"
+        )
 
 
 def _verdict(value: Any) -> float:
@@ -305,6 +309,10 @@ def in_orders(
     judge: Judge, prompts: Sequence[Prompt], a: Sequence[str], b: Sequence[str], criterion: str
 ) -> tuple[np.ndarray, np.ndarray]:
     """The verdicts [N] of (a, b) and of (b, a), each from the side of the first."""
+    if isinstance(judge, LanguageModelJudge) and not judge.order_invariant:
+        _check_lengths(prompts, a, b, criterion)
+        forward, swapped = judge.in_orders(prompts, a, b, criterion)
+        return forward, swapped
     forward = ask(judge, prompts, a, b, criterion)
     invariant = getattr(judge, "order_invariant", False)
     return forward, -forward if invariant else ask(judge, prompts, b, a, criterion)

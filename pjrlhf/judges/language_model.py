@@ -14,7 +14,15 @@ from jaxtyping import Float
 from pjrlhf.data.messages import Prompt, dialogue
 from pjrlhf.errors import UserError
 from pjrlhf.judges.chat import Body, Chat, ChatSettings
-from pjrlhf.judges.templates import INCONSISTENT, Template, read_pair, read_rating, read_template
+from pjrlhf.judges.templates import (
+    INCONSISTENT,
+    Template,
+    read_pair,
+    read_rating,
+    read_template,
+    text_of_reply,
+    wanted,
+)
 from pjrlhf.parallel.processes import is_process_zero
 from pjrlhf.rewards.sources import NO_COLUMNS, RecordColumns, column_text
 from pjrlhf.settings import Settings, setting, shown
@@ -22,6 +30,7 @@ from pjrlhf.types import Json
 
 SHOWN_PREFERENCES = 3  # the largest stated preferences of a person
 PARSE_RETRIES = 2  # further requests, each with another seed, where a reply cannot be read
+PROBE = 8  # the first items of a judge; where no reply about them can be read, it is asked nothing more
 
 
 def request(template: Template, settings: "JudgeSettings", values: Mapping[str, str], seed: int = 0) -> dict[str, Json]:
@@ -150,29 +159,63 @@ class ChatBackend:
       seed: of the first request about an item.
 
     Raises:
-      UserError: see `Chat`.
+      UserError: see `Chat`; or none of the replies about the first items can be read.
     """
 
     def __init__(self, settings: JudgeSettings, chat: Chat, seed: int = 0):
         self.settings, self.chat, self.seed = settings, chat, seed
+        self._readable = self._unreadable = 0  # items
 
     def __call__(self, name: str, template: Template, items: Sequence[Mapping[str, str]]) -> list[float]:
+        # A prompt that the model does not follow is found out before the budget is spent on it.
+        few = 0 if self._readable else PROBE
+        return [found for part in (items[:few], items[few:]) if part for found in self._ask(name, template, part)]
+
+    def _ask(self, name: str, template: Template, items: Sequence[Mapping[str, str]]) -> list[float]:
         read = read_pair if template.kind == "pair" else read_rating
-        found, open_items = [math.nan] * len(items), list(range(len(items)))
+        found, open_items, sample = [math.nan] * len(items), list(range(len(items))), ""
         for attempt in range(PARSE_RETRIES + 1):
             seed = self.seed + attempt
             bodies: list[Body] = [request(template, self.settings, items[i], seed) for i in open_items]
-            for i, reply in zip(open_items, self.chat(name, bodies), strict=True):
+            part = f"{name} (again: unreadable replies)" if attempt else name
+            for i, reply in zip(open_items, self.chat(part, bodies), strict=True):
                 found[i] = read(template, reply)
+                sample = text_of_reply(template, reply) if math.isnan(found[i]) else sample
             open_items = [i for i in open_items if math.isnan(found[i])]
             if not open_items:
                 break
         self.chat.failures += len(open_items)
+        self._readable += len(items) - len(open_items)
+        if open_items:
+            self._tell_unreadable(name, template, len(open_items), len(items), sample)
         return found
+
+    def _tell_unreadable(self, name: str, template: Template, count: int, items: int, sample: str) -> None:
+        """Warns at the first items without a reply that can be read; raises where there were none but such items."""
+        first, self._unreadable = not self._unreadable, self._unreadable + count
+        reason = f"such as {sample}; prompt {template.name!r} wants {wanted(template)}"
+        if not self._readable and self._unreadable >= PROBE:
+            raise UserError(
+                f"{name}: model {self.settings.model!r} was asked about {self._unreadable} items, and none of its "
+                f"replies can be read, {reason}; choose another prompt or model. The replies are kept in "
+                f"{self.chat.cache.path}: delete it where the server was at fault"
+            )
+        if first and is_process_zero():
+            logging.warning(
+                "%s: the replies of model %r about %d of %d items cannot be read, also when asked again, %s; these "
+                "have no verdict, and the report counts them",
+                name,
+                self.settings.model,
+                count,
+                items,
+                reason,
+            )
 
     def again(self) -> "ChatBackend":
         """The same model, asked anew: none of its answers is one that this backend got."""
-        return ChatBackend(self.settings, self.chat, self.seed + PARSE_RETRIES + 1)
+        other = ChatBackend(self.settings, self.chat, self.seed + PARSE_RETRIES + 1)
+        other._readable = self._readable
+        return other
 
     def report(self) -> dict[str, Any]:
         """The name of the model, its requests, and what they cost."""
@@ -316,25 +359,52 @@ class LanguageModelJudge(_Asking):
         super().__init__(settings, sentences, backend, "criterion")
         self.order_invariant = settings.orders == 1
         self.consistent_only = (settings.inconsistent or self.template.inconsistent) == "none"
-        self.columns = columns
+        self.columns, self.label = columns, "judge"
         self.people: Sequence[str] = ()
 
     def __call__(
         self, prompts: Sequence[Prompt], first: Sequence[str], second: Sequence[str], criterion: str
     ) -> Float[np.ndarray, " N"]:
-        text, people = self.text_of(criterion), self.people or [self.person] * len(prompts)
-        verdicts = np.zeros(len(prompts))
         rows = [i for i in range(len(prompts)) if first[i] != second[i]]
         turned = [self.order_invariant and _turned(prompts[i], first[i], second[i]) for i in rows]
-        items = []
-        for i, turn in zip(rows, turned, strict=True):
-            shown = (second[i], first[i]) if turn else (first[i], second[i])
-            item = dict(zip(("prompt", "first", "second"), (dialogue(prompts[i]), *shown), strict=True))
-            items.append({**item, "criterion": text, "person": people[i]})
-        records = self.columns(prompts).select(rows) if self.template.columns else NO_COLUMNS
-        found = np.array(self.ask(f"judge: {criterion}", items, records.columns))
+        found = self._ask_pairs(prompts, first, second, criterion, list(zip(rows, turned, strict=True)))
+        verdicts = np.zeros(len(prompts))
         verdicts[rows] = np.where(turned, -found, found)
         return verdicts
+
+    def in_orders(
+        self, prompts: Sequence[Prompt], a: Sequence[str], b: Sequence[str], criterion: str
+    ) -> Float[np.ndarray, "2 N"]:
+        """The verdicts of (a, b) and of (b, a), each from the side of the first, of a judge that asks in both orders.
+        Both are asked at the same time.
+        """
+        rows = [i for i in range(len(prompts)) if a[i] != b[i]]
+        asked = [(i, turn) for turn in (False, True) for i in rows]
+        verdicts = np.zeros((2, len(prompts)))
+        verdicts[:, rows] = self._ask_pairs(prompts, a, b, criterion, asked).reshape(2, len(rows))
+        return verdicts
+
+    def _ask_pairs(
+        self,
+        prompts: Sequence[Prompt],
+        first: Sequence[str],
+        second: Sequence[str],
+        criterion: str,
+        asked: Sequence[tuple[int, bool]],
+    ) -> Float[np.ndarray, " M"]:
+        """Verdicts from the side of the answer that is shown first.
+
+        Args:
+          asked: M (number of a pair, whether its second answer is shown first).
+        """
+        text, people = self.text_of(criterion), self.people or [self.person] * len(prompts)
+        items = []
+        for i, turn in asked:
+            sides = {"first": second[i], "second": first[i]} if turn else {"first": first[i], "second": second[i]}
+            items.append({"prompt": dialogue(prompts[i]), **sides, "criterion": text, "person": people[i]})
+        rows = [i for i, _ in asked]
+        records = self.columns(prompts).select(rows) if self.template.columns else NO_COLUMNS
+        return np.array(self.ask(": ".join(filter(None, (self.label, criterion))), items, records.columns), np.float64)
 
     def planned_requests(self, comparisons: int) -> Planned:
         """What is sent at most about so many comparisons, each in all its orders."""
@@ -362,7 +432,7 @@ class LanguageModelJudge(_Asking):
         if not isinstance(self.backend, ChatBackend):
             return None
         other = copy.copy(self)
-        other.backend, other.asked, other.failures = self.backend.again(), 0, 0
+        other.backend, other.asked, other.failures, other.label = self.backend.again(), 0, 0, "judge, asked twice"
         return other
 
     def report(self) -> dict[str, Any]:

@@ -192,6 +192,25 @@ def read_rating(template: Template, reply: Json) -> float:
     return number if template.low <= number <= template.high else math.nan
 
 
+def wanted(template: Template) -> str:
+    """What a reply has to be, for messages."""
+    numbers = f"a number from {template.low} to {template.high}"
+    one = f"one of {', '.join(template.labels)}" if template.kind == "pair" else numbers
+    forms = {
+        "letter": f"{one} and nothing else",
+        "json": f'an object {{"reason": text, "verdict": {one}}}',
+        "text": f"text whose last line is Verdict: and {one}",
+    }
+    return forms[template.answer]
+
+
+def text_of_reply(template: Template, reply: Json) -> str:
+    """The text of a reply as messages show it: its start, and whether its end is missing."""
+    choice = _choice(reply)
+    cut = template.answer != "letter" and choice.get("finish_reason") == "length"
+    return shown(_text(choice)) + (" (cut off at max_tokens)" if cut else "")
+
+
 def _told(template: Template, reply: Json) -> tuple[dict[str, float] | None, Any]:
     """What a reply holds: (probabilities of the labels, None) where there are any, else (None, its verdict)."""
     choice = _choice(reply)

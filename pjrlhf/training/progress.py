@@ -28,6 +28,11 @@ def _clock(seconds: float) -> str:
     return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
 
 
+def _number(value: float) -> str:
+    """Four digits; a whole number has all of its own, such as 24,240."""
+    return f"{value:,.0f}" if 1e4 <= abs(value) < 1e9 and value == round(value) else f"{value:.4g}"
+
+
 class progress:
     """Shows stage, steps, time left and the metrics named in `keys` on stderr, from process 0.
 
@@ -92,7 +97,8 @@ class progress:
             return
         # The first step includes compilation, so speed is measured from its end.
         self._first = self._first or (step, time.monotonic())
-        self._step, self._note = step, "  ".join(f"{key} {metrics[key]:.4g}" for key in self.keys if key in metrics)
+        shown = (f"{key} {_number(metrics[key])}" for key in self.keys if key in metrics)
+        self._step, self._note = step, "  ".join(shown)
         self.show(step >= self.total)
 
     def show(self, last: bool = False) -> None:

@@ -1,8 +1,10 @@
 """The client of OpenAI-compatible servers: what it sends again, under which names, and when it gives up."""
 
+import dataclasses
 import datetime
 import email.utils
 import re
+import threading
 import time
 
 import pytest
@@ -10,7 +12,7 @@ from support.chat_server import ChatServer
 
 from pjrlhf.errors import UserError
 from pjrlhf.judges.chat import Chat, ChatSettings
-from pjrlhf.judges.client import Waits
+from pjrlhf.judges.client import Away, Waits
 from pjrlhf.judges.judge import JudgeContext, ScoreJudge, judge_from
 from pjrlhf.rewards.sources import NoReply
 
@@ -163,13 +165,56 @@ def test_a_server_that_goes_down_in_the_middle(tmp_path):
     server = ChatServer(lambda body: "Hello", ["", "", "reset", "reset"])
     with server.running() as url:
         with pytest.raises(NoReply) as error:
-            ask(chat(url, tmp_path, concurrency=1, retries=1), 1, 2, 3)
+            ask(chat(url, tmp_path, concurrency=1, retries=1, patience=0.0), 1, 2, 3)
         end = f"check base_url; 2 replies are kept, and the same command goes on from {tmp_path / 'chat.jsonl'}"
         assert str(error.value).startswith(f"model 'm' at {url}/: cannot be reached (") and str(error.value).endswith(
             end
         )
         ask(chat(url, tmp_path), 1, 2, 3)
     assert len(server.bodies) == 3
+
+
+@pytest.mark.parametrize("fault", ["reset", 503])
+def test_a_server_that_starts_again_is_waited_for(tmp_path, monkeypatch, caplog, fault):
+    """Longer than the retries last, and it is told once for all that wait."""
+    monkeypatch.setattr("pjrlhf.judges.chat.PAUSE", 0.01)
+    server = ChatServer(lambda body: "Hello", ["", *[fault] * 9])
+    with server.running() as url:
+        asked = chat(url, tmp_path, concurrency=3, retries=0)
+        ask(asked, 1)
+        ask(asked, 2, 3, 4)
+    told = [line for line in caplog.messages if "it has answered before, so it is waited for, 600 s at most" in line]
+    assert len(server.bodies) == 4 and len(told) == 1 and told[0].startswith("model 'm' at")
+
+
+def test_a_request_that_a_server_fails_at_is_not_waited_for(tmp_path, monkeypatch):
+    monkeypatch.setattr("pjrlhf.judges.chat.PAUSE", 86400.0)
+    with ChatServer(lambda body: "Hello", ["", 500]).running() as url:
+        asked = chat(url, tmp_path, retries=0, patience=86400.0)
+        ask(asked, 1)
+        with pytest.raises(NoReply, match="answers 500"):
+            ask(asked, 2)
+
+
+def test_a_wait_for_a_server_ends_with_its_patience_or_the_run(tmp_path, monkeypatch):
+    monkeypatch.setattr("pjrlhf.judges.chat.PAUSE", 0.01)
+    settings, replies = ChatSettings(model="m", patience=0.05), iter([{"n": 1}])
+
+    def send(body):
+        found = next(replies, None)
+        if found is None:
+            raise Away("gone")
+        return found
+
+    asked, ended = Chat(settings, tmp_path / "c.jsonl", send), threading.Event()
+    asked("first", [{"n": 1}])
+    with pytest.raises(NoReply, match="gone; 1 replies are kept"):
+        asked("second", [{"n": 2}])
+    asked.settings = dataclasses.replace(settings, patience=86400.0)
+    monkeypatch.setattr("pjrlhf.judges.chat.PAUSE", 86400.0)
+    threading.Timer(0.05, ended.set).start()  # an interrupt
+    with pytest.raises(NoReply, match="gone"):
+        asked._reply({"n": 2}, ended)
 
 
 def test_a_server_that_ignores_what_it_is_asked(tmp_path):

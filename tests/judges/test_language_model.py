@@ -21,7 +21,7 @@ from pjrlhf.feedback.samplers import answer_of
 from pjrlhf.judges import chat, language_model
 from pjrlhf.judges.chat import Cache, Chat, ChatSettings
 from pjrlhf.judges.judge import BothOrders, JudgeContext, ScoreJudge, judge_from
-from pjrlhf.judges.language_model import JudgeSettings, LanguageModelJudge
+from pjrlhf.judges.language_model import PARSE_RETRIES, PROBE, JudgeSettings, LanguageModelJudge
 from pjrlhf.judges.templates import FOLDER, read_pair, read_rating, read_template
 
 pytest.importorskip("openai")
@@ -143,6 +143,43 @@ def test_replies_that_cannot_be_read_are_asked_again_and_then_counted(tmp_path):
         assert (asked.asked, asked.failures, len(server.bodies)) == (12, 1, 12 + 1 + 2)
         # The failures are kept too.
         np.testing.assert_array_equal(judge(url, tmp_path, replay=True)(PROMPTS, A, B, "long"), wanted)
+
+
+def test_a_judge_whose_replies_cannot_be_read_is_asked_about_a_few_items_only(tmp_path, caplog):
+    """Also where these are spread over calls; a reply is shown, and what the prompt wants."""
+    many = [f"request {i}" for i in range(200)]
+    pattern = r"judge: long: model 'm' was asked about \d+ items, and none of its replies can be read, such as "
+    pattern += r"'Answer: B'; prompt 'criterion' wants one of A, B, T and nothing else; choose another .*judge\.jsonl"
+    for i, parts in enumerate(([many], [many[:5], many[5:6], many[6:]])):
+        server = ChatServer(lambda body: "Answer: B")
+        with server.running() as url, pytest.raises(UserError, match=pattern):
+            asked = judge(url, tmp_path / str(i))
+            for part in parts:
+                asked(part, ["xx"] * len(part), ["y"] * len(part), "long")
+        assert len(server.bodies) < 2 * PROBE * (1 + PARSE_RETRIES)
+    assert "about 5 of 5 items cannot be read, also when asked again, such as 'Answer: B'" in caplog.text
+
+
+def test_a_judge_is_asked_in_both_orders_at_the_same_time(tmp_path, monkeypatch):
+    """So that the progress of a criterion is one; each pass has a name of its own."""
+    passes = []
+    send = Chat._send_all
+
+    def spy(self, name, missing):
+        passes.append((name, len(missing)))
+        send(self, name, missing)
+
+    monkeypatch.setattr(Chat, "_send_all", spy)
+    with ChatServer(lambda body: "?" if "request 9" in str(body) else longer(body)).running() as url:
+        both = BothOrders(judge(url, tmp_path))
+        found = both(PROMPTS, A, B, "long")
+        both.again()(PROMPTS[:2], A[:2], B[:2], "long")
+    again = "judge: long (again: unreadable replies)"
+    first, rest = ("judge: long", PROBE), ("judge: long", 2 * len(PROMPTS) - PROBE)
+    assert passes == [first, rest, (again, 2), (again, 2), ("judge, asked twice: long", 4)]
+    assert np.isnan(found).tolist() == [i == 9 for i in range(len(PROMPTS))]
+    known = ~np.isnan(found)
+    assert found[known].tolist() == want(A, B)[known].tolist()
 
 
 @pytest.mark.parametrize("prompt", sorted(file.stem for file in FOLDER.glob("*.toml")))
@@ -450,7 +487,7 @@ def test_judges_that_share_a_file_share_its_budget_and_replies(tmp_path):
     assert judge(url, tmp_path, replay=True).backend.chat.usage.requests == 20
 
 
-def test_the_progress_tells_requests_cost_and_failures(tmp_path, monkeypatch):
+def test_the_progress_tells_requests_cost_and_unreadable_replies(tmp_path, monkeypatch):
     shown = []
 
     class Bar(contextlib.nullcontext):
@@ -465,7 +502,7 @@ def test_the_progress_tells_requests_cost_and_failures(tmp_path, monkeypatch):
     with ChatServer(lambda body: "?" if "request 5" in str(body) else longer(body)).running() as url:
         judge(url, tmp_path, prices=(10.0, 100.0))(PROMPTS, A, B, "long")
         judge(url, tmp_path, prices=(10.0, 100.0))(PROMPTS, B, A, "long")
-    assert shown[-1].keys() == {"requests", "cost", "failures"}
+    assert shown[-1].keys() == {"requests", "cost", "unreadable"}
     assert max(one["requests"] for one in shown) == 2 * (12 + 2) and shown[-1]["cost"] == pytest.approx(0.056)
 
 

@@ -33,6 +33,12 @@ def test_plain_lines_where_stderr_is_no_terminal(capsys, clock):
     assert len(lines) == 16
 
 
+def test_whole_numbers_have_all_their_digits(capsys, clock):
+    with progress("judge", 2, ("requests", "cost", "loss"), every=10, patience=0.0) as bar:
+        bar.update(2, {"requests": 24240.0, "cost": 12.34567, "loss": 98765.4})
+    assert capsys.readouterr().err == "judge  2/2  requests 24,240  cost 12.35  loss 9.877e+04  0:00 so far\n"
+
+
 def test_a_short_pass_is_silent_and_a_long_one_is_not(capsys, clock):
     for seconds in (1.0, 1.5):
         with progress("rewards", 4) as bar:
