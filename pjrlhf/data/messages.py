@@ -80,6 +80,8 @@ def columns_of(prompt: Prompt) -> dict[str, Any]:
 
 # Roles of the turns that instruct the assistant and are no part of the exchange.
 SYSTEM = ("system", "developer")
+# Roles of the protocol of OpenAI; a chat template may name further ones.
+ROLES = (*SYSTEM, "user", "assistant", "tool", "function")
 # Keys of a message, besides its content, that are part of what it says.
 SAID = ("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking", "refusal", "images", "audio")
 # Arguments of `apply_chat_template` that this package sets, or that are no variables of a template. A template of a
@@ -242,6 +244,8 @@ def _message(message: Json, name: str) -> Message:
     elif content is None and any(found.get(key) for key in SAID):
         if "content" in message:
             found["content"] = None
+    elif content is None:
+        raise RecordError(f"{name} is not a conversation", "a message has no content")
     elif not isinstance(content, str):
         raise RecordError(f"{name} is not a conversation", f"the content of a message is a {type(content).__name__}")
     if message["role"] == "user" and not str(found.get("content") or "").strip():

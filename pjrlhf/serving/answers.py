@@ -5,7 +5,7 @@ import contextlib
 import re
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from typing import Any
 
 from absl import logging
@@ -13,7 +13,7 @@ from anyio import to_thread
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
-from pjrlhf.data.messages import Conversation, Message, read_messages, read_options, text_of
+from pjrlhf.data.messages import ROLES, SAID, Conversation, Message, read_messages, read_options, text_of
 from pjrlhf.data.records import RecordError
 from pjrlhf.errors import UserError
 from pjrlhf.serving import engine as engines
@@ -23,6 +23,7 @@ from pjrlhf.serving.engine import Closing, Piece, QueueFull, Ticket
 from pjrlhf.serving.protocol import Refused
 from pjrlhf.serving.responses import Call, ChatCompletion, TextCompletion
 from pjrlhf.serving.service import Endpoint, Service
+from pjrlhf.settings import shown
 from pjrlhf.terminal import visible
 
 USER_HEADER = "x-openwebui-user-id"
@@ -127,7 +128,9 @@ class Answers:
             if isinstance(prompt, str):
                 told = text_of(self._service.told(voice, prompt))
                 return tokenizer.encode_prompt(told), told
+            _check_contents(prompt.messages)
             messages = read_messages(prompt.messages, "messages")
+            _check_roles(messages, str(tokenizer.backend.chat_template))
             _check_tools(messages)
             options = read_options({"chat_template_kwargs": prompt.chat_template_kwargs})
             return tokenizer.encode_prompt(self._service.told(voice, Conversation(messages, options))), ""
@@ -205,6 +208,25 @@ class Answers:
                 yield event
         finally:
             self._leave(call)
+
+
+def _check_contents(messages: Sequence[Mapping[str, Any]]) -> None:
+    """Raises Refused for a message that says nothing."""
+    for i, message in enumerate(messages):
+        if message.get("role") is not None and all(message.get(key) is None for key in ("content", *SAID)):
+            raise Refused(
+                f"messages[{i}]: has no content; give it one: text, or a list of parts of type text", "messages"
+            )
+
+
+def _check_roles(messages: Sequence[Message], template: str) -> None:
+    """Raises Refused for a role that is neither of the protocol nor one that the chat template names."""
+    for i, message in enumerate(messages):
+        role = message["role"]
+        if role not in ROLES and not any(f"{quote}{role}{quote}" in template for quote in "'\""):
+            raise Refused(
+                f"messages[{i}]: {shown(role)} is no role of a message; choose from {', '.join(ROLES)}", "messages"
+            )
 
 
 def _check_tools(messages: Sequence[Message]) -> None:

@@ -11,13 +11,14 @@ from pydantic import ConfigDict, Field
 from pjrlhf.serving.catalogue import WEIGHT_LIMIT
 from pjrlhf.serving.penalties import BIASES
 from pjrlhf.serving.programs import TOP
-from pjrlhf.serving.protocol import UNSUPPORTED, WHOLE, Body, Ignored, Refused
+from pjrlhf.serving.protocol import MIX, UNSUPPORTED, WHOLE, Body, Ignored, Refused
 
 MAX_CHOICES = 128  # answers to one request
 MAX_STOPS = 16  # harnesses give more than the four of OpenAI's API
 COMPLETION_TOKENS = 16  # of /v1/completions where the request sets no limit, as OpenAI has it
 LARGEST = 2**31 - 1
 
+FORMS = {**MIX, "messages": 'give messages, such as [{"role": "user", "content": "what is rain ?"}]'}
 Weight = Annotated[float, Field(ge=-WEIGHT_LIMIT, le=WEIGHT_LIMIT)]
 TokenId = Annotated[str, Field(pattern=r"^(0|[1-9][0-9]{0,8})$")]
 Bias = Annotated[float, Field(ge=-100, le=100)]
@@ -51,6 +52,7 @@ class TextFormat(pydantic.BaseModel):
 
 
 class _Common(Body):
+    forms = MIX
     # Who answers
     model: str | None = Field(None, description="One of /v1/models, or `soup:NAME=WEIGHT,NAME=WEIGHT`.")
     mix: dict[str, Weight] | None = Field(None, description="Weights by name of ingredient, beside the base.")
@@ -162,6 +164,7 @@ class _Common(Body):
 class ChatBody(_Common):
     """A conversation to answer."""
 
+    forms = FORMS
     messages: list[dict[str, Any]] = Field(
         description="Each has a `role` and a `content`: text, or a list of parts of type text."
     )

@@ -5,6 +5,7 @@ A field that would change the answer and is not supported is refused rather than
 
 import difflib
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Annotated, Any, ClassVar, Self
 
 import pydantic
@@ -69,6 +70,10 @@ UNSUPPORTED = "unsupported"  # only values that ask for nothing are taken
 IGNORED = "ignored"  # any value is taken, because the field changes no answer
 
 
+# The way out of a soup that is no object, see `Body.forms`.
+MIX: Mapping[str, str] = MappingProxyType({"mix": 'give weights by name, such as {"P1A": 0.7, "P3A": 0.3}'})
+
+
 def _whole(value: Any) -> Any:
     return int(value) if type(value) is float and value.is_integer() else value
 
@@ -87,10 +92,12 @@ class Body(pydantic.BaseModel):
     Attributes:
       optional: a request without a body is one without fields.
       inside: names that belong into the items of a list -> that list.
+      forms: name -> how to give a field of another type, or one that is missing.
     """
 
     optional: ClassVar[bool] = False
     inside: ClassVar[Mapping[str, str]] = {}
+    forms: ClassVar[Mapping[str, str]] = {}
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False)
 
     @classmethod
@@ -141,11 +148,13 @@ class Body(pydantic.BaseModel):
         # Of a value that may have several types, errors of the types that it does not have say nothing.
         own = [one for one in own if not one["type"].endswith("_type")] or own
         reasons = dict.fromkeys(_reason(one["msg"]) for one in own)
-        return Refused(f"{_place(own[0]['loc'], given)}: {' or '.join(reasons)}; correct it", name)
+        way = cls.forms.get(name, "correct it") if all(one["loc"] == (name,) for one in own) else "correct it"
+        return Refused(f"{_place(own[0]['loc'], given)}: {' or '.join(reasons)}; {way}", name)
 
 
 def _reason(text: str) -> str:
     text = text.removeprefix("Input ").replace(" after validation", "").replace("Field required", "is missing")
+    text = text.replace("a valid dictionary", "an object").replace("a valid list", "a list")
     return text[:1].lower() + text[1:]
 
 

@@ -17,11 +17,14 @@ from support.serving import answering, send, served, start
 from support.tiny_serving import K
 
 from pjrlhf import cli
+from pjrlhf.data.messages import ROLES
 from pjrlhf.errors import UserError
 from pjrlhf.models.registry import UserRegistry
 from pjrlhf.models.users import UserModel
+from pjrlhf.serving.answers import _check_roles
 from pjrlhf.serving.bodies import ChatBody, CompletionBody
 from pjrlhf.serving.catalogue import Catalogue, People
+from pjrlhf.serving.protocol import Refused
 from pjrlhf.serving.running import _listen
 from pjrlhf.serving.settings import ServerSettings
 
@@ -419,7 +422,20 @@ def test_what_is_not_supported_is_refused_by_name(soups, name, value):
         ({"stop": ["a"] * 17}, "stop: list should have at most 16 items, not 17; correct it"),
         ({"stop": ["a", ""]}, "stop[1]: string should have at least 1 character; correct it"),
         ({"mix": {"P1A": "1"}}, "mix.P1A: should be a valid number; correct it"),
-        ({"messages": None}, "messages: is missing; correct it"),
+        ({"mix": "P1A=1"}, 'mix: should be an object; give weights by name, such as {"P1A": 0.7, "P3A": 0.3}'),
+        ({"messages": None}, 'messages: is missing; give messages, such as [{"role": "user", "content": '),
+        ({"messages": "hi"}, 'messages: should be a list; give messages, such as [{"role": "user", "content": '),
+        ({"messages": ["hi"]}, "messages[0]: should be an object; correct it"),
+        ({"messages": [*QUESTION, {"role": "user"}]}, "messages[1]: has no content; give it one: text, or a list of p"),
+        ({"messages": [{"role": "user", "content": None}]}, "messages[0]: has no content; give it one: text, or a li"),
+        (
+            {"messages": [{"role": "user", "content": 1}]},
+            "messages: is not a conversation (the content of a message is",
+        ),
+        (
+            {"messages": [*QUESTION, {"role": "robot", "content": "beep"}]},
+            "messages[1]: 'robot' is no role of a message; choose from system, developer, user, assistant, tool",
+        ),
         ({"messages": []}, "messages: empty; correct it"),
         ({"messages": [{"content": "a"}]}, "messages: is not a conversation (every message needs a role, as text); c"),
         ({"messages": [{"role": "user", "content": " "}]}, "messages: empty user message; correct it"),
@@ -433,6 +449,16 @@ def test_messages_name_the_thing_the_reason_and_the_way_out(soups, change, messa
     status, answer, _ = send(soups, {"model": "base", "messages": QUESTION} | change)
     assert status == 400 and answer["error"]["message"].startswith(message)
     assert answer["error"]["param"] == next(iter(change))
+
+
+def test_roles_of_the_protocol_and_of_the_chat_template_are_taken():
+    """Templates may have roles of their own, such as ipython and model."""
+    named = [{"role": role, "content": "a"} for role in ("ipython", "model")]
+    _check_roles(
+        [*named, *({"role": role, "content": "a"} for role in ROLES)], "{% if role == 'model' or \"ipython\" %}"
+    )
+    with pytest.raises(Refused, match=r"messages\[0\]: 'ipython' is no role of a message"):
+        _check_roles(named, "{{ messages }} ipython")
 
 
 def test_a_result_of_a_tool_needs_a_call_before_it(soups):

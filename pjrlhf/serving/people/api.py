@@ -18,7 +18,7 @@ from pjrlhf.serving.people.exchange import LIMIT, describe, exported, imported, 
 from pjrlhf.serving.people.members import Members
 from pjrlhf.serving.people.questions import Pair, ask_of, next_questions
 from pjrlhf.serving.people.store import Taken, Unknown, Unreachable
-from pjrlhf.serving.protocol import DIGITS, Body, Refused
+from pjrlhf.serving.protocol import DIGITS, MIX, Body, Refused
 from pjrlhf.serving.service import Endpoint, Service, unreachable
 from pjrlhf.types import Json
 
@@ -73,6 +73,7 @@ class Page(Body):
 class NewPerson(Body):
     """A new person: a name, and comparisons or stated weights to start from."""
 
+    forms = MIX
     id: str
     mix: dict[str, Any] | None = None
     comparisons: list[Any] | None = None
