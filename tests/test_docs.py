@@ -61,6 +61,18 @@ def load(path):
     return module
 
 
+CLONE = ("README.md", "docs/README.md", "docs/start/quickstart.md", "docs/performance.md", "docs/results/")
+
+
+@pages
+def test_commands_run_outside_a_clone(page):
+    """But for pages that start with one, and those of results, which tell how figures of the clone were made."""
+    name = page.relative_to(ROOT).as_posix()
+    if name.startswith("docs/") and not name.startswith(CLONE):
+        found = re.findall(r"--config=configs/|pjrlhf\.main --config=", page.read_text(encoding="utf-8"))
+        assert not found, "write pjrlhf train --config=NAME: the configs come with the package"
+
+
 @pages
 def test_commands_name_configs(page):
     for given in CONFIG.findall(page.read_text(encoding="utf-8")):
