@@ -204,7 +204,7 @@ def _generate(arguments: Sequence[str]) -> None:
             raise UserError("--user: these models know no people; leave it out, or name a user model with --entry")
         if given.user is not None:
             catalogue = _with_stored(catalogue)
-        voice = catalogue.voice(_named(catalogue, given.mix) if mix is None else None, mix, given.user)
+        voice = catalogue.voice(given.mix if mix is None else None, mix, given.user)
         if given.user is not None and not voice.known:
             who = "the generic user" if voice.personal else voice.model
             print(f"{visible(given.user)} is unknown: {who} answers", file=sys.stderr)
@@ -230,14 +230,18 @@ def _generate(arguments: Sequence[str]) -> None:
 
 
 def _users(arguments: Sequence[str]) -> None:
-    from pjrlhf.runtime.devices import compilation_cache
     from pjrlhf.serving.people.commands import parser_of, users
 
     given = parser_of().parse_args(arguments)
-    compilation_cache()
     flags = ("mix", "comparisons") if given.verb in ("add", "update") else ()
     with _one_line(*flags), _needs("serve"):
-        users(given)
+        users(given, _keep_programs)
+
+
+def _keep_programs() -> None:
+    from pjrlhf.runtime.devices import compilation_cache
+
+    compilation_cache()
 
 
 def _data(arguments: Sequence[str]) -> None:
@@ -391,15 +395,17 @@ def _add_soups(parser: argparse.ArgumentParser, use: str) -> None:
     )
 
 
-def _named(catalogue: "Catalogue", name: str | None) -> str | None:
-    """What --mix names in place of weights."""
+def _check_mix(names: Sequence[str], soups: Sequence[str], mix: str | None) -> None:
+    """What --mix names or weighs, before any weights are read."""
     from pjrlhf.errors import UserError
+    from pjrlhf.serving.catalogue import checked_mix, parse_mix
 
-    known = *catalogue.names, *catalogue.soups
-    if name is not None and name not in known:
+    known = *names, *soups
+    if mix is not None and "=" in mix:
+        checked_mix(parse_mix(mix), names)
+    elif mix is not None and mix not in known:
         hint = f"name one of {', '.join(known)}, or write NAME=WEIGHT,NAME=WEIGHT" if known else "leave it out"
-        raise UserError(f"mix: {name!r} is no ingredient and no soup of --soups; {hint}")
-    return name
+        raise UserError(f"mix: {mix!r} is no ingredient and no soup of --soups; {hint}")
 
 
 def _source(parser: argparse.ArgumentParser, given: argparse.Namespace, mesh: str = "") -> "Catalogue":
@@ -415,16 +421,26 @@ def _source(parser: argparse.ArgumentParser, given: argparse.Namespace, mesh: st
     from pjrlhf.settings import check_names
 
     check_names("--ingredients", ingredients)
-    from pjrlhf.runtime.devices import compilation_cache
-    from pjrlhf.serving.opening import open_folders, open_run, parse_mesh
-
-    compilation_cache()
-    devices = parse_mesh(mesh)
     soups = {}
     if getattr(given, "soups", None):
         from pjrlhf.serving.soups import read_soups
 
         soups = read_soups(given.soups)
+    names: Sequence[str] | None = tuple(ingredients)
+    if given.model is None:
+        from pjrlhf.serving.people.trained import entry_of
+
+        names = entry_of(str(given.run), given.entry).names
+    if names is not None:
+        from pjrlhf.serving.catalogue import check_soups
+
+        check_soups(soups, names)
+        _check_mix(names, tuple(soups), getattr(given, "mix", None))
+    from pjrlhf.runtime.devices import compilation_cache
+    from pjrlhf.serving.opening import open_folders, open_run, parse_mesh
+
+    compilation_cache()
+    devices = parse_mesh(mesh)
     if given.model is not None:
         dtype, quantize = given.dtype or "float32", given.quantize or ""
         found = open_folders(given.model, ingredients, dtype, quantize, devices)

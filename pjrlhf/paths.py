@@ -149,15 +149,16 @@ def bucket_errors(path: str | os.PathLike) -> Iterator[None]:
 
 
 def install(extra: str) -> str:
-    """The command that installs the packages of an extra of this package, which need not be on a package index."""
+    """The command that installs the packages of an extra of this package. pip takes the package itself as it is
+    installed, so that it need not be on a package index.
+    """
     try:
-        found = importlib.metadata.requires("pjrlhf") or []
+        known = importlib.metadata.metadata("pjrlhf").get_all("Provides-Extra") or []
     except importlib.metadata.PackageNotFoundError:  # a clone that is not installed
+        known = []
+    if extra not in known:  # or the clone has changed since it was installed
         return f"pip install '.[{extra}]' in the folder of the clone"
-    names = [one.partition(";")[0].strip() for one in found if one.replace("'", '"').endswith(f'extra == "{extra}"')]
-    if not names:  # the clone has changed since it was installed
-        return f"pip install '.[{extra}]' in the folder of the clone"
-    return "pip install " + " ".join(f"'{name}'" for name in names)
+    return f"pip install 'pjrlhf[{extra}]'"
 
 
 @contextlib.contextmanager

@@ -64,6 +64,11 @@ class Arguments(argparse.ArgumentParser):
 
     def __init__(self, *arguments: Any, **options: Any):
         super().__init__(*arguments, **{"allow_abbrev": False, **options})
+        self._given: list[str] = []
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        self._given = list(sys.argv[1:] if args is None else args)
+        return super().parse_known_args(args, namespace)
 
     def error(self, message: str) -> NoReturn:
         print_error(f"{message}; {self._way_out(message)}")
@@ -78,9 +83,21 @@ class Arguments(argparse.ArgumentParser):
                 near = difflib.get_close_matches(found[1], flags, 1)
             elif "--run" in flags:
                 near = [f"--run {found[1]}"]
+        elif found := re.match(r"the following arguments are required: (.*)", message):
+            near = self._meant(found[1].split(", "))
         elif found := re.search(r"invalid choice: '(.*?)' ", message):
             near = difflib.get_close_matches(found[1], re.findall(r"\w+", message.partition("choose from")[2]), 1)
         return f"did you mean {near[0]}?" if near else f"{self.prog} --help says what there is"
+
+    def _meant(self, required: list[str]) -> list[str]:
+        """What was given in place of a required flag: one that is mistyped, or its value alone."""
+        flags = [one.partition("=")[0] for one in self._given if one.startswith("-")]
+        for flag in flags:
+            if flag not in self._option_string_actions and (near := difflib.get_close_matches(flag, required, 1)):
+                return near
+        if flags or "--run" not in required:
+            return []
+        return [f"--run {word}" for word in self._given[len(self._get_positional_actions()) :][:1]]
 
     def _parsers(self) -> Iterator[argparse.ArgumentParser]:
         """The parser and those of its verbs."""

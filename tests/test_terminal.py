@@ -10,7 +10,7 @@ import sys
 import pytest
 import rich.console
 
-from pjrlhf import terminal
+from pjrlhf import cli, terminal
 from pjrlhf.evaluation.formats import print_table, terminal_console
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -23,6 +23,27 @@ def test_control_characters_are_shown_and_all_other_text_stays():
     for text in ("plain", "é 你好 🏳️\u200d🌈", "$x_1$ <b> & [bold]"):
         assert terminal.visible(text) == text
     assert terminal.visible("a\nb\tc", keep="\n\t") == "a\nb\tc" and terminal.visible("a\nb") == r"a\nb"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "meant"),
+    [
+        ("users list RUN --rum", "--run"),
+        ("users show ana --rum=RUN", "--run"),
+        ("users list RUN", "--run RUN"),
+        ("users show ana RUN", "--run RUN"),
+        ("users list --run RUN --entri x", "--entry"),
+        ("merge A B --weihgts 1 2 --output x", "--weights"),
+        ("report --rum RUN", ""),
+        ("users show ana", ""),
+    ],
+)
+def test_a_mistyped_flag_gets_the_one_that_was_meant(arguments, meant, capsys):
+    """Also one that is required, of which the parser says only that it is missing."""
+    with pytest.raises(SystemExit):
+        cli.main(arguments.split())
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.endswith(f"did you mean {meant}?" if meant else "--help says what there is"), line
 
 
 SECRETS = {

@@ -229,12 +229,7 @@ class Catalogue:
 
     def __post_init__(self):
         check_names("ingredients", self.names)
-        check_names("soups", self.soups, dict.fromkeys(self.names, "an ingredient"))
-        for name, mix in self.soups.items():
-            try:
-                self._checked(mix)
-            except UserError as problem:
-                raise UserError(f"soups: {name}: {problem}") from problem
+        check_soups(self.soups, self.names)
 
     @property
     def user_tokens(self) -> int:
@@ -280,7 +275,7 @@ class Catalogue:
         if name.startswith(SOUP):
             if mix is not None:
                 raise UserError("mix: the model names a soup already; give one of the two")
-            weights = self._checked(parse_mix(name.removeprefix(SOUP)))
+            weights = checked_mix(parse_mix(name.removeprefix(SOUP)), self.names)
         elif name not in self.models:
             raise UnknownModel(f"model {name!r}: is not served here; choose one of {', '.join(self.models)}")
         elif mix is not None:
@@ -288,7 +283,7 @@ class Catalogue:
                 raise UserError(f"mix: the model {name} is a soup already; give the mix with model {BASE}")
             if name in self.names and not self.user_tokens:
                 raise UserError(f"mix: the model {name} is one adapter already; give the mix with model {BASE}")
-            weights = self._checked(mix)
+            weights = checked_mix(mix, self.names)
         else:
             weights = {name: 1.0} if name in self.names else dict(self.soups.get(name, {}))
         tokens = None
@@ -322,17 +317,38 @@ class Catalogue:
         """A question of the command line as a prompt."""
         return [{"role": "user", "content": text}] if self.chat else text
 
-    def _checked(self, mix: Mapping[str, float]) -> dict[str, float]:
-        for name, weight in mix.items():
-            if name not in self.names:
-                close = difflib.get_close_matches(name, self.names, 1)
-                hint = f"did you mean {close[0]}?" if close else f"choose from {', '.join(self.names)}"
-                if not self.names:
-                    hint = "only the base is served; leave the mix out"
-                raise UnknownIngredient(f"mix: {name!r} is no ingredient; {hint}")
-            if not math.isfinite(weight) or abs(weight) > WEIGHT_LIMIT:
-                raise UserError(f"mix: the weight {weight!r} of {name} is not between -100 and 100; correct it")
-        return dict(mix)
+
+def check_soups(soups: Mapping[str, Mapping[str, float]], names: Sequence[str]) -> None:
+    """Checks soups with names of their own, see `Catalogue`.
+
+    Raises:
+      UserError: a name that cannot be one, or a soup that cannot be made of the adapters called `names`.
+    """
+    check_names("soups", soups, dict.fromkeys(names, "an ingredient"))
+    for name, mix in soups.items():
+        try:
+            checked_mix(mix, names)
+        except UserError as problem:
+            raise UserError(f"soups: {name}: {problem}") from problem
+
+
+def checked_mix(mix: Mapping[str, float], names: Sequence[str]) -> dict[str, float]:
+    """A copy of the weights of a soup of the adapters called `names`.
+
+    Raises:
+      UnknownIngredient: a name that is none of them.
+      UserError: a weight that is out of range.
+    """
+    for name, weight in mix.items():
+        if name not in names:
+            close = difflib.get_close_matches(name, names, 1)
+            hint = f"did you mean {close[0]}?" if close else f"choose from {', '.join(names)}"
+            if not names:
+                hint = "only the base is served; leave the mix out"
+            raise UnknownIngredient(f"mix: {name!r} is no ingredient; {hint}")
+        if not math.isfinite(weight) or abs(weight) > WEIGHT_LIMIT:
+            raise UserError(f"mix: the weight {weight!r} of {name} is not between -100 and 100; correct it")
+    return dict(mix)
 
 
 def parse_mix(text: str) -> dict[str, float]:

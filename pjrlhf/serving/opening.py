@@ -26,12 +26,11 @@ from pjrlhf.models.registry import UserRegistry
 from pjrlhf.models.storage import load_tree
 from pjrlhf.models.users import UserModel
 from pjrlhf.parallel.mesh import make_mesh, shard_params
-from pjrlhf.paths import local
 from pjrlhf.rollout.preference import PreferenceConfig
 from pjrlhf.serving.catalogue import Catalogue, People, Reads
 from pjrlhf.serving.people.fit import Learning
 from pjrlhf.serving.people.rewards import LONG, Rewarded, lengths_of, open_scorer
-from pjrlhf.serving.people.trained import entries_of
+from pjrlhf.serving.people.trained import entry_of
 from pjrlhf.serving.run_notes import read_notes
 from pjrlhf.settings import parse
 from pjrlhf.types import Params
@@ -64,31 +63,10 @@ def open_run(run: str, entry: str | None = None, mesh: Mesh | None = None) -> Ca
     Raises:
       UserError: no run, nothing of that name or nothing that can answer in it, or damaged files.
     """
-    folder = local(run)
-    if not (folder / "config.json").is_file():
-        raise UserError(f"{folder}: no config.json; name the run directory of a run that has trained policies")
-    config = read_json(folder / "config.json")
-    if "stages" not in config:
-        raise UserError(f"{folder}: is no run directory; serve a model in Hugging Face layout with --model")
-    banks, people = entries_of(folder)
-    if not banks and not people:
-        raise UserError(
-            f"{folder}: has nothing to serve yet; run its stages policy, methods, preference or user_models first"
-        )
-    if entry is None:
-        entry = "policy" if "policy" in banks else next(iter(banks)) if len(banks) == 1 else None
-        if entry is None and not banks and len(people) == 1:
-            entry = next(iter(people))
-    if entry not in (*banks, *people):
-        found = ", ".join((*banks, *people))
-        reason = "has several user models or methods" if entry is None else f"has no {entry!r}"
-        raise UserError(f"{folder}: {reason}; name one with --entry: {found}")
-    notes = read_notes(config)
-    if entry in banks:
-        return dataclasses.replace(_policies(folder, banks[entry], config, mesh), notes=notes)
-    if people[entry].parts[-3] == "user_models":
-        return dataclasses.replace(_rewarded(folder, people[entry], config, mesh), notes=notes)
-    return dataclasses.replace(_person(folder, people[entry], config, mesh), notes=notes)
+    found = entry_of(run, entry)
+    folder, config = found.run, found.config
+    opened = _policies if found.is_bank else _rewarded if found.is_reward else _person
+    return dataclasses.replace(opened(folder, found.file, config, mesh), notes=read_notes(config))
 
 
 def _policies(folder: pathlib.Path, path: pathlib.Path, config: Mapping[str, Any], mesh: Mesh | None) -> Catalogue:

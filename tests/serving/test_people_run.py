@@ -4,6 +4,7 @@ import json
 import pathlib
 import re
 import shutil
+import sys
 import time
 
 import jax
@@ -232,6 +233,64 @@ def test_mistakes_of_the_commands_get_one_line(people, tmp_path, capsys, argumen
     for verb in (["list"], ["remove", "user00"]):
         found = users(capsys, *verb, "--run", str(people), "--entry", "individualised", *store, code=2)
         assert found.startswith("error: --entry 'individualised': ") and "individualized" in found
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["users", "show", "nobody"], "user 'nobody': is unknown; see pjrlhf users list --run"),
+        (["users", "export", "nobody"], "user 'nobody': is unknown; see pjrlhf users list --run"),
+        (["users", "update", "nobody", "--mix", "a=1"], "user 'nobody': is unknown; see pjrlhf users list --run"),
+        (["users", "add", "user00"], "user 'user00': the name is taken; add to it with pjrlhf users update"),
+        (["users", "add", "x", "--mix", "a"], "mix: 'a' is no soup; write NAME=WEIGHT"),
+        (["users", "add", "x", "--comparisons", "nowhere"], "nowhere: no such file; name a file of JSON lines"),
+        (["users", "import", "nowhere"], "nowhere: cannot be read"),
+        (
+            ["generate", "what is rain ?", "--mix", "cluster=1"],
+            "'cluster' is no ingredient; choose from individualized",
+        ),
+    ],
+)
+def test_names_are_checked_before_the_model_is_read(run, capsys, arguments, message):
+    for folder in (run / "sft", run / "base"):
+        shutil.rmtree(folder, ignore_errors=True)
+    where = ["--run", str(run), "--entry", "individualized"]
+    with pytest.raises(SystemExit):
+        cli.main([*arguments, *where])
+    assert message in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        cli.main(["users", "show", "user00", *where])
+    assert "user00" not in capsys.readouterr().err, "the model can be read: this test could not fail"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["generate", "hi", "--mix", "P9Z=1"], "error: --mix: 'P9Z' is no ingredient; choose from "),
+        (["generate", "hi", "--mix", "P9Z"], "error: --mix: 'P9Z' is no ingredient and no soup of --soups; name one"),
+        (["generate", "hi", "--soups", "calm=P9Z=1"], "error: --soups: calm: mix: 'P9Z' is no ingredient"),
+        (["serve", "--soups", "calm=P9Z=1"], "error: --soups: calm: mix: 'P9Z' is no ingredient"),
+        (["export", "--for=peft", "--output=OUT", "--mix=P9Z=1"], "error: --mix: 'P9Z' is no ingredient; choose from "),
+    ],
+)
+@pytest.mark.parametrize("source", ["run", "folders"])
+def test_ingredients_are_checked_before_the_model_is_read(copied, capsys, arguments, message, source):
+    for folder in (copied / "sft", copied / "base"):
+        shutil.rmtree(folder, ignore_errors=True)
+    folders = ["--model", "nowhere", "--ingredients", "P1A=nowhere"]
+    with pytest.raises(SystemExit):
+        cli.main([*arguments, *(folders if source == "folders" else ["--run", str(copied)])])
+    assert capsys.readouterr().err.startswith(message)
+
+
+def test_people_of_a_run_without_a_store_are_listed_without_a_database(run, capsys, monkeypatch):
+    """What needs the database names the extra that has it."""
+    monkeypatch.delitem(sys.modules, "pjrlhf.serving.people.store", raising=False)
+    monkeypatch.setitem(sys.modules, "sqlalchemy", None)
+    assert "user00: trained in the run, no comparisons since" in users(capsys, "list", "--run", str(run))
+    assert not (run / "people.sqlite").exists()
+    found = users(capsys, "remove", "user00", "--run", str(run), code=2)
+    assert found == "error: sqlalchemy: is not installed; pip install 'pjrlhf[serve]'\n"
 
 
 PAIR = {"prompt": "what is rain ?", "chosen": "it is wet .", "rejected": "yes ."}

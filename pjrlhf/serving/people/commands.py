@@ -4,6 +4,7 @@ import argparse
 import json
 import pathlib
 import sys
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from pjrlhf.errors import UserError
@@ -53,8 +54,11 @@ def parser_of() -> argparse.ArgumentParser:
     return parser
 
 
-def users(given: argparse.Namespace) -> None:
+def users(given: argparse.Namespace, ready: Callable[[], None]) -> None:
     """Does what the flags say.
+
+    Args:
+      ready: called before a model is read.
 
     Raises:
       UserError: no such run or person, or anything else that cannot be done.
@@ -64,12 +68,11 @@ def users(given: argparse.Namespace) -> None:
     elif given.verb == "remove":
         _remove(given)
     else:
-        _with_model(given)
+        _with_model(given, ready)
 
 
-def _store(given: argparse.Namespace) -> Any:
+def _run(given: argparse.Namespace) -> pathlib.Path:
     from pjrlhf.paths import local
-    from pjrlhf.serving.people.members import store_of
     from pjrlhf.serving.people.trained import entries_of
 
     run = local(given.run)
@@ -78,17 +81,22 @@ def _store(given: argparse.Namespace) -> Any:
     known = [name for some in entries_of(run) for name in some]
     if given.entry not in (None, *known):  # list and remove are about all entries
         raise UserError(f"--entry {shown(given.entry)}: {run} has {', '.join(known) or 'no entry'}; leave it out")
-    return run, store_of(run, given.people, MOST)
+    return run
 
 
 def _list(given: argparse.Namespace) -> None:
-    from pjrlhf.serving.people.store import key_of
+    from pjrlhf.serving.people.address import is_kept
     from pjrlhf.serving.people.trained import trained_people
     from pjrlhf.terminal import visible
 
-    run, store = _store(given)
-    gone, stored = store.forgotten(), {str(person.name): person for person in store.people()}
-    trained = {name for name in trained_people(run) if key_of(name) not in gone}
+    run, stored = _run(given), {}
+    trained = trained_people(run)
+    if is_kept(run, given.people):  # a run without a store needs no database
+        from pjrlhf.serving.people.store import key_of, store_of
+
+        store = store_of(run, given.people, MOST)
+        gone, stored = store.forgotten(), {str(person.name): person for person in store.people()}
+        trained = {name for name in trained if key_of(name) not in gone}
     for name in dict.fromkeys([*sorted(trained), *stored]):
         count = stored[name].comparisons if name in stored else 0
         gave = f"{count or 'no'} comparison{'s' * (count != 1)}"
@@ -101,17 +109,18 @@ def _list(given: argparse.Namespace) -> None:
 
 
 def _remove(given: argparse.Namespace) -> None:
-    from pjrlhf.serving.people.store import Unknown
+    from pjrlhf.serving.people.store import Unknown, store_of
     from pjrlhf.serving.people.trained import forget, left_in, trained_people
     from pjrlhf.terminal import visible
 
-    run, store = _store(given)
+    run = _run(given)
+    store = store_of(run, given.people, MOST)
     trained = given.name in trained_people(run)
     try:
         store.remove(given.name, trained)
     except Unknown:
         if not trained:  # one who was deleted over HTTP may still be in the files of another copy of the run
-            raise UserError(f"user {shown(given.name)}: is unknown; see pjrlhf users list --run {given.run}") from None
+            raise _unknown(given) from None
     for file in forget(run, given.name):
         print(f"rewritten: {visible(file)}")
     print(f"removed {visible(given.name)}")
@@ -119,7 +128,14 @@ def _remove(given: argparse.Namespace) -> None:
         print(visible(text), file=sys.stderr)
 
 
-def _with_model(given: argparse.Namespace) -> None:
+def _with_model(given: argparse.Namespace, ready: Callable[[], None]) -> None:
+    body = _read(given.file) if given.verb == "import" else {}
+    other: Any = given.name
+    name: Any = body.get("id") if other is None else other
+    _check_name(given, name)
+    learns = given.verb in ("add", "update")
+    comparisons = _comparisons(given.comparisons, given.name) if learns and given.comparisons is not None else None
+
     from pjrlhf.serving.catalogue import parse_mix
     from pjrlhf.serving.opening import open_run
     from pjrlhf.serving.people.exchange import describe, exported, imported
@@ -127,18 +143,18 @@ def _with_model(given: argparse.Namespace) -> None:
     from pjrlhf.serving.people.store import Taken, Unknown
     from pjrlhf.terminal import visible
 
+    mix = parse_mix(given.mix) if learns and given.mix is not None else None
+    if given.verb == "update" and comparisons is None and mix is None:
+        raise UserError("users update: nothing to update; give --comparisons or --mix")
+    ready()
     members = open_members(open_run(given.run, given.entry), given.people, MOST).people
     if not isinstance(members, Members):
         raise UserError(f"{given.run}: its model is the same for everybody; name one that knows people with --entry")
-    name: Any = given.name if given.verb != "import" else None
     try:
-        if given.verb in ("add", "update"):
-            comparisons = None if given.comparisons is None else _comparisons(given.comparisons, given.name)
-            mix = None if given.mix is None else parse_mix(given.mix)
-            if given.verb == "add":
-                members.add(given.name, comparisons, mix)
-            else:
-                _update(members, given.name, comparisons, mix)
+        if given.verb == "add":
+            members.add(given.name, comparisons, mix)
+        elif given.verb == "update":
+            _update(members, given.name, comparisons, mix)
         elif given.verb == "export":
             text = json.dumps(exported(members, given.name), indent=2)
             if given.output is None:
@@ -148,20 +164,41 @@ def _with_model(given: argparse.Namespace) -> None:
                 print(f"exported to {visible(given.output)}")
             return
         elif given.verb == "import":
-            body = _read(given.file)
-            name = body.get("id") if given.name is None else given.name
             imported(members, body, name)
         print(json.dumps(describe(members, str(name)), indent=2))
     except Unknown:
-        raise UserError(f"user {shown(given.name)}: is unknown; see pjrlhf users list --run {given.run}") from None
+        raise _unknown(given) from None
     except Taken:
-        way = "add to it with pjrlhf users update" if given.verb == "add" else "give another one with --name"
-        raise UserError(f"user {shown(name)}: the name is taken; {way}, or remove that person first") from None
+        raise _taken(given, name) from None
+
+
+def _unknown(given: argparse.Namespace) -> UserError:
+    return UserError(f"user {shown(given.name)}: is unknown; see pjrlhf users list --run {given.run}")
+
+
+def _taken(given: argparse.Namespace, name: object) -> UserError:
+    way = "add to it with pjrlhf users update" if given.verb == "add" else "give another one with --name"
+    return UserError(f"user {shown(name)}: the name is taken; {way}, or remove that person first")
+
+
+def _check_name(given: argparse.Namespace, name: object) -> None:
+    """Whether the person is there, or not, as the command wants it: the files tell before the model is read."""
+    from pjrlhf.serving.people.store import store_of
+    from pjrlhf.serving.people.trained import entry_of
+
+    found = entry_of(given.run, given.entry)
+    trained = found.people
+    if trained is None or not isinstance(name, str):
+        return  # what opens the model, or reads the export, says what is wrong
+    stored = store_of(found.run, given.people, MOST).version(name)
+    known = name in trained if stored is None else stored[1]
+    if known and given.verb in ("add", "import"):
+        raise _taken(given, name)
+    if not known and given.verb not in ("add", "import"):
+        raise _unknown(given)
 
 
 def _update(members: "Members", name: str, comparisons: Any, mix: Any) -> None:
-    if comparisons is None and mix is None:
-        raise UserError("users update: nothing to update; give --comparisons or --mix")
     if mix is not None:
         members.state(name, mix)
     if comparisons is not None:

@@ -17,12 +17,11 @@ from pjrlhf.data.records import RecordError
 from pjrlhf.data.schema import Example
 from pjrlhf.errors import UserError
 from pjrlhf.serving.catalogue import Catalogue, People
-from pjrlhf.serving.people.address import address
 from pjrlhf.serving.people.fit import Fitter, Row, as_example, as_json
 from pjrlhf.serving.people.reading import Reader
 from pjrlhf.serving.people.rewards import Scorer
 from pjrlhf.serving.people.rows import checked_name, is_name, packed
-from pjrlhf.serving.people.store import MEMORY, Store, Taken, unknown
+from pjrlhf.serving.people.store import Store, Taken, store_of, unknown
 from pjrlhf.serving.people.table import Output, Table
 from pjrlhf.serving.people.trained import forget, left_in, trained_people
 from pjrlhf.settings import shown
@@ -287,8 +286,3 @@ def open_members(catalogue: Catalogue, url: str = "", limit: int = 256) -> Catal
     if not isinstance(catalogue.people, People):
         return catalogue
     return dataclasses.replace(catalogue, people=Members(catalogue, store_of(catalogue.run, url, limit)))
-
-
-def store_of(run: pathlib.Path | None, url: str = "", limit: int = 256) -> Store:
-    """The store of a run, see `open_members`."""
-    return Store(address(run, url) or MEMORY, limit)

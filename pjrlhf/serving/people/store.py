@@ -27,6 +27,7 @@ from sqlalchemy.pool import StaticPool
 
 from pjrlhf.errors import UserError
 from pjrlhf.paths import expand, install
+from pjrlhf.serving.people.address import address
 from pjrlhf.settings import shown
 from pjrlhf.terminal import masked
 from pjrlhf.types import Json
@@ -413,6 +414,16 @@ class Store:
                     if not busy:
                         return
                     time.sleep(0.05)
+
+
+def store_of(run: pathlib.Path | None, url: str = "", limit: int = 256) -> Store:
+    """The store of a run, in memory where there is no run.
+
+    Args:
+      url: see `address`.
+      limit: see `Store`.
+    """
+    return Store(address(run, url) or MEMORY, limit)
 
 
 def _parsed(url: str) -> sa.URL:

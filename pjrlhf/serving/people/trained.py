@@ -1,17 +1,22 @@
-"""The people in the user models that a run has trained."""
+"""What of a run is served, and the people in the user models that it has trained."""
 
 import contextlib
+import dataclasses
 import fcntl
 import html
 import json
 import os
 import pathlib
 from collections.abc import Iterator
+from typing import Any
 
-from pjrlhf.models.folders import reading
+from pjrlhf.errors import UserError
+from pjrlhf.models.folders import read_json, reading
+from pjrlhf.models.hub import model_file
 from pjrlhf.models.registry import UserRegistry
 from pjrlhf.models.storage import load_tree, save_tree
-from pjrlhf.paths import disk_errors
+from pjrlhf.models.users import UserModel
+from pjrlhf.paths import disk_errors, local
 from pjrlhf.training.workdir import Workdir
 
 FILES = "preference/*/model.safetensors"
@@ -25,6 +30,79 @@ def entries_of(run: pathlib.Path) -> tuple[dict[str, pathlib.Path], dict[str, pa
         if path.parent.name not in (*banks, *people):
             people[path.parent.name] = path
     return banks, people
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """What of a run is served. Its names come from the notes of files: no array is read.
+
+    Attributes:
+      run: the run directory.
+      config: of the run.
+      file: of the bank or the user model.
+    """
+
+    run: pathlib.Path
+    config: dict[str, Any]
+    file: pathlib.Path
+
+    @property
+    def is_bank(self) -> bool:
+        """Whether it is a bank of policies."""
+        return self.file.stem == "bank"
+
+    @property
+    def is_reward(self) -> bool:
+        """Whether it is a reward model of people."""
+        return not self.is_bank and self.file.parent.parent.name == "user_models"
+
+    @property
+    def names(self) -> tuple[str, ...] | None:
+        """Of the adapters; None where the file does not tell."""
+        if self.is_reward:
+            return ()
+        note = _note(self.file)
+        if not self.is_bank:
+            if "user_model" not in note or not UserModel(**note["user_model"]).mixes:
+                return (self.file.parent.name,)
+            source = self.config["preference"]["bank"]
+            note = _note(model_file(self.run / "policy" if source == "policy" else source, "bank.safetensors"))
+        return tuple(note["adapters"]) if "adapters" in note else None
+
+    @property
+    def people(self) -> set[str] | None:
+        """Those who are trained; None where nobody can be known: one adapter, or full parameters."""
+        if self.is_bank:
+            return set() if len(self.names or ()) > 1 and _note(self.file).get("rank") else None
+        return set() if self.is_reward else set(_names(self.file))
+
+
+def entry_of(run: str, entry: str | None = None) -> Entry:
+    """What of a run is served, see `opening.open_run`.
+
+    Raises:
+      UserError: no run, or nothing of that name or nothing that can answer in it.
+    """
+    folder = local(run)
+    if not (folder / "config.json").is_file():
+        raise UserError(f"{folder}: no config.json; name the run directory of a run that has trained policies")
+    config = read_json(folder / "config.json")
+    if "stages" not in config:
+        raise UserError(f"{folder}: is no run directory; serve a model in Hugging Face layout with --model")
+    banks, people = entries_of(folder)
+    if not banks and not people:
+        raise UserError(
+            f"{folder}: has nothing to serve yet; run its stages policy, methods, preference or user_models first"
+        )
+    if entry is None:
+        entry = "policy" if "policy" in banks else next(iter(banks)) if len(banks) == 1 else None
+        if entry is None and not banks and len(people) == 1:
+            entry = next(iter(people))
+    if entry not in (*banks, *people):
+        found = ", ".join((*banks, *people))
+        reason = "has several user models or methods" if entry is None else f"has no {entry!r}"
+        raise UserError(f"{folder}: {reason}; name one with --entry: {found}")
+    return Entry(folder, config, banks[entry] if entry in banks else people[entry])
 
 
 def trained_people(run: pathlib.Path) -> set[str]:
@@ -53,12 +131,16 @@ def left_in(run: pathlib.Path, name: str) -> str:
     return text if files else ""
 
 
-def _names(file: pathlib.Path) -> list[str]:
+def _note(file: pathlib.Path) -> dict[str, Any]:
+    """The note of a file, see `models.storage`."""
     from safetensors import safe_open
 
     with reading(file), safe_open(file, framework="np") as opened:
-        note = json.loads((opened.metadata() or {}).get("note", "{}"))
-    return [name for name in note.get("users", []) if name is not None]
+        return json.loads((opened.metadata() or {}).get("note", "{}"))
+
+
+def _names(file: pathlib.Path) -> list[str]:
+    return [name for name in _note(file).get("users", []) if name is not None]
 
 
 def forget(run: pathlib.Path, name: str) -> list[pathlib.Path]:
