@@ -302,7 +302,7 @@ class Tokenizer:
         if unknown <= total / 100:
             return ""
         return (
-            f"the tokenizer does not know {100 * unknown / total:.1f} % of the tokens: a model reads each of them as "
+            f"the tokenizer does not know {100 * unknown / total:.1f} % of all tokens: a model reads each of them as "
             f"{self.decode([self.unk_id or 0], False)}; choose a model whose tokenizer knows the language of these "
             "records"
         )

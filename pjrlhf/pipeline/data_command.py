@@ -182,6 +182,22 @@ def show(given: argparse.Namespace, config: ConfigDict | None = None) -> None:
       UserError: the source cannot be read, none of its records can be used, or the tokenizer cannot be loaded.
     """
     wish = wish_of(given, config)
+    with _own_words(wish):
+        _show(given, wish)
+
+
+@contextlib.contextmanager
+def _own_words(wish: Wish) -> Iterator[None]:
+    """Settings of the source are KEY=VALUE here, and no flags of a run."""
+    try:
+        yield
+    except UserError as error:
+        flag = rf"--config\.{re.escape(wish.key)}\."
+        text = re.sub(rf"set {flag}path to one", "name one", str(error))
+        raise UserError(re.sub(rf"{flag}(?=\w)", "", text)) from error
+
+
+def _show(given: argparse.Namespace, wish: Wish) -> None:
     console = terminal_console()
     others = {" ".join(pairs): {**wish.spec, **_values(pairs)} for pairs in given.against}
     with _tokenizer(given.tokenizer, wish.settings) as tokenizer:
@@ -333,7 +349,9 @@ def print_lengths(
         long = f"{_percent(over, len(values))} above data.{key}={limit}" if over else ""
         strange = f"{unknown[name]:,} ({_percent(unknown[name], sum(values))})" if unknown[name] else ""
         rows.append([name, *_of(quantiles(values)), long, strange])
-    print_table(console, f"lengths in {unit}{drawn}", ["", *_QUANTILES, "too long", "unknown tokens"], rows)
+    print_table(
+        console, f"lengths in {unit}{drawn}", ["", *_QUANTILES, "too long", "unknown tokens (of the row)"], rows
+    )
     if tokenizer and (text := tokenizer.misfit(unknown.total(), sum(map(sum, lengths.values())))):
         console.print(rich.text.Text(visible(f"warning: {text}")), soft_wrap=True)
     print_table(

@@ -72,6 +72,22 @@ def test_a_file_names_its_kind(path, capsys):
         assert message in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["none.jsonl"], "none.jsonl: no such file or folder; name one that exists"),
+        (["jsonl", "path=none.jsonl"], "none.jsonl: no such file or folder; name one that exists"),
+        (["votes", "path=.", "votes=none.csv"], "none.csv: no such file or folder; set votes to one that exists"),
+        (["configs/pdpo.py:records", "preference.data", "path=none.jsonl"], "none.jsonl: no such file or folder; name"),
+    ],
+)
+def test_the_way_out_of_a_mistake_is_one_of_this_command(arguments, message, capsys):
+    with pytest.raises(SystemExit):
+        told(capsys, *arguments)
+    found = capsys.readouterr().err
+    assert message in found and "--config" not in found
+
+
 def test_what_another_source_shares(path, capsys):
     text = told(capsys, "jsonl", f"path={path}", "--against", f"path={path.with_name('test.jsonl')}", "--examples", 0)
     assert f"also in path={path.with_name('test.jsonl')} (2 records)" in text
@@ -94,7 +110,7 @@ def test_tokens_that_the_tokenizer_does_not_know(path, tokenizer, capsys):
     text = told(capsys, "jsonl", f"path={path}", "--tokenizer", tokenizer, "--examples", 0)
     assert "unknown tokens" in text and row_of(text, "chosen ") == "chosen 5 5 5 5 5 5 8 (20.0 %)"
     assert row_of(text, "prompt ") == "prompt 7 7 7 7 7 7"
-    assert f"{warning}5.9 % of the tokens: a model reads each of them as <unk>; choose a model whose" in text
+    assert f"{warning}5.9 % of all tokens: a model reads each of them as <unk>; choose a model whose" in text
     words = told(capsys, "jsonl", f"path={path}", "--examples", 0)
     assert "unknown tokens" not in words and warning not in words
 

@@ -122,7 +122,7 @@ def test_records_that_the_tokenizer_does_not_know_are_warned_of_once(tmp_path, b
             run.text.tokenized(examples, run.text.lengths, name, "completion")
     assert caplog.text.count("the tokenizer does not know") == 1
     assert re.search(
-        r"strange: the tokenizer does not know [\d.]+ % of the tokens: a model reads .* <unk>", caplog.text
+        r"strange: the tokenizer does not know [\d.]+ % of all tokens: a model reads .* <unk>", caplog.text
     )
 
 
