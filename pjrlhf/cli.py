@@ -168,8 +168,10 @@ def _serve(arguments: Sequence[str]) -> None:
         with _needs("serve"):
             from pjrlhf.serving.running import serve
         from pjrlhf.feedback.served import with_teller
+        from pjrlhf.main import leave_now
 
         serve(with_teller(_source(parser, given, given.mesh)), server, engine)
+        leave_now(0)  # a normal end waits for programs that are compiled in the background, which nobody uses any more
 
 
 def _generate(arguments: Sequence[str]) -> None:

@@ -263,7 +263,7 @@ def leave(code: int) -> None:
     """
     others = (thread for thread in threading.enumerate() if thread is not threading.main_thread())
     if is_distributed() or any(not thread.daemon for thread in others):
-        _leave_now(code)
+        leave_now(code)
     sys.exit(code)
 
 
@@ -273,7 +273,7 @@ def is_distributed() -> bool:
     return bool(jax and jax.distributed.is_initialized())
 
 
-def _leave_now(code: int) -> NoReturn:
+def leave_now(code: int) -> NoReturn:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
@@ -289,7 +289,7 @@ def interruptible(advice: str = "") -> Iterator[None]:
 
     def end() -> NoReturn:
         print(f"{stopped_by(received[0])}{advice}", file=sys.stderr)
-        _leave_now(128 + received[0])
+        leave_now(128 + received[0])
 
     if threading.current_thread() is not threading.main_thread():
         yield

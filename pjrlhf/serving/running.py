@@ -84,6 +84,7 @@ class _Process(uvicorn.Server):
         if sig == signal.SIGTERM and self._engine.state == "ok":
             self._until = time.monotonic() + (self.config.timeout_graceful_shutdown or 0)
             self._engine.drain()
+            print("stopping: answers that have begun are finished first", file=sys.stderr, flush=True)
         else:
             super().handle_exit(sig, frame)
 

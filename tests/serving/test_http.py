@@ -617,6 +617,7 @@ def test_sigterm_drains(tmp_path):
         assert process.wait(60) == 0
         log = process.stdout.read()
         assert "POST /v1/completions: 200" in log and "rain" not in log
+        assert log.count("stopping: answers that have begun are finished first\n") == 1
         with pytest.raises(ConnectionError):
             send(place, None, "/health", "GET")
     finally:
