@@ -9,11 +9,12 @@ from pjrlhf.serving.service import Endpoint, Service
 
 
 class Health(TypedDict):
-    """The state of the engine."""
+    """The state of the engine, and whether a vote may wait for the compiler."""
 
     status: str
     waiting: int
     running: int
+    compiling: bool
 
 
 def endpoints(service: Service) -> list[Endpoint]:
@@ -22,7 +23,12 @@ def endpoints(service: Service) -> list[Endpoint]:
     async def health(request: Request) -> Response:
         """Whether requests are taken, for load balancers."""
         engine = service.engine
-        state: Health = {"status": engine.state, "waiting": engine.waiting, "running": engine.running}
+        state: Health = {
+            "status": engine.state,
+            "waiting": engine.waiting,
+            "running": engine.running,
+            "compiling": service.compiling,
+        }
         return JSONResponse(state, 200 if engine.state == "ok" else 503)
 
     async def live(request: Request) -> Response:

@@ -17,6 +17,7 @@ from pjrlhf.serving.catalogue import Catalogue
 from pjrlhf.serving.engine import Engine
 from pjrlhf.serving.http import Server
 from pjrlhf.serving.people.members import Members
+from pjrlhf.serving.people.questions import likely_votes
 from pjrlhf.serving.people.store import MEMORY
 from pjrlhf.serving.settings import EngineSettings, ServerSettings
 from pjrlhf.settings import shown
@@ -41,8 +42,6 @@ def serve(catalogue: Catalogue, settings: ServerSettings, sizes: EngineSettings)
     with progress("compiling what the server runs", 1):
         engine.warm_up()
     engine.start()
-    if isinstance(members, Members):
-        members.table.warm_up()
     config = uvicorn.Config(
         server.app,
         log_config=None,
@@ -58,6 +57,10 @@ def serve(catalogue: Catalogue, settings: ServerSettings, sizes: EngineSettings)
     print(f"serving {', '.join(catalogue.models)} at http://{f'[{host}]' if ':' in host else host}:{port}", flush=True)
     if isinstance(members, Members) and members.store.url == MEMORY:
         print("people are kept in memory, until the server ends; keep them with --people sqlite:///FILE", flush=True)
+    if isinstance(members, Members):
+        members.table.warm_up(likely_votes(server.service.questions))
+    if server.service.compiling:
+        logging.info("people: compiling what votes need, in the background; votes and questions may wait for it so far")
     if not key and settings.host not in LOOPBACK:
         print(f"anybody who reaches {host} can use it; set {KEY_VARIABLE} to ask for a key", file=sys.stderr)
     # After a second one uvicorn sends itself the signal again.

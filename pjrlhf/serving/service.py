@@ -82,6 +82,12 @@ class Service:
         self.started = int(time.time())
         self.encoding = asyncio.Lock()
 
+    @property
+    def compiling(self) -> bool:
+        """Whether what votes need is still compiled, so that a vote may wait for it."""
+        people = self.catalogue.people
+        return isinstance(people, Members) and people.table.warming
+
     def admits(self, request: Request) -> bool:
         """Whether a request brings the key, where there is one."""
         given = request.headers.get("authorization", "").encode("latin-1")  # headers are bytes

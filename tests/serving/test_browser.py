@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import itertools
 import re
+import threading
 import urllib.parse
 
 import jax
@@ -21,9 +22,11 @@ from pjrlhf.models.users import UserModel
 from pjrlhf.rollout.preference import PreferenceConfig
 from pjrlhf.serving.catalogue import Catalogue, People
 from pjrlhf.serving.opening import soup_people
+from pjrlhf.serving.people import api
 from pjrlhf.serving.people.fit import Learning
 from pjrlhf.serving.responses import Call
 from pjrlhf.serving.run_notes import RunNotes
+from pjrlhf.serving.service import Service
 
 NAMES = ("P1A", "P2B", "P3A")
 QUESTION = "what is rain ?"
@@ -294,6 +297,33 @@ def test_questions_are_asked_one_after_the_other(page, place, ana):
     assert page.locator("#quiz-pair").is_visible()
     page.locator("#person").select_option("")
     until(page, lambda: page.locator("#quiz").is_hidden())
+
+
+@pytest.mark.parametrize("asks", [True, False], ids=["question", "vote"])
+def test_who_waits_for_the_compiler_is_told_why(page, ana, monkeypatch, asks):
+    name, note = ("ask_of", "#ask-note") if asks else ("_learn", "#status")
+    plain, go_on = getattr(api, name), threading.Event()
+
+    def held(*arguments):
+        assert go_on.wait(60)
+        return plain(*arguments)
+
+    monkeypatch.setattr(Service, "compiling", property(lambda self: True))
+    monkeypatch.setattr(api, name, held)
+    add(page, ana)
+    if asks:
+        page.click("#ask-me")
+    else:
+        ask(page)
+        page.get_by_role("button", name="A is better").click()
+    says(page, note, "has just started and still compiles")
+    go_on.set()
+    if asks:
+        page.wait_for_selector("#quiz:not([hidden])")
+        until(page, lambda: not page.locator(note).inner_text())
+    else:
+        says(page, note, "Learned")
+        assert "compiles" not in page.locator(note).inner_text()
 
 
 def test_no_difference_says_that_each_is_as_good_as_the_other(page, place, ana):

@@ -1,9 +1,11 @@
 """People over HTTP: added, taught, asked, exported, deleted; and what is refused."""
 
+import asyncio
 import concurrent.futures
 import contextlib
 import dataclasses
 import itertools
+import json
 import sqlite3
 import threading
 import time
@@ -23,13 +25,13 @@ from pjrlhf.errors import UserError
 from pjrlhf.models.registry import UserRegistry
 from pjrlhf.models.users import UserModel
 from pjrlhf.rollout.preference import PreferenceConfig
-from pjrlhf.serving import running
+from pjrlhf.serving import monitoring, running
 from pjrlhf.serving.catalogue import Catalogue, People
 from pjrlhf.serving.opening import soup_people
 from pjrlhf.serving.people import fit
 from pjrlhf.serving.people.fit import Learning
 from pjrlhf.serving.people.members import open_members
-from pjrlhf.serving.people.questions import next_questions, pool_of, read_pool
+from pjrlhf.serving.people.questions import ask_of, likely_votes, next_questions, pool_of, read_pool
 from pjrlhf.serving.people.store import Unreachable
 from pjrlhf.serving.service import Service
 from pjrlhf.serving.settings import ServerSettings
@@ -420,6 +422,48 @@ def test_a_vote_after_the_warm_up_compiles_nothing(model, monkeypatch, kind):
     assert not compiled
 
 
+def test_questions_and_votes_on_them_are_compiled_for_first(model, monkeypatch):
+    """And the server says so while it compiles the rest."""
+    pool = [
+        {"prompt": "what is rain ?", "answers": ["it is wet . " * 2, f"{text} ."]} for text in ("a dog runs", "the sky")
+    ]
+    engine = tiny_serving.engine(model)
+    service = Service(catalogue_of(model), engine, ServerSettings())
+    members = service.catalogue.people
+    plain, likely, rest = members.fitter.warm_up, threading.Event(), threading.Event()
+    shapes = [one for size in fit.SIZES for one in members.fitter._shapes_of(likely_votes(pool), size)]
+    assert len(shapes) < 4 and shapes[0] not in [(2, members.fitter._shapes(2)[0]), (8, members.fitter._shapes(8)[0])]
+
+    def programs(first):
+        for i, _ in enumerate(plain(first), 1):
+            yield
+            if i == 1 + 3 * len(shapes):
+                likely.set()
+                assert rest.wait(60)
+                return
+
+    monkeypatch.setattr(members.fitter, "warm_up", programs)
+    health = {endpoint.path: endpoint.handler for endpoint in monitoring.endpoints(service)}["/health"]
+
+    def compiling():
+        return json.loads(asyncio.run(health(None)).body)["compiling"]
+
+    assert not compiling()
+    members.table.warm_up(likely_votes(pool))
+    assert likely.wait(300) and compiling()
+    rest.set()
+    while members.table.warming:
+        time.sleep(0.01)
+    assert not compiling()
+    with compilations() as compiled:
+        members.add("new")
+        asked = ask_of(members, "new", pool)
+        chosen, rejected = asked[0]["pair"]["answers"]
+        members.learn("new", [{"prompt": asked[0]["pair"]["prompt"], "chosen": chosen, "rejected": rejected}])
+        assert len(ask_of(members, "new", pool)) == 1
+    assert not compiled
+
+
 @pytest.mark.parametrize(("mode", "multiple"), [("share", 1), ("share", 8), ("join", 1), ("join", 2)])
 def test_comparisons_of_any_length_have_few_shapes(model, monkeypatch, mode, multiple):
     """Those that the warm-up compiles; no scored token is lost."""
@@ -560,7 +604,7 @@ def test_a_server_that_ends_gives_up_its_warm_up(model, monkeypatch):
     members = open_members(catalogue_of(model)).people
     compiling, go_on, compiled, said = threading.Event(), threading.Event(), [], []
 
-    def programs():
+    def programs(likely):
         for i in range(9):
             compiling.set()
             assert go_on.wait(60)
@@ -568,7 +612,8 @@ def test_a_server_that_ends_gives_up_its_warm_up(model, monkeypatch):
             yield
 
     monkeypatch.setattr(members.fitter, "warm_up", programs)
-    monkeypatch.setattr("absl.logging.warning", lambda *text: said.append(text))
+    for level in ("info", "warning"):
+        monkeypatch.setattr(f"absl.logging.{level}", lambda *text: said.append(text))
     members.table.warm_up()
     assert compiling.wait(60) and members.table.warming
     members.table.close()

@@ -6,6 +6,8 @@ import { lasted, plural } from "./weights.js";
 
 const $ = (id) => document.getElementById(id);
 export const LEARNING = "Learning from your vote…";
+const COMPILING = "The server has just started and still compiles what this needs; it may take half a minute.";
+const PATIENCE = 1500; // milliseconds before a reason is asked for
 export const place = (id) => `v1/users/${encodeURIComponent(id)}`;
 
 export async function loadPeople() {
@@ -29,6 +31,24 @@ export function learned(person) {
   const at = state.people.findIndex((other) => other.id === person.id);
   if (at < 0) state.people.push(person);
   else state.people[at] = person;
+}
+
+// Runs an action. Where it takes long because the server still compiles, the element `note` says so until it ends.
+export async function patiently(note, action) {
+  const said = note.textContent;
+  const told = `${said} ${COMPILING}`.trim();
+  let over = false;
+  const timer = setTimeout(async () => {
+    const health = await call("health").catch(() => null);
+    if (health?.compiling && !over && note.textContent === said) note.textContent = told;
+  }, PATIENCE);
+  try {
+    return await action();
+  } finally {
+    over = true;
+    clearTimeout(timer);
+    if (note.textContent === told) note.textContent = said;
+  }
 }
 
 // Teaches the person who asks; tells what was learned.

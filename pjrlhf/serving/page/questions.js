@@ -1,7 +1,7 @@
 // Questions that the server asks a person: two answers to choose from, of which the choice tells most about them.
 
 import { call } from "./api.js";
-import { LEARNING, place, teach } from "./people.js";
+import { LEARNING, patiently, place, teach } from "./people.js";
 import { listen, state } from "./state.js";
 
 const $ = (id) => document.getElementById(id);
@@ -25,9 +25,9 @@ function show() {
   found.pair.answers.forEach((answer, i) => ($(`quiz-answer-${i}`).textContent = textOf(answer)));
 }
 
-async function next() {
+async function next(note = "quiz-note") {
   const id = asking;
-  const { data } = await call(`${place(id)}/next`, "POST", {});
+  const { data } = await patiently($(note), () => call(`${place(id)}/next`, "POST", {}));
   if (asking !== id) return;
   found = data.find(({ index }) => !skipped.has(index)) ?? null;
   show();
@@ -67,7 +67,7 @@ export function startQuestions(attempt) {
   const choose = (best) =>
     alone(async () => {
       $("quiz-note").textContent = LEARNING;
-      $("quiz-note").textContent = await teach(comparisons(best));
+      $("quiz-note").textContent = await patiently($("quiz-note"), () => teach(comparisons(best)));
       await next();
     });
   listen(showPlace);
@@ -78,7 +78,7 @@ export function startQuestions(attempt) {
       skipped.clear();
       $("quiz-note").textContent = "";
       $("ask-note").textContent = "Looking for the question that tells most…";
-      await next();
+      await next("ask-note");
       if (asking === null) return;
       $("quiz").hidden = false;
       $("quiz-title").focus();

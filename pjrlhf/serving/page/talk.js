@@ -1,7 +1,7 @@
 // Questions, answers side by side, and votes.
 
 import { stream } from "./api.js";
-import { LEARNING, teach } from "./people.js";
+import { LEARNING, patiently, teach } from "./people.js";
 import { LETTERS, called, labelOf, listen, state } from "./state.js";
 import { lasted, plural, sent, shown } from "./weights.js";
 
@@ -167,7 +167,7 @@ async function vote(best) {
   showVote();
   $("status").textContent = LEARNING;
   try {
-    $("status").textContent = await teach(comparisons(best));
+    $("status").textContent = await patiently($("status"), () => teach(comparisons(best)));
     $("question").focus();
   } catch (problem) {
     voted = false;

@@ -4,8 +4,10 @@ The evaluation of new people (`protocols.cold_start`) and the server use the sam
 2402.05133) averaged over the person's own pairs, and some updates of Adam from where the row starts.
 """
 
+import collections
 import dataclasses
 import functools
+import itertools
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -276,32 +278,51 @@ class Fitter:
             T *= 2
         return [(T, rows * T // part) for T in (*found, greatest) for part in (2, 1)]
 
-    def warm_up(self) -> Iterator[None]:
-        """Compiles one program after the other, those for few and short comparisons first, and yields after each;
-        afterwards neither fits nor margins compile anything.
+    def warm_up(self, likely: Sequence[Example] = ()) -> Iterator[None]:
+        """Compiles one program after the other, and yields after each; afterwards neither fits nor margins compile
+        anything.
+
+        Args:
+          likely: comparisons of the shapes that come first, alone or many at once; then those for few and short ones.
         """
         row: Any = {"index": 0, "margin": None, "prompt": [0]}
         row |= {key: value for side in SIDES for key, value in ((side, [0]), (f"{side}_mask", None))}
         start, placed = self._table(self._row(0), 1), None
-        for size in dict.fromkeys(map(self._size, SIZES)):
-            nobody = np.zeros(size, np.int32)
-            least = [self._packed([row] * size, E) for E in (0, self.users.num_tokens)]
-            for shape in self._shapes(size):
-                plain, packed = (_padded(one, *shape) for one in least)
-                _reference.lower(self.backbone, plain).compile()
+        sizes = list(dict.fromkeys(map(self._size, SIZES)))
+        some = [self._shapes_of(likely, size) for size in sizes]
+        order = [one for together in itertools.zip_longest(*some) for one in together if one is not None]
+        order += [(size, shape) for size in sizes for shape in self._shapes(size)]
+        for B, shape in dict.fromkeys(order):
+            nobody = np.zeros(B, np.int32)
+            least = [self._packed([row] * B, E) for E in (0, self.users.num_tokens)]
+            plain, packed = (_padded(one, *shape) for one in least)
+            _reference.lower(self.backbone, plain).compile()
+            yield
+            batch = pair_batch([row] * B, packed, nobody, np.zeros((B, 2), np.float32))
+            weight = np.ones(B, np.float32)
+            if placed is None:  # real updates say where they leave the rows; two batches add their gradients
+                placed = self._fitted(start, [(batch, weight)] * 2, steps=3)
                 yield
-                batch = pair_batch([row] * size, packed, nobody, np.zeros((size, 2), np.float32))
-                weight = np.ones(size, np.float32)
-                if placed is None:  # real updates say where they leave the rows; two batches add their gradients
-                    placed = self._fitted(start, [(batch, weight)] * 2, steps=3)
-                    yield
-                parts = self.trainable, self.backbone, batch.replace(local=nobody)
-                for table in (start, placed):
-                    _gradient.lower(self.users, self.learning.objective, table, *parts, weight).compile()
-                yield
-                table = self._table(self._row(0), size)
-                _margins.lower(self.users, self.learning.objective, table, *parts).compile()
-                yield
+            parts = self.trainable, self.backbone, batch.replace(local=nobody)
+            for table in (start, placed):
+                _gradient.lower(self.users, self.learning.objective, table, *parts, weight).compile()
+            yield
+            table = self._table(self._row(0), B)
+            _margins.lower(self.users, self.learning.objective, table, *parts).compile()
+            yield
+
+    def _shapes_of(self, examples: Sequence[Example], size: int) -> list[tuple[int, tuple[int, int]]]:
+        """`size` with the shapes that comparisons have, one in a batch of the least size, as many as fit in another;
+        the most frequent one first.
+        """
+        rows, found = self.reader.rows(examples), collections.Counter[tuple[int, int]]()
+        each = 1 if size == self._size(1) else CHUNK
+        for start in range(0, len(rows), each):
+            part = rows[start : start + each]
+            padded = [*part, *[part[0]] * (size - len(part))]
+            packed = [self._packed(padded, E) for E in dict.fromkeys((0, self.users.num_tokens))]
+            found.update((one.tokens.shape[1], one.columns.shape[1]) for one in packed)
+        return [(size, shape) for shape, _ in found.most_common()]
 
 
 def _padded(packed: PackedRows, length: int, scored: int) -> PackedRows:

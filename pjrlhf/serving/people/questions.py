@@ -17,9 +17,10 @@ from scipy.special import expit, xlogy
 from scipy.stats import norm
 
 from pjrlhf.data.comparisons import SIDES
+from pjrlhf.data.schema import Example
 from pjrlhf.errors import UserError
 from pjrlhf.serving.people.files import read_comparisons
-from pjrlhf.serving.people.fit import as_json
+from pjrlhf.serving.people.fit import as_example, as_json
 from pjrlhf.serving.people.members import Members
 from pjrlhf.types import Json
 
@@ -98,8 +99,7 @@ def next_questions(members: Members, name: str, pairs: object) -> list[dict[str,
         answers = pair.get("answers") if isinstance(pair, Mapping) else None
         if not isinstance(answers, list) or len(answers) != 2:
             raise UserError(f"pairs: number {i} has no answers, a list of two; give it prompt and answers")
-        rest = {key: value for key, value in pair.items() if key != "answers"}
-        asked.append({**rest, "chosen": answers[0], "rejected": answers[1]})
+        asked.append(_first_chosen(pair, answers))
     new, seen = members.linearized(name, asked, "pairs")
     information, chance = expected_information(*new, *seen, members.table.variance)
     order = np.argsort(-information, kind="stable")
@@ -173,6 +173,16 @@ def ask_of(members: Members, name: str, pool: Sequence[Pair]) -> list[dict[str, 
     some = np.random.default_rng().permutation(left)[:DRAWN].tolist() if left else []
     found = next_questions(members, name, [pool[i] for i in some]) if some else []
     return [{**one, "index": some[one["index"]]} for one in found]
+
+
+def likely_votes(pool: Sequence[Pair]) -> list[Example]:
+    """Some of what people may compare, as many as `ask_of` draws; either answer stands as the better one."""
+    return [as_example(_first_chosen(pair, pair["answers"])) for pair in pool[:DRAWN]]
+
+
+def _first_chosen(pair: Mapping[str, Json], answers: Sequence[Json]) -> dict[str, Json]:
+    rest = {key: value for key, value in pair.items() if key != "answers"}
+    return {**rest, **dict(zip(SIDES, answers, strict=True))}
 
 
 def _key(pair: Mapping[str, Json]) -> str:

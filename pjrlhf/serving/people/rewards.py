@@ -128,8 +128,8 @@ class Scorer:
         flat = [np.asarray(x).reshape(len(chosen), -1) for x in jax.tree.leaves(slopes)]
         return np.asarray(margins), np.concatenate(flat, axis=1)
 
-    def warm_up(self) -> Iterator[None]:
-        """Makes the state of somebody with one comparison."""
+    def warm_up(self, likely: Sequence[Example] = ()) -> Iterator[None]:
+        """Makes the state of somebody with one comparison, whatever is likely."""
         token = self.reader.tokenizer.eos_ids[0]
         features = self._features([{"prompt": [token], "completion": [token]}])
         yield

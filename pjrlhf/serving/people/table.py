@@ -11,6 +11,8 @@ import dataclasses
 import functools
 import json
 import threading
+import time
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +21,7 @@ import xxhash
 from absl import logging
 
 from pjrlhf.data.records import RecordError
+from pjrlhf.data.schema import Example
 from pjrlhf.errors import UserError
 from pjrlhf.models.provenance import text_provenance
 from pjrlhf.serving.catalogue import Catalogue, People
@@ -186,11 +189,15 @@ class Table:
         rows = self.people.registry.rows
         return self._table_row(0 if person.forgotten else rows.get(str(person.name), 0))
 
-    def warm_up(self) -> None:
-        """Compiles in the background what votes need, one program at a time: votes that come meanwhile go first."""
+    def warm_up(self, likely: Sequence[Example] = ()) -> None:
+        """Compiles in the background what votes need, one program at a time: votes that come meanwhile go first.
+
+        Args:
+          likely: comparisons like those that come first.
+        """
         if self.fitter is None:
             return
-        programs, self.warming = self.fitter.warm_up(), True
+        programs, self.warming, began = self.fitter.warm_up(likely), True, time.monotonic()
 
         def compile_one() -> None:
             try:
@@ -199,6 +206,9 @@ class Table:
                         self.working.submit(compile_one)
                         return
                     break
+                else:
+                    took = time.monotonic() - began
+                    logging.info("people: compiled what votes need in %.0f s; no vote waits for the compiler now", took)
             except Exception as error:  # votes compile what they need themselves, and say what is wrong
                 logging.warning("people: programs could not be compiled beforehand (%s)", error)
             self.warming = False
