@@ -277,6 +277,8 @@ def test_questions_are_asked_one_after_the_other(page, place, ana):
     page.click("#ask-me")
     page.wait_for_selector("#quiz:not([hidden])")
     assert page.evaluate("document.activeElement.id") == "quiz-title"
+    rows = [page.locator(button).bounding_box()["y"] for button in ("#quiz-choice-0", "#quiz-skip", "#quiz-stop")]
+    assert len({*rows}) == 1, "the buttons are in one line, where it has room"
     chosen = []
     for button, count in (("#quiz-choice-0", 1), ("#quiz-skip", 1), ("#quiz-choice-2", 3)):
         asked = [page.locator(f"#quiz-answer-{i}").inner_text() for i in range(2)]
