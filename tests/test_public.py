@@ -221,7 +221,7 @@ def test_the_command_says_what_it_can_do_without_loading_jax():
         ),
         (("trian",), "; did you mean train?"),
         (("serve", "runs/soups"), "error: unrecognized arguments: runs/soups; did you mean --run runs/soups?"),
-        (("users", "list", "--rnu", "runs/soups"), "required: --run; pjrlhf users list --help says what there is"),
+        (("users", "list", "--rnu", "runs/soups"), "required: --run; did you mean --run?"),
         (
             ("generate", "--run", "x", "--mixture", "P1A", "hi"),
             "unrecognized arguments: --mixture; did you mean --mix?",
