@@ -9,11 +9,21 @@ import os
 from typing import Any
 
 import ml_collections
+from absl import logging
 
 
 def folder(name: str) -> str:
-    """The folder of a set."""
-    return f"{os.environ.get('PJRLHF_TEST_DATA', '../shared')}/data/{name}"
+    """The folder of a set; a warning where it does not exist."""
+    root = os.environ.get("PJRLHF_TEST_DATA", "../shared")
+    found = f"{root}/data/{name}"
+    if not os.path.isdir(found):
+        logging.warning(
+            "%s: does not exist, and this config reads it; set the environment variable PJRLHF_TEST_DATA to a folder "
+            "with data/%s (docs/results/smollm.md says what is in it)",
+            found,
+            name,
+        )
+    return found
 
 
 def source(section: ml_collections.ConfigDict, **spec: Any) -> None:

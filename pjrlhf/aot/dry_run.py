@@ -7,6 +7,7 @@ import copy
 import dataclasses
 import functools
 import hashlib
+import importlib.util
 import os
 import pathlib
 import re
@@ -398,7 +399,6 @@ def devices_of(topology: str) -> tuple[str, Sequence[Any]]:
         return kind, topologies.get_topology_desc(topology, "tpu", **whole).devices
     except (RuntimeError, ValueError, NotImplementedError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise UserError(
-            f"--aot={topology}: there is no such topology, or no TPU compiler here ({reason}); check the shape, and "
-            f"{install('tpu')}"
-        ) from error
+        if not importlib.util.find_spec("libtpu"):
+            raise UserError(f"--aot={topology}: there is no TPU compiler here; {install('tpu')}") from error
+        raise UserError(f"--aot={topology}: there is no such topology ({reason}); check the shape") from error

@@ -230,11 +230,8 @@ class Chat:
         try:
             self._send_all(name, missing)
         except NoReply as error:
-            if not self.usage.requests:
-                raise
-            raise NoReply(
-                f"{error}; {self.usage.requests} replies are kept, and the same command goes on from {self.cache.path}"
-            ) from error
+            kept = f"; {self.usage.requests} replies are kept in {self.cache.path}" if self.usage.requests else ""
+            raise NoReply(f"{error}{kept}; the same command goes on") from error
 
     def _send_all(self, name: str, missing: Mapping[str, Body]) -> None:
         total, ended, waiting = len(missing), threading.Event(), list(missing.items())

@@ -105,6 +105,7 @@ def client(settings: ChatSettings) -> Callable[[Body], Json]:
         for _ in range(settings.retries + 1):
             try:
                 found = accepted.create(connection.chat.completions.create, body)
+                waits.answered()
                 if getattr(found, "choices", None):
                     return found.model_dump(mode="json", exclude_none=True, warnings=False)
             except (openai.APIResponseValidationError, ValueError, RecursionError) as error:
@@ -127,7 +128,8 @@ def client(settings: ChatSettings) -> Callable[[Body], Json]:
 
 
 class Waits:
-    """Says that a server does not answer, in one line for each wait, however many threads wait at the same time.
+    """Says that a server does not answer, in one line for each wait, however many threads wait at the same time. After
+    the last try of a request it says no more, until the server answers again.
 
     Args:
       where: the model and its server, for messages.
@@ -136,7 +138,7 @@ class Waits:
 
     def __init__(self, where: str, retries: int):
         self.where, self.retries = where, retries
-        self._lock, self._until = threading.Lock(), 0.0
+        self._lock, self._until, self._away = threading.Lock(), 0.0, False
 
     def tell(self, error: BaseException | None, seconds: float, attempt: int) -> None:
         """To be called by who waits before a further try.
@@ -150,12 +152,19 @@ class Waits:
             return
         with self._lock:
             now = time.monotonic()
-            if now < self._until:
+            if self._away or now < self._until:
                 return
-            self._until = now + seconds
+            self._until, self._away = now + seconds, attempt >= self.retries
         reason = str(error) or type(error).__name__
         what = "%s: does not answer (%s); trying again in %.2g s (%d of %d)"
         logging.warning(what, self.where, reason, seconds, attempt, self.retries)
+
+    def answered(self) -> None:
+        """To be called by who got an answer."""
+        with self._lock:
+            again, self._away = self._away, False
+        if again:
+            logging.info("%s: answers again", self.where)
 
 
 # Parameters that some servers refuse, and the name under which these take them; None: what they can do without.

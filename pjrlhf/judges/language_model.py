@@ -196,9 +196,10 @@ class ChatBackend:
         reason = f"such as {sample}; prompt {template.name!r} wants {wanted(template)}"
         if not self._readable and self._unreadable >= PROBE:
             raise UserError(
-                f"{name}: model {self.settings.model!r} was asked about {self._unreadable} items, and none of its "
-                f"replies can be read, {reason}; choose another prompt or model. The replies are kept in "
-                f"{self.chat.cache.path}: delete it where the server was at fault"
+                f"{name}: model {self.settings.model!r} was asked about {self._unreadable} items "
+                f"({self.chat.sent} requests), and none of its replies can be read, {reason}; set another prompt or "
+                f"model of the judge. The replies are kept in {self.chat.cache.path}: delete it where the server was "
+                "at fault"
             )
         if first and is_process_zero():
             logging.warning(

@@ -24,6 +24,7 @@ from pjrlhf.parallel.processes import is_process_zero
 from pjrlhf.paths import expand, is_remote
 from pjrlhf.protocols.users import UsersSettings, check_people
 from pjrlhf.registry import load
+from pjrlhf.rewards.server import is_address, listens
 from pjrlhf.rewards.sources import SourceFailed
 from pjrlhf.runtime.devices import compilation_cache
 from pjrlhf.runtime.inputs import fetch_models, fingerprints
@@ -137,6 +138,21 @@ class Plan:
         for key, spec in sections.items():
             if isinstance(spec, Mapping):
                 check_source(spec, key)
+        if is_process_zero():
+            own = {name: getattr(self.settings, name, None) or self.foreign.get(name) for name in waiting}
+            values = {name: section.to_dict() for name, section in own.items() if isinstance(section, Settings)}
+            self._tell_servers({**values, "rewards": self.settings.rewards if waiting else {}})
+
+    def _tell_servers(self, values: Mapping[str, Any]) -> None:
+        """Warns of servers that do not answer now: a stage may ask one hours later."""
+        for url, key in {url: key for key, url in _servers(values, ())}.items():
+            if is_address(url) and not listens(url):
+                logging.warning(
+                    "%s: nothing listens at %s now; start it before its stage asks it, or that stage ends the run (the "
+                    "same command then goes on)",
+                    key,
+                    masked(url),
+                )
 
     def _check_rewards(self, waiting: Sequence[str], workdir: Workdir) -> None:
         """Checks that policies will find rewards: those of reward functions, too, have a scale to be measured."""
@@ -174,6 +190,18 @@ def _folders(key: str, spec: Any) -> Iterator[tuple[str, str]]:
         yield from _folders(f"{key}.source", spec.get("source"))
     if isinstance(spec, Mapping) and spec.get("kind") in ("model", "judge") and spec.get("path"):
         yield f"{key}.path", expand(str(spec["path"]))
+
+
+def _servers(value: Any, keys: tuple[str, ...]) -> Iterator[tuple[str, str]]:
+    """(key, address) of the servers that judge, answer or reward."""
+    if isinstance(value, Mapping) and not value.get("replay"):
+        for name, inner in value.items():
+            if name in ("base_url", "url") and isinstance(inner, str) and inner:
+                yield ".".join((*keys, name)), inner
+            yield from _servers(inner, (*keys, str(name)))
+    elif isinstance(value, list | tuple):
+        for inner in value:
+            yield from _servers(inner, keys)
 
 
 def _judges(section: Any) -> list[tuple[str, Any]]:

@@ -1,11 +1,13 @@
 """Rewards from a server: batches of answers as JSON to a URL."""
 
+import contextlib
 import datetime
 import email.utils
 import http.client
 import json
 import math
 import os
+import socket
 import time
 import urllib.error
 import urllib.parse
@@ -121,6 +123,22 @@ def is_address(url: str) -> bool:
     except ValueError:  # a port out of range, or an open bracket
         return False
     return bool(known) and url.isprintable() and " " not in url
+
+
+def listens(url: str, timeout: float = 2.0) -> bool:
+    """Whether something takes connections at an address; not tried, and True, where a proxy stands between.
+
+    Args:
+      timeout: seconds to wait for a connection.
+    """
+    parts = urllib.parse.urlsplit(url)
+    if urllib.request.getproxies().get(parts.scheme) and not urllib.request.proxy_bypass(parts.hostname or ""):
+        return True
+    with contextlib.suppress(OSError):
+        port = parts.port or {"http": 80, "https": 443}[parts.scheme]
+        socket.create_connection((parts.hostname, port), timeout).close()
+        return True
+    return False
 
 
 def refuse_login(url: str, name: str) -> None:

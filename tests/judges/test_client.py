@@ -74,6 +74,18 @@ def test_waits_at_the_same_time_are_one_line(caplog):
     assert caplog.messages == ["model 'm' at URL: does not answer (refused); trying again in 30 s (1 of 5)"]
 
 
+def test_what_waits_is_silent_after_the_last_try_until_there_is_an_answer(caplog):
+    waits = Waits("model 'm' at URL", 1)
+    caplog.set_level("INFO")
+    for _ in range(3):
+        waits.tell(ConnectionError("refused"), 0.0, 1)
+    waits.answered()
+    waits.answered()
+    waits.tell(ConnectionError("refused"), 0.0, 1)
+    line = "model 'm' at URL: does not answer (refused); trying again in 0 s (1 of 1)"
+    assert caplog.messages == [line, "model 'm' at URL: answers again", line]
+
+
 def test_a_busy_server_answers(tmp_path, caplog):
     with ChatServer(lambda body: "Hello", ["busy", 503]).running() as url:
         ask(chat(url, tmp_path), 1)
@@ -166,7 +178,7 @@ def test_a_server_that_goes_down_in_the_middle(tmp_path):
     with server.running() as url:
         with pytest.raises(NoReply) as error:
             ask(chat(url, tmp_path, concurrency=1, retries=1, patience=0.0), 1, 2, 3)
-        end = f"check base_url; 2 replies are kept, and the same command goes on from {tmp_path / 'chat.jsonl'}"
+        end = f"check base_url; 2 replies are kept in {tmp_path / 'chat.jsonl'}; the same command goes on"
         assert str(error.value).startswith(f"model 'm' at {url}/: cannot be reached (") and str(error.value).endswith(
             end
         )

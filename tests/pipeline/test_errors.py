@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shutil
+import socket
 import typing
 
 import jax.numpy as jnp
@@ -318,6 +319,29 @@ def test_a_stage_whose_predecessor_is_missing(copied):
     (copied / "comparisons" / "comparisons.jsonl").unlink()
     with pytest.raises(UserError, match=r"comparisons.jsonl: no such file"):
         reward.method_of(tiny.start(copied, tiny.settings()))
+
+
+def test_servers_that_are_not_there_are_told_at_the_start(tmp_path, caplog):
+    """A stage may ask one hours later. Stages that are not run, and replays, ask none."""
+    with socket.create_server(("127.0.0.1", 0)) as there:
+        here = f"http://127.0.0.1:{there.getsockname()[1]}/v1"
+        away = {"kind": "chat", "model": "m", "base_url": "http://127.0.0.1:9/v1"}
+        config = tiny.settings(stages=("sft", "comparisons", "evaluate"))
+        with config.ignore_type():
+            config.evaluate.judge = {**away, "base_url": here}
+            config.evaluate.judges = ({**away, "replay": True},)
+            config.comparisons.judge = away
+            config.rewards = {"P1A": {"kind": "http", "url": "http://127.0.0.1:9/rewards"}}
+        stages.read(config).check_inputs(Workdir(tmp_path))
+        told = [line for line in caplog.messages if "nothing listens at" in line]
+        assert [line.partition(" now; start it")[0] for line in told] == [
+            "comparisons.judge.base_url: nothing listens at http://127.0.0.1:9/v1",
+            "rewards.P1A.url: nothing listens at http://127.0.0.1:9/rewards",
+        ]
+        caplog.clear()
+        config.stages, config.rewards = ("sft",), {}
+        stages.read(config).check_inputs(Workdir(tmp_path))
+    assert "nothing listens" not in caplog.text
 
 
 def test_policies_without_the_stage_that_makes_their_rewards(tmp_path):

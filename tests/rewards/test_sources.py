@@ -239,7 +239,9 @@ def test_a_judge_without_replies_is_tolerated_and_a_used_up_budget_is_not(tmp_pa
     texts = ["a", "down", "c"]
     np.testing.assert_array_equal(source(0.34)(["q"] * 3, texts), np.float32([7, np.nan, 7]))
     assert asked.count("a") == asked.count("c") == 1
-    with pytest.raises(UserError, match=r"^model 'm': cannot be reached; check base_url; 2 replies .*0\.jsonl$"):
+    with pytest.raises(
+        UserError, match=r"^model 'm': cannot be reached; check base_url; 2 replies .*0\.jsonl; the same command"
+    ):
         source(0.0)(["q"], ["down"])
     with pytest.raises(UserError, match="max_requests=1 is reached"):
         source(1.0, max_requests=1)(["q"] * 3, ["a", "b", "c"])
