@@ -148,8 +148,12 @@ def test_replies_that_cannot_be_read_are_asked_again_and_then_counted(tmp_path):
 def test_a_judge_whose_replies_cannot_be_read_is_asked_about_a_few_items_only(tmp_path, caplog):
     """Also where these are spread over calls; a reply is shown, and what the prompt wants."""
     many = [f"request {i}" for i in range(200)]
-    pattern = r"judge: long: model 'm' was asked about \d+ items \(\d+ requests\), and none of its replies can be read, such as "
-    pattern += r"'Answer: B'; prompt 'criterion' wants one of A, B, T and nothing else; set another .*judge\.jsonl"
+    pattern = (
+        r"judge: long: model 'm' was asked about \d+ items \(\d+ requests\), and none of its replies can be read, "
+    )
+    pattern += (
+        r"such as 'Answer: B'; prompt 'criterion' wants one of A, B, T and nothing else; set another .*judge\.jsonl"
+    )
     for i, parts in enumerate(([many], [many[:5], many[5:6], many[6:]])):
         server = ChatServer(lambda body: "Answer: B")
         with server.running() as url, pytest.raises(UserError, match=pattern):
