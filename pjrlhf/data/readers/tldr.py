@@ -28,7 +28,9 @@ def _plain_post(info: Mapping[str, Any], post: str) -> str:
 
 
 def _tldr(info: Mapping[str, Any], post: str) -> str:
-    return f"SUBREDDIT: r/{info.get('subreddit')}\nTITLE: {info.get('title')}\nPOST: {post}\nTL;DR:"
+    """The prompt of OpenAI's policies; a line whose field is missing (articles have no subreddit) is left out."""
+    named = {"SUBREDDIT: r/": info.get("subreddit"), "TITLE: ": info.get("title"), "POST: ": post}
+    return "".join(f"{label}{value}\n" for label, value in named.items() if value) + "TL;DR:"
 
 
 def _summarize(info: Mapping[str, Any], post: str) -> str:

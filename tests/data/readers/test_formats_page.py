@@ -142,6 +142,8 @@ def test_what_happens_without_a_value(kind, gone, tmp_path, monkeypatch):
                 try:
                     good, bad = read(spec)
                     counts.append((len(good), bad))
+                    texts = [one.get(key) or "" for one in good for key in ("prompt", "user_text")]
+                    assert "None" not in str(texts), f"{column}: a text has None for a value"
                 except UserError:
                     errors += 1
                     counts.append((0, 0))

@@ -57,6 +57,11 @@ def test_forms_of_the_prompt(folder):
     }
 
 
+def test_a_line_of_a_prompt_without_a_value_is_left_out(folder):
+    prompts = {record["prompt"] for record in read("tldr", folder, articles=True).good}
+    assert "TITLE: News\nPOST: It rained.\nTL;DR:" in prompts and not any("None" in prompt for prompt in prompts)
+
+
 def test_both_filters_of_p_rlhf(folder):
     found = read("tldr", folder, policies="supervised")
     assert sorted(users(found)) == ["ann"] * 3 + ["bob"] * 2 + ["eve"]
