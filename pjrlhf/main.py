@@ -253,6 +253,8 @@ def main(_: list[str]) -> None:
         remedy = f"delete {workdir.path / 'manifest.json'}, and the stages write it again"
         print_summary(summary, read_object(summary, remedy), remedy)
         print(f"report: {visible(summary.with_name('index.html'))}")
+    elif processes.is_process_zero():
+        print(f"finished: {visible(workdir.path)}")
 
 
 def leave(code: int) -> None:

@@ -313,6 +313,7 @@ def test_a_changed_config_is_refused_and_named(refused, tmp_path):
     (tmp_path / "run").mkdir()
     done = call(SOUPS, "--config.stages=()", f"--workdir={tmp_path / 'run'}")
     assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == f"finished: {tmp_path / 'run'}"
     assert json.loads((tmp_path / "run" / "config.json").read_text())["seed"] == 0
     message = refused(SOUPS, "--config.stages=()", "--config.seed=7", f"--workdir={tmp_path / 'run'}")
     assert f"{tmp_path / 'run'}: holds a run with another config (seed: 0 -> 7)" in message

@@ -5,6 +5,7 @@ A policy learns from the pairs labelled for the objective that weighs most for i
 enter as margins. With one-hot weights it is DPO (arXiv 2305.18290) on that objective.
 """
 
+import collections
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
@@ -393,6 +394,9 @@ def data_of(
     table; see `labelled` for errors.
     """
     targets, objectives, weights, table = labelled(run, settings)
+    longest = max(collections.Counter(example.objective for example in table.examples).values())
+    # A warm-up that does not fit is refused before the answers are scored.
+    steps_of(settings.steps, settings.epochs, longest, settings.batch_size, "modpo", settings.optimizer)
     of = [run.audience.rewards.index(example.objective) for example in table.examples]
     rewards = np.stack([np.delete(x, i, axis=1) for x, i in zip(raw(table), of, strict=True)])
     return ModpoData(tuple(targets.policies), objectives, weights, table, reference(table), rewards)

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from absl import logging
 from jaxtyping import Int
 
 from pjrlhf.algorithms.pdpo_entries import policies_of, save, soup_bank, user_model
@@ -269,15 +270,16 @@ def run(run: Run) -> dict[str, Any]:
     made = functools.cache(functools.partial(read_pairs, run, settings, given_parts(run, settings)))
     parts, counts = (run.devices, run.workspace.backbone, run.streams), {}
     shown = run.settings.completion_prompts
+    logging.info("preference: trains, in this order, %s", ", ".join(settings.models))
     for name in settings.models:
         entry = settings.entry(name)
         pairs = made(**entry.users.trained_texts)
         answers = functools.partial(heldout_answers, run, pairs)
-        pairs.for_head(entry.objective.head).reference["train"]  # computed before the first step
         rows = len(pairs.tables["train"])
         steps = steps_of(settings.steps, settings.epochs, rows, settings.batch_size)
         if settings.epochs:
             settings.check_steps(steps, "preference.", passes(settings.epochs, rows, settings.batch_size))
+        pairs.for_head(entry.objective.head).reference["train"]  # computed before the first step
         entry = dataclasses.replace(entry, steps=steps)
         first, start = round(entry.users.warm_start * entry.steps), None
         if KINDS.get(entry.users.kind).mixes:

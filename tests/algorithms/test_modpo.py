@@ -121,6 +121,17 @@ def test_rewards_are_raw_and_those_of_the_pairs_one_by_one(method, run):
     assert np.abs(method.data.rewards).max() > 0.1
 
 
+def test_a_warm_up_that_does_not_fit_is_refused_before_anything_is_scored(finished):
+    changes = {"epochs": 1.0, "optimizer": {"warmup_steps": 10**6}}
+    run = tiny.start(finished, settings(**changes))
+
+    def score(table):
+        raise AssertionError("scored")
+
+    with pytest.raises(UserError, match=r"modpo\.optimizer\.warmup_steps: 1000000 leaves none of the"):
+        modpo.data_of(run, run.section(ModpoSettings), score, score)
+
+
 def test_samples_are_answers_not_labels(method, finished):
     records = [json.loads(x) for x in (finished / "comparisons" / "comparisons.jsonl").read_text().splitlines()]
     pairs = {(r["request"], *sorted([r["chosen"][0]["content"], r["rejected"][0]["content"]])) for r in records}

@@ -879,6 +879,16 @@ def test_a_warm_up_that_is_too_long_names_the_part_that_it_fills(changes, messag
     assert str(refused.value) == message
 
 
+def test_a_warm_up_that_does_not_fit_is_refused_before_anything_is_scored(people, monkeypatch):
+    config = tiny_users.settings()
+    config.preference.update({"epochs": 1.0})
+    config.preference.optimizer.warmup_steps = 10**6
+    run = tiny.start(people, config)
+    monkeypatch.setattr(run, "reference", lambda *_: pytest.fail("scored"))
+    with pytest.raises(UserError, match=r"preference\.optimizer\.warmup_steps: 1000000 leaves none of the"):
+        preference.run(run)
+
+
 def test_a_warm_up_is_compared_with_the_updates_of_epochs():
     settings = PreferenceSettings(epochs=0.5, steps=1, optimizer=OptimizerSettings(warmup_steps=5))
     told = "preference.optimizer.warmup_steps: 5 leaves none of the 5 updates before .* of epochs=0.5 over 80 rows"

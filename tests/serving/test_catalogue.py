@@ -238,6 +238,12 @@ def test_what_cannot_be_served_is_named(finished, folder, tmp_path):
         open_run(str(finished), "xyz")
 
 
+def test_an_entry_that_is_still_to_be_trained_is_told_apart_from_an_unknown_one(copied):
+    shutil.rmtree(copied / "methods" / "pmorl")
+    with pytest.raises(UserError, match=r"has not finished training 'pmorl' \(the command that .* goes on\); name"):
+        open_run(str(copied), "pmorl")
+
+
 def test_saved_soups_are_models(soups, tmp_path):
     file = tmp_path / "soups.json"
     file.write_text('{"calm": {"P1A": 0.7, "P3A": -0.3}}')

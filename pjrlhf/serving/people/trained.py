@@ -7,7 +7,7 @@ import html
 import json
 import os
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from pjrlhf.errors import UserError
@@ -101,8 +101,20 @@ def entry_of(run: str, entry: str | None = None) -> Entry:
     if entry not in (*banks, *people):
         found = ", ".join((*banks, *people))
         reason = "has several user models or methods" if entry is None else f"has no {entry!r}"
+        if entry in _planned(config):
+            reason = f"has not finished training {entry!r} (the command that trains it goes on)"
         raise UserError(f"{folder}: {reason}; name one with --entry: {found}")
     return Entry(folder, config, banks[entry] if entry in banks else people[entry])
+
+
+def _planned(config: Mapping[str, Any]) -> set[str]:
+    """The entries that the stages of a run train."""
+    own = {"preference": "models", "user_models": "models", "methods": ""}
+    found = {"policy"} & {*config["stages"]}
+    for stage, key in own.items():
+        section = config.get(stage) if stage in config["stages"] else None
+        found |= {*((section or {}).get(key, {}) if key else section or {})}
+    return found
 
 
 def trained_people(run: pathlib.Path) -> set[str]:
