@@ -25,6 +25,7 @@ from pjrlhf.feedback.pairs import Pairs, given_parts, read_pairs
 from pjrlhf.models.adapters import Backbone, init_bank
 from pjrlhf.models.users import KINDS, UserModel, fit_clusters, gather_rows
 from pjrlhf.objectives import preference as losses
+from pjrlhf.parallel.processes import is_process_zero
 from pjrlhf.rollout import scoring
 from pjrlhf.rollout.preference import PreferenceConfig
 from pjrlhf.runtime.devices import Devices
@@ -262,6 +263,18 @@ def heldout_answers(run: Run, pairs: Pairs, users: UserModel, numbers: Sequence[
     )
 
 
+def announced(settings: PreferenceSettings) -> str:
+    """The entries in the order of their training, each with its length."""
+    told = []
+    for name in settings.models:
+        users = settings.entry(name).users
+        first = 0 if KINDS.get(users.kind).mixes else round(users.warm_start * settings.steps)
+        part = f", the first {first} as {name}/individualized" if first else ""
+        # How many steps an epoch has is known when the pairs of the entry are read.
+        told.append(f"{name} ({f'epochs={settings.epochs:g}' if settings.epochs else f'{settings.steps} steps{part}'})")
+    return ", ".join(told)
+
+
 def run(run: Run) -> dict[str, Any]:
     """Trains every entry of `preference.models`; writes <workdir>/preference/<name>/model.safetensors with the
     users' names.
@@ -270,7 +283,8 @@ def run(run: Run) -> dict[str, Any]:
     made = functools.cache(functools.partial(read_pairs, run, settings, given_parts(run, settings)))
     parts, counts = (run.devices, run.workspace.backbone, run.streams), {}
     shown = run.settings.completion_prompts
-    logging.info("preference: trains, in this order, %s", ", ".join(settings.models))
+    if is_process_zero():
+        logging.info("preference: trains, in this order, %s", announced(settings))
     for name in settings.models:
         entry = settings.entry(name)
         pairs = made(**entry.users.trained_texts)

@@ -894,3 +894,14 @@ def test_a_warm_up_is_compared_with_the_updates_of_epochs():
     told = "preference.optimizer.warmup_steps: 5 leaves none of the 5 updates before .* of epochs=0.5 over 80 rows"
     with pytest.raises(UserError, match=told):
         settings.check_steps(10, "preference.", passes(0.5, 80, 4))
+
+
+def test_the_entries_are_announced_in_order_with_their_steps():
+    models = {
+        "cluster": {"kind": "cluster", "tokens": 4, "clusters": 2, "warm_start": 0.5},
+        "pooled": {"kind": "uniform"},
+    }
+    told = "cluster (80 steps, the first 40 as cluster/individualized), pooled (80 steps)"
+    assert preference.announced(PreferenceSettings(models=models, steps=80)) == told
+    told = "cluster (epochs=2), pooled (epochs=2)"
+    assert preference.announced(PreferenceSettings(models=models, epochs=2.0)) == told
