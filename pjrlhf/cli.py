@@ -433,7 +433,7 @@ def _source(parser: argparse.ArgumentParser, given: argparse.Namespace, mesh: st
         from pjrlhf.serving.people.trained import entry_of
 
         names = entry_of(str(given.run), given.entry).names
-    if names is not None:
+    if names:  # without any, each command has an error of its own
         from pjrlhf.serving.catalogue import check_soups
 
         check_soups(soups, names)
