@@ -117,6 +117,7 @@ def test_rewards_of_sources_alone_need_no_comparisons(copied):
         assert scores and max(scores) < 0 and min(scores) > -60  # characters of ten tokens
 
 
+@pytest.mark.slow
 def test_a_source_is_asked_about_as_many_answers_as_are_told_before(finished):
     """Each policy asks about its own criterion; evaluations on held-out prompts count, too."""
     config = tiny.settings(rewards={"P2A": BREVITY}, stages=tiny.TRAINING, eval_every=1, policy__eval_prompts=3)

@@ -68,6 +68,7 @@ def trained(run, name):
     return trained_of(run, name, pairs_of(run, **entry.users.texts))
 
 
+@pytest.mark.slow
 def test_new_people_are_met_with_k_comparisons_and_no_step(run):
     one = trained(run, "reads")
     found = in_context.new_people(one, (0, 1, 2))
