@@ -209,12 +209,16 @@ def test_four_soups_side_by_side(page, place, ana):
 
 @pytest.fixture
 def slowly(monkeypatch):
-    """Every piece of an answer takes its time."""
+    """The first pieces of an answer come one after the other; the rest waits for the end of the request, so that a busy
+    machine is in time to stop it.
+    """
     pieces = Call.pieces
 
     async def slow(self):
+        come = 0
         async for piece in pieces(self):
-            await asyncio.sleep(0.15)
+            await asyncio.sleep(0.15 if come < 5 else 60)
+            come += 1
             yield piece
 
     monkeypatch.setattr(Call, "pieces", slow)
