@@ -139,20 +139,8 @@ class Plan:
             if isinstance(spec, Mapping):
                 check_source(spec, key)
         if is_process_zero():
-            own = {name: getattr(self.settings, name, None) or self.foreign.get(name) for name in waiting}
-            values = {name: section.to_dict() for name, section in own.items() if isinstance(section, Settings)}
-            self._tell_servers({**values, "rewards": self.settings.rewards if waiting else {}})
-
-    def _tell_servers(self, values: Mapping[str, Any]) -> None:
-        """Warns of servers that do not answer now: a stage may ask one hours later."""
-        for url, key in {url: key for key, url in _servers(values, ())}.items():
-            if is_address(url) and not listens(url):
-                logging.warning(
-                    "%s: nothing listens at %s now; start it before its stage asks it, or that stage ends the run (the "
-                    "same command then goes on)",
-                    key,
-                    masked(url),
-                )
+            values = self.values()
+            _tell_servers({name: values.get(name) for name in (*waiting, *(["rewards"] if waiting else []))})
 
     def _check_rewards(self, waiting: Sequence[str], workdir: Workdir) -> None:
         """Checks that policies will find rewards: those of reward functions, too, have a scale to be measured."""
@@ -190,6 +178,18 @@ def _folders(key: str, spec: Any) -> Iterator[tuple[str, str]]:
         yield from _folders(f"{key}.source", spec.get("source"))
     if isinstance(spec, Mapping) and spec.get("kind") in ("model", "judge") and spec.get("path"):
         yield f"{key}.path", expand(str(spec["path"]))
+
+
+def _tell_servers(values: Mapping[str, Any]) -> None:
+    """Warns of servers that do not answer now: a stage may ask one hours later."""
+    for url, key in {url: key for key, url in _servers(values, ())}.items():
+        if is_address(url) and not listens(url):
+            logging.warning(
+                "%s: nothing listens at %s now; start it before its stage asks it, or that stage ends the run (the "
+                "same command then goes on)",
+                key,
+                masked(url),
+            )
 
 
 def _servers(value: Any, keys: tuple[str, ...]) -> Iterator[tuple[str, str]]:
